@@ -1,0 +1,388 @@
+"""The crawler on asyncio: one event loop and aiohttp over the decisions of crawl_core.
+
+    python crawl_async.py urls.txt --csv
+
+The model: one dispatcher takes requests from the frontier, as many at a time as the semaphore has permits, and starts
+a task for each: fetch, parse, write the row. A task gives way only where it says ``await``; between two awaits it has
+the loop to itself, so nothing here needs a lock against the other tasks, and nothing here may block.
+
+Which work runs where: sockets, TLS, decompression (in small steps) and the parsing of ordinary pages in the loop;
+parsing of pages above ``INLINE_PARSE`` bytes in a thread; DNS in the resolver's threads; the list is read in a thread,
+and the rows are written in one (a pipe may block), fed by a bounded ``Channel``: when the reader of the rows is slow,
+the tasks wait, and the crawl slows down instead of filling the memory.
+
+Waiting: the dispatcher waits for one event, set when a task ends, when the list brings more, or by a timer when the
+next host is due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import math
+import os
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from crawl_cli import EXIT_INTERRUPTED, main
+from crawl_core import (
+    RESPONSE_HEADERS,
+    Crawl,
+    FetchError,
+    Options,
+    Postponed,
+    Request,
+    Response,
+    ScrapeResult,
+    build_row,
+    request_headers,
+)
+from crawl_net import BodyDecoder, ProxyRule, Resolver, tls_context
+from primitives import Channel, Semaphore
+
+INLINE_PARSE = 256 * 1024
+"""Largest body in bytes that is parsed in the loop: 2 to 3 ms."""
+
+Emit = Callable[[ScrapeResult], Awaitable[None]]
+
+# -------------------------------------------------------------------------------------------------- connections
+
+_in_hand: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
+
+
+class GatedConnector(aiohttp.TCPConnector):
+    """aiohttp's connection pool, with the last word on politeness: when the connection is open, and nothing sent yet,
+    the request waits for its turn."""
+
+    def __init__(self, crawl: Crawl, **more: Any) -> None:
+        super().__init__(**more)
+        self._crawl = crawl
+
+    async def connect(self, *args: Any, **more: Any) -> Any:
+        connection = await super().connect(*args, **more)
+        try:
+            while (wait := self._crawl.frontier.clear_to_send(_in_hand.get(), time.monotonic())) > 0.0:
+                # The loop's timers are good to a millisecond: sleep a little less, and yield for the rest.
+                await asyncio.sleep(wait - 0.001 if wait > 0.0015 else 0)
+        except BaseException:
+            connection.release()
+            raise
+        return connection
+
+
+class LoopResolver(AbstractResolver):
+    """The crawlers' resolver, as aiohttp wants it."""
+
+    def __init__(self) -> None:
+        self._resolver = Resolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
+            for kind, address in await self._resolver.lookup_async(host)
+        ]
+
+    async def close(self) -> None:
+        self._resolver.close()
+
+
+# -------------------------------------------------------------------------------------------------------- fetch
+
+
+class Fetcher:
+    """``await fetch(request) -> Response or FetchError``, on one session for all tasks."""
+
+    def __init__(self, crawl: Crawl) -> None:
+        options = crawl.options
+        self._crawl, self._options = crawl, options
+        self._proxy = ProxyRule(options.proxy)
+        self._session = aiohttp.ClientSession(
+            connector=GatedConnector(
+                crawl,
+                limit=0,
+                resolver=LoopResolver(),
+                ssl=tls_context(options.insecure),
+                use_dns_cache=False,
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+
+    async def fetch(self, request: Request) -> Response | FetchError:
+        """Raises Postponed; all that the network does comes back as a FetchError."""
+        started = time.monotonic()
+        outcome: Response | FetchError
+        _in_hand.set(request)
+        try:
+            outcome = await self._fetch(request)
+        except FetchError as error:
+            outcome = error
+        except (OSError, aiohttp.ClientError, ValueError) as error:
+            outcome = self._explain(error)
+        outcome.seconds = time.monotonic() - started
+        return outcome
+
+    async def _fetch(self, request: Request) -> Response:
+        url, headers = request_headers(self._options, request)
+        timeout = aiohttp.ClientTimeout(
+            total=self._crawl.remaining(request),
+            sock_connect=self._options.connect_timeout,
+            ceil_threshold=math.inf,
+        )
+        async with self._session.get(
+            URL(url, encoded=True),
+            headers=headers,
+            timeout=timeout,
+            allow_redirects=False,
+            proxy=self._proxy.find(url),
+        ) as response:
+            status = response.status
+            try:
+                length = response.content_length
+                if length is not None and length > self._options.max_bytes:
+                    response.close()
+                    raise FetchError("too_large", f"{length} bytes", status=status)
+                body = BodyDecoder(response.headers.get("Content-Encoding"), self._options.max_bytes, status)
+                while data := await response.content.readany():
+                    if not body.coded or len(data) <= 8192:
+                        body.feed(data)
+                    else:
+                        for start in range(0, len(data), 8192):
+                            body.feed(data[start : start + 8192])
+                            await asyncio.sleep(0)
+                found = {name: value for name in RESPONSE_HEADERS if (value := response.headers.get(name)) is not None}
+                if "Location" in found:
+                    found["Location"] = found["Location"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                return Response(status, found, body.finish())
+            except FetchError:
+                response.close()
+                raise
+            except TimeoutError:
+                raise FetchError("timeout", self._too_late(), status=status) from None
+            except aiohttp.ClientPayloadError as error:
+                raise _payload_error(error, status) from None
+            except (OSError, aiohttp.ClientConnectionError) as error:
+                raise FetchError("truncated", _detail(error), status=status) from None
+
+    def _too_late(self) -> str:
+        return f"no complete answer within {self._options.timeout:g} s"
+
+    def _explain(self, error: Exception) -> FetchError:
+        if isinstance(error, aiohttp.ConnectionTimeoutError):
+            return FetchError("timeout", "no connection in time")
+        if isinstance(error, TimeoutError):
+            return FetchError("timeout", self._too_late())
+        if isinstance(error, aiohttp.ClientConnectorDNSError):
+            return FetchError("dns", error.strerror or str(error))
+        if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):
+            cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
+            return FetchError("tls", _tls_detail(cause))
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return FetchError("connect", error.os_error.strerror or str(error.os_error))
+        if isinstance(error, aiohttp.ClientHttpProxyError):
+            return FetchError("connect", f"the proxy answered {error.status}")
+        if isinstance(error, (aiohttp.ClientConnectionError, OSError)):
+            return FetchError("reset", _detail(error))
+        return FetchError("protocol", _detail(error))
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+def _payload_error(error: aiohttp.ClientPayloadError, status: int) -> FetchError:
+    cause = error.__cause__
+    if isinstance(cause, aiohttp.http_exceptions.BadHttpMessage) and not isinstance(
+        cause, (aiohttp.http_exceptions.ContentLengthError, aiohttp.http_exceptions.TransferEncodingError)
+    ):
+        return FetchError("protocol", _detail(cause), status=status)
+    return FetchError("truncated", _detail(cause or error), status=status)
+
+
+def _tls_detail(error: BaseException) -> str:
+    return getattr(error, "verify_message", None) or getattr(error, "reason", None) or str(error)
+
+
+def _detail(error: BaseException) -> str:
+    text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+# -------------------------------------------------------------------------------------------------------- tasks
+
+
+class Tasks:
+    """The driver: a dispatcher and its tasks over one frontier."""
+
+    def __init__(self, crawl: Crawl, emit: Emit) -> None:
+        self._crawl, self._emit = crawl, emit
+        self._fetcher = Fetcher(crawl)
+        self._slots = Semaphore(crawl.options.concurrency)
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._forced = False
+        crawl.changed = self._changed
+
+    def _changed(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._wake.set)
+        except RuntimeError:
+            return  # the loop is closed: nobody waits any more
+
+    async def _next(self) -> Request | None:
+        while True:
+            decision = self._crawl.frontier.take(self._crawl.clock())
+            if decision is None or isinstance(decision, Request):
+                return decision
+            self._wake.clear()
+            timer = self._loop.call_later(decision, self._wake.set) if decision < math.inf else None
+            try:
+                await self._wake.wait()
+            finally:
+                if timer:
+                    timer.cancel()
+
+    async def run(self, urls: Iterable[str]) -> None:
+        """Crawl ``urls`` until nothing will ever come and all tasks are done."""
+        self._crawl.feed(urls)
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    await self._slots.acquire_async()
+                    request = await self._next()
+                    if request is None:
+                        break
+                    task = group.create_task(self._handle(request))
+                    self._in_flight.add(task)
+                    task.add_done_callback(self._done)
+        finally:
+            self._crawl.frontier.stop()
+            await self._fetcher.close()
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._in_flight.discard(task)
+        self._slots.release()
+        self._wake.set()
+
+    async def _handle(self, request: Request) -> None:
+        crawl = self._crawl
+        final: Response | FetchError | None
+        try:
+            outcome = request.error or await self._fetcher.fetch(request)
+            final = crawl.judge(request, outcome)
+            if final is None:
+                return
+            if isinstance(final, Response) and len(final.body) > INLINE_PARSE:
+                row = await asyncio.to_thread(build_row, request, final)
+            else:
+                row = build_row(request, final)
+        except Postponed:
+            now = crawl.clock()
+            crawl.frontier.put_back(request, now, now)
+            return
+        except asyncio.CancelledError:
+            if not self._forced:
+                raise
+            row = build_row(request, FetchError("interrupted", "stopped before the answer was complete"))
+        except Exception as error:
+            row = build_row(request, FetchError("internal", _detail(error)))
+        try:
+            await self._emit(row)
+        except Exception as error:
+            crawl.fail(error)
+        crawl.frontier.finish(request, crawl.clock())
+
+    def stop(self) -> None:
+        """First call: finish what is in flight, at most for the grace time. Second: cut it off. Third: exit."""
+        if not self._crawl.interrupted:
+            self._crawl.interrupted = True
+            self._crawl.frontier.stop()
+            self._loop.call_later(self._crawl.options.grace, self._force)
+        elif not self._forced:
+            self._force()
+        else:
+            os._exit(EXIT_INTERRUPTED)
+        self._wake.set()
+
+    def _force(self) -> None:
+        self._forced = True
+        for task in self._in_flight:
+            task.cancel()
+
+
+async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[[ScrapeResult], None]) -> None:
+    rows: Channel[ScrapeResult] = Channel(1000)
+
+    def write() -> None:
+        for row in rows:
+            emit(row)
+
+    writer = threading.Thread(target=write, name="writer")
+    writer.start()
+    try:
+        driver = Tasks(crawl, rows.put_async)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, driver.stop)
+        await driver.run(urls)
+    finally:
+        rows.close()
+        await asyncio.to_thread(writer.join)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def run(crawl: Crawl, urls: Iterable[str], emit: Callable[[ScrapeResult], None]) -> None:
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        runner.run(_program(crawl, urls, emit))
+
+
+async def scrape_all(
+    urls: Iterable[str],
+    options: Options | None = None,
+    *,
+    on_result: Callable[[ScrapeResult], Awaitable[None] | None] | None = None,
+) -> list[ScrapeResult]:
+    """Fetch ``urls``; returns the rows in order of completion.
+
+    With ``on_result`` (a function, or an async one: the crawl then goes no faster than it) each row goes there
+    instead and the list returned is empty. ``urls`` is iterated in a thread. What ``on_result`` or the iteration
+    raises ends the run and is raised here. Cancelling it cuts off what is in flight.
+    """
+    rows: list[ScrapeResult] = []
+
+    async def emit(row: ScrapeResult) -> None:
+        if on_result is None:
+            rows.append(row)
+        elif inspect.isawaitable(answer := on_result(row)):
+            await answer
+        crawl.stats.count_row(row)
+
+    crawl = Crawl(options or Options())
+    await Tasks(crawl, emit).run(urls)
+    if crawl.failure is not None:
+        raise crawl.failure
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main("crawl_async.py", run))

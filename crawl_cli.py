@@ -1,0 +1,373 @@
+"""The command line of both crawlers: options, the URL list, the rows, the progress display, the exit code.
+
+Data goes to stdout (or ``-o``), everything else to stderr; progress only where stderr is a terminal and the rows do
+not go there too. Rows are written as they complete, each flushed: what was printed is there, also after a crash.
+
+Locks: ``Output._lock`` makes a row one piece in the output. Threads: the progress display has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import os
+import resource
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO
+
+import orjson
+
+from crawl_core import ERROR_KINDS, MAX_URL, Crawl, Options, ScrapeResult
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
+
+Emit = Callable[[ScrapeResult], None]
+Run = Callable[[Crawl, Iterable[str], Emit], None]
+
+# ----------------------------------------------------------------------------------------------------- URL list
+
+
+def read_lines(stream: BinaryIO) -> Iterator[str]:
+    """The lines of a list as they come: any line ending, UTF-8 or (by its BOM) UTF-16, never more than a piece held.
+
+    ``stream`` is read raw, so that a thread blocked in it does not hold a buffer's lock when the program exits.
+    A line longer than any URL can be is cut: it is an invalid URL either way.
+    """
+    data = stream.read(1 << 16) or b""
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    decoder = codecs.getincrementaldecoder("utf-16" if utf16 else "utf-8-sig")(errors="replace")
+    rest = ""
+    while data:
+        text = rest + decoder.decode(data)
+        *lines, rest = text.replace("\r", "\n").split("\n")
+        yield from lines
+        rest = rest[: MAX_URL + 1]
+        data = stream.read(1 << 16)
+    yield rest + decoder.decode(b"", True)
+
+
+def read_urls(sources: Iterable[str]) -> Iterator[str]:
+    """The URLs of files, of ``-`` (stdin), and of arguments that are URLs themselves; comments and blanks left out."""
+    for source in sources:
+        if "://" in source:
+            yield source
+            continue
+        is_stdin = source == "-"
+        with open(0 if is_stdin else source, "rb", buffering=0, closefd=not is_stdin) as stream:
+            for line in read_lines(stream):
+                url = line.partition(" #")[0].partition("\t#")[0].strip()
+                if url and not url.startswith("#"):
+                    yield url[: MAX_URL + 1]
+
+
+# --------------------------------------------------------------------------------------------------------- rows
+
+FIELDS = [field.name for field in dataclasses.fields(ScrapeResult)]
+
+
+def encode_json(row: ScrapeResult) -> bytes:
+    try:
+        return orjson.dumps(row)
+    except TypeError:  # a lone surrogate in what the caller gave as a URL
+        return json.dumps(dataclasses.asdict(row)).encode()
+
+
+def defuse(cell: object) -> object:
+    """A text cell that no spreadsheet takes for a formula (OWASP, "CSV Injection")."""
+    return "'" + cell if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
+
+
+def encode_csv(cells: Iterable[object]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow([defuse(cell) for cell in cells])
+    return line.getvalue().encode("utf-8", "replace")
+
+
+class RowWriter:
+    """Rows as ``jsonl``, ``json`` (one array) or ``csv`` (RFC 4180, with a header; links separated by spaces)."""
+
+    def __init__(self, stream: BinaryIO, form: str) -> None:
+        self._stream, self._form = stream, form
+        self._rows = 0
+        if form == "csv":
+            self._write(encode_csv(FIELDS))
+
+    def write(self, row: ScrapeResult) -> None:
+        if self._form == "csv":
+            cells = [getattr(row, name) for name in FIELDS]
+            cells[FIELDS.index("links_found")] = " ".join(row.links_found)
+            self._write(encode_csv(cells))
+        elif self._form == "json":
+            self._write((b",\n" if self._rows else b"[\n") + encode_json(row))
+        else:
+            self._write(encode_json(row) + b"\n")
+        self._rows += 1
+
+    def close(self) -> None:
+        if self._form == "json":
+            self._write(b"\n]\n" if self._rows else b"[]\n")
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._stream.write(view) or 0 :]
+
+
+class Output:
+    """Where the rows of a run go: counted, written, and, should writing fail, the run stopped. Safe for threads."""
+
+    def __init__(self, crawl: Crawl, writer: RowWriter) -> None:
+        self._crawl, self._writer = crawl, writer
+        self._lock = threading.Lock()
+
+    def emit(self, row: ScrapeResult) -> None:
+        with self._lock:
+            if self._crawl.failure is not None:
+                return
+            try:
+                self._writer.write(row)
+            except OSError as error:
+                self._crawl.fail(error)
+                return
+        self._crawl.stats.count_row(row)
+
+    def close(self) -> None:
+        with self._lock:
+            if not isinstance(self._crawl.failure, OSError):
+                try:
+                    self._writer.close()
+                except OSError as error:
+                    self._crawl.fail(error)
+
+
+# ----------------------------------------------------------------------------------------------------- progress
+
+
+def describe(crawl: Crawl) -> str:
+    """One line on where the run stands."""
+    stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
+    left = f"{frontier.waiting:,} waiting on {frontier.hosts:,} hosts" if frontier.waiting else "none waiting"
+    errors = ", ".join(f"{kind} {n:,}" for kind, n in list(stats["errors"].items())[:4])
+    return (
+        f"{stats['rows']:,} rows, {stats['rows_per_second']:,.0f}/s, {stats['ok']:,} ok, {stats['failed']:,} failed"
+        + (f" ({errors})" if errors else "")
+        + f" · {frontier.in_flight:,} in flight, {left}"
+    )
+
+
+@contextlib.contextmanager
+def progress(crawl: Crawl, wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    from rich.console import Console
+
+    over = threading.Event()
+    with Console(stderr=True).status(describe(crawl)) as line:
+
+        def show() -> None:
+            while not over.wait(0.25):
+                line.update(describe(crawl))
+
+        thread = threading.Thread(target=show, name="progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def size(text: str) -> int:
+    """``10M`` -> 10,000,000."""
+    factor = {"k": 10**3, "m": 10**6, "g": 10**9}.get(text[-1:].lower(), 1)
+    return int(float(text[:-1] if factor > 1 else text) * factor)
+
+
+def header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise ValueError
+    return name.strip(), value.strip()
+
+
+def make_parser(program: str) -> argparse.ArgumentParser:
+    default = Options()
+    kinds = "\n".join(f"  {kind:12} {text}" for kind, text in ERROR_KINDS.items())
+    parser = argparse.ArgumentParser(
+        prog=f"python {program}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Fetch the pages of a list of URLs, politely, and write a row for each: title, words, links.",
+        epilog=f"""examples:
+  python {program} urls.txt                         JSON lines to stdout
+  python {program} urls.txt --csv -o pages.csv      a table
+  python {program} https://example.com/ --json      URLs as arguments
+  zcat list.gz | python {program} - --rate 0.5      one request in 2 s per host
+  python {program} --demo                           a small internet on loopback, faults included
+
+kinds of errors (the column "error" is empty, or "kind: detail"):
+{kinds}
+
+exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or the output failed;
+2 wrong usage; 130 interrupted (Ctrl-C or SIGTERM; what was fetched is written); 141 the reader of the rows left""",
+    )
+    parser.add_argument("sources", nargs="*", metavar="FILE|URL|-", help="lists of URLs, one a line; - is stdin")
+    rows = parser.add_argument_group("rows").add_mutually_exclusive_group()
+    for form, text in (
+        ("jsonl", "a JSON object a line (default)"),
+        ("json", "one JSON array"),
+        ("csv", "RFC 4180 with a header line"),
+    ):
+        rows.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=text)
+    parser.set_defaults(form="jsonl")
+
+    def option(group: Any, name: str, kind: Any, text: str, metavar: str | None = None, **more: Any) -> None:
+        field = name.lstrip("-").replace("-", "_")
+        text += f" (default {getattr(default, field):g})" if kind in (int, float, size) else ""
+        group.add_argument(name, type=kind, default=None, metavar=metavar or "N", help=text, **more)
+
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the rows there instead of to stdout")
+    parser.add_argument("--stats", metavar="FILE", help="write the run's counts there as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
+    parser.add_argument("--demo", action="store_true", help="crawl a demo site that this program serves itself")
+    load = parser.add_argument_group("load and politeness")
+    option(load, "--concurrency", int, "requests in flight, all hosts together")
+    option(load, "--per-host", int, "requests in flight to one host")
+    option(load, "--rate", float, "requests per second to one host; 0: no limit")
+    option(load, "--burst", int, "requests to one host that may go at once after a rest")
+    option(load, "--total-rate", float, "requests per second to all hosts together; 0: no limit")
+    limits = parser.add_argument_group("limits")
+    option(limits, "--timeout", float, "time for one attempt, body included", "S")
+    option(limits, "--connect-timeout", float, "time to connect within that", "S")
+    option(limits, "--retries", int, "further attempts after a fault that may pass")
+    option(limits, "--max-bytes", size, "size of a body after decompression; 500k, 10M", "SIZE")
+    option(limits, "--max-redirects", int, "redirects followed for one URL")
+    option(limits, "--grace", float, "time for requests in flight after Ctrl-C", "S")
+    http = parser.add_argument_group("HTTP")
+    option(http, "--user-agent", str, "who to say that we are", "TEXT")
+    http.add_argument("--header", type=header, action="append", dest="headers", metavar="NAME:VALUE", help="send this")
+    option(http, "--proxy", str, "http://[user:password@]host:port; default: the environment's", "URL")
+    http.add_argument("--insecure", action="store_true", default=None, help="accept any certificate")
+    return parser
+
+
+def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Namespace, Options]:
+    parser = make_parser(program)
+    args = parser.parse_intermixed_args(argv)
+    args.sources = [source.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for source in args.sources]
+    given = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(Options)
+        if getattr(args, field.name) is not None
+    }
+    if args.demo:
+        given = {"rate": 50.0, "timeout": 2.0} | given
+    elif not args.sources:
+        parser.error("no URLs: name a file, a URL, or - for stdin; or try --demo")
+    if "headers" in given:
+        given["headers"] = tuple(given["headers"])
+    for source in args.sources:
+        if source != "-" and "://" not in source:
+            try:
+                if stat.S_ISDIR(os.stat(source).st_mode):
+                    parser.error(f"{source} is a folder, not a list of URLs")
+                open(source, "rb").close()
+            except OSError as error:
+                hint = f"; did you mean https://{source} ?" if "." in source and not os.path.exists(source) else ""
+                parser.error(f"cannot read {source}: {error.strerror}{hint}")
+    try:
+        return args, Options(**given)
+    except ValueError as error:
+        parser.error(str(error).replace("_", "-"))
+
+
+def open_output(path: str | None) -> BinaryIO:
+    return open(1, "wb", buffering=0, closefd=False) if path is None else open(path, "wb", buffering=0)
+
+
+def more_open_files() -> None:
+    """As many sockets as the system allows: its default of 1,024 is too few for a wide crawl."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
+
+
+def main(program: str, run: Run, argv: list[str] | None = None) -> int:
+    """A crawler's whole program around its driver ``run``. Returns the exit code."""
+    args, options = parse_arguments(program, argv)
+    more_open_files()
+    with contextlib.ExitStack() as stack:
+        urls: Iterable[str] = read_urls(args.sources)
+        if args.demo:
+            from sandbox import Sandbox
+
+            site = stack.enter_context(Sandbox(hosts=4, pages=12))
+            urls = demo_urls(site)
+        crawl = Crawl(options)
+        try:
+            stream = stack.enter_context(open_output(args.output))
+            writer = RowWriter(stream, args.form)
+        except OSError as error:
+            return fail(program, f"cannot write {args.output or 'to stdout'}: {error.strerror}", error)
+        output = Output(crawl, writer)
+        rows_on_screen = args.output is None and sys.stdout.isatty()
+        with progress(crawl, sys.stderr.isatty() and not args.quiet and not rows_on_screen):
+            run(crawl, urls, output.emit)
+        output.close()
+        if not args.quiet and not isinstance(crawl.failure, BrokenPipeError):
+            print(describe(crawl), file=sys.stderr)
+        if args.stats:
+            try:
+                write_stats(crawl, args.stats)
+            except OSError as error:
+                return fail(program, f"cannot write {args.stats}: {error.strerror}", error)
+    if isinstance(crawl.failure, BaseException):
+        return fail(program, f"stopped: {crawl.failure}", crawl.failure)
+    if crawl.interrupted:
+        left = crawl.frontier.stats().waiting
+        if not args.quiet:
+            print(f"{program}: interrupted; {left:,} URLs not fetched", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def fail(program: str, message: str, error: BaseException) -> int:
+    if isinstance(error, BrokenPipeError):
+        return EXIT_PIPE
+    print(f"{program}: {message}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def write_stats(crawl: Crawl, path: str) -> None:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    frontier = crawl.frontier.stats()
+    counts = crawl.stats.snapshot() | {
+        "duplicates": frontier.duplicates,
+        "not_fetched": frontier.waiting,
+        "interrupted": crawl.interrupted,
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
+        "peak_memory_mb": round(usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1),
+    }
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(counts, file, indent=2)
+        file.write("\n")
+
+
+def demo_urls(site: Any) -> list[str]:
+    """The demo's list: every page of the site, and a few of the ways in which the web misbehaves."""
+    faults = [
+        "status-404", "flaky", "retry-after-seconds", "redirect-chain-3", "redirect-loop", "never", "close",
+        "short-body", "gzip-bomb", "broken-gzip", "drip-body", "charset-legacy",
+    ]  # fmt: skip
+    return [*site.site_urls(), *(site.fault_url(name) for name in faults), "http://no-such-host.invalid/", "not a URL"]

@@ -1,0 +1,294 @@
+"""Between the crawlers and the wire: names to addresses, and bodies out of their Content-Encoding.
+
+Promised: a look-up of a name takes no longer than its caller waits, whatever the system's resolver does; a body takes
+no more memory than its limit, whatever it claims to be. Not promised: which of several addresses answers.
+
+Threads: ``socket.getaddrinfo`` can neither be awaited nor given a time limit, so it runs in daemon threads of the
+``Resolver``, which serve both drivers. Decoding runs in the caller's thread, in pieces of 256 KiB, so that an event
+loop is never held up by one piece. ``Resolver._lock`` guards its cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import ipaddress
+import math
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+import urllib.request
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import brotli  # type: ignore[import-untyped]
+
+from crawl_core import FetchError
+from primitives import Channel, Clock
+
+try:
+    from compression import zstd  # type: ignore[import-not-found,unused-ignore]
+except ImportError:
+    from backports import zstd
+
+
+# ----------------------------------------------------------------------------------------------- content coding
+
+_PIECE = 1 << 18
+
+
+class _Gzip:
+    """gzip (RFC 1952), several members included; and deflate, with (RFC 1950) or without (RFC 1951) its header."""
+
+    def __init__(self, coding: str) -> None:
+        self._wbits = zlib.MAX_WBITS + 16 if coding == "gzip" else zlib.MAX_WBITS
+        self._inflate = zlib.decompressobj(self._wbits)
+        self._fresh = True
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        while data:
+            try:
+                out = self._inflate.decompress(data, _PIECE)
+            except zlib.error:
+                if not (self._fresh and self._wbits == zlib.MAX_WBITS):
+                    raise
+                self._inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+                out = self._inflate.decompress(data, _PIECE)
+            self._fresh = False
+            yield out
+            data = self._inflate.unconsumed_tail
+            if self._inflate.eof:
+                data = self._inflate.unused_data
+                if not (self._wbits > zlib.MAX_WBITS and data[:2] == b"\x1f\x8b"):
+                    return
+                self._inflate = zlib.decompressobj(self._wbits)
+
+    def complete(self) -> bool:
+        return self._fresh or self._inflate.eof
+
+
+class _Brotli:
+    """RFC 7932."""
+
+    def __init__(self, coding: str) -> None:
+        self._decoder = brotli.Decompressor()
+        self._fresh = True
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        self._fresh = False
+        out = self._decoder.process(data, output_buffer_limit=_PIECE)
+        yield out
+        while not self._decoder.can_accept_more_data():
+            yield self._decoder.process(b"", output_buffer_limit=_PIECE)
+
+    def complete(self) -> bool:
+        return self._fresh or bool(self._decoder.is_finished())
+
+
+class _Zstandard:
+    """RFC 8878, with the 8 MB window that RFC 9659 sets for HTTP."""
+
+    def __init__(self, coding: str) -> None:
+        self._decoder = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 23})
+        self._fresh = True
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        self._fresh = False
+        while not self._decoder.eof:
+            yield self._decoder.decompress(data, _PIECE)
+            data = b""
+            if self._decoder.needs_input:
+                return
+
+    def complete(self) -> bool:
+        return self._fresh or self._decoder.eof
+
+
+_CODINGS: dict[str, Callable[[str], _Gzip | _Brotli | _Zstandard]] = {
+    "gzip": _Gzip,
+    "x-gzip": lambda coding: _Gzip("gzip"),
+    "deflate": _Gzip,
+    "br": _Brotli,
+    "zstd": _Zstandard,
+}
+
+
+class BodyDecoder:
+    """Collects a body and undoes its Content-Encoding, piece by piece: a bomb is noticed at the limit, not after it.
+
+    ``feed`` and ``finish`` raise FetchError ``too_large`` or ``decode``. Never holds more than ``limit`` bytes and
+    one piece of 256 KiB for each coding.
+    """
+
+    def __init__(self, coding: str | None, limit: int, status: int) -> None:
+        names = [name for name in (part.strip().lower() for part in (coding or "").split(",")) if name]
+        names = [name for name in names if name != "identity"]
+        if len(names) > 3 or any(name not in _CODINGS for name in names):
+            raise FetchError("decode", f"unknown Content-Encoding {(coding or '')[:60]!r}", status=status)
+        self._stages = [_CODINGS[name](name) for name in reversed(names)]
+        self.coded = bool(self._stages)
+        self._limit, self._status = limit, status
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> None:
+        if not self.coded:
+            self._keep(data)
+            return
+        try:
+            for piece in self._expand(0, data):
+                self._keep(piece)
+        except (zlib.error, brotli.error, zstd.ZstdError, EOFError) as error:
+            raise FetchError("decode", str(error) or type(error).__name__, status=self._status) from None
+
+    def _expand(self, depth: int, data: bytes) -> Iterator[bytes]:
+        if depth == len(self._stages):
+            yield data
+            return
+        for piece in self._stages[depth].pieces(data):
+            yield from self._expand(depth + 1, piece)
+
+    def _keep(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > self._limit:
+            raise FetchError("too_large", f"more than {self._limit} bytes", status=self._status)
+        self._parts.append(data)
+
+    def finish(self) -> bytes:
+        if not all(stage.complete() for stage in self._stages):
+            raise FetchError("decode", "the compressed data ends early", status=self._status)
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+
+
+# ----------------------------------------------------------------------------------------------- name resolution
+
+Address = tuple[socket.AddressFamily, str]
+
+
+class Resolver:
+    """Host names to addresses: cached, one look-up at a time for a name, and with a time limit.
+
+    ``socket.getaddrinfo`` blocks as long as the system's resolver likes. It runs here in daemon threads, started as
+    they are needed and fed by a ``Channel``; whoever waits, thread or task, stops waiting at its own limit, and a
+    look-up that never returns keeps nobody from exiting. ``_lock`` guards the cache. Failures are cached briefly.
+    """
+
+    def __init__(
+        self, *, threads: int = 32, ttl: float = 300.0, size: int = 50_000, clock: Clock = time.monotonic
+    ) -> None:
+        self._threads, self._ttl, self._size, self._clock = threads, ttl, size, clock
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[str, tuple[float, concurrent.futures.Future[list[Address]]]] = OrderedDict()
+        self._names: Channel[tuple[str, concurrent.futures.Future[list[Address]]]] = Channel(1_000_000)
+        self._started = 0
+
+    def submit(self, name: str) -> concurrent.futures.Future[list[Address]]:
+        """The look-up of ``name``, running or done. Fails with FetchError ``dns``."""
+        future: concurrent.futures.Future[list[Address]]
+        try:
+            literal = ipaddress.ip_address(name)
+        except ValueError:
+            pass
+        else:
+            future = concurrent.futures.Future()
+            future.set_result([(socket.AF_INET if literal.version == 4 else socket.AF_INET6, name)])
+            return future
+        with self._lock:
+            now = self._clock()
+            expires, future = self._cache.get(name, (-math.inf, None))  # type: ignore[assignment]
+            if now < expires:
+                return future
+            future = concurrent.futures.Future()
+            self._cache[name] = (now + self._ttl, future)
+            self._cache.move_to_end(name)
+            if len(self._cache) > self._size:
+                self._cache.popitem(last=False)
+            start = self._started < self._threads
+            self._started += start
+        if start:
+            threading.Thread(target=self._work, name="resolver", daemon=True).start()
+        self._names.put_nowait((name, future))
+        return future
+
+    def _work(self) -> None:
+        for name, future in self._names:
+            try:
+                found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+                addresses: list[Address] = list(
+                    dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found)
+                )
+            except (OSError, UnicodeError) as error:
+                again = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+                detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                with self._lock:
+                    self._cache[name] = (self._clock() + 5.0, future)
+                self._settle(future, error=FetchError("dns", f"{name}: {detail}", retry=again))
+            else:
+                self._settle(future, addresses)
+
+    @staticmethod
+    def _settle(
+        future: concurrent.futures.Future[list[Address]],
+        addresses: list[Address] | None = None,
+        error: FetchError | None = None,
+    ) -> None:
+        try:
+            if error is None:
+                future.set_result(addresses or [])
+            else:
+                future.set_exception(error)
+        except concurrent.futures.InvalidStateError:
+            return  # close() was faster
+
+    def lookup(self, name: str, timeout: float) -> list[Address]:
+        """The addresses of ``name``, in the system's order of preference, within ``timeout`` seconds."""
+        try:
+            return self.submit(name).result(max(0.0, timeout))
+        except concurrent.futures.TimeoutError:
+            raise FetchError("timeout", f"the name server did not answer for {name}") from None
+
+    async def lookup_async(self, name: str) -> list[Address]:
+        """``lookup`` for a task; the time limit is the caller's."""
+        future = self.submit(name)
+        return future.result() if future.done() else await asyncio.shield(asyncio.wrap_future(future))
+
+    def close(self) -> None:
+        """Let the threads go; look-ups that still run fail at once."""
+        self._names.close()
+        with self._lock:
+            futures = [future for _, future in self._cache.values() if not future.done()]
+        for future in futures:
+            self._settle(future, error=FetchError("interrupted", "stopped during the look-up of the name"))
+
+
+# -------------------------------------------------------------------------------------------------- TLS, proxies
+
+
+def tls_context(insecure: bool) -> ssl.SSLContext:
+    """The system's trust, or (``insecure``) any certificate of any name."""
+    context = ssl.create_default_context()
+    if insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class ProxyRule:
+    """Which proxy a URL goes through: the one named by the user, else the environment's (``http_proxy`` ...).
+
+    ``no_proxy`` is obeyed for both, as urllib's ProxyHandler does.
+    """
+
+    def __init__(self, proxy: str | None) -> None:
+        self._proxies = {"http": proxy, "https": proxy} if proxy else dict(urllib.request.getproxies())
+
+    def find(self, url: str) -> str | None:
+        if not self._proxies:
+            return None
+        parts = urllib.parse.urlsplit(url)
+        if urllib.request.proxy_bypass(parts.netloc):
+            return None
+        return self._proxies.get(parts.scheme)

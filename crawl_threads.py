@@ -1,0 +1,645 @@
+"""The crawler on threads: ThreadPoolExecutor, urllib and html.parser over the decisions of crawl_core.
+
+    python crawl_threads.py urls.txt
+
+The model: each of ``concurrency`` worker threads runs the same plain loop: take a request, fetch, parse, write the
+row. It blocks wherever it likes, and the others go on. Everything runs in the workers: DNS in the resolver's threads
+(so that it can time out), sockets, TLS, decompression, parsing, encoding and writing of rows in the worker itself.
+What Python code computes does not run in parallel (one interpreter lock), only what waits or runs outside of it does.
+
+Waiting: workers with nothing to do block on one condition, ``_Turns``. Only one of them at a time, the timekeeper,
+waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
+not all. The main thread waits for the workers and for signals. Locks: ``_Turns._condition`` guards who keeps the
+time and is held around ``Frontier.take`` (order: condition -> frontier), so that no wake-up is missed;
+``_Pool._lock`` guards the idle connections and the set of those in use.
+
+Time limits: a blocking socket's time limit holds for one system call, so a server that drips a byte a second would
+never meet it. ``_DeadlineSocket`` gives every call only what is left of the attempt.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import http.client
+import io
+import math
+import os
+import queue
+import select
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+from crawl_cli import EXIT_INTERRUPTED, main
+from crawl_core import (
+    RESPONSE_HEADERS,
+    Crawl,
+    FetchError,
+    Options,
+    Postponed,
+    Request,
+    Response,
+    ScrapeResult,
+    build_row,
+    request_headers,
+)
+from crawl_net import BodyDecoder, Resolver, tls_context
+
+Emit = Callable[[ScrapeResult], None]
+
+# -------------------------------------------------------------------------------------------------- connections
+
+
+class _DeadlineSocket:
+    """A connected socket whose every call ends at ``deadline`` (monotonic seconds); what http.client needs of one."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self.sock, self.deadline = sock, deadline
+        self.dry = False
+        """Answer "nothing there" instead of reading on."""
+        self.ended = False
+        self._readers = 0
+        self._closed = False
+
+    def arm(self) -> None:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.sock.settimeout(left)
+
+    def sendall(self, data: Any) -> None:
+        self.arm()
+        self.sock.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        self._readers += 1
+        return io.BufferedReader(_SocketReader(self), 1 << 16)
+
+    def reader_closed(self) -> None:
+        self._readers -= 1
+        if self._closed and not self._readers:
+            self.sock.close()
+
+    def close(self) -> None:
+        # http.client closes a connection that ends with its answer before the answer's body is read.
+        self._closed = True
+        if not self._readers:
+            self.sock.close()
+
+    def readable(self) -> bool:
+        """Something has come, or the end. On an idle connection either means that it cannot be used again."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+
+class _SocketReader(io.RawIOBase):
+    def __init__(self, sock: _DeadlineSocket) -> None:
+        self._sock = sock
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._sock.dry:
+            return None
+        self._sock.arm()
+        received = self._sock.sock.recv_into(buffer)
+        self._sock.ended = not received
+        return received
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._sock.reader_closed()
+
+
+class _Response(http.client.HTTPResponse):
+    """http.client's answer, stricter with chunks, and with its connection given back as soon as it is read."""
+
+    release: Callable[[bool], None] | None = None
+    """Told once whether the connection can be used again."""
+    wire: _DeadlineSocket
+
+    def _read_status(self) -> tuple[str, int, str]:
+        # http.client skips 100 only; RFC 9110, section 15.2: any number of interim answers may come.
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if not 100 <= status < 200 or status == 101:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
+    def _read_next_chunk_size(self) -> int:
+        line = self.fp.readline(1000)
+        if not line.endswith(b"\n"):
+            raise FetchError("protocol" if len(line) == 1000 else "truncated", "in a chunk", status=self.status)
+        digits = line.partition(b";")[0].strip()
+        if not digits or digits.strip(b"0123456789abcdefABCDEF") or len(digits) > 16:
+            raise FetchError("protocol", f"not a chunk size: {digits[:20]!r}", status=self.status)
+        return int(digits, 16)
+
+    def _close_conn(self) -> None:
+        # http.client comes here when the body is complete, and from close(). What has come already beyond the body
+        # belongs to no request: such a connection is not used again.
+        fp, release, self.release = self.fp, self.release, None
+        usable = False
+        if release and not self.will_close:
+            self.wire.dry = True
+            usable = not fp.peek(1)
+            self.wire.dry = False
+        super()._close_conn()  # type: ignore[misc]
+        if release:
+            release(usable)
+
+    def close(self) -> None:
+        self.will_close = self.will_close or not self.isclosed()
+        super().close()
+
+
+_Key = tuple[str, str, str | None]
+"""Scheme, host and port, and the host behind a proxy's tunnel."""
+
+
+class _Connection(http.client.HTTPConnection):
+    response_class = _Response
+    auto_open = 0
+    sock: Any
+
+
+class _Pool:
+    """The open connections: idle ones by origin, newest first; those in use, so that they can be cut off.
+
+    ``_lock`` guards both. At most ``idle`` connections are kept; the longest idle one goes first.
+    """
+
+    def __init__(self, idle: int) -> None:
+        self._limit = idle
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[_Connection, _Key] = OrderedDict()
+        self._by_key: dict[_Key, list[_Connection]] = {}
+        self._in_use: set[socket.socket] = set()
+        self.aborted = False
+
+    def take(self, key: _Key) -> _Connection | None:
+        """An idle connection that is still good, or None."""
+        while True:
+            with self._lock:
+                connections = self._by_key.get(key)
+                if not connections:
+                    return None
+                connection = connections.pop()
+                if not connections:
+                    del self._by_key[key]
+                del self._idle[connection]
+                if not connection.sock.readable():
+                    self._in_use.add(connection.sock.sock)
+                    return connection
+            connection.close()
+
+    def give(self, key: _Key, connection: _Connection, usable: bool) -> None:
+        oldest = None
+        with self._lock:
+            if connection.sock is not None:
+                self._in_use.discard(connection.sock.sock)
+            if usable and not self.aborted:
+                self._idle[connection] = key
+                self._by_key.setdefault(key, []).append(connection)
+                if len(self._idle) > self._limit:
+                    oldest, key = self._idle.popitem(last=False)
+                    self._by_key[key].remove(oldest)
+                    if not self._by_key[key]:
+                        del self._by_key[key]
+        if oldest:
+            oldest.close()
+        if not usable or self.aborted:
+            connection.close()
+
+    def watch(self, sock: socket.socket) -> None:
+        with self._lock:
+            if self.aborted:
+                sock.close()
+                raise OSError("stopped")
+            self._in_use.add(sock)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._in_use.discard(sock)
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle, self._by_key = list(self._idle), OrderedDict(), {}
+        for connection in idle:
+            connection.close()
+
+    def abort(self) -> None:
+        """Cut off every connection in use: whoever waits for it wakes up with an error."""
+        with self._lock:
+            self.aborted = True
+            for sock in self._in_use:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+
+class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Keep-alive for urllib: put it into any opener, and redirects, proxies and authentication go on as they do.
+
+    A request may carry ``deadline`` and ``connect_deadline`` (monotonic seconds) and ``before_send``, which is called
+    when the connection is open, right before the request goes out. A kept connection that the server closed while
+    it was idle is replaced once (RFC 9112, section 9.3.1). Raises FetchError of kind dns, connect, tls.
+    """
+
+    def __init__(self, pool: _Pool, resolver: Resolver, context: ssl.SSLContext) -> None:
+        urllib.request.HTTPSHandler.__init__(self, context=context)
+        self._pool, self._resolver, self._tls = pool, resolver, context
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self._open("http", req)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self._open("https", req)
+
+    def _open(self, scheme: str, req: urllib.request.Request) -> http.client.HTTPResponse:
+        tunnel: str | None = getattr(req, "_tunnel_host", None)
+        key = (scheme, req.host, tunnel)
+        limit = req.timeout if isinstance(req.timeout, (int, float)) else 60.0
+        deadline = getattr(req, "deadline", time.monotonic() + limit)
+        headers = {**req.headers, **req.unredirected_hdrs}
+        headers.setdefault("Connection", "keep-alive")
+        proxy_headers = {name: headers.pop(name) for name in list(headers) if tunnel and name == "Proxy-authorization"}
+        before_send = getattr(req, "before_send", None)
+        while True:
+            connection = self._pool.take(key)
+            kept = connection is not None
+            if connection is None:
+                connection = self._connect(scheme, req.host, tunnel, proxy_headers, req, deadline)
+            wire = connection.sock
+            wire.deadline = deadline
+            try:
+                if before_send:
+                    before_send()
+                connection.request(req.get_method(), req.selector, req.data, headers)
+                response = connection.getresponse()
+            except (ConnectionError, http.client.BadStatusLine) as error:
+                self._pool.give(key, connection, False)
+                # The connection had been closed, or was being closed, when the request reached it.
+                gone = not isinstance(error, http.client.BadStatusLine) or isinstance(error, ConnectionError)
+                if not (kept and gone and req.get_method() in ("GET", "HEAD")) or self._pool.aborted:
+                    raise
+                continue
+            except BaseException:
+                self._pool.give(key, connection, False)
+                raise
+            assert isinstance(response, _Response)
+            if wire.ended:  # http.client takes the end of the stream for the end of the head
+                self._pool.give(key, connection, False)
+                raise FetchError("truncated", "in the head")
+            sock = connection.sock
+            response.url, response.msg = req.full_url, response.reason  # type: ignore[assignment]
+            if sock is None or response.isclosed():
+                self._pool.give(key, connection, sock is not None)
+            else:
+                response.wire = sock
+                response.release = functools.partial(self._pool.give, key, connection)
+            return response
+
+    def _connect(
+        self,
+        scheme: str,
+        authority: str,
+        tunnel: str | None,
+        proxy_headers: dict[str, str],
+        req: urllib.request.Request,
+        deadline: float,
+    ) -> _Connection:
+        connection = _Connection(authority)
+        if scheme == "https" and connection.port == 80 and not authority.endswith(":80"):
+            connection.port = 443
+        connect_deadline = min(deadline, getattr(req, "connect_deadline", deadline))
+        sock = self._dial(connection.host, connection.port, connect_deadline)
+        try:
+            wrapped = connection.sock = _DeadlineSocket(sock, connect_deadline)
+            if tunnel:
+                connection.set_tunnel(tunnel, headers=proxy_headers)
+                connection._tunnel()  # type: ignore[attr-defined]
+            if scheme == "https":
+                wrapped.arm()
+                name = (tunnel or connection.host).partition(":")[0] if tunnel else connection.host
+                try:
+                    secure = self._tls.wrap_socket(sock, server_hostname=name)
+                except (ssl.SSLError, ValueError) as error:
+                    raise FetchError("tls", _tls_detail(error)) from None
+                self._pool.unwatch(sock)
+                self._pool.watch(secure)
+                wrapped.sock = sock = secure
+        except BaseException as error:
+            self._pool.unwatch(sock)
+            sock.close()
+            if isinstance(error, TimeoutError):
+                raise FetchError("timeout", "no connection in time") from None
+            if isinstance(error, OSError) and not self._pool.aborted:
+                raise FetchError("connect", error.strerror or str(error)) from None
+            raise
+        return connection
+
+    def _dial(self, host: str, port: int, deadline: float) -> socket.socket:
+        failure: OSError | None = None
+        for family, address in self._resolver.lookup(host.strip("[]"), deadline - time.monotonic()):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            self._pool.watch(sock)
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                sock.connect((address, port))
+                return sock
+            except OSError as error:
+                failure = error
+                self._pool.unwatch(sock)
+                sock.close()
+        if isinstance(failure, TimeoutError):
+            raise FetchError("timeout", "no connection in time") from None
+        raise FetchError("connect", (failure and (failure.strerror or str(failure))) or "no address") from None
+
+
+def _tls_detail(error: Exception) -> str:
+    return getattr(error, "verify_message", None) or getattr(error, "reason", None) or str(error)
+
+
+# -------------------------------------------------------------------------------------------------------- fetch
+
+
+class Fetcher:
+    """``fetch(request) -> Response or FetchError``, on one opener for all threads."""
+
+    def __init__(self, crawl: Crawl) -> None:
+        options = crawl.options
+        self._crawl, self._options = crawl, options
+        self._pool = _Pool(idle=options.concurrency)
+        self._resolver = Resolver()
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.addheaders = []
+        proxies = {"http": options.proxy, "https": options.proxy} if options.proxy else None
+        self._opener.add_handler(urllib.request.ProxyHandler(proxies))
+        self._opener.add_handler(KeepAliveHandler(self._pool, self._resolver, tls_context(options.insecure)))
+
+    def fetch(self, request: Request) -> Response | FetchError:
+        """Raises Postponed; all that the network does comes back as a FetchError."""
+        started = time.monotonic()
+        outcome: Response | FetchError
+        try:
+            outcome = self._fetch(request, started)
+        except FetchError as error:
+            outcome = error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            outcome = self._explain(error)
+        if self._pool.aborted and isinstance(outcome, FetchError):
+            outcome = FetchError("interrupted", "stopped before the answer was complete", status=outcome.status)
+        outcome.seconds = time.monotonic() - started
+        return outcome
+
+    def _fetch(self, request: Request, started: float) -> Response:
+        url, headers = request_headers(self._options, request)
+        call: Any = urllib.request.Request(url, headers=headers)
+        call.deadline = started + self._crawl.remaining(request)
+        call.connect_deadline = started + self._options.connect_timeout
+        call.before_send = lambda: self._wait_for_turn(request)
+        response = self._opener.open(call)
+        status = response.status
+        try:
+            length = response.length
+            if length is None and response.headers.get("Content-Length") and not response.chunked:
+                raise FetchError("protocol", "not a Content-Length", status=status)
+            if length is not None and length > self._options.max_bytes:
+                raise FetchError("too_large", f"{length} bytes", status=status)
+            body = BodyDecoder(response.headers.get("Content-Encoding"), self._options.max_bytes, status)
+            received = 0
+            while data := response.read(1 << 16):
+                received += len(data)
+                body.feed(data)
+            if length is not None and received < length:
+                raise FetchError("truncated", f"{received} of {length} bytes", status=status)
+            found = {name: value for name in RESPONSE_HEADERS if (value := response.headers.get(name)) is not None}
+            if "Location" in found:
+                found["Location"] = found["Location"].encode("latin-1", "replace").decode("utf-8", "replace")
+            return Response(status, found, body.finish())
+        except TimeoutError:
+            raise FetchError("timeout", self._too_late(), status=status) from None
+        except (OSError, http.client.IncompleteRead) as error:
+            raise FetchError("truncated", _detail(error), status=status) from None
+        finally:
+            response.close()
+
+    def _wait_for_turn(self, request: Request) -> None:
+        while (wait := self._crawl.frontier.clear_to_send(request, time.monotonic())) > 0.0:
+            # The system wakes a sleeper late: sleep a little less, and yield for the rest.
+            time.sleep(wait - 0.0003 if wait > 0.0004 else 0)
+
+    def _too_late(self) -> str:
+        return f"no complete answer within {self._options.timeout:g} s"
+
+    def _explain(self, error: Exception) -> FetchError:
+        if isinstance(error, TimeoutError):
+            return FetchError("timeout", self._too_late())
+        if isinstance(error, ssl.SSLError):
+            return FetchError("tls", _tls_detail(error))
+        if isinstance(error, OSError):
+            return FetchError("reset", _detail(error))
+        return FetchError("protocol", _detail(error))
+
+    @property
+    def aborted(self) -> bool:
+        return self._pool.aborted
+
+    def abort(self) -> None:
+        self._pool.abort()
+        self._resolver.close()
+
+    def close(self) -> None:
+        self._pool.close()
+        self._resolver.close()
+
+
+def _detail(error: Exception) -> str:
+    text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------ workers
+
+
+class _Turns:
+    """Who fetches next, and who waits. ``next`` blocks until there is a request, or there will never be one."""
+
+    def __init__(self, crawl: Crawl) -> None:
+        self._crawl = crawl
+        self._condition = threading.Condition(threading.Lock())
+        self._waiting = 0
+        self._alarm = math.inf
+        """Until when the present timekeeper waits."""
+
+    def next(self) -> Request | None:
+        with self._condition:
+            while True:
+                now = self._crawl.clock()
+                decision = self._crawl.frontier.take(now)
+                if decision is None:
+                    self._condition.notify_all()
+                    return None
+                if isinstance(decision, Request):
+                    if self._waiting:
+                        self._condition.notify()  # the watch over the next host passes on
+                    return decision
+                self._waiting += 1
+                if now + decision < self._alarm:
+                    mine = self._alarm = now + decision
+                    self._condition.wait(decision)
+                    if self._alarm == mine:
+                        self._alarm = math.inf
+                else:
+                    self._condition.wait()
+                self._waiting -= 1
+
+    def changed(self) -> None:
+        with self._condition:
+            if self._waiting:
+                self._condition.notify()
+
+
+class Countdown:
+    """Calls ``then`` when it has been called ``count`` times, by any threads. ``_lock`` guards the count."""
+
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._count, self._then = count, then
+        self._lock = threading.Lock()
+
+    def __call__(self, _: object) -> None:
+        with self._lock:
+            self._count -= 1
+            last = self._count == 0
+        if last:
+            self._then()
+
+
+class Threads:
+    """The driver: worker threads over one frontier."""
+
+    def __init__(self, crawl: Crawl, emit: Emit) -> None:
+        self._crawl, self._emit = crawl, emit
+        self._fetcher = Fetcher(crawl)
+        self._turns = _Turns(crawl)
+        crawl.changed = self._turns.changed
+
+    def work(self) -> None:
+        """What each worker does until nothing will ever come."""
+        while (request := self._turns.next()) is not None:
+            self._handle(request)
+            self._turns.changed()
+
+    def _handle(self, request: Request) -> None:
+        crawl = self._crawl
+        try:
+            outcome = request.error or self._fetcher.fetch(request)
+            final = crawl.judge(request, outcome)
+            if final is None:
+                return
+            row = build_row(request, final)
+        except Postponed:
+            now = crawl.clock()
+            crawl.frontier.put_back(request, now, now)
+            return
+        except Exception as error:
+            row = build_row(request, FetchError("internal", _detail(error)))
+        try:
+            self._emit(row)
+        except Exception as error:
+            crawl.fail(error)
+        crawl.frontier.finish(request, crawl.clock())
+
+    def run(self, urls: Iterable[str], events: queue.SimpleQueue[str]) -> None:
+        """Crawl ``urls``. An event "stop" means: finish what is in flight; a second one: cut it off; a third: exit."""
+        crawl = self._crawl
+        crawl.feed(urls)
+        pool = concurrent.futures.ThreadPoolExecutor(crawl.options.concurrency, thread_name_prefix="worker")
+        workers = [pool.submit(self.work) for _ in range(crawl.options.concurrency)]
+        left = Countdown(len(workers), lambda: events.put("done"))
+        for worker in workers:
+            worker.add_done_callback(left)
+        try:
+            limit: float | None = None
+            while True:
+                try:
+                    event = events.get(timeout=limit)
+                except queue.Empty:
+                    event = "stop"
+                if event == "done":
+                    break
+                if not crawl.interrupted:
+                    crawl.interrupted = True
+                    crawl.frontier.stop()
+                    limit = crawl.options.grace
+                elif not self._fetcher.aborted:
+                    self._fetcher.abort()
+                    limit = None
+                else:
+                    os._exit(EXIT_INTERRUPTED)
+                self._turns.changed()
+        except BaseException:
+            crawl.frontier.stop()
+            self._fetcher.abort()
+            self._turns.changed()
+            raise
+        finally:
+            pool.shutdown()
+            self._fetcher.close()
+        for worker in workers:
+            worker.result()
+
+
+@contextlib.contextmanager
+def signals(events: queue.SimpleQueue[str]) -> Iterator[None]:
+    """SIGINT and SIGTERM as events. A SimpleQueue, because its ``put`` is safe inside a signal handler."""
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        events.put("stop")
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def run(crawl: Crawl, urls: Iterable[str], emit: Emit) -> None:
+    events: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with signals(events):
+        Threads(crawl, emit).run(urls, events)
+
+
+def scrape_all(
+    urls: Iterable[str], options: Options | None = None, *, on_result: Callable[[ScrapeResult], None] | None = None
+) -> list[ScrapeResult]:
+    """Fetch ``urls``; returns the rows in order of completion.
+
+    With ``on_result`` each row goes there instead (called by worker threads, several at a time) and the list returned
+    is empty. What ``on_result`` or the iteration of ``urls`` raises ends the run and is raised here.
+    """
+    rows: list[ScrapeResult] = []
+    crawl = Crawl(options or Options())
+    Threads(crawl, on_result or rows.append).run(urls, queue.SimpleQueue())
+    if crawl.failure is not None:
+        raise crawl.failure
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main("crawl_threads.py", run))
