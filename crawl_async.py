@@ -72,7 +72,7 @@ class GatedConnector(aiohttp.TCPConnector):
     async def connect(self, *args: Any, **more: Any) -> Any:
         connection = await super().connect(*args, **more)
         try:
-            while (wait := self._crawl.frontier.clear_to_send(_in_hand.get(), time.monotonic())) > 0.0:
+            while (wait := self._crawl.frontier.clear_to_send(_in_hand.get(), time.monotonic())) > 0.0:  # noqa: ASYNC110
                 # The loop's timers are good to a millisecond: sleep a little less, and yield for the rest.
                 await asyncio.sleep(wait - 0.001 if wait > 0.0015 else 0)
         except BaseException:

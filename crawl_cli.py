@@ -367,7 +367,7 @@ def write_stats(crawl: Crawl, path: str) -> None:
 def demo_urls(site: Any) -> list[str]:
     """The demo's list: every page of the site, and a few of the ways in which the web misbehaves."""
     faults = [
-        "status-404", "flaky", "retry-after-seconds", "redirect-chain-3", "redirect-loop", "never", "close",
-        "short-body", "gzip-bomb", "broken-gzip", "drip-body", "charset-legacy",
+        "flaky", "retry_429_seconds", "redirect_3", "redirect_loop", "never_answers", "closes", "short_body",
+        "gzip_bomb", "gzip_broken", "body_drip", "charset_windows_1251", "not_http",
     ]  # fmt: skip
-    return [*site.site_urls(), *(site.fault_url(name) for name in faults), "http://no-such-host.invalid/", "not a URL"]
+    return [*site.site_urls(), *(site.fault_url(name) for name in faults), site.url("/status/404"), "http://no-such-host.invalid/", "not a URL"]

@@ -518,7 +518,7 @@ class Frontier:
         if free_at <= now:
             self._hosts.pop(host.name, None)
         else:
-            self._push(host, free_at)
+            self._push(host, free_at + self._lead)  # taken out ``lead`` early, as every entry is
 
 
 # -------------------------------------------------------------------------------------------------------- rules
