@@ -48,7 +48,7 @@ from crawl_core import (
     build_row,
     request_headers,
 )
-from crawl_net import BodyDecoder, ProxyRule, Resolver, tls_context
+from crawl_net import BodyDecoder, ProxyRule, Resolver, detail, tls_context, tls_detail
 from primitives import Channel, Semaphore
 
 INLINE_PARSE = 256 * 1024
@@ -175,7 +175,7 @@ class Fetcher:
             except aiohttp.ClientPayloadError as error:
                 raise _payload_error(error, status) from None
             except (OSError, aiohttp.ClientConnectionError) as error:
-                raise FetchError("truncated", _detail(error), status=status) from None
+                raise FetchError("truncated", detail(error), status=status) from None
 
     def _too_late(self) -> str:
         return f"no complete answer within {self._options.timeout:g} s"
@@ -189,14 +189,14 @@ class Fetcher:
             return FetchError("dns", error.strerror or str(error))
         if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):
             cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
-            return FetchError("tls", _tls_detail(cause))
+            return FetchError("tls", tls_detail(cause))
         if isinstance(error, aiohttp.ClientConnectorError):
             return FetchError("connect", error.os_error.strerror or str(error.os_error))
         if isinstance(error, aiohttp.ClientHttpProxyError):
             return FetchError("connect", f"the proxy answered {error.status}")
         if isinstance(error, (aiohttp.ClientConnectionError, OSError)):
-            return FetchError("reset", _detail(error))
-        return FetchError("protocol", _detail(error))
+            return FetchError("reset", detail(error))
+        return FetchError("protocol", detail(error))
 
     async def close(self) -> None:
         await self._session.close()
@@ -207,17 +207,8 @@ def _payload_error(error: aiohttp.ClientPayloadError, status: int) -> FetchError
     if isinstance(cause, aiohttp.http_exceptions.BadHttpMessage) and not isinstance(
         cause, (aiohttp.http_exceptions.ContentLengthError, aiohttp.http_exceptions.TransferEncodingError)
     ):
-        return FetchError("protocol", _detail(cause), status=status)
-    return FetchError("truncated", _detail(cause or error), status=status)
-
-
-def _tls_detail(error: BaseException) -> str:
-    return getattr(error, "verify_message", None) or getattr(error, "reason", None) or str(error)
-
-
-def _detail(error: BaseException) -> str:
-    text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+        return FetchError("protocol", detail(cause), status=status)
+    return FetchError("truncated", detail(cause or error), status=status)
 
 
 # -------------------------------------------------------------------------------------------------------- tasks
@@ -298,7 +289,7 @@ class Tasks:
                 raise
             row = build_row(request, FetchError("interrupted", "stopped before the answer was complete"))
         except Exception as error:
-            row = build_row(request, FetchError("internal", _detail(error)))
+            row = build_row(request, FetchError("internal", detail(error)))
         try:
             await self._emit(row)
         except Exception as error:

@@ -370,4 +370,10 @@ def demo_urls(site: Any) -> list[str]:
         "flaky", "retry_429_seconds", "redirect_3", "redirect_loop", "never_answers", "closes", "short_body",
         "gzip_bomb", "gzip_broken", "body_drip", "charset_windows_1251", "not_http",
     ]  # fmt: skip
-    return [*site.site_urls(), *(site.fault_url(name) for name in faults), site.url("/status/404"), "http://no-such-host.invalid/", "not a URL"]
+    return [
+        *site.site_urls(),
+        *(site.fault_url(name) for name in faults),
+        site.url("/status/404"),
+        "http://no-such-host.invalid/",
+        "not a URL",
+    ]

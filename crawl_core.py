@@ -40,7 +40,7 @@ from typing import Any
 import ada_url
 
 from html_parse import parse_page
-from primitives import Clock, RetryPolicy, Rng, TokenBucket, parse_retry_after
+from primitives import NANOSECOND, Clock, RetryPolicy, Rng, TokenBucket, parse_retry_after
 
 MAX_URL = 8192
 """Longest URL in characters; RFC 9110, section 4.1 asks for at least 8000."""
@@ -133,9 +133,8 @@ class Request:
     """Seconds that this attempt has used on earlier hops."""
     started: float = 0.0
     """When it was first taken (monotonic)."""
-    sent: bool = False
     last_of_host: bool = False
-    """Nothing more waits for this host: the connection need not be kept."""
+    """The list is read and nothing more waits for this host: the connection need not be kept."""
     error: FetchError | None = None
     """Known to be wrong before any request was made."""
 
@@ -246,16 +245,15 @@ def request_headers(options: Options, request: Request) -> tuple[str, dict[str, 
 class _Host:
     """What is known of one host. Guarded by the frontier's lock."""
 
-    __slots__ = ("bucket", "delayed", "due", "head", "in_flight", "name", "paused_until", "unsent", "waiting")
+    __slots__ = ("delayed", "due", "gate", "head", "in_flight", "name", "paused_until", "schedule", "waiting")
 
-    def __init__(self, name: str, bucket: TokenBucket | None) -> None:
+    def __init__(self, name: str, schedule: TokenBucket | None, gate: TokenBucket | None) -> None:
         self.name = name
-        self.bucket = bucket
+        self.schedule, self.gate = schedule, gate
         self.waiting: list[str | tuple[str, str]] = []
         self.head = 0
         self.delayed: list[tuple[float, int, Request]] = []
         self.in_flight = 0
-        self.unsent = 0
         self.due = math.inf
         self.paused_until = -math.inf
 
@@ -289,23 +287,26 @@ class Frontier:
     ordered by the earliest time at which it may go (an entry that turns out to be early is put back: cheaper than
     finding and changing it). A step costs O(log hosts).
 
-    The tokens are taken by ``clear_to_send`` at the moment of sending. Until then a request counts as *unsent*, and
-    ``take`` lets a further one go only when the bucket will have a token for it too. ``lead`` (seconds) is how much
-    earlier than that moment a request is handed out, so that the driver is ready when it comes.
+    Between leaving the frontier and being sent a request may have to connect, for a time that nobody knows. So there
+    are two buckets of the same rate: the *schedule* is charged by ``take`` and spaces the requests as they leave; the
+    *gate* is charged by ``clear_to_send`` at the moment of sending, and it alone is the promise. Where connections
+    are quick the gate finds nothing to do. ``lead`` (seconds) is how much earlier than it may be sent a request is
+    handed out, so that the driver is ready when the moment comes.
     """
 
     def __init__(
         self, *, rate: float = 2.0, burst: int = 1, per_host: int = 8, total_rate: float = 0.0, lead: float = 0.0
     ) -> None:
         self._rate, self._burst, self._per_host, self._lead = rate, burst, per_host, lead
-        self._total = TokenBucket(total_rate) if total_rate else None
+        self._total_schedule = TokenBucket(total_rate) if total_rate else None
+        self._total_gate = TokenBucket(total_rate) if total_rate else None
         self._lock = threading.Lock()
         self._hosts: dict[str, _Host] = {}
         self._heap: list[tuple[float, int, _Host]] = []
         self._serial = 0
         self._seen: set[str] = set()
         self._refused: deque[Request] = deque()
-        self._waiting = self._in_flight = self._unsent = self._duplicates = 0
+        self._waiting = self._in_flight = self._duplicates = 0
         self._closed = self._stopped = False
 
     def add_all(self, texts: Iterable[str], now: float) -> int:
@@ -340,6 +341,10 @@ class Frontier:
         self._seen.add(key)
         return True
 
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
     def close(self) -> None:
         """No more URLs will be added from outside."""
         with self._lock:
@@ -361,20 +366,20 @@ class Frontier:
             if not self._waiting:
                 return None if self._closed and not self._in_flight else math.inf
             soon = now + self._lead
-            if self._total:
-                wait = self._total.wait_for(self._unsent + 1, now) - self._lead
-                if wait > 0:
+            if self._total_schedule and self._total_gate:
+                wait = max(self._total_schedule.wait_for(1, now), self._total_gate.wait_for(1, now)) - self._lead
+                if wait > NANOSECOND:
                     return wait
             while self._heap:
                 due, _, host = self._heap[0]
-                if due > soon:
+                if due > soon + NANOSECOND:
                     return due - soon
                 heapq.heappop(self._heap)
                 if due != host.due or self._hosts.get(host.name) is not host:
                     continue  # superseded by an earlier entry, or forgotten
                 host.due = math.inf
                 due = self._due(host, now)
-                if due > soon:
+                if due > soon + NANOSECOND:
                     self._push(host, due)
                     self._forget_idle(host, now)
                     continue
@@ -389,22 +394,14 @@ class Frontier:
         """
         with self._lock:
             host = self._hosts[request.host]
-            wait = host.paused_until - now
-            if host.bucket:
-                wait = max(wait, host.bucket.wait_for(1, now))
-            if self._total:
-                wait = max(wait, self._total.wait_for(1, now))
-            if wait > 0:
-                if wait > 1.0:
-                    raise Postponed
+            gates = [gate for gate in (host.gate, self._total_gate) if gate]
+            wait = max(host.paused_until - now, *(gate.wait_for(1, now) for gate in gates), 0.0)
+            if wait > 1.0:
+                raise Postponed
+            if wait > NANOSECOND:
                 return wait
-            for bucket in (host.bucket, self._total):
-                if bucket:
-                    bucket.reserve(1, now)
-            if not request.sent:
-                request.sent = True
-                host.unsent -= 1
-                self._unsent -= 1
+            for gate in gates:
+                gate.reserve(1, now)
             return 0.0
 
     def pause(self, host_name: str, until: float, now: float) -> None:
@@ -412,8 +409,9 @@ class Frontier:
         with self._lock:
             host = self._host(host_name)
             host.paused_until = max(host.paused_until, until)
-            if host.bucket:
-                host.bucket.pause(until)
+            for bucket in (host.schedule, host.gate):
+                if bucket:
+                    bucket.pause(until)
 
     def finish(self, request: Request, now: float) -> None:
         """The request is done with: its row is written."""
@@ -426,7 +424,6 @@ class Frontier:
         """The request is not done: it goes (to ``target`` on ``host_name``, if given) no sooner than ``not_before``."""
         with self._lock:
             self._leave(request, now)
-            request.sent = False
             request.target, request.host = target or request.target, host_name or request.host
             host = self._host(request.host)
             heapq.heappush(host.delayed, (not_before, self._next_serial(), request))
@@ -452,8 +449,8 @@ class Frontier:
     def _host(self, name: str) -> _Host:
         host = self._hosts.get(name)
         if host is None:
-            bucket = TokenBucket(self._rate, self._burst) if self._rate else None
-            host = self._hosts[name] = _Host(name, bucket)
+            schedule, gate = (TokenBucket(self._rate, self._burst) if self._rate else None for _ in range(2))
+            host = self._hosts[name] = _Host(name, schedule, gate)
         return host
 
     def _due(self, host: _Host, now: float) -> float:
@@ -466,8 +463,8 @@ class Frontier:
             due = max(now, host.delayed[0][0])
         else:
             return math.inf
-        if host.bucket:
-            due = max(due, now + host.bucket.wait_for(host.unsent + 1, now))
+        if host.schedule and host.gate:
+            due = max(due, now + host.schedule.wait_for(1, now), now + host.gate.wait_for(1, now))
         return max(due, host.paused_until)
 
     def _push(self, host: _Host, due: float) -> None:
@@ -487,10 +484,11 @@ class Frontier:
             request = Request(url, target, host.name, started=now)
         self._waiting -= 1
         self._in_flight += 1
-        self._unsent += 1
         host.in_flight += 1
-        host.unsent += 1
-        request.last_of_host = not host.has_work()
+        for bucket in (host.schedule, self._total_schedule):
+            if bucket:
+                bucket.reserve(1, now)
+        request.last_of_host = self._closed and not host.has_work()
         self._schedule(host, now)
         return request
 
@@ -500,9 +498,6 @@ class Frontier:
             return
         host = self._hosts[request.host]
         host.in_flight -= 1
-        if not request.sent:
-            host.unsent -= 1
-            self._unsent -= 1
         if host.has_work():
             self._schedule(host, now)
         else:
@@ -513,12 +508,14 @@ class Frontier:
         if host.in_flight or host.has_work():
             return
         free_at = host.paused_until
-        if host.bucket:
-            free_at = max(free_at, now + host.bucket.wait_for(self._burst, now))
+        for bucket in (host.schedule, host.gate):
+            if bucket:
+                free_at = max(free_at, now + bucket.wait_for(self._burst, now))
         if free_at <= now:
             self._hosts.pop(host.name, None)
         else:
-            self._push(host, free_at + self._lead)  # taken out ``lead`` early, as every entry is
+            # Entries are looked at ``lead`` early; a millisecond more, so that it is surely over when this one is.
+            self._push(host, free_at + self._lead + 0.001)
 
 
 # -------------------------------------------------------------------------------------------------------- rules
@@ -647,14 +644,13 @@ class Crawl:
 
         def read() -> None:
             batch: list[str] = []
-            last = self.clock()
             try:
                 for url in urls:
                     batch.append(url)
-                    if len(batch) >= 200 or self.clock() - last > 0.1:
+                    if len(batch) >= 200 or self.frontier.waiting < 200:
                         self.frontier.add_all(batch, self.clock())
                         self.changed()
-                        batch, last = [], self.clock()
+                        batch = []
             except Exception as error:
                 self.fail(error)
             self.frontier.add_all(batch, self.clock())

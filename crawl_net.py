@@ -264,7 +264,19 @@ class Resolver:
             self._settle(future, error=FetchError("interrupted", "stopped during the look-up of the name"))
 
 
-# -------------------------------------------------------------------------------------------------- TLS, proxies
+# ------------------------------------------------------------------------------------------ errors, TLS, proxies
+
+
+def detail(error: BaseException) -> str:
+    """An error in one short line."""
+    text = (isinstance(error, OSError) and error.strerror) or getattr(error, "message", None) or str(error)
+    text = " ".join(str(text).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def tls_detail(error: BaseException) -> str:
+    """Why there is no secure connection, in OpenSSL's words."""
+    return getattr(error, "verify_message", None) or getattr(error, "reason", None) or str(error)
 
 
 def tls_context(insecure: bool) -> ssl.SSLContext:

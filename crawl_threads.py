@@ -53,7 +53,7 @@ from crawl_core import (
     build_row,
     request_headers,
 )
-from crawl_net import BodyDecoder, Resolver, tls_context
+from crawl_net import BodyDecoder, Resolver, detail, tls_context, tls_detail
 
 Emit = Callable[[ScrapeResult], None]
 
@@ -337,7 +337,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 try:
                     secure = self._tls.wrap_socket(sock, server_hostname=name)
                 except (ssl.SSLError, ValueError) as error:
-                    raise FetchError("tls", _tls_detail(error)) from None
+                    raise FetchError("tls", tls_detail(error)) from None
                 self._pool.unwatch(sock)
                 self._pool.watch(secure)
                 wrapped.sock = sock = secure
@@ -368,10 +368,6 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         if isinstance(failure, TimeoutError):
             raise FetchError("timeout", "no connection in time") from None
         raise FetchError("connect", (failure and (failure.strerror or str(failure))) or "no address") from None
-
-
-def _tls_detail(error: Exception) -> str:
-    return getattr(error, "verify_message", None) or getattr(error, "reason", None) or str(error)
 
 
 # -------------------------------------------------------------------------------------------------------- fetch
@@ -434,7 +430,7 @@ class Fetcher:
         except TimeoutError:
             raise FetchError("timeout", self._too_late(), status=status) from None
         except (OSError, http.client.IncompleteRead) as error:
-            raise FetchError("truncated", _detail(error), status=status) from None
+            raise FetchError("truncated", detail(error), status=status) from None
         finally:
             response.close()
 
@@ -450,10 +446,10 @@ class Fetcher:
         if isinstance(error, TimeoutError):
             return FetchError("timeout", self._too_late())
         if isinstance(error, ssl.SSLError):
-            return FetchError("tls", _tls_detail(error))
+            return FetchError("tls", tls_detail(error))
         if isinstance(error, OSError):
-            return FetchError("reset", _detail(error))
-        return FetchError("protocol", _detail(error))
+            return FetchError("reset", detail(error))
+        return FetchError("protocol", detail(error))
 
     @property
     def aborted(self) -> bool:
@@ -466,11 +462,6 @@ class Fetcher:
     def close(self) -> None:
         self._pool.close()
         self._resolver.close()
-
-
-def _detail(error: Exception) -> str:
-    text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------ workers
@@ -557,7 +548,7 @@ class Threads:
             crawl.frontier.put_back(request, now, now)
             return
         except Exception as error:
-            row = build_row(request, FetchError("internal", _detail(error)))
+            row = build_row(request, FetchError("internal", detail(error)))
         try:
             self._emit(row)
         except Exception as error:

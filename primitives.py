@@ -55,6 +55,10 @@ RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[Base
 """Which errors to try again: an exception type, several, or a predicate."""
 
 
+NANOSECOND = 1e-9
+"""The resolution of the clocks: a wait shorter than this is none (rounding would make one of it that never ends)."""
+
+
 class ChannelClosed(Exception):
     """The channel was closed: nothing more can be put, or nothing is left to get."""
 
@@ -140,7 +144,7 @@ class TokenBucket:
     ``ValueError``: it could only be granted by breaking the bound.
     """
 
-    __slots__ = ("_clock", "_depth", "_full_at", "_interval", "_lock", "burst", "rate")
+    __slots__ = ("_clock", "_depth", "_floor", "_full_at", "_interval", "_lock", "burst", "rate")
 
     def __init__(self, rate: float, burst: float = 1, *, clock: Clock = time.monotonic) -> None:
         if not (rate > 0 and math.isfinite(rate)):
@@ -151,6 +155,8 @@ class TokenBucket:
         self._interval = 1.0 / rate
         self._depth = burst * self._interval
         self._full_at = -math.inf
+        self._floor = -math.inf
+        """What a pause has set: giving a reservation back must not undo it."""
         self._clock = clock
         self._lock = threading.Lock()
 
@@ -166,7 +172,7 @@ class TokenBucket:
                 before = now
             after = self._full_at = before + n * self._interval
         wait = after - self._depth - now
-        return Reservation(wait if wait > 0.0 else 0.0, before, after)
+        return Reservation(wait if wait > NANOSECOND else 0.0, before, after)
 
     def reserve(self, n: float = 1, now: float | None = None) -> float:
         """Book ``n`` tokens and return the seconds to wait before using them (0.0: go)."""
@@ -181,7 +187,7 @@ class TokenBucket:
         with self._lock:
             if self._full_at != reservation.after:
                 return False
-            self._full_at = reservation.before
+            self._full_at = max(reservation.before, self._floor)
             return True
 
     def wait_for(self, n: float = 1, now: float | None = None) -> float:
@@ -189,12 +195,14 @@ class TokenBucket:
         with self._lock:
             if now is None:
                 now = self._clock()
-            return max(0.0, max(self._full_at, now) + n * self._interval - self._depth - now)
+            wait = max(self._full_at, now) + n * self._interval - self._depth - now
+        return wait if wait > NANOSECOND else 0.0
 
     def pause(self, until: float) -> None:
         """Grant nothing before ``until``, when one token is there and the rest refills (Retry-After)."""
         with self._lock:
-            self._full_at = max(self._full_at, until + self._depth - self._interval)
+            self._floor = max(self._floor, until + self._depth - self._interval)
+            self._full_at = max(self._full_at, self._floor)
 
     def try_acquire(self, n: float = 1, now: float | None = None) -> bool:
         """Take ``n`` tokens if they are there at once."""
