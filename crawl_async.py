@@ -48,7 +48,7 @@ from crawl_core import (
     build_row,
     request_headers,
 )
-from crawl_net import BodyDecoder, ProxyRule, Resolver, detail, tls_context, tls_detail
+from crawl_net import BodyDecoder, ProxyRule, Resolver, detail, tls_detail
 from primitives import Channel, Semaphore
 
 INLINE_PARSE = 256 * 1024
@@ -109,12 +109,13 @@ class Fetcher:
         options = crawl.options
         self._crawl, self._options = crawl, options
         self._proxy = ProxyRule(options.proxy)
+        self._resolver = LoopResolver()
         self._session = aiohttp.ClientSession(
             connector=GatedConnector(
                 crawl,
                 limit=0,
-                resolver=LoopResolver(),
-                ssl=tls_context(options.insecure),
+                resolver=self._resolver,
+                ssl=not options.insecure,
                 use_dns_cache=False,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -157,11 +158,8 @@ class Fetcher:
                     raise FetchError("too_large", f"{length} bytes", status=status)
                 body = BodyDecoder(response.headers.get("Content-Encoding"), self._options.max_bytes, status)
                 while data := await response.content.readany():
-                    if not body.coded or len(data) <= 8192:
-                        body.feed(data)
-                    else:
-                        for start in range(0, len(data), 8192):
-                            body.feed(data[start : start + 8192])
+                    for step, _ in enumerate(body.feed(data)):
+                        if step:
                             await asyncio.sleep(0)
                 found = {name: value for name in RESPONSE_HEADERS if (value := response.headers.get(name)) is not None}
                 if "Location" in found:
@@ -200,6 +198,7 @@ class Fetcher:
 
     async def close(self) -> None:
         await self._session.close()
+        await self._resolver.close()
 
 
 def _payload_error(error: aiohttp.ClientPayloadError, status: int) -> FetchError:

@@ -160,7 +160,7 @@ class Options:
     timeout: float = 20.0
     connect_timeout: float = 10.0
     retries: int = 2
-    max_bytes: int = 10_000_000
+    max_bytes: int = 5_000_000
     max_redirects: int = 10
     grace: float = 5.0
     user_agent: str = USER_AGENT

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import ipaddress
 import math
 import socket
@@ -23,6 +24,7 @@ import urllib.request
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import brotli  # type: ignore[import-untyped]
 
@@ -41,39 +43,53 @@ _PIECE = 1 << 18
 
 
 class _Gzip:
-    """gzip (RFC 1952), several members included; and deflate, with (RFC 1950) or without (RFC 1951) its header."""
+    """gzip (RFC 1952), several members included."""
 
-    def __init__(self, coding: str) -> None:
-        self._wbits = zlib.MAX_WBITS + 16 if coding == "gzip" else zlib.MAX_WBITS
-        self._inflate = zlib.decompressobj(self._wbits)
+    def __init__(self) -> None:
+        self._inflate = zlib.decompressobj(zlib.MAX_WBITS + 16)
         self._fresh = True
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
         while data:
-            try:
-                out = self._inflate.decompress(data, _PIECE)
-            except zlib.error:
-                if not (self._fresh and self._wbits == zlib.MAX_WBITS):
-                    raise
-                self._inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-                out = self._inflate.decompress(data, _PIECE)
             self._fresh = False
-            yield out
+            yield self._inflate.decompress(data, _PIECE)
             data = self._inflate.unconsumed_tail
             if self._inflate.eof:
                 data = self._inflate.unused_data
-                if not (self._wbits > zlib.MAX_WBITS and data[:2] == b"\x1f\x8b"):
+                if data[:2] != b"\x1f\x8b":
                     return
-                self._inflate = zlib.decompressobj(self._wbits)
+                self._inflate = zlib.decompressobj(zlib.MAX_WBITS + 16)
 
     def complete(self) -> bool:
         return self._fresh or self._inflate.eof
 
 
+class _Deflate:
+    """deflate in its zlib wrapper (RFC 1950), as it should be, or without it (RFC 1951), as some servers send it."""
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._inflate: Any = None
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        if self._inflate is None:
+            self._head += data
+            if len(self._head) < 2:
+                return
+            data, wrapped = self._head, self._head[0] & 15 == 8 and int.from_bytes(self._head[:2]) % 31 == 0
+            self._inflate = zlib.decompressobj(zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS)
+        while data and not self._inflate.eof:
+            yield self._inflate.decompress(data, _PIECE)
+            data = self._inflate.unconsumed_tail
+
+    def complete(self) -> bool:
+        return self._inflate.eof if self._inflate else not self._head
+
+
 class _Brotli:
     """RFC 7932."""
 
-    def __init__(self, coding: str) -> None:
+    def __init__(self) -> None:
         self._decoder = brotli.Decompressor()
         self._fresh = True
 
@@ -91,7 +107,7 @@ class _Brotli:
 class _Zstandard:
     """RFC 8878, with the 8 MB window that RFC 9659 sets for HTTP."""
 
-    def __init__(self, coding: str) -> None:
+    def __init__(self) -> None:
         self._decoder = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 23})
         self._fresh = True
 
@@ -107,10 +123,10 @@ class _Zstandard:
         return self._fresh or self._decoder.eof
 
 
-_CODINGS: dict[str, Callable[[str], _Gzip | _Brotli | _Zstandard]] = {
+_CODINGS: dict[str, Callable[[], _Gzip | _Deflate | _Brotli | _Zstandard]] = {
     "gzip": _Gzip,
-    "x-gzip": lambda coding: _Gzip("gzip"),
-    "deflate": _Gzip,
+    "x-gzip": _Gzip,
+    "deflate": _Deflate,
     "br": _Brotli,
     "zstd": _Zstandard,
 }
@@ -128,19 +144,21 @@ class BodyDecoder:
         names = [name for name in names if name != "identity"]
         if len(names) > 3 or any(name not in _CODINGS for name in names):
             raise FetchError("decode", f"unknown Content-Encoding {(coding or '')[:60]!r}", status=status)
-        self._stages = [_CODINGS[name](name) for name in reversed(names)]
+        self._stages = [_CODINGS[name]() for name in reversed(names)]
         self.coded = bool(self._stages)
         self._limit, self._status = limit, status
         self._parts: list[bytes] = []
         self._size = 0
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> Iterator[None]:
+        """Takes ``data`` in steps of at most 256 KiB of output: an event loop can do something else in between."""
         if not self.coded:
             self._keep(data)
             return
         try:
             for piece in self._expand(0, data):
                 self._keep(piece)
+                yield
         except (zlib.error, brotli.error, zstd.ZstdError, EOFError) as error:
             raise FetchError("decode", str(error) or type(error).__name__, status=self._status) from None
 
@@ -279,8 +297,9 @@ def tls_detail(error: BaseException) -> str:
     return getattr(error, "verify_message", None) or getattr(error, "reason", None) or str(error)
 
 
+@functools.cache
 def tls_context(insecure: bool) -> ssl.SSLContext:
-    """The system's trust, or (``insecure``) any certificate of any name."""
+    """The system's trust, or (``insecure``) any certificate of any name. Made when it is needed: it takes 0.1 s."""
     context = ssl.create_default_context()
     if insecure:
         context.check_hostname = False

@@ -34,6 +34,7 @@ import ssl
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -176,6 +177,10 @@ class _Connection(http.client.HTTPConnection):
     sock: Any
 
 
+class _SecureConnection(_Connection):
+    default_port = 443
+
+
 class _Pool:
     """The open connections: idle ones by origin, newest first; those in use, so that they can be cut off.
 
@@ -258,9 +263,9 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     it was idle is replaced once (RFC 9112, section 9.3.1). Raises FetchError of kind dns, connect, tls.
     """
 
-    def __init__(self, pool: _Pool, resolver: Resolver, context: ssl.SSLContext) -> None:
-        urllib.request.HTTPSHandler.__init__(self, context=context)
-        self._pool, self._resolver, self._tls = pool, resolver, context
+    def __init__(self, pool: _Pool, resolver: Resolver, *, insecure: bool = False) -> None:
+        urllib.request.HTTPHandler.__init__(self)
+        self._pool, self._resolver, self._insecure = pool, resolver, insecure
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         return self._open("http", req)
@@ -321,21 +326,22 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         req: urllib.request.Request,
         deadline: float,
     ) -> _Connection:
-        connection = _Connection(authority)
-        if scheme == "https" and connection.port == 80 and not authority.endswith(":80"):
-            connection.port = 443
+        connection = (_SecureConnection if scheme == "https" and not tunnel else _Connection)(authority)
+        server = connection.host
+        if tunnel:
+            parts = urllib.parse.urlsplit(f"//{tunnel}")
+            server = parts.hostname or ""
+            connection.set_tunnel(f"[{server}]" if ":" in server else server, parts.port or 443, proxy_headers)
         connect_deadline = min(deadline, getattr(req, "connect_deadline", deadline))
         sock = self._dial(connection.host, connection.port, connect_deadline)
         try:
             wrapped = connection.sock = _DeadlineSocket(sock, connect_deadline)
             if tunnel:
-                connection.set_tunnel(tunnel, headers=proxy_headers)
                 connection._tunnel()  # type: ignore[attr-defined]
             if scheme == "https":
                 wrapped.arm()
-                name = (tunnel or connection.host).partition(":")[0] if tunnel else connection.host
                 try:
-                    secure = self._tls.wrap_socket(sock, server_hostname=name)
+                    secure = tls_context(self._insecure).wrap_socket(sock, server_hostname=server)
                 except (ssl.SSLError, ValueError) as error:
                     raise FetchError("tls", tls_detail(error)) from None
                 self._pool.unwatch(sock)
@@ -385,7 +391,7 @@ class Fetcher:
         self._opener.addheaders = []
         proxies = {"http": options.proxy, "https": options.proxy} if options.proxy else None
         self._opener.add_handler(urllib.request.ProxyHandler(proxies))
-        self._opener.add_handler(KeepAliveHandler(self._pool, self._resolver, tls_context(options.insecure)))
+        self._opener.add_handler(KeepAliveHandler(self._pool, self._resolver, insecure=options.insecure))
 
     def fetch(self, request: Request) -> Response | FetchError:
         """Raises Postponed; all that the network does comes back as a FetchError."""
@@ -420,7 +426,8 @@ class Fetcher:
             received = 0
             while data := response.read(1 << 16):
                 received += len(data)
-                body.feed(data)
+                for _ in body.feed(data):
+                    pass
             if length is not None and received < length:
                 raise FetchError("truncated", f"{received} of {length} bytes", status=status)
             found = {name: value for name in RESPONSE_HEADERS if (value := response.headers.get(name)) is not None}
