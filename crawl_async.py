@@ -7,7 +7,7 @@ a task for each: fetch, parse, write the row. A task gives way only where it say
 the loop to itself, so nothing here needs a lock against the other tasks, and nothing here may block.
 
 Which work runs where: sockets, TLS, decompression (in small steps) and the parsing of ordinary pages in the loop;
-parsing of pages above ``INLINE_PARSE`` bytes in a thread; DNS in the resolver's threads; the list is read in a thread,
+parsing of pages above ``INLINE_PARSE`` bytes in one thread; DNS in the resolver's threads; the list is read in a thread,
 and the rows are written in one (a pipe may block), fed by a bounded ``Channel``: when the reader of the rows is slow,
 the tasks wait, and the crawl slows down instead of filling the memory.
 
@@ -18,6 +18,7 @@ next host is due.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
 import inspect
 import math
@@ -222,6 +223,7 @@ class Tasks:
         self._slots = Semaphore(crawl.options.concurrency)
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")  # more would only share one interpreter
         self._in_flight: set[asyncio.Task[None]] = set()
         self._forced = False
         crawl.changed = self._changed
@@ -261,6 +263,7 @@ class Tasks:
         finally:
             self._crawl.frontier.stop()
             await self._fetcher.close()
+            self._parser.shutdown(wait=False)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._in_flight.discard(task)
@@ -276,7 +279,7 @@ class Tasks:
             if final is None:
                 return
             if isinstance(final, Response) and len(final.body) > INLINE_PARSE:
-                row = await asyncio.to_thread(build_row, request, final)
+                row = await self._loop.run_in_executor(self._parser, build_row, request, final)
             else:
                 row = build_row(request, final)
         except Postponed:

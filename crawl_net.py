@@ -172,6 +172,7 @@ class BodyDecoder:
     def _keep(self, data: bytes) -> None:
         self._size += len(data)
         if self._size > self._limit:
+            self._parts.clear()
             raise FetchError("too_large", f"more than {self._limit} bytes", status=self._status)
         self._parts.append(data)
 
