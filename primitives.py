@@ -65,7 +65,7 @@ class ChannelClosed(Exception):
 
 # ---------------------------------------------------------------------------------------- Retry-After
 
-_MONTHS = {name: number for number, name in enumerate(calendar.month_abbr) if number}
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _TIME = r"(?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d)"
 _HTTP_DATES = (
     re.compile(rf"[A-Z][a-z]{{2}}, (?P<day>\d\d) (?P<month>[A-Z][a-z]{{2}}) (?P<year>\d{{4}}) {_TIME} GMT", re.A),
@@ -82,20 +82,21 @@ def parse_http_date(value: str, now: float) -> float | None:
     """
     for pattern in _HTTP_DATES:
         match = pattern.fullmatch(value)
-        if match is None:
+        if match is None or match["month"] not in _MONTHS:
             continue
-        year, month, day = int(match["year"]), _MONTHS.get(match["month"], 0), int(match["day"])
-        hour, minute, second = int(match["hour"]), int(match["minute"]), int(match["second"])
+        year, month, day = int(match["year"]), _MONTHS.index(match["month"]) + 1, int(match["day"])
+        clock = int(match["hour"]), int(match["minute"]), int(match["second"])
         if len(match["year"]) == 2:
-            this_year = time.gmtime(now).tm_year
-            year += this_year - this_year % 100
-            if year > this_year + 50:
+            today = time.gmtime(now)
+            limit = (today.tm_year + 50, *today[1:6])
+            year += limit[0] - limit[0] % 100
+            if (year, month, day, *clock) > limit:
                 year -= 100
-        if not (1 <= month <= 12 and year >= 1 and hour <= 23 and minute <= 59 and second <= 60):
+        if not (year >= 1 and clock <= (23, 59, 60) and clock[1] <= 59 and clock[2] <= 60):
             return None
         if not 1 <= day <= calendar.monthrange(year, month)[1]:
             return None
-        return float(calendar.timegm((year, month, day, hour, minute, second)))
+        return float(calendar.timegm((year, month, day, *clock)))
     return None
 
 
@@ -107,7 +108,7 @@ def parse_retry_after(value: str | None, now: float | None = None, maximum: floa
     """
     text = (value or "").strip(" \t")
     if text.isascii() and text.isdigit():
-        return maximum if len(text) > 9 else min(maximum, float(text))
+        return maximum if len(text.lstrip("0")) > 9 else min(maximum, float(text))
     now = time.time() if now is None else now
     date = parse_http_date(text, now)
     return None if date is None else min(maximum, max(0.0, date - now))
@@ -117,9 +118,10 @@ def parse_retry_after(value: str | None, now: float | None = None, maximum: floa
 
 
 class Reservation(NamedTuple):
-    """A place in a bucket's queue: usable ``wait`` seconds after it was made."""
+    """A place in a bucket's queue: usable ``wait`` seconds after it was made, at ``due`` by the clock."""
 
     wait: float
+    due: float
     before: float
     after: float
 
@@ -144,7 +146,7 @@ class TokenBucket:
     ``ValueError``: it could only be granted by breaking the bound.
     """
 
-    __slots__ = ("_clock", "_depth", "_floor", "_full_at", "_interval", "_lock", "burst", "rate")
+    __slots__ = ("_clock", "_depth", "_full_at", "_interval", "_lock", "_paused_until", "burst", "rate")
 
     def __init__(self, rate: float, burst: float = 1, *, clock: Clock = time.monotonic) -> None:
         if not (rate > 0 and math.isfinite(rate)):
@@ -155,24 +157,31 @@ class TokenBucket:
         self._interval = 1.0 / rate
         self._depth = burst * self._interval
         self._full_at = -math.inf
-        self._floor = -math.inf
-        """What a pause has set: giving a reservation back must not undo it."""
+        self._paused_until = -math.inf
         self._clock = clock
         self._lock = threading.Lock()
 
-    def book(self, n: float = 1, now: float | None = None) -> Reservation:
-        """Book ``n`` tokens; the reservation can be given back with ``cancel``."""
+    def _due(self, n: float, now: float) -> tuple[float, float, float]:
+        """When ``n`` tokens can be had, and the state before and after taking them."""
         if not 0 < n <= self.burst:
             raise ValueError(f"can grant between 0 and {self.burst} tokens at once, not {n!r}")
+        before = self._full_at
+        if before < now:
+            before = now
+        after = before + n * self._interval
+        due = after - self._depth
+        if due < self._paused_until:
+            due = self._paused_until
+        return (due if due > now + NANOSECOND else now), before, after
+
+    def book(self, n: float = 1, now: float | None = None) -> Reservation:
+        """Book ``n`` tokens; the reservation can be given back with ``cancel``."""
         with self._lock:
             if now is None:
                 now = self._clock()
-            before = self._full_at
-            if before < now:
-                before = now
-            after = self._full_at = before + n * self._interval
-        wait = after - self._depth - now
-        return Reservation(wait if wait > NANOSECOND else 0.0, before, after)
+            due, before, after = self._due(n, now)
+            self._full_at = after
+        return Reservation(due - now, due, before, after)
 
     def reserve(self, n: float = 1, now: float | None = None) -> float:
         """Book ``n`` tokens and return the seconds to wait before using them (0.0: go)."""
@@ -187,7 +196,7 @@ class TokenBucket:
         with self._lock:
             if self._full_at != reservation.after:
                 return False
-            self._full_at = max(reservation.before, self._floor)
+            self._full_at = max(reservation.before, self._paused_until + self._depth - self._interval)
             return True
 
     def wait_for(self, n: float = 1, now: float | None = None) -> float:
@@ -195,42 +204,52 @@ class TokenBucket:
         with self._lock:
             if now is None:
                 now = self._clock()
-            wait = max(self._full_at, now) + n * self._interval - self._depth - now
+            due = max(self._full_at, now) + n * self._interval - self._depth
+            wait = max(due, self._paused_until) - now
         return wait if wait > NANOSECOND else 0.0
 
     def pause(self, until: float) -> None:
         """Grant nothing before ``until``, when one token is there and the rest refills (Retry-After)."""
         with self._lock:
-            self._floor = max(self._floor, until + self._depth - self._interval)
-            self._full_at = max(self._full_at, self._floor)
+            self._paused_until = max(self._paused_until, until)
+            self._full_at = max(self._full_at, until + self._depth - self._interval)
 
     def try_acquire(self, n: float = 1, now: float | None = None) -> bool:
         """Take ``n`` tokens if they are there at once."""
-        reservation = self.book(n, now)
-        if reservation.wait > 0.0:
-            self.cancel(reservation)
-            return False
-        return True
+        with self._lock:
+            if now is None:
+                now = self._clock()
+            due, _, after = self._due(n, now)
+            if due > now:
+                return False
+            self._full_at = after
+            return True
 
     def acquire(self, n: float = 1) -> None:
         """Take ``n`` tokens, sleeping until they are due."""
         reservation = self.book(n)
-        if reservation.wait > 0.0:
-            try:
-                time.sleep(reservation.wait)
-            except BaseException:
-                self.cancel(reservation)
-                raise
+        wait = reservation.wait
+        try:
+            while wait > NANOSECOND:
+                time.sleep(wait)
+                wait = reservation.due - self._clock()
+        except BaseException:
+            self.cancel(reservation)
+            raise
 
     async def acquire_async(self, n: float = 1) -> None:
         """Take ``n`` tokens, awaiting until they are due; a cancelled waiter gives them back where possible."""
         reservation = self.book(n)
-        if reservation.wait > 0.0:
-            try:
-                await asyncio.sleep(reservation.wait)
-            except BaseException:
-                self.cancel(reservation)
-                raise
+        wait = reservation.wait
+        if not wait:
+            return
+        try:
+            while wait > NANOSECOND:
+                await asyncio.sleep(wait)
+                wait = reservation.due - self._clock()
+        except BaseException:
+            self.cancel(reservation)
+            raise
 
     def stats(self, now: float | None = None) -> TokenBucketStats:
         with self._lock:
@@ -359,8 +378,8 @@ class _Attempts:
         self._made = 0
         self._history: list[str] = []
 
-    def failed(self, error: Exception) -> float:
-        """Seconds to wait before the next try. Raises ``error``, its history as a note, when there is none."""
+    def failed(self, error: Exception) -> float | None:
+        """Seconds to wait before the next try; None when there is none: ``error`` now has the history as its note."""
         on = self._on
         wanted = isinstance(error, on) if isinstance(on, (type, tuple)) else on(error)
         self._made += 1
@@ -373,7 +392,7 @@ class _Attempts:
                 return delay
         if self._made > 1:
             error.add_note(f"retry: gave up after {self._made} attempts: " + "; ".join(self._history[-10:]))
-        raise error
+        return None
 
 
 _DEFAULT_POLICY = RetryPolicy()
@@ -404,6 +423,8 @@ def retry(
         except Exception as error:
             attempts = attempts or _Attempts(on, policy, budget, clock, rng, started)
             delay = attempts.failed(error)
+            if delay is None:
+                raise
         sleep(delay)
 
 
@@ -428,6 +449,8 @@ async def retry_async(
         except Exception as error:
             attempts = attempts or _Attempts(on, policy, budget, clock, rng, started)
             delay = attempts.failed(error)
+            if delay is None:
+                raise
         await sleep(delay)
 
 
@@ -449,13 +472,18 @@ class _Waiter:
         else:
             self._future: asyncio.Future[None] = loop.create_future()
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
+        """False if nobody will ever wake up: the event loop of the task is closed."""
         if self._loop is None:
             self._lock.release()
         elif asyncio._get_running_loop() is self._loop:
             self._resolve()
         else:
-            self._loop.call_soon_threadsafe(self._resolve)
+            try:
+                self._loop.call_soon_threadsafe(self._resolve)
+            except RuntimeError:
+                return False
+        return True
 
     def _resolve(self) -> None:
         if not self._future.done():
@@ -489,12 +517,17 @@ class _FairCondition:
         self._waiters.append(waiter)
         return waiter
 
-    def grant_oldest(self, value: Any = None) -> Any:
-        """Hand ``value`` to the oldest waiter; returns the value that it had parked with."""
-        waiter = self._waiters.popleft()
-        waiter.granted, waiter.value, brought = True, value, waiter.value
-        waiter.wake()
-        return brought
+    def grant_oldest(self, value: Any = None) -> _Waiter | None:
+        """Hand ``value`` (if it is not None, it takes the place of what the waiter brought) to the oldest waiter."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            brought, waiter.granted = waiter.value, True
+            if value is not None:
+                waiter.value = value
+            if waiter.wake():
+                return waiter
+            waiter.granted, waiter.value = False, brought
+        return None
 
     def wake_all_empty_handed(self) -> None:
         while self._waiters:
@@ -574,12 +607,11 @@ class Semaphore:
     def release(self) -> None:
         """Give a permit back: to the oldest waiter, else to the count. ``ValueError`` if none was out."""
         with self._lock:
-            if self._released:
-                self._released.grant_oldest()
-            elif self._available == self.permits:
+            if self._released.grant_oldest():
+                return
+            if self._available == self.permits:
                 raise ValueError("released more often than acquired")
-            else:
-                self._available += 1
+            self._available += 1
 
     def _abandon(self, waiter: _Waiter) -> None:
         with self._lock:
@@ -650,18 +682,17 @@ class Channel(Generic[T]):
     def _offer(self, item: T) -> bool:
         if self._closed:
             raise ChannelClosed("the channel is closed")
-        if self._not_empty:
-            self._not_empty.grant_oldest(item)
-        elif len(self._items) < self.capacity:
+        if self._not_empty.grant_oldest(item):
+            return True
+        if len(self._items) < self.capacity:
             self._items.append(item)
-        else:
-            return False
-        return True
+            return True
+        return False
 
     def _take(self) -> T:
         item = self._items.popleft()
-        if self._not_full and len(self._items) < self.capacity:
-            self._items.append(self._not_full.grant_oldest())
+        if len(self._items) < self.capacity and (putter := self._not_full.grant_oldest()):
+            self._items.append(putter.value)
         return item
 
     def put_nowait(self, item: T) -> None:
@@ -756,9 +787,7 @@ class Channel(Generic[T]):
             self._not_empty.leave(waiter)
             if not waiter.granted:
                 return
-            if self._not_empty:
-                self._not_empty.grant_oldest(waiter.value)
-            else:
+            if not self._not_empty.grant_oldest(waiter.value):
                 self._items.appendleft(waiter.value)
 
     def __iter__(self) -> Iterator[T]:

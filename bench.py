@@ -1,0 +1,1037 @@
+"""Side-by-side measurements: the programs of this project against their peers, in one run, as ratios.
+
+    python bench.py crawl
+
+Theory
+------
+A rate by itself says more about the machine than about the program. So everything here is measured next to what a
+user would take instead, on the same input, in one run: repetitions are interleaved (A B C, B C A, ...), so that a busy
+minute hits all alike; a figure is the median, with the smallest and the largest beside it; what counts is the ratio.
+
+* **A contestant of `crawl` is a process of its own**, timed from its start to its end, as its user would wait for it;
+  a run over one page tells how much of that is starting up. CPU time and peak memory are what the system kept for the
+  child (wait4). Linux starts a child's peak at its parent's, so this process stays small: the pages are generated in
+  another, and the rows are read when all timing is over. What it takes itself is printed: no peak below that is told.
+* **Being fast at something else does not count**: all contestants write the same rows, and these are compared.
+* **The peers are written as their experts would**, or, where the name says textbook, as everyone does at first. They
+  are the functions in `PEERS` and run as `python bench.py _peer NAME URLS ROWS CONCURRENCY`; therefore this file
+  imports little at its head.
+* **A call of a mechanism** (`primitives`) takes nanoseconds, so a loop of many is timed; the loop is the same for all.
+
+Promised: all traffic stays on 127.0.0.0/8; every child is ended, and every temporary folder removed, however the run
+ends, SIGKILL excepted. A peer that is not installed is left out, with a note. Not promised: that a shared machine
+repeats itself.
+
+Threads: `million` feeds its child in one, `rate` has the server in one, `primitives` has contended cases; each child
+has a timer that ends it if it takes too long. There are no locks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from html.parser import HTMLParser
+from itertools import pairwise, repeat
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+from urllib.parse import urljoin
+
+HERE = Path(__file__).resolve().parent
+CHILD_LIMIT = 3600.0
+"""Seconds after which a child is ended."""
+LIBRARIES = "aiohttp uvloop ada-url orjson scrapy twisted parsel lxml selectolax tenacity stamina aiolimiter"
+
+NEEDS = {"textbook": "html", "textbook_async": "aiohttp", "textbook_threads": "html", "scrapy_aiohttp": "scrapy"}
+"""The module that a contestant cannot do without, where it is not named like it."""
+
+Row = dict[str, Any]
+"""A line of a table, and of the JSON: what a column is called, to text, a number, a `Spread`, or None."""
+Runner = Callable[[argparse.Namespace], list[Row]]
+
+
+class Command(NamedTuple):
+    """A subcommand. ``options``: name to (default, help); a name in capitals is an argument."""
+
+    run: Runner
+    about: str
+    examples: tuple[str, ...]
+    options: dict[str, tuple[Any, str]]
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(about: str, *examples: str, **options: tuple[Any, str]) -> Callable[[Runner], Runner]:
+    """Register a function, which prints its table and returns its rows, as the subcommand of its name."""
+
+    def register(run: Runner) -> Runner:
+        COMMANDS[run.__name__] = Command(run, about, examples, options)
+        return run
+
+    return register
+
+
+def known(name: str, names: Collection[str]) -> bool:
+    """True. Raises SystemExit if ``name`` is none of them."""
+    if name not in names:
+        raise SystemExit(f"bench.py: {name!r} is none of {', '.join(names)}")
+    return True
+
+
+def present(name: str) -> bool:
+    """Whether what a contestant needs is installed; if not, with a note for the reader."""
+    needed = NEEDS.get(name, name)
+    there = bool(shutil.which(name) if name == "curl" else importlib.util.find_spec(needed))
+    if not there:
+        print(f"{needed}: not installed" + ("" if name == "curl" else ": pip install -r requirements-bench.txt"))
+    return there
+
+
+# ------------------------------------------------------------------------------------------- figures and tables
+
+
+class Spread(NamedTuple):
+    """The median of some repetitions, the smallest and the largest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Raises ValueError if there are none."""
+        ordered = sorted(values)
+        if not ordered:
+            raise ValueError("no values")
+        middle = len(ordered) // 2
+        return cls((ordered[middle] + ordered[-middle - 1]) / 2, ordered[0], ordered[-1])
+
+
+def cell(value: object) -> str:
+    """``480``, ``48.0``, ``4.80``; ``480 (470-495)`` for a spread, the median alone if nothing spreads."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, Spread):
+        median, low, high = map(cell, value)
+        return median if low == high else f"{median} ({low}-{high})"
+    if isinstance(value, float):
+        return f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
+    return f"{value:,}"
+
+
+def table(rows: Iterable[Mapping[str, object]]) -> str:
+    """Columns named by the keys of the first row, as wide as they need to be: the first to the left, others right."""
+    rows = list(rows)
+    lines = [list(rows[0]), *(list(map(cell, row.values())) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join((first.ljust(widths[0]), *map(str.rjust, rest, widths[1:]))) for first, *rest in lines)
+
+
+def to(value: float, base: float | None) -> float | None:
+    """How many times ``base`` it is; None if there is nothing to compare with."""
+    return value / base if base else None
+
+
+def note(text: str) -> None:
+    """What is going on, to stderr: the tables are the output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def interleaved(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Every name once a round, each round beginning with another."""
+    names = list(names)
+    for number in range(rounds):
+        start = number % max(1, len(names))
+        for name in (*names[start:], *names[:start]):
+            yield number, name
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a reader of the figures wants to know of where they were made; printed, too."""
+    cpu, versions = platform.processor(), {}
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    for name in LIBRARIES.split():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    cores, load, python = os.cpu_count(), round(os.getloadavg()[0], 2), platform.python_version()
+    print(f"{cores} x {cpu or platform.machine()}, load {load}, {platform.platform()}")
+    print(f"Python {python}; " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "\n")
+    return {"cpu": cpu, "cores": cores, "load": load, "system": platform.platform(), "python": python} | versions
+
+
+# ----------------------------------------------------------------------------------------------------- children
+
+
+class Run(NamedTuple):
+    """What a finished child took: wall and CPU time in seconds, peak memory in MB."""
+
+    seconds: float
+    cpu: float
+    peak_mb: float
+
+
+def maxrss_mb(usage: resource.struct_rusage) -> float:
+    return usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+@contextlib.contextmanager
+def child(words: Sequence[object], **pipes: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A child without proxies in its environment; ended, by its id, when the block is left or takes too long."""
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": sys.stderr, "env": environment} | pipes
+    process: subprocess.Popen[bytes] = subprocess.Popen([str(word) for word in words], **pipes)
+    watchdog = threading.Timer(CHILD_LIMIT, process.kill)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield process
+    finally:
+        watchdog.cancel()
+        if process.returncode is None:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for stream in filter(None, (process.stdin, process.stdout)):
+            stream.close()
+
+
+def reap(process: subprocess.Popen[bytes], started: float, name: str) -> Run:
+    """Wait for the child to end by itself. Raises SystemExit if it failed."""
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise SystemExit(f"bench.py: {name} failed with exit code {process.returncode}")
+    return Run(seconds, usage.ru_utime + usage.ru_stime, maxrss_mb(usage))
+
+
+def run_child(words: Sequence[object], name: str) -> Run:
+    """Run a command to its end. What it says goes to stderr."""
+    started = time.perf_counter()
+    with child(words) as process:
+        return reap(process, started, name)
+
+
+# -------------------------------------------------------------------------------------------------------- nginx
+
+NGINX = """daemon off; worker_processes 1; pid nginx.pid; error_log error.log crit; {user}
+events {{ worker_connections 8192; multi_accept on; }}
+http {{
+  access_log off; sendfile on; tcp_nopush on; tcp_nodelay on;
+  keepalive_timeout 600s; keepalive_requests 1000000000; reset_timedout_connection on;
+  open_file_cache max=100000 inactive=3600s; open_file_cache_valid 3600s;
+  types {{ text/html html; }} default_type text/html; charset utf-8;
+  client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4; scgi_temp_path t5;
+  server {{
+    {listen}
+    root {root}/$server_addr; index index.html;
+    location = /tiny {{ return 200 '<!doctype html><title>Tiny</title><p>One <a href=/>link</a>.</p>'; }}
+  }}
+}}
+"""
+
+
+def host_address(number: int) -> str:
+    """127.0.1.1 for 0, and so on: as the sandbox numbers its hosts."""
+    return f"127.0.{1 + (number + 1) // 256}.{(number + 1) % 256}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((host_address(0), 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, hosts: int, port: int) -> Iterator[None]:
+    """nginx over ``folder/www/ADDRESS/...`` on ``hosts`` loopback addresses; one worker, as one core is enough."""
+    program = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    if program is None:
+        raise SystemExit("bench.py: nginx is needed to serve the pages: apt install nginx, or brew install nginx")
+    config, log = folder / "nginx.conf", folder / "error.log"
+    user = "user root;" if os.geteuid() == 0 else ""  # the worker must read a folder that only we can enter
+    listen = " ".join(f"listen {host_address(number)}:{port} backlog=1024;" for number in range(hosts))
+    config.write_text(NGINX.format(user=user, listen=listen, root=folder / "www"))
+    with child([program, "-p", folder, "-c", config]) as server:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                socket.create_connection((host_address(hosts - 1), port), 1).close()
+                break
+            except OSError as error:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    why = log.read_text().strip().splitlines()[-1:] if log.exists() else []
+                    raise SystemExit(f"bench.py: nginx did not start: {' '.join(why) or error}") from None
+                time.sleep(0.02)
+        yield
+
+
+# ----------------------------------------------------------------------- peers of `parse`: bytes, URL -> the facts
+
+
+class Facts(NamedTuple):
+    """What everyone has to find: links absolute, http(s), without fragment, each once."""
+
+    title: str | None
+    word_count: int
+    links_found: list[str]
+
+
+HIDDEN = ("script", "style", "noscript", "template")
+SHOWN = f"//body//text()[not({' or '.join(f'ancestor::{tag}' for tag in HIDDEN)})]"
+
+
+def fold(text: str | None) -> str | None:
+    return " ".join((text or "").split()) or None
+
+
+def count_words(texts: Iterable[str]) -> int:
+    return len(" ".join(texts).split())
+
+
+def absolute_links(hrefs: Iterable[str], join: Callable[[str], str]) -> list[str]:
+    links: dict[str, None] = {}
+    for href in dict.fromkeys(hrefs):
+        try:
+            link = join(href)
+        except ValueError:
+            continue
+        if link.startswith(("http://", "https://")):
+            links[link.partition("#")[0]] = None
+    return list(links)
+
+
+def browser_join(url: str, base: str | None) -> Callable[[str], str]:
+    """Joining as browsers do it, with ``<base>``: what html_parse does, too, so that parsers are compared."""
+    join: Callable[[str, str], str] = importlib.import_module("ada_url").join_url
+    return functools.partial(join, join(url, base) if base else url)
+
+
+class Textbook(HTMLParser):
+    """The scraper's parser of the tutorials."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.title, self.in_title = "", False
+        self.hrefs: list[str] = []
+        self.hidden = self.words = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            self.hrefs += [value for name, value in attrs if name == "href" and value is not None]
+        self.in_title |= tag == "title"
+        self.hidden += tag in HIDDEN
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_title &= tag != "title"
+        self.hidden -= tag in HIDDEN and self.hidden > 0
+
+    def handle_data(self, data: str) -> None:
+        if self.in_title:
+            self.title += data
+        elif not self.hidden:
+            self.words += len(data.split())
+
+
+def parse_textbook(body: bytes, url: str) -> Facts:
+    parser = Textbook()
+    parser.feed(body.decode("utf-8", "replace"))
+    parser.close()
+    return Facts(fold(parser.title), parser.words, absolute_links(parser.hrefs, functools.partial(urljoin, url)))
+
+
+def parse_ours(body: bytes, url: str) -> Facts:
+    from html_parse import parse_page
+
+    page = parse_page(body, url, "text/html; charset=utf-8")
+    return Facts(page.title, page.word_count, page.links)
+
+
+@functools.cache
+def xpath(path: str) -> Callable[[Any], list[str]]:
+    compiled: Callable[[Any], list[str]] = importlib.import_module("lxml.etree").XPath(path, smart_strings=False)
+    return compiled
+
+
+def parse_lxml(body: bytes, url: str) -> Facts:
+    etree = importlib.import_module("lxml.etree")
+    page = etree.HTML(body, etree.HTMLParser(encoding="utf-8"))
+    join = browser_join(url, next(iter(xpath("//base/@href")(page)), None))
+    links = absolute_links(xpath("//a/@href")(page), join)
+    return Facts(fold(page.findtext(".//title")), count_words(xpath(SHOWN)(page)), links)
+
+
+def parse_parsel(body: bytes, url: str) -> Facts:
+    page = importlib.import_module("parsel").Selector(body=body, encoding="utf-8")
+    links = absolute_links(page.xpath("//a/@href").getall(), browser_join(url, page.xpath("//base/@href").get()))
+    return Facts(fold(page.xpath("//title/text()").get()), count_words(page.xpath(SHOWN).getall()), links)
+
+
+def parse_selectolax(body: bytes, url: str) -> Facts:
+    page = importlib.import_module("selectolax.lexbor").LexborHTMLParser(body.decode("utf-8", "replace"))
+    title, base = page.css_first("head > title") or page.css_first("title"), page.css_first("base[href]")
+    heading = fold(title.text()) if title else None
+    join = browser_join(url, base.attributes["href"] if base else None)
+    links = absolute_links((anchor.attributes["href"] or "" for anchor in page.css("a[href]")), join)
+    for node in page.css(", ".join((*HIDDEN, "head"))):
+        node.decompose()
+    return Facts(heading, count_words([page.body.text(separator=" ")] if page.body else []), links)
+
+
+PARSERS: dict[str, Callable[[bytes, str], Facts]] = {
+    "html_parse": parse_ours,
+    "textbook": parse_textbook,
+    "lxml": parse_lxml,
+    "parsel": parse_parsel,
+    "selectolax": parse_selectolax,
+}
+
+# --------------------------------------------------------- peers of `crawl`: URL list, rows, concurrency -> a file
+
+
+def as_row(url: str, facts: Facts) -> Row:
+    return {"url": url, **facts._asdict()}
+
+
+def crawl_scrapy(urls: str, rows: str, concurrency: int, handler: str | None = None) -> None:
+    """Scrapy as fast as it can be set: without any middleware or extension but the one that writes the rows."""
+    scrapy, crawler = map(importlib.import_module, ("scrapy", "scrapy.crawler"))
+
+    class Pages(scrapy.Spider):  # type: ignore[misc, name-defined]
+        name = "pages"
+
+        async def start(self) -> Any:
+            for url in Path(urls).read_text().split():  # noqa: ASYNC240
+                yield scrapy.Request(url, cb_kwargs={"url": url}, dont_filter=True)
+
+        def parse(self, response: Any, url: str) -> Any:
+            page = response.selector.root
+            links = absolute_links(xpath("//a/@href")(page), response.urljoin)
+            yield as_row(url, Facts(fold(page.findtext(".//title")), count_words(xpath(SHOWN)(page)), links))
+
+    settings = {
+        "CONCURRENT_REQUESTS": concurrency,
+        "CONCURRENT_REQUESTS_PER_DOMAIN": concurrency,
+        "CONCURRENT_ITEMS": 1,  # of one response: so many tasks are started for each, and there is one item
+        "DOWNLOAD_DELAY": 0,
+        "ROBOTSTXT_OBEY": False,
+        "LOG_LEVEL": "ERROR",
+        "TWISTED_REACTOR": "twisted.internet.asyncioreactor.AsyncioSelectorReactor",
+        "DOWNLOADER_MIDDLEWARES_BASE": {},
+        "SPIDER_MIDDLEWARES_BASE": {},
+        "EXTENSIONS_BASE": {"scrapy.extensions.feedexport.FeedExporter": 0},
+        "FEEDS": {rows: {"format": "jsonlines"}},
+        "DOWNLOAD_HANDLERS": {"http": handler} if handler else {},
+        "ASYNCIO_EVENT_LOOP": "uvloop.Loop" if importlib.util.find_spec("uvloop") else None,
+    }
+    process = crawler.AsyncCrawlerProcess(settings)
+    process.crawl(Pages)
+    process.start()
+
+
+def crawl_textbook_async(urls: str, rows: str, concurrency: int) -> None:
+    import aiohttp
+
+    async def crawl(urls: list[str]) -> None:
+        semaphore = asyncio.Semaphore(concurrency)
+        async with aiohttp.ClientSession() as session:
+
+            async def scrape(url: str) -> None:
+                async with semaphore, session.get(url) as response:
+                    file.write(json.dumps(as_row(url, parse_textbook(await response.read(), url))) + "\n")
+
+            await asyncio.gather(*map(scrape, urls))
+
+    with open(rows, "w") as file:
+        asyncio.run(crawl(Path(urls).read_text().split()))
+
+
+def crawl_textbook_threads(urls: str, rows: str, concurrency: int) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+    from urllib.request import urlopen
+
+    def scrape(url: str) -> Row:
+        with urlopen(url, timeout=30) as response:
+            return as_row(url, parse_textbook(response.read(), url))
+
+    with open(rows, "w") as file, ThreadPoolExecutor(concurrency) as pool:
+        for row in pool.map(scrape, Path(urls).read_text().split()):
+            file.write(json.dumps(row) + "\n")
+
+
+AIOHTTP_HANDLER = "scrapy.core.downloader.handlers._aiohttp.AiohttpDownloadHandler"  # an experiment of Scrapy's
+PEERS: dict[str, Callable[[str, str, int], None]] = {
+    "scrapy": crawl_scrapy,
+    "scrapy_aiohttp": functools.partial(crawl_scrapy, handler=AIOHTTP_HANDLER),
+    "textbook_async": crawl_textbook_async,
+    "textbook_threads": crawl_textbook_threads,
+}
+
+
+def write_site(folder: str, urls: str, pages: int, hosts: int, size: int, port: int) -> None:
+    """The pages as files below ``folder``, and their URLs, the hosts taking turns."""
+    from sandbox import make_page, page_path
+
+    base, of_host = f"http://{{host}}:{port}", -(-pages // hosts)
+    with open(urls, "w") as lines:
+        for number in range(pages):
+            page, host = divmod(number, hosts)
+            path, address = page_path(page), host_address(host)
+            file = Path(folder, address, path.lstrip("/") or "index.html")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(make_page(host, page, of_host, size, base, hosts=hosts))
+            lines.write(f"http://{address}:{port}{path}\n")
+
+
+# ------------------------------------------------------------------------------------------------ bench.py crawl
+
+IN_FLIGHT = {
+    "crawl_async": 64,
+    "crawl_threads": 16,
+    "scrapy": 32,
+    "scrapy_aiohttp": 32,
+    "textbook_async": 64,
+    "textbook_threads": 16,
+    "curl": 64,
+}
+"""The contestants, and a concurrency at which each does well on two cores; none depends on it much."""
+Digest = dict[str, tuple[int, int, int]]
+
+
+def crawl_command(name: str, urls: Path, rows: Path, concurrency: int) -> list[object]:
+    if name in PEERS:
+        return [sys.executable, __file__, "_peer", name, urls, rows, concurrency]
+    if name == "curl":
+        config = urls.with_suffix(".curl")
+        config.write_text("".join(f"url={url}\noutput=/dev/null\n" for url in urls.read_text().split()))
+        return ["curl", "-sSfZ", "--no-progress-meter", "--parallel-max", concurrency, "-K", config]
+    return [sys.executable, HERE / f"{name}.py", urls, "--rate", 0, "--concurrency", concurrency, "-q", "-o", rows]
+
+
+def digest(rows: Path) -> Digest:
+    """The rows by URL, small enough to keep: title and set of links as hashes, the word count as it is."""
+    with open(rows, encoding="utf-8") as lines:
+        return {
+            row["url"]: (hash(row["title"]), row["word_count"], hash(frozenset(row["links_found"])))
+            for row in map(json.loads, lines)
+        }
+
+
+def differences(reference: Digest, other: Digest) -> dict[str, int]:
+    """On how many pages the rows differ, and in what."""
+    both = [(reference[url], other[url]) for url in reference.keys() & other.keys()]
+    alone = len(reference.keys() ^ other.keys())
+    found = {what: sum(a[n] != b[n] for a, b in both) for n, what in enumerate(("titles", "words", "links"))}
+    return {"pages": sum(a != b for a, b in both) + alone, **found, "in one only": alone}
+
+
+@command(
+    "whole crawls of generated pages, against Scrapy and the textbook: pages/s, CPU, memory, same rows",
+    "crawl",
+    "crawl --pages 1000 --repeat 1",
+    "crawl --peers crawl_async,crawl_threads,curl --concurrency 128",
+    pages=(10_000, "pages in all"),
+    hosts=(50, "hosts that they are spread over"),
+    size=(20_000, "bytes of a page"),
+    repeat=(3, "runs of each contestant"),
+    concurrency=(None, "requests in flight, for all; default: what suits each best"),
+    peers=(",".join(name for name in IN_FLIGHT if name != "scrapy_aiohttp"), "contestants; and scrapy_aiohttp"),
+)
+def crawl(args: argparse.Namespace) -> list[Row]:
+    names = [name for name in args.peers.split(",") if known(name, IN_FLIGHT) and present(name)]
+    in_flight = {name: args.concurrency or IN_FLIGHT[name] for name in names}
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        folder, port = Path(temporary), free_port()
+        urls, one = folder / "urls.txt", folder / "one.txt"
+        rows = {name: folder / f"{name}.jsonl" for name in names}
+        note(f"writing {args.pages:,} pages of {args.size:,} bytes")
+        site = (folder / "www", urls, args.pages, args.hosts, args.size, port)
+        run_child([sys.executable, __file__, "_site", *site], "the page generator")
+        with open(urls) as lines:
+            one.write_text(next(lines))
+        with nginx(folder, args.hosts, port):
+            startup = {name: run_child(crawl_command(name, one, rows[name], in_flight[name]), name) for name in names}
+            for number, name in interleaved(names, args.repeat):
+                rows[name].unlink(missing_ok=True)
+                runs[name].append(run_child(crawl_command(name, urls, rows[name], in_flight[name]), name))
+                note(f"run {number + 1} of {args.repeat}, {name}: {args.pages / runs[name][-1].seconds:,.0f} pages/s")
+        own = maxrss_mb(resource.getrusage(resource.RUSAGE_SELF))
+        digests = {name: digest(rows[name]) for name in names if name != "curl"}
+    reference = digests.get("scrapy") or next(iter(digests.values()), {})
+    differ = {name: differences(reference, digests[name]) for name in digests}
+    for name in digests:
+        if differ[name]["pages"]:
+            print(f"{name} differs: {differ[name]}")
+    speed = {name: Spread.of(args.pages / run.seconds for run in runs[name]) for name in names}
+    scrapy, textbook = (speed[peer].median if peer in speed else None for peer in ("scrapy", "textbook_async"))
+    results = [
+        {
+            "": name,
+            "in flight": in_flight[name],
+            "pages/s": speed[name],
+            "x Scrapy": to(speed[name].median, scrapy),
+            "x textbook": to(speed[name].median, textbook),
+            "CPU s": Spread.of(run.cpu for run in runs[name]),
+            "peak MB": Spread.of(run.peak_mb for run in runs[name]),
+            "1 page, s": startup[name].seconds,
+            "pages differ": differ[name]["pages"] if name in differ else None,
+        }
+        for name in names
+    ]
+    print(table(results))
+    print("\nWhole processes, start-up included: median (smallest-largest). No peak below this program's own")
+    print(f"{own:.0f} MB can be told. Rows differ, if any do, from the first's or Scrapy's. curl only fetches.")
+    return results
+
+
+# ------------------------------------------------------------------------------------------------ bench.py parse
+
+
+def pages_to_parse(folder: str | None, count: int, size: int) -> Iterator[tuple[bytes, str]]:
+    if folder is None:
+        from sandbox import make_page
+
+        for page in range(count):
+            yield make_page(0, page, count, size), f"http://127.0.1.1:8080/p/{page}.html"
+        return
+    files = sorted(Path(folder).glob("*.html"))
+    if not files:
+        raise SystemExit(f"bench.py: no *.html in {folder}")
+    for file in files:
+        yield file.read_bytes(), "http://page.example/d/p.html"
+
+
+def agree(reference: Sequence[Facts], other: Sequence[Facts]) -> Row:
+    """On how many pages both found the same title, the same links, and word counts within 2 %."""
+    pairs = list(zip(reference, other, strict=True))
+    return {
+        "titles": sum(a.title == b.title for a, b in pairs),
+        "links": sum(set(a.links_found) == set(b.links_found) for a, b in pairs),
+        "words +-2 %": sum(abs(a.word_count - b.word_count) <= 0.02 * max(1, a.word_count) for a, b in pairs),
+    }
+
+
+@command(
+    "title, links and words of HTML pages, against html.parser, lxml, parsel, selectolax: MB/s, agreement",
+    "parse",
+    "parse saved_pages/ --repeat 7",
+    DIR=(None, "a folder of *.html; default: generated pages"),
+    pages=(200, "pages to generate"),
+    size=(20_000, "bytes of a generated page"),
+    repeat=(5, "runs of each parser"),
+)
+def parse(args: argparse.Namespace) -> list[Row]:
+    pages = list(pages_to_parse(args.DIR, args.pages, args.size))
+    megabytes = sum(len(body) for body, _ in pages) / 1e6
+    parsers = {name: parser for name, parser in PARSERS.items() if present(name)}
+    speeds: dict[str, list[float]] = {name: [] for name in parsers}
+    found = {name: [parser(*pages[0])] for name, parser in parsers.items()}  # what is compiled once, is by now
+    for _, name in interleaved(parsers, args.repeat):
+        started = time.perf_counter()
+        found[name] = [parsers[name](body, url) for body, url in pages]
+        speeds[name].append(megabytes / (time.perf_counter() - started))
+    reference = "selectolax" if "selectolax" in parsers else "html_parse"
+    speed = {name: Spread.of(speeds[name]) for name in parsers}
+    results = [
+        {
+            "": name,
+            "MB/s": speed[name],
+            "us/page": megabytes * 1e6 / speed[name].median / len(pages),
+            "x textbook": to(speed[name].median, speed["textbook"].median),
+            **agree(found[reference], found[name]),
+        }
+        for name in parsers
+    ]
+    print(f"{len(pages)} pages, {megabytes:.1f} MB; on how many of them each agrees with {reference}:\n")
+    print(table(results))
+    return results
+
+
+# ------------------------------------------------------------------------------------------- bench.py primitives
+
+Timed = Callable[[int], float]
+"""Makes so many calls and returns the seconds that they took."""
+Case = tuple[str, dict[str, Timed]]
+"""What is done, and who does it: ours first."""
+
+
+def calling(*calls: Callable[[], object]) -> Timed:
+    """The calls in turn, n times."""
+
+    def timed(n: int) -> float:
+        started = time.perf_counter()
+        for _ in repeat(None, n):
+            for call in calls:
+                call()
+        return time.perf_counter() - started
+
+    return timed
+
+
+def awaiting(make: Callable[[], Sequence[Callable[[], Any]]]) -> Timed:
+    """The same for async calls, made in the event loop that runs them."""
+
+    async def timed(n: int) -> float:
+        calls = make()
+        started = time.perf_counter()
+        for _ in repeat(None, n):
+            for call in calls:
+                await call()
+        return time.perf_counter() - started
+
+    return lambda n: asyncio.run(timed(n))
+
+
+def contending(*loops: Timed) -> Timed:
+    """The loops in a thread each, all at once, n times each; the time of all is shared out, as for one loop."""
+
+    def timed(n: int) -> float:
+        barrier = threading.Barrier(len(loops) + 1)
+
+        def run(loop: Timed) -> None:
+            barrier.wait()
+            loop(n)
+
+        threads = [threading.Thread(target=run, args=(loop,)) for loop in loops]
+        for thread in threads:
+            thread.start()
+        barrier.wait()
+        started = time.perf_counter()
+        for thread in threads:
+            thread.join()
+        return (time.perf_counter() - started) / len(loops)
+
+    return timed
+
+
+def succeed() -> int:
+    return 1
+
+
+async def succeed_async() -> int:
+    return 1
+
+
+def retry_cases() -> Iterator[Case]:
+    from primitives import retry, retry_async
+
+    sync = {"primitives.retry": calling(lambda: retry(succeed, on=OSError))}
+    tasks = {"primitives.retry_async": awaiting(lambda: [lambda: retry_async(succeed_async, on=OSError)])}
+    if present("tenacity"):
+        tenacity = importlib.import_module("tenacity")
+        stop, wait = tenacity.stop_after_attempt(3), tenacity.wait_exponential_jitter()
+        rules = {"stop": stop, "wait": wait, "retry": tenacity.retry_if_exception_type(OSError), "reraise": True}
+        retrying, retrying_async = tenacity.Retrying(**rules), tenacity.AsyncRetrying(**rules)
+        sync["tenacity.Retrying"] = calling(lambda: retrying(succeed))
+        sync["tenacity.retry (decorated)"] = calling(tenacity.retry(**rules)(succeed))
+        tasks["tenacity.AsyncRetrying"] = awaiting(lambda: [lambda: retrying_async(succeed_async)])
+        tasks["tenacity.retry (decorated)"] = awaiting(lambda: [tenacity.retry(**rules)(succeed_async)])
+    if present("stamina"):
+        stamina = importlib.import_module("stamina")
+        sync["stamina.retry (decorated)"] = calling(stamina.retry(on=OSError)(succeed))
+        tasks["stamina.retry (decorated)"] = awaiting(lambda: [stamina.retry(on=OSError)(succeed_async)])
+    yield "retry, success at the first try", sync
+    yield "retry, the same async", tasks
+
+
+def bucket_cases() -> Iterator[Case]:
+    from primitives import TokenBucket
+
+    bucket = TokenBucket(1e9, 1e9)
+    attempt = calling(bucket.try_acquire)
+    tasks = {"TokenBucket.acquire_async": awaiting(lambda: [bucket.acquire_async])}
+    if present("aiolimiter"):
+        aiolimiter = importlib.import_module("aiolimiter")
+        tasks["aiolimiter.AsyncLimiter.acquire"] = awaiting(lambda: [aiolimiter.AsyncLimiter(1e9, 1).acquire])
+    yield "rate limit, nobody waits, async", tasks
+    yield "rate limit, acquire", {"TokenBucket.acquire": calling(bucket.acquire)}
+    yield "rate limit, try_acquire", {"TokenBucket.try_acquire": attempt}
+    yield "rate limit, try_acquire in 8 threads", {"TokenBucket.try_acquire": contending(*[attempt] * 8)}
+
+
+def waiting_cases() -> Iterator[Case]:
+    import queue
+
+    from primitives import Channel, Semaphore
+
+    async def release(semaphore: Semaphore | asyncio.Semaphore) -> None:
+        semaphore.release()
+
+    permits = awaiting(lambda: [(own := Semaphore(4)).acquire_async, lambda: release(own)])
+    their_permits = awaiting(lambda: [(other := asyncio.Semaphore(4)).acquire, lambda: release(other)])
+    items = awaiting(lambda: [lambda: own.put_async(1), (own := Channel[int](100)).get_async])
+    their_items = awaiting(lambda: [lambda: other.put(1), (other := asyncio.Queue[int](100)).get])
+
+    ours, theirs = Semaphore(4), threading.Semaphore(4)
+    use, use_theirs = calling(ours.acquire, ours.release), calling(theirs.acquire, theirs.release)
+    many, many_theirs = contending(*[use] * 8), contending(*[use_theirs] * 8)
+    yield "semaphore, acquire and release", {"Semaphore": use, "threading.Semaphore": use_theirs}
+    yield "semaphore, the same async", {"Semaphore": permits, "asyncio.Semaphore": their_permits}
+    yield "semaphore, 8 threads for 4 permits", {"Semaphore": many, "threading.Semaphore": many_theirs}
+
+    channel: Channel[int] = Channel(100)
+    fifo: queue.Queue[int] = queue.Queue(100)
+    put, get = (lambda: channel.put(1)), channel.get
+    put_theirs, get_theirs = (lambda: fifo.put(1)), fifo.get
+    pass_on, pass_on_theirs = calling(put, get), calling(put_theirs, get_theirs)
+    many = contending(*[calling(put), calling(get)] * 4)
+    many_theirs = contending(*[calling(put_theirs), calling(get_theirs)] * 4)
+    yield "channel, put and get", {"Channel": pass_on, "queue.Queue": pass_on_theirs}
+    yield "channel, the same async", {"Channel": items, "asyncio.Queue": their_items}
+    yield "channel, 4 threads put and 4 get", {"Channel": many, "queue.Queue": many_theirs}
+
+
+@command(
+    "a call of each mechanism, against tenacity, stamina, aiolimiter, threading, queue, asyncio: nanoseconds",
+    "primitives",
+    "primitives --calls 100000 --repeat 5",
+    calls=(20_000, "calls in a run"),
+    repeat=(15, "runs of each"),
+)
+def primitives(args: argparse.Namespace) -> list[Row]:
+    results: list[Row] = []
+    for title, case in (*retry_cases(), *bucket_cases(), *waiting_cases()):
+        spent: dict[str, list[float]] = {name: [] for name in case}
+        for _, name in interleaved(case, args.repeat):
+            spent[name].append(case[name](args.calls) / args.calls * 1e9)
+        ours = Spread.of(spent[next(iter(case))])
+        results.append({"": title, "ns": None, "ours / theirs": None, "best / best": None})
+        for name in case:
+            taken = Spread.of(spent[name])
+            medians, best = (None, None) if taken == ours else (ours.median / taken.median, ours.low / taken.low)
+            results.append({"": f"  {name}", "ns": taken, "ours / theirs": medians, "best / best": best})
+    print(table(results))
+    return results
+
+
+# ------------------------------------------------------------------------------------------------- bench.py rate
+
+DRIVERS = ("crawl_async.py", "crawl_threads.py")
+DRIVER = ("both", f"{', '.join(DRIVERS)} or both")
+
+
+def drivers(choice: str) -> Sequence[str]:
+    return DRIVERS if choice == "both" else [choice] * known(choice, DRIVERS)
+
+
+@command(
+    "the politeness bound, as the server sees it: wall time, and the busiest second of its log",
+    "rate",
+    "rate --concurrency 500 --driver crawl_async.py",
+    "rate --urls 1000 --rate 200 --burst 10",
+    urls=(10_000, "URLs, all of one host"),
+    rate=(100.0, "requests per second"),
+    burst=(1, "requests that may go at once"),
+    concurrency=(64, "requests in flight"),
+    per_host=(None, "requests in flight to one host; default: the crawler's"),
+    driver=DRIVER,
+)
+def rate(args: argparse.Namespace) -> list[Row]:
+    from sandbox import Sandbox
+
+    results: list[Row] = []
+    options = ["--rate", args.rate, "--burst", args.burst, "--concurrency", args.concurrency, "-q", "-o", os.devnull]
+    options += ["--per-host", args.per_host] if args.per_host else []
+    for driver in drivers(args.driver):
+        note(f"{driver}: {args.urls:,} URLs at {args.rate:g}/s take {args.urls / args.rate:,.0f} s")
+        with (
+            tempfile.TemporaryDirectory(prefix="bench-") as folder,
+            Sandbox(hosts=1, pages=1, page_bytes=2000, log=args.urls * 2) as site,
+        ):
+            urls, stats = Path(folder, "urls.txt"), Path(folder, "stats.json")
+            urls.write_text("".join(f"{site.url('/')}?n={n}\n" for n in range(args.urls)))
+            run = run_child([sys.executable, HERE / driver, urls, "--stats", stats, *options], driver)
+            seen = [entry.t for entry in site.log]
+            results.append(
+                {
+                    "": driver,
+                    "wall s": f"{run.seconds:.2f}",
+                    "urls/rate": f"{args.urls / args.rate:.2f}",
+                    "off, %": f"{(run.seconds * args.rate / args.urls - 1) * 100:+.2f}",
+                    "first to last s": f"{seen[-1] - seen[0]:.3f}",
+                    "ideal s": f"{max(0, args.urls - args.burst) / args.rate:.3f}",
+                    "requests": len(seen),
+                    "ok": json.loads(stats.read_text())["ok"],
+                    "most in 1 s": site.max_in_window(0, 1.0),
+                    "bound": args.burst + args.rate,
+                    "CPU s": run.cpu,
+                }
+            )
+    print(table(results))
+    print("\nmost in 1 s: in any window of a second of the server's log. ideal: (urls - burst) / rate.")
+    return results
+
+
+# ---------------------------------------------------------------------------------------------- bench.py million
+
+
+def feed(stream: IO[bytes], count: int, hosts: int, port: int) -> None:
+    """So many distinct URLs of the tiny page, a thousand at a time; ends quietly when nobody reads on."""
+    with contextlib.suppress(BrokenPipeError), stream:
+        for start in range(0, count, 1000):
+            numbers = range(start, min(start + 1000, count))
+            lines = (f"http://{host_address(n % hosts)}:{port}/tiny?n={n}\n" for n in numbers)
+            stream.write("".join(lines).encode())
+
+
+class Arrivals:
+    """Counts rows as they come out of a pipe, and notes when the first was there, then each tenth of them."""
+
+    def __init__(self, expected: int) -> None:
+        self.expected = expected
+        self.rows = self.failed = 0
+        self.times: list[float] = []
+        self._rest = b""
+
+    def take(self, data: bytes, now: float) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self.rows += len(lines)
+        self.failed += sum(b'"error":null' not in line for line in lines)
+        while self.rows and len(self.times) <= 10 and self.rows >= len(self.times) * self.expected / 10:
+            self.times.append(now)
+
+    def rates(self) -> list[float]:
+        """Rows per second in each tenth."""
+        return [self.expected / 10 / max(1e-9, end - start) for start, end in pairwise(self.times)]
+
+
+def stream_urls(driver: str, urls: int, hosts: int, concurrency: int | None, port: int) -> Row:
+    arrivals, started = Arrivals(urls), time.perf_counter()
+    options: list[object] = ["--concurrency", concurrency] if concurrency else []
+    words = [sys.executable, HERE / driver, "-", "--rate", 0, "-q", *options]
+    with child(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdin and process.stdout
+        feeder = threading.Thread(target=feed, args=(process.stdin, urls, hosts, port), daemon=True)
+        feeder.start()
+        while data := process.stdout.read(1 << 20):
+            tenths = len(arrivals.times)
+            arrivals.take(data, time.perf_counter())
+            if len(arrivals.times) > max(1, tenths):
+                note(f"{driver}: {arrivals.rows:,} rows, {arrivals.rates()[-1]:,.0f}/s in the last tenth")
+        run = reap(process, started, driver)
+        feeder.join()
+    if arrivals.rows != urls:
+        raise SystemExit(f"bench.py: {driver} wrote {arrivals.rows:,} rows for {urls:,} URLs")
+    rates = arrivals.rates()
+    return {
+        "": driver,
+        "rows": arrivals.rows,
+        "failed": arrivals.failed,
+        "wall s": run.seconds,
+        "rows/s": urls / run.seconds,
+        "first tenth": rates[0],
+        "last tenth": rates[-1],
+        "last / first": rates[-1] / rates[0],
+        "slowest tenth": min(rates),
+        "CPU s": run.cpu,
+        "peak MB": run.peak_mb,
+    }
+
+
+@command(
+    "a stream of distinct URLs of a tiny page through stdin: peak memory, and whether the speed holds",
+    "million --driver crawl_async.py",
+    "million --urls 100000",
+    urls=(1_000_000, "URLs"),
+    hosts=(50, "hosts that they are spread over"),
+    concurrency=(None, "requests in flight; default: the crawler's"),
+    driver=DRIVER,
+)
+def million(args: argparse.Namespace) -> list[Row]:
+    port, who = free_port(), drivers(args.driver)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, nginx(Path(folder), args.hosts, port):
+        results = [stream_urls(driver, args.urls, args.hosts, args.concurrency, port) for driver in who]
+    print(table(results))
+    return results
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def make_parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    listing = "\n".join(f"  {name:12} {command.about}" for name, command in COMMANDS.items())
+    examples = "\n".join(f"  python bench.py {command.examples[0]}" for command in COMMANDS.values())
+    parser = argparse.ArgumentParser(
+        prog="bench.py",
+        formatter_class=form,
+        description=f"Side-by-side measurements, in one run, as ratios.\n\ncommands:\n{listing}",
+        epilog=f"examples:\n{examples}\n  python bench.py crawl --help\n\n"
+        "The peers: pip install -r requirements-bench.txt; nginx, which serves the pages: from the system's packages.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
+    for name, command in COMMANDS.items():
+        examples = "examples:\n" + "\n".join(f"  python bench.py {example}" for example in command.examples)
+        sub = commands.add_parser(name, description=command.about, epilog=examples, formatter_class=form)
+        for option, (default, about) in command.options.items():
+            if option.isupper():
+                sub.add_argument(option, nargs="?", default=default, help=about)
+            else:
+                kind = positive if default is None or isinstance(default, int) else type(default)
+                about += "" if default is None else f" (default {default})"
+                flag = "--" + option.replace("_", "-")
+                sub.add_argument(flag, type=kind, default=default, help=about, metavar="X" if kind is str else "N")
+        sub.add_argument("--json", metavar="FILE", help="write the figures there, with machine and versions")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["_peer"]:
+        PEERS[argv[1]](argv[2], argv[3], int(argv[4]))
+        return 0
+    if argv[:1] == ["_site"]:
+        write_site(argv[1], argv[2], *map(int, argv[3:]))
+        return 0
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    whole = {"options": vars(args), "machine": describe_machine(), "results": COMMANDS[args.command].run(args)}
+    if args.json:
+        Path(args.json).write_text(json.dumps(whole, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of the table left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
