@@ -59,7 +59,7 @@ CHILD_LIMIT = 3600.0
 """Seconds after which a child is ended."""
 LIBRARIES = "aiohttp uvloop ada-url orjson scrapy twisted parsel lxml selectolax tenacity stamina aiolimiter"
 
-NEEDS = {"textbook": "html", "textbook_async": "aiohttp", "textbook_threads": "html", "scrapy_aiohttp": "scrapy"}
+NEEDS = {"textbook": "html", "textbook_async": "aiohttp", "textbook_threads": "html", "scrapy_stripped": "scrapy"}
 """The module that a contestant cannot do without, where it is not named like it."""
 
 Row = dict[str, Any]
@@ -417,8 +417,41 @@ def as_row(url: str, facts: Facts) -> Row:
     return {"url": url, **facts._asdict()}
 
 
-def crawl_scrapy(urls: str, rows: str, concurrency: int, handler: str | None = None) -> None:
-    """Scrapy as fast as it can be set: without any middleware or extension but the one that writes the rows."""
+def crawl_scrapy(urls: str, rows: str, concurrency: int) -> None:
+    """The spider of Scrapy's documentation: its selectors, its default middlewares, no politeness."""
+    scrapy, crawler = map(importlib.import_module, ("scrapy", "scrapy.crawler"))
+
+    class Pages(scrapy.Spider):  # type: ignore[misc, name-defined]
+        name = "pages"
+
+        async def start(self) -> Any:
+            for url in Path(urls).read_text().split():  # noqa: ASYNC240
+                yield scrapy.Request(url, cb_kwargs={"url": url}, dont_filter=True)
+
+        def parse(self, response: Any, url: str) -> Any:
+            links = absolute_links(response.xpath("//a/@href").getall(), response.urljoin)
+            title = fold(response.xpath("//title/text()").get())
+            yield as_row(url, Facts(title, count_words(response.xpath(SHOWN).getall()), links))
+
+    settings = {
+        "CONCURRENT_REQUESTS": concurrency,
+        "CONCURRENT_REQUESTS_PER_DOMAIN": concurrency,
+        "DOWNLOAD_DELAY": 0,
+        "ROBOTSTXT_OBEY": False,
+        "COOKIES_ENABLED": False,
+        "TELNETCONSOLE_ENABLED": False,
+        "LOG_LEVEL": "ERROR",
+        "TWISTED_REACTOR": "twisted.internet.asyncioreactor.AsyncioSelectorReactor",
+        "ASYNCIO_EVENT_LOOP": "uvloop.Loop" if importlib.util.find_spec("uvloop") else None,
+        "FEEDS": {rows: {"format": "jsonlines"}},
+    }
+    process = crawler.AsyncCrawlerProcess(settings)
+    process.crawl(Pages)
+    process.start()
+
+
+def crawl_scrapy_stripped(urls: str, rows: str, concurrency: int) -> None:
+    """Scrapy without all that its documentation advises to keep (retries, redirects, decompression), and bare lxml."""
     scrapy, crawler = map(importlib.import_module, ("scrapy", "scrapy.crawler"))
 
     class Pages(scrapy.Spider):  # type: ignore[misc, name-defined]
@@ -445,7 +478,6 @@ def crawl_scrapy(urls: str, rows: str, concurrency: int, handler: str | None = N
         "SPIDER_MIDDLEWARES_BASE": {},
         "EXTENSIONS_BASE": {"scrapy.extensions.feedexport.FeedExporter": 0},
         "FEEDS": {rows: {"format": "jsonlines"}},
-        "DOWNLOAD_HANDLERS": {"http": handler} if handler else {},
         "ASYNCIO_EVENT_LOOP": "uvloop.Loop" if importlib.util.find_spec("uvloop") else None,
     }
     process = crawler.AsyncCrawlerProcess(settings)
@@ -483,10 +515,9 @@ def crawl_textbook_threads(urls: str, rows: str, concurrency: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-AIOHTTP_HANDLER = "scrapy.core.downloader.handlers._aiohttp.AiohttpDownloadHandler"  # an experiment of Scrapy's
 PEERS: dict[str, Callable[[str, str, int], None]] = {
     "scrapy": crawl_scrapy,
-    "scrapy_aiohttp": functools.partial(crawl_scrapy, handler=AIOHTTP_HANDLER),
+    "scrapy_stripped": crawl_scrapy_stripped,
     "textbook_async": crawl_textbook_async,
     "textbook_threads": crawl_textbook_threads,
 }
@@ -513,7 +544,7 @@ IN_FLIGHT = {
     "crawl_async": 64,
     "crawl_threads": 16,
     "scrapy": 32,
-    "scrapy_aiohttp": 32,
+    "scrapy_stripped": 32,
     "textbook_async": 64,
     "textbook_threads": 16,
     "curl": 64,
@@ -559,7 +590,7 @@ def differences(reference: Digest, other: Digest) -> dict[str, int]:
     size=(20_000, "bytes of a page"),
     repeat=(3, "runs of each contestant"),
     concurrency=(None, "requests in flight, for all; default: what suits each best"),
-    peers=(",".join(name for name in IN_FLIGHT if name != "scrapy_aiohttp"), "contestants; and scrapy_aiohttp"),
+    peers=(",".join(IN_FLIGHT), "contestants"),
 )
 def crawl(args: argparse.Namespace) -> list[Row]:
     names = [name for name in args.peers.split(",") if known(name, IN_FLIGHT) and present(name)]

@@ -7,9 +7,9 @@ a task for each: fetch, parse, write the row. A task gives way only where it say
 the loop to itself, so nothing here needs a lock against the other tasks, and nothing here may block.
 
 Which work runs where: sockets, TLS, decompression (in small steps) and the parsing of ordinary pages in the loop;
-parsing of pages above ``INLINE_PARSE`` bytes in one thread; DNS in the resolver's threads; the list is read in a thread,
-and the rows are written in one (a pipe may block), fed by a bounded ``Channel``: when the reader of the rows is slow,
-the tasks wait, and the crawl slows down instead of filling the memory.
+parsing of pages above ``INLINE_PARSE`` bytes in one thread; DNS in the resolver's threads; the list is read in a
+thread, and the rows are written in one (a pipe may block), fed by a bounded ``Channel``: when the reader of the rows
+is slow, the tasks wait, and the crawl slows down instead of filling the memory.
 
 Waiting: the dispatcher waits for one event, set when a task ends, when the list brings more, or by a timer when the
 next host is due.

@@ -11,9 +11,8 @@ A page is scanned as UTF-8 bytes, since every byte that matters to the grammar i
 transcoded first, one in UTF-8 is never decoded as a whole.
 
 Promised:
-- No bytes make `parse_page` raise, and its time and memory are linear in their number: repetition in the
-  patterns is possessive or in atomic groups, so nothing backtracks, and nothing is scanned more than a few times.
-  (Groups are never possessive: CPython before 3.11.5 matches such ones wrongly, gh-106052.)
+- No bytes make `parse_page` raise, and its time and memory are linear in their number: all repetition in the
+  patterns is possessive, so nothing backtracks, and nothing is scanned more than a few times.
 - A page is worked through in pieces of 256 KiB, longer only where a single construct is longer, so that other
   threads get their turn at the interpreter every few milliseconds.
 - Title, links and words are those of a browser with scripting disabled, wherever they follow from the tokens.
@@ -56,22 +55,31 @@ _BLOCKS = re.findall(
     footer form h1 h2 h3 h4 h5 h6 header hgroup hr legend li main menu nav ol optgroup option p pre search section
     select summary table tbody tfoot thead tr ul""",
 )
+_POSSESSIVE = re.fullmatch("(?:ab?c)*+a", "aca") is not None  # not so before CPython 3.11.5 (gh-106052)
+
+
+def _many(pattern: str) -> str:
+    """A pattern for any number of repetitions, of which none is given back.
+
+    Where possessive groups do not work, an atomic one means the same, but remembers each repetition to its end.
+    """
+    return f"(?:{pattern})*+" if _POSSESSIVE else f"(?>(?:{pattern})*)"
+
+
 _WS = r"[ \t\n\f\r]"
 _END = r"(?=[ \t\n\f\r/>])"  # what ends the name of a tag
 # From the name of a tag to its ">" as the tokenizer's attribute states have it: quotes count after "=" only.
-_TAIL = rf"""[^>=]*+(?>(?:={_WS}*+(?:"[^"]*+"|'[^']*+'|(?!["'])[^ \t\n\f\r>]*+)[^>=]*+)*)>"""
-_COMMENT = r"!--(?:-?>|[^-]*+(?>(?:-(?!-!?>)[^-]*+)*)--!?>)"
-_BARE = r"""[^ \t\n\f\r"'=<>`]++"""  # an attribute's value without quotes, as authors may write it
+_VALUE = rf"""={_WS}*+(?:"[^"]*+"|'[^']*+'|(?!["'])[^ \t\n\f\r>]*+)"""
+_TAIL = rf"[^>=]*+{_many(rf'{_VALUE}[^>=]*+')}>"
+_COMMENT = rf"!--(?:-?>|[^-]*+{_many('-(?!-!?>)[^-]*+')}--!?>)"
 # The other attributes of an ordinary anchor; other spellings, and nofollow, make it an unusual one.
-_BESIDE = rf"""(?>(?:{_WS}++(?:
-    (?!(?:href|rel)[^a-z0-9:_-]) [a-z0-9:_-]++ (?:="[^"]*+"|={_BARE}(?=[ \t\n\f\r>])|(?!=))
-    | rel="(?![^"]*(?i:nofollow))[^"]*+" ))*)"""
+_BARE = r"""[^ \t\n\f\r"'=<>`]++"""
+_OTHER = rf"""(?!(?:href|rel)[^a-z0-9:_-])[a-z0-9:_-]++(?:="[^"]*+"|={_BARE}(?=[ \t\n\f\r>])|(?!=))"""
+_BESIDE = _many(rf'{_WS}++(?:{_OTHER}|rel="(?![^"]*(?i:nofollow))[^"]*+")')
 # In a script, "<!--" hides "<script>...</script>" until "-->" (script data double escaped state).
 _SCRIPT = rf"(?i:script){_END}"
-_ESCAPED = rf"""!--(?: -*+> | [^<-]*+ (?> (?:
-    (?: -(?!->) | <(?!/?{_SCRIPT})
-      | <{_SCRIPT} [^<-]*+ (?> (?: (?:-(?!->)|<(?!/{_SCRIPT})) [^<-]*+ )* ) (?:</{_SCRIPT})? )
-    [^<-]*+ )* ) )"""
+_HIDDEN = rf"<{_SCRIPT}[^<-]*+{_many(rf'(?:-(?!->)|<(?!/{_SCRIPT}))[^<-]*+')}(?:</{_SCRIPT})?"
+_ESCAPED = rf"!--(?:-*+>|[^<-]*+{_many(rf'(?:-(?!->)|<(?!/?{_SCRIPT})|{_HIDDEN})[^<-]*+')})"
 
 
 def _named(names: Iterable[str]) -> str:
@@ -87,8 +95,8 @@ def _element(name: str, opaque: str = "(?!)", *, closable: bool = False) -> str:
 
     If it is `closable`, it may end with "/>" instead.
     """
-    rest = rf"[^<]*+ (?> (?: <(?: {opaque} | (?!/(?i:{name}){_END}) ) [^<]*+ )* ) </{_TAIL}"
-    return rf"{_named([name])}{_TAIL} (?:{'(?<=/>)|' * closable} {rest} )"
+    rest = rf"[^<]*+{_many(rf'<(?:{opaque}|(?!/(?i:{name}){_END}))[^<]*+')}</{_TAIL}"
+    return rf"{_named([name])}{_TAIL}(?:{'(?<=/>)|' * closable}{rest})"
 
 
 @cache
@@ -107,14 +115,14 @@ def _tokenizer(*, foreign: bool = False, blocks: bool = False) -> re.Pattern[byt
     vanishing = [_element("script", _ESCAPED, closable=foreign), _element("style", closable=foreign)]
     specials = [rf"{_named(tags)}{_TAIL}", rf"/{_named(closers)}{_TAIL}", *map(_element, texts)]
     if not foreign:
-        specials.append(_element("svg", rf"{_COMMENT} | !--(?s:.*+)", closable=True))
+        specials.append(_element("svg", rf"{_COMMENT}|!--(?s:.*+)", closable=True))
     ordinary = rf"""(?: /(?!{_named(closers)}) (?: [a-zA-Z]{_TAIL} | [^a-zA-Z>][^>]*+> | > )
         | (?!{_named([*tags, *texts, *others])}) [a-zA-Z]{_TAIL}
         | {_COMMENT} | (?: !(?!--) | \? )[^>]*+>
         | {" | ".join(vanishing)} )"""
     pattern = rf"""
     < (?=[a-zA-Z/!?]) (?: a{_BESIDE} (?: {_WS}++href="([^"]*+)"{_BESIDE} )? {_WS}*+>
-        | {ordinary} (?> (?: {_WS}*+ < {ordinary} )* )
+        | {ordinary} {_many(f"{_WS}*+<{ordinary}")}
         | ( {" | ".join(specials)} | (?: [a-zA-Z!?] | /. ) (?s:.*+) ) )"""
     return re.compile(pattern.encode(), re.VERBOSE)
 
@@ -124,9 +132,8 @@ _tokenizer(), _tokenizer(foreign=True)  # compiled on import: the first page sho
 _TAG = re.compile(f"/?[a-zA-Z]{_TAIL}".encode())
 _NAME = re.compile(rb"[!?/]?[a-zA-Z0-9]*")
 _SPEAKING = re.compile(rf">{_WS}*+(?:[^<]|<[aA]{_END})".encode())  # finds text or an anchor in an element
-_PLAIN_TAG = re.compile(
-    rf"""[a-zA-Z]++(?>(?:{_WS}++[a-zA-Z0-9:_-]++(?:=(?:"[^"]*+"|'[^']*+'|{_BARE}))?)*){_WS}*+/?>""".encode()
-)
+_ATTRIBUTE = rf"""{_WS}++[a-zA-Z0-9:_-]++(?:=(?:"[^"]*+"|'[^']*+'|{_BARE}))?"""
+_PLAIN_TAG = re.compile(rf"[a-zA-Z]++{_many(_ATTRIBUTE)}{_WS}*+/?>".encode())
 _PLAIN_ATTRIBUTE = re.compile(rf"""{_WS}([a-zA-Z0-9:_-]++)(?:=(?:"([^"]*+)"|'([^']*+)'|({_BARE})))?""".encode())
 
 
@@ -284,10 +291,11 @@ def _transcode(body: bytes, encoding: str) -> bytes:
 # ----------------------------------------------------------------------------------------------------------- links
 
 # Addresses that joining only puts a prefix to: nothing to drop or to encode, no segment that may be a dot segment.
+_SEGMENT = r"[\w~!$&()*+,;=:@.%-]*+"
 _PLAIN_HREF = re.compile(
-    r"""(?: (https?://[^/?#\\\s@%]{1,255}+)? /(?![/.%]) | (\w)(?![^/?]*:) ) [\w~!$&()*+,;=:@.%-]*+
-        (?> (?: /(?![.%])[\w~!$&()*+,;=:@.%-]*+ )* ) (?: \?[\w~!$&()*+,;=:@./?%-]*+ )?""",
-    re.ASCII | re.VERBOSE,
+    rf"(?:(https?://[^/?#\\\s@%]{{1,255}}+)?/(?![/.%])|(\w)(?![^/?]*:)){_SEGMENT}{_many(rf'/(?![.%]){_SEGMENT}')}"
+    r"(?:\?[\w~!$&()*+,;=:@./?%-]*+)?",
+    re.ASCII,
 )
 
 

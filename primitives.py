@@ -146,7 +146,7 @@ class TokenBucket:
     ``ValueError``: it could only be granted by breaking the bound.
     """
 
-    __slots__ = ("_clock", "_depth", "_full_at", "_interval", "_lock", "_paused_until", "burst", "rate")
+    __slots__ = ("_clock", "_depth", "_full_at", "_interval", "_lock", "_paused_until", "_reach", "burst", "rate")
 
     def __init__(self, rate: float, burst: float = 1, *, clock: Clock = time.monotonic) -> None:
         if not (rate > 0 and math.isfinite(rate)):
@@ -156,6 +156,7 @@ class TokenBucket:
         self.rate, self.burst = rate, burst
         self._interval = 1.0 / rate
         self._depth = burst * self._interval
+        self._reach = self._depth + NANOSECOND
         self._full_at = -math.inf
         self._paused_until = -math.inf
         self._clock = clock
@@ -216,17 +217,28 @@ class TokenBucket:
 
     def try_acquire(self, n: float = 1, now: float | None = None) -> bool:
         """Take ``n`` tokens if they are there at once."""
-        with self._lock:
+        if not 0 < n <= self.burst:
+            raise ValueError(f"can grant between 0 and {self.burst} tokens at once, not {n!r}")
+        lock = self._lock
+        lock.acquire()  # ``with`` would be a fifth of what this method takes
+        try:
             if now is None:
                 now = self._clock()
-            due, _, after = self._due(n, now)
-            if due > now:
+            after = self._full_at
+            if after < now:
+                after = now
+            after += n * self._interval
+            if after > now + self._reach or now < self._paused_until:
                 return False
             self._full_at = after
             return True
+        finally:
+            lock.release()
 
     def acquire(self, n: float = 1) -> None:
         """Take ``n`` tokens, sleeping until they are due."""
+        if self.try_acquire(n):
+            return
         reservation = self.book(n)
         wait = reservation.wait
         try:
@@ -239,10 +251,10 @@ class TokenBucket:
 
     async def acquire_async(self, n: float = 1) -> None:
         """Take ``n`` tokens, awaiting until they are due; a cancelled waiter gives them back where possible."""
+        if self.try_acquire(n):
+            return
         reservation = self.book(n)
         wait = reservation.wait
-        if not wait:
-            return
         try:
             while wait > NANOSECOND:
                 await asyncio.sleep(wait)

@@ -100,7 +100,7 @@ from crawl_core import (
     normalise,
     request_headers,
 )
-from crawl_net import BodyDecoder, ProxyRule, Resolver, zstd
+from crawl_net import BodyDecoder, ProxyRule, Resolver
 from html_parse import Page, parse_page
 from sandbox import FAULTS, Sandbox, status_expect
 
@@ -763,7 +763,7 @@ def prim_grants(
         elif verb == "try":
             n = value * bucket.burst
             if bucket.try_acquire(n, float(clock)):
-                used.append((pr.Reservation(0.0, 0.0, 0.0), clock, true, n, paused))
+                used.append((pr.Reservation(0.0, 0.0, 0.0, 0.0), clock, true, n, paused))
         else:
             waiting = [grant for grant in used if grant[2] > true]
             if waiting:
@@ -951,6 +951,25 @@ def test_prim_bucket_shells_give_back_when_interrupted(prim_acquire: PrimAcquire
     assert world.now == 1000.25
 
 
+def test_prim_bucket_verbs_are_about_one_token_by_default() -> None:
+    world = PrimWorld()
+    bucket = pr.TokenBucket(1.0, 9.0, clock=world.clock)
+    taken: list[float] = []
+    for verb in (
+        bucket.book,
+        bucket.reserve,
+        bucket.try_acquire,
+        bucket.acquire,
+        lambda: prim_run(bucket.acquire_async()),
+    ):
+        before = bucket.stats().tokens
+        verb()
+        taken.append(before - bucket.stats().tokens)
+    assert taken == [1.0] * 5
+    bucket.reserve(4)
+    assert bucket.wait_for() == 1.0
+
+
 def test_prim_bucket_shells_do_not_give_back_what_others_wait_behind(prim_acquire: PrimAcquire) -> None:
     world = PrimWorld()
     bucket = pr.TokenBucket(4.0, 2.0, clock=world.clock)
@@ -1101,6 +1120,7 @@ def test_prim_policy_defaults_and_refusals() -> None:
     policy = pr.RetryPolicy()
     assert (policy.attempts, policy.base, policy.cap, policy.total) == (3, 0.5, 30.0, 120.0)
     assert 0.0 <= (policy.delay(1) or 0.0) <= 0.5
+    assert pr.RetryPolicy(total=0.0).delay(1, lambda: 0.0) == 0.0
     with pytest.raises(FrozenInstanceError):
         policy.attempts = 9  # type: ignore[misc]
     for attempts in (0, -1):
@@ -1207,6 +1227,7 @@ def test_prim_budget_says_what_it_does_and_refuses() -> None:
     with pytest.raises(FrozenInstanceError):
         stats.saved = 9.0  # type: ignore[misc]
     assert pr.RetryBudget().stats().saved == 10.0
+    assert pr.RetryBudget(0, 0).try_retry() is pr.RetryBudget(1, 0).try_retry() is False
     for ratio, reserve in ((-0.1, 1), (1.1, 1), (float("nan"), 1), (0.1, -1)):
         with pytest.raises(ValueError, match="ratio is a share between 0 and 1"):
             pr.RetryBudget(ratio, reserve)
@@ -2447,11 +2468,13 @@ def prim_check_channel_put_cancel(channel_type: type[pr.Channel[Any]], effort: s
 class PrimLoopMachine(RuleBasedStateMachine):
     """Tasks of a loop that takes one step at a time."""
 
+    debug: ClassVar[bool] = True
+
     def __init__(self) -> None:
         super().__init__()
         self.complaints: list[dict[str, Any]] = []
         self.loop = asyncio.new_event_loop()
-        self.loop.set_debug(True)
+        self.loop.set_debug(self.debug)
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
         self.tasks: list[asyncio.Task[Any]] = []
         self.cancelled: set[asyncio.Task[Any]] = set()
@@ -2713,12 +2736,14 @@ class PrimChannelMachine(PrimLoopMachine):
 
 
 def prim_check_semaphore_walk(semaphore_type: type[pr.Semaphore], effort: settings = PRIM_SETTINGS) -> None:
-    machine = type("Machine", (PrimSemaphoreMachine,), {"semaphore_type": semaphore_type})
+    machine = type(
+        "Machine", (PrimSemaphoreMachine,), {"semaphore_type": semaphore_type, "debug": effort is not PRIM_HUNT}
+    )
     run_state_machine_as_test(machine, settings=effort)
 
 
 def prim_check_channel_walk(channel_type: type[pr.Channel[Any]], effort: settings = PRIM_SETTINGS) -> None:
-    machine = type("Machine", (PrimChannelMachine,), {"channel_type": channel_type})
+    machine = type("Machine", (PrimChannelMachine,), {"channel_type": channel_type, "debug": effort is not PRIM_HUNT})
     run_state_machine_as_test(machine, settings=effort)
 
 
@@ -2779,7 +2804,7 @@ class PrimBucketWindow(pr.TokenBucket):
         if spent > self.burst:
             start, spent, wait = start + length, n, max(0.0, start + length - now)
         self._full_at, self._depth = start, spent
-        return pr.Reservation(wait, start, start)
+        return pr.Reservation(wait, now + wait, start, start)
 
 
 class PrimBucketStarves(pr.TokenBucket):
@@ -3509,13 +3534,14 @@ def test_html_hostile_repetition_is_read_a_few_times(unit: str, monkeypatch: pyt
     handed = 0
 
     class Counting:
-        def __init__(self, pattern: object) -> None:
+        def __init__(self, pattern: Any) -> None:
             self.pattern = pattern
 
         def split(self, piece: bytes) -> list[bytes | None]:
             nonlocal handed
             handed += len(piece)
-            return self.pattern.split(piece)
+            parts: list[bytes | None] = self.pattern.split(piece)
+            return parts
 
     tokenizer = html_parse._tokenizer
     monkeypatch.setattr(html_parse, "_tokenizer", lambda **options: Counting(tokenizer(**options)))
@@ -3605,6 +3631,10 @@ html_addresses = st.lists(
 @example("http://h.example/", "http://h.example/a/%2e%2e/b")
 @example("http://h.example/a/b", "c/.%2e/d")
 @example("http://h.example/a/b", "a:b")
+@example("http://h.example/a/b", "/x #y")
+@example("http://h.example/a/b", "http:?x")
+@example("http://h.example/a/b", "h\ntt\tp:")
+@example("http://h.example/a/b", "any-page?x")
 def test_html_resolver_equals_joining(base: str, href: str) -> None:
     base = ada_url.normalize_url(base)
     joined = html_parse._join(base, href)
@@ -3642,12 +3672,31 @@ def test_html_words_are_those_of_split(text: str) -> None:
     assert html_parse._count_words(text.encode()) == len(html.unescape(text).split())
 
 
+def test_html_pages_of_a_folder_share_only_what_they_may() -> None:
+    markup = '<a href="?x"><a href="#y"><a href="http:?z"><a href="z"><a href=" /w ">'
+    for page in ("1", "2?q"):
+        url = f"http://shared.example/folder/{page}"
+        own = url.partition("?")[0]
+        rest = ["http://shared.example/folder/z", "http://shared.example/w"]
+        assert html_page(markup, url=url).links == [f"{own}?x", url, f"{own}?z", *rest]
+
+
+def test_html_long_addresses_are_not_remembered() -> None:
+    before = html_parse._resolve.cache_info().currsize
+    long = "/long" * 1000
+    assert html_page(f"<a href='{long}'><a href=\"{long}?\">").links == [
+        f"http://site.example{long}{end}" for end in ("", "?")
+    ]
+    assert html_parse._resolve.cache_info().currsize == before
+
+
 class HtmlReference(HTMLParser):
     """The textbook: every tag and every text through html.parser."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
-        self.url, self.links, self.title, self.words = url, dict[str, None](), None, 0
+        self.url, self.links, self.words = url, dict[str, None](), 0
+        self.title: str | None = None
         self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -3863,7 +3912,8 @@ def test_frontier_retries_wait_in_the_frontier_and_redirects_obey_the_target_hos
     frontier.put_back(a, 0.01, 5.0)
     frontier.put_back(b, 0.02, 0.02, "http://a/target", "a")
     assert frontier.take(0.02) == pytest.approx(0.08)
-    assert (hop := taken(frontier.take(0.1))) is b
+    hop = taken(frontier.take(0.1))
+    assert hop is b
     assert (hop.target, hop.host) == ("http://a/target", "a")
     frontier.finish(hop, 0.2)
     assert frontier.take(0.2) == pytest.approx(4.8)
@@ -4064,7 +4114,7 @@ def test_frontier_a_skewed_list_in_host_order_takes_as_long_as_its_busiest_host(
     assert now == pytest.approx(99 / 10)
 
 
-def answer(status: int = 200, body: bytes = b"", **headers: str) -> Response:
+def answer(status: int = 200, body: bytes = b"", **headers: Any) -> Response:
     named = {name.replace("_", "-").title(): value for name, value in headers.items()}
     return Response(status, named, body, seconds=0.01)
 
@@ -4118,7 +4168,7 @@ def test_retry_after_pauses_the_host_and_wins_over_the_back_off() -> None:
     ],
 )  # fmt: skip
 def test_where_redirects_lead(location: str | None, leads: str | None) -> None:
-    headers = {} if location is None else {"location": location}
+    headers: dict[str, Any] = {} if location is None else {"location": location}
     crawl, request, final = judged(answer(302, **headers))
     if leads:
         assert final is None
@@ -4169,6 +4219,9 @@ def test_a_list_that_fails_ends_the_run_and_what_came_before_counts() -> None:
 # ====================================================================================================== crawl_net
 
 
+ZSTD = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+
+
 def pack(coding: str, data: bytes) -> bytes:
     if coding == "gzip":
         return gzip.compress(data)
@@ -4179,7 +4232,7 @@ def pack(coding: str, data: bytes) -> bytes:
         return packer.compress(data) + packer.flush()
     if coding == "br":
         return bytes(brotli.compress(data, quality=1))
-    return bytes(zstd.compress(data))
+    return bytes(ZSTD.compress(data))
 
 
 CODINGS = ["gzip", "deflate", "raw deflate", "br", "zstd"]
@@ -4379,9 +4432,9 @@ def test_rows_as_csv_are_rfc_4180_and_no_formulas(title: str, url: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "no URLs"), (["missing.txt"], "cannot read missing.txt"), (["example.com"], "did you mean https://example.com"),
+        ([], "no URLs"), (["no.txt"], "cannot read no.txt"), (["a.example"], "did you mean https://a.example"),
         (["-", "--concurrency", "0"], "concurrency must be at least 1"), (["-", "--rate", "x"], "--rate"),
-        (["-", "--header", "x"], "--header"), (["-", "--proxy", "ftp://x"], "proxy must be"), ([".", "-q"], "is a folder"),
+        (["-", "--header", "x"], "--header"), (["-", "--proxy", "ftp://x"], "proxy must be"), (["."], "is a folder"),
         (["-", "--json", "--csv"], "not allowed with"), (["-", "--max-bytes", "10Q"], "--max-bytes"),
     ],
 )  # fmt: skip
@@ -4395,19 +4448,7 @@ def test_wrong_usage_is_one_line_and_exit_2(argv: list[str], message: str, capsy
 def test_options_from_the_command_line() -> None:
     args, options = parse_arguments(
         "crawl_async.py",
-        [
-            "http://a/",
-            "--csv",
-            "--rate",
-            "0",
-            "-",
-            "--max-bytes",
-            "10M",
-            "--header",
-            "A: b:c",
-            "--insecure",
-            "--retries=0",
-        ],
+        ["http://a/", "--csv", "--rate=0", "-", "--max-bytes=10M", "--header", "A: b:c", "--insecure", "--retries=0"],
     )
     assert args.sources == ["http://a/", "-"]
     assert args.form == "csv"
@@ -4633,10 +4674,9 @@ def test_an_async_on_result_sets_the_pace(web: Sandbox) -> None:
 
 def test_a_cancelled_crawl_ends_at_once(web: Sandbox) -> None:
     async def main() -> None:
-        urls = [web.fault_url("never_answers", host=7)]
+        urls = [web.url("/fault/never_answers?cancelled", host=7)]
         crawl = asyncio.create_task(crawl_async.scrape_all(urls, Options(rate=0)))
-        while not web.requests_for("/fault/never_answers"):
-            await asyncio.sleep(0)
+        await asyncio.to_thread(until, lambda: bool(web.requests_for("/fault/never_answers?cancelled")))
         crawl.cancel()
         with pytest.raises(asyncio.CancelledError):
             await crawl
@@ -4680,7 +4720,7 @@ def test_certificates_are_checked_unless_told_otherwise(driver: str, tmp_path: P
         assert [row.error for row in scrape(driver, urls, insecure=True)] == [None, None]
         trusted = tmp_path / "ca.pem"
         authority.cert_pem.write_to_path(str(trusted))
-        code, out, _ = run_program(driver, *urls, "--rate", "0", env=os.environ | {"SSL_CERT_FILE": str(trusted)})
+        _, out, _ = run_program(driver, *urls, "--rate", "0", env=os.environ | {"SSL_CERT_FILE": str(trusted)})
         assert [json.loads(line)["error"] for line in out.splitlines()] == [None, None]
 
 
@@ -4839,7 +4879,7 @@ def test_the_demo_and_the_promised_commands(driver: str, tmp_path: Path) -> None
     rows = list(csv.DictReader(io.StringIO(out.decode(), newline="")))
     assert len(rows) == 63
     assert {kind(row) for row in rows if row["error"]} >= {"timeout", "reset", "http", "dns", "invalid_url", "decode"}
-    listed = [url for url in read_urls([str(HERE / "urls.txt")])]
+    listed = list(read_urls([str(HERE / "urls.txt")]))
     assert len(listed) >= 20
     assert len({normalise(url)[1] for url in listed}) == len(listed)
 
@@ -5686,9 +5726,9 @@ def test_bench_command_help_has_examples_that_parse(name: str, capsys: pytest.Ca
         bench.main([name, "--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    for example in bench.COMMANDS[name].examples:
-        assert f"python bench.py {example}\n" in shown
-        assert bench.make_parser().parse_args(example.split()).command == name
+    for command in bench.COMMANDS[name].examples:
+        assert f"python bench.py {command}\n" in shown
+        assert bench.make_parser().parse_args(command.split()).command == name
 
 
 @pytest.mark.parametrize("arguments", [["crawl", "--peers", "nobody"], ["million", "--driver", "nobody"]])
