@@ -211,11 +211,10 @@ class _Pool:
                     return connection
             connection.close()
 
-    def give(self, key: _Key, connection: _Connection, usable: bool) -> None:
+    def give(self, key: _Key, connection: _Connection, sock: socket.socket, usable: bool) -> None:
         oldest = None
         with self._lock:
-            if connection.sock is not None:
-                self._in_use.discard(connection.sock.sock)
+            self._in_use.discard(sock)
             if usable and not self.aborted:
                 self._idle[connection] = key
                 self._by_key.setdefault(key, []).append(connection)
@@ -294,27 +293,25 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                     before_send()
                 connection.request(req.get_method(), req.selector, req.data, headers)
                 response = connection.getresponse()
-            except (ConnectionError, http.client.BadStatusLine) as error:
-                self._pool.give(key, connection, False)
-                # The connection had been closed, or was being closed, when the request reached it.
-                gone = not isinstance(error, http.client.BadStatusLine) or isinstance(error, ConnectionError)
-                if not (kept and gone and req.get_method() in ("GET", "HEAD")) or self._pool.aborted:
+            except ConnectionError:
+                self._pool.give(key, connection, wire.sock, False)
+                # A kept connection may have been closed, or be closing, when the request reached it.
+                if not (kept and req.get_method() in ("GET", "HEAD")) or self._pool.aborted:
                     raise
                 continue
             except BaseException:
-                self._pool.give(key, connection, False)
+                self._pool.give(key, connection, wire.sock, False)
                 raise
             assert isinstance(response, _Response)
             if wire.ended:  # http.client takes the end of the stream for the end of the head
-                self._pool.give(key, connection, False)
+                self._pool.give(key, connection, wire.sock, False)
                 raise FetchError("truncated", "in the head")
-            sock = connection.sock
             response.url, response.msg = req.full_url, response.reason  # type: ignore[assignment]
-            if sock is None or response.isclosed():
-                self._pool.give(key, connection, sock is not None)
+            if response.isclosed():
+                self._pool.give(key, connection, wire.sock, not response.will_close)
             else:
-                response.wire = sock
-                response.release = functools.partial(self._pool.give, key, connection)
+                response.wire = wire
+                response.release = functools.partial(self._pool.give, key, connection, wire.sock)
             return response
 
     def _connect(

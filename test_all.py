@@ -4612,6 +4612,19 @@ def test_connections_are_kept_and_bounded(driver: str) -> None:
         assert len({entry.connection for entry in web.log}) <= 4
 
 
+def test_the_pool_of_the_threads_forgets_what_is_closed(web: Sandbox) -> None:
+    crawl = Crawl(Options(rate=0, timeout=0.3))
+    fetcher = crawl_threads.Fetcher(crawl)
+    paths = ["ok", "http10", "closes_keepalive", "closes", "junk_after", "never_answers"]
+    crawl.frontier.add_all([web.fault_url(path, host=9, pool=1) for path in paths], crawl.clock())
+    for _ in paths:
+        fetcher.fetch(taken(crawl.frontier.take(crawl.clock())))
+    assert len(fetcher._pool._in_use) == 0
+    assert len(fetcher._pool._idle) <= 2
+    fetcher.close()
+    assert len(fetcher._pool._idle) == 0
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_nothing_is_left_behind(driver: str, web: Sandbox) -> None:
     before = set(threading.enumerate())
