@@ -13,9 +13,8 @@ minute hits all alike; a figure is the median, with the smallest and the largest
   child (wait4). Linux starts a child's peak at its parent's, so this process stays small: the pages are generated in
   another, and the rows are read when all timing is over. What it takes itself is printed: no peak below that is told.
 * **Being fast at something else does not count**: all contestants write the same rows, and these are compared.
-* **The peers are written as their experts would**, or, where the name says textbook, as everyone does at first. They
-  are the functions in `PEERS` and run as `python bench.py _peer NAME URLS ROWS CONCURRENCY`; therefore this file
-  imports little at its head.
+* **The peers** are in bench_peers.py and run as `python bench.py _peer NAME URLS ROWS CONCURRENCY`; therefore this
+  file imports little at its head.
 * **A call of a mechanism** (`primitives`) takes nanoseconds, so a loop of many is timed; the loop is the same for all.
 
 Promised: all traffic stays on 127.0.0.0/8; every child is ended, and every temporary folder removed, however the run
@@ -31,7 +30,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -48,11 +46,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from html.parser import HTMLParser
 from itertools import pairwise, repeat
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-from urllib.parse import urljoin
+
+from bench_peers import PARSERS, PEERS, Facts, Row
 
 HERE = Path(__file__).resolve().parent
 CHILD_LIMIT = 3600.0
@@ -62,7 +60,6 @@ LIBRARIES = "aiohttp uvloop ada-url orjson scrapy twisted parsel lxml selectolax
 NEEDS = {"textbook": "html", "textbook_async": "aiohttp", "textbook_threads": "html", "scrapy_stripped": "scrapy"}
 """The module that a contestant cannot do without, where it is not named like it."""
 
-Row = dict[str, Any]
 """A line of a table, and of the JSON: what a column is called, to text, a number, a `Spread`, or None."""
 Runner = Callable[[argparse.Namespace], list[Row]]
 
@@ -288,239 +285,6 @@ def nginx(folder: Path, hosts: int, port: int) -> Iterator[None]:
                     raise SystemExit(f"bench.py: nginx did not start: {' '.join(why) or error}") from None
                 time.sleep(0.02)
         yield
-
-
-# ----------------------------------------------------------------------- peers of `parse`: bytes, URL -> the facts
-
-
-class Facts(NamedTuple):
-    """What everyone has to find: links absolute, http(s), without fragment, each once."""
-
-    title: str | None
-    word_count: int
-    links_found: list[str]
-
-
-HIDDEN = ("script", "style", "noscript", "template")
-SHOWN = f"//body//text()[not({' or '.join(f'ancestor::{tag}' for tag in HIDDEN)})]"
-
-
-def fold(text: str | None) -> str | None:
-    return " ".join((text or "").split()) or None
-
-
-def count_words(texts: Iterable[str]) -> int:
-    return len(" ".join(texts).split())
-
-
-def absolute_links(hrefs: Iterable[str], join: Callable[[str], str]) -> list[str]:
-    links: dict[str, None] = {}
-    for href in dict.fromkeys(hrefs):
-        try:
-            link = join(href)
-        except ValueError:
-            continue
-        if link.startswith(("http://", "https://")):
-            links[link.partition("#")[0]] = None
-    return list(links)
-
-
-def browser_join(url: str, base: str | None) -> Callable[[str], str]:
-    """Joining as browsers do it, with ``<base>``: what html_parse does, too, so that parsers are compared."""
-    join: Callable[[str, str], str] = importlib.import_module("ada_url").join_url
-    return functools.partial(join, join(url, base) if base else url)
-
-
-class Textbook(HTMLParser):
-    """The scraper's parser of the tutorials."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.title, self.in_title = "", False
-        self.hrefs: list[str] = []
-        self.hidden = self.words = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "a":
-            self.hrefs += [value for name, value in attrs if name == "href" and value is not None]
-        self.in_title |= tag == "title"
-        self.hidden += tag in HIDDEN
-
-    def handle_endtag(self, tag: str) -> None:
-        self.in_title &= tag != "title"
-        self.hidden -= tag in HIDDEN and self.hidden > 0
-
-    def handle_data(self, data: str) -> None:
-        if self.in_title:
-            self.title += data
-        elif not self.hidden:
-            self.words += len(data.split())
-
-
-def parse_textbook(body: bytes, url: str) -> Facts:
-    parser = Textbook()
-    parser.feed(body.decode("utf-8", "replace"))
-    parser.close()
-    return Facts(fold(parser.title), parser.words, absolute_links(parser.hrefs, functools.partial(urljoin, url)))
-
-
-def parse_ours(body: bytes, url: str) -> Facts:
-    from html_parse import parse_page
-
-    page = parse_page(body, url, "text/html; charset=utf-8")
-    return Facts(page.title, page.word_count, page.links)
-
-
-@functools.cache
-def xpath(path: str) -> Callable[[Any], list[str]]:
-    compiled: Callable[[Any], list[str]] = importlib.import_module("lxml.etree").XPath(path, smart_strings=False)
-    return compiled
-
-
-def parse_lxml(body: bytes, url: str) -> Facts:
-    etree = importlib.import_module("lxml.etree")
-    page = etree.HTML(body, etree.HTMLParser(encoding="utf-8"))
-    join = browser_join(url, next(iter(xpath("//base/@href")(page)), None))
-    links = absolute_links(xpath("//a/@href")(page), join)
-    return Facts(fold(page.findtext(".//title")), count_words(xpath(SHOWN)(page)), links)
-
-
-def parse_parsel(body: bytes, url: str) -> Facts:
-    page = importlib.import_module("parsel").Selector(body=body, encoding="utf-8")
-    links = absolute_links(page.xpath("//a/@href").getall(), browser_join(url, page.xpath("//base/@href").get()))
-    return Facts(fold(page.xpath("//title/text()").get()), count_words(page.xpath(SHOWN).getall()), links)
-
-
-def parse_selectolax(body: bytes, url: str) -> Facts:
-    page = importlib.import_module("selectolax.lexbor").LexborHTMLParser(body.decode("utf-8", "replace"))
-    title, base = page.css_first("head > title") or page.css_first("title"), page.css_first("base[href]")
-    heading = fold(title.text()) if title else None
-    join = browser_join(url, base.attributes["href"] if base else None)
-    links = absolute_links((anchor.attributes["href"] or "" for anchor in page.css("a[href]")), join)
-    for node in page.css(", ".join((*HIDDEN, "head"))):
-        node.decompose()
-    return Facts(heading, count_words([page.body.text(separator=" ")] if page.body else []), links)
-
-
-PARSERS: dict[str, Callable[[bytes, str], Facts]] = {
-    "html_parse": parse_ours,
-    "textbook": parse_textbook,
-    "lxml": parse_lxml,
-    "parsel": parse_parsel,
-    "selectolax": parse_selectolax,
-}
-
-# --------------------------------------------------------- peers of `crawl`: URL list, rows, concurrency -> a file
-
-
-def as_row(url: str, facts: Facts) -> Row:
-    return {"url": url, **facts._asdict()}
-
-
-def crawl_scrapy(urls: str, rows: str, concurrency: int) -> None:
-    """The spider of Scrapy's documentation: its selectors, its default middlewares, no politeness."""
-    scrapy, crawler = map(importlib.import_module, ("scrapy", "scrapy.crawler"))
-
-    class Pages(scrapy.Spider):  # type: ignore[misc, name-defined]
-        name = "pages"
-
-        async def start(self) -> Any:
-            for url in Path(urls).read_text().split():  # noqa: ASYNC240
-                yield scrapy.Request(url, cb_kwargs={"url": url}, dont_filter=True)
-
-        def parse(self, response: Any, url: str) -> Any:
-            links = absolute_links(response.xpath("//a/@href").getall(), response.urljoin)
-            title = fold(response.xpath("//title/text()").get())
-            yield as_row(url, Facts(title, count_words(response.xpath(SHOWN).getall()), links))
-
-    settings = {
-        "CONCURRENT_REQUESTS": concurrency,
-        "CONCURRENT_REQUESTS_PER_DOMAIN": concurrency,
-        "DOWNLOAD_DELAY": 0,
-        "ROBOTSTXT_OBEY": False,
-        "COOKIES_ENABLED": False,
-        "TELNETCONSOLE_ENABLED": False,
-        "LOG_LEVEL": "ERROR",
-        "TWISTED_REACTOR": "twisted.internet.asyncioreactor.AsyncioSelectorReactor",
-        "ASYNCIO_EVENT_LOOP": "uvloop.Loop" if importlib.util.find_spec("uvloop") else None,
-        "FEEDS": {rows: {"format": "jsonlines"}},
-    }
-    process = crawler.AsyncCrawlerProcess(settings)
-    process.crawl(Pages)
-    process.start()
-
-
-def crawl_scrapy_stripped(urls: str, rows: str, concurrency: int) -> None:
-    """Scrapy without all that its documentation advises to keep (retries, redirects, decompression), and bare lxml."""
-    scrapy, crawler = map(importlib.import_module, ("scrapy", "scrapy.crawler"))
-
-    class Pages(scrapy.Spider):  # type: ignore[misc, name-defined]
-        name = "pages"
-
-        async def start(self) -> Any:
-            for url in Path(urls).read_text().split():  # noqa: ASYNC240
-                yield scrapy.Request(url, cb_kwargs={"url": url}, dont_filter=True)
-
-        def parse(self, response: Any, url: str) -> Any:
-            page = response.selector.root
-            links = absolute_links(xpath("//a/@href")(page), response.urljoin)
-            yield as_row(url, Facts(fold(page.findtext(".//title")), count_words(xpath(SHOWN)(page)), links))
-
-    settings = {
-        "CONCURRENT_REQUESTS": concurrency,
-        "CONCURRENT_REQUESTS_PER_DOMAIN": concurrency,
-        "CONCURRENT_ITEMS": 1,  # of one response: so many tasks are started for each, and there is one item
-        "DOWNLOAD_DELAY": 0,
-        "ROBOTSTXT_OBEY": False,
-        "LOG_LEVEL": "ERROR",
-        "TWISTED_REACTOR": "twisted.internet.asyncioreactor.AsyncioSelectorReactor",
-        "DOWNLOADER_MIDDLEWARES_BASE": {},
-        "SPIDER_MIDDLEWARES_BASE": {},
-        "EXTENSIONS_BASE": {"scrapy.extensions.feedexport.FeedExporter": 0},
-        "FEEDS": {rows: {"format": "jsonlines"}},
-        "ASYNCIO_EVENT_LOOP": "uvloop.Loop" if importlib.util.find_spec("uvloop") else None,
-    }
-    process = crawler.AsyncCrawlerProcess(settings)
-    process.crawl(Pages)
-    process.start()
-
-
-def crawl_textbook_async(urls: str, rows: str, concurrency: int) -> None:
-    import aiohttp
-
-    async def crawl(urls: list[str]) -> None:
-        semaphore = asyncio.Semaphore(concurrency)
-        async with aiohttp.ClientSession() as session:
-
-            async def scrape(url: str) -> None:
-                async with semaphore, session.get(url) as response:
-                    file.write(json.dumps(as_row(url, parse_textbook(await response.read(), url))) + "\n")
-
-            await asyncio.gather(*map(scrape, urls))
-
-    with open(rows, "w") as file:
-        asyncio.run(crawl(Path(urls).read_text().split()))
-
-
-def crawl_textbook_threads(urls: str, rows: str, concurrency: int) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-    from urllib.request import urlopen
-
-    def scrape(url: str) -> Row:
-        with urlopen(url, timeout=30) as response:
-            return as_row(url, parse_textbook(response.read(), url))
-
-    with open(rows, "w") as file, ThreadPoolExecutor(concurrency) as pool:
-        for row in pool.map(scrape, Path(urls).read_text().split()):
-            file.write(json.dumps(row) + "\n")
-
-
-PEERS: dict[str, Callable[[str, str, int], None]] = {
-    "scrapy": crawl_scrapy,
-    "scrapy_stripped": crawl_scrapy_stripped,
-    "textbook_async": crawl_textbook_async,
-    "textbook_threads": crawl_textbook_threads,
-}
 
 
 def write_site(folder: str, urls: str, pages: int, hosts: int, size: int, port: int) -> None:

@@ -305,6 +305,13 @@ def more_open_files() -> None:
 
 def main(program: str, run: Run, argv: list[str] | None = None) -> int:
     """A crawler's whole program around its driver ``run``. Returns the exit code."""
+    try:
+        return _main(program, run, argv)
+    except KeyboardInterrupt:  # before the driver listens to signals, or after
+        return EXIT_INTERRUPTED
+
+
+def _main(program: str, run: Run, argv: list[str] | None) -> int:
     args, options = parse_arguments(program, argv)
     more_open_files()
     with contextlib.ExitStack() as stack:
