@@ -23,6 +23,7 @@ import contextvars
 import inspect
 import math
 import os
+import queue
 import signal
 import socket
 import ssl
@@ -316,24 +317,62 @@ class Tasks:
             task.cancel()
 
 
+class Rows:
+    """The way of the rows to the thread that writes them: in batches, since each hand-over makes two threads contend
+    for the interpreter. A batch goes when it is full, or ``AGE`` seconds after its first row."""
+
+    SIZE, AGE = 100, 0.05
+
+    def __init__(self, emit: Callable[[ScrapeResult], None]) -> None:
+        self._emit = emit
+        self._loop = asyncio.get_running_loop()
+        self._batch: list[ScrapeResult] = []
+        self._batches: Channel[list[ScrapeResult]] = Channel(10)
+        self._writer = threading.Thread(target=self._write, name="writer")
+        self._writer.start()
+
+    def _write(self) -> None:
+        for batch in self._batches:
+            for row in batch:
+                self._emit(row)
+
+    async def put(self, row: ScrapeResult) -> None:
+        """Waits while the writer is far behind."""
+        self._batch.append(row)
+        if len(self._batch) >= self.SIZE:
+            batch, self._batch = self._batch, []
+            await self._batches.put_async(batch)
+        elif len(self._batch) == 1:
+            self._loop.call_later(self.AGE, self._too_old, self._batch)
+
+    def _too_old(self, batch: list[ScrapeResult]) -> None:
+        if batch is self._batch:
+            try:
+                self._batches.put_nowait(batch)
+            except queue.Full:  # the writer is busy: the batch may grow until it is full
+                self._loop.call_later(self.AGE, self._too_old, batch)
+            else:
+                self._batch = []
+
+    async def close(self) -> None:
+        """Every row that was put is written when this returns."""
+        if self._batch:
+            await self._batches.put_async(self._batch)
+            self._batch = []
+        self._batches.close()
+        await asyncio.to_thread(self._writer.join)
+
+
 async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[[ScrapeResult], None]) -> None:
-    rows: Channel[ScrapeResult] = Channel(1000)
-
-    def write() -> None:
-        for row in rows:
-            emit(row)
-
-    writer = threading.Thread(target=write, name="writer")
-    writer.start()
+    rows = Rows(emit)
     try:
-        driver = Tasks(crawl, rows.put_async)
+        driver = Tasks(crawl, rows.put)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, driver.stop)
         await driver.run(urls)
     finally:
-        rows.close()
-        await asyncio.to_thread(writer.join)
+        await rows.close()
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -542,7 +542,8 @@ def parse_page(body: bytes, url: str, content_type: str | None = None) -> Page:
     """
     encoding = _sniff(body, content_type)
     scan = _Scan(_transcode(body, encoding))
-    base = _join(None, url)
+    plain = _PLAIN_HREF.fullmatch(url)  # spares most pages a call that gives up the interpreter lock
+    base = url if plain and plain[1] and _is_canonical(plain[1]) else _join(None, url)
     if base and scan.base is not None:
         base = _join(base, scan.base) or base
     resolve = _resolver(base)

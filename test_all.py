@@ -5699,7 +5699,7 @@ def test_bench_cell(value: object, text: str) -> None:
 
 
 def test_bench_table_is_aligned() -> None:
-    rows: list[bench.Row] = [
+    rows: list[dict[str, Any]] = [
         {"": "crawl_async", "pages/s": 1234.0, "x Scrapy": 3.5},
         {"": "curl", "pages/s": bench.Spread(5.0, 4.0, 6.0), "x Scrapy": None},
     ]
