@@ -304,6 +304,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 raise
             assert isinstance(response, _Response)
             if wire.ended:  # http.client takes the end of the stream for the end of the head
+                response.close()
                 self._pool.give(key, connection, wire.sock, False)
                 raise FetchError("truncated", "in the head")
             response.url, response.msg = req.full_url, response.reason  # type: ignore[assignment]

@@ -293,7 +293,7 @@ def _transcode(body: bytes, encoding: str) -> bytes:
 # Addresses that joining only puts a prefix to: nothing to drop or to encode, no dot segments but leading "../".
 _SEGMENT = r"[\w~!$&()*+,;=:@.%-]*+"
 _PLAIN_HREF = re.compile(
-    r"(?:((?:https?:)?//[^/?#\\\s@%]{1,255}+)?/(?![/.%])|(\w(?![^/?]*:)|(?:\.\./)++(?![/.%])))"
+    r"(?:((?:https?:)?//[^/?#\\\s@%]{1,255}+)?/(?![/.%])|(\w(?![^/?]*:)|(?:\.\./){1,9}(?![/.%])))"
     rf"{_SEGMENT}{_many(rf'/(?![.%]){_SEGMENT}')}(?:\?[\w~!$&()*+,;=:@./?%-]*+)?",
     re.ASCII,
 )

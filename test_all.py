@@ -3643,6 +3643,8 @@ html_addresses = st.lists(
 @example("http://h.example/a/b", "h\ntt\tp:")
 @example("http://h.example/a/b", "../../../c:d?e")
 @example("http://h.example/a//b/", "../../..//c")
+@example("http://h.example/a/b/c", "../..x")
+@example("http://h.example/" + "a/" * 12, "../" * 11 + "x")
 @example("https://h.example/a/b?c/d", "../")
 @example("https://h.example/a/b", "//h.example:443/c")
 def test_html_resolver_equals_joining(base: str, href: str) -> None:
