@@ -201,6 +201,8 @@ class Fetcher:
     async def close(self) -> None:
         await self._session.close()
         await self._resolver.close()
+        for _ in range(10):  # transports that were closed or aborted take leave in the loop's next rounds
+            await asyncio.sleep(0)
 
 
 def _payload_error(error: aiohttp.ClientPayloadError, status: int) -> FetchError:

@@ -4714,6 +4714,9 @@ def test_the_event_loop_is_never_blocked(web: Sandbox) -> None:
     assert [line for line in child.stderr.splitlines() if line.startswith("Executing")] == []
 
 
+# aiohttp leaves the transport of a refused tunnel or handshake to the garbage collector, which says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_certificates_are_checked_unless_told_otherwise(driver: str, tmp_path: Path) -> None:
     authority = trustme.CA()
@@ -4729,6 +4732,7 @@ def test_certificates_are_checked_unless_told_otherwise(driver: str, tmp_path: P
         authority.cert_pem.write_to_path(str(trusted))
         _, out, _ = run_program(driver, *urls, "--rate", "0", env=os.environ | {"SSL_CERT_FILE": str(trusted)})
         assert [json.loads(line)["error"] for line in out.splitlines()] == [None, None]
+    gc.collect()
 
 
 class Proxy(threading.Thread):
@@ -4777,6 +4781,9 @@ class Proxy(threading.Thread):
             to.shutdown(socket.SHUT_WR)
 
 
+# aiohttp leaves the transport of a refused tunnel or handshake to the garbage collector, which says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_proxy(driver: str) -> None:
     proxy = Proxy()
@@ -4800,6 +4807,7 @@ def test_a_proxy(driver: str) -> None:
     assert sorted(proxy.asked) == sorted(
         ["GET http://far.invalid/x?y signed", f"CONNECT 127.0.1.1:{web.port} signed", "CONNECT far.invalid:443 signed"]
     )
+    gc.collect()
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
