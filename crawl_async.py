@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
 import inspect
 import math
@@ -30,6 +31,7 @@ import ssl
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -65,11 +67,18 @@ _in_hand: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
 
 class GatedConnector(aiohttp.TCPConnector):
     """aiohttp's connection pool, with the last word on politeness: when the connection is open, and nothing sent yet,
-    the request waits for its turn."""
+    the request waits for its turn. It knows every socket that it opened, for at the end some are in nobody's hands: a
+    TLS connection that waits for the other side's goodbye is no longer in the pool."""
 
     def __init__(self, crawl: Crawl, **more: Any) -> None:
-        super().__init__(**more)
+        super().__init__(socket_factory=self._open, **more)
         self._crawl = crawl
+        self._opened: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+    def _open(self, address: aiohttp.AddrInfoType) -> socket.socket:
+        opened = socket.socket(*address[:3])
+        self._opened.add(opened)
+        return opened
 
     async def connect(self, *args: Any, **more: Any) -> Any:
         connection = await super().connect(*args, **more)
@@ -81,6 +90,16 @@ class GatedConnector(aiohttp.TCPConnector):
             connection.release()
             raise
         return connection
+
+    async def close(self, *, abort_ssl: bool = False) -> None:
+        """Every transport has closed its socket when this returns, or a second has passed."""
+        await super().close(abort_ssl=abort_ssl)
+        give_up = time.monotonic() + 1.0
+        while (left := [one for one in self._opened if one.fileno() >= 0]) and time.monotonic() < give_up:
+            for one in left:
+                with contextlib.suppress(OSError):  # it was not connected, or is no longer
+                    one.shutdown(socket.SHUT_RDWR)
+            await asyncio.sleep(0.001)
 
 
 class LoopResolver(AbstractResolver):
@@ -201,8 +220,6 @@ class Fetcher:
     async def close(self) -> None:
         await self._session.close()
         await self._resolver.close()
-        for _ in range(10):  # transports that were closed or aborted take leave in the loop's next rounds
-            await asyncio.sleep(0)
 
 
 def _payload_error(error: aiohttp.ClientPayloadError, status: int) -> FetchError:

@@ -4714,9 +4714,6 @@ def test_the_event_loop_is_never_blocked(web: Sandbox) -> None:
     assert [line for line in child.stderr.splitlines() if line.startswith("Executing")] == []
 
 
-# aiohttp leaves the transport of a refused tunnel or handshake to the garbage collector, which says so.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_certificates_are_checked_unless_told_otherwise(driver: str, tmp_path: Path) -> None:
     authority = trustme.CA()
@@ -4781,9 +4778,6 @@ class Proxy(threading.Thread):
             to.shutdown(socket.SHUT_WR)
 
 
-# aiohttp leaves the transport of a refused tunnel or handshake to the garbage collector, which says so.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_proxy(driver: str) -> None:
     proxy = Proxy()
