@@ -342,7 +342,7 @@ class Rows:
 
     SIZE, AGE = 100, 0.05
 
-    def __init__(self, emit: Callable[[ScrapeResult], None]) -> None:
+    def __init__(self, emit: Callable[..., None]) -> None:
         self._emit = emit
         self._loop = asyncio.get_running_loop()
         self._batch: list[ScrapeResult] = []
@@ -352,8 +352,7 @@ class Rows:
 
     def _write(self) -> None:
         for batch in self._batches:
-            for row in batch:
-                self._emit(row)
+            self._emit(*batch)
 
     async def put(self, row: ScrapeResult) -> None:
         """Waits while the writer is far behind."""
@@ -382,7 +381,7 @@ class Rows:
         await asyncio.to_thread(self._writer.join)
 
 
-async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[[ScrapeResult], None]) -> None:
+async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None]) -> None:
     rows = Rows(emit)
     try:
         driver = Tasks(crawl, rows.put)
@@ -402,7 +401,7 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def run(crawl: Crawl, urls: Iterable[str], emit: Callable[[ScrapeResult], None]) -> None:
+def run(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None]) -> None:
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         runner.run(_program(crawl, urls, emit))
 

@@ -3634,25 +3634,27 @@ html_addresses = st.lists(
 
 
 @settings(max_examples=1000, deadline=None)
-@given(html_bases, html_addresses)
-@example("http://h.example/", "http://h.example/a/%2e%2e/b")
-@example("http://h.example/a/b", "c/.%2e/d")
-@example("http://h.example/a/b", "a:b")
-@example("http://h.example/a/b", "/x #y")
-@example("http://h.example/a/b", "http:?x")
-@example("http://h.example/a/b", "h\ntt\tp:")
-@example("http://h.example/a/b", "../../../c:d?e")
-@example("http://h.example/a//b/", "../../..//c")
-@example("http://h.example/a/b/c", "../..x")
-@example("http://h.example/" + "a/" * 12, "../" * 11 + "x")
-@example("https://h.example/a/b?c/d", "../")
-@example("https://h.example/a/b", "//h.example:443/c")
-def test_html_resolver_equals_joining(base: str, href: str) -> None:
+@given(html_bases, st.lists(html_addresses, max_size=5))
+@example("http://h.example/", ["http://h.example/a/%2e%2e/b"])
+@example("http://h.example/a/b", ["c/.%2e/d"])
+@example("http://h.example/a/b", ["a:b"])
+@example("http://h.example/a/b", ["/x #y"])
+@example("http://h.example/a/b", ["http:?x"])
+@example("http://h.example/a/b", ["h\ntt\tp:"])
+@example("http://h.example/a/b", ["../../../c:d?e"])
+@example("http://h.example/a//b/", ["../../..//c"])
+@example("http://h.example/a/b/c", ["../..x"])
+@example("http://h.example/" + "a/" * 12, ["../" * 11 + "x"])
+@example("https://h.example/a/b?c/d", ["../"])
+@example("https://h.example/a/b", ["//h.example:443/c"])
+@example("http://h.example/a/b", ["x", "", "\0/y", "#\0", "../z"])
+def test_html_resolving_all_equals_joining_each(base: str, hrefs: list[str]) -> None:
     base = ada_url.normalize_url(base)
-    joined = html_parse._join(base, href)
-    assert html_parse._resolver(base)(href) == (joined and joined.partition("#")[0])
-    alone = html_parse._join(None, href)
-    assert html_parse._resolver(None)(href) == (alone and alone.partition("#")[0])
+    for start in (base, None):
+        joined = [html_parse._join(start, href.replace("\0", "\ufffd")) for href in hrefs]
+        urls = [url and url.partition("#")[0] for url in joined]
+        assert html_parse._resolve(start, hrefs) == urls
+        assert html_parse._resolve(start, [href.replace("&", "&amp;").encode() for href in hrefs]) == urls
 
 
 @settings(max_examples=500, deadline=None)
