@@ -126,31 +126,57 @@ class RowWriter:
 
 
 class Output:
-    """Where the rows of a run go: counted, written, and, should writing fail, the run stopped. Safe for threads."""
+    """Where the rows of a run go: counted, written, and, should writing fail, the run stopped. Safe for threads.
+
+    Group commit, as databases do it: who comes while another thread writes only leaves its rows, and that thread
+    writes them in one go when it is done. So a busy run writes in batches and a quiet one at once; when the last
+    ``emit`` has returned, all is written. ``_lock`` guards who writes and what is left for it, at most ``LEFT`` rows.
+    """
+
+    LEFT = 1000
 
     def __init__(self, crawl: Crawl, writer: RowWriter) -> None:
         self._crawl, self._writer = crawl, writer
         self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._left: list[ScrapeResult] = []
+        self._writing = False
 
     def emit(self, *rows: ScrapeResult) -> None:
+        """Waits while the writer is far behind."""
         with self._lock:
-            if self._crawl.failure is not None:
+            while self._writing and len(self._left) >= self.LEFT:
+                self._room.wait()
+            self._left += rows
+            if self._writing:
                 return
-            try:
-                self._writer.write(*rows)
-            except OSError as error:
-                self._crawl.fail(error)
+            self._writing = True
+        while True:
+            with self._lock:
+                batch, self._left = self._left, []
+                self._writing = bool(batch)
+                self._room.notify_all()
+            if not batch:
                 return
+            self._write(batch)
+
+    def _write(self, rows: list[ScrapeResult]) -> None:
+        if self._crawl.failure is not None:
+            return
+        try:
+            self._writer.write(*rows)
+        except Exception as error:
+            self._crawl.fail(error)
+            return
         for row in rows:
             self._crawl.stats.count_row(row)
 
     def close(self) -> None:
-        with self._lock:
-            if not isinstance(self._crawl.failure, OSError):
-                try:
-                    self._writer.close()
-                except OSError as error:
-                    self._crawl.fail(error)
+        if not isinstance(self._crawl.failure, OSError):
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._crawl.fail(error)
 
 
 # ----------------------------------------------------------------------------------------------------- progress

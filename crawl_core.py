@@ -39,7 +39,7 @@ from typing import Any
 
 import ada_url
 
-from html_parse import parse_page
+from html_parse import is_normal, parse_page
 from primitives import NANOSECOND, Clock, RetryPolicy, Rng, TokenBucket, parse_retry_after
 
 MAX_URL = 8192
@@ -197,7 +197,7 @@ def normalise(text: str) -> tuple[str, str]:
     if len(text) > MAX_URL:
         raise FetchError("invalid_url", f"longer than {MAX_URL} characters")
     try:
-        url: str = ada_url.normalize_url(text)
+        url: str = text if is_normal(text) else ada_url.normalize_url(text)
     except (ValueError, UnicodeError):
         hint = "" if "://" in text else "; write https:// before it"
         raise FetchError("invalid_url", f"not a URL{hint}") from None

@@ -56,31 +56,68 @@ from crawl_core import (
 )
 from crawl_net import BodyDecoder, Resolver, detail, tls_context, tls_detail
 
+IDLE = 256
+"""Connections kept open for a next request to their host: a list often goes round many hosts."""
+
 Emit = Callable[[ScrapeResult], None]
 
 # -------------------------------------------------------------------------------------------------- connections
 
 
 class _DeadlineSocket:
-    """A connected socket whose every call ends at ``deadline`` (monotonic seconds); what http.client needs of one."""
+    """A connected socket whose every call ends at ``deadline`` (monotonic seconds); what http.client needs of one.
+
+    The socket itself does not block, and poll waits: a time limit set on a socket would cost three system calls more
+    a request, each of which gives the interpreter to another thread and waits to get it back.
+    """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self.sock, self.deadline = sock, deadline
+        self.deadline = deadline
         self.dry = False
         """Answer "nothing there" instead of reading on."""
         self.ended = False
         self._readers = 0
         self._closed = False
+        self.use(sock)
 
-    def arm(self) -> None:
+    def use(self, sock: socket.socket) -> None:
+        self.sock = sock
+        sock.setblocking(False)
+        self._decrypted: Callable[[], int] | None = getattr(sock, "pending", None)
+
+    def left(self) -> float:
+        """Seconds until the deadline. Raises TimeoutError when it has passed."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        self.sock.settimeout(left)
+        return left
+
+    def _wait(self, event: int) -> None:
+        poll = select.poll()
+        poll.register(self.sock, event)
+        if not poll.poll(self.left() * 1000):
+            raise TimeoutError
 
     def sendall(self, data: Any) -> None:
-        self.arm()
-        self.sock.sendall(data)
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[self.sock.send(rest) :]
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                self._wait(select.POLLOUT)
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN)
+
+    def recv_into(self, buffer: Any) -> int:
+        if not (self._decrypted and self._decrypted()):
+            self._wait(select.POLLIN)
+        while True:
+            try:
+                return self.sock.recv_into(buffer)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self._wait(select.POLLIN)
+            except ssl.SSLWantWriteError:
+                self._wait(select.POLLOUT)
 
     def makefile(self, mode: str) -> io.BufferedReader:
         self._readers += 1
@@ -114,8 +151,7 @@ class _SocketReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         if self._sock.dry:
             return None
-        self._sock.arm()
-        received = self._sock.sock.recv_into(buffer)
+        received = self._sock.recv_into(buffer)
         self._sock.ended = not received
         return received
 
@@ -206,9 +242,10 @@ class _Pool:
                 if not connections:
                     del self._by_key[key]
                 del self._idle[connection]
-                if not connection.sock.readable():
-                    self._in_use.add(connection.sock.sock)
-                    return connection
+                self._in_use.add(connection.sock.sock)
+            if not connection.sock.readable():
+                return connection
+            self.unwatch(connection.sock.sock)
             connection.close()
 
     def give(self, key: _Key, connection: _Connection, sock: socket.socket, usable: bool) -> None:
@@ -337,14 +374,15 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             if tunnel:
                 connection._tunnel()  # type: ignore[attr-defined]
             if scheme == "https":
-                wrapped.arm()
+                sock.settimeout(wrapped.left())
                 try:
                     secure = tls_context(self._insecure).wrap_socket(sock, server_hostname=server)
                 except (ssl.SSLError, ValueError) as error:
                     raise FetchError("tls", tls_detail(error)) from None
                 self._pool.unwatch(sock)
                 self._pool.watch(secure)
-                wrapped.sock = sock = secure
+                sock = secure
+                wrapped.use(secure)
         except BaseException as error:
             self._pool.unwatch(sock)
             sock.close()
@@ -383,7 +421,7 @@ class Fetcher:
     def __init__(self, crawl: Crawl) -> None:
         options = crawl.options
         self._crawl, self._options = crawl, options
-        self._pool = _Pool(idle=options.concurrency)
+        self._pool = _Pool(idle=max(IDLE, options.concurrency))
         self._resolver = Resolver()
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = []

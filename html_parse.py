@@ -298,6 +298,7 @@ _PLAIN = (
 )
 _PLAIN_URL = re.compile(_PLAIN, re.ASCII)
 _ADDRESSES = re.compile(rf"({_PLAIN})(?:#[^\0]*+)?\0|([^\0]*+)\0", re.ASCII)
+_FOREIGN = re.compile(r"(?!https?:)[a-z][a-z0-9+.-]*+:", re.ASCII | re.IGNORECASE)  # no http(s) URL
 
 
 def _join(base: str | None, href: str) -> str | None:
@@ -313,6 +314,15 @@ def _join(base: str | None, href: str) -> str | None:
 def _is_canonical(origin: str) -> bool:
     """Whether "scheme://host:port" is what the URL standard makes of it."""
     return _join(None, origin + "/") == origin + "/"
+
+
+def is_normal(url: str) -> bool:
+    """Whether an http(s) URL is sure to be as the URL standard writes it, so that normalising it changes nothing.
+
+    No call of ada says so, for each of these makes a thread give up the interpreter.
+    """
+    plain = _PLAIN_URL.fullmatch(url)
+    return plain is not None and plain[1] is not None and _is_canonical(plain[1])
 
 
 def _resolve(base: str | None, hrefs: Collection[bytes | str]) -> list[str | None]:
@@ -343,7 +353,10 @@ def _resolve(base: str | None, hrefs: Collection[bytes | str]) -> list[str | Non
         elif origin and base and _is_canonical(scheme + origin):
             urls.append(scheme + address)
         elif origin or other or not base:
-            url = base if base and other.startswith("#") else _join(base, address or other)
+            if base and other.startswith("#"):
+                url: str | None = base
+            else:
+                url = None if _FOREIGN.match(other) else _join(base, address or other)
             urls.append(url and url.partition("#")[0])
         elif not relative:
             urls.append((root if address else base) + address)
@@ -542,8 +555,7 @@ def parse_page(body: bytes, url: str, content_type: str | None = None) -> Page:
     """
     encoding = _sniff(body, content_type)
     scan = _Scan(_transcode(body, encoding))
-    plain = _PLAIN_URL.fullmatch(url)  # spares most pages a call that gives up the interpreter lock
-    base = url if plain and plain[1] and _is_canonical(plain[1]) else _join(None, url)
+    base = url if is_normal(url) else _join(None, url)
     if base and scan.base is not None:
         base = _join(base, scan.base) or base
     urls = _resolve(base, scan.hrefs)

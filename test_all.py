@@ -78,6 +78,7 @@ from crawl_cli import (
     EXIT_INTERRUPTED,
     EXIT_PIPE,
     EXIT_USAGE,
+    Output,
     RowWriter,
     make_parser,
     parse_arguments,
@@ -4425,6 +4426,64 @@ def test_rows_as_csv_are_rfc_4180_and_no_formulas(title: str, url: str) -> None:
     assert row["title"] in (expected, "'" + expected)
 
 
+class GatedStream(io.BytesIO):
+    """Each write says that it began and waits to be let through."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__()
+        self.began, self.gate = threading.Semaphore(0), threading.Semaphore(0)
+        self.failure, self.writes = failure, 0
+
+    def write(self, data: Any) -> int:
+        self.began.release()
+        assert self.gate.acquire(timeout=30)
+        self.writes += 1
+        if self.failure:
+            raise self.failure
+        return super().write(data)
+
+
+def test_rows_that_come_during_a_write_are_written_in_one_go() -> None:
+    crawl, stream = Crawl(Options()), GatedStream()
+    output = Output(crawl, RowWriter(stream, "jsonl"))
+    writer = threading.Thread(target=output.emit, args=(a_row(url="0"),))
+    writer.start()
+    assert stream.began.acquire(timeout=30)
+    for number in range(1, 6):
+        output.emit(a_row(url=str(number)))  # does not wait for the write that goes on
+    stream.gate.release(2)
+    writer.join(30)
+    assert [json.loads(line)["url"] for line in stream.getvalue().splitlines()] == list("012345")
+    assert (stream.writes, crawl.stats.snapshot()["rows"]) == (2, 6)
+
+
+def test_whoever_brings_rows_waits_while_the_writer_is_far_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Output, "LEFT", 2)
+    stream = GatedStream()
+    output = Output(Crawl(Options()), RowWriter(stream, "jsonl"))
+    threads = [threading.Thread(target=output.emit, args=(a_row(url=str(number)),)) for number in range(8)]
+    threads[0].start()
+    assert stream.began.acquire(timeout=30)
+    for thread in threads[1:]:
+        thread.start()
+    until(lambda: sum(thread.is_alive() for thread in threads) == 6)  # the writer, and who finds two rows left
+    stream.gate.release(8)
+    for thread in threads:
+        thread.join(30)
+    assert sorted(json.loads(line)["url"] for line in stream.getvalue().splitlines()) == list("01234567")
+
+
+@pytest.mark.parametrize("failure", [OSError("disk full"), RuntimeError("a mistake")])
+def test_a_write_that_fails_ends_the_run_and_holds_up_nobody(failure: Exception) -> None:
+    crawl, stream = Crawl(Options()), GatedStream(failure)
+    output = Output(crawl, RowWriter(stream, "jsonl"))
+    stream.gate.release()
+    for number in range(3):
+        output.emit(a_row(url=str(number)))
+    output.close()
+    assert (crawl.failure, stream.writes, crawl.stats.snapshot()["rows"]) == (failure, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -4608,6 +4667,15 @@ def test_connections_are_kept_and_bounded(driver: str) -> None:
         assert len({entry.connection for entry in web.log}) <= 4
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_connections_are_kept_while_a_list_goes_round_many_hosts(driver: str) -> None:
+    with Sandbox(hosts=40, pages=1, page_bytes=300) as web:
+        urls = [web.url(f"/?n={n}", host=host) for n in range(5) for host in range(40)]
+        rows = scrape(driver, urls, concurrency=4, per_host=1)
+        assert [row.error for row in rows] == [None] * 200
+        assert web.stats().connections == 40
+
+
 def test_the_pool_of_the_threads_forgets_what_is_closed(web: Sandbox) -> None:
     crawl = Crawl(Options(rate=0, timeout=0.3))
     fetcher = crawl_threads.Fetcher(crawl)
@@ -4709,11 +4777,14 @@ def test_the_event_loop_is_never_blocked(web: Sandbox) -> None:
     names = [name for name, fault in FAULTS.items() if not fault.needs_retry and "endless" not in name]
     urls = [web.fault_url(name, host=12) for name in names if name not in ("huge_page", "gzip_bomb")]
     urls += [web.url(f"/p/{page}.html", host=13) for page in range(1, 20)]
-    child = subprocess.run(
-        [sys.executable, "-c", program], input="\n".join(urls), capture_output=True, text=True, cwd=HERE, timeout=100
-    )
-    assert child.stdout.strip() == str(len(urls))
-    assert [line for line in child.stderr.splitlines() if line.startswith("Executing")] == []
+    command, slow = [sys.executable, "-c", program], []
+    for _ in range(3):  # a busy machine may hold it up once, a blocking call does so each time
+        child = subprocess.run(command, input="\n".join(urls), capture_output=True, text=True, cwd=HERE, timeout=100)
+        assert child.stdout.strip() == str(len(urls))
+        slow = [line for line in child.stderr.splitlines() if line.startswith("Executing")]
+        if not slow:
+            break
+    assert slow == []
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
