@@ -251,8 +251,19 @@ class TokenBucket:
 
     async def acquire_async(self, n: float = 1) -> None:
         """Take ``n`` tokens, awaiting until they are due; a cancelled waiter gives them back where possible."""
-        if self.try_acquire(n):
-            return
+        lock = self._lock
+        lock.acquire()  # what try_acquire does: to call it would be a fourth of the time
+        try:
+            now = self._clock()
+            after = self._full_at
+            if after < now:
+                after = now
+            after += n * self._interval
+            if after <= now + self._reach and now >= self._paused_until and 0 < n <= self.burst:
+                self._full_at = after
+                return
+        finally:
+            lock.release()
         reservation = self.book(n)
         wait = reservation.wait
         try:
