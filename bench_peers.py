@@ -150,8 +150,8 @@ def as_row(url: str, facts: Facts) -> Row:
     return {"url": url, **facts._asdict()}
 
 
-def crawl_scrapy(urls: str, rows: str, concurrency: int) -> None:
-    """The spider of Scrapy's documentation: its selectors, its default middlewares, no politeness."""
+def run_spider(urls: str, rows: str, concurrency: int, read: Callable[[Any], Facts], **settings: Any) -> None:
+    """Scrapy over a URL list, one row for each page as `read` sees it; its documentation's settings, no politeness."""
     scrapy, crawler = map(importlib.import_module, ("scrapy", "scrapy.crawler"))
 
     class Pages(scrapy.Spider):  # type: ignore[misc, name-defined]
@@ -162,60 +162,51 @@ def crawl_scrapy(urls: str, rows: str, concurrency: int) -> None:
                 yield scrapy.Request(url, cb_kwargs={"url": url}, dont_filter=True)
 
         def parse(self, response: Any, url: str) -> Any:
-            links = absolute_links(response.xpath("//a/@href").getall(), response.urljoin)
-            title = fold(response.xpath("//title/text()").get())
-            yield as_row(url, Facts(title, count_words(response.xpath(SHOWN).getall()), links))
+            yield as_row(url, read(response))
 
-    settings = {
-        "CONCURRENT_REQUESTS": concurrency,
-        "CONCURRENT_REQUESTS_PER_DOMAIN": concurrency,
-        "DOWNLOAD_DELAY": 0,
-        "ROBOTSTXT_OBEY": False,
-        "COOKIES_ENABLED": False,
-        "TELNETCONSOLE_ENABLED": False,
-        "LOG_LEVEL": "ERROR",
-        "TWISTED_REACTOR": "twisted.internet.asyncioreactor.AsyncioSelectorReactor",
-        "ASYNCIO_EVENT_LOOP": "uvloop.Loop" if importlib.util.find_spec("uvloop") else None,
-        "FEEDS": {rows: {"format": "jsonlines"}},
-    }
-    process = crawler.AsyncCrawlerProcess(settings)
+    process = crawler.AsyncCrawlerProcess(
+        {
+            "CONCURRENT_REQUESTS": concurrency,
+            "CONCURRENT_REQUESTS_PER_DOMAIN": concurrency,
+            "DOWNLOAD_DELAY": 0,
+            "ROBOTSTXT_OBEY": False,
+            "LOG_LEVEL": "ERROR",
+            "TWISTED_REACTOR": "twisted.internet.asyncioreactor.AsyncioSelectorReactor",
+            "ASYNCIO_EVENT_LOOP": "uvloop.Loop" if importlib.util.find_spec("uvloop") else None,
+            "FEEDS": {rows: {"format": "jsonlines"}},
+            **settings,
+        }
+    )
     process.crawl(Pages)
     process.start()
+
+
+def crawl_scrapy(urls: str, rows: str, concurrency: int) -> None:
+    """The spider of Scrapy's documentation: its selectors, its default middlewares."""
+
+    def read(response: Any) -> Facts:
+        links = absolute_links(response.xpath("//a/@href").getall(), response.urljoin)
+        title = fold(response.xpath("//title/text()").get())
+        return Facts(title, count_words(response.xpath(SHOWN).getall()), links)
+
+    run_spider(urls, rows, concurrency, read, COOKIES_ENABLED=False, TELNETCONSOLE_ENABLED=False)
 
 
 def crawl_scrapy_stripped(urls: str, rows: str, concurrency: int) -> None:
     """Scrapy without all that its documentation advises to keep (retries, redirects, decompression), and bare lxml."""
-    scrapy, crawler = map(importlib.import_module, ("scrapy", "scrapy.crawler"))
 
-    class Pages(scrapy.Spider):  # type: ignore[misc, name-defined]
-        name = "pages"
+    def read(response: Any) -> Facts:
+        page = response.selector.root
+        links = absolute_links(xpath("//a/@href")(page), response.urljoin)
+        return Facts(fold(page.findtext(".//title")), count_words(xpath(SHOWN)(page)), links)
 
-        async def start(self) -> Any:
-            for url in Path(urls).read_text().split():  # noqa: ASYNC240
-                yield scrapy.Request(url, cb_kwargs={"url": url}, dont_filter=True)
-
-        def parse(self, response: Any, url: str) -> Any:
-            page = response.selector.root
-            links = absolute_links(xpath("//a/@href")(page), response.urljoin)
-            yield as_row(url, Facts(fold(page.findtext(".//title")), count_words(xpath(SHOWN)(page)), links))
-
-    settings = {
-        "CONCURRENT_REQUESTS": concurrency,
-        "CONCURRENT_REQUESTS_PER_DOMAIN": concurrency,
-        "CONCURRENT_ITEMS": 1,  # of one response: so many tasks are started for each, and there is one item
-        "DOWNLOAD_DELAY": 0,
-        "ROBOTSTXT_OBEY": False,
-        "LOG_LEVEL": "ERROR",
-        "TWISTED_REACTOR": "twisted.internet.asyncioreactor.AsyncioSelectorReactor",
-        "DOWNLOADER_MIDDLEWARES_BASE": {},
-        "SPIDER_MIDDLEWARES_BASE": {},
-        "EXTENSIONS_BASE": {"scrapy.extensions.feedexport.FeedExporter": 0},
-        "FEEDS": {rows: {"format": "jsonlines"}},
-        "ASYNCIO_EVENT_LOOP": "uvloop.Loop" if importlib.util.find_spec("uvloop") else None,
-    }
-    process = crawler.AsyncCrawlerProcess(settings)
-    process.crawl(Pages)
-    process.start()
+    run_spider(
+        *(urls, rows, concurrency, read),
+        CONCURRENT_ITEMS=1,  # of one response: so many tasks are started for each, and there is one item
+        DOWNLOADER_MIDDLEWARES_BASE={},
+        SPIDER_MIDDLEWARES_BASE={},
+        EXTENSIONS_BASE={"scrapy.extensions.feedexport.FeedExporter": 0},
+    )
 
 
 def crawl_textbook_async(urls: str, rows: str, concurrency: int) -> None:
