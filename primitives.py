@@ -5,12 +5,11 @@ Every mechanism here is a *pure core* with two *thin shells*:
 - The core is a decision: ``(now, event) -> what to do``. It never sleeps, awaits, does I/O or calls foreign code.
   Time (``now``, in seconds of a monotonic clock) and randomness (``rng``) are arguments, so that a test can play an
   hour in a millisecond and a failing seed can be played again.
-- The thread shell obeys the decision with ``time.sleep`` or by blocking on a lock, the async shell with
-  ``await asyncio.sleep`` or by awaiting a future. They differ in nothing else.
+- The thread shell obeys the decision with ``time.sleep``, the async shell with ``await asyncio.sleep``. They differ
+  in nothing else.
 
-Each object owns one ``threading.Lock``, held for the decision only: never while sleeping, never during a call of
-the user's. So one object serves threads and tasks (of any number of event loops) at the same time. Locks are never
-nested, so no order between them can be got wrong.
+This file decides *when* something may happen. Where threads and tasks wait for one another, which is a job of its
+own, is the other half, ``coordination``; its names can be imported from here too.
 
 ==================  ==============================================================================================
 mechanism           promise (and what is not promised)
@@ -20,47 +19,62 @@ mechanism           promise (and what is not promised)
 ``RetryPolicy``     bounded attempts, bounded total time; full jitter after the cap. Not promised: idempotence of
                     what is retried; that is the caller's knowledge.
 ``RetryBudget``     retries <= reserve + ratio * requests, always.
-``Semaphore``       at most ``permits`` holders; FIFO, nobody barges past a queue, a cancelled holder loses nothing.
-``Channel``         a bounded FIFO between workers; what ``put`` accepted is delivered, exactly once, also after
-                    ``close()``. Not promised: anything about items whose ``put`` had not returned yet.
+``TTLCache``        nothing outside of its windows is served, nothing above its bounds is kept. Not promised: that
+                    what is within them is still true.
+``CircuitBreaker``  closed, open, half-open; a late result of an earlier state changes nothing; a call that never
+                    reports wedges nothing. Not promised: that nobody suffers from a probe; probes are real calls.
+``Batch``           full at ``max_items``, due at ``max_age`` of its oldest item. It says when; it flushes nothing.
 ==================  ==============================================================================================
 
-Nothing in this file starts a thread, a task or a process: all its work runs in the caller's.
+Each object owns one lock, which guards all its fields, held for the decision only: never while sleeping, never during
+a call of the user's. So one object serves threads and tasks (of any number of event loops) at the same time. No lock
+is taken while another is held. Nothing in this file starts a thread, a task or a process.
 """
 
 from __future__ import annotations
 
 import asyncio
-import calendar
-import contextlib
+import functools
+import inspect
+import logging
 import math
-import queue
 import random
 import re
-import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple
 
-T = TypeVar("T")
+from coordination import *  # noqa: F403  -- its names can be imported from here too
+from coordination import K, SingleFlight, T, new_lock, telling
 
 Clock = Callable[[], float]
 """Returns monotonic seconds."""
 Rng = Callable[[], float]
 """Returns a uniformly distributed number in [0, 1)."""
 RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
-"""Which errors to try again: an exception type, several, or a predicate."""
-
+"""Which errors are meant: an exception type, several, or a predicate."""
 
 NANOSECOND = 1e-9
 """The resolution of the clocks: a wait shorter than this is none (rounding would make one of it that never ends)."""
 
 
-class ChannelClosed(Exception):
-    """The channel was closed: nothing more can be put, or nothing is left to get."""
+class CircuitOpen(Exception):
+    """The breaker ``name`` refused a call; ask again in ``retry_after`` seconds (``retry`` waits for so long)."""
+
+    def __init__(self, name: str, retry_after: float) -> None:
+        super().__init__(name, retry_after)
+        self.name, self.retry_after = name, retry_after
+
+    def __str__(self) -> str:
+        return f"circuit {self.name} is open for another {self.retry_after:.3g} s"
+
+
+def _matches(error: BaseException, on: RetryOn) -> bool:
+    return isinstance(error, on) if isinstance(on, (type, tuple)) else on(error)
 
 
 # ---------------------------------------------------------------------------------------- Retry-After
@@ -80,24 +94,20 @@ def parse_http_date(value: str, now: float) -> float | None:
     IMF-fixdate, RFC 850 and asctime (RFC 9110, section 5.6.7), always UTC whatever the local time zone. The
     two-digit year of the RFC 850 form is the one that lies at most 50 years after ``now`` (Unix time).
     """
-    for pattern in _HTTP_DATES:
-        match = pattern.fullmatch(value)
-        if match is None or match["month"] not in _MONTHS:
-            continue
-        year, month, day = int(match["year"]), _MONTHS.index(match["month"]) + 1, int(match["day"])
-        clock = int(match["hour"]), int(match["minute"]), int(match["second"])
-        if len(match["year"]) == 2:
-            today = time.gmtime(now)
-            limit = (today.tm_year + 50, *today[1:6])
-            year += limit[0] - limit[0] % 100
-            if (year, month, day, *clock) > limit:
-                year -= 100
-        if not (year >= 1 and clock <= (23, 59, 60) and clock[1] <= 59 and clock[2] <= 60):
-            return None
-        if not 1 <= day <= calendar.monthrange(year, month)[1]:
-            return None
-        return float(calendar.timegm((year, month, day, *clock)))
-    return None
+    match = next(filter(None, (pattern.fullmatch(value) for pattern in _HTTP_DATES)), None)
+    if match is None or match["month"] not in _MONTHS:
+        return None
+    year, day, hour, minute, second = (int(match[part]) for part in ("year", "day", "hour", "minute", "second"))
+    month = _MONTHS.index(match["month"]) + 1
+    if len(match["year"]) == 2:
+        today = time.gmtime(now)
+        year += (today.tm_year + 50) // 100 * 100
+        if (year, month, day, hour, minute, second) > (today.tm_year + 50, *today[1:6]):
+            year -= 100
+    try:  # 60 is a leap second, which datetime does not know
+        return datetime(year, month, day, hour, minute, tzinfo=UTC).timestamp() + second if second <= 60 else None
+    except ValueError:
+        return None
 
 
 def parse_retry_after(value: str | None, now: float | None = None, maximum: float = 3600.0) -> float | None:
@@ -126,8 +136,7 @@ class Reservation(NamedTuple):
     after: float
 
 
-@dataclass(frozen=True, slots=True)
-class TokenBucketStats:
+class TokenBucketStats(NamedTuple):
     rate: float
     burst: float
     tokens: float
@@ -160,7 +169,7 @@ class TokenBucket:
         self._full_at = -math.inf
         self._paused_until = -math.inf
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = new_lock("TokenBucket")
 
     def _due(self, n: float, now: float) -> tuple[float, float, float]:
         """When ``n`` tokens can be had, and the state before and after taking them."""
@@ -192,7 +201,7 @@ class TokenBucket:
         """Give a reservation back; True if its tokens can serve others.
 
         That is so while nothing was booked behind it. Otherwise those behind keep the times they were told, and
-        handing the gap to a newcomer would let it overtake them.
+        handing the gap to a newcomer would let it overtake them. Call it once for each reservation.
         """
         with self._lock:
             if self._full_at != reservation.after:
@@ -220,7 +229,7 @@ class TokenBucket:
         if not 0 < n <= self.burst:
             raise ValueError(f"can grant between 0 and {self.burst} tokens at once, not {n!r}")
         lock = self._lock
-        lock.acquire()  # ``with`` would be a fifth of what this method takes
+        lock.acquire()  # ``with`` would take a fifth of the time of this method
         try:
             if now is None:
                 now = self._clock()
@@ -281,9 +290,7 @@ class TokenBucket:
             tokens = self.burst - max(0.0, self._full_at - now) * self.rate
         return TokenBucketStats(self.rate, self.burst, tokens)
 
-    def __repr__(self) -> str:
-        s = self.stats()
-        return f"<TokenBucket {s.rate:g}/s burst {s.burst:g}: {s.tokens:.3g} tokens>"
+    __repr__ = telling
 
 
 # ---------------------------------------------------------------------------------------------- retry
@@ -310,11 +317,7 @@ class RetryPolicy:
             raise ValueError("base, cap and total are seconds, not below 0")
 
     def delay(
-        self,
-        attempt: int,
-        rng: Rng = random.random,
-        retry_after: float | None = None,
-        elapsed: float = 0.0,
+        self, attempt: int, rng: Rng = random.random, retry_after: float | None = None, elapsed: float = 0.0
     ) -> float | None:
         """Seconds to wait after try number ``attempt`` (from 1) failed, or None: give up.
 
@@ -331,6 +334,13 @@ class RetryPolicy:
         return delay if elapsed + delay <= self.total else None
 
 
+class RetryBudgetStats(NamedTuple):
+    requests: int
+    retries: int
+    refused: int
+    saved: float
+
+
 class RetryBudget:
     """Caps retries to a share of the requests: retries <= reserve + ratio * requests.
 
@@ -339,7 +349,7 @@ class RetryBudget:
     chapter 22). It starts with ``reserve`` saved, for callers with little traffic.
     """
 
-    _UNIT = 1000
+    _UNIT = 1_000_000  # whole numbers: no rounding error ever adds up to a retry
 
     def __init__(self, ratio: float = 0.1, reserve: int = 10) -> None:
         if not 0 <= ratio <= 1 or reserve < 0:
@@ -349,7 +359,7 @@ class RetryBudget:
         self._limit = max(reserve, 1) * self._UNIT
         self._saved = reserve * self._UNIT
         self._requests = self._retries = self._refused = 0
-        self._lock = threading.Lock()
+        self._lock = new_lock("RetryBudget")
 
     def request(self) -> None:
         """Count a first try."""
@@ -371,30 +381,14 @@ class RetryBudget:
         with self._lock:
             return RetryBudgetStats(self._requests, self._retries, self._refused, self._saved / self._UNIT)
 
-    def __repr__(self) -> str:
-        s = self.stats()
-        return f"<RetryBudget {self.ratio:g}: {s.saved:.3g} saved, {s.retries} of {s.requests} retried>"
-
-
-@dataclass(frozen=True, slots=True)
-class RetryBudgetStats:
-    requests: int
-    retries: int
-    refused: int
-    saved: float
+    __repr__ = telling
 
 
 class _Attempts:
     """The decision of both retry shells: after a failure, how long to wait; or the failure itself."""
 
     def __init__(
-        self,
-        on: RetryOn,
-        policy: RetryPolicy,
-        budget: RetryBudget | None,
-        clock: Clock,
-        rng: Rng,
-        started: float,
+        self, on: RetryOn, policy: RetryPolicy, budget: RetryBudget | None, clock: Clock, rng: Rng, started: float
     ) -> None:
         self._on, self._policy, self._budget = on, policy, budget
         self._clock, self._rng, self._started = clock, rng, started
@@ -403,13 +397,14 @@ class _Attempts:
 
     def failed(self, error: Exception) -> float | None:
         """Seconds to wait before the next try; None when there is none: ``error`` now has the history as its note."""
-        on = self._on
-        wanted = isinstance(error, on) if isinstance(on, (type, tuple)) else on(error)
+        wanted = _matches(error, self._on)
         self._made += 1
         self._history.append(f"{type(error).__name__}: {error}")
         if wanted:
             elapsed = self._clock() - self._started
             retry_after = getattr(error, "retry_after", None)
+            if not isinstance(retry_after, (int, float)):
+                retry_after = None
             delay = self._policy.delay(self._made, self._rng, retry_after, elapsed)
             if delay is not None and (self._budget is None or self._budget.try_retry()):
                 return delay
@@ -477,367 +472,553 @@ async def retry_async(
         await sleep(delay)
 
 
-# -------------------------------------------------------------------------------------------- waiting
+# ---------------------------------------------------------------------------------------------- cache
 
 
-class _Waiter:
-    """One parked thread or task. ``granted`` and ``value`` belong to whoever holds the owner's lock."""
+class Hit(NamedTuple, Generic[T]):
+    """What a cache knows: ``age`` in seconds; ``expired`` is for use only if loading fails; ``refresh``: load it."""
 
-    __slots__ = ("_future", "_lock", "_loop", "granted", "value")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop | None, value: Any = None) -> None:
-        self.granted = False
-        self.value = value
-        self._loop = loop
-        if loop is None:
-            self._lock = threading.Lock()
-            self._lock.acquire()
-        else:
-            self._future: asyncio.Future[None] = loop.create_future()
-
-    def wake(self) -> bool:
-        """False if nobody will ever wake up: the event loop of the task is closed."""
-        if self._loop is None:
-            self._lock.release()
-        elif asyncio._get_running_loop() is self._loop:
-            self._resolve()
-        else:
-            try:
-                self._loop.call_soon_threadsafe(self._resolve)
-            except RuntimeError:
-                return False
-        return True
-
-    def _resolve(self) -> None:
-        if not self._future.done():
-            self._future.set_result(None)
-
-    def block(self, timeout: float | None) -> None:
-        self._lock.acquire(timeout=-1 if timeout is None else max(0.0, min(timeout, threading.TIMEOUT_MAX)))
-
-    async def parked(self) -> None:
-        await self._future
+    value: T
+    age: float
+    state: Literal["fresh", "stale", "expired"]
+    refresh: bool
 
 
-class _FairCondition:
-    """A condition variable for threads and tasks that hands over in the order of arrival.
+class _Entry:
+    __slots__ = ("cost", "fresh_until", "gone_at", "put_at", "refresh_at", "stale_until", "value", "weight")
 
-    What ``threading.Condition`` is inside (a queue of locks), with one difference: a notification goes to the oldest
-    waiter *by name* and carries what it waited for, so nobody who comes later can take it away (no barging), and
-    a waiter that was cancelled after its grant can hand the grant on. Guarded by the lock of its owner.
+    def __init__(self, value: Any, put_at: float, fresh_until: float, weight: float, cost: float) -> None:
+        self.value, self.put_at, self.weight, self.cost = value, put_at, weight, cost
+        self.fresh_until = self.refresh_at = self.stale_until = self.gone_at = fresh_until
+
+    def hit(self, now: float, early: float) -> Hit[Any]:
+        state: Literal["fresh", "stale", "expired"] = "expired"
+        if now < self.stale_until:
+            state = "fresh" if now < self.fresh_until else "stale"
+        return Hit(self.value, now - self.put_at, state, now + early >= self.refresh_at)
+
+
+class TTLCacheStats(NamedTuple):
+    entries: int
+    weight: float
+    hits: int
+    misses: int
+    evicted: int
+
+
+class TTLCache(Generic[K, T]):
+    """A bounded map whose entries age: fresh, then stale but of use, then gone.
+
+    An entry is *fresh* for ``ttl`` seconds. After that it is *stale* for ``stale`` seconds: of use at once, while
+    somebody loads it anew (stale-while-revalidate); and until ``stale_if_error`` seconds after ``ttl`` it is
+    *expired*: of use only if loading fails. Both windows begin where freshness ends, as in RFC 5861. A *negative*
+    entry ("there is no such thing") is fresh for ``negative_ttl`` seconds and has no windows.
+
+    At most ``maxsize`` entries of at most ``maxweight`` in sum (of the ``weight`` given to ``put``: bytes, say) are
+    kept; the least recently used goes first, and what is gone when it is looked up.
+
+    ``beta`` above 0 spreads the loads of what is in demand: a lookup asks for a refresh while the entry is still
+    fresh with a probability that grows towards the end, so that its users do not all find it stale at one moment
+    (XFetch: Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015; 1 is
+    optimal). It reckons with the ``cost`` of the load in seconds, as given to ``put``.
     """
 
-    __slots__ = ("_waiters",)
+    def __init__(
+        self,
+        maxsize: int = 1024,
+        ttl: float = 60.0,
+        *,
+        stale: float = 0.0,
+        stale_if_error: float = 0.0,
+        negative_ttl: float = 5.0,
+        maxweight: float = math.inf,
+        beta: float = 0.0,
+        clock: Clock = time.monotonic,
+        rng: Rng = random.random,
+    ) -> None:
+        if maxsize < 1 or not maxweight > 0:
+            raise ValueError("maxsize must be at least 1, and maxweight above 0")
+        if not (ttl > 0 and negative_ttl > 0 and stale >= 0 and stale_if_error >= 0 and beta >= 0):
+            raise ValueError("ttl and negative_ttl must be above 0 s, stale, stale_if_error and beta not below 0")
+        self.maxsize, self.ttl, self.negative_ttl, self.maxweight, self.beta = (
+            maxsize,
+            ttl,
+            negative_ttl,
+            maxweight,
+            beta,
+        )
+        self.stale, self.stale_if_error = stale, stale_if_error
+        self._clock, self._rng = clock, rng
+        self._lock = new_lock("TTLCache")
+        self._entries: OrderedDict[K, _Entry] = OrderedDict()
+        self._generations = [0] * 64  # by hash: of bounded size, and a key that shares one only loads once more
+        self._weight = 0.0
+        self._hits = self._misses = self._evicted = 0
+        self._flights = SingleFlight()
 
-    def __init__(self) -> None:
-        self._waiters: deque[_Waiter] = deque()
+    def get(self, key: K, default: T | None = None) -> T | None:
+        """The value while it is fresh, else ``default``."""
+        lock = self._lock
+        lock.acquire()  # ``with`` would take a third of the time of this method
+        try:
+            entry = self._entries.get(key)
+            if entry is None or self._clock() >= entry.fresh_until:
+                self._misses += 1
+                return default
+            self._entries.move_to_end(key)
+            self._hits += 1
+            return entry.value  # type: ignore[no-any-return]
+        finally:
+            lock.release()
+
+    def lookup(self, key: K, now: float | None = None) -> Hit[T] | None:
+        """What is known of ``key``, whatever its state; None if it is gone or never was."""
+        dropped = []  # let go after the lock: a destructor is foreign code
+        with self._lock:
+            now = self._clock() if now is None else now
+            entry = self._entries.get(key)
+            if entry is None or now >= entry.gone_at:
+                self._misses += 1
+                dropped.append(self._remove(key))
+                return None
+            self._entries.move_to_end(key)
+            self._hits += 1
+            early = -math.log(1.0 - self._rng()) * self.beta * entry.cost if self.beta and entry.cost else 0.0
+            return entry.hit(now, early)
+
+    def put(
+        self,
+        key: K,
+        value: T,
+        *,
+        ttl: float | None = None,
+        weight: float = 1.0,
+        cost: float = 0.0,
+        negative: bool = False,
+        generation: int | None = None,
+        now: float | None = None,
+    ) -> bool:
+        """Keep ``value``; False if it is heavier than the cache, or if ``key`` was invalidated since ``generation``."""
+        dropped = []
+        with self._lock:
+            if generation is not None and generation != self._generations[hash(key) % 64]:
+                return False
+            now = self._clock() if now is None else now
+            entry = _Entry(value, now, now + (ttl or (self.negative_ttl if negative else self.ttl)), weight, cost)
+            if not negative:
+                entry.stale_until += self.stale
+                entry.gone_at += max(self.stale, self.stale_if_error)
+            dropped.append(self._remove(key))
+            self._entries[key] = entry
+            self._weight += weight
+            while len(self._entries) > self.maxsize or (self._weight > self.maxweight and self._entries):
+                oldest = key if weight > self.maxweight else next(iter(self._entries))
+                dropped.append(self._remove(oldest))
+                self._evicted += 1
+            return self._entries.get(key) is entry
+
+    def _remove(self, key: K) -> _Entry | None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._weight = self._weight - entry.weight if self._entries else 0.0
+        return entry
+
+    def generation(self, key: K) -> int:
+        """To be read before a load and given to ``put``, so that what was loaded before ``invalidate`` is not kept."""
+        return self._generations[hash(key) % 64]
+
+    def invalidate(self, key: K) -> bool:
+        """Forget ``key``, and what is being loaded for it; True if it was there."""
+        with self._lock:
+            self._generations[hash(key) % 64] += 1
+            entry = self._remove(key)
+        self._flights.forget(key)
+        return entry is not None
+
+    def defer(self, key: K, seconds: float, now: float | None = None) -> None:
+        """Ask for no refresh of ``key`` for so long: its last one failed."""
+        with self._lock:
+            if (entry := self._entries.get(key)) is not None:
+                entry.refresh_at = (self._clock() if now is None else now) + seconds
+
+    def get_or_load(self, key: K, load: Callable[[], T]) -> T:
+        """The value of ``key``, from ``load()`` if need be: one load at a time, its failure shared by all who wait.
+
+        What is stale is loaded by one caller, while the others go on with it; if that fails, by nobody for the next
+        ``negative_ttl`` seconds. What is expired is the answer if loading fails.
+        """
+        hit = self.lookup(key)
+        if hit is not None and not self._wants(key, hit):
+            return hit.value
+        try:
+            return self._flights.do(key, lambda: self._load(key, load))
+        except Exception:
+            return self._instead(key, hit)
+
+    async def get_or_load_async(self, key: K, load: Callable[[], Awaitable[T]]) -> T:
+        """``get_or_load`` for tasks."""
+        hit = self.lookup(key)
+        if hit is not None and not self._wants(key, hit):
+            return hit.value
+        try:
+            return await self._flights.do_async(key, lambda: self._load_async(key, load))
+        except Exception:
+            return self._instead(key, hit)
+
+    def _wants(self, key: K, hit: Hit[T]) -> bool:
+        return hit.refresh and (hit.state == "expired" or not self._flights.loading(key))
+
+    def _instead(self, key: K, hit: Hit[T] | None) -> T:
+        if hit is None:
+            raise
+        self.defer(key, self.negative_ttl)
+        return hit.value
+
+    def _loaded_meanwhile(self, key: K) -> _Entry | None:
+        """Between a caller's lookup and its own load another one may have come and gone."""
+        with self._lock:
+            entry = self._entries.get(key)
+            return entry if entry is not None and self._clock() < entry.refresh_at else None
+
+    def _load(self, key: K, load: Callable[[], T]) -> T:
+        if (entry := self._loaded_meanwhile(key)) is not None:
+            return entry.value  # type: ignore[no-any-return]
+        generation, started = self.generation(key), self._clock()
+        value = load()
+        self.put(key, value, cost=self._clock() - started, generation=generation)
+        return value
+
+    async def _load_async(self, key: K, load: Callable[[], Awaitable[T]]) -> T:
+        if (entry := self._loaded_meanwhile(key)) is not None:
+            return entry.value  # type: ignore[no-any-return]
+        generation, started = self.generation(key), self._clock()
+        value = await load()
+        self.put(key, value, cost=self._clock() - started, generation=generation)
+        return value
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return len(self._entries)
 
-    def park(self, loop: asyncio.AbstractEventLoop | None, value: Any = None) -> _Waiter:
-        waiter = _Waiter(loop, value)
-        self._waiters.append(waiter)
-        return waiter
-
-    def grant_oldest(self, value: Any = None) -> _Waiter | None:
-        """Hand ``value`` (if it is not None, it takes the place of what the waiter brought) to the oldest waiter."""
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            brought, waiter.granted = waiter.value, True
-            if value is not None:
-                waiter.value = value
-            if waiter.wake():
-                return waiter
-            waiter.granted, waiter.value = False, brought
-        return None
-
-    def wake_all_empty_handed(self) -> None:
-        while self._waiters:
-            self._waiters.popleft().wake()
-
-    def leave(self, waiter: _Waiter) -> None:
-        if not waiter.granted:
-            with contextlib.suppress(ValueError):
-                self._waiters.remove(waiter)
-
-
-# ------------------------------------------------------------------------------------------ semaphore
-
-
-@dataclass(frozen=True, slots=True)
-class SemaphoreStats:
-    permits: int
-    available: int
-    waiting: int
-
-
-class Semaphore:
-    """At most ``permits`` holders at a time, threads and tasks alike (Dijkstra, EWD 123).
-
-    Built on one lock, which guards the count and the queue, and one condition, notified when a permit is released.
-    Fairness: strictly FIFO. A released permit is handed to the oldest waiter and never passes through the count, so
-    a newcomer cannot barge in. A waiter that is cancelled or times out leaves the queue; if its permit had already
-    been handed over, it hands it on. Invariant: waiting > 0 implies available == 0.
-    """
-
-    def __init__(self, permits: int) -> None:
-        if permits < 1:
-            raise ValueError(f"permits must be at least 1, not {permits!r}")
-        self.permits = permits
-        self._available = permits
-        self._lock = threading.Lock()
-        self._released = _FairCondition()
-
-    def try_acquire(self) -> bool:
-        """Take a permit if one is free and nobody waits for it."""
+    def stats(self) -> TTLCacheStats:
         with self._lock:
-            if self._available:
-                self._available -= 1
-                return True
-            return False
+            return TTLCacheStats(len(self._entries), self._weight, self._hits, self._misses, self._evicted)
 
-    def acquire(self, timeout: float | None = None) -> bool:
-        """Take a permit, blocking the thread; False after ``timeout`` seconds without one."""
-        with self._lock:
-            if self._available:
-                self._available -= 1
-                return True
-            waiter = self._released.park(None)
-        try:
-            waiter.block(timeout)
-        except BaseException:
-            self._abandon(waiter)
-            raise
-        with self._lock:
-            self._released.leave(waiter)
-            return waiter.granted
+    __repr__ = telling
 
-    async def acquire_async(self) -> bool:
-        """Take a permit, parking the task; always True."""
-        with self._lock:
-            if self._available:
-                self._available -= 1
-                return True
-            waiter = self._released.park(asyncio.get_running_loop())
-        try:
-            await waiter.parked()
-        except BaseException:
-            self._abandon(waiter)
-            raise
-        return True
 
-    def release(self) -> None:
-        """Give a permit back: to the oldest waiter, else to the count. ``ValueError`` if none was out."""
-        with self._lock:
-            if self._released.grant_oldest():
-                return
-            if self._available == self.permits:
-                raise ValueError("released more often than acquired")
-            self._available += 1
+# ------------------------------------------------------------------------------------ circuit breaker
 
-    def _abandon(self, waiter: _Waiter) -> None:
-        with self._lock:
-            self._released.leave(waiter)
-            granted = waiter.granted
-        if granted:
-            self.release()
+State = Literal["closed", "open", "half_open"]
+Listener = Callable[[str, State, State, int], object]
+"""Told the breaker's name, the state before and after, and the generation that begins."""
 
-    def __enter__(self) -> Semaphore:
-        self.acquire()
+
+class Permit:
+    """The ticket of one call, closed once: as ``success``, ``failure`` or ``ignore``. What comes later is ignored."""
+
+    __slots__ = ("_breaker", "generation", "settled", "started")
+
+    def __init__(self, breaker: CircuitBreaker, generation: int, started: float) -> None:
+        self._breaker, self.generation, self.started = breaker, generation, started
+        self.settled = False
+
+    def success(self) -> None:
+        self._breaker._settle(self, failed=False)
+
+    def failure(self) -> None:
+        self._breaker._settle(self, failed=True)
+
+    def ignore(self) -> None:
+        """The call says nothing about the other side: cancelled, or at fault itself."""
+        self._breaker._settle(self, failed=None)
+
+    def __enter__(self) -> Permit:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.release()
-
-    async def __aenter__(self) -> Semaphore:
-        await self.acquire_async()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.release()
-
-    def stats(self) -> SemaphoreStats:
-        with self._lock:
-            return SemaphoreStats(self.permits, self._available, len(self._released))
-
-    def __repr__(self) -> str:
-        s = self.stats()
-        return f"<Semaphore {s.available} of {s.permits} free, {s.waiting} waiting>"
+        self._breaker._settle(self, failed=False if error is None else self._breaker._counts(error) or None)
 
 
-# -------------------------------------------------------------------------------------------- channel
+class CircuitBreakerStats(NamedTuple):
+    name: str
+    state: State
+    failures: int
+    refused: int
+    opened: int
+    retry_after: float
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelStats:
-    capacity: int
-    items: int
-    putters: int
-    getters: int
-    closed: bool
+class CircuitBreaker:
+    """Calls nobody who keeps failing (Nygard, "Release It!", 2nd edition, chapter 5).
 
+    *Closed*: calls pass. ``failures`` of them within ``window`` seconds open the circuit; so does, if ``ratio`` is
+    given, that share of at least ``minimum`` calls in the window (counted in tenths of it). *Open*: calls are refused
+    with ``CircuitOpen`` for ``reset`` seconds; each repeated opening doubles that up to ``max_reset``, and then up to
+    ``jitter`` of it is added, so that many clients do not come back together. *Half-open*: ``probes`` calls are let
+    through, and close the circuit when all succeed; one failure opens it again. A probe that has not reported after
+    ``probe_timeout`` seconds (default: ``reset``) counts as never made.
 
-class Channel(Generic[T]):
-    """A bounded FIFO queue between workers, threads and tasks alike, that can be closed (Hoare, CSP; Go's channels).
+    What ``on`` names is a failure, a call of ``slow`` seconds or more is one too, whatever it returned. Other errors,
+    cancellation and all else that is no ``Exception`` say nothing about the other side and are ignored: so a time
+    limit belongs inside of the protected call, where it raises ``TimeoutError``.
 
-    Built on one lock, which guards the buffer and both queues, and two conditions: ``_not_empty``, notified when an
-    item comes or the channel closes; ``_not_full``, notified when a place in the buffer is freed or the channel
-    closes. Fairness: FIFO on both sides; an item goes to the oldest getter, a place to the oldest putter.
-    Invariants: getters wait only while the buffer is empty, putters only while it is full.
-
-    ``close()`` refuses every further ``put`` (waiting ones included: they had not been accepted) and lets the
-    getters drain what is in the buffer; then they get ``ChannelClosed``, and ``for item in channel`` ends.
+    A result counts only for the state in which the call was admitted: each transition begins a new generation.
+    Listeners are told after the lock is released.
     """
 
-    def __init__(self, capacity: int) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, not {capacity!r}")
-        self.capacity = capacity
-        self._items: deque[T] = deque()
-        self._closed = False
-        self._lock = threading.Lock()
-        self._not_empty = _FairCondition()
-        self._not_full = _FairCondition()
+    def __init__(
+        self,
+        name: str,
+        *,
+        failures: int = 5,
+        window: float = 10.0,
+        reset: float = 30.0,
+        probes: int = 1,
+        ratio: float | None = None,
+        minimum: int = 20,
+        slow: float | None = None,
+        max_reset: float = 300.0,
+        jitter: float = 0.1,
+        probe_timeout: float | None = None,
+        on: RetryOn = Exception,
+        clock: Clock = time.monotonic,
+        rng: Rng = random.random,
+    ) -> None:
+        if failures < 1 or probes < 1 or minimum < 1:
+            raise ValueError("failures, probes and minimum must be at least 1")
+        if not (window > 0 and reset > 0 and max_reset >= reset and jitter >= 0) or (slow is not None and not slow > 0):
+            raise ValueError("window, reset and slow must be above 0 s, max_reset not below reset, jitter not below 0")
+        if ratio is not None and not 0 < ratio <= 1:
+            raise ValueError(f"ratio is a share above 0 and up to 1, not {ratio!r}")
+        self.name, self.window, self.reset, self.probes, self.ratio = name, window, reset, probes, ratio
+        self.minimum, self.slow, self.max_reset, self.jitter = minimum, slow, max_reset, jitter
+        self.probe_timeout = reset if probe_timeout is None else probe_timeout
+        self._on, self._clock, self._rng = on, clock, rng
+        self._lock = new_lock("CircuitBreaker")
+        self._state: State = "closed"
+        self._generation = self._refused = self._opened = self._passed = 0
+        self._openings = 0
+        """In a row, without the circuit having been closed between them."""
+        self._open_until = -math.inf
+        self._failures: deque[float] = deque(maxlen=failures)
+        self._tenths: deque[list[int]] = deque()
+        """For each tenth of the window: its number, its calls, its failures."""
+        self._probing: dict[Permit, float] = {}
+        """Probes under way, and when they expire."""
+        self._listeners: list[Listener] = []
+        self._news: deque[tuple[State, State, int]] = deque()
+        self._simple = ratio is None and slow is None
+        self._unrecorded: int | None = 0 if self._simple else None
+        """The generation while a success need not be recorded, and costs no lock; else None."""
 
-    def _offer(self, item: T) -> bool:
-        if self._closed:
-            raise ChannelClosed("the channel is closed")
-        if self._not_empty.grant_oldest(item):
-            return True
-        if len(self._items) < self.capacity:
+    def listen(self, listener: Listener) -> None:
+        """Call ``listener`` at each transition from now on, in whatever thread or task brought it about."""
+        self._listeners.append(listener)
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def permit(self, now: float | None = None) -> Permit:
+        """Admit one call, or raise ``CircuitOpen``. ``with breaker.permit():`` closes the permit by how it ends."""
+        refusal = 0.0
+        with self._lock:
+            now = self._clock() if now is None else now
+            if self._state == "open" and now >= self._open_until:
+                self._turn("half_open")
+            permit = Permit(self, self._generation, now)
+            if self._state == "open":
+                refusal = self._open_until - now
+            elif self._state == "half_open":
+                self._probing = {probe: end for probe, end in self._probing.items() if end > now}
+                if len(self._probing) + self._passed < self.probes:
+                    self._probing[permit] = now + self.probe_timeout
+                else:
+                    refusal = min(self._probing.values()) - now
+            self._refused += refusal > 0
+        self._tell()
+        if refusal > 0:
+            raise CircuitOpen(self.name, refusal)
+        return permit
+
+    def _counts(self, error: BaseException) -> bool:
+        return isinstance(error, Exception) and _matches(error, self._on)
+
+    def _settle(self, permit: Permit, failed: bool | None, now: float | None = None) -> None:
+        with self._lock:
+            if permit.settled:
+                return
+            permit.settled = True
+            if permit.generation != self._generation:
+                return
+            now = self._clock() if now is None else now
+            if self.slow is not None and failed is False and now - permit.started >= self.slow:
+                failed = True
+            if self._state == "half_open":
+                if self._probing.pop(permit, -math.inf) <= now or failed is None:
+                    return
+                if failed:
+                    self._open(now)
+                else:
+                    self._passed += 1
+                    if self._passed == self.probes:
+                        self._turn("closed")
+            elif failed is not None:
+                self._record(failed, now)
+        self._tell()
+
+    def _record(self, failed: bool, now: float) -> None:
+        """Count a call of the closed circuit, and open it if that was one too many."""
+        if self.ratio is not None:
+            tenth = math.floor(now / self.window * 10)
+            if not self._tenths or self._tenths[-1][0] < tenth:
+                self._tenths.append([tenth, 0, 0])
+            while self._tenths[0][0] <= tenth - 10:
+                self._tenths.popleft()
+            self._tenths[-1][1] += 1
+            self._tenths[-1][2] += failed
+            calls, failures = (sum(column) for column in list(zip(*self._tenths, strict=True))[1:])
+            if calls >= self.minimum and failures >= self.ratio * calls:
+                self._open(now)
+                return
+        if failed:
+            self._failures.append(now)
+            if len(self._failures) == self._failures.maxlen and now - self._failures[0] < self.window:
+                self._open(now)
+
+    def _open(self, now: float) -> None:
+        pause = min(self.max_reset, self.reset * 2.0 ** min(self._openings, 62))
+        self._openings += 1
+        self._opened += 1
+        self._open_until = now + pause * (1.0 + self.jitter * self._rng())
+        self._turn("open")
+
+    def _turn(self, state: State) -> None:
+        self._generation += 1
+        self._news.append((self._state, state, self._generation))
+        self._state = state
+        self._failures.clear()
+        self._tenths.clear()
+        self._probing.clear()
+        self._passed = 0
+        if state == "closed":
+            self._openings = 0
+        self._unrecorded = self._generation if self._simple and state == "closed" else None
+
+    def _tell(self) -> None:
+        while self._news:
+            try:
+                before, after, generation = self._news.popleft()
+            except IndexError:  # another thread was faster
+                return
+            for listener in self._listeners:
+                try:
+                    listener(self.name, before, after, generation)
+                except Exception:
+                    logging.getLogger(__name__).exception("listener of circuit %s", self.name)
+
+    def _failed(self, error: BaseException, generation: int) -> None:
+        if self._counts(error):
+            with self._lock:
+                if generation == self._generation:
+                    self._record(True, self._clock())
+            self._tell()
+
+    def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        """``function(*args, **options)``, or ``CircuitOpen``. Nothing is locked while it runs."""
+        generation = self._unrecorded
+        if generation is None:
+            with self.permit():
+                return function(*args, **options)
+        try:
+            return function(*args, **options)
+        except BaseException as error:
+            self._failed(error, generation)
+            raise
+
+    async def call_async(self, function: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
+        """``call`` for a coroutine function: its failure is that of the coroutine, not of making one."""
+        generation = self._unrecorded
+        if generation is None:
+            with self.permit():
+                return await function(*args, **options)
+        try:
+            return await function(*args, **options)
+        except BaseException as error:
+            self._failed(error, generation)
+            raise
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorate a ``def`` or an ``async def``: every call goes through ``call`` or ``call_async``."""
+        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+        return functools.wraps(function)(functools.partial(self.call_async if is_async else self.call, function))
+
+    def stats(self, now: float | None = None) -> CircuitBreakerStats:
+        with self._lock:
+            now = self._clock() if now is None else now
+            wait = max(0.0, self._open_until - now) if self._state == "open" else 0.0
+            recent = sum(now - failure < self.window for failure in self._failures)
+            return CircuitBreakerStats(self.name, self._state, recent, self._refused, self._opened, wait)
+
+    __repr__ = telling
+
+
+# ---------------------------------------------------------------------------------------------- batch
+
+
+class BatchStats(NamedTuple):
+    items: int
+    age: float
+
+
+class Batch(Generic[T]):
+    """Gathers items until there are ``max_items``, or until the oldest has waited ``max_age`` seconds."""
+
+    def __init__(self, max_items: int, max_age: float, *, clock: Clock = time.monotonic) -> None:
+        if max_items < 1 or not max_age > 0:
+            raise ValueError("max_items must be at least 1, max_age above 0 s")
+        self.max_items, self.max_age = max_items, max_age
+        self._clock = clock
+        self._lock = new_lock("Batch")
+        self._items: list[T] = []
+        self._begun = 0.0
+
+    def add(self, item: T, now: float | None = None) -> list[T] | None:
+        """Take ``item``; all items if they are enough now: the caller's to flush, nobody else gets them."""
+        with self._lock:
+            if not self._items:
+                self._begun = self._clock() if now is None else now
             self._items.append(item)
-            return True
-        return False
+            return self._take() if len(self._items) >= self.max_items else None
 
-    def _take(self) -> T:
-        item = self._items.popleft()
-        if len(self._items) < self.capacity and (putter := self._not_full.grant_oldest()):
-            self._items.append(putter.value)
-        return item
-
-    def put_nowait(self, item: T) -> None:
-        """Put at once, or raise ``queue.Full`` or ``ChannelClosed``."""
+    def due_in(self, now: float | None = None) -> float:
+        """Seconds until the oldest item is ``max_age`` old (0.0: flush), infinity if there is none."""
         with self._lock:
-            if not self._offer(item):
-                raise queue.Full
+            if not self._items:
+                return math.inf
+            return max(0.0, self._begun + self.max_age - (self._clock() if now is None else now))
 
-    def get_nowait(self) -> T:
-        """Get at once, or raise ``queue.Empty``, or ``ChannelClosed`` when it is closed and drained."""
+    def take(self, now: float | None = None) -> list[T]:
+        """All items if the oldest is due, else none."""
         with self._lock:
-            if self._items:
-                return self._take()
-            if self._closed:
-                raise ChannelClosed("the channel is closed and drained")
-            raise queue.Empty
+            now = self._clock() if now is None else now
+            return self._take() if self._items and now >= self._begun + self.max_age else []
 
-    def close(self) -> None:
-        """Refuse further puts; getters drain what is there. May be called again."""
+    def drain(self) -> list[T]:
+        """All items, due or not: at the end."""
         with self._lock:
-            self._closed = True
-            self._not_full.wake_all_empty_handed()
-            self._not_empty.wake_all_empty_handed()
+            return self._take()
 
-    def put(self, item: T, timeout: float | None = None) -> None:
-        """Put, blocking the thread while the buffer is full. Raises ``TimeoutError`` or ``ChannelClosed``."""
-        with self._lock:
-            if self._offer(item):
-                return
-            waiter = self._not_full.park(None, item)
-        try:
-            waiter.block(timeout)
-        finally:
-            self._leave(self._not_full, waiter)
-        self._check(waiter)
-
-    async def put_async(self, item: T) -> None:
-        """Put, parking the task while the buffer is full. A cancelled put is delivered at most once."""
-        with self._lock:
-            if self._offer(item):
-                return
-            waiter = self._not_full.park(asyncio.get_running_loop(), item)
-        try:
-            await waiter.parked()
-        finally:
-            self._leave(self._not_full, waiter)
-        self._check(waiter)
-
-    def get(self, timeout: float | None = None) -> T:
-        """Get, blocking the thread while the buffer is empty. Raises ``TimeoutError`` or ``ChannelClosed``."""
-        with self._lock:
-            if self._items:
-                return self._take()
-            if self._closed:
-                raise ChannelClosed("the channel is closed and drained")
-            waiter = self._not_empty.park(None)
-        try:
-            waiter.block(timeout)
-        except BaseException:
-            self._give_back(waiter)
-            raise
-        self._leave(self._not_empty, waiter)
-        self._check(waiter)
-        return waiter.value  # type: ignore[no-any-return]
-
-    async def get_async(self) -> T:
-        """Get, parking the task while the buffer is empty. A cancelled get takes nothing."""
-        with self._lock:
-            if self._items:
-                return self._take()
-            if self._closed:
-                raise ChannelClosed("the channel is closed and drained")
-            waiter = self._not_empty.park(asyncio.get_running_loop())
-        try:
-            await waiter.parked()
-        except BaseException:
-            self._give_back(waiter)
-            raise
-        self._check(waiter)
-        return waiter.value  # type: ignore[no-any-return]
-
-    def _leave(self, condition: _FairCondition, waiter: _Waiter) -> None:
-        with self._lock:
-            condition.leave(waiter)
-
-    def _check(self, waiter: _Waiter) -> None:
-        if not waiter.granted:
-            raise (ChannelClosed("the channel is closed") if self._closed else TimeoutError("the channel did not move"))
-
-    def _give_back(self, waiter: _Waiter) -> None:
-        with self._lock:
-            self._not_empty.leave(waiter)
-            if not waiter.granted:
-                return
-            if not self._not_empty.grant_oldest(waiter.value):
-                self._items.appendleft(waiter.value)
-
-    def __iter__(self) -> Iterator[T]:
-        try:
-            while True:
-                yield self.get()
-        except ChannelClosed:
-            return
-
-    async def __aiter__(self) -> AsyncIterator[T]:
-        try:
-            while True:
-                yield await self.get_async()
-        except ChannelClosed:
-            return
+    def _take(self) -> list[T]:
+        items, self._items = self._items, []
+        return items
 
     def __len__(self) -> int:
-        with self._lock:
-            return len(self._items)
+        return len(self._items)
 
-    def stats(self) -> ChannelStats:
+    def stats(self, now: float | None = None) -> BatchStats:
         with self._lock:
-            return ChannelStats(
-                self.capacity, len(self._items), len(self._not_full), len(self._not_empty), self._closed
-            )
+            now = self._clock() if now is None else now
+            return BatchStats(len(self._items), now - self._begun if self._items else 0.0)
 
-    def __repr__(self) -> str:
-        s = self.stats()
-        state = "closed" if s.closed else "open"
-        return f"<Channel {state} {s.items}/{s.capacity}, {s.putters} putting, {s.getters} getting>"
+    __repr__ = telling

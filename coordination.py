@@ -1,0 +1,879 @@
+"""Where threads and tasks meet: who waits for whom, and in which order they go on. Hand-written on one lock each.
+
+``primitives`` decides *when* something may happen; here is what makes one worker wait for another. Every object works
+for threads and for tasks of any number of event loops at the same time: a waiter is a parked thread (blocked on a lock
+of its own) or a parked task (awaiting a future of its loop), and both stand in the same queue.
+
+==================  ==============================================================================================
+mechanism           promise (and what is not promised)
+==================  ==============================================================================================
+``Semaphore``       at most ``permits`` holders; FIFO, nobody barges past a queue, a cancelled holder loses nothing.
+``Channel``         a bounded FIFO between workers; what ``put`` accepted is delivered, exactly once, also after
+                    ``close()``. Not promised: anything about items whose ``put`` had not returned yet.
+``SingleFlight``    one load at a time for each key, whoever asks; a failure is shared, a cancelled leader replaced.
+``Visited``         of any number of workers that ask, exactly one is told that it is the first.
+``fan_out``         an outcome for every call at the deadline; no task is left behind.
+``WorkerPool``      every accepted item is handled once, errors or not; closing drains.
+==================  ==============================================================================================
+
+Each object owns one lock, which guards all its fields and is held for the decision only: never while waiting, never
+during a call of the user's. No lock is taken while another is held, so no order between them can be got wrong;
+``LockOrder`` checks that, and the order in programs that do nest. Only ``fan_out`` (tasks) and ``WorkerPool``
+(threads or tasks) start anything, and they end what they started. ``async`` verbs run in the caller's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+class ChannelClosed(Exception):
+    """The channel was closed: nothing more can be put, or nothing is left to get."""
+
+
+class LockOrderError(RuntimeError):
+    """Two locks are taken in both orders somewhere: a deadlock that could happen."""
+
+
+def telling(self: Any) -> str:
+    """The ``repr`` of every mechanism: its ``stats()``."""
+    fields = self.stats()._asdict().items()
+    shown = (f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in fields)
+    return f"<{type(self).__name__} {' '.join(shown)}>"
+
+
+# ------------------------------------------------------------------------------------------ lock order
+
+
+class LockOrder:
+    """Records which lock is taken while which is held, and raises before a cycle closes (as Linux's lockdep does).
+
+    Locks are known by name, so one run that takes A then B and another one, at any other time, that takes B then A
+    are enough: the deadlock itself need not happen. While ``with LockOrder():`` lasts, ``new_lock`` makes locks that
+    report to it; otherwise plain ones, at no cost.
+    """
+
+    active: LockOrder | None = None
+
+    def __init__(self) -> None:
+        self._after: dict[str, set[str]] = {}
+        self._held = threading.local()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> LockOrder:
+        LockOrder.active = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        LockOrder.active = None
+
+    def taking(self, name: str) -> None:
+        """A thread is about to take the lock ``name``; ``LockOrderError`` if it could wait for ever."""
+        with self._lock:
+            for holding in self._stack():
+                if self._leads(name, holding):
+                    raise LockOrderError(f"{name} is taken while {holding} is held, elsewhere the other way round")
+                self._after.setdefault(holding, set()).add(name)
+        self._stack().append(name)
+
+    def released(self, name: str) -> None:
+        self._stack().remove(name)
+
+    def _stack(self) -> list[str]:
+        stack: list[str] = self._held.__dict__.setdefault("names", [])
+        return stack
+
+    def _leads(self, start: str, goal: str) -> bool:
+        return start == goal or any(self._leads(following, goal) for following in self._after.get(start, ()))
+
+    def stats(self) -> dict[str, set[str]]:
+        """For each lock, those that were taken while it was held."""
+        with self._lock:
+            return {name: set(after) for name, after in self._after.items()}
+
+
+class _RecordedLock:
+    def __init__(self, name: str, order: LockOrder) -> None:
+        self._name, self._order, self._lock = name, order, threading.Lock()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        if blocking:
+            self._order.taking(self._name)
+        taken = self._lock.acquire(blocking, timeout)
+        if blocking and not taken:
+            self._order.released(self._name)
+        elif taken and not blocking:
+            self._order._stack().append(self._name)
+        return taken
+
+    def release(self) -> None:
+        self._lock.release()
+        self._order.released(self._name)
+
+    __enter__ = acquire
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def new_lock(name: str) -> threading.Lock:
+    """A ``threading.Lock``; one that reports to ``LockOrder`` while that records."""
+    return threading.Lock() if LockOrder.active is None else _RecordedLock(name, LockOrder.active)  # type: ignore[return-value]
+
+
+# -------------------------------------------------------------------------------------------- waiting
+
+
+class _Waiter:
+    """One parked thread or task. ``granted`` and ``value`` belong to whoever holds the owner's lock."""
+
+    __slots__ = ("_future", "_lock", "_loop", "granted", "value")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None, value: Any = None) -> None:
+        self.granted = False
+        self.value = value
+        self._loop = loop
+        if loop is None:
+            self._lock = threading.Lock()
+            self._lock.acquire()
+        else:
+            self._future: asyncio.Future[None] = loop.create_future()
+
+    def wake(self) -> bool:
+        """False if nobody will ever wake up: the event loop of the task is closed."""
+        if self._loop is None:
+            self._lock.release()
+        elif asyncio._get_running_loop() is self._loop:
+            self._resolve()
+        else:
+            try:
+                self._loop.call_soon_threadsafe(self._resolve)
+            except RuntimeError:
+                return False
+        return True
+
+    def _resolve(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def block(self, timeout: float | None) -> None:
+        self._lock.acquire(timeout=-1 if timeout is None else max(0.0, min(timeout, threading.TIMEOUT_MAX)))
+
+    async def parked(self) -> None:
+        await self._future
+
+
+class _FairCondition:
+    """A condition variable for threads and tasks that hands over in the order of arrival.
+
+    What ``threading.Condition`` is inside (a queue of locks), with one difference: a notification goes to the oldest
+    waiter *by name* and carries what it waited for, so nobody who comes later can take it away (no barging), and
+    a waiter that was cancelled after its grant can hand the grant on. Guarded by the lock of its owner.
+    """
+
+    __slots__ = ("_waiters",)
+
+    def __init__(self) -> None:
+        self._waiters: deque[_Waiter] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    def park(self, loop: asyncio.AbstractEventLoop | None, value: Any = None) -> _Waiter:
+        waiter = _Waiter(loop, value)
+        self._waiters.append(waiter)
+        return waiter
+
+    def grant_oldest(self, value: Any = None) -> _Waiter | None:
+        """Hand ``value`` (if it is not None, it takes the place of what the waiter brought) to the oldest waiter."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            brought, waiter.granted = waiter.value, True
+            if value is not None:
+                waiter.value = value
+            if waiter.wake():
+                return waiter
+            waiter.granted, waiter.value = False, brought
+        return None
+
+    def wake_all_empty_handed(self) -> None:
+        while self._waiters:
+            self._waiters.popleft().wake()
+
+    def leave(self, waiter: _Waiter) -> None:
+        if not waiter.granted:
+            with contextlib.suppress(ValueError):
+                self._waiters.remove(waiter)
+
+
+# ------------------------------------------------------------------------------------------ semaphore
+
+
+class SemaphoreStats(NamedTuple):
+    permits: int
+    available: int
+    waiting: int
+
+
+class Semaphore:
+    """At most ``permits`` holders at a time, threads and tasks alike (Dijkstra, EWD 123).
+
+    Built on one lock, which guards the count and the queue, and one condition, notified when a permit is released.
+    Fairness: strictly FIFO. A released permit is handed to the oldest waiter and never passes through the count, so
+    a newcomer cannot barge in. A waiter that is cancelled or times out leaves the queue; if its permit had already
+    been handed over, it hands it on. Invariant: waiting > 0 implies available == 0.
+    """
+
+    def __init__(self, permits: int) -> None:
+        if permits < 1:
+            raise ValueError(f"permits must be at least 1, not {permits!r}")
+        self.permits = permits
+        self._available = permits
+        self._lock = new_lock("Semaphore")
+        self._released = _FairCondition()
+
+    def try_acquire(self) -> bool:
+        """Take a permit if one is free and nobody waits for it."""
+        with self._lock:
+            if self._available:
+                self._available -= 1
+                return True
+            return False
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        """Take a permit, blocking the thread; False after ``timeout`` seconds without one."""
+        with self._lock:
+            if self._available:
+                self._available -= 1
+                return True
+            waiter = self._released.park(None)
+        try:
+            waiter.block(timeout)
+        except BaseException:
+            self._abandon(waiter)
+            raise
+        with self._lock:
+            self._released.leave(waiter)
+            return waiter.granted
+
+    async def acquire_async(self) -> bool:
+        """Take a permit, parking the task; always True."""
+        with self._lock:
+            if self._available:
+                self._available -= 1
+                return True
+            waiter = self._released.park(asyncio.get_running_loop())
+        try:
+            await waiter.parked()
+        except BaseException:
+            self._abandon(waiter)
+            raise
+        return True
+
+    def release(self) -> None:
+        """Give a permit back: to the oldest waiter, else to the count. ``ValueError`` if none was out."""
+        with self._lock:
+            if self._released.grant_oldest():
+                return
+            if self._available == self.permits:
+                raise ValueError("released more often than acquired")
+            self._available += 1
+
+    def _abandon(self, waiter: _Waiter) -> None:
+        with self._lock:
+            self._released.leave(waiter)
+            granted = waiter.granted
+        if granted:
+            self.release()
+
+    def __enter__(self) -> Semaphore:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    async def __aenter__(self) -> Semaphore:
+        await self.acquire_async()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.release()
+
+    def stats(self) -> SemaphoreStats:
+        with self._lock:
+            return SemaphoreStats(self.permits, self._available, len(self._released))
+
+    __repr__ = telling
+
+
+# -------------------------------------------------------------------------------------------- channel
+
+
+class ChannelStats(NamedTuple):
+    capacity: int
+    items: int
+    putters: int
+    getters: int
+    closed: bool
+
+
+class Channel(Generic[T]):
+    """A bounded FIFO queue between workers, threads and tasks alike, that can be closed (Hoare, CSP; Go's channels).
+
+    Built on one lock, which guards the buffer and both queues, and two conditions: ``_not_empty``, notified when an
+    item comes or the channel closes; ``_not_full``, notified when a place in the buffer is freed or the channel
+    closes. Fairness: FIFO on both sides; an item goes to the oldest getter, a place to the oldest putter.
+    Invariants: getters wait only while the buffer is empty, putters only while it is full.
+
+    ``close()`` refuses every further ``put`` (waiting ones included: they had not been accepted) and lets the
+    getters drain what is in the buffer; then they get ``ChannelClosed``, and ``for item in channel`` ends.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, not {capacity!r}")
+        self.capacity = capacity
+        self._items: deque[T] = deque()
+        self._closed = False
+        self._lock = new_lock("Channel")
+        self._not_empty = _FairCondition()
+        self._not_full = _FairCondition()
+
+    def _offer(self, item: T) -> bool:
+        if self._closed:
+            raise ChannelClosed("the channel is closed")
+        if self._not_empty.grant_oldest(item):
+            return True
+        if len(self._items) < self.capacity:
+            self._items.append(item)
+            return True
+        return False
+
+    def _take(self) -> T:
+        item = self._items.popleft()
+        if len(self._items) < self.capacity and (putter := self._not_full.grant_oldest()):
+            self._items.append(putter.value)
+        return item
+
+    def put_nowait(self, item: T) -> None:
+        """Put at once, or raise ``queue.Full`` or ``ChannelClosed``."""
+        with self._lock:
+            if not self._offer(item):
+                raise queue.Full
+
+    def get_nowait(self) -> T:
+        """Get at once, or raise ``queue.Empty``, or ``ChannelClosed`` when it is closed and drained."""
+        with self._lock:
+            if self._items:
+                return self._take()
+            if self._closed:
+                raise ChannelClosed("the channel is closed and drained")
+            raise queue.Empty
+
+    def close(self) -> None:
+        """Refuse further puts; getters drain what is there. May be called again."""
+        with self._lock:
+            self._closed = True
+            self._not_full.wake_all_empty_handed()
+            self._not_empty.wake_all_empty_handed()
+
+    def put(self, item: T, timeout: float | None = None) -> None:
+        """Put, blocking the thread while the buffer is full. Raises ``TimeoutError`` or ``ChannelClosed``."""
+        with self._lock:
+            if self._offer(item):
+                return
+            waiter = self._not_full.park(None, item)
+        try:
+            waiter.block(timeout)
+        finally:
+            self._leave(self._not_full, waiter)
+        self._check(waiter)
+
+    async def put_async(self, item: T) -> None:
+        """Put, parking the task while the buffer is full. A cancelled put is delivered at most once."""
+        with self._lock:
+            if self._offer(item):
+                return
+            waiter = self._not_full.park(asyncio.get_running_loop(), item)
+        try:
+            await waiter.parked()
+        finally:
+            self._leave(self._not_full, waiter)
+        self._check(waiter)
+
+    def get(self, timeout: float | None = None) -> T:
+        """Get, blocking the thread while the buffer is empty. Raises ``TimeoutError`` or ``ChannelClosed``."""
+        with self._lock:
+            if self._items:
+                return self._take()
+            if self._closed:
+                raise ChannelClosed("the channel is closed and drained")
+            waiter = self._not_empty.park(None)
+        try:
+            waiter.block(timeout)
+        except BaseException:
+            self._give_back(waiter)
+            raise
+        self._leave(self._not_empty, waiter)
+        self._check(waiter)
+        return waiter.value  # type: ignore[no-any-return]
+
+    async def get_async(self) -> T:
+        """Get, parking the task while the buffer is empty. A cancelled get takes nothing."""
+        with self._lock:
+            if self._items:
+                return self._take()
+            if self._closed:
+                raise ChannelClosed("the channel is closed and drained")
+            waiter = self._not_empty.park(asyncio.get_running_loop())
+        try:
+            await waiter.parked()
+        except BaseException:
+            self._give_back(waiter)
+            raise
+        self._check(waiter)
+        return waiter.value  # type: ignore[no-any-return]
+
+    def _leave(self, condition: _FairCondition, waiter: _Waiter) -> None:
+        with self._lock:
+            condition.leave(waiter)
+
+    def _check(self, waiter: _Waiter) -> None:
+        if not waiter.granted:
+            raise (ChannelClosed("the channel is closed") if self._closed else TimeoutError("the channel did not move"))
+
+    def _give_back(self, waiter: _Waiter) -> None:
+        with self._lock:
+            self._not_empty.leave(waiter)
+            if not waiter.granted:
+                return
+            if not self._not_empty.grant_oldest(waiter.value):
+                self._items.appendleft(waiter.value)
+
+    def __iter__(self) -> Iterator[T]:
+        try:
+            while True:
+                yield self.get()
+        except ChannelClosed:
+            return
+
+    async def __aiter__(self) -> AsyncIterator[T]:
+        try:
+            while True:
+                yield await self.get_async()
+        except ChannelClosed:
+            return
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._items)
+
+    def stats(self) -> ChannelStats:
+        with self._lock:
+            putters, getters = len(self._not_full), len(self._not_empty)
+            return ChannelStats(self.capacity, len(self._items), putters, getters, self._closed)
+
+    __repr__ = telling
+
+
+# -------------------------------------------------------------------------------------- single flight
+
+_LEAD: Any = object()
+"""What a follower is granted when the leader left without an answer: to load by itself."""
+
+
+class _Answer(NamedTuple):
+    value: Any = None
+    error: Exception | None = None
+    traceback: TracebackType | None = None
+
+
+class SingleFlightStats(NamedTuple):
+    flights: int
+    waiting: int
+    loads: int
+    shared: int
+
+
+class SingleFlight:
+    """One load for any number of callers that want the same key at the same time (Go's x/sync/singleflight).
+
+    The first caller leads: it runs its ``load`` in its own thread or task, without any lock. All who come for the key
+    meanwhile follow: they wait for the leader's answer, be it a value or an ``Exception``, which is raised in each.
+    A leader that is cancelled (or ends with any other ``BaseException``) says nothing about the key: it hands over to
+    the oldest follower, which runs its own ``load``. A load that asks for its own key waits for itself for ever.
+    Built on one lock, which guards the flights and their queues.
+    """
+
+    def __init__(self) -> None:
+        self._lock = new_lock("SingleFlight")
+        self._flights: dict[Hashable, _FairCondition] = {}
+        self._loads = self._shared = 0
+
+    def _board(self, key: Hashable, loop: asyncio.AbstractEventLoop | None) -> tuple[_FairCondition, _Waiter | None]:
+        with self._lock:
+            flight = self._flights.get(key)
+            if flight is not None:
+                return flight, flight.park(loop)
+            self._loads += 1
+            flight = self._flights[key] = _FairCondition()
+            return flight, None
+
+    def _land(self, key: Hashable, flight: _FairCondition, answer: _Answer | None) -> None:
+        """The leader ends: with an answer for all, or without one, and then the oldest follower leads."""
+        with self._lock:
+            if answer is None and flight.grant_oldest(_LEAD):
+                self._loads += 1
+                return
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+            while flight.grant_oldest(answer):
+                self._shared += 1
+
+    def _desert(self, key: Hashable, flight: _FairCondition, waiter: _Waiter) -> None:
+        with self._lock:
+            flight.leave(waiter)
+            leads = waiter.granted and waiter.value is _LEAD
+        if leads:
+            self._land(key, flight, None)
+
+    def _answer(self, waiter: _Waiter) -> Any:
+        answer, waiter.value = waiter.value, None
+        if answer.error is None:
+            return answer.value
+        try:  # the traceback of the load: else each of a thousand followers would lengthen it
+            raise answer.error.with_traceback(answer.traceback)
+        finally:
+            del answer
+
+    def do(self, key: Hashable, load: Callable[[], T]) -> T:
+        """The answer of the one load of ``key`` that is under way, or of ``load()``."""
+        flight, waiter = self._board(key, None)
+        if waiter is not None:
+            try:
+                waiter.block(None)
+            except BaseException:
+                self._desert(key, flight, waiter)
+                raise
+            if waiter.value is not _LEAD:
+                return self._answer(waiter)  # type: ignore[no-any-return]
+        answer = None
+        try:
+            value = load()
+            answer = _Answer(value)
+            return value
+        except Exception as error:
+            answer = _Answer(None, error, error.__traceback__)
+            raise
+        finally:
+            self._land(key, flight, answer)
+            del answer
+
+    async def do_async(self, key: Hashable, load: Callable[[], Awaitable[T]]) -> T:
+        """``do`` for tasks; threads and tasks may share a flight."""
+        flight, waiter = self._board(key, asyncio.get_running_loop())
+        if waiter is not None:
+            try:
+                await waiter.parked()
+            except BaseException:
+                self._desert(key, flight, waiter)
+                raise
+            if waiter.value is not _LEAD:
+                return self._answer(waiter)  # type: ignore[no-any-return]
+        answer = None
+        try:
+            value = await load()
+            answer = _Answer(value)
+            return value
+        except Exception as error:
+            answer = _Answer(None, error, error.__traceback__)
+            raise
+        finally:
+            self._land(key, flight, answer)
+            del answer
+
+    def forget(self, key: Hashable) -> None:
+        """Whoever comes from now on loads anew; those who follow already still get the old flight's answer."""
+        with self._lock:
+            self._flights.pop(key, None)
+
+    def loading(self, key: Hashable) -> bool:
+        with self._lock:
+            return key in self._flights
+
+    def stats(self) -> SingleFlightStats:
+        with self._lock:
+            waiting = sum(map(len, self._flights.values()))
+            return SingleFlightStats(len(self._flights), waiting, self._loads, self._shared)
+
+    __repr__ = telling
+
+
+# -------------------------------------------------------------------------------------------- visited
+
+
+class VisitedStats(NamedTuple):
+    keys: int
+    repeats: int
+
+
+class Visited(Generic[K]):
+    """The set of what was seen. To ask and to mark are one step under the lock: between "is it there?" and "then I
+    add it" another worker could ask too, and both would go."""
+
+    def __init__(self) -> None:
+        self._lock = new_lock("Visited")
+        self._keys: set[K] = set()
+        self._repeats = 0
+
+    def add(self, key: K) -> bool:
+        """Mark ``key``; True for exactly one of all callers, the first."""
+        with self._lock:
+            if key in self._keys:
+                self._repeats += 1
+                return False
+            self._keys.add(key)
+            return True
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def stats(self) -> VisitedStats:
+        with self._lock:
+            return VisitedStats(len(self._keys), self._repeats)
+
+    __repr__ = telling
+
+
+# -------------------------------------------------------------------------------------------- fan-out
+
+
+class Budget(Protocol):
+    """What hedging asks before it adds load: ``primitives.RetryBudget``."""
+
+    def request(self) -> None: ...
+    def try_retry(self) -> bool: ...
+
+
+class Outcome(NamedTuple, Generic[T]):
+    """What became of one call: ``seconds`` after the start it had a ``value``, an ``error``, or it was cut off."""
+
+    status: Literal["ok", "error", "timeout"]
+    value: T | None
+    error: BaseException | None
+    seconds: float
+
+
+async def hedged(call: Callable[[], Awaitable[T]], delay: float, budget: Budget | None = None) -> T:
+    """The first answer of two equal calls, the second of which starts if the first has not answered after ``delay``
+    seconds and ``budget`` allows it (Dean and Barroso, "The Tail at Scale", CACM 2013). The other is cancelled and
+    awaited. If both fail, the first one's error is raised. For calls that may be made twice only.
+    """
+    if budget is not None:
+        budget.request()
+    first = asyncio.ensure_future(_awaited(call))
+    tasks = [first]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=delay)
+        if not done and (budget is None or budget.try_retry()):
+            tasks.append(asyncio.ensure_future(_awaited(call)))
+        pending = set(tasks)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if not task.cancelled() and task.exception() is None:
+                    return task.result()
+        return await first
+    finally:
+        await _end(tasks)
+
+
+async def fan_out(
+    calls: Mapping[str, Callable[[], Awaitable[T]]],
+    deadline: float,
+    *,
+    limit: int | None = None,
+    hedge: float | None = None,
+    budget: Budget | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, Outcome[T]]:
+    """Run all ``calls`` at once and return an ``Outcome`` for each, by name, after ``deadline`` seconds at the latest.
+
+    What is not done by then is cancelled, awaited and reported as ``timeout``; so is what never got one of ``limit``
+    places. A call that catches its cancellation and goes on holds up the answer: there is no other way to leave no
+    task behind. ``hedge`` is the delay of a second try (see ``hedged``). Nothing but ``ValueError`` and the caller's
+    own cancellation is raised, and the latter cancels and awaits all calls too.
+    """
+    if not deadline > 0:
+        raise ValueError(f"deadline must be a positive number of seconds, not {deadline!r}")
+    started = clock()
+    outcomes: dict[str, Outcome[T]] = {}
+    places = None if limit is None else Semaphore(limit)
+
+    async def run(name: str, call: Callable[[], Awaitable[T]]) -> None:
+        try:
+            async with places or contextlib.nullcontext():
+                value = await (_awaited(call) if hedge is None else hedged(call, hedge, budget))
+            outcome = Outcome[T]("ok", value, None, clock() - started)
+        except Exception as error:
+            outcome = Outcome[T]("error", None, error, clock() - started)
+        except asyncio.CancelledError as error:
+            if over:
+                raise
+            outcome = Outcome[T]("error", None, error, clock() - started)
+        if not over:
+            outcomes[name] = outcome
+
+    over = False
+    tasks = [asyncio.ensure_future(run(name, call)) for name, call in calls.items()]
+    try:
+        if tasks:
+            await asyncio.wait(tasks, timeout=deadline)
+    finally:
+        over = True
+        await _end(tasks)
+    late = Outcome[T]("timeout", None, None, clock() - started)
+    return {name: outcomes.get(name, late) for name in calls}
+
+
+async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
+    return await call()
+
+
+async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    """Cancel and await, also when cancelled meanwhile."""
+    for task in tasks:
+        task.cancel()
+    interrupted = None
+    while not all(task.done() for task in tasks):
+        try:
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError as error:
+            interrupted = error
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
+    if interrupted is not None:
+        raise interrupted
+
+
+# ---------------------------------------------------------------------------------------- worker pool
+
+
+class WorkerPoolStats(NamedTuple):
+    workers: int
+    queued: int
+    handled: int
+    failed: int
+
+
+class WorkerPool(Generic[T]):
+    """``workers`` threads or tasks that hand each submitted item to ``handle``, through a ``Channel`` of ``capacity``.
+
+    ``with WorkerPool(handle, 4) as pool: pool.submit(item)`` runs threads; ``async with`` and ``submit_async`` run
+    tasks, and ``handle`` is a coroutine function. A full channel makes the submitter wait: that is the back-pressure.
+    An ``Exception`` of ``handle`` is counted and kept in ``errors`` (the last 100, with their items), and the worker
+    goes on: one that died would leave the others with its share, and at the end a queue that nobody empties.
+    Leaving the block drains: what was accepted is handled. ``close(timeout)`` gives up after ``timeout`` seconds and
+    returns False; threads then end after the item in hand, tasks are cancelled, and ``stats().queued`` items are left.
+    """
+
+    def __init__(self, handle: Callable[[T], Any], workers: int, capacity: int | None = None) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, not {workers!r}")
+        self.errors: deque[tuple[T, Exception]] = deque(maxlen=100)
+        self._handle, self._workers = handle, workers
+        self._channel: Channel[T] = Channel(capacity or 2 * workers)
+        self._lock = new_lock("WorkerPool")
+        self._handled = self._failed = 0
+        self._threads: list[threading.Thread] = []
+        self._tasks: list[asyncio.Future[Any]] = []
+        self._abandoned = False
+
+    def _done(self, item: T, error: Exception | None) -> None:
+        with self._lock:
+            self._handled += 1
+            if error is not None:
+                self._failed += 1
+                self.errors.append((item, error))
+
+    def _work(self) -> None:
+        for item in self._channel:
+            try:
+                self._handle(item)
+            except Exception as error:
+                self._done(item, error)
+            else:
+                self._done(item, None)
+            if self._abandoned:
+                return
+
+    async def _work_async(self) -> None:
+        async for item in self._channel:
+            try:
+                await self._handle(item)
+            except Exception as error:
+                self._done(item, error)
+            else:
+                self._done(item, None)
+
+    def submit(self, item: T, timeout: float | None = None) -> None:
+        """Raises ``TimeoutError`` if there was no place in time, ``ChannelClosed`` after ``close``."""
+        self._channel.put(item, timeout)
+
+    async def submit_async(self, item: T) -> None:
+        await self._channel.put_async(item)
+
+    def __enter__(self) -> WorkerPool[T]:
+        for number in range(self._workers):
+            thread = threading.Thread(target=self._work, name=f"worker-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Take no more, and wait until all is handled: True, or False after ``timeout`` seconds."""
+        self._channel.close()
+        give_up = None if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(None if give_up is None else max(0.0, give_up - time.monotonic()))
+        self._abandoned = any(thread.is_alive() for thread in self._threads)
+        return not self._abandoned
+
+    async def __aenter__(self) -> WorkerPool[T]:
+        self._tasks += [asyncio.ensure_future(self._work_async()) for _ in range(self._workers)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close_async()
+
+    async def close_async(self, timeout: float | None = None) -> bool:
+        """``close`` for tasks; those that are not done in time are cancelled and awaited."""
+        self._channel.close()
+        try:
+            pending = (await asyncio.wait(self._tasks, timeout=timeout))[1] if self._tasks else set()
+        finally:
+            await _end(self._tasks)
+        return not pending
+
+    def stats(self) -> WorkerPoolStats:
+        queued = len(self._channel)
+        with self._lock:
+            return WorkerPoolStats(self._workers, queued, self._handled, self._failed)
+
+    __repr__ = telling
