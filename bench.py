@@ -601,8 +601,74 @@ def waiting_cases() -> Iterator[Case]:
     yield "channel, 4 threads put and 4 get", {"Channel": many, "queue.Queue": many_theirs}
 
 
+def cache_cases() -> Iterator[Case]:
+    from primitives import SingleFlight, TTLCache
+
+    ours: TTLCache[str, int] = TTLCache(1000, 3600)
+    for n in range(1000):
+        ours.put(f"key {n}", n)
+    hit, put = calling(lambda: ours.get("key 500")), calling(lambda: ours.put("key 500", 1))
+    load = calling(lambda: ours.get_or_load("key 500", succeed))
+    hits, puts = {"TTLCache.get": hit, "TTLCache.get_or_load": load}, {"TTLCache.put": put}
+    many = {"TTLCache.get": contending(*[hit] * 8)}
+    if present("cachetools"):
+        cachetools = importlib.import_module("cachetools")
+        theirs, lock = cachetools.TTLCache(1000, 3600), threading.Lock()
+        for n in range(1000):
+            theirs[f"key {n}"] = n
+
+        def read() -> int | None:
+            with lock:
+                return theirs.get("key 500")  # type: ignore[no-any-return]
+
+        def write() -> None:
+            with lock:
+                theirs["key 500"] = 1
+
+        hits["cachetools.TTLCache.get, locked"] = calling(read)
+        puts["cachetools.TTLCache[key] = value, locked"] = calling(write)
+        many["cachetools.TTLCache.get, locked"] = contending(*[calling(read)] * 8)
+    yield "cache, hit", hits
+    yield "cache, put", puts
+    yield "cache, hit in 8 threads", many
+    flight = SingleFlight()
+    yield "single flight, alone", {"SingleFlight.do": calling(lambda: flight.do("key", succeed))}
+
+
+def breaker_cases() -> Iterator[Case]:
+    from primitives import CircuitBreaker
+
+    name = "CircuitBreaker (decorated)"
+    sync, tasks = (
+        {name: calling(CircuitBreaker("a")(succeed))},
+        {name: awaiting(lambda: [CircuitBreaker("b")(succeed_async)])},
+    )
+    sync["CircuitBreaker (decorated, ratio)"] = calling(CircuitBreaker("c", ratio=0.5)(succeed))
+    if present("circuitbreaker"):
+        circuit = importlib.import_module("circuitbreaker").circuit
+        sync["circuitbreaker.circuit (decorated)"] = calling(circuit(succeed))
+        tasks["circuitbreaker.circuit (decorated)"] = awaiting(lambda: [circuit(succeed_async)])
+    if present("pybreaker"):
+        pybreaker = importlib.import_module("pybreaker")
+        sync["pybreaker.CircuitBreaker (decorated)"] = calling(pybreaker.CircuitBreaker()(succeed))
+    yield "circuit breaker, success", sync
+    yield "circuit breaker, success, async", tasks
+    yield "circuit breaker, success, in 8 threads", {n: contending(*[case] * 8) for n, case in sync.items()}
+
+
+def gathering_cases() -> Iterator[Case]:
+    from primitives import fan_out
+
+    async def gather() -> None:
+        await asyncio.wait_for(asyncio.gather(*[succeed_async() for _ in range(8)]), 10)
+
+    calls = {str(n): succeed_async for n in range(8)}
+    ours, theirs = awaiting(lambda: [lambda: fan_out(calls, 10)]), awaiting(lambda: [gather])
+    yield "eight calls at once", {"fan_out": ours, "asyncio.wait_for(gather)": theirs}
+
+
 @command(
-    "a call of each mechanism, against tenacity, stamina, aiolimiter, threading, queue, asyncio: nanoseconds",
+    "a call of each mechanism, against the library that it replaces: nanoseconds",
     "primitives",
     "primitives --calls 100000 --repeat 5",
     calls=(20_000, "calls in a run"),
@@ -610,7 +676,8 @@ def waiting_cases() -> Iterator[Case]:
 )
 def primitives(args: argparse.Namespace) -> list[Row]:
     results: list[Row] = []
-    for title, case in (*retry_cases(), *bucket_cases(), *waiting_cases()):
+    cases = retry_cases, bucket_cases, cache_cases, breaker_cases, waiting_cases, gathering_cases
+    for title, case in (pair for make in cases for pair in make()):
         spent: dict[str, list[float]] = {name: [] for name in case}
         for _, name in interleaved(case, args.repeat):
             spent[name].append(case[name](args.calls) / args.calls * 1e9)
