@@ -168,7 +168,10 @@ class _Waiter:
             self._future.set_result(None)
 
     def block(self, timeout: float | None) -> None:
-        self._lock.acquire(timeout=-1 if timeout is None else max(0.0, min(timeout, threading.TIMEOUT_MAX)))
+        if timeout is None:
+            self._lock.acquire()
+        else:
+            self._lock.acquire(timeout=max(0.0, min(timeout, threading.TIMEOUT_MAX)))
 
     async def parked(self) -> None:
         await self._future

@@ -39,6 +39,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from coordination import Channel, Semaphore
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import (
     RESPONSE_HEADERS,
@@ -53,7 +54,6 @@ from crawl_core import (
     request_headers,
 )
 from crawl_net import BodyDecoder, ProxyRule, Resolver, detail, tls_detail
-from primitives import Channel, Semaphore
 
 INLINE_PARSE = 256 * 1024
 """Largest body in bytes that is parsed in the loop: 2 to 3 ms."""

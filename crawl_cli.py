@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
+from coordination import new_lock
 from crawl_core import ERROR_KINDS, MAX_URL, Crawl, Options, ScrapeResult
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
@@ -137,7 +138,7 @@ class Output:
 
     def __init__(self, crawl: Crawl, writer: RowWriter) -> None:
         self._crawl, self._writer = crawl, writer
-        self._lock = threading.Lock()
+        self._lock = new_lock("Output")
         self._room = threading.Condition(self._lock)
         self._left: list[ScrapeResult] = []
         self._writing = False

@@ -39,6 +39,7 @@ from typing import Any
 
 import ada_url
 
+from coordination import Visited, new_lock
 from html_parse import is_normal, parse_page
 from primitives import NANOSECOND, Clock, RetryPolicy, Rng, TokenBucket, parse_retry_after
 
@@ -300,13 +301,13 @@ class Frontier:
         self._rate, self._burst, self._per_host, self._lead = rate, burst, per_host, lead
         self._total_schedule = TokenBucket(total_rate) if total_rate else None
         self._total_gate = TokenBucket(total_rate) if total_rate else None
-        self._lock = threading.Lock()
+        self._lock = new_lock("Frontier")
         self._hosts: dict[str, _Host] = {}
         self._heap: list[tuple[float, int, _Host]] = []
         self._serial = 0
-        self._seen: set[str] = set()
+        self._visited: Visited[str] = Visited()
         self._refused: deque[Request] = deque()
-        self._waiting = self._in_flight = self._duplicates = 0
+        self._waiting = self._in_flight = 0
         self._closed = self._stopped = False
 
     def add_all(self, texts: Iterable[str], now: float) -> int:
@@ -319,27 +320,19 @@ class Frontier:
             except FetchError as error:
                 refused.append(Request(text, text, "", error=error))
         with self._lock:
-            before = len(self._seen)
+            before = len(self._visited)
             for text, target, host_name in known:
-                if self._first_sight(target):
+                if self._visited.add(target):
                     host = self._host(host_name)
                     host.waiting.append(target if text == target else (text, target))
                     self._waiting += 1
                     if host.due == math.inf:
                         self._schedule(host, now)
             for request in refused:
-                if self._first_sight(request.url):
+                if self._visited.add(request.url):
                     self._refused.append(request)
                     self._waiting += 1
-            return len(self._seen) - before
-
-    def _first_sight(self, key: str) -> bool:
-        # Test and set in one step under the lock: this is what makes "requested once" true for any number of workers.
-        if key in self._seen:
-            self._duplicates += 1
-            return False
-        self._seen.add(key)
-        return True
+            return len(self._visited) - before
 
     @property
     def waiting(self) -> int:
@@ -432,9 +425,7 @@ class Frontier:
 
     def stats(self) -> FrontierStats:
         with self._lock:
-            return FrontierStats(
-                self._waiting, self._in_flight, len(self._hosts), len(self._seen), self._duplicates, self._closed
-            )
+            return FrontierStats(self._waiting, self._in_flight, len(self._hosts), *self._visited.stats(), self._closed)
 
     def __repr__(self) -> str:
         s = self.stats()
@@ -525,7 +516,7 @@ class Stats:
     """What a run has done so far."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock("Stats")
         self._clock = clock
         self.started = clock()
         self.rows = self.ok = self.bytes = self.retries = self.redirects = self.pauses = 0

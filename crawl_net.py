@@ -28,8 +28,9 @@ from typing import Any
 
 import brotli
 
+from coordination import Channel, new_lock
 from crawl_core import FetchError
-from primitives import Channel, Clock
+from primitives import Clock
 
 try:
     from compression import zstd  # type: ignore[import-not-found,unused-ignore]
@@ -199,7 +200,7 @@ class Resolver:
         self, *, threads: int = 32, ttl: float = 300.0, size: int = 50_000, clock: Clock = time.monotonic
     ) -> None:
         self._threads, self._ttl, self._size, self._clock = threads, ttl, size, clock
-        self._lock = threading.Lock()
+        self._lock = new_lock("Resolver")
         self._cache: OrderedDict[str, tuple[float, concurrent.futures.Future[list[Address]]]] = OrderedDict()
         self._names: Channel[tuple[str, concurrent.futures.Future[list[Address]]]] = Channel(1_000_000)
         self._started = 0

@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
+from coordination import new_lock
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import (
     RESPONSE_HEADERS,
@@ -225,7 +226,7 @@ class _Pool:
 
     def __init__(self, idle: int) -> None:
         self._limit = idle
-        self._lock = threading.Lock()
+        self._lock = new_lock("Pool")
         self._idle: OrderedDict[_Connection, _Key] = OrderedDict()
         self._by_key: dict[_Key, list[_Connection]] = {}
         self._in_use: set[socket.socket] = set()
@@ -517,7 +518,7 @@ class _Turns:
 
     def __init__(self, crawl: Crawl) -> None:
         self._crawl = crawl
-        self._condition = threading.Condition(threading.Lock())
+        self._condition = threading.Condition(new_lock("Turns"))
         self._waiting = 0
         self._alarm = math.inf
         """Until when the present timekeeper waits."""

@@ -797,12 +797,13 @@ class CircuitBreaker:
         self._lock = new_lock("CircuitBreaker")
         self._state: State = "closed"
         self._generation = self._refused = self._opened = self._passed = 0
+        self._calls = self._failed = 0
         self._openings = 0
         """In a row, without the circuit having been closed between them."""
         self._open_until = -math.inf
         self._failures: deque[float] = deque(maxlen=failures)
         self._tenths: deque[list[int]] = deque()
-        """For each tenth of the window: its number, its calls, its failures."""
+        """For each tenth of the window: its number, its calls, its failures; their sums are _calls and _failed."""
         self._probing: dict[Permit, float] = {}
         """Probes under way, and when they expire."""
         self._listeners: list[Listener] = []
@@ -874,11 +875,14 @@ class CircuitBreaker:
             if not self._tenths or self._tenths[-1][0] < tenth:
                 self._tenths.append([tenth, 0, 0])
             while self._tenths[0][0] <= tenth - 10:
-                self._tenths.popleft()
+                _, calls, failures = self._tenths.popleft()
+                self._calls -= calls
+                self._failed -= failures
             self._tenths[-1][1] += 1
             self._tenths[-1][2] += failed
-            calls, failures = (sum(column) for column in list(zip(*self._tenths, strict=True))[1:])
-            if calls >= self.minimum and failures >= self.ratio * calls:
+            self._calls += 1
+            self._failed += failed
+            if self._calls >= self.minimum and self._failed >= self.ratio * self._calls:
                 self._open(now)
                 return
         if failed:
@@ -899,6 +903,7 @@ class CircuitBreaker:
         self._state = state
         self._failures.clear()
         self._tenths.clear()
+        self._calls = self._failed = 0
         self._probing.clear()
         self._passed = 0
         if state == "closed":
@@ -917,7 +922,7 @@ class CircuitBreaker:
                 except Exception:
                     logging.getLogger(__name__).exception("listener of circuit %s", self.name)
 
-    def _failed(self, error: BaseException, generation: int) -> None:
+    def _note_failure(self, error: BaseException, generation: int) -> None:
         if self._counts(error):
             with self._lock:
                 if generation == self._generation:
@@ -933,7 +938,7 @@ class CircuitBreaker:
         try:
             return function(*args, **options)
         except BaseException as error:
-            self._failed(error, generation)
+            self._note_failure(error, generation)
             raise
 
     async def call_async(self, function: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
@@ -945,7 +950,7 @@ class CircuitBreaker:
         try:
             return await function(*args, **options)
         except BaseException as error:
-            self._failed(error, generation)
+            self._note_failure(error, generation)
             raise
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4074,11 +4074,18 @@ class CarelessFrontier(Frontier):
         return 0.0
 
 
+class ForgetfulVisited(pr.Visited[str]):
+    def add(self, key: str) -> bool:
+        super().add(key)
+        return True
+
+
 class ForgetfulFrontier(Frontier):
     """Planted: a URL that is found while it is in flight is taken for a new one."""
 
-    def _first_sight(self, key: str) -> bool:
-        return not self._seen.add(key)  # type: ignore[func-returns-value]
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._visited = ForgetfulVisited()
 
 
 class LosingFrontier(Frontier):
