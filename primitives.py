@@ -599,12 +599,16 @@ class TTLCache(Generic[K, T]):
         now: float | None = None,
     ) -> bool:
         """Keep ``value``; False if it is heavier than the cache, or if ``key`` was invalidated since ``generation``."""
+        if ttl is None:
+            ttl = self.negative_ttl if negative else self.ttl
+        if not (ttl > 0 and weight >= 0):
+            raise ValueError("ttl must be above 0 s, weight not below 0")
         dropped = []
         with self._lock:
             if generation is not None and generation != self._generations[hash(key) % 64]:
                 return False
             now = self._clock() if now is None else now
-            entry = _Entry(value, now, now + (ttl or (self.negative_ttl if negative else self.ttl)), weight, cost)
+            entry = _Entry(value, now, now + ttl, weight, cost)
             if not negative:
                 entry.stale_until += self.stale
                 entry.gone_at += max(self.stale, self.stale_if_error)
@@ -653,7 +657,10 @@ class TTLCache(Generic[K, T]):
         try:
             return self._flights.do(key, lambda: self._load(key, load))
         except Exception:
-            return self._instead(key, hit)
+            if hit is None:
+                raise
+            self.defer(key, self.negative_ttl)
+            return hit.value
 
     async def get_or_load_async(self, key: K, load: Callable[[], Awaitable[T]]) -> T:
         """``get_or_load`` for tasks."""
@@ -663,16 +670,13 @@ class TTLCache(Generic[K, T]):
         try:
             return await self._flights.do_async(key, lambda: self._load_async(key, load))
         except Exception:
-            return self._instead(key, hit)
+            if hit is None:
+                raise
+            self.defer(key, self.negative_ttl)
+            return hit.value
 
     def _wants(self, key: K, hit: Hit[T]) -> bool:
         return hit.refresh and (hit.state == "expired" or not self._flights.loading(key))
-
-    def _instead(self, key: K, hit: Hit[T] | None) -> T:
-        if hit is None:
-            raise
-        self.defer(key, self.negative_ttl)
-        return hit.value
 
     def _loaded_meanwhile(self, key: K) -> _Entry | None:
         """Between a caller's lookup and its own load another one may have come and gone."""
@@ -956,7 +960,19 @@ class CircuitBreaker:
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate a ``def`` or an ``async def``: every call goes through ``call`` or ``call_async``."""
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-        return functools.wraps(function)(functools.partial(self.call_async if is_async else self.call, function))
+        if is_async:
+
+            @functools.wraps(function)
+            async def guarded_async(*args: Any, **options: Any) -> Any:
+                return await self.call_async(function, *args, **options)
+
+            return guarded_async
+
+        @functools.wraps(function)
+        def guarded(*args: Any, **options: Any) -> Any:
+            return self.call(function, *args, **options)
+
+        return guarded
 
     def stats(self, now: float | None = None) -> CircuitBreakerStats:
         with self._lock:
