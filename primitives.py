@@ -792,6 +792,8 @@ class CircuitBreaker:
             raise ValueError("failures, probes and minimum must be at least 1")
         if not (window > 0 and reset > 0 and max_reset >= reset and jitter >= 0) or (slow is not None and not slow > 0):
             raise ValueError("window, reset and slow must be above 0 s, max_reset not below reset, jitter not below 0")
+        if probe_timeout is not None and not probe_timeout > 0:
+            raise ValueError(f"probe_timeout must be above 0 s, not {probe_timeout!r}")
         if ratio is not None and not 0 < ratio <= 1:
             raise ValueError(f"ratio is a share above 0 and up to 1, not {ratio!r}")
         self.name, self.window, self.reset, self.probes, self.ratio = name, window, reset, probes, ratio
@@ -812,6 +814,7 @@ class CircuitBreaker:
         """Probes under way, and when they expire."""
         self._listeners: list[Listener] = []
         self._news: deque[tuple[State, State, int]] = deque()
+        self._telling = False
         self._simple = ratio is None and slow is None
         self._unrecorded: int | None = 0 if self._simple else None
         """The generation while a success need not be recorded, and costs no lock; else None."""
@@ -829,13 +832,13 @@ class CircuitBreaker:
         refusal = 0.0
         with self._lock:
             now = self._clock() if now is None else now
-            if self._state == "open" and now >= self._open_until:
+            if self._state == "open" and self._open_until - now <= NANOSECOND:
                 self._turn("half_open")
             permit = Permit(self, self._generation, now)
             if self._state == "open":
                 refusal = self._open_until - now
             elif self._state == "half_open":
-                self._probing = {probe: end for probe, end in self._probing.items() if end > now}
+                self._probing = {probe: end for probe, end in self._probing.items() if end - now > NANOSECOND}
                 if len(self._probing) + self._passed < self.probes:
                     self._probing[permit] = now + self.probe_timeout
                 else:
@@ -915,16 +918,22 @@ class CircuitBreaker:
         self._unrecorded = self._generation if self._simple and state == "closed" else None
 
     def _tell(self) -> None:
+        """One teller at a time, or listeners would hear of transitions in another order; it also tells what comes up
+        meanwhile."""
         while self._news:
-            try:
+            with self._lock:
+                if self._telling or not self._news:
+                    return
+                self._telling = True
                 before, after, generation = self._news.popleft()
-            except IndexError:  # another thread was faster
-                return
-            for listener in self._listeners:
-                try:
-                    listener(self.name, before, after, generation)
-                except Exception:
-                    logging.getLogger(__name__).exception("listener of circuit %s", self.name)
+            try:
+                for listener in self._listeners:
+                    try:
+                        listener(self.name, before, after, generation)
+                    except Exception:
+                        logging.getLogger(__name__).exception("listener of circuit %s", self.name)
+            finally:
+                self._telling = False
 
     def _note_failure(self, error: BaseException, generation: int) -> None:
         if self._counts(error):
@@ -933,7 +942,7 @@ class CircuitBreaker:
                     self._record(True, self._clock())
             self._tell()
 
-    def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+    def call(self, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
         """``function(*args, **options)``, or ``CircuitOpen``. Nothing is locked while it runs."""
         generation = self._unrecorded
         if generation is None:
@@ -945,7 +954,7 @@ class CircuitBreaker:
             self._note_failure(error, generation)
             raise
 
-    async def call_async(self, function: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
+    async def call_async(self, function: Callable[..., Awaitable[T]], /, *args: Any, **options: Any) -> T:
         """``call`` for a coroutine function: its failure is that of the coroutine, not of making one."""
         generation = self._unrecorded
         if generation is None:
