@@ -787,25 +787,26 @@ class WorkerPool(Generic[T]):
 
     ``with WorkerPool(handle, 4) as pool: pool.submit(item)`` runs threads; ``async with`` and ``submit_async`` run
     tasks, and ``handle`` is a coroutine function. A full channel makes the submitter wait: that is the back-pressure.
-    An ``Exception`` of ``handle`` is counted and kept in ``errors`` (the last 100, with their items), and the worker
-    goes on: one that died would leave the others with its share, and at the end a queue that nobody empties.
+    What ``handle`` raises is counted and kept in ``errors`` (the last 100, with their items), and the worker goes on:
+    one that died would leave the others with its share, and at the end a queue that nobody empties.
     Leaving the block drains: what was accepted is handled. ``close(timeout)`` gives up after ``timeout`` seconds and
-    returns False; threads then end after the item in hand, tasks are cancelled, and ``stats().queued`` items are left.
+    returns False; threads then end after the item in hand (leaving the block does not wait for them again), tasks are
+    cancelled, and ``stats().queued`` items are left.
     """
 
     def __init__(self, handle: Callable[[T], Any], workers: int, capacity: int | None = None) -> None:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, not {workers!r}")
-        self.errors: deque[tuple[T, Exception]] = deque(maxlen=100)
+        self.errors: deque[tuple[T, BaseException]] = deque(maxlen=100)
         self._handle, self._workers = handle, workers
-        self._channel: Channel[T] = Channel(capacity or 2 * workers)
+        self._channel: Channel[T] = Channel(2 * workers if capacity is None else capacity)
         self._lock = new_lock("WorkerPool")
         self._handled = self._failed = 0
         self._threads: list[threading.Thread] = []
         self._tasks: list[asyncio.Future[Any]] = []
         self._abandoned = False
 
-    def _done(self, item: T, error: Exception | None) -> None:
+    def _done(self, item: T, error: BaseException | None) -> None:
         with self._lock:
             self._handled += 1
             if error is not None:
@@ -816,7 +817,7 @@ class WorkerPool(Generic[T]):
         for item in self._channel:
             try:
                 self._handle(item)
-            except Exception as error:
+            except BaseException as error:  # SystemExit too: it would end this thread only, and silently
                 self._done(item, error)
             else:
                 self._done(item, None)
@@ -827,10 +828,19 @@ class WorkerPool(Generic[T]):
         async for item in self._channel:
             try:
                 await self._handle(item)
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and self._cancelled():
+                    raise
                 self._done(item, error)
             else:
                 self._done(item, None)
+            if self._cancelled():
+                return
+
+    def _cancelled(self) -> bool:
+        """Whether it is the worker that was cancelled, and not something its handler waited for."""
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
 
     def submit(self, item: T, timeout: float | None = None) -> None:
         """Raises ``TimeoutError`` if there was no place in time, ``ChannelClosed`` after ``close``."""
@@ -847,7 +857,7 @@ class WorkerPool(Generic[T]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.close(0.0 if self._abandoned else None)
 
     def close(self, timeout: float | None = None) -> bool:
         """Take no more, and wait until all is handled: True, or False after ``timeout`` seconds."""
@@ -855,8 +865,9 @@ class WorkerPool(Generic[T]):
         give_up = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
             thread.join(None if give_up is None else max(0.0, give_up - time.monotonic()))
-        self._abandoned = any(thread.is_alive() for thread in self._threads)
-        return not self._abandoned
+        stuck = any(thread.is_alive() for thread in self._threads)
+        self._abandoned = self._abandoned or stuck
+        return not stuck and not len(self._channel)
 
     async def __aenter__(self) -> WorkerPool[T]:
         self._tasks += [asyncio.ensure_future(self._work_async()) for _ in range(self._workers)]
@@ -872,7 +883,7 @@ class WorkerPool(Generic[T]):
             pending = (await asyncio.wait(self._tasks, timeout=timeout))[1] if self._tasks else set()
         finally:
             await _end(self._tasks)
-        return not pending
+        return not pending and not len(self._channel)
 
     def stats(self) -> WorkerPoolStats:
         queued = len(self._channel)
