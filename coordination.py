@@ -549,6 +549,7 @@ class SingleFlight:
         with self._lock:
             flight.leave(waiter)
             leads = waiter.granted and waiter.value is _LEAD
+            self._loads -= leads
         if leads:
             self._land(key, flight, None)
 

@@ -485,17 +485,20 @@ class Hit(NamedTuple, Generic[T]):
 
 
 class _Entry:
-    __slots__ = ("cost", "fresh_until", "gone_at", "put_at", "refresh_at", "stale_until", "value", "weight")
+    __slots__ = ("cost", "fresh_until", "gone_at", "key", "put_at", "quiet_until", "stale_until", "value", "weight")
 
-    def __init__(self, value: Any, put_at: float, fresh_until: float, weight: float, cost: float) -> None:
+    def __init__(self, key: Any, value: Any, put_at: float, fresh_until: float, weight: float, cost: float) -> None:
+        self.key = key  # the object that is the key in the map: it is let go with the entry, after the lock
         self.value, self.put_at, self.weight, self.cost = value, put_at, weight, cost
-        self.fresh_until = self.refresh_at = self.stale_until = self.gone_at = fresh_until
+        self.fresh_until = self.stale_until = self.gone_at = fresh_until
+        self.quiet_until = -math.inf
 
     def hit(self, now: float, early: float) -> Hit[Any]:
         state: Literal["fresh", "stale", "expired"] = "expired"
         if now < self.stale_until:
             state = "fresh" if now < self.fresh_until else "stale"
-        return Hit(self.value, now - self.put_at, state, now + early >= self.refresh_at)
+        refresh = now >= self.quiet_until and now + early >= self.fresh_until
+        return Hit(self.value, now - self.put_at, state, refresh)
 
 
 class TTLCacheStats(NamedTuple):
@@ -608,18 +611,19 @@ class TTLCache(Generic[K, T]):
             if generation is not None and generation != self._generations[hash(key) % 64]:
                 return False
             now = self._clock() if now is None else now
-            entry = _Entry(value, now, now + ttl, weight, cost)
+            entry = _Entry(key, value, now, now + ttl, weight, cost)
             if not negative:
                 entry.stale_until += self.stale
                 entry.gone_at += max(self.stale, self.stale_if_error)
             dropped.append(self._remove(key))
+            if weight > self.maxweight:
+                return False
+            while self._entries and (len(self._entries) >= self.maxsize or self._weight + weight > self.maxweight):
+                dropped.append(self._remove(next(iter(self._entries))))
+                self._evicted += 1
             self._entries[key] = entry
             self._weight += weight
-            while len(self._entries) > self.maxsize or (self._weight > self.maxweight and self._entries):
-                oldest = key if weight > self.maxweight else next(iter(self._entries))
-                dropped.append(self._remove(oldest))
-                self._evicted += 1
-            return self._entries.get(key) is entry
+            return True
 
     def _remove(self, key: K) -> _Entry | None:
         entry = self._entries.pop(key, None)
@@ -643,7 +647,7 @@ class TTLCache(Generic[K, T]):
         """Ask for no refresh of ``key`` for so long: its last one failed."""
         with self._lock:
             if (entry := self._entries.get(key)) is not None:
-                entry.refresh_at = (self._clock() if now is None else now) + seconds
+                entry.quiet_until = (self._clock() if now is None else now) + seconds
 
     def get_or_load(self, key: K, load: Callable[[], T]) -> T:
         """The value of ``key``, from ``load()`` if need be: one load at a time, its failure shared by all who wait.
@@ -651,11 +655,12 @@ class TTLCache(Generic[K, T]):
         What is stale is loaded by one caller, while the others go on with it; if that fails, by nobody for the next
         ``negative_ttl`` seconds. What is expired is the answer if loading fails.
         """
+        seen = self._entries.get(key)
         hit = self.lookup(key)
         if hit is not None and not self._wants(key, hit):
             return hit.value
         try:
-            return self._flights.do(key, lambda: self._load(key, load))
+            return self._flights.do(key, lambda: self._load(key, load, seen))
         except Exception:
             if hit is None:
                 raise
@@ -664,11 +669,12 @@ class TTLCache(Generic[K, T]):
 
     async def get_or_load_async(self, key: K, load: Callable[[], Awaitable[T]]) -> T:
         """``get_or_load`` for tasks."""
+        seen = self._entries.get(key)
         hit = self.lookup(key)
         if hit is not None and not self._wants(key, hit):
             return hit.value
         try:
-            return await self._flights.do_async(key, lambda: self._load_async(key, load))
+            return await self._flights.do_async(key, lambda: self._load_async(key, load, seen))
         except Exception:
             if hit is None:
                 raise
@@ -678,22 +684,24 @@ class TTLCache(Generic[K, T]):
     def _wants(self, key: K, hit: Hit[T]) -> bool:
         return hit.refresh and (hit.state == "expired" or not self._flights.loading(key))
 
-    def _loaded_meanwhile(self, key: K) -> _Entry | None:
-        """Between a caller's lookup and its own load another one may have come and gone."""
+    def _loaded_meanwhile(self, key: K, seen: _Entry | None) -> _Entry | None:
+        """Between a caller's lookup and its own load another one may have come and gone, or failed."""
         with self._lock:
-            entry = self._entries.get(key)
-            return entry if entry is not None and self._clock() < entry.refresh_at else None
+            entry, now = self._entries.get(key), self._clock()
+            if entry is None or now >= entry.gone_at:
+                return None
+            return entry if now < entry.quiet_until or (entry is not seen and now < entry.fresh_until) else None
 
-    def _load(self, key: K, load: Callable[[], T]) -> T:
-        if (entry := self._loaded_meanwhile(key)) is not None:
+    def _load(self, key: K, load: Callable[[], T], seen: _Entry | None) -> T:
+        if (entry := self._loaded_meanwhile(key, seen)) is not None:
             return entry.value  # type: ignore[no-any-return]
         generation, started = self.generation(key), self._clock()
         value = load()
         self.put(key, value, cost=self._clock() - started, generation=generation)
         return value
 
-    async def _load_async(self, key: K, load: Callable[[], Awaitable[T]]) -> T:
-        if (entry := self._loaded_meanwhile(key)) is not None:
+    async def _load_async(self, key: K, load: Callable[[], Awaitable[T]], seen: _Entry | None) -> T:
+        if (entry := self._loaded_meanwhile(key, seen)) is not None:
             return entry.value  # type: ignore[no-any-return]
         generation, started = self.generation(key), self._clock()
         value = await load()

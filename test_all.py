@@ -12,6 +12,7 @@ import contextlib
 import csv
 import dataclasses
 import email.utils
+import functools
 import gc
 import gzip
 import heapq
@@ -19,15 +20,18 @@ import html
 import http.client
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
 import queue
 import random
 import re
+import selectors
 import signal
 import socket
 import ssl
@@ -37,17 +41,18 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import tracemalloc
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 import ada_url
@@ -3116,6 +3121,2855 @@ def test_prim_a_planted_bug_is_found(check: Callable[..., None], planted: type) 
 def test_prim_a_planted_retry_is_found() -> None:
     with pytest.raises(AssertionError):
         prim_check_never_retried(prim_retry_too_eager)
+
+
+# ---------------------------------------------------------------------------------------------------- cache: by rows
+
+CacheLoad = Callable[[pr.TTLCache[Any, Any], Any, Callable[[], Any]], Any]
+CACHE_TICK = 2.0**-20  # exact at these times
+CACHE_BOTH = {"ttl": 10.0, "stale": 5.0, "stale_if_error": 20.0}
+CACHE_WINDOWS: dict[str, tuple[dict[str, float], dict[str, Any], list[tuple[float, str | None]]]] = {
+    # what the cache is made with, how the value is put at 0, then (time, state)
+    "plain": ({"ttl": 10.0}, {}, [(0.0, "fresh"), (10 - CACHE_TICK, "fresh"), (10.0, None)]),
+    "stale": (
+        {"ttl": 10.0, "stale": 5.0},
+        {},
+        [(10 - CACHE_TICK, "fresh"), (10.0, "stale"), (15 - CACHE_TICK, "stale"), (15.0, None)],
+    ),
+    "expired": (
+        {"ttl": 10.0, "stale_if_error": 5.0},
+        {},
+        [(10 - CACHE_TICK, "fresh"), (10.0, "expired"), (15 - CACHE_TICK, "expired"), (15.0, None)],
+    ),
+    "both begin at ttl": (
+        CACHE_BOTH,
+        {},
+        [(10.0, "stale"), (15 - CACHE_TICK, "stale"), (15.0, "expired"), (30 - CACHE_TICK, "expired"), (30.0, None)],
+    ),
+    "an error window within the other": (
+        {"ttl": 10.0, "stale": 5.0, "stale_if_error": 3.0},
+        {},
+        [(13.0, "stale"), (15 - CACHE_TICK, "stale"), (15.0, None)],
+    ),
+    "ttl of its own": (
+        CACHE_BOTH,
+        {"ttl": 1.0},
+        [(1 - CACHE_TICK, "fresh"), (1.0, "stale"), (6.0, "expired"), (21 - CACHE_TICK, "expired"), (21.0, None)],
+    ),
+    "negative": (CACHE_BOTH | {"negative_ttl": 3.0}, {"negative": True}, [(3 - CACHE_TICK, "fresh"), (3.0, None)]),
+    "negative, 5 s": (CACHE_BOTH, {"negative": True}, [(5 - CACHE_TICK, "fresh"), (5.0, None)]),
+    "negative, its own": (CACHE_BOTH, {"negative": True, "ttl": 7.0}, [(7 - CACHE_TICK, "fresh"), (7.0, None)]),
+    "for ever": ({"ttl": math.inf}, {}, [(1e12, "fresh")]),
+}
+
+
+@pytest.mark.parametrize("row", CACHE_WINDOWS)
+def test_cache_windows_to_the_tick(row: str) -> None:
+    options, how, states = CACHE_WINDOWS[row]
+    world = PrimWorld(0.0)
+    cache: pr.TTLCache[str, str] = pr.TTLCache(**options, clock=world.clock)  # type: ignore[arg-type]
+    assert cache.put("key", "value", **how) is True
+    for world.now, state in states:
+        assert cache.get("key", "none") == ("value" if state == "fresh" else "none")
+        hit = pr.Hit("value", world.now, state, state != "fresh") if state else None  # type: ignore[arg-type]
+        assert cache.lookup("key", world.now) == cache.lookup("key") == hit
+    assert len(cache) == (states[-1][1] is not None)
+
+
+CACHE_EVENTS: dict[str, tuple[int, float, list[tuple[str, Any]]]] = {
+    # maxsize, maxweight, then (event, expected); "keys" tells what is left, the least recently used first
+    "least recently used goes": (2, math.inf, [("put a", True), ("put b", True), ("put c", True), ("keys", "bc")]),
+    "get refreshes": (2, math.inf, [("put a", True), ("put b", True), ("get a", "a"), ("put c", True), ("keys", "ac")]),
+    "lookup refreshes": (2, 9.0, [("put a", True), ("put b", True), ("look a", "a"), ("put c", True), ("keys", "ac")]),
+    "put refreshes": (2, 9.0, [("put a", True), ("put b", True), ("put a", True), ("put c", True), ("keys", "ac")]),
+    "a miss does not": (2, 9.0, [("put a", True), ("put b", True), ("get c", None), ("look c", None), ("keys", "ab")]),
+    "evicted until it fits": (9, 5.0, [("put a 2", True), ("put b 2", True), ("put c 1", True), ("weight", 5.0),
+        ("put d 3", True), ("keys", "cd"), ("weight", 4.0), ("evicted", 2)]),
+    "as heavy as the cache": (9, 5.0, [("put a 2", True), ("put b 5", True), ("keys", "b"), ("weight", 5.0)]),
+    "too heavy": (9, 5.0, [("put a 2", True), ("put b 3", True), ("put a 6", False), ("get a", None), ("keys", "b"),
+        ("weight", 3.0), ("put c 2", True), ("keys", "bc")]),
+    "too heavy for a full cache": (1, 5.0, [("put a 2", True), ("put b 6", False), ("keys", "a"), ("weight", 2.0)]),
+    "a replacement changes the weight": (9, 5.0, [("put a 4", True), ("put b 1", True), ("put a 1", True),
+        ("weight", 2.0), ("put c 3", True), ("keys", "bac"), ("weight", 5.0)]),
+    "infinitely heavy": (9, 5.0, [("put a 2", True), ("put b inf", False), ("weight", 2.0), ("put c 4", True),
+        ("keys", "c"), ("weight", 4.0)]),
+    "too heavy for floats": (9, 5.0, [("put a 3", True), ("put b 1e17", False), ("weight", 3.0)]),
+    "fits, but for rounding": (9, 0.3, [("put a 0.1", True), ("put b 0.3", True), ("keys", "b"), ("weight", 0.3)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", CACHE_EVENTS)
+def test_cache_keeps_what_was_used_last_within_its_bounds(row: str) -> None:
+    maxsize, maxweight, events = CACHE_EVENTS[row]
+    cache: pr.TTLCache[str, str] = pr.TTLCache(maxsize, maxweight=maxweight, clock=lambda: 0.0)
+    for event, expected in events:
+        verb, key, weight = event.split() + ["", "1"][event.count(" ") :]
+        if verb == "put":
+            assert cache.put(key, key, weight=float(weight)) is expected, event
+        elif verb in ("get", "look"):
+            hit = cache.lookup(key) if verb == "look" else None
+            assert (hit.value if hit else cache.get(key)) == expected, event
+        else:
+            assert ("".join(cache._entries) if verb == "keys" else getattr(cache.stats(), verb)) == expected, event
+        assert cache.stats().weight <= maxweight and len(cache) == cache.stats().entries <= maxsize
+
+
+@pytest.mark.parametrize("number", [0.0, 0.25, 0.5, 0.9, 1 - 2.0**-53])
+@pytest.mark.parametrize(("beta", "cost"), [(1.0, 2.0), (2.0, 0.5), (0.0, 2.0), (1.0, 0.0)])
+def test_cache_xfetch_asks_early_by_chance(number: float, beta: float, cost: float) -> None:
+    """Vattani et al., definition 1: at time - cost * beta * log(random) >= expiry, and not a moment sooner."""
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=100.0, beta=beta, clock=lambda: 0.0, rng=lambda: number)
+    cache.put("key", 1, cost=cost)
+    early = min(99.0, -math.log(1.0 - number) * beta * cost)
+    for now, refresh in [(100 - early - 1e-6, False), (100 - early + 1e-6, True)][: 2 if early else 1]:
+        assert cache.lookup("key", now) == pr.Hit(1, now, "fresh", refresh)
+    assert cache.lookup("key", 100.0) is None
+
+
+def test_cache_defer_asks_for_no_refresh_meanwhile() -> None:
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale=20.0, clock=lambda: 12.0)
+    cache.put("key", 1, now=0.0)
+    cache.defer("key", 5.0)
+    cache.defer("other", 5.0)
+    hits = [cache.lookup("key", now) for now in (12.0, 17 - CACHE_TICK, 17.0)]
+    assert [(hit.state, hit.refresh) for hit in hits if hit] == [("stale", False), ("stale", False), ("stale", True)]
+    cache.defer("key", 100.0, now=17.0)
+    assert cache.lookup("key", 30.0) is None, "deferred is not kept for longer"
+
+
+def test_cache_defer_brings_no_refresh_forward() -> None:
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=100.0, clock=lambda: 0.0)
+    cache.put("key", 1)
+    cache.defer("key", 5.0)
+    assert cache.lookup("key", 5.0) == pr.Hit(1, 5.0, "fresh", False)
+
+
+def test_cache_defer_holds_back_an_early_refresh_too() -> None:
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=100.0, beta=1.0, clock=lambda: 90.0, rng=lambda: 1 - math.exp(-20))
+    cache.put("key", 1, cost=1.0, now=0.0)
+    assert cache.lookup("key") == pr.Hit(1, 90.0, "fresh", True)
+    cache.defer("key", 5.0)
+    assert [hit and hit.refresh for hit in (cache.lookup("key", now) for now in (90.0, 94.0, 95.0))] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_cache_what_was_loaded_before_invalidate_is_not_kept() -> None:
+    cache: pr.TTLCache[int, str] = pr.TTLCache(clock=lambda: 0.0)
+    begun = cache.generation(1), cache.generation(2), cache.generation(65)
+    cache.put(1, "old")
+    assert [cache.invalidate(1), cache.invalidate(1), cache.get(1)] == [True, False, None]
+    assert cache.put(1, "old", generation=begun[0]) is False and cache.get(1) is None
+    assert cache.put(2, "other", generation=begun[1]) is True and cache.put(1, "new", generation=cache.generation(1))
+    assert cache.put(65, "shares the number of 1", generation=begun[2]) is False
+    assert (cache.get(1), cache.get(2), cache.get(65)) == ("new", "other", None)
+
+
+class CacheBomb:
+    """Its destructor uses the cache, unless that would wait for ever. Equal to its like, as keys are."""
+
+    def __init__(self, cache: pr.TTLCache[Any, Any], log: list[bool]) -> None:
+        self.cache, self.log = cache, log
+
+    def __del__(self) -> None:
+        self.log.append(not self.cache._lock.locked() and self.cache.put("by", "destructor"))
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CacheBomb)
+
+
+@pytest.mark.parametrize("place", ["value", "key"])
+@pytest.mark.parametrize("way", ["replaced", "evicted", "invalidated", "gone"])
+def test_cache_destructors_may_use_the_cache(way: str, place: str) -> None:
+    world, log = PrimWorld(), list[bool]()
+    cache: pr.TTLCache[Any, Any] = pr.TTLCache(2, 10.0, clock=world.clock)
+    cache.put(*((CacheBomb(cache, log), 0) if place == "key" else (1, CacheBomb(cache, log))))
+    key = CacheBomb(cache, []) if place == "key" else 1
+    assert log == []
+    if way == "gone":
+        world.now += 10.0
+    if way == "evicted":
+        cache.put(2, 2)
+        cache.put(3, 3)
+    elif way == "replaced":
+        cache.put(key, 2)
+    else:
+        (cache.invalidate if way == "invalidated" else cache.lookup)(key)
+    assert log == [True] and cache.get("by") == "destructor"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"maxsize": 0}, {"maxsize": -1}, {"maxweight": 0.0}, {"maxweight": math.nan}]
+    + [{name: bad} for name in ("ttl", "negative_ttl") for bad in (0.0, -1.0, math.nan)]
+    + [{name: bad} for name in ("stale", "stale_if_error", "beta") for bad in (-1.0, math.nan)],
+    ids=str,
+)
+def test_cache_refuses_nonsense(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        pr.TTLCache(**options)
+
+
+@pytest.mark.parametrize("how", [{"ttl": 0.0}, {"ttl": math.nan}, {"weight": -1.0}, {"weight": math.nan}], ids=str)
+def test_cache_put_refuses_nonsense(how: dict[str, Any]) -> None:
+    cache: pr.TTLCache[int, int] = pr.TTLCache()
+    cache.put(1, 1)
+    with pytest.raises(ValueError, match="ttl must be above 0 s, weight not below 0"):
+        cache.put(1, 2, **how)
+    assert cache.get(1) == 1
+
+
+def test_cache_and_flight_tell_of_themselves() -> None:
+    cache: pr.TTLCache[str, int] = pr.TTLCache(1)  # the clock is the system's
+    cache.put("a", 1, weight=2.5)
+    before = cache.stats()
+    assert (cache.get("a"), cache.get("b", 7), cache.lookup("c"), cache.put("b", 2)) == (1, 7, None, True)
+    assert (before, cache.stats()) == (pr.TTLCacheStats(1, 2.5, 0, 0, 0), pr.TTLCacheStats(1, 1.0, 1, 2, 1))
+    with pytest.raises(AttributeError):
+        before.hits = 5  # type: ignore[misc]
+    assert repr(cache) == "<TTLCache entries=1 weight=1 hits=1 misses=2 evicted=1>"
+    flights = pr.SingleFlight()
+    assert flights.do("key", flights.stats) == pr.SingleFlightStats(1, 0, 1, 0)
+    assert repr(flights) == "<SingleFlight flights=0 waiting=0 loads=1 shared=0>"
+
+
+# ------------------------------------------------------------------------------------------- cache: against a model
+
+
+CACHE_KEYS, CACHE_NUMBERS = st.integers(0, 2), st.sampled_from([0.9, 0.5, 0.0])
+CACHE_QUARTERS = st.sampled_from([0, 0, 1, 4, 8])
+CACHE_PUT: dict[str, Any] = {
+    "key": CACHE_KEYS,
+    "ttl": st.sampled_from([None, None, 1.0]),
+    "weight": st.sampled_from([1.0, 1.0, 5.0, 2.0]),
+    "cost": st.sampled_from([1.0, 0.0]),
+    "negative": st.sampled_from([False, False, True]),
+    "age": st.sampled_from([0.0, 3.0, 4.0, 5.0, 6.0]),
+}
+
+
+class CacheFact(NamedTuple):
+    """One ``put``, as it was said."""
+
+    key: int
+    value: int
+    at: float
+    ttl: float
+    stale: float
+    error: float
+    weight: float
+    cost: float
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """A cache and a list of facts, the least recently used first, from which each answer is worked out anew."""
+
+    cache_type: ClassVar[type[pr.TTLCache[int, int]]] = pr.TTLCache
+
+    @initialize(
+        maxsize=st.integers(1, 3),
+        maxweight=st.sampled_from([math.inf, 4.0, 6.0]),
+        windows=st.sampled_from([(0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (1.0, 3.0), (3.0, 1.0)]),
+        beta=st.sampled_from([0.0, 1.0]),
+    )
+    def start(self, maxsize: int, maxweight: float, windows: tuple[float, float], beta: float) -> None:
+        self.now, self.number, self.beta, self.windows, self.values = 0.0, 0.0, beta, windows, itertools.count()
+        self.cache = self.cache_type(
+            maxsize,
+            4.0,
+            stale=windows[0],
+            stale_if_error=windows[1],
+            negative_ttl=2.0,
+            maxweight=maxweight,
+            beta=beta,
+            clock=lambda: self.now,
+            rng=lambda: self.number,
+        )
+        self.facts: list[CacheFact] = []
+        self.deferred: dict[int, float] = {}  # value: until
+        self.invalidated, self.begun = list[int](), list[tuple[int, int, int]]()
+        self.hits = self.misses = 0
+
+    def find(self, key: int) -> CacheFact | None:
+        return next((fact for fact in self.facts if fact.key == key), None)
+
+    def use(self, fact: CacheFact) -> None:
+        self.hits += 1
+        self.facts.remove(fact)
+        self.facts.append(fact)
+
+    @rule(**CACHE_PUT)
+    def put(
+        self, key: int, ttl: float | None, weight: float, cost: float, negative: bool, age: float, **begun: int
+    ) -> None:
+        value, windows = next(self.values), (0.0, 0.0) if negative else self.windows
+        how: dict[str, Any] = {"weight": weight, "cost": cost, "negative": negative, "now": self.now - age, **begun}
+        kept = self.cache.put(key, value, ttl=ttl, **how)
+        assert kept is (weight <= self.cache.maxweight)
+        ttl = ttl if ttl is not None else 2.0 if negative else 4.0
+        self.facts = [other for other in self.facts if other.key != key]
+        self.facts += [CacheFact(key, value, self.now - age, ttl, *windows, weight, cost)] * kept
+        while len(self.facts) > self.cache.maxsize or sum(fact.weight for fact in self.facts) > self.cache.maxweight:
+            del self.facts[0]
+
+    @rule(key=CACHE_KEYS)
+    def begin(self, key: int) -> None:
+        self.begun.append((key, self.cache.generation(key), self.invalidated.count(key)))
+
+    @precondition(lambda self: self.begun)
+    @rule()
+    def fill(self) -> None:
+        key, generation, invalidated = self.begun.pop()
+        if self.invalidated.count(key) == invalidated:
+            self.put(key, None, 1.0, 0.0, False, 0.0, generation=generation)
+        else:
+            how: dict[str, Any] = {"ttl": None, "weight": 1.0, "cost": 0.0, "negative": False}
+            assert self.cache.put(key, -1, **how, generation=generation) is False
+
+    @rule(key=CACHE_KEYS, quarters=CACHE_QUARTERS)
+    def get(self, key: int, quarters: int) -> None:
+        self.now += quarters / 4
+        fact = self.find(key)
+        if fact is not None and self.now < fact.at + fact.ttl:
+            assert self.cache.get(key) == fact.value
+            self.use(fact)
+        else:
+            assert self.cache.get(key) is None
+            self.misses += 1
+
+    @rule(key=CACHE_KEYS, quarters=CACHE_QUARTERS, number=CACHE_NUMBERS)
+    def lookup(self, key: int, quarters: int, number: float) -> None:
+        self.now, self.number = self.now + quarters / 4, number
+        fact, hit = self.find(key), self.cache.lookup(key)
+        if fact is None or self.now >= fact.at + fact.ttl + max(fact.stale, fact.error):
+            assert hit is None
+            self.misses += 1
+            self.facts = [other for other in self.facts if other.key != key]
+            return
+        self.use(fact)
+        over = self.now - fact.at - fact.ttl
+        state = "fresh" if over < 0 else "stale" if over < fact.stale else "expired"
+        early = math.log(1.0 / (1.0 - number)) * self.beta * fact.cost
+        refresh = over + early >= 0 and self.now >= self.deferred.get(fact.value, 0.0)
+        assert hit == (fact.value, self.now - fact.at, state, refresh)
+
+    @rule(key=CACHE_KEYS)
+    def invalidate(self, key: int) -> None:
+        assert self.cache.invalidate(key) is (self.find(key) is not None)
+        self.facts = [other for other in self.facts if other.key != key]
+        self.invalidated.append(key)
+
+    @rule(**CACHE_PUT, seconds=st.sampled_from([0.0, 1.0, 3.0]), quarters=CACHE_QUARTERS, number=CACHE_NUMBERS)
+    def put_and_defer(self, seconds: float, quarters: int, number: float, **how: Any) -> None:
+        self.put(**how)
+        self.lookup(how["key"], 0, number)
+        self.cache.defer(how["key"], seconds)
+        if (fact := self.find(how["key"])) is not None:
+            self.deferred[fact.value] = self.now + seconds
+        self.lookup(how["key"], quarters, number)
+
+    @invariant()
+    def adds_up(self) -> None:
+        if hasattr(self, "facts"):
+            assert [*self.cache._entries] == [fact.key for fact in self.facts]
+            weight = sum(fact.weight for fact in self.facts)
+            assert self.cache.stats()[:4] == (len(self.facts), weight, self.hits, self.misses)
+
+
+def cache_check_model(cache_type: type[pr.TTLCache[int, int]], effort: settings = PRIM_SETTINGS) -> None:
+    run_state_machine_as_test(type("Machine", (CacheMachine,), {"cache_type": cache_type}), settings=effort)
+
+
+def cache_tick_late(self: Any, key: int, value: int, **how: Any) -> bool:
+    kept = CACHE_PUTS(self, key, value, **how)
+    for entry in self._entries.values():
+        entry.fresh_until = math.nextafter(entry.put_at + (how["ttl"] or 4.0), math.inf)
+    return kept
+
+
+def cache_fifo(self: Any, key: int, now: float | None = None) -> Any:
+    order, hit = [*self._entries], CACHE_LOOKUP(self, key, now)
+    for other in filter(self._entries.__contains__, order):
+        self._entries.move_to_end(other)
+    return hit
+
+
+CACHE_PUTS, CACHE_LOOKUP = pr.TTLCache.put, pr.TTLCache.lookup
+CACHE_PLANTED: dict[str, dict[str, Any]] = {
+    "<= at ttl": {"put": cache_tick_late},
+    "a lookup refreshes nothing": {"lookup": cache_fifo},
+    "the weight of what goes is not subtracted": {"_remove": lambda self, key: self._entries.pop(key, None)},
+    "stale served as fresh": {"lookup": lambda *a: (hit := CACHE_LOOKUP(*a)) and hit._replace(state="fresh")},
+    "invalidate leaves the generation": {"invalidate": lambda self, key: self._remove(key) is not None},
+    "the refused leaves the old value": {
+        "put": lambda self, key, value, **how: how["weight"] <= self.maxweight and CACHE_PUTS(self, key, value, **how)
+    },
+    "a negative entry has windows": {
+        "put": lambda *a, negative, ttl, **how: CACHE_PUTS(*a, ttl=2.0 if negative and ttl is None else ttl, **how)
+    },
+    "defer does nothing": {"defer": lambda *_: None},
+    "XFetch forgets the cost": {"put": lambda *a, cost, **how: CACHE_PUTS(*a, **how)},
+}
+
+
+def test_cache_does_as_its_model() -> None:
+    cache_check_model(pr.TTLCache)
+
+
+@pytest.mark.parametrize("planted", CACHE_PLANTED)
+def test_cache_a_planted_bug_is_found(planted: str) -> None:
+    with pytest.raises(AssertionError):
+        cache_check_model(type("Planted", (pr.TTLCache,), CACHE_PLANTED[planted]), PRIM_HUNT)
+
+
+# ------------------------------------------------------------------------------- single flight: one suite, 3 shells
+
+
+class FlightError(Exception):
+    pass
+
+
+class FlightLoad:
+    """A load, blocking and awaited, each call of which waits until its gate gives it a result or an error."""
+
+    def __init__(self) -> None:
+        self.gates: list[concurrent.futures.Future[Any]] = []
+
+    def __call__(self) -> Any:
+        self.gates.append(concurrent.futures.Future())
+        return self.gates[-1].result(PRIM_PATIENCE)
+
+    async def aload(self) -> Any:
+        self.gates.append(concurrent.futures.Future())
+        return await asyncio.wrap_future(self.gates[-1])
+
+    def begun(self, n: int) -> concurrent.futures.Future[Any]:
+        """The gate of the n-th call, once it is made; there must be no further one."""
+        prim_until(lambda: len(self.gates) >= n)
+        assert len(self.gates) == n
+        return self.gates[-1]
+
+
+class FlightDesk:
+    """Asks a ``SingleFlight``, or a ``TTLCache`` that has one, in the workers of a shell."""
+
+    def __init__(self, shell: PrimShell, kind: str) -> None:
+        self.shell, self.kind, self.world = shell, kind, PrimWorld(0.0)
+        self.cache: pr.TTLCache[Any, Any] = pr.TTLCache(16, 10.0, stale=5.0, clock=self.world.clock)
+        self.flights = self.cache._flights
+        self.many = 99 if shell.kind == "mixed" else 999
+
+    def ask(self, load: FlightLoad, key: str = "key", gated: bool = False) -> PrimThread | PrimTask:
+        if self.kind == "cache":
+            do, do_async = self.cache.get_or_load, self.cache.get_or_load_async
+        else:
+            do, do_async = self.flights.do, self.flights.do_async
+        return self.shell.start(lambda: do(key, load), lambda: do_async(key, load.aload), gated)
+
+    def crowd(self, load: FlightLoad, followers: int, gated: bool = False) -> list[PrimThread | PrimTask]:
+        """A leader, and so many who wait for it, in this order."""
+        workers = [self.ask(load)]
+        load.begun(1)
+        for number in range(followers):
+            workers.append(self.ask(load, gated=gated))
+            if followers < 10:
+                self.waiting(number + 1)
+        self.waiting(followers)
+        return workers
+
+    def waiting(self, n: int) -> None:
+        prim_until(lambda: self.flights.stats().waiting == n)
+
+    def kill(self, leader: PrimThread | PrimTask, gate: concurrent.futures.Future[Any]) -> None:
+        """End the leader as Ctrl-C or a cancellation does; a task of the same loop ends a little later."""
+        if isinstance(leader, PrimThread):
+            gate.set_exception(KeyboardInterrupt())
+            assert isinstance(leader.outcome.exception(PRIM_PATIENCE), KeyboardInterrupt)
+        else:
+            leader.loop.loop.call_soon_threadsafe(leader.task.cancel)
+
+    def idle(self) -> bool:
+        prim_until(lambda: self.flights.stats().flights == 0)
+        return self.flights.stats().waiting == 0
+
+
+@pytest.fixture(params=["flight", "cache"])
+def flight_desk(request: pytest.FixtureRequest, prim_shell: PrimShell) -> Iterator[FlightDesk]:
+    size = threading.stack_size(256 * 1024)
+    yield FlightDesk(prim_shell, request.param)
+    threading.stack_size(size)
+
+
+def flight_error(worker: PrimThread | PrimTask) -> BaseException | None:
+    return worker.outcome.exception(PRIM_PATIENCE)
+
+
+def test_flight_a_thousand_misses_are_one_load(flight_desk: FlightDesk) -> None:
+    load = FlightLoad()
+    workers = flight_desk.crowd(load, flight_desk.many)
+    load.begun(1).set_result(answer := object())
+    assert [worker.result() for worker in workers] == [answer] * len(workers) and load.begun(1)
+    assert flight_desk.flights.stats() == pr.SingleFlightStats(0, 0, 1, flight_desk.many)
+
+
+def test_flight_a_failure_is_one_load_and_everybodys(flight_desk: FlightDesk) -> None:
+    load, error = FlightLoad(), FlightError()
+    workers = flight_desk.crowd(load, flight_desk.many)
+    load.begun(1).set_exception(error)
+    assert all(flight_error(worker) is error for worker in workers) and load.begun(1)
+    assert flight_desk.flights.stats() == pr.SingleFlightStats(0, 0, 1, flight_desk.many)
+    assert len(traceback.extract_tb(error.__traceback__)) < 20
+    again = flight_desk.ask(load)
+    load.begun(2).set_result(2)
+    assert again.result() == 2, "a failure is not kept"
+
+
+def test_flight_a_killed_leader_is_replaced_once(flight_desk: FlightDesk) -> None:
+    load = FlightLoad()
+    workers = flight_desk.crowd(load, flight_desk.many)
+    flight_desk.kill(workers[0], load.begun(1))
+    load.begun(2).set_result("answer")
+    assert [worker.result() for worker in workers[1:]] == ["answer"] * flight_desk.many and load.begun(2)
+    assert isinstance(flight_error(workers[0]), (KeyboardInterrupt, asyncio.CancelledError))
+    assert flight_desk.flights.stats() == pr.SingleFlightStats(0, 0, 2, flight_desk.many - 1)
+
+
+def test_flight_a_cancelled_follower_only_leaves(flight_desk: FlightDesk) -> None:
+    load = FlightLoad()
+    workers = flight_desk.crowd(load, 3, gated=True)
+    workers[2].cancel()
+    flight_desk.waiting(2)
+    load.begun(1).set_result("answer")
+    workers[0].result()
+    for worker in workers:
+        if isinstance(worker, PrimThread):
+            worker.gate.set()
+    assert [workers[n].result() for n in (0, 1, 3)] == ["answer"] * 3 and flight_desk.idle()
+
+
+@pytest.mark.parametrize("followers", [1, 2])
+def test_flight_a_follower_cancelled_right_after_its_grant_hands_on(flight_desk: FlightDesk, followers: int) -> None:
+    load = FlightLoad()
+    leader, heir = flight_desk.crowd(load, 1, gated=True)
+    others = [flight_desk.ask(load) for _ in range(followers - 1)]
+    flight_desk.waiting(followers)
+    heir.cancel(after=lambda: flight_desk.kill(leader, load.gates[0]))
+    if others:
+        load.begun(2).set_result("answer")
+        assert others[0].result() == "answer"
+    assert flight_desk.idle() and len(load.gates) == followers
+    assert flight_desk.flights.stats().loads == followers, "a lead that was handed on is no load"
+
+
+def test_flight_a_follower_cancelled_right_after_the_answer_only_leaves(flight_desk: FlightDesk) -> None:
+    load = FlightLoad()
+    workers = flight_desk.crowd(load, 1, gated=True)
+
+    def answer() -> None:
+        load.gates[0].set_result("answer")
+        if isinstance(workers[0], PrimThread):
+            workers[0].result()
+
+    workers[1].cancel(after=answer)
+    assert workers[0].result() == "answer" and flight_desk.idle()
+
+
+def test_flight_forgotten_keys_are_loaded_anew(flight_desk: FlightDesk) -> None:
+    load = FlightLoad()
+    old = flight_desk.crowd(load, 1)
+    if flight_desk.kind == "cache":
+        flight_desk.cache.invalidate("key")
+    else:
+        flight_desk.flights.forget("key")
+    assert not flight_desk.flights.loading("key")
+    flight_desk.flights.forget("never was")
+    new = [flight_desk.ask(load)]
+    load.begun(2)
+    new.append(flight_desk.ask(load))
+    flight_desk.waiting(1)
+    load.gates[0].set_result("old")
+    assert [worker.result() for worker in old] == ["old"] * 2 and flight_desk.flights.loading("key")
+    load.gates[1].set_result("new")
+    assert [worker.result() for worker in new] == ["new"] * 2 and flight_desk.idle()
+    assert flight_desk.kind == "flight" or flight_desk.cache.get("key") == "new"
+
+
+def test_flight_keys_do_not_wait_for_one_another(flight_desk: FlightDesk) -> None:
+    loads = {key: FlightLoad() for key in "abc"}
+    workers = {key: flight_desk.ask(load, key) for key, load in loads.items()}
+    for key in "cab":
+        loads[key].begun(1).set_result(key)
+        assert workers[key].result() == key
+
+
+def test_flight_a_failure_leaves_no_cycle(flight_desk: FlightDesk) -> None:
+    """The error's traceback has the frames of all who raised it: none of them may lead back to the error."""
+    load, seen, flights = FlightLoad(), list[weakref.ref[FlightError]](), flight_desk.flights
+
+    def fail(_: Any) -> None:
+        error = FlightError()
+        seen.append(weakref.ref(error))
+        try:
+            raise error
+        finally:
+            del error
+
+    def depth() -> int:
+        try:
+            flights.do("key", lambda: fail(load()))
+        except FlightError as error:
+            return len(traceback.extract_tb(error.__traceback__))
+        return 0
+
+    async def failing() -> None:
+        fail(await load.aload())
+
+    async def depth_async() -> int:
+        try:
+            await flights.do_async("key", failing)
+        except FlightError as error:
+            return len(traceback.extract_tb(error.__traceback__))
+        return 0
+
+    gc.collect()
+    gc.disable()
+    try:
+        workers = []
+        for number in range(40):
+            workers.append(flight_desk.shell.start(depth, depth_async))
+            flight_desk.waiting(number)
+        load.begun(1).set_result(None)
+        assert all(2 < worker.result() < 12 for worker in workers)
+        prim_until(lambda: seen[0]() is None)
+        assert len(seen) == 1
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_flight_followers_of_a_closed_loop_are_passed_over(live: bool) -> None:
+    flights, load = pr.SingleFlight(), FlightLoad()
+    leader = PrimThread(lambda: flights.do("key", load))
+    load.begun(1)
+    stranded = [prim_stranded(flights.do_async("key", load.aload)) for _ in range(2)]
+    followers = [PrimThread(lambda: flights.do("key", load))] if live else []
+    prim_until(lambda: flights.stats().waiting == 2 + live)
+    load.gates[0].set_exception(KeyboardInterrupt())
+    assert isinstance(flight_error(leader), KeyboardInterrupt)
+    if not live:
+        assert flights.stats() == pr.SingleFlightStats(0, 0, 1, 0), "nobody is left to lead"
+        followers = [PrimThread(lambda: flights.do("key", load))]
+    load.begun(2).set_result("answer")
+    assert followers[0].result() == "answer" and flights.stats() == pr.SingleFlightStats(0, 0, 2, 0)
+    assert not any(task.done() for task in stranded)
+
+
+# ------------------------------------------------------------------------------------------- cache: loading through it
+
+
+def test_cache_one_loads_while_the_others_go_on_with_what_is_stale(prim_shell: PrimShell) -> None:
+    desk, loads = FlightDesk(prim_shell, "cache"), [FlightLoad(), FlightLoad()]
+    desk.cache.put("key", "old")
+    desk.world.now = 10.0
+    first = desk.ask(loads[0])
+    gate = loads[0].begun(1)
+    assert [desk.ask(loads[1]).result() for _ in range(5)] == ["old"] * 5
+    gate.set_result("new")
+    assert [first.result(), desk.ask(loads[1]).result()] == ["new", "new"] and loads[1].gates == []
+
+
+def test_cache_what_is_expired_waits_for_the_load(prim_shell: PrimShell) -> None:
+    desk, load = FlightDesk(prim_shell, "cache"), FlightLoad()
+    desk.cache.stale, desk.cache.stale_if_error = 0.0, 5.0
+    desk.cache.put("key", "old")
+    desk.world.now = 10.0
+    workers = desk.crowd(load, 3)
+    load.begun(1).set_exception(FlightError())
+    assert [worker.result() for worker in workers] == ["old"] * 4
+    assert desk.ask(load).result() == "old" and load.begun(1), "deferred"
+
+
+@pytest.fixture(params=["threads", "tasks"])
+def cache_load(request: pytest.FixtureRequest) -> CacheLoad:
+    """``get_or_load``, or its twin."""
+
+    def load_async(cache: pr.TTLCache[Any, Any], key: Any, load: Callable[[], Any]) -> Any:
+        async def aload() -> Any:
+            return load()
+
+        return prim_run(cache.get_or_load_async(key, aload))
+
+    return pr.TTLCache.get_or_load if request.param == "threads" else load_async
+
+
+CACHE_LOADS: dict[str, tuple[dict[str, float], list[tuple[float, Any, Any, int]]]] = {
+    # options, then (time, what the load does, the answer, how often was loaded until then)
+    "a hit loads nothing": ({}, [(0, 1, 1, 1), (9, 2, 1, 1), (10, 3, 3, 2)]),
+    "a failure without a value": ({}, [(0, None, None, 1), (0, 1, 1, 2), (10, None, None, 3)]),
+    "failed, stale": (
+        {"stale": 20},
+        [(0, 1, 1, 1), (10, None, 1, 2), (14.5, 2, 1, 2), (15, None, 1, 3), (20, 3, 3, 4), (29, 4, 3, 4)],
+    ),
+    "failed, expired": ({"stale_if_error": 7}, [(0, 1, 1, 1), (10, None, 1, 2), (15, None, 1, 3), (17, None, None, 4)]),
+    "failed early": (
+        {"beta": 1.0},  # the rng says 0.9 and each load takes 1 s: 2.3 s before the end of an entry put at 1
+        [(0, 1, 1, 1), (8, 2, 1, 1), (9, None, 1, 2), (10, 3, 1, 2), (11, 4, 4, 3)],
+    ),
+    "refreshed early": ({"beta": 1.0}, [(0, 1, 1, 1), (8, 2, 1, 1), (9, 3, 3, 2), (17, 4, 3, 2), (20, 5, 5, 3)]),
+}
+
+
+@pytest.mark.parametrize("row", CACHE_LOADS)
+def test_cache_loads_when_it_must(cache_load: CacheLoad, row: str) -> None:
+    options, events = CACHE_LOADS[row]
+    world, loads, does = PrimWorld(0.0), list[float](), [None]
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, **options, clock=world.clock, rng=lambda: 0.9)  # type: ignore
+
+    def load() -> int:
+        loads.append(world.now)
+        assert not cache._lock.locked() and not cache._flights._lock.locked() and cache.stats() and repr(cache._flights)
+        world.now += options.get("beta", 0.0)
+        if does[0] is None:
+            raise FlightError
+        return int(does[0])
+
+    for world.now, does[0], answer, loaded in events:
+        if answer is None:
+            with pytest.raises(FlightError):
+                cache_load(cache, "key", load)
+        else:
+            assert cache_load(cache, "key", load) == answer
+        assert len(loads) == loaded
+
+
+class CacheGap(pr.SingleFlight):
+    """Lets something happen between a caller's lookup and its load."""
+
+    def __init__(self, meanwhile: Callable[[], Any]) -> None:
+        super().__init__()
+        self.meanwhile = [meanwhile]
+
+    def _board(self, key: Any, loop: Any) -> Any:
+        while self.meanwhile:
+            self.meanwhile.pop()()
+        return super()._board(key, loop)
+
+
+def flight_failing() -> Any:
+    raise FlightError
+
+
+@pytest.mark.parametrize(("beta", "now"), [(0.0, 0.0), (0.0, 10.0), (0.0, 12.0), (1.0, 9.0)])
+def test_cache_nobody_loads_again_in_the_gap(cache_load: CacheLoad, beta: float, now: float) -> None:
+    world = PrimWorld(0.0)
+    options: dict[str, Any] = {"stale": 1.0, "stale_if_error": 5.0, "beta": beta, "rng": lambda: 0.9}
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, **options, clock=world.clock)
+    if now:
+        cache.put("key", 1, cost=1.0)
+    world.now = now
+    cache._flights = CacheGap(lambda: cache.get_or_load("key", lambda: 2))
+    assert cache_load(cache, "key", flight_failing) == 2
+
+
+def test_cache_nobody_tries_again_what_failed_in_the_gap(cache_load: CacheLoad) -> None:
+    world, loads = PrimWorld(0.0), []
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale=5.0, clock=world.clock)
+    cache.put("key", 1)
+    world.now = 10.0
+    cache._flights = CacheGap(lambda: cache.get_or_load("key", flight_failing))
+    assert cache_load(cache, "key", lambda: loads.append(1)) == 1 and loads == []
+
+
+def test_cache_serves_nothing_that_went_in_the_gap(cache_load: CacheLoad) -> None:
+    world = PrimWorld(0.0)
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale_if_error=1.0, clock=world.clock)
+    cache.put("key", 1)
+
+    def fails_and_takes_long() -> None:
+        cache.get_or_load("key", flight_failing)
+        world.now = 11.0
+
+    world.now = 10.5
+    cache._flights = CacheGap(fails_and_takes_long)
+    assert cache_load(cache, "key", lambda: 2) == 2
+
+
+def test_cache_a_load_that_began_before_invalidate_fills_nothing(cache_load: CacheLoad) -> None:
+    cache: pr.TTLCache[str, int] = pr.TTLCache(clock=lambda: 0.0)
+    assert cache_load(cache, "key", lambda: [7, cache.invalidate("key")][0]) == 7 and len(cache) == 0
+
+
+# --------------------------------------------------------------------- single flight: a walk, cancelled at every step
+
+
+class FlightMachine(PrimLoopMachine):
+    """Tasks that ask for two keys. The model of a flight is its passengers, the leader first."""
+
+    flight_type: ClassVar[type[pr.SingleFlight]] = pr.SingleFlight
+
+    @initialize()
+    def start(self) -> None:
+        self.started = True
+        self.flights = self.flight_type()
+        self.known: dict[int, list[int]] = {}  # by key
+        self.forgotten: list[list[int]] = []
+        self.gates: dict[int, asyncio.Future[Any]] = {}  # of the loads, by passenger, in the order of their calls
+        self.outcomes: dict[int, Any] = {}
+
+    async def passenger(self, number: int, key: int) -> None:
+        def load() -> asyncio.Future[Any]:
+            assert number not in self.gates
+            self.gates[number] = self.loop.create_future()
+            return self.gates[number]
+
+        try:
+            self.outcomes[number] = await self.flights.do_async(key, load)
+        except BaseException as error:
+            self.outcomes[number] = error
+
+    def under_way(self) -> list[list[int]]:
+        return [*self.known.values(), *self.forgotten]
+
+    def leaves(self, flight: list[int]) -> None:
+        self.known = {key: other for key, other in self.known.items() if other is not flight}
+        self.forgotten = [other for other in self.forgotten if other is not flight]
+
+    @rule(key=st.integers(0, 1), passengers=st.integers(1, 4))
+    def ask(self, key: int, passengers: int) -> None:
+        for _ in range(passengers):
+            self.known.setdefault(key, []).append(len(self.tasks))
+            self.spawn(self.passenger(len(self.tasks), key))
+
+    @precondition(lambda self: self.under_way())
+    @rule(data=st.data(), fails=st.booleans())
+    def answer(self, data: st.DataObject, fails: bool) -> None:
+        flight = data.draw(st.sampled_from(self.under_way()))
+        gate, answer = self.gates[flight[0]], FlightError() if fails else object()
+        self.now(lambda: gate.set_exception(answer) if isinstance(answer, FlightError) else gate.set_result(answer))
+        self.settle()
+        assert all(self.outcomes.get(number) is answer for number in flight)
+        self.leaves(flight)
+
+    @precondition(lambda self: self.under_way())
+    @rule(data=st.data(), victims=st.integers(1, 3), steps=st.integers(0, 4))
+    def cancel_some(self, data: st.DataObject, victims: int, steps: int) -> None:
+        """Cancel from the leader on, or from its first follower on, with so many steps between."""
+        flight = data.draw(st.sampled_from(self.under_way()))
+        first = data.draw(st.integers(0, 1)) if len(flight) > 1 else 0
+        gone = flight[first : first + victims]
+        for number in gone:
+            self.now(self.tasks[number].cancel)
+            for _ in range(steps):
+                self.now(lambda: None)
+        self.settle()
+        assert all(isinstance(self.outcomes.get(number), asyncio.CancelledError) for number in gone)
+        del flight[first : first + victims]
+        if not flight:
+            self.leaves(flight)
+
+    @rule(key=st.integers(0, 1))
+    def forget(self, key: int) -> None:
+        self.flights.forget(key)
+        if key in self.known:
+            self.forgotten.append(self.known.pop(key))
+
+    @rule()
+    def step(self) -> None: ...
+
+    @rule()
+    def cancel(self) -> None: ...  # see cancel_some
+
+    @invariant()
+    def adds_up(self) -> None:
+        if hasattr(self, "started"):
+            self.settle()
+            assert {flight[0] for flight in self.under_way()} == self.gates.keys() - self.outcomes.keys()
+            assert {n for flight in self.under_way() for n in flight} == {
+                *range(len(self.tasks))
+            } - self.outcomes.keys()
+            waiting = sum(len(flight) - 1 for flight in self.known.values())
+            assert self.flights.stats()[:3] == (len(self.known), waiting, len(self.gates))
+
+
+def flight_check_walk(flight_type: type[pr.SingleFlight], effort: settings = PRIM_SETTINGS) -> None:
+    machine = type("Machine", (FlightMachine,), {"flight_type": flight_type, "debug": effort is not PRIM_HUNT})
+    run_state_machine_as_test(machine, settings=effort)
+
+
+def flight_lands(answer_for: Callable[[Any], Any]) -> dict[str, Any]:
+    land = pr.SingleFlight._land
+    return {"_land": lambda self, key, flight, answer: land(self, key, flight, answer_for(answer))}
+
+
+def flight_lands_another(self: Any, key: Any, flight: Any, answer: Any) -> None:
+    pr.SingleFlight._land(self, key, flight, answer)
+    if not len(flight):
+        self._flights.pop(key, None)
+
+
+FLIGHT_PLANTED: dict[str, dict[str, Any]] = {
+    "a failure is not shared": flight_lands(lambda answer: None if answer and answer.error else answer),
+    "a cancelled leader poisons": flight_lands(lambda answer: answer or co._Answer(None, FlightError("cancelled"))),
+    "a granted follower takes the lead along": {"_desert": lambda self, key, flight, waiter: flight.leave(waiter)},
+    "a cancelled follower stays in the queue": {"_desert": lambda *_: None},
+    "a forgotten flight ends its successor": {"_land": flight_lands_another},
+    "forget does nothing": {"forget": lambda *_: None},
+}
+
+
+def test_flight_does_as_its_model() -> None:
+    flight_check_walk(pr.SingleFlight)
+
+
+@pytest.mark.parametrize("planted", FLIGHT_PLANTED)
+def test_flight_a_planted_bug_is_found(planted: str) -> None:
+    with pytest.raises(AssertionError):
+        flight_check_walk(type("Planted", (pr.SingleFlight,), FLIGHT_PLANTED[planted]), PRIM_HUNT)
+
+
+# ------------------------------------------------------------------------------------- circuit breaker: row by row
+#
+# A table is its options, and rows of "time event expected". The events ok, fail and ignore ask for a permit and settle
+# it at once; "ask a" keeps it for a later "ok a". Expected is the state afterwards, or the exact retry_after.
+
+BREAKER_ROWS = """
+five of six stay closed: failures=6
+  0 fail closed | 0 fail closed | 0 fail closed | 0 fail closed | 0 fail closed | 0 ok closed | 0 fail open
+to the edge of the window: failures=3 window=10
+  0 fail closed | 5 fail closed | 10 fail closed | 14.75 fail open
+exactly a window apart: failures=2 window=5
+  0 fail closed | 5 fail closed | 10 fail closed | 14.75 fail open
+a success clears nothing: failures=3
+  0 fail closed | 1 ok closed | 2 fail closed | 3 ok closed | 4 fail open
+shut to the tick:
+  0 fail open | 0 ok 30 | 29.75 ok .25 | 30 ask a half_open | 40 ok a closed
+the reset doubles up to its cap, and closing starts anew: max_reset=100
+  0 fail open | 0 ok 30 | 30 fail open | 30 ok 60 | 89.75 ok .25 | 90 fail open | 90 ok 100 | 190 fail open
+  190 ok 100 | 290 ok closed | 290 fail open | 290 ok 30
+jitter comes after the cap: max_reset=40 jitter=.5
+  0 fail open | 0 ok 37.5 | 37.5 fail open | 37.5 ok 50 | 87.25 ok .25
+an earlier generation reports: probes=2
+  0 ask a closed | 0 ask b closed | 0 ask c closed | 0 ask d closed | 0 ask e closed | 0 ask f closed | 1 fail open
+  2 fail a open | 2 ok b open | 2 ok 29 | 31 ok half_open | 31 ok c half_open | 31 fail d half_open | 31 ask p half_open
+  32 ok p closed | 32 fail e closed | 32 ok f closed
+a probe of an earlier half-open circuit reports: probes=3
+  0 fail open | 30 ask a half_open | 30 ask b half_open | 30 fail open | 90 ok half_open | 90 ok a half_open
+  90 ok half_open | 90 fail b half_open | 90 ok closed
+the fourth call of three probes: probes=3
+  0 fail open | 30 ask a half_open | 31 ask b half_open | 32 ask c half_open | 33 ok 27 | 34 ok a half_open | 34 ok 27
+  35 ok b half_open | 35 ok 27 | 36 ok c closed | 36 ok closed
+a probe that never reports: probe_timeout=5
+  0 fail open | 30 ask a half_open | 34.75 ok .25 | 35 ask b half_open | 36 ok a half_open | 36 ok 4 | 39.75 ok b closed
+a report at the end of the probe's time: probe_timeout=5
+  0 fail open | 30 ask a half_open | 35 ok a half_open | 35 ask b half_open | 40 fail b half_open | 40 ask c half_open
+  44.75 fail c open | 44.75 ok 60
+expiry leaves alone who passed: probes=2
+  0 fail open | 30 ask a half_open | 31 ok half_open | 60 ok closed
+ignored:
+  0 ignore closed | 0 fail open | 30 ask a half_open | 31 ok 29 | 31 ignore a half_open | 31 ok closed
+settled twice: failures=2 probes=2
+  0 ask a closed | 0 fail a closed | 0 fail a closed | 0 fail open | 30 ask b half_open | 30 ok b half_open
+  30 ok b half_open | 30 fail b half_open | 30 ok closed
+the ratio is enough: failures=99 ratio=.5 minimum=4
+  0 fail closed | 0 ok closed | 0 ok closed | 0 fail open | 30 ok closed
+a success may complete the minimum, and each generation has its own: failures=99 ratio=.75 minimum=4
+  0 fail closed | 0 fail closed | 0 fail closed | 0 ignore closed | 0 ok open | 30 ok closed
+  30 fail closed | 30 fail closed | 30 fail closed | 30 ok open
+calls slide out by tenths of the window: failures=99 ratio=.5 minimum=4 window=8
+  0 fail closed | .75 fail closed | .75 fail closed | 8 ok closed | 8 ok closed | 8 fail closed | 15.75 fail open
+calls count until their tenth is gone: failures=99 ratio=.5 minimum=4 window=8
+  0 fail closed | 0 fail closed | 0 fail closed | 7.75 ok open
+the ratio does not replace the number: failures=2 ratio=1
+  0 fail closed | 0 fail open
+slow: failures=2 slow=2
+  0 ask a closed | 2 ok a closed | 2 ask b closed | 3.75 ok b closed | 4 ask c closed | 7 ask d closed
+  9 ignore c closed | 9 ok d open | 39 ask e half_open | 41 ok e open | 41 ok 60 | 101 ask f half_open
+  102.75 ok f closed
+slow with a ratio: failures=99 slow=2 ratio=.5 minimum=2
+  0 ask a closed | 2 ok a closed | 2 ok open
+"""
+BREAKER_TABLES = re.findall(r"^(\w.*):(.*)\n((?:  .*\n)+)", BREAKER_ROWS, re.M)
+
+
+def breaker_new(world: PrimWorld, **options: Any) -> pr.CircuitBreaker:
+    return pr.CircuitBreaker("b", **{"failures": 1, "jitter": 0.0, "rng": lambda: 0.5, "clock": world.clock, **options})
+
+
+def breaker_settle(permit: pr.Permit, verb: str) -> None:
+    {"ok": permit.success, "fail": permit.failure, "ignore": permit.ignore}[verb]()
+
+
+@pytest.mark.parametrize(("name", "options", "rows"), BREAKER_TABLES, ids=[name for name, _, _ in BREAKER_TABLES])
+def test_breaker_row_by_row(name: str, options: str, rows: str) -> None:
+    numbers = (option.split("=") for option in options.split())
+    world, permits, refused = PrimWorld(), dict[str, pr.Permit](), 0
+    breaker = breaker_new(world, **{key: int(value) if value.isdigit() else float(value) for key, value in numbers})
+    for number, row in enumerate(re.split(r"[|\n]", rows.strip())):
+        time, verb, *key, expected = row.split()
+        world.now = float(time)
+        try:
+            permit = permits[key[0]] if key and verb != "ask" else breaker.permit()
+        except pr.CircuitOpen as error:
+            refused += 1
+            assert (number, error.name, error.retry_after) == (number, "b", float(expected))
+            continue
+        if verb == "ask":
+            permits[key[0]] = permit
+        else:
+            breaker_settle(permit, verb)
+        assert (number, breaker.state) == (number, expected)
+    assert breaker.stats().refused == refused
+
+
+def test_breaker_tells_of_itself() -> None:
+    breaker = breaker_new(PrimWorld(0.0), failures=2)
+    assert repr(breaker) == "<CircuitBreaker name=b state=closed failures=0 refused=0 opened=0 retry_after=0>"
+    breaker.permit().failure()
+    assert [breaker.stats(now).failures for now in (9.75, 10.0)] == [1, 0]
+    breaker.permit().failure()
+    with pytest.raises(pr.CircuitOpen, match=r"^circuit b is open for another 29\.8 s$"):
+        breaker.permit(0.25)
+    assert breaker.stats(29.0) == ("b", "open", 0, 1, 1, 1.0)
+    assert breaker.stats(31.0) == ("b", "open", 0, 1, 1, 0.0)  # until somebody asks
+    assert breaker.permit(30.0).generation == 2
+    assert breaker.stats() == ("b", "half_open", 0, 1, 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[{"failures": 0}, {"probes": 0}, {"minimum": 0}, {"ratio": 0.0}, {"ratio": 1.5}, {"ratio": math.nan}],
+        *[{"window": 0.0}, {"window": math.nan}, {"reset": 0.0}, {"reset": 30.0, "max_reset": 29.0}, {"jitter": -0.1}],
+        *[{"slow": 0.0}, {"slow": math.nan}, {"probe_timeout": 0.0}, {"probe_timeout": math.nan}],
+    ],
+    ids=str,
+)
+def test_breaker_refuses_nonsense(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r" must be | is a share "):
+        pr.CircuitBreaker("b", **options)
+
+
+breaker_both_paths = pytest.mark.parametrize("path", [{}, {"slow": 1e9}], ids=["simple", "recorded"])
+
+
+@breaker_both_paths
+@pytest.mark.parametrize(
+    ("on", "error", "counts"),
+    [
+        *[(OSError, ConnectionResetError(), 1), (OSError, ValueError(), 0), (Exception, pr.CircuitOpen("c", 1.0), 1)],
+        *[((KeyError, OSError), KeyError(), 1), ((KeyError, OSError), ValueError(), 0)],
+        *[(lambda error: error.args == (503,), ValueError(status), status == 503) for status in (404, 503)],
+        *[(BaseException, error(), 0) for error in (KeyboardInterrupt, asyncio.CancelledError, SystemExit)],
+        (lambda error: True, KeyboardInterrupt(), 0),
+    ],
+)
+def test_breaker_what_is_a_failure(on: pr.RetryOn, error: BaseException, counts: int, path: dict[str, float]) -> None:
+    breaker = breaker_new(PrimWorld(), failures=9, on=on, **path)
+
+    def fail() -> None:
+        raise error
+
+    assert prim_error_of(lambda: breaker.call(fail)) is error
+    assert breaker.stats().failures == counts
+
+
+# ----------------------------------------------------------------------------------------- circuit breaker: shells
+
+BreakerBody = Callable[..., Any]
+
+
+def breaker_async(body: BreakerBody) -> BreakerBody:
+    async def slowly(*args: Any, **options: Any) -> Any:
+        await asyncio.sleep(0)
+        return body(*args, **options)
+
+    return slowly
+
+
+class BreakerAwaited:
+    def __init__(self, body: BreakerBody) -> None:
+        self.body = body
+
+    async def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.body(*args, **options)
+
+
+def breaker_with_permit(breaker: pr.CircuitBreaker, body: BreakerBody) -> BreakerBody:
+    def call(*args: Any, **options: Any) -> Any:
+        with breaker.permit():
+            return body(*args, **options)
+
+    return call
+
+
+def breaker_run(function: BreakerBody) -> BreakerBody:
+    return lambda *args, **options: asyncio.run(function(*args, **options))
+
+
+BREAKER_SHELLS: dict[str, Callable[[pr.CircuitBreaker, BreakerBody], BreakerBody]] = {
+    "call": lambda breaker, body: functools.partial(breaker.call, body),
+    "permit": breaker_with_permit,
+    "def": lambda breaker, body: breaker(body),
+    "call_async": lambda breaker, body: breaker_run(functools.partial(breaker.call_async, breaker_async(body))),
+    "async def": lambda breaker, body: breaker_run(breaker(breaker_async(body))),
+    "partial": lambda breaker, body: breaker_run(breaker(functools.partial(breaker_async(body)))),
+    "object": lambda breaker, body: breaker_run(breaker(BreakerAwaited(body))),
+}
+
+
+@breaker_both_paths
+@pytest.mark.parametrize("shell", BREAKER_SHELLS)
+def test_breaker_every_shell(shell: str, path: dict[str, float]) -> None:
+    world, values = PrimWorld(), list[Any]()
+
+    def body(value: Any, *, times: int = 1) -> Any:
+        values.append(value)
+        if isinstance(value, Exception):
+            raise value
+        return value * times
+
+    breaker = breaker_new(world, failures=2, **path)
+    call, error = BREAKER_SHELLS[shell](breaker, body), OSError()
+    assert call(21, times=2) == 42
+    assert [prim_error_of(lambda: call(error)) for _ in "12"] == [error, error]
+    assert isinstance(prim_error_of(lambda: call(1)), pr.CircuitOpen)
+    assert values == [21, error, error]
+    world.now += 30
+    assert prim_error_of(lambda: call(error)) is error
+    world.now += 60
+    assert (call(3), breaker.stats()) == (3, ("b", "closed", 0, 1, 2, 0.0))
+
+
+def test_breaker_decorates_functions_and_methods() -> None:
+    breaker = breaker_new(PrimWorld())
+
+    class Client:
+        @breaker
+        def get(self, function: int) -> tuple[object, int]:
+            return self, function
+
+        @breaker
+        async def aget(self, function: int) -> tuple[object, int]:
+            return self, function
+
+    client = Client()
+    assert [(f.__name__, inspect.iscoroutinefunction(f)) for f in (Client.get, Client.aget)] == [
+        ("get", False),
+        ("aget", True),
+    ]
+    assert (client.get(2), asyncio.run(client.aget(3))) == ((client, 2), (client, 3))
+
+
+def test_breaker_leaves_every_argument_name_to_the_call() -> None:
+    for shell in ("call", "def", "call_async", "async def"):
+        call = BREAKER_SHELLS[shell](breaker_new(PrimWorld()), dict)
+        assert call(self=1, function=2) == {"self": 1, "function": 2}
+
+
+@breaker_both_paths
+def test_breaker_calls_overlap(path: dict[str, float]) -> None:
+    breaker, barrier = breaker_new(PrimWorld(), **path), threading.Barrier(5)
+    with ThreadPoolExecutor(5) as pool:
+        assert sorted(pool.map(lambda _: breaker.call(barrier.wait, PRIM_PATIENCE), range(5))) == [0, 1, 2, 3, 4]
+
+    async def main() -> list[int]:
+        barrier = asyncio.Barrier(5)
+        return sorted(await asyncio.gather(*(breaker.call_async(barrier.wait) for _ in range(5))))
+
+    assert prim_run(main()) == [0, 1, 2, 3, 4]
+
+
+@breaker_both_paths
+def test_breaker_cancelled(path: dict[str, float]) -> None:
+    world = PrimWorld()
+    breaker = breaker_new(world, **path)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(breaker.call_async(asyncio.Event().wait))
+        await prim_ticks()
+        task.cancel()
+        assert isinstance(await prim_error_of_task(task), asyncio.CancelledError)
+
+    prim_run(cancelled())
+    assert breaker.state == "closed"
+    breaker.permit().failure()
+    world.now += 30
+    prim_run(cancelled())
+    assert (breaker.stats().state, breaker.call(int), breaker.stats().state) == ("half_open", 0, "closed")
+
+
+class BreakerNoLock:
+    def __enter__(self) -> None:
+        raise AssertionError("locked")
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def test_breaker_a_success_on_the_simple_path_takes_no_lock() -> None:
+    for options in ({}, {"slow": 1.0}, {"ratio": 0.5}):
+        for shell in ("call", "async def"):
+            breaker = breaker_new(PrimWorld(), **options)
+            breaker._lock = BreakerNoLock()  # type: ignore[assignment]
+            assert str(prim_error_of(BREAKER_SHELLS[shell](breaker, int))) == ("locked" if options else "None")
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("shell", ["call", "async def"])
+def test_breaker_a_failure_admitted_before_a_transition_is_dropped(shell: str, back: bool) -> None:
+    world = PrimWorld()
+    breaker = breaker_new(world)
+
+    def body() -> None:
+        breaker.permit().failure()
+        if back:
+            world.now += 30
+            breaker.permit().success()
+        raise OSError
+
+    assert isinstance(prim_error_of(BREAKER_SHELLS[shell](breaker, body)), OSError)
+    assert breaker.stats() == ("b", "closed" if back else "open", 0, 0, 1, 0.0 if back else 30.0)
+
+
+@pytest.mark.parametrize("shell", ["call", "async def"])
+@PRIM_SETTINGS
+@example(opened=0.3, reset=7.0, later=0.8)  # where rounding makes now + retry_after less than the end of the reset
+@given(opened=st.floats(0.0, 100.0), reset=st.floats(1.0, 300.0), later=st.floats(0.0, 0.9))
+def test_breaker_retry_waits_once_and_exactly(shell: str, opened: float, reset: float, later: float) -> None:
+    world, times = PrimWorld(opened), list[float]()
+    breaker, policy = breaker_new(world, reset=reset), pr.RetryPolicy(attempts=2, total=math.inf)
+    breaker.permit().failure()
+    world.now = asked = opened + later
+    retry_after = breaker.stats().retry_after
+    body = functools.partial(lambda: times.append(world.now))
+    if shell == "call":
+        pr.retry(breaker(body), on=pr.CircuitOpen, policy=policy, clock=world.clock, sleep=world.sleep)
+    else:
+        call = breaker(breaker_async(body))
+        asyncio.run(pr.retry_async(call, on=pr.CircuitOpen, policy=policy, clock=world.clock, sleep=world.asleep))
+    assert (world.naps, times, breaker.state) == ([retry_after], [asked + retry_after], "closed")
+
+
+def test_breaker_listeners(caplog: pytest.LogCaptureFixture) -> None:
+    world, told = PrimWorld(), list[Any]()
+    breaker = breaker_new(world)
+
+    def faulty(*transition: object) -> None:
+        raise RuntimeError("the listener's own")
+
+    def nosy(name: str, before: str, after: str, generation: int) -> None:
+        refusal = prim_error_of(lambda: breaker.permit().ignore())
+        told.append((name, before, after, generation, breaker.stats().state, getattr(refusal, "retry_after", None)))
+
+    for listener in (faulty, nosy, lambda *transition: told.append(transition)):
+        breaker.listen(listener)
+    assert isinstance(prim_error_of(lambda: breaker.call(int, "x")), ValueError)
+    world.now += 30
+    assert asyncio.run(breaker(breaker_async(int))()) == 0
+    turns = [("closed", "open", 1, 30.0), ("open", "half_open", 2, 30.0), ("half_open", "closed", 3, None)]
+    assert told[::2] == [("b", before, after, number, after, wait) for before, after, number, wait in turns]
+    assert told[1::2] == [("b", *turn[:3]) for turn in turns]
+    records = [(record.levelno, record.getMessage(), record.exc_info is not None) for record in caplog.records]
+    assert records == [(logging.ERROR, "listener of circuit b", True)] * 3
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["by the listener", "in another thread"])
+def test_breaker_a_transition_while_another_is_told_waits_its_turn(elsewhere: bool) -> None:
+    world, told = PrimWorld(), list[int]()
+    breaker = breaker_new(world)
+
+    def meddle(name: str, before: str, after: str, generation: int) -> None:
+        if after == "open":
+            world.now += 30
+            with ThreadPoolExecutor(1) as pool:
+                (pool.submit(breaker.call, int).result if elsewhere else functools.partial(breaker.call, int))()
+
+    breaker.listen(meddle)
+    breaker.listen(lambda *transition: told.append(transition[3]))
+    breaker.permit().failure()
+    assert (breaker.state, told) == ("closed", [1, 2, 3])
+
+
+# ------------------------------------------------------------------------------- circuit breaker: against a model
+
+
+def breaker_rng(number: int) -> float:
+    return number % 4 / 4
+
+
+class BreakerModel:
+    """The definition itself: nothing is ever forgotten, and every answer is computed from the whole past."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.o = SimpleNamespace(**options)
+        self.turns: list[tuple[str, float]] = [("closed", 0.0)]
+        self.permits: list[SimpleNamespace] = []  # generation, started, verb, counted: (time, failed)
+        self.refused = 0
+
+    @property
+    def state(self) -> str:
+        return self.turns[-1][0]
+
+    def mine(self) -> list[SimpleNamespace]:
+        return [permit for permit in self.permits if permit.generation == len(self.turns) - 1]
+
+    def counted(self) -> list[tuple[float, bool]]:
+        return [permit.counted for permit in self.mine() if permit.counted]
+
+    def until(self) -> float:
+        states = [state for state, _ in self.turns]
+        in_a_row = states[len(states) - states[::-1].index("closed") :].count("open")
+        pause = min(self.o.max_reset, self.o.reset * 2 ** (in_a_row - 1))
+        return float(self.turns[-1][1] + pause * (1 + self.o.jitter * breaker_rng(states.count("open") - 1)))
+
+    def recent(self, now: float) -> int:
+        """Failures of the closed circuit in the window."""
+        return sum(failed and now - t < self.o.window for t, failed in self.counted())
+
+    def ask(self, now: float) -> float | None:
+        """The retry_after of a refusal, or None."""
+        if self.state == "open" and now >= self.until():
+            self.turns.append(("half_open", now))
+        wait = self.until() - now if self.state == "open" else None
+        if self.state == "half_open":
+            ends = [permit.started + self.o.probe_timeout for permit in self.mine() if permit.verb is None]
+            ends = [end for end in ends if end > now]
+            if len(ends) + len(self.counted()) >= self.o.probes:
+                wait = min(ends) - now
+        if wait is None:
+            self.permits.append(SimpleNamespace(generation=len(self.turns) - 1, started=now, verb=None, counted=None))
+        self.refused += wait is not None
+        return wait
+
+    def settle(self, permit: SimpleNamespace, verb: str, now: float) -> None:
+        if permit.verb is not None:
+            return
+        permit.verb, took = verb, now - permit.started
+        expired = self.state == "half_open" and took >= self.o.probe_timeout
+        if permit.generation != len(self.turns) - 1 or verb == "ignore" or expired:
+            return
+        failed = verb == "fail" or (self.o.slow is not None and took >= self.o.slow)
+        permit.counted = now, failed
+        if self.state == "half_open":
+            if failed or len(self.counted()) == self.o.probes:
+                self.turns.append(("open" if failed else "closed", now))
+            return
+        results = [f for t, f in self.counted() if t * 10 // self.o.window > now * 10 // self.o.window - 10]
+        many = self.o.ratio is not None and sum(results) >= self.o.ratio * len(results)
+        if self.recent(now) >= self.o.failures or (many and len(results) >= self.o.minimum):
+            self.turns.append(("open", now))
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    """A breaker and the model, side by side; every time is a whole number of quarters of a second."""
+
+    kind: ClassVar[type[pr.CircuitBreaker]] = pr.CircuitBreaker
+
+    @initialize(
+        failures=st.integers(1, 3),
+        probes=st.integers(1, 3),
+        ratio=st.sampled_from([None, None, 0.5, 1.0]),
+        slow=st.sampled_from([None, 2.0]),
+        probe_timeout=st.sampled_from([2.0, 6.0]),
+    )
+    def start(self, failures: int, ratio: float | None, **drawn: Any) -> None:
+        options = {"failures": failures if ratio is None else failures + 3, "ratio": ratio, "minimum": 3, **drawn}
+        options |= {"window": 8.0, "reset": 4.0, "max_reset": 12.0, "jitter": 0.5}
+        numbers = itertools.count()
+        self.now, self.model = 0.0, BreakerModel(options)
+        self.breaker = self.kind("b", clock=lambda: self.now, rng=lambda: breaker_rng(next(numbers)), **options)
+        self.permits: list[pr.Permit] = []
+
+    @rule(quarters=st.sampled_from([0, 1, 3, 7, 8, 16, 24, 31, 32]))
+    def step(self, quarters: int) -> None:
+        self.now += quarters / 4
+
+    @rule()
+    def ask(self) -> None:
+        wait = self.model.ask(self.now)
+        try:
+            self.permits.append(self.breaker.permit())
+        except pr.CircuitOpen as error:
+            assert (error.name, error.retry_after) == ("b", wait)
+        else:
+            assert wait is None
+
+    @precondition(lambda self: self.permits)
+    @rule(back=st.sampled_from([0, 0, 0, 1, 2, 5]), verb=st.sampled_from(["ok", "fail", "ignore"]))
+    def settle(self, back: int, verb: str) -> None:
+        which = max(0, len(self.permits) - 1 - back)
+        self.model.settle(self.model.permits[which], verb, self.now)
+        breaker_settle(self.permits[which], verb)
+
+    @rule(verbs=st.lists(st.sampled_from(["ok", "fail"]), min_size=1, max_size=3))
+    def ask_and_settle(self, verbs: list[str]) -> None:
+        for verb in verbs:
+            self.ask()
+            if self.permits:
+                self.settle(0, verb)
+
+    @precondition(lambda self: self.model.state == "open")
+    @rule(early=st.sampled_from([0.0, 0.0, 0.25]), verb=st.sampled_from(["ok", "ok", "fail", "ignore"]))
+    def ask_at_the_reset(self, early: float, verb: str) -> None:
+        self.now = max(self.now, self.model.until() - early)
+        self.ask_and_settle([verb] * self.model.o.probes)
+        self.ask()
+
+    @precondition(lambda self: self.model.state == "half_open")
+    @rule(early=st.sampled_from([0.0, 0.25]), verb=st.sampled_from(["ok", "fail", "ignore", "ask"]))
+    def when_a_probe_expires(self, early: float, verb: str) -> None:
+        self.now = max(self.now, self.model.mine()[-1].started + self.model.o.probe_timeout - early)
+        if verb == "ask":
+            self.ask()
+        else:
+            self.settle(0, verb)
+
+    @invariant()
+    def agree(self) -> None:
+        model, states = self.model, [state for state, _ in self.model.turns]
+        wait = max(0.0, model.until() - self.now) if model.state == "open" else 0.0
+        failures = model.recent(self.now) if model.state == "closed" else 0
+        assert self.breaker.stats() == ("b", model.state, failures, model.refused, states.count("open"), wait)
+        assert [permit.generation for permit in self.permits] == [permit.generation for permit in model.permits]
+
+
+def breaker_check(kind: type[pr.CircuitBreaker], effort: settings = PRIM_SETTINGS) -> None:
+    run_state_machine_as_test(type("Machine", (BreakerMachine,), {"kind": kind}), settings=effort)
+
+
+def test_breaker_is_its_model() -> None:
+    breaker_check(pr.CircuitBreaker, settings(PRIM_SETTINGS, max_examples=150, stateful_step_count=40))
+
+
+def breaker_put(target: object, **fields: Any) -> bool:
+    for name, value in fields.items():
+        setattr(target, name, value)
+    return True
+
+
+BREAKER_PLANTED: dict[
+    str, tuple[str, Callable[..., Any]]
+] = {  # the method that is replaced, and by what: do is the real
+    "generation ignored": ("_settle", lambda b, do, p, f: (breaker_put(p, generation=b._generation), do(p, f))),
+    "a new probe ousts the others": ("permit", lambda b, do: (b._probing.clear(), do())[1]),
+    "expired probes wedge": ("permit", lambda b, do: (do(), b._probing.update(dict.fromkeys(b._probing, 9e9)))[0]),
+    "a late report counts": (
+        "_settle",
+        lambda b, do, p, f: (p in b._probing and b._probing.update({p: 9e9}), do(p, f)),
+    ),
+    "an ignored probe stays": ("_settle", lambda b, do, p, f: (f is None and b._state == "half_open") or do(p, f)),
+    "one success closes": ("_settle", lambda b, do, p, f: (do(p, f), b._passed and b._turn("closed"))),
+    "the window too wide": ("_record", lambda b, do, f, now: (breaker_put(b, window=math.nextafter(8, 9)), do(f, now))),
+    "the minimum too low": ("_record", lambda b, do, f, now: (breaker_put(b, minimum=2), do(f, now))),
+    "a success clears": ("_settle", lambda b, do, p, f: (do(p, f), f is False and b._failures.clear())),
+    "ignored is failed": ("_settle", lambda b, do, p, f: do(p, f is not False)),
+    "settled again": ("_settle", lambda b, do, p, f: (breaker_put(p, settled=False), do(p, f))),
+    "slow is fast": ("_settle", lambda b, do, p, f: (breaker_put(p, started=math.inf), do(p, f))),
+    "the reset never lengthens": ("_open", lambda b, do, now: (breaker_put(b, _openings=0), do(now))),
+    "the reset never shortens": ("_turn", lambda b, do, to: (n := b._openings, do(to), breaker_put(b, _openings=n))),
+    "jitter within the cap": (
+        "_open",
+        lambda b, do, t: (do(t), breaker_put(b, _open_until=min(b._open_until, t + 12))),
+    ),
+    "closing forgives nothing": ("_turn", lambda b, do, to: (n := list(b._failures), do(to), b._failures.extend(n))),
+}
+
+
+@pytest.mark.parametrize("name", BREAKER_PLANTED)
+def test_breaker_a_planted_bug_is_found(name: str) -> None:
+    method, replacement = BREAKER_PLANTED[name]
+
+    def planted(self: pr.CircuitBreaker, *args: Any, **options: Any) -> Any:
+        real = functools.partial(getattr(pr.CircuitBreaker, method), self)
+        return replacement(self, real, *args, *options.values())
+
+    with pytest.raises(AssertionError):
+        breaker_check(type("Planted", (pr.CircuitBreaker,), {method: planted}), PRIM_HUNT)
+
+
+# ------------------------------------------------------------------------------------ circuit breaker: many threads
+
+
+def breaker_in_threads(call: Callable[[int], object]) -> Counter[str]:
+    """``call(0)`` to ``call(199)`` in each of eight threads that start together: how often each error came."""
+    together, interval = threading.Barrier(8), sys.getswitchinterval()
+
+    def work(_: int) -> list[str]:
+        together.wait(PRIM_PATIENCE)
+        return [type(prim_error_of(functools.partial(call, number))).__name__ for number in range(200)]
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            return Counter(itertools.chain.from_iterable(pool.map(work, range(8))))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def breaker_every_other(number: int) -> None:
+    if number % 2:
+        raise OSError
+
+
+@pytest.mark.parametrize("options", [{}, {"slow": 1.0}, {"ratio": 0.51, "minimum": 1600}], ids=str)
+def test_breaker_threads_lose_no_failure(options: dict[str, Any]) -> None:
+    breaker = breaker_new(PrimWorld(), failures=801, **options)
+    assert breaker_in_threads(functools.partial(breaker.call, breaker_every_other)) == {"NoneType": 800, "OSError": 800}
+    assert breaker.stats() == ("b", "closed", 800, 0, 0, 0.0)
+    breaker.permit().failure()
+    assert breaker.state == "open"
+
+
+def test_breaker_threads_lose_no_result() -> None:
+    breaker = breaker_new(PrimWorld(), failures=9999, ratio=0.5, minimum=1600)
+    assert breaker_in_threads(functools.partial(breaker.call, breaker_every_other)) == {"NoneType": 800, "OSError": 800}
+    assert breaker.stats() == ("b", "open", 0, 0, 1, 30.0)
+
+
+@breaker_both_paths
+def test_breaker_threads_open_it_once(path: dict[str, float]) -> None:
+    """All eight are inside before any fails: one failure opens, seven come late, and nobody else gets in."""
+    breaker, inside, told = breaker_new(PrimWorld(), **path), threading.Barrier(8), list[Any]()
+    breaker.listen(lambda *transition: told.append(transition))
+
+    def fail(_: int) -> None:
+        inside.wait(PRIM_PATIENCE)
+        raise OSError
+
+    assert breaker_in_threads(functools.partial(breaker.call, fail)) == {"OSError": 8, "CircuitOpen": 1592}
+    assert (breaker.stats(), told) == (("b", "open", 0, 1592, 1, 30.0), [("b", "closed", "open", 1)])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_breaker_threads_probe_within_the_limit(gated: bool) -> None:
+    """Gated, three probes stay inside until the other five threads were refused every call: the counts are exact.
+
+    Else how many get in is chance; that there are never more than three at once is not.
+    """
+    world, gate, lock, inside, peaks = PrimWorld(), threading.Event(), threading.Lock(), set[int](), list[int]()
+    breaker = breaker_new(world, probes=3, on=OSError)
+    breaker.permit().failure()
+    world.now += 30
+
+    def probe(_: int) -> None:
+        with lock:
+            inside.add(threading.get_ident())
+            peaks.append(len(inside))
+        if gated:
+            assert gate.wait(PRIM_PATIENCE)
+        with lock:
+            inside.remove(threading.get_ident())
+        raise KeyError  # not what `on` names: the place is free again
+
+    def open_the_gate() -> None:
+        prim_until(lambda: breaker.stats().refused == 1000 or not gated)
+        gate.set()
+
+    with ThreadPoolExecutor(1) as opener:
+        opened = opener.submit(open_the_gate)
+        calls = breaker_in_threads(functools.partial(breaker.call, probe))
+        opened.result(PRIM_PATIENCE)
+    assert (max(peaks) <= 3, calls["KeyError"], calls.total()) == (True, len(peaks), 1600)
+    assert (calls["CircuitOpen"], 1, "half_open") == (*breaker.stats()[3:5], breaker.state)
+    assert not gated or (max(peaks), len(peaks)) == (3, 600)
+    assert [breaker.call(int) for _ in range(3)] == [0, 0, 0]
+    assert breaker.state == "closed"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# coordination.py and primitives.py: fan-out, hedging, worker pool, batch, visited, lock order
+#
+# The time of the event loop is virtual: a deadline of 300 ms is exact to the bit, and takes no time at all.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FanSelector(selectors.SelectSelector):
+    """Never waits: where it would, the clock goes on. Where nothing could ever happen again, it says so."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready:
+            assert timeout is not None, "everybody waits for ever"
+            self.now = round(self.now + max(0.0, timeout), 9)
+        return ready
+
+
+class FanLoop(asyncio.SelectorEventLoop):
+    """An event loop whose seconds pass at once."""
+
+    def __init__(self) -> None:
+        self._virtual = FanSelector()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.now
+
+
+def fan_now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def fan_run(main: Coroutine[Any, Any, Any]) -> None:
+    """Run on virtual time, in debug mode; fails if a task is left, or if the loop had anything to complain of."""
+    complaints: list[dict[str, Any]] = []
+
+    async def watched() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        await main
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    with asyncio.Runner(debug=True, loop_factory=FanLoop) as runner:
+        runner.run(watched())
+    assert complaints == []
+
+
+class FanCalls:
+    """Calls that take their time, and a record of how and when they ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[str, str, float]] = []
+        self.running = self.peak = 0
+
+    def make(self, name: str, *tries: tuple[float, Any], cleanup: float = 0.0) -> Callable[[], Awaitable[Any]]:
+        """Each call takes the next of the tries: seconds, and what it then returns or raises. The second is name'."""
+        numbers = itertools.count()
+
+        async def call() -> Any:
+            number, how = next(numbers), "failed"
+            seconds, answer = tries[number]
+            self.running += 1
+            self.peak = max(self.peak, self.running)
+            try:
+                await asyncio.sleep(seconds)
+                if isinstance(answer, BaseException):
+                    raise answer
+                how = "done"
+                return answer
+            except asyncio.CancelledError as error:
+                if error is not answer:
+                    how = "cancelled"
+                    await asyncio.sleep(cleanup)
+                raise
+            finally:
+                self.running -= 1
+                self.ends.append((name + "'" * number, how, fan_now()))
+
+        return call
+
+    def cancel_at(self, moments: list[float], victim: asyncio.Future[Any]) -> asyncio.Future[Any]:
+        for moment in moments:
+            asyncio.get_running_loop().call_at(moment, victim.cancel)
+        return victim
+
+
+def fan_check_deadline() -> None:
+    """At the deadline, to the bit, an outcome for each; those that were not done were cancelled, and have ended."""
+
+    async def main(latencies: dict[str, float]) -> None:
+        calls, late = FanCalls(), co.Outcome[Any]("timeout", None, None, 0.3)
+        made = {name: calls.make(name, (seconds, name)) for name, seconds in latencies.items()}
+        outcomes = await co.fan_out(made, 0.3, clock=fan_now)
+        ok = {name: co.Outcome("ok", name, None, seconds) for name, seconds in latencies.items() if seconds < 0.3}
+        assert list(outcomes.items()) == [(name, ok.get(name, late)) for name in latencies]
+        assert fan_now() == min(0.3, max(latencies.values()))
+        ends = {name: (name, "done", seconds) for name, (_, _, _, seconds) in ok.items()}
+        assert sorted(calls.ends) == [ends.get(name, (name, "cancelled", 0.3)) for name in latencies]
+
+    for seed in range(12):
+        choice = random.Random(seed).choice
+        fan_run(main({name: choice([*range(50, 300), *range(301, 401)]) / 1000 for name in "abcdefgh"}))
+    fan_run(main(dict.fromkeys("abcdefgh", 0.25)))
+    fan_run(main(dict.fromkeys("abcdefgh", 0.4)))
+
+
+def fan_check_stragglers() -> None:
+    """Who needs time to clean up gets it, also if the caller is cancelled, even twice, while it waits for that."""
+
+    async def main(cancelled_at: list[float], end: float) -> None:
+        calls = FanCalls()
+        made = {name: calls.make(name, (9.0, 0), cleanup=after) for name, after in (("slow", 0.5), ("slower", 0.75))}
+        made["quick"] = calls.make("quick", (0.0625, 0))
+        caller = calls.cancel_at(cancelled_at, asyncio.ensure_future(co.fan_out(made, 0.25, clock=fan_now)))
+        if cancelled_at:
+            with pytest.raises(asyncio.CancelledError):
+                await caller
+        else:
+            assert [(o.status, o.seconds) for o in (await caller).values()] == [("timeout", 1.0)] * 2 + [("ok", 0.0625)]
+        ends = [("quick", "done", 0.0625), ("slow", "cancelled", end - 0.25), ("slower", "cancelled", end)]
+        assert (calls.ends, fan_now()) == (ends, end)
+
+    fan_run(main([], 1.0))
+    fan_run(main([0.125], 0.875))
+    fan_run(main([0.125, 0.25, 0.5], 0.875))
+    fan_run(main([0.5, 0.75], 1.0))
+
+
+@pytest.mark.parametrize("check", [fan_check_deadline, fan_check_stragglers])
+def test_fan_out_keeps_its_promises(check: Callable[[], None]) -> None:
+    check()
+
+
+@pytest.mark.parametrize("options", [{}, {"hedge": 0.5}, {"limit": 5}], ids=str)
+def test_fan_out_reports_every_kind_of_error(options: dict[str, Any]) -> None:
+    refused, sudden = ValueError("no"), OSError("at once")
+
+    def broken() -> Any:
+        raise sudden
+
+    async def main() -> None:
+        calls = FanCalls()
+        made = {"late": calls.make("late", (0.2, 7)), "error": calls.make("error", (0.1, refused)), "sync": broken}
+        made |= {"no awaitable": lambda: 7, "self": calls.make("self", (0.1, asyncio.CancelledError()))}
+        outcomes = await co.fan_out(made, 1.0, clock=fan_now, **options)
+        assert fan_now() == 0.2
+        assert [outcome.status for outcome in outcomes.values()] == ["ok"] + ["error"] * 4
+        assert outcomes["error"] == ("error", None, refused, 0.1)
+        assert outcomes["sync"] == ("error", None, sudden, 0.0)
+        assert [type(outcomes[name].error) for name in ("no awaitable", "self")] == [TypeError, asyncio.CancelledError]
+
+    fan_run(main())
+
+
+def test_fan_out_runs_no_more_than_its_limit() -> None:
+    async def main() -> None:
+        calls = FanCalls()
+        outcomes = await co.fan_out({n: calls.make(n, (0.1, n)) for n in "abcdefgh"}, 0.25, limit=2, clock=fan_now)
+        assert (calls.peak, calls.running) == (2, 0)
+        assert [outcome.seconds for outcome in outcomes.values()] == [0.1, 0.1, 0.2, 0.2] + [0.25] * 4
+        assert [outcome.status for outcome in outcomes.values()] == ["ok"] * 4 + ["timeout"] * 4
+        assert calls.ends[4:] == [("e", "cancelled", 0.25), ("f", "cancelled", 0.25)]  # g and h never began
+
+    fan_run(main())
+
+
+def test_fan_out_at_the_very_deadline_tells_what_happened() -> None:
+    async def survives(error: Exception | None) -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(9.0)
+        await asyncio.sleep(0.25)
+        if error is not None:
+            raise error
+        return "too late"
+
+    async def main() -> None:
+        calls = FanCalls()
+        made = {name: calls.make(name, (seconds, 0)) for name, seconds in (("a", 0.25), ("b", 0.25), ("c", 0.249))}
+        made |= {str(error): functools.partial(survives, error) for error in (None, OSError("in its clean-up"))}
+        outcomes = list((await co.fan_out(made, 0.25, clock=fan_now)).values())
+        status = {name: "ok" if how == "done" else "timeout" for name, how, _ in calls.ends}
+        assert [outcome.status for outcome in outcomes[:3]] == [status[name] for name in "abc"]
+        assert outcomes[2:] == [("ok", 0, None, 0.249)] + [("timeout", None, None, 0.5)] * 2
+
+    fan_run(main())
+
+
+def test_fan_out_of_nothing_and_refusals() -> None:
+    async def main() -> None:
+        assert await co.fan_out({}, 0.3) == {}
+        for deadline, limit in ((0.0, None), (-1.0, None), (math.nan, None), (1.0, 0)):
+            with pytest.raises(ValueError, match="must be"):
+                await co.fan_out({"a": FanCalls().make("a")}, deadline, limit=limit)
+
+    fan_run(main())
+
+
+def test_fan_out_in_real_time() -> None:
+    async def main() -> None:
+        calls, began = FanCalls(), time.monotonic()
+        outcomes = await co.fan_out({n: calls.make(n, (ord(n) % 2 * 60.0, n)) for n in "abcdefgh"}, 0.3)
+        assert time.monotonic() - began >= 0.3
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert [outcome.status for outcome in outcomes.values()] == ["timeout", "ok"] * 4
+        assert Counter(how for _, how, _ in calls.ends) == {"done": 4, "cancelled": 4}
+
+    prim_run(main())
+
+
+# -------------------------------------------------------------------------------------------------------- hedging
+
+FAN_ONE, FAN_TWO = OSError("one"), OSError("two")
+
+
+@pytest.mark.parametrize(
+    ("tries", "answer", "ends"),
+    [
+        ([(0.05, "A")], "A", ["a done 0.05"]),
+        ([(0.5, "A"), (0.1, "B")], "B", ["a' done 0.2", "a cancelled 0.2"]),
+        ([(0.15, "A"), (0.5, "B")], "A", ["a done 0.15", "a' cancelled 0.15"]),
+        ([(0.15, FAN_ONE), (0.2, "B")], "B", ["a failed 0.15", "a' done 0.3"]),
+        ([(0.15, asyncio.CancelledError()), (0.2, "B")], "B", ["a failed 0.15", "a' done 0.3"]),
+        ([(0.5, "A"), (0.1, FAN_TWO)], "A", ["a' failed 0.2", "a done 0.5"]),
+        ([(0.5, FAN_ONE), (0.1, FAN_TWO)], FAN_ONE, ["a' failed 0.2", "a failed 0.5"]),
+        ([(0.15, FAN_ONE), (0.2, FAN_TWO)], FAN_ONE, ["a failed 0.15", "a' failed 0.3"]),
+        ([(0.05, FAN_ONE)], FAN_ONE, ["a failed 0.05"]),
+    ],
+)
+def test_fan_hedged(tries: list[tuple[float, Any]], answer: Any, ends: list[str]) -> None:
+    async def main() -> None:
+        calls = FanCalls()
+        given = await asyncio.gather(co.hedged(calls.make("a", *tries), 0.1), return_exceptions=True)
+        assert list(given) == [answer]
+        assert [" ".join(map(str, end)) for end in calls.ends] == ends
+
+    fan_run(main())
+
+
+def test_fan_hedged_asks_its_budget() -> None:
+    async def main() -> None:
+        budget, calls = pr.RetryBudget(0.5, 0), FanCalls()
+        answers = [await co.hedged(calls.make(name, (0.5, "A"), (0.1, "B")), 0.1, budget) for name in "abcde"]
+        assert answers == ["A", "B", "A", "B", "A"]
+        assert await co.hedged(calls.make("quick", (0.05, "A")), 0.1, budget) == "A"  # earns, and spends nothing
+        assert budget.stats() == (6, 2, 3, 1.0)
+
+    fan_run(main())
+
+
+def test_fan_hedged_cancelled_ends_both() -> None:
+    async def main(moments: list[float], ends: list[tuple[str, str, float]]) -> None:
+        calls = FanCalls()
+        hedging = asyncio.ensure_future(co.hedged(calls.make("a", (9.0, 1), (9.0, 2), cleanup=0.2), 0.1))
+        with pytest.raises(asyncio.CancelledError):
+            await calls.cancel_at(moments, hedging)
+        assert calls.ends == ends
+
+    fan_run(main([0.05], [("a", "cancelled", 0.25)]))
+    fan_run(main([0.2, 0.3], [("a", "cancelled", 0.4), ("a'", "cancelled", 0.4)]))
+
+
+def test_fan_out_hedges_within_its_budget() -> None:
+    async def main() -> None:
+        budget, calls = pr.RetryBudget(0.0, 2), FanCalls()
+        made = {name: calls.make(name, (9.0, 1), (0.1, 2), cleanup=0.05) for name in "abc"}
+        made["d"] = calls.make("d", (0.05, 1))
+        outcomes = (await co.fan_out(made, 0.3, hedge=0.1, budget=budget, clock=fan_now)).values()
+        assert [(o.value, o.seconds) for o in outcomes] == [(2, 0.25), (2, 0.25), (None, 0.35), (1, 0.05)]
+        assert budget.stats() == (4, 2, 1, 0.0)
+        assert Counter(how for _, how, _ in calls.ends) == {"done": 3, "cancelled": 3}
+
+    fan_run(main())
+
+
+# ---------------------------------------------------------------------------------------------------- worker pool
+
+
+class PoolShell:
+    """Workers of either kind, a gate for their handlers to wait at, and a record of what became of the items."""
+
+    def __init__(self, kind: str, pool_type: type[co.WorkerPool[Any]] = co.WorkerPool) -> None:
+        self.threads, self.pool_type = kind == "threads", pool_type
+        self.gate, self.agate = threading.Event(), asyncio.Event()
+        self.begun: list[Any] = []
+        self.ended: list[tuple[Any, str]] = []
+
+    def run(self, main: Coroutine[Any, Any, None]) -> None:
+        (prim_run if self.threads else fan_run)(main)
+        assert [thread for thread in threading.enumerate() if thread.name.startswith("worker-")] == []
+
+    @contextlib.asynccontextmanager
+    async def pool(self, handle: Callable[[Any], Any], *sizes: int) -> AsyncIterator[co.WorkerPool[Any]]:
+        def to_the_end(item: Any) -> None:  # in one step: in threads the gate blocks
+            with contextlib.suppress(StopIteration):
+                handle(item).send(None)
+
+        pool = self.pool_type(to_the_end if self.threads else handle, *sizes)
+        with pool if self.threads else contextlib.nullcontext():
+            async with contextlib.nullcontext() if self.threads else pool:
+                yield pool
+
+    async def gated(self, item: Any) -> None:
+        self.begun.append(item)
+        try:
+            assert self.gate.wait(PRIM_PATIENCE) if self.threads else await self.agate.wait()
+            self.ended.append((item, "done"))
+        except asyncio.CancelledError:
+            self.ended.append((item, "cancelled"))
+            raise
+
+    def open_gate(self) -> None:
+        self.gate.set()
+        self.agate.set()
+
+    async def submit(self, pool: co.WorkerPool[Any], *items: Any) -> None:
+        for item in items:
+            await (asyncio.to_thread(pool.submit, item) if self.threads else pool.submit_async(item))
+
+    async def close(self, pool: co.WorkerPool[Any], timeout: float | None = None) -> bool:
+        return pool.close(timeout) if self.threads else await pool.close_async(timeout)
+
+    async def until(self, predicate: Callable[[], bool]) -> None:
+        await prim_ticks()
+        if self.threads:
+            prim_until(predicate)
+        assert predicate()
+
+
+pool_both = pytest.mark.parametrize("kind", ["threads", "tasks"])
+
+
+def pool_check_exactly_once(kind: str, pool_type: type[co.WorkerPool[Any]] = co.WorkerPool) -> None:
+    """Each accepted item is handled by one of the workers, errors or not, before the block is left."""
+    shell = PoolShell(kind, pool_type)
+
+    async def main(workers: int, n: int, every: int, *capacity: int) -> None:
+        async def handle(item: int) -> None:
+            shell.begun.append(item)
+            if item % every == 0:
+                raise LookupError(item)
+
+        shell.begun.clear()
+        async with shell.pool(handle, workers, *capacity) as pool:
+            await asyncio.gather(*(shell.submit(pool, *range(first, n, workers)) for first in range(workers)))
+        assert Counter(shell.begun) == Counter(range(n))
+        assert pool.stats() == (workers, 0, n, len(range(0, n, every)))
+        failed = sorted((item, error.args) for item, error in pool.errors)
+        assert failed == [(item, (item,)) for item in range(0, n, every)][-100:]
+
+    shell.run(main(1, 6, 2, 9))
+    shell.run(main(1, 130, 1, 130))
+    shell.run(main(4, 60, 4))
+    shell.run(main(3, 60, 4, 1))
+
+
+@pool_both
+def test_pool_handles_each_item_once(kind: str) -> None:
+    pool_check_exactly_once(kind)
+
+
+@pool_both
+@pytest.mark.parametrize("closes", [False, True], ids=["goes on", "closes"])
+def test_pool_makes_submitters_wait(kind: str, closes: bool) -> None:
+    shell = PoolShell(kind)
+
+    async def main() -> None:
+        async with shell.pool(shell.gated, 1) as pool:
+            await shell.submit(pool, "in hand")
+            await shell.until(lambda: shell.begun == ["in hand"])
+            await shell.submit(pool, "a", "b")
+            assert repr(pool) == "<WorkerPool workers=1 queued=2 handled=0 failed=0>"
+            with pytest.raises(TimeoutError):
+                pool.submit("late", timeout=0.0)
+            waiting = asyncio.create_task(shell.submit(pool, "c"))
+            await shell.until(lambda: pool._channel.stats().putters == 1)
+            assert not waiting.done()
+            if closes:
+                pool._channel.close()
+                with pytest.raises(co.ChannelClosed):
+                    await waiting
+            shell.open_gate()
+            if not closes:
+                await waiting
+            assert [await shell.close(pool) for _ in range(2)] == [True, True]
+            with pytest.raises(co.ChannelClosed):
+                await shell.submit(pool, "after")
+        assert [item for item, _ in shell.ended] == ["in hand", "a", "b", "c"][: 3 if closes else 4]
+
+    shell.run(main())
+
+
+@pool_both
+def test_pool_gives_up_on_a_stuck_handler(kind: str) -> None:
+    shell = PoolShell(kind)
+
+    async def main() -> None:
+        async with shell.pool(shell.gated, 2, 9) as pool:
+            await shell.submit(pool, *range(5))
+            await shell.until(lambda: len(shell.begun) == 2)
+            assert await shell.close(pool, 0.0 if shell.threads else 0.3) is False
+            assert pool.stats() == (2, 3, 0, 0)
+            assert shell.threads or fan_now() == 0.3
+            shell.open_gate()
+            await shell.until(lambda: not any(thread.is_alive() for thread in pool._threads))
+            how = "done" if shell.threads else "cancelled"  # a thread ends after the item in hand
+            assert sorted(shell.ended) == [(0, how), (1, how)]
+            assert await shell.close(pool) is False  # nobody is left to handle the rest
+            assert pool.stats() == (2, 3, 2 if shell.threads else 0, 0)
+
+    shell.run(main())
+
+
+def test_pool_whose_closing_is_cancelled_ends_its_tasks() -> None:
+    async def main() -> None:
+        calls = FanCalls()
+        handlers = [calls.make(name, (9.0, None), cleanup=0.2) for name in "ab"]
+        async with co.WorkerPool[int](lambda item: handlers[item](), 2) as pool:
+            await PoolShell("tasks").submit(pool, 0, 1)
+            with pytest.raises(asyncio.CancelledError):
+                await calls.cancel_at([0.1, 0.2], asyncio.ensure_future(pool.close_async()))
+            assert calls.ends == [("a", "cancelled", 0.3), ("b", "cancelled", 0.3)]
+
+    fan_run(main())
+
+
+@pytest.mark.parametrize("answer", [OSError("interrupted"), "swallowed"])
+def test_pool_that_gave_up_begins_no_other_item(answer: Any) -> None:
+    begun = []
+
+    async def stubborn(item: int) -> None:
+        begun.append(item)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(1.0)
+        if isinstance(answer, Exception):
+            raise answer
+
+    async def main() -> None:
+        async with co.WorkerPool(stubborn, 1, 9) as pool:
+            await PoolShell("tasks").submit(pool, 0, 1, 2)
+            assert await pool.close_async(0.3) is False
+            assert (begun, fan_now()) == ([0], 0.3)
+            assert pool.stats() == (1, 2, 1, isinstance(answer, Exception))
+
+    fan_run(main())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(("kind", "end"), [("threads", SystemExit), ("tasks", asyncio.CancelledError)])
+def test_pool_survives_what_is_no_exception(kind: str, end: type[BaseException]) -> None:
+    shell = PoolShell(kind)
+
+    async def handle(item: int) -> None:
+        if item == 0:
+            raise end
+
+    async def main() -> None:
+        async with shell.pool(handle, 1, 9) as pool:
+            await shell.submit(pool, 0, 1, 2)
+        assert pool.stats() == (1, 0, 3, 1)
+        assert [(item, type(error)) for item, error in pool.errors] == [(0, end)]
+
+    shell.run(main())
+
+
+def test_pool_refuses_its_sizes_and_need_not_begin() -> None:
+    for workers, capacity in ((0, None), (-1, 5), (1, 0), (1, -1)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            co.WorkerPool(print, workers, capacity)
+    pool = co.WorkerPool[Any](print, 1)
+    assert pool.close() is True
+    fan_run(pool.close_async())
+
+
+# ---------------------------------------------------------------------------------------------------------- batch
+
+
+def test_batch_row_by_row() -> None:
+    batch, almost = pr.Batch[str](3, 10.0, clock=PrimWorld(500.0).clock), math.nextafter(110.0, 0.0)
+    assert (batch.due_in(0.0), batch.take(999.0), batch.drain(), batch.stats(7.0)) == (math.inf, [], [], (0, 0.0))
+    assert [batch.add("a", 100.0), batch.add("b", 104.0)] == [None, None]  # the age is that of the oldest
+    assert (batch.due_in(104.0), batch.stats(104.0), batch.take(almost)) == (6.0, (2, 4.0), [])
+    assert (batch.due_in(110.0), batch.due_in(200.0), batch.take(110.0)) == (0.0, 0.0, ["a", "b"])  # to the tick
+    assert batch.take(999.0) == []
+    assert [batch.add("c", 111.0), batch.add("d", 111.0), batch.add("e", 999.0)] == [None, None, ["c", "d", "e"]]
+    assert (batch.due_in(999.0), batch.add("f"), batch.due_in(), batch.take()) == (math.inf, None, 10.0, [])
+    assert (batch.stats(), repr(batch), len(batch)) == ((1, 0.0), "<Batch items=1 age=0>", 1)
+    assert (batch.drain(), len(batch)) == (["f"], 0)
+
+
+def test_batch_refuses_its_sizes_and_has_a_clock() -> None:
+    for max_items, max_age in ((0, 1.0), (-1, 1.0), (1, 0.0), (1, -1.0), (1, math.nan)):
+        with pytest.raises(ValueError, match="max_items must be"):
+            pr.Batch(max_items, max_age)
+    batch = pr.Batch[int](2, 3600.0)
+    assert (batch.add(7), batch.take(), 0.0 < batch.due_in() <= 3600.0, batch.add(8)) == (None, [], True, [7, 8])
+
+
+class BatchMachine(RuleBasedStateMachine):
+    """A batch, and a list of what is in it since when."""
+
+    batch_type: ClassVar[type[pr.Batch[int]]] = pr.Batch
+
+    @initialize(max_items=st.integers(1, 5), max_age=st.sampled_from([1 / 64, 1.0, 5.0]))
+    def start(self, max_items: int, max_age: float) -> None:
+        self.world, self.flushed = PrimWorld(), 0
+        self.batch = self.batch_type(max_items, max_age, clock=self.world.clock)
+        self.inside: list[tuple[int, float]] = []
+
+    def flush(self, items: list[int] | None, expected: bool) -> None:
+        assert (items or []) == ([item for item, _ in self.inside] if expected else [])
+        if expected:
+            self.flushed += len(self.inside)
+            self.inside = []
+
+    @rule(seconds=PRIM_STEPS)
+    def step(self, seconds: float) -> None:
+        self.world.now += seconds
+
+    @rule()
+    def add(self) -> None:
+        self.inside.append((self.flushed + len(self.inside), self.world.now))
+        self.flush(self.batch.add(self.inside[-1][0]), len(self.inside) == self.batch.max_items)
+
+    @rule()
+    def take(self) -> None:
+        self.flush(self.batch.take(), any(self.world.now - then >= self.batch.max_age for _, then in self.inside))
+
+    @rule()
+    def take_when_due(self) -> None:
+        self.world.now += self.batch.due_in() if self.inside else 0.0
+        self.flush(self.batch.take(), True)
+
+    @rule()
+    def drain(self) -> None:
+        self.flush(self.batch.drain(), True)
+
+    @invariant()
+    def age(self) -> None:
+        age = max((self.world.now - then for _, then in self.inside), default=0.0)
+        assert self.batch.stats() == (len(self.batch), age) == (len(self.inside), age)
+        assert self.batch.due_in() == (max(0.0, self.batch.max_age - age) if self.inside else math.inf)
+
+
+def batch_check_machine(batch_type: type[pr.Batch[int]], effort: settings = PRIM_SETTINGS) -> None:
+    """Nothing lost, nothing doubled, in order, when it is full or due."""
+    machine = type("Machine", (BatchMachine,), {"batch_type": batch_type})
+    run_state_machine_as_test(machine, settings=effort)
+
+
+def test_batch_keeps_its_promises() -> None:
+    batch_check_machine(pr.Batch)
+
+
+def test_batch_of_many_threads_has_each_item_in_one_batch() -> None:
+    batch, full = pr.Batch[tuple[int, int]](7, 3600.0), list[list[tuple[int, int]]]()
+
+    def add(thread: int) -> None:
+        full.extend(items for number in range(300) if (items := batch.add((thread, number))) is not None)
+
+    prim_in_threads([functools.partial(add, thread) for thread in range(8)])
+    assert [len(items) for items in full] == [7] * (2400 // 7)
+    assert Counter([*itertools.chain(*full), *batch.drain()]) == Counter(itertools.product(range(8), range(300)))
+    for items in full:  # what a thread added earlier stands earlier
+        assert sorted(items) == sorted(items, key=lambda item: item[0])
+
+
+# -------------------------------------------------------------------------------------------------------- visited
+
+
+def test_visited_tells_one_of_many_threads() -> None:
+    visited, told = co.Visited[int](), list[int]()
+    prim_in_threads([lambda: told.extend(key for key in range(300) if visited.add(key))] * 8)
+    assert sorted(told) == list(range(300))
+    assert (len(visited), visited.stats()) == (300, (300, 2100))
+    assert repr(visited) == "<Visited keys=300 repeats=2100>"
+
+
+class VisitedKey:
+    """Equal to all of its kind. Looked at for the second time, to be added, it calls."""
+
+    def __init__(self, second: Callable[[], Any] = lambda: None) -> None:
+        self.second, self.looks = second, 0
+
+    def __hash__(self) -> int:
+        self.looks += 1
+        if self.looks == 2:
+            self.second()
+        return 7
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VisitedKey)
+
+
+def visited_check_one_step(visited_type: type[co.Visited[VisitedKey]]) -> None:
+    """Between the question and the mark another one asks: it has to wait."""
+    visited, others = visited_type(), list[PrimThread]()
+
+    def intrude() -> None:
+        others.append(PrimThread(lambda: visited.add(VisitedKey())))
+        prim_until(lambda: others[0].done() or visited._lock.locked())
+
+    assert visited.add(VisitedKey(intrude)) is True
+    assert others[0].result() is False
+    assert visited.stats() == (1, 1)
+
+
+def test_visited_asks_and_marks_in_one_step() -> None:
+    visited_check_one_step(co.Visited)
+
+
+# ----------------------------------------------------------------------------------------------------- lock order
+
+
+def order_nest(*locks: threading.Lock) -> None:
+    with contextlib.ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(lock)
+
+
+def test_order_of_locks_in_one_thread_and_in_many() -> None:
+    def in_a_thread(*locks: threading.Lock) -> None:
+        PrimThread(functools.partial(order_nest, *locks)).result()
+
+    for nest in (order_nest, in_a_thread):
+        with co.LockOrder() as order:
+            a, b, c, d = (co.new_lock(name) for name in "abcd")
+            for locks in ((a, b), (a, b), (b, c), (a, d), (d, c), (a, b, c), (a, c)):
+                nest(*locks)
+            known = {"a": {"b", "c", "d"}, "b": {"c"}, "d": {"c"}}
+            assert order.stats() == known
+            for locks in ((b, a), (c, a), (c, d), (a, a), (a, co.new_lock("a"))):  # the last: two of one kind
+                with pytest.raises(co.LockOrderError, match="elsewhere the other way round"):
+                    nest(*locks)
+            nest(a, b, c)  # of the attempts nothing is held
+            assert order.stats() == known
+    with a, b:
+        assert co.LockOrder.active is None
+        assert type(co.new_lock("a")) is type(threading.Lock())
+
+
+def test_order_of_attempts_that_fail_and_of_odd_releases() -> None:
+    with co.LockOrder() as order:
+        a, b, c = (co.new_lock(name) for name in "abc")
+        with b:
+            assert a.acquire(False) is True  # who does not wait cannot deadlock
+            assert (a.acquire(False), b.acquire(blocking=False)) == (False, False)
+            assert PrimThread(lambda: [b.acquire(timeout=0.0), b.acquire(True, 0.001)]).result() == [False, False]
+            a.release()
+        assert order.stats() == {}
+        with c:
+            a.acquire()
+            assert b.acquire(False) is True
+            a.release()  # not the last one taken
+            with a:
+                pass
+            b.release()
+        assert order.stats() == {"c": {"a"}, "b": {"a"}}
+        with pytest.raises(RuntimeError):
+            a.release()
+        order_nest(c, b, a)
+
+
+def test_order_serves_a_condition() -> None:
+    with co.LockOrder() as order:
+        outer, condition, told = co.new_lock("outer"), threading.Condition(co.new_lock("inner")), list[int]()
+
+        def wait() -> bool:
+            with condition:
+                return condition.wait_for(lambda: told, PRIM_PATIENCE) == [1]
+
+        waiting = PrimThread(wait)
+        with outer, condition:
+            told.append(1)
+            condition.notify_all()
+        assert waiting.result() is True
+        with pytest.raises(co.LockOrderError), condition:
+            outer.acquire()
+        assert order.stats() == {"outer": {"inner"}}
+
+
+def order_check_nothing_nests(pool_type: type[co.WorkerPool[Any]] = co.WorkerPool) -> None:
+    """Every mechanism at work, for threads and tasks that wait for one another: no lock is taken under another."""
+
+    async def main() -> None:
+        world, semaphore, channel, flight = PrimWorld(), co.Semaphore(1), co.Channel[int](1), co.SingleFlight()
+        cache, bucket, budget = pr.TTLCache[int, Any](4, clock=world.clock), pr.TokenBucket(1e6), pr.RetryBudget(1.0)
+        breaker = pr.CircuitBreaker("b", failures=1, reset=1.0, clock=world.clock)
+        batch, visited = pr.Batch[int](2, 1.0), co.Visited[int]()
+        breaker.listen(lambda *_: breaker.stats())
+
+        def handle(item: int) -> Any:
+            visited.add(item)
+            bucket.acquire()
+            with semaphore:
+                batch.add(item)
+            return cache.get_or_load(item % 2, lambda: pr.retry(lambda: item, on=OSError, budget=budget))
+
+        async def handle_async(item: int) -> Any:
+            async with semaphore:
+                await bucket.acquire_async()
+                await channel.put_async(item)
+            return await cache.get_or_load_async(9, lambda: flight.do_async("k", channel.get_async))
+
+        async with pool_type(handle_async, 3) as tasks:
+            with pool_type(handle, 3) as threads:
+                for item in range(9):
+                    await asyncio.to_thread(threads.submit, item)
+                    await tasks.submit_async(item)
+                    if item:  # the other one is loaded
+                        await asyncio.to_thread(channel.get)
+                await asyncio.to_thread(threads.close)
+            await co.fan_out({str(n): channel.get_async for n in range(3)}, 0.01, limit=2, hedge=0.0, budget=budget)
+        for function in (breaker.stats, channel.put_nowait, print):  # passes; fails, opens; is refused
+            with contextlib.suppress(TypeError, pr.CircuitOpen):
+                breaker.call(function)
+        world.now += 9.0
+        await breaker.call_async(asyncio.sleep, 0)
+        cache.invalidate(9)
+        channel.close()
+        for mechanism in (semaphore, channel, flight, cache, bucket, budget, breaker, batch, visited, tasks, threads):
+            assert isinstance(mechanism._lock, co._RecordedLock), repr(mechanism)
+            mechanism.stats()
+        assert (batch.take(), len(batch.drain()), breaker.state, threads.stats()) == ([], 1, "closed", (3, 0, 9, 0))
+
+    with co.LockOrder() as order:
+        prim_run(main())
+    assert order.stats() == {}
+
+
+def test_order_no_mechanism_nests_its_lock() -> None:
+    order_check_nothing_nests()
+
+
+# ---------------------------------------------------------------------------------------- the tests, tested: planted
+
+
+class PoolDies(co.WorkerPool[Any]):
+    """A worker's first error is the last thing that it does."""
+
+    def _done(self, item: Any, error: Any) -> None:
+        super()._done(item, error)
+        if error is not None:
+            raise co.ChannelClosed
+
+    def _work(self) -> None:
+        with contextlib.suppress(co.ChannelClosed):
+            super()._work()
+
+
+class PoolNests(co.WorkerPool[Any]):
+    """Looks at the channel while it holds its own lock."""
+
+    def stats(self) -> co.WorkerPoolStats:
+        with self._lock:
+            return co.WorkerPoolStats(self._workers, len(self._channel), self._handled, self._failed)
+
+
+class BatchDoubles(pr.Batch[int]):
+    """Due by age: given away, and kept."""
+
+    def take(self, now: float | None = None) -> list[int]:
+        items = super().take(now)
+        self._items = [*items, *self._items]
+        return items
+
+
+class BatchAgesAnew(pr.Batch[int]):
+    """Every item makes the batch young again."""
+
+    def add(self, item: int, now: float | None = None) -> list[int] | None:
+        self._begun = self._clock()
+        return super().add(item, now)
+
+
+class VisitedChecksThenActs(co.Visited[VisitedKey]):
+    """Two steps, and no lock."""
+
+    def add(self, key: VisitedKey) -> bool:
+        known = key in self._keys
+        self._keys.add(key)
+        self._repeats += known
+        return not known
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        functools.partial(pool_check_exactly_once, "threads", PoolDies),
+        functools.partial(pool_check_exactly_once, "tasks", PoolDies),
+        functools.partial(order_check_nothing_nests, PoolNests),
+        functools.partial(batch_check_machine, BatchDoubles, PRIM_HUNT),
+        functools.partial(batch_check_machine, BatchAgesAnew, PRIM_HUNT),
+        functools.partial(visited_check_one_step, VisitedChecksThenActs),
+    ],
+)
+def test_fan_a_planted_bug_is_found(check: Callable[[], None]) -> None:
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["never waits", "waits until it is cancelled"])
+def test_fan_out_that_leaves_stragglers_is_found(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def end(tasks: list[asyncio.Future[Any]]) -> None:
+        for task in tasks:
+            task.cancel()
+        if waits and tasks:
+            await asyncio.wait(tasks)
+
+    monkeypatch.setattr(co, "_end", end)
+    with pytest.raises(AssertionError):
+        fan_check_stragglers()
+
+
+# --------------------------------------------------------------------------- interleavings: every schedule of threads
+
+
+class TurnsOver(BaseException):
+    """Ends the threads of a schedule that is stuck."""
+
+
+class Turns:
+    """Runs threads one at a time and chooses, at every taking of a lock, who goes on: exhaustively, over many runs.
+
+    Stateless search with bounded preemption (Musuvathi and Qadeer, "Iterative context bounding", PLDI 2007): all
+    choices of who goes on where a thread stops by itself, and up to ``preemptions`` where it need not. What locks
+    guard is touched only between them, so these points are enough; code without its lock is frontrun's business.
+    Parked waiters are threads that take a lock which another one releases; a time limit may pass at any of its turns.
+    """
+
+    def __init__(self, choices: list[int], preemptions: int) -> None:
+        self.choices, self.left = choices, preemptions
+        self.made: list[tuple[int, int]] = []
+        self.stopped = threading.Semaphore(0)
+        self.threads: list[TurnsThread] = []
+        self.running: TurnsThread | None = None
+        self.over = False
+
+    def pause(self, ready: Callable[[], bool]) -> None:
+        thread = self.running
+        if self.over or thread is None:
+            return
+        thread.ready = ready
+        self.stopped.release()
+        thread.go.acquire()
+        if self.over:
+            raise TurnsOver
+
+    def run(self) -> str | None:
+        """Runs all threads to their end; why that was not possible, or None."""
+        last: TurnsThread | None = None
+        while alive := [thread for thread in self.threads if not thread.ended]:
+            able = [thread for thread in alive if thread.ready()]
+            if last in able and last is not None:
+                able.remove(last)
+                able = [last, *able] if self.left else [last]
+            if not able:
+                self.over = True
+                for thread in alive:
+                    thread.go.release()
+                    thread.join()
+                return f"deadlock of {[thread.name for thread in alive]}"
+            place = len(self.made)
+            choice = self.choices[place] if place < len(self.choices) else 0
+            self.made.append((choice, len(able)))
+            if last in able and choice:
+                self.left -= 1
+            self.running = last = able[choice]
+            last.go.release()
+            self.stopped.acquire()
+            self.running = None
+        errors = [thread.error for thread in self.threads if thread.error]
+        return repr(errors[0]) if errors else None
+
+
+class TurnsThread(threading.Thread):
+    def __init__(self, turns: Turns, work: Callable[[], object], name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.turns, self.work = turns, work
+        self.go = threading.Semaphore(0)
+        self.ready: Callable[[], bool] = lambda: True
+        self.ended = False
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        self.go.acquire()
+        try:
+            if not self.turns.over:
+                self.work()
+        except TurnsOver:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.ended = True
+        self.stopped_for_good()
+
+    def stopped_for_good(self) -> None:
+        self.turns.stopped.release()
+
+
+def turns_lock(turns: Callable[[], Turns | None]) -> type:
+    class Lock:
+        def __init__(self) -> None:
+            self.taken = False
+
+        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+            patient = blocking and timeout < 0
+            if (scheduler := turns()) is not None:
+                scheduler.pause(lambda: not (patient and self.taken))
+            if self.taken and not (scheduler is not None and scheduler.over):
+                return False
+            self.taken = True
+            return True
+
+        def release(self) -> None:
+            self.taken = False
+
+        __enter__ = acquire
+
+        def __exit__(self, *_: object) -> None:
+            self.release()
+
+    return Lock
+
+
+class TurnsCase:
+    """A few threads over fresh objects, and what must be true when all of them have ended."""
+
+    threads: list[Callable[[], object]]
+
+    def holds(self) -> bool:
+        raise NotImplementedError
+
+
+def turns_explore(
+    make: Callable[[], TurnsCase], monkeypatch: pytest.MonkeyPatch, preemptions: int = 2
+) -> tuple[int, str | None]:
+    """How many schedules there are, or up to the first that fails; and what failed there."""
+    now: list[Turns] = []
+    lock = turns_lock(lambda: now[-1] if now else None)
+    names = {name: getattr(threading, name) for name in ("TIMEOUT_MAX", "local", "Thread")}
+    monkeypatch.setattr(co, "threading", SimpleNamespace(Lock=lock, **names))
+    choices: list[int] = []
+    for explored in range(1, 100_000):
+        now.clear()
+        case = make()
+        now.append(turns := Turns(choices, preemptions))
+        turns.threads = [TurnsThread(turns, work, f"thread {n}") for n, work in enumerate(case.threads)]
+        for thread in turns.threads:
+            thread.start()
+        failure = turns.run()
+        for thread in turns.threads:
+            thread.join()
+        now.clear()
+        if failure or not case.holds():
+            return explored, failure or "wrong result"
+        made = turns.made
+        while made and made[-1][0] + 1 == made[-1][1]:
+            made.pop()
+        if not made:
+            return explored, None
+        choices = [*(choice for choice, _ in made[:-1]), made[-1][0] + 1]
+    raise AssertionError("too many schedules")
+
+
+class TurnsSemaphore(TurnsCase):
+    """Three threads, one permit; the last one may lose patience."""
+
+    kind: type[co.Semaphore] = co.Semaphore
+
+    def __init__(self) -> None:
+        self.semaphore = self.kind(1)
+        self.inside = self.most = self.entered = 0
+        self.threads = [lambda: self.enter(None), lambda: self.enter(None), lambda: self.enter(1.0)]
+
+    def enter(self, timeout: float | None) -> None:
+        if self.semaphore.acquire(timeout):
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            self.entered += 1
+            assert self.semaphore.stats().available == 0
+            self.inside -= 1
+            self.semaphore.release()
+
+    def holds(self) -> bool:
+        return self.most == 1 and self.entered >= 2 and self.semaphore.stats() == (1, 1, 0)
+
+
+class TurnsChannel(TurnsCase):
+    """Two putters and a getter over one place; what was accepted is received, once, in the order of each putter."""
+
+    kind: type[co.Channel[Any]] = co.Channel
+
+    def __init__(self) -> None:
+        self.channel: co.Channel[Any] = self.kind(1)
+        self.got: list[Any] = []
+        self.threads = [
+            lambda: self.put(("a", 0), ("a", 1)),
+            lambda: self.put(("b", 0)),
+            lambda: self.got.extend(self.channel.get() for _ in range(3)),
+        ]
+
+    def put(self, *items: tuple[str, int]) -> None:
+        for item in items:
+            self.channel.put(item)
+
+    def holds(self) -> bool:
+        return len(self.got) == 3 and [item for item in self.got if item != ("b", 0)] == [("a", 0), ("a", 1)]
+
+
+class TurnsClose(TurnsCase):
+    """A putter, an impatient getter and a close: what ``put`` accepted is got or still there, nobody stays behind."""
+
+    kind: type[co.Channel[Any]] = co.Channel
+
+    def __init__(self) -> None:
+        self.channel: co.Channel[Any] = self.kind(1)
+        self.accepted: list[int] = []
+        self.got: list[int] = []
+        self.threads = [self.put, self.get, self.channel.close]
+
+    def put(self) -> None:
+        try:
+            for n in range(2):
+                self.channel.put(n)
+                self.accepted.append(n)
+        except co.ChannelClosed:
+            pass
+
+    def get(self) -> None:
+        with contextlib.suppress(co.ChannelClosed, TimeoutError):
+            self.got.append(self.channel.get(1.0))
+
+    def holds(self) -> bool:
+        rest = list(self.channel)
+        stats = self.channel.stats()
+        return self.got + rest == self.accepted and (stats.putters, stats.getters) == (0, 0)
+
+
+class TurnsFlight(TurnsCase):
+    """Three callers of one key; the first load ends like a killed thread, so another one must load."""
+
+    kind: type[co.SingleFlight] = co.SingleFlight
+    kills = 1
+
+    def __init__(self) -> None:
+        self.flight = self.kind()
+        self.loading = self.most = self.loads = 0
+        self.answers: list[int] = []
+        self.threads = [self.ask, self.ask, self.ask]
+
+    def load(self) -> int:
+        self.loading += 1
+        self.most = max(self.most, self.loading)
+        self.loads += 1
+        self.flight.stats()  # a turn for the others
+        self.loading -= 1
+        if self.loads <= self.kills:
+            raise GeneratorExit
+        return 7
+
+    def ask(self) -> None:
+        with contextlib.suppress(GeneratorExit):
+            self.answers.append(self.flight.do("key", self.load))
+
+    def holds(self) -> bool:
+        return self.most == 1 and self.answers == [7] * (3 - self.kills) and self.flight.stats()[:2] == (0, 0)
+
+
+class TurnsCache(TurnsCase):
+    """Three callers of one key of a cache: one load, whenever each of them looks."""
+
+    kind: type[pr.TTLCache[Any, Any]] = pr.TTLCache
+
+    def __init__(self) -> None:
+        self.cache = self.kind(clock=lambda: 0.0)
+        self.loads = 0
+        self.answers: list[int] = []
+        self.threads = [lambda: self.answers.append(self.cache.get_or_load("key", self.load))] * 3
+
+    def load(self) -> int:
+        self.loads += 1
+        return self.loads
+
+    def holds(self) -> bool:
+        return self.answers == [1, 1, 1]
+
+
+TURNS_CASES = [TurnsSemaphore, TurnsChannel, TurnsClose, TurnsFlight, TurnsCache]
+
+
+@pytest.mark.parametrize("case", TURNS_CASES)
+def test_turns_every_schedule_holds(case: type[TurnsCase], monkeypatch: pytest.MonkeyPatch) -> None:
+    explored, failure = turns_explore(case, monkeypatch)
+    assert failure is None
+    assert explored > 50
+
+
+class TurnsLostWakeUp(co.Semaphore):
+    """Looks, and parks in a second step: a release between the two wakes nobody."""
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        if self.try_acquire():
+            return True
+        with self._lock:
+            waiter = self._released.park(None)
+        waiter.block(None)
+        return True
+
+
+class TurnsLostGrant(co.Semaphore):
+    """A waiter that lost patience does not look whether it had been granted meanwhile."""
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        with self._lock:
+            if self._available:
+                self._available -= 1
+                return True
+            waiter = self._released.park(None)
+        if timeout is None:
+            waiter.block(None)
+            return True
+        waiter.block(timeout)
+        granted = waiter.granted
+        with self._lock:
+            self._released.leave(waiter)
+        return granted
+
+
+class TurnsItemLost(co.Channel[Any]):
+    def _offer(self, item: Any) -> bool:
+        if self._closed:
+            raise co.ChannelClosed("closed")
+        self._items.append(item)
+        return len(self._items) <= self.capacity or bool(self._items.popleft())
+
+
+class TurnsPoisoned(co.SingleFlight):
+    """A killed leader takes its followers with it."""
+
+    def _land(self, key: Any, flight: co._FairCondition, answer: Any) -> None:
+        with self._lock:
+            self._flights.pop(key, None)
+            while answer is not None and flight.grant_oldest(answer):
+                pass
+
+
+class TurnsLoadsAgain(pr.TTLCache[Any, Any]):
+    """Does not look again once it leads."""
+
+    def _loaded_meanwhile(self, key: Any, seen: Any) -> None:
+        return None
+
+
+def turns_planted(case: type[Any], planted: type) -> type[TurnsCase]:
+    return type(planted.__name__, (case,), {"kind": planted})
+
+
+class TurnsTwoOrders(TurnsCase):
+    def __init__(self) -> None:
+        one, two = co.new_lock("one"), co.new_lock("two")
+        self.threads = [lambda: self.both(one, two), lambda: self.both(two, one)]
+
+    def both(self, first: Any, second: Any) -> None:
+        with first, second:
+            pass
+
+    def holds(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        turns_planted(TurnsSemaphore, TurnsLostWakeUp),
+        turns_planted(TurnsSemaphore, TurnsLostGrant),
+        turns_planted(TurnsChannel, TurnsItemLost),
+        turns_planted(TurnsFlight, TurnsPoisoned),
+        turns_planted(TurnsCache, TurnsLoadsAgain),
+        TurnsTwoOrders,
+    ],
+    ids=lambda case: case.__name__,
+)
+def test_turns_a_planted_bug_is_found(planted: type[TurnsCase], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert turns_explore(planted, monkeypatch)[1] is not None
+
+
+# ------------------------------------------------------------------- interleavings: every bytecode, by frontrun's DPOR
+
+
+class FrontrunNoLock:
+    """A lock removed."""
+
+    def acquire(self) -> None:
+        pass
+
+    release = acquire
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class FrontrunCheckThenAct(co.Visited[int]):
+    def add(self, key: int) -> bool:
+        with self._lock:
+            known = key in self._keys
+        with self._lock:
+            self._keys.add(key)
+        return not known
+
+
+def frontrun_half_open() -> pr.CircuitBreaker:
+    breaker = pr.CircuitBreaker("b", failures=1, reset=1, clock=lambda: 5.0, rng=lambda: 0.0)
+    breaker._open(0.0)
+    return breaker
+
+
+def frontrun_permit(breaker: pr.CircuitBreaker) -> bool:
+    try:
+        breaker.permit(5.0)
+    except pr.CircuitOpen:
+        return False
+    return True
+
+
+def frontrun_both(locks: tuple[Any, Any], who: int) -> bool:
+    with locks[who], locks[1 - who]:
+        return True
+
+
+FRONTRUN_CASES: dict[str, tuple[Callable[[], Any], Callable[[Any, int], Any], list[Any]]] = {
+    # name: what both threads work on, what they do with it, what comes out
+    "bucket": (lambda: pr.TokenBucket(1, 1, clock=lambda: 0.0), lambda o, _: o.try_acquire(), [False, True]),
+    "budget": (lambda: pr.RetryBudget(0, 1), lambda o, _: o.try_retry(), [False, True]),
+    "visited": (co.Visited, lambda o, _: o.add(1), [False, True]),
+    "semaphore": (lambda: co.Semaphore(1), lambda o, _: o.try_acquire(), [False, True]),
+    "batch": (lambda: pr.Batch(2, 1, clock=lambda: 0.0), lambda o, _: len(o.add(1) or []), [0, 2]),
+    "breaker": (frontrun_half_open, lambda o, _: frontrun_permit(o), [False, True]),
+    "planted: check then act": (FrontrunCheckThenAct, lambda o, _: o.add(1), [False, True]),
+    "planted: two orders": (lambda: (threading.Lock(), threading.Lock()), frontrun_both, [True, True]),
+}
+for frontrun_name in ("bucket", "budget", "visited", "semaphore", "breaker"):
+    frontrun_make, frontrun_work, frontrun_out = FRONTRUN_CASES[frontrun_name]
+
+    def frontrun_unlocked(make: Callable[[], Any] = frontrun_make) -> Any:
+        thing = make()
+        thing._lock = FrontrunNoLock()
+        return thing
+
+    FRONTRUN_CASES[f"planted: {frontrun_name} without its lock"] = frontrun_unlocked, frontrun_work, frontrun_out
+
+
+def frontrun_main() -> None:
+    """Runs in a process of its own, under frontrun: it replaces the locks of the whole interpreter."""
+    import frontrun
+
+    found: dict[str, str | None] = {}
+    for name, (make, work, expected) in FRONTRUN_CASES.items():
+
+        def thread(state: tuple[Any, list[Any]], who: int, work: Callable[[Any, int], Any] = work) -> None:
+            state[1].append(work(state[0], who))
+
+        result = frontrun.explore(
+            setup=lambda make=make: (make(), []),
+            workers=[lambda state, thread=thread: thread(state, 0), lambda state, thread=thread: thread(state, 1)],
+            invariant=lambda state, expected=expected: sorted(state[1]) == expected,
+        )
+        found[name] = None if result.property_holds else "race" if "Race" in str(result.explanation) else "deadlock"
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def frontrun_found() -> Iterator[dict[str, str | None]]:
+    program = Path(sys.executable).with_name("frontrun")
+    code = f"import {__name__}; {__name__}.frontrun_main()"
+    done = subprocess.run(
+        [program, sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0, done.stderr
+    yield json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", FRONTRUN_CASES)
+def test_frontrun_proves_the_decisions_and_finds_the_planted(name: str, frontrun_found: dict[str, str | None]) -> None:
+    expected = ("deadlock" if "orders" in name else "race") if name.startswith("planted") else None
+    assert frontrun_found[name] == expected
 
 
 # ------------------------------------------------------------------------------------------------------------------
