@@ -10,7 +10,6 @@ mechanism           promise (and what is not promised)
 ``Semaphore``       at most ``permits`` holders; FIFO, nobody barges past a queue, a cancelled holder loses nothing.
 ``Channel``         a bounded FIFO between workers; what ``put`` accepted is delivered, exactly once, also after
                     ``close()``. Not promised: anything about items whose ``put`` had not returned yet.
-``SingleFlight``    one load at a time for each key, whoever asks; a failure is shared, a cancelled leader replaced.
 ``Visited``         of any number of workers that ask, exactly one is told that it is the first.
 ``fan_out``         an outcome for every call at the deadline; no task is left behind.
 ``WorkerPool``      every accepted item is handled once, errors or not; closing drains.
@@ -31,11 +30,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
+
+Clock = Callable[[], float]
+"""Returns monotonic seconds."""
+Rng = Callable[[], float]
+"""Returns a uniformly distributed number in [0, 1)."""
 
 
 class ChannelClosed(Exception):
@@ -487,140 +490,6 @@ class Channel(Generic[T]):
         with self._lock:
             putters, getters = len(self._not_full), len(self._not_empty)
             return ChannelStats(self.capacity, len(self._items), putters, getters, self._closed)
-
-    __repr__ = telling
-
-
-# -------------------------------------------------------------------------------------- single flight
-
-_LEAD: Any = object()
-"""What a follower is granted when the leader left without an answer: to load by itself."""
-
-
-class _Answer(NamedTuple):
-    value: Any = None
-    error: Exception | None = None
-    traceback: TracebackType | None = None
-
-
-class SingleFlightStats(NamedTuple):
-    flights: int
-    waiting: int
-    loads: int
-    shared: int
-
-
-class SingleFlight:
-    """One load for any number of callers that want the same key at the same time (Go's x/sync/singleflight).
-
-    The first caller leads: it runs its ``load`` in its own thread or task, without any lock. All who come for the key
-    meanwhile follow: they wait for the leader's answer, be it a value or an ``Exception``, which is raised in each.
-    A leader that is cancelled (or ends with any other ``BaseException``) says nothing about the key: it hands over to
-    the oldest follower, which runs its own ``load``. A load that asks for its own key waits for itself for ever.
-    Built on one lock, which guards the flights and their queues.
-    """
-
-    def __init__(self) -> None:
-        self._lock = new_lock("SingleFlight")
-        self._flights: dict[Hashable, _FairCondition] = {}
-        self._loads = self._shared = 0
-
-    def _board(self, key: Hashable, loop: asyncio.AbstractEventLoop | None) -> tuple[_FairCondition, _Waiter | None]:
-        with self._lock:
-            flight = self._flights.get(key)
-            if flight is not None:
-                return flight, flight.park(loop)
-            self._loads += 1
-            flight = self._flights[key] = _FairCondition()
-            return flight, None
-
-    def _land(self, key: Hashable, flight: _FairCondition, answer: _Answer | None) -> None:
-        """The leader ends: with an answer for all, or without one, and then the oldest follower leads."""
-        with self._lock:
-            if answer is None and flight.grant_oldest(_LEAD):
-                self._loads += 1
-                return
-            if self._flights.get(key) is flight:
-                del self._flights[key]
-            while flight.grant_oldest(answer):
-                self._shared += 1
-
-    def _desert(self, key: Hashable, flight: _FairCondition, waiter: _Waiter) -> None:
-        with self._lock:
-            flight.leave(waiter)
-            leads = waiter.granted and waiter.value is _LEAD
-            self._loads -= leads
-        if leads:
-            self._land(key, flight, None)
-
-    def _answer(self, waiter: _Waiter) -> Any:
-        answer, waiter.value = waiter.value, None
-        if answer.error is None:
-            return answer.value
-        try:  # the traceback of the load: else each of a thousand followers would lengthen it
-            raise answer.error.with_traceback(answer.traceback)
-        finally:
-            del answer
-
-    def do(self, key: Hashable, load: Callable[[], T]) -> T:
-        """The answer of the one load of ``key`` that is under way, or of ``load()``."""
-        flight, waiter = self._board(key, None)
-        if waiter is not None:
-            try:
-                waiter.block(None)
-            except BaseException:
-                self._desert(key, flight, waiter)
-                raise
-            if waiter.value is not _LEAD:
-                return self._answer(waiter)  # type: ignore[no-any-return]
-        answer = None
-        try:
-            value = load()
-            answer = _Answer(value)
-            return value
-        except Exception as error:
-            answer = _Answer(None, error, error.__traceback__)
-            raise
-        finally:
-            self._land(key, flight, answer)
-            del answer
-
-    async def do_async(self, key: Hashable, load: Callable[[], Awaitable[T]]) -> T:
-        """``do`` for tasks; threads and tasks may share a flight."""
-        flight, waiter = self._board(key, asyncio.get_running_loop())
-        if waiter is not None:
-            try:
-                await waiter.parked()
-            except BaseException:
-                self._desert(key, flight, waiter)
-                raise
-            if waiter.value is not _LEAD:
-                return self._answer(waiter)  # type: ignore[no-any-return]
-        answer = None
-        try:
-            value = await load()
-            answer = _Answer(value)
-            return value
-        except Exception as error:
-            answer = _Answer(None, error, error.__traceback__)
-            raise
-        finally:
-            self._land(key, flight, answer)
-            del answer
-
-    def forget(self, key: Hashable) -> None:
-        """Whoever comes from now on loads anew; those who follow already still get the old flight's answer."""
-        with self._lock:
-            self._flights.pop(key, None)
-
-    def loading(self, key: Hashable) -> bool:
-        with self._lock:
-            return key in self._flights
-
-    def stats(self) -> SingleFlightStats:
-        with self._lock:
-            waiting = sum(map(len, self._flights.values()))
-            return SingleFlightStats(len(self._flights), waiting, self._loads, self._shared)
 
     __repr__ = telling
 

@@ -71,6 +71,7 @@ from hypothesis.stateful import (
 )
 
 import bench
+import cache as ca
 import coordination as co
 import crawl_async
 import crawl_threads
@@ -4014,7 +4015,7 @@ def flight_lands_another(self: Any, key: Any, flight: Any, answer: Any) -> None:
 
 FLIGHT_PLANTED: dict[str, dict[str, Any]] = {
     "a failure is not shared": flight_lands(lambda answer: None if answer and answer.error else answer),
-    "a cancelled leader poisons": flight_lands(lambda answer: answer or co._Answer(None, FlightError("cancelled"))),
+    "a cancelled leader poisons": flight_lands(lambda answer: answer or ca._Answer(None, FlightError("cancelled"))),
     "a granted follower takes the lead along": {"_desert": lambda self, key, flight, waiter: flight.leave(waiter)},
     "a cancelled follower stays in the queue": {"_desert": lambda *_: None},
     "a forgotten flight ends its successor": {"_land": flight_lands_another},
@@ -5366,7 +5367,7 @@ def order_check_nothing_nests(pool_type: type[co.WorkerPool[Any]] = co.WorkerPoo
     """Every mechanism at work, for threads and tasks that wait for one another: no lock is taken under another."""
 
     async def main() -> None:
-        world, semaphore, channel, flight = PrimWorld(), co.Semaphore(1), co.Channel[int](1), co.SingleFlight()
+        world, semaphore, channel, flight = PrimWorld(), co.Semaphore(1), co.Channel[int](1), ca.SingleFlight()
         cache, bucket, budget = pr.TTLCache[int, Any](4, clock=world.clock), pr.TokenBucket(1e6), pr.RetryBudget(1.0)
         breaker = pr.CircuitBreaker("b", failures=1, reset=1.0, clock=world.clock)
         batch, visited = pr.Batch[int](2, 1.0), co.Visited[int]()
@@ -5723,7 +5724,7 @@ class TurnsClose(TurnsCase):
 class TurnsFlight(TurnsCase):
     """Three callers of one key; the first load ends like a killed thread, so another one must load."""
 
-    kind: type[co.SingleFlight] = co.SingleFlight
+    kind: type[ca.SingleFlight] = ca.SingleFlight
     kills = 1
 
     def __init__(self) -> None:
@@ -5818,7 +5819,7 @@ class TurnsItemLost(co.Channel[Any]):
         return len(self._items) <= self.capacity or bool(self._items.popleft())
 
 
-class TurnsPoisoned(co.SingleFlight):
+class TurnsPoisoned(ca.SingleFlight):
     """A killed leader takes its followers with it."""
 
     def _land(self, key: Any, flight: co._FairCondition, answer: Any) -> None:
