@@ -16,7 +16,7 @@ Not promised
 - The order of the rows: they come as they complete.
 - That the server's clock sees the bound exactly: the network may bunch what was sent apart.
 
-Locks: ``Frontier._lock`` guards the frontier's state, each bucket has its own below it (order: frontier -> bucket);
+Locks: ``Frontier._lock`` guards the frontier's state, each bucket and the visited set have theirs below it;
 ``Stats._lock`` guards the counts. None is held during I/O, parsing or user code. The one thread started here reads the
 list (``Crawl.feed``): it may be long, or a pipe that blocks; what the thread finds goes into the frontier at once.
 """

@@ -40,15 +40,17 @@ import random
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Generic, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 from cache import *  # noqa: F403  -- the names of the other two can be imported from here too
 from coordination import *  # noqa: F403
 from coordination import Clock, Rng, T, new_lock, telling
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
 """Which errors are meant: an exception type, several, or a predicate."""
@@ -699,46 +701,47 @@ class CircuitBreaker:
                     self._record(True, self._clock())
             self._tell()
 
+    def _guarded(self, function: Callable[..., T]) -> Callable[..., T]:
+        def guarded(*args: Any, **options: Any) -> T:
+            generation = self._unrecorded
+            if generation is None:
+                with self.permit():
+                    return function(*args, **options)
+            try:
+                return function(*args, **options)
+            except BaseException as error:
+                self._note_failure(error, generation)
+                raise
+
+        return guarded
+
+    def _guarded_async(self, function: Callable[..., Awaitable[T]]) -> Callable[..., Coroutine[Any, Any, T]]:
+        async def guarded(*args: Any, **options: Any) -> T:
+            generation = self._unrecorded
+            if generation is None:
+                with self.permit():
+                    return await function(*args, **options)
+            try:
+                return await function(*args, **options)
+            except BaseException as error:
+                self._note_failure(error, generation)
+                raise
+
+        return guarded
+
     def call(self, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
         """``function(*args, **options)``, or ``CircuitOpen``. Nothing is locked while it runs."""
-        generation = self._unrecorded
-        if generation is None:
-            with self.permit():
-                return function(*args, **options)
-        try:
-            return function(*args, **options)
-        except BaseException as error:
-            self._note_failure(error, generation)
-            raise
+        return self._guarded(function)(*args, **options)
 
     async def call_async(self, function: Callable[..., Awaitable[T]], /, *args: Any, **options: Any) -> T:
         """``call`` for a coroutine function: its failure is that of the coroutine, not of making one."""
-        generation = self._unrecorded
-        if generation is None:
-            with self.permit():
-                return await function(*args, **options)
-        try:
-            return await function(*args, **options)
-        except BaseException as error:
-            self._note_failure(error, generation)
-            raise
+        return await self._guarded_async(function)(*args, **options)
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self, function: F) -> F:
         """Decorate a ``def`` or an ``async def``: every call goes through ``call`` or ``call_async``."""
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-        if is_async:
-
-            @functools.wraps(function)
-            async def guarded_async(*args: Any, **options: Any) -> Any:
-                return await self.call_async(function, *args, **options)
-
-            return guarded_async
-
-        @functools.wraps(function)
-        def guarded(*args: Any, **options: Any) -> Any:
-            return self.call(function, *args, **options)
-
-        return guarded
+        guard: Any = self._guarded_async if is_async else self._guarded
+        return cast(F, functools.wraps(function)(guard(function)))
 
     def stats(self, now: float | None = None) -> CircuitBreakerStats:
         with self._lock:

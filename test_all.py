@@ -7611,6 +7611,18 @@ def test_an_async_on_result_sets_the_pace(web: Sandbox) -> None:
     assert 1 <= most <= 3
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_crawl_takes_its_locks_in_one_order(web: Sandbox, driver: str) -> None:
+    """Only the frontier's nests: below the condition of the workers, above the buckets and the visited set."""
+    urls = [web.url(f"/?order={n}", n % 8) for n in range(200)]
+    with pr.LockOrder() as order:
+        assert all(row.status == 200 for row in scrape(driver, urls, rate=10_000))
+    nested = {"Frontier": {"TokenBucket", "Visited"}}
+    if driver == "crawl_threads":
+        nested["Turns"] = {"Frontier", "TokenBucket"}
+    assert order.stats() == nested
+
+
 def test_a_cancelled_crawl_ends_at_once(web: Sandbox) -> None:
     async def main() -> None:
         urls = [web.url("/fault/never_answers?cancelled", host=7)]
