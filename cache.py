@@ -13,6 +13,10 @@ Both serve threads and tasks at the same time. Each has one lock, held for the d
 caller's, run without it, in the caller's thread or task. The cache asks its ``SingleFlight`` after it let go of its
 own lock, so the two are never nested. Nothing here starts a thread or a task: there is no sweeper, what is gone is
 dropped when it is looked up or when its place is needed; and what is stale is loaded by one of those who want it.
+
+Blocking verbs are for threads: ``do`` in the thread of an event loop, for a key that a task of this loop is loading,
+waits for ever. So does a load that asks for its own key. No lock here can be re-entered: a destructor or a signal
+handler that uses the object which was just being used waits for itself.
 """
 
 from __future__ import annotations
@@ -174,6 +178,15 @@ class Hit(NamedTuple, Generic[T]):
     refresh: bool
 
 
+class Keep(NamedTuple, Generic[T]):
+    """What a load may return instead of a bare value: how ``get_or_load`` is to ``put`` it."""
+
+    value: T
+    ttl: float | None = None
+    weight: float = 1.0
+    negative: bool = False
+
+
 class _Entry:
     __slots__ = ("cost", "fresh_until", "gone_at", "key", "put_at", "quiet_until", "stale_until", "value", "weight")
 
@@ -197,6 +210,8 @@ class TTLCacheStats(NamedTuple):
     hits: int
     misses: int
     evicted: int
+    failed: int
+    """Loads whose failure was covered up by an older value."""
 
 
 class TTLCache(Generic[K, T]):
@@ -246,14 +261,12 @@ class TTLCache(Generic[K, T]):
         self._entries: OrderedDict[K, _Entry] = OrderedDict()
         self._generations = [0] * 64  # by hash: of bounded size, and a key that shares one only loads once more
         self._weight = 0.0
-        self._hits = self._misses = self._evicted = 0
+        self._hits = self._misses = self._evicted = self._failed = 0
         self._flights = SingleFlight()
 
     def get(self, key: K, default: T | None = None) -> T | None:
         """The value while it is fresh, else ``default``."""
-        lock = self._lock
-        lock.acquire()  # ``with`` would take a third of the time of this method
-        try:
+        with self._lock:
             entry = self._entries.get(key)
             if entry is None or self._clock() >= entry.fresh_until:
                 self._misses += 1
@@ -261,8 +274,6 @@ class TTLCache(Generic[K, T]):
             self._entries.move_to_end(key)
             self._hits += 1
             return entry.value  # type: ignore[no-any-return]
-        finally:
-            lock.release()
 
     def lookup(self, key: K, now: float | None = None) -> Hit[T] | None:
         """What is known of ``key``, whatever its state; None if it is gone or never was."""
@@ -333,43 +344,70 @@ class TTLCache(Generic[K, T]):
         self._flights.forget(key)
         return entry is not None
 
+    def clear(self) -> None:
+        """``invalidate`` everything."""
+        with self._lock:
+            self._generations = [generation + 1 for generation in self._generations]
+            dropped, self._entries, self._weight = self._entries, OrderedDict(), 0.0
+            self._flights = SingleFlight()
+        dropped.clear()
+
     def defer(self, key: K, seconds: float, now: float | None = None) -> None:
         """Ask for no refresh of ``key`` for so long: its last one failed."""
         with self._lock:
             if (entry := self._entries.get(key)) is not None:
                 entry.quiet_until = (self._clock() if now is None else now) + seconds
 
-    def get_or_load(self, key: K, load: Callable[[], T]) -> T:
+    def get_or_load(self, key: K, load: Callable[[], T | Keep[T]]) -> T:
         """The value of ``key``, from ``load()`` if need be: one load at a time, its failure shared by all who wait.
 
         What is stale is loaded by one caller, while the others go on with it; if that fails, by nobody for the next
-        ``negative_ttl`` seconds. What is expired is the answer if loading fails.
+        ``negative_ttl`` seconds. What is expired is the answer if loading fails (``stats().failed`` counts that). A
+        load that wants another ttl, a weight, or a negative entry returns a ``Keep``.
         """
-        seen = self._entries.get(key)
+        with self._lock:  # the usual case: what follows costs three times as much
+            seen = self._entries.get(key)
+            if seen is not None and not (self.beta and seen.cost) and self._clock() < seen.fresh_until:
+                self._entries.move_to_end(key)
+                self._hits += 1
+                return seen.value  # type: ignore[no-any-return]
         hit = self.lookup(key)
         if hit is not None and not self._wants(key, hit):
             return hit.value
         try:
             return self._flights.do(key, lambda: self._load(key, load, seen))
         except Exception:
-            if hit is None:
+            if (spare := self._spare(key)) is None:
                 raise
-            self.defer(key, self.negative_ttl)
-            return hit.value
+            return spare.value  # type: ignore[no-any-return]
 
-    async def get_or_load_async(self, key: K, load: Callable[[], Awaitable[T]]) -> T:
+    async def get_or_load_async(self, key: K, load: Callable[[], Awaitable[T | Keep[T]]]) -> T:
         """``get_or_load`` for tasks."""
-        seen = self._entries.get(key)
+        with self._lock:  # the usual case: what follows costs three times as much
+            seen = self._entries.get(key)
+            if seen is not None and not (self.beta and seen.cost) and self._clock() < seen.fresh_until:
+                self._entries.move_to_end(key)
+                self._hits += 1
+                return seen.value  # type: ignore[no-any-return]
         hit = self.lookup(key)
         if hit is not None and not self._wants(key, hit):
             return hit.value
         try:
             return await self._flights.do_async(key, lambda: self._load_async(key, load, seen))
         except Exception:
-            if hit is None:
+            if (spare := self._spare(key)) is None:
                 raise
-            self.defer(key, self.negative_ttl)
-            return hit.value
+            return spare.value  # type: ignore[no-any-return]
+
+    def _spare(self, key: K) -> _Entry | None:
+        """What may be served now that loading failed: windows and ``invalidate`` went on while it ran."""
+        with self._lock:
+            entry, now = self._entries.get(key), self._clock()
+            if entry is None or now >= entry.gone_at:
+                return None
+            entry.quiet_until = now + self.negative_ttl
+            self._failed += 1
+            return entry
 
     def _wants(self, key: K, hit: Hit[T]) -> bool:
         return hit.refresh and (hit.state == "expired" or not self._flights.loading(key))
@@ -382,27 +420,37 @@ class TTLCache(Generic[K, T]):
                 return None
             return entry if now < entry.quiet_until or (entry is not seen and now < entry.fresh_until) else None
 
-    def _load(self, key: K, load: Callable[[], T], seen: _Entry | None) -> T:
+    def _load(self, key: K, load: Callable[[], T | Keep[T]], seen: _Entry | None) -> T:
         if (entry := self._loaded_meanwhile(key, seen)) is not None:
             return entry.value  # type: ignore[no-any-return]
         generation, started = self.generation(key), self._clock()
-        value = load()
-        self.put(key, value, cost=self._clock() - started, generation=generation)
-        return value
+        return self._kept(key, load(), started, generation)
 
-    async def _load_async(self, key: K, load: Callable[[], Awaitable[T]], seen: _Entry | None) -> T:
+    async def _load_async(self, key: K, load: Callable[[], Awaitable[T | Keep[T]]], seen: _Entry | None) -> T:
         if (entry := self._loaded_meanwhile(key, seen)) is not None:
             return entry.value  # type: ignore[no-any-return]
         generation, started = self.generation(key), self._clock()
-        value = await load()
-        self.put(key, value, cost=self._clock() - started, generation=generation)
+        return self._kept(key, await load(), started, generation)
+
+    def _kept(self, key: K, loaded: T | Keep[T], started: float, generation: int) -> T:
+        keep = loaded if isinstance(loaded, Keep) else Keep(loaded)
+        cost = self._clock() - started
+        value, ttl, weight, negative = keep
+        self.put(key, value, ttl=ttl, weight=weight, negative=negative, cost=cost, generation=generation)
         return value
 
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: object) -> bool:
+        """Whether ``key`` is there and fresh; changes nothing."""
+        with self._lock:
+            entry = self._entries.get(key)  # type: ignore[arg-type]
+            return entry is not None and self._clock() < entry.fresh_until
+
     def stats(self) -> TTLCacheStats:
         with self._lock:
-            return TTLCacheStats(len(self._entries), self._weight, self._hits, self._misses, self._evicted)
+            counts = self._hits, self._misses, self._evicted, self._failed
+            return TTLCacheStats(len(self._entries), self._weight, *counts)
 
     __repr__ = telling

@@ -556,8 +556,9 @@ async def hedged(call: Callable[[], Awaitable[T]], delay: float, budget: Budget 
     """
     if budget is not None:
         budget.request()
-    first = asyncio.ensure_future(_awaited(call))
+    first = task = asyncio.ensure_future(_awaited(call))
     tasks = [first]
+    done = pending = set(tasks)
     try:
         done, _ = await asyncio.wait(tasks, timeout=delay)
         if not done and (budget is None or budget.try_retry()):
@@ -570,7 +571,10 @@ async def hedged(call: Callable[[], Awaitable[T]], delay: float, budget: Budget 
                     return task.result()
         return await first
     finally:
-        await _end(tasks)
+        try:
+            await _end(tasks)
+        finally:
+            del first, tasks, done, pending, task
 
 
 async def fan_out(
@@ -608,6 +612,7 @@ async def fan_out(
             outcome = Outcome[T]("error", None, error, clock() - started)
         if not over:
             outcomes[name] = outcome
+        del outcome  # the error's traceback holds this frame
 
     over = False
     tasks = [asyncio.ensure_future(run(name, call)) for name, call in calls.items()]
@@ -618,7 +623,9 @@ async def fan_out(
         over = True
         await _end(tasks)
     late = Outcome[T]("timeout", None, None, clock() - started)
-    return {name: outcomes.get(name, late) for name in calls}
+    answer = {name: outcomes.get(name, late) for name in calls}
+    outcomes.clear()  # the frames of the errors hold it
+    return answer
 
 
 async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
@@ -661,7 +668,7 @@ class WorkerPool(Generic[T]):
     one that died would leave the others with its share, and at the end a queue that nobody empties.
     Leaving the block drains: what was accepted is handled. ``close(timeout)`` gives up after ``timeout`` seconds and
     returns False; threads then end after the item in hand (leaving the block does not wait for them again), tasks are
-    cancelled, and ``stats().queued`` items are left.
+    cancelled, and ``stats().queued`` items are left. A cancelled ``async with`` block does not drain.
     """
 
     def __init__(self, handle: Callable[[T], Any], workers: int, capacity: int | None = None) -> None:
@@ -698,10 +705,12 @@ class WorkerPool(Generic[T]):
         async for item in self._channel:
             try:
                 await self._handle(item)
-            except (Exception, asyncio.CancelledError) as error:
+            except (GeneratorExit, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:
+                self._done(item, error)
                 if isinstance(error, asyncio.CancelledError) and self._cancelled():
                     raise
-                self._done(item, error)
             else:
                 self._done(item, None)
             if self._cancelled():
@@ -743,11 +752,14 @@ class WorkerPool(Generic[T]):
         self._tasks += [asyncio.ensure_future(self._work_async()) for _ in range(self._workers)]
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.close_async()
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        cancelled = kind is not None and issubclass(kind, asyncio.CancelledError)
+        await self.close_async(0.0 if cancelled else None)
 
     async def close_async(self, timeout: float | None = None) -> bool:
         """``close`` for tasks; those that are not done in time are cancelled and awaited."""
+        if asyncio.current_task() in self._tasks:
+            raise RuntimeError("a worker cannot wait for its own pool to end")
         self._channel.close()
         try:
             pending = (await asyncio.wait(self._tasks, timeout=timeout))[1] if self._tasks else set()

@@ -1343,6 +1343,15 @@ def test_prim_retry_gives_up_with_the_users_own_error_and_its_history(prim_retry
     assert error.__cause__ is None
 
 
+def test_prim_retry_survives_an_error_that_cannot_be_shown(prim_retry: PrimRetry) -> None:
+    class Mute(OSError):
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    _, error = prim_retry(PrimFlaky(Mute(), Mute()), PrimWorld(), on=OSError, policy=pr.RetryPolicy(2))
+    assert type(error) is Mute and error.__notes__ == ["retry: gave up after 2 attempts: Mute; Mute"]
+
+
 def test_prim_retry_history_is_bounded(prim_retry: PrimRetry) -> None:
     flaky = PrimFlaky(*(OSError(str(k)) for k in range(40)))
     _, error = prim_retry(flaky, PrimWorld(), on=OSError, policy=pr.RetryPolicy(attempts=30, base=0.0))
@@ -3330,10 +3339,10 @@ def test_cache_and_flight_tell_of_themselves() -> None:
     cache.put("a", 1, weight=2.5)
     before = cache.stats()
     assert (cache.get("a"), cache.get("b", 7), cache.lookup("c"), cache.put("b", 2)) == (1, 7, None, True)
-    assert (before, cache.stats()) == (pr.TTLCacheStats(1, 2.5, 0, 0, 0), pr.TTLCacheStats(1, 1.0, 1, 2, 1))
+    assert (before, cache.stats()) == (pr.TTLCacheStats(1, 2.5, 0, 0, 0, 0), pr.TTLCacheStats(1, 1.0, 1, 2, 1, 0))
     with pytest.raises(AttributeError):
         before.hits = 5  # type: ignore[misc]
-    assert repr(cache) == "<TTLCache entries=1 weight=1 hits=1 misses=2 evicted=1>"
+    assert repr(cache) == "<TTLCache entries=1 weight=1 hits=1 misses=2 evicted=1 failed=0>"
     flights = pr.SingleFlight()
     assert flights.do("key", flights.stats) == pr.SingleFlightStats(1, 0, 1, 0)
     assert repr(flights) == "<SingleFlight flights=0 waiting=0 loads=1 shared=0>"
@@ -4033,6 +4042,64 @@ def test_flight_a_planted_bug_is_found(planted: str) -> None:
         flight_check_walk(type("Planted", (pr.SingleFlight,), FLIGHT_PLANTED[planted]), PRIM_HUNT)
 
 
+@pytest.mark.parametrize("shell", ["threads", "tasks"])
+def test_cache_serves_no_value_whose_window_ended_while_loading(shell: str) -> None:
+    world = PrimWorld(0.0)
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10, stale_if_error=10, negative_ttl=3, clock=world.clock)
+
+    def ask(load: Callable[[], Any]) -> Any:
+        async def load_async() -> Any:
+            return load()
+
+        if shell == "threads":
+            return cache.get_or_load("key", load)
+        return prim_run(cache.get_or_load_async("key", load_async))
+
+    def fail(seconds: float, then: Callable[[str], object] = bool) -> Callable[[], int]:
+        def load() -> int:
+            world.now += seconds
+            then("key")
+            raise OSError
+
+        return load
+
+    assert ask(lambda: 1) == 1
+    world.now = 12.0
+    assert ask(fail(7.0)) == 1  # at 19, within its window
+    assert ask(fail(0.0)) == 1 and world.now == 19.0  # not tried again for three seconds
+    assert cache.stats().failed == 1
+    for then in (bool, cache.invalidate):
+        world.now, _ = 100.0, cache.put("key", 1, now=85.0)
+        with pytest.raises(OSError):
+            ask(fail(10.0 if then is bool else 0.0, then))
+    assert "key" not in cache
+
+
+@pytest.mark.parametrize("shell", ["threads", "tasks"])
+def test_cache_keeps_what_is_loaded_as_the_load_says(shell: str) -> None:
+    world = PrimWorld(0.0)
+    cache: pr.TTLCache[str, str | None] = pr.TTLCache(ttl=10, negative_ttl=3, maxweight=5, clock=world.clock)
+
+    def ask(key: str, kept: Any) -> str | None:
+        async def load() -> Any:
+            return kept
+
+        return (
+            cache.get_or_load(key, lambda: kept) if shell == "threads" else prim_run(cache.get_or_load_async(key, load))
+        )
+
+    assert ask("a", ca.Keep(None, negative=True)) is None
+    assert ask("b", ca.Keep("long", ttl=100)) == "long"
+    assert ("a" in cache, "b" in cache, "c" in cache) == (True, True, False)
+    world.now = 3.0
+    assert ("a" in cache, "b" in cache) == (False, True)
+    assert ask("c", ca.Keep("heavy", weight=6)) == "heavy" and "c" not in cache
+    assert ask("d", ca.Keep("filling", weight=5)) == "filling" and len(cache) == 1
+    started = cache.generation("b")
+    cache.clear()
+    assert (len(cache), cache.stats().weight, cache.put("b", "late", generation=started)) == (0, 0.0, False)
+
+
 # ------------------------------------------------------------------------------------- circuit breaker: row by row
 #
 # A table is its options, and rows of "time event expected". The events ok, fail and ignore ask for a permit and settle
@@ -4586,10 +4653,74 @@ def test_breaker_a_planted_bug_is_found(name: str) -> None:
 
     def planted(self: pr.CircuitBreaker, *args: Any, **options: Any) -> Any:
         real = functools.partial(getattr(pr.CircuitBreaker, method), self)
+        options.pop("now", None)  # not given here
         return replacement(self, real, *args, *options.values())
 
     with pytest.raises(AssertionError):
         breaker_check(type("Planted", (pr.CircuitBreaker,), {method: planted}), PRIM_HUNT)
+
+
+def test_breaker_takes_the_callers_clock_all_the_way() -> None:
+    breaker = pr.CircuitBreaker("b", failures=1, slow=5.0, reset=30, rng=lambda: 0.0)
+    breaker.permit(now=1.0).success(now=5.75)
+    assert breaker.state == "closed"
+    breaker.permit(now=1.0).failure(now=2.0)
+    assert breaker.stats(now=3.0).retry_after == 29.0
+
+
+def test_breaker_opens_by_ratio_alone_and_remembers_no_longer_than_its_window() -> None:
+    breaker = pr.CircuitBreaker("b", failures=None, ratio=0.5, minimum=4, window=10)
+    for now in range(0, 100, 5):
+        breaker.permit(now).failure(now)
+    assert breaker.stats(95.0)[:3] == ("b", "closed", 0)  # never four calls in ten seconds
+    assert not breaker._failures
+    for _ in range(3):
+        breaker.permit(100.0).failure(100.0)
+    assert breaker.stats(100.0).state == "open"
+    breaker = pr.CircuitBreaker("b", failures=1000, window=10)
+    for now in range(100):
+        breaker.permit(now).failure(now)
+    assert len(breaker._failures) == 10
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_breaker_does_not_take_the_making_of_a_coroutine_for_success(recorded: bool) -> None:
+    breaker = pr.CircuitBreaker("b", failures=1, ratio=0.5 if recorded else None)
+
+    async def fetch() -> None:
+        raise AssertionError("never run")
+
+    @breaker
+    @functools.wraps(fetch)
+    def traced() -> Any:
+        return fetch()
+
+    with pytest.raises(TypeError, match="call_async"):
+        asyncio.run(traced())
+    assert breaker.state == "open"
+    for generator in (lambda: (yield), breaker_generator):
+        with pytest.raises(TypeError, match="generator"):
+            breaker(generator)
+
+
+async def breaker_generator() -> AsyncIterator[None]:
+    yield
+
+
+def test_breaker_probe_whose_predicate_raises_gives_its_place_back() -> None:
+    world = PrimWorld()
+
+    def on(error: BaseException) -> bool:
+        if world.now > 1005:
+            raise ZeroDivisionError
+        return True
+
+    breaker = pr.CircuitBreaker("b", failures=1, reset=10, on=on, clock=world.clock, rng=lambda: 0.0)
+    for expected in (OSError, ZeroDivisionError, ZeroDivisionError):
+        with pytest.raises(expected), breaker.permit():
+            raise OSError
+        world.now = 1010.0
+    assert breaker.state == "half_open" and breaker.stats().refused == 0
 
 
 # ------------------------------------------------------------------------------------ circuit breaker: many threads
@@ -5083,16 +5214,77 @@ def test_pool_gives_up_on_a_stuck_handler(kind: str) -> None:
             await shell.submit(pool, *range(5))
             await shell.until(lambda: len(shell.begun) == 2)
             assert await shell.close(pool, 0.0 if shell.threads else 0.3) is False
-            assert pool.stats() == (2, 3, 0, 0)
+            cut = 0 if shell.threads else 2  # a task that is cut off says so: its item is among the errors
+            assert pool.stats() == (2, 3, cut, cut)
+            errors = sorted((item, type(error)) for item, error in pool.errors)
+            assert errors == [(item, asyncio.CancelledError) for item in range(cut)]
             assert shell.threads or fan_now() == 0.3
             shell.open_gate()
             await shell.until(lambda: not any(thread.is_alive() for thread in pool._threads))
             how = "done" if shell.threads else "cancelled"  # a thread ends after the item in hand
             assert sorted(shell.ended) == [(0, how), (1, how)]
             assert await shell.close(pool) is False  # nobody is left to handle the rest
-            assert pool.stats() == (2, 3, 2 if shell.threads else 0, 0)
+            assert pool.stats() == (2, 3, 2, cut)
 
     shell.run(main())
+
+
+def test_pool_of_tasks_survives_what_is_no_exception_and_ends_with_its_block() -> None:
+    class Stop(BaseException):
+        pass
+
+    async def stop(item: int) -> None:
+        raise Stop
+
+    async def leave(item: int) -> None:
+        await pools[0].close_async()
+
+    async def linger(item: int) -> None:
+        await asyncio.sleep(0.25)
+
+    async def main() -> None:
+        async with pr.WorkerPool(stop, 2) as pool:
+            for item in range(20):
+                await pool.submit_async(item)
+        assert pool.stats() == (2, 0, 20, 20)
+        pools.append(pool := pr.WorkerPool(leave, 1))
+        async with pool:
+            await pool.submit_async(0)
+        assert "its own pool" in str(pool.errors[0][1])
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0), pr.WorkerPool(linger, 1, 100) as pool:
+                for item in range(20):
+                    await pool.submit_async(item)
+                await asyncio.sleep(9)
+        assert fan_now() == 1.0
+        assert pool.stats().queued + pool.stats().handled == 20
+
+    pools: list[pr.WorkerPool[int]] = []
+    fan_run(main())
+
+
+@pytest.mark.parametrize("hedge", [None, 9.0])
+def test_fan_out_leaves_no_cycle(hedge: float | None) -> None:
+    async def fail() -> None:
+        raise FanError
+
+    async def main() -> None:
+        gc.collect()
+        gc.disable()
+        try:
+            answer = await pr.fan_out({"a": fail}, 1.0, hedge=hedge)
+            error = weakref.ref(answer["a"].error)
+            assert error() is not None
+            del answer
+            assert error() is None
+        finally:
+            gc.enable()
+
+    asyncio.run(main())
+
+
+class FanError(Exception):
+    pass
 
 
 def test_pool_whose_closing_is_cancelled_ends_its_tasks() -> None:
