@@ -4610,7 +4610,7 @@ def breaker_check(kind: type[pr.CircuitBreaker], effort: settings = PRIM_SETTING
 
 
 def test_breaker_is_its_model() -> None:
-    breaker_check(pr.CircuitBreaker, settings(PRIM_SETTINGS, max_examples=150, stateful_step_count=40))
+    breaker_check(pr.CircuitBreaker, settings(PRIM_SETTINGS, max_examples=80, stateful_step_count=40))
 
 
 def breaker_put(target: object, **fields: Any) -> bool:
@@ -5261,6 +5261,18 @@ def test_pool_of_tasks_survives_what_is_no_exception_and_ends_with_its_block() -
 
     pools: list[pr.WorkerPool[int]] = []
     fan_run(main())
+
+
+def test_pool_worker_that_is_thrown_away_keeps_no_item() -> None:
+    async def hang(item: int) -> None:
+        await asyncio.sleep(0)
+
+    pool = pr.WorkerPool(hang, 1)
+    pool.submit(7)
+    worker = pool._work_async()
+    worker.send(None)
+    worker.close()
+    assert pool.stats() == (1, 0, 0, 0)
 
 
 @pytest.mark.parametrize("hedge", [None, 9.0])
