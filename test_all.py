@@ -79,6 +79,7 @@ import html_parse
 import primitives as pr
 import sandbox
 import sandbox as sb
+import sandbox_faults as sf
 from bench_peers import PARSERS
 from crawl_cli import (
     EXIT_INTERRUPTED,
@@ -110,7 +111,8 @@ from crawl_core import (
 )
 from crawl_net import BodyDecoder, ProxyRule, Resolver
 from html_parse import Page, parse_page
-from sandbox import FAULTS, Sandbox, status_expect
+from sandbox import Sandbox
+from sandbox_faults import FAULTS, status_expect
 
 # ---------------------------------------------------------------------------------------------------------------------
 # primitives.py: Retry-After, token bucket, retry, semaphore, channel
@@ -8209,7 +8211,7 @@ def test_sandbox_site_paths(internet: sb.Sandbox) -> None:
 def test_sandbox_head_has_the_headers_of_get(internet: sb.Sandbox) -> None:
     for target in ("/", "/nowhere", "/fault/gzip", "/status/404", "/status/204", "/fault/image"):
         whole, head = sandbox_talk(internet, target)[0], sandbox_talk(internet, target, method="HEAD")[0]
-        assert head == sb.only_head(whole)
+        assert head == sf.only_head(whole)
     assert sandbox_talk(internet, "/status/103", method="HEAD")[0].count(b"\r\n\r\n") == 2
 
 
@@ -8274,7 +8276,7 @@ def test_sandbox_latency_delays_one_host_and_not_another() -> None:
 
 # --- the catalogue ---
 
-SANDBOX_HEAD = len(sb.HTML)
+SANDBOX_HEAD = len(sf.HTML)
 # How each entry ends on the wire (for "silence": after how many bytes at least), and what its bytes look like.
 SANDBOX_WIRE: dict[str, tuple[str | int, str]] = {
     "ok": ("eof", r"HTTP/1.1 200 OK\r\n.*<title>ok</title>.*</a>"),
@@ -8332,15 +8334,15 @@ SANDBOX_BAD_LENGTH = {"resets_in_body", "junk_after", "short_body", "extra_bytes
 
 def test_sandbox_every_entry_is_tested() -> None:
     others = {
-        name for name in sb.FAULTS if name not in SANDBOX_WIRE and not name.startswith(tuple(SANDBOX_ELSEWHERE.split()))
+        name for name in sf.FAULTS if name not in SANDBOX_WIRE and not name.startswith(tuple(SANDBOX_ELSEWHERE.split()))
     }
-    assert others == set() and SANDBOX_WIRE.keys() <= sb.FAULTS.keys()
+    assert others == set() and SANDBOX_WIRE.keys() <= sf.FAULTS.keys()
     kinds = set(SANDBOX_KINDS.split())
-    for name, entry in sb.FAULTS.items():
+    for name, entry in sf.FAULTS.items():
         assert entry.name == name and entry.about and set(entry.expect) <= kinds and entry.expect
         assert entry.path == (f"/fault/{name}" if name != "status" else "/status/404")
         assert entry.needs_retry == 0 or entry.expect == ("http",)
-        assert f"\n{name} " in sb.catalogue()
+        assert f"\n{name} " in sf.catalogue()
 
 
 def test_sandbox_entries_on_the_wire(internet: sb.Sandbox) -> None:
@@ -8348,7 +8350,7 @@ def test_sandbox_entries_on_the_wire(internet: sb.Sandbox) -> None:
         end = SANDBOX_WIRE[name][0]
         promised = end if isinstance(end, int) else 1 << 60
         limit = 3_000_000 if end == "limit" else 1 << 60
-        return sandbox_talk(internet, sb.FAULTS[name].path, promised=promised, limit=limit)
+        return sandbox_talk(internet, sf.FAULTS[name].path, promised=promised, limit=limit)
 
     with ThreadPoolExecutor(8) as pool:
         for name, (data, end) in zip(SANDBOX_WIRE, pool.map(ask, SANDBOX_WIRE), strict=True):
@@ -8365,8 +8367,8 @@ def test_sandbox_entries_on_the_wire(internet: sb.Sandbox) -> None:
 
 
 def test_sandbox_drips_byte_by_byte() -> None:
-    good = sb.reply(sb.simple("x"))
-    steps = list(sb.drip(good))
+    good = sf.reply(sf.simple("x"))
+    steps = list(sf.drip(good))
     assert b"".join(step for step in steps if isinstance(step, bytes)) == good
     assert steps[1::2] == [1.0] * len(good) and {len(step) for step in steps[::2] if isinstance(step, bytes)} == {1}
 
@@ -8388,7 +8390,7 @@ def test_sandbox_kept_connections_that_go_bad(internet: sb.Sandbox) -> None:
                 data += b""
         return data, len(internet.requests_for(f"/fault/{name}?reused"))
 
-    assert twice("closes_on_reuse") == (sb.reply(sb.simple("closes_on_reuse")), 2)
+    assert twice("closes_on_reuse") == (sf.reply(sf.simple("closes_on_reuse")), 2)
     data, asked = twice("closes_keepalive")
     assert asked == 1 and sandbox_split(data)[1]["connection"] == "keep-alive"
 
@@ -8404,7 +8406,7 @@ def test_sandbox_content_encodings(internet: sb.Sandbox) -> None:
                 unpack[label] = importlib.import_module(module).decompress
             except ImportError:
                 continue
-        assert (name in sb.FAULTS) == (label in unpack) == (f"{name}_bomb" in sb.FAULTS)
+        assert (name in sf.FAULTS) == (label in unpack) == (f"{name}_bomb" in sf.FAULTS)
 
     def body(name: str) -> tuple[str, bytes]:
         status, headers, data = sandbox_split(sandbox_talk(internet, f"/fault/{name}")[0])
@@ -8412,11 +8414,11 @@ def test_sandbox_content_encodings(internet: sb.Sandbox) -> None:
         return headers["content-encoding"], data
 
     for name, label in {"gzip": "gzip", "deflate_zlib": "deflate", "brotli": "br", "zstd": "zstd"}.items():
-        if name in sb.FAULTS:
+        if name in sf.FAULTS:
             said, data = body(name)
-            assert said == label and unpack[label](data) == sb.simple(name)
+            assert said == label and unpack[label](data) == sf.simple(name)
     for name in ("brotli", "zstd"):
-        if name in sb.FAULTS:
+        if name in sf.FAULTS:
             said, data = body(f"{name}_bomb")
             assert unpack[said](data) == bytes(32 << 20) and len(data) < 100_000
             with pytest.raises(Exception, match=r"."):
@@ -8424,23 +8426,23 @@ def test_sandbox_content_encodings(internet: sb.Sandbox) -> None:
             with pytest.raises(Exception, match=r"."):
                 unpack[said](body(f"{name}_cut")[1])
     said, data = body("gzip_twice")
-    assert said == "gzip, gzip" and gzip.decompress(gzip.decompress(data)) == sb.simple("gzip_twice")
-    assert zlib.decompress(body("deflate_raw")[1], wbits=-15) == sb.simple("deflate_raw")
-    assert body("plain_as_gzip") == ("gzip", sb.simple("plain_as_gzip"))
-    assert body("unknown_encoding") == ("x-unheard-of", sb.simple("unknown_encoding"))
+    assert said == "gzip, gzip" and gzip.decompress(gzip.decompress(data)) == sf.simple("gzip_twice")
+    assert zlib.decompress(body("deflate_raw")[1], wbits=-15) == sf.simple("deflate_raw")
+    assert body("plain_as_gzip") == ("gzip", sf.simple("plain_as_gzip"))
+    assert body("unknown_encoding") == ("x-unheard-of", sf.simple("unknown_encoding"))
     with pytest.raises(zlib.error):
         gzip.decompress(body("gzip_broken")[1])
     for name in ("gzip_cut", "gzip_no_trailer"):
         with pytest.raises(EOFError):
             gzip.decompress(body(name)[1])
-    assert zlib.decompressobj(31).decompress(body("gzip_no_trailer")[1]) == sb.simple("gzip_no_trailer")
+    assert zlib.decompressobj(31).decompress(body("gzip_no_trailer")[1]) == sf.simple("gzip_no_trailer")
     stream = zlib.decompressobj(31)
-    assert stream.decompress(body("gzip_junk_after")[1]) == sb.simple("gzip_junk_after")
+    assert stream.decompress(body("gzip_junk_after")[1]) == sf.simple("gzip_junk_after")
     assert stream.eof and stream.unused_data == b"garbage"
 
 
 def test_sandbox_gzip_bomb_is_a_valid_gzip(internet: sb.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sb, "BOMB_BYTES", 64 << 20)
+    monkeypatch.setattr(sf, "BOMB_BYTES", 64 << 20)
     _, headers, data = sandbox_split(sandbox_talk(internet, "/fault/gzip_bomb")[0])
     assert gzip.decompress(data) == bytes(64 << 20) and headers["content-length"] == str(len(data))
 
@@ -8473,7 +8475,7 @@ def test_sandbox_redirects(internet: sb.Sandbox) -> None:
 
 def test_sandbox_entries_that_fail_at_first(internet: sb.Sandbox) -> None:
     ago = time.time()
-    for name, entry in sb.FAULTS.items():
+    for name, entry in sf.FAULTS.items():
         if not entry.needs_retry:
             continue
         url = internet.fault_url(name, key="a").removeprefix(internet.url(""))
@@ -8502,11 +8504,11 @@ def test_sandbox_entries_that_fail_at_first(internet: sb.Sandbox) -> None:
 def test_sandbox_http_dates_are_those_of_the_rfc(t: int) -> None:
     weekday, day, month, year, clock, _ = email.utils.formatdate(t, usegmt=True).split()
     full = {"Tue,": "Tuesday,", "Wed,": "Wednesday,", "Thu,": "Thursday,", "Sat,": "Saturday,"}
-    assert sb.http_date("imf", t) == f"{weekday} {day} {month} {year} {clock} GMT"
-    assert sb.http_date("rfc850", t) == (
+    assert sf.http_date("imf", t) == f"{weekday} {day} {month} {year} {clock} GMT"
+    assert sf.http_date("rfc850", t) == (
         f"{full.get(weekday, weekday[:-1] + 'day,')} {day}-{month}-{year[2:]} {clock} GMT"
     )
-    assert sb.http_date("asctime", t) == f"{weekday[:-1]} {month} {int(day):2} {clock} {year}"
+    assert sf.http_date("asctime", t) == f"{weekday[:-1]} {month} {int(day):2} {clock} {year}"
 
 
 def test_sandbox_every_status(internet: sb.Sandbox) -> None:
@@ -8527,7 +8529,7 @@ def test_sandbox_every_status(internet: sb.Sandbox) -> None:
             assert body == b"" and "content-length" not in headers
         else:
             assert headers["content-length"] == str(len(body)) and bool(body) == (code != 205)
-        assert ("http" in sb.status_expect(code)) == (code >= 300 or code == 101)
+        assert ("http" in sf.status_expect(code)) == (code >= 300 or code == 101)
     for bad in ("99", "600", "999", "abc", "2000", "²00", ""):
         assert sandbox_split(sandbox_talk(internet, f"/status/{bad}")[0])[0] == 404
 
@@ -8535,11 +8537,11 @@ def test_sandbox_every_status(internet: sb.Sandbox) -> None:
 def test_sandbox_charsets(internet: sb.Sandbox) -> None:
     codecs = {"windows_1251": "cp1251", "shift_jis": "shift_jis", "gb18030": "gb18030", "utf_16": "utf-16"}
     codecs |= {"missing": "cp1252", "unknown": "ascii", "wrong": "cp1252"}
-    assert {f"charset_{name}" for name in codecs} == {name for name in sb.FAULTS if name.startswith("charset")}
+    assert {f"charset_{name}" for name in codecs} == {name for name in sf.FAULTS if name.startswith("charset")}
     for name, codec in codecs.items():
         _, headers, body = sandbox_split(sandbox_talk(internet, f"/fault/charset_{name}")[0])
         title = body.decode(codec).removeprefix("<title>").removesuffix("</title>")
-        assert title == (sb.FAULTS[f"charset_{name}"].title or "Café")
+        assert title == (sf.FAULTS[f"charset_{name}"].title or "Café")
         label = headers["content-type"].partition("charset=")[2].replace("-", "_")
         assert label == {"utf_16": "", "missing": "", "unknown": "klingon", "wrong": "utf_8"}.get(name, name)
         if name in ("missing", "wrong"):
@@ -8609,7 +8611,7 @@ def test_sandbox_holds_back_what_comes_before_tls_is_ready() -> None:
         setattr(connection.loop, "start_tls", start_tls)  # noqa: B010
         connection.handshake = asyncio.ensure_future(connection._start_tls(ssl.create_default_context()))
         await connection.handshake
-        assert plain.written == [] and encrypted.written == [sb.reply(sb.simple("ok"))]
+        assert plain.written == [] and encrypted.written == [sf.reply(sf.simple("ok"))]
 
     asyncio.run(scenario())
 
@@ -8694,7 +8696,7 @@ def test_sandbox_stops_whatever_hangs(encrypted: bool, caplog: pytest.LogCapture
             sock = socket.create_connection((sandbox.hosts[host], sandbox.port), PATIENCE)
             if contexts:
                 sock = contexts[1].wrap_socket(sock, server_hostname=sandbox.hosts[host])
-            sock.sendall(f"GET {sb.FAULTS[name].path} HTTP/1.1\r\n\r\n".encode())
+            sock.sendall(f"GET {sf.FAULTS[name].path} HTTP/1.1\r\n\r\n".encode())
             sockets.append(sock)
         # Connected, but silent: idle, or in the middle of a handshake.
         sockets += [socket.create_connection((host, sandbox.port), PATIENCE) for host in sandbox.hosts * 3]
@@ -8802,7 +8804,7 @@ def test_sandbox_command_explains_itself(tmp_path: Path) -> None:
     with sandbox_command("--list") as listing, sandbox_command("--help") as about:
         table = listing.communicate(timeout=PATIENCE)[0].splitlines()
         text = about.communicate(timeout=PATIENCE)[0]
-    assert len(table) == len(sb.FAULTS) + 1 and (listing.returncode, about.returncode) == (0, 0)
+    assert len(table) == len(sf.FAULTS) + 1 and (listing.returncode, about.returncode) == (0, 0)
     assert all(line in text for line in table) and "examples:" in text
     with sb.Sandbox(hosts=1) as sandbox:
         wrong = (
