@@ -29,6 +29,7 @@ import errno
 import functools
 import ipaddress
 import itertools
+import json
 import os
 import random
 import re
@@ -43,7 +44,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, cast
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, urlencode
 
 from sandbox_faults import (
     CLOSE,
@@ -183,6 +184,44 @@ def site(request: Request) -> bytes:
 
 
 route("/robots.txt")(lambda request: reply(b"User-agent: *\nAllow: /\n", kind="text/plain"))
+
+
+# --- Upstream APIs ---------------------------------------------------------------------------------------------------
+
+
+def api(request: Request, data: object) -> bytes:
+    """A good JSON answer; `serial` counts the requests of this URL, so that a client can tell a cached one."""
+    serial = request.sandbox._count(request.host, request.target)
+    return reply(json.dumps({"serial": serial, **cast(dict[str, object], data)}).encode(), kind="application/json")
+
+
+@route("/api/weather")
+def weather(request: Request) -> bytes:
+    city = parse_qs(request.target.partition("?")[2]).get("city", ["nowhere"])[0]
+    rng = random.Random(city)
+    return api(request, {"city": city, "temperature": round(rng.uniform(-10, 35), 1), "wind": rng.randrange(90)})
+
+
+@route("/api/rates/")
+def rates(request: Request) -> bytes:
+    rng = random.Random(request.name)
+    names = sorted({"CHF", "EUR", "GBP", "JPY", "USD"} - {request.name})
+    return api(request, {"base": request.name, "rates": {name: round(rng.uniform(0.5, 2), 4) for name in names}})
+
+
+@route("/api/news")
+def news(request: Request) -> bytes:
+    rng = random.Random(request.sandbox.seed)
+    return api(request, {"items": [{"id": n, "title": " ".join(rng.choices(PLAIN_WORDS, k=5))} for n in range(10)]})
+
+
+@route("/api/flaky")
+def flaky(request: Request) -> bytes:
+    """Two good answers, then two failures, and so on."""
+    good = api(request, {"luck": True})
+    serial = json.loads(good.partition(b"\r\n\r\n")[2])["serial"]
+    return reply(b"out of luck", 503, "Retry-After: 1") if serial % 4 in (3, 0) else good
+
 
 # --- The log ---------------------------------------------------------------------------------------------------------
 

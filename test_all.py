@@ -52,13 +52,15 @@ from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 from urllib.parse import urljoin, urlsplit
 
 import ada_url
+import aiohttp
 import brotli
 import pytest
 import trustme
+import uvicorn
 from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -70,6 +72,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+import aggregate_app
 import bench
 import cache as ca
 import coordination as co
@@ -8044,6 +8047,351 @@ def test_the_demo_and_the_promised_commands(driver: str, tmp_path: Path) -> None
     listed = list(read_urls([str(HERE / "urls.txt")]))
     assert len(listed) >= 20
     assert len({normalise(url)[1] for url in listed}) == len(listed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# aggregate_app.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no upstream"),
+        ("[a", "not TOML"),
+        ("a = 1", "a: not a table"),
+        ("['b c']\nurl = 'http://h/'", "'b c': a name"),
+        ("[a]", "a.url: missing"),
+        ("[a]\nurl = 5", "a.url: a text"),
+        ("[a]\nurl = 'ftp://h/'", "a.url: http"),
+        ("[a]\nurl = 'http://h{x}/'\nparameters = { x = 'y' }", "a.url: http"),
+        ("[a]\nurl = 'http://u:p@h/'", "a.url: http"),
+        ("[a]\nurl = 'http://h/{x}'", "a.url: {x} is not among"),
+        ("[a]\nurl = 'http://h/{'", "a.url: "),
+        ("[a]\nurl = 'http://h/'\nttl = 'x'", "a.ttl: a number"),
+        ("[a]\nurl = 'http://h/'\nttl = true", "a.ttl: a number"),
+        ("[a]\nurl = 'http://h/'\nttl = 0", "a.ttl: a number from"),
+        ("[a]\nurl = 'http://h/'\nttl = nan", "a.ttl: a number from"),
+        ("[a]\nurl = 'http://h/'\nretries = 1.5", "a.retries: a whole number"),
+        ("[a]\nurl = 'http://h/'\nconcurrency = 0", "a.concurrency: a number from 1"),
+        ("[a]\nurl = 'http://h/'\ntimeuot = 1", "a.timeuot: no such key"),
+        ("[a]\nurl = 'http://h/'\nparameters = 'x'", "a.parameters: a table"),
+        ("[a]\nurl = 'http://h/'\nheaders = { X = '${NO_SUCH}' }", "a.headers.X: 'NO_SUCH'"),
+    ],
+)
+def test_aggregate_refuses_a_wrong_configuration_by_its_key(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "upstreams.toml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        aggregate_app.configured({"AGGREGATE_CONFIG": str(path)})
+    assert message in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_aggregate_reads_a_configuration(tmp_path: Path) -> None:
+    assert aggregate_app.configured({}) is None
+    with pytest.raises(SystemExit, match="No such file"):
+        aggregate_app.configured({"AGGREGATE_CONFIG": str(tmp_path / "none.toml")})
+    text = "[a]\nurl='http://h/{x}?y={y}'\nparameters={x='1', y=2}\nheaders={Authorization='Bearer ${KEY}'}\nttl=3"
+    upstream = aggregate_app.read_config(text, {"KEY": "secret"})["a"]
+    assert (upstream.ttl, upstream.headers) == (3, {"Authorization": "Bearer secret"})
+    assert upstream.address(("a b", "&z=1#")) == "http://h/a%20b?y=%26z%3D1%23"
+
+
+@settings(PRIM_SETTINGS, max_examples=200)
+@given(st.text(min_size=1, max_size=30).filter(lambda value: value not in (".", "..")))
+def test_aggregate_a_parameter_changes_neither_host_nor_path(value: str) -> None:
+    text = "[a]\nurl='http://h.example/v1/{x}/end?q={x}&z=1'\nparameters={x='1'}"
+    upstream = aggregate_app.read_config(text, {})["a"]
+    try:
+        url = ada_url.URL(upstream.address((value,)))
+    except UnicodeEncodeError:
+        return  # a lone surrogate, which no request can carry
+    assert (url.host, url.hash, url.pathname.count("/")) == ("h.example", "", 3)
+    assert url.pathname.startswith("/v1/") and url.pathname.endswith("/end") and url.search.endswith("&z=1")
+    assert url.search.count("&") == 1
+
+
+AggregateCase = Callable[[Callable[..., aggregate_app.Source], PrimWorld], Coroutine[Any, Any, None]]
+
+
+def aggregate_play(web: Sandbox, case: AggregateCase) -> None:
+    """A coroutine over sources of real upstreams and a fake clock."""
+
+    async def main() -> None:
+        async with aiohttp.ClientSession() as session:
+            sources: list[aggregate_app.Source] = []
+
+            def source(path: str, **options: Any) -> aggregate_app.Source:
+                upstream = aggregate_app.Upstream(name="a", url=web.url(path), **options)
+                sources.append(aggregate_app.Source(upstream, session, pr.Semaphore(99), clock=world.clock))
+                return sources[-1]
+
+            world = PrimWorld()
+            await case(source, world)
+            for one in sources:
+                for load in list(one.running):
+                    load.cancel()
+                    await asyncio.gather(load, return_exceptions=True)
+                assert not one.running and not one.loads
+
+    asyncio.run(main())
+
+
+async def aggregate_ask(source: aggregate_app.Source, deadline: float = 20.0) -> tuple[str, Any, float | None]:
+    part = (await aggregate_app.gather({"a": source}, {}, deadline))["a"]
+    return part.state, part.data and part.data.get("serial", part.data), part.age
+
+
+async def aggregate_settled(source: aggregate_app.Source) -> None:
+    while source.running:
+        await asyncio.wait(source.running)
+        await asyncio.sleep(0)
+
+
+def test_aggregate_cache_row_by_row(web: Sandbox) -> None:
+    """Ages to the tick: fresh, stale inside its window (and renewed behind the answer), past it, after invalidation."""
+
+    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+        source = make("/api/weather?city=rows", ttl=10.0, stale=5.0, stale_if_error=100.0)
+        rows = [  # seconds later, the answer, the calls that it led to in the end
+            (0.0, ("fresh", 1, 0.0), 1),
+            (9.75, ("fresh", 1, 9.75), 1),
+            (0.25, ("stale", 1, 10.0), 2),
+            (0.0, ("fresh", 2, 0.0), 2),
+            (14.75, ("stale", 2, 14.75), 3),
+            (15.0, ("fresh", 4, 0.0), 4),  # past its window: waited for
+        ]
+        for later, answer, calls in rows:
+            world.now += later
+            assert (await aggregate_ask(source), source.calls) == (answer, source.calls)
+            await aggregate_settled(source)
+            assert source.calls == calls
+        source.forget()
+        assert await aggregate_ask(source) == ("fresh", 5, 0.0)
+        source.forget(())
+        assert await aggregate_ask(source) == ("fresh", 6, 0.0)
+
+    aggregate_play(web, case)
+
+
+def test_aggregate_serves_old_data_in_an_outage_within_its_window(web: Sandbox) -> None:
+    """The flaky upstream: two good answers, two failures, by turns."""
+
+    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+        source = make("/api/flaky?outage", ttl=10.0, stale=0.0, stale_if_error=50.0, retries=0)
+        assert await aggregate_ask(source) == ("fresh", 1, 0.0)
+        source.forget()
+        assert await aggregate_ask(source) == ("fresh", 2, 0.0)
+        world.now += 20.0
+        part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
+        assert (part.state, part.data["serial"], part.age, part.error) == ("stale", 2, 20.0, "http: 503")
+        world.now += 40.0  # past the window
+        part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
+        assert (part.state, part.data, part.error) == ("error", None, "http: 503")
+        assert await aggregate_ask(source) == ("fresh", 5, 0.0)
+        fallback = make("/status/500", retries=0, fallback={"serial": "better than nothing"})
+        assert await aggregate_ask(fallback) == ("fallback", "better than nothing", None)
+
+    aggregate_play(web, case)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "error"),
+    [
+        ("/status/404", {}, "http: 404"),
+        ("/fault/redirect_3", {}, "http: 302"),  # another host's answer is not this upstream's
+        ("/fault/ok", {}, "not_json"),
+        ("/api/news", {"max_bytes": 100}, "too_large: more than 100 bytes"),
+        ("/api/news", {"keep": "items.none"}, "missing: items.none"),
+        ("/fault/endless_body", {}, "too_large: more than 1000000 bytes"),
+        ("/fault/gzip_bomb", {}, "too_large: more than 1000000 bytes"),
+        ("/fault/never_answers", {"timeout": 0.05}, "timeout: no answer within 0.05 s"),
+    ],
+)
+def test_aggregate_names_what_is_wrong_with_an_upstream(
+    web: Sandbox, path: str, options: dict[str, Any], error: str
+) -> None:
+    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+        source = make(path, **{"timeout": 20.0, "retries": 0, **options})
+        part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
+        assert (part.state, part.error) == ("error", error)
+
+    aggregate_play(web, case)
+
+
+def test_aggregate_every_fault_of_the_catalogue_is_an_answer(web: Sandbox) -> None:
+    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+        faults = {name: make(fault.path, timeout=1.0, retries=0) for name, fault in FAULTS.items()}
+        parts = await aggregate_app.gather(faults, {}, 20.0)
+        assert {part.state for part in parts.values()} == {"error"}
+        for part in parts.values():
+            assert str(part.error).partition(":")[0] in aggregate_app.UpstreamError.KINDS
+
+    aggregate_play(web, case)
+
+
+def test_aggregate_a_silent_upstream_opens_its_circuit_and_recovers(web: Sandbox) -> None:
+    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+        source = make("/fault/never_answers", timeout=0.02, failures=5, reset=30.0, retries=0)
+        for _ in range(5):
+            assert (await aggregate_ask(source))[0] == "error"
+        part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
+        assert (part.state, source.calls, source.health()["breaker"]) == ("open", 5, "open")
+        assert 30.0 <= part.retry_after <= 33.0
+        world.now += 33.0
+        source.upstream = dataclasses.replace(source.upstream, url=web.url("/api/weather?city=recovered"), timeout=20.0)
+        assert (await aggregate_ask(source), source.health()["breaker"]) == (("fresh", 1, 0.0), "closed")
+
+    aggregate_play(web, case)
+
+
+def test_aggregate_the_deadline_cuts_the_wait_and_not_the_load(web: Sandbox) -> None:
+    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+        source = make("/api/weather?city=late", timeout=20.0)
+        parts = await asyncio.gather(*(aggregate_ask(source, 1e-9) for _ in range(3)))
+        assert parts == [("timeout", None, None)] * 3
+        await aggregate_settled(source)
+        assert (await aggregate_ask(source), source.calls) == (("fresh", 1, 0.0), 1)
+        source.forget()
+        assert (await aggregate_ask(source, 1e-9))[0] == "timeout"
+        source.forget()  # what is loaded now was asked for before
+        await aggregate_settled(source)
+        assert len(source.cache) == 0
+
+    aggregate_play(web, case)
+
+
+@pytest.fixture(scope="module")
+def aggregate_port(web: Sandbox) -> Iterator[int]:
+    upstreams = {
+        name: aggregate_app.Upstream(name=name, url=web.url(path), parameters=parameters, timeout=20.0, ttl=600.0, **more)
+        for name, path, parameters, more in [
+            ("weather", "/api/weather?city={city}", {"city": "Berlin"}, {}),
+            ("news", "/api/news?served", {}, {"keep": "items"}),
+            ("silent", "/fault/never_answers", {}, {}),
+        ]
+    }  # fmt: skip
+    server = uvicorn.Server(uvicorn.Config(aggregate_app.create_app(upstreams), port=0, log_level="error"))
+    aggregate_app_grace, aggregate_app.GRACE = aggregate_app.GRACE, 0.0  # the silent one would take it
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    prim_until(lambda: server.started)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join()
+    aggregate_app.GRACE = aggregate_app_grace
+
+
+def aggregate_http(
+    port: int, path: str, method: str = "GET", headers: dict[str, str] | None = None
+) -> tuple[int, Any, dict[str, str]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PRIM_PATIENCE)
+    with contextlib.closing(connection):
+        connection.request(method, path, headers=headers or {})
+        response = connection.getresponse()
+        body = response.read()
+        found = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, json.loads(body) if body else None, found
+
+
+def test_aggregate_over_http(aggregate_port: int) -> None:
+    status, body, headers = aggregate_http(aggregate_port, "/aggregate?sources=weather,news&city=Oslo")
+    assert (status, body["partial"], body["sources"]["weather"]["data"]["city"]) == (200, False, "Oslo")
+    assert headers["cache-control"] in ("max-age=599", "max-age=600") and len(body["sources"]["news"]["data"]) == 10
+    again = aggregate_http(
+        aggregate_port, "/aggregate?sources=weather,news&city=Oslo", headers={"If-None-Match": headers["etag"]}
+    )
+    assert (again[0], again[1], again[2]["etag"]) == (304, None, headers["etag"])
+    status, body, headers = aggregate_http(aggregate_port, "/aggregate?deadline_ms=1")
+    assert (status, body["partial"], body["sources"]["silent"]["state"]) in (
+        (200, True, "timeout"),
+        (503, True, "timeout"),
+    )
+    status, body, headers = aggregate_http(aggregate_port, "/aggregate?deadline_ms=50&sources=news,silent")
+    assert (status, body["partial"], headers["cache-control"]) == (200, True, "no-cache")
+    assert {name: part["state"] for name, part in body["sources"].items()} == {"news": "fresh", "silent": "timeout"}
+    status, body, headers = aggregate_http(aggregate_port, "/aggregate/silent?deadline_ms=1")
+    assert (status, headers["retry-after"], headers["cache-control"]) == (503, "1", "no-store")
+    assert aggregate_http(aggregate_port, "/health")[1]["sources"]["silent"]["loading"] == 1
+    assert (
+        aggregate_http(aggregate_port, "/health/live")[0] == aggregate_http(aggregate_port, "/health/ready")[0] == 200
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "member"),
+    [
+        ("GET", "/aggregate/nobody", 404, {"sources": ["news", "silent", "weather"]}),
+        ("GET", "/aggregate?sources=news,nobody", 404, {"title": "unknown source nobody"}),
+        ("GET", "/aggregate?sources=", 404, {"title": "unknown source "}),
+        ("GET", "/aggregate/news?deadline_ms=0", 422, {"parameter": "deadline_ms"}),
+        ("GET", "/aggregate/news?deadline_ms=-1", 422, {"parameter": "deadline_ms"}),
+        ("GET", "/aggregate/news?deadline_ms=99999", 422, {"parameter": "deadline_ms"}),
+        ("GET", "/aggregate/news?city=Oslo", 422, {"parameter": "city", "parameters": ["deadline_ms", "sources"]}),
+        ("GET", "/aggregate/weather?city=..", 422, {"parameter": "city"}),
+        ("GET", "/aggregate/weather?city=" + "x" * 201, 422, {"parameter": "city"}),
+        ("GET", "/nothing", 404, {"title": "Not Found"}),
+        ("POST", "/aggregate", 405, {"title": "Method Not Allowed"}),
+        ("POST", "/cache/invalidate?source=nobody", 404, {"title": "unknown source nobody"}),
+        ("POST", "/cache/invalidate?source=news&city=Oslo", 422, {"parameters": []}),
+    ],
+)
+def test_aggregate_problems(aggregate_port: int, method: str, path: str, status: int, member: dict[str, Any]) -> None:
+    got, body, headers = aggregate_http(aggregate_port, path, method)
+    assert (got, body["status"], headers["content-type"]) == (status, status, "application/problem+json")
+    assert body.items() >= member.items()
+
+
+def test_aggregate_a_thousand_cold_requests_are_one_call(aggregate_port: int) -> None:
+    async def main() -> list[int]:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+            async def ask() -> int:
+                url = f"http://127.0.0.1:{aggregate_port}/aggregate/weather?city=Cold&deadline_ms=20000"
+                async with session.get(url) as response:
+                    return cast(int, (await response.json())["sources"]["weather"]["data"]["serial"])
+
+            return await asyncio.gather(*(ask() for _ in range(1000)))
+
+    assert set(asyncio.run(main())) == {1}
+
+
+def test_aggregate_invalidation_is_for_those_who_may(aggregate_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def serial() -> int:
+        body = aggregate_http(aggregate_port, "/aggregate/weather?city=Rome&deadline_ms=20000")[1]
+        return cast(int, body["sources"]["weather"]["data"]["serial"])
+
+    path = "/cache/invalidate?source=weather"
+    assert [serial(), serial()] == [1, 1]
+    assert aggregate_http(aggregate_port, path + "&city=Rome", "POST")[:2] == (200, {"invalidated": ["weather"]})
+    assert [serial(), serial()] == [2, 2]
+    monkeypatch.setenv("AGGREGATE_TOKEN", "secret")
+    for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        status, _, headers = aggregate_http(aggregate_port, path, "POST", given)
+        assert (status, headers["www-authenticate"]) == (401, "Bearer")
+    assert aggregate_http(aggregate_port, path, "POST", {"Authorization": "Bearer secret"})[0] == 200
+    assert serial() == 3
+    assert aggregate_http(aggregate_port, "/cache/invalidate", "POST", {"Authorization": "Bearer secret"})[0] == 200
+    assert serial() == 4
+
+
+def test_aggregate_runs_with_nothing_configured() -> None:
+    """The promised command, on a fresh machine."""
+    command = [sys.executable, "-W", "error::ResourceWarning", "-m", "uvicorn", "aggregate_app:app", "--port", "0"]
+    environ = {name: value for name, value in os.environ.items() if name != "AGGREGATE_CONFIG"}
+    with subprocess.Popen(command, cwd=HERE, env=environ, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as server:
+        assert server.stderr is not None
+        said = b""
+        while b"running on" not in said:
+            line = server.stderr.readline()
+            assert line, said.decode()
+            said += line
+        port = int(re.search(rb"running on http://127.0.0.1:(\d+)", said)[1])  # type: ignore[index]
+        status, body, _ = aggregate_http(port, "/aggregate?deadline_ms=20000")
+        server.send_signal(signal.SIGINT)
+        rest = server.stderr.read()
+    assert b"demo upstreams" in said and b"Traceback" not in rest and b"Warning" not in rest
+    assert (status, {part["state"] for part in body["sources"].values()}) == (200, {"fresh"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
