@@ -8092,6 +8092,8 @@ def test_aggregate_reads_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="No such file"):
         aggregate_app.configured({"AGGREGATE_CONFIG": str(tmp_path / "none.toml")})
     text = "[a]\nurl='http://h/{x}?y={y}'\nparameters={x='1', y=2}\nheaders={Authorization='Bearer ${KEY}'}\nttl=3"
+    shipped = aggregate_app.configured({"AGGREGATE_CONFIG": str(HERE / "upstreams.toml")})
+    assert shipped is not None and list(shipped) == ["weather", "rates", "quakes", "stories"]
     upstream = aggregate_app.read_config(text, {"KEY": "secret"})["a"]
     assert (upstream.ttl, upstream.headers) == (3, {"Authorization": "Bearer secret"})
     assert upstream.address(("a b", "&z=1#")) == "http://h/a%20b?y=%26z%3D1%23"
@@ -8264,13 +8266,13 @@ def test_aggregate_the_deadline_cuts_the_wait_and_not_the_load(web: Sandbox) -> 
 @pytest.fixture(scope="module")
 def aggregate_port(web: Sandbox) -> Iterator[int]:
     upstreams = {
-        name: aggregate_app.Upstream(name=name, url=web.url(path), parameters=parameters, timeout=20.0, ttl=600.0, **more)
-        for name, path, parameters, more in [
-            ("weather", "/api/weather?city={city}", {"city": "Berlin"}, {}),
-            ("news", "/api/news?served", {}, {"keep": "items"}),
-            ("silent", "/fault/never_answers", {}, {}),
+        name: aggregate_app.Upstream(name, web.url(path), parameters, timeout=20.0, ttl=600.0, keep=keep)
+        for name, path, parameters, keep in [
+            ("weather", "/api/weather?city={city}", {"city": "Berlin"}, ""),
+            ("news", "/api/news?served", {}, "items"),
+            ("silent", "/fault/never_answers", {}, ""),
         ]
-    }  # fmt: skip
+    }
     server = uvicorn.Server(uvicorn.Config(aggregate_app.create_app(upstreams), port=0, log_level="error"))
     aggregate_app_grace, aggregate_app.GRACE = aggregate_app.GRACE, 0.0  # the silent one would take it
     thread = threading.Thread(target=server.run)
@@ -8298,24 +8300,17 @@ def test_aggregate_over_http(aggregate_port: int) -> None:
     status, body, headers = aggregate_http(aggregate_port, "/aggregate?sources=weather,news&city=Oslo")
     assert (status, body["partial"], body["sources"]["weather"]["data"]["city"]) == (200, False, "Oslo")
     assert headers["cache-control"] in ("max-age=599", "max-age=600") and len(body["sources"]["news"]["data"]) == 10
-    again = aggregate_http(
-        aggregate_port, "/aggregate?sources=weather,news&city=Oslo", headers={"If-None-Match": headers["etag"]}
-    )
+    known = {"If-None-Match": headers["etag"]}
+    again = aggregate_http(aggregate_port, "/aggregate?sources=weather,news&city=Oslo", headers=known)
     assert (again[0], again[1], again[2]["etag"]) == (304, None, headers["etag"])
-    status, body, headers = aggregate_http(aggregate_port, "/aggregate?deadline_ms=1")
-    assert (status, body["partial"], body["sources"]["silent"]["state"]) in (
-        (200, True, "timeout"),
-        (503, True, "timeout"),
-    )
     status, body, headers = aggregate_http(aggregate_port, "/aggregate?deadline_ms=50&sources=news,silent")
     assert (status, body["partial"], headers["cache-control"]) == (200, True, "no-cache")
     assert {name: part["state"] for name, part in body["sources"].items()} == {"news": "fresh", "silent": "timeout"}
     status, body, headers = aggregate_http(aggregate_port, "/aggregate/silent?deadline_ms=1")
     assert (status, headers["retry-after"], headers["cache-control"]) == (503, "1", "no-store")
     assert aggregate_http(aggregate_port, "/health")[1]["sources"]["silent"]["loading"] == 1
-    assert (
-        aggregate_http(aggregate_port, "/health/live")[0] == aggregate_http(aggregate_port, "/health/ready")[0] == 200
-    )
+    for path in ("/health/live", "/health/ready"):
+        assert aggregate_http(aggregate_port, path)[:2] == (200, {"status": "ok"})
 
 
 @pytest.mark.parametrize(
@@ -8366,8 +8361,8 @@ def test_aggregate_invalidation_is_for_those_who_may(aggregate_port: int, monkey
     assert aggregate_http(aggregate_port, path + "&city=Rome", "POST")[:2] == (200, {"invalidated": ["weather"]})
     assert [serial(), serial()] == [2, 2]
     monkeypatch.setenv("AGGREGATE_TOKEN", "secret")
-    for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
-        status, _, headers = aggregate_http(aggregate_port, path, "POST", given)
+    for shown in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        status, _, headers = aggregate_http(aggregate_port, path, "POST", shown)
         assert (status, headers["www-authenticate"]) == (401, "Bearer")
     assert aggregate_http(aggregate_port, path, "POST", {"Authorization": "Bearer secret"})[0] == 200
     assert serial() == 3
