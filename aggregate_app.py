@@ -26,13 +26,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import hmac
 import ipaddress
 import logging
+import math
 import os
 import re
+import secrets
 import string
 import time
 import tomllib
@@ -46,9 +49,11 @@ import aiohttp
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from primitives import (
     CircuitBreaker,
@@ -58,6 +63,7 @@ from primitives import (
     RetryBudget,
     RetryPolicy,
     Semaphore,
+    TokenBucket,
     TTLCache,
     parse_retry_after,
     retry_async,
@@ -67,12 +73,18 @@ log = logging.getLogger("uvicorn.error")
 
 GRACE = 5.0
 """Seconds that loads under way get when the server stops."""
+REFUSED = 1.0
+"""Seconds for which a key is left alone after its load failed."""
+CLIENT_RATE, CLIENT_BURST, CLIENTS = 1000.0, 2000, 10_000
+"""Requests per second of one client (``AGGREGATE_RATE`` overrides, 0: any number), and how many are known at a time."""
 PLACES = 256
 """Calls under way to all upstreams together."""
 MAX_PARAMETER = 200
 """Characters of a parameter's value."""
 DEADLINE_MS = 1, 1000, 30_000
 """The least, usual and greatest ``deadline_ms``."""
+
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="none")
 
 Key = tuple[str, ...]
 """The values of an upstream's parameters, in their order."""
@@ -266,6 +278,8 @@ class Source:
             on=lambda error: not isinstance(error, UpstreamError) or error.passes,
             clock=clock,
         )
+        self.refusals: TTLCache[Key, UpstreamError] = TTLCache(upstream.keys, REFUSED, clock=clock)
+        """What trying again cannot mend (a 404, say) is not asked for again at once; the rest is the breaker's."""
         self._places = Semaphore(upstream.concurrency)
         self._budget = RetryBudget()
         self._policy = RetryPolicy(1 + upstream.retries, base=0.05, cap=1.0, total=upstream.timeout)
@@ -283,7 +297,8 @@ class Source:
         """What can be said at once, and the load to wait for if that is nothing."""
         hit = self.cache.lookup(key)
         if hit is None or hit.state == "expired":
-            return None, self.refresh(key)
+            refusal = self.refusals.get(key)
+            return (None, self.refresh(key)) if refusal is None else (self._instead(key, "error", str(refusal)), None)
         if hit.refresh:
             self.refresh(key)
         return self._part(hit.state, hit), None
@@ -303,6 +318,10 @@ class Source:
             if isinstance(problem, CircuitOpen):
                 wait = problem.retry_after
                 state, error = "open", f"circuit open for another {wait:.1f} s"
+        return self._instead(key, state, error, wait)
+
+    def _instead(self, key: Key, state: str, error: str, wait: float = 1.0) -> Part:
+        """An older answer within its window, else the fallback, else why there is none."""
         hit = self.cache.lookup(key)
         if hit is not None:
             return self._part("stale", hit, error)
@@ -328,7 +347,9 @@ class Source:
         error = load.exception()
         if error is not None:
             self.failures += 1
-            self.cache.defer(key, min(1.0, self.upstream.ttl))
+            self.cache.defer(key, min(REFUSED, self.upstream.ttl))
+            if isinstance(error, UpstreamError) and not error.passes:
+                self.refusals.put(key, error)
             if not isinstance(error, (UpstreamError, CircuitOpen)):
                 log.error("source %s: %r", self.upstream.name, error)
 
@@ -359,7 +380,9 @@ class Source:
         body = b""
         try:
             async with self._session.get(
-                self.upstream.address(key), headers=self.upstream.headers, allow_redirects=False
+                self.upstream.address(key),
+                headers={"X-Request-ID": request_id.get(), **self.upstream.headers},
+                allow_redirects=False,
             ) as response:
                 if response.status != 200:
                     later = parse_retry_after(response.headers.get("Retry-After"))
@@ -387,9 +410,11 @@ class Source:
         """Keep neither the answer for ``key`` (None: for any) nor what is being loaded for it."""
         if key is None:
             self.cache.clear()
+            self.refusals.clear()
             self.loads.clear()
         else:
             self.cache.invalidate(key)
+            self.refusals.invalidate(key)
             self.loads.pop(key, None)
 
     def health(self) -> dict[str, Any]:
@@ -538,6 +563,50 @@ async def alive(_: Request) -> Response:
 # ------------------------------------------------------------------------------------------------------ lifespan
 
 
+class Edge:
+    """What every request passes first: it gets an id (or keeps a good one), and its client a token, or 429.
+
+    The id is sent upstream as ``X-Request-ID`` by the load that the request began, and comes back with the answer.
+    """
+
+    def __init__(self, inner: ASGIApp, rate: float) -> None:
+        self._inner, self._rate = inner, rate
+        self._buckets: TTLCache[str, TokenBucket] = TTLCache(CLIENTS, math.inf)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        identity = given if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", given, re.A) else secrets.token_hex(8)
+        token = request_id.set(identity)
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
+            await send(message)
+
+        try:
+            wait = self._wait(scope["client"][0] if scope.get("client") else "")
+            if wait:
+                refusal = Problem(429, "too many requests", {"Retry-After": str(math.ceil(wait))})
+                await (await problem(Request(scope), refusal))(scope, receive, answer)
+            else:
+                await self._inner(scope, receive, answer)
+        finally:
+            request_id.reset(token)
+
+    def _wait(self, client: str) -> float:
+        """0.0: the client may ask; else the seconds until it may."""
+        if not self._rate:
+            return 0.0
+        bucket = self._buckets.get(client)
+        if bucket is None:
+            bucket = TokenBucket(self._rate, CLIENT_BURST)
+            self._buckets.put(client, bucket)
+        return 0.0 if bucket.try_acquire() else max(bucket.wait_for(), 0.001)
+
+
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
@@ -569,7 +638,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             await asyncio.gather(*late, return_exceptions=True)
 
 
-def create_app(upstreams: dict[str, Upstream] | None = None) -> Starlette:
+def create_app(upstreams: dict[str, Upstream] | None = None, client_rate: float | None = None) -> Starlette:
     """The application before these upstreams; before those of the demo, which it then serves itself, if None."""
     routes = [
         Route("/aggregate", aggregate),
@@ -579,7 +648,9 @@ def create_app(upstreams: dict[str, Upstream] | None = None) -> Starlette:
         Route("/health/live", alive),
         Route("/health/ready", alive),
     ]
-    application = Starlette(routes=routes, exception_handlers={HTTPException: problem}, lifespan=lifespan)
+    edge = Middleware(Edge, rate=CLIENT_RATE if client_rate is None else client_rate)
+    handlers = {HTTPException: problem}
+    application = Starlette(routes=routes, middleware=[edge], exception_handlers=handlers, lifespan=lifespan)
     application.state.upstreams = upstreams
     return application
 
@@ -595,4 +666,14 @@ def configured(environ: Mapping[str, str]) -> dict[str, Upstream] | None:
         raise SystemExit(f"AGGREGATE_CONFIG={path}: {error}") from None
 
 
-app = create_app(configured(os.environ))
+def configured_rate(environ: Mapping[str, str]) -> float | None:
+    """``AGGREGATE_RATE``, or None; ``SystemExit`` with one line if it is no rate."""
+    text = environ.get("AGGREGATE_RATE")
+    if not text:
+        return None
+    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,3})?", text, re.A):
+        raise SystemExit(f"AGGREGATE_RATE={text}: requests per second of one client are needed, 0 for any number")
+    return float(text)
+
+
+app = create_app(configured(os.environ), configured_rate(os.environ))

@@ -8370,6 +8370,97 @@ def test_aggregate_invalidation_is_for_those_who_may(aggregate_port: int, monkey
     assert serial() == 4
 
 
+def test_aggregate_what_cannot_be_mended_is_not_asked_for_again_at_once(web: Sandbox) -> None:
+    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+        source = make("/status/404", retries=3)
+        for later, calls in ((0.0, 1), (0.75, 1), (0.25, 2), (0.0, 2)):
+            world.now += later
+            part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
+            await aggregate_settled(source)
+            assert (part.state, part.error, source.calls) == ("error", "http: 404", calls)
+        source.forget()
+        assert (await aggregate_ask(source), source.calls) == (("error", None, None), 3)
+        source.forget(())
+        assert (await aggregate_ask(source), source.calls) == (("error", None, None), 4)
+        assert source.health()["breaker"] == "closed"  # it answers: that is no outage
+
+    aggregate_play(web, case)
+
+
+def aggregate_asgi(app: Any, client: str, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str]]:
+    """A request of /health/live from any address."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("it has no body")
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/health/live",
+        "client": (client, 1),
+        "headers": raw,
+        "query_string": b"",
+    }
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"], {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
+
+
+def test_aggregate_a_client_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate_app, "CLIENT_BURST", 3)
+    app = aggregate_app.create_app({}, client_rate=0.001)
+    assert [aggregate_asgi(app, "192.0.2.1")[0] for _ in range(5)] == [200, 200, 200, 429, 429]
+    status, headers = aggregate_asgi(app, "192.0.2.1")
+    assert (status, headers["retry-after"], headers["content-type"]) == (429, "1000", "application/problem+json")
+    assert aggregate_asgi(app, "192.0.2.2")[0] == 200
+    app = aggregate_app.create_app({}, client_rate=0)
+    assert {aggregate_asgi(app, "192.0.2.1")[0] for _ in range(9)} == {200}
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("", None), ("0", 0.0), ("2.5", 2.5), ("-1", "x"), ("fast", "x"), ("nan", "x")]
+)
+def test_aggregate_reads_the_rate(text: str, rate: float | str | None) -> None:
+    if rate != "x":
+        assert aggregate_app.configured_rate({"AGGREGATE_RATE": text}) == rate
+        return
+    with pytest.raises(SystemExit, match=f"AGGREGATE_RATE={text}: "):
+        aggregate_app.configured_rate({"AGGREGATE_RATE": text})
+
+
+def test_aggregate_a_request_keeps_its_id() -> None:
+    app = aggregate_app.create_app({})
+    assert aggregate_asgi(app, "192.0.2.1", {"X-Request-ID": "abc-1"})[1]["x-request-id"] == "abc-1"
+    for bad in ("a b", "x" * 65, 'a"', ""):
+        made = aggregate_asgi(app, "192.0.2.1", {"X-Request-ID": bad})[1]["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{16}", made)
+
+    async def main() -> None:
+        heads: list[bytes] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            heads.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+            await writer.drain()
+            writer.close()
+            await writer.wait_closed()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with server, aiohttp.ClientSession() as session:
+            upstream = aggregate_app.Upstream("a", url, headers={"X-Key": "secret"})
+            source = aggregate_app.Source(upstream, session, pr.Semaphore(1))
+            aggregate_app.request_id.set("id-of-the-request")
+            assert await aggregate_ask(source) == ("fresh", {}, 0.0)
+        assert b"X-Request-ID: id-of-the-request\r\n" in heads[0] and b"X-Key: secret\r\n" in heads[0]
+
+    asyncio.run(main())
+
+
 def test_aggregate_runs_with_nothing_configured() -> None:
     """The promised command, on a fresh machine."""
     command = [sys.executable, "-W", "error::ResourceWarning", "-m", "uvicorn", "aggregate_app:app", "--port", "0"]
