@@ -232,11 +232,23 @@ fallback = {{ note = "nothing better is known" }}
 # ------------------------------------------------------------------------------------------------------- sources
 
 
+class Data:
+    """What an upstream said, encoded once: every answer that has it in it copies ``json`` and hashes ``digest``."""
+
+    __slots__ = ("digest", "json", "value")
+
+    def __init__(self, value: Any) -> None:
+        encoded = orjson.dumps(value)
+        self.value = value
+        self.json = orjson.Fragment(encoded)
+        self.digest = hashlib.blake2b(encoded, digest_size=12).hexdigest()
+
+
 class Part(NamedTuple):
     """What is known of one source for one answer."""
 
     state: str
-    data: Any = None
+    data: Data | None = None
     age: float | None = None
     latency: float | None = None
     error: str | None = None
@@ -247,7 +259,7 @@ class Part(NamedTuple):
     def shown(self) -> dict[str, Any]:
         return {
             "state": self.state,
-            "data": self.data,
+            "data": None if self.data is None else self.data.json,
             "age_s": None if self.age is None else round(self.age, 3),
             "latency_ms": None if self.latency is None else round(self.latency * 1000, 1),
             "error": self.error,
@@ -255,7 +267,7 @@ class Part(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    data: Any
+    data: Data
     latency: float
 
 
@@ -281,6 +293,7 @@ class Source:
         self.refusals: TTLCache[Key, UpstreamError] = TTLCache(upstream.keys, REFUSED, clock=clock)
         """What trying again cannot mend (a 404, say) is not asked for again at once; the rest is the breaker's."""
         self._places = Semaphore(upstream.concurrency)
+        self._fallback = None if upstream.fallback is None else Data(upstream.fallback)
         self._budget = RetryBudget()
         self._policy = RetryPolicy(1 + upstream.retries, base=0.05, cap=1.0, total=upstream.timeout)
         self.loads: dict[Key, asyncio.Task[Loaded]] = {}
@@ -325,8 +338,8 @@ class Source:
         hit = self.cache.lookup(key)
         if hit is not None:
             return self._part("stale", hit, error)
-        if self.upstream.fallback is not None:
-            return Part("fallback", self.upstream.fallback, error=error, retry_after=wait)
+        if self._fallback is not None:
+            return Part("fallback", self._fallback, error=error, retry_after=wait)
         return Part(state, error=error, retry_after=wait)
 
     def refresh(self, key: Key) -> asyncio.Task[Loaded]:
@@ -361,7 +374,7 @@ class Source:
         self.last_success = datetime.now(UTC)
         return loaded
 
-    async def _call(self, key: Key) -> Any:
+    async def _call(self, key: Key) -> Data:
         async with self._places, self._all_places:
             try:
                 async with asyncio.timeout(self.upstream.timeout):
@@ -374,7 +387,7 @@ class Source:
             except TimeoutError:
                 raise UpstreamError("timeout", f"no answer within {self.upstream.timeout:g} s") from None
 
-    async def _fetch(self, key: Key) -> Any:
+    async def _fetch(self, key: Key) -> Data:
         self.calls += 1
         limit = self.upstream.max_bytes
         body = b""
@@ -394,10 +407,9 @@ class Source:
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise UpstreamError("connect", type(error).__name__) from None
         try:
-            data = orjson.loads(body)
-        except orjson.JSONDecodeError:
+            return Data(self._kept(orjson.loads(body)))
+        except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # encoding fails on what is nested too deeply
             raise UpstreamError("not_json") from None
-        return self._kept(data)
 
     def _kept(self, data: Any) -> Any:
         for name in filter(None, self.upstream.keep.split(".")):
@@ -502,8 +514,8 @@ async def aggregate(request: Request) -> Response:
     parts = await gather(sources, request.query_params, deadline)
     complete = all(part.state == "fresh" for part in parts.values())
     shown = {name: part.shown() for name, part in parts.items()}
-    state = {name: (part.state, part.data) for name, part in parts.items()}
-    etag = f'"{hashlib.blake2b(orjson.dumps(state), digest_size=12).hexdigest()}"'
+    content = ";".join(f"{name} {part.state} {part.data and part.data.digest}" for name, part in parts.items())
+    etag = f'"{hashlib.blake2b(content.encode(), digest_size=12).hexdigest()}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     if complete:
         headers["Cache-Control"] = f"max-age={int(min(part.expires_in for part in parts.values()))}"

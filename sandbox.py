@@ -4,9 +4,10 @@ Theory
 ------
 `Sandbox` is one HTTP/1.1 server on the addresses 127.0.1.1, 127.0.1.2, ... (one per host, all on one port). It writes
 raw bytes, because most of what a client must survive is what an HTTP library refuses to send. (Linux has all of
-127.0.0.0/8; on macOS each address must be added first: `ifconfig lo0 alias 127.0.1.1`.) Three layers:
+127.0.0.0/8; on macOS each address must be added first: `ifconfig lo0 alias 127.0.1.1`.) In layers:
 
 * **Pages.** `make_page` is pure: it depends on its arguments alone.
+* **Upstream APIs** under /api/ (JSON, one of them flaky) for programs that aggregate.
 * **Answers.** `sandbox_faults.py` has the handlers, each a pure function of the request, and the catalogue of faults.
 * **`Connection`** plays the answers of one connection in order, and never buffers more than the transport's high-water
   mark and one step, however slowly the peer reads. **`Sandbox`** owns the sockets, the thread and the log.
@@ -213,6 +214,9 @@ def rates(request: Request) -> bytes:
 def news(request: Request) -> bytes:
     rng = random.Random(request.sandbox.seed)
     return api(request, {"items": [{"id": n, "title": " ".join(rng.choices(PLAIN_WORDS, k=5))} for n in range(10)]})
+
+
+route("/api/deep")(lambda request: reply(b"[" * 500 + b"]" * 500, kind="application/json"))
 
 
 @route("/api/flaky")

@@ -8141,7 +8141,7 @@ def aggregate_play(web: Sandbox, case: AggregateCase) -> None:
 
 async def aggregate_ask(source: aggregate_app.Source, deadline: float = 20.0) -> tuple[str, Any, float | None]:
     part = (await aggregate_app.gather({"a": source}, {}, deadline))["a"]
-    return part.state, part.data and part.data.get("serial", part.data), part.age
+    return part.state, part.data and part.data.value.get("serial", part.data.value), part.age
 
 
 async def aggregate_settled(source: aggregate_app.Source) -> None:
@@ -8186,7 +8186,8 @@ def test_aggregate_serves_old_data_in_an_outage_within_its_window(web: Sandbox) 
         assert await aggregate_ask(source) == ("fresh", 2, 0.0)
         world.now += 20.0
         part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
-        assert (part.state, part.data["serial"], part.age, part.error) == ("stale", 2, 20.0, "http: 503")
+        assert part.data is not None
+        assert (part.state, part.data.value["serial"], part.age, part.error) == ("stale", 2, 20.0, "http: 503")
         world.now += 40.0  # past the window
         part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
         assert (part.state, part.data, part.error) == ("error", None, "http: 503")
@@ -8203,6 +8204,7 @@ def test_aggregate_serves_old_data_in_an_outage_within_its_window(web: Sandbox) 
         ("/status/404", {}, "http: 404"),
         ("/fault/redirect_3", {}, "http: 302"),  # another host's answer is not this upstream's
         ("/fault/ok", {}, "not_json"),
+        ("/api/deep", {}, "not_json"),
         ("/api/news", {"max_bytes": 100}, "too_large: more than 100 bytes"),
         ("/api/news", {"keep": "items.none"}, "missing: items.none"),
         ("/fault/endless_body", {}, "too_large: more than 1000000 bytes"),
