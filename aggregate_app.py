@@ -39,7 +39,8 @@ import secrets
 import string
 import time
 import tomllib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -47,6 +48,9 @@ from urllib.parse import quote, urlsplit
 
 import aiohttp
 import orjson
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -301,6 +305,10 @@ class Source:
         self.running: set[asyncio.Task[Loaded]] = set()
         """These, and those that nobody joins any more, for their key was invalidated."""
         self.calls = self.failures = 0
+        self.answers: Counter[str] = Counter()
+        """How many parts of answers were in each state."""
+        self.latencies: deque[float] = deque(maxlen=1000)
+        """Seconds that the last loads took, the failed ones included."""
         self.last_success: datetime | None = None
 
     def key(self, given: Mapping[str, str]) -> Key:
@@ -368,8 +376,13 @@ class Source:
 
     async def _load(self, key: Key) -> Loaded:
         generation, started = self.cache.generation(key), time.monotonic()
-        data = await self.breaker.call_async(self._call, key)
+        try:
+            data = await self.breaker.call_async(self._call, key)
+        except UpstreamError:
+            self.latencies.append(time.monotonic() - started)
+            raise
         loaded = Loaded(data, time.monotonic() - started)
+        self.latencies.append(loaded.latency)
         self.cache.put(key, loaded, cost=loaded.latency, generation=generation)
         self.last_success = datetime.now(UTC)
         return loaded
@@ -438,9 +451,65 @@ class Source:
             "calls": self.calls,
             "failed_loads": self.failures,
             "loading": len(self.loads),
+            "answers": dict(self.answers),
+            "latency_ms": {name: round(seconds * 1000, 1) for name, seconds in percentiles(self.latencies).items()},
             "last_success": None if self.last_success is None else self.last_success.isoformat(timespec="seconds"),
             "cache": self.cache.stats()._asdict(),
         }
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50, p95 and p99 by the nearest rank; nothing of nothing."""
+    ranked = sorted(seconds)
+    return {f"p{p}": ranked[math.ceil(len(ranked) * p / 100) - 1] for p in (50, 95, 99)} if ranked else {}
+
+
+class Lag:
+    """How late the event loop wakes a sleeper: what a call that blocks it would cost everybody. Seconds."""
+
+    def __init__(self, every: float = 0.25, keep: int = 240) -> None:
+        self._every = every
+        self.recent: deque[float] = deque([0.0], maxlen=keep)
+
+    async def watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + self._every
+            await asyncio.sleep(self._every)
+            self.recent.append(max(0.0, loop.time() - due))
+
+
+class Exporter(Collector):
+    """What ``/metrics`` shows, read from the sources' own counts when it is asked for: a request pays nothing."""
+
+    def __init__(self, sources: Mapping[str, Source], lag: Lag) -> None:
+        self._sources, self._lag = sources, lag
+
+    def collect(self) -> Iterator[Metric]:
+        answers = CounterMetricFamily(
+            "aggregate_answers", "Parts of answers by their state", labels=("source", "state")
+        )
+        calls = CounterMetricFamily("aggregate_upstream_calls", "Requests sent, retries included", labels=("source",))
+        failed = CounterMetricFamily("aggregate_failed_loads", "Loads that ended in an error", labels=("source",))
+        refused = CounterMetricFamily("aggregate_refused_calls", "Calls that the breaker refused", labels=("source",))
+        circuit = GaugeMetricFamily("aggregate_circuit_open", "0 closed, 0.5 half-open, 1 open", labels=("source",))
+        cached = GaugeMetricFamily("aggregate_cache_entries", "Answers kept", labels=("source",))
+        latency = GaugeMetricFamily(
+            "aggregate_upstream_latency_seconds", "Of the last 1,000 loads", labels=("source", "quantile")
+        )
+        for name, source in self._sources.items():
+            for state, count in source.answers.items():
+                answers.add_metric((name, state), count)
+            breaker = source.breaker.stats()
+            calls.add_metric((name,), source.calls)
+            failed.add_metric((name,), source.failures)
+            refused.add_metric((name,), breaker.refused)
+            circuit.add_metric((name,), {"closed": 0.0, "half_open": 0.5, "open": 1.0}[breaker.state])
+            cached.add_metric((name,), len(source.cache))
+            for quantile, seconds in percentiles(source.latencies).items():
+                latency.add_metric((name, f"0.{quantile[1:]}"), seconds)
+        yield from (answers, calls, failed, refused, circuit, cached, latency)
+        yield GaugeMetricFamily("aggregate_loop_lag_seconds", "Longest of the last minute", max(self._lag.recent))
 
 
 # -------------------------------------------------------------------------------------------------------- routes
@@ -514,6 +583,8 @@ async def aggregate(request: Request) -> Response:
     parts = await gather(sources, request.query_params, deadline)
     complete = all(part.state == "fresh" for part in parts.values())
     shown = {name: part.shown() for name, part in parts.items()}
+    for name, part in parts.items():
+        sources[name].answers[part.state] += 1
     content = ";".join(f"{name} {part.state} {part.data and part.data.digest}" for name, part in parts.items())
     etag = f'"{hashlib.blake2b(content.encode(), digest_size=12).hexdigest()}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
@@ -565,7 +636,12 @@ async def invalidate(request: Request) -> Response:
 async def health(request: Request) -> Response:
     sources = {name: source.health() for name, source in sources_of(request).items()}
     degraded = any(source["breaker"] != "closed" for source in sources.values())
-    return reply({"status": "degraded" if degraded else "ok", "sources": sources})
+    lag = round(max(request.app.state.lag.recent) * 1000, 1)
+    return reply({"status": "degraded" if degraded else "ok", "loop_lag_ms": lag, "sources": sources})
+
+
+async def metrics(request: Request) -> Response:
+    return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 async def alive(_: Request) -> Response:
@@ -640,8 +716,12 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         )
         places = Semaphore(PLACES)
         sources = {name: Source(upstream, session, places) for name, upstream in upstreams.items()}
-        app.state.sources = sources
+        app.state.sources, app.state.lag, app.state.registry = sources, Lag(), CollectorRegistry()
+        app.state.registry.register(Exporter(sources, app.state.lag))
+        watch = asyncio.create_task(app.state.lag.watch(), name="loop lag")
         yield
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
         loads = [load for source in sources.values() for load in source.running]
         if loads:
             _, late = await asyncio.wait(loads, timeout=GRACE)
@@ -659,6 +739,7 @@ def create_app(upstreams: dict[str, Upstream] | None = None, client_rate: float 
         Route("/health", health),
         Route("/health/live", alive),
         Route("/health/ready", alive),
+        Route("/metrics", metrics),
     ]
     edge = Middleware(Edge, rate=CLIENT_RATE if client_rate is None else client_rate)
     handlers = {HTTPException: problem}

@@ -8315,6 +8315,27 @@ def test_aggregate_over_http(aggregate_port: int) -> None:
         assert aggregate_http(aggregate_port, path)[:2] == (200, {"status": "ok"})
 
 
+def test_aggregate_counts_what_it_answers(aggregate_port: int) -> None:
+    def state(body: Any, name: str) -> int:
+        return cast(int, body["sources"][name]["answers"].get("fresh", 0))
+
+    before = aggregate_http(aggregate_port, "/health")[1]
+    for _ in range(3):
+        aggregate_http(aggregate_port, "/aggregate/news?deadline_ms=20000")
+    after = aggregate_http(aggregate_port, "/health")[1]
+    assert state(after, "news") - state(before, "news") == 3
+    assert after["loop_lag_ms"] >= 0 and list(after["sources"]["news"]["latency_ms"]) == ["p50", "p95", "p99"]
+    connection = http.client.HTTPConnection("127.0.0.1", aggregate_port, timeout=PRIM_PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+    assert f'aggregate_answers_total{{source="news",state="fresh"}} {state(after, "news")}.0' in lines
+    assert 'aggregate_circuit_open{source="news"} 0.0' in lines
+    assert any(line.startswith("aggregate_loop_lag_seconds ") for line in lines)
+    assert aggregate_app.percentiles([]) == {}
+    assert aggregate_app.percentiles(range(1, 201)) == {"p50": 100, "p95": 190, "p99": 198}
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "member"),
     [
