@@ -31,6 +31,7 @@ import dataclasses
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import logging
 import math
 import os
@@ -659,6 +660,7 @@ class Edge:
 
     def __init__(self, inner: ASGIApp, rate: float) -> None:
         self._inner, self._rate = inner, rate
+        self._process, self._serial = secrets.token_hex(4), itertools.count()
         self._buckets: TTLCache[str, TokenBucket] = TTLCache(CLIENTS, math.inf)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -666,7 +668,7 @@ class Edge:
             await self._inner(scope, receive, send)
             return
         given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
-        identity = given if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", given, re.A) else secrets.token_hex(8)
+        identity = given if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", given, re.A) else self._next_id()
         token = request_id.set(identity)
 
         async def answer(message: Message) -> None:
@@ -683,6 +685,10 @@ class Edge:
                 await self._inner(scope, receive, answer)
         finally:
             request_id.reset(token)
+
+    def _next_id(self) -> str:
+        """Random for the process, counted within it: a random one each would be a sixteenth of a cached answer."""
+        return f"{self._process}{next(self._serial) & 0xFFFFFFFF:08x}"
 
     def _wait(self, client: str) -> float:
         """0.0: the client may ask; else the seconds until it may."""
