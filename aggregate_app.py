@@ -563,7 +563,7 @@ def wanted(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Sou
 
 
 async def gather(sources: Mapping[str, Source], given: Mapping[str, str], deadline: float) -> dict[str, Part]:
-    """A part for each source, after ``deadline`` seconds at the latest. No task ends by it: loads go on."""
+    """A part for each source, after ``deadline`` seconds at the latest. Loads go on (``fan_out`` would cancel them)."""
     parts: dict[str, Part | None] = {}
     loads: dict[str, tuple[Key, asyncio.Task[Loaded]]] = {}
     for name, source in sources.items():

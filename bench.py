@@ -639,10 +639,8 @@ def breaker_cases() -> Iterator[Case]:
     from primitives import CircuitBreaker
 
     name = "CircuitBreaker (decorated)"
-    sync, tasks = (
-        {name: calling(CircuitBreaker("a")(succeed))},
-        {name: awaiting(lambda: [CircuitBreaker("b")(succeed_async)])},
-    )
+    sync = {name: calling(CircuitBreaker("a")(succeed))}
+    tasks = {name: awaiting(lambda: [CircuitBreaker("b")(succeed_async)])}
     sync["CircuitBreaker (decorated, ratio)"] = calling(CircuitBreaker("c", ratio=0.5)(succeed))
     if present("circuitbreaker"):
         circuit = importlib.import_module("circuitbreaker").circuit

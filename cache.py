@@ -248,13 +248,8 @@ class TTLCache(Generic[K, T]):
             raise ValueError("maxsize must be at least 1, and maxweight above 0")
         if not (ttl > 0 and negative_ttl > 0 and stale >= 0 and stale_if_error >= 0 and beta >= 0):
             raise ValueError("ttl and negative_ttl must be above 0 s, stale, stale_if_error and beta not below 0")
-        self.maxsize, self.ttl, self.negative_ttl, self.maxweight, self.beta = (
-            maxsize,
-            ttl,
-            negative_ttl,
-            maxweight,
-            beta,
-        )
+        self.maxsize, self.maxweight, self.beta = maxsize, maxweight, beta
+        self.ttl, self.negative_ttl = ttl, negative_ttl
         self.stale, self.stale_if_error = stale, stale_if_error
         self._clock, self._rng = clock, rng
         self._lock = new_lock("TTLCache")
@@ -365,17 +360,11 @@ class TTLCache(Generic[K, T]):
         ``negative_ttl`` seconds. What is expired is the answer if loading fails (``stats().failed`` counts that). A
         load that wants another ttl, a weight, or a negative entry returns a ``Keep``.
         """
-        with self._lock:  # the usual case: what follows costs three times as much
-            seen = self._entries.get(key)
-            if seen is not None and not (self.beta and seen.cost) and self._clock() < seen.fresh_until:
-                self._entries.move_to_end(key)
-                self._hits += 1
-                return seen.value  # type: ignore[no-any-return]
-        hit = self.lookup(key)
-        if hit is not None and not self._wants(key, hit):
-            return hit.value
+        known, found = self._decide(key)
+        if known:
+            return found  # type: ignore[no-any-return]
         try:
-            return self._flights.do(key, lambda: self._load(key, load, seen))
+            return self._flights.do(key, lambda: self._load(key, load, found))
         except Exception:
             if (spare := self._spare(key)) is None:
                 raise
@@ -383,17 +372,11 @@ class TTLCache(Generic[K, T]):
 
     async def get_or_load_async(self, key: K, load: Callable[[], Awaitable[T | Keep[T]]]) -> T:
         """``get_or_load`` for tasks."""
-        with self._lock:  # the usual case: what follows costs three times as much
-            seen = self._entries.get(key)
-            if seen is not None and not (self.beta and seen.cost) and self._clock() < seen.fresh_until:
-                self._entries.move_to_end(key)
-                self._hits += 1
-                return seen.value  # type: ignore[no-any-return]
-        hit = self.lookup(key)
-        if hit is not None and not self._wants(key, hit):
-            return hit.value
+        known, found = self._decide(key)
+        if known:
+            return found  # type: ignore[no-any-return]
         try:
-            return await self._flights.do_async(key, lambda: self._load_async(key, load, seen))
+            return await self._flights.do_async(key, lambda: self._load_async(key, load, found))
         except Exception:
             if (spare := self._spare(key)) is None:
                 raise
@@ -409,8 +392,18 @@ class TTLCache(Generic[K, T]):
             self._failed += 1
             return entry
 
-    def _wants(self, key: K, hit: Hit[T]) -> bool:
-        return hit.refresh and (hit.state == "expired" or not self._flights.loading(key))
+    def _decide(self, key: K) -> tuple[bool, Any]:
+        """True and the value to answer with, or False and the entry (if there was one) that is to be loaded anew."""
+        with self._lock:  # the usual case: what follows costs three times as much
+            entry = self._entries.get(key)
+            if entry is not None and not (self.beta and entry.cost) and self._clock() < entry.fresh_until:
+                self._entries.move_to_end(key)
+                self._hits += 1
+                return True, entry.value
+        hit = self.lookup(key)
+        if hit is None or (hit.refresh and (hit.state == "expired" or not self._flights.loading(key))):
+            return False, entry
+        return True, hit.value
 
     def _loaded_meanwhile(self, key: K, seen: _Entry | None) -> _Entry | None:
         """Between a caller's lookup and its own load another one may have come and gone, or failed."""

@@ -4,6 +4,7 @@ gates stand where sleeps would, and the same suite runs over threads and over as
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import base64
 import calendar
@@ -118,7 +119,7 @@ from sandbox import Sandbox
 from sandbox_faults import FAULTS, status_expect
 
 # ---------------------------------------------------------------------------------------------------------------------
-# primitives.py: Retry-After, token bucket, retry, semaphore, channel
+# primitives.py, coordination.py, cache.py
 #
 # Time and randomness are arguments, threads meet at gates, tasks are stepped by hand: nothing here sleeps or measures.
 # A property is a function of the class under test, so that the last part can show that it refuses a planted bug.
@@ -5816,13 +5817,13 @@ def turns_lock(turns: Callable[[], Turns | None]) -> type:
     return Lock
 
 
-class TurnsCase:
+class TurnsCase(abc.ABC):
     """A few threads over fresh objects, and what must be true when all of them have ended."""
 
     threads: list[Callable[[], object]]
 
-    def holds(self) -> bool:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def holds(self) -> bool: ...
 
 
 def turns_explore(
