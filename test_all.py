@@ -84,6 +84,7 @@ import primitives as pr
 import sandbox
 import sandbox as sb
 import sandbox_faults as sf
+import upstreams
 from bench_peers import PARSERS
 from crawl_cli import (
     EXIT_INTERRUPTED,
@@ -8095,7 +8096,7 @@ def test_aggregate_reads_a_configuration(tmp_path: Path) -> None:
     text = "[a]\nurl='http://h/{x}?y={y}'\nparameters={x='1', y=2}\nheaders={Authorization='Bearer ${KEY}'}\nttl=3"
     shipped = aggregate_app.configured({"AGGREGATE_CONFIG": str(HERE / "upstreams.toml")})
     assert shipped is not None and list(shipped) == ["weather", "rates", "quakes", "stories"]
-    upstream = aggregate_app.read_config(text, {"KEY": "secret"})["a"]
+    upstream = upstreams.read_config(text, {"KEY": "secret"})["a"]
     assert (upstream.ttl, upstream.headers) == (3, {"Authorization": "Bearer secret"})
     assert upstream.address(("a b", "&z=1#")) == "http://h/a%20b?y=%26z%3D1%23"
 
@@ -8104,7 +8105,7 @@ def test_aggregate_reads_a_configuration(tmp_path: Path) -> None:
 @given(st.text(min_size=1, max_size=30).filter(lambda value: value not in (".", "..")))
 def test_aggregate_a_parameter_changes_neither_host_nor_path(value: str) -> None:
     text = "[a]\nurl='http://h.example/v1/{x}/end?q={x}&z=1'\nparameters={x='1'}"
-    upstream = aggregate_app.read_config(text, {})["a"]
+    upstream = upstreams.read_config(text, {})["a"]
     try:
         url = ada_url.URL(upstream.address((value,)))
     except UnicodeEncodeError:
@@ -8114,7 +8115,7 @@ def test_aggregate_a_parameter_changes_neither_host_nor_path(value: str) -> None
     assert url.search.count("&") == 1
 
 
-AggregateCase = Callable[[Callable[..., aggregate_app.Source], PrimWorld], Coroutine[Any, Any, None]]
+AggregateCase = Callable[[Callable[..., upstreams.Source], PrimWorld], Coroutine[Any, Any, None]]
 
 
 def aggregate_play(web: Sandbox, case: AggregateCase) -> None:
@@ -8122,11 +8123,11 @@ def aggregate_play(web: Sandbox, case: AggregateCase) -> None:
 
     async def main() -> None:
         async with aiohttp.ClientSession() as session:
-            sources: list[aggregate_app.Source] = []
+            sources: list[upstreams.Source] = []
 
-            def source(path: str, **options: Any) -> aggregate_app.Source:
-                upstream = aggregate_app.Upstream(name="a", url=web.url(path), **options)
-                sources.append(aggregate_app.Source(upstream, session, pr.Semaphore(99), clock=world.clock))
+            def source(path: str, **options: Any) -> upstreams.Source:
+                upstream = upstreams.Upstream(name="a", url=web.url(path), **options)
+                sources.append(upstreams.Source(upstream, session, pr.Semaphore(99), clock=world.clock))
                 return sources[-1]
 
             world = PrimWorld()
@@ -8140,12 +8141,12 @@ def aggregate_play(web: Sandbox, case: AggregateCase) -> None:
     asyncio.run(main())
 
 
-async def aggregate_ask(source: aggregate_app.Source, deadline: float = 20.0) -> tuple[str, Any, float | None]:
+async def aggregate_ask(source: upstreams.Source, deadline: float = 20.0) -> tuple[str, Any, float | None]:
     part = (await aggregate_app.gather({"a": source}, {}, deadline))["a"]
     return part.state, part.data and part.data.value.get("serial", part.data.value), part.age
 
 
-async def aggregate_settled(source: aggregate_app.Source) -> None:
+async def aggregate_settled(source: upstreams.Source) -> None:
     while source.running:
         await asyncio.wait(source.running)
         await asyncio.sleep(0)
@@ -8154,7 +8155,7 @@ async def aggregate_settled(source: aggregate_app.Source) -> None:
 def test_aggregate_cache_row_by_row(web: Sandbox) -> None:
     """Ages to the tick: fresh, stale inside its window (and renewed behind the answer), past it, after invalidation."""
 
-    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
         source = make("/api/weather?city=rows", ttl=10.0, stale=5.0, stale_if_error=100.0)
         rows = [  # seconds later, the answer, the calls that it led to in the end
             (0.0, ("fresh", 1, 0.0), 1),
@@ -8180,7 +8181,7 @@ def test_aggregate_cache_row_by_row(web: Sandbox) -> None:
 def test_aggregate_serves_old_data_in_an_outage_within_its_window(web: Sandbox) -> None:
     """The flaky upstream: two good answers, two failures, by turns."""
 
-    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
         source = make("/api/flaky?outage", ttl=10.0, stale=0.0, stale_if_error=50.0, retries=0)
         assert await aggregate_ask(source) == ("fresh", 1, 0.0)
         source.forget()
@@ -8216,7 +8217,7 @@ def test_aggregate_serves_old_data_in_an_outage_within_its_window(web: Sandbox) 
 def test_aggregate_names_what_is_wrong_with_an_upstream(
     web: Sandbox, path: str, options: dict[str, Any], error: str
 ) -> None:
-    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
         source = make(path, **{"timeout": 20.0, "retries": 0, **options})
         part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
         assert (part.state, part.error) == ("error", error)
@@ -8225,18 +8226,18 @@ def test_aggregate_names_what_is_wrong_with_an_upstream(
 
 
 def test_aggregate_every_fault_of_the_catalogue_is_an_answer(web: Sandbox) -> None:
-    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
         faults = {name: make(fault.path, timeout=1.0, retries=0) for name, fault in FAULTS.items()}
         parts = await aggregate_app.gather(faults, {}, 20.0)
         assert {part.state for part in parts.values()} == {"error"}
         for part in parts.values():
-            assert str(part.error).partition(":")[0] in aggregate_app.UpstreamError.KINDS
+            assert str(part.error).partition(":")[0] in upstreams.UpstreamError.KINDS
 
     aggregate_play(web, case)
 
 
 def test_aggregate_a_silent_upstream_opens_its_circuit_and_recovers(web: Sandbox) -> None:
-    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
         source = make("/fault/never_answers", timeout=0.02, failures=5, reset=30.0, retries=0)
         for _ in range(5):
             assert (await aggregate_ask(source))[0] == "error"
@@ -8251,7 +8252,7 @@ def test_aggregate_a_silent_upstream_opens_its_circuit_and_recovers(web: Sandbox
 
 
 def test_aggregate_the_deadline_cuts_the_wait_and_not_the_load(web: Sandbox) -> None:
-    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
         source = make("/api/weather?city=late", timeout=20.0)
         parts = await asyncio.gather(*(aggregate_ask(source, 1e-9) for _ in range(3)))
         assert parts == [("timeout", None, None)] * 3
@@ -8268,15 +8269,15 @@ def test_aggregate_the_deadline_cuts_the_wait_and_not_the_load(web: Sandbox) -> 
 
 @pytest.fixture(scope="module")
 def aggregate_port(web: Sandbox) -> Iterator[int]:
-    upstreams = {
-        name: aggregate_app.Upstream(name, web.url(path), parameters, timeout=20.0, ttl=600.0, keep=keep)
+    table = {
+        name: upstreams.Upstream(name, web.url(path), parameters, timeout=20.0, ttl=600.0, keep=keep)
         for name, path, parameters, keep in [
             ("weather", "/api/weather?city={city}", {"city": "Berlin"}, ""),
             ("news", "/api/news?served", {}, "items"),
             ("silent", "/fault/never_answers", {}, ""),
         ]
     }
-    server = uvicorn.Server(uvicorn.Config(aggregate_app.create_app(upstreams), port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(aggregate_app.create_app(table), port=0, log_level="error"))
     aggregate_app_grace, aggregate_app.GRACE = aggregate_app.GRACE, 0.0  # the silent one would take it
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -8333,8 +8334,8 @@ def test_aggregate_counts_what_it_answers(aggregate_port: int) -> None:
     assert f'aggregate_answers_total{{source="news",state="fresh"}} {state(after, "news")}.0' in lines
     assert 'aggregate_circuit_open{source="news"} 0.0' in lines
     assert any(line.startswith("aggregate_loop_lag_seconds ") for line in lines)
-    assert aggregate_app.percentiles([]) == {}
-    assert aggregate_app.percentiles(range(1, 201)) == {"p50": 100, "p95": 190, "p99": 198}
+    assert upstreams.percentiles([]) == {}
+    assert upstreams.percentiles(range(1, 201)) == {"p50": 100, "p95": 190, "p99": 198}
 
 
 @pytest.mark.parametrize(
@@ -8395,7 +8396,7 @@ def test_aggregate_invalidation_is_for_those_who_may(aggregate_port: int, monkey
 
 
 def test_aggregate_what_cannot_be_mended_is_not_asked_for_again_at_once(web: Sandbox) -> None:
-    async def case(make: Callable[..., aggregate_app.Source], world: PrimWorld) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
         source = make("/status/404", retries=3)
         for later, calls in ((0.0, 1), (0.75, 1), (0.25, 2), (0.0, 2)):
             world.now += later
@@ -8476,9 +8477,9 @@ def test_aggregate_a_request_keeps_its_id() -> None:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         async with server, aiohttp.ClientSession() as session:
-            upstream = aggregate_app.Upstream("a", url, headers={"X-Key": "secret"})
-            source = aggregate_app.Source(upstream, session, pr.Semaphore(1))
-            aggregate_app.request_id.set("id-of-the-request")
+            upstream = upstreams.Upstream("a", url, headers={"X-Key": "secret"})
+            source = upstreams.Source(upstream, session, pr.Semaphore(1))
+            upstreams.request_id.set("id-of-the-request")
             assert await aggregate_ask(source) == ("fresh", {}, 0.0)
         assert b"X-Request-ID: id-of-the-request\r\n" in heads[0] and b"X-Key: secret\r\n" in heads[0]
 

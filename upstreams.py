@@ -1,0 +1,428 @@
+"""One upstream of the aggregation API: its configuration, and the way of a call to it.
+
+Cache -> one load for all who ask (``Source.refresh``) -> circuit breaker -> places, of this upstream and of all ->
+time limit -> retries, under a budget -> size limit and JSON check -> cache.
+
+Promised
+- However many ask, an upstream gets one call for a key at a time, and none while its circuit is open, but for probes.
+- A load is a task of its own: whoever waits for it may leave, what comes late still fills the cache.
+- A parameter is part of a path segment or of a query value; it can change neither the host nor the path.
+- What an upstream says when it fails reaches no client: errors are of the closed list in ``UpstreamError``.
+
+Everything runs in one event loop, and nothing in it blocks. All state is the loop's, so nothing here needs a lock; the
+mechanisms of ``primitives`` bring their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import hashlib
+import logging
+import math
+import re
+import string
+import time
+import tomllib
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+import orjson
+
+from primitives import (
+    CircuitBreaker,
+    CircuitOpen,
+    Clock,
+    Hit,
+    RetryBudget,
+    RetryPolicy,
+    Semaphore,
+    TTLCache,
+    parse_retry_after,
+    retry_async,
+)
+
+log = logging.getLogger("uvicorn.error")
+
+REFUSED = 1.0
+"""Seconds for which a key is left alone after its load failed."""
+
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="none")
+
+Key = tuple[str, ...]
+"""The values of an upstream's parameters, in their order."""
+
+
+class ConfigError(ValueError):
+    """One line that names what is wrong in the configuration."""
+
+
+class UpstreamError(Exception):
+    """Why a call failed, in words that may reach a client: ``kind`` is one of KINDS."""
+
+    KINDS = ("connect", "timeout", "http", "too_large", "not_json", "missing")
+
+    def __init__(self, kind: str, detail: str = "", retry_after: float | None = None) -> None:
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+        self.retry_after = retry_after
+        self.passes = kind in ("connect", "timeout") or detail in ("429", "500", "502", "503", "504")
+        """Whether to try again makes sense."""
+
+
+# ------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Upstream:
+    """What the configuration says of an upstream; times are in seconds, ``parameters`` are names and defaults."""
+
+    name: str
+    url: str
+    parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    timeout: float = 2.0
+    ttl: float = 10.0
+    stale: float = 60.0
+    stale_if_error: float = 600.0
+    retries: int = 1
+    failures: int = 5
+    window: float = 10.0
+    reset: float = 15.0
+    concurrency: int = 16
+    max_bytes: int = 1_000_000
+    keys: int = 1000
+    keep: str = ""
+    fallback: Any = None
+
+    def address(self, key: Key) -> str:
+        """The URL for these values of the parameters."""
+        values = zip(self.parameters, key, strict=True)
+        return self.url.format_map({name: quote(value, safe="") for name, value in values})
+
+
+def read_config(text: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
+    """The upstreams of a TOML configuration, by name: a table ``[name]`` each. Raises ``ConfigError``.
+
+    ``${NAME}`` in a header's value stands for a variable of the environment: secrets need not be in the file.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not TOML: {error}") from None
+    if not tables:
+        raise ConfigError("no upstream: a table [name] with a url is needed for each")
+    return {name: _upstream(name, table, environ) for name, table in tables.items()}
+
+
+def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{name}: not a table; an upstream is [{name}] with a url")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,40}", name):
+        raise ConfigError(f"{name!r}: a name is made of up to 41 letters, digits, _ and -, and begins with a letter")
+    known = {field.name for field in dataclasses.fields(Upstream)} - {"name"}
+    whole = dict.fromkeys(("retries", "failures", "concurrency", "max_bytes", "keys"), int)
+    given: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in known:
+            raise ConfigError(f"{name}.{key}: no such key; there are {', '.join(sorted(known))}")
+        if key in ("parameters", "headers"):
+            if not isinstance(value, dict) or not all(isinstance(v, (str, int, float)) for v in value.values()):
+                raise ConfigError(f"{name}.{key}: a table of names and texts is needed")
+            given[key] = {inner: str(text) for inner, text in value.items()}
+            continue
+        if key in ("url", "keep"):
+            if not isinstance(value, str):
+                raise ConfigError(f"{name}.{key}: a text is needed, not {value!r}")
+        elif key != "fallback":
+            number = isinstance(value, int if key in whole else (int, float)) and not isinstance(value, bool)
+            if not number:
+                raise ConfigError(f"{name}.{key}: a {'whole ' * (key in whole)}number is needed, not {value!r}")
+            least = 0 if key in ("retries", "stale", "stale_if_error") else 1 if key in whole else 0.001
+            if not least <= float(value) < 1e9:
+                raise ConfigError(f"{name}.{key}: a number from {least} to a thousand million is needed, not {value!r}")
+        given[key] = value
+    if "url" not in given:
+        raise ConfigError(f"{name}.url: missing")
+    for header, value in given.get("headers", {}).items():
+        try:
+            given["headers"][header] = string.Template(value).substitute(environ)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"{name}.headers.{header}: {error} is not in the environment") from None
+    upstream = Upstream(name=name, **given)
+    _check_url(upstream)
+    return upstream
+
+
+def _check_url(upstream: Upstream) -> None:
+    """A placeholder may stand in a path segment or in the query only, where it can change nothing else."""
+    try:
+        placeholders = [field for _, field, _, _ in string.Formatter().parse(upstream.url) if field is not None]
+    except ValueError as error:
+        raise ConfigError(f"{upstream.name}.url: {error}") from None
+    for placeholder in placeholders:
+        if placeholder not in upstream.parameters:
+            raise ConfigError(f"{upstream.name}.url: {{{placeholder}}} is not among its parameters")
+    parts = urlsplit(upstream.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "{" in parts.netloc or "@" in parts.netloc:
+        raise ConfigError(f"{upstream.name}.url: http:// or https:// and a fixed host are needed")
+
+
+DEMO = """
+[weather]
+url = "{base}/api/weather?city={{city}}"
+parameters = {{ city = "Berlin" }}
+ttl = 5
+
+[rates]
+url = "{base}/api/rates/{{currency}}"
+parameters = {{ currency = "EUR" }}
+keep = "rates"
+
+[news]
+url = "{base}/api/news"
+keep = "items"
+ttl = 20
+
+[flaky]
+url = "{base}/api/flaky"
+ttl = 2
+retries = 0
+fallback = {{ note = "nothing better is known" }}
+"""
+
+
+# ------------------------------------------------------------------------------------------------------- sources
+
+
+class Data:
+    """What an upstream said, encoded once: every answer that has it in it copies ``json`` and hashes ``digest``."""
+
+    __slots__ = ("digest", "json", "value")
+
+    def __init__(self, value: Any) -> None:
+        encoded = orjson.dumps(value)
+        self.value = value
+        self.json = orjson.Fragment(encoded)
+        self.digest = hashlib.blake2b(encoded, digest_size=12).hexdigest()
+
+
+class Part(NamedTuple):
+    """What is known of one source for one answer."""
+
+    state: str
+    data: Data | None = None
+    age: float | None = None
+    latency: float | None = None
+    error: str | None = None
+    expires_in: float = 0.0
+    """Seconds for which the data stays fresh."""
+    retry_after: float = 1.0
+
+    def shown(self) -> dict[str, Any]:
+        return {
+            "state": self.state,
+            "data": None if self.data is None else self.data.json,
+            "age_s": None if self.age is None else round(self.age, 3),
+            "latency_ms": None if self.latency is None else round(self.latency * 1000, 1),
+            "error": self.error,
+        }
+
+
+class Loaded(NamedTuple):
+    data: Data
+    latency: float
+
+
+class Source:
+    """One upstream: its cache, its circuit breaker, its places, and the loads that are under way."""
+
+    def __init__(
+        self, upstream: Upstream, session: aiohttp.ClientSession, places: Semaphore, clock: Clock = time.monotonic
+    ) -> None:
+        self.upstream, self._session, self._all_places = upstream, session, places
+        self.cache: TTLCache[Key, Loaded] = TTLCache(
+            upstream.keys, upstream.ttl, stale=upstream.stale, stale_if_error=upstream.stale_if_error, clock=clock
+        )
+        self.breaker = CircuitBreaker(
+            upstream.name,
+            failures=upstream.failures,
+            window=upstream.window,
+            reset=upstream.reset,
+            max_reset=max(300.0, upstream.reset),
+            on=lambda error: not isinstance(error, UpstreamError) or error.passes,
+            clock=clock,
+        )
+        self.refusals: TTLCache[Key, UpstreamError] = TTLCache(upstream.keys, REFUSED, clock=clock)
+        """What trying again cannot mend (a 404, say) is not asked for again at once; the rest is the breaker's."""
+        self._places = Semaphore(upstream.concurrency)
+        self._fallback = None if upstream.fallback is None else Data(upstream.fallback)
+        self._budget = RetryBudget()
+        self._policy = RetryPolicy(1 + upstream.retries, base=0.05, cap=1.0, total=upstream.timeout)
+        self.loads: dict[Key, asyncio.Task[Loaded]] = {}
+        """The load of each key that is under way. It is a task of its own, for it outlives those who wait for it."""
+        self.running: set[asyncio.Task[Loaded]] = set()
+        """These, and those that nobody joins any more, for their key was invalidated."""
+        self.calls = self.failures = 0
+        self.answers: Counter[str] = Counter()
+        """How many parts of answers were in each state."""
+        self.latencies: deque[float] = deque(maxlen=1000)
+        """Seconds that the last loads took, the failed ones included."""
+        self.last_success: datetime | None = None
+
+    def key(self, given: Mapping[str, str]) -> Key:
+        return tuple(given.get(name, default) for name, default in self.upstream.parameters.items())
+
+    def known(self, key: Key) -> tuple[Part | None, asyncio.Task[Loaded] | None]:
+        """What can be said at once, and the load to wait for if that is nothing."""
+        hit = self.cache.lookup(key)
+        if hit is None or hit.state == "expired":
+            refusal = self.refusals.get(key)
+            return (None, self.refresh(key)) if refusal is None else (self._instead(key, "error", str(refusal)), None)
+        if hit.refresh:
+            self.refresh(key)
+        return self._part(hit.state, hit), None
+
+    def _part(self, state: str, hit: Hit[Loaded], error: str | None = None) -> Part:
+        left = max(0.0, self.upstream.ttl - hit.age) if state == "fresh" else 0.0
+        return Part(state, hit.value.data, hit.age, hit.value.latency, error, left)
+
+    def outcome(self, key: Key, load: asyncio.Task[Loaded]) -> Part:
+        """What is known once the deadline came, or the load ended: its answer, else what is left of an older one."""
+        if load.done() and not load.cancelled() and load.exception() is None:
+            return Part("fresh", load.result().data, 0.0, load.result().latency, None, self.upstream.ttl)
+        state, error, wait = "timeout", "not here in time", 1.0
+        if load.done() and not load.cancelled():
+            problem = load.exception()
+            state, error = "error", str(problem) if isinstance(problem, UpstreamError) else "internal error"
+            if isinstance(problem, CircuitOpen):
+                wait = problem.retry_after
+                state, error = "open", f"circuit open for another {wait:.1f} s"
+        return self._instead(key, state, error, wait)
+
+    def _instead(self, key: Key, state: str, error: str, wait: float = 1.0) -> Part:
+        """An older answer within its window, else the fallback, else why there is none."""
+        hit = self.cache.lookup(key)
+        if hit is not None:
+            return self._part("stale", hit, error)
+        if self._fallback is not None:
+            return Part("fallback", self._fallback, error=error, retry_after=wait)
+        return Part(state, error=error, retry_after=wait)
+
+    def refresh(self, key: Key) -> asyncio.Task[Loaded]:
+        """The load of ``key`` that is under way, or a new one."""
+        load = self.loads.get(key)
+        if load is None:
+            load = self.loads[key] = asyncio.create_task(self._load(key), name=f"load {self.upstream.name}")
+            self.running.add(load)
+            load.add_done_callback(lambda done: self._ended(key, done))
+        return load
+
+    def _ended(self, key: Key, load: asyncio.Task[Loaded]) -> None:
+        self.running.discard(load)
+        if self.loads.get(key) is load:
+            del self.loads[key]
+        if load.cancelled():
+            return
+        error = load.exception()
+        if error is not None:
+            self.failures += 1
+            self.cache.defer(key, min(REFUSED, self.upstream.ttl))
+            if isinstance(error, UpstreamError) and not error.passes:
+                self.refusals.put(key, error)
+            if not isinstance(error, (UpstreamError, CircuitOpen)):
+                log.error("source %s: %r", self.upstream.name, error)
+
+    async def _load(self, key: Key) -> Loaded:
+        generation, started = self.cache.generation(key), time.monotonic()
+        try:
+            data = await self.breaker.call_async(self._call, key)
+        except UpstreamError:
+            self.latencies.append(time.monotonic() - started)
+            raise
+        loaded = Loaded(data, time.monotonic() - started)
+        self.latencies.append(loaded.latency)
+        self.cache.put(key, loaded, cost=loaded.latency, generation=generation)
+        self.last_success = datetime.now(UTC)
+        return loaded
+
+    async def _call(self, key: Key) -> Data:
+        async with self._places, self._all_places:
+            try:
+                async with asyncio.timeout(self.upstream.timeout):
+                    return await retry_async(
+                        lambda: self._fetch(key),
+                        on=lambda error: isinstance(error, UpstreamError) and error.passes,
+                        policy=self._policy,
+                        budget=self._budget,
+                    )
+            except TimeoutError:
+                raise UpstreamError("timeout", f"no answer within {self.upstream.timeout:g} s") from None
+
+    async def _fetch(self, key: Key) -> Data:
+        self.calls += 1
+        limit = self.upstream.max_bytes
+        body = b""
+        try:
+            async with self._session.get(
+                self.upstream.address(key),
+                headers={"X-Request-ID": request_id.get(), **self.upstream.headers},
+                allow_redirects=False,
+            ) as response:
+                if response.status != 200:
+                    later = parse_retry_after(response.headers.get("Retry-After"))
+                    raise UpstreamError("http", str(response.status), later)
+                async for piece in response.content.iter_chunked(1 << 16):
+                    body += piece
+                    if len(body) > limit:
+                        raise UpstreamError("too_large", f"more than {limit} bytes")
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise UpstreamError("connect", type(error).__name__) from None
+        try:
+            return Data(self._kept(orjson.loads(body)))
+        except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # encoding fails on what is nested too deeply
+            raise UpstreamError("not_json") from None
+
+    def _kept(self, data: Any) -> Any:
+        for name in filter(None, self.upstream.keep.split(".")):
+            if not isinstance(data, dict) or name not in data:
+                raise UpstreamError("missing", self.upstream.keep)
+            data = data[name]
+        return data
+
+    def forget(self, key: Key | None = None) -> None:
+        """Keep neither the answer for ``key`` (None: for any) nor what is being loaded for it."""
+        if key is None:
+            self.cache.clear()
+            self.refusals.clear()
+            self.loads.clear()
+        else:
+            self.cache.invalidate(key)
+            self.refusals.invalidate(key)
+            self.loads.pop(key, None)
+
+    def health(self) -> dict[str, Any]:
+        breaker = self.breaker.stats()
+        return {
+            "breaker": breaker.state,
+            "recent_failures": breaker.failures,
+            "next_probe_s": round(breaker.retry_after, 3),
+            "calls": self.calls,
+            "failed_loads": self.failures,
+            "loading": len(self.loads),
+            "answers": dict(self.answers),
+            "latency_ms": {name: round(seconds * 1000, 1) for name, seconds in percentiles(self.latencies).items()},
+            "last_success": None if self.last_success is None else self.last_success.isoformat(timespec="seconds"),
+            "cache": self.cache.stats()._asdict(),
+        }
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50, p95 and p99 by the nearest rank; nothing of nothing."""
+    ranked = sorted(seconds)
+    return {f"p{p}": ranked[math.ceil(len(ranked) * p / 100) - 1] for p in (50, 95, 99)} if ranked else {}
