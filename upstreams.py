@@ -19,14 +19,16 @@ import asyncio
 import contextvars
 import dataclasses
 import hashlib
+import heapq
 import logging
 import math
+import random
 import re
 import string
 import time
 import tomllib
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -41,8 +43,10 @@ from primitives import (
     Hit,
     RetryBudget,
     RetryPolicy,
+    Rng,
     Semaphore,
     TTLCache,
+    hedged,
     parse_retry_after,
     retry_async,
 )
@@ -51,6 +55,8 @@ log = logging.getLogger("uvicorn.error")
 
 REFUSED = 1.0
 """Seconds for which a key is left alone after its load failed."""
+MOST = {"max_bytes": 5e6, "timeout": 60.0, "keys": 1e5, "retries": 10, "concurrency": 1000, "failures": 1000}
+"""The greatest values in a configuration. To read 5 MB of JSON keeps the event loop for about 25 ms."""
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="none")
 
@@ -80,13 +86,20 @@ class UpstreamError(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Upstream:
-    """What the configuration says of an upstream; times are in seconds, ``parameters`` are names and defaults."""
+    """What the configuration says of an upstream; times are in seconds, ``parameters`` are names and defaults.
+
+    ``body`` is sent as JSON; its texts may hold placeholders too. ``hedge``: ask a second time when the first has not
+    answered after so long (0: never), for at most a tenth of the calls.
+    """
 
     name: str
     url: str
     parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    method: str = "GET"
+    body: Any = None
     timeout: float = 2.0
+    hedge: float = 0.0
     ttl: float = 10.0
     stale: float = 60.0
     stale_if_error: float = 600.0
@@ -104,6 +117,21 @@ class Upstream:
         """The URL for these values of the parameters."""
         values = zip(self.parameters, key, strict=True)
         return self.url.format_map({name: quote(value, safe="") for name, value in values})
+
+    def content(self, key: Key) -> bytes | None:
+        """The body for these values of the parameters: JSON, in which a value stays a part of its text."""
+        if self.body is None:
+            return None
+        values = dict(zip(self.parameters, key, strict=True))
+
+        def filled(part: Any) -> Any:
+            if isinstance(part, str):
+                return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), part)
+            if isinstance(part, list):
+                return [filled(inner) for inner in part]
+            return {name: filled(inner) for name, inner in part.items()} if isinstance(part, dict) else part
+
+        return orjson.dumps(filled(self.body))
 
 
 def read_config(text: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
@@ -136,19 +164,24 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
                 raise ConfigError(f"{name}.{key}: a table of names and texts is needed")
             given[key] = {inner: str(text) for inner, text in value.items()}
             continue
-        if key in ("url", "keep"):
+        if key in ("url", "keep", "method"):
             if not isinstance(value, str):
                 raise ConfigError(f"{name}.{key}: a text is needed, not {value!r}")
-        elif key != "fallback":
+            if key == "method" and value not in ("GET", "POST"):
+                raise ConfigError(f"{name}.method: GET or POST is needed, not {value!r}")
+        elif key not in ("fallback", "body"):
             number = isinstance(value, int if key in whole else (int, float)) and not isinstance(value, bool)
             if not number:
                 raise ConfigError(f"{name}.{key}: a {'whole ' * (key in whole)}number is needed, not {value!r}")
-            least = 0 if key in ("retries", "stale", "stale_if_error") else 1 if key in whole else 0.001
-            if not least <= float(value) < 1e9:
-                raise ConfigError(f"{name}.{key}: a number from {least} to a thousand million is needed, not {value!r}")
+            least = 0 if key in ("retries", "stale", "stale_if_error", "hedge") else 1 if key in whole else 0.001
+            most = MOST.get(key, 1e9)
+            if not least <= float(value) <= most:
+                raise ConfigError(f"{name}.{key}: a number from {least} to {most:g} is needed, not {value!r}")
         given[key] = value
     if "url" not in given:
         raise ConfigError(f"{name}.url: missing")
+    if "body" in given and given.get("method") != "POST":
+        raise ConfigError(f"{name}.body: only a POST has one")
     for header, value in given.get("headers", {}).items():
         try:
             given["headers"][header] = string.Template(value).substitute(environ)
@@ -203,13 +236,12 @@ fallback = {{ note = "nothing better is known" }}
 class Data:
     """What an upstream said, encoded once: every answer that has it in it copies ``json`` and hashes ``digest``."""
 
-    __slots__ = ("digest", "json", "value")
+    __slots__ = ("digest", "encoded", "json", "value")
 
     def __init__(self, value: Any) -> None:
-        encoded = orjson.dumps(value)
-        self.value = value
-        self.json = orjson.Fragment(encoded)
-        self.digest = hashlib.blake2b(encoded, digest_size=12).hexdigest()
+        self.value, self.encoded = value, orjson.dumps(value)
+        self.json = orjson.Fragment(self.encoded)
+        self.digest = hashlib.blake2b(self.encoded, digest_size=12).hexdigest()
 
 
 class Part(NamedTuple):
@@ -239,13 +271,89 @@ class Loaded(NamedTuple):
     latency: float
 
 
+class Load(NamedTuple):
+    """What a load came to, for those who listen; ``latency`` in seconds."""
+
+    source: str
+    parameters: dict[str, str]
+    at: datetime
+    latency: float
+    data: Data | None
+    error: UpstreamError | None
+
+
+class Renewals:
+    """Which keys are to be loaded before they expire: those in use. It decides only; somebody asks it now and then.
+
+    A key is due when most of its ``ttl`` is over, at a point drawn for each load, so that keys loaded together are
+    not renewed together. If loading fails, the wait doubles each time, up to ``CAP``. A key that nobody asked for in
+    the last ``IDLE`` ttls is dropped. All times are of the caller's clock.
+    """
+
+    EARLY = 0.7, 0.9
+    CAP = 60.0
+    IDLE = 3.0
+
+    def __init__(self, ttl: float, rng: Rng = random.random) -> None:
+        self.ttl, self._rng = ttl, rng
+        self._asked: dict[Key, float] = {}
+        self._failed: dict[Key, int] = {}
+        self._due: list[tuple[float, Key]] = []
+        self._when: dict[Key, float] = {}
+        """Of all that is planned; what else is in the heap was planned again since."""
+
+    def asked(self, key: Key, now: float) -> None:
+        self._asked[key] = now
+
+    def loaded(self, key: Key, now: float) -> None:
+        self._failed.pop(key, None)
+        low, high = self.EARLY
+        self._plan(key, now + self.ttl * (low + (high - low) * self._rng()))
+
+    def failed(self, key: Key, now: float) -> None:
+        times = self._failed[key] = self._failed.get(key, 0) + 1
+        self._plan(key, now + min(max(self.CAP, self.ttl), self.ttl * 2.0 ** min(times, 30)) * (0.5 + self._rng() / 2))
+
+    def due(self, now: float) -> list[Key]:
+        """The keys to load now. Each is planned again by ``loaded`` or ``failed`` only."""
+        keys = []
+        while self._due and self._due[0][0] <= now:
+            when, key = heapq.heappop(self._due)
+            if self._when.get(key) != when:
+                continue
+            del self._when[key]
+            if now - self._asked.get(key, -math.inf) <= max(self.IDLE * self.ttl, 1.0):
+                keys.append(key)
+            else:
+                self._asked.pop(key, None)
+                self._failed.pop(key, None)
+        return keys
+
+    def forget(self) -> None:
+        for planned in (self._asked, self._failed, self._due, self._when):
+            planned.clear()
+
+    def __len__(self) -> int:
+        return len(self._when)
+
+    def _plan(self, key: Key, when: float) -> None:
+        if key in self._asked:
+            self._when[key] = when
+            heapq.heappush(self._due, (when, key))
+
+
 class Source:
     """One upstream: its cache, its circuit breaker, its places, and the loads that are under way."""
 
     def __init__(
         self, upstream: Upstream, session: aiohttp.ClientSession, places: Semaphore, clock: Clock = time.monotonic
     ) -> None:
-        self.upstream, self._session, self._all_places = upstream, session, places
+        self.upstream, self._session, self._all_places, self._clock = upstream, session, places, clock
+        self.listeners: list[Callable[[Load], None]] = []
+        """Told of each load that ended, in the task of the load."""
+        self.changed: Callable[[], None] = lambda: None
+        """Called when there may be another answer than a moment ago, but for the passing of time."""
+        self.renewals = Renewals(upstream.ttl)
         self.cache: TTLCache[Key, Loaded] = TTLCache(
             upstream.keys, upstream.ttl, stale=upstream.stale, stale_if_error=upstream.stale_if_error, clock=clock
         )
@@ -258,11 +366,12 @@ class Source:
             on=lambda error: not isinstance(error, UpstreamError) or error.passes,
             clock=clock,
         )
+        self.breaker.listen(lambda *_: self.changed())
         self.refusals: TTLCache[Key, UpstreamError] = TTLCache(upstream.keys, REFUSED, clock=clock)
         """What trying again cannot mend (a 404, say) is not asked for again at once; the rest is the breaker's."""
         self._places = Semaphore(upstream.concurrency)
         self._fallback = None if upstream.fallback is None else Data(upstream.fallback)
-        self._budget = RetryBudget()
+        self._budget, self._hedges = RetryBudget(), RetryBudget()
         self._policy = RetryPolicy(1 + upstream.retries, base=0.05, cap=1.0, total=upstream.timeout)
         self.loads: dict[Key, asyncio.Task[Loaded]] = {}
         """The load of each key that is under way. It is a task of its own, for it outlives those who wait for it."""
@@ -274,12 +383,17 @@ class Source:
         self.latencies: deque[float] = deque(maxlen=1000)
         """Seconds that the last loads took, the failed ones included."""
         self.last_success: datetime | None = None
+        self.last_error: str | None = None
+
+    def named(self, key: Key) -> dict[str, str]:
+        return dict(zip(self.upstream.parameters, key, strict=True))
 
     def key(self, given: Mapping[str, str]) -> Key:
         return tuple(given.get(name, default) for name, default in self.upstream.parameters.items())
 
     def known(self, key: Key) -> tuple[Part | None, asyncio.Task[Loaded] | None]:
         """What can be said at once, and the load to wait for if that is nothing."""
+        self.renewals.asked(key, self._clock())
         hit = self.cache.lookup(key)
         if hit is None or hit.state == "expired":
             refusal = self.refusals.get(key)
@@ -323,14 +437,32 @@ class Source:
             load.add_done_callback(lambda done: self._ended(key, done))
         return load
 
+    def renew(self) -> int:
+        """Load what is in use and about to expire; how many loads that began."""
+        due = [key for key in self.renewals.due(self._clock()) if key not in self.loads]
+        for key in due:
+            self.refresh(key)
+        return len(due)
+
+    def warm(self, key: Key, value: Any, age: float, latency: float) -> None:
+        """Keep what was loaded ``age`` seconds ago, in an earlier life: as stale, if its windows are not over."""
+        age = max(age, 0.001)
+        loaded, now = Loaded(Data(value), latency), self._clock()
+        if key not in self.cache:
+            self.cache.put(key, loaded, ttl=min(self.upstream.ttl, age), now=now - age)
+
     def _ended(self, key: Key, load: asyncio.Task[Loaded]) -> None:
         self.running.discard(load)
         if self.loads.get(key) is load:
             del self.loads[key]
+        self.changed()
         if load.cancelled():
             return
         error = load.exception()
-        if error is not None:
+        if error is None:
+            self.renewals.loaded(key, self._clock())
+        else:
+            self.renewals.failed(key, self._clock())
             self.failures += 1
             self.cache.defer(key, min(REFUSED, self.upstream.ttl))
             if isinstance(error, UpstreamError) and not error.passes:
@@ -340,15 +472,24 @@ class Source:
 
     async def _load(self, key: Key) -> Loaded:
         generation, started = self.cache.generation(key), time.monotonic()
+        data, failure = None, None
         try:
             data = await self.breaker.call_async(self._call, key)
-        except UpstreamError:
-            self.latencies.append(time.monotonic() - started)
+        except UpstreamError as error:
+            failure = error
+            self.last_error = str(error)
             raise
-        loaded = Loaded(data, time.monotonic() - started)
-        self.latencies.append(loaded.latency)
-        self.cache.put(key, loaded, cost=loaded.latency, generation=generation)
-        self.last_success = datetime.now(UTC)
+        finally:
+            latency = time.monotonic() - started
+            if data is not None or failure is not None:
+                self.latencies.append(latency)
+                at = datetime.now(UTC)
+                load = Load(self.upstream.name, self.named(key), at, latency, data, failure)
+                for listener in self.listeners:
+                    listener(load)
+        loaded = Loaded(data, latency)
+        self.cache.put(key, loaded, cost=latency, generation=generation)
+        self.last_success = at
         return loaded
 
     async def _call(self, key: Key) -> Data:
@@ -356,7 +497,7 @@ class Source:
             try:
                 async with asyncio.timeout(self.upstream.timeout):
                     return await retry_async(
-                        lambda: self._fetch(key),
+                        lambda: self._asked_twice(key) if self.upstream.hedge else self._fetch(key),
                         on=lambda error: isinstance(error, UpstreamError) and error.passes,
                         policy=self._policy,
                         budget=self._budget,
@@ -364,14 +505,20 @@ class Source:
             except TimeoutError:
                 raise UpstreamError("timeout", f"no answer within {self.upstream.timeout:g} s") from None
 
+    async def _asked_twice(self, key: Key) -> Data:
+        return await hedged(lambda: self._fetch(key), self.upstream.hedge, self._hedges)
+
     async def _fetch(self, key: Key) -> Data:
         self.calls += 1
-        limit = self.upstream.max_bytes
+        limit, content = self.upstream.max_bytes, self.upstream.content(key)
+        kind = {} if content is None else {"Content-Type": "application/json"}
         body = b""
         try:
-            async with self._session.get(
+            async with self._session.request(
+                self.upstream.method,
                 self.upstream.address(key),
-                headers={"X-Request-ID": request_id.get(), **self.upstream.headers},
+                data=content,
+                headers={"X-Request-ID": request_id.get(), **kind, **self.upstream.headers},
                 allow_redirects=False,
             ) as response:
                 if response.status != 200:
@@ -401,13 +548,15 @@ class Source:
             self.cache.clear()
             self.refusals.clear()
             self.loads.clear()
+            self.renewals.forget()
         else:
             self.cache.invalidate(key)
             self.refusals.invalidate(key)
             self.loads.pop(key, None)
+        self.changed()
 
     def health(self) -> dict[str, Any]:
-        breaker = self.breaker.stats()
+        breaker, last = self.breaker.stats(), self.last_success
         return {
             "breaker": breaker.state,
             "recent_failures": breaker.failures,
@@ -415,9 +564,14 @@ class Source:
             "calls": self.calls,
             "failed_loads": self.failures,
             "loading": len(self.loads),
+            "renewing": len(self.renewals),
             "answers": dict(self.answers),
             "latency_ms": {name: round(seconds * 1000, 1) for name, seconds in percentiles(self.latencies).items()},
-            "last_success": None if self.last_success is None else self.last_success.isoformat(timespec="seconds"),
+            "recent_ms": [round(seconds * 1000, 1) for seconds in list(self.latencies)[-60:]],
+            "last_success": None if last is None else last.isoformat(timespec="milliseconds"),
+            "age_s": None if last is None else round((datetime.now(UTC) - last).total_seconds(), 3),
+            "ttl_s": self.upstream.ttl,
+            "last_error": self.last_error,
             "cache": self.cache.stats()._asdict(),
         }
 
