@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -547,6 +548,16 @@ class Outcome(NamedTuple, Generic[T]):
     value: T | None
     error: BaseException | None
     seconds: float
+
+
+async def arrives(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for ``event``, at most so many ``seconds`` (infinity: for ever). Whether it is set."""
+    try:
+        async with asyncio.timeout(None if seconds == math.inf else seconds):
+            await event.wait()
+    except TimeoutError:
+        pass
+    return event.is_set()
 
 
 async def hedged(call: Callable[[], Awaitable[T]], delay: float, budget: Budget | None = None) -> T:

@@ -45,7 +45,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
-from primitives import Batch, Clock, RetryPolicy, Rng, telling
+from primitives import Batch, Clock, RetryPolicy, Rng, arrives, telling
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -190,10 +190,7 @@ class Database:
 
     async def ready(self, wait: float = math.inf) -> bool:
         """Wait until there is a connection, at most ``wait`` seconds."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(None if wait == math.inf else wait):
-                await self._up.wait()
-        return self._up.is_set()
+        return await arrives(self._up, wait)
 
     async def close(self) -> None:
         """Close the connections and stop the embedded server, if it is not used by others."""
@@ -266,9 +263,7 @@ class Database:
             else:
                 attempt = 0
                 self._enter("connected", None)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(CHECK_EVERY):
-                        await self._look.wait()
+                await arrives(self._look, CHECK_EVERY)
 
     async def _check(self) -> None:
         """Ask on a connection of its own, which is not one of the pool: those may all be busy."""
@@ -364,10 +359,7 @@ class Writer(Generic[R]):
             elif self._closing:
                 return
             else:
-                due = self._batch.due_in()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(None if due == math.inf else due):
-                        await self._wake.wait()
+                await arrives(self._wake, self._batch.due_in())
 
     async def _store(self, rows: Sequence[R]) -> None:
         """Write ``rows``, however long that takes; halve what is refused until the row is found whose fault it is."""

@@ -283,27 +283,28 @@ class Load(NamedTuple):
 
 
 class Renewals:
-    """Which keys are to be loaded before they expire: those in use. It decides only; somebody asks it now and then.
+    """Which keys are to be loaded before they expire: those that somebody asked for since their last load.
 
-    A key is due when most of its ``ttl`` is over, at a point drawn for each load, so that keys loaded together are
-    not renewed together. If loading fails, the wait doubles each time, up to ``CAP``. A key that nobody asked for in
-    the last ``IDLE`` ttls is dropped. All times are of the caller's clock.
+    It decides only; somebody asks it now and then. A key is due when most of its ``ttl`` is over, at a point drawn
+    for each load, so that keys loaded together are not renewed together. If loading fails, the wait doubles each
+    time, up to ``CAP`` seconds (or ``ttl``, if that is longer). There are never more renewals than requests; at most
+    ``maxsize`` keys are known. All times are of the caller's clock.
     """
 
     EARLY = 0.7, 0.9
     CAP = 60.0
-    IDLE = 3.0
 
-    def __init__(self, ttl: float, rng: Rng = random.random) -> None:
-        self.ttl, self._rng = ttl, rng
-        self._asked: dict[Key, float] = {}
-        self._failed: dict[Key, int] = {}
-        self._due: list[tuple[float, Key]] = []
+    def __init__(self, ttl: float, maxsize: int, rng: Rng = random.random) -> None:
+        self.ttl, self.maxsize, self._rng = ttl, maxsize, rng
         self._when: dict[Key, float] = {}
-        """Of all that is planned; what else is in the heap was planned again since."""
+        self._heap: list[tuple[float, Key]] = []
+        """What is in ``_when``, and what was there before it was planned anew: to be skipped."""
+        self._asked: set[Key] = set()
+        self._failed: dict[Key, int] = {}
 
-    def asked(self, key: Key, now: float) -> None:
-        self._asked[key] = now
+    def asked(self, key: Key) -> None:
+        if key in self._when:
+            self._asked.add(key)
 
     def loaded(self, key: Key, now: float) -> None:
         self._failed.pop(key, None)
@@ -311,35 +312,43 @@ class Renewals:
         self._plan(key, now + self.ttl * (low + (high - low) * self._rng()))
 
     def failed(self, key: Key, now: float) -> None:
-        times = self._failed[key] = self._failed.get(key, 0) + 1
-        self._plan(key, now + min(max(self.CAP, self.ttl), self.ttl * 2.0 ** min(times, 30)) * (0.5 + self._rng() / 2))
+        times = self._failed.get(key, 0) + 1
+        wait = min(max(self.CAP, self.ttl), self.ttl * 2.0 ** min(times, 30))
+        if self._plan(key, now + wait * (0.5 + self._rng() / 2)):
+            self._failed[key] = times
 
     def due(self, now: float) -> list[Key]:
-        """The keys to load now. Each is planned again by ``loaded`` or ``failed`` only."""
+        """The keys to load now. Each is known again when ``loaded`` or ``failed`` is called."""
         keys = []
-        while self._due and self._due[0][0] <= now:
-            when, key = heapq.heappop(self._due)
+        while self._heap and self._heap[0][0] <= now:
+            when, key = heapq.heappop(self._heap)
             if self._when.get(key) != when:
                 continue
             del self._when[key]
-            if now - self._asked.get(key, -math.inf) <= max(self.IDLE * self.ttl, 1.0):
+            if key in self._asked:
+                self._asked.discard(key)
                 keys.append(key)
             else:
-                self._asked.pop(key, None)
                 self._failed.pop(key, None)
         return keys
 
     def forget(self) -> None:
-        for planned in (self._asked, self._failed, self._due, self._when):
-            planned.clear()
+        for known in (self._when, self._heap, self._asked, self._failed):
+            known.clear()
 
     def __len__(self) -> int:
         return len(self._when)
 
-    def _plan(self, key: Key, when: float) -> None:
-        if key in self._asked:
-            self._when[key] = when
-            heapq.heappush(self._due, (when, key))
+    def _plan(self, key: Key, when: float) -> bool:
+        self._asked.discard(key)
+        if key not in self._when and len(self._when) >= self.maxsize:
+            return False
+        self._when[key] = when
+        heapq.heappush(self._heap, (when, key))
+        if len(self._heap) > 2 * len(self._when) + 64:
+            self._heap = [(when, key) for key, when in self._when.items()]
+            heapq.heapify(self._heap)
+        return True
 
 
 class Source:
@@ -353,7 +362,7 @@ class Source:
         """Told of each load that ended, in the task of the load."""
         self.changed: Callable[[], None] = lambda: None
         """Called when there may be another answer than a moment ago, but for the passing of time."""
-        self.renewals = Renewals(upstream.ttl)
+        self.renewals = Renewals(upstream.ttl, upstream.keys)
         self.cache: TTLCache[Key, Loaded] = TTLCache(
             upstream.keys, upstream.ttl, stale=upstream.stale, stale_if_error=upstream.stale_if_error, clock=clock
         )
@@ -393,7 +402,7 @@ class Source:
 
     def known(self, key: Key) -> tuple[Part | None, asyncio.Task[Loaded] | None]:
         """What can be said at once, and the load to wait for if that is nothing."""
-        self.renewals.asked(key, self._clock())
+        self.renewals.asked(key)
         hit = self.cache.lookup(key)
         if hit is None or hit.state == "expired":
             refusal = self.refusals.get(key)
