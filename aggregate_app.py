@@ -5,26 +5,28 @@
 ``GET /aggregate`` asks many upstreams at once and answers with what is there at the deadline: for each source its
 data, and how it came by it (``fresh``, ``stale``, ``fallback``, ``timeout``, ``error``, ``open``). The upstreams are
 those of the TOML file that ``AGGREGATE_CONFIG`` names; without it, four demo upstreams on loopback, one of them flaky.
-
-The way of a call: cache -> one load for all who ask (``Source.refresh``) -> circuit breaker -> places, of this upstream
-and of all -> time limit -> retries, under a budget -> size limit and JSON check -> cache.
+The way of a call to one is told in ``upstreams.py``.
 
 Promised
 - A request waits for its deadline at most; the deadline cuts the wait, not the load: what comes late fills the cache.
-- What is stale is served at once, while one load in the background renews it; it never carries a full max-age.
-- However many ask, an upstream gets one call for a key at a time, and none while its circuit is open, but for probes.
-- A parameter is part of a path segment or of a query value; it can change neither the host nor the path.
-- What an upstream says when it fails reaches no client: errors are of the closed list in ``UpstreamError``.
+- What is stale is served at once, while one load in the background renews it; it never carries a full max-age. What
+  is in use is loaded again before it gets stale.
+- An assembled answer is handed out again for ``KEPT`` seconds, while nothing in it changed: its ``generated_at`` says
+  when it was made, and its ages are of that moment.
+- The database may be away at any time: the API goes on without it.
+- On a stop, streams end at once, requests under way get ``GRACE`` seconds, and the last rows and lines are written:
+  ten seconds at most.
 
-Not promised: that a load ends with the server. On a stop, loads under way get ``GRACE`` seconds, then are cancelled.
-
-Everything runs in the event loop of the server, and nothing in it blocks: the sandbox of the demo has a thread of its
-own. All state is the loop's, so nothing here needs a lock; the mechanisms of ``primitives`` bring their own.
+Three layers: what waits for a socket runs in the event loop of the server (the upstreams, PostgreSQL), what blocks in
+threads (names and certificates of ``/report``, log lines, the demo's sandbox, starting the embedded database), what
+computes in processes (``/report``). All state is the loop's, so nothing here needs a lock; the mechanisms of
+``primitives`` bring their own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import hmac
@@ -35,89 +37,192 @@ import math
 import os
 import re
 import secrets
+import signal
+import sys
+import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, cast
+from types import FrameType
+from typing import IO, Any, cast
+from urllib.parse import parse_qsl, urlencode
 
 import aiohttp
+import asyncpg
 import orjson
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from primitives import Semaphore, TokenBucket, TTLCache
-from upstreams import DEMO, ConfigError, Key, Loaded, Part, Source, Upstream, percentiles, read_config, request_id
+from database import UPSTREAM_RESULTS, Database, History, Result, Unavailable
+from openapi import document
+from primitives import Semaphore, State, TokenBucket, TTLCache
+from processes import PoolFull, Processes, WorkerDied
+from report import Columns, inspect_host, summarise
+from telemetry import Events, Exporter, Lag, RequestLog
+from upstreams import DEMO, ConfigError, Key, Load, Loaded, Part, Source, Upstream, read_config, request_id
 
 log = logging.getLogger("uvicorn.error")
 
+VERSION = "1.0"
+"""Of the API, as its document says it."""
 GRACE = 5.0
 """Seconds that loads under way get when the server stops."""
+KEPT, KEPT_MOST = 0.05, 1000
+"""Seconds for which an assembled answer is handed out again, and how many there may be."""
+RENEW_EVERY, RETAIN_EVERY = 0.1, 600.0
+"""Seconds between two looks for what is to be renewed, and for what is too old to be kept."""
+WARM = 3.0
+"""Seconds that the start waits for the database and what it knows."""
+STREAMS = 100
+"""Streams of events at a time."""
+REPORTS = 16
+"""Reports at a time."""
+OUTCOMES = 20_000
+"""Results of one source that a report takes into account: the last ones."""
+HOURS = 1, 24, 168
+HISTORY = 1, 100, 1000
+"""The least, usual and greatest ``hours`` of a report, and ``limit`` of a page."""
+PAGE_BYTES = 4_000_000
+"""A page of the history ends early when it holds so much."""
+HISTORY_LIMIT, REPORT_LIMIT = 5.0, 8.0
+"""Seconds that a page of the history, or a report, may take."""
 CLIENT_RATE, CLIENT_BURST, CLIENTS = 1000.0, 2000, 10_000
 """Requests per second of one client (``AGGREGATE_RATE`` overrides, 0: any number), and how many are known at a time."""
 PLACES = 256
 """Calls under way to all upstreams together."""
 MAX_PARAMETER = 200
 """Characters of a parameter's value."""
+MAX_QUERY, MAX_HEADERS, MAX_BODY = 4096, 32 * 1024, 64 * 1024
+"""Bytes of a query, of all headers, and of the body that a request announces (no body is read)."""
 DEADLINE_MS = 1, 1000, 30_000
 """The least, usual and greatest ``deadline_ms``."""
 
 
-class Lag:
-    """How late the event loop wakes a sleeper: what a call that blocks it would cost everybody. Seconds."""
+# ------------------------------------------------------------------------------------------------------- the service
 
-    def __init__(self, every: float = 0.25, keep: int = 240) -> None:
-        self._every = every
-        self.recent: deque[float] = deque([0.0], maxlen=keep)
 
-    async def watch(self) -> None:
-        loop = asyncio.get_running_loop()
+class Kept:
+    """An answer as it was sent, to be sent again."""
+
+    __slots__ = ("body", "headers", "hits", "states", "until")
+
+    def __init__(self, until: float, headers: list[tuple[bytes, bytes]], body: bytes, states: dict[str, str]) -> None:
+        self.until, self.headers, self.body, self.states = until, headers, body, states
+        self.hits = 0
+
+
+class Service:
+    """What lives as long as the server runs."""
+
+    def __init__(self, sources: dict[str, Source], database: Database, output: IO[bytes] | None) -> None:
+        self.sources, self.database, self.history = sources, database, History(database)
+        self.lag, self.events, self.log = Lag(), Events(), RequestLog(output)
+        self.processes = Processes(waiting=REPORTS)
+        self.threads = ThreadPoolExecutor(4, thread_name_prefix="report")
+        self.registry = CollectorRegistry()
+        self.registry.register(Exporter(sources, self.lag, database, self.history.writer, self.log))
+        self.started, self.stopping = time.monotonic(), False
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.kept: dict[tuple[str, bytes], Kept] = {}
+        for source in sources.values():
+            source.listeners.append(self.loaded)
+            source.changed = self.settle
+            source.breaker.listen(self.switched)
+
+    def begin(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task beside the requests. One that fails is an error in the log, and shown by /health."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("task %s ended", name, exc_info=error)
+            else:
+                del self.tasks[name]
+
+        task = self.tasks[name] = asyncio.create_task(work, name=name)
+        task.add_done_callback(ended)
+        return task
+
+    def loaded(self, load: Load) -> None:
+        parameters = load.parameters
+        state, error = ("ok", None) if load.error is None else (load.error.kind, str(load.error))
+        payload = None if load.data is None else load.data.encoded.decode()
+        self.history.keep(Result(load.source, orjson.dumps(parameters).decode(), load.at, load.latency, state, payload))
+        latency = round(load.latency * 1000, 1)
+        told = {"source": load.source, "parameters": parameters, "latency_ms": latency, "error": error}
+        self.events.publish("refresh", {**told, "state": "ok" if error is None else "error"})
+        if error is not None:
+            self.log.note("failed load", request_id.get(), told)
+
+    def switched(self, source: str, previous: State, state: State, _: int) -> None:
+        told = {"source": source, "state": state, "previous": previous}
+        self.events.publish("breaker", told)
+        self.log.note("breaker", request_id.get(), told)
+
+    def settle(self) -> None:
+        """Something changed: no kept answer is sent again. Those that were are counted now."""
+        for kept in self.kept.values():
+            for name, state in kept.states.items():
+                self.sources[name].answers[state] += kept.hits
+        self.kept.clear()
+
+    async def renew(self) -> None:
+        request_id.set("renewal")
         while True:
-            due = loop.time() + self._every
-            await asyncio.sleep(self._every)
-            self.recent.append(max(0.0, loop.time() - due))
+            await asyncio.sleep(RENEW_EVERY)
+            for source in self.sources.values():
+                source.renew()
 
+    async def retain(self, seconds: float) -> None:
+        while True:
+            with contextlib.suppress(Unavailable, asyncpg.PostgresError):
+                await self.history.forget(seconds)
+            await asyncio.sleep(RETAIN_EVERY)
 
-class Exporter(Collector):
-    """What ``/metrics`` shows, read from the sources' own counts when it is asked for: a request pays nothing."""
+    async def warm(self) -> None:
+        """Begin with what the last life knew, as stale, once there is a database."""
+        await self.database.ready()
+        for name, source in self.sources.items():
+            upstream = source.upstream
+            within = upstream.ttl + max(upstream.stale, upstream.stale_if_error)
+            try:
+                results = await self.history.latest(name, within, upstream.keys)
+            except (Unavailable, asyncpg.PostgresError) as error:
+                log.warning("no warm start: %s", type(error).__name__)
+                return
+            for result in results:
+                given = orjson.loads(result.parameters)
+                if given.keys() == upstream.parameters.keys() and result.payload is not None:
+                    age = (datetime.now(UTC) - result.fetched_at).total_seconds()
+                    source.warm(source.key(given), orjson.loads(result.payload), age, result.latency)
+                await asyncio.sleep(0)
 
-    def __init__(self, sources: Mapping[str, Source], lag: Lag) -> None:
-        self._sources, self._lag = sources, lag
+    def stop(self) -> None:
+        """At the signal: streams end, and loads, which requests may wait for, have ``GRACE`` seconds left."""
+        if not self.stopping:
+            self.stopping = True
+            self.events.end()
+            asyncio.get_running_loop().call_later(GRACE, self.cancel_loads)
 
-    def collect(self) -> Iterator[Metric]:
-        answers = CounterMetricFamily(
-            "aggregate_answers", "Parts of answers by their state", labels=("source", "state")
-        )
-        calls = CounterMetricFamily("aggregate_upstream_calls", "Requests sent, retries included", labels=("source",))
-        failed = CounterMetricFamily("aggregate_failed_loads", "Loads that ended in an error", labels=("source",))
-        refused = CounterMetricFamily("aggregate_refused_calls", "Calls that the breaker refused", labels=("source",))
-        circuit = GaugeMetricFamily("aggregate_circuit_open", "0 closed, 0.5 half-open, 1 open", labels=("source",))
-        cached = GaugeMetricFamily("aggregate_cache_entries", "Answers kept", labels=("source",))
-        latency = GaugeMetricFamily(
-            "aggregate_upstream_latency_seconds", "Of the last 1,000 loads", labels=("source", "quantile")
-        )
-        for name, source in self._sources.items():
-            for state, count in source.answers.items():
-                answers.add_metric((name, state), count)
-            breaker = source.breaker.stats()
-            calls.add_metric((name,), source.calls)
-            failed.add_metric((name,), source.failures)
-            refused.add_metric((name,), breaker.refused)
-            circuit.add_metric((name,), {"closed": 0.0, "half_open": 0.5, "open": 1.0}[breaker.state])
-            cached.add_metric((name,), len(source.cache))
-            for quantile, seconds in percentiles(source.latencies).items():
-                latency.add_metric((name, f"0.{quantile[1:]}"), seconds)
-        yield from (answers, calls, failed, refused, circuit, cached, latency)
-        yield GaugeMetricFamily("aggregate_loop_lag_seconds", "Longest of the last minute", max(self._lag.recent))
+    def cancel_loads(self) -> None:
+        for source in self.sources.values():
+            for load in source.running:
+                load.cancel()
+
+    async def close(self) -> None:
+        self.stop()
+        for task in self.tasks.values():
+            task.cancel()
+        await asyncio.gather(*list(self.tasks.values()), return_exceptions=True)
+        while loads := [load for source in self.sources.values() for load in source.running]:
+            await asyncio.wait(loads)
 
 
 # -------------------------------------------------------------------------------------------------------- routes
@@ -139,34 +244,87 @@ async def problem(_: Request, error: Exception) -> Response:
     return Response(orjson.dumps(body), failure.status_code, headers, "application/problem+json")
 
 
+async def failed(request: Request, _: Exception) -> Response:
+    """The server logs the error."""
+    return await problem(request, Problem(500, "internal error"))
+
+
 def reply(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(body), status, headers, "application/json")
 
 
+def service_of(request: Request) -> Service:
+    return cast(Service, request.app.state.service)
+
+
 def sources_of(request: Request) -> dict[str, Source]:
-    return cast(dict[str, Source], request.app.state.sources)
+    return service_of(request).sources
 
 
-def wanted(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Source], float]:
-    """The sources a request asks for, and its deadline in seconds. ``Problem`` if it asks for what is not there."""
-    sources, query = sources_of(request), request.query_params
-    if names is None:
-        names = query["sources"].split(",") if "sources" in query else list(sources)
-    unknown = [name for name in names if name not in sources]
-    if unknown:
-        raise Problem(404, f"unknown source {unknown[0][:50]}", sources=sorted(sources))
-    chosen = {name: sources[name] for name in names}
-    allowed = {"deadline_ms", "sources", *(name for source in chosen.values() for name in source.upstream.parameters)}
+def query_of(request: Request) -> dict[str, str]:
+    """The parameters in a request's query. ``Problem`` if one is there twice, or is no percent-encoded UTF-8."""
+    try:
+        pairs = parse_qsl(request.scope["query_string"].decode("ascii"), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        raise Problem(422, "the query is not percent-encoded UTF-8") from None
+    query = dict(pairs)
+    if len(query) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0][:50]
+        raise Problem(422, f"{twice} is there more than once", parameter=twice)
+    return query
+
+
+def check(query: Mapping[str, str], allowed: Iterable[str]) -> None:
+    """``Problem`` if there is a parameter that is not allowed, or one that cannot be a part of an upstream's URL."""
     for name, value in query.items():
         if name not in allowed:
             raise Problem(422, f"no parameter {name[:50]} here", parameter=name[:50], parameters=sorted(allowed))
-        if name != "sources" and (not value or len(value) > MAX_PARAMETER or value in (".", "..")):
-            raise Problem(422, f"{name} must have 1 to {MAX_PARAMETER} characters", parameter=name)
-    least, usual, most = DEADLINE_MS
-    text = query.get("deadline_ms", str(usual))
+        if not re.fullmatch(r"[^\x00-\x1f\x7f]+", value) or len(value) > MAX_PARAMETER or value in (".", ".."):
+            what = f"{name} must have 1 to {MAX_PARAMETER} characters, without control characters, and not be . or .."
+            raise Problem(422, what, parameter=name)
+
+
+def whole(query: Mapping[str, str], name: str, least: int, usual: int, most: int) -> int:
+    """A whole number among the parameters. ``Problem`` if it is none, or out of its bounds."""
+    text = query.get(name, str(usual))
     if not re.fullmatch(r"[0-9]{1,6}", text, re.A) or not least <= int(text) <= most:
-        raise Problem(422, f"deadline_ms must be a whole number from {least} to {most}", parameter="deadline_ms")
-    return chosen, int(text) / 1000
+        raise Problem(422, f"{name} must be a whole number from {least} to {most}", parameter=name)
+    return int(text)
+
+
+def moment(text: str, name: str) -> datetime:
+    """A time as RFC 3339 has it. ``Problem`` if it is none."""
+    form = r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)"
+    with contextlib.suppress(ValueError, OverflowError):
+        if re.fullmatch(form, text, re.A):
+            return datetime.fromisoformat(text.upper()).astimezone(UTC)
+    raise Problem(422, f"{name} must be a time with its offset, such as 2030-01-31T12:00:00Z", parameter=name)
+
+
+def names_in(query: dict[str, str], request: Request) -> list[str]:
+    """What ``sources`` in the query names, which is taken out of it; without it, all sources."""
+    return query.pop("sources").split(",") if "sources" in query else list(sources_of(request))
+
+
+def known_sources(request: Request, names: Sequence[str]) -> dict[str, Source]:
+    """The sources of these names. ``Problem`` if there is none of some name."""
+    sources = sources_of(request)
+    for name in names:
+        if name not in sources:
+            raise Problem(404, f"unknown source {name[:50]}", sources=sorted(sources))
+    return {name: sources[name] for name in names}
+
+
+def wanted(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Source], dict[str, str], float]:
+    """The sources and parameters of a request, and its deadline in seconds. ``Problem`` if something is not there."""
+    query = query_of(request)
+    allowed = {"deadline_ms"}
+    if names is None:
+        names = names_in(query, request)
+        allowed.add("sources")
+    chosen = known_sources(request, names)
+    check(query, allowed.union(*(source.upstream.parameters for source in chosen.values())))
+    return chosen, query, whole(query, "deadline_ms", *DEADLINE_MS) / 1000
 
 
 async def gather(sources: Mapping[str, Source], given: Mapping[str, str], deadline: float) -> dict[str, Part]:
@@ -186,30 +344,42 @@ async def gather(sources: Mapping[str, Source], given: Mapping[str, str], deadli
 async def aggregate(request: Request) -> Response:
     """``/aggregate`` and ``/aggregate/{source}``: 200 if any source has data, else 503 with Retry-After."""
     started = time.monotonic()
-    one = request.path_params.get("source")
-    sources, deadline = wanted(request, None if one is None else [one])
-    parts = await gather(sources, request.query_params, deadline)
-    complete = all(part.state == "fresh" for part in parts.values())
+    service, one = service_of(request), request.path_params.get("source")
+    sources, given, deadline = wanted(request, None if one is None else [one])
+    parts = await gather(sources, given, deadline)
+    states = request.scope["states"] = {name: part.state for name, part in parts.items()}
+    for name, state in states.items():
+        sources[name].answers[state] += 1
     shown = {name: part.shown() for name, part in parts.items()}
-    for name, part in parts.items():
-        sources[name].answers[part.state] += 1
-    content = ";".join(f"{name} {part.state} {part.data and part.data.digest}" for name, part in parts.items())
-    etag = f'"{hashlib.blake2b(content.encode(), digest_size=12).hexdigest()}"'
-    headers = {"ETag": etag, "Cache-Control": "no-cache"}
-    if complete:
-        headers["Cache-Control"] = f"max-age={int(min(part.expires_in for part in parts.values()))}"
-    elif all(part.data is None for part in parts.values()):
-        headers = {"Retry-After": str(max(1, round(min(part.retry_after for part in parts.values()))))}
-        return reply({"partial": True, "sources": shown}, 503, headers | {"Cache-Control": "no-store"})
-    if etag in (tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")):
-        return Response(status_code=304, headers=headers)
-    body = {
-        "partial": not all(part.state in ("fresh", "stale") for part in parts.values()),
+    answer = {
+        "partial": not all(state in ("fresh", "stale") for state in states.values()),
         "generated_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "duration_ms": round((time.monotonic() - started) * 1000, 1),
         "sources": shown,
     }
-    return reply(body, headers=headers)
+    if all(part.data is None for part in parts.values()):
+        later = str(max(1, round(min(part.retry_after for part in parts.values()))))
+        raise Problem(503, "no source has data", {"Retry-After": later, "Cache-Control": "no-store"}, **answer)
+    content = ";".join(f"{name} {part.state} {part.data and part.data.digest}" for name, part in parts.items())
+    etag = f'"{hashlib.blake2b(content.encode(), digest_size=12).hexdigest()}"'
+    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    fresh_for = min(part.expires_in for part in parts.values())
+    ages = [part.age for part in parts.values() if part.age is not None]
+    if ages:
+        headers["Age"] = str(math.ceil(max(ages)))
+    if all(state == "fresh" for state in states.values()):
+        headers["Cache-Control"] = f"max-age={math.ceil(max(ages)) + int(fresh_for)}"
+    known = (tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(","))
+    if any(tag in (etag, "*") for tag in known):
+        return Response(status_code=304, headers=headers)
+    response = reply(answer, headers=headers)
+    if set(states.values()) <= {"fresh", "stale"} and request.method == "GET":
+        if len(service.kept) >= KEPT_MOST:
+            service.settle()
+        until = started + min(KEPT, *(part.expires_in for part in parts.values() if part.state == "fresh"), KEPT)
+        kept = Kept(until, response.raw_headers, bytes(response.body), states)
+        service.kept[request.scope["path"], request.scope["query_string"]] = kept
+    return response
 
 
 def authorised(request: Request) -> None:
@@ -219,88 +389,273 @@ def authorised(request: Request) -> None:
         given = request.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise Problem(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-    elif request.client is None or not ipaddress.ip_address(request.client.host).is_loopback:
-        raise Problem(403, "without AGGREGATE_TOKEN only clients of this machine may do this")
+        return
+    with contextlib.suppress(ValueError):  # of what is no address: a proxy may say anything
+        if request.client is not None and ipaddress.ip_address(request.client.host).is_loopback:
+            return
+    raise Problem(403, "without AGGREGATE_TOKEN only clients of this machine may do this")
 
 
 async def invalidate(request: Request) -> Response:
     """Forget all answers, those of ``?source=``, or that for its parameters too; whoever asks next is answered anew."""
     authorised(request)
-    sources, query = sources_of(request), dict(request.query_params)
+    sources, query = sources_of(request), query_of(request)
     name = query.pop("source", None)
     if name is None:
+        check(query, ("source",))
         for source in sources.values():
             source.forget()
         return reply({"invalidated": sorted(sources)})
     if name not in sources:
         raise Problem(404, f"unknown source {name[:50]}", sources=sorted(sources))
     source = sources[name]
-    if query.keys() - source.upstream.parameters.keys():
-        raise Problem(422, "no such parameter", parameters=sorted(source.upstream.parameters))
+    check(query, source.upstream.parameters)
     source.forget(source.key(query) if query else None)
     return reply({"invalidated": [name]})
 
 
 async def health(request: Request) -> Response:
-    sources = {name: source.health() for name, source in sources_of(request).items()}
-    degraded = any(source["breaker"] != "closed" for source in sources.values())
-    lag = round(max(request.app.state.lag.recent) * 1000, 1)
-    return reply({"status": "degraded" if degraded else "ok", "loop_lag_ms": lag, "sources": sources})
-
-
-async def metrics(request: Request) -> Response:
-    return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+    service = service_of(request)
+    service.settle()
+    sources = {name: source.health() for name, source in service.sources.items()}
+    database, writer = service.database.stats(), service.history.writer.stats()
+    tasks = {name: "ended" if task.done() else "running" for name, task in service.tasks.items()}
+    away = database.kind is not None and database.state != "connected"
+    degraded = away or any(source["breaker"] != "closed" for source in sources.values()) or "ended" in tasks.values()
+    return reply(
+        {
+            "status": "degraded" if degraded else "ok",
+            "uptime_s": round(time.monotonic() - service.started, 1),
+            "loop_lag_ms": round(max(service.lag.recent) * 1000, 1),
+            "database": {
+                "state": database.state,
+                "kind": database.kind,
+                "since": database.since.isoformat(timespec="seconds"),
+                "error": database.error,
+                **writer._asdict(),
+                "lost": writer.lost + writer.refused,
+            },
+            "tasks": tasks,
+            "streams": service.events.streams,
+            "sources": sources,
+        }
+    )
 
 
 async def alive(_: Request) -> Response:
     return reply({"status": "ok"})
 
 
-# ------------------------------------------------------------------------------------------------------ lifespan
+async def ready(request: Request) -> Response:
+    """Whether to send requests here. A database that is away is no reason not to."""
+    if service_of(request).stopping:
+        raise Problem(503, "stopping", {"Retry-After": "5"})
+    return reply({"status": "ok"})
 
 
-class Edge:
-    """What every request passes first: it gets an id (or keeps a good one), and its client a token, or 429.
+async def metrics(request: Request) -> Response:
+    service_of(request).settle()
+    return Response(generate_latest(service_of(request).registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def events(request: Request) -> Response:
+    """A stream of server-sent events (WHATWG HTML, 9.2), which goes on after ``Last-Event-ID``."""
+    told = service_of(request).events
+    if told.streams >= STREAMS:
+        raise Problem(503, "too many streams", {"Retry-After": "5"})
+    last = request.headers.get("Last-Event-ID", "")
+    after = int(last) if re.fullmatch(r"[0-9]{1,18}", last, re.A) else None
+    return StreamingResponse(told.stream(after), headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
+
+
+@contextlib.contextmanager
+def kept_rows() -> Iterator[None]:
+    """For what needs the history: 503 while there is none."""
+    try:
+        yield
+    except (Unavailable, TimeoutError) as error:
+        later = str(math.ceil(getattr(error, "retry_after", 5.0)))
+        raise Problem(503, f"the history cannot be read: {error or 'no time left'}", {"Retry-After": later}) from None
+
+
+async def history(request: Request) -> Response:
+    """``/history/{source}``: what its calls came to, the latest first, a page at a time."""
+    name = request.path_params["source"]
+    source, query = known_sources(request, [name])[name], query_of(request)
+    check(query, {"limit", "before", *source.upstream.parameters})
+    limit = whole(query, "limit", *HISTORY)
+    given = {key: value for key, value in query.items() if key in source.upstream.parameters}
+    before = moment(query.get("before", "9999-01-01T00:00:00Z"), "before")
+    with kept_rows():
+        async with asyncio.timeout(HISTORY_LIMIT):
+            kept = service_of(request).history
+            shown, more = await kept.page(name, orjson.dumps(given).decode(), before, limit, PAGE_BYTES)
+    following = None
+    if more:
+        page = {**given, "limit": limit, "before": shown[-1].fetched_at.isoformat()}
+        following = f"/history/{name}?{urlencode(page)}"
+    rows = [
+        {
+            "fetched_at": result.fetched_at.isoformat(),
+            "parameters": orjson.Fragment(result.parameters),
+            "status": result.status,
+            "latency_ms": round(result.latency * 1000, 1),
+            "data": None if result.payload is None else orjson.Fragment(result.payload),
+        }
+        for result in shown
+    ]
+    return reply({"source": name, "results": rows, "next": following}, headers={"Cache-Control": "no-store"})
+
+
+async def report(request: Request) -> Response:
+    """The three layers: the history from the event loop, hosts inspected in threads, figures computed in a process."""
+    service, query = service_of(request), query_of(request)
+    names = list(known_sources(request, names_in(query, request)))
+    check(query, ("hours", "sources"))
+    hours = whole(query, "hours", *HOURS)
+    since, loop = datetime.now(UTC) - timedelta(hours=hours), asyncio.get_running_loop()
+    inspections = {
+        name: loop.run_in_executor(service.threads, inspect_host, service.sources[name].upstream.url) for name in names
+    }
+    with kept_rows():
+        async with asyncio.timeout(REPORT_LIMIT):
+            try:
+                rows = {name: Columns(*await service.history.outcomes(name, since, OUTCOMES)) for name in names}
+                figures = await service.processes.run(summarise, rows, timeout=REPORT_LIMIT)
+                hosts = {name: await inspection for name, inspection in inspections.items()}
+            except (PoolFull, WorkerDied) as error:
+                raise Problem(503, str(error), {"Retry-After": "2"}) from None
+    said = {name: {**figures[name], "host": hosts[name]} for name in names}
+    generated_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return reply({"generated_at": generated_at, "hours": hours, "sources": said}, headers={"Cache-Control": "no-store"})
+
+
+async def openapi(request: Request) -> Response:
+    return Response(request.app.state.openapi, media_type="application/json")
+
+
+def dashboard_page() -> Callable[[Request], Awaitable[Response]]:
+    """The page, and a policy under which no other script, style or host can have a part in it."""
+    page = Path(__file__).with_name("dashboard.html").read_bytes()
+
+    def hashed(tag: str) -> str:
+        text = page.partition(b"<%s>" % tag.encode())[2].partition(b"</%s>" % tag.encode())[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {hashed('script')}; style-src {hashed('style')}; connect-src 'self';"
+        " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+    async def dashboard(_: Request) -> Response:
+        return Response(page, headers=headers, media_type="text/html")
+
+    return dashboard
+
+
+# ------------------------------------------------------------------------------------------------- the application
+
+
+def refused(wait: float, query: int, headers: int, body: int) -> Problem | None:
+    """Why a request gets no further: its client's rate (``wait`` seconds to go), or its sizes in bytes."""
+    if wait:
+        return Problem(429, "too many requests", {"Retry-After": str(math.ceil(wait))})
+    if query > MAX_QUERY:
+        return Problem(414, f"the query has more than {MAX_QUERY} bytes")
+    if headers > MAX_HEADERS:
+        return Problem(431, f"the headers have more than {MAX_HEADERS} bytes in all")
+    return Problem(413, f"a body of more than {MAX_BODY} bytes") if body > MAX_BODY else None
+
+
+class Aggregator(Starlette):
+    """What every request passes first: it gets an id (or keeps a good one), its client a token, or 429; its sizes are
+    bounded. The server has read the headers by then: what they may cost it is for the server, or a proxy, to bound.
 
     The id is sent upstream as ``X-Request-ID`` by the load that the request began, and comes back with the answer.
+    What was answered a moment ago is answered here, without a route or a response being made.
     """
 
-    def __init__(self, inner: ASGIApp, rate: float) -> None:
-        self._inner, self._rate = inner, rate
-        self._process, self._serial = secrets.token_hex(4), itertools.count()
+    def __init__(self, rate: float, **options: Any) -> None:
+        super().__init__(**options)
+        self._rate = rate
+        self._process, self._serial = secrets.token_hex(4).encode(), itertools.count()
         self._buckets: TTLCache[str, TokenBucket] = TTLCache(CLIENTS, math.inf)
+        self.service: Service | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._inner(scope, receive, send)
+            await super().__call__(scope, receive, send)
             return
-        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
-        identity = given if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", given, re.A) else self._next_id()
-        token = request_id.set(identity)
+        started, identity, plain = time.monotonic(), b"", scope["method"] == "GET"
+        size, length = 0, b"0"
+        for name, value in scope["headers"]:
+            size += len(name) + len(value)
+            if name == b"x-request-id":
+                identity = value
+            elif name == b"if-none-match":
+                plain = False
+            elif name == b"content-length":
+                length = value
+        if not identity or not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", identity):
+            # random for the process, counted within it: a random one each would be a sixteenth of a cached answer
+            identity = b"%s%08x" % (self._process, next(self._serial) & 0xFFFFFFFF)
+        service, client = self.service, scope["client"][0] if scope.get("client") else ""
+        wait = self._wait(client) if self._rate else 0.0
+        if plain and not wait and service is not None and size <= MAX_HEADERS:
+            kept = service.kept.get((scope["path"], scope["query_string"]))
+            if kept is not None and started < kept.until:
+                kept.hits += 1
+                headers = [*kept.headers, (b"x-request-id", identity)]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.body", "body": kept.body})
+                if service.log.wanted:
+                    self._note(service, scope, identity, client, started, 200, kept.states)
+                return
+        status = 500
 
         async def answer(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", identity)]
             await send(message)
 
+        token = request_id.set(identity.decode())
         try:
-            wait = self._wait(scope["client"][0] if scope.get("client") else "")
-            if wait:
-                refusal = Problem(429, "too many requests", {"Retry-After": str(math.ceil(wait))})
+            refusal = refused(wait, len(scope["query_string"]), size, int(length))
+            if refusal is not None:
                 await (await problem(Request(scope), refusal))(scope, receive, answer)
             else:
-                await self._inner(scope, receive, answer)
+                await super().__call__(scope, receive, answer)
         finally:
             request_id.reset(token)
+            if service is not None and service.log.wanted:
+                self._note(service, scope, identity, client, started, status, scope.get("states"))
 
-    def _next_id(self) -> str:
-        """Random for the process, counted within it: a random one each would be a sixteenth of a cached answer."""
-        return f"{self._process}{next(self._serial) & 0xFFFFFFFF:08x}"
+    def _note(
+        self,
+        service: Service,
+        scope: Scope,
+        identity: bytes,
+        client: str,
+        started: float,
+        status: int,
+        states: dict[str, str] | None,
+    ) -> None:
+        fields = {
+            "client": client,
+            "method": scope["method"],
+            "path": scope["path"],
+            "query": scope["query_string"].decode("latin-1"),
+            "status": status,
+            "duration_ms": round((time.monotonic() - started) * 1000, 3),
+            "sources": states,
+        }
+        service.log.note("request", identity.decode(), fields)
 
     def _wait(self, client: str) -> float:
         """0.0: the client may ask; else the seconds until it may."""
-        if not self._rate:
-            return 0.0
         bucket = self._buckets.get(client)
         if bucket is None:
             bucket = TokenBucket(self._rate, CLIENT_BURST)
@@ -308,8 +663,37 @@ class Edge:
         return 0.0 if bucket.try_acquire() else max(bucket.wait_for(), 0.001)
 
 
+@contextlib.contextmanager
+def told_of_signals(call: Callable[[], object]) -> Iterator[None]:
+    """Have ``call`` called in the event loop at SIGINT and SIGTERM, before whoever else waits for them.
+
+    The server ends the lifespan only when the last response has ended, and a stream of events does not end by itself.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(call)
+        following = before[signal.Signals(number)]
+        if callable(following):
+            following(number, frame)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is handle:
+                signal.signal(number, handler)
+
+
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    assert isinstance(app, Aggregator)
     async with contextlib.AsyncExitStack() as stack:
         upstreams: dict[str, Upstream] | None = app.state.upstreams
         if upstreams is None:
@@ -329,35 +713,68 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         )
         places = Semaphore(PLACES)
         sources = {name: Source(upstream, session, places) for name, upstream in upstreams.items()}
-        app.state.sources, app.state.lag, app.state.registry = sources, Lag(), CollectorRegistry()
-        app.state.registry.register(Exporter(sources, app.state.lag))
-        watch = asyncio.create_task(app.state.lag.watch(), name="loop lag")
+        access = logging.getLogger("uvicorn.access")
+        output = app.state.output if access.hasHandlers() else None
+        if output is not None:  # ours has more in it; who wants none starts uvicorn with --no-access-log
+            access.handlers, access.propagate = [], False
+        service = app.service = app.state.service = Service(sources, app.state.database(), output)
+        stack.enter_context(told_of_signals(service.stop))
+        if service.log.wanted:
+            service.begin("request log", service.log.run())
+            stack.push_async_callback(service.log.close)
+        stack.callback(service.threads.shutdown, wait=False, cancel_futures=True)
+        stack.push_async_callback(service.processes.close)
+        if service.database.server is None:
+            log.info("no database: nothing is kept over a restart")
+        else:
+            stack.push_async_callback(service.database.close)
+            await service.database.open(0.0)
+            service.begin("retention", service.retain(app.state.retention))
+            await asyncio.wait([service.begin("warm start", service.warm())], timeout=WARM)
+        writing = asyncio.create_task(service.history.writer.run(), name="history writer")
+        stack.push_async_callback(service.history.writer.close, writing)
+        service.begin("renewal", service.renew())
+        service.begin("loop lag", service.lag.watch())
+        stack.push_async_callback(service.close)
         yield
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
-        loads = [load for source in sources.values() for load in source.running]
-        if loads:
-            _, late = await asyncio.wait(loads, timeout=GRACE)
-            for load in late:
-                load.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        app.service = None
 
 
-def create_app(upstreams: dict[str, Upstream] | None = None, client_rate: float | None = None) -> Starlette:
-    """The application before these upstreams; before those of the demo, which it then serves itself, if None."""
+def create_app(
+    upstreams: dict[str, Upstream] | None = None,
+    client_rate: float | None = None,
+    *,
+    database: Callable[[], Database] = lambda: Database(None),
+    retention: float = 7 * 86400.0,
+    output: IO[bytes] | None = None,
+) -> Aggregator:
+    """The application before these upstreams; before those of the demo, which it then serves itself, if None.
+
+    ``database`` makes the database of each life, ``retention`` is how long it keeps results (seconds), ``output`` is
+    where the log of the requests goes.
+    """
     routes = [
+        Route("/", dashboard_page()),
         Route("/aggregate", aggregate),
         Route("/aggregate/{source}", aggregate),
         Route("/cache/invalidate", invalidate, methods=["POST"]),
+        Route("/events", events),
         Route("/health", health),
         Route("/health/live", alive),
-        Route("/health/ready", alive),
+        Route("/health/ready", ready),
+        Route("/history/{source}", history),
         Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
+        Route("/report", report),
     ]
-    edge = Middleware(Edge, rate=CLIENT_RATE if client_rate is None else client_rate)
-    handlers = {HTTPException: problem}
-    application = Starlette(routes=routes, middleware=[edge], exception_handlers=handlers, lifespan=lifespan)
-    application.state.upstreams = upstreams
+    rate = CLIENT_RATE if client_rate is None else client_rate
+    handlers = {HTTPException: problem, Exception: failed}
+    application = Aggregator(rate, routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    application.router.redirect_slashes = False
+    shown = upstreams if upstreams is not None else read_config(DEMO.format(base="http://127.0.0.1"), os.environ)
+    application.state.openapi = orjson.dumps(document(shown, VERSION))
+    application.state.upstreams, application.state.database = upstreams, database
+    application.state.retention, application.state.output = retention, output
     return application
 
 
@@ -372,14 +789,33 @@ def configured(environ: Mapping[str, str]) -> dict[str, Upstream] | None:
         raise SystemExit(f"AGGREGATE_CONFIG={path}: {error}") from None
 
 
-def configured_rate(environ: Mapping[str, str]) -> float | None:
-    """``AGGREGATE_RATE``, or None; ``SystemExit`` with one line if it is no rate."""
-    text = environ.get("AGGREGATE_RATE")
+def configured_number(environ: Mapping[str, str], name: str, needed: str) -> float | None:
+    """A number from 0 to 9,999,999 out of the environment, or None; ``SystemExit`` with one line if it is none."""
+    text = environ.get(name)
     if not text:
         return None
     if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,3})?", text, re.A):
-        raise SystemExit(f"AGGREGATE_RATE={text}: requests per second of one client are needed, 0 for any number")
+        raise SystemExit(f"{name}={text}: {needed}")
     return float(text)
 
 
-app = create_app(configured(os.environ), configured_rate(os.environ))
+def configured_app(environ: Mapping[str, str]) -> Aggregator:
+    """The application as the environment describes it. ``SystemExit`` with one line if that cannot be."""
+    rate = configured_number(
+        environ, "AGGREGATE_RATE", "requests per second of one client are needed, 0 for any number"
+    )
+    days = configured_number(environ, "AGGREGATE_RETENTION_DAYS", "a number of days is needed")
+    try:
+        Database.configured(environ, UPSTREAM_RESULTS)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    return create_app(
+        configured(environ),
+        rate,
+        database=lambda: Database.configured(environ, UPSTREAM_RESULTS),
+        retention=(7.0 if days is None else days) * 86400,
+        output=sys.stdout.buffer,
+    )
+
+
+app = configured_app(os.environ)

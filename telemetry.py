@@ -113,9 +113,7 @@ class Events:
     def publish(self, kind: str, data: Mapping[str, Any]) -> None:
         self._serial += 1
         said = orjson.dumps({**data, "at": datetime.now(UTC).isoformat(timespec="milliseconds")})
-        self._ring.append(
-            (self._serial, b"id: %d\nevent: %s\ndata: %s\n\n" % (self._serial, kind.encode(), orjson.dumps(said)))
-        )
+        self._ring.append((self._serial, b"id: %d\nevent: %s\ndata: %s\n\n" % (self._serial, kind.encode(), said)))
         self._wake()
 
     def end(self) -> None:

@@ -8347,7 +8347,8 @@ def test_aggregate_counts_what_it_answers(aggregate_port: int) -> None:
         ("GET", "/aggregate/news?deadline_ms=0", 422, {"parameter": "deadline_ms"}),
         ("GET", "/aggregate/news?deadline_ms=-1", 422, {"parameter": "deadline_ms"}),
         ("GET", "/aggregate/news?deadline_ms=99999", 422, {"parameter": "deadline_ms"}),
-        ("GET", "/aggregate/news?city=Oslo", 422, {"parameter": "city", "parameters": ["deadline_ms", "sources"]}),
+        ("GET", "/aggregate/news?city=Oslo", 422, {"parameter": "city", "parameters": ["deadline_ms"]}),
+        ("GET", "/aggregate/news?sources=news", 422, {"parameter": "sources"}),
         ("GET", "/aggregate/weather?city=..", 422, {"parameter": "city"}),
         ("GET", "/aggregate/weather?city=" + "x" * 201, 422, {"parameter": "city"}),
         ("GET", "/nothing", 404, {"title": "Not Found"}),
@@ -8451,10 +8452,10 @@ def test_aggregate_a_client_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_aggregate_reads_the_rate(text: str, rate: float | str | None) -> None:
     if rate != "x":
-        assert aggregate_app.configured_rate({"AGGREGATE_RATE": text}) == rate
+        assert aggregate_app.configured_number({"AGGREGATE_RATE": text}, "AGGREGATE_RATE", "needed") == rate
         return
     with pytest.raises(SystemExit, match=f"AGGREGATE_RATE={text}: "):
-        aggregate_app.configured_rate({"AGGREGATE_RATE": text})
+        aggregate_app.configured_app({"AGGREGATE_RATE": text, "DATABASE_URL": "none"})
 
 
 def test_aggregate_a_request_keeps_its_id() -> None:
@@ -8486,23 +8487,37 @@ def test_aggregate_a_request_keeps_its_id() -> None:
     asyncio.run(main())
 
 
-def test_aggregate_runs_with_nothing_configured() -> None:
-    """The promised command, on a fresh machine."""
+def test_aggregate_runs_with_nothing_configured(tmp_path: Path) -> None:
+    """The promised command, on a fresh machine; and again, with what the first life left."""
     command = [sys.executable, "-W", "error::ResourceWarning", "-m", "uvicorn", "aggregate_app:app", "--port", "0"]
-    environ = {name: value for name, value in os.environ.items() if name != "AGGREGATE_CONFIG"}
-    with subprocess.Popen(command, cwd=HERE, env=environ, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as server:
-        assert server.stderr is not None
-        said = b""
-        while b"running on" not in said:
-            line = server.stderr.readline()
-            assert line, said.decode()
-            said += line
-        port = int(re.search(rb"running on http://127.0.0.1:(\d+)", said)[1])  # type: ignore[index]
-        status, body, _ = aggregate_http(port, "/aggregate?deadline_ms=20000")
-        server.send_signal(signal.SIGINT)
-        rest = server.stderr.read()
-    assert b"demo upstreams" in said and b"Traceback" not in rest and b"Warning" not in rest
-    assert (status, {part["state"] for part in body["sources"].values()}) == (200, {"fresh"})
+    ours = ("AGGREGATE_CONFIG", "AGGREGATE_RATE", "AGGREGATE_TOKEN", "DATABASE_URL")
+    environ = {name: value for name, value in os.environ.items() if name not in ours}
+    environ["DATA_FOLDER"] = str(tmp_path)
+    for expected in ("fresh", "stale"):
+        with subprocess.Popen(command, cwd=HERE, env=environ, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+            assert server.stderr is not None and server.stdout is not None
+            said = b""
+            while b"running on" not in said:
+                line = server.stderr.readline()
+                assert line, said.decode()
+                said += line
+            port = int(re.search(rb"running on http://127.0.0.1:(\d+)", said)[1])  # type: ignore[index]
+            prim_until(lambda: aggregate_http(port, "/health")[1]["database"]["state"] == "connected")
+            status, body, headers = aggregate_http(
+                port, "/aggregate?deadline_ms=20000", headers={"X-Request-ID": "x-1"}
+            )
+            stream = http.client.HTTPConnection("127.0.0.1", port, timeout=PRIM_PATIENCE)
+            stream.request("GET", "/events")
+            assert stream.getresponse().readline() == b"retry: 2000\n"  # which must not keep the server from ending
+            server.send_signal(signal.SIGINT)
+            rest = server.stderr.read()
+            stream.close()
+            lines = [json.loads(line) for line in server.stdout.read().splitlines()]
+        assert b"demo upstreams" in said and b"Traceback" not in rest and b"Warning" not in said + rest
+        assert (status, {part["state"] for part in body["sources"].values()}) == (200, {expected})
+        told = {line["request_id"]: line for line in lines if line["event"] == "request"}["x-1"]
+        assert (told["path"], told["status"], told["sources"]["news"]) == ("/aggregate", 200, expected)
+        assert (headers["cache-control"] == "no-cache") == (expected == "stale")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,8 @@ log = logging.getLogger("uvicorn.error")
 
 REFUSED = 1.0
 """Seconds for which a key is left alone after its load failed."""
+RESERVED = frozenset(("source", "sources", "deadline_ms", "limit", "before", "hours"))
+"""Parameters of the API itself, which those of an upstream would hide."""
 MOST = {"max_bytes": 5e6, "timeout": 60.0, "keys": 1e5, "retries": 10, "concurrency": 1000, "failures": 1000}
 """The greatest values in a configuration. To read 5 MB of JSON keeps the event loop for about 25 ms."""
 
@@ -162,6 +164,9 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
         if key in ("parameters", "headers"):
             if not isinstance(value, dict) or not all(isinstance(v, (str, int, float)) for v in value.values()):
                 raise ConfigError(f"{name}.{key}: a table of names and texts is needed")
+            reserved = RESERVED.intersection(value) if key == "parameters" else ()
+            if reserved:
+                raise ConfigError(f"{name}.parameters: {', '.join(sorted(reserved))} means something to the API itself")
             given[key] = {inner: str(text) for inner, text in value.items()}
             continue
         if key in ("url", "keep", "method"):
