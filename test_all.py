@@ -27,6 +27,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pickle
 import queue
@@ -46,11 +47,14 @@ import traceback
 import tracemalloc
 import weakref
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from html.parser import HTMLParser
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, cast
@@ -81,6 +85,8 @@ import crawl_async
 import crawl_threads
 import html_parse
 import primitives as pr
+import processes
+import report
 import sandbox
 import sandbox as sb
 import sandbox_faults as sf
@@ -8052,6 +8058,528 @@ def test_the_demo_and_the_promised_commands(driver: str, tmp_path: Path) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# processes.py: real processes and real kills. What the workers run is importable without this file.
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROC_PATIENCE = 20.0
+
+
+async def proc_until(predicate: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PROC_PATIENCE
+    while not predicate():
+        assert time.monotonic() < deadline, "it never came"
+        await asyncio.sleep(0.002)
+
+
+def proc_gone(pid: int) -> bool:
+    """Whether all its threads are; the first one is a zombie a little sooner, while the files are still open."""
+    try:
+        return (
+            len(os.listdir(f"/proc/{pid}/task")) == 1
+            and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+        )
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def proc_children() -> set[int]:
+    """The processes started by any thread of this one, but for multiprocessing's resource tracker."""
+    found = {int(pid) for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()}
+    return {pid for pid in found if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+def proc_open() -> set[str]:
+    gc.collect()
+    return {f"{fd}: {os.readlink(f'/proc/self/fd/{fd}')}" for fd in os.listdir("/proc/self/fd") if proc_is_open(fd)}
+
+
+def proc_is_open(fd: str) -> bool:
+    try:
+        return "/proc/" not in os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return False
+
+
+async def proc_writer(path: Path) -> int:
+    """The writing end of a FIFO, as soon as a worker has the other one open."""
+    deadline = time.monotonic() + PROC_PATIENCE
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            assert time.monotonic() < deadline, "nobody reads"
+            await asyncio.sleep(0.002)
+
+
+def proc_run(main: Callable[[processes.Processes], Any], workers: int = 1, **options: Any) -> None:
+    """``main`` with a pool, which must leave nothing behind: no process, no thread, no descriptor."""
+
+    async def whole() -> None:
+        complaints: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        before, children, threads = proc_open(), proc_children(), set(threading.enumerate())
+        pool = processes.Processes(workers, **options)
+        try:
+            await main(pool)
+        finally:
+            await asyncio.wait_for(pool.close(0.0), PROC_PATIENCE)
+        assert complaints == []
+        assert (proc_children() - children, set(threading.enumerate()) - threads) == (set(), set())
+        assert pool.stats()[1:3] == (0, 0)
+        assert proc_open() - before == set()
+
+    resource_tracker.ensure_running()
+    asyncio.run(whole())
+
+
+def test_proc_results_are_exact_and_workers_are_kept() -> None:
+    async def main(pool: processes.Processes) -> None:
+        await pool.start()
+        assert pool.stats() == (2, 0, 0, 0, 0, 0, 0)
+        results = await asyncio.gather(*(pool.run(math.factorial, n) for n in range(60)))
+        assert results == [math.factorial(n) for n in range(60)]
+        pids = set(await asyncio.gather(*(pool.run(os.getpid) for _ in range(20))))
+        assert len(pids) <= 2
+        assert os.getpid() not in pids
+        assert repr(pool) == "<Processes workers=2 running=0 waiting=0 done=80 replaced=0 retried=0 failed=0>"
+        assert await pool.run(os.nice, 0) == min(19, os.nice(0) + 7)
+        assert await pool.run(signal.getsignal, signal.SIGINT) == signal.SIG_IGN
+        assert signal.SIGINT in await pool.run(signal.pthread_sigmask, signal.SIG_BLOCK, [])
+        big = bytes(3_000_000)
+        assert await pool.run(operator.concat, big, b"x") == big + b"x"
+
+    proc_run(main, 2, nice=7)
+
+
+def test_proc_a_killed_worker_is_replaced_once_and_only_its_job_begun_again(tmp_path: Path) -> None:
+    os.mkfifo(gate := tmp_path / "gate")
+    os.mkfifo(other := tmp_path / "other")
+
+    async def main(pool: processes.Processes) -> None:
+        beside = asyncio.create_task(pool.run(Path.read_text, other))
+        held = await proc_writer(other)
+        pid = await pool.run(os.getpid)
+        job = asyncio.create_task(pool.run(Path.read_text, gate))
+        waiting = [asyncio.create_task(pool.run(operator.neg, n)) for n in range(10)]
+        first = await proc_writer(gate)
+        os.kill(pid, signal.SIGKILL)
+        await proc_until(lambda: proc_gone(pid))
+        os.close(first)
+        second = await proc_writer(gate)  # another process has it open
+        assert pool.stats() == (2, 2, 10, 1, 1, 1, 0)
+        os.write(second, b"done")
+        os.close(second)
+        os.write(held, b"beside")
+        os.close(held)
+        assert (await job, await beside) == ("done", "beside")
+        assert await asyncio.gather(*waiting) == [-n for n in range(10)]
+        assert pool.stats() == (2, 0, 0, 13, 1, 1, 0)
+
+    proc_run(main, 2)
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_proc_a_function_that_kills_its_worker_is_begun_so_many_times(attempts: int, tmp_path: Path) -> None:
+    async def main(pool: processes.Processes) -> None:
+        with pytest.raises(processes.WorkerDied, match=f"in each of {attempts} attempts"):
+            await pool.run(os._exit, 0)
+        assert pool.stats() == (1, 0, 0, 0, attempts, attempts - 1, 1)
+        assert await pool.run(operator.add, 1, 2) == 3
+
+    proc_run(main, attempts=attempts)
+
+
+def test_proc_an_idle_worker_that_was_killed_costs_no_attempt() -> None:
+    async def main(pool: processes.Processes) -> None:
+        pid = await pool.run(os.getpid)
+        os.kill(pid, signal.SIGKILL)
+        await proc_until(lambda: proc_gone(pid))
+        assert await pool.run(os.getpid) != pid
+        assert pool.stats() == (1, 0, 0, 2, 1, 0, 0)
+
+    proc_run(main, attempts=1)
+
+
+def test_proc_timeout_kills_the_worker_and_the_pool_goes_on(tmp_path: Path) -> None:
+    async def main(pool: processes.Processes) -> None:
+        pid = await pool.run(os.getpid)
+        beside = asyncio.create_task(pool.run(time.sleep, 1000, timeout=0.3))
+        await asyncio.sleep(0)
+        with pytest.raises(TimeoutError):  # it waits for the only worker
+            await pool.run(os.getpid, timeout=0.01)
+        assert not proc_gone(pid)
+        with pytest.raises(TimeoutError):
+            await beside
+        await proc_until(lambda: proc_gone(pid))
+        assert await pool.run(operator.add, 1, 2) == 3
+        assert pool.stats() == (1, 0, 0, 2, 1, 0, 2)
+
+    proc_run(main)
+
+
+def test_proc_a_worker_that_takes_nothing_is_ended_with_a_job_half_sent() -> None:
+    """More than a pipe holds is on its way to a stopped process."""
+
+    async def main(pool: processes.Processes) -> None:
+        pid = await pool.run(os.getpid)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(TimeoutError):
+            await pool.run(len, bytes(4_000_000), timeout=0.1)
+        await proc_until(lambda: proc_gone(pid))
+        assert await pool.run(len, bytes(4_000_000)) == 4_000_000
+
+    proc_run(main)
+
+
+def test_proc_cancellation_gives_the_places_back() -> None:
+    async def main(pool: processes.Processes) -> None:
+        pid = await pool.run(os.getpid)
+        running = asyncio.create_task(pool.run(time.sleep, 1000))
+        waiting = asyncio.create_task(pool.run(time.sleep, 1000))
+        await proc_until(lambda: pool.stats()[1:3] == (1, 1))
+        with pytest.raises(processes.PoolFull) as full:
+            await pool.run(os.getpid)
+        assert 0.1 <= full.value.retry_after <= 1.0
+        assert pickle.loads(pickle.dumps(full.value)).retry_after == full.value.retry_after
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert (pool.stats()[1:3], proc_gone(pid)) == ((1, 0), False)
+        running.cancel()
+        await asyncio.wait([running])
+        assert running.cancelled() and waiting.cancelled()
+        await proc_until(lambda: proc_gone(pid))
+        assert await pool.run(os.getpid) != pid
+        assert pool.stats() == (1, 0, 0, 2, 1, 0, 2)
+
+    proc_run(main, waiting=2)
+
+
+def test_proc_errors_come_back_and_break_nothing() -> None:
+    async def main(pool: processes.Processes) -> None:
+        pid = await pool.run(os.getpid)
+        with pytest.raises(KeyError) as missing:
+            await pool.run(operator.getitem, {}, "x")
+        assert missing.value.args == ("x",)
+        assert "In a worker process:\nTraceback" in missing.value.__notes__[0]
+        with pytest.raises(RuntimeError, match=r"SystemExit\(3\) in a worker"):
+            await pool.run(sys.exit, 3)
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await pool.run(next, iter(()))
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            await pool.run(lambda: 1)
+        with pytest.raises(TypeError, match="pickle"):  # the argument
+            await pool.run(len, threading.Lock())
+        with pytest.raises(TypeError, match="pickle"):  # the result
+            await pool.run(threading.Lock)
+        with pytest.raises(ValueError, match="no_such"):  # cannot be built in the worker
+            await pool.run(len, ProcStrange("no_such"))
+        with pytest.raises(pickle.PicklingError, match="cannot be sent back: Local"):
+            await pool.run(exec, "class E(Exception): pass\nE.__qualname__ = 'Local'\nraise E")
+        assert await pool.run(os.getpid) == pid
+        assert pool.stats()[4:6] == (0, 0)
+
+    proc_run(main)
+
+
+class ProcStrange:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> Any:
+        return int, (self.name,)
+
+
+@pytest.mark.parametrize("bad", [{"workers": 0}, {"waiting": 0}, {"attempts": 0}, {"nice": -1}])
+def test_proc_misuse(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="needed"):
+        processes.Processes(**bad)
+
+
+def test_proc_close_waits_then_kills_and_refuses(tmp_path: Path) -> None:
+    os.mkfifo(gate := tmp_path / "gate")
+
+    async def main(pool: processes.Processes) -> None:
+        job = asyncio.create_task(pool.run(Path.read_text, gate))
+        writer = await proc_writer(gate)
+        closing = asyncio.create_task(pool.close(PROC_PATIENCE))
+        await asyncio.sleep(0)
+        with pytest.raises(processes.PoolClosed):
+            await pool.run(os.getpid)
+        os.write(writer, b"done")
+        os.close(writer)
+        assert await job == "done"
+        await asyncio.gather(closing, pool.close(), pool.close(0.0))
+
+    async def stuck(pool: processes.Processes) -> None:
+        pid = await pool.run(os.getpid)
+        jobs = [asyncio.create_task(pool.run(time.sleep, 1000)) for _ in range(3)]
+        await asyncio.sleep(0)
+        await pool.close(0.01)
+        assert [type(outcome) for outcome in await asyncio.gather(*jobs, return_exceptions=True)] == (
+            [processes.PoolClosed] * 3
+        )
+        assert proc_gone(pid)
+
+    async def never_used(pool: processes.Processes) -> None:
+        await pool.close()
+
+    for case in (main, stuck, never_used):
+        proc_run(case)
+
+
+PROC_ORPHANS = """
+import asyncio, os, re, time
+from processes import Processes
+async def main():
+    pool = Processes(2)
+    jobs = [asyncio.create_task(pool.run(os.getpid)) for _ in range(2)]
+    print(*[await job for job in jobs], flush=True)
+    await asyncio.gather(pool.run(time.sleep, 1000), pool.run(re.match, "(a+)+$", "a" * 64 + "b"))
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_proc_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
+    """One sleeps; the other never lets go of the GIL."""
+    script = tmp_path / "orphans.py"
+    script.write_text(PROC_ORPHANS)
+    environ = {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parent)}
+    with subprocess.Popen(
+        [sys.executable, script], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        try:
+            assert len(pids) == 2
+
+            async def watch() -> None:
+                await proc_until(lambda: any(proc_ticks(pid) > 20 for pid in pids))  # the match is under way
+                parent.kill()
+                await proc_until(lambda: all(proc_gone(pid) for pid in pids))
+
+            asyncio.run(watch())
+        finally:
+            parent.kill()
+            for pid in pids:
+                if not proc_gone(pid):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def proc_ticks(pid: int) -> int:
+    """Hundredths of a second that a process computed for."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def report_levels(*levels: tuple[int, float], seed: int = 1, noise: float = 0.3, outliers: float = 0.01) -> list[float]:
+    """So many latencies about each level, log-normal, with a few timeouts of 2 s."""
+    rng = random.Random(seed)
+    return [
+        2.0 if rng.random() < outliers else level * math.exp(rng.gauss(0, noise))
+        for n, level in levels
+        for _ in range(n)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("levels", "slack"),
+    [
+        ([(300, 0.05), (300, 0.1)], 4),
+        ([(300, 0.1), (300, 0.05)], 4),
+        ([(1000, 0.05), (40, 0.2), (1000, 0.05)], 3),  # a short rise in a long quiet time
+        ([(200, 0.05), (200, 0.2), (400, 0.03)], 3),
+        ([(30, 0.1), (30, 1.0)], 2),
+    ],
+)
+def test_report_change_points_are_where_they_were_planted(
+    levels: list[tuple[int, float]], slack: int, seed: int
+) -> None:
+    found = report.changes(report_levels(*levels, seed=seed))
+    planted = [sum(n for n, _ in levels[: i + 1]) for i in range(len(levels) - 1)]
+    assert len(found) == len(planted)
+    for (at, before, after), place, (_, old), (_, new) in zip(found, planted, levels, levels[1:], strict=False):
+        assert abs(at - place) <= slack
+        assert before == pytest.approx(old, rel=0.25)
+        assert after == pytest.approx(new, rel=0.25)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_report_noise_is_no_change(seed: int) -> None:
+    assert report.changes(report_levels((2000, 0.05), seed=seed, outliers=0.05)) == []
+
+
+def test_report_changes_of_special_series() -> None:
+    assert report.changes([0.1] * 500 + [0.2] * 500) == [(500, 0.1, 0.2)]
+    assert report.changes([0.1] * 500 + [0.1005] * 500) == []
+    assert [report.changes([0.1] * n) for n in (0, 1, 2, 15, 16, 1000)] == [[]] * 6
+    assert report.changes([0.0] * 100) == []
+    drift = report.changes([0.1 * (1 + i / 1500) for i in range(1500)])
+    assert 2 <= len(drift) <= report.MOST
+    assert all(after > before for _, before, after in drift)
+    many = report.changes([0.05 if i // 50 % 2 else 0.2 for i in range(3000)])
+    assert len(many) == report.MOST
+    assert all(at % 50 == 0 for at, _, _ in many)
+
+
+def report_columns(seconds: list[float], statuses: list[str] | None = None, start: float = 0.0) -> report.Columns:
+    times = array("d", [start + i for i in range(len(seconds))])
+    return report.Columns(times, array("d", seconds), statuses or ["ok"] * len(seconds))
+
+
+def test_report_summary() -> None:
+    nothing: dict[str, Any] = {"results": 0, "availability": None, "latency_ms": {}, "errors": {}, "change_points": []}
+    columns = report_columns([0.1] * 20 + [0.2] * 20, ["ok"] * 30 + ["timeout"] * 9 + ["http"], start=1_700_000_000.0)
+    sources = {"none": report_columns([]), "some": pickle.loads(pickle.dumps(columns))}
+    assert report.summarise(sources) == {
+        "none": nothing,
+        "some": {
+            "results": 40,
+            "availability": 0.75,
+            "latency_ms": {"p50": 100.0, "p95": 200.0, "p99": 200.0, "max": 200.0},
+            "errors": {"timeout": 9, "http": 1},
+            "change_points": [{"at": "2023-11-14T22:13:40+00:00", "before_ms": 100.0, "after_ms": 200.0}],
+        },
+    }
+    refused = report.summarise({"a": report_columns([math.nan, math.inf, -1.0], ["connect"] * 3)})["a"]
+    assert refused == nothing | {"results": 3, "availability": 0.0, "errors": {"connect": 3}}
+    with pytest.raises(ValueError, match="lengths"):
+        report.summarise({"a": columns._replace(statuses=["ok"])})
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 19, 20, 21, 99, 100, 101, 200])
+def test_report_percentiles_are_those_of_the_upstreams(n: int) -> None:
+    values = [float(value) for value in random.Random(n).sample(range(1000), n)]
+    assert report.ranks(values) == upstreams.percentiles(values) | {"max": max(values)}
+
+
+REPORT_FLOATS = st.floats() | st.floats(0.001, 10) | st.sampled_from([0.1, 5.0])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.floats(), REPORT_FLOATS, st.sampled_from(["ok", "ok", "timeout", "http"])), max_size=120))
+def test_report_never_raises_and_counts_add_up(rows: list[tuple[float, float, str]]) -> None:
+    times, seconds, statuses = ([row[i] for row in rows] for i in range(3))
+    columns = report.Columns(array("d", times), array("d", seconds), statuses)  # type: ignore[arg-type]
+    (shown,) = report.summarise({"a": columns}).values()
+    assert shown["results"] == len(rows)
+    counts = Counter(statuses)
+    assert shown["errors"] == {kind: n for kind, n in counts.items() if kind != "ok"}
+    assert sum(shown["errors"].values()) + counts["ok"] == shown["results"]
+    assert len(shown["change_points"]) <= report.MOST
+    assert list(shown["latency_ms"].values()) == sorted(shown["latency_ms"].values())
+    assert all(math.isfinite(value) for value in shown["latency_ms"].values())
+
+
+def test_report_in_a_worker() -> None:
+    async def main(pool: processes.Processes) -> None:
+        rows = {"a": report_columns(report_levels((500, 0.1), (500, 0.3)))}
+        assert await pool.run(report.summarise, rows) == report.summarise(rows)
+
+    proc_run(main)
+
+
+class ReportHost:
+    """A host that shakes hands over TLS with whoever comes, as ``issue`` says, or without ``context`` says nothing."""
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        self._context = context
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self) -> ReportHost:
+        if self._context is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._context is not None:
+            socket.create_connection(("127.0.0.1", self.port)).close()
+            self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        assert self._context is not None
+        for _ in range(2):  # the client, then __exit__
+            peer, _ = self._listener.accept()
+            with (
+                peer,
+                contextlib.suppress(OSError),
+                self._context.wrap_socket(peer, server_side=True) as secured,
+            ):
+                secured.recv(1)
+
+
+@pytest.fixture(scope="module")
+def report_authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.mark.parametrize(
+    ("name", "days", "trusted", "error"),
+    [
+        ("127.0.0.1", 30, True, None),
+        ("localhost", 30, True, None),
+        ("127.0.0.1", -1, True, "certificate_expired"),
+        ("127.0.0.1", 30, False, "certificate_untrusted"),
+        ("other.example", 30, True, "certificate_name"),
+    ],
+)
+def test_report_certificates(name: str, days: int, trusted: bool, error: str | None, report_authority: Any) -> None:
+    until = datetime.now(UTC) + timedelta(days=days)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    report_authority.issue_cert(name, not_before=until - timedelta(days=90), not_after=until).configure_cert(server)
+    client = ssl.create_default_context()
+    if trusted:
+        report_authority.configure_trust(client)
+    host = name if name == "localhost" else "127.0.0.1"
+    with ReportHost(server) as served:
+        shown = report.inspect_host(f"https://{host}:{served.port}/secret", 10.0, context=client)
+    assert shown["error"] == error
+    assert error is None or error in report.HOST_ERRORS
+    assert (shown["name"], shown["address"]) == (host, "127.0.0.1")
+    assert shown["dns_ms"] >= 0
+    assert shown["connect_ms"] >= 0
+    assert shown["certificate_days"] == (None if error else pytest.approx(days, abs=0.1))
+
+
+def test_report_hosts_that_do_not_answer() -> None:
+    with ReportHost() as silent:
+        shown = report.inspect_host(f"https://127.0.0.1:{silent.port}", 0.05)
+        assert (shown["error"], shown["connect_ms"] is None) == ("timeout", False)
+        assert report.inspect_host(f"http://127.0.0.1:{silent.port}", 0.0)["error"] == "timeout"
+        shown = report.inspect_host(f"http://127.0.0.1:{silent.port}")
+        assert (shown["error"], shown["certificate_days"], shown["address"]) == (None, None, "127.0.0.1")
+    shown = report.inspect_host(f"http://127.0.0.1:{silent.port}")
+    assert (shown["error"], shown["connect_ms"], shown["dns_ms"] is None) == ("refused", None, False)
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("", "url"),
+        ("127.0.0.1", "url"),
+        ("ftp://127.0.0.1/", "url"),
+        ("http://", "url"),
+        ("http://[::1", "url"),
+        ("http://127.0.0.1:99999/", "url"),
+        ("http://127.0.0.1:x/", "url"),
+        ("http://" + "a" * 70 + ".example/", "dns"),
+        ("http://a..b/", "dns"),
+    ],
+)
+def test_report_urls_that_are_none(url: str, error: str) -> None:
+    assert report.inspect_host(url)["error"] == error
+    assert error in report.HOST_ERRORS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # aggregate_app.py
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -8502,10 +9030,10 @@ def test_aggregate_runs_with_nothing_configured(tmp_path: Path) -> None:
                 assert line, said.decode()
                 said += line
             port = int(re.search(rb"running on http://127.0.0.1:(\d+)", said)[1])  # type: ignore[index]
-            prim_until(lambda: aggregate_http(port, "/health")[1]["database"]["state"] == "connected")
-            status, body, headers = aggregate_http(
-                port, "/aggregate?deadline_ms=20000", headers={"X-Request-ID": "x-1"}
-            )
+            while aggregate_http(port, "/health")[1]["database"]["state"] != "connected":
+                time.sleep(0.01)
+            given = {"X-Request-ID": "x-1"}
+            status, body, headers = aggregate_http(port, "/aggregate?deadline_ms=20000", headers=given)
             stream = http.client.HTTPConnection("127.0.0.1", port, timeout=PRIM_PATIENCE)
             stream.request("GET", "/events")
             assert stream.getresponse().readline() == b"retry: 2000\n"  # which must not keep the server from ending
