@@ -41,19 +41,18 @@ from yarl import URL
 
 from coordination import Channel, Semaphore
 from crawl_cli import EXIT_INTERRUPTED, main
-from crawl_core import (
+from crawl_core import Crawl, build_row
+from crawl_net import BodyDecoder, ProxyRule, Resolver, detail, tls_detail
+from crawl_rules import (
     RESPONSE_HEADERS,
-    Crawl,
     FetchError,
     Options,
     Postponed,
     Request,
     Response,
     ScrapeResult,
-    build_row,
     request_headers,
 )
-from crawl_net import BodyDecoder, ProxyRule, Resolver, detail, tls_detail
 
 INLINE_PARSE = 256 * 1024
 """Largest body in bytes that is parsed in the loop: 2 to 3 ms."""

@@ -27,7 +27,8 @@ from typing import Any, BinaryIO
 import orjson
 
 from coordination import new_lock
-from crawl_core import ERROR_KINDS, MAX_URL, Crawl, Options, ScrapeResult
+from crawl_core import Crawl
+from crawl_rules import ERROR_KINDS, MAX_URL, Options, ScrapeResult
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
 

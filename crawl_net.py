@@ -29,7 +29,7 @@ from typing import Any
 import brotli
 
 from coordination import Channel, new_lock
-from crawl_core import FetchError
+from crawl_rules import FetchError
 from primitives import Clock
 
 try:

@@ -43,19 +43,18 @@ from typing import Any
 
 from coordination import new_lock
 from crawl_cli import EXIT_INTERRUPTED, main
-from crawl_core import (
+from crawl_core import Crawl, build_row
+from crawl_net import BodyDecoder, Resolver, detail, tls_context, tls_detail
+from crawl_rules import (
     RESPONSE_HEADERS,
-    Crawl,
     FetchError,
     Options,
     Postponed,
     Request,
     Response,
     ScrapeResult,
-    build_row,
     request_headers,
 )
-from crawl_net import BodyDecoder, Resolver, detail, tls_context, tls_detail
 
 IDLE = 256
 """Connections kept open for a next request to their host: a list often goes round many hosts."""

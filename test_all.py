@@ -103,24 +103,22 @@ from crawl_cli import (
     read_lines,
     read_urls,
 )
-from crawl_core import (
+from crawl_core import Crawl, build_row
+from crawl_net import BodyDecoder, ProxyRule, Resolver
+from crawl_rules import (
     ERROR_KINDS,
     MAX_RETRY_AFTER,
     MAX_URL,
-    Crawl,
     FetchError,
-    Frontier,
-    FrontierStats,
     Options,
     Postponed,
     Request,
     Response,
     ScrapeResult,
-    build_row,
     normalise,
     request_headers,
 )
-from crawl_net import BodyDecoder, ProxyRule, Resolver
+from frontier import Frontier, FrontierStats
 from html_parse import Page, parse_page
 from sandbox import Sandbox
 from sandbox_faults import FAULTS, status_expect
@@ -7856,11 +7854,11 @@ def test_a_cancelled_crawl_ends_at_once(web: Sandbox) -> None:
 def test_the_event_loop_is_never_blocked(web: Sandbox) -> None:
     program = """if True:
         import asyncio, logging, sys
-        import crawl_async, crawl_core
+        import crawl_async, crawl_rules
         logging.basicConfig(format="%(message)s")
         async def main():
             asyncio.get_running_loop().slow_callback_duration = 0.05
-            options = crawl_core.Options(rate=0, timeout=5, retries=0)
+            options = crawl_rules.Options(rate=0, timeout=5, retries=0)
             rows = await crawl_async.scrape_all(sys.stdin.read().split(), options)
             print(len(rows))
         asyncio.run(main(), debug=True)
