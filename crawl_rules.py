@@ -9,6 +9,7 @@ import base64
 import math
 import urllib.parse
 from dataclasses import dataclass
+from typing import Literal
 
 import ada_url
 
@@ -34,6 +35,9 @@ ERROR_KINDS = {
     "redirects": "too many redirects, or one that leads nowhere",
     "decode": "the body is not in the Content-Encoding that it claims",
     "http": "an answer of status 400 or above",
+    "blocked": "a public page or name led to a private address",
+    "robots": "robots.txt forbids it, or could not be read",
+    "duplicate": "it redirects to a page that has a row of its own",
     "interrupted": "the run was stopped before the answer was complete",
     "internal": "a fault of the crawler itself, kept to this one row",
 }
@@ -109,6 +113,9 @@ class Request:
     """The list is read and nothing more waits for this host: the connection need not be kept."""
     error: FetchError | None = None
     """Known to be wrong before any request was made."""
+    kind: Literal["page", "robots", "sitemap", "feed"] = "page"
+    private: bool = False
+    """The list names a private address, or such a page led here: it may go to private addresses."""
 
 
 @dataclass(slots=True)
