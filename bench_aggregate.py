@@ -42,9 +42,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = {"AGGREGATE_RATE": "0"}
-"""The environment of our server, in all parts."""
-NO_DATABASE: dict[str, str] = {}
-"""What switches the database off, in all parts but `reports`; `DATABASE_URL` is taken away besides."""
+"""The environment of our server in all parts; `DATA_FOLDER` is temporary, too."""
+NO_DATABASE, EMBEDDED = {"DATABASE_URL": "none"}, {"DATABASE_URL": ""}
+"""More of it, in all parts but `reports`; in `reports`."""
 CALM = """
 [weather]
 url = "{base}/api/weather?city=Berlin"
@@ -194,6 +194,10 @@ class Server(NamedTuple):
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def used(self) -> tuple[float, float]:
+        """Seconds of CPU so far, and those in which its main thread could have run, had there been a core for it."""
+        return self.cpu(), int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9
+
     def rss_mb(self) -> float:
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
@@ -249,7 +253,8 @@ class Stage:
     def ours(self, config: str, *options: str, database: bool = False) -> Server:
         path = self.folder / f"config{next(self._count)}.toml"
         path.write_text(config)
-        settings = SETTINGS | {"AGGREGATE_CONFIG": str(path)} | ({} if database else NO_DATABASE | {"DATABASE_URL": ""})
+        settings = SETTINGS | {"AGGREGATE_CONFIG": str(path), "DATA_FOLDER": str(self.folder / "data")}
+        settings |= EMBEDDED if database else NO_DATABASE
         return self.start("aggregate_app:app", *(options or ["--no-access-log"]), **settings)
 
     def calm(self, ttl: float = 600) -> str:

@@ -138,6 +138,12 @@ def times(name: str, replies: Collection[Reply]) -> Row:
     return row | {"max ms": ranked[-1]}
 
 
+def toll(server: Server, before: tuple[float, float] = (0.0, 0.0)) -> Row:
+    """CPU seconds of the server since, and how long it waited for a core: then its times are the machine's."""
+    cpu, waited = server.used()
+    return {"CPU s": cpu - before[0], "waited for CPU s": waited - before[1]}
+
+
 async def until(done: Callable[[], Awaitable[bool]], seconds: float) -> bool:
     """Whether it was, within these seconds."""
     limit = time.monotonic() + seconds
@@ -174,16 +180,18 @@ async def deadline(args: argparse.Namespace, stage: Stage) -> tuple[list[Row], b
         for phase in ("breaker closed", "breaker open"):
             if phase == "breaker open" and not await until(opened, 40):
                 raise SystemExit("bench.py: the breaker of the silent upstream did not open within 40 s")
+            before = server.used()
             replies = await open_loop(session, url, 200, 2 * args.seconds)
+            spent = toll(server, before)
             whole, failed = sum(map(partly, replies)), sum(reply.status != 200 for reply in replies)
             right &= whole == len(replies) and not failed
-            rows.append(times(phase, replies) | {"with all others' data": whole, "failed": failed})
+            rows.append(times(phase, replies) | {"with all others' data": whole, "failed": failed} | spent)
         print(f"One silent upstream of four, deadline 300 ms, 200 requests/s:\n\n{bench.table(rows)}\n")
         cold = stage.ours(stage.calm())
-        before = stage.calls()
+        made = stage.calls()
         replies = await asyncio.gather(*(ask(session, cold.base + "/aggregate?deadline_ms=10000") for _ in range(1000)))
-        after = stage.calls()
-        got = {path: after[path] - before.get(path, 0) for path in after if path.startswith("/api/")}
+        calls = stage.calls()
+        got = {path: calls[path] - made.get(path, 0) for path in calls if path.startswith("/api/")}
         row = times("1,000 cold requests at once", replies) | {"failed": sum(reply.status != 200 for reply in replies)}
         row |= {"calls " + path[5:].split("?")[0]: count for path, count in got.items()}
     print(bench.table([row]) + "\n")
@@ -274,6 +282,7 @@ async def chaos(args: argparse.Namespace, stage: Stage) -> tuple[list[Row], bool
         "files before/after": f"{files}/{server.files()}",
         "RSS MB at a fifth/after": f"{memory:.1f}/{server.rss_mb():.1f}",
     }
+    row |= toll(server)
     for mistake, count in mistakes.most_common(5):
         print(f"{count} x {mistake}")
     print(f"{args.chaos} s, 50 clients, four upstreams that fail, hang, drip, lie:\n\n{bench.table([row])}\n")
