@@ -41,7 +41,7 @@ from yarl import URL
 
 from coordination import Channel, Semaphore
 from crawl_cli import EXIT_INTERRUPTED, main
-from crawl_core import Crawl, build_row
+from crawl_core import Crawl
 from crawl_net import BodyDecoder, ProxyRule, Resolver, detail, tls_detail
 from crawl_rules import (
     RESPONSE_HEADERS,
@@ -157,7 +157,7 @@ class Fetcher:
         return outcome
 
     async def _fetch(self, request: Request) -> Response:
-        url, headers = request_headers(self._options, request)
+        url, headers = self._crawl.headers(request)
         timeout = aiohttp.ClientTimeout(
             total=self._crawl.remaining(request),
             sock_connect=self._options.connect_timeout,
@@ -297,10 +297,10 @@ class Tasks:
             final = crawl.judge(request, outcome)
             if final is None:
                 return
-            if isinstance(final, Response) and len(final.body) > INLINE_PARSE:
-                row = await self._loop.run_in_executor(self._parser, build_row, request, final)
+            if isinstance(final, Response) and crawl.is_long(request, final, INLINE_PARSE):
+                row = await self._loop.run_in_executor(self._parser, crawl.complete, request, final)
             else:
-                row = build_row(request, final)
+                row = crawl.complete(request, final)
         except Postponed:
             now = crawl.clock()
             crawl.frontier.put_back(request, now, now)
@@ -308,11 +308,12 @@ class Tasks:
         except asyncio.CancelledError:
             if not self._forced:
                 raise
-            row = build_row(request, FetchError("interrupted", "stopped before the answer was complete"))
+            row = crawl.complete(request, FetchError("interrupted", "stopped before the answer was complete"))
         except Exception as error:
-            row = build_row(request, FetchError("internal", detail(error)))
+            row = crawl.complete(request, FetchError("internal", detail(error)))
         try:
-            await self._emit(row)
+            if row is not None:
+                await self._emit(row)
         except Exception as error:
             crawl.fail(error)
         crawl.frontier.finish(request, crawl.clock())

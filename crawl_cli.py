@@ -28,7 +28,8 @@ import orjson
 
 from coordination import new_lock
 from crawl_core import Crawl
-from crawl_rules import ERROR_KINDS, MAX_URL, Options, ScrapeResult
+from crawl_journal import JournalError, open_journal, recall
+from crawl_rules import ERROR_KINDS, MAX_URL, CrawlResult, FeedResult, Options, ScrapeResult
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
 
@@ -76,6 +77,13 @@ def read_urls(sources: Iterable[str]) -> Iterator[str]:
 FIELDS = [field.name for field in dataclasses.fields(ScrapeResult)]
 
 
+def row_form(options: Options) -> type[ScrapeResult]:
+    """What the rows of a run are."""
+    if options.feeds:
+        return FeedResult
+    return CrawlResult if options.depth or options.sitemaps else ScrapeResult
+
+
 def encode_json(row: ScrapeResult) -> bytes:
     try:
         return orjson.dumps(row)
@@ -94,14 +102,22 @@ def encode_csv(cells: Iterable[object]) -> bytes:
     return line.getvalue().encode("utf-8", "replace")
 
 
+def cell(value: object) -> object:
+    """A value as a table has it: URLs separated by spaces, what has a structure of its own as JSON."""
+    if not isinstance(value, list):
+        return value
+    return " ".join(value) if all(isinstance(item, str) for item in value) else orjson.dumps(value).decode()
+
+
 class RowWriter:
     """Rows as ``jsonl``, ``json`` (one array) or ``csv`` (RFC 4180, with a header; links separated by spaces)."""
 
-    def __init__(self, stream: BinaryIO, form: str) -> None:
+    def __init__(self, stream: BinaryIO, form: str, row: type[ScrapeResult] = ScrapeResult) -> None:
         self._stream, self._form = stream, form
         self._rows = 0
+        self._fields = [field.name for field in dataclasses.fields(row)]
         if form == "csv":
-            self._write(encode_csv(FIELDS))
+            self._write(encode_csv(self._fields))
 
     def write(self, *rows: ScrapeResult) -> None:
         """All of them in one write, so that a thread with many rows gives up the interpreter once."""
@@ -110,9 +126,7 @@ class RowWriter:
     def _encode(self, row: ScrapeResult) -> bytes:
         first, self._rows = not self._rows, self._rows + 1
         if self._form == "csv":
-            cells = [getattr(row, name) for name in FIELDS]
-            cells[FIELDS.index("links_found")] = " ".join(row.links_found)
-            return encode_csv(cells)
+            return encode_csv(cell(getattr(row, name)) for name in self._fields)
         if self._form == "json":
             return (b"[\n" if first else b",\n") + encode_json(row)
         return encode_json(row) + b"\n"
@@ -247,6 +261,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
   python {program} urls.txt --csv -o pages.csv      a table
   python {program} https://example.com/ --json      URLs as arguments
   zcat list.gz | python {program} - --rate 0.5      one request in 2 s per host
+  python {program} https://example.com/ --depth 3 -o site.jsonl --resume    follow links; go on after any stop
+  python {program} feeds.txt --feeds -o news.jsonl --resume    new articles of RSS and Atom feeds, run after run
   python {program} --demo                           a small internet on loopback, faults included
 
 kinds of errors (the column "error" is empty, or "kind: detail"):
@@ -272,6 +288,7 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
 
     parser.add_argument("-o", "--output", metavar="FILE", help="write the rows there instead of to stdout")
     parser.add_argument("--stats", metavar="FILE", help="write the run's counts there as JSON")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve the counts to Prometheus on 127.0.0.1")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
     parser.add_argument("--demo", action="store_true", help="crawl a demo site that this program serves itself")
     load = parser.add_argument_group("load and politeness")
@@ -280,6 +297,32 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     option(load, "--rate", float, "requests per second to one host; 0: no limit")
     option(load, "--burst", int, "requests to one host that may go at once after a rest")
     option(load, "--total-rate", float, "requests per second to all hosts together; 0: no limit")
+    load.add_argument("--adaptive", action="store_true", default=None, help="find each host's rate, up to --rate")
+    crawl = parser.add_argument_group("following links")
+    option(crawl, "--depth", int, "links away from the list; 0: the list only")
+    crawl.add_argument(
+        "--within", choices=("host", "domain", "any"), help="links to the same host (default), registrable domain, any"
+    )
+    for name, what in (
+        ("--include", "follow only links that match; * and ? as in a shell, or re:EXPRESSION"),
+        ("--exclude", "follow no links that match"),
+        ("--drop-params", "free links of these query parameters: utm_*"),
+    ):
+        field = name[2:].replace("-", "_")
+        crawl.add_argument(name, action="append", dest=field, metavar="PATTERN", help=what + "; may be repeated")
+    option(crawl, "--max-pages", int, "pages in all; 0: no limit")
+    option(crawl, "--host-pages", int, "pages of one host; 0: no limit")
+    option(crawl, "--max-time", float, "time for the whole crawl; 0: no limit", "S")
+    crawl.add_argument(
+        "--robots", action=argparse.BooleanOptionalAction, help="obey robots.txt (default: if links are followed)"
+    )
+    crawl.add_argument("--sitemaps", action="store_true", default=None, help="crawl what the sites' sitemaps name too")
+    crawl.add_argument("--dedupe", action="store_true", default=None, help="mark equal bodies; follow links of the first")
+    crawl.add_argument("--resume", action="store_true", help="go on with the JSON lines in the --output of an earlier run")
+    crawl.add_argument("--explain", metavar="URL", help="would this URL be fetched, why (not), and when? fetches robots.txt")
+    feeds = parser.add_argument_group("feeds")
+    feeds.add_argument("--feeds", action="store_true", default=None, help="the list holds RSS and Atom feeds: fetch articles")
+    feeds.add_argument("--since", metavar="DATE", help="no articles from before: 2030-01-31, or with a time")
     limits = parser.add_argument_group("limits")
     option(limits, "--timeout", float, "time for one attempt, body included", "S")
     option(limits, "--connect-timeout", float, "time to connect within that", "S")
@@ -308,8 +351,9 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
         given = {"rate": 50.0, "timeout": 2.0} | given
     elif not args.sources:
         parser.error("no URLs: name a file, a URL, or - for stdin; or try --demo")
-    if "headers" in given:
-        given["headers"] = tuple(given["headers"])
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    if args.resume and (args.output is None or args.form != "jsonl"):
+        parser.error("--resume goes on with a file of JSON lines: name it with -o")
     for source in args.sources:
         if source != "-" and "://" not in source:
             try:
@@ -325,8 +369,10 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
         parser.error(str(error).replace("_", "-"))
 
 
-def open_output(path: str | None) -> BinaryIO:
-    return open(1, "wb", buffering=0, closefd=False) if path is None else open(path, "wb", buffering=0)
+def open_output(path: str | None, resume: bool) -> BinaryIO:
+    if path is None:
+        return open(1, "wb", buffering=0, closefd=False)
+    return open_journal(path) if resume else open(path, "wb", buffering=0)
 
 
 def more_open_files() -> None:
@@ -356,11 +402,24 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
             site = stack.enter_context(Sandbox(hosts=4, pages=12))
             urls = demo_urls(site)
         crawl = Crawl(options)
+        if args.explain:
+            return explain(program, crawl, urls, args.explain, run)
         try:
-            stream = stack.enter_context(open_output(args.output))
-            writer = RowWriter(stream, args.form)
+            stream = stack.enter_context(open_output(args.output, args.resume))
+            if args.resume:
+                known = recall(crawl, stream)
+                if known and not args.quiet:
+                    print(f"{program}: {known:,} rows from before, {crawl.frontier.waiting:,} URLs to go", file=sys.stderr)
+            writer = RowWriter(stream, args.form, row_form(options))
+        except JournalError as error:
+            return fail(program, str(error), error)
         except OSError as error:
             return fail(program, f"cannot write {args.output or 'to stdout'}: {error.strerror}", error)
+        if args.metrics_port is not None:
+            try:
+                stack.callback(serve_metrics(crawl, args.metrics_port))
+            except (OSError, OverflowError) as error:
+                return fail(program, f"cannot listen on port {args.metrics_port}: {error}", error)
         output = Output(crawl, writer)
         rows_on_screen = args.output is None and sys.stdout.isatty()
         with progress(crawl, sys.stderr.isatty() and not args.quiet and not rows_on_screen):
@@ -413,6 +472,35 @@ def write_stats(crawl: Crawl, path: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(counts, file, indent=2)
         file.write("\n")
+
+
+def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
+    """Serve the run's counts to Prometheus, from threads of its client library. Returns what ends that."""
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    registry = CollectorRegistry()
+    registry.register(CrawlMetrics(crawl))
+    server, thread = start_http_server(port, "127.0.0.1", registry)
+
+    def end() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return end
+
+
+def explain(program: str, crawl: Crawl, urls: Iterable[str], url: str, run: Run) -> int:
+    """Print whether and when ``url`` would be fetched, and why (not). Asks its host for robots.txt, nothing else."""
+    crawl.ask_robots_only = True
+    try:
+        listed = list(urls)
+    except OSError as error:
+        return fail(program, f"cannot read the list: {error.strerror}", error)
+    run(crawl, [url], lambda *rows: None)
+    for line in crawl.explain(url, listed):
+        print(line)
+    return EXIT_OK
 
 
 def demo_urls(site: Any) -> list[str]:

@@ -61,6 +61,7 @@ class Stats:
         self._clock = clock
         self.started = clock()
         self.rows = self.ok = self.bytes = self.retries = self.redirects = self.pauses = 0
+        self.robots = self.sitemaps = self.sitemap_errors = self.trapped = self.unchanged = 0
         self.errors: Counter[str] = Counter()
         self.statuses: Counter[int] = Counter()
 
@@ -93,6 +94,11 @@ class Stats:
                 "retries": self.retries,
                 "redirects": self.redirects,
                 "pauses": self.pauses,
+                "robots": self.robots,
+                "sitemaps": self.sitemaps,
+                "sitemap_errors": self.sitemap_errors,
+                "trapped": self.trapped,
+                "unchanged": self.unchanged,
                 "bytes": self.bytes,
                 "seconds": round(seconds, 3),
                 "rows_per_second": round(self.rows / seconds, 1),
@@ -116,19 +122,37 @@ class Crawl:
             per_host=options.per_host,
             total_rate=options.total_rate,
             lead=0.002 if fast else 0.0,
+            robots=bool(options.depth or options.sitemaps) if options.robots is None else options.robots,
+            host_pages=options.host_pages,
+            max_pages=options.max_pages,
+            adaptive=options.adaptive,
+            private=lambda host: options.allow_private or names_private(host),
         )
+        self.follows = bool(options.depth or options.sitemaps)
+        self.scope = Scope(options.within, options.include, options.exclude, options.drop_params)
+        self.traps = Traps()
+        self._lock = new_lock("Crawl")
+        self._bodies: dict[str, str] = {}
+        """With ``dedupe``: the digest of each body, and the URL that had it first."""
+        self.validators: dict[str, tuple[str | None, str | None]] = {}
+        """What is known of feeds from an earlier run: ETag and Last-Modified."""
+        self._entries: dict[str, tuple[str, FeedEntry]] = {}
+        """Articles on their way, by normalised URL: their feed, and what it says of them."""
         self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
         self.stats = Stats(clock)
         self.changed: Callable[[], None] = lambda: None
         self.interrupted = False
+        self.ask_robots_only = False
         self.failure: BaseException | None = None
         """Why the run ended early, if it did: the list or the output could not be read or written."""
 
     def judge(self, request: Request, outcome: Response | FetchError) -> Response | FetchError | None:
-        """What becomes of a request: the final outcome, for its row, or None: it went back into the frontier."""
+        """What becomes of a request: the final outcome, for ``complete``, or None: it went back into the frontier."""
         now = self.clock()
         request.spent += outcome.seconds
         retry_after = None
+        if self.options.adaptive and not request.error:
+            self._report(request, outcome, now)
         if isinstance(outcome, FetchError):
             if not outcome.retry:
                 return outcome
@@ -166,13 +190,215 @@ class Crawl:
             return FetchError("redirects", f"more than {self.options.max_redirects}", status=response.status)
         if target == request.target:
             return FetchError("redirects", "to itself", status=response.status)
+        if self.follows and request.kind == "page":
+            if request.depth and (why := self.scope.refuses(target)):
+                return FetchError("redirects", f"to {target}: {why}", status=response.status)
+            if not self.frontier.mark(target):
+                return FetchError("duplicate", f"redirects to {target}", status=response.status)
+            if not request.depth:
+                self.scope.add(target)
+        request.private = leads_private(request, self.options.allow_private)
         request.hops += 1
         self.stats.count(redirects=1)
         self.frontier.put_back(request, now, now, target, host)
         return None
 
+    def _report(self, request: Request, outcome: Response | FetchError, now: float) -> None:
+        late = isinstance(outcome, FetchError) and outcome.kind == "timeout"
+        refused = outcome.status in (429, 503)
+        if late or refused or isinstance(outcome, Response):
+            verdict: Verdict = "timeout" if late else "refused" if refused else "ok"
+            self.frontier.report(request, verdict, outcome.seconds, now)
+
+    def headers(self, request: Request) -> tuple[str, dict[str, str]]:
+        """(URL without credentials, headers) to send."""
+        url, headers = request_headers(self.options, request)
+        if request.kind == "feed":
+            etag, last_modified = self.validators.get(request.url, (None, None))
+            if etag:
+                headers["If-None-Match"] = etag
+            if last_modified:
+                headers["If-Modified-Since"] = last_modified
+        return url, headers
+
+    def complete(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
+        """The row of a finished request, once what it leads to is in the frontier; None if it is none that has a row.
+
+        Parses the body, in the caller's thread: 1 ms for 100 KB of HTML, ten times that for a feed or an article.
+        """
+        if request.kind == "robots":
+            self._obey(request, outcome)
+            return None
+        if request.kind == "sitemap":
+            self._seed(request, outcome)
+            return None
+        if self.options.feeds:
+            return self._feed_row(request, outcome)
+        if not self.follows:
+            return build_row(request, outcome)
+        row = build_row(request, outcome, CrawlResult)
+        assert isinstance(row, CrawlResult)
+        if self.options.dedupe and isinstance(outcome, Response) and row.error is None:
+            row.digest = hashlib.blake2b(outcome.body, digest_size=12).hexdigest()
+            with self._lock:
+                first = self._bodies.setdefault(row.digest, row.url)
+            row.duplicate_of = None if first == row.url else first
+        if row.duplicate_of is None:
+            self.follow(row, leads_private(request, self.options.allow_private))
+        return row
+
+    def is_long(self, request: Request, response: Response, size: int) -> bool:
+        """Whether ``complete`` may take longer than an event loop has: more than ``size`` bytes, or slower to read."""
+        return len(response.body) > size or request.kind in ("sitemap", "feed") or self.options.feeds
+
+    def follow(self, row: CrawlResult, private: bool) -> None:
+        """Add the links of a page that are to be followed."""
+        if row.depth >= self.options.depth or row.error or "nofollow" in (row.robots or ""):
+            return
+        unwanted = set(row.nofollow)
+        targets = []
+        for link in row.links_found:
+            if link in unwanted:
+                continue
+            try:
+                target = normalise(self.scope.clean(link))[0]
+            except FetchError:
+                continue
+            if self.scope.refuses(target) is None:
+                with self._lock:
+                    trapped = self.traps.refuses(target)
+                if trapped is None:
+                    targets.append(target)
+                else:
+                    self.stats.count(trapped=1)
+        if targets and self.frontier.add_links(targets, row.depth + 1, self.clock(), private=private):
+            self.changed()
+
+    def _obey(self, request: Request, outcome: Response | FetchError) -> None:
+        """robots.txt is here, or cannot be had."""
+        rules, now = rules_for(outcome, self.options.user_agent), self.clock()
+        self.stats.count(robots=1)
+        self.frontier.robots_known(origin(request.url), rules, now)
+        if self.ask_robots_only:
+            self.frontier.stop()
+        if self.options.sitemaps:
+            self._add_sitemaps(request, rules.sitemaps)
+        self.changed()
+
+    def _add_sitemaps(self, request: Request, urls: Iterable[str]) -> None:
+        targets = []
+        for url in urls:
+            with contextlib.suppress(FetchError):
+                targets.append(normalise(url)[0])
+        self.frontier.add_links(
+            targets, 0, self.clock(), private=leads_private(request, self.options.allow_private), kind="sitemap"
+        )
+
+    def _seed(self, request: Request, outcome: Response | FetchError) -> None:
+        """A sitemap names pages, which count as if the list named them, and other sitemaps."""
+        self.stats.count(sitemaps=1)
+        if isinstance(outcome, FetchError) or outcome.status != 200:
+            self.stats.count(sitemap_errors=1)
+            return
+        found = parse_sitemap(outcome.body, request.target)
+        self._add_sitemaps(request, found.sitemaps)
+        targets = []
+        for url in found.urls:
+            with contextlib.suppress(FetchError):
+                target = normalise(self.scope.clean(url))[0]
+                if self.scope.refuses(target) is None:
+                    targets.append(target)
+        private = leads_private(request, self.options.allow_private)
+        self.frontier.add_links(targets, 0, self.clock(), private=private)
+        self.changed()
+
+    def _feed_row(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
+        now, private = self.clock(), leads_private(request, self.options.allow_private)
+        if request.kind == "page":
+            with self._lock:
+                feed, entry = self._entries.pop(normalise(request.url)[0], (None, None))
+            return build_article(request, outcome, feed, entry)
+        if isinstance(outcome, Response) and outcome.status == 304:
+            self.stats.count(unchanged=1)
+            return None
+        row = build_row(request, outcome, FeedResult)
+        assert isinstance(row, FeedResult)
+        row.kind = "feed"
+        if isinstance(outcome, FetchError) or row.error:
+            return row
+        row.etag, row.last_modified = outcome.headers.get("ETag"), outcome.headers.get("Last-Modified")
+        entries = parse_feed(outcome.body, request.target, outcome.headers.get("Content-Type"))
+        if entries is None:
+            row.error = "decode: neither RSS nor Atom"
+            return row
+        self.add_articles(row, entries, private, now)
+        return row
+
+    def add_articles(self, row: FeedResult, entries: Iterable[FeedEntry], private: bool, now: float) -> None:
+        """Add the articles of a feed that are new, and not from before ``since``."""
+        targets = []
+        for entry in entries:
+            if entry.url is None or self._too_old(entry.published):
+                continue
+            try:
+                target = normalise(entry.url)[0]
+            except FetchError:
+                continue
+            if self.frontier.seen(target):
+                continue
+            with self._lock:
+                if target in self._entries:
+                    continue
+                self._entries[target] = row.url, entry
+            targets.append(target)
+            row.links_found.append(target)
+            row.entries.append(entry._asdict())
+        self.frontier.add_links(targets, 1, now, private=private)
+        self.changed()
+
+    def recall_feed(self, row: FeedResult, private: bool) -> None:
+        """The articles that a feed named in an earlier run, and that have no row yet."""
+        found, row.links_found = [FeedEntry(**entry) for entry in row.entries], []
+        self.add_articles(row, found, private, self.clock())
+
+    def know_body(self, digest: str, url: str) -> None:
+        self._bodies.setdefault(digest, url)
+
+    def explain(self, url: str, listed: Iterable[str]) -> list[str]:
+        """Why ``url`` would be fetched or not, in lines."""
+        try:
+            target, host = normalise(url)
+        except FetchError as error:
+            return [f"no: {error}"]
+        said = []
+        in_list = False
+        for text in listed:
+            with contextlib.suppress(FetchError):
+                in_list = in_list or normalise(text)[0] == target
+            self.scope.add(text)
+        if target != url:
+            said.append(f"as {target}")
+        if in_list:
+            said.append("yes: the list names it")
+        elif not self.follows:
+            said.append("no: the list does not name it, and no links are followed (--depth)")
+        else:
+            refusal = self.scope.refuses(target) or self.traps.refuses(target)
+            said.append(f"no: {refusal}" if refusal else f"yes, if a page within {self.options.depth} links leads there")
+        if names_private(host) and not in_list and not self.options.allow_private:
+            said.append("no: a private address, which only the list may name (or --allow-private)")
+        said.append(self.frontier.explain(target, self.clock()))
+        return said
+
+    def _too_old(self, published: str | None) -> bool:
+        if self.options.since is None or published is None:
+            return False
+        since = datetime.fromisoformat(self.options.since)
+        return datetime.fromisoformat(published) < (since if since.tzinfo else since.replace(tzinfo=UTC))
+
     def feed(self, urls: Iterable[str]) -> threading.Thread:
         """Read ``urls`` into the frontier in a thread: the list may be long, or a pipe that blocks."""
+        kind: Literal["page", "feed"] = "feed" if self.options.feeds else "page"
 
         def read() -> None:
             batch: list[str] = []
@@ -180,18 +406,23 @@ class Crawl:
                 for url in urls:
                     batch.append(url)
                     if len(batch) >= 200 or self.frontier.waiting < 200:
-                        self.frontier.add_all(batch, self.clock())
+                        self._add(batch, kind)
                         self.changed()
                         batch = []
             except Exception as error:
                 self.fail(error)
-            self.frontier.add_all(batch, self.clock())
+            self._add(batch, kind)
             self.frontier.close()
             self.changed()
 
         thread = threading.Thread(target=read, name="list", daemon=True)
         thread.start()
         return thread
+
+    def _add(self, batch: list[str], kind: Literal["page", "feed"]) -> None:
+        if self.follows:
+            self.scope.add_all(batch)
+        self.frontier.add_all(batch, self.clock(), kind)
 
     def fail(self, error: BaseException) -> None:
         """End the run: the list or the output could not be read or written."""
@@ -204,9 +435,11 @@ class Crawl:
         return max(0.001, self.options.timeout - request.spent)
 
 
-def build_row(request: Request, outcome: Response | FetchError) -> ScrapeResult:
+def build_row(
+    request: Request, outcome: Response | FetchError, form: type[ScrapeResult] = ScrapeResult
+) -> ScrapeResult:
     """The row of a finished request. Parses the page: 1 ms for 100 KB or so, in the caller's thread."""
-    row = ScrapeResult(
+    row = form(
         url=request.url,
         status=outcome.status,
         title=None,
@@ -231,6 +464,26 @@ def build_row(request: Request, outcome: Response | FetchError) -> ScrapeResult:
         page = parse_page(outcome.body, request.target, content_type)
         row.title, row.word_count, row.links_found = page.title, page.word_count, page.links
         row.language, row.description, row.canonical = page.language, page.description, page.canonical
+        if isinstance(row, CrawlResult):
+            asked = directives(page.robots, outcome.headers.get("X-Robots-Tag"))
+            row.robots = ", ".join(sorted(asked)) or None
+            row.nofollow = [link for link in page.links if link in page.nofollow]
+    return row
+
+
+def build_article(
+    request: Request, outcome: Response | FetchError, feed: str | None, entry: FeedEntry | None
+) -> FeedResult:
+    """The row of an article: what the page says, else what its feed says. Takes some 50 ms: trafilatura finds the text."""
+    row = build_row(request, outcome, FeedResult)
+    assert isinstance(row, FeedResult)
+    row.feed = feed
+    if entry is not None:
+        row.title, row.author, row.published = entry.title or row.title, entry.author, entry.published
+    if row.error is None and isinstance(outcome, Response) and is_html(row.content_type, outcome.body):
+        found = extract_article(outcome.body, request.target)
+        row.text = found.text
+        row.author, row.published = row.author or found.author, row.published or found.published
     return row
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import math
 import urllib.parse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 import ada_url
@@ -45,7 +46,7 @@ ERROR_KINDS = {
 RETRY_KINDS = frozenset({"connect", "timeout", "reset", "truncated"})
 RETRY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
-RESPONSE_HEADERS = ("Content-Type", "Location", "Retry-After")
+RESPONSE_HEADERS = ("Content-Type", "Location", "Retry-After", "ETag", "Last-Modified", "X-Robots-Tag")
 """What a driver hands on of an answer's head."""
 
 
@@ -92,6 +93,38 @@ class ScrapeResult:
     language: str | None = None
     description: str | None = None
     canonical: str | None = None
+
+
+@dataclass(slots=True)
+class CrawlResult(ScrapeResult):
+    """One row of a crawl that follows links. What a later run needs to go on is in it."""
+
+    robots: str | None = None
+    """What the page asks of robots that we are concerned by: ``noindex``, ``nofollow``, or both."""
+    nofollow: list[str] = field(default_factory=list)
+    """Those of ``links_found`` that are not to be followed."""
+    digest: str | None = None
+    """With ``--dedupe``: of the body."""
+    duplicate_of: str | None = None
+    """With ``--dedupe``: the URL whose body was the same, byte for byte, and came first."""
+
+
+@dataclass(slots=True)
+class FeedResult(ScrapeResult):
+    """One row of ``--feeds``: of a feed (``kind`` is ``feed``, ``links_found`` are its new articles) or an article."""
+
+    kind: str = "article"
+    feed: str | None = None
+    """The feed that led to the article."""
+    author: str | None = None
+    published: str | None = None
+    """ISO 8601, UTC."""
+    text: str | None = None
+    entries: list[dict[str, str | None]] = field(default_factory=list)
+    """What a feed says of its new articles."""
+    etag: str | None = None
+    last_modified: str | None = None
+    """With ``etag``: what the feed's next request is made conditional on."""
 
 
 @dataclass(slots=True, eq=False)
@@ -146,20 +179,51 @@ class Options:
     headers: tuple[tuple[str, str], ...] = ()
     proxy: str | None = None
     insecure: bool = False
+    depth: int = 0
+    """How many links away from the list; 0: the list only."""
+    within: Literal["host", "domain", "any"] = "host"
+    """Where links are followed to: the host of the page that the list names, its registrable domain, anywhere."""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    """Patterns of URLs to follow links to (none: all), and not to."""
+    drop_params: tuple[str, ...] = ()
+    """Patterns of the query parameters that links are freed of."""
+    max_pages: int = 0
+    host_pages: int = 0
+    max_time: float = 0.0
+    """Bounds of the whole crawl; 0: none."""
+    robots: bool | None = None
+    """Whether robots.txt is obeyed; None: if links are followed."""
+    sitemaps: bool = False
+    """Whether the pages of the sitemaps that robots.txt names are crawled too."""
+    adaptive: bool = False
+    dedupe: bool = False
+    feeds: bool = False
+    since: str | None = None
+    """ISO 8601: no articles from before."""
 
     def __post_init__(self) -> None:
-        for name, least in (("concurrency", 1), ("per_host", 1), ("burst", 1), ("retries", 0), ("max_redirects", 0)):
+        whole = {"concurrency": 1, "per_host": 1, "burst": 1}
+        whole |= dict.fromkeys(("retries", "max_redirects", "depth", "max_pages", "host_pages"), 0)
+        for name, least in whole.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}")
         for name in ("timeout", "connect_timeout", "max_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0")
-        for name in ("rate", "total_rate", "grace"):
+        for name in ("rate", "total_rate", "grace", "max_time"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or above")
+        if self.feeds and (self.depth or self.sitemaps):
+            raise ValueError("feeds have articles, not links to follow: no depth or sitemaps with it")
         for name, value in (("user_agent", self.user_agent), *self.headers):
             if not (name.isascii() and name.replace("-", "").replace("_", "").isalnum()) or set(value) & set("\r\n\0"):
                 raise ValueError(f"not a valid header: {name!r}: {value!r}")
+        if self.since is not None:
+            try:
+                datetime.fromisoformat(self.since)
+            except ValueError:
+                raise ValueError(f"since must be a date such as 2030-01-31, not {self.since!r}") from None
         if self.proxy and urllib.parse.urlsplit(self.proxy).scheme != "http":
             raise ValueError(f"proxy must be an http:// URL, not {self.proxy!r}")
 

@@ -43,7 +43,7 @@ from typing import Any
 
 from coordination import new_lock
 from crawl_cli import EXIT_INTERRUPTED, main
-from crawl_core import Crawl, build_row
+from crawl_core import Crawl
 from crawl_net import BodyDecoder, Resolver, detail, tls_context, tls_detail
 from crawl_rules import (
     RESPONSE_HEADERS,
@@ -445,7 +445,7 @@ class Fetcher:
         return outcome
 
     def _fetch(self, request: Request, started: float) -> Response:
-        url, headers = request_headers(self._options, request)
+        url, headers = self._crawl.headers(request)
         call: Any = urllib.request.Request(url, headers=headers)
         call.deadline = started + self._crawl.remaining(request)
         call.connect_deadline = started + self._options.connect_timeout
@@ -587,15 +587,16 @@ class Threads:
             final = crawl.judge(request, outcome)
             if final is None:
                 return
-            row = build_row(request, final)
+            row = crawl.complete(request, final)
         except Postponed:
             now = crawl.clock()
             crawl.frontier.put_back(request, now, now)
             return
         except Exception as error:
-            row = build_row(request, FetchError("internal", detail(error)))
+            row = crawl.complete(request, FetchError("internal", detail(error)))
         try:
-            self._emit(row)
+            if row is not None:
+                self._emit(row)
         except Exception as error:
             crawl.fail(error)
         crawl.frontier.finish(request, crawl.clock())
