@@ -405,13 +405,18 @@ async def invalidate(request: Request) -> Response:
         check(query, ("source",))
         for source in sources.values():
             source.forget()
-        return reply({"invalidated": sorted(sources)})
+        return forgotten(request, sorted(sources))
     if name not in sources:
         raise Problem(404, f"unknown source {name[:50]}", sources=sorted(sources))
     source = sources[name]
     check(query, source.upstream.parameters)
     source.forget(source.key(query) if query else None)
-    return reply({"invalidated": [name]})
+    return forgotten(request, [name])
+
+
+def forgotten(request: Request, names: list[str]) -> Response:
+    service_of(request).events.publish("invalidate", {"sources": names})
+    return reply({"invalidated": names})
 
 
 async def health(request: Request) -> Response:

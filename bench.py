@@ -50,6 +50,7 @@ from itertools import pairwise, repeat
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import bench_aggregate
 from bench_peers import PARSERS, PEERS, Facts, Row
 
 HERE = Path(__file__).resolve().parent
@@ -830,6 +831,23 @@ def million(args: argparse.Namespace) -> list[Row]:
     return results
 
 
+# -------------------------------------------------------------------------------------------- bench.py aggregate
+
+
+@command(
+    "the aggregation API from its cache, against bare Starlette and FastAPI; with bad upstreams: requests/s, ms",
+    "aggregate",
+    "aggregate --seconds 2 --repeat 5 --with-log",
+    "aggregate --only --deadline --chaos 60 --reports 8",
+    **bench_aggregate.OPTIONS,
+)
+def aggregate(args: argparse.Namespace) -> list[Row]:
+    results: list[Row] = []
+    if bench_aggregate.run(args, results):
+        raise SystemExit("bench.py: aggregate: an answer was wrong, or something was left running")
+    return results
+
+
 # -------------------------------------------------------------------------------------------------- command line
 
 
@@ -858,6 +876,8 @@ def make_parser() -> argparse.ArgumentParser:
         for option, (default, about) in command.options.items():
             if option.isupper():
                 sub.add_argument(option, nargs="?", default=default, help=about)
+            elif default is False:
+                sub.add_argument("--" + option.replace("_", "-"), action="store_true", help=about)
             else:
                 kind = positive if default is None or isinstance(default, int) else type(default)
                 about += "" if default is None else f" (default {default})"

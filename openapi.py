@@ -27,7 +27,6 @@ STATES = ("fresh", "stale", "fallback", "timeout", "error", "open")
 """What a part of an answer can be."""
 EXAMPLE = "2026-01-31T12:00:00+00:00"
 TOKEN = "The value of AGGREGATE_TOKEN. While that is not set, clients on loopback need none."
-ID = r"^[A-Za-z0-9_-]{1,64}$"
 
 TEXT: Json = {
     "type": "string",
@@ -38,7 +37,6 @@ TEXT: Json = {
 }
 """The value of an upstream's parameter."""
 STRING: Json = {"type": "string"}
-FLAG: Json = {"type": "boolean"}
 TIME: Json = {"type": "string", "format": "date-time"}
 COUNT: Json = {"type": "integer", "minimum": 0}
 NUMBER: Json = {"type": "number", "minimum": 0}
@@ -90,8 +88,9 @@ def by_name(names: Iterable[str], value: Json) -> Json:
     return {"type": "object", "propertyNames": {"enum": list(names)}, "additionalProperties": value}
 
 
-def or_null(schema: Json) -> Json:
-    return {**schema, "type": [schema["type"], "null"]}
+def maybe(schema: Json, *names: str) -> dict[str, Json]:
+    """Members that are there, but may be null."""
+    return {name: {**schema, "type": [schema["type"], "null"]} for name in names}
 
 
 def percentiles(*names: str) -> Json:
@@ -100,47 +99,38 @@ def percentiles(*names: str) -> Json:
 
 
 def schemas(names: Sequence[str]) -> dict[str, Json]:
-    status = {"type": "integer", "minimum": 400, "maximum": 599}
     members = {"sources": array(STRING), "parameter": STRING, "parameters": array(STRING)}
-    problem = {"type": STRING, "title": STRING, "status": status}
+    problem = {"type": STRING, "title": STRING, "status": {"type": "integer", "minimum": 400, "maximum": 599}}
     part = {
         "state": one_of(STATES),
         "data": {"description": "What the upstream said; null if nothing is known"},
-        "age_s": or_null(NUMBER),
-        "latency_ms": or_null(NUMBER),
-        "error": or_null(STRING),
+        **maybe(NUMBER, "age_s", "latency_ms") | maybe(STRING, "error"),
     }
     parts = by_name(names, ref("schemas", "Part")) | {"minProperties": 1}
+    answered = {"partial": {"type": "boolean"}, "generated_at": TIME, "duration_ms": NUMBER, "sources": parts}
     database = {
         "state": one_of(("connected", "connecting", "down", "none")),
         "kind": {"enum": ["embedded", "DATABASE_URL", None]},
-        **dict.fromkeys(("queued", "written", "lost"), COUNT),
-        "error": or_null(STRING),
+        "since": TIME,
+        **dict.fromkeys(("queued", "written", "lost", "refused", "batches"), COUNT),
+        **maybe(STRING, "error"),
     }
     source_health = {
         "breaker": one_of(("closed", "half_open", "open")),
         "next_probe_s": NUMBER,
-        **dict.fromkeys(("recent_failures", "calls", "failed_loads", "loading"), COUNT),
+        **dict.fromkeys(("recent_failures", "calls", "failed_loads", "loading", "renewing"), COUNT),
         "answers": by_name(STATES, COUNT),
         "latency_ms": percentiles("p50", "p95", "p99"),
         "recent_ms": array(NUMBER) | {"maxItems": 60},
-        "last_success": or_null(TIME),
-        "last_error": or_null(STRING),
-        "age_s": or_null(NUMBER),
+        **maybe(TIME, "last_success") | maybe(STRING, "last_error") | maybe(NUMBER, "age_s"),
         "ttl_s": NUMBER,
         "cache": closed(dict.fromkeys(TTLCacheStats._fields, COUNT) | {"weight": NUMBER}),
     }
-    host = {
-        "name": STRING,
-        "address": or_null(STRING),
-        "error": or_null(STRING),
-        "dns_ms": or_null(NUMBER),
-        "connect_ms": or_null(NUMBER),
-        "certificate_days": {"type": ["number", "null"]},
-    }
+    host = {"name": STRING, **maybe(STRING, "address", "error"), **maybe(NUMBER, "dns_ms", "connect_ms")}
+    host["certificate_days"] = {"type": ["number", "null"]}  # negative once it has expired
     reported = {
         "results": COUNT,
-        "availability": or_null({**NUMBER, "maximum": 1}),
+        **maybe({**NUMBER, "maximum": 1}, "availability"),
         "latency_ms": percentiles("p50", "p95", "p99", "max"),
         "errors": {"type": "object", "additionalProperties": COUNT},
         "change_points": array(closed({"at": TIME, "before_ms": NUMBER, "after_ms": NUMBER})),
@@ -148,25 +138,25 @@ def schemas(names: Sequence[str]) -> dict[str, Json]:
     }
     health = {
         "status": one_of(("ok", "degraded")),
-        "uptime_s": NUMBER,
-        "loop_lag_ms": NUMBER,
+        **dict.fromkeys(("uptime_s", "loop_lag_ms"), NUMBER),
+        "streams": COUNT,
         "database": closed(database),
         "tasks": {"type": "object", "additionalProperties": one_of(("running", "ended"))},
         "sources": by_name(names, ref("schemas", "SourceHealth")),
     }
     asked = {"type": "object", "additionalProperties": STRING}
     status_of = one_of(("ok", *UpstreamError.KINDS))
-    result = {"fetched_at": TIME, "parameters": asked, "status": status_of, "latency_ms": or_null(NUMBER), "data": {}}
+    result = {"fetched_at": TIME, "parameters": asked, "status": status_of, "latency_ms": NUMBER, "data": {}}
     return {
         "Problem": closed({**problem, **members}, optional=list(members)),
-        "NoData": closed({**problem, "partial": {"const": True}, "sources": parts}),
+        "NoData": closed({**problem, **answered}),
         "Part": closed(part),
-        "Answer": closed({"partial": FLAG, "generated_at": TIME, "duration_ms": NUMBER, "sources": parts}),
+        "Answer": closed(answered),
         "Invalidated": closed({"invalidated": array(one_of(names))}),
         "Health": closed(health),
         "SourceHealth": closed(source_health),
         "Ok": closed({"status": {"const": "ok"}}),
-        "History": closed({"source": one_of(names), "results": array(closed(result)), "next": or_null(STRING)}),
+        "History": closed({"source": one_of(names), "results": array(closed(result)), **maybe(STRING, "next")}),
         "Report": closed({"generated_at": TIME, "hours": whole(168, 24), "sources": by_name(names, closed(reported))}),
     }
 
@@ -178,8 +168,8 @@ def parameter(name: str, schema: Json, about: str, where: str = "query", **more:
     return {"name": name, "in": where, "description": about, "schema": schema, **more}
 
 
-def header(pattern: str, about: str) -> Json:
-    return {"description": about, "required": True, "schema": {**STRING, "pattern": pattern}}
+def header(pattern: str, about: str, required: bool) -> Json:
+    return {"description": about, "required": required, "schema": {**STRING, "pattern": pattern}}
 
 
 def own(upstreams: Iterable[Upstream], defaults: bool = True) -> list[Json]:
@@ -231,8 +221,9 @@ def components(upstreams: Mapping[str, Upstream]) -> Json:
     headers = {
         "ETag": (r'^"[0-9a-f]{24}"$', "Of the data and of the states"),
         "Cache-Control": (r"^(max-age=[0-9]+|no-cache|no-store)$", "For how long the answer stays fresh, if it is"),
+        "Age": ("^[0-9]+$", "Seconds, of the oldest data in it; none if all is a fallback"),
         "Retry-After": (r"^[1-9][0-9]*$", "Seconds"),
-        "X-Request-ID": (ID, "The client's, if it is well formed, else a new one; sent upstream too"),
+        "X-Request-ID": ("^[A-Za-z0-9_-]{1,64}$", "The client's, if it is well formed, else a new one"),
         "WWW-Authenticate": ("^Bearer$", "What is needed"),
         "Allow": ("^[A-Z]+(, [A-Z]+)*$", "The methods there are"),
         "Content-Security-Policy": (".", "Only what the page brings itself"),
@@ -258,29 +249,31 @@ def components(upstreams: Mapping[str, Upstream]) -> Json:
         "schemas": schemas(names),
         "parameters": {each["name"]: each for each in parameters},
         "responses": problems,
-        "headers": {name: header(*described) for name, described in headers.items()},
+        "headers": {name: header(*described, name != "Age") for name, described in headers.items()},
         "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": TOKEN}},
     }
 
 
 def document(upstreams: Mapping[str, Upstream], version: str) -> dict[str, Any]:
     """The OpenAPI document of the API before these upstreams (at least one); ``version`` is the API's own."""
-
     part = {"state": "fresh", "data": {"value": 1}, "age_s": 0.25, "latency_ms": 12.5, "error": None}
     late = {"state": "timeout", "data": None, "age_s": None, "latency_ms": None, "error": "not here in time"}
-    refused = {"type": "about:blank", "title": "no source has data", "status": 503, "partial": True}
+    refused = {"type": "about:blank", "title": "no source has data", "status": 503}
+
+    caching = ("ETag", "Cache-Control", "Age")
 
     def aggregate(asked: Mapping[str, Upstream], one: bool) -> Json:
         first = next(iter(asked), "")
         whole = {"partial": False, "generated_at": EXAMPLE, "duration_ms": 12.8, "sources": {first: part}}
-        none = content("application/problem+json", ref("schemas", "NoData"), {**refused, "sources": {first: late}})
+        empty = {**refused, **whole, "partial": True, "sources": {first: late}}
+        none = content("application/problem+json", ref("schemas", "NoData"), empty)
         return operation(
             f"What {first} says" if one else "What all upstreams say, or those of `sources`",
-            answer("What is there at the deadline", json("Answer", whole), "ETag", "Cache-Control"),
+            answer("What is there at the deadline", json("Answer", whole), *caching),
             *((422,) if one else (404, 422)),
             parameters=common("deadline_ms", *(() if one else ("sources",)), "If-None-Match") + own(asked.values()),
             responses={
-                "304": answer("The client has this answer", None, "ETag", "Cache-Control"),
+                "304": answer("The client has this answer", None, *caching),
                 "503": answer("No source has data", none, "Retry-After", "Cache-Control"),
             },
         )
@@ -290,7 +283,7 @@ def document(upstreams: Mapping[str, Upstream], version: str) -> dict[str, Any]:
     for name, upstream in upstreams.items():
         paths[f"/aggregate/{name}"] = {"get": aggregate({name: upstream}, one=True)}
         asked = common("limit", "before") + own([upstream], defaults=False)
-        page = answer("A page, the latest first; `next` is the path of the next one", json("History"))
+        page = answer("A page, the latest first; `next` is the path of the next one", json("History"), "Cache-Control")
         paths[f"/history/{name}"] = {"get": operation(f"What {name} said", page, 422, 503, parameters=asked)}
     invalidate = operation(
         "Forget all answers, those of a source, or that for its parameters",
@@ -300,25 +293,20 @@ def document(upstreams: Mapping[str, Upstream], version: str) -> dict[str, Any]:
         security=[{"token": []}],
     )
     paths["/cache/invalidate"] = {"post": invalidate}
+    report = answer("Of these hours", json("Report"), "Cache-Control")
+    events = "A stream without an end, of the events `breaker`, `refresh` and `invalidate`"
+    stream = answer(events, content("text/event-stream"), "Cache-Control")
     others = {
         "/health": operation("The state of everything", answer("As it is", json("Health"))),
         "/health/live": operation("Whether the process answers", ok),
         "/health/ready": operation("Whether it takes requests", ok, 503),
         "/metrics": operation("For Prometheus", answer("Its text format", content("text/plain"))),
-        "/report": operation(
-            "Availability, latency and the hosts",
-            answer("Of these hours", json("Report")),
-            *(404, 422, 503),
-            parameters=common("hours", "sources"),
-        ),
-        "/events": operation(
-            "What happens, as it happens: events `breaker`, `refresh` and `invalidate`",
-            answer("A stream without an end", content("text/event-stream"), "Cache-Control"),
-            503,
-            parameters=common("Last-Event-ID"),
-        ),
+        "/report": operation("Availability, latency", report, *(404, 422, 503), parameters=common("hours", "sources")),
+        "/events": operation("What happens, as it happens", stream, 503, parameters=common("Last-Event-ID")),
         "/openapi.json": operation("This document", answer("OpenAPI 3.1", content("application/json", text))),
-        "/": operation("The dashboard", answer("A page", content("text/html"), "Content-Security-Policy")),
+        "/": operation(
+            "The dashboard", answer("A page", content("text/html"), "Content-Security-Policy", "Cache-Control")
+        ),
     }
     paths |= {path: {"get": described} for path, described in others.items()}
     about = "One endpoint before many upstreams: what is there at the deadline, and how it came by it."

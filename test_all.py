@@ -34,6 +34,7 @@ import queue
 import random
 import re
 import selectors
+import shutil
 import signal
 import socket
 import ssl
@@ -57,13 +58,15 @@ from html.parser import HTMLParser
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 from urllib.parse import urljoin, urlsplit
 
 import ada_url
 import aiohttp
 import brotli
+import jsonschema_rs
 import pytest
+import schemathesis
 import trustme
 import uvicorn
 from hypothesis import Phase, assume, example, given, settings
@@ -76,14 +79,23 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from schemathesis.config import SchemathesisConfig
+from schemathesis.engine import from_schema
+from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
+from schemathesis.hooks import HookContext
+from schemathesis.specs.openapi.schemas import OpenApiSchema
+from starlette.routing import Route
 
 import aggregate_app
 import bench
+import bench_aggregate
+import bench_upstreams
 import cache as ca
 import coordination as co
 import crawl_async
 import crawl_threads
 import html_parse
+import openapi
 import primitives as pr
 import processes
 import report
@@ -118,10 +130,16 @@ from crawl_rules import (
     normalise,
     request_headers,
 )
+from database import History, Result
 from frontier import Frontier, FrontierStats
 from html_parse import Page, parse_page
 from sandbox import Sandbox
 from sandbox_faults import FAULTS, status_expect
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage
+    from playwright.sync_api import Page as BrowserPage
+    from playwright.sync_api import Request as PageRequest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # primitives.py, coordination.py, cache.py
@@ -9046,6 +9064,582 @@ def test_aggregate_runs_with_nothing_configured(tmp_path: Path) -> None:
         assert (headers["cache-control"] == "no-cache") == (expected == "stale")
 
 
+OPENAPI_FUZZ = """
+seed = 1
+continue-on-failure = true
+cache.enabled = false
+[generation]
+deterministic = true
+max-examples = 10
+[phases.examples]
+enabled = false  # it puts together what does not belong together
+[phases.stateful]
+enabled = false
+[phases.coverage]
+generate-duplicate-query-parameters = true
+extra-data-sources.responses = false
+[phases.fuzzing]
+extra-data-sources.responses = false  # cases do not depend on answers
+error-feedback.enabled = false
+[auth.openapi.token]
+bearer = "secret"
+[checks]
+not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", "503"]  # 503: no source has data, which is meant
+positive_data_acceptance.expected-statuses = ["2xx", "304", "404", "414", "503"]  # 414: many parameters, all long
+negative_data_rejection.expected-statuses = ["401", "404", "405", "414", "422", "503"]
+"""
+
+
+def openapi_table(base: str) -> dict[str, upstreams.Upstream]:
+    return upstreams.read_config(upstreams.DEMO.format(base=base), {})
+
+
+class OpenapiHistory(History):
+    """Two results of any source, one of them a failure, and always another page."""
+
+    async def page(self, source: str, parameters: str, *_: Any) -> tuple[list[Result], bool]:
+        now = datetime.now(UTC)
+        ok, failed = (
+            Result(source, parameters, now, 0.1, "ok", "[1]"),
+            Result(source, parameters, now, 2.0, "http", None),
+        )
+        return [ok, failed], True
+
+    async def outcomes(self, *_: Any) -> tuple[array[float], array[float], list[str]]:
+        start, level = time.time() - 1000, [0.01] * 100 + [0.5] * 100
+        return array("d", (start + i for i in range(200))), array("d", level), ["ok", "http"] * 100
+
+
+@pytest.fixture(scope="module")
+def openapi_port(web: Sandbox) -> Iterator[int]:
+    app = aggregate_app.create_app(openapi_table(web.url("")), client_rate=0)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    prim_until(lambda: server.started)
+    assert app.service is not None
+    app.service.history.__class__ = OpenapiHistory
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join()
+
+
+def openapi_paths(routes: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The paths of the document for the paths of these routes."""
+    return {path.replace("{source}", name) for path in routes for name in names}
+
+
+def openapi_load(port: int) -> OpenApiSchema:
+    """Not from its URL: schemathesis would leave out /openapi.json then."""
+    config = SchemathesisConfig.from_str(OPENAPI_FUZZ)
+    status, document, _ = aggregate_http(port, "/openapi.json")
+    assert status == 200
+    schema = schemathesis.openapi.from_dict(document, config=config)
+    schema.config.update(base_url=f"http://127.0.0.1:{port}")
+    return schema
+
+
+def test_openapi_says_what_the_server_does(openapi_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGGREGATE_TOKEN", "secret")
+    own = {name: each.parameters for name, each in openapi_table("http://x").items()}
+    skipped = {"/events"}  # it streams for ever
+    schema = openapi_load(openapi_port).exclude(path=sorted(skipped))
+
+    together = ("/aggregate", "/cache/invalidate")
+
+    @schema.hook
+    def map_case(_: HookContext, case: schemathesis.Case[Any]) -> schemathesis.Case[Any]:
+        """OpenAPI cannot say that a parameter is allowed together with its source only."""
+        every = ",".join(own) if case.path == "/aggregate" else ""
+        asked = str(case.query.get("sources", case.query.get("source", every))).split(",")
+        if case.meta is not None and case.meta.generation.mode.is_positive and case.path in together:
+            foreign = {name for each in own.values() for name in each}
+            foreign -= {name for each in asked for name in own.get(each, ())}
+            case.query = {name: value for name, value in case.query.items() if name not in foreign}
+        return case
+
+    failures: dict[str, str] = {}
+    tried: Counter[str] = Counter()
+    for event in from_schema(schema).execute():
+        if isinstance(event, (NonFatalError, FatalError)):
+            failures[type(event).__name__] = repr(event)
+        elif isinstance(event, ScenarioFinished):
+            tried[f"{event.label}"] += len(event.recorder.interactions)
+            for node in itertools.chain.from_iterable(event.recorder.checks.values()):
+                if node.failure_info is not None:
+                    failure = node.failure_info.failure
+                    failures[f"{event.label} {node.name}"] = f"{failure.message}\n{node.failure_info.code_sample}"
+    assert not failures, "\n\n".join(f"{what}: {text}" for what, text in failures.items())
+    served = {
+        f"{method.upper()} {path}"
+        for path, item in schema.raw_schema["paths"].items()
+        for method in item
+        if path not in skipped
+    }
+    assert tried.keys() == served and min(tried.values()) >= 5
+
+
+def test_openapi_history_and_report_are_as_described(openapi_port: int) -> None:
+    """In full: not even their 503 may hide them from the test above."""
+    document = aggregate_http(openapi_port, "/openapi.json")[1]
+    for path, name in (("/history/weather?city=Oslo&limit=2", "History"), ("/report?sources=weather,news", "Report")):
+        status, body, headers = aggregate_http(openapi_port, path)
+        assert (status, headers["cache-control"]) == (200, "no-store")
+        jsonschema_rs.validate(
+            {"$ref": f"#/components/schemas/{name}", "components": document["components"]}, body, validate_formats=True
+        )
+    assert body["sources"]["weather"]["change_points"] and body["sources"]["weather"]["errors"] == {"http": 100}
+
+
+def test_openapi_has_the_routes_and_no_others(openapi_port: int) -> None:
+    table = openapi_table("http://x")
+    routes = cast(list[Route], aggregate_app.create_app(table).routes)
+    served = {
+        (method, path)
+        for each in routes
+        for path in openapi_paths([each.path], table)
+        for method in (each.methods or set()) - {"HEAD"}
+    }
+    described = {
+        (method.upper(), path)
+        for path, item in aggregate_http(openapi_port, "/openapi.json")[1]["paths"].items()
+        for method in item
+    }
+    assert served == described
+
+
+def test_openapi_is_valid_and_so_are_its_examples(openapi_port: int) -> None:
+    schema = openapi_load(openapi_port)
+    schema.validate()
+    document = schema.raw_schema
+    assert document == json.loads(json.dumps(openapi.document(openapi_table("http://x"), aggregate_app.VERSION)))
+    examples, references = [], []
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            references.extend([node["$ref"]] if "$ref" in node else [])
+            if "schema" in node and "example" in node:
+                examples.append((node["schema"], node["example"]))
+            if "default" in node:
+                examples.append(({name: value for name, value in node.items() if name != "default"}, node["default"]))
+        for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            walk(inner)
+
+    walk(document)
+    for reference in references:
+        functools.reduce(lambda node, name: node[name], reference.removeprefix("#/").split("/"), document)
+    assert len(examples) > 20
+    for each, shown in examples:
+        jsonschema_rs.validate({**each, "components": document["components"]}, shown, validate_formats=True)
+    alone = openapi.document({"a": upstreams.Upstream("a", "http://x/{q}", {"q": ""})}, "1")  # "" is no valid value
+    assert "default" not in alone["paths"]["/aggregate/a"]["get"]["parameters"][-2]["schema"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "member"),
+    [
+        ("GET", "/aggregate/news?deadline_ms=1&deadline_ms=1", {}, 422, {"parameter": "deadline_ms"}),
+        ("GET", "/aggregate?sources=news&sources=flaky", {}, 422, {"parameter": "sources"}),
+        ("GET", "/aggregate/weather?city=%00", {}, 422, {"parameter": "city"}),
+        ("GET", "/aggregate/weather?city=a%0Ab", {}, 422, {"parameter": "city"}),
+        ("GET", "/aggregate/weather?city", {}, 422, {"parameter": "city"}),
+        ("GET", "/aggregate/weather?city=%C3", {}, 422, {"title": "the query is not percent-encoded UTF-8"}),
+        ("GET", "/aggregate/news?%C3=a", {}, 422, {"title": "the query is not percent-encoded UTF-8"}),
+        ("GET", "/aggregate/%C3", {}, 404, {"sources": ["flaky", "news", "rates", "weather"]}),
+        ("GET", "/aggregate/", {}, 404, {"title": "Not Found"}),
+        ("GET", "/health/", {}, 404, {"title": "Not Found"}),
+        ("POST", "/cache/invalidate?sources=news", {}, 422, {"parameter": "sources", "parameters": ["source"]}),
+        ("POST", "/cache/invalidate?city=Oslo", {}, 422, {"parameter": "city", "parameters": ["source"]}),
+        ("POST", "/cache/invalidate?source=weather&city=", {}, 422, {"parameter": "city"}),
+        ("POST", "/cache/invalidate?source=news&source=news", {}, 422, {"parameter": "source"}),
+        ("POST", "/cache/invalidate", {"X-Forwarded-For": "unknown"}, 403, {}),
+        ("POST", "/cache/invalidate", {"X-Forwarded-For": "192.0.2.1"}, 403, {}),
+        ("GET", "/health/live?" + "x" * 4097, {}, 414, {}),
+        ("GET", "/health/live", {"A": "x" * 16_000, "B": "x" * 17_000}, 431, {}),
+        ("GET", "/health/live", {"Content-Length": "65537"}, 413, {}),
+    ],
+)
+def test_openapi_refusals(
+    openapi_port: int, method: str, path: str, headers: dict[str, str], status: int, member: dict[str, Any]
+) -> None:
+    got, body, answered = aggregate_http(openapi_port, path, method, headers)
+    assert (got, body["status"], answered["content-type"]) == (status, status, "application/problem+json")
+    assert body.items() >= member.items() and re.fullmatch("[0-9a-f]{16}", answered["x-request-id"])
+
+
+def test_openapi_bounds_are_those_that_are_said(openapi_port: int) -> None:
+    for path, headers in (
+        ("/health/live?" + "x" * 4096, {}),
+        ("/health/live", {"A": "x" * 16_000, "B": "x" * 16_000}),
+        ("/health/live", {"Content-Length": "65536"}),
+    ):
+        assert aggregate_http(openapi_port, path, headers=headers)[0] == 200
+
+
+def test_openapi_head_and_any_etag(openapi_port: int) -> None:
+    path = "/aggregate/news?deadline_ms=20000"
+    status, body, headers = aggregate_http(openapi_port, path, "HEAD")
+    assert (status, body) == (200, None) and int(headers["content-length"]) > 100
+    for known, expected in ((headers["etag"], 304), (f"W/{headers['etag']}", 304), ("*", 304), ('"a", "b"', 200)):
+        assert aggregate_http(openapi_port, path, headers={"If-None-Match": known})[0] == expected
+
+
+def test_openapi_an_error_of_our_own_is_a_problem_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(_: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(aggregate_app, "alive", broken)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("it has no body")
+
+    scope = {"type": "http", "method": "GET", "path": "/health/live", "headers": [], "query_string": b""}
+    with pytest.raises(ZeroDivisionError):  # for the server to log
+        asyncio.run(aggregate_app.create_app({}, 0)(scope, receive, send))
+    headers = dict(sent[0]["headers"])
+    assert (sent[0]["status"], headers[b"content-type"]) == (500, b"application/problem+json")
+    assert b"x-request-id" in headers and json.loads(sent[1]["body"])["title"] == "internal error"
+
+
+def test_openapi_a_parameter_cannot_hide_one_of_the_api() -> None:
+    with pytest.raises(upstreams.ConfigError, match=r"a\.parameters: limit, source means something to the API itself"):
+        upstreams.read_config('[a]\nurl = "http://x/"\nparameters = { source = "b", limit = "1" }', {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dashboard.html: in a real browser, before the real application
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+DASHBOARD_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+class DashboardBrowser(NamedTuple):
+    """Chromium, and the one thread that may touch it: playwright runs an event loop in the thread that calls it, and
+    the main thread's other tests run their own."""
+
+    context: BrowserContext
+    thread: ThreadPoolExecutor
+
+
+@pytest.fixture(scope="module")
+def dashboard_browser() -> Iterator[DashboardBrowser]:
+    """One launch for all tests. Skips if there is no browser on this machine (apt-get install chromium)."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome in PATH: the dashboard is not tested")
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: the dashboard is not tested")
+    with ThreadPoolExecutor(1, "browser") as thread:
+        manager = api.sync_playwright()
+
+        def launch() -> BrowserContext:
+            browser: Browser = manager.__enter__().chromium.launch(executable_path=path, args=DASHBOARD_ARGS)
+            context = browser.new_context(viewport={"width": 1280, "height": 800})
+            context.set_default_timeout(PRIM_PATIENCE * 1000)
+            return context
+
+        def quit_browser() -> None:
+            manager.__exit__(None, None, None)  # and with it the browser
+
+        try:
+            yield DashboardBrowser(thread.submit(launch).result(), thread)
+        finally:
+            thread.submit(quit_browser).result()
+
+
+class DashboardServer:
+    """The application in a thread, to be stopped and started again on its port."""
+
+    def __init__(self, table: dict[str, upstreams.Upstream]) -> None:
+        self._table, self.port = table, 0
+        self.start()
+
+    def start(self) -> None:
+        self._app = aggregate_app.create_app(self._table)
+        self._server = uvicorn.Server(uvicorn.Config(self._app, port=self.port, log_level="error"))
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        prim_until(lambda: self._server.started)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    def _run(self) -> None:
+        with asyncio.Runner() as runner:
+            self._loop = runner.get_loop()
+            runner.run(self._server.serve())
+
+    def stop(self) -> None:
+        """As at a signal, which a thread does not get: streams end first."""
+        assert self._app.service is not None
+        self._loop.call_soon_threadsafe(self._app.service.stop)
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def dashboard_server(web: Sandbox) -> Iterator[DashboardServer]:
+    rows: list[tuple[str, str, dict[str, Any]]] = [
+        ("weather", "/api/weather?city={city}", {"parameters": {"city": "Dash"}, "ttl": 600.0}),
+        ("news", "/api/news?dashboard", {"keep": "items", "ttl": 600.0}),
+        ("broken", "/status/503", {"retries": 0, "failures": 3, "reset": 30.0}),
+        ("idle", "/api/news?idle", {}),
+    ]
+    server = DashboardServer(
+        {name: upstreams.Upstream(name, web.url(path), timeout=20.0, **more) for name, path, more in rows}
+    )
+    yield server
+    server.stop()
+
+
+class DashboardPage:
+    """A tab of the dashboard, and what it asked for and complained of. ``play(steps)`` runs them in its thread."""
+
+    def __init__(self, browser: DashboardBrowser, server: DashboardServer) -> None:
+        self.server, self._browser = server, browser
+        self.origin = f"http://127.0.0.1:{server.port}"
+        self.asked: list[str] = []
+        self.complaints: list[str] = []
+
+    def play(self, steps: Callable[[BrowserPage], None]) -> None:
+        def tab() -> None:
+            with contextlib.closing(self._browser.context.new_page()) as page:
+                page.on("request", self._request)
+                page.on("console", self._console)
+                page.on("pageerror", lambda error: self.complaints.append(str(error)))
+                page.goto(self.origin + "/")
+                page.wait_for_selector("#cards h3")
+                page.wait_for_selector("#stream:has-text('live')")
+                steps(page)
+
+        self._browser.thread.submit(tab).result()
+
+    def _request(self, request: PageRequest) -> None:
+        self.asked.append(request.url)
+
+    def _console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def aggregate(self, page: BrowserPage, source: str) -> Any:
+        """The answer of /aggregate/{source}, asked for beside the page."""
+        return page.request.get(f"{self.origin}/aggregate/{source}?deadline_ms=20000").json()["sources"][source]
+
+    def nudge(self, page: BrowserPage) -> None:
+        """Cause an event, so that the page asks for /health now and not after its five seconds."""
+        assert page.request.post(f"{self.origin}/cache/invalidate?source=idle").ok
+
+
+@pytest.fixture
+def dashboard_page(dashboard_browser: DashboardBrowser, dashboard_server: DashboardServer) -> Iterator[DashboardPage]:
+    """A page that may complain of nothing, and ask nobody but its own server."""
+    page = DashboardPage(dashboard_browser, dashboard_server)
+    yield page
+    assert page.complaints == []
+    assert page.asked and {url for url in page.asked if not url.startswith((page.origin + "/", "data:"))} == set()
+
+
+def dashboard_card(name: str) -> str:
+    return f"#cards li:has(h3:text-is('{name}'))"
+
+
+def test_dashboard_tells_every_source_and_state_in_words(dashboard_page: DashboardPage) -> None:
+    def steps(page: BrowserPage) -> None:
+        dashboard_page.aggregate(page, "weather")
+        page.wait_for_selector(dashboard_card("weather") + " .answers:has-text('fresh')")
+        page.wait_for_selector("#log:has-text('weather loaded in')")
+        assert page.locator("#cards h3").all_inner_texts() == ["weather", "news", "broken", "idle"]
+        assert set(page.locator(".state").all_inner_texts()) == {"closed"}
+        card = page.locator(dashboard_card("weather"))
+        assert card.locator(".fresh").inner_text().startswith("fresh, ") and "TTL 10 min" in card.inner_text()
+        label = card.get_by_role("img").get_attribute("aria-label")
+        assert (
+            label and label.startswith("Latency of the last ") and "p50" in label and "p95" in label and "p99" in label
+        )
+        assert card.get_by_role("button").inner_text().split() == ["Invalidate", "weather"]
+        assert "no answer yet" in page.locator(dashboard_card("idle")).inner_text()
+        assert "ok: all 4 circuits closed" in page.locator("#overall").inner_text()
+        assert "none" in page.locator("#database").inner_text() and "ms" in page.locator("#lag").inner_text()
+        shapes = "['closed', 'half_open', 'open'].map((state) => document.getElementById('s-' + state).innerHTML)"
+        assert len(set(page.evaluate(shapes))) == 3
+        policy = page.request.get(dashboard_page.origin + "/").headers["content-security-policy"]
+        assert "default-src 'none'" in policy and policy.count("'sha256-") == 2 and "unsafe" not in policy
+        assert page.locator("h1, h2").all_inner_texts()[:3] == ["Aggregation", "Sources", "Events"]
+
+    dashboard_page.play(steps)
+
+
+def test_dashboard_shows_a_breaker_that_opens_without_a_reload(dashboard_page: DashboardPage) -> None:
+    """And the time to the next probe goes down between two updates."""
+
+    def steps(page: BrowserPage) -> None:
+        page.evaluate("window.mark = 'the same page'")
+        card = page.locator(dashboard_card("broken"))
+        assert card.locator(".state").inner_text() == "closed"
+        for _ in range(3):
+            assert dashboard_page.aggregate(page, "broken")["state"] == "error"
+        page.wait_for_selector(dashboard_card("broken") + " .state:has-text('open')")
+        assert card.locator(".probe").inner_text().startswith("probe in ")
+        assert "last error: http: 503" in card.inner_text()
+        page.wait_for_selector("#overall:has-text('degraded: 1 of 4 circuits open')")
+        assert page.title() == "1 of 4 circuits open – Aggregation"
+        page.wait_for_selector("#log:has-text('broken circuit open, was closed')")
+        page.wait_for_selector("#news:text-is('broken: circuit open, was closed')", state="attached")
+        page.route("**/health", lambda route: None)  # no more updates
+        left = card.locator(".probe").inner_text()
+        page.wait_for_selector(f"{dashboard_card('broken')} .probe:not(:text-is('{left}'))")
+        assert page.evaluate("window.mark") == "the same page"
+
+    dashboard_page.play(steps)
+
+
+def test_dashboard_invalidates_and_says_so(dashboard_page: DashboardPage) -> None:
+    def steps(page: BrowserPage) -> None:
+        def serials() -> list[int]:
+            return [dashboard_page.aggregate(page, "weather")["data"]["serial"] for _ in range(2)]
+
+        [first, again] = serials()
+        assert again == first
+        button = page.locator(dashboard_card("weather")).get_by_role("button")
+        button.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#said:has-text('Invalidated: weather')")
+        assert page.get_by_role("status").inner_text() == "Invalidated: weather"
+        assert serials() == [first + 1] * 2
+        page.wait_for_selector("#log:has-text('weather invalidated')")
+        page.get_by_role("button", name="Invalidate all").click()
+        page.wait_for_selector("#said:has-text('Invalidated: broken, idle, news, weather')")
+        assert serials() == [first + 2] * 2
+
+    dashboard_page.play(steps)
+
+
+def test_dashboard_asks_for_a_token(dashboard_page: DashboardPage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None, a wrong one, the right one; it is kept for the tab, and a wrong one is not."""
+    monkeypatch.setenv("AGGREGATE_TOKEN", "right")
+
+    def steps(page: BrowserPage) -> None:
+        button, dialog = page.get_by_role("button", name="Invalidate all"), page.get_by_role("dialog")
+        serial = dashboard_page.aggregate(page, "weather")["data"]["serial"]
+        button.click()
+        dialog.wait_for()
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#said:has-text('Nothing invalidated: no token was given')")
+        assert dashboard_page.aggregate(page, "weather")["data"]["serial"] == serial
+        button.click()
+        page.get_by_label("Token", exact=True).fill("wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#why:has-text('refused')")
+        assert page.evaluate("sessionStorage.getItem('token')") is None
+        page.get_by_label("Token", exact=True).fill("right")
+        dialog.get_by_role("button", name="Invalidate").click()
+        page.wait_for_selector("#said:has-text('Invalidated: ')")
+        assert dashboard_page.aggregate(page, "weather")["data"]["serial"] == serial + 1
+        page.reload()
+        page.locator(dashboard_card("weather")).get_by_role("button").click()
+        page.wait_for_selector("#said:has-text('Invalidated: weather')")
+        assert not dialog.is_visible()
+
+    dashboard_page.play(steps)
+    assert len(dashboard_page.complaints) == 3  # the browser's own note of each 401
+    dashboard_page.complaints[:] = [text for text in dashboard_page.complaints if "401" not in text]
+
+
+def test_dashboard_fits_a_phone_and_the_dark(dashboard_page: DashboardPage) -> None:
+    def steps(page: BrowserPage) -> None:
+        def style(selector: str, name: str) -> str:
+            return str(page.evaluate(f"getComputedStyle(document.querySelector('{selector}')).{name}"))
+
+        def brightness(scheme: Literal["light", "dark"]) -> float:
+            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            return sum(map(int, style("body", "backgroundColor")[4:-1].split(","))) / 3
+
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert page.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [360, 360]
+        page.emulate_media(reduced_motion="no-preference")
+        assert style("button", "transitionDuration") != "0s"
+        assert brightness("dark") < 40 and brightness("light") > 215
+        assert style("button", "transitionDuration") == "0s"
+
+    dashboard_page.play(steps)
+
+
+def test_dashboard_shows_what_a_server_says_as_text(dashboard_page: DashboardPage) -> None:
+    """Whatever it says: a name, an error or an event that is markup; states that are not known to the page."""
+    evil = "<img src=x onerror=alert(1)>"
+    source = {"breaker": evil, "last_error": evil, "answers": {evil: 1}, "recent_ms": [1], "ttl_s": 1}
+    body = {
+        "status": evil,
+        "database": {"state": evil, "kind": evil, "error": evil},
+        "tasks": {evil: "ended"},
+        "sources": {evil: source},
+    }
+
+    def steps(page: BrowserPage) -> None:
+        page.route("**/health", lambda route: route.fulfill(body=json.dumps(body), content_type="application/json"))
+        dashboard_page.nudge(page)
+        page.wait_for_selector("#cards h3:has-text('<img')")
+        assert page.locator("#cards > li").count() == 1
+        assert page.locator("#cards").inner_text().count(evil) == 5  # name, state, answers, error, button
+        refusal = {"title": evil}
+        page.route("**/cache/**", lambda route: route.fulfill(status=503, body=json.dumps(refusal)))
+        page.get_by_role("button", name="Invalidate all").click()
+        page.wait_for_selector(f"#said:text-is('Nothing invalidated: 503 {evil}')")
+        assert page.locator("img[src], [onerror]").count() == 0
+
+    dashboard_page.play(steps)
+    dashboard_page.complaints[:] = [text for text in dashboard_page.complaints if "503" not in text]
+
+
+def test_dashboard_survives_a_restart_of_its_server(dashboard_page: DashboardPage) -> None:
+    """It says that the server is gone, keeps what it has, marked as old, and is live again without a reload."""
+
+    def steps(page: BrowserPage) -> None:
+        page.evaluate("window.mark = 'the same page'")
+        dashboard_page.aggregate(page, "weather")
+        page.wait_for_selector(dashboard_card("weather") + " .fresh:has-text('fresh')")
+        dashboard_page.server.stop()
+        page.wait_for_selector("#old:has-text('it cannot be reached')")
+        page.wait_for_selector("#stream:has-text('reconnecting')")
+        assert page.locator("#cards h3").count() == 4
+        assert page.locator(dashboard_card("weather") + " .fresh").inner_text().startswith("was fresh, ")
+        dashboard_page.server.start()
+        page.wait_for_selector("#stream:has-text('live')")
+        page.wait_for_selector("#old", state="hidden")
+        dashboard_page.aggregate(page, "news")
+        page.wait_for_selector("#log:has-text('news loaded in')")
+        assert page.evaluate("window.mark") == "the same page"
+
+    dashboard_page.play(steps)
+    lost = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_EMPTY_RESPONSE", "ERR_CONNECTION_RESET")
+    dashboard_page.complaints[:] = [
+        text for text in dashboard_page.complaints if not any(word in text for word in lost)
+    ]
+
+
+def test_dashboard_leaves_the_main_thread_alone(dashboard_browser: DashboardBrowser) -> None:
+    """The browser's loop is of its thread: here another one runs, beside it and after it."""
+
+    async def main() -> bool:
+        page = dashboard_browser.thread.submit(dashboard_browser.context.new_page)
+        await asyncio.wrap_future(dashboard_browser.thread.submit(page.result().close))
+        return page.result().is_closed()
+
+    assert asyncio.run(main())
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        asyncio.get_running_loop()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sandbox.py
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10036,3 +10630,63 @@ def test_bench_children_get_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     with bench.child([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.read() == b"[]\n"
         process.wait()
+
+
+WRK = """Running 1s test @ http://127.0.1.1:80/aggregate
+  1 threads and 32 connections
+  Thread Stats   Avg      Stdev     Max   +/- Stdev
+    Latency     4.52ms    3.10ms  34.20ms   91.00%
+    Req/Sec     7.02k   632.11     7.50k    70.00%
+  Latency Distribution
+     50%  950.00us
+     75%    5.10ms
+     90%    8.00ms
+     99%    1.05s
+  7001 requests in 1.01s, 8.04MB read
+"""
+WRK_END = "Requests/sec:   6998.15\nTransfer/sec:      7.96MB\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "failed"),
+    [
+        ("", 0),
+        ("  Non-2xx or 3xx responses: 12\n", 12),
+        ("  Socket errors: connect 1, read 2, write 3, timeout 4\n  Non-2xx or 3xx responses: 12\n", 22),
+    ],
+)
+def test_bench_reads_what_wrk_prints(lines: str, failed: int) -> None:
+    assert bench_aggregate.read_wrk(WRK + lines + WRK_END) == pytest.approx((7001, 6998.15, 0.95, 1050.0, failed))
+
+
+def aggregate_answer(status: int = 200, state: str = "fresh", **changes: object) -> bench_upstreams.Reply:
+    part = {"state": state, "data": 1 if status == 200 else None, "age_s": None, "latency_ms": None, "error": None}
+    body = {"partial": False, "generated_at": "", "duration_ms": 1, "sources": {"a": part}}
+    if status == 503:
+        body |= {"type": "about:blank", "title": "", "status": 503}
+    return bench_upstreams.Reply(0.1, status, json.dumps(body | changes).encode())
+
+
+@pytest.mark.parametrize(
+    ("answer", "mistake"),
+    [
+        (aggregate_answer(), None),
+        (aggregate_answer(503, "open"), None),
+        (aggregate_answer(200, "timeout"), "status 200 for"),
+        (aggregate_answer(503, "stale"), "status 503 for"),
+        (aggregate_answer(state="fallback", sources={}), "status 200 for"),
+        (aggregate_answer(more=1), "the wrong shape"),
+        (aggregate_answer(sources={"a": {"state": "fresh"}}), "status 200, not the JSON"),
+        (bench_upstreams.Reply(0.1, 500, b"Internal Server Error"), "status 500, not the JSON"),
+        (bench_upstreams.Reply(0.1, 0, b"ClientOSError()"), "status 0, not the JSON"),
+    ],
+)
+def test_bench_finds_wrong_answers(answer: bench_upstreams.Reply, mistake: str | None) -> None:
+    found = bench_upstreams.wrong(answer, ["a"])
+    assert found is None if mistake is None else found is not None and found.startswith(mistake)
+
+
+def test_bench_aggregate_without_wrk_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="wrk is needed"):
+        bench.main(["aggregate"])
