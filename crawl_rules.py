@@ -256,7 +256,7 @@ _NOT_PUBLIC_4 = _ranges(
     "10.0.0.0/8",  # private (RFC 1918)
     "100.64.0.0/10",  # behind a carrier's NAT (RFC 6598); a cloud's metadata at 100.100.100.200
     "127.0.0.0/8",  # loopback
-    "168.63.129.16/32",  # Azure's metadata: a public address that never leaves the machine's own network
+    "168.63.129.16/32",  # Azure's platform (wire server, DNS): a public address that the machine's own host answers
     "169.254.0.0/16",  # link-local; metadata of most clouds at 169.254.169.254
     "172.16.0.0/12",  # private (RFC 1918)
     "192.0.0.0/24",  # IETF protocols; a cloud's metadata at 192.0.0.192
