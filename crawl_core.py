@@ -23,6 +23,7 @@ list (``Crawl.feed``): it may be long, or a pipe that blocks; what the thread fi
 
 from __future__ import annotations
 
+import contextlib
 import http
 import random
 import threading
@@ -44,7 +45,10 @@ from crawl_rules import (
     Request,
     Response,
     ScrapeResult,
+    is_secret,
+    leads_private,
     normalise,
+    origin,
 )
 from frontier import Frontier
 from html_parse import parse_page
@@ -126,7 +130,6 @@ class Crawl:
             host_pages=options.host_pages,
             max_pages=options.max_pages,
             adaptive=options.adaptive,
-            private=lambda host: options.allow_private or names_private(host),
         )
         self.follows = bool(options.depth or options.sitemaps)
         self.scope = Scope(options.within, options.include, options.exclude, options.drop_params)
@@ -141,6 +144,8 @@ class Crawl:
         self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
         self.stats = Stats(clock)
         self.changed: Callable[[], None] = lambda: None
+        self.named: set[str] | None = set() if any(is_secret(name) for name, _ in options.headers) else None
+        """The origins of the list, if there is something that only they may see. Added to by the thread that reads."""
         self.interrupted = False
         self.ask_robots_only = False
         self.failure: BaseException | None = None
@@ -197,8 +202,9 @@ class Crawl:
                 return FetchError("duplicate", f"redirects to {target}", status=response.status)
             if not request.depth:
                 self.scope.add(target)
-        request.private = leads_private(request, self.options.allow_private)
         request.hops += 1
+        request.private = leads_private(request.private, request.host)
+        request.strayed = request.strayed or origin(target) != origin(request.target)
         self.stats.count(redirects=1)
         self.frontier.put_back(request, now, now, target, host)
         return None
@@ -212,7 +218,7 @@ class Crawl:
 
     def headers(self, request: Request) -> tuple[str, dict[str, str]]:
         """(URL without credentials, headers) to send."""
-        url, headers = request_headers(self.options, request)
+        url, headers = request_headers(self.options, request, self.named)
         if request.kind == "feed":
             etag, last_modified = self.validators.get(request.url, (None, None))
             if etag:
@@ -244,7 +250,7 @@ class Crawl:
                 first = self._bodies.setdefault(row.digest, row.url)
             row.duplicate_of = None if first == row.url else first
         if row.duplicate_of is None:
-            self.follow(row, leads_private(request, self.options.allow_private))
+            self.follow(row, leads_private(request.private, request.host))
         return row
 
     def is_long(self, request: Request, response: Response, size: int) -> bool:
@@ -291,7 +297,7 @@ class Crawl:
             with contextlib.suppress(FetchError):
                 targets.append(normalise(url)[0])
         self.frontier.add_links(
-            targets, 0, self.clock(), private=leads_private(request, self.options.allow_private), kind="sitemap"
+            targets, 0, self.clock(), private=leads_private(request.private, request.host), kind="sitemap"
         )
 
     def _seed(self, request: Request, outcome: Response | FetchError) -> None:
@@ -308,12 +314,12 @@ class Crawl:
                 target = normalise(self.scope.clean(url))[0]
                 if self.scope.refuses(target) is None:
                     targets.append(target)
-        private = leads_private(request, self.options.allow_private)
+        private = leads_private(request.private, request.host)
         self.frontier.add_links(targets, 0, self.clock(), private=private)
         self.changed()
 
     def _feed_row(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
-        now, private = self.clock(), leads_private(request, self.options.allow_private)
+        now, private = self.clock(), leads_private(request.private, request.host)
         if request.kind == "page":
             with self._lock:
                 feed, entry = self._entries.pop(normalise(request.url)[0], (None, None))
@@ -419,9 +425,18 @@ class Crawl:
         thread.start()
         return thread
 
+    def know_origin(self, url: str) -> None:
+        """The list names ``url``: its host is in scope, its origin may see what only those of the list may."""
+        with contextlib.suppress(FetchError):
+            target = normalise(url)[0]
+            self.scope.add(target)
+            if self.named is not None:
+                self.named.add(origin(target))
+
     def _add(self, batch: list[str], kind: Literal["page", "feed"]) -> None:
-        if self.follows:
-            self.scope.add_all(batch)
+        if self.follows or self.named is not None:
+            for url in batch:
+                self.know_origin(url)
         self.frontier.add_all(batch, self.clock(), kind)
 
     def fail(self, error: BaseException) -> None:

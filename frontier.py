@@ -17,11 +17,11 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from coordination import Visited, new_lock
-from crawl_rules import FetchError, Postponed, Request, normalise
+from crawl_rules import FetchError, Postponed, Request, names_private, normalise
 from primitives import NANOSECOND, TokenBucket
 
 
@@ -78,8 +78,16 @@ class Frontier:
     """
 
     def __init__(
-        self, *, rate: float = 2.0, burst: int = 1, per_host: int = 8, total_rate: float = 0.0, lead: float = 0.0
+        self,
+        *,
+        rate: float = 2.0,
+        burst: int = 1,
+        per_host: int = 8,
+        total_rate: float = 0.0,
+        lead: float = 0.0,
+        private: Callable[[str], bool] = names_private,
     ) -> None:
+        self._private = private
         self._rate, self._burst, self._per_host, self._lead = rate, burst, per_host, lead
         self._total_schedule = TokenBucket(total_rate) if total_rate else None
         self._total_gate = TokenBucket(total_rate) if total_rate else None
@@ -254,7 +262,7 @@ class Frontier:
         else:
             entry = host.pop_waiting()
             url, target = (entry, entry) if isinstance(entry, str) else entry
-            request = Request(url, target, host.name, started=now)
+            request = Request(url, target, host.name, started=now, private=self._private(host.name))
         self._waiting -= 1
         self._in_flight += 1
         host.in_flight += 1

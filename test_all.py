@@ -19,10 +19,12 @@ import gzip
 import heapq
 import html
 import http.client
+import http.server
 import importlib
 import importlib.util
 import inspect
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -93,6 +95,7 @@ import bench_upstreams
 import cache as ca
 import coordination as co
 import crawl_async
+import crawl_net
 import crawl_threads
 import html_parse
 import openapi
@@ -127,6 +130,11 @@ from crawl_rules import (
     Request,
     Response,
     ScrapeResult,
+    is_public,
+    is_secret,
+    leads_private,
+    may_go_anywhere,
+    names_private,
     normalise,
     request_headers,
 )
@@ -8071,6 +8079,541 @@ def test_the_demo_and_the_promised_commands(driver: str, tmp_path: Path) -> None
     listed = list(read_urls([str(HERE / "urls.txt")]))
     assert len(listed) >= 20
     assert len({normalise(url)[1] for url in listed}) == len(listed)
+
+
+# ================================================================================================ the guard: rules
+
+# The IANA special-purpose address registries of IPv4 and IPv6 (2025), multicast, and what else is not to be reached.
+# True: "globally reachable", and nothing speaks against it.
+GUARD_BLOCKS = {
+    "0.0.0.0/8": False, "0.0.0.0/32": False, "10.0.0.0/8": False, "100.64.0.0/10": False, "127.0.0.0/8": False,
+    "169.254.0.0/16": False, "172.16.0.0/12": False, "192.0.0.0/24": False, "192.0.0.0/29": False,
+    "192.0.0.8/32": False, "192.0.0.9/32": False, "192.0.0.10/32": False, "192.0.0.170/31": False,
+    "192.0.0.192/32": False, "192.0.2.0/24": False, "192.31.196.0/24": True, "192.52.193.0/24": True,
+    "192.88.99.0/24": False, "192.88.99.2/32": False, "192.168.0.0/16": False, "192.175.48.0/24": True,
+    "198.18.0.0/15": False, "198.51.100.0/24": False, "203.0.113.0/24": False, "224.0.0.0/4": False,
+    "240.0.0.0/4": False, "255.255.255.255/32": False, "168.63.129.16/32": False, "100.100.100.200/32": False,
+    "169.254.169.254/32": False,
+    "::1/128": False, "::/128": False, "64:ff9b:1::/48": False, "100::/64": False, "100:0:0:1::/64": False,
+    "2001::/23": False, "2001::/32": False, "2001:1::1/128": False, "2001:1::2/128": False, "2001:1::3/128": False,
+    "2001:2::/48": False, "2001:3::/32": False, "2001:4:112::/48": False, "2001:10::/28": False,
+    "2001:20::/28": False, "2001:30::/28": False, "2001:db8::/32": False, "2620:4f:8000::/48": True,
+    "3fff::/20": False, "5f00::/16": False, "fc00::/7": False, "fe80::/10": False, "fec0::/10": False,
+    "ff00::/8": False, "fd00:ec2::254/128": False, "fd20:ce::254/128": False, "::/96": False,
+    "::ffff:0:0:0/96": False, "200::/7": False, "4000::/3": False, "c000::/3": False, "1::/16": False,
+}  # fmt: skip
+GUARD_NETWORKS = [(ipaddress.ip_network(block), public) for block, public in GUARD_BLOCKS.items()]
+GUARD_OPEN = ["8.8.8.8", "1.1.1.1", "93.184.215.14", "100.63.255.255", "100.128.0.0", "172.15.255.255", "172.32.0.0",
+              "192.0.1.0", "223.255.255.255", "2606:4700::1111", "2a00:1450:4001::1", "2001:200::1", "2001:4860::8",
+              "2003::1", "2000::1", "3ffe:ffff::1"]  # fmt: skip
+
+
+def guard_rows() -> Iterator[tuple[str, bool]]:
+    """Of each block the first, the last and a middle address and both neighbours; of IPv4 also all embeddings."""
+    found: dict[str, bool] = dict.fromkeys(GUARD_OPEN, True)
+    for network, _ in GUARD_NETWORKS:
+        first, last = int(network[0]), int(network[-1])
+        make: Any = type(network[0])
+        for value in (first, last, (first + last) // 2, first - 1, last + 1):
+            if 0 <= value < 1 << network.max_prefixlen:
+                found[str(make(value))] = True
+    for text in found:
+        address = ipaddress.ip_address(text)
+        embedded = guard_embedded(address)
+        inner = embedded or address
+        public = all(public for network, public in GUARD_NETWORKS if inner.version == network.version
+                     and inner in network)  # fmt: skip
+        if inner.version == 6:
+            public = public and address in ipaddress.ip_network("2000::/3")
+        found[text] = public
+        yield text, public
+        if address.version == 4:
+            number = int(address)
+            for prefix, shift in ((0xFFFF << 32, 0), (0x64FF9B << 96, 0), (0x2002 << 112, 80)):
+                yield str(ipaddress.IPv6Address(prefix | number << shift)), public
+            yield str(ipaddress.IPv6Address((0x2002 << 112) | (number << 80) | 1)), public
+            yield f"::ffff:{text}", public
+            yield f"64:ff9b::{text}", public
+            yield f"::{text}", False
+            yield f"2001:0:{number >> 16:x}:{number & 0xFFFF:x}:0:f227:{~number >> 16 & 0xFFFF:x}:1", False
+
+
+def guard_embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    if isinstance(address, ipaddress.IPv4Address):
+        return None
+    if address in ipaddress.ip_network("64:ff9b::/96"):
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
+
+
+def test_guard_the_registries_decide() -> None:
+    rows = list(guard_rows())
+    wrong = [(text, public) for text, public in rows if is_public(text) is not public]
+    assert wrong == []
+    assert len(rows) > 500
+    assert {public for _, public in rows} == {True, False}
+    assert crawl_net.is_public is is_public
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        # ipaddress.is_global is True for these in one version of Python 3.11 to 3.14 or another
+        "224.0.0.1", "239.255.255.250", "ff0e::1", "fec0::1", "64:ff9b::10.0.0.1", "64:ff9b::7f00:1", "::10.0.0.1",
+        "::127.0.0.1", "::ffff:0:10.0.0.1", "::ffff:100.64.0.1", "2002:a00:1::", "2002:7f00:1::1", "192.0.0.192",
+        "192.88.99.1", "3fff::1", "5f00::1", "4000::1", "64:ff9b:1::1", "2001:20::1", "168.63.129.16",
+        # scopes, and other spellings than inet_ntop's
+        "fe80::1%eth0", "fe80::1%25eth0", "::1%lo", "2606:4700::1111%eth0", "::ffff:8.8.8.8%1", "8.8.8.8%1",
+        "", " ", "localhost", "8.8.8", "8.8.8.08", "010.0.0.1", "0x8.8.8.8", "2130706433", "8.8.8.8.", " 8.8.8.8",
+        "8.8.8.8\n", "[::1]", "[2606:4700::1]", "::ffff:8.8.8.256", "1::2::3", "<broadcast>", "８.８.８.８",
+        "8.8.8.8/32",
+    ],
+)  # fmt: skip
+def test_guard_what_is_closed_though_it_looks_open(address: str) -> None:
+    assert is_public(address) is False
+
+
+@pytest.mark.parametrize(
+    ("text", "private"),
+    [
+        *((f"http://{host}/", True) for host in (
+            "127.0.0.1", "2130706433", "017700000001", "0x7f000001", "0177.0.0.1", "0x7f.0x0.0x0.0x1", "127.1",
+            "127.0.1", "１２７.０.０.１", "①②⑦.0.0.1", "127。0。0。1", "%31%32%37.0.0.1", "127.0.0.1.",
+            "127.0.0.1:80", "0", "0.0.0.0", "0x", "u:p@127.0.0.1", "8.8.8.8:80@127.0.0.1", "127.0.0.1\\@example.com",
+            "[::1]", "[::]", "[0:0::0:1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[64:ff9b::10.0.0.1]",
+            "[2002:a00:1::]", "[::127.0.0.1]", "[fd00:ec2::254]", "[fe80::1]:8080", "169.254.169.254", "2852039166",
+            "0xa9fea9fe", "0251.0376.0251.0376", "10.0.0.1", "167772161", "100.64.0.1", "224.0.0.1", "localhost",
+            "LOCALHOST", "localhost.", "localhost%2e", "ⓛocalhost", "lo\u00adcalhost", "localhost:8080",
+            "a.localhost", "a.b.localhost.", "127.0.0.1...",
+        )),
+        *((f"http://{host}/", False) for host in (
+            "example.com", "8.8.8.8", "134744072", "[2606:4700::1111]", "[::ffff:8.8.8.8]", "localhost.example.com",
+            "notlocalhost", "localhost.localdomain", "localtest.me", "127.0.0.1.nip.io", "10-0-0-1.example", "metadata",
+            "metadata.google.internal", "router.local",
+        )),
+    ],
+)  # fmt: skip
+def test_guard_which_hosts_name_a_private_address(text: str, private: bool) -> None:
+    url, host = normalise(text)
+    assert names_private(host) is private
+    again = normalise(url)
+    assert again == (url, host)
+    request = Request(url, url, host)
+    for free in (Request(url, url, host, private=True), request):
+        if private and not free.private:
+            with pytest.raises(FetchError, match="->") as caught:
+                may_go_anywhere(Options(), free)
+            assert (caught.value.kind, caught.value.retry) == ("blocked", False)
+        else:
+            assert may_go_anywhere(Options(), free) is free.private
+    assert may_go_anywhere(Options(allow_private=True), request)
+
+
+@pytest.mark.parametrize("text", ["http://[fe80::1%25eth0]/", "http://[fe80::1%eth0]/", "http://127.0.0.1%00.example/",
+                                  "http://256.1/", "http://foo.127.0.0.1/", "http://a.0x7f/"])  # fmt: skip
+def test_guard_what_is_no_host_at_all(text: str) -> None:
+    with pytest.raises(FetchError, match="not a URL"):
+        normalise(text)
+
+
+@pytest.mark.parametrize(
+    ("private", "found_on", "leads"),
+    [
+        (True, "127.0.0.1", True), (True, "10.0.0.1", True), (True, "[::1]", True), (True, "localhost", True),
+        (True, "wiki.localhost", True), (True, "example.com", False), (True, "8.8.8.8", False),
+        (True, "[2606:4700::1]", False), (True, "intranet", False), (True, "", False), (False, "127.0.0.1", False),
+        (False, "localhost", False), (False, "example.com", False), (False, "[fd00::1]", False),
+    ],
+)  # fmt: skip
+def test_guard_who_passes_trust_on(private: bool, found_on: str, leads: bool) -> None:
+    assert leads_private(private, found_on) is leads
+
+
+def test_guard_the_addresses_that_may_be_connected_to() -> None:
+    four, six = socket.AF_INET, socket.AF_INET6
+    mixed = [(four, "10.0.0.1"), (four, "8.8.8.8"), (six, "::1"), (six, "2606:4700::1"), (six, "fe80::1%eth0")]
+    assert crawl_net.allowed("a", mixed, anywhere=False) == [mixed[1], mixed[3]]
+    assert crawl_net.allowed("a", mixed, anywhere=True) == mixed
+    assert crawl_net.allowed("a", [], anywhere=False) == []
+    with pytest.raises(FetchError, match=r"^blocked: a -> fe80::1%eth0$"):
+        crawl_net.allowed("a", [mixed[4], mixed[0]], anywhere=False)
+
+
+def test_guard_the_list_is_what_names() -> None:
+    crawl = Crawl(Options(rate=0))
+    crawl.frontier.add_all(["http://127.0.0.1/", "http://a.example/", "http://localhost:1/", "http://[::1]/"], 0.0)
+    found = {}
+    while isinstance(request := crawl.frontier.take(0.0), Request):
+        found[request.host] = request.private
+    assert found == {"127.0.0.1": True, "a.example": False, "localhost": True, "[::1]": True}
+
+
+# ============================================================================================== the guard: drivers
+
+GUARD_PUBLIC = "93.184.215.14"
+
+
+class GuardWeb:
+    """A world for one test: names resolve as ``names`` says, every connection ends at one server on loopback.
+
+    ``connects`` holds the addresses that were to be connected to; a path that begins with ``/to/`` redirects to what
+    follows; ``/close`` in it closes the connection after the answer.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: dict[str, list[list[str]]] = {"public.example": [[GUARD_PUBLIC]]}
+        self.connects: list[str] = []
+        self.heads: list[tuple[str, dict[str, str]]] = []
+        self.refusing: set[str] = set()
+        web = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = 1 << 16
+
+            def do_GET(self) -> None:
+                web.heads.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+                path = "/" + self.path.split("/", 3)[3] if self.path.startswith("http://") else self.path
+                body = f"<title>{path}</title>".encode()
+                self.send_response(302 if path.startswith("/to/") else 200)
+                if path.startswith("/to/"):
+                    self.send_header("Location", path[4:])
+                if "/close" in path:
+                    self.send_header("Connection", "close")
+                self.send_header("Set-Cookie", "theirs=1; Path=/")
+                self.send_header("Content-Type", "text/html")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+        self.port, self.other_port = (server.server_address[1] for server in self.servers)
+        self.threads = [threading.Thread(target=server.serve_forever, args=(0.01,)) for server in self.servers]
+        for thread in self.threads:
+            thread.start()
+        real = socket.socket.connect
+
+        def getaddrinfo(name: str, *args: Any, **more: Any) -> list[Any]:
+            if name not in web.names:
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            answers = web.names[name]
+            return [
+                (socket.AF_INET6 if ":" in address else socket.AF_INET, 1, 6, "", (address, 0))
+                for address in (answers.pop(0) if len(answers) > 1 else answers[0])
+            ]
+
+        def connect(sock: socket.socket, address: Any) -> None:
+            web.connects.append(address[0])
+            if address[0] in web.refusing:
+                raise ConnectionRefusedError(111, "Connection refused")
+            real(sock, ("127.0.0.1", web.other_port if address[1] == web.other_port else web.port))
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(socket.socket, "connect", connect)
+        for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+        for module in (crawl_threads, crawl_async):  # so that a name is looked up for each connection
+            monkeypatch.setattr(module, "Resolver", functools.partial(crawl_net.Resolver, ttl=0.0, threads=1))
+
+    def close(self) -> None:
+        for server, thread in zip(self.servers, self.threads, strict=True):
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    def asked(self, path: str) -> int:
+        return sum(found == path for found, _ in self.heads)
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardWeb]:
+    web = GuardWeb(monkeypatch)
+    try:
+        yield web
+    finally:
+        web.close()
+
+
+def guard_scrape(driver: str, urls: Iterable[str], **options: Any) -> dict[str, ScrapeResult]:
+    """One worker, so that the order is that of the list; a redirect goes before the next of its host."""
+    settings = Options(**({"rate": 0.0, "timeout": 20.0, "concurrency": 1} | options))
+    if driver == "crawl_threads":
+        rows = crawl_threads.scrape_all(urls, settings)
+    else:
+        factory = crawl_async._new_loop if driver == "crawl_async on uvloop" else None
+        with asyncio.Runner(loop_factory=factory) as runner:
+            rows = runner.run(crawl_async.scrape_all(urls, settings))
+    return {row.url: row for row in rows}
+
+
+def guard_errors(rows: dict[str, ScrapeResult]) -> list[str | None]:
+    return [row.error for row in rows.values()]
+
+
+@pytest.mark.parametrize("driver", [*DRIVERS, "crawl_async on uvloop"])
+def test_guard_a_public_page_leads_nowhere_private(driver: str, guarded: GuardWeb) -> None:
+    guarded.names |= {
+        "rebind.example": [[GUARD_PUBLIC], ["10.0.0.1"]],
+        "localtest.me": [["127.0.0.1"]],
+        "six.example": [["::1", "fe80::1%eth0"]],
+        "localhost": [["127.0.0.1"]],
+        "localhost..": [["127.0.0.1"]],
+    }
+    rows = {
+        "http://public.example/to/http://169.254.169.254/latest/meta-data/": "169.254.169.254 -> 169.254.169.254",
+        "http://public.example/to/http://127.0.0.1/": "127.0.0.1 -> 127.0.0.1",
+        "http://public.example/to/http://[::1]/": "::1 -> ::1",
+        "http://public.example/to/http://10.0.0.1/": "10.0.0.1 -> 10.0.0.1",
+        "http://rebind.example/to/http://rebind.example/close/secret?/close": "rebind.example -> 10.0.0.1",
+        "http://public.example/to/http://2130706433/": "127.0.0.1 -> 127.0.0.1",
+        "http://public.example/to/http://0177.0.0.1/": "127.0.0.1 -> 127.0.0.1",
+        "http://public.example/to/http://127.1:8080/": "127.0.0.1 -> 127.0.0.1",
+        "http://public.example/to/http://[::ffff:10.0.0.1]/": "::ffff:a00:1 -> ::ffff:a00:1",
+        "http://public.example/to/http://localhost./": "localhost. -> localhost.",
+        "http://public.example/to/http://localtest.me/": "localtest.me -> 127.0.0.1",
+        "http://public.example/to/https://localtest.me/": "localtest.me -> 127.0.0.1",
+        "http://public.example/to/http://six.example/": "six.example -> ::1",
+        "http://localtest.me/listed": "localtest.me -> 127.0.0.1",
+        "http://public.example/to///localtest.me/": "localtest.me -> 127.0.0.1",
+    }
+    found = guard_scrape(driver, rows, retries=3)
+    assert {url: row.error for url, row in found.items()} == {url: f"blocked: {text}" for url, text in rows.items()}
+    assert {(row.status, row.attempts, row.final_url) for row in found.values()} == {(None, 1, None)}
+    assert set(guarded.connects) == {GUARD_PUBLIC}
+    assert len(guarded.heads) == len(rows) - 1
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_a_name_is_judged_each_time_it_is_connected_to(driver: str, guarded: GuardWeb) -> None:
+    guarded.names["rebind.example"] = [[GUARD_PUBLIC], ["10.0.0.1"], [GUARD_PUBLIC], ["::1"]]
+    rows = guard_scrape(driver, [f"http://rebind.example/close/{n}" for n in range(4)])
+    assert guard_errors(rows) == [None, "blocked: rebind.example -> 10.0.0.1", None, "blocked: rebind.example -> ::1"]
+    assert guarded.connects == [GUARD_PUBLIC] * 2
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_of_several_addresses_the_public_ones_are_used(driver: str, guarded: GuardWeb) -> None:
+    guarded.names |= {
+        "mixed.example": [["10.0.0.1", "::1", GUARD_PUBLIC, "169.254.169.254"]],
+        "down.example": [["127.0.0.1", "93.184.215.15", "10.0.0.2"]],
+    }
+    guarded.refusing = {"93.184.215.15"}
+    rows = guard_scrape(driver, ["http://mixed.example/", "http://down.example/"], retries=0)
+    assert guard_errors(rows) == [None, "connect: Connection refused"]
+    assert guarded.connects == [GUARD_PUBLIC, "93.184.215.15"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_an_address_in_the_url_is_judged_when_it_is_connected_to(
+    driver: str, guarded: GuardWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crawl_rules.names_private", lambda host: False)
+    crawl = Crawl(Options(rate=0))
+    crawl.frontier._private = lambda host: False
+    for url in ("http://10.0.0.1/", "http://[::1]:8080/", "http://[::ffff:7f00:1]/", "https://169.254.169.254/"):
+        outcome = guard_fetch(driver, crawl, Request(url, url, normalise(url)[1]))
+        assert isinstance(outcome, FetchError)
+        assert outcome.kind == "blocked"
+    assert guarded.connects == []
+
+
+def guard_fetch(driver: str, crawl: Crawl, request: Request) -> Response | FetchError:
+    if driver == "crawl_threads":
+        with contextlib.closing(crawl_threads.Fetcher(crawl)) as threads:
+            return threads.fetch(request)
+
+    async def fetch() -> Response | FetchError:
+        fetcher = crawl_async.Fetcher(crawl)
+        try:
+            return await fetcher.fetch(request)
+        finally:
+            await fetcher.close()
+
+    return asyncio.run(fetch())
+
+
+@pytest.mark.parametrize("kind", ["page", "robots", "sitemap", "feed"])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_every_kind_of_request_is_judged(driver: str, kind: str, guarded: GuardWeb) -> None:
+    guarded.names["inside.example"] = [["172.16.0.1"]]
+    of_kind = cast(Literal["page", "robots", "sitemap", "feed"], kind)
+    for host, where in (("inside.example", "172.16.0.1"), ("127.0.0.1", "127.0.0.1")):
+        url = f"http://{host}/robots.txt"
+        outcome = guard_fetch(driver, Crawl(Options(rate=0)), Request(url, url, host, kind=of_kind))
+        assert str(outcome) == f"blocked: {host} -> {where}"
+    assert guarded.connects == []
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_a_kept_connection_serves_only_those_who_might_have_opened_it(driver: str, guarded: GuardWeb) -> None:
+    guarded.names["inside.example"] = [["10.0.0.7"]]
+    rows = guard_scrape(
+        driver,
+        ["http://127.0.0.1/to/http://inside.example/a", "http://inside.example/b",
+         "http://127.0.0.1/to/http://inside.example/c"],
+    )  # fmt: skip
+    found = {url.rpartition("/")[2]: row.error for url, row in rows.items()}
+    assert found == {"a": None, "b": "blocked: inside.example -> 10.0.0.7", "c": None}
+    assert sorted(guarded.connects) == ["10.0.0.7", "127.0.0.1"]  # /a and /c on one connection
+    assert [path for path, head in guarded.heads if head["host"] == "inside.example"] == ["/a", "/c"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_kept_connections_to_a_proxy_are_for_the_proxy(
+    driver: str, guarded: GuardWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = f"proxy.example:{guarded.port}"
+    guarded.names["proxy.example"] = [["10.0.0.5"]]
+    monkeypatch.setenv("no_proxy", "proxy.example")
+    rows = guard_scrape(driver, ["http://far.example/x", f"http://{proxy}/secret"], proxy=f"http://{proxy}")
+    assert guard_errors(rows) == [None, "blocked: proxy.example -> 10.0.0.5"]
+    assert guarded.connects == ["10.0.0.5"]
+    assert [path for path, _ in guarded.heads] == ["http://far.example/x"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_no_proxy_is_asked_for_a_private_address(driver: str, guarded: GuardWeb) -> None:
+    guarded.names["proxy.example"] = [["10.0.0.5"]]
+    targets = ["http://169.254.169.254/", "http://localhost/", "https://10.0.0.1/", "http://[::1]/", "http://0/"]
+    listed = "http://10.0.0.9/listed"
+    urls = [*(f"http://far.example/to/{target}" for target in targets), listed]
+    rows = guard_scrape(driver, urls, proxy=f"http://proxy.example:{guarded.port}")
+    assert {row.url for row in rows.values() if (row.error or "").startswith("blocked: ")} == set(urls[:-1])
+    assert rows[listed].error is None
+    assert sorted(path for path, _ in guarded.heads) == sorted(urls)
+    assert set(guarded.connects) == {"10.0.0.5"}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_the_trust_of_the_list_goes_as_far_as_private_hosts_reach(driver: str, guarded: GuardWeb) -> None:
+    guarded.names |= {"localhost": [["127.0.0.1"]], "inside.example": [["10.0.0.7"]]}
+    rows = {
+        "http://127.0.0.1/": None,
+        "http://localhost/": None,
+        "http://[::ffff:127.0.0.1]/": "connect: Connection refused",
+        "http://127.0.0.1/to/http://127.0.0.2/": None,
+        "http://127.0.0.1/to/http://10.0.0.1/to/http://localhost/2": None,
+        "http://localhost/to/http://inside.example/": None,
+        "http://127.0.0.1/to/http://public.example/": None,
+        "http://127.0.0.1/to/http://public.example/to/http://127.0.0.1/x": "blocked: 127.0.0.1 -> 127.0.0.1",
+        "http://127.0.0.1/to/http://inside.example/to/http://10.0.0.1/": "blocked: 10.0.0.1 -> 10.0.0.1",
+        "http://inside.example/": "blocked: inside.example -> 10.0.0.7",
+    }
+    guarded.refusing = {"::ffff:7f00:1"}
+    found = {url: row.error for url, row in guard_scrape(driver, rows, retries=0).items()}
+    assert found == rows
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_allow_private_opens_it_for_all(driver: str, guarded: GuardWeb) -> None:
+    guarded.names["inside.example"] = [["10.0.0.7"]]
+    rows = guard_scrape(
+        driver,
+        ["http://inside.example/", "http://public.example/to/http://10.0.0.1/",
+         "http://public.example/to/http://public.example/to/http://inside.example/2"],
+        allow_private=True,
+    )  # fmt: skip
+    assert guard_errors(rows) == [None] * 3
+    assert set(guarded.connects) == {GUARD_PUBLIC, "10.0.0.1", "10.0.0.7"}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_public_connections_are_kept(driver: str, guarded: GuardWeb) -> None:
+    rows = guard_scrape(driver, [f"http://public.example/{n}" for n in range(50)])
+    assert guard_errors(rows) == [None] * 50
+    assert guarded.connects == [GUARD_PUBLIC]
+
+
+# ======================================================================================= credentials stay at home
+
+GUARD_SECRETS = (
+    ("Authorization", "Bearer t"), ("Cookie", "c=1"), ("X-Api-Key", "k"), ("x-auth-token", "t"), ("X-Other", "o"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("url", "target", "more", "kept"),
+    [
+        ("http://a.example", "http://a.example/", {}, True),
+        ("http://a.example/x", "http://a.example/y", {"hops": 1}, True),
+        ("https://a.example/x", "http://a.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "https://a.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://a.example:8080/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://www.a.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://b.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://a.example.b.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://a.example@b.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://a.example/y", {"hops": 2, "strayed": True}, False),
+        ("http://a.example/l", "http://a.example/l", {"depth": 1}, True),
+        ("http://b.example/l", "http://b.example/l", {"depth": 1}, False),
+        ("https://a.example/l", "https://a.example/l", {"depth": 1}, False),
+        ("http://b.example/l", "http://a.example/l", {"depth": 1, "hops": 1}, False),
+        ("http://a.example/robots.txt", "http://a.example/robots.txt", {"kind": "robots"}, True),
+        ("http://b.example/robots.txt", "http://b.example/robots.txt", {"kind": "robots"}, False),
+    ],
+)  # fmt: skip
+def test_guard_who_sees_the_credentials_of_the_command_line(
+    url: str, target: str, more: dict[str, Any], kept: bool
+) -> None:
+    request = Request(url, target, normalise(target)[1], **more)
+    headers = request_headers(Options(headers=GUARD_SECRETS), request, {"http://a.example"})[1]
+    own = [name for name, _ in GUARD_SECRETS]
+    expected = own if kept else ["X-Other"]
+    if "@" in target:
+        assert headers.pop("Authorization") == "Basic " + base64.b64encode(b"a.example:").decode()
+    assert [name for name in headers if name in own] == expected
+    assert not {"Referer", "Origin"} & set(headers)
+
+
+def test_guard_which_headers_hold_secrets() -> None:
+    for name in ("Authorization", "Proxy-Authorization", "Cookie", "Cookie2", "X-API-Key", "PRIVATE-TOKEN", "X-CSRF",
+                 "X-Amz-Security-Token", "X-Session-Id", "api_secret", "X-Password"):  # fmt: skip
+        assert is_secret(name)
+    for name in ("Accept", "Accept-Language", "User-Agent", "X-Other", "DNT", "Cache-Control", "If-None-Match"):
+        assert not is_secret(name)
+
+
+def test_guard_the_list_names_the_origins() -> None:
+    crawl = Crawl(Options(headers=GUARD_SECRETS))
+    crawl.feed(["http://A.example:80/x", "not a URL", "https://u:p@b.example:8443/"]).join()
+    assert crawl.named == {"http://a.example", "https://b.example:8443"}
+    crawl = Crawl(Options(headers=(("X-Other", "o"),)))
+    crawl.feed(["http://a.example/"]).join()
+    assert crawl.named is None
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_credentials_on_the_wire(driver: str, guarded: GuardWeb) -> None:
+    guarded.names |= {name: [[GUARD_PUBLIC]] for name in ("a.example", "b.example", "c.example", "d.example")}
+    other = f"http://a.example:{guarded.other_port}/port"
+    urls = [
+        "http://a.example/to/http://a.example/same",
+        "http://a.example/to/http://b.example/host",
+        f"http://a.example/to/{other}",
+        "http://a.example/to/http://b.example/to/http://a.example/to//back",
+        "http://u:p@c.example/to/http://d.example/host2",
+        "http://u:p@c.example/to//home",
+    ]
+    rows = guard_scrape(driver, urls, headers=GUARD_SECRETS)
+    assert guard_errors(rows) == [None] * 6
+    own = {name.lower() for name, _ in GUARD_SECRETS}
+    seen = {path: own & set(head) for path, head in guarded.heads if not path.startswith("/to/")}
+    secret = {"x-other"}
+    assert seen == {"/same": own, "/host": secret, "/port": secret, "/back": secret, "/host2": secret, "/home": own}
+    basic = "Basic " + base64.b64encode(b"u:p").decode()
+    assert {head["host"] for _, head in guarded.heads if head.get("authorization") == basic} == {"c.example"}
+    for _, head in guarded.heads:
+        assert not {"referer", "origin", "proxy-authorization"} & set(head)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_a_cookie_that_is_set_is_not_sent(driver: str, guarded: GuardWeb) -> None:
+    assert guard_errors(guard_scrape(driver, [f"http://public.example/{n}" for n in range(3)])) == [None] * 3
+    assert not any("cookie" in head for _, head in guarded.heads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
