@@ -376,7 +376,7 @@ async def aggregate(request: Request) -> Response:
     if set(states.values()) <= {"fresh", "stale"} and request.method == "GET":
         if len(service.kept) >= KEPT_MOST:
             service.settle()
-        until = started + min(KEPT, *(part.expires_in for part in parts.values() if part.state == "fresh"), KEPT)
+        until = started + min(KEPT, *(part.expires_in for part in parts.values()))
         kept = Kept(until, response.raw_headers, bytes(response.body), states)
         service.kept[request.scope["path"], request.scope["query_string"]] = kept
     return response

@@ -40,7 +40,6 @@ from primitives import (
     CircuitBreaker,
     CircuitOpen,
     Clock,
-    Hit,
     RetryBudget,
     RetryPolicy,
     Rng,
@@ -258,7 +257,7 @@ class Part(NamedTuple):
     latency: float | None = None
     error: str | None = None
     expires_in: float = 0.0
-    """Seconds for which the data stays fresh."""
+    """Seconds for which the data may be said to be in this state."""
     retry_after: float = 1.0
 
     def shown(self) -> dict[str, Any]:
@@ -274,6 +273,8 @@ class Part(NamedTuple):
 class Loaded(NamedTuple):
     data: Data
     latency: float
+    at: float
+    """When, by the clock of the source."""
 
 
 class Load(NamedTuple):
@@ -414,16 +415,21 @@ class Source:
             return (None, self.refresh(key)) if refusal is None else (self._instead(key, "error", str(refusal)), None)
         if hit.refresh:
             self.refresh(key)
-        return self._part(hit.state, hit), None
+        return self._part(hit.state, hit.value, hit.age), None
 
-    def _part(self, state: str, hit: Hit[Loaded], error: str | None = None) -> Part:
-        left = max(0.0, self.upstream.ttl - hit.age) if state == "fresh" else 0.0
-        return Part(state, hit.value.data, hit.age, hit.value.latency, error, left)
+    def _part(self, state: str, loaded: Loaded, age: float, error: str | None = None) -> Part:
+        window = 0.0 if state == "fresh" else self.upstream.stale
+        if error is not None:
+            window = max(window, self.upstream.stale_if_error)
+        left = max(0.0, self.upstream.ttl + window - age)
+        return Part(state, loaded.data, age, loaded.latency, error, left)
 
     def outcome(self, key: Key, load: asyncio.Task[Loaded]) -> Part:
         """What is known once the deadline came, or the load ended: its answer, else what is left of an older one."""
         if load.done() and not load.cancelled() and load.exception() is None:
-            return Part("fresh", load.result().data, 0.0, load.result().latency, None, self.upstream.ttl)
+            loaded = load.result()
+            age = self._clock() - loaded.at  # others in the same answer may have taken long since
+            return self._part("fresh" if age < self.upstream.ttl else "stale", loaded, age)
         state, error, wait = "timeout", "not here in time", 1.0
         if load.done() and not load.cancelled():
             problem = load.exception()
@@ -437,7 +443,7 @@ class Source:
         """An older answer within its window, else the fallback, else why there is none."""
         hit = self.cache.lookup(key)
         if hit is not None:
-            return self._part("stale", hit, error)
+            return self._part("stale", hit.value, hit.age, error)
         if self._fallback is not None:
             return Part("fallback", self._fallback, error=error, retry_after=wait)
         return Part(state, error=error, retry_after=wait)
@@ -461,9 +467,9 @@ class Source:
     def warm(self, key: Key, value: Any, age: float, latency: float) -> None:
         """Keep what was loaded ``age`` seconds ago, in an earlier life: as stale, if its windows are not over."""
         age = max(age, 0.001)
-        loaded, now = Loaded(Data(value), latency), self._clock()
+        at = self._clock() - age
         if key not in self.cache:
-            self.cache.put(key, loaded, ttl=min(self.upstream.ttl, age), now=now - age)
+            self.cache.put(key, Loaded(Data(value), latency, at), ttl=min(self.upstream.ttl, age), now=at)
 
     def _ended(self, key: Key, load: asyncio.Task[Loaded]) -> None:
         self.running.discard(load)
@@ -501,8 +507,8 @@ class Source:
                 load = Load(self.upstream.name, self.named(key), at, latency, data, failure)
                 for listener in self.listeners:
                     listener(load)
-        loaded = Loaded(data, latency)
-        self.cache.put(key, loaded, cost=latency, generation=generation)
+        loaded = Loaded(data, latency, self._clock())
+        self.cache.put(key, loaded, cost=latency, generation=generation, now=loaded.at)
         self.last_success = at
         return loaded
 
