@@ -473,20 +473,23 @@ class Source:
 
     def _ended(self, key: Key, load: asyncio.Task[Loaded]) -> None:
         self.running.discard(load)
-        if self.loads.get(key) is load:
+        current = self.loads.get(key) is load  # else the key was invalidated: this says nothing about it any more
+        if current:
             del self.loads[key]
         self.changed()
         if load.cancelled():
             return
         error = load.exception()
         if error is None:
-            self.renewals.loaded(key, self._clock())
+            if current:
+                self.renewals.loaded(key, self._clock())
         else:
-            self.renewals.failed(key, self._clock())
             self.failures += 1
-            self.cache.defer(key, min(REFUSED, self.upstream.ttl))
-            if isinstance(error, UpstreamError) and not error.passes:
-                self.refusals.put(key, error)
+            if current:
+                self.renewals.failed(key, self._clock())
+                self.cache.defer(key, min(REFUSED, self.upstream.ttl))
+                if isinstance(error, UpstreamError) and not error.passes:
+                    self.refusals.put(key, error)
             if not isinstance(error, (UpstreamError, CircuitOpen)):
                 log.error("source %s: %r", self.upstream.name, error)
 
