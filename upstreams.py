@@ -509,7 +509,10 @@ class Source:
                 at = datetime.now(UTC)
                 load = Load(self.upstream.name, self.named(key), at, latency, data, failure)
                 for listener in self.listeners:
-                    listener(load)
+                    try:
+                        listener(load)
+                    except Exception:  # its fault must not be the source's
+                        log.exception("source %s: a listener failed", self.upstream.name)
         loaded = Loaded(data, latency, self._clock())
         self.cache.put(key, loaded, cost=latency, generation=generation, now=loaded.at)
         self.last_success = at
