@@ -393,6 +393,7 @@ class Source:
         self.running: set[asyncio.Task[Loaded]] = set()
         """These, and those that nobody joins any more, for their key was invalidated."""
         self.calls = self.failures = 0
+        self._forgot = -math.inf
         self.answers: Counter[str] = Counter()
         """How many parts of answers were in each state."""
         self.latencies: deque[float] = deque(maxlen=1000)
@@ -465,10 +466,12 @@ class Source:
         return len(due)
 
     def warm(self, key: Key, value: Any, age: float, latency: float) -> None:
-        """Keep what was loaded ``age`` seconds ago, in an earlier life: as stale, if its windows are not over."""
+        """Keep what was loaded ``age`` seconds ago, in an earlier life: as stale, if its windows are not over, nothing
+        younger is there, and nothing was invalidated since."""
         age = max(age, 0.001)
         at = self._clock() - age
-        if key not in self.cache:
+        hit = self.cache.lookup(key)
+        if at > self._forgot and (hit is None or hit.age > age):
             self.cache.put(key, Loaded(Data(value), latency, at), ttl=min(self.upstream.ttl, age), now=at)
 
     def _ended(self, key: Key, load: asyncio.Task[Loaded]) -> None:
@@ -570,6 +573,7 @@ class Source:
 
     def forget(self, key: Key | None = None) -> None:
         """Keep neither the answer for ``key`` (None: for any) nor what is being loaded for it."""
+        self._forgot = self._clock()
         if key is None:
             self.cache.clear()
             self.refusals.clear()
