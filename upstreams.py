@@ -173,7 +173,12 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
                 raise ConfigError(f"{name}.{key}: a text is needed, not {value!r}")
             if key == "method" and value not in ("GET", "POST"):
                 raise ConfigError(f"{name}.method: GET or POST is needed, not {value!r}")
-        elif key not in ("fallback", "body"):
+        elif key in ("fallback", "body"):
+            try:
+                orjson.dumps(value)
+            except TypeError as error:  # a whole number of more than 64 bits, say
+                raise ConfigError(f"{name}.{key}: no JSON: {error}") from None
+        else:
             number = isinstance(value, int if key in whole else (int, float)) and not isinstance(value, bool)
             if not number:
                 raise ConfigError(f"{name}.{key}: a {'whole ' * (key in whole)}number is needed, not {value!r}")
