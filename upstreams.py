@@ -546,7 +546,7 @@ class Source:
         self.calls += 1
         limit, content = self.upstream.max_bytes, self.upstream.content(key)
         kind = {} if content is None else {"Content-Type": "application/json"}
-        body = b""
+        body = bytearray()
         try:
             async with self._session.request(
                 self.upstream.method,
