@@ -75,8 +75,8 @@ VERSION = "1.0"
 """Of the API, as its document says it."""
 GRACE = 5.0
 """Seconds that loads under way get when the server stops."""
-KEPT, KEPT_MOST = 0.05, 1000
-"""Seconds for which an assembled answer is handed out again, and how many there may be."""
+KEPT, KEPT_MOST, KEPT_BYTES = 0.05, 1000, 16_000_000
+"""Seconds for which an assembled answer is handed out again; how many there may be, and of how many bytes in sum."""
 RENEW_EVERY, RETAIN_EVERY = 0.1, 600.0
 """Seconds between two looks for what is to be renewed, and for what is too old to be kept."""
 WARM = 3.0
@@ -132,6 +132,7 @@ class Service:
         self.started, self.stopping = time.monotonic(), False
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.kept: dict[tuple[str, bytes], Kept] = {}
+        self.kept_bytes = self.changes = 0
         for source in sources.values():
             source.listeners.append(self.loaded)
             source.changed = self.settle
@@ -166,12 +167,27 @@ class Service:
         self.events.publish("breaker", told)
         self.log.note("breaker", request_id.get(), told)
 
-    def settle(self) -> None:
-        """Something changed: no kept answer is sent again. Those that were are counted now."""
-        for kept in self.kept.values():
+    def keep(self, asked: tuple[str, bytes], kept: Kept) -> None:
+        self.drop(asked)
+        if len(self.kept) >= KEPT_MOST or self.kept_bytes + len(kept.body) > KEPT_BYTES:
+            self.settle()
+        if len(kept.body) <= KEPT_BYTES:
+            self.kept[asked] = kept
+            self.kept_bytes += len(kept.body)
+
+    def drop(self, asked: tuple[str, bytes]) -> None:
+        """Send a kept answer no more. How often it was is counted now."""
+        kept = self.kept.pop(asked, None)
+        if kept is not None:
+            self.kept_bytes -= len(kept.body)
             for name, state in kept.states.items():
                 self.sources[name].answers[state] += kept.hits
-        self.kept.clear()
+
+    def settle(self) -> None:
+        """Something changed: no kept answer is sent again."""
+        self.changes += 1
+        for asked in list(self.kept):
+            self.drop(asked)
 
     async def renew(self) -> None:
         request_id.set("renewal")
@@ -346,6 +362,7 @@ async def aggregate(request: Request) -> Response:
     started = time.monotonic()
     service, one = service_of(request), request.path_params.get("source")
     sources, given, deadline = wanted(request, None if one is None else [one])
+    changes = service.changes
     parts = await gather(sources, given, deadline)
     states = request.scope["states"] = {name: part.state for name, part in parts.items()}
     for name, state in states.items():
@@ -373,12 +390,12 @@ async def aggregate(request: Request) -> Response:
     if any(tag in (etag, "*") for tag in known):
         return Response(status_code=304, headers=headers)
     response = reply(answer, headers=headers)
-    if set(states.values()) <= {"fresh", "stale"} and request.method == "GET":
-        if len(service.kept) >= KEPT_MOST:
-            service.settle()
+    # what changed while loads were waited for may have been an invalidation, and this an answer from before it
+    unchanged = changes == service.changes
+    if unchanged and set(states.values()) <= {"fresh", "stale"} and request.method == "GET":
         until = started + min(KEPT, *(part.expires_in for part in parts.values()))
         kept = Kept(until, response.raw_headers, bytes(response.body), states)
-        service.kept[request.scope["path"], request.scope["query_string"]] = kept
+        service.keep((request.scope["path"], request.scope["query_string"]), kept)
     return response
 
 
