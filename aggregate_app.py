@@ -378,7 +378,7 @@ async def aggregate(request: Request) -> Response:
         later = str(max(1, round(min(part.retry_after for part in parts.values()))))
         raise Problem(503, "no source has data", {"Retry-After": later, "Cache-Control": "no-store"}, **answer)
     content = ";".join(f"{name} {part.state} {part.data and part.data.digest}" for name, part in parts.items())
-    etag = f'"{hashlib.blake2b(content.encode(), digest_size=12).hexdigest()}"'
+    etag = f'W/"{hashlib.blake2b(content.encode(), digest_size=12).hexdigest()}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     fresh_for = min(part.expires_in for part in parts.values())
     ages = [part.age for part in parts.values() if part.age is not None]
@@ -386,8 +386,8 @@ async def aggregate(request: Request) -> Response:
         headers["Age"] = str(math.ceil(max(ages)))
     if all(state == "fresh" for state in states.values()):
         headers["Cache-Control"] = f"max-age={math.ceil(max(ages)) + int(fresh_for)}"
-    known = (tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(","))
-    if any(tag in (etag, "*") for tag in known):
+    known = (tag.strip() for line in request.headers.getlist("If-None-Match") for tag in line.split(","))
+    if any(tag in (etag, etag.removeprefix("W/"), "*") for tag in known):
         return Response(status_code=304, headers=headers)
     response = reply(answer, headers=headers)
     # what changed while loads were waited for may have been an invalidation, and this an answer from before it
