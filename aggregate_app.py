@@ -400,17 +400,33 @@ async def aggregate(request: Request) -> Response:
 
 
 def authorised(request: Request) -> None:
-    """With ``AGGREGATE_TOKEN``, who has it; without, who is on this machine."""
+    """With ``AGGREGATE_TOKEN``, who has it; without, who is on this machine: neither behind a proxy that is, nor the
+    page of another origin in a browser that is (nor one whose name was made to lead here)."""
     token = os.environ.get("AGGREGATE_TOKEN")
     if token:
         given = request.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise Problem(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
         return
-    with contextlib.suppress(ValueError):  # of what is no address: a proxy may say anything
-        if request.client is not None and ipaddress.ip_address(request.client.host).is_loopback:
-            return
+    headers, client = request.headers, request.client
+    origin = headers.get("Origin")
+    same = origin is None or re.sub("^https?://", "", origin) == headers.get("Host", "").lower()
+    if not same or headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        raise Problem(403, "without AGGREGATE_TOKEN no page of another origin may do this")
+    names = [client.host if client is not None else ""]
+    if origin is not None:  # a page's name may have been made to lead here
+        names.append(request.url.hostname or "")
+    proxied = any(name in headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"))
+    if client is not None and client.port and not proxied and all(map(is_here, names)):
+        return
     raise Problem(403, "without AGGREGATE_TOKEN only clients of this machine may do this")
+
+
+def is_here(host: str) -> bool:
+    """Whether this is an address of this machine alone, or the name that each machine has for itself."""
+    with contextlib.suppress(ValueError):
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False
 
 
 async def invalidate(request: Request) -> Response:
