@@ -43,7 +43,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
@@ -63,8 +62,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from database import UPSTREAM_RESULTS, Database, History, Result, Unavailable
 from openapi import document
-from primitives import Semaphore, State, TokenBucket, TTLCache
-from processes import PoolFull, Processes, WorkerDied
+from primitives import Semaphore, State, T, TokenBucket, TTLCache
+from processes import PoolClosed, Processes, WorkerDied
 from report import Columns, inspect_host, summarise
 from telemetry import Events, Exporter, Lag, RequestLog
 from upstreams import DEMO, ConfigError, Key, Load, Loaded, Part, Source, Upstream, read_config, request_id
@@ -83,8 +82,10 @@ WARM = 3.0
 """Seconds that the start waits for the database and what it knows."""
 STREAMS = 100
 """Streams of events at a time."""
-REPORTS = 16
-"""Reports at a time."""
+REPORTS, LOOKS = 16, 4
+"""Reports, and looks at hosts for them, at a time."""
+UNSEEN = dict.fromkeys(("name", "address", "dns_ms", "connect_ms", "certificate_days")) | {"error": "timeout"}
+"""What a report says of a host that took too long."""
 OUTCOMES = 20_000
 """Results of one source that a report takes into account: the last ones."""
 HOURS = 1, 24, 168
@@ -126,11 +127,11 @@ class Service:
         self.sources, self.database, self.history = sources, database, History(database)
         self.lag, self.events, self.log = Lag(), Events(), RequestLog(output)
         self.processes = Processes(waiting=REPORTS)
-        self.threads = ThreadPoolExecutor(4, thread_name_prefix="report")
+        self.reports, self.looks = 0, Semaphore(LOOKS)
         self.registry = CollectorRegistry()
         self.registry.register(Exporter(sources, self.lag, database, self.history.writer, self.log))
         self.started, self.stopping = time.monotonic(), False
-        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.tasks: dict[str, asyncio.Task[Any]] = {}
         self.kept: dict[tuple[str, bytes], Kept] = {}
         self.kept_bytes = self.changes = 0
         for source in sources.values():
@@ -138,10 +139,10 @@ class Service:
             source.changed = self.settle
             source.breaker.listen(self.switched)
 
-    def begin(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def begin(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task beside the requests. One that fails is an error in the log, and shown by /health."""
 
-        def ended(task: asyncio.Task[None]) -> None:
+        def ended(task: asyncio.Task[T]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
                 log.error("task %s ended", name, exc_info=error)
             else:
@@ -220,6 +221,15 @@ class Service:
                     source.warm(source.key(given), orjson.loads(result.payload), age, result.latency)
                 await asyncio.sleep(0)
 
+    def look(self, name: str) -> asyncio.Task[dict[str, Any]]:
+        """The look at the host of a source that is under way, or a new one: one, however many reports want it."""
+
+        async def work() -> dict[str, Any]:
+            async with self.looks:
+                return await in_daemon(inspect_host, self.sources[name].upstream.url)
+
+        return self.tasks.get(f"look at {name}") or self.begin(f"look at {name}", work())
+
     def stop(self) -> None:
         """At the signal: streams end, and loads, which requests may wait for, have ``GRACE`` seconds left."""
         if not self.stopping:
@@ -239,6 +249,20 @@ class Service:
         await asyncio.gather(*list(self.tasks.values()), return_exceptions=True)
         while loads := [load for source in self.sources.values() for load in source.running]:
             await asyncio.wait(loads)
+
+
+async def in_daemon(function: Callable[..., T], *args: Any) -> T:
+    """``asyncio.to_thread`` for what raises nothing, in a thread for which no program waits when it ends."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[T] = loop.create_future()
+
+    def work() -> None:
+        value = function(*args)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(lambda: found.done() or found.set_result(value))
+
+    threading.Thread(target=work, name=function.__name__, daemon=True).start()
+    return await found
 
 
 # -------------------------------------------------------------------------------------------------------- routes
@@ -514,6 +538,9 @@ def kept_rows() -> Iterator[None]:
     except (Unavailable, TimeoutError) as error:
         later = str(math.ceil(getattr(error, "retry_after", 5.0)))
         raise Problem(503, f"the history cannot be read: {error or 'no time left'}", {"Retry-After": later}) from None
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        log.error("the history cannot be read: %r", error)
+        raise Problem(503, "the history cannot be read", {"Retry-After": "5"}) from None
 
 
 async def history(request: Request) -> Response:
@@ -551,18 +578,23 @@ async def report(request: Request) -> Response:
     names = list(known_sources(request, names_in(query, request)))
     check(query, ("hours", "sources"))
     hours = whole(query, "hours", *HOURS)
-    since, loop = datetime.now(UTC) - timedelta(hours=hours), asyncio.get_running_loop()
-    inspections = {
-        name: loop.run_in_executor(service.threads, inspect_host, service.sources[name].upstream.url) for name in names
-    }
-    with kept_rows():
-        async with asyncio.timeout(REPORT_LIMIT):
-            try:
+    since, until = datetime.now(UTC) - timedelta(hours=hours), time.monotonic() + REPORT_LIMIT
+    if service.reports >= REPORTS:
+        raise Problem(503, "too many reports", {"Retry-After": "2"})
+    service.reports += 1
+    try:
+        with kept_rows():
+            async with asyncio.timeout(REPORT_LIMIT):
                 rows = {name: Columns(*await service.history.outcomes(name, since, OUTCOMES)) for name in names}
+                looks = {name: service.look(name) for name in names}
                 figures = await service.processes.run(summarise, rows, timeout=REPORT_LIMIT)
-                hosts = {name: await inspection for name, inspection in inspections.items()}
-            except (PoolFull, WorkerDied) as error:
-                raise Problem(503, str(error), {"Retry-After": "2"}) from None
+        if looks:  # whose name is not found in time is no reason to say nothing at all
+            await asyncio.wait(looks.values(), timeout=max(0.0, until - time.monotonic()))
+    except (PoolClosed, WorkerDied):
+        raise Problem(503, "no report could be computed", {"Retry-After": "2"}) from None
+    finally:
+        service.reports -= 1
+    hosts = {name: look.result() if look.done() and not look.cancelled() else UNSEEN for name, look in looks.items()}
     said = {name: {**figures[name], "host": hosts[name]} for name in names}
     generated_at = datetime.now(UTC).isoformat(timespec="milliseconds")
     return reply({"generated_at": generated_at, "hours": hours, "sources": said}, headers={"Cache-Control": "no-store"})
@@ -760,7 +792,6 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if service.log.wanted:
             service.begin("request log", service.log.run())
             stack.push_async_callback(service.log.close)
-        stack.callback(service.threads.shutdown, wait=False, cancel_futures=True)
         stack.push_async_callback(service.processes.close)
         if service.database.server is None:
             log.info("no database: nothing is kept over a restart")
