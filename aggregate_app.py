@@ -130,7 +130,9 @@ class Service:
         self.reports, self.looks = 0, Semaphore(LOOKS)
         self.registry = CollectorRegistry()
         self.registry.register(Exporter(sources, self.lag, database, self.history.writer, self.log))
-        self.started, self.stopping = time.monotonic(), False
+        self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
+        self.force: Callable[[], object] = lambda: None
+        self.timers: list[asyncio.TimerHandle] = []
         self.tasks: dict[str, asyncio.Task[Any]] = {}
         self.kept: dict[tuple[str, bytes], Kept] = {}
         self.kept_bytes = self.changes = 0
@@ -192,7 +194,7 @@ class Service:
 
     async def renew(self) -> None:
         request_id.set("renewal")
-        while True:
+        while not self.stopping:
             await asyncio.sleep(RENEW_EVERY)
             for source in self.sources.values():
                 source.renew()
@@ -231,24 +233,36 @@ class Service:
         return self.tasks.get(f"look at {name}") or self.begin(f"look at {name}", work())
 
     def stop(self) -> None:
-        """At the signal: streams end, and loads, which requests may wait for, have ``GRACE`` seconds left."""
-        if not self.stopping:
-            self.stopping = True
-            self.events.end()
-            asyncio.get_running_loop().call_later(GRACE, self.cancel_loads)
+        """At the signal: streams end; loads and reports, which requests may wait for, have ``GRACE`` seconds left.
 
-    def cancel_loads(self) -> None:
-        for source in self.sources.values():
-            for load in source.running:
-                load.cancel()
+        A client that does not read its answer would keep the server for ever: a second later it is let go.
+        """
+        if not self.stopping:
+            self.stopping, self.patience = True, time.monotonic() + GRACE
+            self.events.end()
+            later = asyncio.get_running_loop().call_later
+            self.timers = [later(GRACE, self.cut), later(GRACE + 1.0, self.force)]
+
+    def cut(self) -> None:
+        self.cancel_loads()
+        self.begin("end of reports", self.processes.close(0.0))
+
+    def cancel_loads(self) -> list[asyncio.Task[Loaded]]:
+        loads = [load for source in self.sources.values() for load in source.running]
+        for load in loads:
+            load.cancel()
+        return loads
 
     async def close(self) -> None:
         self.stop()
+        for timer in self.timers:
+            timer.cancel()
         for task in self.tasks.values():
             task.cancel()
         await asyncio.gather(*list(self.tasks.values()), return_exceptions=True)
         while loads := [load for source in self.sources.values() for load in source.running]:
-            await asyncio.wait(loads)
+            await asyncio.wait(loads, timeout=max(0.0, self.patience - time.monotonic()))
+            await asyncio.wait(self.cancel_loads() or loads)
 
 
 async def in_daemon(function: Callable[..., T], *args: Any) -> T:
@@ -734,13 +748,14 @@ class Aggregator(Starlette):
 
 
 @contextlib.contextmanager
-def told_of_signals(call: Callable[[], object]) -> Iterator[None]:
-    """Have ``call`` called in the event loop at SIGINT and SIGTERM, before whoever else waits for them.
+def told_of_signals(call: Callable[[], object]) -> Iterator[Callable[[], object]]:
+    """Have ``call`` called in the event loop at SIGINT and SIGTERM, before whoever else waits for them. What is given
+    is for the server as one more SIGINT, after which it waits for nobody.
 
     The server ends the lifespan only when the last response has ended, and a stream of events does not end by itself.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -753,8 +768,9 @@ def told_of_signals(call: Callable[[], object]) -> Iterator[None]:
 
     for number in before:
         signal.signal(number, handle)
+    forced = before[signal.SIGINT]
     try:
-        yield
+        yield lambda: forced(signal.SIGINT, None) if callable(forced) else None
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) is handle:
@@ -788,7 +804,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if output is not None:  # ours has more in it; who wants none starts uvicorn with --no-access-log
             access.handlers, access.propagate = [], False
         service = app.service = app.state.service = Service(sources, app.state.database(), output)
-        stack.enter_context(told_of_signals(service.stop))
+        service.force = stack.enter_context(told_of_signals(service.stop))
         if service.log.wanted:
             service.begin("request log", service.log.run())
             stack.push_async_callback(service.log.close)
