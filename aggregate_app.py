@@ -38,7 +38,6 @@ import os
 import re
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -63,9 +62,9 @@ from starlette.types import Message, Receive, Scope, Send
 from database import UPSTREAM_RESULTS, Database, History, Result, Unavailable
 from openapi import document
 from primitives import Semaphore, State, T, TokenBucket, TTLCache
-from processes import PoolClosed, Processes, WorkerDied
+from processes import PoolClosed, Processes, WorkerDied, in_daemon
 from report import Columns, inspect_host, summarise
-from telemetry import Events, Exporter, Lag, RequestLog
+from telemetry import Events, Exporter, Lag, RequestLog, standard_output
 from upstreams import DEMO, ConfigError, Key, Load, Loaded, Part, Source, Upstream, read_config, request_id
 
 log = logging.getLogger("uvicorn.error")
@@ -263,20 +262,6 @@ class Service:
         while loads := [load for source in self.sources.values() for load in source.running]:
             await asyncio.wait(loads, timeout=max(0.0, self.patience - time.monotonic()))
             await asyncio.wait(self.cancel_loads() or loads)
-
-
-async def in_daemon(function: Callable[..., T], *args: Any) -> T:
-    """``asyncio.to_thread`` for what raises nothing, in a thread for which no program waits when it ends."""
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[T] = loop.create_future()
-
-    def work() -> None:
-        value = function(*args)
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(lambda: found.done() or found.set_result(value))
-
-    threading.Thread(target=work, name=function.__name__, daemon=True).start()
-    return await found
 
 
 # -------------------------------------------------------------------------------------------------------- routes
@@ -899,7 +884,7 @@ def configured_app(environ: Mapping[str, str]) -> Aggregator:
         rate,
         database=lambda: Database.configured(environ, UPSTREAM_RESULTS),
         retention=(7.0 if days is None else days) * 86400,
-        output=sys.stdout.buffer,
+        output=standard_output(),
     )
 
 

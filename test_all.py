@@ -9023,7 +9023,7 @@ def test_aggregate_a_request_keeps_its_id() -> None:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         async with server, aiohttp.ClientSession() as session:
             upstream = upstreams.Upstream("a", url, headers={"X-Key": "secret"})
-            source = upstreams.Source(upstream, session, pr.Semaphore(1))
+            source = upstreams.Source(upstream, session, pr.Semaphore(1), clock=PrimWorld().clock)
             upstreams.request_id.set("id-of-the-request")
             assert await aggregate_ask(source) == ("fresh", {}, 0.0)
         assert b"X-Request-ID: id-of-the-request\r\n" in heads[0] and b"X-Key: secret\r\n" in heads[0]
