@@ -776,7 +776,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             stack.push_async_callback(asyncio.to_thread, site.stop)
             upstreams = read_config(DEMO.format(base=site.url("")), os.environ)
             log.info("no AGGREGATE_CONFIG: four demo upstreams at %s", site.url("/api/"))
-        gc.freeze()  # what was imported is never garbage: a full collection that went through it held the loop for 30 ms
+        gc.freeze()  # what was imported is no garbage: a full collection of it held the loop for 30 ms
         stack.callback(gc.unfreeze)
         session = await stack.enter_async_context(
             aiohttp.ClientSession(

@@ -9280,7 +9280,12 @@ def test_openapi_head_and_any_etag(openapi_port: int) -> None:
     path = "/aggregate/news?deadline_ms=20000"
     status, body, headers = aggregate_http(openapi_port, path, "HEAD")
     assert (status, body) == (200, None) and int(headers["content-length"]) > 100
-    for known, expected in ((headers["etag"], 304), (headers["etag"].removeprefix("W/"), 304), ("*", 304), ('"a", "b"', 200)):
+    for known, expected in (
+        (headers["etag"], 304),
+        (headers["etag"].removeprefix("W/"), 304),
+        ("*", 304),
+        ('"a", "b"', 200),
+    ):
         assert aggregate_http(openapi_port, path, headers={"If-None-Match": known})[0] == expected
 
 
