@@ -9566,7 +9566,7 @@ def test_aggregate_a_request_keeps_its_id() -> None:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         async with server, aiohttp.ClientSession() as session:
             upstream = upstreams.Upstream("a", url, headers={"X-Key": "secret"})
-            source = upstreams.Source(upstream, session, pr.Semaphore(1))
+            source = upstreams.Source(upstream, session, pr.Semaphore(1), clock=PrimWorld().clock)
             upstreams.request_id.set("id-of-the-request")
             assert await aggregate_ask(source) == ("fresh", {}, 0.0)
         assert b"X-Request-ID: id-of-the-request\r\n" in heads[0] and b"X-Key: secret\r\n" in heads[0]
@@ -9823,7 +9823,12 @@ def test_openapi_head_and_any_etag(openapi_port: int) -> None:
     path = "/aggregate/news?deadline_ms=20000"
     status, body, headers = aggregate_http(openapi_port, path, "HEAD")
     assert (status, body) == (200, None) and int(headers["content-length"]) > 100
-    for known, expected in ((headers["etag"], 304), (f"W/{headers['etag']}", 304), ("*", 304), ('"a", "b"', 200)):
+    for known, expected in (
+        (headers["etag"], 304),
+        (headers["etag"].removeprefix("W/"), 304),
+        ("*", 304),
+        ('"a", "b"', 200),
+    ):
         assert aggregate_http(openapi_port, path, headers={"If-None-Match": known})[0] == expected
 
 
