@@ -121,9 +121,19 @@ class Embedded:
             if self._lock_file is None:
                 self._lock_file = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock_file, fcntl.LOCK_SH)  # waits for one that is stopping the server just now
+            self._drop_stale_pid()
             self._server = get_server(self.folder, cleanup_mode=None, start=False)
             self._server.start()
             return str(self._server.get_uri())
+
+    def _drop_stale_pid(self) -> None:
+        """What a killed server (a container, a machine that went down) left may be the number of any process now."""
+        import psutil  # type: ignore[import-untyped]  # the wheel needs it
+
+        path = self.folder / "postmaster.pid"
+        with contextlib.suppress(FileNotFoundError, ValueError, IndexError, psutil.NoSuchProcess):
+            if psutil.Process(int(path.read_text().split()[0])).name() != "postgres":
+                path.unlink()
 
     def stop(self) -> None:
         """Stop the server if nobody else uses it."""
