@@ -44,7 +44,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 import asyncpg
 
@@ -195,7 +194,7 @@ class Database:
         if url == "none":
             return cls(None)
         if url:
-            if urlsplit(url).scheme not in ("postgres", "postgresql"):
+            if not url.startswith(("postgres://", "postgresql://")):  # urlsplit's errors hold the password
                 raise ValueError("DATABASE_URL: postgresql://user:password@host/database is needed, or none")
             return cls(url, schema)
         if not Embedded.available():
