@@ -183,6 +183,8 @@ class Database:
         self._look = asyncio.Event()
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._held: set[Connection] = set()
+        """Those of the pool that are in use: broken off when the database is found away."""
 
     @classmethod
     def configured(cls, environ: Mapping[str, str], schema: str) -> Database:
@@ -225,23 +227,30 @@ class Database:
             try:
                 async with asyncio.timeout(2.0):
                     await pool.close()
-            except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            except Exception:  # whatever it is: the pool has broken its connections off
                 pool.terminate()
         self._drop_probe()
         if isinstance(self.server, Embedded):
             await asyncio.to_thread(self.server.stop)
 
     @contextlib.asynccontextmanager
-    async def connection(self, wait: float = 5.0) -> AsyncIterator[Connection]:
-        """A connection of the pool, after ``wait`` seconds at the latest. ``Unavailable``: at once if it is away.
+    async def connection(self, wait: float = 5.0, limit: float = 10.0) -> AsyncIterator[Connection]:
+        """A connection of the pool, after ``wait`` seconds at the latest, for ``limit`` seconds at the most.
 
-        What breaks the connection inside comes out as ``Unavailable`` too, and has the database checked at once.
+        ``Unavailable``: at once if the database is away. What breaks the connection inside comes out as that too, and
+        has the database checked at once. After ``limit`` it is broken off: even a rollback may wait for ever.
         """
         if self._pool is None or self.state != "connected":
             raise Unavailable("away" if self.server else "not configured")
         try:
             async with self._pool.acquire(timeout=wait) as connection:
-                yield connection
+                end = asyncio.get_running_loop().call_later(limit, connection.terminate)
+                self._held.add(connection)
+                try:
+                    yield connection
+                finally:
+                    self._held.discard(connection)
+                    end.cancel()
         except Exception as error:
             if not is_away(error) or isinstance(error, Unavailable):
                 raise
@@ -280,6 +289,8 @@ class Database:
                 attempt += 1
                 self._drop_probe()
                 self._enter("down", error)
+                for connection in list(self._held):
+                    connection.terminate()
                 await asyncio.sleep(BACK_OFF.delay(attempt, self._rng) or 0.0)
             else:
                 attempt = 0
@@ -288,24 +299,27 @@ class Database:
 
     async def _check(self) -> None:
         """Ask on a connection of its own, which is not one of the pool: those may all be busy."""
-        if self._probe is None or self._probe.is_closed():
+        if self._probe is not None and self._probe.is_closed():
+            raise ConnectionResetError("the connection was lost")
+        if self._probe is None:
             url = self.server
             if isinstance(url, Embedded):
                 async with asyncio.timeout(START_LIMIT):
                     url = await asyncio.to_thread(url.start)
-            self._probe = await asyncpg.connect(url, timeout=CHECK_LIMIT, command_timeout=CHECK_LIMIT)
+            self._probe = await asyncpg.connect(url, timeout=CHECK_LIMIT)
             self._probe.add_termination_listener(lambda _: self._look.set())
             if self.schema:
-                async with self._probe.transaction():  # two programs that create one table at once would collide
-                    await self._probe.execute("SELECT pg_advisory_xact_lock(7063611)")
-                    await self._probe.execute(self.schema)
+                # one statement, so one transaction; two programs that create one table at once would collide
+                async with asyncio.timeout(START_LIMIT):
+                    await self._probe.execute(f"SELECT pg_advisory_xact_lock(7063611); {self.schema}")
             if self._pool is None:
                 self._pool = await asyncpg.create_pool(
                     url, min_size=0, max_size=self.size, timeout=CHECK_LIMIT, command_timeout=10.0
                 )
             else:
                 await self._pool.expire_connections()
-        await self._probe.execute("SELECT 1")
+        async with asyncio.timeout(CHECK_LIMIT):
+            await self._probe.execute("SELECT 1")
 
     def _drop_probe(self) -> None:
         if self._probe is not None:
