@@ -345,6 +345,7 @@ class Writer(Generic[R]):
 
     ``insert(connection, rows)`` may be called again with the same rows, and must then do nothing to those it has
     written. At most ``capacity`` rows of at most ``max_bytes`` in sum wait; ``retry`` says when to try again.
+    A batch of more than ``portion`` bytes is written in several, for encoding it holds the event loop.
     """
 
     def __init__(
@@ -356,12 +357,13 @@ class Writer(Generic[R]):
         max_bytes: int = 64_000_000,
         max_items: int = 500,
         max_age: float = 0.25,
+        portion: int = 2_000_000,
         retry: RetryPolicy = BACK_OFF,
         clock: Clock = time.monotonic,
         rng: Rng = random.random,
     ) -> None:
         self._database, self._insert, self._retry, self._rng = database, insert, retry, rng
-        self.capacity, self.max_bytes = capacity, max_bytes
+        self.capacity, self.max_bytes, self.portion = capacity, max_bytes, portion
         self._batch: Batch[tuple[R, int]] = Batch(max_items, max_age, clock=clock)
         self._full: deque[list[tuple[R, int]]] = deque()
         self._queued = self._bytes = self._written = self._lost = self._refused = self._batches = 0
@@ -388,47 +390,59 @@ class Writer(Generic[R]):
             self._wake.clear()
             items = self._full.popleft() if self._full else self._batch.drain() if self._closing else self._batch.take()
             if items:
-                await self._store([row for row, _ in items])
-                self._queued -= len(items)
-                self._bytes -= sum(size for _, size in items)
+                first = size = 0
+                for n, (_, more) in enumerate(items):
+                    if n > first and size + more > self.portion:
+                        await self._store(items[first:n])
+                        first, size = n, 0
+                    size += more
+                await self._store(items[first:])
             elif self._closing:
                 return
             else:
                 await arrives(self._wake, self._batch.due_in())
 
-    async def _store(self, rows: Sequence[R]) -> None:
-        """Write ``rows``, however long that takes; halve what is refused until the row is found whose fault it is."""
+    async def _store(self, items: Sequence[tuple[R, int]]) -> None:
+        """Write ``items``, however long that takes; halve what is refused until the row is found whose fault it is."""
+        rows = [row for row, _ in items]
         for attempt in itertools.count(1):
             try:
                 async with self._database.connection() as connection:
                     await self._insert(connection, rows)
-            except (Unavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+            except Exception as error:  # what is nobody's fault, such as a full disk, may pass
                 if not is_a_rows_fault(error):
                     if not is_away(error):
                         log.warning("database: cannot write: %s: %s", type(error).__name__, error)
                     await asyncio.sleep(self._retry.delay(attempt, self._rng) or 0.0)
                     await self._database.ready()
                     continue
-                if len(rows) > 1:
-                    await self._store(rows[: len(rows) // 2])
-                    await self._store(rows[len(rows) // 2 :])
-                else:
-                    self._refused += 1
-                    log.warning("database: a row was refused: %s", type(error).__name__)
-                return
-            self._written += len(rows)
-            self._batches += 1
+                if len(items) > 1:
+                    await self._store(items[: len(items) // 2])
+                    await self._store(items[len(items) // 2 :])
+                    return
+                self._refused += 1
+                log.warning("database: a row was refused: %s", type(error).__name__)
+            else:
+                self._written += len(items)
+                self._batches += 1
+            self._queued -= len(items)
+            self._bytes -= sum(size for _, size in items)
             return
 
     async def close(self, task: asyncio.Task[None], timeout: float = 2.0) -> int:
-        """End ``task`` (of ``run``) when all is written, or after ``timeout`` seconds. How many rows were lost."""
+        """End ``task`` (of ``run``) when all is written, or after ``timeout`` seconds. How many rows were lost.
+
+        What was under way then counts as lost; the database may have it nevertheless.
+        """
         self._closing = True
         self._wake.set()
-        await asyncio.wait([task], timeout=timeout)
-        task.cancel()
+        try:
+            await asyncio.wait([task], timeout=timeout)
+        finally:
+            task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         self._lost += self._queued
-        lost, self._queued = self._queued, 0
+        lost, self._queued, self._bytes = self._queued, 0, 0
         return lost
 
     def stats(self) -> WriterStats:
