@@ -466,7 +466,7 @@ CREATE TABLE IF NOT EXISTS upstream_results (
     PRIMARY KEY (writer, serial)
 );
 CREATE INDEX IF NOT EXISTS upstream_results_by_time ON upstream_results (source, fetched_at DESC);
-CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results USING brin (fetched_at);
+CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results (fetched_at);
 """
 
 
@@ -575,9 +575,9 @@ class History:
         before, gone = datetime.now(UTC) - timedelta(seconds=older_than), 0
         while True:
             async with self._database.connection() as connection:
-                status = await connection.execute(
-                    "DELETE FROM upstream_results WHERE (writer, serial) IN (SELECT writer, serial"
-                    " FROM upstream_results WHERE fetched_at < $1 LIMIT $2)",
+                status = await connection.execute(  # by place: a join with the whole table would scan it each time
+                    "DELETE FROM upstream_results WHERE ctid = ANY(ARRAY("
+                    "SELECT ctid FROM upstream_results WHERE fetched_at < $1 ORDER BY fetched_at LIMIT $2))",
                     before,
                     batch,
                 )
