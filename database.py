@@ -470,6 +470,10 @@ CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results (fetched_
 """
 
 
+RECENT = 20_000
+"""Results of one source among which a start looks for the last of each combination of parameters."""
+
+
 class Result(NamedTuple):
     """What a call to an upstream came to."""
 
@@ -509,42 +513,48 @@ class History:
             *columns,
         )
 
-    async def latest(self, source: str, within: float, limit: int) -> list[Result]:
-        """The last good result for each combination of parameters, none older than ``within`` seconds."""
-        rows = await self._fetch(
-            "SELECT * FROM (SELECT DISTINCT ON (parameters) source, parameters::text, fetched_at, latency, status,"
-            " payload::text FROM upstream_results WHERE source = $1 AND fetched_at > $2 AND status = 'ok'"
-            " ORDER BY parameters, fetched_at DESC) AS last ORDER BY fetched_at DESC LIMIT $3",
-            source,
-            datetime.now(UTC) - timedelta(seconds=within),
-            limit,
+    async def latest(self, source: str, within: float, limit: int, max_bytes: int = 64_000_000) -> list[Result]:
+        """The last good result for each combination of parameters, none older than ``within`` seconds, latest first.
+
+        Of the last ``RECENT`` good ones; at most ``limit``, and none after those that hold ``max_bytes`` together.
+        Their payloads are read only when they are chosen.
+        """
+        query = (
+            "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
+            " JOIN (SELECT DISTINCT ON (parameters) writer, serial FROM (SELECT writer, serial, parameters, fetched_at"
+            " FROM upstream_results WHERE source = $1 AND fetched_at > $2 AND status = 'ok'"
+            " ORDER BY fetched_at DESC LIMIT $4) AS recent ORDER BY parameters, fetched_at DESC) AS last"
+            " USING (writer, serial) ORDER BY fetched_at DESC LIMIT $3"
         )
-        return [Result(*row) for row in rows]
+        since = datetime.now(UTC) - timedelta(seconds=within)
+        return (await self._read(max_bytes, limit, query, source, since, limit, RECENT))[0]
 
     async def page(
         self, source: str, parameters: str, before: datetime, limit: int, max_bytes: int
     ) -> tuple[list[Result], bool]:
         """Results before ``before``, the latest first, whose parameters contain ``parameters``; and if there are more.
 
-        At most ``limit``, and none after those that hold ``max_bytes`` together.
+        At most ``limit``, but for those of the very same time as the last: the next page begins before it. None after
+        those that hold ``max_bytes`` together.
         """
+        query = (
+            "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
+            " WHERE source = $1 AND fetched_at < $2 AND parameters @> $3::text::jsonb"
+            " ORDER BY fetched_at DESC FETCH FIRST $4 ROWS WITH TIES"
+        )
+        return await self._read(max_bytes, limit, query, source, before, parameters, limit + 1)
+
+    async def _read(self, max_bytes: int, limit: int, query: str, *arguments: object) -> tuple[list[Result], bool]:
         results: list[Result] = []
         size = 0
         async with self._database.connection() as connection, connection.transaction(readonly=True):
-            async for row in connection.cursor(
-                "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
-                " WHERE source = $1 AND fetched_at < $2 AND parameters @> $3::text::jsonb"
-                " ORDER BY fetched_at DESC LIMIT $4",
-                source,
-                before,
-                parameters,
-                limit + 1,
-                prefetch=20,
-            ):
-                if len(results) == limit or size > max_bytes:
+            async for row in connection.cursor(query, *arguments, prefetch=20):
+                result = Result(*row)
+                full = len(results) >= limit or size > max_bytes
+                if full and result.fetched_at != results[-1].fetched_at:
                     return results, True
-                results.append(Result(*row))
-                size += len(row["payload"] or "")
+                results.append(result)
+                size += len(result.payload or "")
         return results, False
 
     async def outcomes(self, source: str, since: datetime, limit: int) -> tuple[array[float], array[float], list[str]]:
@@ -585,7 +595,3 @@ class History:
             gone += count
             if count < batch:
                 return gone
-
-    async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
-        async with self._database.connection() as connection:
-            return await connection.fetch(query, *arguments)
