@@ -499,7 +499,7 @@ class History:
     def keep(self, result: Result) -> None:
         """Have ``result`` written, soon. Without a database there is nothing to keep it in, and nothing is counted."""
         if self._database.server is not None:
-            size = len(result.payload or "") + 200
+            size = sys.getsizeof(result.payload) + sys.getsizeof(result.parameters) + 200
             self.writer.offer((next(self._serial), result), size)
 
     async def _insert(self, connection: Connection, rows: Sequence[tuple[int, Result]]) -> None:
