@@ -182,6 +182,7 @@ class Service:
 
     async def retain(self, seconds: float) -> None:
         while True:
+            await self.database.ready()
             with contextlib.suppress(Unavailable, asyncpg.PostgresError):
                 await self.history.forget(seconds)
             await asyncio.sleep(RETAIN_EVERY)
