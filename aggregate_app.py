@@ -474,9 +474,12 @@ def kept_rows() -> Iterator[None]:
     """For what needs the history: 503 while there is none."""
     try:
         yield
-    except (Unavailable, TimeoutError) as error:
+    except (Unavailable, TimeoutError, asyncpg.PostgresError) as error:
         later = str(math.ceil(getattr(error, "retry_after", 5.0)))
-        raise Problem(503, f"the history cannot be read: {error or 'no time left'}", {"Retry-After": later}) from None
+        if isinstance(error, asyncpg.PostgresError):
+            log.warning("the history cannot be read: %s: %s", type(error).__name__, error)
+        why = error if isinstance(error, Unavailable) else "no time left" if isinstance(error, TimeoutError) else "failed"
+        raise Problem(503, f"the history cannot be read: {why}", {"Retry-After": later}) from None
 
 
 async def history(request: Request) -> Response:
