@@ -478,7 +478,9 @@ def kept_rows() -> Iterator[None]:
         later = str(math.ceil(getattr(error, "retry_after", 5.0)))
         if isinstance(error, asyncpg.PostgresError):
             log.warning("the history cannot be read: %s: %s", type(error).__name__, error)
-        why = error if isinstance(error, Unavailable) else "no time left" if isinstance(error, TimeoutError) else "failed"
+        why = (
+            error if isinstance(error, Unavailable) else "no time left" if isinstance(error, TimeoutError) else "failed"
+        )
         raise Problem(503, f"the history cannot be read: {why}", {"Retry-After": later}) from None
 
 
