@@ -62,6 +62,8 @@ CHECK_EVERY = 2.0
 """Seconds between two checks of a database that answers."""
 CHECK_LIMIT = 3.0
 """Seconds that a check may take, connecting included."""
+CLOSE_LIMIT = 1.0
+"""Seconds that the end of a connection may take, and what was asked last with it; then it is broken off."""
 START_LIMIT = 60.0
 """Seconds that the embedded server may take to start: it may have to recover first."""
 BACK_OFF = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=2.0, total=math.inf)
@@ -225,7 +227,7 @@ class Database:
         pool, self._pool = self._pool, None
         if pool is not None:
             try:
-                async with asyncio.timeout(2.0):
+                async with asyncio.timeout(CLOSE_LIMIT):
                     await pool.close()
             except Exception:  # whatever it is: the pool has broken its connections off
                 pool.terminate()
@@ -243,14 +245,16 @@ class Database:
         if self._pool is None or self.state != "connected":
             raise Unavailable("away" if self.server else "not configured")
         try:
-            async with self._pool.acquire(timeout=wait) as connection:
-                end = asyncio.get_running_loop().call_later(limit, connection.terminate)
-                self._held.add(connection)
-                try:
-                    yield connection
-                finally:
-                    self._held.discard(connection)
-                    end.cancel()
+            pool = self._pool
+            connection = await pool.acquire(timeout=wait)
+            end = asyncio.get_running_loop().call_later(limit, connection.terminate)
+            self._held.add(connection)
+            try:
+                yield connection
+            finally:
+                self._held.discard(connection)
+                end.cancel()
+                await pool.release(connection, timeout=CLOSE_LIMIT)
         except Exception as error:
             if not is_away(error) or isinstance(error, Unavailable):
                 raise
