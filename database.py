@@ -128,12 +128,13 @@ class Embedded:
             return str(self._server.get_uri())
 
     def _drop_stale_pid(self) -> None:
-        """What a killed server (a container, a machine that went down) left may be the number of any process now."""
+        """The number that a killed server left is that of any process now, or of itself where no init buries it."""
         import psutil  # type: ignore[import-untyped]  # the wheel needs it
 
         path = self.folder / "postmaster.pid"
         with contextlib.suppress(FileNotFoundError, ValueError, IndexError, psutil.NoSuchProcess):
-            if psutil.Process(int(path.read_text().split()[0])).name() != "postgres":
+            process = psutil.Process(int(path.read_text().split()[0]))
+            if process.name() != "postgres" or process.status() == psutil.STATUS_ZOMBIE:
                 path.unlink()
 
     def stop(self) -> None:
