@@ -560,7 +560,7 @@ class History:
                     return results, True
                 results.append(result)
                 size += len(result.payload or "")
-        return results, False
+        return results, len(results) > limit  # all at one time at the end: whether there are more was not to be seen
 
     async def outcomes(self, source: str, since: datetime, limit: int) -> tuple[array[float], array[float], list[str]]:
         """Times (seconds since 1970), latencies (seconds) and statuses of the last ``limit`` results, oldest first.
