@@ -132,10 +132,12 @@ class Embedded:
         import psutil  # type: ignore[import-untyped]  # the wheel needs it
 
         path = self.folder / "postmaster.pid"
-        with contextlib.suppress(FileNotFoundError, ValueError, IndexError, psutil.NoSuchProcess):
-            process = psutil.Process(int(path.read_text().split()[0]))
+        with contextlib.suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
+            number, _, _, port, sockets, *_ = [*path.read_text().split("\n"), *[""] * 5]
+            process = psutil.Process(int(number))
             if process.name() != "postgres" or process.status() == psutil.STATUS_ZOMBIE:
                 path.unlink()
+                Path(sockets, f".s.PGSQL.{port}.lock").unlink()
 
     def stop(self) -> None:
         """Stop the server if nobody else uses it."""
