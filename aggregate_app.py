@@ -201,6 +201,7 @@ class Service:
 
     async def retain(self, seconds: float) -> None:
         while True:
+            await self.database.ready()
             with contextlib.suppress(Unavailable, asyncpg.PostgresError):
                 await self.history.forget(seconds)
             await asyncio.sleep(RETAIN_EVERY)
@@ -540,7 +541,7 @@ def kept_rows() -> Iterator[None]:
         raise Problem(503, f"the history cannot be read: {error or 'no time left'}", {"Retry-After": later}) from None
     except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         log.error("the history cannot be read: %r", error)
-        raise Problem(503, "the history cannot be read", {"Retry-After": "5"}) from None
+        raise Problem(503, "the history cannot be read: failed", {"Retry-After": "5"}) from None
 
 
 async def history(request: Request) -> Response:
