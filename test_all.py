@@ -9503,6 +9503,8 @@ def test_aggregate_what_cannot_be_mended_is_not_asked_for_again_at_once(web: San
         source.forget(())
         assert (await aggregate_ask(source), source.calls) == (("error", None, None), 4)
         assert source.health()["breaker"] == "closed"  # it answers: that is no outage
+        kept = source.refusals.get(())
+        assert kept is not None and kept.__traceback__ is None and kept.__context__ is None  # or it holds the body
 
     aggregate_play(web, case)
 

@@ -497,6 +497,7 @@ class Source:
                 self.renewals.failed(key, self._clock())
                 self.cache.defer(key, min(REFUSED, self.upstream.ttl))
                 if isinstance(error, UpstreamError) and not error.passes:
+                    error.__traceback__ = error.__context__ = None  # they hold the frames, and in them the body
                     self.refusals.put(key, error)
             if not isinstance(error, (UpstreamError, CircuitOpen)):
                 log.error("source %s: %r", self.upstream.name, error)
