@@ -90,7 +90,8 @@ class Upstream:
     """What the configuration says of an upstream; times are in seconds, ``parameters`` are names and defaults.
 
     ``body`` is sent as JSON; its texts may hold placeholders too. ``hedge``: ask a second time when the first has not
-    answered after so long (0: never), for at most a tenth of the calls.
+    answered after so long (0: never), for at most a tenth of the calls. An open circuit lets a probe through after
+    ``reset``, and if that fails, after twice as long, up to ``max_reset``: the shorter, the sooner all is well again.
     """
 
     name: str
@@ -107,7 +108,8 @@ class Upstream:
     retries: int = 1
     failures: int = 5
     window: float = 10.0
-    reset: float = 15.0
+    reset: float = 2.0
+    max_reset: float = 3.0
     concurrency: int = 16
     max_bytes: int = 1_000_000
     keys: int = 1000
@@ -382,7 +384,7 @@ class Source:
             failures=upstream.failures,
             window=upstream.window,
             reset=upstream.reset,
-            max_reset=max(300.0, upstream.reset),
+            max_reset=max(upstream.max_reset, upstream.reset),
             on=lambda error: not isinstance(error, UpstreamError) or error.passes,
             clock=clock,
         )
