@@ -7,13 +7,15 @@ and no entity is ever expanded, whoever declares it; a document that declares on
 A feed is smaller and stranger: feedparser, which knows every dialect, reads it, once its encoding is settled here.
 
 Promised
-- Nothing here raises, whatever the bytes; nothing is fetched or opened. Time and memory are linear in the bytes
-  that are read, and these, after inflating, are at most MAX_SITEMAP or MAX_FEED.
+- Nothing here raises, whatever the bytes; nothing is fetched or opened. At most MAX_SITEMAP or MAX_FEED bytes are
+  read, after inflating. A sitemap's time and memory are linear in them; so are a feed's as far as known: where
+  feedparser's are not (tags, authors, namespaces, white space), it is kept from them here.
 - What was found before a fault, a limit or a torn end is kept, and `truncated` says so.
 - All addresses are http or https, normalised, each once, in the order of the document.
 
 Not promised
-- To be quick: feedparser takes half a second for 1 MB, a full sitemap a second or more. Call them in a thread.
+- To be quick: feedparser takes half a second for 1 MB, a full sitemap as much, a hostile one seconds. Call them in
+  a thread.
 - Addresses of the image, video and hreflang extensions are not looked at.
 
 Every function is pure.  feedparser is imported when the first feed comes: that costs 0.1 s.

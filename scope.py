@@ -10,7 +10,7 @@ meant, and no nested repetition, which can take exponential time.
 Registrable domains follow the Public Suffix List as publicsuffixlist ships it, its private part included: one blog of
 github.io is not the other's.  Nothing is fetched or written; the 0.3 MB are read when the first domain is asked for.
 
-`Traps` is bounded in memory (some 20 MB): a path that others pushed out may have `variety` queries anew.
+`Traps` is bounded in memory (40 MB at worst): a path that others pushed out may have `variety` queries anew.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from urllib.parse import unquote_plus
 from coordination import new_lock
 from crawl_rules import FetchError, normalise
 
-MAX_QUERIES = 200_000
+MAX_QUERIES = 100_000
 """Query strings that Traps keeps in mind."""
 
 
