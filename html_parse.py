@@ -43,6 +43,8 @@ _PRESCAN = 1024  # bytes in which a <meta charset> counts (HTML standard, sectio
 _PIECE = 1 << 18  # bytes of a page that are split in one go
 _TAG_LIMIT = 1 << 18  # bytes of a tag whose attributes are read
 _FEED_TYPES = frozenset({"application/rss+xml", "application/atom+xml", "application/feed+json"})
+_REFUSALS = frozenset({"noindex", "nofollow", "none"})  # what a <meta> may ask of one crawler, by its name
+_AGENT = re.compile(r"[a-z0-9_-]+", re.ASCII)
 _BREAK = b"\x1e"  # stands for a line end in extracted text; white space, so it separates words as well
 
 
@@ -390,6 +392,7 @@ class _Scan:
         self.language: str | None = None
         self.description: str | None = None
         self.robots: list[str] = []
+        self.agent_robots: list[str] = []
         self.canonical: list[str] = []
         self.feeds: list[str] = []
         self._blocks = blocks
@@ -474,7 +477,8 @@ class _Scan:
 
     def _metadata(self, name: bytes, tag: bytes) -> None:
         lower = tag.lower()
-        if name == b"meta" and (b"description" in lower or b"robots" in lower):
+        refusing = b"no" in lower and (b"noindex" in lower or b"nofollow" in lower or b"none" in lower)
+        if name == b"meta" and (refusing or b"description" in lower or b"robots" in lower):
             attributes = _attributes(tag)
             content = attributes.get("content", "")
             match attributes.get("name", "").strip().lower():
@@ -482,6 +486,9 @@ class _Scan:
                     self.description = self.description or _fold(content)
                 case "robots":
                     self.robots += filter(None, map(str.strip, content.lower().split(",")))
+                case agent if refusing and _AGENT.fullmatch(agent):
+                    found = map(str.strip, content.lower().split(","))
+                    self.agent_robots += [f"{agent}: {directive}" for directive in found if directive in _REFUSALS]
         elif name == b"link" and (b"canonical" in lower or b"alternate" in lower):
             attributes = _attributes(tag)
             rel = attributes.get("rel", "").lower().split()
@@ -525,6 +532,7 @@ class Page:
     description: str | None  # <meta name=description>, white space folded
     language: str | None  # <html lang>, as written
     robots: tuple[str, ...]  # directives of <meta name=robots>, lower-cased: ("noindex", "nofollow")
+    agent_robots: tuple[str, ...]  # refusals of one crawler, by its name, as X-Robots-Tag has them: ("abot: noindex",)
     feeds: list[str]  # <link rel=alternate> to RSS, Atom or JSON Feed
     encoding: str  # name in the WHATWG encoding standard, lower-cased
     nofollow: frozenset[str]  # those of `links` of which every <a> carries rel=nofollow
@@ -572,6 +580,7 @@ def parse_page(body: bytes, url: str, content_type: str | None = None) -> Page:
         description=scan.description,
         language=scan.language,
         robots=tuple(scan.robots),
+        agent_robots=tuple(scan.agent_robots),
         feeds=list(dict.fromkeys(filter(None, _resolve(base, scan.feeds)))),
         encoding=encoding,
         nofollow=nofollow,
