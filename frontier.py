@@ -512,9 +512,10 @@ class Frontier:
         if page:
             self._count_page(host_name, 1)
         host = self._host(host_name)
+        idle = host.head >= len(host.waiting)
         host.append(target if text == target else (text, target), run)
         self._waiting += 1
-        if host.due == math.inf:
+        if idle or host.due == math.inf:  # its entry may say when a retry is due, or when it can be forgotten
             self._schedule(host, now)
         elif host.due == -math.inf and not host.work() & (host.work() - 1):
             self._rank(host)  # its work has doubled since
@@ -702,13 +703,16 @@ class Frontier:
             if target is host.cleared or (known.rules and (kind == "sitemap" or known.rules.allows(target))):
                 host.cleared = target
                 return False
-            request = heapq.heappop(host.delayed)[2] if host.delayed_first(ripe) else host.pop_waiting(now)
+            if host.delayed_first(ripe):
+                request = heapq.heappop(host.delayed)[2]
+            else:
+                request = host.pop_waiting(now)
+                if kind == "page":
+                    self._count_page(host.name, -1)
             why = "forbidden by robots.txt" if known.rules else "robots.txt could not be read"
             request.error = FetchError("robots", why)
             self._refused.append(request)
             self._forbidden += 1
-            if kind == "page":
-                self._count_page(host.name, -1)
         if not host.sifting:
             host.sifting = True
             self._sifting.append(host)
