@@ -35,6 +35,9 @@ from primitives import NANOSECOND, TokenBucket
 
 FAIR = 8
 """Every so many hand-outs one goes by age instead of by the work that is left."""
+EARLY = 0.25
+"""Longest time in seconds that a worker is given a request before it may be sent, where the whole crawl waits for its
+host. The others may keep the workers busy just when such a host is due, and time that a host loses never comes back."""
 ROBOTS_AGAIN = 300.0
 """Seconds until a robots.txt that could not be read is asked for again; all is forbidden meanwhile."""
 SIFTED = 64
@@ -238,7 +241,8 @@ class Frontier:
     are two buckets of the same rate: the *schedule* is charged by ``take`` and spaces the requests as they leave; the
     *gate* is charged by ``clear_to_send`` at the moment of sending, and it alone is the promise. Where connections
     are quick the gate finds nothing to do. ``lead`` (seconds) is how much earlier than it may be sent a request is
-    handed out, so that the driver is ready when the moment comes.
+    handed out, so that the driver is ready when the moment comes. Where workers are scarce, a host that will not be
+    done before all else is has its requests handed out up to ``EARLY`` seconds earlier.
 
     ``max_pages`` and ``host_pages`` (0: no cap) count what is taken in of kind "page"; what robots.txt then forbids
     gives its place back. ``private`` says which hosts of the list may be at private addresses.
@@ -274,6 +278,8 @@ class Frontier:
         self._oldest: deque[tuple[int, _Host]] = deque()
         """The same hosts by age; some of another time."""
         self._ready_hosts = self._picked = 0
+        self._gap, self._handed_at = 0.0, -math.inf
+        """Mean seconds from one hand-out to the next while hosts wait for workers; 0: they do not."""
         self._serial = 0
         self._visited: Visited[str] = Visited()
         self._refused: deque[Request] = deque()
@@ -368,15 +374,16 @@ class Frontier:
                         continue  # superseded by an earlier entry, or forgotten
                     host.due = math.inf
                     due = self._due(host, now)
-                    if due > soon + NANOSECOND:
-                        self._push(host, due)
+                    if due > soon + self._early(host, now) + NANOSECOND:
+                        self._push(host, due - self._early(host, now))
                         self._forget_idle(host, now)
                     else:
                         self._make_ready(host)
                 while self._ready_hosts:
                     host, since = self._pick()
-                    if since <= before and (due := self._due(host, now)) > soon + NANOSECOND:
-                        self._push(host, due)  # paused meanwhile, for instance
+                    early = self._early(host, now)
+                    if since <= before and (due := self._due(host, now)) > soon + early + NANOSECOND:
+                        self._push(host, due - early)  # paused meanwhile, for instance
                         self._forget_idle(host, now)
                         continue
                     return self._hand_out(host, now)
@@ -569,8 +576,8 @@ class Frontier:
         else:  # without a limit until now: what was sent last is not known, so it begins with nothing
             host.schedule, host.gate = TokenBucket(rate, burst), TokenBucket(rate, burst)
             for bucket in (host.schedule, host.gate):
-                bucket.pause(host.paused_until)
                 bucket.reserve(burst, now)
+                bucket.pause(host.paused_until)
 
     def _due(self, host: _Host, now: float) -> float:
         """When the host's next request may leave the frontier; inf if it has none, or enough in flight."""
@@ -597,7 +604,22 @@ class Frontier:
 
     def _schedule(self, host: _Host, now: float) -> None:
         if host.due > -math.inf:
-            self._push(host, self._due(host, now))
+            self._push(host, self._due(host, now) - self._early(host, now))
+
+    def _early(self, host: _Host, now: float) -> float:
+        """How much before its time the host's next request is handed out: so that a worker is surely there when the
+        host is due, if the crawl as a whole will take no longer than its URLs do."""
+        if (
+            not self._gap
+            or not host.schedule
+            or host.paused_until > now
+            or host.urgent
+            or host.head >= len(host.waiting)
+        ):
+            return 0.0  # neither a pause nor a retry's time is ever shortened
+        if host.work() < 0.9 * host.schedule.rate * self._waiting * self._gap:
+            return 0.0
+        return min(EARLY, 3 * self._gap)
 
     def _make_ready(self, host: _Host) -> None:
         host.due = -math.inf
@@ -634,6 +656,13 @@ class Frontier:
 
     def _hand_out(self, host: _Host, now: float) -> Request:
         self._picked += 1
+        if not self._ready_hosts:
+            self._gap, self._handed_at = 0.0, -math.inf
+        else:
+            if self._handed_at > -math.inf:
+                gap = now - self._handed_at
+                self._gap = self._gap + (gap - self._gap) / 32 if self._gap else gap
+            self._handed_at = now
         ripe = now + self._lead + NANOSECOND
         if host.urgent and host.urgent[0][0] <= ripe:
             request = heapq.heappop(host.urgent)[2]
