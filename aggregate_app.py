@@ -28,6 +28,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import hashlib
 import hmac
 import ipaddress
@@ -38,12 +39,10 @@ import os
 import re
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
@@ -63,10 +62,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from database import UPSTREAM_RESULTS, Database, History, Result, Unavailable
 from openapi import document
-from primitives import Semaphore, State, TokenBucket, TTLCache
-from processes import PoolFull, Processes, WorkerDied
+from primitives import Semaphore, State, T, TokenBucket, TTLCache
+from processes import PoolClosed, Processes, WorkerDied, in_daemon
 from report import Columns, inspect_host, summarise
-from telemetry import Events, Exporter, Lag, RequestLog
+from telemetry import Events, Exporter, Lag, RequestLog, standard_output
 from upstreams import DEMO, ConfigError, Key, Load, Loaded, Part, Source, Upstream, read_config, request_id
 
 log = logging.getLogger("uvicorn.error")
@@ -75,16 +74,18 @@ VERSION = "1.0"
 """Of the API, as its document says it."""
 GRACE = 5.0
 """Seconds that loads under way get when the server stops."""
-KEPT, KEPT_MOST = 0.05, 1000
-"""Seconds for which an assembled answer is handed out again, and how many there may be."""
+KEPT, KEPT_MOST, KEPT_BYTES = 0.05, 1000, 16_000_000
+"""Seconds for which an assembled answer is handed out again; how many there may be, and of how many bytes in sum."""
 RENEW_EVERY, RETAIN_EVERY = 0.1, 600.0
 """Seconds between two looks for what is to be renewed, and for what is too old to be kept."""
 WARM = 3.0
 """Seconds that the start waits for the database and what it knows."""
 STREAMS = 100
 """Streams of events at a time."""
-REPORTS = 16
-"""Reports at a time."""
+REPORTS, LOOKS = 16, 4
+"""Reports, and looks at hosts for them, at a time."""
+UNSEEN = dict.fromkeys(("name", "address", "dns_ms", "connect_ms", "certificate_days")) | {"error": "timeout"}
+"""What a report says of a host that took too long."""
 OUTCOMES = 20_000
 """Results of one source that a report takes into account: the last ones."""
 HOURS = 1, 24, 168
@@ -126,21 +127,24 @@ class Service:
         self.sources, self.database, self.history = sources, database, History(database)
         self.lag, self.events, self.log = Lag(), Events(), RequestLog(output)
         self.processes = Processes(waiting=REPORTS)
-        self.threads = ThreadPoolExecutor(4, thread_name_prefix="report")
+        self.reports, self.looks = 0, Semaphore(LOOKS)
         self.registry = CollectorRegistry()
         self.registry.register(Exporter(sources, self.lag, database, self.history.writer, self.log))
-        self.started, self.stopping = time.monotonic(), False
-        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
+        self.force: Callable[[], object] = lambda: None
+        self.timers: list[asyncio.TimerHandle] = []
+        self.tasks: dict[str, asyncio.Task[Any]] = {}
         self.kept: dict[tuple[str, bytes], Kept] = {}
+        self.kept_bytes = self.changes = 0
         for source in sources.values():
             source.listeners.append(self.loaded)
             source.changed = self.settle
             source.breaker.listen(self.switched)
 
-    def begin(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def begin(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task beside the requests. One that fails is an error in the log, and shown by /health."""
 
-        def ended(task: asyncio.Task[None]) -> None:
+        def ended(task: asyncio.Task[T]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
                 log.error("task %s ended", name, exc_info=error)
             else:
@@ -166,22 +170,38 @@ class Service:
         self.events.publish("breaker", told)
         self.log.note("breaker", request_id.get(), told)
 
-    def settle(self) -> None:
-        """Something changed: no kept answer is sent again. Those that were are counted now."""
-        for kept in self.kept.values():
+    def keep(self, asked: tuple[str, bytes], kept: Kept) -> None:
+        self.drop(asked)
+        if len(self.kept) >= KEPT_MOST or self.kept_bytes + len(kept.body) > KEPT_BYTES:
+            self.settle()
+        if len(kept.body) <= KEPT_BYTES:
+            self.kept[asked] = kept
+            self.kept_bytes += len(kept.body)
+
+    def drop(self, asked: tuple[str, bytes]) -> None:
+        """Send a kept answer no more. How often it was is counted now."""
+        kept = self.kept.pop(asked, None)
+        if kept is not None:
+            self.kept_bytes -= len(kept.body)
             for name, state in kept.states.items():
                 self.sources[name].answers[state] += kept.hits
-        self.kept.clear()
+
+    def settle(self) -> None:
+        """Something changed: no kept answer is sent again."""
+        self.changes += 1
+        for asked in list(self.kept):
+            self.drop(asked)
 
     async def renew(self) -> None:
         request_id.set("renewal")
-        while True:
+        while not self.stopping:
             await asyncio.sleep(RENEW_EVERY)
             for source in self.sources.values():
                 source.renew()
 
     async def retain(self, seconds: float) -> None:
         while True:
+            await self.database.ready()
             with contextlib.suppress(Unavailable, asyncpg.PostgresError):
                 await self.history.forget(seconds)
             await asyncio.sleep(RETAIN_EVERY)
@@ -204,25 +224,46 @@ class Service:
                     source.warm(source.key(given), orjson.loads(result.payload), age, result.latency)
                 await asyncio.sleep(0)
 
-    def stop(self) -> None:
-        """At the signal: streams end, and loads, which requests may wait for, have ``GRACE`` seconds left."""
-        if not self.stopping:
-            self.stopping = True
-            self.events.end()
-            asyncio.get_running_loop().call_later(GRACE, self.cancel_loads)
+    def look(self, name: str) -> asyncio.Task[dict[str, Any]]:
+        """The look at the host of a source that is under way, or a new one: one, however many reports want it."""
 
-    def cancel_loads(self) -> None:
-        for source in self.sources.values():
-            for load in source.running:
-                load.cancel()
+        async def work() -> dict[str, Any]:
+            async with self.looks:
+                return await in_daemon(inspect_host, self.sources[name].upstream.url)
+
+        return self.tasks.get(f"look at {name}") or self.begin(f"look at {name}", work())
+
+    def stop(self) -> None:
+        """At the signal: streams end; loads and reports, which requests may wait for, have ``GRACE`` seconds left.
+
+        A client that does not read its answer would keep the server for ever: a second later it is let go.
+        """
+        if not self.stopping:
+            self.stopping, self.patience = True, time.monotonic() + GRACE
+            self.events.end()
+            later = asyncio.get_running_loop().call_later
+            self.timers = [later(GRACE, self.cut), later(GRACE + 1.0, self.force)]
+
+    def cut(self) -> None:
+        self.cancel_loads()
+        self.begin("end of reports", self.processes.close(0.0))
+
+    def cancel_loads(self) -> list[asyncio.Task[Loaded]]:
+        loads = [load for source in self.sources.values() for load in source.running]
+        for load in loads:
+            load.cancel()
+        return loads
 
     async def close(self) -> None:
         self.stop()
+        for timer in self.timers:
+            timer.cancel()
         for task in self.tasks.values():
             task.cancel()
         await asyncio.gather(*list(self.tasks.values()), return_exceptions=True)
         while loads := [load for source in self.sources.values() for load in source.running]:
-            await asyncio.wait(loads)
+            await asyncio.wait(loads, timeout=max(0.0, self.patience - time.monotonic()))
+            await asyncio.wait(self.cancel_loads() or loads)
 
 
 # -------------------------------------------------------------------------------------------------------- routes
@@ -346,6 +387,7 @@ async def aggregate(request: Request) -> Response:
     started = time.monotonic()
     service, one = service_of(request), request.path_params.get("source")
     sources, given, deadline = wanted(request, None if one is None else [one])
+    changes = service.changes
     parts = await gather(sources, given, deadline)
     states = request.scope["states"] = {name: part.state for name, part in parts.items()}
     for name, state in states.items():
@@ -361,7 +403,7 @@ async def aggregate(request: Request) -> Response:
         later = str(max(1, round(min(part.retry_after for part in parts.values()))))
         raise Problem(503, "no source has data", {"Retry-After": later, "Cache-Control": "no-store"}, **answer)
     content = ";".join(f"{name} {part.state} {part.data and part.data.digest}" for name, part in parts.items())
-    etag = f'"{hashlib.blake2b(content.encode(), digest_size=12).hexdigest()}"'
+    etag = f'W/"{hashlib.blake2b(content.encode(), digest_size=12).hexdigest()}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     fresh_for = min(part.expires_in for part in parts.values())
     ages = [part.age for part in parts.values() if part.age is not None]
@@ -369,31 +411,47 @@ async def aggregate(request: Request) -> Response:
         headers["Age"] = str(math.ceil(max(ages)))
     if all(state == "fresh" for state in states.values()):
         headers["Cache-Control"] = f"max-age={math.ceil(max(ages)) + int(fresh_for)}"
-    known = (tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(","))
-    if any(tag in (etag, "*") for tag in known):
+    known = (tag.strip() for line in request.headers.getlist("If-None-Match") for tag in line.split(","))
+    if any(tag in (etag, etag.removeprefix("W/"), "*") for tag in known):
         return Response(status_code=304, headers=headers)
     response = reply(answer, headers=headers)
-    if set(states.values()) <= {"fresh", "stale"} and request.method == "GET":
-        if len(service.kept) >= KEPT_MOST:
-            service.settle()
-        until = started + min(KEPT, *(part.expires_in for part in parts.values() if part.state == "fresh"), KEPT)
+    # what changed while loads were waited for may have been an invalidation, and this an answer from before it
+    unchanged = changes == service.changes
+    if unchanged and set(states.values()) <= {"fresh", "stale"} and request.method == "GET":
+        until = started + min(KEPT, *(part.expires_in for part in parts.values()))
         kept = Kept(until, response.raw_headers, bytes(response.body), states)
-        service.kept[request.scope["path"], request.scope["query_string"]] = kept
+        service.keep((request.scope["path"], request.scope["query_string"]), kept)
     return response
 
 
 def authorised(request: Request) -> None:
-    """With ``AGGREGATE_TOKEN``, who has it; without, who is on this machine."""
+    """With ``AGGREGATE_TOKEN``, who has it; without, who is on this machine: neither behind a proxy that is, nor the
+    page of another origin in a browser that is (nor one whose name was made to lead here)."""
     token = os.environ.get("AGGREGATE_TOKEN")
     if token:
         given = request.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise Problem(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
         return
-    with contextlib.suppress(ValueError):  # of what is no address: a proxy may say anything
-        if request.client is not None and ipaddress.ip_address(request.client.host).is_loopback:
-            return
+    headers, client = request.headers, request.client
+    origin = headers.get("Origin")
+    same = origin is None or re.sub("^https?://", "", origin) == headers.get("Host", "").lower()
+    if not same or headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        raise Problem(403, "without AGGREGATE_TOKEN no page of another origin may do this")
+    names = [client.host if client is not None else ""]
+    if origin is not None:  # a page's name may have been made to lead here
+        names.append(request.url.hostname or "")
+    proxied = any(name in headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"))
+    if client is not None and client.port and not proxied and all(map(is_here, names)):
+        return
     raise Problem(403, "without AGGREGATE_TOKEN only clients of this machine may do this")
+
+
+def is_here(host: str) -> bool:
+    """Whether this is an address of this machine alone, or the name that each machine has for itself."""
+    with contextlib.suppress(ValueError):
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False
 
 
 async def invalidate(request: Request) -> Response:
@@ -405,13 +463,18 @@ async def invalidate(request: Request) -> Response:
         check(query, ("source",))
         for source in sources.values():
             source.forget()
-        return reply({"invalidated": sorted(sources)})
+        return forgotten(request, sorted(sources))
     if name not in sources:
         raise Problem(404, f"unknown source {name[:50]}", sources=sorted(sources))
     source = sources[name]
     check(query, source.upstream.parameters)
     source.forget(source.key(query) if query else None)
-    return reply({"invalidated": [name]})
+    return forgotten(request, [name])
+
+
+def forgotten(request: Request, names: list[str]) -> Response:
+    service_of(request).events.publish("invalidate", {"sources": names})
+    return reply({"invalidated": names})
 
 
 async def health(request: Request) -> Response:
@@ -476,6 +539,9 @@ def kept_rows() -> Iterator[None]:
     except (Unavailable, TimeoutError) as error:
         later = str(math.ceil(getattr(error, "retry_after", 5.0)))
         raise Problem(503, f"the history cannot be read: {error or 'no time left'}", {"Retry-After": later}) from None
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        log.error("the history cannot be read: %r", error)
+        raise Problem(503, "the history cannot be read: failed", {"Retry-After": "5"}) from None
 
 
 async def history(request: Request) -> Response:
@@ -513,18 +579,23 @@ async def report(request: Request) -> Response:
     names = list(known_sources(request, names_in(query, request)))
     check(query, ("hours", "sources"))
     hours = whole(query, "hours", *HOURS)
-    since, loop = datetime.now(UTC) - timedelta(hours=hours), asyncio.get_running_loop()
-    inspections = {
-        name: loop.run_in_executor(service.threads, inspect_host, service.sources[name].upstream.url) for name in names
-    }
-    with kept_rows():
-        async with asyncio.timeout(REPORT_LIMIT):
-            try:
+    since, until = datetime.now(UTC) - timedelta(hours=hours), time.monotonic() + REPORT_LIMIT
+    if service.reports >= REPORTS:
+        raise Problem(503, "too many reports", {"Retry-After": "2"})
+    service.reports += 1
+    try:
+        with kept_rows():
+            async with asyncio.timeout(REPORT_LIMIT):
                 rows = {name: Columns(*await service.history.outcomes(name, since, OUTCOMES)) for name in names}
+                looks = {name: service.look(name) for name in names}
                 figures = await service.processes.run(summarise, rows, timeout=REPORT_LIMIT)
-                hosts = {name: await inspection for name, inspection in inspections.items()}
-            except (PoolFull, WorkerDied) as error:
-                raise Problem(503, str(error), {"Retry-After": "2"}) from None
+        if looks:  # whose name is not found in time is no reason to say nothing at all
+            await asyncio.wait(looks.values(), timeout=max(0.0, until - time.monotonic()))
+    except (PoolClosed, WorkerDied):
+        raise Problem(503, "no report could be computed", {"Retry-After": "2"}) from None
+    finally:
+        service.reports -= 1
+    hosts = {name: look.result() if look.done() and not look.cancelled() else UNSEEN for name, look in looks.items()}
     said = {name: {**figures[name], "host": hosts[name]} for name in names}
     generated_at = datetime.now(UTC).isoformat(timespec="milliseconds")
     return reply({"generated_at": generated_at, "hours": hours, "sources": said}, headers={"Cache-Control": "no-store"})
@@ -664,13 +735,14 @@ class Aggregator(Starlette):
 
 
 @contextlib.contextmanager
-def told_of_signals(call: Callable[[], object]) -> Iterator[None]:
-    """Have ``call`` called in the event loop at SIGINT and SIGTERM, before whoever else waits for them.
+def told_of_signals(call: Callable[[], object]) -> Iterator[Callable[[], object]]:
+    """Have ``call`` called in the event loop at SIGINT and SIGTERM, before whoever else waits for them. What is given
+    is for the server as one more SIGINT, after which it waits for nobody.
 
     The server ends the lifespan only when the last response has ended, and a stream of events does not end by itself.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -683,8 +755,9 @@ def told_of_signals(call: Callable[[], object]) -> Iterator[None]:
 
     for number in before:
         signal.signal(number, handle)
+    forced = before[signal.SIGINT]
     try:
-        yield
+        yield lambda: forced(signal.SIGINT, None) if callable(forced) else None
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) is handle:
@@ -704,6 +777,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             stack.push_async_callback(asyncio.to_thread, site.stop)
             upstreams = read_config(DEMO.format(base=site.url("")), os.environ)
             log.info("no AGGREGATE_CONFIG: four demo upstreams at %s", site.url("/api/"))
+        gc.freeze()  # what was imported is no garbage: a full collection of it held the loop for 30 ms
+        stack.callback(gc.unfreeze)
         session = await stack.enter_async_context(
             aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=PLACES, limit_per_host=0),
@@ -718,11 +793,10 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if output is not None:  # ours has more in it; who wants none starts uvicorn with --no-access-log
             access.handlers, access.propagate = [], False
         service = app.service = app.state.service = Service(sources, app.state.database(), output)
-        stack.enter_context(told_of_signals(service.stop))
+        service.force = stack.enter_context(told_of_signals(service.stop))
         if service.log.wanted:
             service.begin("request log", service.log.run())
             stack.push_async_callback(service.log.close)
-        stack.callback(service.threads.shutdown, wait=False, cancel_futures=True)
         stack.push_async_callback(service.processes.close)
         if service.database.server is None:
             log.info("no database: nothing is kept over a restart")
@@ -814,7 +888,7 @@ def configured_app(environ: Mapping[str, str]) -> Aggregator:
         rate,
         database=lambda: Database.configured(environ, UPSTREAM_RESULTS),
         retention=(7.0 if days is None else days) * 86400,
-        output=sys.stdout.buffer,
+        output=standard_output(),
     )
 
 

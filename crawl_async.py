@@ -42,7 +42,7 @@ from yarl import URL
 from coordination import Channel, Semaphore
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import Crawl, build_row
-from crawl_net import BodyDecoder, ProxyRule, Resolver, detail, tls_detail
+from crawl_net import BodyDecoder, ProxyRule, Resolver, allowed, detail, tls_detail
 from crawl_rules import (
     RESPONSE_HEADERS,
     FetchError,
@@ -51,6 +51,7 @@ from crawl_rules import (
     Request,
     Response,
     ScrapeResult,
+    may_go_anywhere,
     request_headers,
 )
 
@@ -67,14 +68,20 @@ _in_hand: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
 class GatedConnector(aiohttp.TCPConnector):
     """aiohttp's connection pool, with the last word on politeness: when the connection is open, and nothing sent yet,
     the request waits for its turn. It knows every socket that it opened, for at the end some are in nobody's hands: a
-    TLS connection that waits for the other side's goodbye is no longer in the pool."""
+    TLS connection that waits for the other side's goodbye is no longer in the pool.
 
-    def __init__(self, crawl: Crawl, **more: Any) -> None:
-        super().__init__(socket_factory=self._open, **more)
-        self._crawl = crawl
+    Unless it may go ``anywhere`` it opens sockets to public addresses only, so none of its pool leads elsewhere. The
+    names are judged where they are resolved; an address in the URL itself, which aiohttp resolves on its own, here.
+    """
+
+    def __init__(self, crawl: Crawl, resolver: Resolver, *, anywhere: bool, **more: Any) -> None:
+        super().__init__(socket_factory=self._open, resolver=LoopResolver(resolver, anywhere=anywhere), **more)
+        self._crawl, self._anywhere = crawl, anywhere
         self._opened: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     def _open(self, address: aiohttp.AddrInfoType) -> socket.socket:
+        where = str(address[4][0])
+        allowed(where, [(socket.AddressFamily(address[0]), where)], anywhere=self._anywhere)
         opened = socket.socket(*address[:3])
         self._opened.add(opened)
         return opened
@@ -102,44 +109,50 @@ class GatedConnector(aiohttp.TCPConnector):
 
 
 class LoopResolver(AbstractResolver):
-    """The crawlers' resolver, as aiohttp wants it."""
+    """The crawlers' resolver, as aiohttp wants it. Fails with FetchError."""
 
-    def __init__(self) -> None:
-        self._resolver = Resolver()
+    def __init__(self, resolver: Resolver, *, anywhere: bool) -> None:
+        self._resolver, self._anywhere = resolver, anywhere
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
+        addresses = allowed(host, await self._resolver.lookup_async(host), anywhere=self._anywhere)
         return [
             ResolveResult(hostname=host, host=address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
-            for kind, address in await self._resolver.lookup_async(host)
+            for kind, address in addresses
         ]
 
     async def close(self) -> None:
-        self._resolver.close()
+        """The resolver serves others too."""
 
 
 # -------------------------------------------------------------------------------------------------------- fetch
 
 
 class Fetcher:
-    """``await fetch(request) -> Response or FetchError``, on one session for all tasks."""
+    """``await fetch(request) -> Response or FetchError``, on two sessions for all tasks: one for requests that may
+    go anywhere and for what goes through a proxy, one for the rest, whose connections all lead to public addresses."""
 
     def __init__(self, crawl: Crawl) -> None:
         options = crawl.options
         self._crawl, self._options = crawl, options
         self._proxy = ProxyRule(options.proxy)
-        self._resolver = LoopResolver()
-        self._session = aiohttp.ClientSession(
-            connector=GatedConnector(
-                crawl,
-                limit=0,
-                resolver=self._resolver,
-                ssl=not options.insecure,
-                use_dns_cache=False,
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
+        self._resolver = Resolver()
+        self._free, self._guarded = (
+            aiohttp.ClientSession(
+                connector=GatedConnector(
+                    crawl,
+                    self._resolver,
+                    anywhere=anywhere,
+                    limit=0,
+                    ssl=not options.insecure,
+                    use_dns_cache=False,
+                ),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+            )
+            for anywhere in (True, False)
         )
 
     async def fetch(self, request: Request) -> Response | FetchError:
@@ -157,18 +170,21 @@ class Fetcher:
         return outcome
 
     async def _fetch(self, request: Request) -> Response:
-        url, headers = request_headers(self._options, request)
+        anywhere = may_go_anywhere(self._options, request)
+        url, headers = request_headers(self._options, request, self._crawl.named)
+        proxy = self._proxy.find(url)
+        session = self._free if anywhere or proxy else self._guarded
         timeout = aiohttp.ClientTimeout(
             total=self._crawl.remaining(request),
             sock_connect=self._options.connect_timeout,
             ceil_threshold=math.inf,
         )
-        async with self._session.get(
+        async with session.get(
             URL(url, encoded=True),
             headers=headers,
             timeout=timeout,
             allow_redirects=False,
-            proxy=self._proxy.find(url),
+            proxy=proxy,
         ) as response:
             status = response.status
             try:
@@ -217,8 +233,9 @@ class Fetcher:
         return FetchError("protocol", detail(error))
 
     async def close(self) -> None:
-        await self._session.close()
-        await self._resolver.close()
+        await self._free.close()
+        await self._guarded.close()
+        self._resolver.close()
 
 
 def _payload_error(error: aiohttp.ClientPayloadError, status: int) -> FetchError:

@@ -291,6 +291,8 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     option(http, "--user-agent", str, "who to say that we are", "TEXT")
     http.add_argument("--header", type=header, action="append", dest="headers", metavar="NAME:VALUE", help="send this")
     option(http, "--proxy", str, "http://[user:password@]host:port; default: the environment's", "URL")
+    text = "let any page or name lead to private addresses, not only those that the list names"
+    http.add_argument("--allow-private", action="store_true", default=None, help=text)
     http.add_argument("--insecure", action="store_true", default=None, help="accept any certificate")
     return parser
 

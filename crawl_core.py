@@ -23,6 +23,7 @@ list (``Crawl.feed``): it may be long, or a pipe that blocks; what the thread fi
 
 from __future__ import annotations
 
+import contextlib
 import http
 import random
 import threading
@@ -44,7 +45,10 @@ from crawl_rules import (
     Request,
     Response,
     ScrapeResult,
+    is_secret,
+    leads_private,
     normalise,
+    origin,
 )
 from frontier import Frontier
 from html_parse import parse_page
@@ -120,6 +124,8 @@ class Crawl:
         self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
         self.stats = Stats(clock)
         self.changed: Callable[[], None] = lambda: None
+        self.named: set[str] | None = set() if any(is_secret(name) for name, _ in options.headers) else None
+        """The origins of the list, if there is something that only they may see. Added to by the thread that reads."""
         self.interrupted = False
         self.failure: BaseException | None = None
         """Why the run ended early, if it did: the list or the output could not be read or written."""
@@ -167,6 +173,8 @@ class Crawl:
         if target == request.target:
             return FetchError("redirects", "to itself", status=response.status)
         request.hops += 1
+        request.private = leads_private(request.private, request.host)
+        request.strayed = request.strayed or origin(target) != origin(request.target)
         self.stats.count(redirects=1)
         self.frontier.put_back(request, now, now, target, host)
         return None
@@ -174,18 +182,25 @@ class Crawl:
     def feed(self, urls: Iterable[str]) -> threading.Thread:
         """Read ``urls`` into the frontier in a thread: the list may be long, or a pipe that blocks."""
 
+        def add(batch: list[str]) -> None:
+            if self.named is not None:
+                for url in batch:
+                    with contextlib.suppress(FetchError):
+                        self.named.add(origin(normalise(url)[0]))
+            self.frontier.add_all(batch, self.clock())
+
         def read() -> None:
             batch: list[str] = []
             try:
                 for url in urls:
                     batch.append(url)
                     if len(batch) >= 200 or self.frontier.waiting < 200:
-                        self.frontier.add_all(batch, self.clock())
+                        add(batch)
                         self.changed()
                         batch = []
             except Exception as error:
                 self.fail(error)
-            self.frontier.add_all(batch, self.clock())
+            add(batch)
             self.frontier.close()
             self.changed()
 

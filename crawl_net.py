@@ -1,7 +1,11 @@
 """Between the crawlers and the wire: names to addresses, and bodies out of their Content-Encoding.
 
 Promised: a look-up of a name takes no longer than its caller waits, whatever the system's resolver does; a body takes
-no more memory than its limit, whatever it claims to be. Not promised: which of several addresses answers.
+no more memory than its limit, whatever it claims to be; a request that may not go to private addresses is connected
+to public ones only: ``allowed`` judges the very addresses that the socket gets, each time that one is opened, so a
+name that resolves to something else the next time gains nothing. Such connections have a pool of their own in both
+drivers: one that was opened without the check (to a proxy, or for a request that may go anywhere) never serves one
+that needs it. Not promised: which of several addresses answers; anything of names that a proxy resolves.
 
 Threads: ``socket.getaddrinfo`` can neither be awaited nor given a time limit, so it runs in daemon threads of the
 ``Resolver``, which serve both drivers. Decoding runs in the caller's thread, in pieces of 256 KiB, so that an event
@@ -30,6 +34,7 @@ import brotli
 
 from coordination import Channel, new_lock
 from crawl_rules import FetchError
+from crawl_rules import is_public as is_public
 from primitives import Clock
 
 try:
@@ -282,6 +287,16 @@ class Resolver:
             futures = [future for _, future in self._cache.values() if not future.done()]
         for future in futures:
             self._settle(future, error=FetchError("interrupted", "stopped during the look-up of the name"))
+
+
+def allowed(name: str, addresses: list[Address], *, anywhere: bool) -> list[Address]:
+    """Those of the addresses of ``name`` that may be connected to. Raises FetchError ``blocked`` if none may."""
+    if anywhere:
+        return addresses
+    public = [address for address in addresses if is_public(address[1])]
+    if addresses and not public:
+        raise FetchError("blocked", f"{name} -> {addresses[0][1]}")
+    return public
 
 
 # ------------------------------------------------------------------------------------------ errors, TLS, proxies

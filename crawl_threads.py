@@ -44,7 +44,7 @@ from typing import Any
 from coordination import new_lock
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import Crawl, build_row
-from crawl_net import BodyDecoder, Resolver, detail, tls_context, tls_detail
+from crawl_net import BodyDecoder, Resolver, allowed, detail, tls_context, tls_detail
 from crawl_rules import (
     RESPONSE_HEADERS,
     FetchError,
@@ -53,6 +53,7 @@ from crawl_rules import (
     Request,
     Response,
     ScrapeResult,
+    may_go_anywhere,
     request_headers,
 )
 
@@ -203,8 +204,8 @@ class _Response(http.client.HTTPResponse):
         super().close()
 
 
-_Key = tuple[str, str, str | None]
-"""Scheme, host and port, and the host behind a proxy's tunnel."""
+_Key = tuple[str, str, str | None, bool]
+"""Scheme, host and port, the host behind a proxy's tunnel, and whether it was opened without a look at its address."""
 
 
 class _Connection(http.client.HTTPConnection):
@@ -295,8 +296,9 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """Keep-alive for urllib: put it into any opener, and redirects, proxies and authentication go on as they do.
 
     A request may carry ``deadline`` and ``connect_deadline`` (monotonic seconds) and ``before_send``, which is called
-    when the connection is open, right before the request goes out. A kept connection that the server closed while
-    it was idle is replaced once (RFC 9112, section 9.3.1). Raises FetchError of kind dns, connect, tls.
+    when the connection is open, right before the request goes out. Unless it carries a true ``anywhere``, or goes to
+    a proxy, it is connected to public addresses only. A kept connection that the server closed while it was idle is
+    replaced once (RFC 9112, section 9.3.1). Raises FetchError of kind dns, blocked, connect, tls.
     """
 
     def __init__(self, pool: _Pool, resolver: Resolver, *, insecure: bool = False) -> None:
@@ -311,7 +313,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def _open(self, scheme: str, req: urllib.request.Request) -> http.client.HTTPResponse:
         tunnel: str | None = getattr(req, "_tunnel_host", None)
-        key = (scheme, req.host, tunnel)
+        anywhere = bool(tunnel or req.has_proxy() or getattr(req, "anywhere", False))
+        key = (scheme, req.host, tunnel, anywhere)
         limit = req.timeout if isinstance(req.timeout, (int, float)) else 60.0
         deadline = getattr(req, "deadline", time.monotonic() + limit)
         headers = {**req.headers, **req.unredirected_hdrs}
@@ -322,7 +325,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection = self._pool.take(key)
             kept = connection is not None
             if connection is None:
-                connection = self._connect(scheme, req.host, tunnel, proxy_headers, req, deadline)
+                connection = self._connect(key, proxy_headers, req, deadline)
             wire = connection.sock
             wire.deadline = deadline
             try:
@@ -353,14 +356,9 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             return response
 
     def _connect(
-        self,
-        scheme: str,
-        authority: str,
-        tunnel: str | None,
-        proxy_headers: dict[str, str],
-        req: urllib.request.Request,
-        deadline: float,
+        self, key: _Key, proxy_headers: dict[str, str], req: urllib.request.Request, deadline: float
     ) -> _Connection:
+        scheme, authority, tunnel, anywhere = key
         connection = (_SecureConnection if scheme == "https" and not tunnel else _Connection)(authority)
         server = connection.host
         if tunnel:
@@ -368,7 +366,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             server = parts.hostname or ""
             connection.set_tunnel(f"[{server}]" if ":" in server else server, parts.port or 443, proxy_headers)
         connect_deadline = min(deadline, getattr(req, "connect_deadline", deadline))
-        sock = self._dial(connection.host, connection.port, connect_deadline)
+        sock = self._dial(connection.host, connection.port, connect_deadline, anywhere=anywhere)
         try:
             wrapped = connection.sock = _DeadlineSocket(sock, connect_deadline)
             if tunnel:
@@ -393,9 +391,12 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             raise
         return connection
 
-    def _dial(self, host: str, port: int, deadline: float) -> socket.socket:
+    def _dial(self, host: str, port: int, deadline: float, *, anywhere: bool) -> socket.socket:
         failure: OSError | None = None
-        for family, address in self._resolver.lookup(host.strip("[]"), deadline - time.monotonic()):
+        name = host.strip("[]")
+        for family, address in allowed(
+            name, self._resolver.lookup(name, deadline - time.monotonic()), anywhere=anywhere
+        ):
             sock = socket.socket(family, socket.SOCK_STREAM)
             self._pool.watch(sock)
             try:
@@ -445,8 +446,10 @@ class Fetcher:
         return outcome
 
     def _fetch(self, request: Request, started: float) -> Response:
-        url, headers = request_headers(self._options, request)
+        anywhere = may_go_anywhere(self._options, request)
+        url, headers = request_headers(self._options, request, self._crawl.named)
         call: Any = urllib.request.Request(url, headers=headers)
+        call.anywhere = anywhere
         call.deadline = started + self._crawl.remaining(request)
         call.connect_deadline = started + self._options.connect_timeout
         call.before_send = lambda: self._wait_for_turn(request)

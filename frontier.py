@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from coordination import Visited, new_lock
-from crawl_rules import FetchError, Postponed, Request, normalise, origin
+from crawl_rules import FetchError, Postponed, Request, names_private, normalise, origin
 from primitives import NANOSECOND, TokenBucket
 
 FAIR = 8
@@ -261,8 +261,9 @@ class Frontier:
         host_pages: int = 0,
         max_pages: int = 0,
         adaptive: bool = False,
-        private: Callable[[str], bool] | None = None,
+        private: Callable[[str], bool] = names_private,
     ) -> None:
+        self._private = private
         self._rate, self._burst, self._per_host, self._lead = rate, burst, per_host, lead
         self._robots, self._robots_ttl, self._adaptive, self._private = robots, robots_ttl, adaptive, private
         self._host_pages, self._max_pages = host_pages or math.inf, max_pages or math.inf
@@ -298,8 +299,7 @@ class Frontier:
             except FetchError as error:
                 refused.append(Request(text, text, "", kind=kind, error=error))
             else:
-                private = self._private is not None and self._private(host_name)
-                known.append((text, target, host_name, private_run if private else open_run))
+                known.append((text, target, host_name, private_run if self._private(host_name) else open_run))
         with self._lock:
             before = len(self._visited)
             for text, target, host_name, run in known:

@@ -219,7 +219,7 @@ def components(upstreams: Mapping[str, Upstream]) -> Json:
     names = list(upstreams)
     known = "|".join(map(re.escape, names))
     headers = {
-        "ETag": (r'^"[0-9a-f]{24}"$', "Of the data and of the states"),
+        "ETag": (r'^W/"[0-9a-f]{24}"$', "Of the data and of the states; weak, for the times differ"),
         "Cache-Control": (r"^(max-age=[0-9]+|no-cache|no-store)$", "For how long the answer stays fresh, if it is"),
         "Age": ("^[0-9]+$", "Seconds, of the oldest data in it; none if all is a fallback"),
         "Retry-After": (r"^[1-9][0-9]*$", "Seconds"),

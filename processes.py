@@ -278,3 +278,17 @@ class Processes:
         return ProcessesStats(self.workers, running, self._accepted - running, *counts)
 
     __repr__ = telling
+
+
+async def in_daemon(function: Callable[..., T], *args: Any) -> T:
+    """``asyncio.to_thread`` for what raises nothing, in a thread for which no program waits when it ends."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[T] = loop.create_future()
+
+    def work() -> None:
+        value = function(*args)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(lambda: None if found.done() else found.set_result(value))
+
+    threading.Thread(target=work, name=function.__name__, daemon=True).start()
+    return await found

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -194,9 +195,14 @@ class RequestLog:
         while (lines := self._handed.get()) is not None:
             try:
                 assert self._output is not None
-                self._output.write(b"".join(map(written, lines)))
+                left = memoryview(b"".join(map(written, lines)))
+                while left:  # without a buffer, a part of it may be written; nothing (None), if it must not block
+                    count = self._output.write(left)
+                    if not count:
+                        raise BlockingIOError
+                    left = left[count:]
                 self._output.flush()
-            except (OSError, ValueError):  # nobody is there to read
+            except Exception:  # nobody is there to read; whatever it is, the next lines may be written
                 self._unwritten += len(lines)
             self._done += len(lines)
 
@@ -216,6 +222,12 @@ class RequestLog:
         self._handed.put(None)
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, timeout)
+
+
+def standard_output() -> IO[bytes] | None:
+    """Without its buffer, whose lock a thread in a blocked write would keep when the program ends. None: closed."""
+    buffer = getattr(sys.stdout, "buffer", None)
+    return getattr(buffer, "raw", buffer)
 
 
 def written(line: Line) -> bytes:

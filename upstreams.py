@@ -40,7 +40,6 @@ from primitives import (
     CircuitBreaker,
     CircuitOpen,
     Clock,
-    Hit,
     RetryBudget,
     RetryPolicy,
     Rng,
@@ -174,7 +173,12 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
                 raise ConfigError(f"{name}.{key}: a text is needed, not {value!r}")
             if key == "method" and value not in ("GET", "POST"):
                 raise ConfigError(f"{name}.method: GET or POST is needed, not {value!r}")
-        elif key not in ("fallback", "body"):
+        elif key in ("fallback", "body"):
+            try:
+                orjson.dumps(value)
+            except TypeError as error:  # a whole number of more than 64 bits, say
+                raise ConfigError(f"{name}.{key}: no JSON: {error}") from None
+        else:
             number = isinstance(value, int if key in whole else (int, float)) and not isinstance(value, bool)
             if not number:
                 raise ConfigError(f"{name}.{key}: a {'whole ' * (key in whole)}number is needed, not {value!r}")
@@ -258,7 +262,7 @@ class Part(NamedTuple):
     latency: float | None = None
     error: str | None = None
     expires_in: float = 0.0
-    """Seconds for which the data stays fresh."""
+    """Seconds for which the data may be said to be in this state."""
     retry_after: float = 1.0
 
     def shown(self) -> dict[str, Any]:
@@ -274,6 +278,8 @@ class Part(NamedTuple):
 class Loaded(NamedTuple):
     data: Data
     latency: float
+    at: float
+    """When, by the clock of the source."""
 
 
 class Load(NamedTuple):
@@ -392,6 +398,7 @@ class Source:
         self.running: set[asyncio.Task[Loaded]] = set()
         """These, and those that nobody joins any more, for their key was invalidated."""
         self.calls = self.failures = 0
+        self._forgot = -math.inf
         self.answers: Counter[str] = Counter()
         """How many parts of answers were in each state."""
         self.latencies: deque[float] = deque(maxlen=1000)
@@ -414,16 +421,21 @@ class Source:
             return (None, self.refresh(key)) if refusal is None else (self._instead(key, "error", str(refusal)), None)
         if hit.refresh:
             self.refresh(key)
-        return self._part(hit.state, hit), None
+        return self._part(hit.state, hit.value, hit.age), None
 
-    def _part(self, state: str, hit: Hit[Loaded], error: str | None = None) -> Part:
-        left = max(0.0, self.upstream.ttl - hit.age) if state == "fresh" else 0.0
-        return Part(state, hit.value.data, hit.age, hit.value.latency, error, left)
+    def _part(self, state: str, loaded: Loaded, age: float, error: str | None = None) -> Part:
+        window = 0.0 if state == "fresh" else self.upstream.stale
+        if error is not None:
+            window = max(window, self.upstream.stale_if_error)
+        left = max(0.0, self.upstream.ttl + window - age)
+        return Part(state, loaded.data, age, loaded.latency, error, left)
 
     def outcome(self, key: Key, load: asyncio.Task[Loaded]) -> Part:
         """What is known once the deadline came, or the load ended: its answer, else what is left of an older one."""
         if load.done() and not load.cancelled() and load.exception() is None:
-            return Part("fresh", load.result().data, 0.0, load.result().latency, None, self.upstream.ttl)
+            loaded = load.result()
+            age = self._clock() - loaded.at  # others in the same answer may have taken long since
+            return self._part("fresh" if age < self.upstream.ttl else "stale", loaded, age)
         state, error, wait = "timeout", "not here in time", 1.0
         if load.done() and not load.cancelled():
             problem = load.exception()
@@ -437,7 +449,7 @@ class Source:
         """An older answer within its window, else the fallback, else why there is none."""
         hit = self.cache.lookup(key)
         if hit is not None:
-            return self._part("stale", hit, error)
+            return self._part("stale", hit.value, hit.age, error)
         if self._fallback is not None:
             return Part("fallback", self._fallback, error=error, retry_after=wait)
         return Part(state, error=error, retry_after=wait)
@@ -459,28 +471,34 @@ class Source:
         return len(due)
 
     def warm(self, key: Key, value: Any, age: float, latency: float) -> None:
-        """Keep what was loaded ``age`` seconds ago, in an earlier life: as stale, if its windows are not over."""
+        """Keep what was loaded ``age`` seconds ago, in an earlier life: as stale, if its windows are not over, nothing
+        younger is there, and nothing was invalidated since."""
         age = max(age, 0.001)
-        loaded, now = Loaded(Data(value), latency), self._clock()
-        if key not in self.cache:
-            self.cache.put(key, loaded, ttl=min(self.upstream.ttl, age), now=now - age)
+        at = self._clock() - age
+        hit = self.cache.lookup(key)
+        if at > self._forgot and (hit is None or hit.age > age):
+            self.cache.put(key, Loaded(Data(value), latency, at), ttl=min(self.upstream.ttl, age), now=at)
 
     def _ended(self, key: Key, load: asyncio.Task[Loaded]) -> None:
         self.running.discard(load)
-        if self.loads.get(key) is load:
+        current = self.loads.get(key) is load  # else the key was invalidated: this says nothing about it any more
+        if current:
             del self.loads[key]
         self.changed()
         if load.cancelled():
             return
         error = load.exception()
         if error is None:
-            self.renewals.loaded(key, self._clock())
+            if current:
+                self.renewals.loaded(key, self._clock())
         else:
-            self.renewals.failed(key, self._clock())
             self.failures += 1
-            self.cache.defer(key, min(REFUSED, self.upstream.ttl))
-            if isinstance(error, UpstreamError) and not error.passes:
-                self.refusals.put(key, error)
+            if current:
+                self.renewals.failed(key, self._clock())
+                self.cache.defer(key, min(REFUSED, self.upstream.ttl))
+                if isinstance(error, UpstreamError) and not error.passes:
+                    error.__traceback__ = error.__context__ = None  # they hold the frames, and in them the body
+                    self.refusals.put(key, error)
             if not isinstance(error, (UpstreamError, CircuitOpen)):
                 log.error("source %s: %r", self.upstream.name, error)
 
@@ -500,9 +518,12 @@ class Source:
                 at = datetime.now(UTC)
                 load = Load(self.upstream.name, self.named(key), at, latency, data, failure)
                 for listener in self.listeners:
-                    listener(load)
-        loaded = Loaded(data, latency)
-        self.cache.put(key, loaded, cost=latency, generation=generation)
+                    try:
+                        listener(load)
+                    except Exception:  # its fault must not be the source's
+                        log.exception("source %s: a listener failed", self.upstream.name)
+        loaded = Loaded(data, latency, self._clock())
+        self.cache.put(key, loaded, cost=latency, generation=generation, now=loaded.at)
         self.last_success = at
         return loaded
 
@@ -526,7 +547,7 @@ class Source:
         self.calls += 1
         limit, content = self.upstream.max_bytes, self.upstream.content(key)
         kind = {} if content is None else {"Content-Type": "application/json"}
-        body = b""
+        body = bytearray()
         try:
             async with self._session.request(
                 self.upstream.method,
@@ -558,6 +579,7 @@ class Source:
 
     def forget(self, key: Key | None = None) -> None:
         """Keep neither the answer for ``key`` (None: for any) nor what is being loaded for it."""
+        self._forgot = self._clock()
         if key is None:
             self.cache.clear()
             self.refusals.clear()
