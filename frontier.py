@@ -263,7 +263,6 @@ class Frontier:
         adaptive: bool = False,
         private: Callable[[str], bool] = names_private,
     ) -> None:
-        self._private = private
         self._rate, self._burst, self._per_host, self._lead = rate, burst, per_host, lead
         self._robots, self._robots_ttl, self._adaptive, self._private = robots, robots_ttl, adaptive, private
         self._host_pages, self._max_pages = host_pages or math.inf, max_pages or math.inf
