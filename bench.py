@@ -51,6 +51,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import bench_aggregate
+import simulate as simulator
 from bench_peers import PARSERS, PEERS, Facts, Row
 
 HERE = Path(__file__).resolve().parent
@@ -845,6 +846,21 @@ def aggregate(args: argparse.Namespace) -> list[Row]:
     results: list[Row] = []
     if bench_aggregate.run(args, results):
         raise SystemExit("bench.py: aggregate: an answer was wrong, or something was left running")
+    return results
+
+
+# ------------------------------------------------------------------------------------------------ bench.py simulate
+
+
+@command(
+    "whole crawls under a simulated clock, every step checked: makespan against what no schedule can beat",
+    "simulate --urls 1000000 --hosts 10000 --seed 1",
+    "simulate --seeds 1000",
+    **simulator.OPTIONS,
+)
+def simulate(args: argparse.Namespace) -> list[Row]:
+    results = simulator.run(args)
+    print(table(results))
     return results
 
 

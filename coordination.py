@@ -521,6 +521,9 @@ class Visited(Generic[K]):
             self._keys.add(key)
             return True
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._keys
+
     def __len__(self) -> int:
         return len(self._keys)
 

@@ -160,7 +160,10 @@ class TokenBucket:
     ``ValueError``: it could only be granted by breaking the bound.
     """
 
-    __slots__ = ("_clock", "_depth", "_full_at", "_interval", "_lock", "_paused_until", "_reach", "burst", "rate")
+    __slots__ = (
+        *("_clock", "_depth", "_full_at", "_interval", "_lock", "_paused_until", "_reach", "_unpaused"),
+        *("burst", "rate"),
+    )
 
     def __init__(self, rate: float, burst: float = 1, *, clock: Clock = time.monotonic) -> None:
         if not (rate > 0 and math.isfinite(rate)):
@@ -172,7 +175,8 @@ class TokenBucket:
         self._depth = burst * self._interval
         self._reach = self._depth + NANOSECOND
         self._full_at = -math.inf
-        self._paused_until = -math.inf
+        self._paused_until = self._unpaused = -math.inf
+        """``_unpaused``: what ``_full_at`` was before a pause moved it."""
         self._clock = clock
         self._lock = new_lock("TokenBucket")
 
@@ -229,8 +233,40 @@ class TokenBucket:
         What was booked already keeps its time.
         """
         with self._lock:
+            if self._full_at != self._paused_until + self._depth - self._interval:
+                self._unpaused = self._full_at
             self._paused_until = max(self._paused_until, until)
-            self._full_at = max(self._full_at, until + self._depth - self._interval)
+            self._full_at = max(self._full_at, self._paused_until + self._depth - self._interval)
+
+    def set_rate(self, rate: float, now: float | None = None, burst: float | None = None) -> None:
+        """Refill with ``rate`` tokens a second from ``now`` on, and hold at most ``burst`` (None: as before).
+
+        The tokens that are there stay (as many as the new burst holds), none are given: over a window that spans the
+        change at most the larger burst and what each rate refilled in its time is granted. What was booked for later
+        keeps its time; then the new rate begins at the last of those times. A pause stays as it is.
+        """
+        if not (rate > 0 and math.isfinite(rate)):
+            raise ValueError(f"rate must be a positive number of tokens per second, not {rate!r}")
+        burst = self.burst if burst is None else burst
+        if not (burst >= 1 and math.isfinite(burst)):
+            raise ValueError(f"burst must be a number of tokens >= 1, not {burst!r}")
+        with self._lock:
+            if now is None:
+                now = self._clock()
+            held = now < self._paused_until and self._full_at == self._paused_until + self._depth - self._interval
+            full_at = self._unpaused if held else self._full_at
+            interval, depth = 1.0 / rate, burst / rate
+            tokens = (self._depth - max(0.0, full_at - now)) / self._interval
+            if tokens < 0:  # what is booked ends when the bucket has just nothing left
+                full_at += depth - self._depth
+            elif full_at > now or burst > self.burst:
+                full_at = now + max(0.0, burst - tokens) * interval
+            self.rate, self.burst, self._interval, self._depth = rate, burst, interval, depth
+            self._reach = depth + NANOSECOND
+            self._full_at = full_at
+            if now < self._paused_until:
+                self._unpaused = full_at
+                self._full_at = max(full_at, self._paused_until + depth - interval)
 
     def try_acquire(self, n: float = 1, now: float | None = None) -> bool:
         """Take ``n`` tokens if they are there at once."""
