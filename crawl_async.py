@@ -52,7 +52,6 @@ from crawl_rules import (
     Response,
     ScrapeResult,
     may_go_anywhere,
-    request_headers,
 )
 
 INLINE_PARSE = 256 * 1024
@@ -88,13 +87,15 @@ class GatedConnector(aiohttp.TCPConnector):
 
     async def connect(self, *args: Any, **more: Any) -> Any:
         connection = await super().connect(*args, **more)
+        request, began = _in_hand.get(), time.monotonic()
         try:
-            while (wait := self._crawl.frontier.clear_to_send(_in_hand.get(), time.monotonic())) > 0.0:  # noqa: ASYNC110
+            while (wait := self._crawl.frontier.clear_to_send(request, time.monotonic())) > 0.0:  # noqa: ASYNC110
                 # The loop's timers are good to a millisecond: sleep a little less, and yield for the rest.
                 await asyncio.sleep(wait - 0.001 if wait > 0.0015 else 0)
         except BaseException:
             connection.release()
             raise
+        request.held = time.monotonic() - began
         return connection
 
     async def close(self, *, abort_ssl: bool = False) -> None:
@@ -160,13 +161,14 @@ class Fetcher:
         started = time.monotonic()
         outcome: Response | FetchError
         _in_hand.set(request)
+        request.held = 0.0
         try:
             outcome = await self._fetch(request)
         except FetchError as error:
             outcome = error
         except (OSError, aiohttp.ClientError, ValueError) as error:
             outcome = self._explain(error)
-        outcome.seconds = time.monotonic() - started
+        outcome.seconds = max(0.0, time.monotonic() - started - request.held)
         return outcome
 
     async def _fetch(self, request: Request) -> Response:
@@ -189,15 +191,20 @@ class Fetcher:
             status = response.status
             try:
                 length = response.content_length
-                if length is not None and length > self._options.max_bytes:
+                limit, cut = self._crawl.max_bytes(request), request.kind == "robots"
+                if length is not None and length > limit and not cut:
                     response.close()
                     raise FetchError("too_large", f"{length} bytes", status=status)
-                body = BodyDecoder(response.headers.get("Content-Encoding"), self._options.max_bytes, status)
-                while data := await response.content.readany():
+                body = BodyDecoder(response.headers.get("Content-Encoding"), limit, status, cut=cut)
+                while not body.full and (data := await response.content.readany()):
                     for step, _ in enumerate(body.feed(data)):
                         if step:
                             await asyncio.sleep(0)
+                if body.full:
+                    response.close()
                 found = {name: value for name in RESPONSE_HEADERS if (value := response.headers.get(name)) is not None}
+                if "X-Robots-Tag" in found:
+                    found["X-Robots-Tag"] = "\n".join(response.headers.getall("X-Robots-Tag"))
                 if "Location" in found:
                     found["Location"] = found["Location"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
                 return Response(status, found, body.finish())

@@ -317,11 +317,19 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
         "--robots", action=argparse.BooleanOptionalAction, help="obey robots.txt (default: if links are followed)"
     )
     crawl.add_argument("--sitemaps", action="store_true", default=None, help="crawl what the sites' sitemaps name too")
-    crawl.add_argument("--dedupe", action="store_true", default=None, help="mark equal bodies; follow links of the first")
-    crawl.add_argument("--resume", action="store_true", help="go on with the JSON lines in the --output of an earlier run")
-    crawl.add_argument("--explain", metavar="URL", help="would this URL be fetched, why (not), and when? fetches robots.txt")
+    crawl.add_argument(
+        "--dedupe", action="store_true", default=None, help="mark equal bodies; follow links of the first"
+    )
+    crawl.add_argument(
+        "--resume", action="store_true", help="go on with the JSON lines in the --output of an earlier run"
+    )
+    crawl.add_argument(
+        "--explain", metavar="URL", help="would this URL be fetched, why (not), and when? fetches robots.txt"
+    )
     feeds = parser.add_argument_group("feeds")
-    feeds.add_argument("--feeds", action="store_true", default=None, help="the list holds RSS and Atom feeds: fetch articles")
+    feeds.add_argument(
+        "--feeds", action="store_true", default=None, help="the list holds RSS and Atom feeds: fetch articles"
+    )
     feeds.add_argument("--since", metavar="DATE", help="no articles from before: 2030-01-31, or with a time")
     limits = parser.add_argument_group("limits")
     option(limits, "--timeout", float, "time for one attempt, body included", "S")
@@ -411,7 +419,9 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
             if args.resume:
                 known = recall(crawl, stream)
                 if known and not args.quiet:
-                    print(f"{program}: {known:,} rows from before, {crawl.frontier.waiting:,} URLs to go", file=sys.stderr)
+                    print(
+                        f"{program}: {known:,} rows from before, {crawl.frontier.waiting:,} URLs to go", file=sys.stderr
+                    )
             writer = RowWriter(stream, args.form, row_form(options))
         except JournalError as error:
             return fail(program, str(error), error)
@@ -478,10 +488,26 @@ def write_stats(crawl: Crawl, path: str) -> None:
 
 def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
     """Serve the run's counts to Prometheus, from threads of its client library. Returns what ends that."""
-    from prometheus_client import CollectorRegistry, start_http_server
+    from prometheus_client import CollectorRegistry, Metric, start_http_server
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client.registry import Collector
+
+    class Counts(Collector):
+        def collect(self) -> Iterator[Metric]:
+            stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
+            for name in ("rows", "ok", "retries", "redirects", "pauses", "bytes", "robots", "sitemaps", "unchanged"):
+                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", stats[name])
+            for name, label in (("errors", "kind"), ("statuses", "status")):
+                family = CounterMetricFamily(f"crawl_{name}", f"Rows by {label}", labels=(label,))
+                for value, count in stats[name].items():
+                    family.add_metric((value,), count)
+                yield family
+            for name in ("waiting", "in_flight", "hosts", "hosts_ready", "hosts_blocked", "seen"):
+                yield GaugeMetricFamily(f"crawl_{name}", f"In the frontier: {name}", getattr(frontier, name))
+            yield CounterMetricFamily("crawl_forbidden", "URLs that robots.txt forbids", frontier.forbidden)
 
     registry = CollectorRegistry()
-    registry.register(CrawlMetrics(crawl))
+    registry.register(Counts())
     server, thread = start_http_server(port, "127.0.0.1", registry)
 
     def end() -> None:

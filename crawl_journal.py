@@ -38,17 +38,16 @@ class JournalError(Exception):
 
 def open_journal(path: str) -> BinaryIO:
     """The file, to be read and appended to, locked and mended. Raises ``JournalError``, ``OSError``."""
-    file = open(path, "a+b", buffering=0)
-    try:
-        lock(file, path)
-        if mend(file, path):
-            file.close()
-            file = open(path, "a+b", buffering=0)
+    while True:
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        try:
             lock(file, path)
-    except BaseException:
+            if not mend(file, path):
+                return file
+        except BaseException:
+            file.close()
+            raise
         file.close()
-        raise
-    return file
 
 
 def lock(file: BinaryIO, path: str) -> None:
@@ -132,7 +131,7 @@ def recall(crawl: Crawl, file: BinaryIO) -> int:
         if row.get("kind") == "feed":  # asked again in each run, to see what is new
             crawl.validators[row["url"]] = row.get("etag"), row.get("last_modified")
             continue
-        crawl.frontier.mark(target(row["url"]), done=True)
+        crawl.frontier.mark(target(row["url"]), counts=True)
         if row.get("final_url"):
             crawl.frontier.mark(target(row["final_url"]))
         if row.get("digest"):
@@ -161,5 +160,12 @@ def host_of(url: str) -> str:
 
 def fields(form: type[Any], row: Row) -> Any:
     known = form.__dataclass_fields__
-    usual = {"status": None, "title": None, "word_count": 0, "links_found": [], "fetched_at": "", "duration_ms": 0.0}
+    usual: Row = {
+        "status": None,
+        "title": None,
+        "word_count": 0,
+        "links_found": [],
+        "fetched_at": "",
+        "duration_ms": 0.0,
+    }
     return form(**(usual | {name: value for name, value in row.items() if name in known}))

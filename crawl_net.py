@@ -141,18 +141,20 @@ _CODINGS: dict[str, Callable[[], _Gzip | _Deflate | _Brotli | _Zstandard]] = {
 class BodyDecoder:
     """Collects a body and undoes its Content-Encoding, piece by piece: a bomb is noticed at the limit, not after it.
 
-    ``feed`` and ``finish`` raise FetchError ``too_large`` or ``decode``. Never holds more than ``limit`` bytes and
-    one piece of 256 KiB for each coding.
+    ``feed`` and ``finish`` raise FetchError ``too_large`` (with ``cut`` they keep what is within instead) or
+    ``decode``. Never holds more than ``limit`` bytes and one piece of 256 KiB for each coding.
     """
 
-    def __init__(self, coding: str | None, limit: int, status: int) -> None:
+    def __init__(self, coding: str | None, limit: int, status: int, *, cut: bool = False) -> None:
         names = [name for name in (part.strip().lower() for part in (coding or "").split(",")) if name]
         names = [name for name in names if name != "identity"]
         if len(names) > 3 or any(name not in _CODINGS for name in names):
             raise FetchError("decode", f"unknown Content-Encoding {(coding or '')[:60]!r}", status=status)
         self._stages = [_CODINGS[name]() for name in reversed(names)]
         self.coded = bool(self._stages)
-        self._limit, self._status = limit, status
+        self._limit, self._status, self._cut = limit, status, cut
+        self.full = False
+        """Nothing more is taken."""
         self._parts: list[bytes] = []
         self._size = 0
 
@@ -176,14 +178,20 @@ class BodyDecoder:
             yield from self._expand(depth + 1, piece)
 
     def _keep(self, data: bytes) -> None:
+        if self.full:
+            return
         self._size += len(data)
         if self._size > self._limit:
+            if self._cut:
+                self._parts.append(data[: len(data) - (self._size - self._limit)])
+                self.full = True
+                return
             self._parts.clear()
             raise FetchError("too_large", f"more than {self._limit} bytes", status=self._status)
         self._parts.append(data)
 
     def finish(self) -> bytes:
-        if not all(stage.complete() for stage in self._stages):
+        if not self.full and not all(stage.complete() for stage in self._stages):
             raise FetchError("decode", "the compressed data ends early", status=self._status)
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
 

@@ -153,6 +153,8 @@ class Request:
     kind: Literal["page", "robots", "sitemap", "feed"] = "page"
     private: bool = False
     """The list names a private address, or such a page led here: it may go to private addresses."""
+    held: float = 0.0
+    """Seconds that its present hop has waited for its turn to be sent."""
     strayed: bool = False
     """A redirect led to another origin: from then on, also back at the first one, no credentials of the user's."""
 

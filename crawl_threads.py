@@ -54,7 +54,6 @@ from crawl_rules import (
     Response,
     ScrapeResult,
     may_go_anywhere,
-    request_headers,
 )
 
 IDLE = 256
@@ -434,6 +433,7 @@ class Fetcher:
         """Raises Postponed; all that the network does comes back as a FetchError."""
         started = time.monotonic()
         outcome: Response | FetchError
+        request.held = 0.0
         try:
             outcome = self._fetch(request, started)
         except FetchError as error:
@@ -442,7 +442,7 @@ class Fetcher:
             outcome = self._explain(error)
         if self._pool.aborted and isinstance(outcome, FetchError):
             outcome = FetchError("interrupted", "stopped before the answer was complete", status=outcome.status)
-        outcome.seconds = time.monotonic() - started
+        outcome.seconds = max(0.0, time.monotonic() - started - request.held)
         return outcome
 
     def _fetch(self, request: Request, started: float) -> Response:
@@ -459,17 +459,20 @@ class Fetcher:
             length = response.length
             if length is None and response.headers.get("Content-Length") and not response.chunked:
                 raise FetchError("protocol", "not a Content-Length", status=status)
-            if length is not None and length > self._options.max_bytes:
+            limit, cut = self._crawl.max_bytes(request), request.kind == "robots"
+            if length is not None and length > limit and not cut:
                 raise FetchError("too_large", f"{length} bytes", status=status)
-            body = BodyDecoder(response.headers.get("Content-Encoding"), self._options.max_bytes, status)
+            body = BodyDecoder(response.headers.get("Content-Encoding"), limit, status, cut=cut)
             received = 0
-            while data := response.read(1 << 16):
+            while not body.full and (data := response.read(1 << 16)):
                 received += len(data)
                 for _ in body.feed(data):
                     pass
-            if length is not None and received < length:
+            if length is not None and received < length and not body.full:
                 raise FetchError("truncated", f"{received} of {length} bytes", status=status)
             found = {name: value for name in RESPONSE_HEADERS if (value := response.headers.get(name)) is not None}
+            if "X-Robots-Tag" in found:
+                found["X-Robots-Tag"] = "\n".join(response.headers.get_all("X-Robots-Tag"))
             if "Location" in found:
                 found["Location"] = found["Location"].encode("latin-1", "replace").decode("utf-8", "replace")
             return Response(status, found, body.finish())
@@ -481,11 +484,13 @@ class Fetcher:
             response.close()
 
     def _wait_for_turn(self, request: Request) -> None:
+        began = time.monotonic()
         while (wait := self._crawl.frontier.clear_to_send(request, time.monotonic())) > 0.0:
             # The system wakes a sleeper late, and with a burst of 1 what is late is lost: sleep a little less, yield
             # for most of the rest, and spin at the end, for even sleep(0) takes some 60 microseconds.
             if wait > 0.0001:
                 time.sleep(wait - 0.0003 if wait > 0.0004 else 0)
+        request.held = time.monotonic() - began
 
     def _too_late(self) -> str:
         return f"no complete answer within {self._options.timeout:g} s"
