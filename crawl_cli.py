@@ -203,11 +203,21 @@ def describe(crawl: Crawl) -> str:
     stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
     left = f"{frontier.waiting:,} waiting on {frontier.hosts:,} hosts" if frontier.waiting else "none waiting"
     errors = ", ".join(f"{kind} {n:,}" for kind, n in list(stats["errors"].items())[:4])
+    timed = frontier.waiting and stats["rows_per_second"] and not crawl.follows and not crawl.interrupted
     return (
         f"{stats['rows']:,} rows, {stats['rows_per_second']:,.0f}/s, {stats['ok']:,} ok, {stats['failed']:,} failed"
         + (f" ({errors})" if errors else "")
         + f" · {frontier.in_flight:,} in flight, {left}"
+        + (f", {frontier.hosts_blocked:,} hosts wait for robots.txt" if frontier.hosts_blocked else "")
+        + (f", about {duration(frontier.waiting / stats['rows_per_second'])} left" if timed else "")
     )
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 @contextlib.contextmanager

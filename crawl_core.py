@@ -421,6 +421,8 @@ class Crawl:
     def feed(self, urls: Iterable[str]) -> threading.Thread:
         """Read ``urls`` into the frontier in a thread: the list may be long, or a pipe that blocks."""
         kind: Literal["page", "feed"] = "feed" if self.options.feeds else "page"
+        if self.options.max_time:
+            self.frontier.stop_at(self.clock() + self.options.max_time)
 
         def read() -> None:
             batch: list[str] = []

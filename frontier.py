@@ -286,6 +286,7 @@ class Frontier:
         self._sifting: deque[_Host] = deque()
         self._waiting = self._in_flight = self._pages = self._capped = self._forbidden = self._blocked = 0
         self._closed = self._stopped = self._grows = False
+        self._until = math.inf
 
     def add_all(self, texts: Iterable[str], now: float, *, kind: Kind = "page") -> int:
         """Add URLs as they stand in a list; each distinct one once. Returns how many were new."""
@@ -346,48 +347,17 @@ class Frontier:
         with self._lock:
             self._stopped = True
 
+    def stop_at(self, until: float) -> None:
+        """Hand out nothing from then on."""
+        with self._lock:
+            self._until = until
+
     def take(self, now: float) -> Request | float | None:
         with self._lock:
-            if self._stopped:
+            if self._stopped or now >= self._until:
                 return None
-            soon = now + self._lead
-            while True:
-                while self._sifting and not self._refused:
-                    host = self._sifting.popleft()
-                    host.sifting = False
-                    self._schedule(host, now)
-                if self._refused:
-                    self._waiting -= 1
-                    self._in_flight += 1
-                    return self._refused.popleft()
-                if not self._waiting:
-                    return None if self._closed and not self._in_flight else math.inf
-                if self._total_schedule and self._total_gate:
-                    wait = max(self._total_schedule.wait_for(1, now), self._total_gate.wait_for(1, now)) - self._lead
-                    if wait > NANOSECOND:
-                        return wait
-                before = self._serial
-                while self._heap and self._heap[0][0] <= soon + NANOSECOND:
-                    due, _, host = heapq.heappop(self._heap)
-                    if due != host.due or self._hosts.get(host.name) is not host:
-                        continue  # superseded by an earlier entry, or forgotten
-                    host.due = math.inf
-                    due = self._due(host, now)
-                    if due > soon + self._early(host, now) + NANOSECOND:
-                        self._push(host, due - self._early(host, now))
-                        self._forget_idle(host, now)
-                    else:
-                        self._make_ready(host)
-                while self._ready_hosts:
-                    host, since = self._pick()
-                    early = self._early(host, now)
-                    if since <= before and (due := self._due(host, now)) > soon + early + NANOSECOND:
-                        self._push(host, due - early)  # paused meanwhile, for instance
-                        self._forget_idle(host, now)
-                        continue
-                    return self._hand_out(host, now)
-                if not self._refused and not self._sifting:
-                    return self._heap[0][0] - soon if self._heap else math.inf
+            decision = self._take(now)
+            return min(decision, self._until - now) if isinstance(decision, float) else decision
 
     def clear_to_send(self, request: Request, now: float) -> float:
         """0.0: send now, the tokens are taken. Else the seconds after which to ask again.
@@ -503,6 +473,46 @@ class Frontier:
         return f"<Frontier {s.waiting} waiting on {s.hosts} hosts, {s.in_flight} in flight>"
 
     # The rest runs under the lock.
+
+    def _take(self, now: float) -> Request | float | None:
+        soon = now + self._lead
+        while True:
+            while self._sifting and not self._refused:
+                host = self._sifting.popleft()
+                host.sifting = False
+                self._schedule(host, now)
+            if self._refused:
+                self._waiting -= 1
+                self._in_flight += 1
+                return self._refused.popleft()
+            if not self._waiting:
+                return None if self._closed and not self._in_flight else math.inf
+            if self._total_schedule and self._total_gate:
+                wait = max(self._total_schedule.wait_for(1, now), self._total_gate.wait_for(1, now)) - self._lead
+                if wait > NANOSECOND:
+                    return wait
+            before = self._serial
+            while self._heap and self._heap[0][0] <= soon + NANOSECOND:
+                due, _, host = heapq.heappop(self._heap)
+                if due != host.due or self._hosts.get(host.name) is not host:
+                    continue  # superseded by an earlier entry, or forgotten
+                host.due = math.inf
+                due = self._due(host, now)
+                if due > soon + self._early(host, now) + NANOSECOND:
+                    self._push(host, due - self._early(host, now))
+                    self._forget_idle(host, now)
+                else:
+                    self._make_ready(host)
+            while self._ready_hosts:
+                host, since = self._pick()
+                early = self._early(host, now)
+                if since <= before and (due := self._due(host, now)) > soon + early + NANOSECOND:
+                    self._push(host, due - early)  # paused meanwhile, for instance
+                    self._forget_idle(host, now)
+                    continue
+                return self._hand_out(host, now)
+            if not self._refused and not self._sifting:
+                return self._heap[0][0] - soon if self._heap else math.inf
 
     def _next_serial(self) -> int:
         self._serial += 1
