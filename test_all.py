@@ -5,6 +5,7 @@ gates stand where sleeps would, and the same suite runs over threads and over as
 from __future__ import annotations
 
 import abc
+import argparse
 import asyncio
 import base64
 import calendar
@@ -86,6 +87,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from prometheus_client.parser import text_string_to_metric_families
+from protego import Protego
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import from_schema
 from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
@@ -103,6 +105,8 @@ import crawl_async
 import crawl_net
 import crawl_threads
 import database as db
+import feed_parse
+import frontier as frontier_module
 import html_parse
 import openapi
 import primitives as pr
@@ -111,9 +115,11 @@ import report
 import sandbox
 import sandbox as sb
 import sandbox_faults as sf
+import simulate
 import telemetry
 import upstreams
 from bench_peers import PARSERS
+from crawl_checker import Broken, Rules, Tokens
 from crawl_cli import (
     EXIT_INTERRUPTED,
     EXIT_PIPE,
@@ -131,6 +137,7 @@ from crawl_rules import (
     ERROR_KINDS,
     MAX_RETRY_AFTER,
     MAX_URL,
+    USER_AGENT,
     FetchError,
     Options,
     Postponed,
@@ -146,10 +153,13 @@ from crawl_rules import (
     request_headers,
 )
 from database import History, Result
-from frontier import Frontier, FrontierStats
+from feed_parse import FeedEntry, SitemapEntry, iso_utc, parse_feed, parse_sitemap
+from frontier import FAIR, ROBOTS_AGAIN, Frontier, FrontierStats, Pace, host_of
 from html_parse import Page, parse_page
+from robots import ALLOW_ALL, DISALLOW_ALL, MAX_ROBOTS, page_directives, parse_robots, product_token, rules_for
 from sandbox import Sandbox
 from sandbox_faults import FAULTS, status_expect
+from scope import MAX_QUERIES, Scope, Traps, registrable
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage
@@ -8621,6 +8631,1413 @@ def test_guard_credentials_on_the_wire(driver: str, guarded: GuardWeb) -> None:
 def test_guard_a_cookie_that_is_set_is_not_sent(driver: str, guarded: GuardWeb) -> None:
     assert guard_errors(guard_scrape(driver, [f"http://public.example/{n}" for n in range(3)])) == [None] * 3
     assert not any("cookie" in head for _, head in guarded.heads)
+
+
+# ------------------------------------------------------------------------------------------ token bucket: set_rate
+
+BUCKET_RATE_ROWS: dict[str, tuple[float, float, list[tuple[Any, ...]]]] = {
+    "the tokens that are there stay": (1.0, 4.0, [(0, "take", 3), (0, "rate", 10.0), (0, "tokens", 1.0),
+        (0, "wait", 0.0), (0, "take", 1), (0, "wait", 0.1)]),
+    "a fraction stays a fraction": (1.0, 1.0, [(0, "take", 1), (0.5, "rate", 0.1), (0.5, "wait", 5.0),
+        (5.5, "wait", 0.0)]),
+    "a full one is full": (1.0, 3.0, [(9, "rate", 0.5), (9, "tokens", 3.0), (9, "take", 3), (9, "wait", 2.0)]),
+    "what is booked keeps its time": (1.0, 1.0, [(0, "take", 1), (0, "take", 1), (0, "take", 1), (0, "rate", 10.0),
+        (0, "wait", 2.1), (2, "wait", 0.1)]),
+    "slower after what is booked": (1.0, 1.0, [(0, "take", 1), (0, "take", 1), (0, "rate", 0.1), (0, "wait", 11.0)]),
+    "a smaller burst keeps what it holds": (1.0, 5.0, [(0, "rate", 1.0, 2.0), (0, "tokens", 2.0), (0, "take", 2),
+        (0, "wait", 1.0)]),
+    "a larger burst gives nothing": (1.0, 2.0, [(0, "rate", 2.0, 5.0), (0, "tokens", 2.0), (1, "tokens", 4.0),
+        (9, "tokens", 5.0)]),
+    "a pause stays": (1.0, 3.0, [(0, "pause", 5), (1, "rate", 10.0), (1, "wait", 4.0), (5, "take", 1),
+        (5, "wait", 0.1)]),
+    "a pause does not pay a debt": (1.0, 1.0, [(0, "take", 1), (0, "pause", 1), (0.5, "rate", 0.1),
+        (0.5, "wait", 5.0)]),
+    "two pauses neither": (1.0, 1.0, [(0, "take", 1), (0, "pause", 1), (0, "pause", 2), (0.5, "rate", 0.1),
+        (0.5, "wait", 5.0)]),
+    "twice changed in a pause": (2.0, 1.0, [(0, "pause", 10), (1, "rate", 0.5), (2, "rate", 8.0), (2, "wait", 8.0),
+        (10, "take", 1), (10, "wait", 0.125)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUCKET_RATE_ROWS)
+def test_prim_bucket_set_rate_rows(name: str) -> None:
+    rate, burst, rows = BUCKET_RATE_ROWS[name]
+    bucket = pr.TokenBucket(rate, burst, clock=lambda: pytest.fail("the time was given"))
+    for now, verb, *words in rows:
+        if verb == "take":
+            bucket.reserve(words[0], now)
+        elif verb == "rate":
+            bucket.set_rate(words[0], now, *words[1:])
+        elif verb == "pause":
+            bucket.pause(*words)
+        elif verb == "tokens":
+            assert bucket.stats(now).tokens == pytest.approx(words[0])
+        else:
+            assert bucket.wait_for(1, now) == pytest.approx(words[0])
+
+
+def test_prim_bucket_set_rate_reads_the_clock_and_refuses_nonsense() -> None:
+    bucket = pr.TokenBucket(1.0, 2.0, clock=lambda: 7.0)
+    bucket.reserve(2)
+    bucket.set_rate(4.0)
+    assert bucket.stats() == pr.TokenBucketStats(rate=4.0, burst=2.0, tokens=0.0)
+    assert bucket.wait_for() == 0.25
+    for wrong in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="rate must be a positive number"):
+            bucket.set_rate(wrong)
+    for wrong in (0, 0.5, math.inf, math.nan):
+        with pytest.raises(ValueError, match="burst must be a number"):
+            bucket.set_rate(1.0, 0.0, wrong)
+    assert bucket.stats().rate == 4.0
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_prim_bucket_set_rate_keeps_the_bound_in_any_window(block: int) -> None:
+    """Grants in any window: at most the largest burst in it, and the integral of the rate that is in force."""
+    for seed in range(block * 100, block * 100 + 100):
+        rng = random.Random(seed)
+        rate, burst, now = rng.choice([0.5, 2.0, 9.0]), float(rng.choice([1, 1, 3])), 0.0
+        bucket = pr.TokenBucket(rate, burst)
+        changes = [(-1.0, rate)]
+        largest, grants = burst, list[float]()
+        for _ in range(60):
+            now += rng.choice([0.0, 0.01, rng.random(), 3 * rng.random()])
+            fate = rng.random()
+            if fate < 0.5:
+                if bucket.try_acquire(1, now):
+                    grants.append(now)
+            elif fate < 0.6:
+                grants.append(bucket.book(1, now).due)
+            elif fate < 0.7:
+                bucket.pause(now + rng.random() * 4)
+            else:
+                rate, burst = rng.choice([0.1, 0.5, 2.0, 9.0]), rng.choice([burst, burst, 1.0, 3.0])
+                bucket.set_rate(rate, now, burst)
+                largest = max(largest, burst)
+                changes.append((max([now, *grants]), rate))  # the contract: not before what is booked
+        assert grants == sorted(grants), seed
+        ends = [*(at for at, _ in changes[1:]), math.inf]
+        for i, first in enumerate(grants):
+            for j in range(i, len(grants)):
+                spans = (
+                    max(0.0, min(grants[j], end) - max(first, at)) * r
+                    for (at, r), end in zip(changes, ends, strict=True)
+                )
+                assert j - i + 1 <= largest + sum(spans) + 1e-6, seed
+
+
+# -------------------------------------------------------------------------------------------------------- frontier
+
+
+def test_frontier_links_keep_their_depth_and_flags_at_no_cost_for_each() -> None:
+    frontier = Frontier(rate=0, private=lambda host: host == "10.0.0.1")
+    assert frontier.add_all(["http://a/", "http://10.0.0.1/", "HTTP://A/x"], 0.0) == 3
+    assert frontier.add_links(["http://a/1", "http://a/2", "http://a/"], 1, 0.0) == 2
+    assert frontier.add_links(["http://a/3", "http://a/1"], 2, 0.0, private=True) == 1
+    assert frontier.add_links(["http://a/s.xml"], 0, 0.0, kind="sitemap") == 1
+    frontier.close()
+    requests = []
+    while not isinstance(decision := frontier.take(0.0), float):
+        requests.append(taken(decision))
+        assert not requests[-1].last_of_host  # more links may come
+        if len(requests) % 3 == 0:
+            frontier.finish(requests[-1], 0.0)
+    seen = {request.url: (request.target, request.depth, request.private, request.kind) for request in requests}
+    assert seen == {
+        "http://a/": ("http://a/", 0, False, "page"),
+        "HTTP://A/x": ("http://a/x", 0, False, "page"),
+        "http://10.0.0.1/": ("http://10.0.0.1/", 0, True, "page"),
+        "http://a/1": ("http://a/1", 1, False, "page"),
+        "http://a/2": ("http://a/2", 1, False, "page"),
+        "http://a/3": ("http://a/3", 2, True, "page"),
+        "http://a/s.xml": ("http://a/s.xml", 0, False, "sitemap"),
+    }
+    urls = [f"http://a/page/{n:06}" for n in range(50_000)]
+    frontier = Frontier()
+    tracemalloc.start()
+    frontier.add_links(urls, 3, 0.0)
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert size / len(urls) < 75  # beside the text itself, of some 70 bytes
+
+
+def test_frontier_takes_links_after_the_list_is_closed_while_something_is_in_flight() -> None:
+    frontier = Frontier(rate=0)
+    frontier.add_all(["http://a/"], 0.0)
+    frontier.close()
+    seed = taken(frontier.take(0.0))
+    assert frontier.take(0.0) == math.inf
+    assert frontier.add_links(["http://b/"], 1, 1.0) == 1
+    frontier.finish(seed, 1.0)
+    page = taken(frontier.take(1.0))
+    assert page.depth == 1
+    frontier.finish(page, 2.0)
+    assert frontier.take(2.0) is None
+    with pytest.raises(ValueError, match="after the end"):
+        frontier.add_links(["http://b/2"], 1, 2.0)
+
+
+def test_frontier_mark_takes_a_url_for_visited() -> None:
+    frontier = Frontier(rate=0, host_pages=2)
+    assert [frontier.mark("http://a/1", counts=True), frontier.mark("http://a/1", counts=True)] == [True, False]
+    assert frontier.mark("http://a/target")
+    assert frontier.add_links(["http://a/1", "http://a/target", "http://a/2", "http://a/3"], 1, 0.0) == 1  # 1 counted
+    assert taken(frontier.take(0.0)).url == "http://a/2"
+    stats = frontier.stats()
+    assert (stats.seen, stats.capped, stats.waiting) == (3, 1, 0)
+
+
+def test_frontier_wakes_a_host_that_had_only_a_retry_or_nothing_left() -> None:
+    """Its entry in the heap may say when the retry is due, or when the host can be forgotten."""
+    frontier = Frontier(rate=1.0, burst=5)
+    frontier.add_all(["http://a/1"], 0.0)
+    first = taken(frontier.take(0.0))
+    frontier.put_back(first, 0.0, 60.0)
+    frontier.add_links(["http://a/2"], 1, 0.0)
+    second = taken(frontier.take(0.0))
+    frontier.finish(second, 0.0)
+    other = Frontier(rate=1.0, burst=5)
+    other.add_all(["http://a/1"], 0.0)
+    other.finish(taken(other.take(0.0)), 0.1)
+    other.add_all(["http://a/2"], 0.2)
+    assert taken(other.take(0.2)).url == "http://a/2"
+
+
+def goes_at(frontier: Frontier, now: float) -> float:
+    """When the next request leaves. A wait may end early, and the answer is then to wait on."""
+    while not isinstance(decision := frontier.take(now), Request):
+        assert decision is not None
+        now += decision
+    assert frontier.clear_to_send(decision, now) == 0.0
+    return now
+
+
+def robots_frontier(*urls: str, **options: Any) -> Frontier:
+    frontier = Frontier(robots=True, **options)
+    frontier.add_all(urls, 0.0)
+    return frontier
+
+
+def test_frontier_asks_for_robots_txt_first_and_once_per_origin_within_its_time() -> None:
+    frontier = robots_frontier("http://u:p@a/1", "http://a/2", "http://a:81/3", "http://b/1", rate=0, robots_ttl=100.0)
+    asked = [taken(frontier.take(0.0)) for _ in range(2)]
+    assert {(request.kind, request.target, request.host) for request in asked} == {
+        ("robots", "http://a/robots.txt", "a"), ("robots", "http://b/robots.txt", "b")}  # fmt: skip
+    assert frontier.take(0.0) == math.inf
+    assert (frontier.stats().hosts_blocked, frontier.stats().waiting) == (2, 4)
+    frontier.robots_known("http://a", Rules(0, None), 1.0)
+    frontier.finish(next(request for request in asked if request.host == "a"), 1.0)
+    pages = [taken(frontier.take(1.0)) for _ in range(3)]
+    assert [page.target for page in pages] == ["http://u:p@a/1", "http://a/2", "http://a:81/robots.txt"]
+    assert frontier.stats().hosts_blocked == 2
+    frontier.robots_known("http://a:81", Rules(0, None), 2.0)
+    assert taken(frontier.take(2.0)).url == "http://a:81/3"
+    frontier.add_links(["http://a/4"], 1, 100.9)
+    assert taken(frontier.take(100.9)).url == "http://a/4"
+    frontier.add_links(["http://a/5"], 1, 101.0)
+    assert taken(frontier.take(101.0)).kind == "robots"
+
+
+def test_frontier_robots_that_are_not_known_in_the_end_were_unreachable() -> None:
+    frontier = robots_frontier("http://a/1", rate=0)
+    frontier.finish(taken(frontier.take(0.0)), 5.0)  # its worker died
+    page = taken(frontier.take(5.0))
+    assert str(page.error) == "robots: robots.txt could not be read"
+    frontier.finish(page, 5.0)
+    frontier.add_links(["http://a/2"], 1, 5.0 + ROBOTS_AGAIN - 0.1)
+    frontier.finish(refused := taken(frontier.take(5.0 + ROBOTS_AGAIN - 0.1)), 305.0)
+    assert refused.error
+    assert frontier.stats().forbidden == 2
+    frontier.add_links(["http://a/3"], 1, 5.0 + ROBOTS_AGAIN)
+    assert taken(frontier.take(5.0 + ROBOTS_AGAIN)).kind == "robots"
+
+
+def test_frontier_robots_go_round_by_other_hosts_while_their_own_waits() -> None:
+    frontier = robots_frontier("http://a/1", "http://b/1", rate=0, per_host=1)
+    a, b = taken(frontier.take(0.0)), taken(frontier.take(0.0))
+    frontier.put_back(a, 0.0, 0.0, "http://b/robots.txt", "b")  # each redirects to the other: nobody waits for ever
+    frontier.put_back(b, 0.0, 0.0, "http://a/robots.txt", "a")
+    hops = [taken(frontier.take(0.0)), taken(frontier.take(0.0))]
+    assert {(hop.url, hop.host) for hop in hops} == {("http://a/robots.txt", "b"), ("http://b/robots.txt", "a")}
+    frontier.put_back(a, 0.0, 9.0)
+    assert frontier.take(1.0) == pytest.approx(8.0)
+    assert taken(frontier.take(9.0)) is a
+    frontier.robots_known("http://a", Rules(0, None), 9.5)
+    assert frontier.take(9.5) == math.inf  # a has b's robots.txt in flight, of one
+    frontier.finish(b, 9.5)
+    assert {taken(frontier.take(9.5)).url, taken(frontier.take(9.5)).url} == {"http://a/1", "http://b/1"}
+
+
+def test_frontier_what_robots_forbid_comes_out_as_refused_at_no_cost() -> None:
+    frontier = robots_frontier(
+        *(f"http://a/{n}" for n in range(200)), "http://b/1", rate=1.0, per_host=1, host_pages=200
+    )
+    asked = taken(frontier.take(0.0))
+    frontier.robots_known("http://a", Rules(1, None), 0.0)  # all of it
+    frontier.finish(asked, 0.0)
+    refused = [request for _ in range(201) if (request := taken(frontier.take(0.0))).kind == "page"]
+    assert [request.url for request in refused] == [f"http://a/{n}" for n in range(200)]
+    assert {str(request.error) for request in refused} == {"robots: forbidden by robots.txt"}
+    for request in refused:
+        frontier.finish(request, 0.0)
+    assert frontier.stats().forbidden == 200
+    frontier.robots_known("http://a", Rules(3, None), 0.0)
+    assert frontier.add_links(["http://a/300", "http://a/301"], 1, 0.0) == 2  # they gave their places back
+    assert taken(frontier.take(0.0)).error
+    assert frontier.take(0.0) == pytest.approx(1.0)  # robots.txt itself took the token
+    assert taken(frontier.take(1.0)).url == "http://a/301"
+
+
+def test_frontier_a_redirect_to_a_forbidden_page_and_a_sitemap() -> None:
+    frontier = robots_frontier("http://a/1", rate=0)
+    frontier.robots_known("http://a", Rules(0, None), 0.0)
+    frontier.robots_known("http://b", Rules(3, None), 0.0)
+    page = taken(frontier.take(0.0))
+    frontier.put_back(page, 0.0, 0.0, "http://b/3", "b")
+    assert str(taken(frontier.take(0.0)).error) == "robots: forbidden by robots.txt"
+    frontier.finish(page, 0.0)
+    frontier.add_links(["http://b/6"], 0, 0.0, kind="sitemap")  # robots.txt names it
+    assert taken(frontier.take(0.0)).error is None
+    assert (frontier.stats().in_flight, frontier.stats().hosts) == (1, 1)
+
+
+def test_frontier_crawl_delay_row_by_row() -> None:
+    frontier = robots_frontier(*(f"http://a/{n}" for n in (1, 2, 4, 5, 7, 8)), rate=4.0, burst=2)
+    asked = taken(frontier.take(0.0))
+    assert frontier.clear_to_send(asked, 0.0) == 0.0
+    frontier.robots_known("http://a", Rules(0, 2.0), 0.25)
+    frontier.finish(asked, 0.25)
+    assert frontier.rate("a") == 0.5
+    assert goes_at(frontier, 0.25) == 0.25  # the bucket was full again: one token is kept
+    assert goes_at(frontier, 0.25) == pytest.approx(2.25)
+    frontier.robots_known("http://a", Rules(0, 10.0), 3.25)  # half a token is there
+    assert goes_at(frontier, 3.25) == pytest.approx(8.25)
+    frontier.robots_known("http://a", Rules(0, None), 9.25)  # a tenth
+    assert frontier.rate("a") == 4.0
+    assert goes_at(frontier, 9.25) == pytest.approx(9.25 + 0.9 / 4)
+    free = robots_frontier("http://a/1", rate=0)
+    asked = taken(free.take(0.0))
+    free.robots_known("http://a", Rules(0, 5.0), 1.0)
+    assert free.take(1.0) == pytest.approx(5.0)  # there was no limit before: what went before is not known
+    free.robots_known("http://a", Rules(0, math.nan), 1.0)
+    assert taken(free.take(1.0)).url == "http://a/1"
+
+
+def test_frontier_caps_of_pages() -> None:
+    frontier = Frontier(rate=0, host_pages=2, max_pages=3)
+    assert frontier.add_all([f"http://a/{n}" for n in range(5)], 0.0) == 2
+    assert frontier.add_links(["http://a/9", "http://b/1", "http://c/1"], 1, 0.0) == 1
+    assert frontier.add_links(["http://c/sitemap.xml"], 0, 0.0, kind="sitemap") == 1  # no page
+    assert [taken(frontier.take(0.0)).kind for _ in range(4)].count("page") == 3
+    assert frontier.stats().capped == 5
+    assert frontier.stats().seen == 4
+
+
+def test_frontier_stats_say_who_waits_for_what() -> None:
+    frontier = Frontier(rate=1.0)
+    frontier.add_all([f"http://{host}/{n}" for host in "abc" for n in range(2)], 0.0)
+    taken(frontier.take(0.0))
+    assert frontier.stats() == FrontierStats(5, 1, 3, 6, 0, False, hosts_ready=2)
+
+
+def test_frontier_adaptive_rate_row_by_row() -> None:
+    frontier = Frontier(rate=10.0, adaptive=True)
+    assert (frontier.rate("a"), Pace(math.inf).rate) == (5.0, 10.0)
+    request = Request("http://a/", "http://a/", "a")
+    rows: list[tuple[float, Any, float, float]] = [
+        (1.0, "ok", 0.2, 5.1),
+        (2.0, "ok", 0.2, 5.2),
+        (3.0, "refused", 0.1, 2.6),
+        (3.1, "refused", 0.2, 2.6),  # sent before the rate was lowered
+        (3.2, "ok", 0.3, 2.6),
+        (3.3, "timeout", 0.25, 1.3),
+        (4.0, "ok", 0.2, 1.4),
+    ]
+    for now, outcome, seconds, rate in rows:
+        frontier.report(request, outcome, seconds, now)
+        assert frontier.rate("a") == pytest.approx(rate), now
+    for n in range(100):
+        frontier.report(request, "ok", 0.2, 5.0 + n)
+    assert frontier.rate("a") == 10.0  # never above --rate
+    for n in range(100):
+        frontier.report(request, "timeout", 0.5, 200.0 + n)
+    assert frontier.rate("a") == Pace.FLOOR
+    fixed = Frontier(rate=10.0)
+    fixed.report(request, "refused", 0.1, 1.0)
+    assert fixed.rate("a") == 10.0
+
+
+def test_frontier_adaptive_rate_falls_when_the_latency_rises() -> None:
+    pace = Pace(10.0)
+    for n in range(20):
+        pace.report("ok", 0.1, n * 0.5, 10.0)
+    assert pace.rate == pytest.approx(7.0)
+    rates = []
+    for n in range(20):
+        pace.report("ok", 0.5, 10.0 + n, 10.0)
+        rates.append(pace.rate)
+    # The mean moves an eighth at a time: 0.15, 0.194, 0.232 > 2 * 0.1; then eight successes are waited for.
+    assert rates[:3] == pytest.approx([7.1, 7.2, 3.6])
+    assert rates[3:12] == pytest.approx([3.7, 3.8, 3.9, 4.0, 4.1, 4.2, 4.3, 2.15, 2.25])
+    noisy = Pace(10.0)
+    for n in range(40):
+        noisy.report("ok", 0.001 if n < 20 else 0.04, n * 1.0, 10.0)
+    assert noisy.rate == pytest.approx(9.0)  # 40 ms are no jam
+    settled = Pace(10.0)
+    for n in range(400):
+        settled.report("ok", 0.1 if n < 50 else 0.5, n * 1.0, 10.0)
+    assert settled.rate == 10.0  # after two minutes this is how long it takes
+
+
+def test_frontier_adaptive_obeys_robots_and_spaces_at_the_rate_found() -> None:
+    frontier = robots_frontier("http://a/1", "http://a/2", "http://a/4", rate=10.0, adaptive=True)
+    asked = taken(frontier.take(0.0))
+    assert frontier.clear_to_send(asked, 0.0) == 0.0
+    frontier.robots_known("http://a", Rules(0, 1.0), 1.0)
+    frontier.finish(asked, 1.0)
+    assert frontier.rate("a") == pytest.approx(0.5)
+    assert goes_at(frontier, 1.0) == 1.0
+    frontier.report(asked, "refused", 0.5, 2.0)  # half a token is there; the rest comes at a quarter a second
+    assert goes_at(frontier, 2.0) == pytest.approx(4.0)
+    for n in range(100):
+        frontier.report(asked, "ok", 0.5, 5.0 + n)
+    assert frontier.rate("a") == 1.0
+
+
+def test_frontier_the_longest_work_goes_first_and_nobody_is_passed_over_for_ever() -> None:
+    frontier = Frontier(rate=1.0, per_host=1000)
+    big = [f"http://big{h}/{n}" for h in range(20) for n in range(200)]
+    frontier.add_all([*(f"http://small/{n}" for n in range(3)), *big, *(f"http://huge/{n}" for n in range(500))], 0.0)
+    order = [taken(frontier.take(n * 0.05)).host for n in range(100)]  # 20 a second for 22 hosts of one a second
+    assert order[0] == "huge"
+    at = [n for n, host in enumerate(order) if host == "huge"]
+    gaps = [b - a for a, b in itertools.pairwise(at)]
+    assert max(gaps) <= 21  # when it is due, or a little before; but for one turn by age
+    turns = [n for n, host in enumerate(order) if host == "small"]
+    assert turns == [FAIR - 1, 4 * FAIR - 1, 7 * FAIR - 1]  # at a turn by age each time, and never at another
+    assert frontier.stats().hosts_ready > 0
+
+
+def test_frontier_gives_the_critical_host_its_worker_early_only_where_workers_are_scarce() -> None:
+    frontier = Frontier(rate=10.0)
+    frontier.add_all([f"http://big/{n}" for n in range(500)] + [f"http://h{n}/1" for n in range(400)], 0.0)
+    early, now, at = 0, 0.0, list[float]()
+    for n in range(300):
+        now = n * 0.012
+        request = taken(frontier.take(now))
+        wait = frontier.clear_to_send(request, now)
+        assert wait <= 3 * 0.012 + 1e-9
+        early += wait > 0
+        assert not wait or frontier.clear_to_send(request, now + wait) == 0.0
+        if request.host == "big":
+            at.append(now + wait)
+        frontier.finish(request, now + wait)
+    assert early > 10
+    assert (at[-1] - at[0]) / (len(at) - 1) < 0.101  # it lost a moment at a turn by age only
+    alone = Frontier(rate=10.0)
+    alone.add_all([f"http://big/{n}" for n in range(9)], 0.0)
+    taken(alone.take(0.0))
+    assert alone.take(0.01) == pytest.approx(0.09)
+
+
+def test_frontier_explains_itself() -> None:
+    frontier = Frontier(rate=2.0, per_host=2, robots=True, host_pages=4, private=lambda host: False)
+    assert frontier.explain("ftp://a/", 0.0) == "no: only http and https are fetched, not ftp"
+    assert frontier.explain("http://a/1", 0.0) == "later: http://a/robots.txt is read first; not found yet"
+    frontier.add_all(["http://a/1", "http://a/2", "http://a/4", "http://a/5"], 0.0)
+    assert frontier.explain("http://a/1", 0.0) == "later: http://a/robots.txt is read first"
+    asked = taken(frontier.take(0.0))
+    frontier.clear_to_send(asked, 0.0)
+    assert frontier.explain("http://a/1", 0.5) == "later: http://a/robots.txt is being read"
+    frontier.robots_known("http://a", Rules(3, None), 0.5)
+    frontier.finish(asked, 0.5)
+    assert frontier.explain("http://a/1", 0.5) == "now"
+    assert frontier.explain("http://A:80/3#x", 0.5) == "no: forbidden by robots.txt"
+    assert frontier.explain("http://a/4", 0.5) == "in 1 s: 2 of its host go first, its host gets 2/s"
+    assert frontier.explain("http://a/7", 0.5) == "no: its host's pages reached"
+    one = taken(frontier.take(0.5))
+    assert frontier.explain("http://a/1", 0.5) == "no: requested already, or on its way"
+    assert frontier.explain("http://a/2", 0.5) == "in 0.5 s: its host gets 2/s"
+    two = taken(frontier.take(1.0))
+    assert frontier.explain("http://a/4", 2.0) == "later: 2 of its host are in flight"
+    frontier.put_back(one, 2.0, 9.0)
+    assert frontier.explain("http://a/1", 2.0) == "in 7 s: it is to be tried again"
+    frontier.pause("a", 60.0, 2.0)
+    assert frontier.explain("http://a/4", 2.0) == "in 58 s: its host asked for a pause"
+    frontier.finish(two, 2.0)
+    frontier.add_all(["http://b/1"], 2.0)
+    frontier.finish(taken(frontier.take(2.0)), 2.0)
+    assert frontier.explain("http://b/2", 2.0) == "no: robots.txt could not be read"
+    frontier.stop()
+    assert frontier.explain("http://a/4", 2.0) == "no: the crawl was stopped"
+    assert Frontier(rate=0).explain("http://a/", 0.0) == "now; not found yet"
+
+
+def test_frontier_host_of() -> None:
+    for url, host in {
+        "http://a.example/x": "a.example", "https://a:8443": "a", "http://u:p@a/": "a", "http://[::1]:81/": "[::1]",
+    }.items():  # fmt: skip
+        assert host_of(url) == host
+
+
+# ------------------------------------------------------------------------------------------------------- simulator
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_simulated_crawls_keep_every_promise(block: int) -> None:
+    for seed in range(block * 10, block * 10 + 10):
+        simulate.simulate(seed)
+
+
+def test_simulated_crawls_can_be_repeated() -> None:
+    first, second = simulate.simulate(5), simulate.simulate(5)
+    assert first == second
+    assert first.requests > 50
+
+
+@pytest.mark.parametrize("workers", [64, 30, 20, 5])
+def test_simulated_makespan_is_within_two_percent_of_the_bound(workers: int) -> None:
+    result = simulate.simulate(1, simulate.plain(20_000, 1_000, workers))
+    assert 1.0 <= result.ratio < 1.02
+
+
+def test_simulated_makespan_suffers_when_hosts_go_by_age_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontier_module, "FAIR", 1)
+    assert simulate.simulate(1, simulate.plain(20_000, 1_000, 20)).ratio > 1.05
+
+
+def test_simulate_as_a_command() -> None:
+    options = {name: default for name, (default, _) in simulate.OPTIONS.items()}
+    (row,) = simulate.run(argparse.Namespace(**options | {"urls": 300, "hosts": 5}))
+    assert row["requests"] >= 300
+    (row,) = simulate.run(argparse.Namespace(**options | {"seeds": 2}))
+    assert row[""] == "2 crawls"
+
+
+def test_simulate_names_the_seed_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate, "Frontier", PlantedUnlimited)
+    monkeypatch.setattr(simulate.simulate, "__defaults__", (None, PlantedUnlimited))
+    options = {name: default for name, (default, _) in simulate.OPTIONS.items()}
+    with pytest.raises(SystemExit, match=r"seed \d+: Broken: "):
+        simulate.run(argparse.Namespace(**options | {"seeds": 50}))
+    with pytest.raises(Broken) as caught:
+        for seed in range(50):
+            simulate.simulate(seed, None, PlantedUnlimited)
+    assert caught.value.__notes__[0].startswith("seed ")
+
+
+def test_simulate_tokens_of_the_checker_by_hand() -> None:
+    tokens = Tokens(2.0, 2)
+    assert [tokens.spend(0.0), tokens.spend(0.0), tokens.spend(0.1)] == [True, True, False]
+    tokens = Tokens(1.0, 3)
+    tokens.pause(0.0, 5.0)
+    assert tokens.next() == 5.0
+    assert [tokens.spend(5.0), tokens.spend(5.0)] == [True, False]
+
+
+class PlantedUncharged(Frontier):
+    """A retry costs no token."""
+
+    def clear_to_send(self, request: Request, now: float) -> float:
+        return 0.0 if request.attempt > 1 else super().clear_to_send(request, now)
+
+
+class PlantedRestless(Frontier):
+    """Hands out while a host is paused, and sends."""
+
+    def pause(self, host_name: str, until: float, now: float) -> None:
+        super().pause(host_name, now + (until - now) / 2, now)
+
+
+class PlantedAmnesia(Frontier):
+    """A host whose bucket is full is forgotten, with its retries."""
+
+    def _forget_idle(self, host: Any, now: float) -> None:
+        retries, host.delayed = host.delayed, []
+        super()._forget_idle(host, now)
+        host.delayed = retries
+        if host.name not in self._hosts:
+            self._waiting -= len(retries)
+
+
+class PlantedVisited(pr.Visited[str]):
+    """Looks before it locks: what another adds meanwhile is not there yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: list[str] = []
+
+    def add(self, key: str) -> bool:
+        new = key not in self
+        self.late.append(key)
+        if len(self.late) > 1:
+            super().add(self.late.pop(0))
+        return new
+
+    def __len__(self) -> int:
+        return super().__len__() + (self.late[-1:] != [] and self.late[-1] not in self)
+
+
+class PlantedRace(Frontier):
+    """The visited set is asked outside of the lock."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._visited = PlantedVisited()
+
+
+class PlantedOpenGate(Frontier):
+    """Robots are not asked for what comes back from a retry or redirect."""
+
+    def _ask(self, host: Any, now: float) -> Request | None:
+        return None if host.delayed_first(now) else super()._ask(host, now)
+
+
+class PlantedWedge(Frontier):
+    """Robots that were never known keep their host waiting."""
+
+    def finish(self, request: Request, now: float) -> None:
+        with self._lock:
+            self._leave(request, now)
+
+
+class PlantedQueuedRobots(Frontier):
+    """A retry of robots.txt waits behind the gate that it should open."""
+
+    def put_back(self, request: Request, *more: Any) -> None:
+        super().put_back(request, *more)
+        host = self._hosts[request.host]
+        host.delayed += host.urgent
+        host.urgent = []
+
+
+class PlantedLateWakeUp(Frontier):
+    """New URLs of a host with an entry in the heap wait for that entry."""
+
+    mute = False
+
+    def _add(self, text: str, target: str, host_name: str, run: Any, now: float) -> bool:
+        self.mute = host_name in self._hosts and self._hosts[host_name].due < math.inf
+        try:
+            return super()._add(text, target, host_name, run, now)
+        finally:
+            self.mute = False
+
+    def _schedule(self, host: Any, now: float) -> None:
+        if not self.mute:
+            super()._schedule(host, now)
+
+
+class PlantedFullBuckets(Frontier):
+    """A new rate comes with a new bucket, which is full."""
+
+    def _set_rate(self, host: Any, now: float) -> None:
+        if host.schedule:
+            host.schedule = host.gate = None
+            rate, burst = self._limits(self._sites.get(host.name))
+            if rate < math.inf:
+                host.schedule, host.gate = pr.TokenBucket(rate, burst), pr.TokenBucket(rate, burst)
+
+
+class PlantedDeaf(Frontier):
+    """Crawl-delay is not heard."""
+
+    def _ceiling(self, site: Any) -> float:
+        return super()._ceiling(None)
+
+
+class PlantedUnlimited(Frontier):
+    """One too many in flight."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"per_host": options["per_host"] + 1})
+
+
+class PlantedGreedy(Frontier):
+    """The caps are not asked."""
+
+    def _is_capped(self, host_name: str) -> bool:
+        return False
+
+
+class PlantedImpatient(Frontier):
+    """Robots.txt is asked for anew well before its time."""
+
+    def robots_known(self, origin_: str, rules: Any, now: float, *, ttl: float | None = None) -> None:
+        super().robots_known(origin_, rules, now, ttl=1.0)
+
+
+class PlantedDisobedient(Frontier):
+    """What robots.txt forbids is sent all the same."""
+
+    def _sift(self, host: Any, now: float) -> bool:
+        return False
+
+
+class PlantedFlat(Frontier):
+    """Depth is that of the first of the queue."""
+
+    def _add(self, text: str, target: str, host_name: str, run: Any, now: float) -> bool:
+        host = self._hosts.get(host_name)
+        return super()._add(text, target, host_name, host.last_run if host and host.waiting else run, now)
+
+
+class PlantedUnfair(Frontier):
+    """The longest work only, never by age."""
+
+    def _pick(self) -> Any:
+        self._picked = 0
+        return super()._pick()
+
+
+class PlantedHurry(Frontier):
+    """What was handed out before a pause is sent in it."""
+
+    def clear_to_send(self, request: Request, now: float) -> float:
+        try:
+            return super().clear_to_send(request, now)
+        except Postponed:
+            return 0.0
+
+
+PLANTED = [
+    *(
+        PlantedUncharged,
+        PlantedRestless,
+        PlantedAmnesia,
+        PlantedRace,
+        PlantedOpenGate,
+        PlantedWedge,
+        PlantedQueuedRobots,
+    ),
+    *(PlantedLateWakeUp, PlantedFullBuckets, PlantedDeaf, PlantedUnlimited, PlantedGreedy, PlantedImpatient),
+    *(PlantedDisobedient, PlantedFlat, PlantedUnfair, PlantedHurry),
+]
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_the_checker_catches_planted_bugs_within_100_seeds(planted: type[Frontier]) -> None:
+    with pytest.raises(Broken):
+        for seed in range(100):
+            simulate.simulate(seed, None, planted)
+
+
+# ------------------------------------------------------------------------------------------------------- robots.py
+
+
+@pytest.mark.parametrize(
+    ("user_agent", "token"),
+    [
+        (USER_AGENT, "flatcrawl"),
+        ("news-bot/2.1 (+https://bot.example)", "news-bot"),
+        ("Mozilla/5.0 AppleWebKit/537.36 (KHTML, like Gecko; compatible; GPTBot/1.2; +https://x)", "gptbot"),
+        ("Mozilla/5.0 (X11; Linux x86_64) Firefox/140.0", "flatcrawl"),
+        ("", "flatcrawl"),
+        ("/(!)", "flatcrawl"),
+    ],
+)
+def test_robots_product_token(user_agent: str, token: str) -> None:
+    assert product_token(user_agent) == token
+
+
+ROBOTS_RFC_5_1 = b"""User-Agent: *
+Disallow: *.gif$
+Disallow: /example/
+Allow: /publications/
+
+User-Agent: foobot
+Disallow:/
+Allow:/example/page.html
+Allow:/example/allowed.gif
+
+User-Agent: barbot
+User-Agent: bazbot
+Disallow: /example/page.html
+
+User-Agent: quxbot
+
+EOF
+"""
+ROBOTS_RFC_5_2 = b"User-Agent: foobot\nAllow: /example/page/\nDisallow: /example/page/disallowed.gif\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "agent", "path", "allowed"),
+    [
+        # RFC 9309, section 5.1
+        (ROBOTS_RFC_5_1, "other", "/x.gif", False),
+        (ROBOTS_RFC_5_1, "other", "/x.gif?y", True),
+        (ROBOTS_RFC_5_1, "other", "/example/x", False),
+        (ROBOTS_RFC_5_1, "other", "/publications/x", True),
+        (ROBOTS_RFC_5_1, "foobot", "/x", False),
+        (ROBOTS_RFC_5_1, "foobot", "/example/page.html", True),
+        (ROBOTS_RFC_5_1, "FooBot/3.2", "/example/allowed.gif", True),
+        (ROBOTS_RFC_5_1, "barbot", "/example/page.html", False),
+        (ROBOTS_RFC_5_1, "bazbot", "/example/page.html", False),
+        (ROBOTS_RFC_5_1, "bazbot", "/example/", True),
+        (ROBOTS_RFC_5_1, "quxbot", "/x.gif", True),
+        # section 5.2, the longest match
+        (ROBOTS_RFC_5_2, "foobot", "/example/page/x", True),
+        (ROBOTS_RFC_5_2, "foobot", "/example/page/disallowed.gif", False),
+        # section 2.2.2, encodings
+        ("User-agent: *\nDisallow: /foo/bar/ツ".encode(), "b", "/foo/bar/%E3%83%84", False),
+        (b"User-agent: *\nDisallow: /foo/bar/%E3%83%84", "b", "/foo/bar/%E3%83%84", False),
+        (b"User-agent: *\nDisallow: /foo/bar/%62%61%7A", "b", "/foo/bar/baz", False),
+        (b"User-agent: *\nDisallow: /foo/bar?baz=quz", "b", "/foo/bar?baz=quz", False),
+        # Google's tables of wildcards, of precedence and of groups
+        *[(b"User-agent: *\nDisallow: /fish", "b", path, allowed) for path, allowed in
+          [("/fish", False), ("/fish.html", False), ("/fishheads/y", False), ("/fish.php?id=1", False),
+           ("/Fish.asp", True), ("/catfish", True), ("/?id=fish", True)]],
+        *[(b"User-agent: *\nDisallow: /fish/", "b", path, allowed) for path, allowed in
+          [("/fish/", False), ("/fish/salmon.htm", False), ("/fish", True), ("/fish.html", True)]],
+        *[(b"User-agent: *\nDisallow: /*.php$", "b", path, allowed) for path, allowed in
+          [("/f.php", False), ("/a/f.php", False), ("/f.php?p", True), ("/f.php/", True), ("/f.php5", True)]],
+        *[(b"User-agent: *\nDisallow: /fish*.php", "b", path, allowed) for path, allowed in
+          [("/fish.php", False), ("/fishheads/catfish.php?a=b", False), ("/Fish.PHP", True)]],
+        (b"User-agent: *\nAllow: /p\nDisallow: /", "b", "/page", True),
+        (b"User-agent: *\nAllow: /folder\nDisallow: /folder", "b", "/folder/page", True),
+        (b"User-agent: *\nAllow: /page\nDisallow: /*.htm", "b", "/page.htm", False),
+        (b"User-agent: *\nAllow: /$\nDisallow: /", "b", "/", True),
+        (b"User-agent: *\nAllow: /$\nDisallow: /", "b", "/page.htm", False),
+        (b"User-agent: b\nDisallow: /x\nUser-agent: a\nDisallow: /\nUser-agent: B\nDisallow: /y", "b", "/y", False),
+        (b"User-agent: b\nDisallow: /x\nUser-agent: a\nDisallow: /\nUser-agent: B\nDisallow: /y", "b", "/z", True),
+        (b"User-agent: b\nSitemap: http://h/s\nUser-agent: a\nDisallow: /", "b", "/z", False),
+        # tokens count as a whole, whatever the version
+        (b"User-agent: flat\nDisallow: /", "flatcrawl", "/", True),
+        (b"User-agent: flatcrawl-news\nDisallow: /", "flatcrawl", "/", True),
+        (b"User-agent: Mozilla\nDisallow: /", USER_AGENT, "/", True),
+        (b"User-agent: FLATCRAWL/9.9 (old)\nDisallow: /", USER_AGENT, "/", False),
+        (b"useragent flatcrawl # us\nDisallow: /", USER_AGENT, "/", False),
+        (b"User-agent: flatcrawl*\nDisallow: /", USER_AGENT, "/", False),
+        (b"User-agent: flatcrawl\nDisallow:\nUser-agent: *\nDisallow: /", USER_AGENT, "/", True),
+        (b"User-agent: *\nDisallow: /x\nUser-agent:\nDisallow: /", USER_AGENT, "/", True),
+        # what is not text, or not quite
+        (b"\xef\xbb\xbfUser-agent: *\nDisallow: /", "b", "/", False),
+        ("User-agent: *\nDisallow: /".encode("utf-16"), "b", "/", False),
+        (b"User-agent: *\rDisallow: /x\r\nDisallow: /y\xff\x00", "b", "/x", False),
+        (b"<!DOCTYPE html><title>Not found</title><p>Disallow: /", "b", "/", True),
+        (b"Disallow: /", "b", "/", True),
+        (b"", "b", "/", True),
+        (b"User-agent: *\nDisallow: /", "b", "/robots.txt", True),
+        (b"User-agent: *\nDisallow: /", "b", "/x/robots.txt", False),
+    ],
+)  # fmt: skip
+def test_robots_rules(body: bytes, agent: str, path: str, allowed: bool) -> None:
+    assert parse_robots(body, agent).allows(f"https://site.example{path}") is allowed
+
+
+robots_names = st.sampled_from(["*", "flatcrawl", "FlatCrawl", "otherbot", "other-bot-2", "Googlebot"])
+robots_paths = st.text("/ab*$?=.%4é", max_size=8).map("/{}".format)
+robots_lines = st.one_of(
+    st.builds("{}: {}".format, st.sampled_from(["User-agent", "user-agent", "User-Agent "]), robots_names),
+    st.builds("{}:{}".format, st.sampled_from(["Disallow", "Allow", "disallow ", "Disalow"]), robots_paths),
+    st.builds("Crawl-delay: {}".format, st.sampled_from(["1", "0.5", "x", "-1", "20"])),
+    st.sampled_from(
+        ["", "# note", "Sitemap: https://site.example/s.xml", "Disallow:", "Noindex: /", "junk", "Host: x"]
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(robots_lines, max_size=25), st.lists(robots_paths, min_size=1, max_size=8))
+def test_robots_agrees_with_protego(lines: list[str], paths: list[str]) -> None:
+    text = "\n".join(lines)
+    theirs, ours = Protego.parse(text), parse_robots(text.encode(), USER_AGENT)
+    for path in [*paths, "/robots.txt"]:
+        url = f"https://site.example{path}"
+        assert ours.allows(url) == theirs.can_fetch(url, "flatcrawl"), path
+    assert ours.delay == (theirs.crawl_delay("flatcrawl") or None)
+    assert list(ours.sitemaps) == sorted(set(theirs.sitemaps))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300) | st.text("user-agent:\n *sitemap/%$[]?#@\x00\x85\ud800", max_size=200).map(
+    lambda text: text.encode("utf-8", "surrogatepass")), st.text(max_size=30))  # fmt: skip
+def test_robots_never_raises(body: bytes, text: str) -> None:
+    rules = parse_robots(b"User-agent: *\n" + body, text, text)
+    for url in ("https://site.example/a", f"http://site.example/{text}", text, "http://[::1"):
+        assert rules.allows(url) in (True, False)
+    assert page_directives(text, [text], text) <= {"noindex", "nofollow"}
+
+
+def test_robots_of_many_agents_is_not_their_product_with_the_rules() -> None:
+    """Without rewriting, 20,000 agents times 20,000 rules."""
+    agents = b"".join(b"User-agent: a%d\n" % i for i in range(20_000))
+    rules = parse_robots(b"".join((agents, b"User-agent: flatcrawl\n", b"Disallow: /x\n" * 9_000)), USER_AGENT)
+    assert not rules.allows("https://site.example/x") and rules.allows("https://site.example/y")
+
+
+def test_robots_is_cut_at_a_line_end() -> None:
+    start = b"User-agent: *\nDisallow: /a\n"
+    for filler in (b"#\n", b"#\r"):
+        body = start + filler * ((MAX_ROBOTS - len(start)) // 2 - 50)
+        body += b"#" * (MAX_ROBOTS - len(body) - 25) + filler[1:] + b"Disallow: /d" + filler[1:] + b"Disallow: /"
+        assert len(body) == MAX_ROBOTS
+        rules = parse_robots(body + b"private\nDisallow: /b\n", USER_AGENT)
+        assert [rules.allows(f"https://site.example/{path}") for path in "abcd"] == [False, True, True, False]
+    assert parse_robots(body, USER_AGENT).allows("https://site.example/c") is False  # that was its whole last line
+
+
+@pytest.mark.parametrize(
+    ("value", "delay"),
+    [("2", 2.0), ("0.5", 0.5), ("1e9", 300.0), ("86400", 300.0), ("0", None), ("-3", None), ("nan", None),
+     ("inf", None), ("ten", None), ("", None), ("10 # s", 10.0)],
+)  # fmt: skip
+def test_robots_crawl_delay(value: str, delay: float | None) -> None:
+    assert parse_robots(f"User-agent: *\nCrawl-delay: {value}".encode(), USER_AGENT).delay == delay
+
+
+def test_robots_delay_of_another_and_sitemaps() -> None:
+    body = b"""User-agent: other
+Crawl-delay: 7
+Sitemap: https://site.example/a.xml
+sitemap:https://CDN.example/b.xml#x
+Sitemap: /c.xml
+Sitemap: https://site.example/a.xml
+Sitemap: ftp://site.example/d.xml
+Sitemap: http://[bad
+"""
+    rules = parse_robots(body, USER_AGENT, "https://site.example/robots.txt")
+    found = ("https://site.example/a.xml", "https://cdn.example/b.xml", "https://site.example/c.xml")
+    assert (rules.delay, rules.sitemaps) == (None, found)
+    assert parse_robots(body, USER_AGENT).sitemaps == found[:2]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        *[(Response(status, {}, b"User-agent: *\nDisallow: /x"), "parsed") for status in (200, 203, 206)],
+        (Response(204, {}, b""), "parsed empty"),
+        *[(Response(status, {}, b"User-agent: *\nDisallow: /"), "all") for status in
+          (300, 301, 304, 400, 401, 403, 404, 408, 410, 451, 499)],
+        *[(Response(status, {}, b""), "none") for status in (429, 500, 502, 503, 504, 599, 999, 100)],
+        *[(FetchError(kind, "x", status=status), "none") for kind, status in
+          [("dns", None), ("connect", None), ("tls", None), ("timeout", None), ("timeout", 200), ("reset", None),
+           ("protocol", None), ("truncated", 200), ("too_large", 200), ("decode", 200), ("blocked", None),
+           ("internal", None), ("interrupted", None)]],
+        (FetchError("redirects", "more than 5", status=302), "all"),
+        (FetchError("redirects", "no Location", status=301), "all"),
+    ],
+)  # fmt: skip
+def test_robots_by_outcome(outcome: Response | FetchError, expected: str) -> None:
+    rules = rules_for(outcome, USER_AGENT)
+    page = "https://site.example/x"
+    assert rules.allows(page) is (expected in ("all", "parsed empty"))
+    assert rules.allows("https://site.example/robots.txt") and rules.allows("https://site.example/robots.txt?a")
+    assert {"all": rules is ALLOW_ALL, "none": rules is DISALLOW_ALL}.get(
+        expected, rules not in (ALLOW_ALL, DISALLOW_ALL)
+    )
+    assert rules.why and (rules.delay, rules.sitemaps) == (None, ())
+
+
+ROBOTS_BOTH = {"noindex", "nofollow"}
+
+
+@pytest.mark.parametrize(
+    ("header", "meta", "found"),
+    [
+        (None, (), set()),
+        ("NoFollow", (), {"nofollow"}),
+        ("noarchive, noindex", (), {"noindex"}),
+        ("none", (), ROBOTS_BOTH),
+        ("all", ("follow", "index"), set()),
+        ("index", ("noindex",), {"noindex"}),
+        ("otherbot: noindex, nofollow", (), set()),
+        ("otherbot: noindex\nnofollow", (), {"nofollow"}),
+        ("otherbot: noindex, FlatCrawl: nofollow", (), {"nofollow"}),
+        ("flatcrawl: none", (), ROBOTS_BOTH),
+        ("max-snippet: 20, nofollow", (), {"nofollow"}),
+        ("unavailable_after: 25 Jun 2010 15:00:00 PST, noindex", (), {"noindex"}),
+        ("nofollowing", ("no index",), set()),
+        (None, ("googlebot: noindex", "flatcrawl: nofollow"), {"nofollow"}),
+        (None, ("max-image-preview:large", "none"), ROBOTS_BOTH),
+        ("a: b: c,, :noindex", (), set()),
+    ],
+)
+def test_robots_page_directives(header: str | None, meta: tuple[str, ...], found: set[str]) -> None:
+    assert page_directives(header, meta, USER_AGENT) == found
+
+
+@pytest.mark.parametrize(
+    ("tags", "robots", "found"),
+    [
+        ("<meta name=robots content='noindex,NoFollow'>", ("noindex", "nofollow"), ROBOTS_BOTH),
+        ("<meta name=FlatCrawl content='noarchive, NOFOLLOW'>", ("flatcrawl: nofollow",), {"nofollow"}),
+        ("<meta content=none name=googlebot>", ("googlebot: none",), set()),
+        ("<meta name=robots content=none><meta name=googlebot content=all>", ("none",), ROBOTS_BOTH),
+        ("<meta name=keywords content='seo, how nofollow works'><meta property=og:x content=none>", (), set()),
+        ("<meta name=twitter:title content=none><meta content=noindex><meta name='' content=none>", (), set()),
+        ("<template><meta name=flatcrawl content=noindex></template>", (), set()),
+    ],
+)
+def test_html_robots_by_name(tags: str, robots: tuple[str, ...], found: set[str]) -> None:
+    page = parse_page(f"<head>{tags}</head><a href=/x>y</a>".encode(), "https://site.example/")
+    assert (*page.robots, *page.agent_robots) == robots
+    assert all(": " in directive for directive in page.agent_robots)
+    assert page_directives(None, (*page.robots, *page.agent_robots), USER_AGENT) == found
+
+
+def test_html_nofollow_is_not_ugc_or_sponsored() -> None:
+    page = parse_page(
+        b"<a rel=ugc href=/1>a</a><a rel='sponsored' href=/2>b</a><a href=/3 rel='ugc nofollow'>c</a>"
+        b'<a rel="noopener noreferrer" href="/4">d</a><a rel="sponsored nofollow" href="/5">e</a>',
+        "https://site.example/",
+    )
+    assert page.nofollow == {"https://site.example/3", "https://site.example/5"}
+
+
+# --------------------------------------------------------------------------------------------------- feed_parse.py
+
+SITEMAP_AT = "https://site.example/sitemap.xml"
+
+
+def sitemap_of(
+    inside: str, root: str = "urlset", ns: str = ' xmlns="http://www.sitemaps.org/schemas/sitemap/0.9"'
+) -> str:
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<{root}{ns}>{inside}</{root}>'
+
+
+SITEMAP_PLAIN = sitemap_of(
+    "<url><loc> https://site.example/1 </loc><lastmod>2024-05-01T12:00:00+02:00</lastmod></url>"
+    "<url><lastmod>2024-05</lastmod><loc>https://SITE.example:443/2?a=1&amp;b=2#x</loc></url>"
+)
+SITEMAP_FOUND = [
+    SitemapEntry("https://site.example/1", "2024-05-01T10:00:00Z"),
+    SitemapEntry("https://site.example/2?a=1&b=2", "2024-05-01T00:00:00Z"),
+]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        SITEMAP_PLAIN.encode(),
+        b"\xef\xbb\xbf \n" + SITEMAP_PLAIN.encode(),
+        gzip.compress(SITEMAP_PLAIN.encode()),
+        gzip.compress(SITEMAP_PLAIN.encode()[:99]) + gzip.compress(SITEMAP_PLAIN.encode()[99:]) + b"\0" * 99,
+        SITEMAP_PLAIN.encode("utf-16"),
+        SITEMAP_PLAIN.encode("utf-16-be"),
+        SITEMAP_PLAIN.replace("UTF-8", "windows-1251").encode("cp1251"),
+        SITEMAP_PLAIN.replace("UTF-8", "gbk").encode("gbk"),
+        SITEMAP_PLAIN.replace("UTF-8", "utf-16").encode(),
+        SITEMAP_PLAIN.replace("sitemap/0.9", "nonsense").encode(),
+        SITEMAP_PLAIN.replace(' xmlns="http', ' xmlns:x="http').encode(),
+        SITEMAP_PLAIN.replace("url>", "sm:url>").replace("loc>", "sm:LOC>").encode(),
+        SITEMAP_PLAIN.replace("&amp;", "&").encode(),
+        SITEMAP_PLAIN.replace("</loc>", "\x0b</loc>").encode(),
+        SITEMAP_PLAIN.replace("https://SITE.example:443/2?a=1&amp;b=2#x", "<![CDATA[/2?a=1&b=2]]>").encode(),
+        SITEMAP_PLAIN.replace("https://SITE.example:443/2?a=1&amp;b=2#x", "/2<![CDATA[?a=1&amp;]]>b=2").encode(),
+        SITEMAP_PLAIN.replace("</loc>", '</loc><i:image><i:loc>/i.png</i:loc></i:image><x:link href="/de"/>').encode(),
+        SITEMAP_PLAIN.replace("</url>", "</url><!-- <url><loc>/no</loc></url> --><url/>").encode(),
+    ],
+)
+def test_sitemap_spellings(body: bytes) -> None:
+    sitemap = parse_sitemap(body, SITEMAP_AT)
+    assert (sitemap.urls, sitemap.sitemaps, sitemap.truncated, sitemap.error) == (SITEMAP_FOUND, [], False, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "urls", "sitemaps", "error"),
+    [
+        (sitemap_of("<sitemap><loc>/a.xml.gz</loc><lastmod>2024</lastmod></sitemap>", "sitemapindex"),
+         [], ["https://site.example/a.xml.gz"], None),
+        ("https://site.example/1\r\n\r\n  HTTPS://site.example/2\nnot a link\n/3\nhttps://site.example/1",
+         [("https://site.example/1", None), ("https://site.example/2", None)], [], None),
+        ("<rss version='2.0'><channel><link>https://site.example/</link><item><title>t</title><link>/r</link>"
+         "<pubDate>Mon, 06 May 2024 10:00:00 +0200</pubDate><guid>x</guid></item></channel></rss>",
+         [("https://site.example/r", "2024-05-06T08:00:00Z")], [], None),
+        ("<feed xmlns='http://www.w3.org/2005/Atom'><link href='/'/><entry><link rel='self' href='/s'/>"
+         "<link href='/a'/><updated>2024-05-06T10:00:00Z</updated><source><link href='/z'/></source></entry></feed>",
+         [("https://site.example/a", "2024-05-06T10:00:00Z")], [], None),
+        (SITEMAP_PLAIN[:-30], SITEMAP_FOUND[:1], [], "XML: "),
+        (SITEMAP_PLAIN.replace("</url>", "</url></oops>", 1), SITEMAP_FOUND[:1], [], "XML: mismatched"),
+        ("<!DOCTYPE html><html><body>404", [], [], "an HTML page"),
+        ("<!DOCTYPE x [<!ENTITY a 'https://site.example/e'>]>" + sitemap_of("<url><loc>&a;</loc></url>")[39:],
+         [], [], "XML: it declares entities"),
+        ("<!DOCTYPE x [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><urlset><url><loc>&a;</loc></url></urlset>",
+         [], [], "XML: it declares entities"),
+        ("<!DOCTYPE urlset SYSTEM 'http://127.0.0.1:9/x.dtd'><urlset><url><loc>/&a;</loc></url></urlset>",
+         [("https://site.example/&a;", None)], [], None),
+        ("<a>" * 100, [], [], "XML: nested too deep"),
+        ("", [], [], None),
+        (" \n ", [], [], None),
+    ],
+)  # fmt: skip
+def test_sitemap_kinds(body: str, urls: list[Any], sitemaps: list[str], error: str | None) -> None:
+    sitemap = parse_sitemap(body.encode(), SITEMAP_AT)
+    assert ([tuple(entry) for entry in sitemap.urls], sitemap.sitemaps) == ([tuple(entry) for entry in urls], sitemaps)
+    assert sitemap.truncated is (error is not None)
+    assert sitemap.error == error or (error and sitemap.error and sitemap.error.startswith(error))
+
+
+def test_sitemap_speaks_for_its_host() -> None:
+    named = ["https://site.example/1", "http://site.example:8080/2", "https://other.example/3", "javascript:x"]
+    named += ["https://evil.example/4", "http://[bad", "ftp://site.example/5", "https://site.example/" + "x" * 9000]
+    body = sitemap_of("".join(f"<url><loc>{url}</loc></url>" for url in named)).encode()
+    ours = parse_sitemap(body, SITEMAP_AT)
+    assert [entry.url for entry in ours.urls] == ["https://site.example/1", "http://site.example:8080/2"]
+    assert ours.foreign == 2
+    assert len(parse_sitemap(body, SITEMAP_AT, hosts=["other.example"]).urls) == 3
+    assert len(parse_sitemap(body, SITEMAP_AT, hosts=None).urls) == 4
+    assert parse_sitemap(body, "nonsense").error == "sitemap's own address: not a URL; write https:// before it"
+
+
+def test_sitemap_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = "<url><loc>https://site.example/{}</loc></url>"
+    many = sitemap_of("".join(entry.format(i) for i in range(50_001))).encode()
+    sitemap = parse_sitemap(gzip.compress(many, 1), SITEMAP_AT)
+    assert (len(sitemap.urls), sitemap.truncated, sitemap.error) == (50_000, True, "more than 50000 addresses")
+    assert parse_sitemap(many.replace(b"50000<", b"49999<"), SITEMAP_AT).truncated is False
+    torn = parse_sitemap(gzip.compress(many, 1)[:-5000], SITEMAP_AT)
+    assert torn.truncated and torn.error == "gzip: it ends too soon" and len(torn.urls) > 40_000
+    spoilt = parse_sitemap(gzip.compress(SITEMAP_PLAIN.encode())[:-8] + b"\0" * 8, SITEMAP_AT)
+    assert spoilt.truncated and "gzip: " in (spoilt.error or "")
+    monkeypatch.setattr(feed_parse, "MAX_SITEMAP", 3 << 20)
+    head = sitemap_of(entry.format(1)).encode()[:-9]
+    for bomb in (head + b" " * (4 << 20), gzip.compress(head + b" " * (64 << 20), 1)):
+        sitemap = parse_sitemap(bomb, SITEMAP_AT)
+        assert (len(sitemap.urls), sitemap.truncated, sitemap.error) == (1, True, "larger than 3145728 bytes")
+    lines = parse_sitemap(b"https://site.example/1\n" + b"https://site.example/" * (1 << 17), SITEMAP_AT)
+    assert [entry.url for entry in lines.urls] == ["https://site.example/1"]
+    same = parse_sitemap(b"https://site.example/1\n" * 1300, SITEMAP_AT)
+    assert (len(same.urls), same.truncated) == (1, False)
+    monkeypatch.setattr(feed_parse, "MAX_LOCATIONS", 100)
+    same = parse_sitemap(b"https://site.example/1\n" * 401, SITEMAP_AT)
+    assert len(same.urls) == 1 and same.error == "more than 400 entries, bad and repeated ones counted in"
+    token = parse_sitemap(head + b"<url " + b"a='' " * (600_000), SITEMAP_AT)
+    assert len(token.urls) == 1 and "single construct" in (token.error or "")
+
+
+def test_sitemap_gzip_of_many_members() -> None:
+    body = b"".join(gzip.compress(b"https://site.example/%d\n" % i) for i in range(3000))
+    assert len(parse_sitemap(body, SITEMAP_AT).urls) == 3000
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_sitemap_in_pieces_is_the_same(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """References, CDATA, characters and lines that a piece cuts."""
+    entries = "<url><loc>/é?a={0}&b&amp;c&#38;d&lt;</loc></url><url><loc><![CDATA[/{0}&x]]></loc></url>"
+    text = sitemap_of("".join(entries.format(i) for i in range(9)))
+    lines = "\n".join(f"https://site.example/é{i}" for i in range(9))
+    bodies = [text.encode(), text.encode("utf-16"), gzip.compress(text.encode()), lines.encode()]
+    whole = [parse_sitemap(body, SITEMAP_AT) for body in bodies]
+    assert [len(sitemap.urls) for sitemap in whole] == [18, 18, 18, 9]
+    assert whole[0].urls[0].url == "https://site.example/%C3%A9?a=0&b&c&d%3C"
+    monkeypatch.setattr(feed_parse, "_PIECE", size * 16)
+    assert [parse_sitemap(body, SITEMAP_AT) for body in bodies] == whole
+
+
+FEED_AT = "https://site.example/blog/feed"
+FEED_ITEM = FeedEntry("https://site.example/1", "T & <t>", "Ann", "2024-05-06T08:00:00Z", "Some bold text")
+
+
+@pytest.mark.parametrize(
+    ("body", "entries"),
+    [
+        ("<rss version='2.0'><channel><item><title>T &amp;amp; &amp;lt;t&amp;gt;</title>"
+         "<link>/1</link><author>Ann</author><pubDate>Mon, 06 May 2024 10:00:00 +0200</pubDate>"
+         "<description>Some &lt;b&gt;bold&lt;/b&gt; text&lt;script&gt;x&lt;/script&gt;</description></item>"
+         "</channel></rss>", [FEED_ITEM]),
+        ("<rss version='2.0' xmlns:dc='http://purl.org/dc/elements/1.1/' xmlns:c='http://purl.org/rss/1.0/modules/content/'>"
+         "<channel><item><title><![CDATA[T & <t>]]></title><link>https://site.example/1</link><dc:creator>Ann</dc:creator>"
+         "<dc:date>2024-05-06T08:00:00Z</dc:date><description>Some</description><c:encoded><![CDATA[<p>Some <b>bold</b>"
+         " text</p>]]></c:encoded></item></channel></rss>", [FEED_ITEM]),
+        ("<rdf:RDF xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#' xmlns='http://purl.org/rss/1.0/'>"
+         "<item rdf:about='x'><title>One</title><link>/1</link></item></rdf:RDF>",
+         [FeedEntry("https://site.example/1", "One", None, None, None)]),
+        ("<rss version='0.91'><channel><item><title>One</title><link>1</link><pubDate>soon</pubDate></item>"
+         "<item><title>No link</title></item><item><link>1</link></item><item><link>javascript:x</link></item>",
+         [FeedEntry("https://site.example/blog/1", "One", None, None, None)]),
+        ("<feed xmlns='http://www.w3.org/2005/Atom' xml:base='https://site.example/x/'><entry xml:base='y/'>"
+         "<title type='html'>T &amp;amp; &amp;lt;t&amp;gt;</title><link href='../../1'/><link rel='edit' href='/e'/>"
+         "<author><name>Ann</name></author><published>2024-05-06T10:00:00+02:00</published><updated>2024-06-01T00:00:00Z</updated>"
+         "<content type='xhtml'><div xmlns='http://www.w3.org/1999/xhtml'>Some <b>bold</b> text</div></content></entry>"
+         "</feed>",
+         [FEED_ITEM]),
+        ("<feed xmlns='http://www.w3.org/2005/Atom'><entry><title>a &lt; b</title><id>x</id><link href='/1'/>"
+         "<updated>2024-05-06T10:00:00Z</updated><summary type='text'>1 &lt; 2</summary></entry></feed>",
+         [FeedEntry("https://site.example/1", "a < b", None, "2024-05-06T10:00:00Z", "1 < 2")]),
+        ("<rss><channel><item><title>A & B</title><link>/1?a=1&b=2</link><description><p>unclosed</description></item>"
+         "<item><title>C</title><link>/2</link>", [
+             FeedEntry("https://site.example/1?a=1&b=2", "A & B", None, None, "unclosed"),
+             FeedEntry("https://site.example/2", "C", None, None, None)]),
+        ("<!DOCTYPE r [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><rss><channel><item><title>a&x;b</title><link>/1</link>"
+         "</item></channel></rss>", [FeedEntry("https://site.example/1", "a&x;b", None, None, None)]),
+        ("<html><body>404</body></html>", []),
+        ("/etc/passwd", []),
+        ("https://site.example/feed", []),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_feed_dialects(body: str, entries: list[FeedEntry]) -> None:
+    assert parse_feed(body.encode(), FEED_AT) == entries
+
+
+def test_feed_encodings() -> None:
+    feed = "<?xml version='1.0' encoding='{}'?><rss><channel><item><title>Zoë</title><link>/1</link></item></channel>"
+    latin = {"Content-Type": "text/xml; charset=ISO-8859-1"}
+    bodies: list[tuple[bytes, dict[str, str] | None]] = [
+        (feed.format("utf-8").encode(), None),
+        (feed.format("utf-8").encode("utf-8-sig"), latin),
+        (feed.format("iso-8859-1").encode("latin-1"), None),
+        (feed.format("utf-8").encode("latin-1"), latin),
+        (feed.format("nonsense").encode("latin-1"), None),
+        (feed.format("utf-16").encode("utf-16"), None),
+        (gzip.compress(b"\n " + feed.format("utf-8").encode()), None),
+    ]
+    assert {tuple(parse_feed(body, FEED_AT, headers)[0])[:2] for body, headers in bodies[:4]} == {
+        ("https://site.example/1", "Zoë")
+    }
+    assert [entry.url for body, headers in bodies for entry in parse_feed(body, FEED_AT, headers)] == [
+        "https://site.example/1"
+    ] * len(bodies)
+
+
+def test_feed_bombs() -> None:
+    """What takes feedparser itself quadratic time and more, or much memory."""
+    start, end = "<rss><channel><item><link>/1</link>", "</item></channel></rss>"
+    laughs = "".join(f"<!ENTITY l{i + 1} '{f'&l{i};' * 10}'>\n" for i in range(30))
+    bombs = {
+        f"<?xml version='1.0'?><!DOCTYPE r [\n<!ENTITY l0 'ha'>\n{laughs}]>{start}<title>&l30;</title>{end}": 1,
+        start + "<author>" + "a" * 200_000 + "</author></item>": 1,
+        start + "".join(f"<category>{i}</category>" for i in range(20_000)) + "</item></channel></rss>": 1,
+        "<?xml version='1.0'?>" + "\n" * 200_000 + start[:13] + start[13:] + "</item></channel></rss>": 1,
+        "".join(f"<x{i}:y xmlns:x{i}='u{i}'/>" for i in range(20_000)): 0,
+    }
+    for body, found in bombs.items():
+        entries = parse_feed(body.encode(), FEED_AT)
+        assert len(entries) == found, body[:60]
+        assert all(len(entry.title or "") < 1000 for entry in entries)
+
+
+def test_feed_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    item = "<item><title>t</title><link>/{}</link><description>" + "word " * 50 + "</description></item>"
+    body = ("<rss><channel>" + "".join(item.format(i) for i in range(400))).encode()
+    monkeypatch.setattr(feed_parse, "MAX_FEED", 20_000)
+    assert 50 < len(parse_feed(body, FEED_AT)) < 70
+    monkeypatch.setattr(feed_parse, "_MAX_FEED_ELEMENTS", 20)
+    assert 0 < len(parse_feed(body, FEED_AT)) <= 7
+    monkeypatch.setattr(feed_parse, "MAX_TEXT", 12)
+    assert parse_feed(body, FEED_AT)[0].summary == "word word wo"
+
+
+feed_pieces = st.sampled_from(
+    """<rss> <channel> <item> </item> <link> </link> /a <title> </title> <feed> <entry> </entry> <link\thref='/b'/>
+    <urlset> <url> </url>
+    <loc> </loc> https://site.example/ <![CDATA[ ]]> <!-- --> <!DOCTYPE\tx\t[ <!ENTITY\ta\t'b'> ]> &a; &amp;
+    &#0; &#xD800;
+    <?xml\tversion='1.0'\tencoding='utf-16'?> < > \x00 é <pubDate> </pubDate> 0000-00-00 Mon,\t99\tMay\t99999
+    <lastmod> </lastmod> 9999-12-31T23:59:59-23:59 <author> a@b.c <content\ttype='xhtml'><div> </div></content>
+    \x1f\x8b \ufeff <sitemapindex> <sitemap> </sitemap>""".replace("\n", " ").split(" ")
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.binary(max_size=200) | st.lists(feed_pieces, max_size=30).map("".join).map(str.encode),
+    st.booleans(),
+    st.booleans(),
+)
+def test_feed_and_sitemap_never_raise(body: bytes, zipped: bool, torn: bool) -> None:
+    if zipped:
+        body = gzip.compress(body) if not torn else b"\x1f\x8b" + body
+    sitemap = parse_sitemap(body, SITEMAP_AT)
+    assert all(entry.url.startswith("http") for entry in sitemap.urls) and not sitemap.foreign > 30
+    assert all(
+        entry.url.startswith("http") for entry in parse_feed(body, FEED_AT, {"Content-Type": body.decode("latin-1")})
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "iso"),
+    [
+        ("2024-05-06T10:00:00Z", "2024-05-06T10:00:00Z"),
+        ("2024-05-06T10:00:00.123-02:30", "2024-05-06T12:30:00Z"),
+        ("2024-05-06", "2024-05-06T00:00:00Z"),
+        (" 2024-05 ", "2024-05-01T00:00:00Z"),
+        ("2024", "2024-01-01T00:00:00Z"),
+        ("Mon, 06 May 2024 10:00:00 GMT", "2024-05-06T10:00:00Z"),
+        ("06 May 2024 10:00 -0700", "2024-05-06T17:00:00Z"),
+        ("0001-01-01T00:00:00+05:00", None),
+        ("2024-13", None),
+        ("yesterday", None),
+        ("", None),
+        ("9" * 100, None),
+    ],
+)
+def test_feed_dates(text: str, iso: str | None) -> None:
+    assert iso_utc(text) == iso
+
+
+# -------------------------------------------------------------------------------------------------------- scope.py
+
+
+@pytest.mark.parametrize(
+    ("within", "url", "why"),
+    [
+        ("host", "https://www.site.co.uk/x", None),
+        ("host", "http://WWW.site.co.uk:8080/x", None),
+        ("host", "https://site.co.uk/", "site.co.uk is not a host of the list"),
+        ("domain", "https://site.co.uk/", None),
+        ("domain", "https://a.b.site.co.uk/", None),
+        ("domain", "https://other.co.uk/", "other.co.uk is not a domain of the list"),
+        ("domain", "https://blog.github.io/", None),
+        ("domain", "https://another.github.io/", "another.github.io is not a domain of the list"),
+        ("domain", "http://127.0.0.1:99/", None),
+        ("domain", "http://127.0.0.2/", "127.0.0.2 is not a domain of the list"),
+        ("domain", "http://[::1]/", None),
+        ("domain", "http://localhost/", None),
+        ("any", "https://elsewhere.example/", None),
+        ("any", "mailto:x@site.co.uk", "only http and https are fetched, not mailto"),
+        ("any", "nonsense", "not a URL; write https:// before it"),
+    ],
+)
+def test_scope_within(within: Any, url: str, why: str | None) -> None:
+    seeds = [
+        "https://www.site.co.uk/a",
+        "http://blog.github.io",
+        "http://127.0.0.1/",
+        "http://[::1]/",
+        "http://localhost",
+    ]
+    assert Scope([*seeds, "not a URL"], within=within).why_not(url) == why
+
+
+def test_scope_grows_and_refuses_nonsense() -> None:
+    scope = Scope(["https://site.example/"])
+    assert scope.why_not("https://www.site.example/") is not None
+    scope.add("https://www.site.example/")
+    assert scope.why_not("https://www.site.example/") is None and "2" in repr(scope)
+    for bad in ({"within": "world"}, {"include": ["re:("]}, {"exclude": ["re:*"]}):
+        with pytest.raises(ValueError, match=r"must be|regular"):
+            Scope([], **bad)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "url", "why"),
+    [
+        (["*/blog/*"], [], "https://site.example/blog/1", None),
+        (["*/blog/*"], [], "https://site.example/news/1", "included by no pattern"),
+        (["*/news/*", "*/blog/*"], ["*/blog/old*"], "https://site.example/blog/old/1", "excluded by */blog/old*"),
+        ([], ["*.pdf"], "https://site.example/a.pdf?x", None),
+        ([], ["*.pdf"], "https://site.example/a.pdf", "excluded by *.pdf"),
+        ([], ["*?page=*"], "https://site.example/apage=2", None),
+        ([], ["*?page=*"], "https://site.example/?page=2", "excluded by *?page=*"),
+        ([], ["https://site.example/"], "https://site.example/x", None),
+        ([], ["https://site.example/"], "https://site.example/", "excluded by https://site.example/"),
+        ([], ["*a*a"], "https://site.ex/a", None),
+        ([], ["re:/[0-9]+$"], "https://site.example/12", "excluded by re:/[0-9]+$"),
+        ([], ["re:/[0-9]+$"], "https://site.example/12a", None),
+        (["re:^https:"], [], "http://site.example/", "included by no pattern"),
+    ],
+)
+def test_scope_patterns(include: list[str], exclude: list[str], url: str, why: str | None) -> None:
+    assert Scope([], within="any", include=include, exclude=exclude).why_not(url) == why
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("a*/", max_size=8), st.text("a/", max_size=10))
+def test_scope_glob_is_that_of_fnmatch(pattern: str, path: str) -> None:
+    import fnmatch
+
+    url = f"https://s/{path}"
+    matched = Scope([], within="any", exclude=["*/" + pattern]).why_not(url) is not None
+    assert matched == fnmatch.fnmatchcase(url, "*/" + pattern)
+
+
+def test_scope_glob_does_not_backtrack() -> None:
+    scope = Scope([], within="any", exclude=["*a" * 500 + "*b"])
+    assert scope.why_not("https://site.example/" + "a" * 8000) is None
+
+
+@pytest.mark.parametrize(
+    ("drop", "url", "clean"),
+    [
+        (["utm_*", "fbclid"], "https://s/?b=2&utm_source=x&a=1&fbclid=y", "https://s/?b=2&a=1"),
+        (["utm_*"], "https://s/p?utm_a=1&UTM_B", "https://s/p"),
+        (["utm_*"], "https://s/p?%75tm_a=1&x=%75tm_b", "https://s/p?x=%75tm_b"),
+        (["utm_*"], "https://s/p?a=1&&b", "https://s/p?a=1&&b"),
+        (["utm_*"], "https://s/utm_x?", "https://s/utm_x?"),
+        (["*"], "https://s/p?a=1&=2", "https://s/p?=2"),
+        ([], "https://s/p?utm_a=1", "https://s/p?utm_a=1"),
+    ],
+)
+def test_scope_drops_parameters(drop: list[str], url: str, clean: str) -> None:
+    scope = Scope([], drop_params=drop)
+    assert scope.clean(url) == clean == scope.clean(clean)
+
+
+def test_scope_touches_neither_network_nor_home(tmp_path: Path) -> None:
+    script = """
+import sys
+def watch(event, args):
+    if event.startswith(("socket.", "subprocess.", "os.mkdir", "os.rename")) or event == "open" and (
+            set(str(args[1] or "r")) & set("wax+") or "pycache" not in str(args[0]) and sys.argv[1] in str(args[0])):
+        sys.exit(f"{event} {args}")
+sys.dont_write_bytecode = True
+import scope
+sys.addaudithook(watch)
+assert "publicsuffixlist" not in sys.modules
+assert scope.registrable("a.b.example.co.uk") == "example.co.uk" and "publicsuffixlist" in sys.modules
+"""
+    home = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", script, home],
+        env={**os.environ, "HOME": home, "XDG_CACHE_HOME": home, "PYTHONPATH": str(Path(feed_parse.__file__).parent)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", [])
+
+
+@pytest.mark.parametrize(
+    ("host", "domain"),
+    [("www.example.com", "example.com"), ("example.com", "example.com"), ("com", "com"), ("co.uk", "co.uk"),
+     ("a.city.kawasaki.jp", "city.kawasaki.jp"), ("x.y.kawasaki.jp", "x.y.kawasaki.jp"), ("10.0.0.1", "10.0.0.1"),
+     ("www.xn--85x722f.xn--55qx5d.cn", "xn--85x722f.xn--55qx5d.cn"), ("a.b.unlisted", "b.unlisted"),
+     ("www.example.com.", "example.com"), ("..", ".."), ("", "")],
+)  # fmt: skip
+def test_scope_registrable(host: str, domain: str) -> None:
+    assert registrable(host) == (domain if host != ".." else "")
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/".join("abcdefghijklmnopqrst"), None),
+        ("/".join("abcdefghijklmnopqrstu"), "trap: a path deeper than 20"),
+        ("a/b/a/c/a/d", None),
+        ("a/b/a/c/a/d/a", "trap: 'a' is 4 times in the path"),
+        ("x/a/b/a/b", None),
+        ("x/a/b/a/b/a/b/y", "trap: 'a/b' recurs in the path"),
+        ("x/a/b/c/a/b/c/a/b/c", "trap: 'a/b/c' recurs in the path"),
+        ("a/b/a/b/c/a/b", None),
+        ("?" + "a" * 1977, None),
+        ("?" + "a" * 1979, "trap: longer than 2000 characters"),
+        ("////////a//?/a/a/a/a/a", None),
+        ("", None),
+    ],
+)
+def test_traps_of_the_path(path: str, why: str | None) -> None:
+    assert Traps().why_not(f"https://site.example/{path}") == why
+
+
+def test_traps_of_the_query() -> None:
+    traps = Traps(variety=3)
+    page = "https://site.example/calendar"
+    for _ in range(2):  # the same ones again are no more
+        assert [traps.why_not(f"{page}?day={day}") for day in range(3)] == [None] * 3
+    assert traps.why_not(f"{page}?day=3") == f"trap: more than 3 queries of {page}"
+    assert traps.why_not(page) is None and traps.why_not(f"{page}/x?day=3") is None
+    for _ in range(5):
+        assert traps.why_not("https://site.example/other?a=1", note=False) is None
+    assert traps.why_not(f"{page}?day=4", note=False) is not None
+    assert traps.stats() == {"paths": 2, "queries": 4, "caught": 1} and "'caught': 1" in repr(traps)
+
+
+def test_traps_are_bounded_in_memory() -> None:
+    traps = Traps()
+    for i in range(MAX_QUERIES + 5000):
+        assert traps.why_not(f"https://site.example/{i}?a") is None
+    assert traps.stats() == {"paths": MAX_QUERIES, "queries": MAX_QUERIES, "caught": 0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
