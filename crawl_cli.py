@@ -28,7 +28,7 @@ import orjson
 
 from coordination import new_lock
 from crawl_core import Crawl
-from crawl_journal import JournalError, open_journal, recall
+from crawl_journal import JournalError, open_anew, open_journal, recall
 from crawl_rules import ERROR_KINDS, MAX_URL, CrawlResult, FeedResult, Options, ScrapeResult
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
@@ -392,7 +392,7 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
 def open_output(path: str | None, resume: bool) -> BinaryIO:
     if path is None:
         return open(1, "wb", buffering=0, closefd=False)
-    return open_journal(path) if resume else open(path, "wb", buffering=0)
+    return open_journal(path) if resume else open_anew(path)
 
 
 def more_open_files() -> None:

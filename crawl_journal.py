@@ -6,9 +6,10 @@ is done with, so what is in the file is finished, and what was in flight is aske
 - the visited set: their URLs, and where redirects led;
 - the frontier: the links in them (with their depth) that have no row yet; of feeds, the articles.
 
-Promised: a torn last line is cut off, and rows that only say ``interrupted`` are taken out (of a copy, which then takes
-the file's place), so that in the end each URL has one row. A file that is something else is refused, and not touched.
-Two runs never write to one file: each holds a lock on it (flock).
+Promised: a torn last line is cut off (what a crash leaves: no line end, or zeros), and rows that only say
+``interrupted`` are taken out (of a copy, which then takes the file's place), so that in the end each URL has one row.
+A file that is something else is refused, and not touched. Two runs never write to one file: each holds a lock on it
+(flock), also one that begins anew.
 
 Not promised: anything about a file that others write to, or over a network whose file system has no locks. The list
 must be given again: what it names and no row has is fetched. What counts for traps is counted anew.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -31,6 +33,20 @@ from crawl_rules import CrawlResult, FeedResult, FetchError, names_private, norm
 
 Row = dict[str, Any]
 
+BEGINNING = b'{"url":'
+"""Of every row."""
+USUAL: Row = {
+    "url": "",
+    "status": None,
+    "title": None,
+    "word_count": 0,
+    "links_found": [],
+    "error": None,
+    "fetched_at": "",
+    "duration_ms": 0.0,
+}
+"""What every row has."""
+
 
 class JournalError(Exception):
     """The file is no journal, or it is in use."""
@@ -39,15 +55,31 @@ class JournalError(Exception):
 def open_journal(path: str) -> BinaryIO:
     """The file, to be read and appended to, locked and mended. Raises ``JournalError``, ``OSError``."""
     while True:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise JournalError(f"{path} is no file, which could be read back")
         file = open(path, "a+b", buffering=0)  # noqa: SIM115
         try:
             lock(file, path)
-            if not mend(file, path):
+            # Since it was opened, another run may have put a mended copy in its place.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)) and not mend(file, path):
                 return file
         except BaseException:
             file.close()
             raise
         file.close()
+
+
+def open_anew(path: str) -> BinaryIO:
+    """The file, to be written from its beginning; locked, if it is one. Raises ``JournalError``, ``OSError``."""
+    file = open(path, "ab", buffering=0)  # noqa: SIM115
+    try:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            lock(file, path)
+            file.truncate(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def lock(file: BinaryIO, path: str) -> None:
@@ -70,32 +102,48 @@ def mend(file: BinaryIO, path: str) -> bool:
         row = parsed(line)
         if row is None:
             wrong = wrong or number
+            if line.endswith(b"\n") and b"\0" not in line:
+                break  # that no crash left
             continue
         if wrong is not None:
-            raise JournalError(f"line {wrong} of {path} is no row of a crawl")
+            break
         if str(row.get("error") or "").startswith("interrupted"):
             interrupted.add(number)
         good = end
-    if number and not good:
-        raise JournalError(f"{path} has no row of a crawl in it; is it JSON lines (--jsonl)?")
+    else:
+        wrong = None
+    if wrong is not None:
+        raise JournalError(f"line {wrong} of {path} is no row of a crawl; is it JSON lines (--jsonl)?")
     file.truncate(good)
     if not interrupted:
         return False
-    beside = f"{path}.mended"
-    with open(beside, "wb") as copy:
-        for number, line in enumerate(lines(file), 1):
-            if number not in interrupted:
-                copy.write(line)
-        copy.flush()
-        os.fsync(copy.fileno())
-    os.chmod(beside, os.stat(path).st_mode)
-    os.replace(beside, path)
+    place = os.path.realpath(path)
+    beside = f"{place}.mended"
+    try:
+        with open(beside, "wb") as copy:
+            for number, line in enumerate(lines(file), 1):
+                if number not in interrupted:
+                    copy.write(line)
+            copy.flush()
+            os.fsync(copy.fileno())
+        os.chmod(beside, os.stat(place).st_mode)
+        os.replace(beside, place)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
     return True
 
 
 def lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of ``file`` from its beginning, the last one too if it has no end."""
+    """The lines of ``file`` from its beginning, the last one too if it has no end. Of what does not begin as a row
+    does, which may be one line of gigabytes, only that beginning."""
     with open(file.fileno(), "rb", closefd=False) as reader:
+        reader.seek(0)
+        head = reader.read(len(BEGINNING))
+        if not BEGINNING.startswith(head):
+            yield head + b"\n"
+            return
         reader.seek(0)
         yield from reader
 
@@ -104,7 +152,7 @@ def parsed(line: bytes) -> Row | None:
     """The row, or None if the line is none, or has no end."""
     with contextlib.suppress(orjson.JSONDecodeError):
         row = orjson.loads(line)
-        if line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("url"), str) and "error" in row:
+        if line.endswith(b"\n") and isinstance(row, dict) and row.keys() >= USUAL.keys() and isinstance(row["url"], str):
             return row
     return None
 
@@ -160,12 +208,4 @@ def host_of(url: str) -> str:
 
 def fields(form: type[Any], row: Row) -> Any:
     known = form.__dataclass_fields__
-    usual: Row = {
-        "status": None,
-        "title": None,
-        "word_count": 0,
-        "links_found": [],
-        "fetched_at": "",
-        "duration_ms": 0.0,
-    }
-    return form(**(usual | {name: value for name, value in row.items() if name in known}))
+    return form(**{name: value for name, value in row.items() if name in known})
