@@ -332,9 +332,9 @@ class Tasks:
         except asyncio.CancelledError:
             if not self._forced:
                 raise
-            row = crawl.complete(request, FetchError("interrupted", "stopped before the answer was complete"))
+            row = crawl.broken(request, FetchError("interrupted", "stopped before the answer was complete"))
         except Exception as error:
-            row = crawl.complete(request, FetchError("internal", detail(error)))
+            row = crawl.broken(request, FetchError("internal", detail(error)))
         try:
             if row is not None:
                 await self._emit(row)

@@ -29,7 +29,9 @@ import orjson
 from coordination import new_lock
 from crawl_core import Crawl
 from crawl_journal import JournalError, open_anew, open_journal, recall
-from crawl_rules import ERROR_KINDS, MAX_URL, CrawlResult, FeedResult, Options, ScrapeResult
+from crawl_rules import ERROR_KINDS, MAX_URL, Options, ScrapeResult
+from robots import Rules
+from scope import Scope
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
 
@@ -75,13 +77,6 @@ def read_urls(sources: Iterable[str]) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------- rows
 
 FIELDS = [field.name for field in dataclasses.fields(ScrapeResult)]
-
-
-def row_form(options: Options) -> type[ScrapeResult]:
-    """What the rows of a run are."""
-    if options.feeds:
-        return FeedResult
-    return CrawlResult if options.depth or options.sitemaps else ScrapeResult
 
 
 def encode_json(row: ScrapeResult) -> bytes:
@@ -384,7 +379,9 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
                 hint = f"; did you mean https://{source} ?" if "." in source and not os.path.exists(source) else ""
                 parser.error(f"cannot read {source}: {error.strerror}{hint}")
     try:
-        return args, Options(**given)
+        options = Options(**given)
+        Scope(include=options.include, exclude=options.exclude)
+        return args, options
     except ValueError as error:
         parser.error(str(error).replace("_", "-"))
 
@@ -423,7 +420,18 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
             urls = demo_urls(site)
         crawl = Crawl(options)
         if args.explain:
-            return explain(program, crawl, urls, args.explain, run)
+            return explain(program, crawl, urls, args, run)
+        if args.metrics_port is not None:
+            try:
+                stack.callback(serve_metrics(crawl, args.metrics_port))
+            except (OSError, OverflowError) as error:
+                why = error.strerror if isinstance(error, OSError) else "0 to 65535"
+                return fail(program, f"cannot listen on port {args.metrics_port}: {why}", error)
+        try:
+            if args.resume:
+                urls = crawl.know_list(urls)
+        except OSError as error:
+            return fail(program, f"cannot read the list: {error.strerror}", error)
         try:
             stream = stack.enter_context(open_output(args.output, args.resume))
             if args.resume:
@@ -432,16 +440,11 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
                     print(
                         f"{program}: {known:,} rows from before, {crawl.frontier.waiting:,} URLs to go", file=sys.stderr
                     )
-            writer = RowWriter(stream, args.form, row_form(options))
+            writer = RowWriter(stream, args.form, crawl.form)
         except JournalError as error:
             return fail(program, str(error), error)
         except OSError as error:
             return fail(program, f"cannot write {args.output or 'to stdout'}: {error.strerror}", error)
-        if args.metrics_port is not None:
-            try:
-                stack.callback(serve_metrics(crawl, args.metrics_port))
-            except (OSError, OverflowError) as error:
-                return fail(program, f"cannot listen on port {args.metrics_port}: {error}", error)
         output = Output(crawl, writer)
         rows_on_screen = args.output is None and sys.stdout.isatty()
         with progress(crawl, sys.stderr.isatty() and not args.quiet and not rows_on_screen):
@@ -486,6 +489,9 @@ def write_stats(crawl: Crawl, path: str) -> None:
     frontier = crawl.frontier.stats()
     counts = crawl.stats.snapshot() | {
         "duplicates": frontier.duplicates,
+        "seen": frontier.seen,
+        "capped": frontier.capped,
+        "forbidden": frontier.forbidden,
         "not_fetched": frontier.waiting,
         "interrupted": crawl.interrupted,
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
@@ -505,7 +511,10 @@ def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
     class Counts(Collector):
         def collect(self) -> Iterator[Metric]:
             stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
-            for name in ("rows", "ok", "retries", "redirects", "pauses", "bytes", "robots", "sitemaps", "unchanged"):
+            for name in (
+                *("rows", "ok", "retries", "redirects", "pauses", "bytes"),
+                *("robots", "sitemaps", "sitemap_errors", "unchanged"),
+            ):
                 yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", stats[name])
             for name, label in (("errors", "kind"), ("statuses", "status")):
                 family = CounterMetricFamily(f"crawl_{name}", f"Rows by {label}", labels=(label,))
@@ -514,7 +523,8 @@ def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
                 yield family
             for name in ("waiting", "in_flight", "hosts", "hosts_ready", "hosts_blocked", "seen"):
                 yield GaugeMetricFamily(f"crawl_{name}", f"In the frontier: {name}", getattr(frontier, name))
-            yield CounterMetricFamily("crawl_forbidden", "URLs that robots.txt forbids", frontier.forbidden)
+            for name in ("duplicates", "capped", "forbidden"):
+                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", getattr(frontier, name))
 
     registry = CollectorRegistry()
     registry.register(Counts())
@@ -528,16 +538,28 @@ def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
     return end
 
 
-def explain(program: str, crawl: Crawl, urls: Iterable[str], url: str, run: Run) -> int:
-    """Print whether and when ``url`` would be fetched, and why (not). Asks its host for robots.txt, nothing else."""
-    crawl.ask_robots_only = True
+def explain(program: str, crawl: Crawl, urls: Iterable[str], args: argparse.Namespace, run: Run) -> int:
+    """Print whether and when a URL would be fetched, and why (not). Asks its host for robots.txt, nothing else; of
+    the output of an earlier run, should there be one to go on with, it reads only."""
+
+    def ask(url: str) -> Rules | None:
+        probe = Crawl(dataclasses.replace(crawl.options, robots=True, max_time=0.0, feeds=False))
+        probe.ask_robots_only = True
+        run(probe, [url], lambda *rows: None)
+        return probe.asked
+
     try:
         listed = list(urls)
+        if args.resume and os.path.isfile(args.output):
+            crawl.know_list(listed)
+            with open(args.output, "rb") as file:
+                recall(crawl, file)
+        for line in crawl.explain(args.explain, listed, ask):
+            print(line)
+    except JournalError as error:
+        return fail(program, str(error), error)
     except OSError as error:
-        return fail(program, f"cannot read the list: {error.strerror}", error)
-    run(crawl, [url], lambda *rows: None)
-    for line in crawl.explain(url, listed):
-        print(line)
+        return fail(program, f"cannot read {error.filename or 'the list'}: {error.strerror}", error)
     return EXIT_OK
 
 

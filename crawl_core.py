@@ -60,7 +60,7 @@ from feed_parse import FeedEntry, parse_feed, parse_sitemap
 from frontier import Frontier
 from html_parse import parse_page
 from primitives import Clock, RetryPolicy, Rng, parse_retry_after
-from robots import MAX_HOPS, MAX_ROBOTS, page_directives, rules_for
+from robots import DISALLOW_ALL, MAX_HOPS, MAX_ROBOTS, MAX_SITEMAPS, Rules, page_directives, rules_for
 from scope import Scope, Traps
 
 # -------------------------------------------------------------------------------------------------------- rules
@@ -127,6 +127,8 @@ class Crawl:
     def __init__(self, options: Options, *, clock: Clock = time.monotonic, rng: Rng = random.random) -> None:
         self.options = options
         self.clock, self.rng = clock, rng
+        self.follows = bool(options.depth or options.sitemaps)
+        self.obeys = self.follows if options.robots is None else options.robots
         fast = max(options.rate, options.total_rate) > 5
         self.frontier = Frontier(
             rate=options.rate,
@@ -134,12 +136,13 @@ class Crawl:
             per_host=options.per_host,
             total_rate=options.total_rate,
             lead=0.002 if fast else 0.0,
-            robots=bool(options.depth or options.sitemaps) if options.robots is None else options.robots,
+            robots=self.obeys,
             host_pages=options.host_pages,
             max_pages=options.max_pages,
             adaptive=options.adaptive,
         )
-        self.follows = bool(options.depth or options.sitemaps)
+        self.form = FeedResult if options.feeds else CrawlResult if self.follows else ScrapeResult
+        """What the rows are."""
         self.scope = Scope(
             within=options.within,
             include=options.include,
@@ -152,6 +155,10 @@ class Crawl:
         """With ``dedupe``: the digest of each body, and the URL that had it first."""
         self.validators: dict[str, tuple[str | None, str | None]] = {}
         """What is known of feeds from an earlier run: ETag and Last-Modified."""
+        self._sitemaps: dict[str, str] = {}
+        """Sitemaps on their way, by normalised URL: the host whose robots.txt led there, and which they speak for."""
+        self._sitemap_files: Counter[str] = Counter()
+        """How many there were, by that host."""
         self._entries: dict[str, tuple[str, FeedEntry]] = {}
         """Articles on their way, by normalised URL: their feed, and what it says of them."""
         self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
@@ -161,6 +168,8 @@ class Crawl:
         """The origins of the list, if there is something that only they may see. Added to by the thread that reads."""
         self.interrupted = False
         self.ask_robots_only = False
+        self.asked: Rules | None = None
+        """What robots.txt says, if only that was to be asked."""
         self.failure: BaseException | None = None
         """Why the run ended early, if it did: the list or the output could not be read or written."""
 
@@ -210,11 +219,11 @@ class Crawl:
         if target == request.target:
             return FetchError("redirects", "to itself", status=response.status)
         if self.follows and request.kind == "page":
-            if request.depth and (outside := self.scope.why_not(target)):
+            if not request.listed and (outside := self.scope.why_not(target)):
                 return FetchError("redirects", f"to {target}: {outside}", status=response.status)
             if not self.frontier.mark(target):
                 return FetchError("duplicate", f"redirects to {target}", status=response.status)
-            if not request.depth:
+            if request.listed:
                 self.scope.add(target)
         request.hops += 1
         request.private = leads_private(request.private, request.host)
@@ -267,6 +276,13 @@ class Crawl:
             self.follow(row, leads_private(request.private, request.host))
         return row
 
+    def broken(self, request: Request, error: FetchError) -> ScrapeResult | None:
+        """``complete``, for a request that an exception ended: whatever raised it may raise it again."""
+        try:
+            return self.complete(request, error)
+        except Exception:
+            return None if request.kind in ("robots", "sitemap") else build_row(request, error, self.form)
+
     def is_long(self, request: Request, response: Response, size: int) -> bool:
         """Whether ``complete`` may take longer than an event loop has: more than ``size`` bytes, or slower to read."""
         return len(response.body) > size or request.kind in ("sitemap", "feed") or self.options.feeds
@@ -290,42 +306,64 @@ class Crawl:
             self.changed()
 
     def _obey(self, request: Request, outcome: Response | FetchError) -> None:
-        """robots.txt is here, or cannot be had."""
-        rules, now = rules_for(outcome, self.options.user_agent, request.target), self.clock()
+        """robots.txt is here. If it cannot be had, the frontier draws its conclusion when the request is finished."""
+        rules = rules_for(outcome, self.options.user_agent, request.target)
         self.stats.count(robots=1)
-        said_nothing = isinstance(outcome, FetchError) and outcome.kind in ("interrupted", "internal")
-        self.frontier.robots_known(origin(request.url), rules, now, ttl=60.0 if said_nothing else None)
         if self.ask_robots_only:
+            self.asked = rules
             self.frontier.stop()
-        if self.options.sitemaps:
-            self._add_sitemaps(request, rules.sitemaps)
+        elif rules is not DISALLOW_ALL:
+            self.frontier.robots_known(origin(request.url), rules, self.clock())
+            host = normalise(request.url)[1]
+            if self.options.sitemaps and self.scope.has(host):
+                self._add_sitemaps(rules.sitemaps, host, leads_private(request.private, request.host))
         self.changed()
 
-    def _add_sitemaps(self, request: Request, urls: Iterable[str]) -> None:
-        targets = []
+    def ask_again(self, origins: Iterable[str]) -> None:
+        """Have robots.txt read, and so the sitemaps, where an earlier run may have left nothing else to ask for."""
+        for name in origins:
+            host = normalise(name)[1]
+            if self.scope.has(host):
+                private = self.options.allow_private or names_private(host)
+                self._add_sitemaps([f"{name}/sitemap.xml"], host, private)
+
+    def _add_sitemaps(self, urls: Iterable[str], home: str, private: bool) -> None:
         for url in urls:
-            with contextlib.suppress(FetchError):
-                targets.append(normalise(url)[0])
-        self.frontier.add_links(
-            targets, 0, self.clock(), private=leads_private(request.private, request.host), kind="sitemap"
-        )
+            try:
+                target = normalise(url)[0]
+            except FetchError:
+                continue
+            with self._lock:
+                if self._sitemap_files[home] >= MAX_SITEMAPS:
+                    return
+                if target in self._sitemaps:
+                    continue
+                self._sitemaps[target] = home
+            new = self.frontier.add_links([target], 0, self.clock(), private=private, kind="sitemap")
+            with self._lock:
+                if new:
+                    self._sitemap_files[home] += 1
+                else:
+                    self._sitemaps.pop(target, None)
 
     def _seed(self, request: Request, outcome: Response | FetchError) -> None:
         """A sitemap names pages, which count as if the list named them, and other sitemaps."""
+        with self._lock:
+            home = self._sitemaps.pop(request.url, normalise(request.url)[1])
         self.stats.count(sitemaps=1)
         if isinstance(outcome, FetchError) or outcome.status != 200:
             self.stats.count(sitemap_errors=1)
             return
-        found = parse_sitemap(outcome.body, request.target, (normalise(request.url)[1],))
+        found = parse_sitemap(outcome.body, request.target, (home,))
         self.stats.count(sitemap_errors=found.error is not None)
-        self._add_sitemaps(request, found.sitemaps)
+        private = leads_private(request.private, request.host)
+        self._add_sitemaps(found.sitemaps, home, private)
         targets = []
         for url, _ in found.urls:
             with contextlib.suppress(FetchError):
                 target = normalise(self.scope.clean(url))[0]
                 if self.scope.why_not(target) is None:
                     targets.append(target)
-        private = leads_private(request.private, request.host)
         self.frontier.add_links(targets, 0, self.clock(), private=private)
         self.changed()
 
@@ -384,33 +422,43 @@ class Crawl:
     def know_body(self, digest: str, url: str) -> None:
         self._bodies.setdefault(digest, url)
 
-    def explain(self, url: str, listed: Iterable[str]) -> list[str]:
-        """Why ``url`` would be fetched or not, in lines."""
+    def explain(self, url: str, listed: Iterable[str], ask: Callable[[str], Rules | None]) -> list[str]:
+        """Why ``url`` would be fetched or not, in lines. ``listed`` is the list; ``ask`` reads the robots.txt that a
+        URL is under, in vain if the answer is None. Of an earlier run is known what was recalled before."""
         try:
             target, host = normalise(url)
         except FetchError as error:
             return [f"no: {error}"]
-        said = []
-        in_list = False
-        for text in listed:
+        homes: dict[str, str] = {}
+        for text in self.know_list(listed):
             with contextlib.suppress(FetchError):
-                in_list = in_list or normalise(text)[0] == target
-            self.scope.add(text)
-        if target != url:
-            said.append(f"as {target}")
-        if in_list:
-            said.append("yes: the list names it")
-        elif not self.follows:
-            said.append("no: the list does not name it, and no links are followed (--depth)")
-        else:
-            refusal = self.scope.why_not(target) or self.traps.why_not(target, note=False)
-            said.append(
-                f"no: {refusal}" if refusal else f"yes, if a page within {self.options.depth} links leads there"
-            )
-        if names_private(host) and not in_list and not self.options.allow_private:
-            said.append("no: a private address, which only the list may name (or --allow-private)")
-        said.append(self.frontier.explain(target, self.clock()))
-        return said
+                homes.setdefault(*normalise(text))
+        self.frontier.add_all(homes, self.clock())
+        in_list = target in homes
+        if self.follows and not in_list:
+            target = normalise(self.scope.clean(target))[0]
+        said = [f"as {target}"] if target != url else []
+        private = not self.options.allow_private and names_private(host) and not any(map(names_private, homes.values()))
+        why_not = "a private address, to which no public page leads" if private else self._why_not(target)
+        why_not = None if in_list else why_not
+        line = f"no: {why_not}" if why_not else self.frontier.explain(target, self.clock())
+        if not line.startswith("no") and self.obeys:
+            rules = self.asked = ask(target)
+            if rules is None or rules is DISALLOW_ALL:
+                line = "no: robots.txt could not be read"
+            else:
+                self.frontier.robots_known(origin(target), rules, self.clock())
+                line = self.frontier.explain(target, self.clock())
+        if not line.startswith("no"):
+            way = "a sitemap or a page" if self.options.sitemaps else "a page"
+            links = f"yes, if {way} within {self.options.depth} links of the list leads there"
+            said.append("yes: the list names it" if in_list else links)
+        return [*said, line]
+
+    def _why_not(self, target: str) -> str | None:
+        if not self.follows:
+            return "the list does not name it, and no links are followed (--depth)"
+        return self.scope.why_not(target) or self.traps.why_not(target, note=False)
 
     def _too_old(self, published: str | None) -> bool:
         if self.options.since is None or published is None:
@@ -427,7 +475,7 @@ class Crawl:
         def read() -> None:
             batch: list[str] = []
             try:
-                for url in urls:
+                for url in self.know_list(urls):
                     batch.append(url)
                     if len(batch) >= 200 or self.frontier.waiting < 200:
                         self._add(batch, kind)
@@ -442,6 +490,14 @@ class Crawl:
         thread = threading.Thread(target=read, name="list", daemon=True)
         thread.start()
         return thread
+
+    def know_list(self, urls: Iterable[str]) -> Iterable[str]:
+        """``urls``, all of them read if a link may be in scope because one of the last names its host."""
+        if self.follows and self.options.within != "any":
+            urls = list(urls)
+            for url in urls:
+                self.know_origin(url)
+        return urls
 
     def know_origin(self, url: str) -> None:
         """The list names ``url``: its host is in scope, its origin may see what only those of the list may."""

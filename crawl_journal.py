@@ -29,22 +29,13 @@ from typing import Any, BinaryIO
 import orjson
 
 from crawl_core import Crawl
-from crawl_rules import CrawlResult, FeedResult, FetchError, names_private, normalise
+from crawl_rules import CrawlResult, FeedResult, FetchError, names_private, normalise, origin
 
 Row = dict[str, Any]
 
 BEGINNING = b'{"url":'
 """Of every row."""
-USUAL: Row = {
-    "url": "",
-    "status": None,
-    "title": None,
-    "word_count": 0,
-    "links_found": [],
-    "error": None,
-    "fetched_at": "",
-    "duration_ms": 0.0,
-}
+USUAL = {"url", "status", "title", "word_count", "links_found", "error", "fetched_at", "duration_ms"}
 """What every row has."""
 
 
@@ -152,7 +143,7 @@ def parsed(line: bytes) -> Row | None:
     """The row, or None if the line is none, or has no end."""
     with contextlib.suppress(orjson.JSONDecodeError):
         row = orjson.loads(line)
-        if line.endswith(b"\n") and isinstance(row, dict) and row.keys() >= USUAL.keys() and isinstance(row["url"], str):
+        if line.endswith(b"\n") and isinstance(row, dict) and row.keys() >= USUAL and isinstance(row["url"], str):
             return row
     return None
 
@@ -172,31 +163,51 @@ def target(url: str) -> str:
 
 
 def recall(crawl: Crawl, file: BinaryIO) -> int:
-    """Put into ``crawl`` what is known from the rows in ``file``. How many there were."""
+    """Put into ``crawl`` what is known from the rows in ``file``. How many there were.
+
+    ``crawl`` knows the origins of the list by then: links to them are in scope. Raises ``JournalError``.
+    """
     count = 0
-    for row in rows(file):
-        count += 1
-        if row.get("kind") == "feed":  # asked again in each run, to see what is new
-            crawl.validators[row["url"]] = row.get("etag"), row.get("last_modified")
-            continue
-        crawl.frontier.mark(target(row["url"]), counts=True)
-        if row.get("final_url"):
-            crawl.frontier.mark(target(row["final_url"]))
-        if row.get("digest"):
-            crawl.know_body(row["digest"], row["url"])
-        if crawl.follows and not row.get("depth"):
-            for url in (row["url"], row.get("final_url") or row["url"]):
-                crawl.scope.add(target(url))
-    for row in rows(file):
-        ended = row.get("final_url") or row["url"]
-        if row.get("error") is not None:
-            continue
-        private = crawl.options.allow_private or names_private(host_of(ended))
-        if row.get("kind") == "feed":
-            crawl.recall_feed(fields(FeedResult, row), private)
-        elif crawl.follows and not row.get("duplicate_of"):
-            crawl.follow(fields(CrawlResult, row), private)
+    asked: dict[str, None] = {}
+    try:
+        for row in rows(file):
+            count += 1
+            remember(crawl, row, asked)
+        for row in rows(file):
+            if row["error"] is None:
+                follow(crawl, row)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise JournalError(f"a row in it is none of a crawl: {error}") from None
+    if crawl.options.sitemaps:
+        crawl.ask_again(asked)
     return count
+
+
+def remember(crawl: Crawl, row: Row, asked: dict[str, None]) -> None:
+    """That it has been visited, and where it led."""
+    if row.get("kind") == "feed":  # asked again in each run, to see what is new
+        crawl.validators[row["url"]] = row.get("etag"), row.get("last_modified")
+        return
+    url, ended = target(row["url"]), target(row.get("final_url") or row["url"])
+    kind = str(row["error"] or "").partition(":")[0]
+    crawl.frontier.mark(url, counts=kind not in ("invalid_url", "robots"))
+    crawl.frontier.mark(ended)
+    if row.get("digest"):  # of a page whose row is not here, that one is the first again
+        crawl.know_body(row["digest"], row.get("duplicate_of") or row["url"])
+    if crawl.follows and kind != "invalid_url":
+        if not row.get("depth"):
+            crawl.scope.add(url)
+            crawl.scope.add(ended)
+        asked[origin(url)] = None
+
+
+def follow(crawl: Crawl, row: Row) -> None:
+    """Add what it led to and has no row yet."""
+    private = crawl.options.allow_private or names_private(host_of(row.get("final_url") or row["url"]))
+    if row.get("kind") == "feed":
+        crawl.recall_feed(fields(FeedResult, row), private)
+    elif crawl.follows and not row.get("duplicate_of"):
+        crawl.follow(fields(CrawlResult, row), private)
 
 
 def host_of(url: str) -> str:

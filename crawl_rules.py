@@ -153,6 +153,8 @@ class Request:
     kind: Literal["page", "robots", "sitemap", "feed"] = "page"
     private: bool = False
     """The list names a private address, or such a page led here: it may go to private addresses."""
+    listed: bool = False
+    """The list names it: a page or sitemap did not lead here."""
     held: float = 0.0
     """Seconds that its present hop has waited for its turn to be sent."""
     strayed: bool = False

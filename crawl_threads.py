@@ -601,7 +601,7 @@ class Threads:
             crawl.frontier.put_back(request, now, now)
             return
         except Exception as error:
-            row = crawl.complete(request, FetchError("internal", detail(error)))
+            row = crawl.broken(request, FetchError("internal", detail(error)))
         try:
             if row is not None:
                 self._emit(row)

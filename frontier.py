@@ -139,12 +139,13 @@ class _Run(NamedTuple):
     depth: int
     private: bool
     kind: Kind
+    listed: bool = False
 
 
 _Entry = str | tuple[str, str] | _Run
 """A target; a line of the list and its target, where they differ; or what the ones that follow have in common."""
 
-_LISTED = _Run(0, False, "page")
+_LISTED = _Run(0, False, "page", listed=True)
 
 
 class _Host:
@@ -204,7 +205,9 @@ class _Host:
             del self.waiting[: self.head]
             self.head = 0
         run = self.run
-        return Request(url, target, self.name, run.depth, started=now, kind=run.kind, private=run.private)
+        return Request(
+            url, target, self.name, run.depth, started=now, kind=run.kind, private=run.private, listed=run.listed
+        )
 
     def delayed_first(self, ripe: float) -> bool:
         return bool(self.delayed) and (self.delayed[0][0] <= ripe or self.head >= len(self.waiting))
@@ -292,7 +295,7 @@ class Frontier:
         """Add URLs as they stand in a list; each distinct one once. Returns how many were new."""
         known: list[tuple[str, str, str, _Run]] = []
         refused: list[Request] = []
-        open_run, private_run = _Run(0, False, kind), _Run(0, True, kind)
+        open_run, private_run = _Run(0, False, kind, listed=True), _Run(0, True, kind, listed=True)
         for text in texts:
             try:
                 target, host_name = normalise(text)

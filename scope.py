@@ -99,8 +99,14 @@ class Scope:
     def add(self, seed: str) -> None:
         """Where else the crawl is at home: a further seed, or where one redirects to. No URL: without effect."""
         with contextlib.suppress(FetchError):
-            host = normalise(seed)[1]
-            self._homes.add(registrable(host) if self.within == "domain" else host)
+            self._homes.add(self._home(normalise(seed)[1]))
+
+    def has(self, host: str) -> bool:
+        """Whether the crawl may go to this host, as ``normalise`` gives it."""
+        return self.within == "any" or self._home(host) in self._homes
+
+    def _home(self, host: str) -> str:
+        return registrable(host) if self.within == "domain" else host
 
     def why_not(self, url: str) -> str | None:
         """None: the link belongs to the crawl. Else why not."""
@@ -108,9 +114,8 @@ class Scope:
             url, host = normalise(url)
         except FetchError as error:
             return error.detail
-        home = registrable(host) if self.within == "domain" else host
-        if self.within != "any" and home not in self._homes:
-            return f"{home} is not a {self.within} of the list"
+        if not self.has(host):
+            return f"{self._home(host)} is not a {self.within} of the list"
         for text, matches in self._exclude:
             if matches(url):
                 return f"excluded by {text}"
