@@ -442,14 +442,14 @@ class Crawl:
         why_not = "a private address, to which no public page leads" if private else self._why_not(target)
         why_not = None if in_list else why_not
         line = f"no: {why_not}" if why_not else self.frontier.explain(target, self.clock())
-        if not line.startswith("no") and self.obeys:
+        if not line.startswith("no:") and self.obeys:
             rules = self.asked = ask(target)
             if rules is None or rules is DISALLOW_ALL:
                 line = "no: robots.txt could not be read"
             else:
                 self.frontier.robots_known(origin(target), rules, self.clock())
                 line = self.frontier.explain(target, self.clock())
-        if not line.startswith("no"):
+        if not line.startswith("no:"):
             way = "a sitemap or a page" if self.options.sitemaps else "a page"
             links = f"yes, if {way} within {self.options.depth} links of the list leads there"
             said.append("yes: the list names it" if in_list else links)

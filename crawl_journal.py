@@ -85,8 +85,10 @@ def lock(file: BinaryIO, path: str) -> None:
 def mend(file: BinaryIO, path: str) -> bool:
     """Cut the torn end off. True if the file at ``path`` is another one now: without the rows of what was cut off."""
     good = end = number = 0
-    wrong: int | None = None
     interrupted: set[int] = set()
+    wrong: int | None = None
+    if not BEGINNING.startswith(os.pread(file.fileno(), len(BEGINNING), 0)):  # it may be one line of gigabytes
+        raise _no_journal(path, 1)
     for line in lines(file):
         number += 1
         end += len(line)
@@ -104,7 +106,7 @@ def mend(file: BinaryIO, path: str) -> bool:
     else:
         wrong = None
     if wrong is not None:
-        raise JournalError(f"line {wrong} of {path} is no row of a crawl; is it JSON lines (--jsonl)?")
+        raise _no_journal(path, wrong)
     file.truncate(good)
     if not interrupted:
         return False
@@ -126,15 +128,13 @@ def mend(file: BinaryIO, path: str) -> bool:
     return True
 
 
+def _no_journal(path: str, line: int) -> JournalError:
+    return JournalError(f"line {line} of {path} is no row of a crawl; is it JSON lines (--jsonl)?")
+
+
 def lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of ``file`` from its beginning, the last one too if it has no end. Of what does not begin as a row
-    does, which may be one line of gigabytes, only that beginning."""
+    """The lines of ``file`` from its beginning, the last one too if it has no end."""
     with open(file.fileno(), "rb", closefd=False) as reader:
-        reader.seek(0)
-        head = reader.read(len(BEGINNING))
-        if not BEGINNING.startswith(head):
-            yield head + b"\n"
-            return
         reader.seek(0)
         yield from reader
 
@@ -154,14 +154,6 @@ def rows(file: BinaryIO) -> Iterator[Row]:
             yield row
 
 
-def target(url: str) -> str:
-    """As the frontier knows it."""
-    try:
-        return normalise(url)[0]
-    except FetchError:
-        return url
-
-
 def recall(crawl: Crawl, file: BinaryIO) -> int:
     """Put into ``crawl`` what is known from the rows in ``file``. How many there were.
 
@@ -177,7 +169,7 @@ def recall(crawl: Crawl, file: BinaryIO) -> int:
             if row["error"] is None:
                 follow(crawl, row)
     except (TypeError, ValueError, AttributeError) as error:
-        raise JournalError(f"a row in it is none of a crawl: {error}") from None
+        raise JournalError(f"{file.name} has what is no row of a crawl: {error}") from None
     if crawl.options.sitemaps:
         crawl.ask_again(asked)
     return count
@@ -188,13 +180,16 @@ def remember(crawl: Crawl, row: Row, asked: dict[str, None]) -> None:
     if row.get("kind") == "feed":  # asked again in each run, to see what is new
         crawl.validators[row["url"]] = row.get("etag"), row.get("last_modified")
         return
-    url, ended = target(row["url"]), target(row.get("final_url") or row["url"])
-    kind = str(row["error"] or "").partition(":")[0]
-    crawl.frontier.mark(url, counts=kind not in ("invalid_url", "robots"))
+    try:
+        url, ended = normalise(row["url"])[0], normalise(row.get("final_url") or row["url"])[0]
+    except FetchError:
+        crawl.frontier.mark(row["url"])
+        return
+    crawl.frontier.mark(url, counts=not str(row["error"]).startswith("robots"))  # that has given its place back
     crawl.frontier.mark(ended)
     if row.get("digest"):  # of a page whose row is not here, that one is the first again
         crawl.know_body(row["digest"], row.get("duplicate_of") or row["url"])
-    if crawl.follows and kind != "invalid_url":
+    if crawl.follows:
         if not row.get("depth"):
             crawl.scope.add(url)
             crawl.scope.add(ended)
