@@ -428,7 +428,7 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
                 why = error.strerror if isinstance(error, OSError) else "0 to 65535"
                 return fail(program, f"cannot listen on port {args.metrics_port}: {why}", error)
         try:
-            if args.resume:
+            if args.resume and crawl.knows_first:
                 urls = crawl.know_list(urls)
         except OSError as error:
             return fail(program, f"cannot read the list: {error.strerror}", error)

@@ -14,6 +14,8 @@ Promised
 
 Not promised
 - The order of the rows: they come as they complete.
+- Where links are followed: which of the pages that lead to a URL is first, and so its depth; and with ``within`` any,
+  where the list is not read first, that a URL of the list has a row of its own if a redirect was there before it.
 - That the server's clock sees the bound exactly: the network may bunch what was sent apart.
 
 Locks: ``Frontier._lock`` guards the frontier's state, each bucket and the visited set have theirs below it;
@@ -141,6 +143,8 @@ class Crawl:
             max_pages=options.max_pages,
             adaptive=options.adaptive,
         )
+        self.knows_first = self.follows and options.within != "any"
+        """Whether the whole list is read before anything is fetched."""
         self.form = FeedResult if options.feeds else CrawlResult if self.follows else ScrapeResult
         """What the rows are."""
         self.scope = Scope(
@@ -475,15 +479,15 @@ class Crawl:
         def read() -> None:
             batch: list[str] = []
             try:
-                for url in self.know_list(urls):
+                for url in self.know_list(urls) if self.knows_first else urls:
                     batch.append(url)
-                    if len(batch) >= 200 or self.frontier.waiting < 200:
+                    if not self.knows_first and (len(batch) >= 200 or self.frontier.waiting < 200):
                         self._add(batch, kind)
                         self.changed()
                         batch = []
+                self._add(batch, kind)  # with ``knows_first`` all of it, before a redirect could lead there
             except Exception as error:
                 self.fail(error)
-            self._add(batch, kind)
             self.frontier.close()
             self.changed()
 
@@ -491,13 +495,12 @@ class Crawl:
         thread.start()
         return thread
 
-    def know_list(self, urls: Iterable[str]) -> Iterable[str]:
-        """``urls``, all of them read if a link may be in scope because one of the last names its host."""
-        if self.follows and self.options.within != "any":
-            urls = list(urls)
-            for url in urls:
-                self.know_origin(url)
-        return urls
+    def know_list(self, urls: Iterable[str]) -> list[str]:
+        """``urls``, all of them, so that a link is in scope whichever of them names its host."""
+        known = list(urls)
+        for url in known:
+            self.know_origin(url)
+        return known
 
     def know_origin(self, url: str) -> None:
         """The list names ``url``: its host is in scope, its origin may see what only those of the list may."""
