@@ -150,8 +150,8 @@ class Crawl:
         self._lock = new_lock("Crawl")
         self._bodies: dict[str, str] = {}
         """With ``dedupe``: the digest of each body, and the URL that had it first."""
-        self.validators: dict[str, tuple[str | None, str | None]] = {}
-        """What is known of feeds from an earlier run: ETag and Last-Modified."""
+        self.validators: dict[str, tuple[str, str | None, str | None]] = {}
+        """What an earlier run knew of feeds, by the list's URL (normalised): where it led, ETag, Last-Modified."""
         self._entries: dict[str, tuple[str, FeedEntry]] = {}
         """Articles on their way, by normalised URL: their feed, and what it says of them."""
         self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
@@ -234,12 +234,17 @@ class Crawl:
         """(URL without credentials, headers) to send."""
         url, headers = request_headers(self.options, request, self.named)
         if request.kind == "feed":
-            etag, last_modified = self.validators.get(request.url, (None, None))
+            etag, last_modified = self._condition(request)
             if etag:
                 headers["If-None-Match"] = etag
             if last_modified:
                 headers["If-Modified-Since"] = last_modified
         return url, headers
+
+    def _condition(self, request: Request) -> tuple[str | None, str | None]:
+        """(ETag, Last-Modified) of an earlier answer of the same target: another one's would not mean the same."""
+        known = self.validators.get(normalise(request.url)[0])
+        return known[1:] if known and known[0] == request.target else (None, None)
 
     def complete(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
         """The row of a finished request, once what it leads to is in the frontier; None if it is none that has a row.
@@ -335,7 +340,7 @@ class Crawl:
             with self._lock:
                 feed, entry = self._entries.pop(normalise(request.url)[0], (None, None))
             return build_article(request, outcome, feed, entry)
-        if isinstance(outcome, Response) and outcome.status == 304:
+        if isinstance(outcome, Response) and outcome.status == 304 and any(self._condition(request)):
             self.stats.count(unchanged=1)
             return None
         row = build_row(request, outcome, FeedResult)
@@ -343,7 +348,7 @@ class Crawl:
         row.kind = "feed"
         if isinstance(outcome, FetchError) or row.error:
             return row
-        row.etag, row.last_modified = outcome.headers.get("ETag"), outcome.headers.get("Last-Modified")
+        row.etag, row.last_modified = (validator(outcome.headers.get(name)) for name in ("ETag", "Last-Modified"))
         entries = parse_feed(outcome.body, request.target, outcome.headers)
         if not entries:
             row.error = "decode: no RSS or Atom feed with articles"
@@ -466,6 +471,11 @@ class Crawl:
     def remaining(self, request: Request) -> float:
         """Seconds left of this attempt's time limit."""
         return max(0.001, self.options.timeout - request.spent)
+
+
+def validator(text: object) -> str | None:
+    """What can be sent back as it came, else None: the drivers read other bytes in ways of their own."""
+    return text if isinstance(text, str) and text.isascii() and text.isprintable() else None
 
 
 def build_row(

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from crawl_core import Crawl
+from crawl_core import Crawl, validator
 from crawl_rules import CrawlResult, FeedResult, FetchError, names_private, normalise
 
 Row = dict[str, Any]
@@ -129,7 +129,9 @@ def recall(crawl: Crawl, file: BinaryIO) -> int:
     for row in rows(file):
         count += 1
         if row.get("kind") == "feed":  # asked again in each run, to see what is new
-            crawl.validators[row["url"]] = row.get("etag"), row.get("last_modified")
+            if row["error"] is None:
+                known = row.get("final_url") or row["url"], validator(row.get("etag")), validator(row.get("last_modified"))
+                crawl.validators[target(row["url"])] = known
             continue
         crawl.frontier.mark(target(row["url"]), counts=True)
         if row.get("final_url"):
