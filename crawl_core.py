@@ -56,7 +56,7 @@ from crawl_rules import (
     origin,
     request_headers,
 )
-from feed_parse import FeedEntry, parse_feed, parse_sitemap, read_article
+from feed_parse import FeedEntry, is_feed, parse_feed, parse_sitemap, read_article
 from frontier import Frontier
 from html_parse import parse_page
 from primitives import Clock, RetryPolicy, Rng, parse_retry_after
@@ -345,13 +345,15 @@ class Crawl:
             return None
         row = build_row(request, outcome, FeedResult)
         assert isinstance(row, FeedResult)
-        row.kind = "feed"
+        row.kind, row.links_found = "feed", []  # some are served as HTML
         if isinstance(outcome, FetchError) or row.error:
             return row
         row.etag, row.last_modified = (validator(outcome.headers.get(name)) for name in ("ETag", "Last-Modified"))
         entries = parse_feed(outcome.body, request.target, outcome.headers)
-        if not entries:
-            row.error = "decode: no RSS or Atom feed with articles"
+        if not entries and not is_feed(outcome.body):
+            row.error = "decode: no RSS or Atom feed"
+            if named := parse_page(outcome.body, request.target, row.content_type).feeds:
+                row.error += f"; the page names {named[0]}"
             return row
         self.add_articles(row, entries, private, now)
         return row

@@ -310,6 +310,14 @@ def parse_feed(body: bytes, url: str, headers: Mapping[str, str] | None = None) 
     return list(found.values())
 
 
+_FEED = re.compile(rb"<(?:[a-zA-Z]\w{0,20}:)?(?:rss|feed|RDF|channel)[\s/>]")
+
+
+def is_feed(body: bytes) -> bool:
+    """Whether a body in which ``parse_feed`` found nothing begins like a feed: it may have no entries today."""
+    return _FEED.search(body[:2048]) is not None
+
+
 @cache
 def _feed_parsers() -> tuple[Any, Any]:
     """feedparser's two parsers, strict and loose, without what takes quadratic time or is not asked for here."""
