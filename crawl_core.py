@@ -355,7 +355,17 @@ class Crawl:
             if named := parse_page(outcome.body, request.target, row.content_type).feeds:
                 row.error += f"; the page names {named[0]}"
             return row
+        capped = self.frontier.stats().capped
         self.add_articles(row, entries, private, now)
+        if self.frontier.stats().capped > capped:  # what was left out is asked for again, which 304 would prevent
+            row.etag = row.last_modified = None
+        elif not row.links_found and self.validators.get(normalise(row.url)[0]) == (
+            row.final_url,
+            row.etag,
+            row.last_modified,
+        ):
+            self.stats.count(unchanged=1)
+            return None
         return row
 
     def add_articles(self, row: FeedResult, entries: Iterable[FeedEntry], private: bool, now: float) -> None:

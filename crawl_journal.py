@@ -8,6 +8,8 @@ is done with, so what is in the file is finished, and what was in flight is aske
 
 Promised: a torn last line is cut off, and rows that only say ``interrupted`` are taken out (of a copy, which then takes
 the file's place), so that in the end each URL has one row. A file that is something else is refused, and not touched.
+Only feeds have a row for each run in which they changed or failed; those without articles are taken out when a later
+one of the same feed is there, once they are a quarter of all. So the file grows with the articles, not with the runs.
 Two runs never write to one file: each holds a lock on it (flock).
 
 Not promised: anything about a file that others write to, or over a network whose file system has no locks. The list
@@ -64,6 +66,8 @@ def mend(file: BinaryIO, path: str) -> bool:
     good = end = number = 0
     wrong: int | None = None
     interrupted: set[int] = set()
+    stale: set[int] = set()
+    latest: dict[tuple[str, bool], int] = {}
     for line in lines(file):
         number += 1
         end += len(line)
@@ -75,16 +79,22 @@ def mend(file: BinaryIO, path: str) -> bool:
             raise JournalError(f"line {wrong} of {path} is no row of a crawl")
         if str(row.get("error") or "").startswith("interrupted"):
             interrupted.add(number)
+        elif row.get("kind") == "feed" and not row.get("entries"):
+            key = row["url"], row["error"] is None
+            if key in latest:
+                stale.add(latest[key])
+            latest[key] = number
         good = end
     if number and not good:
         raise JournalError(f"{path} has no row of a crawl in it; is it JSON lines (--jsonl)?")
     file.truncate(good)
-    if not interrupted:
+    if not interrupted and len(stale) * 4 <= number:
         return False
+    left_out = interrupted | stale
     beside = f"{path}.mended"
     with open(beside, "wb") as copy:
         for number, line in enumerate(lines(file), 1):
-            if number not in interrupted:
+            if number not in left_out:
                 copy.write(line)
         copy.flush()
         os.fsync(copy.fileno())
