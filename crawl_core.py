@@ -152,6 +152,8 @@ class Crawl:
         """With ``dedupe``: the digest of each body, and the URL that had it first."""
         self.validators: dict[str, tuple[str, str | None, str | None]] = {}
         """What an earlier run knew of feeds, by the list's URL (normalised): where it led, ETag, Last-Modified."""
+        self._feeds: set[str] = set()
+        """The feeds of the list, normalised: they are no articles, also where another feed names them."""
         self._entries: dict[str, tuple[str, FeedEntry]] = {}
         """Articles on their way, by normalised URL: their feed, and what it says of them."""
         self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
@@ -374,16 +376,17 @@ class Crawl:
             if self._too_old(entry.published):
                 continue
             try:
-                target = normalise(entry.url)[0]
+                target = normalise(self.scope.clean(entry.url))[0]
             except FetchError:
                 continue
+            entry = entry._replace(summary=None)  # the page has the text
             with self._lock:
-                if target in self._entries:
+                if target in self._entries or target in self._feeds:
                     continue
                 self._entries[target] = row.url, entry
             if self.frontier.add_links([target], 1, now, private=private):
                 row.links_found.append(target)
-                row.entries.append(entry._replace(summary=None)._asdict())
+                row.entries.append(entry._asdict())
             else:
                 with self._lock:
                     self._entries.pop(target, None)
@@ -472,6 +475,11 @@ class Crawl:
         if self.follows or self.named is not None:
             for url in batch:
                 self.know_origin(url)
+        if kind == "feed":
+            with self._lock:
+                for url in batch:
+                    with contextlib.suppress(FetchError):
+                        self._feeds.add(normalise(url)[0])
         self.frontier.add_all(batch, self.clock(), kind=kind)
 
     def fail(self, error: BaseException) -> None:
