@@ -211,8 +211,8 @@ class Crawl:
             return FetchError("redirects", f"more than {most}", status=response.status)
         if target == request.target:
             return FetchError("redirects", "to itself", status=response.status)
-        if self.follows and request.kind == "page":
-            if request.depth and (outside := self.scope.why_not(target)):
+        if (self.follows or self.options.feeds) and request.kind == "page":
+            if self.follows and request.depth and (outside := self.scope.why_not(target)):
                 return FetchError("redirects", f"to {target}: {outside}", status=response.status)
             if not self.frontier.mark(target):
                 return FetchError("duplicate", f"redirects to {target}", status=response.status)

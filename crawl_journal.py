@@ -140,10 +140,14 @@ def recall(crawl: Crawl, file: BinaryIO) -> int:
         count += 1
         if row.get("kind") == "feed":  # asked again in each run, to see what is new
             if row["error"] is None:
-                known = row.get("final_url") or row["url"], validator(row.get("etag")), validator(row.get("last_modified"))
+                known = (
+                    row.get("final_url") or row["url"],
+                    validator(row.get("etag")),
+                    validator(row.get("last_modified")),
+                )
                 crawl.validators[target(row["url"])] = known
             continue
-        crawl.frontier.mark(target(row["url"]), counts=True)
+        crawl.frontier.mark(target(row["url"]), counts=not crawl.options.feeds)  # of feeds, each run may fetch so many
         if row.get("final_url"):
             crawl.frontier.mark(target(row["final_url"]))
         if row.get("digest"):

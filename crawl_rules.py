@@ -226,6 +226,8 @@ class Options:
                 raise ValueError(f"{name} must be 0 or above")
         if self.feeds and (self.depth or self.sitemaps):
             raise ValueError("feeds have articles, not links to follow: no depth or sitemaps with it")
+        if self.since is not None and not self.feeds:
+            raise ValueError("since is about the articles of feeds: give feeds, too")
         for name, value in (("user_agent", self.user_agent), *self.headers):
             if not (name.isascii() and name.replace("-", "").replace("_", "").isalnum()) or set(value) & set("\r\n\0"):
                 raise ValueError(f"not a valid header: {name!r}: {value!r}")
