@@ -56,7 +56,7 @@ from crawl_rules import (
     origin,
     request_headers,
 )
-from feed_parse import FeedEntry, is_feed, parse_feed, parse_sitemap, read_article
+from feed_parse import FeedEntry, extractor, is_feed, parse_feed, parse_sitemap, read_article
 from frontier import Frontier
 from html_parse import parse_page
 from primitives import Clock, RetryPolicy, Rng, parse_retry_after
@@ -154,6 +154,7 @@ class Crawl:
         """What an earlier run knew of feeds, by the list's URL (normalised): where it led, ETag, Last-Modified."""
         self._feeds: set[str] = set()
         """The feeds of the list, normalised: they are no articles, also where another feed names them."""
+        self._warmed = False
         self._entries: dict[str, tuple[str, FeedEntry]] = {}
         """Articles on their way, by normalised URL: their feed, and what it says of them."""
         self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
@@ -385,6 +386,9 @@ class Crawl:
                     continue
                 self._entries[target] = row.url, entry
             if self.frontier.add_links([target], 1, now, private=private):
+                if not self._warmed:
+                    self._warmed = True
+                    threading.Thread(target=extractor, name="import").start()  # while the first article is fetched
                 row.links_found.append(target)
                 row.entries.append(entry._asdict())
             else:
