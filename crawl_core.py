@@ -388,7 +388,10 @@ class Crawl:
             if self.frontier.add_links([target], 1, now, private=private):
                 if not self._warmed:
                     self._warmed = True
-                    threading.Thread(target=extractor, name="import").start()  # while the first article is fetched
+                    # While the first articles are fetched: a moment later, so that these requests go out first.
+                    ahead = threading.Timer(0.1, extractor)
+                    ahead.daemon = True
+                    ahead.start()
                 row.links_found.append(target)
                 row.entries.append(entry._asdict())
             else:
