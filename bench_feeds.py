@@ -279,7 +279,7 @@ def run(args: argparse.Namespace) -> list[Row]:
                 row |= {key: max(one[key] for one in made) for key in ("429", "most in 2 s")}  # type: ignore[type-var]
                 row |= {"closest s": min((one["closest s"] for one in made if one["closest s"]), default=None)}  # type: ignore[type-var]
                 for key in ("s", "s by the log"):
-                    row[f"x, {key}"] = alone[part][key] / row[key].median  # type: ignore[attr-defined, operator]
+                    row[f"x, {key}"] = alone[part][key] / row[key].median  # type: ignore[attr-defined]
                 row["s at best"] = None if workers == 1 else at_best(args.seed, part, workers)
                 results.append(row)
     print(bench.table(results))
