@@ -51,6 +51,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import bench_aggregate
+import bench_feeds
 import simulate as simulator
 from bench_peers import PARSERS, PEERS, Facts, Row
 
@@ -847,6 +848,19 @@ def aggregate(args: argparse.Namespace) -> list[Row]:
     if bench_aggregate.run(args, results):
         raise SystemExit("bench.py: aggregate: an answer was wrong, or something was left running")
     return results
+
+
+# --------------------------------------------------------------------------------------------------- bench.py feeds
+
+
+@command(
+    "26 feeds and their 36 articles, each answer with its own latency: seconds, ratio to one after the other, pauses",
+    "feeds",
+    "feeds --repeat 3 --seed 2",
+    **bench_feeds.OPTIONS,
+)
+def feeds(args: argparse.Namespace) -> list[Row]:
+    return bench_feeds.run(args)
 
 
 # ------------------------------------------------------------------------------------------------ bench.py simulate

@@ -202,6 +202,7 @@ def describe(crawl: Crawl) -> str:
     return (
         f"{stats['rows']:,} rows, {stats['rows_per_second']:,.0f}/s, {stats['ok']:,} ok, {stats['failed']:,} failed"
         + (f" ({errors})" if errors else "")
+        + (f", {stats['unchanged']:,} feeds unchanged" if stats["unchanged"] else "")
         + f" · {frontier.in_flight:,} in flight, {left}"
         + (f", {frontier.hosts_blocked:,} hosts wait for robots.txt" if frontier.hosts_blocked else "")
         + (f", about {duration(frontier.waiting / stats['rows_per_second'])} left" if timed else "")
@@ -335,7 +336,9 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     feeds.add_argument(
         "--feeds", action="store_true", default=None, help="the list holds RSS and Atom feeds: fetch articles"
     )
-    feeds.add_argument("--since", metavar="DATE", help="no articles from before: 2030-01-31, or with a time")
+    feeds.add_argument(
+        "--since", metavar="DATE", help="no articles from before: 2030-01-31, or with a time and zone (default: UTC)"
+    )
     limits = parser.add_argument_group("limits")
     option(limits, "--timeout", float, "time for one attempt, body included", "S")
     option(limits, "--connect-timeout", float, "time to connect within that", "S")

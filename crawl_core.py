@@ -58,7 +58,7 @@ from crawl_rules import (
     origin,
     request_headers,
 )
-from feed_parse import FeedEntry, parse_feed, parse_sitemap
+from feed_parse import FeedEntry, extractor, is_feed, parse_feed, parse_sitemap, read_article
 from frontier import Frontier
 from html_parse import parse_page
 from primitives import Clock, RetryPolicy, Rng, parse_retry_after
@@ -157,8 +157,11 @@ class Crawl:
         self._lock = new_lock("Crawl")
         self._bodies: dict[str, str] = {}
         """With ``dedupe``: the digest of each body, and the URL that had it first."""
-        self.validators: dict[str, tuple[str | None, str | None]] = {}
-        """What is known of feeds from an earlier run: ETag and Last-Modified."""
+        self.validators: dict[str, tuple[str, str | None, str | None]] = {}
+        """What an earlier run knew of feeds, by the list's URL (normalised): where it led, ETag, Last-Modified."""
+        self._feeds: set[str] = set()
+        """The feeds of the list, normalised: they are no articles, also where another feed names them."""
+        self._warmed = False
         self._sitemaps: dict[str, str] = {}
         """Sitemaps on their way, by normalised URL: the host whose robots.txt led there, and which they speak for."""
         self._sitemap_files: Counter[str] = Counter()
@@ -222,8 +225,8 @@ class Crawl:
             return FetchError("redirects", f"more than {most}", status=response.status)
         if target == request.target:
             return FetchError("redirects", "to itself", status=response.status)
-        if self.follows and request.kind == "page":
-            if not request.listed and (outside := self.scope.why_not(target)):
+        if (self.follows or self.options.feeds) and request.kind == "page":
+            if self.follows and not request.listed and (outside := self.scope.why_not(target)):
                 return FetchError("redirects", f"to {target}: {outside}", status=response.status)
             if not self.frontier.mark(target):
                 return FetchError("duplicate", f"redirects to {target}", status=response.status)
@@ -247,12 +250,17 @@ class Crawl:
         """(URL without credentials, headers) to send."""
         url, headers = request_headers(self.options, request, self.named)
         if request.kind == "feed":
-            etag, last_modified = self.validators.get(request.url, (None, None))
+            etag, last_modified = self._condition(request)
             if etag:
                 headers["If-None-Match"] = etag
             if last_modified:
                 headers["If-Modified-Since"] = last_modified
         return url, headers
+
+    def _condition(self, request: Request) -> tuple[str | None, str | None]:
+        """(ETag, Last-Modified) of an earlier answer of the same target: another one's would not mean the same."""
+        known = self.validators.get(normalise(request.url)[0])
+        return known[1:] if known and known[0] == request.target else (None, None)
 
     def complete(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
         """The row of a finished request, once what it leads to is in the frontier; None if it is none that has a row.
@@ -377,20 +385,32 @@ class Crawl:
             with self._lock:
                 feed, entry = self._entries.pop(normalise(request.url)[0], (None, None))
             return build_article(request, outcome, feed, entry)
-        if isinstance(outcome, Response) and outcome.status == 304:
+        if isinstance(outcome, Response) and outcome.status == 304 and any(self._condition(request)):
             self.stats.count(unchanged=1)
             return None
         row = build_row(request, outcome, FeedResult)
         assert isinstance(row, FeedResult)
-        row.kind = "feed"
+        row.kind, row.links_found = "feed", []  # some are served as HTML
         if isinstance(outcome, FetchError) or row.error:
             return row
-        row.etag, row.last_modified = outcome.headers.get("ETag"), outcome.headers.get("Last-Modified")
+        row.etag, row.last_modified = (validator(outcome.headers.get(name)) for name in ("ETag", "Last-Modified"))
         entries = parse_feed(outcome.body, request.target, outcome.headers)
-        if not entries:
-            row.error = "decode: no RSS or Atom feed with articles"
+        if not entries and not is_feed(outcome.body):
+            row.error = "decode: no RSS or Atom feed"
+            if named := parse_page(outcome.body, request.target, row.content_type).feeds:
+                row.error += f"; the page names {named[0]}"
             return row
+        capped = self.frontier.stats().capped
         self.add_articles(row, entries, private, now)
+        if self.frontier.stats().capped > capped:  # what was left out is asked for again, which 304 would prevent
+            row.etag = row.last_modified = None
+        elif not row.links_found and self.validators.get(normalise(row.url)[0]) == (
+            row.final_url,
+            row.etag,
+            row.last_modified,
+        ):
+            self.stats.count(unchanged=1)
+            return None
         return row
 
     def add_articles(self, row: FeedResult, entries: Iterable[FeedEntry], private: bool, now: float) -> None:
@@ -399,16 +419,23 @@ class Crawl:
             if self._too_old(entry.published):
                 continue
             try:
-                target = normalise(entry.url)[0]
+                target = normalise(self.scope.clean(entry.url))[0]
             except FetchError:
                 continue
+            entry = entry._replace(summary=None)  # the page has the text
             with self._lock:
-                if target in self._entries:
+                if target in self._entries or target in self._feeds:
                     continue
                 self._entries[target] = row.url, entry
             if self.frontier.add_links([target], 1, now, private=private):
+                if not self._warmed:
+                    self._warmed = True
+                    # While the first articles are fetched: a moment later, so that these requests go out first.
+                    ahead = threading.Timer(0.1, extractor)
+                    ahead.daemon = True
+                    ahead.start()
                 row.links_found.append(target)
-                row.entries.append(entry._replace(summary=None)._asdict())
+                row.entries.append(entry._asdict())
             else:
                 with self._lock:
                     self._entries.pop(target, None)
@@ -514,6 +541,11 @@ class Crawl:
         if self.follows or self.named is not None:
             for url in batch:
                 self.know_origin(url)
+        if kind == "feed":
+            with self._lock:
+                for url in batch:
+                    with contextlib.suppress(FetchError):
+                        self._feeds.add(normalise(url)[0])
         self.frontier.add_all(batch, self.clock(), kind=kind)
 
     def fail(self, error: BaseException) -> None:
@@ -525,6 +557,11 @@ class Crawl:
     def remaining(self, request: Request) -> float:
         """Seconds left of this attempt's time limit."""
         return max(0.001, self.options.timeout - request.spent)
+
+
+def validator(text: object) -> str | None:
+    """What can be sent back as it came, else None: the drivers read other bytes in ways of their own."""
+    return text if isinstance(text, str) and text.isascii() and text.isprintable() else None
 
 
 def build_row(
@@ -577,12 +614,8 @@ def build_article(
     if entry is not None:
         row.title, row.author, row.published = entry.title or row.title, entry.author, entry.published
     if row.error is None and isinstance(outcome, Response) and is_html(row.content_type, outcome.body):
-        import trafilatura  # when the first article comes: it takes 0.2 s
-
-        found: Any = trafilatura.bare_extraction(outcome.body, url=request.target, with_metadata=True)
-        if found is not None:
-            row.text, row.author = found.text, row.author or found.author
-            row.published = row.published or found.date
+        found = read_article(outcome.body, request.target, row.content_type)
+        row.text, row.author, row.published = found.text, row.author or found.author, row.published or found.published
     return row
 
 

@@ -8,8 +8,10 @@ is done with, so what is in the file is finished, and what was in flight is aske
 
 Promised: a torn last line is cut off (what a crash leaves: no line end, or zeros), and rows that only say
 ``interrupted`` are taken out (of a copy, which then takes the file's place), so that in the end each URL has one row.
-A file that is something else is refused, and not touched. Two runs never write to one file: each holds a lock on it
-(flock), also one that begins anew.
+A file that is something else is refused, and not touched.
+Only feeds have a row for each run in which they changed or failed; those without articles are taken out when a later
+one of the same feed is there, once they are a quarter of all. So the file grows with the articles, not with the runs.
+Two runs never write to one file: each holds a lock on it (flock), also one that begins anew.
 
 Not promised: anything about a file that others write to, or over a network whose file system has no locks. The list
 must be given again: what it names and no row has is fetched. What counts for traps is counted anew.
@@ -28,7 +30,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from crawl_core import Crawl
+from crawl_core import Crawl, validator
 from crawl_rules import CrawlResult, FeedResult, FetchError, names_private, normalise, origin
 
 Row = dict[str, Any]
@@ -86,6 +88,8 @@ def mend(file: BinaryIO, path: str) -> bool:
     """Cut the torn end off. True if the file at ``path`` is another one now: without the rows of what was cut off."""
     good = end = number = 0
     interrupted: set[int] = set()
+    stale: set[int] = set()
+    latest: dict[tuple[str, bool], int] = {}
     wrong: int | None = None
     if not BEGINNING.startswith(os.pread(file.fileno(), len(BEGINNING), 0)):  # it may be one line of gigabytes
         raise _no_journal(path, 1)
@@ -102,20 +106,26 @@ def mend(file: BinaryIO, path: str) -> bool:
             break
         if str(row.get("error") or "").startswith("interrupted"):
             interrupted.add(number)
+        elif row.get("kind") == "feed" and not row.get("entries"):
+            key = row["url"], row["error"] is None
+            if key in latest:
+                stale.add(latest[key])
+            latest[key] = number
         good = end
     else:
         wrong = None
     if wrong is not None:
         raise _no_journal(path, wrong)
     file.truncate(good)
-    if not interrupted:
+    if not interrupted and len(stale) * 4 <= number:
         return False
+    left_out = interrupted | stale
     place = os.path.realpath(path)
     beside = f"{place}.mended"
     try:
         with open(beside, "wb") as copy:
             for number, line in enumerate(lines(file), 1):
-                if number not in interrupted:
+                if number not in left_out:
                     copy.write(line)
             copy.flush()
             os.fsync(copy.fileno())
@@ -154,6 +164,14 @@ def rows(file: BinaryIO) -> Iterator[Row]:
             yield row
 
 
+def target(url: str) -> str:
+    """As the frontier knows it."""
+    try:
+        return normalise(url)[0]
+    except FetchError:
+        return url
+
+
 def recall(crawl: Crawl, file: BinaryIO) -> int:
     """Put into ``crawl`` what is known from the rows in ``file``. How many there were.
 
@@ -178,14 +196,18 @@ def recall(crawl: Crawl, file: BinaryIO) -> int:
 def remember(crawl: Crawl, row: Row, asked: dict[str, None]) -> None:
     """That it has been visited, and where it led."""
     if row.get("kind") == "feed":  # asked again in each run, to see what is new
-        crawl.validators[row["url"]] = row.get("etag"), row.get("last_modified")
+        if row["error"] is None:
+            ended = row.get("final_url") or row["url"]
+            known = ended, validator(row.get("etag")), validator(row.get("last_modified"))
+            crawl.validators[target(row["url"])] = known
         return
     try:
         url, ended = normalise(row["url"])[0], normalise(row.get("final_url") or row["url"])[0]
     except FetchError:
         crawl.frontier.mark(row["url"])
         return
-    crawl.frontier.mark(url, counts=not str(row["error"]).startswith("robots"))  # that has given its place back
+    forbidden = str(row["error"]).startswith("robots")  # it has given its place back
+    crawl.frontier.mark(url, counts=not forbidden and not crawl.options.feeds)  # of feeds, each run may fetch so many
     crawl.frontier.mark(ended)
     if row.get("digest"):  # of a page whose row is not here, that one is the first again
         crawl.know_body(row["digest"], row.get("duplicate_of") or row["url"])

@@ -38,7 +38,7 @@ ERROR_KINDS = {
     "truncated": "the connection closed before the body was complete",
     "too_large": "the body is larger than the size limit",
     "redirects": "too many redirects, or one that leads nowhere",
-    "decode": "the body is not in the Content-Encoding that it claims",
+    "decode": "the body is not in the Content-Encoding that it claims, or no feed",
     "http": "an answer of status 400 or above",
     "blocked": "a public page or name led to a private address",
     "robots": "robots.txt forbids it, or could not be read",
@@ -228,6 +228,8 @@ class Options:
                 raise ValueError(f"{name} must be 0 or above")
         if self.feeds and (self.depth or self.sitemaps):
             raise ValueError("feeds have articles, not links to follow: no depth or sitemaps with it")
+        if self.since is not None and not self.feeds:
+            raise ValueError("since is about the articles of feeds: give feeds, too")
         for name, value in (("user_agent", self.user_agent), *self.headers):
             if not (name.isascii() and name.replace("-", "").replace("_", "").isalnum()) or set(value) & set("\r\n\0"):
                 raise ValueError(f"not a valid header: {name!r}: {value!r}")

@@ -526,7 +526,8 @@ class Frontier:
         if page and self._is_capped(host_name):
             self._capped += target not in self._visited
             return False
-        if not self._visited.add(target):
+        # A feed of the list is polled in each run, whatever an article of that address was in this or an earlier one.
+        if not self._visited.add(target if run.kind != "feed" else f"feed {target}"):
             return False
         if page:
             self._count_page(host_name, 1)

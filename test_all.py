@@ -99,10 +99,14 @@ from starlette.routing import Route
 import aggregate_app
 import bench
 import bench_aggregate
+import bench_feeds
 import bench_upstreams
 import cache as ca
 import coordination as co
 import crawl_async
+import crawl_cli
+import crawl_core
+import crawl_journal
 import crawl_net
 import crawl_threads
 import database as db
@@ -139,6 +143,7 @@ from crawl_rules import (
     MAX_RETRY_AFTER,
     MAX_URL,
     USER_AGENT,
+    FeedResult,
     FetchError,
     Options,
     Postponed,
@@ -154,7 +159,7 @@ from crawl_rules import (
     request_headers,
 )
 from database import History, Result
-from feed_parse import FeedEntry, SitemapEntry, iso_utc, parse_feed, parse_sitemap
+from feed_parse import FeedEntry, SitemapEntry, iso_utc, parse_feed, parse_sitemap, read_article
 from frontier import FAIR, ROBOTS_AGAIN, Frontier, FrontierStats, Pace, host_of
 from html_parse import Page, parse_page
 from robots import ALLOW_ALL, DISALLOW_ALL, MAX_ROBOTS, page_directives, parse_robots, product_token, rules_for
@@ -10048,6 +10053,498 @@ def test_traps_are_bounded_in_memory() -> None:
     for i in range(MAX_QUERIES + 5000):
         assert traps.why_not(f"https://site.example/{i}?a") is None
     assert traps.stats() == {"paths": MAX_QUERIES, "queries": MAX_QUERIES, "caught": 0}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feeds
+# ---------------------------------------------------------------------------------------------------------------------
+
+FEEDS_DRIVERS = ("crawl_async", "crawl_threads")
+FEEDS_PATIENCE = 20.0
+
+
+class FeedsAnswer:
+    """A route: its body, and what it is conditional on. ``gate``: answered when that is set."""
+
+    def __init__(self, body: str | bytes = "", kind: str = "text/html; charset=utf-8", **headers: str) -> None:
+        self.body = body.encode() if isinstance(body, str) else body
+        self.status = 200
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()} | {"Content-Type": kind}
+        self.gate: threading.Event | None = None
+
+
+class FeedsSite:
+    """Servers on loopback addresses, one for each host, with the same routes, and a log of what was asked."""
+
+    def __init__(self, hosts: int) -> None:
+        self.routes: dict[str, FeedsAnswer] = {}
+        self.log: list[tuple[str, int, str | None, str | None]] = []
+        """(path, status, If-None-Match, If-Modified-Since)"""
+        site = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                answer = site.routes.get(self.path) or FeedsAnswer("nothing", status="404")
+                status = int(answer.headers.get("status", 200))
+                asked, since = self.headers["If-None-Match"], self.headers["If-Modified-Since"]
+                known = asked is not None and asked == answer.headers.get("ETag")
+                unchanged = since is not None and since == answer.headers.get("Last-Modified")
+                if status == 200 and (known or unchanged):
+                    status = 304
+                site.log.append((self.path, status, asked, since))
+                if answer.gate:
+                    answer.gate.wait(FEEDS_PATIENCE)
+                with contextlib.suppress(OSError):  # its client was killed
+                    self.send_response(status)
+                    for name, value in answer.headers.items():
+                        self.send_header(name, value)
+                    self.send_header("Content-Length", "0" if status == 304 else str(len(answer.body)))
+                    self.end_headers()
+                    self.wfile.write(b"" if status == 304 else answer.body)
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.servers = [http.server.ThreadingHTTPServer((f"127.0.2.{n + 1}", 0), Handler) for n in range(hosts)]
+        self._threads = [threading.Thread(target=server.serve_forever, args=(0.01,)) for server in self.servers]
+        for thread in self._threads:
+            thread.start()
+
+    def url(self, path: str, host: int = 0) -> str:
+        return "http://{}:{}".format(*self.servers[host].server_address) + path
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.shutdown()
+        for thread in self._threads:
+            thread.join()
+        for server in self.servers:
+            server.server_close()
+
+    def paths(self) -> Counter[str]:
+        return Counter(path for path, *_ in self.log)
+
+
+@pytest.fixture
+def feeds_site() -> Iterator[FeedsSite]:
+    site, thresholds = FeedsSite(2), gc.get_threshold()
+    try:
+        yield site
+    finally:
+        site.close()
+        gc.set_threshold(*thresholds)
+
+
+def feeds_rss(*links: str, more: str = "") -> str:
+    items = "".join(f"<item><title>On {link}</title><link>{link}</link>{more}</item>" for link in links)
+    return f"<rss version='2.0' xmlns:dc='http://purl.org/dc/elements/1.1/'><channel>{items}</channel></rss>"
+
+
+def feeds_article(name: str, head: str = "") -> str:
+    text = f"This is the story of {name}, which has a good many words in it, as stories have. " * 5
+    return f"<html><head><title>Page {name}</title>{head}</head><body><article><p>{text}</p></article></body></html>"
+
+
+def feeds_run(driver: str, folder: Path, listed: list[str], *options: str, name: str = "news.jsonl") -> dict[str, Any]:
+    """Run a crawler's program; the counts of --stats. The rows are in ``name``."""
+    urls, stats = folder / "feeds.txt", folder / "stats.json"
+    urls.write_text("".join(f"{url}\n" for url in listed))
+    module = {"crawl_async": crawl_async, "crawl_threads": crawl_threads}[driver]
+    argv = [str(urls), "--feeds", "-q", "-o", str(folder / name), "--rate", "0", "--stats", str(stats), *options]
+    assert crawl_cli.main(f"{driver}.py", cast(crawl_cli.Run, module.run), argv) == 0
+    return cast(dict[str, Any], json.loads(stats.read_text()))
+
+
+def feeds_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "news.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("driver", FEEDS_DRIVERS)
+def test_feeds_end_to_end(driver: str, feeds_site: FeedsSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, url = feeds_site, feeds_site.url
+    parsed_in: set[str] = set()
+
+    def watched(*args: Any) -> feed_parse.Article:
+        parsed_in.add(threading.current_thread().name.partition("_")[0])
+        return read_article(*args)
+
+    monkeypatch.setattr(crawl_core, "read_article", watched)
+    dated = "<dc:creator>Ann</dc:creator><pubDate>Mon, 06 May 2024 10:00:00 +0200</pubDate>"
+    atom = (
+        "<feed xmlns='http://www.w3.org/2005/Atom'>"
+        f"<entry><link href='{url('/both')}'/></entry><entry><link href='{url('/rss')}'/></entry>"
+        "<entry><link href='/plain?utm_source=x'/></entry><entry><link href='/cyrillic'/></entry>"
+        "<entry><link href='/moved'/></entry></feed>"
+    )
+    page_says = "<meta name='author' content='Bob Smith'><meta property='article:published_time' content='2024-02-03'>"
+    site.routes = {
+        "/rss": FeedsAnswer(feeds_rss(url("/both"), "/gone", more=dated), "text/html"),
+        "/atom": FeedsAnswer(atom, "application/atom+xml"),
+        "/old": FeedsAnswer(status="301", Location="/new"),
+        "/new": FeedsAnswer(feeds_rss("/far"), "application/rss+xml", ETag='"n"'),
+        "/empty": FeedsAnswer("<?xml version='1.0'?><rss version='2.0'><channel></channel></rss>", "text/xml"),
+        "/page": FeedsAnswer("<link rel=alternate type='application/rss+xml' href='/rss'><a href=/x>x</a>"),
+        "/unasked": FeedsAnswer(status="304"),
+        "/both": FeedsAnswer(feeds_article("both", page_says)),
+        "/plain": FeedsAnswer(feeds_article("plain", page_says)),
+        "/far": FeedsAnswer(feeds_article("far")),
+        "/moved": FeedsAnswer(status="302", Location="/both"),
+        "/cyrillic": FeedsAnswer(feeds_article("Привет").encode("cp1251"), "text/html; charset=windows-1251"),
+    }
+    listed = [url(path) for path in ("/rss", "/atom", "/old", "/empty", "/page", "/missing", "/unasked")]
+    feeds_run(driver, tmp_path, [*listed, "not a URL"], "--drop-params", "utm_*")
+    assert set(site.paths().values()) == {1}, site.paths()
+    rows = feeds_rows(tmp_path)
+    by_path = {row["url"].removeprefix(url("")): row for row in rows}
+    assert len(rows) == len(by_path) == 14
+    assert {path for path, row in by_path.items() if row["kind"] == "feed"} == {
+        *("/rss", "/atom", "/old", "/empty", "/page", "/missing", "/unasked", "not a URL")
+    }
+    assert {path: row["error"] for path, row in by_path.items() if row["error"]} == {
+        "/page": f"decode: no RSS or Atom feed; the page names {url('/rss')}",
+        "/unasked": "decode: no RSS or Atom feed",
+        "/missing": "http: 404 Not Found",
+        "/gone": "http: 404 Not Found",
+        "/moved": f"duplicate: redirects to {url('/both')}",
+        "not a URL": "invalid_url: not a URL; write https:// before it",
+    }
+    found = (
+        by_path["/rss"]["links_found"] + by_path["/atom"]["links_found"]
+    )  # no article twice, no feed, no page's link
+    assert sorted(found) == sorted(url(path) for path in ("/both", "/gone", "/plain", "/cyrillic", "/moved"))
+    assert by_path["/page"]["links_found"] == by_path["/empty"]["links_found"] == []
+    assert (by_path["/old"]["etag"], by_path["/old"]["final_url"]) == ('"n"', url("/new"))
+    assert by_path["/gone"]["published"] == "2024-05-06T08:00:00Z"
+    plain = by_path["/plain"]
+    assert (plain["title"], plain["author"], plain["published"]) == ("Page plain", "Bob Smith", "2024-02-03T00:00:00Z")
+    assert plain["text"].startswith("This is the story of plain") and plain["feed"] == url("/atom")
+    assert by_path["/far"]["feed"] == url("/old") and by_path["/far"]["published"] is None
+    assert by_path["/cyrillic"]["text"].startswith("This is the story of Привет")
+    both = by_path["/both"]
+    if both["feed"] == url("/rss"):  # whichever feed came first
+        both_says = (f"On {url('/both')}", "Ann", "2024-05-06T08:00:00Z")
+    else:
+        both_says = ("Page both", "Bob Smith", "2024-02-03T00:00:00Z")
+    assert (both["title"], both["author"], both["published"]) == both_says
+    assert parsed_in == ({"parser"} if driver == "crawl_async" else {"worker"})
+
+
+@pytest.mark.parametrize("driver", FEEDS_DRIVERS)
+def test_feeds_of_later_runs(driver: str, feeds_site: FeedsSite, tmp_path: Path) -> None:
+    site, url = feeds_site, feeds_site.url
+    date = "Mon, 06 May 2024 10:00:00 GMT"
+    site.routes = {
+        "/etag": FeedsAnswer(feeds_rss("/1"), "text/xml", ETag='W/"1"'),
+        "/date": FeedsAnswer(feeds_rss("/2"), "text/xml", Last_Modified=date),
+        "/bare": FeedsAnswer(feeds_rss("/3"), "text/xml"),
+        "/odd": FeedsAnswer(feeds_rss("/4"), "text/xml", ETag='"Zoë"'),
+        "/old": FeedsAnswer(status="301", Location="/new", ETag='"not the feed\'s"'),
+        "/new": FeedsAnswer(feeds_rss("/5"), "text/xml", ETag='"5"'),
+        **{f"/{n}": FeedsAnswer(feeds_article(str(n))) for n in range(1, 8)},
+    }
+    listed = [url(path) for path in ("/etag", "/date", "/bare", "/odd", "/old")]
+
+    def again(*options: str) -> tuple[int, dict[str, int], list[str]]:
+        """(feeds unchanged, statuses of what was asked for by path, paths of the rows that came)"""
+        before = len(feeds_rows(tmp_path)) if (tmp_path / "news.jsonl").exists() else 0
+        site.log.clear()
+        stats = feeds_run(driver, tmp_path, listed, "--resume", "--retries", "0", *options)
+        assert set(site.paths().values()) == {1}, site.paths()
+        new = [row["url"].removeprefix(url("")) for row in feeds_rows(tmp_path)[before:]]
+        return stats["unchanged"], {path: status for path, status, *_ in site.log}, sorted(new)
+
+    unchanged, asked, new = again()
+    assert (unchanged, len(asked), len(new)) == (0, 11, 10)
+    quiet = {"/etag": 304, "/date": 304, "/bare": 200, "/odd": 200, "/old": 301, "/new": 304}
+    for _ in range(2):
+        assert again() == (5, quiet, [])
+    conditions = {path: (etag, since) for path, _, etag, since in site.log}
+    assert conditions == {
+        "/etag": ('W/"1"', None),
+        "/date": (None, date),
+        "/new": ('"5"', None),
+        **dict.fromkeys(("/bare", "/odd", "/old"), (None, None)),
+    }
+    site.routes["/etag"] = FeedsAnswer(feeds_rss("/6", "/1"), "text/xml", ETag='W/"2"')
+    site.routes["/bare"] = FeedsAnswer(feeds_rss("/7", "/3"), "text/xml")
+    assert again("--max-pages", "2") == (
+        3,
+        quiet | {"/etag": 200, "/6": 200, "/7": 200},
+        ["/6", "/7", "/bare", "/etag"],
+    )
+    feed, site.routes["/etag"] = site.routes["/etag"], FeedsAnswer("down", status="500")
+    assert again() == (4, quiet | {"/etag": 500}, ["/etag"])
+    site.routes["/etag"] = feed
+    assert again() == (5, quiet, [])
+
+
+@pytest.mark.parametrize("driver", FEEDS_DRIVERS)
+def test_feeds_resumed_after_a_kill(driver: str, feeds_site: FeedsSite, tmp_path: Path) -> None:
+    """Killed with one article written, one in flight and one waiting: the feed says 304, and yet none is lost."""
+    site, url = feeds_site, feeds_site.url
+    gate = threading.Event()
+    site.routes = {"/feed": FeedsAnswer(feeds_rss("/1", "/2", "/3"), "text/xml", ETag='"1"')}
+    site.routes |= {f"/{n}": FeedsAnswer(feeds_article(str(n))) for n in (1, 2, 3)}
+    site.routes["/2"].gate = gate
+    urls, rows = tmp_path / "feeds.txt", tmp_path / "news.jsonl"
+    urls.write_text(url("/feed") + "\n")
+    program = str(Path(crawl_core.__file__).with_name(f"{driver}.py"))
+    words = [sys.executable, program, str(urls), "--feeds", "-q", "-o", str(rows), "--rate", "0", "--per-host", "1"]
+    with subprocess.Popen(words, env=os.environ | {"NO_PROXY": "*"}) as process:
+        try:
+            deadline = time.monotonic() + FEEDS_PATIENCE
+            while not (site.paths()["/2"] and rows.read_bytes().count(b"\n") == 2):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.01)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            gate.set()
+    assert [row["url"] for row in feeds_rows(tmp_path)] == [url("/feed"), url("/1")]
+    with open(rows, "ab") as torn:
+        torn.write(b'{"url": "http://to')
+    stats = feeds_run(driver, tmp_path, [url("/feed")], "--resume")
+    assert site.paths() == {"/feed": 2, "/1": 1, "/2": 2, "/3": 1} and stats["unchanged"] == 1
+    found = feeds_rows(tmp_path)
+    assert [row["url"] for row in found[:2]] == [url("/feed"), url("/1")]
+    assert sorted((row["url"], row["feed"], row["title"]) for row in found[2:]) == [
+        (url(f"/{n}"), url("/feed"), f"On /{n}"[:3] + url(f"/{n}").removeprefix(url(""))) for n in (2, 3)
+    ]
+
+
+def test_feeds_as_a_table_and_as_an_array(feeds_site: FeedsSite, tmp_path: Path) -> None:
+    site, url = feeds_site, feeds_site.url
+    site.routes = {"/feed": FeedsAnswer(feeds_rss("/1"), "text/xml", ETag='"1"'), "/1": FeedsAnswer(feeds_article("1"))}
+    feeds_run("crawl_threads", tmp_path, [url("/feed")], "--csv", name="news.csv")
+    feeds_run("crawl_threads", tmp_path, [url("/feed")], "--json", name="news.json")
+    table = list(csv.DictReader(io.StringIO((tmp_path / "news.csv").read_text())))
+    array = json.loads((tmp_path / "news.json").read_text())
+    assert [set(row) for row in table] == [set(FeedResult.__dataclass_fields__)] * 2 == [set(row) for row in array]
+    assert json.loads(table[0]["entries"]) == array[0]["entries"]
+    assert [(row["kind"], row["etag"], row["text"]) for row in table] == [
+        (row["kind"], row["etag"] or "", row["text"] or "") for row in array
+    ]
+    assert array[0]["entries"][0]["url"] == array[0]["links_found"][0] == table[0]["links_found"] == url("/1")
+
+
+# ---- The rules, without sockets
+
+
+def feeds_answer(crawl: Crawl, url: str, body: str, **headers: str) -> ScrapeResult | None:
+    """What becomes of the answer of the feed at ``url``."""
+    request = Request(url, *normalise(url), kind="feed")
+    crawl.frontier.add_all([url], 0.0, kind="feed")
+    return crawl.complete(request, Response(200, headers, body.encode()))
+
+
+def feeds_entries(*dates: str | None) -> str:
+    items = "".join(
+        f"<item><link>http://a.example/{n}</link>{f'<pubDate>{date}</pubDate>' if date else ''}</item>"
+        for n, date in enumerate(dates)
+    )
+    return f"<rss version='2.0'><channel>{items}</channel></rss>"
+
+
+@pytest.mark.parametrize(
+    ("since", "left"),
+    [
+        (None, "0123"),
+        ("2024-05-06", "123"),
+        ("2024-05-06T10:00", "123"),
+        ("2024-05-06T10:00:01Z", "23"),
+        ("2024-05-06T12:00:00+02:00", "123"),
+        ("2024-05-06T12:00:01+02:00", "23"),
+        ("2024-05-06T23:30:00-05:00", "23"),
+        ("2024-05-07T06:00:00+01:00", "3"),
+    ],
+)
+def test_feeds_since(since: str | None, left: str) -> None:
+    crawl = Crawl(Options(feeds=True, since=since))
+    dates = ("Sun, 05 May 2024 23:59:59 GMT", "2024-05-06T12:00:00+02:00", "2024-05-07T04:59:00Z", None)
+    row = feeds_answer(crawl, "http://a.example/feed", feeds_entries(*dates))
+    assert row and [link[-1] for link in row.links_found] == list(left)
+
+
+def test_feeds_options() -> None:
+    for wrong in ({"since": "2024-05-06"}, {"feeds": True, "since": "May"}, {"feeds": True, "depth": 1}):
+        with pytest.raises(ValueError, match=r"since|depth"):
+            Options(**cast(Any, wrong))
+
+
+def test_feeds_of_one_host_share_its_rate() -> None:
+    """The feed, its articles there and a retry: one request in two seconds; on another host at once."""
+    now = 100.0
+    crawl = Crawl(Options(feeds=True, rate=0.5), clock=lambda: now, rng=lambda: 0.0)
+    crawl.frontier.add_all(["http://a.example/feed"], now, kind="feed")
+    sent: list[tuple[float, str]] = []
+    body = feeds_rss("/1", "/2", "http://b.example/3").encode()
+    while True:
+        decision = crawl.frontier.take(now)
+        if isinstance(decision, float):
+            now += decision
+            continue
+        if decision is None:
+            break
+        assert crawl.frontier.clear_to_send(decision, now) == 0.0
+        sent.append((now - 100.0, decision.target))
+        failed = decision.target.endswith("1") and decision.attempt == 1
+        final = crawl.judge(decision, Response(503 if failed else 200, {}, body if decision.kind == "feed" else b""))
+        if final is not None:
+            crawl.complete(decision, final)
+            crawl.frontier.finish(decision, now)
+            crawl.frontier.close()
+    at = {host: [when for when, target in sent if host in target] for host in ("a.example", "b.example")}
+    assert at == {"a.example": [0.0, 2.0, 4.0, 6.0], "b.example": [0.0]}
+
+
+def test_feeds_what_a_cap_left_out_is_asked_for_again() -> None:
+    crawl = Crawl(Options(feeds=True, max_pages=1))
+    first, second = (
+        feeds_answer(crawl, f"http://a.example/{name}", feeds_rss(*links), ETag='"1"')
+        for name, links in (("f", ("/1", "/2")), ("g", ("/1",)))
+    )
+    assert isinstance(first, FeedResult) and isinstance(second, FeedResult)
+    assert (first.links_found, first.etag) == (["http://a.example/1"], None)  # a 304 would hide the other for ever
+    assert (second.links_found, second.etag) == ([], '"1"')
+
+
+def test_feeds_that_were_articles_are_polled() -> None:
+    """An article of another feed, now or in an earlier run: the list names it, so it is a feed."""
+    crawl = Crawl(Options(feeds=True, rate=0))
+    crawl.frontier.mark("http://b.example/feed")
+    feeds_answer(crawl, "http://a.example/feed", feeds_rss("http://c.example/feed"))
+    crawl.feed(["http://a.example/feed", "http://b.example/feed", "http://c.example/feed"]).join()
+    taken = [crawl.frontier.take(1e9) for _ in range(4)]
+    assert sorted((one.target[7], one.kind) for one in taken if isinstance(one, Request)) == [
+        ("a", "feed"),
+        ("b", "feed"),
+        ("c", "feed"),
+        ("c", "page"),
+    ]
+    row = feeds_answer(crawl, "http://a.example/feed", feeds_rss("http://b.example/feed"))
+    assert row and row.links_found == []
+
+
+def feeds_journal(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The journal with these rows, once it was opened."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with crawl_journal.open_journal(str(path)) as file:
+        return list(crawl_journal.rows(file))
+
+
+def test_feeds_journal_grows_with_the_articles_only(tmp_path: Path) -> None:
+    def feed(n: int, error: str | None = None, *links: str) -> dict[str, Any]:
+        entries = [FeedEntry(link, None, None, None, None)._asdict() for link in links]
+        url = f"http://a.example/{n}"
+        return {"url": url, "kind": "feed", "error": error, "entries": entries, "final_url": url, "etag": f'"{links}"'}
+
+    rows = [feed(1, None, "http://a.example/a"), feed(4)]
+    sizes = []
+    for run in range(300):
+        more = [feed(1), feed(2, "http: 500"), feed(3, None, f"http://a.example/{run}x")] if run % 100 == 0 else []
+        rows = feeds_journal(
+            tmp_path / "news.jsonl", [*rows, feed(1), feed(2, "http: 404"), feed(4, "dns: gone"), *more]
+        )
+        sizes.append(len(rows))
+    assert max(sizes) <= 16 and sizes[-1] >= 6
+    assert [row["entries"][0]["url"] for row in rows if row["entries"]] == [
+        "http://a.example/a",
+        *(f"http://a.example/{run}x" for run in (0, 100, 200)),
+    ]
+    kept = {(row["url"], row["error"]) for row in rows if not row["entries"]}
+    assert kept == {
+        ("http://a.example/1", None),
+        ("http://a.example/2", "http: 404"),
+        ("http://a.example/4", None),  # what it was is still asked about
+        ("http://a.example/4", "dns: gone"),
+    }
+    crawl = Crawl(Options(feeds=True))
+    with crawl_journal.open_journal(str(tmp_path / "news.jsonl")) as file:
+        crawl_journal.recall(crawl, file)
+    assert crawl.frontier.waiting == 4 and set(crawl.validators) == {f"http://a.example/{n}" for n in (1, 3, 4)}
+
+
+def test_feeds_validators_of_a_strange_journal_are_not_sent() -> None:
+    assert [crawl_core.validator(text) for text in ('"a"', "", None, 5, '"é"', "a\nb", '"\ud800"')] == [
+        '"a"',
+        "",
+        *[None] * 5,
+    ]
+
+
+FEEDS_HOSTILE: dict[str, Callable[[], str]] = {
+    "attributes": lambda: "<p " + " ".join(f"a{n}=x" for n in range(50_000)) + ">The text of it all",
+    "tables": lambda: "<table><tr><td>x y z</table>" * 3_000,
+    "long": lambda: feeds_article("a long page") + "<script>x</script>" * 300_000,
+    "deep": lambda: "<div>" * 5_000 + "The text of it all",
+    "controls": lambda: "\0\1\x0b<p>The text\0 of it all</p>\ud800\ufffe",
+    "nothing": lambda: "",
+}
+
+
+@pytest.mark.parametrize("name", FEEDS_HOSTILE)
+def test_feeds_article_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes trafilatura minutes by itself (attributes, tables), or is too much, is not handed to it."""
+    handed: list[tuple[str, bool]] = []
+    extract = feed_parse.extractor()
+
+    def watched(html: str, *, include_tables: bool, **more: Any) -> Any:
+        handed.append((html, include_tables))
+        return extract(html, include_tables=include_tables, **more)
+
+    monkeypatch.setattr(feed_parse, "extractor", lambda: watched)
+    text, author, published = read_article(FEEDS_HOSTILE[name]().encode("utf-8", "replace"), "http://a.example/")
+    [(html, with_tables)] = handed
+    assert len(html) <= feed_parse.MAX_ARTICLE and max(map(len, html.split("<")), default=0) < 10_000
+    assert with_tables == (name != "tables") and not set(html) & set("\0\1\x0b\ufffe")
+    assert (text or "").startswith("This is the story" if name == "long" else "") and not author
+    assert published is None
+
+
+def test_feeds_article_says_nothing_that_the_page_does_not(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    page = "<html><body><article><p>In 1995, on 12/05/2001, there was much to tell, and more.</p></article>"
+    assert read_article(page.encode(), "http://a.example/x").published is None
+
+    def trips(*_: Any, **__: Any) -> None:
+        raise RecursionError
+
+    monkeypatch.setattr(feed_parse, "extractor", lambda: trips)
+    assert read_article(page.encode(), "http://a.example/x") == (None, None, None)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("markup", "published"),
+    [
+        ("<meta property='article:published_time' content='2024-05-06T10:00:00+02:00'>", "2024-05-06T08:00:00Z"),
+        ("<META content=2024-05-06 name=DC.date.issued>", "2024-05-06T00:00:00Z"),
+        ("<meta name=date content=soon><time datetime='2024-05-06 10:00'>then</time>", "2024-05-06T10:00:00Z"),
+        ('<script>{\'x\': 1, "datePublished" : "2024-05-06T10:00:00.5Z"}</script>', "2024-05-06T10:00:00Z"),
+        ("<meta itemprop=datePublished content='Mon, 06 May 2024 10:00:00 &#43;0200'>", "2024-05-06T08:00:00Z"),
+        ("<meta name=update content=2024-05-06><meta name=date><time>2024-05-06</time>", None),
+        ("<meta " * 50_000 + "<time " * 50_000, None),
+    ],
+)
+def test_feeds_article_says_when(markup: str, published: str | None) -> None:
+    assert read_article(markup.encode(), "http://a.example/x").published == published
+
+
+def test_feeds_of_a_failed_article_keep_what_the_feed_says() -> None:
+    entry = FeedEntry("http://a.example/1", "Title", "Ann", "2024-05-06T00:00:00Z", None)
+    request = Request(entry.url, entry.url, "a.example")
+    row = crawl_core.build_article(request, FetchError("timeout", "x"), "http://a.example/f", entry)
+    assert (row.error, row.title, row.author, row.published) == ("timeout: x", "Title", "Ann", entry.published)
+    assert row.kind == "article" and row.feed == "http://a.example/f" and row.text is None
+
+
+def test_feeds_bench_has_what_it_says() -> None:
+    assert sum(map(bench_feeds.articles_of, range(bench_feeds.HOSTS))) == 36
+    waits = {bench_feeds.latency(1, host, path) for host in range(26) for path in ("/feed.xml", "/article/0")}
+    assert len(waits) == 52 and min(waits) >= 0.3 and max(waits) <= 1.5 and bench_feeds.latency(1, 0, "/log") == 0.0
+    best = {part: bench_feeds.at_best(1, part, 10) for part in bench_feeds.PARTS}
+    assert 1.5 < best["feeds"] < best["articles"] < best["whole"] < 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
