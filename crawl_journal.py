@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 BEGINNING = b'{"url":'
 """Of every row."""
-USUAL = {"url", "status", "title", "word_count", "links_found", "error", "fetched_at", "duration_ms"}
+USUAL = {"url", "error", "final_url"}
 """What every row has."""
 
 
@@ -236,4 +236,12 @@ def host_of(url: str) -> str:
 
 def fields(form: type[Any], row: Row) -> Any:
     known = form.__dataclass_fields__
-    return form(**{name: value for name, value in row.items() if name in known})
+    usual: Row = {
+        "status": None,
+        "title": None,
+        "word_count": 0,
+        "links_found": [],
+        "fetched_at": "",
+        "duration_ms": 0.0,
+    }
+    return form(**(usual | {name: value for name, value in row.items() if name in known}))
