@@ -139,37 +139,37 @@ class RowWriter:
 class Output:
     """Where the rows of a run go: counted, written, and, should writing fail, the run stopped. Safe for threads.
 
-    Group commit, as databases do it: who comes while another thread writes only leaves its rows, and that thread
-    writes them in one go when it is done. So a busy run writes in batches and a quiet one at once; when the last
-    ``emit`` has returned, all is written. ``_lock`` guards who writes and what is left for it, at most ``LEFT`` rows.
+    Group commit, as databases do it: who comes while another thread writes leaves its rows, and one of those who left
+    some then writes them all in one go. ``emit`` returns when its rows are written, so a ``kill -9`` costs only what is
+    in flight. ``_lock`` guards who writes and what is left; rows wait with those who brought them, so they are few.
     """
-
-    LEFT = 1000
 
     def __init__(self, crawl: Crawl, writer: RowWriter) -> None:
         self._crawl, self._writer = crawl, writer
         self._lock = new_lock("Output")
-        self._room = threading.Condition(self._lock)
+        self._written = threading.Condition(self._lock)
         self._left: list[ScrapeResult] = []
         self._writing = False
+        self._batches = 0
 
     def emit(self, *rows: ScrapeResult) -> None:
-        """Waits while the writer is far behind."""
+        """Returns when ``rows`` are written, or cannot be."""
         with self._lock:
-            while self._writing and len(self._left) >= self.LEFT:
-                self._room.wait()
             self._left += rows
-            if self._writing:
+            mine = self._batches + 1 + self._writing
+            while self._writing and self._batches < mine:
+                self._written.wait()
+            if self._batches >= mine:
                 return
             self._writing = True
-        while True:
-            with self._lock:
-                batch, self._left = self._left, []
-                self._writing = bool(batch)
-                self._room.notify_all()
-            if not batch:
-                return
+            batch, self._left = self._left, []
+        try:
             self._write(batch)
+        finally:
+            with self._lock:
+                self._writing = False
+                self._batches += 1
+                self._written.notify_all()
 
     def _write(self, rows: list[ScrapeResult]) -> None:
         if self._crawl.failure is not None:
