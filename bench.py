@@ -98,7 +98,7 @@ def known(name: str, names: Collection[str]) -> bool:
 
 def present(name: str) -> bool:
     """Whether what a contestant needs is installed; if not, with a note for the reader."""
-    needed = NEEDS.get(name, name)
+    needed = NEEDS.get(name, name.partition(" x")[0])
     there = bool(shutil.which(name) if name == "curl" else importlib.util.find_spec(needed))
     if not there:
         print(f"{needed}: not installed" + ("" if name == "curl" else ": pip install -r requirements-bench.txt"))
@@ -309,6 +309,7 @@ def write_site(folder: str, urls: str, pages: int, hosts: int, size: int, port: 
 
 IN_FLIGHT = {
     "crawl_async": 64,
+    "crawl_async x2": 64,
     "crawl_threads": 16,
     "scrapy": 32,
     "scrapy_stripped": 32,
@@ -327,7 +328,10 @@ def crawl_command(name: str, urls: Path, rows: Path, concurrency: int) -> list[o
         config = urls.with_suffix(".curl")
         config.write_text("".join(f"url={url}\noutput=/dev/null\n" for url in urls.read_text().split()))
         return ["curl", "-sSfZ", "--no-progress-meter", "--parallel-max", concurrency, "-K", config]
-    return [sys.executable, HERE / f"{name}.py", urls, "--rate", 0, "--concurrency", concurrency, "-q", "-o", rows]
+    program, _, processes = name.partition(" x")
+    more = ["--processes", processes] if processes else []
+    program_and_list = [sys.executable, HERE / f"{program}.py", urls]
+    return [*program_and_list, "--rate", 0, "--concurrency", concurrency, *more, "-q", "-o", rows]
 
 
 def digest(rows: Path) -> Digest:

@@ -355,6 +355,12 @@ class Tasks:
             os._exit(EXIT_INTERRUPTED)
         self._wake.set()
 
+    def cut_off(self) -> None:
+        """Both at once."""
+        if not self._crawl.interrupted:
+            self.stop()
+        self._force()
+
     def _force(self) -> None:
         self._forced = True
         for task in self._in_flight:

@@ -107,30 +107,39 @@ def cell(value: object) -> object:
 class RowWriter:
     """Rows as ``jsonl``, ``json`` (one array) or ``csv`` (RFC 4180, with a header; links separated by spaces)."""
 
-    def __init__(self, stream: BinaryIO, form: str, row: type[ScrapeResult] = ScrapeResult) -> None:
-        self._stream, self._form = stream, form
-        self._rows = 0
+    def __init__(
+        self, stream: BinaryIO, form: str, row: type[ScrapeResult] = ScrapeResult, *, begun: bool = False
+    ) -> None:
+        self._stream, self.form = stream, form
+        self._rows = int(begun)
         self._fields = [field.name for field in dataclasses.fields(row)]
-        if form == "csv":
+        if form == "csv" and not begun:
             self._write(encode_csv(self._fields))
 
     def write(self, *rows: ScrapeResult) -> None:
         """All of them in one write, so that a thread with many rows gives up the interpreter once."""
-        self._write(b"".join(map(self._encode, rows)))
+        self._write(b"".join(map(self.encode, rows)))
 
-    def _encode(self, row: ScrapeResult) -> bytes:
+    def write_encoded(self, rows: int, data: bytes | memoryview) -> None:
+        """Rows that another writer, which had ``begun``, has encoded."""
+        if self.form == "json" and not self._rows:
+            data = b"[" + bytes(data[1:])
+        self._rows += rows
+        self._write(data)
+
+    def encode(self, row: ScrapeResult) -> bytes:
         first, self._rows = not self._rows, self._rows + 1
-        if self._form == "csv":
+        if self.form == "csv":
             return encode_csv(cell(getattr(row, name)) for name in self._fields)
-        if self._form == "json":
+        if self.form == "json":
             return (b"[\n" if first else b",\n") + encode_json(row)
         return encode_json(row) + b"\n"
 
     def close(self) -> None:
-        if self._form == "json":
+        if self.form == "json":
             self._write(b"\n]\n" if self._rows else b"[]\n")
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
             view = view[self._stream.write(view) or 0 :]
@@ -145,7 +154,7 @@ class Output:
     """
 
     def __init__(self, crawl: Crawl, writer: RowWriter) -> None:
-        self._crawl, self._writer = crawl, writer
+        self._crawl, self.writer = crawl, writer
         self._lock = new_lock("Output")
         self._written = threading.Condition(self._lock)
         self._left: list[ScrapeResult] = []
@@ -175,17 +184,26 @@ class Output:
         if self._crawl.failure is not None:
             return
         try:
-            self._writer.write(*rows)
+            self.writer.write(*rows)
         except Exception as error:
             self._crawl.fail(error)
             return
         for row in rows:
             self._crawl.stats.count_row(row)
 
+    def emit_encoded(self, rows: int, data: memoryview) -> bool:
+        """Rows of another process, which counts them; from one thread at a time. False if they cannot be written."""
+        if self._crawl.failure is None:
+            try:
+                self.writer.write_encoded(rows, data)
+            except Exception as error:
+                self._crawl.fail(error)
+        return self._crawl.failure is None
+
     def close(self) -> None:
         if not isinstance(self._crawl.failure, OSError):
             try:
-                self._writer.close()
+                self.writer.close()
             except OSError as error:
                 self._crawl.fail(error)
 
@@ -248,6 +266,14 @@ def size(text: str) -> int:
     return int(float(text[:-1] if factor > 1 else text) * factor)
 
 
+def processes(text: str) -> int:
+    """``auto`` -> as many as there are processors."""
+    count = 0 if text == "auto" else int(text)
+    if count < 0:
+        raise ValueError
+    return count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count() or 1
+
+
 def header(text: str) -> tuple[str, str]:
     name, colon, value = text.partition(":")
     if not colon:
@@ -303,6 +329,11 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     option(load, "--rate", float, "requests per second to one host; 0: no limit")
     option(load, "--burst", int, "requests to one host that may go at once after a rest")
     option(load, "--total-rate", float, "requests per second to all hosts together; 0: no limit")
+    if program == "crawl_async.py":
+        text = "side by side, each with a share of the hosts; 0 or auto: one for each processor (default 1)"
+        load.add_argument("--processes", type=processes, default=1, metavar="N", help=text)
+    else:
+        parser.set_defaults(processes=1)
     load.add_argument("--adaptive", action="store_true", default=None, help="find each host's rate, up to --rate")
     crawl = parser.add_argument_group("following links")
     option(crawl, "--depth", int, "links away from the list; 0: the list only")
@@ -451,7 +482,12 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
         output = Output(crawl, writer)
         rows_on_screen = args.output is None and sys.stdout.isatty()
         with progress(crawl, sys.stderr.isatty() and not args.quiet and not rows_on_screen):
-            run(crawl, urls, output.emit)
+            if args.processes > 1:
+                from crawl_processes import run_processes
+
+                run_processes(crawl, urls, output, args.processes)
+            else:
+                run(crawl, urls, output.emit)
         output.close()
         if not args.quiet and not isinstance(crawl.failure, BrokenPipeError):
             print(describe(crawl), file=sys.stderr)
@@ -490,16 +526,20 @@ def peak_memory_mb() -> float:
 def write_stats(crawl: Crawl, path: str) -> None:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     frontier = crawl.frontier.stats()
-    counts = crawl.stats.snapshot() | {
-        "duplicates": frontier.duplicates,
-        "seen": frontier.seen,
-        "capped": frontier.capped,
-        "forbidden": frontier.forbidden,
-        "not_fetched": frontier.waiting,
-        "interrupted": crawl.interrupted,
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
-        "peak_memory_mb": peak_memory_mb(),
-    }
+    counts = (
+        crawl.stats.snapshot()
+        | {
+            "duplicates": frontier.duplicates,
+            "seen": frontier.seen,
+            "capped": frontier.capped,
+            "forbidden": frontier.forbidden,
+            "not_fetched": frontier.waiting,
+            "interrupted": crawl.interrupted,
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        | crawl.stats.processes()
+    )
     with open(path, "w", encoding="utf-8") as file:
         json.dump(counts, file, indent=2)
         file.write("\n")

@@ -118,6 +118,10 @@ class Stats:
                 "rows_per_second": round(self.rows / seconds, 1),
             }
 
+    def processes(self) -> dict[str, Any]:
+        """What --stats tells besides if there are worker processes."""
+        return {}
+
 
 class Crawl:
     """One run: the frontier, the rules by which an answer becomes a row or goes round again, and the counts.
@@ -126,13 +130,20 @@ class Crawl:
     ``frontier.finish``. ``changed`` is called, from whatever thread, when ``take`` may answer otherwise than before.
     """
 
-    def __init__(self, options: Options, *, clock: Clock = time.monotonic, rng: Rng = random.random) -> None:
+    def __init__(
+        self,
+        options: Options,
+        *,
+        clock: Clock = time.monotonic,
+        rng: Rng = random.random,
+        frontier: type[Frontier] = Frontier,
+    ) -> None:
         self.options = options
         self.clock, self.rng = clock, rng
         self.follows = bool(options.depth or options.sitemaps)
         self.obeys = self.follows if options.robots is None else options.robots
         fast = max(options.rate, options.total_rate) > 5
-        self.frontier = Frontier(
+        self.frontier = frontier(
             rate=options.rate,
             burst=options.burst,
             per_host=options.per_host,
@@ -497,9 +508,13 @@ class Crawl:
         since = datetime.fromisoformat(self.options.since)
         return datetime.fromisoformat(published) < (since if since.tzinfo else since.replace(tzinfo=UTC))
 
+    @property
+    def list_kind(self) -> Literal["page", "feed"]:
+        return "feed" if self.options.feeds else "page"
+
     def feed(self, urls: Iterable[str]) -> threading.Thread:
         """Read ``urls`` into the frontier in a thread: the list may be long, or a pipe that blocks."""
-        kind: Literal["page", "feed"] = "feed" if self.options.feeds else "page"
+        kind = self.list_kind
         if self.options.max_time:
             self.frontier.stop_at(self.clock() + self.options.max_time)
 
