@@ -247,6 +247,8 @@ class SharedFrontier(Frontier):
         self._told: set[uuid.UUID] = set()
         self._scope_after = 0
         self._give = 0
+        self._share: float = math.inf
+        """Hosts to hold at most, while others have too little to do."""
         self._starved = self._all_leave = False
         self.lease(-math.inf)
 
@@ -402,7 +404,9 @@ class SharedFrontier(Frontier):
             self._paused.clear()
             self._spaced.clear()
             batch.held = list(self._held)
-            batch.claim = 0 if self._give or self._all_leave else min(free, max(0, self.most - len(self._held)))
+            staying = sum(not held.leaving for held in self._held.values())
+            most = 0.0 if self._all_leave else min(self._share, self.most)
+            batch.claim = int(min(free, max(0, most - staying)))
             batch.hungry = self._starved and batch.claim > 0
             batch.asked = list(self._asked)
             batch.reading, batch.scope_after = self.reading, self._scope_after
@@ -454,8 +458,8 @@ class SharedFrontier(Frontier):
                 self._scope_after = max(self._scope_after, serial)
                 self.on_scope(url)
             self._starved = batch.claim > 0 and not claimed
-            share = math.ceil(answer.all_held / max(1, answer.workers))
-            self._give = max(0, len(self._held) - share) if answer.hungry else 0
+            self._share = math.ceil(answer.all_held / max(1, answer.workers)) if answer.hungry else math.inf
+            self._give = int(max(0, len(self._held) - self._share))
             if answer.finished and not batch.links and not self._out.links and not self.reading:
                 self.close()
 
@@ -472,11 +476,10 @@ class SharedFrontier(Frontier):
         return self.most - self.stats().hosts_ready
 
     def _choose_leaving(self) -> None:
-        for name in reversed(self._held):
-            if not (self._all_leave or self._give > 0):
-                break
-            if not self._held[name].leaving:
-                self._held[name].leaving = True
+        self._give -= sum(held.leaving for held in self._held.values())
+        for held in reversed(self._held.values()):
+            if not held.leaving and (self._all_leave or self._give > 0):
+                held.leaving = True
                 self._give -= 1
 
     def _clear(self, name: str, held: _Held, batch: Batch, now: float) -> None:
@@ -499,7 +502,7 @@ class SharedFrontier(Frontier):
         self._held.clear()
         self._keys.clear()
         self._asked.clear()
-        self.token, self._serial_of_batch, self._give = None, 0, 0
+        self.token, self._serial_of_batch, self._give, self._share = None, 0, 0, math.inf
         links, scope, robots = self._out.links, self._out.scope, self._out.robots
         self._out = Batch(None, 0, self.length)
         self._out.links, self._out.scope = batch.links + links, batch.scope + scope

@@ -71,7 +71,9 @@ def encoded(row: ScrapeResult) -> str:
 
 # ------------------------------------------------------------------------------------------------------- the tables
 
+# CREATE INDEX takes its lock even if there is nothing to do, and would wait for the workers in each other's way.
 SCHEMA = """
+DO $do$ BEGIN IF to_regclass('crawl_scope') IS NULL THEN
 CREATE TABLE IF NOT EXISTS crawl_settings (one boolean PRIMARY KEY DEFAULT true CHECK (one), options jsonb NOT NULL);
 CREATE TABLE IF NOT EXISTS crawl_workers (
     id bigserial PRIMARY KEY, batch bigint NOT NULL DEFAULT 0, name text NOT NULL,
@@ -101,6 +103,7 @@ CREATE TABLE IF NOT EXISTS crawl_robots (
 );
 CREATE INDEX IF NOT EXISTS crawl_robots_host ON crawl_robots (host);
 CREATE TABLE IF NOT EXISTS crawl_scope (serial bigserial PRIMARY KEY, url text COLLATE "C" NOT NULL UNIQUE);
+END IF; END $do$;
 """
 
 # Plans must not depend on how large the tables were when a statement was first planned.
