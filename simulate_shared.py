@@ -22,6 +22,7 @@ import heapq
 import itertools
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -401,3 +402,15 @@ def simulate_shared(
     except Exception as error:
         error.add_note(f"seed {seed}")
         raise
+
+
+def run_shared(first: int, seeds: int) -> list[dict[str, Any]]:
+    """The rows of ``bench.py simulate --shared``. Raises SystemExit with the seed if a promise is broken."""
+    counts: Counter[str] = Counter()
+    started = time.perf_counter()
+    for seed in range(first, first + seeds):
+        try:
+            counts += simulate_shared(seed)
+        except Exception as error:
+            raise SystemExit(f"bench.py: simulate: seed {seed}: {type(error).__name__}: {error}") from error
+    return [{"": f"{seeds} shared crawls", **counts, "wall s": time.perf_counter() - started}]
