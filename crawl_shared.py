@@ -323,12 +323,13 @@ class SharedFrontier(Frontier):
             known = self._keys.get(request)
             held = known[2] if known else self._held.get(request.host)
             moves = target is not None and (known is not None or host_name not in (None, request.host))
-            if held is not None and not held.leaving and not moves:
+            ours = known is not None or request.kind == "robots"
+            if held is not None and not held.leaving and ours and not moves:
                 super().put_back(request, now, not_before, target, host_name)
                 return
             self.pass_on(request, now)
-            if held is None or (known is None and not moves):
-                return
+            if held is None or (known is None and (not moves or request.kind != "robots")):
+                return  # its lease was lost, or its host is leaving
             if known is None:  # our own request for robots.txt, to a host that may be another's
                 assert target is not None and host_name is not None
                 name = origin_of(request.url)
@@ -377,6 +378,7 @@ class SharedFrontier(Frontier):
     def plan(self, now: float) -> Batch:
         free = max(0, self._room())
         with self._guard:
+            reading = self.reading  # before its lines are taken
             out = self._out
             batch, self._out = out, Batch(None, 0, self.length)
             self._out.links, batch.links = out.links[LINKS:], out.links[:LINKS]
@@ -409,7 +411,7 @@ class SharedFrontier(Frontier):
             batch.claim = int(min(free, max(0, most - staying)))
             batch.hungry = self._starved and batch.claim > 0
             batch.asked = list(self._asked)
-            batch.reading, batch.scope_after = self.reading, self._scope_after
+            batch.reading, batch.scope_after = reading or bool(self._out.links), self._scope_after
             return batch
 
     def answered(self, batch: Batch, answer: Answer, asked_at: float, now: float) -> None:

@@ -411,7 +411,6 @@ class SharedCrawl(Crawl):
         """Read ``urls`` into the database in a thread."""
         if self.options.max_time:
             self.frontier.stop_at(self.clock() + self.options.max_time)
-        self.mine.reading = True
 
         def read() -> None:
             batch: list[str] = []
@@ -444,6 +443,7 @@ class SharedCrawl(Crawl):
         self._database = Database(self._server, SCHEMA, size=2)
         store = PgStore(self._database, f"{os.uname().nodename}:{os.getpid()}")
         await self._database.open(CONNECT_LIMIT)
+        self.mine.reading = True  # until ``feed`` has read its list: else an empty database would be the end
         task = asyncio.create_task(self._keep_up(store, put), name="frontier")
 
         async def keep(row: ScrapeResult) -> None:
@@ -476,7 +476,8 @@ class SharedCrawl(Crawl):
                     if self._wake.is_set():
                         break
             if self.mine.token is not None:
-                await store.leave(self.mine.token)
+                with contextlib.suppress(Unavailable):
+                    await store.leave(self.mine.token)
         except Exception as error:
             self.fail(error)
 
