@@ -192,6 +192,7 @@ class Answer:
     robots: list[Found] = field(default_factory=list)
     scope: list[tuple[int, str]] = field(default_factory=list)
     finished: bool = False
+    reading: bool = False
     workers: int = 1
     all_held: int = 0
     hungry: bool = False
@@ -227,7 +228,8 @@ class SharedFrontier(Frontier):
     def __init__(self, *, length: float = LEASE, margin: float = MARGIN, hosts: int = 100, **limits: Any) -> None:
         super().__init__(**limits)
         self.length, self.margin, self.most = length, margin, hosts
-        self.follows = False
+        self.follows = self.scoped = self.knows_first = False
+        """``scoped``: the hosts of the list matter."""
         self.on_scope: Callable[[str], None] = lambda url: None
         self.as_duplicate: Callable[[Request, str], ScrapeResult] = _no_row
         self.rules_of: Callable[[Found], RobotRules] = lambda found: found.rules("")
@@ -238,7 +240,7 @@ class SharedFrontier(Frontier):
         self._serial_of_batch = 0
         self._held: dict[str, _Held] = {}
         self._keys: dict[Request, tuple[str, int, _Held]] = {}
-        self._rows: dict[str, ScrapeResult] = {}
+        self._rows: dict[Request, ScrapeResult] = {}
         self._asked: dict[str, float] = {}
         """Origins whose robots.txt another host has, and until when to wait for it."""
         self._paused: set[str] = set()
@@ -250,6 +252,8 @@ class SharedFrontier(Frontier):
         self._share: float = math.inf
         """Hosts to hold at most, while others have too little to do."""
         self._starved = self._all_leave = False
+        self._others_read = True
+        """Somebody reads a list: with ``knows_first`` nothing is fetched until it is known."""
         self.lease(-math.inf)
 
     # What the crawl tells.
@@ -270,7 +274,7 @@ class SharedFrontier(Frontier):
                 scope.append(target)
         with self._guard:
             self._out.links += links
-            if self.follows:
+            if self.scoped:
                 self._out.scope += scope
 
     def add_links(
@@ -291,9 +295,10 @@ class SharedFrontier(Frontier):
         """Whether somebody had it is seen when it comes to the database."""
         return True
 
-    def keep(self, row: ScrapeResult) -> None:
+    def keep(self, request: Request, row: ScrapeResult) -> None:
+        """The row of a request, before it is finished."""
         with self._guard:
-            self._rows[row.url] = row
+            self._rows[request] = row
 
     def found_robots(self, found: Found) -> None:
         with self._guard:
@@ -308,7 +313,7 @@ class SharedFrontier(Frontier):
     def finish(self, request: Request, now: float) -> None:
         super().finish(request, now)
         with self._guard:
-            row, known = self._rows.pop(request.url, None), self._keys.pop(request, None)
+            row, known = self._rows.pop(request, None), self._keys.pop(request, None)
             if known is None:
                 return  # for robots.txt, or its lease is lost
             host, id_, held = known
@@ -407,7 +412,8 @@ class SharedFrontier(Frontier):
             self._spaced.clear()
             batch.held = list(self._held)
             staying = sum(not held.leaving for held in self._held.values())
-            most = 0.0 if self._all_leave else min(self._share, self.most)
+            waits = self.token is None or (self.knows_first and self._others_read)
+            most = 0.0 if self._all_leave or waits else min(self._share, self.most)
             batch.claim = int(min(free, max(0, most - staying)))
             batch.hungry = self._starved and batch.claim > 0
             batch.asked = list(self._asked)
@@ -459,6 +465,7 @@ class SharedFrontier(Frontier):
             for serial, url in answer.scope:
                 self._scope_after = max(self._scope_after, serial)
                 self.on_scope(url)
+            self._others_read = answer.reading
             self._starved = batch.claim > 0 and not claimed
             self._share = math.ceil(answer.all_held / max(1, answer.workers)) if answer.hungry else math.inf
             self._give = int(max(0, len(self._held) - self._share))

@@ -29,7 +29,7 @@ import asyncpg
 import orjson
 
 from crawl_core import Crawl, build_row
-from crawl_rules import CrawlResult, FetchError, Options, Request, Response, ScrapeResult
+from crawl_rules import FetchError, Options, Request, Response, ScrapeResult
 from crawl_rules import origin as origin_of
 from crawl_shared import AT_ONCE, LEASE, Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, clean, hashed
 from database import BACK_OFF, Database, Embedded, Unavailable, is_away
@@ -109,7 +109,9 @@ END IF; END $do$;
 # Plans must not depend on how large the tables were when a statement was first planned.
 PLANS = "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off"
 
-JOIN = "INSERT INTO crawl_workers (lease_until, name) VALUES (now() + $1 * interval '1 s', $2) RETURNING id"
+JOIN = """
+INSERT INTO crawl_workers (lease_until, name, reading) VALUES (now() + $1 * interval '1 s', $2, $3) RETURNING id
+"""
 RENEW = """
 UPDATE crawl_workers w SET renewed_at = now(), lease_until = now() + $2 * interval '1 s', batch = $3, held = $4,
     hungry = $5, reading = $6 FROM (SELECT id, batch FROM crawl_workers WHERE id = $1 FOR UPDATE) AS old
@@ -181,7 +183,8 @@ WHERE (host = ANY($1::text[]) OR origin = ANY($2::text[])) AND until > now()
 """
 OTHERS = """
 SELECT count(*), coalesce(sum(held), 0), coalesce(bool_or(hungry) FILTER (WHERE id <> $1), false),
-    coalesce(bool_or(lease_until < now()), false) FROM crawl_workers
+    coalesce(bool_or(lease_until < now()), false), coalesce(bool_or(reading AND lease_until > now()), false)
+FROM crawl_workers
 """
 FINISHED = """
 SELECT NOT EXISTS (SELECT FROM crawl_hosts WHERE due IS NOT NULL)
@@ -219,7 +222,7 @@ class PgStore:
             await connection.execute(PLANS)
             token = batch.token
             if token is None:
-                token = int(await connection.fetchval(JOIN, batch.lease, self._name))
+                token = int(await connection.fetchval(JOIN, batch.lease, self._name, batch.reading))
                 known = -1
             else:
                 known = await connection.fetchval(
@@ -340,7 +343,7 @@ class PgStore:
                 "SELECT serial, url FROM crawl_scope WHERE serial > $1 ORDER BY serial", batch.scope_after
             )
         ]
-        workers, held, hungry, dead = await connection.fetchrow(OTHERS, token)  # type: ignore[misc]
+        workers, held, hungry, dead, answer.reading = await connection.fetchrow(OTHERS, token)  # type: ignore[misc]
         answer.workers, answer.all_held, answer.hungry, answer.dead = workers, held + len(claimed), hungry, dead
         if not answer.urls and not batch.reading:
             answer.finished = await connection.fetchval(FINISHED)
@@ -382,7 +385,8 @@ class SharedCrawl(Crawl):
         super().__init__(options, clock=clock, frontier=make)
         assert isinstance(self.frontier, SharedFrontier)
         self.mine = self.frontier
-        self.mine.follows = self.follows or self.named is not None
+        self.mine.follows, self.mine.knows_first = self.follows, self.knows_first
+        self.mine.scoped = self.follows or self.named is not None
         self.mine.on_scope = self._know
         self.mine.rules_of = lambda found: found.rules(options.user_agent)
         self.mine.as_duplicate = self._as_duplicate
@@ -391,14 +395,27 @@ class SharedCrawl(Crawl):
         self._wake: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
         self._room = threading.Event()
+        self._stored: asyncio.Queue[list[ScrapeResult]]
+        self._unprinted = 0
         self._over = False
 
     def _know(self, url: str) -> None:
         self.know_origin(url)
 
     def _as_duplicate(self, request: Request, target: str) -> ScrapeResult:
-        form = CrawlResult if self.follows else ScrapeResult
-        return build_row(request, FetchError("duplicate", f"redirects to {target}"), form)
+        return build_row(request, FetchError("duplicate", f"redirects to {target}"), self.form)
+
+    def complete(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
+        row = super().complete(request, outcome)
+        if row is not None:
+            self.mine.keep(request, row)
+        return row
+
+    def broken(self, request: Request, error: FetchError) -> ScrapeResult | None:
+        row = super().broken(request, error)
+        if row is not None:
+            self.mine.keep(request, row)
+        return row
 
     def _obey(self, request: Request, outcome: Response | FetchError) -> None:
         if not (isinstance(outcome, FetchError) and outcome.kind in ("interrupted", "internal")):
@@ -440,20 +457,21 @@ class SharedCrawl(Crawl):
     @contextlib.asynccontextmanager
     async def joined(self, put: Put) -> AsyncIterator[Put]:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+        self._stored = asyncio.Queue()
         self._database = Database(self._server, SCHEMA, size=2)
         store = PgStore(self._database, f"{os.uname().nodename}:{os.getpid()}")
         await self._database.open(CONNECT_LIMIT)
         self.mine.reading = True  # until ``feed`` has read its list: else an empty database would be the end
-        task = asyncio.create_task(self._keep_up(store, put), name="frontier")
+        task = asyncio.create_task(self._keep_up(store), name="frontier")
+        printer = asyncio.create_task(self._hand_on(put), name="stored rows")
 
-        async def keep(row: ScrapeResult) -> None:
-            self.mine.keep(row)
-            while self.mine.backlog() > 10 * AT_ONCE and not task.done():
+        async def wait(row: ScrapeResult) -> None:  # it goes to ``put`` when it is stored
+            while max(self.mine.backlog(), self._unprinted) > 10 * AT_ONCE and not task.done():
                 self._wake.set()
                 await asyncio.sleep(0.05)
 
         try:
-            yield keep
+            yield wait
         finally:
             self._over = True
             self._room.set()
@@ -462,13 +480,15 @@ class SharedCrawl(Crawl):
             await asyncio.wait([task], timeout=LEAVE_LIMIT)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            self._stored.put_nowait([])
+            await printer
             await self._database.close()
 
-    async def _keep_up(self, store: PgStore, put: Put) -> None:
+    async def _keep_up(self, store: PgStore) -> None:
         try:
             while not (self._over and self.mine.holds_nothing()):
                 self._wake.clear()
-                await self._exchange(store, put)
+                await self._exchange(store)
                 over = self._loop.time() + EVERY
                 await asyncio.sleep(0.02)
                 while not self._over and not self.mine.urgent() and (left := over - self._loop.time()) > 0:
@@ -481,7 +501,16 @@ class SharedCrawl(Crawl):
         except Exception as error:
             self.fail(error)
 
-    async def _exchange(self, store: PgStore, put: Put) -> None:
+    async def _hand_on(self, put: Put) -> None:
+        """What is stored, to the driver's output: in a task of its own, for a slow reader must not cost the lease."""
+        while rows := await self._stored.get():
+            try:
+                await asyncio.gather(*map(put, rows))
+            except Exception as error:
+                self.fail(error)
+            self._unprinted -= len(rows)
+
+    async def _exchange(self, store: PgStore) -> None:
         batch, attempt = self.mine.plan(self.clock()), 0
         while True:
             asked_at = self.clock()
@@ -504,8 +533,9 @@ class SharedCrawl(Crawl):
         if answer.dead:
             with contextlib.suppress(Unavailable, asyncpg.TransactionRollbackError):
                 await store.reap()
-        for row in answer.stored:
-            await put(row)
+        if answer.stored:
+            self._unprinted += len(answer.stored)
+            self._stored.put_nowait(answer.stored)
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -103,6 +103,7 @@ class Tables:
         answer.robots = [one for key, one in self.robots.items() if host_of(key) in claimed or key in batch.asked]
         answer.scope = [(serial, url) for url, serial in self.scope.items() if serial > batch.scope_after]
         answer.workers = len(self.members)
+        answer.reading = any(one.reading and one.until > now for one in self.members.values())
         answer.all_held = sum(one.held for one in self.members.values()) + len(claimed)
         answer.hungry = any(one.hungry for key, one in self.members.items() if key != token)
         answer.dead = any(one.until < now for one in self.members.values())
@@ -285,7 +286,7 @@ class Worker:
     def finish(self, request: Request) -> None:
         if request.kind != "robots":
             error = "robots: forbidden" if request.error else None
-            self.frontier.keep(ScrapeResult(request.url, None, None, 0, [], error, "", 0.0))
+            self.frontier.keep(request, ScrapeResult(request.url, None, None, 0, [], error, "", 0.0))
         self.frontier.finish(request, self.clock())
         self.free += 1
         self.step()
