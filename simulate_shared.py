@@ -200,7 +200,8 @@ class Worker:
         self.run.at(self.run.now + seconds / self.speed, self, what, *about)
 
     def sync(self) -> None:
-        if self.frontier.holds_nothing() and self.frontier.take(self.clock()) is None:
+        stats = self.frontier.stats()
+        if stats.closed and not stats.waiting and not stats.in_flight and self.frontier.holds_nothing():
             self.alive = False  # the crawl is over
             return
         self._send(self.frontier.plan(self.clock()))
