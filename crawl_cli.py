@@ -408,6 +408,10 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     if args.frontier and (args.resume or args.explain or program != "crawl_async.py"):
         parser.error("--frontier is for crawl_async.py, without --resume (each worker goes on) and --explain")
+    if args.frontier and (getattr(args, "processes", None) or 1) > 1:
+        parser.error("--frontier and --processes do not go together: start several workers instead")
+    if args.lease is not None and not 1 <= args.lease <= 3600:
+        parser.error("--lease must be 1 to 3600 seconds")
     if args.status and not args.frontier:
         parser.error("--status needs --frontier")
     if args.resume and (args.output is None or args.form != "jsonl"):
