@@ -52,6 +52,7 @@ from typing import IO, Any, NamedTuple
 
 import bench_aggregate
 import bench_feeds
+import bench_frontier
 import simulate as simulator
 from bench_peers import PARSERS, PEERS, Facts, Row
 
@@ -879,6 +880,22 @@ def feeds(args: argparse.Namespace) -> list[Row]:
 def simulate(args: argparse.Namespace) -> list[Row]:
     results = simulator.run(args)
     print(table(results))
+    return results
+
+
+# ------------------------------------------------------------------------------------------------ bench.py frontier
+
+
+@command(
+    "the tables of a shared crawl: what a claim takes at 1 and 10 million URLs, and what 1 to 8 workers get done",
+    "frontier",
+    "frontier --rows 100000 --hosts 10000 --seconds 1",
+    **bench_frontier.OPTIONS,
+)
+def frontier(args: argparse.Namespace) -> list[Row]:
+    results = bench_frontier.run(args)
+    for columns in dict.fromkeys(tuple(row) for row in results):
+        print(table(row for row in results if tuple(row) == columns), end="\n\n")
     return results
 
 

@@ -87,9 +87,9 @@ class GatedConnector(aiohttp.TCPConnector):
 
     async def connect(self, *args: Any, **more: Any) -> Any:
         connection = await super().connect(*args, **more)
-        request, began = _in_hand.get(), time.monotonic()
+        request, began, clock = _in_hand.get(), time.monotonic(), self._crawl.clock
         try:
-            while (wait := self._crawl.frontier.clear_to_send(request, time.monotonic())) > 0.0:  # noqa: ASYNC110
+            while (wait := self._crawl.frontier.clear_to_send(request, clock())) > 0.0:  # noqa: ASYNC110
                 # The loop's timers are good to a millisecond: sleep a little less, and yield for the rest.
                 await asyncio.sleep(wait - 0.001 if wait > 0.0015 else 0)
         except BaseException:
@@ -426,11 +426,12 @@ class _Batch:
 async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None]) -> None:
     rows = Rows(emit, crawl.options.concurrency)
     try:
-        driver = Tasks(crawl, rows.put)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, driver.stop)
-        await driver.run(urls)
+        async with crawl.joined(rows.put) as put:
+            driver = Tasks(crawl, put)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, driver.stop)
+            await driver.run(urls)
     finally:
         await rows.close()
 

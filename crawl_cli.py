@@ -323,6 +323,11 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve the counts to Prometheus on 127.0.0.1")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
     parser.add_argument("--demo", action="store_true", help="crawl a demo site that this program serves itself")
+    shared = parser.add_argument_group("many workers")
+    text = "postgresql://...: the frontier and the rows are there; start any number of workers. Or: embedded"
+    shared.add_argument("--frontier", metavar="URL", help=text)
+    shared.add_argument("--lease", type=float, metavar="S", help="time after which a dead worker's hosts return")
+    shared.add_argument("--status", action="store_true", help="print how far the crawl in --frontier is")
     load = parser.add_argument_group("load and politeness")
     option(load, "--concurrency", int, "requests in flight, all hosts together")
     option(load, "--per-host", int, "requests in flight to one host")
@@ -398,9 +403,17 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
     }
     if args.demo:
         given = {"rate": 50.0, "timeout": 2.0} | given
-    elif not args.sources:
+    elif not args.sources and not args.frontier:
         parser.error("no URLs: name a file, a URL, or - for stdin; or try --demo")
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    if args.frontier and (args.resume or args.explain or program != "crawl_async.py"):
+        parser.error("--frontier is for crawl_async.py, without --resume (each worker goes on) and --explain")
+    if args.frontier and (getattr(args, "processes", None) or 1) > 1:
+        parser.error("--frontier and --processes do not go together: start several workers instead")
+    if args.lease is not None and not 1 <= args.lease <= 3600:
+        parser.error("--lease must be 1 to 3600 seconds")
+    if args.status and not args.frontier:
+        parser.error("--status needs --frontier")
     if args.resume and (args.output is None or args.form != "jsonl"):
         parser.error("--resume goes on with a file of JSON lines: name it with -o")
     for source in args.sources:
@@ -452,7 +465,13 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
 
             site = stack.enter_context(Sandbox(hosts=4, pages=12))
             urls = demo_urls(site)
-        crawl = Crawl(options)
+        try:
+            if args.status:
+                print(shared_status(args.frontier))
+                return EXIT_OK
+            crawl = join_shared(options, args.frontier, args.lease) if args.frontier else Crawl(options)
+        except (ValueError, RuntimeError) as error:
+            return fail(program, str(error), error)
         if args.explain:
             return explain(program, crawl, urls, args, run)
         if args.metrics_port is not None:
@@ -504,6 +523,18 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
             print(f"{program}: interrupted; {left:,} URLs not fetched", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def join_shared(options: Options, frontier: str, lease: float | None) -> Crawl:
+    import crawl_tables  # it needs asyncpg
+
+    return crawl_tables.join(options, frontier, lease)
+
+
+def shared_status(frontier: str) -> str:
+    import crawl_tables
+
+    return crawl_tables.status(frontier)
 
 
 def fail(program: str, message: str, error: BaseException) -> int:

@@ -32,7 +32,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -136,7 +136,7 @@ class Crawl:
         *,
         clock: Clock = time.monotonic,
         rng: Rng = random.random,
-        frontier: type[Frontier] = Frontier,
+        frontier: Callable[..., Frontier] = Frontier,
     ) -> None:
         self.options = options
         self.clock, self.rng = clock, rng
@@ -190,6 +190,13 @@ class Crawl:
         """What robots.txt says, if only that was to be asked."""
         self.failure: BaseException | None = None
         """Why the run ended early, if it did: the list or the output could not be read or written."""
+
+    @contextlib.asynccontextmanager
+    async def joined(
+        self, put: Callable[[ScrapeResult], Awaitable[None]]
+    ) -> AsyncIterator[Callable[[ScrapeResult], Awaitable[None]]]:
+        """Around a driver in an event loop: where it puts its rows."""
+        yield put
 
     def judge(self, request: Request, outcome: Response | FetchError) -> Response | FetchError | None:
         """What becomes of a request: the final outcome, for ``complete``, or None: it went back into the frontier."""

@@ -289,7 +289,7 @@ class Frontier:
         self._sifting: deque[_Host] = deque()
         self._waiting = self._in_flight = self._pages = self._capped = self._forbidden = self._blocked = 0
         self._closed = self._stopped = self._grows = False
-        self._until = math.inf
+        self._until = self._lease_end = math.inf
 
     def add_all(self, texts: Iterable[str], now: float, *, kind: Kind = "page") -> int:
         """Add URLs as they stand in a list; each distinct one once. Returns how many were new."""
@@ -359,6 +359,8 @@ class Frontier:
         with self._lock:
             if self._stopped or now >= self._until:
                 return None
+            if now >= self._lease_end:
+                return self._until - now
             decision = self._take(now)
             return min(decision, self._until - now) if isinstance(decision, float) else decision
 
@@ -369,6 +371,8 @@ class Frontier:
         the worker puts the request back instead of waiting for it.
         """
         with self._lock:
+            if now >= self._lease_end:
+                raise Postponed
             host = self._hosts[request.host]
             gates = [gate for gate in (host.gate, self._total_gate) if gate]
             wait = max(host.paused_until - now, *(gate.wait_for(1, now) for gate in gates), 0.0)
@@ -447,6 +451,56 @@ class Frontier:
             heapq.heappush(queue, (not_before, self._next_serial(), request))
             self._waiting += 1
             self._schedule(host, now)
+
+    # Where hosts are leased (crawl_shared), they come and go with what waits on them.
+
+    def adopt(self, request: Request, now: float, not_before: float = -math.inf) -> None:
+        """Take in a request that somebody else knows too: whether its URL was seen is not asked here."""
+        with self._lock:
+            self._waiting += 1
+            if request.error:
+                self._refused.append(request)
+                return
+            host = self._host(request.host)
+            queue = host.urgent if request.kind == "robots" else host.delayed
+            heapq.heappush(queue, (not_before, self._next_serial(), request))
+            self._schedule(host, now)
+
+    def pass_on(self, request: Request, now: float) -> None:
+        """The request goes on elsewhere. If it is for robots.txt, its host waits for ``robots_known``."""
+        with self._lock:
+            self._leave(request, now)
+
+    def evict(self, name: str, now: float) -> list[tuple[float, Request]]:
+        """Forget a host's rules and what waits there: (not before, request). What is in flight ends as usual."""
+        with self._lock:
+            self._sites.pop(name, None)
+            for key in [key for key, known in self._origins.items() if known.host == name]:
+                self._blocked -= self._origins.pop(key).asking
+            host = self._hosts.get(name)
+            if host is None:
+                return []
+            host.asking, host.cleared = False, None
+            left = [(at, request) for at, _, request in (*host.urgent, *host.delayed)]
+            host.urgent.clear()
+            host.delayed.clear()
+            self._waiting -= len(left)
+            self._schedule(host, now)
+            return left
+
+    def load(self, name: str, now: float) -> tuple[int, float]:
+        """(Requests in flight to a host, seconds until it may be sent another)."""
+        with self._lock:
+            host = self._hosts.get(name)
+            if host is None:
+                return 0, 0.0
+            wait = host.gate.wait_for(1, now) if host.gate else 0.0
+            return host.in_flight, max(wait, host.paused_until - now)
+
+    def lease(self, end: float) -> None:
+        """Hand out and send nothing from ``end`` on, unless told another end before or then."""
+        with self._lock:
+            self._lease_end = end
 
     def explain(self, url: str, now: float) -> str:
         """Whether ``url`` would be fetched and why (not), now or when: one line. Looks through its host's queue."""

@@ -298,6 +298,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "seed": (1, "of all randomness; the first of --seeds"),
     "seeds": (None, "instead: so many small crawls with robots, redirects, pauses, links"),
     "concurrency": (64, "workers"),
+    "shared": (False, "with --seeds: crawls by up to 16 workers over a model of PostgreSQL's tables"),
 }
 
 
@@ -305,6 +306,10 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     """The crawls that are asked for, as rows. Raises SystemExit with the seed if an invariant is broken."""
     started, rows = time.perf_counter(), []
     seed = arguments.seed
+    if arguments.shared:
+        from simulate_shared import run_shared
+
+        return run_shared(seed, arguments.seeds or 100)
     try:
         if arguments.seeds:
             results = []
