@@ -57,7 +57,8 @@ from crawl_rules import (
 INLINE_PARSE = 256 * 1024
 """Largest body in bytes that is parsed in the loop: 2 to 3 ms."""
 
-Emit = Callable[[ScrapeResult], Awaitable[None]]
+Emit = Callable[[ScrapeResult], Awaitable[object]]
+"""Takes a row; True: it says later when it is written (``Rows``)."""
 
 # -------------------------------------------------------------------------------------------------- connections
 
@@ -267,7 +268,7 @@ class Tasks:
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")  # more would only share one interpreter
-        self._in_flight: set[asyncio.Task[None]] = set()
+        self._in_flight: set[asyncio.Task[bool]] = set()
         self._forced = False
         crawl.changed = self._changed
 
@@ -308,19 +309,26 @@ class Tasks:
             await self._fetcher.close()
             self._parser.shutdown(wait=False)
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, task: asyncio.Task[bool]) -> None:
         self._in_flight.discard(task)
-        self._slots.release()
+        if task.cancelled() or task.exception() is not None or not task.result():
+            self._slots.release()
         self._wake.set()
 
-    async def _handle(self, request: Request) -> None:
+    def give_back(self, permits: int) -> None:
+        """So many rows, whose tasks ended without giving back their permits, are written."""
+        for _ in range(permits):
+            self._slots.release()
+
+    async def _handle(self, request: Request) -> bool:
+        """True: the permit goes with the row, and is given back when that is written."""
         crawl = self._crawl
         final: Response | FetchError | None
         try:
             outcome = request.error or await self._fetcher.fetch(request)
             final = crawl.judge(request, outcome)
             if final is None:
-                return
+                return False
             if isinstance(final, Response) and crawl.is_long(request, final, INLINE_PARSE):
                 row = await self._loop.run_in_executor(self._parser, crawl.complete, request, final)
             else:
@@ -328,7 +336,7 @@ class Tasks:
         except Postponed:
             now = crawl.clock()
             crawl.frontier.put_back(request, now, now)
-            return
+            return False
         except asyncio.CancelledError:
             if not self._forced:
                 raise
@@ -338,10 +346,10 @@ class Tasks:
         crawl.frontier.finish(request, crawl.clock())  # its host need not wait for the row, as the permit does
         self._wake.set()
         try:
-            if row is not None:
-                await self._emit(row)
+            return row is not None and bool(await self._emit(row))
         except Exception as error:
             crawl.fail(error)
+            return False
 
     def stop(self) -> None:
         """First call: finish what is in flight, at most for the grace time. Second: cut it off. Third: exit."""
@@ -369,8 +377,9 @@ class Tasks:
 
 class Rows:
     """The way of the rows to the thread that writes them: in batches, since each hand-over makes two threads contend
-    for the interpreter. A batch goes when it is full, or ``AGE`` seconds after its first row. Who puts a row waits
-    until it is written, so what a ``kill -9`` costs is no more than is in flight: a batch is a quarter of that."""
+    for the interpreter. A batch goes when it is full, or ``AGE`` seconds after its first row. The permits of its tasks
+    go with it and come back when it is written, so what a ``kill -9`` costs is no more than is in flight: a batch is a
+    quarter of that."""
 
     SIZE, AGE = 100, 0.05
 
@@ -378,49 +387,48 @@ class Rows:
         self._emit = emit
         self._size = max(1, min(self.SIZE, concurrency // 4))
         self._loop = asyncio.get_running_loop()
-        self._batch = _Batch()
-        self._batches: Channel[_Batch] = Channel(10)
+        self._batch: list[ScrapeResult] = []
+        self._batches: Channel[list[ScrapeResult]] = Channel(10)
+        self.written: Callable[[int], None] = lambda rows: None
+        """Told, in the loop, how many rows were written (or cannot be)."""
         self._writer = threading.Thread(target=self._write, name="writer")
         self._writer.start()
 
     def _write(self) -> None:
         for batch in self._batches:
-            self._emit(*batch.rows)
-            self._loop.call_soon_threadsafe(batch.written.set)
+            self._emit(*batch)
+            self._loop.call_soon_threadsafe(self.written, len(batch))
 
-    async def put(self, row: ScrapeResult) -> None:
-        """Returns when it is written, or cannot be."""
-        batch = self._batch
-        batch.rows.append(row)
-        if len(batch.rows) >= self._size:
-            self._batch = _Batch()
-            await self._batches.put_async(batch)
-        elif len(batch.rows) == 1:
-            self._loop.call_later(self.AGE, self._too_old, batch)
-        await batch.written.wait()
+    async def put(self, row: ScrapeResult) -> bool:
+        """Take ``row``: True. Waits while the writer is far behind."""
+        self._batch.append(row)
+        if len(self._batch) >= self._size:
+            batch, self._batch = self._batch, []
+            try:
+                await self._batches.put_async(batch)
+            except BaseException:
+                self._batch[:0] = batch
+                raise
+        elif len(self._batch) == 1:
+            self._loop.call_later(self.AGE, self._too_old, self._batch)
+        return True
 
-    def _too_old(self, batch: _Batch) -> None:
+    def _too_old(self, batch: list[ScrapeResult]) -> None:
         if batch is self._batch:
             try:
                 self._batches.put_nowait(batch)
             except queue.Full:  # the writer is busy: the batch may grow until it is full
                 self._loop.call_later(self.AGE, self._too_old, batch)
             else:
-                self._batch = _Batch()
+                self._batch = []
 
     async def close(self) -> None:
         """Every row that was put is written when this returns."""
-        if self._batch.rows:
+        if self._batch:
             await self._batches.put_async(self._batch)
-            self._batch = _Batch()
+            self._batch = []
         self._batches.close()
         await asyncio.to_thread(self._writer.join)
-
-
-class _Batch:
-    def __init__(self) -> None:
-        self.rows: list[ScrapeResult] = []
-        self.written = asyncio.Event()
 
 
 async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None]) -> None:
@@ -428,6 +436,8 @@ async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None])
     try:
         async with crawl.joined(rows.put) as put:
             driver = Tasks(crawl, put)
+            if put == rows.put:
+                rows.written = driver.give_back
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, driver.stop)

@@ -346,7 +346,7 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
         "--within", choices=("host", "domain", "any"), help="links to the same host (default), registrable domain, any"
     )
     for name, what in (
-        ("--include", "follow only links that match; * and ? as in a shell, or re:EXPRESSION"),
+        ("--include", "follow only links that match: * is any text, or re:EXPRESSION"),
         ("--exclude", "follow no links that match"),
         ("--drop-params", "free links of these query parameters: utm_*"),
     ):

@@ -193,8 +193,8 @@ class Crawl:
 
     @contextlib.asynccontextmanager
     async def joined(
-        self, put: Callable[[ScrapeResult], Awaitable[None]]
-    ) -> AsyncIterator[Callable[[ScrapeResult], Awaitable[None]]]:
+        self, put: Callable[[ScrapeResult], Awaitable[object]]
+    ) -> AsyncIterator[Callable[[ScrapeResult], Awaitable[object]]]:
         """Around a driver in an event loop: where it puts its rows."""
         yield put
 

@@ -53,7 +53,7 @@ UNSUPPORTED = ("feeds", "dedupe", "max_pages", "host_pages")
 CONNECT_LIMIT = 10.0
 """Seconds that a start waits for the database."""
 
-Put = Callable[[ScrapeResult], Awaitable[None]]
+Put = Callable[[ScrapeResult], Awaitable[object]]
 
 
 def clock() -> float:
