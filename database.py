@@ -92,6 +92,12 @@ def is_a_rows_fault(error: BaseException) -> bool:
     return isinstance(error, (*fault, ValueError))
 
 
+def cut(connection: Any) -> None:
+    """End a connection without a word. asyncpg raises if the server has just said something that it is reading."""
+    with contextlib.suppress(Exception):
+        connection.terminate()
+
+
 # ----------------------------------------------------------------------------------------------- the embedded server
 
 
@@ -233,7 +239,7 @@ class Database:
                 async with asyncio.timeout(CLOSE_LIMIT):
                     await pool.close()
             except Exception:  # whatever it is: the pool has broken its connections off
-                pool.terminate()
+                cut(pool)
         self._drop_probe()
         if isinstance(self.server, Embedded):
             await asyncio.to_thread(self.server.stop)
@@ -250,7 +256,7 @@ class Database:
         try:
             pool = self._pool
             connection = await pool.acquire(timeout=wait)
-            end = asyncio.get_running_loop().call_later(limit, connection.terminate)
+            end = asyncio.get_running_loop().call_later(limit, cut, connection)
             self._held.add(connection)
             try:
                 yield connection
@@ -297,7 +303,7 @@ class Database:
                 self._drop_probe()
                 self._enter("down", error)
                 for connection in list(self._held):
-                    connection.terminate()
+                    cut(connection)
                 await asyncio.sleep(BACK_OFF.delay(attempt, self._rng) or 0.0)
             else:
                 attempt = 0
@@ -329,9 +335,9 @@ class Database:
             await self._probe.execute("SELECT 1")
 
     def _drop_probe(self) -> None:
-        if self._probe is not None:
-            self._probe.terminate()
-            self._probe = None
+        probe, self._probe = self._probe, None
+        if probe is not None:
+            cut(probe)
 
 
 # -------------------------------------------------------------------------------------------------------- the writer
