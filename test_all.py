@@ -14606,28 +14606,6 @@ def test_database_goes_and_comes_back(pg: PgServer, number: int) -> None:
     prim_run(main())
 
 
-def test_database_comes_back_though_a_connection_cannot_be_cut_off(pg: PgServer) -> None:
-    """asyncpg's terminate raises while it reads what the server said last."""
-
-    class Stubborn:
-        cuts = 0
-
-        def terminate(self) -> None:
-            self.cuts += 1
-            raise asyncpg.InternalClientError("cannot switch to state 15")
-
-    async def main() -> None:
-        async with pg_open(pg.url) as database:
-            stubborn = Stubborn()
-            database._held.add(stubborn)  # type: ignore[arg-type]
-            await asyncio.to_thread(pg.stop, signal.SIGINT)
-            await pg_until(lambda: database.state == "down" and stubborn.cuts > 0)
-            await asyncio.to_thread(pg.start)
-            assert await database.ready(PRIM_PATIENCE), database
-
-    prim_run(main())
-
-
 def test_database_that_stands_still_is_noticed_and_nobody_hangs(pg: PgServer) -> None:
     async def main() -> None:
         async with pg_open(pg.url) as database:
