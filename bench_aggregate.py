@@ -60,16 +60,6 @@ ttl = {ttl}
 url = "{base}/api/news"
 ttl = {ttl}
 """
-OPTIONS: dict[str, tuple[Any, str]] = {
-    "seconds": (5, "seconds of a run; the open loops take twice that"),
-    "repeat": (3, "runs of each contestant"),
-    "connections": (32, "connections of wrk"),
-    "with_log": (False, "ours with its access log, too"),
-    "only": (False, "leave out the comparison of speeds"),
-    "deadline": (False, "a silent upstream beside good ones; 1,000 cold requests at once"),
-    "chaos": (None, "seconds of 50 clients before upstreams that fail, hang, drip and lie"),
-    "reports": (None, "clients that ask for /report while others are served from the cache"),
-}
 Row = dict[str, object]
 
 # --------------------------------------------------------------------------------------------------------- peers

@@ -49,10 +49,6 @@ CONTESTANTS: dict[str, tuple[object, ...]] = {
     "async, 10 in flight": ("crawl_async.py", "--concurrency", 10),
     "async, as it comes": ("crawl_async.py",),
 }
-OPTIONS: dict[str, tuple[Any, str]] = {
-    "repeat": (1, "runs of each contestant; the loop runs once"),
-    "seed": (1, "of the latencies"),
-}
 
 
 def articles_of(host: int) -> int:

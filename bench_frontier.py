@@ -32,12 +32,6 @@ from database import Database, Embedded
 
 Row = dict[str, Any]
 
-OPTIONS: dict[str, tuple[Any, str]] = {
-    "rows": (10_000_000, "URLs that wait; first a tenth of them"),
-    "hosts": (100_000, "hosts"),
-    "seconds": (5, "of each run of the workers"),
-    "claims": (300, "claims timed"),
-}
 
 FILL = """
 INSERT INTO crawl_queue (host, url, depth, kind, private)

@@ -292,15 +292,6 @@ def simulate(seed: int, settings: Settings | None = None, frontier: Callable[...
 
 # --------------------------------------------------------------------------------------- bench.py simulate
 
-OPTIONS: dict[str, tuple[Any, str]] = {
-    "urls": (1_000_000, "URLs"),
-    "hosts": (10_000, "hosts, of sizes by Zipf's law"),
-    "seed": (1, "of all randomness; the first of --seeds"),
-    "seeds": (None, "instead: so many small crawls with robots, redirects, pauses, links"),
-    "concurrency": (64, "workers"),
-    "shared": (False, "with --seeds: crawls by up to 16 workers over a model of PostgreSQL's tables"),
-}
-
 
 def run(arguments: argparse.Namespace) -> list[Row]:
     """The crawls that are asked for, as rows. Raises SystemExit with the seed if an invariant is broken."""

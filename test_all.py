@@ -217,6 +217,14 @@ def prim_until(predicate: Callable[[], bool]) -> None:
         nap.wait(0.0005)
 
 
+async def prim_until_async(predicate: Callable[[], bool]) -> None:
+    """Let other processes, and this loop, run until the predicate holds."""
+    deadline = time.monotonic() + PRIM_PATIENCE
+    while not predicate():
+        assert time.monotonic() < deadline, "it never came"
+        await asyncio.sleep(0.002)
+
+
 def prim_run(main: Coroutine[Any, Any, Any]) -> Any:
     """``asyncio.run`` in debug mode; fails if the loop had anything to complain of."""
     complaints: list[dict[str, Any]] = []
@@ -4875,7 +4883,7 @@ def test_breaker_threads_probe_within_the_limit(gated: bool) -> None:
         raise KeyError  # not what `on` names: the place is free again
 
     def open_the_gate() -> None:
-        prim_until(lambda: breaker.stats().refused == 1000 or not gated)
+        prim_until(lambda: not gated or (breaker.stats().refused, len(inside)) == (1000, 3))
         gate.set()
 
     with ThreadPoolExecutor(1) as opener:
@@ -9120,7 +9128,7 @@ def test_simulated_makespan_suffers_when_hosts_go_by_age_only(monkeypatch: pytes
 
 
 def test_simulate_as_a_command() -> None:
-    options = {name: default for name, (default, _) in simulate.OPTIONS.items()}
+    options = {name: default for name, (default, _) in bench.COMMANDS["simulate"].options.items()}
     (row,) = simulate.run(argparse.Namespace(**options | {"urls": 300, "hosts": 5}))
     assert row["requests"] >= 300
     (row,) = simulate.run(argparse.Namespace(**options | {"seeds": 2}))
@@ -9130,7 +9138,7 @@ def test_simulate_as_a_command() -> None:
 def test_simulate_names_the_seed_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "Frontier", PlantedUnlimited)
     monkeypatch.setattr(simulate.simulate, "__defaults__", (None, PlantedUnlimited))
-    options = {name: default for name, (default, _) in simulate.OPTIONS.items()}
+    options = {name: default for name, (default, _) in bench.COMMANDS["simulate"].options.items()}
     with pytest.raises(SystemExit, match=r"seed \d+: Broken: "):
         simulate.run(argparse.Namespace(**options | {"seeds": 50}))
     with pytest.raises(Broken) as caught:
@@ -10291,10 +10299,8 @@ def test_feeds_resumed_after_a_kill(driver: str, feeds_site: FeedsSite, tmp_path
     words = [sys.executable, program, str(urls), "--feeds", "-q", "-o", str(rows), "--rate", "0", "--per-host", "1"]
     with subprocess.Popen(words, env=os.environ | {"NO_PROXY": "*"}) as process:
         try:
-            deadline = time.monotonic() + FEEDS_PATIENCE
-            while not (site.paths()["/2"] and rows.read_bytes().count(b"\n") == 2):
-                assert time.monotonic() < deadline and process.poll() is None
-                time.sleep(0.01)
+            prim_until(lambda: bool(site.paths()["/2"]) and rows.read_bytes().count(b"\n") == 2)
+            assert process.poll() is None
         finally:
             process.send_signal(signal.SIGKILL)
             gate.set()
@@ -11804,13 +11810,6 @@ def test_shares_the_parts_are_whole() -> None:
 PROC_PATIENCE = 20.0
 
 
-async def proc_until(predicate: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PROC_PATIENCE
-    while not predicate():
-        assert time.monotonic() < deadline, "it never came"
-        await asyncio.sleep(0.002)
-
-
 def proc_gone(pid: int) -> bool:
     """Whether all its threads are; the first one is a zombie a little sooner, while the files are still open."""
     try:
@@ -11903,7 +11902,7 @@ def test_proc_a_killed_worker_is_replaced_once_and_only_its_job_begun_again(tmp_
         waiting = [asyncio.create_task(pool.run(operator.neg, n)) for n in range(10)]
         first = await proc_writer(gate)
         os.kill(pid, signal.SIGKILL)
-        await proc_until(lambda: proc_gone(pid))
+        await prim_until_async(lambda: proc_gone(pid))
         os.close(first)
         second = await proc_writer(gate)  # another process has it open
         assert pool.stats() == (2, 2, 10, 1, 1, 1, 0)
@@ -11933,7 +11932,7 @@ def test_proc_an_idle_worker_that_was_killed_costs_no_attempt() -> None:
     async def main(pool: processes.Processes) -> None:
         pid = await pool.run(os.getpid)
         os.kill(pid, signal.SIGKILL)
-        await proc_until(lambda: proc_gone(pid))
+        await prim_until_async(lambda: proc_gone(pid))
         assert await pool.run(os.getpid) != pid
         assert pool.stats() == (1, 0, 0, 2, 1, 0, 0)
 
@@ -11950,7 +11949,7 @@ def test_proc_timeout_kills_the_worker_and_the_pool_goes_on(tmp_path: Path) -> N
         assert not proc_gone(pid)
         with pytest.raises(TimeoutError):
             await beside
-        await proc_until(lambda: proc_gone(pid))
+        await prim_until_async(lambda: proc_gone(pid))
         assert await pool.run(operator.add, 1, 2) == 3
         assert pool.stats() == (1, 0, 0, 2, 1, 0, 2)
 
@@ -11965,7 +11964,7 @@ def test_proc_a_worker_that_takes_nothing_is_ended_with_a_job_half_sent() -> Non
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(TimeoutError):
             await pool.run(len, bytes(4_000_000), timeout=0.1)
-        await proc_until(lambda: proc_gone(pid))
+        await prim_until_async(lambda: proc_gone(pid))
         assert await pool.run(len, bytes(4_000_000)) == 4_000_000
 
     proc_run(main)
@@ -11976,7 +11975,7 @@ def test_proc_cancellation_gives_the_places_back() -> None:
         pid = await pool.run(os.getpid)
         running = asyncio.create_task(pool.run(time.sleep, 1000))
         waiting = asyncio.create_task(pool.run(time.sleep, 1000))
-        await proc_until(lambda: pool.stats()[1:3] == (1, 1))
+        await prim_until_async(lambda: pool.stats()[1:3] == (1, 1))
         with pytest.raises(processes.PoolFull) as full:
             await pool.run(os.getpid)
         assert 0.1 <= full.value.retry_after <= 1.0
@@ -11987,7 +11986,7 @@ def test_proc_cancellation_gives_the_places_back() -> None:
         running.cancel()
         await asyncio.wait([running])
         assert running.cancelled() and waiting.cancelled()
-        await proc_until(lambda: proc_gone(pid))
+        await prim_until_async(lambda: proc_gone(pid))
         assert await pool.run(os.getpid) != pid
         assert pool.stats() == (1, 0, 0, 2, 1, 0, 2)
 
@@ -12094,9 +12093,9 @@ def test_proc_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
             assert len(pids) == 2
 
             async def watch() -> None:
-                await proc_until(lambda: any(proc_ticks(pid) > 20 for pid in pids))  # the match is under way
+                await prim_until_async(lambda: any(proc_ticks(pid) > 20 for pid in pids))  # the match is under way
                 parent.kill()
-                await proc_until(lambda: all(proc_gone(pid) for pid in pids))
+                await prim_until_async(lambda: all(proc_gone(pid) for pid in pids))
 
             asyncio.run(watch())
         finally:
@@ -12772,8 +12771,8 @@ def test_aggregate_runs_with_nothing_configured(tmp_path: Path) -> None:
                 assert line, said.decode()
                 said += line
             port = int(re.search(rb"running on http://127.0.0.1:(\d+)", said)[1])  # type: ignore[index]
-            while aggregate_http(port, "/health")[1]["database"]["state"] != "connected":
-                time.sleep(0.01)
+            health = functools.partial(aggregate_http, port, "/health")
+            prim_until(lambda health=health: health()[1]["database"]["state"] == "connected")  # type: ignore[misc]
             given = {"X-Request-ID": "x-1"}
             status, body, headers = aggregate_http(port, "/aggregate?deadline_ms=20000", headers=given)
             stream = http.client.HTTPConnection("127.0.0.1", port, timeout=PRIM_PATIENCE)
@@ -13081,12 +13080,6 @@ async def app_ticks() -> None:
     """Let what is ready in this loop run, sockets included."""
     for _ in range(50):
         await asyncio.sleep(0)
-
-
-async def app_until(predicate: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PRIM_PATIENCE):
-        while not predicate():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
 
 
 async def app_ask(
@@ -13461,10 +13454,10 @@ def test_upstream_what_was_invalidated_says_nothing_later() -> None:
         async with app_upstream(handler) as url, aiohttp.ClientSession() as session:
             source = app_source(url, PrimWorld(), session)
             first = asyncio.create_task(aggregate_ask(source))
-            await app_until(lambda: asked == 1)
+            await prim_until_async(lambda: asked == 1)
             source.forget(())
             second = asyncio.create_task(aggregate_ask(source))
-            await app_until(lambda: asked == 2)
+            await prim_until_async(lambda: asked == 2)
             gates[0].set()
             assert (await first)[0] == "error"
             third = asyncio.create_task(aggregate_ask(source))
@@ -13537,7 +13530,7 @@ def test_app_kept_answers_are_counted_and_end_with_any_change(
                 service.settle()
                 assert await serials() == [1, 2]  # stale, and two loads begun
                 assert service.kept
-                await app_until(lambda: not any(source.running for source in service.sources.values()))
+                await prim_until_async(lambda: not any(source.running for source in service.sources.values()))
                 await app_ticks()
                 assert not service.kept
                 assert await serials() == [2, 3]
@@ -13575,7 +13568,7 @@ def test_app_keeps_no_answer_from_before_an_invalidation(app_world: PrimWorld) -
             table = {"a": upstreams.Upstream("a", url, timeout=PRIM_PATIENCE)}
             async with app_living(table) as app:
                 first = asyncio.create_task(app_ask(app, "/aggregate?deadline_ms=20000"))
-                await app_until(lambda: asked == 1)
+                await prim_until_async(lambda: asked == 1)
                 await app_ask(app, "/cache/invalidate", "POST")
                 gates[0].set()
                 assert b'"serial":1' in (await first)[2]
@@ -13630,7 +13623,7 @@ def test_app_says_how_old_its_answers_are(app_world: PrimWorld) -> None:
                             assert body == b""
                             names = ("etag", "age", "cache-control")
                             assert [said[name] for name in names] == [headers[name] for name in names]
-                    await app_until(lambda: not app.service.sources["a"].running)
+                    await prim_until_async(lambda: not app.service.sources["a"].running)
 
     app_run(main())
 
@@ -13655,8 +13648,8 @@ def test_app_what_came_early_has_its_age_when_the_last_one_came(app_world: PrimW
                     (11.0, 11.0, "stale", "no-cache"),
                 ):
                     answer = asyncio.create_task(app_ask(app, "/aggregate?deadline_ms=20000"))
-                    await app_until(lambda: app.service.sources["quick"].last_success is not None)
-                    await app_until(lambda: not app.service.sources["quick"].running)
+                    await prim_until_async(lambda: app.service.sources["quick"].last_success is not None)
+                    await prim_until_async(lambda: not app.service.sources["quick"].running)
                     app_world.now += later
                     gate.set()
                     _, headers, body = await answer
@@ -13766,13 +13759,13 @@ def test_app_tells_events_and_lets_go_of_those_who_left(app_world: PrimWorld) ->
                 service, leave, parts = app.service, asyncio.Event(), list[bytes]()
                 first = asyncio.create_task(app_ask(app, "/events", sent=parts, leave=leave))
                 second = asyncio.create_task(app_ask(app, "/events", sent=(rest := list[bytes]())))
-                await app_until(lambda: service.events.streams == 2)
+                await prim_until_async(lambda: service.events.streams == 2)
                 assert json.loads((await app_ask(app, "/health"))[2])["streams"] == 2
                 await app_ask(app, "/aggregate/gone?deadline_ms=20000")
                 for _ in range(2):
                     await app_ask(app, "/aggregate/silent?deadline_ms=20000")
                 await app_ask(app, "/cache/invalidate", "POST")
-                await app_until(lambda: b"invalidate" in b"".join(parts))
+                await prim_until_async(lambda: b"invalidate" in b"".join(parts))
                 leave.set()
                 await first
                 assert service.events.streams == 1
@@ -13789,7 +13782,7 @@ def test_app_tells_events_and_lets_go_of_those_who_left(app_world: PrimWorld) ->
                 again = asyncio.create_task(
                     app_ask(app, "/events", headers={"Last-Event-ID": str(told[-2][0])}, sent=parts)
                 )
-                await app_until(lambda: service.events.streams == 2)
+                await prim_until_async(lambda: service.events.streams == 2)
                 await app_ticks()
                 service.stop()  # streams do not keep a server
                 for task in (second, again):
@@ -13806,7 +13799,7 @@ def test_app_bounds_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with app_living({}) as app:
             first = asyncio.create_task(app_ask(app, "/events"))
-            await app_until(lambda: app.service.events.streams == 1)
+            await prim_until_async(lambda: app.service.events.streams == 1)
             status, headers, _ = await app_ask(app, "/events")
             assert (status, headers["retry-after"]) == (503, "5")
             app.service.stop()
@@ -13839,13 +13832,13 @@ def test_request_log_loses_only_what_is_too_much_and_counts_it(monkeypatch: pyte
             task = asyncio.create_task(log.run())
             for i in range(30):
                 log.note("request", f"r{i}", {"i": i})
-            await app_until(lambda: not len(log._batch))  # handed over, and written by nobody
+            await prim_until_async(lambda: not len(log._batch))  # handed over, and written by nobody
             for i in range(30, 80):
                 log.note("request", f"r{i}", {"i": i})
             assert log.lost == 30
             reader = threading.Thread(target=read)
             reader.start()
-            await app_until(lambda: log._done == 50)
+            await prim_until_async(lambda: log._done == 50)
             log.note("request", "last", {"i": 50})
             task.cancel()
             await log.close(PRIM_PATIENCE)
@@ -13891,7 +13884,7 @@ def test_request_log_goes_on_when_nobody_reads() -> None:
             task = asyncio.create_task(log.run())
             for i in range(2):
                 log.note("request", str(i), {})
-                await app_until(lambda: log._done > i)  # noqa: B023
+                await prim_until_async(lambda: log._done > i)  # noqa: B023
             log.note("request", "unlikely", {"what": object()})
             task.cancel()
             await log.close(PRIM_PATIENCE)
@@ -13933,7 +13926,7 @@ def test_app_notes_every_request_once_and_the_loads_behind_it(app_world: PrimWor
                 app.service.settle()
                 await app_ask(app, "/aggregate/a?x=1", headers={"X-Request-ID": "wrong"})
                 await app_ask(app, "/aggregate/a", headers={"X-Request-ID": "stale"})
-                await app_until(lambda: not app.service.sources["a"].running)
+                await prim_until_async(lambda: not app.service.sources["a"].running)
             return [json.loads(line) for line in output.getvalue().splitlines()]
 
     lines = app_run(main())
@@ -14051,7 +14044,7 @@ def test_app_stops_though_an_upstream_and_a_resolver_hang(monkeypatch: pytest.Mo
                 look = service.look("silent")
                 assert service.look("silent") is look
                 waiting = asyncio.create_task(app_ask(app, "/aggregate/silent?deadline_ms=30000"))
-                await app_until(lambda: source.calls == 1)
+                await prim_until_async(lambda: source.calls == 1)
                 assert (await app_ask(app, "/health/ready"))[0] == 200
                 service.stop()
                 service.stop()
@@ -14059,7 +14052,7 @@ def test_app_stops_though_an_upstream_and_a_resolver_hang(monkeypatch: pytest.Mo
                 status, _, body = await waiting
                 assert (status, json.loads(body)["sources"]["silent"]["state"]) == (503, "timeout")
                 source.refresh(())  # begun after that
-                await app_until(lambda: source.calls == 2)
+                await prim_until_async(lambda: source.calls == 2)
             assert look.cancelled() and not source.running and not service.tasks
 
     try:
@@ -14112,13 +14105,15 @@ def test_app_never_blocks_its_loop() -> None:
                  "/health/ready", "/history/news", "/metrics", "/openapi.json", "/report", "/nothing")
 
         async def ask(app, path, method="GET"):
-            statuses = []
+            statuses, answered = [], asyncio.Event()
             async def receive():
-                await asyncio.sleep(0.05)
+                await answered.wait()
                 return {"type": "http.disconnect"}
             async def send(message):
                 if message["type"] == "http.response.start":
                     statuses.append(message["status"])
+                else:
+                    answered.set()
             scope = {"type": "http", "method": method, "path": path.partition("?")[0], "headers": [],
                      "query_string": path.partition("?")[2].encode(), "client": ("127.0.0.1", 9)}
             await app(scope, receive, send)
@@ -14276,14 +14271,6 @@ PG_AT_ONCE = pr.RetryPolicy(attempts=sys.maxsize, base=0.02, cap=0.02, total=mat
 PG_ROW = "INSERT INTO upstream_results VALUES"
 
 
-async def pg_until(predicate: Callable[[], bool]) -> None:
-    """Let foreign processes run until the predicate holds."""
-    deadline = time.monotonic() + PRIM_PATIENCE
-    while not predicate():
-        assert time.monotonic() < deadline, "it never came"
-        await asyncio.sleep(0.002)
-
-
 @contextlib.asynccontextmanager
 async def pg_open(url: str, size: int = 4) -> AsyncIterator[db.Database]:
     """A database, connected; at the end nothing of it is left."""
@@ -14296,7 +14283,7 @@ async def pg_open(url: str, size: int = 4) -> AsyncIterator[db.Database]:
     finally:
         await database.close()
     await database.close()
-    await pg_until(lambda: asyncio.all_tasks() <= before)
+    await prim_until_async(lambda: asyncio.all_tasks() <= before)
     assert database.stats().state == "none"
 
 
@@ -14380,12 +14367,12 @@ def test_writer_batches_by_count_and_by_age() -> None:
         writing = asyncio.create_task(writer.run())
         for n in range(7):
             assert writer.offer(n)
-        await pg_until(lambda: writer.stats().written == 6)
+        await prim_until_async(lambda: writer.stats().written == 6)
         looked = looks
-        await pg_until(lambda: looks > looked + 6)  # it looked thrice, and the last row is not due
+        await prim_until_async(lambda: looks > looked + 6)  # it looked thrice, and the last row is not due
         assert (fake.batches, writer.stats()) == ([[0, 1, 2], [3, 4, 5]], db.WriterStats(1, 6, 0, 0, 2))
         world.now += 0.001
-        await pg_until(lambda: writer.stats().written == 7)
+        await prim_until_async(lambda: writer.stats().written == 7)
         assert writer.offer(7)
         assert (await writer.close(writing, PRIM_PATIENCE), writer.stats()) == (0, db.WriterStats(0, 8, 0, 0, 4))
         assert not writer.offer(8) and writer.stats().lost == 1
@@ -14402,7 +14389,7 @@ def test_writer_is_bounded_in_rows_and_bytes() -> None:
         assert (writer.stats().queued, writer.stats().lost) == (3, 2)
         writing = asyncio.create_task(writer.run())
         fake.up.set()
-        await pg_until(lambda: writer.stats().written == 3)
+        await prim_until_async(lambda: writer.stats().written == 3)
         assert writer.offer(9, 100) and not writer.offer(10, 1)  # what is written takes no room any more
         assert await writer.close(writing, PRIM_PATIENCE) == 0
         assert sorted(fake.rows) == [0, 2, 3, 9]
@@ -14475,7 +14462,7 @@ def test_writer_cut_off_while_halving_counts_each_row_once() -> None:
         writing = asyncio.create_task(writer.run())
         for n in range(4):
             writer.offer(n)
-        await pg_until(lambda: not fake.gate.is_set())
+        await prim_until_async(lambda: not fake.gate.is_set())
         assert (fake.batches, writer.stats().queued) == ([[0, 1, 2, 3], [0, 1], [2, 3]], 2)
         assert (await writer.close(writing, 0.0), fake.rows) == (2, Counter((0, 1)))
         assert writer.stats() == db.WriterStats(0, 2, 2, 0, 1)
@@ -14498,7 +14485,7 @@ def test_writer_close_waits_so_long_and_no_longer() -> None:
         writing = asyncio.create_task(writer.run())
         writer.offer(1)
         closing = asyncio.create_task(writer.close(writing, PRIM_PATIENCE))
-        await pg_until(lambda: fake.batches == [[1]])
+        await prim_until_async(lambda: fake.batches == [[1]])
         closing.cancel()  # a second signal
         await asyncio.wait([closing])
         await asyncio.wait([writing], timeout=PRIM_PATIENCE)
@@ -14576,12 +14563,12 @@ def test_database_goes_and_comes_back(pg: PgServer, number: int) -> None:
             async with database.connection() as connection:
                 assert await connection.fetchval("SELECT count(*) FROM upstream_results") == 0
             using = asyncio.create_task(use())
-            await pg_until(lambda: len(database._held) == 1)
+            await prim_until_async(lambda: len(database._held) == 1)
             await pg.do("DROP TABLE upstream_results")
             await asyncio.to_thread(pg.stop, number)
             with pytest.raises(db.Unavailable):
                 await using
-            await pg_until(lambda: database.state == "down")
+            await prim_until_async(lambda: database.state == "down")
             with pytest.raises(db.Unavailable, match="database away"):
                 async with database.connection(wait=math.inf):
                     raise AssertionError("there is none")
@@ -14612,8 +14599,8 @@ def test_database_comes_back_though_a_connection_cannot_be_cut_off(pg: PgServer)
             database._held.add(stubborn)  # type: ignore[arg-type]
             assert database._probe is not None
             database._probe.terminate()
-            await pg_until(lambda: stubborn.cuts > 0)
-            await pg_until(lambda: database.state == "connected" and database.stats().connects == 2)
+            await prim_until_async(lambda: stubborn.cuts > 0)
+            await prim_until_async(lambda: database.state == "connected" and database.stats().connects == 2)
 
     prim_run(main())
 
@@ -14635,7 +14622,7 @@ def test_database_that_stands_still_is_noticed_and_nobody_hangs(pg: PgServer) ->
             await entered.wait()
             with pg.frozen():
                 going.set()
-                await pg_until(lambda: database.state == "down")
+                await prim_until_async(lambda: database.state == "down")
                 with pytest.raises((db.Unavailable, TimeoutError)):
                     await using
                 with pytest.raises(db.Unavailable, match="database away"):
@@ -14703,7 +14690,7 @@ def test_database_that_cannot_be_used_says_why_without_its_secrets(pg: PgServer)
             for database in databases.values():
                 await database.open(0.0)
                 assert database.state in ("connecting", "down")
-            await pg_until(lambda: all(database.state == "down" for database in databases.values()))
+            await prim_until_async(lambda: all(database.state == "down" for database in databases.values()))
             for url, database in databases.items():
                 assert database.stats().error == cases[url]
                 assert "hidden" not in repr(database) + repr(database.stats())
@@ -14712,7 +14699,7 @@ def test_database_that_cannot_be_used_says_why_without_its_secrets(pg: PgServer)
                         raise AssertionError("there is none")
                 assert "hidden" not in str(caught.value)
                 await database.close()
-            await pg_until(lambda: len(asyncio.all_tasks()) == 1)
+            await prim_until_async(lambda: len(asyncio.all_tasks()) == 1)
 
         prim_run(main())
 
@@ -14789,7 +14776,7 @@ def test_history_a_batch_whose_answer_is_lost_is_there_once(pg: PgServer) -> Non
             async with pg_history(url, max_items=10, retry=PG_AT_ONCE) as history:
                 for n in range(50):
                     history.keep(pg_result(n))
-                await pg_until(lambda: history.writer.stats().written == 50)
+                await prim_until_async(lambda: history.writer.stats().written == 50)
             assert proxy.cuts == 3
         assert await pg.do("SELECT count(*) FROM upstream_results") == 50
         assert await pg.do("SELECT count(DISTINCT fetched_at) FROM upstream_results") == 50
@@ -14823,7 +14810,7 @@ def test_history_a_batch_whose_backend_dies_before_the_commit_is_there_once(pg: 
                     killed.add(pid)
             assert history.writer.stats()[:4] == (10, 0, 0, 0)
             await blocker.close()
-            await pg_until(lambda: history.writer.stats().written == 10)
+            await prim_until_async(lambda: history.writer.stats().written == 10)
         assert await pg.do("SELECT count(*) FROM upstream_results") == 10
 
     asyncio.run(main())
@@ -14843,15 +14830,15 @@ def test_history_counts_are_exact_over_a_restart(pg: PgServer, number: int) -> N
                     await asyncio.sleep(0)
 
             feeding = asyncio.create_task(feed())
-            await pg_until(lambda: history.writer.stats().written > 20)
+            await prim_until_async(lambda: history.writer.stats().written > 20)
             await asyncio.to_thread(pg.stop, number)
-            await pg_until(lambda: history._database.state == "down")
+            await prim_until_async(lambda: history._database.state == "down")
             going = False
             await feeding
             stats = history.writer.stats()
             assert stats.queued > 0 and stats.queued + stats.written + stats.lost == n
             await asyncio.to_thread(pg.start)
-            await pg_until(lambda: history.writer.stats().queued == 0)
+            await prim_until_async(lambda: history.writer.stats().queued == 0)
             stats = history.writer.stats()
             assert (stats.written + stats.lost, stats.refused) == (n, 0)
         assert await pg.do("SELECT count(*) FROM upstream_results") == stats.written
@@ -14879,7 +14866,7 @@ def test_history_refuses_rows_that_the_database_does_not_take(pg: PgServer) -> N
             history.keep(pg_result(100)._replace(latency=math.inf))
             history.keep(pg_result(101)._replace(latency=math.nan))
             history.keep(pg_result(102)._replace(parameters="none"))
-            await pg_until(lambda: history.writer.stats().queued == 0)
+            await prim_until_async(lambda: history.writer.stats().queued == 0)
             stats = history.writer.stats()
             assert (stats.written, stats.refused, stats.lost) == (len(good) + 2, len(bad) + 1, 0)
             shown, more = await history.page("a", "{}", datetime.now(UTC), 1000, 1 << 30)
@@ -14898,7 +14885,7 @@ def test_history_waits_for_what_may_be_mended(pg: PgServer) -> None:
             try:
                 for n in range(5):
                     history.keep(pg_result(n))
-                tried = asyncio.create_task(pg_until(lambda: history.writer.stats().written > 0))
+                tried = asyncio.create_task(prim_until_async(lambda: history.writer.stats().written > 0))
                 await prim_ticks(20)
                 assert history.writer.stats()[:4] == (5, 0, 0, 0) and readers.state == "connected"
             finally:
@@ -14920,7 +14907,7 @@ async def pg_filled(pg: PgServer, history: db.History, results: Sequence[db.Resu
     for result in results:
         history.keep(result)
     written = history.writer.stats().written + len(results)
-    await pg_until(lambda: history.writer.stats().written == written)
+    await prim_until_async(lambda: history.writer.stats().written == written)
 
 
 def test_history_pages_have_each_row_once(pg: PgServer) -> None:
@@ -15212,7 +15199,7 @@ def test_embedded_closed_while_it_starts_is_stopped(pg_wheel: PgWheel, tmp_path:
     async def main() -> None:
         database = db.Database(db.Embedded(tmp_path / "postgres"))
         await database.open(0.0)
-        await pg_until(pg_wheel.entered.is_set)
+        await prim_until_async(pg_wheel.entered.is_set)
         closing = asyncio.create_task(database.close())
         await prim_ticks()
         assert not closing.done() and database.state in ("none", "connecting")
@@ -15247,7 +15234,7 @@ def test_embedded_in_a_folder_that_is_none_is_down(tmp_path: Path) -> None:
     async def main() -> None:
         database = db.Database.configured({"DATA_FOLDER": str(tmp_path / "file" / "data")}, "")
         await database.open(0.0)
-        await pg_until(lambda: database.state == "down")
+        await prim_until_async(lambda: database.state == "down")
         assert database.stats()[:2] == ("down", "embedded") and database.stats().error == "NotADirectoryError"
         await database.close()
 
@@ -15564,7 +15551,7 @@ def test_shared_two_workers_share_hosts_and_pages(shared_pg: PgServer, shared_si
     async def both() -> None:
         urls = [shared_site.url("/", host) for host in range(4)]
         work = asyncio.create_task(shared_work(one, first, urls))
-        await pg_until(lambda: len(shared_site.log) - before >= 4)
+        await prim_until_async(lambda: len(shared_site.log) - before >= 4)
         await asyncio.gather(work, shared_work(two, second, []))
         await shared_all_stored(shared_pg, shared_site)
 
@@ -15589,7 +15576,7 @@ def test_shared_killed_worker_is_followed(shared_pg: PgServer, shared_site: Sand
     async def run() -> None:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as worker:  # noqa: ASYNC220
             try:
-                await pg_until(lambda: len(shared_site.log) - before >= 20)
+                await prim_until_async(lambda: len(shared_site.log) - before >= 20)
             finally:
                 worker.kill()
         await shared_work(*shared_start(shared_pg, rate=20.0, length=1.0), [])
@@ -15606,7 +15593,7 @@ def test_shared_crawl_outlives_a_restart_of_the_database(shared_pg: PgServer, sh
     async def run() -> None:
         urls = [shared_site.url("/", host) for host in range(4)]
         work = asyncio.create_task(shared_work(crawl, rows, urls))
-        await pg_until(lambda: len(rows) >= 15)
+        await prim_until_async(lambda: len(rows) >= 15)
         await asyncio.to_thread(shared_pg.stop)
         await asyncio.to_thread(shared_pg.start)
         await work
@@ -15629,7 +15616,7 @@ def test_shared_stop_gives_all_back(shared_pg: PgServer, shared_site: Sandbox) -
         async with crawl.joined(put) as keep:
             driver = crawl_async.Tasks(crawl, keep)
             work = asyncio.create_task(driver.run([shared_site.url("/", host) for host in range(4)]))
-            await pg_until(lambda: len(rows) >= 5)
+            await prim_until_async(lambda: len(rows) >= 5)
             driver.stop()
             await work
         held = (
