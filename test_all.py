@@ -225,6 +225,10 @@ async def prim_until_async(predicate: Callable[[], bool]) -> None:
         await asyncio.sleep(0.002)
 
 
+ASYNCPG_FORGETS = "unexpected connection_lost() call"
+"""What asyncpg sets on a future of its own that nobody awaits, if it is cancelled between connecting and TLS."""
+
+
 def prim_run(main: Coroutine[Any, Any, Any]) -> Any:
     """``asyncio.run`` in debug mode; fails if the loop had anything to complain of."""
     complaints: list[dict[str, Any]] = []
@@ -234,7 +238,7 @@ def prim_run(main: Coroutine[Any, Any, Any]) -> Any:
         return await main
 
     result = asyncio.run(watched(), debug=True)
-    assert complaints == []
+    assert [each for each in complaints if str(each.get("exception")) != ASYNCPG_FORGETS] == []
     return result
 
 
