@@ -11416,9 +11416,7 @@ def shares_until(condition: Callable[[], object]) -> None:
 
 def shares_workers(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
-        return [
-            child for child in psutil.Process(program.pid).children() if "crawl_share.py" in " ".join(child.cmdline())
-        ]
+        return psutil.Process(program.pid).children()
     return []
 
 
