@@ -533,6 +533,7 @@ class SharedCrawl(Crawl):
         if answer.dead:
             with contextlib.suppress(Unavailable, asyncpg.TransactionRollbackError):
                 await store.reap()
+                self._wake.set()  # to claim what is free now
         if answer.stored:
             self._unprinted += len(answer.stored)
             self._stored.put_nowait(answer.stored)
@@ -563,9 +564,13 @@ async def _agree(server: str | Embedded, options: Options) -> Options:
 
 
 def join(options: Options, frontier: str, length: float | None = None) -> SharedCrawl:
-    """A worker of the crawl in the database ``frontier``. Raises ValueError, ``Unavailable``."""
-    server = server_of(frontier)
-    return SharedCrawl(asyncio.run(_agree(server, options)), server, length=length or LEASE)
+    """A worker of the crawl in the database ``frontier``. Raises ValueError, ``Unavailable``.
+
+    What a dead worker held goes on ``length`` seconds after its last sign at the latest: the lease itself is shorter.
+    """
+    server, length = server_of(frontier), length or LEASE
+    noticing = min(2 * EVERY, length / 2)
+    return SharedCrawl(asyncio.run(_agree(server, options)), server, length=length - noticing)
 
 
 STATUS = """
