@@ -289,6 +289,14 @@ def test_logs_parse_a_time_without_year_or_zone(now: datetime, ahead: int, minut
     assert with_offset.event_at == sent
 
 
+def test_logs_parse_a_time_that_names_utc_is_not_in_the_zone() -> None:
+    zone = timezone(timedelta(hours=5))
+    for name, hour in (("", 14), (" UTC", 19), (" GMT", 19), (" CET", 14)):
+        event = logs_parse_one(f"<34>Nov 21 19:00:00{name}: %SYS-5-A: m", zone)
+        assert event.event_at == datetime(2026, 11, 21, hour, tzinfo=UTC)
+        assert ("claimed_event_at" in event.attributes) == (name == " CET")
+
+
 @pytest.mark.parametrize("line", ["<14>1 {} h a - - - m", '{{"time":"{}","host":"h","app":"a","msg":"m"}}'])
 @pytest.mark.parametrize(
     ("ahead", "believed"),
