@@ -11417,7 +11417,7 @@ def shares_until(condition: Callable[[], object]) -> None:
 
 def shares_workers(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(program.pid).children()
+        return list(psutil.Process(program.pid).children())
     return []
 
 
