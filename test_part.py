@@ -89,8 +89,8 @@ def test_logs_intake_queue_is_bounded_in_bytes() -> None:
     queue.put([intake_event(7, message="x" * 12_000)])  # more than a batch: alone
     assert (intake_numbers(queue.take()), queue.stats().bytes) == ([7], 0)
     wide = li.EventQueue(10, 20_000, max_items=10, batch_bytes=10_000)
-    wide.put([intake_event(1, message="\U0001f642" * 1000, attributes='{"a": "\N{SNOWMAN}"}')])
-    assert 4000 + 2 * 8 <= wide.stats().bytes - li.EVENT_BYTES <= 4000 + 2 * 8 + 200  # as Python holds them
+    wide.put([intake_event(1, message="\U0001f642" * 1000, attributes="\N{SNOWMAN}" * 1000)])
+    assert 6000 <= wide.stats().bytes - li.EVENT_BYTES <= 6000 + 200  # as Python holds them
     intake_counts(queue)
 
 
@@ -303,7 +303,7 @@ def intake_check_queue(queue_type: type[li.EventQueue], effort: settings = PRIM_
 
 
 def test_logs_intake_queue_keeps_its_promises() -> None:
-    intake_check_queue(li.EventQueue, settings(PRIM_SETTINGS, max_examples=150, stateful_step_count=40))
+    intake_check_queue(li.EventQueue, settings(PRIM_SETTINGS, max_examples=100, stateful_step_count=30))
 
 
 class IntakeQueueForgets(li.EventQueue):
@@ -388,11 +388,11 @@ class IntakeQueueTooMuch(li.EventQueue):
 
 
 class IntakeQueueOneMore(li.EventQueue):
-    """One byte too many."""
+    """Holds more bytes than it may."""
 
     def _refusal(self, size: int) -> li.Cause | None:
         cause = super()._refusal(size)
-        return None if cause == "queue bytes" and self._bytes + size < self.max_bytes * 1.1 else cause
+        return None if cause == "queue bytes" and self._bytes + size < self.max_bytes * 1.5 else cause
 
 
 @pytest.mark.parametrize(
@@ -449,13 +449,13 @@ def intake_send(to: tuple[str, int], datagrams: Sequence[bytes], source: str | N
 
 
 class IntakeWorld:
-    """A receiver, and what it handed on."""
+    """A receiver, and what it handed on. However busy the machine is: its wake-ups do not end for want of time."""
 
     def __init__(self, sock: socket.socket, then: Callable[[], None] = lambda: None, **options: Any) -> None:
         self.got: list[tuple[bytes, str]] = []
         self.portions: list[int] = []
         self.then = then
-        self.receiver = li.Receiver(sock, self.handle, **options)
+        self.receiver = li.Receiver(sock, self.handle, **{"seconds": 3600.0, **options})
 
     def handle(self, datagrams: list[tuple[bytes, str]]) -> None:
         self.got += datagrams
@@ -498,7 +498,7 @@ def test_logs_intake_datagrams_come_whole_and_in_order(address: str, loop: str) 
             assert world.got == [(datagram, address) for datagram in sent]
             stats = world.receiver.stats()
             assert stats._replace(wakeups=0) == (len(sent), sum(map(len, sent)), 0, 0, 0, 0, 0)
-            assert 3 <= stats.wakeups <= 10
+            assert stats.wakeups == 3  # of 500 and the rest
 
     intake_run(loop, main())
 
@@ -655,7 +655,7 @@ def test_logs_intake_other_callbacks_have_their_turn(loop: str) -> None:
         with intake_socket(receive_buffer=8 << 20) as sock:
             sent, diary = 3000, list[int]()
             intake_send(("127.0.0.1", intake_port(sock)), [b"x"] * sent)
-            with IntakeWorld(sock, lambda: diary.append(world.portions[-1]), at_once=250, seconds=3600.0) as world:
+            with IntakeWorld(sock, lambda: diary.append(world.portions[-1]), at_once=250) as world:
                 running = asyncio.get_running_loop()
 
                 def tick() -> None:
@@ -680,7 +680,7 @@ def test_logs_intake_a_slow_handler_ends_the_wakeup() -> None:
     def work() -> None:
         clock.now += 0.006
 
-    with intake_socket() as sock, IntakeWorld(sock, work, clock=clock.clock) as world:
+    with intake_socket() as sock, IntakeWorld(sock, work, seconds=0.01, clock=clock.clock) as world:
         intake_send(("127.0.0.1", intake_port(sock)), [b"x"] * 450)
         assert [world.receiver.drain() for _ in range(4)] == [200, 200, 50, 0]
         assert world.portions == [100, 100, 100, 100, 50]
@@ -724,8 +724,9 @@ def test_logs_intake_drain_stops_listening_and_start_begins_again() -> None:
             intake_send(to, [b"late"])
             for _ in range(5):
                 await asyncio.sleep(0.001)
-            assert world.got == []
+            assert (world.got, world.receiver._left is None) == ([], False)
             world.receiver.start()
+            assert world.receiver._left is None  # the next stop may read as much again
             await prim_until_async(lambda: len(world.got) == 1)
             intake_send(to, [b"x"] * 3)
             assert world.receiver.drain() == 3
