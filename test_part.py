@@ -121,6 +121,15 @@ def test_logs_intake_queue_nothing_gives_way_in_vain() -> None:
     intake_counts(queue)
 
 
+def test_logs_intake_queue_the_places_of_those_who_went_are_taken_along() -> None:
+    queue = li.EventQueue(4, 1_000_000, "drop-lowest-severity", max_items=4, batch_bytes=400_000)
+    queue.put([intake_event(0, 0), *(intake_event(n, 7, "x" * 100) for n in (1, 2, 3))])
+    queue.put([intake_event(4, 5), intake_event(5, 5)])
+    assert (len(queue._items), queue.stats().bytes) == (6, 4 * li.EVENT_BYTES + 100)
+    assert (intake_numbers(queue.drain()), queue.stats().bytes, queue._items) == ([0, 1, 4, 5], 0, [])
+    intake_counts(queue)
+
+
 def test_logs_intake_queue_says_when_to_spool() -> None:
     for policy, count, size, over in (
         ("spool", 5, 0, False), ("spool", 6, 0, True), ("spool", 2, 5000, True), ("spool", 2, 4000, False),
@@ -172,7 +181,7 @@ class IntakeQueueMachine(RuleBasedStateMachine):
     @initialize(
         capacity=st.integers(1, 8),
         max_bytes=st.sampled_from([1000, 4000, 10_000, 1_000_000]),
-        policy=st.sampled_from(li.POLICIES),
+        policy=st.sampled_from([*li.POLICIES, "drop-lowest-severity"]),  # twice: there is more to it
         data=st.data(),
     )
     def start(self, capacity: int, max_bytes: int, policy: li.Policy, data: st.DataObject) -> None:
@@ -303,7 +312,7 @@ def intake_check_queue(queue_type: type[li.EventQueue], effort: settings = PRIM_
 
 
 def test_logs_intake_queue_keeps_its_promises() -> None:
-    intake_check_queue(li.EventQueue, settings(PRIM_SETTINGS, max_examples=100, stateful_step_count=30))
+    intake_check_queue(li.EventQueue, settings(PRIM_SETTINGS, max_examples=150, stateful_step_count=30))
 
 
 class IntakeQueueForgets(li.EventQueue):
