@@ -28,8 +28,8 @@ Promised
   that `look` just says None, and the name is asked for when it comes again.
 - Whatever the API sends, `Metadata` holds four texts of at most `LONGEST` characters that PostgreSQL can store.
 
-Not promised: that a service gets its turn while more names than the queue holds are invented, or that what is stale is
-still true.
+Not promised: that a service gets its turn while more names than the queue holds are invented; that the API is asked
+slowly for them (it is asked by no more than `tasks` at a time); or that what is stale is still true.
 
 Everything runs in one event loop and belongs to it: no locks but those of the mechanisms, no threads, nothing that
 blocks. `open` starts the tasks, `close` ends them; what is not loaded by then stays unknown, until somebody asks again.
@@ -114,11 +114,11 @@ class MetadataError(Exception):
 class EnricherStats(NamedTuple):
     configured: bool
     cached: int
-    """Services that are known, fresh or stale."""
+    """Services that are known, fresh or stale (or gone, but nobody looked since)."""
     unknown: int
     """Names that the API does not know."""
     hits: int
-    """Looks that were answered, be it with UNKNOWN."""
+    """Looks that were answered, be it with UNKNOWN; those that ``wait`` takes are looks too."""
     misses: int
     loads: int
     """Requests that were begun for some name; retries do not count, nor what the open circuit refused."""
@@ -229,13 +229,8 @@ class Enricher:
         if not (tasks >= 1 and waiting >= 1 and max_bytes >= 1 and timeout > 0):
             raise ValueError("tasks, waiting and max_bytes must be at least 1, timeout above 0 s")
         self._template = None if url is None else make_template(url)
-        self.maxsize, self.tasks, self.waiting, self.timeout, self.max_bytes = (
-            maxsize,
-            tasks,
-            waiting,
-            timeout,
-            max_bytes,
-        )
+        self.maxsize, self.tasks, self.waiting = maxsize, tasks, waiting
+        self.timeout, self.max_bytes = timeout, max_bytes
         self.failed_for = failed_for
         self._clock, self._rng = clock, rng
         self._known: TTLCache[str, Metadata] = TTLCache(maxsize, ttl, stale=stale, clock=clock)
@@ -289,6 +284,7 @@ class Enricher:
             auto_decompress=False,  # nothing that could unpack to more than was counted
         )
         self._session._retry_connection = False  # it would try again by itself, past the budget; no public switch
+        self._front.clear()
         channel = self._channel = Channel(self.waiting)
         self._workers = [asyncio.create_task(self._work(channel), name=f"enrich {n}") for n in range(self.tasks)]
 
@@ -298,6 +294,7 @@ class Enricher:
         session, self._session = self._session, None
         if channel is not None:
             channel.close()
+        self._asked.clear()
         for wait in self._waits:
             wait.end()
         workers, self._workers = self._workers, []
@@ -307,7 +304,6 @@ class Enricher:
             if workers:
                 await asyncio.wait(workers)
         finally:
-            self._asked.clear()
             if session is not None:
                 await session.close()
                 await asyncio.sleep(0)  # the sockets are closed in the next turn of the loop

@@ -406,6 +406,8 @@ class MetadataApi:
     """
 
     def __init__(self, port: int = 0, host: str = "127.0.0.1", *, slow: float = 5.0, latency: float = 0.0) -> None:
+        if not 0 <= port <= 65_535:
+            raise ValueError(f"a port is a number up to 65535, not {port}")
         self.host, self.port, self.slow, self.latency = host, port, slow, latency
         self.answers: dict[str, bytes] = {}
         self._mode: Mode = "ok"
@@ -432,8 +434,10 @@ class MetadataApi:
         if mode not in get_args(Mode):
             raise ValueError(f"a mode is one of {', '.join(get_args(Mode))}, not {mode!r}")
         self._mode = mode
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._turn)
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it was closed just now
+                loop.call_soon_threadsafe(self._turn)
 
     @property
     def requests(self) -> Counter[str]:
@@ -477,6 +481,10 @@ class MetadataApi:
     def _run(self, sock: socket.socket, started: Future[None]) -> None:
         try:
             asyncio.run(self._serve(sock, started))
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
         finally:
             self._loop = None
             sock.close()
@@ -642,7 +650,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 senders.wait()
                 tell(senders)
                 senders = None
-            if args.to is None or args.stay:
+            if args.metadata_port is not None and (args.to is None or args.stay):
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
                 threading.Event().wait()
     except KeyboardInterrupt:
@@ -652,7 +660,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"sandbox_logs: {error}", file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         print(f"sandbox_logs: {error}", file=sys.stderr)
         return 2
     return 0
