@@ -253,10 +253,10 @@ def holds_the_loop(program: str, says: str, given: str = "") -> set[tuple[str, .
         child = subprocess.run(command, input=given, capture_output=True, text=True, cwd=HERE, timeout=100)
         assert child.stdout.strip() == says, child.stderr
         slow = [line for line in child.stderr.splitlines() if line.startswith("Executing")]
-        these = set()
+        these: set[tuple[str, ...]] = set()
         for line in slow:
             name, task = re.search(r"name='(?!Task-)([^']*)'", line), re.search(r"coro=<([^ >]*)", line)
-            these.add((name[1] if name else "", task[1] if task else line[:80]))
+            these.add((name[1] if name else "", task[1] if task else re.sub(r"0x\w+|created at.*|took.*", "", line)))
         found = these if found is None else found & these
         if not found:
             break
