@@ -1,8 +1,8 @@
 """Batches on disk, for the time that the database is away: a folder with a file for each, in the order of arrival.
 
 A file is a line of JSON (id, rows, received_at, bytes, crc32) and the COPY text. It is written as ``.part`` and
-renamed, so a file with its right name was complete when it got it. The checksum covers both; what is not exactly as it was
-written is set aside as ``.bad``, and counted.
+renamed, so a file with its right name was complete when it got it. The checksum covers both; what is not exactly as it
+was written is set aside as ``.bad``, and counted.
 
 Promised
 - What ``put`` has answered True to survives ``kill -9`` at once, and a power cut ``fsync_every`` seconds later (0: at
@@ -47,6 +47,8 @@ log = logging.getLogger("uvicorn.error")
 LONGEST_HEADER = 300
 """Bytes of the first line."""
 _NAME = re.compile(r"\d{16}\.batch", re.A)
+_NUMBER = re.compile(r"0\d{15}(?=\.)", re.A)
+"""Of a file that this program named: no rubbish may use the numbers up."""
 
 
 class SpoolInUse(OSError):
@@ -103,12 +105,14 @@ def decoded(line: bytes, data: bytes) -> Sealed:
     raise Damaged("not as it was written")
 
 
-def read(path: Path, longest: int) -> Sealed:
-    """The batch in a file of at most ``longest`` bytes. ``Damaged``, ``OSError``."""
+def read(path: Path) -> Sealed:
+    """The batch in a file. ``Damaged``, ``OSError``."""
     with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size > longest:
-            raise Damaged("too large")
-        return decoded(file.readline(LONGEST_HEADER), file.read())
+        line = file.readline(LONGEST_HEADER)
+        with contextlib.suppress(ValueError, TypeError, LookupError):  # a file of another's may be of any size
+            if len(line) + json.loads(line)["bytes"] == os.fstat(file.fileno()).st_size:
+                return decoded(line, file.read())
+    raise Damaged("not as it was written")
 
 
 # ----------------------------------------------------------------------------------------------------------- the folder
@@ -169,15 +173,14 @@ class Spool:
         if path.name.endswith(".part"):
             with contextlib.suppress(OSError):
                 path.unlink()
-        digits = path.name[:16]
-        if digits.isascii() and digits.isdigit() and len(digits) == 16:  # also that of a bad one: its name is taken
-            self._next = max(self._next, int(digits) + 1)
+        if number := _NUMBER.match(path.name):  # also that of a bad one: its name is taken
+            self._next = max(self._next, int(number[0]) + 1)
         if not path.name.endswith(".batch"):
             return
         try:
             if not _NAME.fullmatch(path.name):
                 raise Damaged("no name of ours")
-            batch = read(path, self.max_bytes)
+            batch = read(path)
             self._add(path.name, _File(batch.rows, path.stat().st_size))
         except Damaged as error:
             self._set_aside(path, error)
@@ -284,7 +287,7 @@ class Spool:
         results = list[Sealed | Exception]()
         for name in names:
             try:
-                results.append(read(self.folder / name, self.max_bytes))
+                results.append(read(self.folder / name))
             except (Damaged, OSError) as error:
                 results.append(error)
         return results
@@ -319,9 +322,10 @@ class Spool:
             self._timer = asyncio.create_task(self._sync_later())
 
     async def _sync_later(self) -> None:
-        await asyncio.sleep(self.fsync_every)
+        while self._unsynced:
+            await asyncio.sleep(self.fsync_every)
+            await self.sync()
         self._timer = None
-        await self.sync()
 
     async def sync(self) -> None:
         """Make safe against a power cut what has been written so far. Errors are counted."""

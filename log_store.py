@@ -39,13 +39,14 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import asyncpg
 
 from database import Database, is_a_rows_fault
-from log_parse import UNKNOWN, Event, Metadata
+from log_parse import Event, Metadata
 from primitives import Clock, telling
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ DAYS_AT_ONCE = 8
 """Partitions that one batch may ask for. It spans seconds; more days than these mean that it is rubbish."""
 EARLIEST, LATEST = date(1970, 1, 1), date(2199, 12, 31)
 """Days that may get a partition: also those of a clock that was never set."""
+MAKE_TRIES = 5
+"""How often partitions are made for a batch, if others drop them at the same time."""
 PIECE = 1 << 20
 """Bytes that are handed to the connection at a time."""
 FILL_AT_ONCE = 5000
@@ -113,6 +116,11 @@ CREATE TABLE IF NOT EXISTS dead_letter (
 CREATE INDEX IF NOT EXISTS dead_letter_by_age ON dead_letter USING brin (at);
 END IF; END $do$;
 """
+
+
+Found = Metadata | Enum | None
+"""What is known of a service: its metadata; a marker (``log_enrich.UNKNOWN``) if the API does not know it; None if
+nothing is known yet."""
 
 
 class Sealed(NamedTuple):
@@ -197,15 +205,13 @@ def _done(found: Metadata) -> str:
     return "\t".join([*map(escaped, found), "done"])
 
 
-def metadata_columns(found: Metadata | None, configured: bool = True) -> str:
-    """The columns from ``team`` on, as COPY text without a line end.
-
-    ``found`` is what is known of the service: ``UNKNOWN`` (that very object) if the API does not know it, None if
-    nothing is known yet. ``configured``: whether there is an API at all.
-    """
-    if found is None:
-        return _NO_METADATA + ("missing" if configured else "none")
-    return f"{_NO_METADATA}unknown" if found is UNKNOWN else _done(found)
+def metadata_columns(found: Found, configured: bool = True) -> str:
+    """The columns from ``team`` on, as COPY text without a line end. ``configured``: whether there is an API at all."""
+    if isinstance(found, Metadata):
+        return _done(found)
+    if found is not None:
+        return f"{_NO_METADATA}unknown"
+    return _NO_METADATA + ("missing" if configured else "none")
 
 
 def new_id(now: float, randbits: Callable[[int], int] = secrets.randbits) -> UUID:
@@ -218,7 +224,7 @@ def new_id(now: float, randbits: Callable[[int], int] = secrets.randbits) -> UUI
 
 
 def seal(
-    events: Sequence[Event], look: Callable[[str], Metadata | None], configured: bool = True, *, id: UUID | None = None
+    events: Sequence[Event], look: Callable[[str], Found], configured: bool = True, *, id: UUID | None = None
 ) -> Sealed:
     """A batch of ``events`` with the metadata that ``look(service)`` has at this moment.
 
@@ -282,6 +288,7 @@ def _day(line: bytes) -> date | None:
 _ATTACHED = """
 SELECT child.relname FROM pg_inherits JOIN pg_class AS child ON child.oid = inhrelid WHERE inhparent = 'logs'::regclass
 """
+_LEAVES = "SELECT relid::regclass::text FROM pg_partition_tree('logs') WHERE isleaf AND relid <> 'logs'::regclass"
 
 
 async def _partitions(connection: Connection) -> dict[date, str]:
@@ -293,8 +300,8 @@ async def _partitions(connection: Connection) -> dict[date, str]:
 
 _RECORD = "INSERT INTO log_batches (id, stored, dead) VALUES {} ON CONFLICT DO NOTHING"
 _LETTERS = (
-    "INSERT INTO dead_letter (batch, position, received_at, line, error)"
-    " SELECT $1, * FROM unnest($2::int[], $3::timestamptz[], $4::bytea[], $5::text[])"
+    "INSERT INTO dead_letter (batch, position, line, error, received_at)"
+    " SELECT $1, * FROM unnest($2::int[], $3::bytea[], $4::text[], $5::timestamptz[])"
 )
 # Plans must not depend on what the table was like when it was last analysed, if ever.
 _PLANS = "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off"
@@ -320,6 +327,10 @@ def _count(status: str) -> int:
 
 class _Repeated(Exception):
     """Some of the batches are there already."""
+
+
+class _Dropped(Exception):
+    """A partition has gone since it was made."""
 
 
 class Letter(NamedTuple):
@@ -405,33 +416,20 @@ class Store:
         lines = batch.data.split(b"\n")
         if not lines[-1]:
             lines.pop()
+        days = days_of(lines)
         async with self._database.connection(limit=HALVE_LIMIT) as connection:
-            await self._make(connection, days_of(lines))
-            async with connection.transaction():
-                status = await connection.execute(_RECORD.format(f"('{batch.id}', 0, 0)"))
-                if not _count(status):
-                    record = await connection.fetchrow("SELECT stored, dead FROM log_batches WHERE id = $1", batch.id)
-                    assert record is not None, "it was kept for days, and forgotten in this moment"
-                    self._repeated += 1
-                    return Outcome(*record)
-                letters = list[Letter]()
-                await _halve(connection, lines, 0, letters)
-                outcome = Outcome(len(lines) - len(letters), len(letters))
-                await connection.execute(
-                    "UPDATE log_batches SET stored = $2, dead = $3 WHERE id = $1", batch.id, *outcome
-                )
-                if letters:
-                    await connection.execute(
-                        _LETTERS,
-                        batch.id,
-                        [letter.position for letter in letters],
-                        [received(letter.line) for letter in letters],
-                        [letter.line for letter in letters],
-                        [letter.error for letter in letters],
-                    )
-        self._halved += bool(letters)
-        self._add(1, outcome)
-        return outcome
+            for _ in range(MAKE_TRIES):
+                await self._make(connection, days)
+                with contextlib.suppress(_Dropped):
+                    async with connection.transaction():
+                        outcome, new = await _settle(connection, batch.id, lines, days)
+                    if new:
+                        self._halved += outcome.dead > 0
+                        self._add(1, outcome)
+                    else:
+                        self._repeated += 1
+                    return outcome
+        raise RuntimeError("the partitions of a batch are dropped as often as they are made")
 
     def _add(self, batches: int, outcome: Outcome) -> None:
         self._batches += batches
@@ -451,7 +449,7 @@ class Store:
         async with self._database.connection(limit=WRITE_LIMIT) as connection:
             await self._make(connection, days)
         if self.retain_days is not None:
-            await self._drop(now - timedelta(days=self.retain_days))
+            await self._drop(now, timedelta(days=self.retain_days))
             await self._forget("dead_letter", self.retain_days)
         await self._forget("log_batches", KEEP_IDS_DAYS)
 
@@ -471,10 +469,12 @@ class Store:
                 )
         self._made += len(missing)
 
-    async def _drop(self, before: datetime) -> None:
-        """Drop the partitions that end before ``before``, each in a transaction of its own."""
+    async def _drop(self, now: datetime, age: timedelta) -> None:
+        """Drop the partitions that ended ``age`` ago, each in a transaction of its own."""
         async with self._database.connection(limit=WRITE_LIMIT) as connection:
             there = await _partitions(connection)
+            # a clock that runs ahead, here or there, must not take everything
+            before = min(now, await connection.fetchval("SELECT now()")) - age
         for day in sorted(there):
             if datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(days=1) > before:
                 return
@@ -484,15 +484,17 @@ class Store:
                         f"SELECT pg_advisory_xact_lock({PARTITIONS_LOCK});"
                         f"SET LOCAL lock_timeout = '{DROP_LIMIT * 1000:.0f}ms'"
                     )
-                    if day in await _partitions(connection):
+                    found = day in await _partitions(connection)
+                    if found:
                         await connection.execute(f"DROP TABLE {there[day]}")
-                        self._dropped += 1
             except asyncpg.LockNotAvailableError:
                 return
+            self._dropped += found
 
-    async def _forget(self, table: str, days: int, at_once: int = 5000) -> None:
+    async def _forget(self, table: str, days: int, at_once: int = 20_000) -> None:
         while True:
-            async with self._database.connection() as connection:
+            async with self._database.connection(limit=WRITE_LIMIT) as connection, connection.transaction():
+                await connection.execute("SET LOCAL enable_seqscan = off")
                 status = await connection.execute(_FORGET.format(table), timedelta(days=days), at_once)
             if _count(status) < at_once:
                 return
@@ -505,26 +507,23 @@ class Store:
             await connection.execute(_PLANS)
             return [name for (name,) in await connection.fetch(_MISSING, limit)]
 
-    async def fill_in(self, service: str, found: Metadata, at_once: int = FILL_AT_ONCE) -> int:
-        """Give the rows of ``service`` that lack it their metadata (or ``UNKNOWN``). How many there were.
+    async def fill_in(self, service: str, found: Metadata | Enum, at_once: int = FILL_AT_ONCE) -> int:
+        """Give the rows of ``service`` that lack it their metadata (or mark them as unknown). How many there were.
 
         In portions of ``at_once`` rows, each in a transaction of its own; whatever breaks in between is done, and what
         is left is found by the next call.
         """
-        values: tuple[str | None, ...] = (None,) * 4 if found is UNKNOWN else tuple(found)
+        values = (*found, "done") if isinstance(found, Metadata) else (None, None, None, None, "unknown")
         async with self._database.connection() as connection:
-            names = (await _partitions(connection)).values()
+            names = [name for (name,) in await connection.fetch(_LEAVES)]  # also those that others made
         total = 0
         for name in names:
             count = at_once
             while count >= at_once:
                 async with self._database.connection(limit=WRITE_LIMIT) as connection, connection.transaction():
                     await connection.execute(_PLANS)
-                    enrichment = "unknown" if found is UNKNOWN else "done"
                     try:
-                        status = await connection.execute(
-                            _FILL.format(name, name), service, *values, enrichment, at_once
-                        )
+                        status = await connection.execute(_FILL.format(name, name), service, *values, at_once)
                     except asyncpg.UndefinedTableError:  # dropped since
                         break
                 count = _count(status)
@@ -548,6 +547,27 @@ class Store:
         for _, enrichment, count in rows:
             by[enrichment] += count
         return Totals(*kept, by.total(), len({service for service, *_ in rows}), dict(by))
+
+
+async def _settle(
+    connection: Connection, id: UUID, lines: Sequence[bytes], days: Sequence[date]
+) -> tuple[Outcome, bool]:
+    """Within a transaction: store what can be stored. The outcome, and whether it is new."""
+    if not _count(await connection.execute(_RECORD.format(f"('{id}', 0, 0)"))):
+        record = await connection.fetchrow("SELECT stored, dead FROM log_batches WHERE id = $1", id)
+        assert record is not None, "it was kept for days, and forgotten in this moment"
+        return Outcome(*record), False
+    await connection.execute(f"SELECT pg_advisory_xact_lock_shared({PARTITIONS_LOCK})")
+    if not {*days} <= {*await _partitions(connection)}:  # and nobody drops one from here on
+        raise _Dropped
+    letters = list[Letter]()
+    await _halve(connection, lines, 0, letters)
+    outcome = Outcome(len(lines) - len(letters), len(letters))
+    await connection.execute("UPDATE log_batches SET stored = $2, dead = $3 WHERE id = $1", id, *outcome)
+    if letters:
+        times = [received(letter.line) for letter in letters]
+        await connection.execute(_LETTERS, id, *map(list, zip(*letters, strict=True)), times)
+    return outcome, True
 
 
 async def _copy(connection: Connection, texts: Sequence[bytes], rows: int) -> None:
