@@ -41,6 +41,8 @@ from log_workers import Link, LogLines, Program, Snapshot, Supervisor, last_word
 
 log = logging.getLogger("ingest")
 
+DEMO_PATIENCE = 15.0
+"""Seconds that the demo waits for what is on its way."""
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -213,7 +215,7 @@ def open_http(options: Options, stack: contextlib.ExitStack) -> socket.socket | 
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise CannotStart(f"cannot serve HTTP on {options.http}: {error.strerror}") from None
+        raise CannotStart(f"cannot serve HTTP on {options.http}: {os.strerror(error.errno or 0)}") from None
     stack.callback(sock.close)
     log.info("http://%s/metrics and /health", shown_address(sock))
     return sock
@@ -370,13 +372,19 @@ class Demo:
             while not program.snapshot().stopping and not await asyncio.to_thread(senders.wait, 0.2):
                 pass
         self._sent = senders.stats().events
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + DEMO_PATIENCE
         counts = program.snapshot()
-        while counts.received + counts.kernel_drops < self._sent and time.monotonic() < deadline:
+        while not counts.stopping and not self._over(counts) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
             counts = program.snapshot()
         if not counts.stopping:
             program.stop()
+
+    def _over(self, counts: Snapshot) -> bool:
+        """Whether all has come, and its metadata too."""
+        if counts.received + counts.kernel_drops < self._sent or counts.filled < counts.missing:
+            return False
+        return not sum(counts.held.values()) or not counts.missing
 
     def report(self, counts: Snapshot) -> bool:
         """Print what is in PostgreSQL; whether that is what was sent."""

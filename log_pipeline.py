@@ -67,7 +67,7 @@ PATIENCE = 5.0
 """Seconds from the start for which batches wait for the first connection, and are not spooled yet."""
 DISTRUST = 1.0
 """Seconds for which a database that is there, but could not write, is not asked again."""
-FILL_EVERY, FILL_SERVICES = 5.0, 100
+FILL_EVERY, FILL_SERVICES = 2.0, 1000
 """Seconds between two looks for rows without metadata; services filled in at a time."""
 MAINTAIN_EVERY = 600.0
 """Seconds between two looks at the partitions."""
@@ -153,7 +153,8 @@ class Ingester:
             Spool(folder, max_bytes=options.spool_bytes, fsync_every=options.fsync) for folder in self._folders()
         ]
         """The first is this worker's own; the others were those of workers that there are no more."""
-        self._received = self._recovered = self._stored = self._dead = self._filled = self._faults = 0
+        self._received = self._recovered = self._stored = self._dead = self._missing = self._filled = 0
+        self._faults = 0
         self._dropped: Counter[str] = Counter()
         self._spooled_rows = 0
         """What this worker put into the spools, or found there, and did not remove: their own counts move earlier."""
@@ -225,8 +226,9 @@ class Ingester:
 
     def _has_room(self) -> bool:
         """Whether another batch may be sealed. Those that wait for metadata come on top: at most WAITS."""
-        if self.queue.over():
-            return len(self._to_spool) < SEALED
+        return self._may_be_sealed() or (self.queue.over() and len(self._to_spool) < SEALED)
+
+    def _may_be_sealed(self) -> bool:
         size = self._sealing_bytes + sum(len(each.data) for each in (*self._sealed, *self._to_spool))
         return len(self._sealed) + len(self._to_spool) < SEALED and size < SEALED_BYTES
 
@@ -266,7 +268,8 @@ class Ingester:
         self._sealing -= len(events)
 
     def _hand_on(self, batch: Sealed) -> None:
-        if self.options.durable or self._diverts() or self.queue.over():
+        overflows = self.options.overload == "spool" and (self.queue.over() or not self._may_be_sealed())
+        if self.options.durable or overflows or self._diverts():
             self._to_spool.append(batch)
             self._spoolable.set()
         else:
@@ -326,6 +329,7 @@ class Ingester:
         for batch, outcome in zip(batches, outcomes, strict=True):
             self._stored += outcome.stored
             self._dead += outcome.dead
+            self._missing += batch.data.count(b"\tmissing\n")
             self._lags.append(max(0.0, now - batch.received_at))
         if self._trouble:
             log.warning("database: batches are stored again")
@@ -579,6 +583,7 @@ class Ingester:
             refused=intake.refused,
             truncated=intake.truncated,
             kernel_drops=self._kernel_drops() or 0,
+            missing=self._missing,
             filled=self._filled,
             spool_bytes=sum(each.bytes for each in spools),
             spool_refused=sum(each.refused for each in spools),
@@ -596,7 +601,7 @@ class Ingester:
             self._faults += 1
             log.error("the counts do not balance: %d events are not accounted for: %s", off, counts)
         self._unbalanced = off
-        return counts
+        return counts._replace(faults=self._faults)
 
     stats = snapshot
     __repr__ = telling

@@ -82,8 +82,10 @@ class Snapshot(NamedTuple):
     """Datagrams longer than what is read of one."""
     kernel_drops: int = 0
     """Datagrams that found the socket's buffer full; 0 too where the system does not say."""
+    missing: int = 0
+    """Rows that were stored without the metadata that there should be."""
     filled: int = 0
-    """Rows whose metadata came later."""
+    """Such rows whose metadata came later, of earlier runs too."""
     spool_bytes: int = 0
     spool_refused: int = 0
     """Batches for which the spool had no room."""
@@ -125,7 +127,10 @@ def add_up(snapshots: Iterable[Snapshot]) -> Snapshot:
     for name in Snapshot._fields:
         values = [getattr(each, name) for each in every]
         if isinstance(values[0], Mapping):
-            sums[name] = dict(sum((Counter(value) for value in values), Counter()))
+            total: Counter[str] = Counter()
+            for value in values:
+                total.update(value)
+            sums[name] = dict(total)
         elif name in WORST:
             sums[name] = min(values, key=WORST[name].index)
         elif name == "stopping":
@@ -216,6 +221,7 @@ class Exporter(Collector):
             ("refused", "Datagrams from addresses that are not allowed"),
             ("truncated", "Datagrams that were too long"),
             ("kernel_drops", "Datagrams that found the socket's buffer full"),
+            ("missing", "Rows that were stored before their metadata were known"),
             ("filled", "Rows whose metadata came later"),
             ("spool_refused", "Batches for which the spool had no room"),
             ("metadata_loads", "Requests to the metadata API"),
