@@ -90,7 +90,7 @@ def header(batch: Sealed) -> bytes:
     """The first line of the file of ``batch``, with its line end."""
     fields = {"id": str(batch.id), "rows": batch.rows, "received_at": batch.received_at, "bytes": len(batch.data)}
     crc = zlib.crc32(batch.data, zlib.crc32(json.dumps(fields).encode()))
-    return json.dumps({**fields, "crc32": crc}).encode() + b"\n"
+    return json.dumps({**fields, "crc32": f"{crc:08x}"}).encode() + b"\n"
 
 
 def decoded(line: bytes, data: bytes) -> Sealed:

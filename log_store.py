@@ -321,6 +321,11 @@ WHERE enrichment = 'missing' AND ctid = ANY(ARRAY(
 _FORGET = "DELETE FROM {0} WHERE ctid = ANY(ARRAY(SELECT ctid FROM {0} WHERE at < now() - $1::interval LIMIT $2))"
 
 
+def refuses(error: Exception) -> bool:
+    """Whether an error is a row's fault; also one that a trigger of somebody's has raised."""
+    return is_a_rows_fault(error) or isinstance(error, asyncpg.PLPGSQLError)
+
+
 def _count(status: str) -> int:
     return int(status.rpartition(" ")[2])
 
@@ -405,7 +410,7 @@ class Store:
                     raise _Repeated
                 await _copy(connection, [batch.data for batch in batches], rows)
         except Exception as error:
-            if is_a_rows_fault(error) or isinstance(error, _Repeated):
+            if refuses(error) or isinstance(error, _Repeated):
                 return False
             raise
         self._add(len(batches), Outcome(rows, 0))
@@ -591,7 +596,7 @@ async def _halve(connection: Connection, lines: Sequence[bytes], position: int, 
             await _copy(connection, [b"\n".join(lines) + b"\n"], len(lines))
             return
     except Exception as error:
-        if not is_a_rows_fault(error):
+        if not refuses(error):
             raise
         if len(lines) == 1:
             code = getattr(error, "sqlstate", None) or type(error).__name__
