@@ -437,6 +437,7 @@ class Supervisor:
         """Why a worker could not begin at all: there is no use in trying again."""
         self._stage, self._stopped = 0, asyncio.Event()
         self._timers: list[asyncio.TimerHandle] = []
+        self._spawning = asyncio.Lock()
 
     def stop(self) -> None:
         self._stage += 1
@@ -507,24 +508,30 @@ class Supervisor:
         worker.past = add_up([worker.past, buried(worker.last or Snapshot())])
         worker.last = None
 
+    async def _spawn(self, *sockets: socket.socket) -> asyncio.subprocess.Process:
+        """Signals are blocked until the process ignores them; of two at a time, one would bring that back at the end."""
+        async with self._spawning:
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            try:
+                return await asyncio.create_subprocess_exec(
+                    *self._command,
+                    str(sockets[0].fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[sock.fileno() for sock in sockets],
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
     async def _live(self, worker: Worker) -> int:
         """One life; how it ended."""
         ours, theirs = socket.socketpair()
         udp = self._sockets[worker.number]
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # until it ignores them
         try:
-            worker.process = await asyncio.create_subprocess_exec(
-                *self._command,
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), udp.fileno()),
-            )
+            with theirs:
+                worker.process = await self._spawn(theirs, udp)
         except BaseException:
             ours.close()
             raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            theirs.close()
         try:
             reader, worker.writer = await asyncio.open_connection(sock=ours, limit=LINE)
             worker.writer.write(json.dumps({**self._config(worker.number), "socket": udp.fileno()}).encode() + b"\n")

@@ -509,7 +509,10 @@ class LogsIngestProcess:
         return found[1] if found.groups() else found[0]
 
     def end(self) -> int:
-        code = self.process.wait(PRIM_PATIENCE)
+        try:
+            code = self.process.wait(PRIM_PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self.lines) from None
         self._reading.join()
         assert self.process.stdout is not None and self.process.stderr is not None
         self.output = self.process.stdout.read()
@@ -600,7 +603,7 @@ def test_logs_ingest_demo(tmp_path: Path) -> None:
     assert re.search(
         r"s · received [\d,]+ \([\d,]+/s\) · stored [\d,]+ .* · queue [\d,]+ · dropped 0 · spool 0 · lag", said
     )
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] in ([], [".lockfile"])  # that one is of the wheel's
 
 
 def test_logs_ingest_killed_with_durable_loses_nothing_that_was_sealed(
