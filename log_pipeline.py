@@ -75,6 +75,8 @@ DRAIN_LIMIT = 1.0
 """Seconds that reading what the socket holds may take at the stop: senders may go on."""
 FORCE_LIMIT = 2.0
 """Seconds that putting the rest into the spool may take at a forced stop."""
+CANCEL_LIMIT = 0.5
+"""Seconds that the end of a task may take before the connections to the database are cut."""
 BACK_OFF = RetryPolicy(attempts=sys.maxsize, base=0.1, cap=5.0, total=math.inf)
 """How long to wait before the spool is replayed again after a failure."""
 
@@ -153,7 +155,7 @@ class Ingester:
             Spool(folder, max_bytes=options.spool_bytes, fsync_every=options.fsync) for folder in self._folders()
         ]
         """The first is this worker's own; the others were those of workers that there are no more."""
-        self._received = self._recovered = self._stored = self._dead = self._missing = self._filled = 0
+        self._received = self._recovered = self._stored = self._dead = self._missing = 0
         self._faults = 0
         self._dropped: Counter[str] = Counter()
         self._spooled_rows = 0
@@ -428,7 +430,7 @@ class Ingester:
                 for service in await self.store.missing(FILL_SERVICES):
                     found = await self.enricher.load(service)
                     if found is not None:
-                        self._filled += await self.store.fill_in(service, found)
+                        await self.store.fill_in(service, found)
             except Exception as error:
                 log.warning("filling in: %s: %s", type(error).__name__, error)
 
@@ -532,10 +534,15 @@ class Ingester:
         )
 
     async def _end_tasks(self, but: str = "") -> None:
+        """A writer that is cancelled rolls back, which a database that does not answer holds up: it is cut off then."""
         tasks = [task for name, task in self._tasks.items() if name != but] + [*self._waits]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=CANCEL_LIMIT)
+            if late:
+                await self.database.close()
+                await asyncio.gather(*late, return_exceptions=True)
 
     async def _save(self) -> None:
         """What is still in memory goes to the spool; what cannot is dropped."""
@@ -584,7 +591,7 @@ class Ingester:
             truncated=intake.truncated,
             kernel_drops=self._kernel_drops() or 0,
             missing=self._missing,
-            filled=self._filled,
+            filled=self.store.stats().filled,
             spool_bytes=sum(each.bytes for each in spools),
             spool_refused=sum(each.refused for each in spools),
             lag=max(self._lags),

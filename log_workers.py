@@ -8,12 +8,12 @@
                  reads on. A worker that ends without having been asked to is replaced, with back-off.
 
 A worker and its parent have a socketpair: first the configuration, as a line of JSON, then to the worker single bytes
-(stop, force), to the parent a line of JSON each second and a last one. Workers do not listen to signals: the parent
+(stop, force), to the parent a line of JSON now and then, and a last one. Workers do not listen to signals: the parent
 tells them. A worker whose parent is gone stops as if it had been told to.
 
-The counts of a dead worker are those of its last line, at most ``EVERY`` seconds old: what it received after that is in
-no count. What it held in memory is dropped (``worker died``); what it held on disk is ``handed on``: the next one
-counts it as recovered.
+The counts of a dead worker are those of its last line, at most ``REPORT_EVERY`` seconds old: what it received after
+that is in no count. What it held in memory is dropped (``worker died``); what it held on disk is ``handed on``: the
+next one counts it as recovered.
 
 Where what runs: all in one event loop, but for writing the status line, which a terminal may block: in a thread.
 """
@@ -44,8 +44,8 @@ from primitives import Clock, RetryPolicy, Rng, arrives, telling
 
 log = logging.getLogger("ingest")
 
-EVERY = 1.0
-"""Seconds between two snapshots, and two status lines."""
+EVERY, REPORT_EVERY = 1.0, 0.25
+"""Seconds between two status lines, and between two lines from a worker to its parent."""
 AGAIN = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=10.0, total=float("inf"))
 """How long to wait before a dead worker is replaced."""
 HEALTHY = 30.0
@@ -509,7 +509,7 @@ class Supervisor:
         worker.last = None
 
     async def _spawn(self, *sockets: socket.socket) -> asyncio.subprocess.Process:
-        """Signals are blocked until the process ignores them; of two at a time, one would bring that back at the end."""
+        """Signals are blocked until the process ignores them. One at a time: the mask is this thread's."""
         async with self._spawning:
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
             try:
@@ -590,7 +590,7 @@ class Link:
     async def report(self, program: Program) -> None:
         while True:
             self.tell(program.snapshot()._asdict())
-            await asyncio.sleep(EVERY)
+            await asyncio.sleep(REPORT_EVERY)
 
     async def close(self) -> None:
         if self._writer is not None:

@@ -7,10 +7,12 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -19,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import psutil  # type: ignore[import-untyped]
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -92,7 +95,7 @@ class LogsIngestUp:
         while True:
             self.ingester.snapshot()
             self.snapshots += 1
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
 
 
 @contextlib.asynccontextmanager
@@ -169,7 +172,7 @@ def test_logs_ingest_stores_each_event_once_and_enriched(
         )
         assert found == ["done true"]
         assert await logs_ingest_pg.do("SELECT count(DISTINCT service) FROM logs") == 50
-        assert logs_ingest_files(tmp_path) == [] and up.snapshots > 100
+        assert logs_ingest_files(tmp_path) == [] and up.snapshots > 20
 
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -181,6 +184,17 @@ def test_logs_ingest_stores_each_event_once_and_enriched(
 
 def test_logs_ingest_survives_a_database_that_comes_and_goes(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     async def main() -> None:
+        loop = asyncio.get_running_loop()
+        complain = loop.get_exception_handler()
+        assert complain is not None
+
+        def asyncpgs(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            """It complains of itself if the server says goodbye between two statements of a transaction."""
+            itself = context["message"].startswith("Resetting connection with an active transaction")
+            if not itself and not isinstance(context.get("exception"), asyncpg.InternalClientError):
+                complain(loop, context)
+
+        loop.set_exception_handler(asyncpgs)
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url) as up:
             up.send(100)
             await up.stored()
@@ -294,8 +308,11 @@ def test_logs_ingest_goes_on_without_metadata_and_fills_them_in(
                 if mode == "down":
                     await up.until(lambda counts: counts.metadata == "open")
                 api.mode = "ok"
-                await up.until(lambda counts: counts.filled == up.sent)
+                await up.until(lambda counts: counts.filled > 0)
                 await up.until(lambda counts: counts.metadata == "closed")
+                async with asyncio.timeout(PRIM_PATIENCE):
+                    while await logs_ingest_pg.do("SELECT count(*) FROM logs WHERE enrichment = 'missing'"):
+                        pass
                 assert await logs_ingest_pg.do(look) == ["done", "unknown"]
                 up.send(10, service="orders-11")
                 await up.stored()
@@ -370,22 +387,33 @@ def test_logs_ingest_overload(
 
 def test_logs_ingest_waits_in_memory_when_the_spool_is_full(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     async def main() -> None:
-        logs_ingest_pg.stop()
-        try:
-            async with logs_ingest_up(tmp_path, logs_ingest_pg.url, spool_bytes=2000, stop_limit=0.1) as up:
-                up.ingester._begun = -1e9
-                up.send(100)
-                counts = await up.until(lambda counts: counts.spool_refused > 0 and not counts.held["queue"])
-                assert 0 < counts.held["spool"] < 100 and counts.dropped == {}
-                await asyncio.to_thread(logs_ingest_pg.start)
-                await up.stored()
-                await asyncio.to_thread(logs_ingest_pg.stop)
-                up.send(100)
-                await up.until(lambda counts: counts.spool_refused > 1 and not counts.held["queue"])
-            counts = up.ingester.snapshot()
-            assert (up.code, counts.held["spool"] + counts.dropped["stopped"], counts.stored) == (1, 100, 100)
-        finally:
+        async with logs_ingest_up(tmp_path, logs_ingest_pg.url, spool_bytes=2000) as up:
+            up.ingester._begun = -1e9
+            up.send(100)
+            counts = await up.until(lambda counts: counts.spool_refused > 0 and not counts.held["queue"])
+            assert 0 < counts.held["spool"] < 100 and counts.held["spool"] + counts.held["spooling"] == 100
+            assert counts.dropped == {}
             await asyncio.to_thread(logs_ingest_pg.start)
+            await up.stored()
+
+    logs_ingest_pg.stop()
+    try:
+        prim_run(main())
+    finally:
+        logs_ingest_pg.start()
+
+
+def test_logs_ingest_owns_up_to_what_it_could_not_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_pipeline, "PATIENCE", 0.01)
+
+    async def main() -> None:
+        away = "postgresql://nobody@127.0.0.1:1/none"
+        async with logs_ingest_up(tmp_path, away, spool_bytes=2000, stop_limit=0.1) as up:
+            up.send(100)
+            await up.until(lambda counts: counts.spool_refused > 0)
+        counts = up.ingester.snapshot()
+        assert 0 < counts.dropped["stopped"] == 100 - counts.held["spool"] < 100
+        assert (up.code, counts.stored) == (1, 0)
 
     prim_run(main())
 
@@ -577,18 +605,16 @@ def logs_ingest_send(to: tuple[str, int], first: int, count: int, sockets: int =
 LOGS_INGEST_ARGUMENTS = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
 
 
-def test_logs_ingest_demo(tmp_path: Path) -> None:
+def test_logs_ingest_demo() -> None:
     """On a terminal: with a status line."""
     ours, theirs = pty.openpty()
+    temporary = Path(tempfile.mkdtemp(prefix="ingest-test-"))
+    temporary.chmod(0o755)
     try:
         command = [sys.executable, "ingest_logs.py", "--demo", "--demo-seconds", "1.5", "--demo-rate", "1000"]
         folder = Path(ingest_logs.__file__).parent
-        environ = {**os.environ, "TMPDIR": str(tmp_path), "COLUMNS": "200"}
+        environ = {**os.environ, "TMPDIR": str(temporary), "COLUMNS": "200"}
         environ.pop("DATABASE_URL", None)
-        tmp_path.chmod(0o755)
-        for parent in tmp_path.parents[:3]:
-            with contextlib.suppress(PermissionError):
-                parent.chmod(parent.stat().st_mode | 0o055)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, cwd=folder, env=environ) as process:
             output = process.communicate(timeout=PRIM_PATIENCE)[0].decode()
         os.set_blocking(ours, False)
@@ -596,6 +622,8 @@ def test_logs_ingest_demo(tmp_path: Path) -> None:
     finally:
         os.close(ours)
         os.close(theirs)
+        left = [path.name for path in temporary.iterdir()]
+        shutil.rmtree(temporary, ignore_errors=True)
     assert process.returncode == 0, said
     assert re.search(r"sent +1,500\nrows +1,500\nservices +500\nenriched +100.00%\n", output)
     assert len(output.strip().splitlines()) == 11 and "team-" in output
@@ -603,7 +631,7 @@ def test_logs_ingest_demo(tmp_path: Path) -> None:
     assert re.search(
         r"s · received [\d,]+ \([\d,]+/s\) · stored [\d,]+ .* · queue [\d,]+ · dropped 0 · spool 0 · lag", said
     )
-    assert [path.name for path in tmp_path.iterdir()] in ([], [".lockfile"])  # that one is of the wheel's
+    assert left in ([], [".lockfile"])  # that one is of the wheel's
 
 
 def test_logs_ingest_killed_with_durable_loses_nothing_that_was_sealed(
