@@ -103,7 +103,8 @@ class Metadata(NamedTuple):
 
 # Patterns meet every byte a bounded number of times: what may follow a repetition never begins as it goes on.
 
-_ELEMENT = r'\[[^\s=\]"]+(?:\ +[^\s=\]"]+="[^"\\]*(?:\\.[^"\\]*)*")*\ *\]'  # `]` unescaped in a value is let pass
+_VALUE = r'"(?>[^"\\]*(?:\\.[^"\\]*)*)"'  # `]` unescaped in it is let pass
+_ELEMENT = rf'(?>\[[^\s=\]"]+(?:\ +[^\s=\]"]+={_VALUE})*\ *\])'
 
 _RFC5424 = re.compile(
     rf"""<([0-9]{{1,3}})>1
@@ -154,6 +155,9 @@ _RFC3164 = re.compile(
     re.ASCII | re.DOTALL | re.VERBOSE,
 ).match
 
+_SHOWN = {0xDC00 + byte: rf"\x{byte:02x}" for byte in range(0x80, 0x100)}
+"""Bytes that are no UTF-8, as the error handler surrogateescape leaves them; backslashreplace would be slower."""
+
 _BEGINS_SYSLOG = re.compile(rb"<[0-9]{1,3}>").match
 _JSON_NUL = re.compile(r"(\\\\)|\\u0000").sub
 
@@ -202,7 +206,7 @@ def _event(line: bytes, source: str, received_at: datetime, zone: tzinfo, error:
     try:
         text = line.decode()
     except UnicodeDecodeError:
-        text, error = line.decode(errors="backslashreplace"), _and(error, NOT_UTF8)
+        text, error = line.decode(errors="surrogateescape").translate(_SHOWN), _and(error, NOT_UTF8)
     if "\0" in text:
         text, error = text.replace("\0", r"\x00"), _and(error, NUL)
     if text.startswith("\ufeff"):
