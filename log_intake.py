@@ -391,7 +391,7 @@ class KernelDrops:
     """How many datagrams the kernel dropped at these sockets because their buffer was full (or a checksum wrong).
 
     It is asked of each socket by SO_MEMINFO (Linux 4.12): 0.5 µs, whenever one likes, also when no datagram comes any
-    more. Where that is unknown, the "drops" of the socket's line in /proc/net/udp and udp6 is read: 0.1 ms and more
+    more. Where that is unknown, the "drops" of the socket's line in /proc/net/udp and udp6 is read: 0.1 to 2 ms, more
     where there are many sockets. (SO_RXQ_OVFL would come with each datagram, but needs recvmsg, 0.25 µs each, and tells
     of a drop only when another datagram follows.) None where the system has neither.
 
