@@ -421,7 +421,6 @@ class Enricher:
                 raise
         if isinstance(found, Metadata):
             self._known.put(service, found, ttl=self._known.ttl * (1.0 - SPREAD * self._rng()))
-            self._unknown.invalidate(service)
         else:
             self._unknown.put(service, found)
             self._known.invalidate(service)
@@ -434,7 +433,6 @@ class Enricher:
         now = self._clock()
         self._known.defer(service, seconds, now)
         self._failed.put(service, now, ttl=seconds, now=now)
-        self._landed(service)
 
     async def _call(self, address: yarl.URL) -> Metadata | Unknown:
         self._loads += 1
