@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import functools
 import itertools
@@ -46,6 +47,7 @@ log = logging.getLogger("uvicorn.error")
 
 LONGEST_HEADER = 300
 """Bytes of the first line."""
+_PASSES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _NAME = re.compile(r"\d{16}\.batch", re.A)
 _NUMBER = re.compile(r"0\d{15}(?=\.)", re.A)
 """Of a file that this program named: no rubbish may use the numbers up."""
@@ -152,6 +154,10 @@ class Spool:
 
         Blocks, about a second for each GiB.
         """
+        if self._lock_file is not None:
+            raise RuntimeError("the spool is open")
+        self._files.clear()
+        self._rows = self._bytes = self._bad = self._errors = 0
         self.folder.mkdir(parents=True, exist_ok=True)
         lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -268,7 +274,8 @@ class Spool:
     async def first(self, n: int) -> list[tuple[str, Sealed]]:
         """The oldest, at most ``n``, in their order; none only if there are none. They stay until ``remove``.
 
-        What cannot be read any more is set aside; its rows are lost, and counted.
+        What cannot be read any more is set aside; its rows are lost, and counted. Raises ``OSError`` if the process has
+        no files or memory left: that is not the file's fault.
         """
         while names := list(itertools.islice(self._files, n)):
             results = await self._in_thread(functools.partial(self._read, names))
@@ -289,6 +296,8 @@ class Spool:
             try:
                 results.append(read(self.folder / name))
             except (Damaged, OSError) as error:
+                if isinstance(error, OSError) and error.errno in _PASSES:
+                    raise
                 results.append(error)
         return results
 

@@ -21,6 +21,8 @@ Not promised
   within that time.
 - More than the server's own ``synchronous_commit`` says: with it off, a crash of the server takes what it had promised.
 - That retention happens at once: a long query holds a partition back until the next ``maintain``.
+- Room for partitions of others that cover a day which a batch needs, or for a table that somebody detached and left
+  under its name: ``write`` raises what PostgreSQL says to that.
 
 Of each day (UTC, by the time of receipt) there is one partition, ``logs_YYYY_MM_DD``. They are made beside the table
 and attached to it, which makes no writer wait. To drop one the whole table has to stand still for a moment; that is
@@ -33,6 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
 import secrets
 import time
@@ -51,6 +54,8 @@ from primitives import Clock, telling
 
 if TYPE_CHECKING:
     from database import Connection
+
+log = logging.getLogger("uvicorn.error")
 
 WRITE_LIMIT = 30.0
 """Seconds that one transaction of batches may take before its connection is broken off."""
@@ -494,6 +499,9 @@ class Store:
                         await connection.execute(f"DROP TABLE {there[day]}")
             except asyncpg.LockNotAvailableError:
                 return
+            except asyncpg.DependentObjectsStillExistError as error:  # a view of somebody's
+                log.warning("logs: cannot drop %s: %s", there[day], error)
+                continue
             self._dropped += found
 
     async def _forget(self, table: str, days: int, at_once: int = 20_000) -> None:
@@ -591,6 +599,8 @@ async def _copy(connection: Connection, texts: Sequence[bytes], rows: int) -> No
 
 async def _halve(connection: Connection, lines: Sequence[bytes], position: int, letters: list[Letter]) -> None:
     """Store the good ones of ``lines``, the first of which is the ``position``-th of its batch; collect the others."""
+    if not lines:
+        return
     try:
         async with connection.transaction():
             await _copy(connection, [b"\n".join(lines) + b"\n"], len(lines))
