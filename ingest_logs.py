@@ -232,7 +232,7 @@ def make_program(options: Options, sockets: list[socket.socket]) -> Ingester | S
         return Ingester(options, sockets[0], kernel_drops=kernel_drops)
     told = {"options": dataclasses.asdict(options), "workers": len(sockets)}
     return Supervisor(
-        [sys.executable, *sys.orig_argv[1 : sys.orig_argv.index(sys.argv[0])], __file__, "--worker"],
+        [sys.executable, __file__, "--worker"],
         lambda number: {**told, "number": number},
         sockets,
         stop_limit=options.stop_limit + FORCE_LIMIT,
@@ -368,20 +368,24 @@ class Demo:
         from sandbox_logs import Senders
 
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(to[0], to[0])
-        with Senders((host, to[1]), rate=self._rate, total=self._total) as senders:
-            while not program.snapshot().stopping and not await asyncio.to_thread(senders.wait, 0.2):
-                pass
-        self._sent = senders.stats().events
-        deadline = time.monotonic() + DEMO_PATIENCE
-        counts = program.snapshot()
-        while not counts.stopping and not self._over(counts) and time.monotonic() < deadline:
-            await asyncio.sleep(0.1)
-            counts = program.snapshot()
-        if not counts.stopping:
-            program.stop()
+        try:
+            with Senders((host, to[1]), rate=self._rate, total=self._total) as senders:
+                while not program.snapshot().stopping and not await asyncio.to_thread(senders.wait, 0.2):
+                    pass
+            self._sent = senders.stats().events
+            deadline = time.monotonic() + DEMO_PATIENCE
+            while not self._over(program.snapshot()) and time.monotonic() < deadline:  # noqa: ASYNC110  -- no event says
+                await asyncio.sleep(0.1)
+        except OSError as error:
+            log.error("the demo's services cannot send: %s", error)
+        finally:
+            if not program.snapshot().stopping:
+                program.stop()
 
     def _over(self, counts: Snapshot) -> bool:
-        """Whether all has come, and its metadata too."""
+        """Whether all has come, and its metadata too; or it is stopped."""
+        if counts.stopping:
+            return True
         if counts.received + counts.kernel_drops < self._sent or counts.filled < counts.missing:
             return False
         return not sum(counts.held.values()) or not counts.missing

@@ -392,19 +392,18 @@ class Ingester:
                 self._spooled_rows -= lost
                 self._dropped["spool unreadable"] += lost
             batches = [batch for _, batch in found]
-            if batches:
-                try:
-                    outcomes = await self.store.write(batches)
-                except Exception as error:
-                    self._away(error)
-                    failures += 1
-                    self._moved.set()
-                    await asyncio.sleep(BACK_OFF.delay(failures, self._rng) or 0.0)
-                    continue
-                await spool.remove([name for name, _ in found])
-                self._spooled_rows -= rows_in(batches)
-                self._count(batches, outcomes)
+            try:
+                outcomes = await self.store.write(batches)
+            except Exception as error:
+                self._away(error)
+                failures += 1
                 self._moved.set()
+                await asyncio.sleep(BACK_OFF.delay(failures, self._rng) or 0.0)
+                continue
+            await spool.remove([name for name, _ in found])
+            self._spooled_rows -= rows_in(batches)
+            self._count(batches, outcomes)
+            self._moved.set()
             failures = 0
 
     # ------------------------------------------------------------- beside the way
@@ -534,15 +533,15 @@ class Ingester:
         )
 
     async def _end_tasks(self, but: str = "") -> None:
-        """A writer that is cancelled rolls back, which a database that does not answer holds up: it is cut off then."""
-        tasks = [task for name, task in self._tasks.items() if name != but] + [*self._waits]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=CANCEL_LIMIT)
+        """A task that is cancelled rolls back, which a database that does not answer holds up: it is cut off then. What
+        that raises may take the place of the cancellation, so it is repeated."""
+        late = {task for name, task in self._tasks.items() if name != but} | {*self._waits}
+        while late:
+            for task in late:
+                task.cancel()
+            _, late = await asyncio.wait(late, timeout=CANCEL_LIMIT)
             if late:
                 await self.database.close()
-                await asyncio.gather(*late, return_exceptions=True)
 
     async def _save(self) -> None:
         """What is still in memory goes to the spool; what cannot is dropped."""

@@ -459,6 +459,35 @@ def test_logs_ingest_forced_stop_saves_what_is_in_memory(logs_ingest_pg: PgServe
     prim_run(main())
 
 
+def test_logs_ingest_ends_though_its_cancellation_is_swallowed(
+    logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As asyncpg does, when a rollback fails."""
+    monkeypatch.setattr(log_pipeline, "CANCEL_LIMIT", 0.01)
+
+    async def main() -> None:
+        swallowed = 0
+
+        def change(ingester: Ingester) -> None:
+            async def maintain() -> None:
+                nonlocal swallowed
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    swallowed += 1
+                    raise Unavailable("away: while it was cancelled") from None
+
+            ingester.store.maintain = maintain  # type: ignore[method-assign]
+
+        async with logs_ingest_up(tmp_path, logs_ingest_pg.url, change=change) as up:
+            up.send(5)
+            await up.stored()
+        assert swallowed == 1
+
+    monkeypatch.setattr(log_pipeline, "FILL_EVERY", 60.0)
+    prim_run(main())
+
+
 def test_logs_ingest_a_fault_costs_the_event_that_causes_it(
     logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -511,14 +540,14 @@ class LogsIngestProcess:
     """``python ingest_logs.py`` with these arguments, and what it says on stderr."""
 
     def __init__(self, *arguments: str, **environ: str) -> None:
-        command = [sys.executable, "-W", "error::ResourceWarning", "ingest_logs.py", *arguments]
+        command = [sys.executable, "ingest_logs.py", *arguments]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=Path(ingest_logs.__file__).parent,
-            env={**{name: value for name, value in os.environ.items() if name != "DATABASE_URL"}, **environ},
+            env={**os.environ, "DATABASE_URL": "", "PYTHONWARNINGS": "error::ResourceWarning", **environ},
         )
         self.lines: list[str] = []
         self._reading = threading.Thread(target=self._read)
