@@ -403,6 +403,30 @@ def test_logs_ingest_waits_in_memory_when_the_spool_is_full(logs_ingest_pg: PgSe
         logs_ingest_pg.start()
 
 
+def test_logs_ingest_without_room_in_the_spool_durable_batches_are_written_all_the_same(
+    logs_ingest_pg: PgServer, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        async with logs_ingest_up(tmp_path, logs_ingest_pg.url, durable=True, spool_bytes=0) as up:
+            await up.ingester.database.ready()
+            up.send(40)
+            counts = await up.stored()
+            assert counts.spool_refused > 0 and counts.dropped == {}
+
+    prim_run(main())
+
+
+def test_logs_ingest_reads_what_the_socket_holds_before_it_stops(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with logs_ingest_up(tmp_path, logs_ingest_pg.url, batch=500) as up:
+            await up.ingester.database.ready()
+            up.send(3000)
+            up.ingester.stop()
+        assert up.ingester.snapshot().stored == 3000
+
+    prim_run(main())
+
+
 def test_logs_ingest_owns_up_to_what_it_could_not_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_pipeline, "PATIENCE", 0.01)
 
@@ -471,18 +495,19 @@ def test_logs_ingest_ends_though_its_cancellation_is_swallowed(
         def change(ingester: Ingester) -> None:
             async def maintain() -> None:
                 nonlocal swallowed
-                try:
-                    await asyncio.Event().wait()
-                except asyncio.CancelledError:
-                    swallowed += 1
-                    raise Unavailable("away: while it was cancelled") from None
+                while swallowed < 7:
+                    try:
+                        await asyncio.Event().wait()
+                    except asyncio.CancelledError:
+                        swallowed += 1
+                raise Unavailable("away: while it was cancelled")
 
             ingester.store.maintain = maintain  # type: ignore[method-assign]
 
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url, change=change) as up:
             up.send(5)
             await up.stored()
-        assert swallowed == 1
+        assert swallowed == 7
 
     monkeypatch.setattr(log_pipeline, "FILL_EVERY", 60.0)
     prim_run(main())
