@@ -132,7 +132,7 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
     if "database" not in given and environ.get("DATABASE_URL"):
         given["database"] = environ["DATABASE_URL"]
     if args.demo:
-        given = {"listen": "127.0.0.1:0"} | given
+        given = {"listen": "127.0.0.1:0", "flush": 1.0} | given
     options = Options(**given)
     try:
         if args.worker is None:
@@ -384,11 +384,8 @@ class Demo:
 
     def _over(self, counts: Snapshot) -> bool:
         """Whether all has come, and its metadata too; or it is stopped."""
-        if counts.stopping:
-            return True
-        if counts.received + counts.kernel_drops < self._sent or counts.filled < counts.missing:
-            return False
-        return not sum(counts.held.values()) or not counts.missing
+        come = counts.received + counts.kernel_drops >= self._sent and not sum(counts.held.values())
+        return counts.stopping or (come and counts.filled >= counts.missing)
 
     def report(self, counts: Snapshot) -> bool:
         """Print what is in PostgreSQL; whether that is what was sent."""
