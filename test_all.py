@@ -189,7 +189,7 @@ from html_parse import Page, parse_page
 from log_enrich import Enricher
 from log_intake import udp_socket
 from log_parse import Event, Metadata
-from log_pipeline import Ingester, Options
+from log_pipeline import Ingester
 from log_workers import Snapshot
 from robots import ALLOW_ALL, DISALLOW_ALL, MAX_ROBOTS, page_directives, parse_robots, product_token, rules_for
 from sandbox import Sandbox
@@ -20149,7 +20149,9 @@ async def logs_ingest_up(
     """At the end it stops, has lost nothing that it does not own up to, and leaves nothing behind."""
     before = asyncio.all_tasks()
     sock = udp_socket("127.0.0.1", 0, receive_buffer=4 << 20).sock
-    options = Options(**{"spool": str(folder / "spool"), "database": database, "batch": 10, "flush": 0.05, **more})
+    options = log_pipeline.Options(
+        **{"spool": str(folder / "spool"), "database": database, "batch": 10, "flush": 0.05, **more}
+    )
     ingester = Ingester(options, sock)
     change(ingester)
     address = sock.getsockname()
