@@ -669,9 +669,9 @@ def feeds(args: argparse.Namespace) -> list[Row]:
 @command(
     "logs by UDP into PostgreSQL, against rsyslog: loss at a ladder of rates, the highest lossless one, CPU, memory",
     "ingest",
-    "ingest --peers 'ingest_logs + ingest_logs x2' --rates 40000,60000,80000 --halvings 2",
+    "ingest --peers ingest_logs,ingest_logs-x2 --rates 40000,60000,80000 --halvings 2",
     "ingest --soak 60 --rate 20000",
-    peers=("ingest_logs + ingest_logs x2 + rsyslog", "contestants; x2: two receivers; also: rsyslog, defaults"),
+    peers=("ingest_logs,ingest_logs-x2,rsyslog,rsyslog-defaults", "contestants; x2: two receivers"),
     rates=("5000,10000,20000,30000,45000,60000,80000,100000,130000", "events/s, the ladder"),
     halvings=(3, "steps between the last good and the first bad rate"),
     seconds=(10, "of sending in a step"),
