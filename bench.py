@@ -15,7 +15,8 @@ minute hits all alike; a figure is the median, with the smallest and the largest
 * **Being fast at something else does not count**: all contestants write the same rows, and these are compared.
 * **The peers** are in bench_peers.py and run as `python bench.py _peer NAME URLS ROWS CONCURRENCY`; therefore this
   file imports little at its head.
-* **What else is measured** (`primitives`, `aggregate`, `feeds`, `simulate`, `frontier`) is in files named after it.
+* **What else is measured** (`primitives`, `aggregate`, `feeds`, `ingest`, `simulate`,
+  `frontier`) is in files named after it.
 
 Promised: all traffic stays on 127.0.0.0/8; every child is ended, and every temporary folder removed, however the run
 ends, SIGKILL excepted. A peer that is not installed is left out, with a note. Not promised: that a shared machine
@@ -611,7 +612,7 @@ def million(args: argparse.Namespace) -> list[Row]:
     return results
 
 
-# ------------------------------------------------------- bench.py primitives, aggregate, feeds, simulate, frontier
+# ----------------------------------------------- bench.py primitives, aggregate, feeds, ingest, simulate, frontier
 
 # What follows is in files of their own, which are imported when they are asked for: this process stays small.
 
@@ -663,6 +664,26 @@ def feeds(args: argparse.Namespace) -> list[Row]:
     import bench_feeds
 
     return bench_feeds.run(args)
+
+
+@command(
+    "logs by UDP into PostgreSQL, against rsyslog: loss at a ladder of rates, the highest lossless one, CPU, memory",
+    "ingest",
+    "ingest --peers ingest_logs,ingest_logs-x2 --rates 40000,60000,80000 --halvings 2",
+    "ingest --soak 60 --rate 20000",
+    peers=("ingest_logs,ingest_logs-x2,rsyslog,rsyslog-defaults", "contestants; x2: two receivers"),
+    rates=("5000,10000,20000,30000,45000,60000,80000,100000,130000", "events/s, the ladder"),
+    halvings=(3, "steps between the last good and the first bad rate"),
+    seconds=(10, "of sending in a step"),
+    repeat=(1, "searches of each contestant"),
+    options=("", "more options of ingest_logs.py, as in --options=--batch=2000"),
+    soak=(None, "instead: so many seconds at --rate; is each event there once, in time, with its metadata?"),
+    rate=(20_000, "events/s of --soak"),
+)
+def ingest(args: argparse.Namespace) -> list[Row]:
+    import bench_ingest
+
+    return bench_ingest.run(args)
 
 
 @command(

@@ -119,7 +119,7 @@ _RFC5424_BROKEN = re.compile(
     r"<([0-9]{1,3})>1 (?:(-|[0-9]{4}-[^ \n]+) ([^ \n]+) ([^ \n]+) ([^ \n]+) ([^ \n]+)(?![^ \n]))?"
 ).match
 
-_IN_DATA = re.compile(r'\ ([^\s=\]"]+)="([^"\\]*(?:\\.[^"\\]*)*)"|\[([^\s=\]"]+)', re.ASCII | re.DOTALL).finditer
+_IN_DATA = re.compile(r'\ ([^\s=\]"]+)="([^"\\]*(?:\\.[^"\\]*)*)"|\[([^\s=\]"]+)', re.ASCII | re.DOTALL).findall
 _DATA_ESCAPE = re.compile(r'\\(["\\\]])').sub
 
 _MONTHS = {
@@ -292,9 +292,8 @@ def _priority(digits: str | None) -> tuple[int, dict[str, Any], str | None]:
 def _structured_data(data: str) -> dict[str, dict[str, str | list[str]]]:
     elements: dict[str, dict[str, str | list[str]]] = {}
     element: dict[str, str | list[str]] = {}
-    for found in _IN_DATA(data):
-        name, value, identifier = found.groups()
-        if identifier is not None:
+    for name, value, identifier in _IN_DATA(data):
+        if identifier:
             element = elements.setdefault(identifier, {})
             continue
         if "\\" in value:
