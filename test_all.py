@@ -109,6 +109,7 @@ import aggregate_app
 import bench
 import bench_aggregate
 import bench_feeds
+import bench_ingest
 import bench_upstreams
 import cache as ca
 import coordination as co
@@ -22003,3 +22004,70 @@ def test_bench_aggregate_without_wrk_says_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match="wrk is needed"):
         bench.main(["aggregate"])
+
+
+def bench_ingest_step(rate: float, lost: int = 0, *, drained: float | None = 0.5, sent: float = 1.0) -> Any:
+    told = bench_ingest.Sent(1000, rate * sent, 0.01)
+    return bench_ingest.Step(rate, told, 1000 - lost, 0, 1.0, 0, drained, lost, 0.02, 0.01, 50.0, 0.1, 0.2)
+
+
+class BenchIngestCourse:
+    """Loses what is above so many events a second; ``bad``: steps, by their number, that fail whatever the rate."""
+
+    def __init__(self, most: float, bad: Sequence[int] = ()) -> None:
+        self.most, self.bad, self.rates = most, bad, list[float]()
+
+    def run(self, name: str, rate: float, seconds: float) -> Any:
+        self.rates.append(rate)
+        return bench_ingest_step(rate, 10 if rate > self.most or len(self.rates) in self.bad else 0)
+
+
+def test_bench_ingest_lossless_is_sustained() -> None:
+    assert bench_ingest_step(100).lossless
+    assert not bench_ingest_step(100, 1).lossless
+    assert not bench_ingest_step(100, drained=None).lossless
+    assert bench_ingest_step(100, drained=bench_ingest.DRAIN).lossless
+    assert not bench_ingest_step(100, drained=bench_ingest.DRAIN + 0.01).lossless
+    assert bench_ingest_step(100, sent=0.89).held_back
+    assert not bench_ingest_step(100, sent=0.91).held_back
+
+
+def test_bench_ingest_climbs_and_halves() -> None:
+    course: Any = BenchIngestCourse(330)
+    (search,) = bench_ingest.climb(course, ["ingest_logs"], [100, 200, 400, 800, 1600], 3, 1)
+    assert course.rates == [100, 200, 400, 400, 800, 300, 350, 350, 325]
+    assert (search.low, search.high) == (325, 350)
+    assert search.best and search.best.wanted == 325
+
+
+def test_bench_ingest_a_step_that_fails_has_a_second_chance() -> None:
+    course: Any = BenchIngestCourse(1000, bad=(2,))
+    (search,) = bench_ingest.climb(course, ["ingest_logs"], [100, 200], 2, 1)
+    assert course.rates == [100, 200, 200]
+    assert (search.low, search.failures) == (200, 0)
+
+
+def test_bench_ingest_without_rsyslog_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_ingest, "rsyslogd", lambda: None)
+    monkeypatch.setattr(bench_ingest, "course", lambda _: contextlib.nullcontext(BenchIngestCourse(100)))
+    assert bench.main(["ingest", "--peers", "ingest_logs,rsyslog", "--rates", "50,100"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert bench_ingest.INSTALL in shown
+    assert [line.split()[:2] for line in shown if line.startswith("rsyslog ")] == []
+    with pytest.raises(SystemExit, match="'nobody' is none of ingest_logs"):
+        bench.main(["ingest", "--peers", "nobody"])
+
+
+def test_bench_ingest_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = tmp_path / "found.json"
+    peers = "ingest_logs" + (",rsyslog" if bench_ingest.rsyslogd() else "")
+    words = ["--peers", peers, "--rates", "1000", "--seconds", "1", "--options=--flush=0.2", "--json", str(found)]
+    assert bench.main(["ingest", *words]) == 0
+    rows = json.loads(found.read_text())["results"]
+    steps = [row for row in rows if "sent" in row]
+    assert {row[""] for row in steps} == {*peers.split(",")}
+    for row in steps:
+        assert (row["sent"], row["lost"], row["twice"]) == (1000, 0, 0)
+    assert steps[0]["enriched %"] == 100
