@@ -89,8 +89,8 @@ IGNORED = Parsed([], "ignored")
 
 # ------------------------------------------------------------------------------------------ pure functions
 
-_PLAIN = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,24})?").fullmatch
-_SCIENTIFIC = re.compile(r"\+?([0-9]{0,18})\.?([0-9]{0,24})(?:[eE]([+-]?[0-9]{1,2}))?").fullmatch
+_PLAIN = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,36})?").fullmatch
+_SCIENTIFIC = re.compile(r"\+?([0-9]{0,18})(?:\.([0-9]{0,36}))?(?:[eE]([+-]?[0-9]{1,2}))?").fullmatch
 _DIGITS = re.compile(r"[0-9]{1,18}").fullmatch
 _MILLISECONDS = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?").fullmatch
 _ISO = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?(?:Z|\+00:00)").fullmatch
@@ -125,7 +125,7 @@ def decimal(value: object) -> str:
     match = _SCIENTIFIC(value)
     if match is None or not (match[1] or match[2]):
         raise BadFrame(f"not a positive number: {short(value)}")
-    digits, point = match[1] + match[2], len(match[1]) + int(match[3] or 0)
+    digits, point = match[1] + (match[2] or ""), len(match[1]) + int(match[3] or 0)
     digits, point = ("0" * -point + digits, 0) if point < 0 else (digits.ljust(point, "0"), point)
     whole, fraction = digits[:point].lstrip("0") or "0", digits[point:]
     text = f"{whole}.{fraction}" if fraction else whole

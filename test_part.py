@@ -1,0 +1,1185 @@
+"""Tests of market_trade, market_feeds and the wires of sandbox_exchanges."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import itertools
+import json
+import math
+import random
+import re
+import zlib
+from collections import Counter
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from market_feeds import ADAPTERS
+from market_trade import (
+    AHEAD_NS,
+    EARLIEST_NS,
+    UNPACKED_LIMIT,
+    Adapter,
+    BadFrame,
+    Parsed,
+    SequenceCheck,
+    Trade,
+    decimal,
+    iso,
+    milliseconds,
+)
+from sandbox_exchanges import WIRES, Wire
+
+# ------------------------------------------------------------------------------------------ market_feeds
+
+MARKET_FEEDS_NOW = 1_790_000_000_000_000_000
+MARKET_FEEDS_CRYPTO = tuple(name for name, adapter in ADAPTERS.items() if adapter.key_env is None)
+
+
+def market_feeds_ns(text: str) -> int:
+    """Nanoseconds, by another way than the one that is tested."""
+    whole, _, fraction = text.rstrip("Z").partition(".")
+    seconds = int(datetime.strptime(whole, "%Y-%m-%dT%H:%M:%S").replace(tzinfo=UTC).timestamp())
+    return seconds * 10**9 + int((fraction + "000000000")[:9])
+
+
+@dataclasses.dataclass
+class MarketFeedsCase:
+    """A frame as the exchange's documentation writes it, and what it means."""
+
+    exchange: str
+    frame: str
+    kind: str = "trades"
+    trades: tuple[tuple[Any, ...], ...] = ()  # symbol, price, size, side, id, time, sequence, flags
+    note: str = ""
+    reconnect: bool = False
+    sequence: int | None = None
+    before: tuple[str, ...] = ()  # frames of the same connection
+
+
+MARKET_FEEDS_BITFINEX_ACK = (
+    '{"event":"subscribed","channel":"trades","chanId":17470,"symbol":"tBTCUSD","pair":"BTCUSD"}'
+)
+MARKET_FEEDS_CASES = [
+    MarketFeedsCase("binance", '{"result":null,"id":1}', "ack"),
+    MarketFeedsCase(
+        "binance",
+        '{"e":"trade","E":1672515782136,"s":"BNBBTC","t":12345,"p":"0.00100000","q":"100.00000000","T":1672515782136,'
+        '"m":true,"M":true}',
+        trades=(("BNB-BTC", "0.00100000", "100.00000000", "sell", "12345", 1672515782136000000, 12345, ""),),
+    ),
+    MarketFeedsCase(
+        "binance",
+        '{"stream":"bnbbtc@trade","data":{"e":"trade","E":1672515782136,"s":"BNBBTC","t":12346,"p":"0.001","q":"100",'
+        '"T":1672515782137,"m":false,"M":true}}',
+        trades=(("BNB-BTC", "0.001", "100", "buy", "12346", 1672515782137000000, 12346, ""),),
+    ),
+    MarketFeedsCase(
+        "binance",
+        '{"error":{"code":3,"msg":"Invalid JSON: expected value at line 1 column 1"},"id":null}',
+        "error",
+        note="3 Invalid JSON: expected value at line 1 column 1",
+    ),
+    MarketFeedsCase(
+        "binance",
+        '{"code":2,"msg":"Invalid request: unknown variant"}',
+        "error",
+        note="2 Invalid request: unknown variant",
+    ),
+    MarketFeedsCase(
+        "binance", '{"e":"serverShutdown","E":1770123456789}', "status", note="server shutdown", reconnect=True
+    ),
+    MarketFeedsCase(
+        "coinbase",
+        '{"type":"subscriptions","channels":[{"name":"matches","product_ids":["BTC-USD"],"account_ids":null},'
+        '{"name":"heartbeat","product_ids":["BTC-USD"],"account_ids":null}]}',
+        "ack",
+    ),
+    MarketFeedsCase(
+        "coinbase",
+        '{"type":"heartbeat","sequence":90,"last_trade_id":20,"product_id":"BTC-USD","time":"2014-11-07T08:19:28.464459Z"}',
+        "heartbeat",
+    ),
+    MarketFeedsCase(
+        "coinbase",
+        '{"type":"last_match","trade_id":9,"maker_order_id":"ac928c66-ca53-498f-9c13-a110027a60e8","taker_order_id":'
+        '"132fb6ae-456b-4654-b4e0-d681ac05cea1","side":"buy","size":"5","price":"400.20","product_id":"BTC-USD",'
+        '"sequence":49,"time":"2014-11-07T08:19:26Z"}',
+        trades=(("BTC-USD", "400.20", "5", "sell", "9", market_feeds_ns("2014-11-07T08:19:26Z"), 9, "snapshot"),),
+    ),
+    MarketFeedsCase(
+        "coinbase",
+        '{"type":"match","trade_id":10,"sequence":50,"maker_order_id":"ac928c66-ca53-498f-9c13-a110027a60e8",'
+        '"taker_order_id":"132fb6ae-456b-4654-b4e0-d681ac05cea1","time":"2014-11-07T08:19:27.028459Z","product_id":'
+        '"BTC-USD","size":"5.23512","price":"400.23","side":"sell"}',
+        trades=(("BTC-USD", "400.23", "5.23512", "buy", "10", market_feeds_ns("2014-11-07T08:19:27.028459Z"), 10, ""),),
+    ),
+    MarketFeedsCase(
+        "coinbase",
+        '{"type":"error","message":"Failed to subscribe","reason":"FOO-USD is not a valid product"}',
+        "error",
+        note="Failed to subscribe: FOO-USD is not a valid product",
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"channel":"status","data":[{"api_version":"v2","connection_id":13834774380200032777,"system":"online",'
+        '"version":"2.0.0"}],"type":"update"}',
+        "status",
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"channel":"status","data":[{"api_version":"v2","connection_id":13834774380200032777,"system":"maintenance",'
+        '"version":"2.0.0"}],"type":"update"}',
+        "status",
+        note="system: maintenance",
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"method":"subscribe","result":{"channel":"trade","snapshot":true,"symbol":"MATIC/USD"},"success":true,'
+        '"time_in":"2023-09-25T09:21:10.428340Z","time_out":"2023-09-25T09:21:10.428375Z"}',
+        "ack",
+    ),
+    MarketFeedsCase("kraken", '{"channel":"heartbeat"}', "heartbeat"),
+    MarketFeedsCase(
+        "kraken",
+        '{"method":"pong","req_id":101,"time_in":"2023-09-24T14:10:23.799685Z","time_out":"2023-09-24T14:10:23.799703Z"}',
+        "heartbeat",
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"channel":"trade","type":"snapshot","data":[{"symbol":"MATIC/USD","side":"buy","price":0.5147,"qty":6423.46326,'
+        '"ord_type":"limit","trade_id":4665846,"timestamp":"2023-09-25T07:48:36.925533Z"},{"symbol":"MATIC/USD","side":'
+        '"buy","price":0.5147,"qty":1136.19677815,"ord_type":"limit","trade_id":4665847,"timestamp":'
+        '"2023-09-25T07:49:36.925603Z"}]}',
+        trades=(
+            *(
+                ("MATIC-USD", "0.5147", size, "buy", number, market_feeds_ns(when), int(number), "snapshot")
+                for size, number, when in (
+                    ("6423.46326", "4665846", "2023-09-25T07:48:36.925533Z"),
+                    ("1136.19677815", "4665847", "2023-09-25T07:49:36.925603Z"),
+                )
+            ),
+        ),
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"channel":"trade","type":"update","data":[{"symbol":"MATIC/USD","side":"sell","price":0.5117,"qty":40.0,'
+        '"ord_type":"market","trade_id":4665906,"timestamp":"2023-09-25T07:49:37.708706Z"}]}',
+        trades=(*(("MATIC-USD", "0.5117", "40.0", "sell", "4665906"),),)
+        and (
+            (
+                *("MATIC-USD", "0.5117", "40.0", "sell", "4665906"),
+                *(market_feeds_ns("2023-09-25T07:49:37.708706Z"), 4665906, ""),
+            ),
+        ),
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"error":"Currency pair not supported FOO/USD","method":"subscribe","success":false,"symbol":"FOO/USD",'
+        '"time_in":"2023-09-25T09:21:10.428340Z","time_out":"2023-09-25T09:21:10.428375Z"}',
+        "error",
+        note="Currency pair not supported FOO/USD",
+    ),
+    MarketFeedsCase(
+        "bitstamp", '{"event":"bts:subscription_succeeded","channel":"live_trades_btcusd","data":{}}', "ack"
+    ),
+    MarketFeedsCase("bitstamp", '{"event":"bts:heartbeat","channel":"","data":{"status":"success"}}', "heartbeat"),
+    MarketFeedsCase(
+        "bitstamp",
+        '{"data":{"id":212337562,"timestamp":"1643643584","amount":0.0028,"amount_str":"0.00280000","price":38416,'
+        '"price_str":"38416","type":0,"microtimestamp":"1643643584587000","buy_order_id":1453282316578816,'
+        '"sell_order_id":1453282315493376},"channel":"live_trades_btcusd","event":"trade"}',
+        trades=(("BTC-USD", "38416", "0.00280000", "buy", "212337562", 1643643584587000000, None, ""),),
+    ),
+    MarketFeedsCase(
+        "bitstamp",
+        '{"data":{"id":212337563,"timestamp":"1643643584","amount":0.0028,"price":38416.5,"type":1,"microtimestamp":'
+        '"1643643584587001","buy_order_id":1,"sell_order_id":2},"channel":"live_trades_ethusdt","event":"trade"}',
+        trades=(("ETH-USDT", "38416.5", "0.0028", "sell", "212337563", 1643643584587001000, None, ""),),
+    ),
+    MarketFeedsCase(
+        "bitstamp",
+        '{"event":"bts:error","channel":"","data":{"code":4009,"message":"Connection is unauthorized."}}',
+        "error",
+        note="Connection is unauthorized.",
+    ),
+    MarketFeedsCase(
+        "bitstamp",
+        '{"event":"bts:request_reconnect","channel":"","data":""}',
+        "status",
+        note="the exchange asks for a new connection",
+        reconnect=True,
+    ),
+    MarketFeedsCase(
+        "okx", '{"event":"subscribe","arg":{"channel":"trades","instId":"BTC-USDT"},"connId":"a4d3ae55"}', "ack"
+    ),
+    MarketFeedsCase("okx", "pong", "heartbeat"),
+    MarketFeedsCase(
+        "okx",
+        '{"arg":{"channel":"trades","instId":"BTC-USDT"},"data":[{"instId":"BTC-USDT","tradeId":"130639474","px":"42219.9",'
+        '"sz":"0.12060306","side":"buy","ts":"1630048897897","count":"3","source":"0","seqId":1234}]}',
+        trades=(("BTC-USDT", "42219.9", "0.12060306", "buy", "130639474", 1630048897897000000, None, ""),),
+    ),
+    MarketFeedsCase(
+        "okx",
+        '{"arg":{"channel":"trades","instId":"BTC-USDT"},"data":[{"instId":"BTC-USDT","tradeId":"1","px":"1","sz":"2","side":'
+        '"sell","ts":"1630048897897"},{"instId":"BTC-USDT","tradeId":"2","px":"3","sz":"4","side":"buy","ts":"1630048897898"}]}',
+        trades=(
+            ("BTC-USDT", "1", "2", "sell", "1", 1630048897897000000, None, ""),
+            ("BTC-USDT", "3", "4", "buy", "2", 1630048897898000000, None, ""),
+        ),
+    ),
+    MarketFeedsCase(
+        "okx",
+        '{"event":"error","code":"60012","msg":"Invalid request","connId":"a4d3ae55"}',
+        "error",
+        note="60012 Invalid request",
+    ),
+    MarketFeedsCase(
+        "okx",
+        '{"event":"notice","code":"64008","msg":"The connection will soon be closed for a service upgrade. Please reconnect.",'
+        '"connId":"a4d3ae55"}',
+        "status",
+        note="The connection will soon be closed for a service upgrade. Please reconnect.",
+        reconnect=True,
+    ),
+    MarketFeedsCase(
+        "okx", '{"event":"channel-conn-count","channel":"trades","connCount":"1","connId":"abcd1234"}', "ignored"
+    ),
+    MarketFeedsCase(
+        "bybit", '{"success":true,"ret_msg":"subscribe","conn_id":"2324d924-aa4d","op":"subscribe"}', "ack"
+    ),
+    MarketFeedsCase(
+        "bybit", '{"success":true,"ret_msg":"pong","conn_id":"0970e817-426e","req_id":"","op":"ping"}', "heartbeat"
+    ),
+    MarketFeedsCase(
+        "bybit", '{"req_id":"test","op":"pong","args":["1675418560633"],"conn_id":"cfcb4ocs"}', "heartbeat"
+    ),
+    MarketFeedsCase(
+        "bybit",
+        '{"topic":"publicTrade.BTCUSDT","type":"snapshot","ts":1672304486868,"data":[{"T":1672304486865,"s":"BTCUSDT","S":'
+        '"Buy","v":"0.001","p":"16578.50","L":"PlusTick","i":"20f43950-d8dd-5b31-9112-a178eb6023af","BT":false,"seq":'
+        '1783284617},{"T":1672304486866,"s":"BTCUSDT","S":"Sell","v":"0.002","p":"16578.40","L":"MinusTick","i":'
+        '"2290000000007764263","BT":false,"seq":1783284620}]}',
+        trades=(
+            *(
+                ("BTC-USDT", "16578.50", "0.001", "buy", "20f43950-d8dd-5b31-9112-a178eb6023af", when, None, "")
+                for when in (1672304486865000000,)
+            ),
+            ("BTC-USDT", "16578.40", "0.002", "sell", "2290000000007764263", 1672304486866000000, None, ""),
+        ),
+    ),
+    MarketFeedsCase(
+        "bybit",
+        '{"success":false,"ret_msg":"error:handler not found,topic:publicTrade.FOO","conn_id":"7bf2","op":"subscribe"}',
+        "error",
+        note="error:handler not found,topic:publicTrade.FOO",
+    ),
+    MarketFeedsCase("bitfinex", '{"event":"info","version":2,"serverId":"cfa1bd5b","platform":{"status":1}}', "status"),
+    MarketFeedsCase(
+        "bitfinex",
+        '{"event":"info","version":2,"serverId":"cfa1bd5b","platform":{"status":0}}',
+        "status",
+        note="maintenance",
+    ),
+    MarketFeedsCase("bitfinex", '{"event":"conf","status":"OK","flags":65536}', "ack"),
+    MarketFeedsCase("bitfinex", MARKET_FEEDS_BITFINEX_ACK, "ack"),
+    MarketFeedsCase(
+        "bitfinex",
+        "[17470,[[401597395,1574694478808,0.005,7245.3],[401597394,1574694478808,-0.5,7245.3],"
+        "[401597393,1574694475039,1e-7,7244.9]],1]",
+        trades=(
+            ("BTC-USD", "7244.9", "0.0000001", "buy", "401597393", 1574694475039000000, None, "snapshot"),
+            ("BTC-USD", "7245.3", "0.5", "sell", "401597394", 1574694478808000000, None, "snapshot"),
+            ("BTC-USD", "7245.3", "0.005", "buy", "401597395", 1574694478808000000, None, "snapshot"),
+        ),
+        sequence=1,
+        before=(MARKET_FEEDS_BITFINEX_ACK,),
+    ),
+    MarketFeedsCase(
+        "bitfinex",
+        '[17470,"te",[401597396,1574694478809,-0.005,7245]]',
+        trades=(("BTC-USD", "7245", "0.005", "sell", "401597396", 1574694478809000000, None, ""),),
+        before=(MARKET_FEEDS_BITFINEX_ACK,),
+    ),
+    MarketFeedsCase(
+        "bitfinex",
+        '[17470,"tu",[401597396,1574694478809,-0.005,7245],7]',
+        "ignored",
+        sequence=7,
+        before=(MARKET_FEEDS_BITFINEX_ACK,),
+    ),
+    MarketFeedsCase("bitfinex", '[17470,"hb",8]', "heartbeat", sequence=8, before=(MARKET_FEEDS_BITFINEX_ACK,)),
+    MarketFeedsCase(
+        "bitfinex", '{"event":"error","msg":"symbol: invalid","code":10300}', "error", note="10300 symbol: invalid"
+    ),
+    MarketFeedsCase(
+        "bitfinex",
+        '{"event":"info","code":20051,"msg":"Stopping. Please try to reconnect"}',
+        "status",
+        note="20051 Stopping. Please try to reconnect",
+        reconnect=True,
+    ),
+    MarketFeedsCase(
+        "bitfinex",
+        '{"event":"info","code":20060,"msg":"Entering in Maintenance mode."}',
+        "status",
+        note="20060 Entering in Maintenance mode.",
+    ),
+    MarketFeedsCase(
+        "gemini",
+        '{"type":"l2_updates","symbol":"BTCUSD","changes":[["buy","9122.04","0.00121425"],["sell","9122.07","0.98942292"]],'
+        '"trades":[{"type":"trade","symbol":"BTCUSD","eventid":169841459,"timestamp":1560976400429,"price":"9122.05",'
+        '"quantity":"0.1","side":"buy","tid":169841459},{"type":"trade","symbol":"BTCUSD","eventid":169841458,"timestamp":'
+        '1560976400428,"price":"9122.04","quantity":"0.0073173","side":"sell","tid":169841458}]}',
+        trades=(
+            ("BTC-USD", "9122.04", "0.0073173", "sell", "169841458", 1560976400428000000, None, "snapshot"),
+            ("BTC-USD", "9122.05", "0.1", "buy", "169841459", 1560976400429000000, None, "snapshot"),
+        ),
+    ),
+    MarketFeedsCase(
+        "gemini", '{"type":"l2_updates","symbol":"BTCUSD","changes":[["sell","9160.20","0.1921229751"]]}', "ignored"
+    ),
+    MarketFeedsCase(
+        "gemini",
+        '{"type":"trade","symbol":"BTCUSD","event_id":3575573053,"timestamp":1512314110000,"price":"9004.21000000","quantity":'
+        '"0.09110000","side":"buy","tid":2840140800042677}',
+        trades=(("BTC-USD", "9004.21000000", "0.09110000", "buy", "2840140800042677", 1512314110000000000, None, ""),),
+    ),
+    MarketFeedsCase("gemini", '{"type":"heartbeat","timestamp":1512314110000}', "heartbeat"),
+    MarketFeedsCase("gemini", '{"result":"error","reason":"InvalidJson"}', "error", note="InvalidJson "),
+    MarketFeedsCase(
+        "gateio",
+        '{"time":1611541000,"time_ms":1611541000001,"channel":"spot.trades","event":"subscribe","error":null,"result":'
+        '{"status":"success"}}',
+        "ack",
+    ),
+    MarketFeedsCase(
+        "gateio", '{"time":1545404023,"channel":"spot.pong","event":"","error":null,"result":null}', "heartbeat"
+    ),
+    MarketFeedsCase(
+        "gateio",
+        '{"time":1606292218,"time_ms":1606292218231,"channel":"spot.trades","event":"update","result":{"id":309143071,'
+        '"create_time":1606292218,"create_time_ms":"1606292218213.4578","side":"sell","currency_pair":"GT_USDT","amount":'
+        '"16.4700000000","price":"0.4705000000","range":"2390902-2390902"}}',
+        trades=(("GT-USDT", "0.4705000000", "16.4700000000", "sell", "309143071", 1606292218213457800, None, ""),),
+    ),
+    MarketFeedsCase(
+        "gateio",
+        '{"time":1611541000,"channel":"spot.trades","event":"subscribe","error":{"code":2,"message":"unknown currency pair '
+        'GT_USDTX"},"result":null}',
+        "error",
+        note="2 unknown currency pair GT_USDTX",
+    ),
+    MarketFeedsCase(
+        "bitmex",
+        '{"info":"Welcome to the BitMEX Realtime API.","version":"2024","timestamp":"2015-01-18T10:14:06.802Z","docs":'
+        '"https://www.bitmex.com/app/wsAPI","limit":{"remaining":39}}',
+        "status",
+        note="Welcome to the BitMEX Realtime API.",
+    ),
+    MarketFeedsCase(
+        "bitmex",
+        '{"success":true,"subscribe":"trade:XBTUSD","request":{"op":"subscribe","args":["trade:XBTUSD"]}}',
+        "ack",
+    ),
+    MarketFeedsCase("bitmex", "pong", "heartbeat"),
+    MarketFeedsCase(
+        "bitmex",
+        '{"table":"trade","action":"partial","keys":[],"types":{"timestamp":"timestamp"},"filter":{"symbol":"XBTUSD"},"data":'
+        '[{"timestamp":"2020-01-24T15:30:27.621Z","symbol":"XBTUSD","side":"Sell","size":500,"price":8479.5,"tickDirection":'
+        '"MinusTick","trdMatchID":"34153f08-a2f7-8749-72b4-061da3d3f070","grossValue":5896500,"homeNotional":0.058965,'
+        '"foreignNotional":500}]}',
+        trades=(
+            (
+                *("BTC-USD", "8479.5", "0.058965", "sell", "34153f08-a2f7-8749-72b4-061da3d3f070"),
+                *(market_feeds_ns("2020-01-24T15:30:27.621Z"), None, "snapshot"),
+            ),
+        ),
+    ),
+    MarketFeedsCase(
+        "bitmex",
+        '{"table":"trade","action":"insert","data":[{"timestamp":"2020-01-24T15:30:29.366Z","symbol":"XBTUSD","side":"Buy",'
+        '"size":2100,"price":8479.5,"tickDirection":"ZeroMinusTick","trdMatchID":"c2d665a3-bb51-f45f-6ce7-40f732f0609f",'
+        '"grossValue":24765300,"homeNotional":0.247653,"foreignNotional":2100}]}',
+        trades=(
+            (
+                *("BTC-USD", "8479.5", "0.247653", "buy", "c2d665a3-bb51-f45f-6ce7-40f732f0609f"),
+                *(market_feeds_ns("2020-01-24T15:30:29.366Z"), None, ""),
+            ),
+        ),
+    ),
+    MarketFeedsCase(
+        "bitmex",
+        '{"status":400,"error":"Unknown or expired symbol.","meta":{},"request":{"op":"subscribe","args":["trade:FOO"]}}',
+        "error",
+        note="400 Unknown or expired symbol.",
+    ),
+    MarketFeedsCase("alpaca", '[{"T":"success","msg":"connected"}]', "ack"),
+    MarketFeedsCase("alpaca", '[{"T":"success","msg":"authenticated"}]', "ack"),
+    MarketFeedsCase("alpaca", '[{"T":"subscription","trades":["AAPL"],"quotes":[],"bars":[]}]', "ack"),
+    MarketFeedsCase(
+        "alpaca",
+        '[{"T":"t","i":96921,"S":"AAPL","x":"D","p":126.55,"s":1,"t":"2021-02-22T15:51:44.208123456Z","c":["@","I"],"z":"C"},'
+        '{"T":"t","i":96922,"S":"BRK.B","x":"V","p":240,"s":0.5,"t":"2021-02-22T15:51:44Z","c":["@"],"z":"A"}]',
+        trades=(
+            *(
+                ("AAPL-USD", "126.55", "1", "", "D-96921", market_feeds_ns(when), None, "")
+                for when in ("2021-02-22T15:51:44.208123456Z",)
+            ),
+            ("BRK.B-USD", "240", "0.5", "", "V-96922", market_feeds_ns("2021-02-22T15:51:44Z"), None, ""),
+        ),
+    ),
+    MarketFeedsCase(
+        "alpaca",
+        '[{"T":"error","code":406,"msg":"connection limit exceeded"}]',
+        "error",
+        note="406 connection limit exceeded",
+    ),
+    MarketFeedsCase(
+        "alpaca",
+        '[{"T":"s","S":"AAPL","sc":"H","sm":"Trading Halt","rc":"T12","rm":"x","t":"2021-02-22T19:15:00Z","z":"C"}]',
+        "status",
+        note="AAPL: Trading Halt",
+    ),
+    MarketFeedsCase("alpaca", '[{"T":"c","S":"EEM","x":"M","oi":52983525033527,"op":39.1582,"os":440000}]', "ignored"),
+    MarketFeedsCase("finnhub", '{"type":"ping"}', "heartbeat"),
+    MarketFeedsCase(
+        "finnhub",
+        '{"data":[{"c":["1","8"],"p":7296.89,"s":"AAPL","t":1575526691134,"v":0.011467},{"p":7297,"s":"AAPL","t":1575526691135,'
+        '"v":3}],"type":"trade"}',
+        trades=(
+            ("AAPL-USD", "7296.89", "0.011467", "", "", 1575526691134000000, None, ""),
+            ("AAPL-USD", "7297", "3", "", "", 1575526691135000000, None, ""),
+        ),
+    ),
+    MarketFeedsCase(
+        "finnhub",
+        '{"type":"error","msg":"Subscribing to too many symbols"}',
+        "error",
+        note="Subscribing to too many symbols",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", MARKET_FEEDS_CASES, ids=lambda case: f"{case.exchange}-{case.kind}")
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_market_feeds_documented_frames(case: MarketFeedsCase, as_bytes: bool) -> None:
+    adapter = ADAPTERS[case.exchange].fresh()
+    for frame in case.before:
+        adapter.parse(frame, MARKET_FEEDS_NOW)
+    parsed = adapter.parse(case.frame.encode() if as_bytes else case.frame, MARKET_FEEDS_NOW)
+    expected = [
+        Trade(case.exchange, *row[:3], float(row[1]), float(row[2]), *row[3:6], MARKET_FEEDS_NOW, *row[6:])
+        for row in case.trades
+    ]
+    assert parsed == Parsed(expected, case.kind, case.note, None, case.sequence, case.reconnect)  # type: ignore[arg-type]
+    if not as_bytes and case.frame[0] in "[{":
+        assert adapter.parse(gzip.compress(case.frame.encode()), MARKET_FEEDS_NOW) == parsed
+
+
+def test_market_feeds_every_kind_is_covered() -> None:
+    kinds = {name: {case.kind for case in MARKET_FEEDS_CASES if case.exchange == name} for name in ADAPTERS}
+    for name, adapter in ADAPTERS.items():
+        wanted = {"trades", "error"} | ({"ack"} if name != "finnhub" else set())
+        wanted |= (
+            {"heartbeat"} if adapter.ping_every or name in ("coinbase", "bitfinex", "gemini", "finnhub") else set()
+        )
+        assert wanted <= kinds[name], name
+
+
+@pytest.mark.parametrize(
+    ("name", "native", "back"),
+    [
+        ("binance", "BTCUSDT", "BTC-USDT"),
+        ("coinbase", "BTC-USD", "BTC-USD"),
+        ("kraken", "BTC/USD", "BTC-USD"),
+        ("bitstamp", "btcusd", "BTC-USD"),
+        ("okx", "BTC-USDT", "BTC-USDT"),
+        ("bybit", "BTCUSDT", "BTC-USDT"),
+        ("bitfinex", "tBTCUSD", "BTC-USD"),
+        ("gemini", "BTCUSD", "BTC-USD"),
+        ("gateio", "BTC_USDT", "BTC-USDT"),
+        ("bitmex", "XBTUSD", "BTC-USD"),
+        ("alpaca", "BTC", "BTC-USD"),
+        ("finnhub", "BTC", "BTC-USD"),
+    ],
+)
+def test_market_feeds_symbols(name: str, native: str, back: str) -> None:
+    adapter = ADAPTERS[name].fresh()
+    assert adapter.native("BTC-USD") == native
+    assert adapter.symbol(native) == back  # nothing asked: what the name itself says
+    others = (
+        ("ETH-USD", "DOGE-USD", "1INCH-USD") if adapter.key_env else ("ETH-BTC", "DOGE-USDT", "SOL-EUR", "BTC-USDC")
+    )
+    for symbol in (*others, "ETH-USDT" if adapter.dollar == "USDT" else "ETH-USD"):
+        assert adapter.symbol(adapter.native(symbol)) == symbol
+    for wrong in (
+        "BTC",
+        "btc-usd",
+        "BTC/USD",
+        "",
+        "-USD",
+        "BTC-",
+        "BTC-USD-X",
+        "BTC USD",
+        'B"C-USD',
+        "B" * 21 + "-USD",
+    ):
+        with pytest.raises(ValueError, match="not a symbol"):
+            adapter.native(wrong)
+    with pytest.raises(ValueError, match="no symbols"):
+        adapter.subscribe([])
+    adapter.subscribe(["BTC-USD", "ETH-USD"])
+    assert adapter.symbol(native) == "BTC-USD"  # as it was asked for
+    assert adapter.symbol(adapter.native("ETH-USD")) == "ETH-USD"
+    with pytest.raises(BadFrame, match="not asked for"):
+        adapter.symbol(adapter.native("LTC-USD"))
+    adapter.subscribe(["LTC-USD"])
+    with pytest.raises(BadFrame, match="not asked for"):
+        adapter.symbol(native)
+
+
+def test_market_feeds_an_exact_symbol_is_not_stood_in_for() -> None:
+    for symbols in (["BTC-USD", "BTC-USDT"], ["BTC-USDT", "BTC-USD"]):
+        adapter = ADAPTERS["binance"].fresh()
+        (message,) = adapter.subscribe(symbols)
+        assert json.loads(message)["params"] == ["btcusdt@trade"]
+        assert adapter.symbol("BTCUSDT") == "BTC-USDT"
+
+
+def test_market_feeds_what_is_sent() -> None:
+    symbols = ["BTC-USD", "DOGE-USDT"]
+    sent = {}
+    for name, adapter in ADAPTERS.items():
+        other = type(adapter)(clock=lambda: 1611541000.7)
+        asked = symbols if adapter.key_env is None else ["AAPL-USD"]
+        sent[name] = [json.loads(message) for message in other.subscribe(asked)], other.ping()
+    assert sent == {
+        "binance": ([{"method": "SUBSCRIBE", "params": ["btcusdt@trade", "dogeusdt@trade"], "id": 1}], None),
+        "coinbase": (
+            [{"type": "subscribe", "product_ids": symbols, "channels": ["matches", "heartbeat"]}],
+            None,
+        ),
+        "kraken": (
+            [
+                {
+                    "method": "subscribe",
+                    "params": {"channel": "trade", "symbol": ["BTC/USD", "DOGE/USDT"], "snapshot": True},
+                }
+            ],
+            '{"method":"ping"}',
+        ),
+        "bitstamp": (
+            [
+                {"event": "bts:subscribe", "data": {"channel": f"live_trades_{native}"}}
+                for native in ("btcusd", "dogeusdt")
+            ],
+            '{"event":"bts:heartbeat"}',
+        ),
+        "okx": (
+            [
+                {
+                    "op": "subscribe",
+                    "args": [{"channel": "trades", "instId": name} for name in ("BTC-USDT", "DOGE-USDT")],
+                }
+            ],
+            "ping",
+        ),
+        "bybit": (
+            [{"op": "subscribe", "args": ["publicTrade.BTCUSDT", "publicTrade.DOGEUSDT"]}],
+            '{"op":"ping"}',
+        ),
+        "bitfinex": (
+            [
+                {"event": "conf", "flags": 65536},
+                {"event": "subscribe", "channel": "trades", "symbol": "tBTCUSD"},
+                {"event": "subscribe", "channel": "trades", "symbol": "tDOGE:UST"},
+            ],
+            None,
+        ),
+        "gemini": (
+            [{"type": "subscribe", "subscriptions": [{"name": "l2", "symbols": ["BTCUSD", "DOGEUSDT"]}]}],
+            None,
+        ),
+        "gateio": (
+            [
+                {
+                    "time": 1611541000,
+                    "channel": "spot.trades",
+                    "event": "subscribe",
+                    "payload": ["BTC_USDT", "DOGE_USDT"],
+                }
+            ],
+            '{"time":1611541000,"channel":"spot.ping"}',
+        ),
+        "bitmex": ([{"op": "subscribe", "args": ["trade:XBTUSD", "trade:DOGEUSDT"]}], "ping"),
+        "alpaca": (
+            [{"action": "auth", "key": "", "secret": ""}, {"action": "subscribe", "trades": ["AAPL"]}],
+            None,
+        ),
+        "finnhub": ([{"type": "subscribe", "symbol": "AAPL"}], None),
+    }
+    assert all((adapter.ping() is None) == (adapter.ping_every is None) for adapter in ADAPTERS.values())
+    assert all(
+        adapter.silent_after > (adapter.ping_every or 0) for adapter in ADAPTERS.values() if adapter.name != "kraken"
+    )
+    many = [f"C{number}-USD" for number in range(205)]
+    assert [len(json.loads(message)["params"]) for message in ADAPTERS["binance"].fresh().subscribe(many)] == [
+        100,
+        100,
+        5,
+    ]
+    assert [len(json.loads(message)["args"]) for message in ADAPTERS["bybit"].fresh().subscribe(many[:21])] == [
+        10,
+        10,
+        1,
+    ]
+
+
+def test_market_feeds_keys() -> None:
+    with pytest.raises(ValueError, match="APCA_API_KEY_ID"):
+        ADAPTERS["alpaca"].with_keys({})
+    with pytest.raises(ValueError, match="APCA_API_SECRET_KEY"):
+        ADAPTERS["alpaca"].with_keys({"APCA_API_KEY_ID": "k"})
+    alpaca = ADAPTERS["alpaca"].with_keys({"APCA_API_KEY_ID": "k", "APCA_API_SECRET_KEY": "s"}).fresh()
+    assert json.loads(alpaca.subscribe(["AAPL-USD"])[0]) == {"action": "auth", "key": "k", "secret": "s"}
+    with pytest.raises(ValueError, match="FINNHUB_API_KEY"):
+        ADAPTERS["finnhub"].with_keys({"FINNHUB_API_KEY": ""})
+    finnhub = ADAPTERS["finnhub"].with_keys({"FINNHUB_API_KEY": "a b&c"}).fresh()
+    assert finnhub.connect_url(["AAPL-USD"]) == "wss://ws.finnhub.io?token=a%20b%26c"
+    assert finnhub.connect_url(["AAPL-USD"], "ws://127.0.0.1:1/x") == "ws://127.0.0.1:1/x?token=a%20b%26c"
+    assert "a b" not in repr(finnhub) and "'s'" not in repr(alpaca)
+    for name in MARKET_FEEDS_CRYPTO:
+        adapter = ADAPTERS[name].with_keys({})
+        assert adapter is not ADAPTERS[name]
+        assert adapter.connect_url(["BTC-USD"]) == adapter.url
+        assert adapter.connect_url(["BTC-USD"], "ws://127.0.0.1:1/") == "ws://127.0.0.1:1/"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("42219.90", "42219.90"),
+        (42219.9, "42219.9"),
+        (7245, "7245"),
+        (1e-07, "0.0000001"),
+        (1.5e-07, "0.00000015"),
+        (1e17, "100000000000000000"),
+        (1e16, "10000000000000000"),
+        ("1e-8", "0.00000001"),
+        ("1.25E+3", "1250"),
+        ("12.5e-1", "1.25"),
+        ("+3", "3"),
+        (".5", "0.5"),
+        ("5.", "5"),
+        ("0", "0"),
+        ("1.23e1", "12.3"),
+        *(
+            (value, None)
+            for value in ("", ".", "e5", "-1", " 1", "1 ", "1_000", "1,5", "nan", "inf", "0x10", "１", "1e", "1\n")
+        ),
+        *(
+            (value, None)
+            for value in (-1.5, -1, True, None, [], {}, math.inf, math.nan, 10**18, 1e19, "1e30", "1e-30", 5e-324)
+        ),
+        *((value, None) for value in ("1" * 19, "0." + "1" * 25, "1e999", "9" * 10_000)),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_market_feeds_decimals(value: object, text: str | None) -> None:
+    if text is None:
+        with pytest.raises(BadFrame):
+            decimal(value)
+    else:
+        assert decimal(value) == text
+
+
+def test_market_feeds_decimals_are_the_doubles_that_were_sent() -> None:
+    rng = random.Random(8)
+    for _ in range(2000):
+        number = 10 ** rng.uniform(-9, 12) * rng.random()
+        assert float(decimal(number)) == number
+        assert "e" not in decimal(number)
+
+
+def test_market_feeds_times() -> None:
+    assert iso("2014-11-07T08:19:27.028459Z") == market_feeds_ns("2014-11-07T08:19:27.028459Z")
+    assert iso("2021-02-22T15:51:44.208123456+00:00") == 1614009104208123456
+    assert iso("2021-02-22T15:51:44Z") == 1614009104000000000
+    assert iso("2021-02-22T15:51:44.5Z") == 1614009104500000000
+    assert milliseconds(1606292218213) == milliseconds("1606292218213") == 1606292218213000000
+    assert milliseconds("1606292218213.4578") == 1606292218213457800
+    assert milliseconds(1606292218213.5) == 1606292218213500000
+    for wrong in (
+        "2021-02-22 15:51:44Z",
+        "2021-02-22T15:51:44",
+        "2021-13-22T15:51:44Z",
+        "2021-02-22T15:51:44+01:00",
+        5,
+        None,
+        "",
+    ):
+        with pytest.raises(ValueError):
+            iso(wrong)
+    for bad in ("", "x", "-5", "1e12", " 1", None, True, [], 1e300, math.nan):
+        with pytest.raises(BadFrame):
+            milliseconds(bad)
+
+
+def market_feeds_trade(adapter: Adapter, **changed: object) -> Parsed:
+    item = {"e": "trade", "s": "BTCUSDT", "t": 1, "p": "1", "q": "1", "T": MARKET_FEEDS_NOW // 10**6, "m": True}
+    return adapter.parse(json.dumps(item | changed), MARKET_FEEDS_NOW)
+
+
+def test_market_feeds_implausible_trades_are_bad_frames() -> None:
+    adapter = ADAPTERS["binance"].fresh()
+    borders = (EARLIEST_NS // 10**6, (MARKET_FEEDS_NOW + AHEAD_NS) // 10**6)
+    for when in borders:
+        assert market_feeds_trade(adapter, T=when).trades[0].exchange_ts_ns == when * 10**6
+    for when in (borders[0] - 1, borders[1] + 1, 0, -1, 10**30, MARKET_FEEDS_NOW):
+        with pytest.raises(BadFrame, match="plausible time|OverflowError"):
+            market_feeds_trade(adapter, T=when)
+    for field in ("p", "q"):
+        assert (
+            market_feeds_trade(adapter, **{field: 2.5}).trades[0]
+            == market_feeds_trade(adapter, **{field: "2.5"}).trades[0]
+        )
+        for wrong in (0, "0", "0.000", -1, "-1", None, "", "abc", [], {}, True, 1e300, "1e300"):
+            with pytest.raises(BadFrame):
+                market_feeds_trade(adapter, **{field: wrong})
+    for field, wrong in (
+        ("m", None),
+        ("m", 1),
+        ("t", -1),
+        ("t", 1.5),
+        ("t", "x"),
+        ("s", 5),
+        ("s", ["BTC"]),
+        ("s", "X"),
+    ):
+        with pytest.raises(BadFrame):
+            market_feeds_trade(adapter, **{field: wrong})
+    for frame in (
+        "",
+        "{",
+        "null",
+        "1",
+        '"trade"',
+        "[]",
+        "{}",
+        '{"e":"kline"}',
+        b"\xff\xfe",
+        "pong",
+        "\ud800",
+        None,
+        5,
+        [b"x"],
+    ):
+        with pytest.raises(BadFrame):
+            adapter.parse(frame, MARKET_FEEDS_NOW)  # type: ignore[arg-type]
+    with pytest.raises(BadFrame, match="unknown message: kline"):
+        adapter.parse('{"e":"kline"}', MARKET_FEEDS_NOW)
+
+
+def test_market_feeds_one_bad_trade_makes_a_bad_frame() -> None:
+    wire, adapter = WIRES["bybit"](), ADAPTERS["bybit"].fresh()
+    ticks = [("1", "1", "buy", number, MARKET_FEEDS_NOW) for number in range(3)]
+    (frame,) = wire.trades("BTCUSDT", ticks)
+    assert len(adapter.parse(frame, MARKET_FEEDS_NOW).trades) == 3
+    with pytest.raises(BadFrame):
+        adapter.parse(frame[::-1].replace('"1":"p"', '"0":"p"', 1)[::-1], MARKET_FEEDS_NOW)
+
+
+def test_market_feeds_gzip_is_bounded() -> None:
+    adapter = ADAPTERS["gateio"].fresh()
+    frame = b'{"time":1,"channel":"spot.pong","event":"","error":null,"result":null}'
+    assert adapter.parse(gzip.compress(frame), MARKET_FEEDS_NOW).kind == "heartbeat"
+    for wrong in (
+        gzip.compress(frame)[:-5],
+        gzip.compress(frame) + b"x",
+        gzip.compress(frame + b" " * UNPACKED_LIMIT),
+        b"\x1f\x8b",
+        b"\x1f\x8b" + bytes(100),
+        zlib.compress(frame),
+    ):
+        with pytest.raises(BadFrame):
+            adapter.parse(wrong, MARKET_FEEDS_NOW)
+
+
+def test_market_feeds_bitfinex_channels_are_of_one_connection() -> None:
+    adapter = ADAPTERS["bitfinex"].fresh()
+    frame = '[17470,"te",[1,1574694478809,-0.005,7245]]'
+    with pytest.raises(BadFrame, match="channel"):
+        adapter.parse(frame, MARKET_FEEDS_NOW)
+    adapter.subscribe(["BTC-USD"])
+    adapter.parse(MARKET_FEEDS_BITFINEX_ACK, MARKET_FEEDS_NOW)
+    assert adapter.parse(frame, MARKET_FEEDS_NOW).trades[0].symbol == "BTC-USD"
+    with pytest.raises(BadFrame, match="channel"):
+        adapter.fresh().parse(frame, MARKET_FEEDS_NOW)
+    adapter.subscribe(["BTC-USD"])
+    with pytest.raises(BadFrame, match="channel"):
+        adapter.parse(frame, MARKET_FEEDS_NOW)
+
+
+# ------------------------------------------------------------------------------------------ wires and adapters
+
+
+def market_feeds_connected(name: str, symbols: list[str]) -> tuple[Wire, Adapter, list[Parsed]]:
+    """A wire and an adapter after the subscription, and what the frames until then came to."""
+    wire, adapter = WIRES[name](clock=lambda: MARKET_FEEDS_NOW / 1e9), ADAPTERS[name].fresh()
+    frames, natives = wire.welcome(), []
+    for message in adapter.subscribe(symbols):
+        natives += wire.symbols_of(message)
+        frames += wire.acks(message)
+    assert natives == [adapter.native(symbol) for symbol in symbols]
+    return wire, adapter, [adapter.parse(frame, MARKET_FEEDS_NOW) for frame in frames]
+
+
+MARKET_FEEDS_STEP = {"binance": 10**6, "coinbase": 10**3, "kraken": 10**3, "bitstamp": 10**3, "gateio": 100}  # else ms
+
+
+@pytest.mark.parametrize("name", list(WIRES))
+def test_market_feeds_wires_and_adapters_agree(name: str) -> None:
+    symbols = ["BTC-USD", "ETH-USD", "DOGE-USDT"]
+    wire, adapter, begun = market_feeds_connected(name, symbols)
+    assert {parsed.kind for parsed in begun} <= {"ack", "status", "ignored"}
+    assert {parsed.kind for parsed in begun} & {"ack", "ignored"}
+    rng, step, check = random.Random(name), MARKET_FEEDS_STEP.get(name, 10**6), SequenceCheck()
+    number, when = 1000, MARKET_FEEDS_NOW - 10**12
+    for symbol, size in itertools.product(symbols, (1, 2, 7, 50)):
+        native = adapter.native(symbol)
+        assert wire.pair(native)[0] == symbol.split("-")[0]
+        numbers, number = range(number + 1, number + size + 1), number + size
+        ticks = []
+        for each in numbers:
+            when += rng.randrange(10**8)
+            price, amount = f"{rng.uniform(0.001, 1e5):.5f}1", f"{rng.uniform(1e-8, 1e3):.7f}1"
+            ticks.append((price, amount, rng.choice(("buy", "sell")), each, when))
+        frames = wire.trades(native, ticks)
+        assert len(frames) == (1 if wire.per_frame > 1 else 2 * size if name == "bitfinex" else size)
+        got = [trade for frame in frames for trade in check.check(adapter.parse(frame, MARKET_FEEDS_NOW))]
+        expected = [
+            (symbol, side, wire.trade_id(each), at // step * step, price, amount)
+            for price, amount, side, each, at in ticks
+        ]
+        assert [(t.symbol, t.side, t.trade_id, t.exchange_ts_ns, t.price, t.size) for t in got] == expected
+        assert all(t.price_value == float(t.price) and t.size_value == float(t.size) for t in got)
+        assert all(t.exchange == name and t.received_ts_ns == MARKET_FEEDS_NOW for t in got)
+        assert all(t.sequence in (None, each) for t, each in zip(got, numbers, strict=True))
+        again = [
+            trade for frame in wire.snapshot(native, ticks) for trade in adapter.parse(frame, MARKET_FEEDS_NOW).trades
+        ]
+        assert all(t.flags == "snapshot" for t in again)
+        assert [t._replace(flags="") for t in again] == [t._replace(flags="") for t in got[len(got) - len(again) :]]
+    gaps = 2 if name in ("binance", "coinbase", "kraken") else 1 if name == "bitfinex" else 0
+    counted = check.stats()
+    assert (counted.duplicates, counted.disorder, counted.restarts) == (0, 0, 0)
+    assert counted.trades == number - 1000
+    assert counted.gaps == (11 if gaps == 1 else 0)  # Bitfinex: each snapshot's frame number was not told to the check
+    for frames, kind in ((wire.heartbeat(), "heartbeat"), (wire.error("no"), "error"), (wire.maintenance(), "status")):
+        for frame in frames:
+            parsed = adapter.parse(frame, MARKET_FEEDS_NOW)
+            assert parsed.kind == kind
+            assert kind != "error" or "no" in parsed.note
+    ping = adapter.ping()
+    if ping is not None:
+        assert [adapter.parse(frame, MARKET_FEEDS_NOW).kind for frame in wire.acks(ping)] == ["heartbeat"]
+
+
+@pytest.mark.parametrize("name", list(WIRES))
+def test_market_feeds_wires_answer_rubbish(name: str) -> None:
+    wire, adapter = WIRES[name](), ADAPTERS[name].fresh()
+    for message in (
+        "",
+        "x",
+        "{}",
+        "[]",
+        "null",
+        "5",
+        b"\xff",
+        '{"op":"subscribe"}',
+        '{"event":"conf"}',
+        '{"method":5}',
+        '"x"',
+    ):
+        assert wire.symbols_of(message) == []
+        assert [adapter.parse(frame, MARKET_FEEDS_NOW).kind for frame in wire.acks(message)] == ["error"]
+
+
+# ------------------------------------------------------------------------------------------ SequenceCheck
+
+
+def market_feeds_sample(
+    number: int, *, symbol: str = "BTC-USD", sequence: bool = True, when: int = 0, flags: str = ""
+) -> Trade:
+    at = when or number
+    return Trade("x", symbol, "1", "1", 1.0, 1.0, "buy", str(number), at, 10**6, number if sequence else None, flags)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "flags", "missed"),
+    [
+        ([5, 6, 7], ["", "", ""], 0),
+        ([5, 7, 8], ["", "gap", ""], 1),
+        ([5, 9, 20], ["", "gap", "gap"], 13),
+        ([5, 6, 6, 7], ["", "", "duplicate", ""], 0),
+        ([5, 7, 6, 8], ["", "gap", "disorder", ""], 1),
+        ([5, 7, 7, 6, 6, 8], ["", "gap", "duplicate", "disorder", "duplicate", ""], 1),
+        ([5, 4, 6], ["", "disorder", ""], 0),
+    ],
+)
+def test_market_feeds_sequences(numbers: list[int], flags: list[str], missed: int) -> None:
+    check = SequenceCheck()
+    given = [market_feeds_sample(number) for number in numbers]
+    assert [check.label(trade) for trade in given] == [
+        trade._replace(flags=flag) for trade, flag in zip(given, flags, strict=True)
+    ]
+    counts = Counter(flags)
+    assert check.stats() == (len(numbers), counts["gap"], missed, counts["duplicate"], counts["disorder"], 0)
+    assert f"missed={missed}" in repr(check)
+
+
+def test_market_feeds_sequences_are_per_symbol_and_flags_are_joined() -> None:
+    check = SequenceCheck()
+    for number in (1, 2):
+        for symbol in ("BTC-USD", "ETH-USD"):
+            assert check.label(market_feeds_sample(number, symbol=symbol)).flags == ""
+    assert check.label(market_feeds_sample(9, flags="snapshot")).flags == "snapshot,gap"
+    assert check.label(market_feeds_sample(9, flags="snapshot")).flags == "snapshot,duplicate"
+    assert check.stats() == (6, 1, 6, 1, 0, 0)
+
+
+def test_market_feeds_without_sequences_time_tells_disorder() -> None:
+    check = SequenceCheck()
+    given = [(1, 100), (2, 100), (3, 99), (4, 100), (2, 100), (5, 101)]
+    found = [check.label(market_feeds_sample(number, sequence=False, when=when)).flags for number, when in given]
+    assert found == ["", "", "disorder", "", "duplicate", ""]
+    nameless = market_feeds_sample(1, sequence=False, when=200)._replace(trade_id="")
+    assert [check.label(nameless).flags for _ in range(2)] == ["", ""]  # no id: nothing can be said
+
+
+def test_market_feeds_a_sequence_may_begin_again() -> None:
+    check = SequenceCheck()
+    check.label(market_feeds_sample(2**62))
+    flags = [check.label(market_feeds_sample(number)).flags for number in range(1, 31)]
+    assert flags == ["disorder"] * SequenceCheck.RESTARTED + [""] * (30 - SequenceCheck.RESTARTED)
+    assert check.stats().restarts == 1
+
+
+def test_market_feeds_ids_are_forgotten_in_order() -> None:
+    check = SequenceCheck(remembered=100)
+    for number in range(10_000):
+        check.label(market_feeds_sample(number))
+    (seen,) = check._seen.values()
+    assert len(seen.ids) == len(seen.order) == 100
+    assert check.label(market_feeds_sample(9_900)).flags == "duplicate"
+    assert check.label(market_feeds_sample(9_899)).flags == "disorder"  # too long ago to know
+    with pytest.raises(ValueError, match="at least 1"):
+        SequenceCheck(remembered=0)
+
+
+def test_market_feeds_frame_numbers() -> None:
+    check = SequenceCheck()
+
+    def frame(sequence: int | None, *numbers: int) -> list[str]:
+        trades = [market_feeds_sample(number, sequence=False) for number in numbers]
+        return [trade.flags for trade in check.check(Parsed(trades, "trades", sequence=sequence))]
+
+    assert [frame(1), frame(2, 10), frame(3), frame(4, 11)] == [[], [""], [], [""]]
+    assert frame(7) == []  # 5 and 6 are missing, and the next trade says so, once
+    assert frame(8, 12, 13) == ["gap", ""]
+    assert check.stats()[1:] == (1, 2, 0, 0, 0)
+    assert frame(7, 12) == ["duplicate"]  # the same frame again
+    assert frame(9, 14) == [""]
+    assert frame(20) == []
+    check.reconnected()
+    assert frame(1, 15) == [""]
+    assert frame(2, 15) == ["duplicate"]  # ids are remembered over connections
+    assert frame(4, 9) == ["gap,disorder"]
+    assert check.stats()[1:] == (3, 2 + 10 + 1, 2, 1, 0)
+
+
+def test_market_feeds_sequence_counts_are_exact_on_a_lossy_feed() -> None:
+    rng = random.Random(80)
+    for _ in range(30):
+        check, expected, present = SequenceCheck(), Counter[str](), [0]
+        check.label(market_feeds_sample(0))
+        for number in range(1, 400):
+            chance = rng.random()
+            if chance < 0.1:
+                expected["missed"] += 1
+                continue
+            check.label(market_feeds_sample(number))
+            expected["gap"] += number != present[-1] + 1
+            present.append(number)
+            if chance > 0.9:
+                expected["duplicate"] += 1
+                assert check.label(market_feeds_sample(rng.choice(present))).flags == "duplicate"
+        missed = present[-1] - (len(present) - 1)
+        assert check.stats() == (
+            *(len(present) + expected["duplicate"], expected["gap"], missed),
+            *(expected["duplicate"], 0, 0),
+        )
+
+
+# ------------------------------------------------------------------------------------------ 100,000 mutated frames
+
+MARKET_FEEDS_VALUES = (
+    *(
+        "null",
+        "true",
+        "false",
+        "0",
+        "-1",
+        "-0.5",
+        "1.5",
+        "1e999",
+        "-1e999",
+        "1e-999",
+        "NaN",
+        "Infinity",
+        "1e300",
+        "5e-324",
+    ),
+    *(
+        "99999999999999999999999",
+        "18446744073709551616",
+        "-9223372036854775809",
+        '"1"',
+        '"0"',
+        '"-1"',
+        '"nan"',
+        '"inf"',
+    ),
+    *(
+        '"1e5"',
+        '"1e-7"',
+        '"1e999"',
+        '""',
+        '" "',
+        '"x"',
+        '"\\ud800"',
+        '"\\u0000"',
+        '"１２"',
+        '"1_0"',
+        '"1,5"',
+        '"0x1"',
+        "[]",
+    ),
+    *("{}", "[null]", '{"a":1}', "[[1,2],[3]]", "[" * 1200 + "]" * 1200, "[" * 90 + "]" * 90, '"' + "9" * 5000 + '"'),
+    *(
+        '"buy"',
+        '"sell"',
+        '"BTCUSDT"',
+        '"trade"',
+        '"2021-02-22T15:51:44Z"',
+        '"9999-99-99T99:99:99Z"',
+        "1606292218213",
+        '"te"',
+    ),
+)
+MARKET_FEEDS_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|true|false|null')
+MARKET_FEEDS_DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
+
+
+def market_feeds_mutated(rng: random.Random, frame: str, spans: list[tuple[int, int]]) -> str | bytes:
+    """A frame with one to three wounds: of its bytes, of a value, of a key, of its structure."""
+    way = rng.random()
+    if way < 0.35 or not spans:
+        data = bytearray(frame.encode())
+        for _ in range(rng.randrange(1, 4)):
+            at, what = rng.randrange(len(data) + 1), rng.randrange(6)
+            if what == 0:
+                del data[at:]
+            elif what == 1:
+                del data[at : at + rng.randrange(1, 20)]
+            elif what == 2:
+                data[at:at] = rng.randbytes(rng.randrange(1, 5))
+            elif what == 3:
+                data[at : at + 1] = rng.choice((b"0", b"9", b'"', b"[", b"}", b",", b":", b"-", b"e", b"\x00", b"\xff"))
+            elif what == 4:
+                data[at:at] = data[: rng.randrange(len(data) + 1)]
+            else:
+                data[at : at + 1] = bytes((rng.randrange(256),))
+        return bytes(data)
+    if way < 0.97:
+        for _ in range(rng.choice((1, 1, 1, 2))):
+            begin, end = spans[rng.randrange(len(spans))]
+            if way < 0.8:
+                new = MARKET_FEEDS_VALUES[rng.randrange(len(MARKET_FEEDS_VALUES))]
+            elif way < 0.85:
+                new = f"[{frame[begin:end]}]"
+            elif way < 0.9:
+                new = f'{{"x":{frame[begin:end]}}}'
+            elif way < 0.95:
+                new = (
+                    frame[begin:end][1:-1] if frame[begin] == '"' else f'"{frame[begin:end]}"'
+                )  # numbers as text, and back
+            else:
+                new = f"-{frame[begin:end]}"
+            frame = frame[:begin] + new + frame[end:]
+            spans = [span for span in spans if span[1] <= begin]
+            if not spans:
+                break
+        return frame
+    packed = bytearray(gzip.compress(frame.encode(), 1))
+    if way < 0.99:
+        packed[rng.randrange(len(packed))] ^= 1 << rng.randrange(8)
+    return bytes(packed)
+
+
+def test_market_feeds_100_000_mutated_frames() -> None:
+    rng, outcomes = random.Random(8_8), {name: Counter[str]() for name in ADAPTERS}
+    each = 100_000 // len(ADAPTERS) + 1
+    for name, adapter in ADAPTERS.items():
+        cases = [case for case in MARKET_FEEDS_CASES if case.exchange == name]
+        frames = [case.frame for case in cases for _ in range(3 if case.kind == "trades" else 1)]
+        spans = [[match.span() for match in MARKET_FEEDS_TOKEN.finditer(frame)] for frame in frames]
+        here = outcomes[name]
+        asked = (
+            ["AAPL-USD", "BRK.B-USD"] if adapter.key_env else ["BTC-USD", "MATIC-USD", "BNB-BTC", "GT-USD", "ETH-USDT"]
+        )
+        allowed = set(asked)
+        for number in range(each):
+            if number % 500 == 0:
+                adapter = adapter.fresh()
+                adapter.subscribe(asked)
+                if name == "bitfinex":
+                    adapter.parse(MARKET_FEEDS_BITFINEX_ACK, MARKET_FEEDS_NOW)
+            which = rng.randrange(len(frames))
+            frame = market_feeds_mutated(rng, frames[which], spans[which])
+            try:
+                parsed = adapter.parse(frame, MARKET_FEEDS_NOW)
+            except BadFrame as error:
+                here["bad"] += 1
+                assert len(str(error)) < 500
+                str(error).encode()
+                continue
+            here[parsed.kind] += 1
+            parsed.note.encode()
+            assert len(parsed.note) <= 2000
+            for trade in parsed.trades:
+                assert trade.symbol in allowed
+                assert trade.side in ("buy", "sell", "")
+                assert 0 < trade.price_value < 1e18
+                assert 0 < trade.size_value < 1e18
+                assert MARKET_FEEDS_DECIMAL.fullmatch(trade.price) and MARKET_FEEDS_DECIMAL.fullmatch(trade.size)
+                assert float(trade.price) == trade.price_value
+                assert float(trade.size) == trade.size_value
+                assert type(trade.exchange_ts_ns) is int
+                assert EARLIEST_NS <= trade.exchange_ts_ns <= MARKET_FEEDS_NOW + AHEAD_NS
+                assert trade.sequence is None or 0 <= trade.sequence < 2**63
+                assert type(trade.trade_id) is str and trade.trade_id.isascii() and len(trade.trade_id) <= 64
+                assert trade.flags in ("", "snapshot")
+                trade.trade_id.encode()
+    assert sum(sum(here.values()) for here in outcomes.values()) >= 100_000
+    for name, here in outcomes.items():
+        assert here["bad"] > each // 4, name
+        assert here["trades"] > each // 50, name
+        assert here["error"], name
+    assert {kind for here in outcomes.values() for kind in here} == {
+        *("bad", "trades", "ack", "heartbeat", "status", "error", "ignored")
+    }
