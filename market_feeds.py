@@ -125,9 +125,10 @@ class Kraken(Adapter):
 
     Taker: "side" is "the side of the taker order" (WebSocket API v2, "Trade").
     Sequence: "trade_id", "a sequence number, unique per book". A snapshot of the last 50 trades comes first.
+    Heartbeats come every second when nothing else does.
     """
 
-    name, url, silent_after, ping_every = "kraken", "wss://ws.kraken.com/v2", 10.0, 30.0
+    name, url, silent_after = "kraken", "wss://ws.kraken.com/v2", 10.0
 
     def _join(self, base: str, currency: str) -> str:
         return f"{base}/{currency}"
@@ -137,9 +138,6 @@ class Kraken(Adapter):
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"method": "subscribe", "params": {"channel": "trade", "symbol": natives, "snapshot": True}}]
-
-    def ping(self) -> str:
-        return '{"method":"ping"}'
 
     def _message(self, message: Any, received: int) -> Parsed:
         channel = message.get("channel")
@@ -467,7 +465,7 @@ class Bitmex(Adapter):
     client sends "ping" as text.
     """
 
-    name, url, ping_every, silent_after = "bitmex", "wss://ws.bitmex.com/realtime", 5.0, 20.0
+    name, url, ping_every, silent_after = "bitmex", "wss://ws.bitmex.com/realtime", 10.0, 30.0
     words = frozenset(("pong", b"pong"))
 
     def _join(self, base: str, currency: str) -> str:

@@ -82,7 +82,7 @@ class Parsed(NamedTuple):
     reconnect: bool = False  # the exchange asks for that, or is about to close
 
 
-HEARTBEAT = Parsed([], "heartbeat")
+HEARTBEAT = Parsed([], "heartbeat")  # these are shared: nobody appends to their lists
 ACK = Parsed([], "ack")
 IGNORED = Parsed([], "ignored")
 

@@ -167,8 +167,7 @@ MARKET_FEEDS_CASES = [
         "kraken",
         '{"channel":"trade","type":"update","data":[{"symbol":"MATIC/USD","side":"sell","price":0.5117,"qty":40.0,'
         '"ord_type":"market","trade_id":4665906,"timestamp":"2023-09-25T07:49:37.708706Z"}]}',
-        trades=(*(("MATIC-USD", "0.5117", "40.0", "sell", "4665906"),),)
-        and (
+        trades=(
             (
                 *("MATIC-USD", "0.5117", "40.0", "sell", "4665906"),
                 *(market_feeds_ns("2023-09-25T07:49:37.708706Z"), 4665906, ""),
@@ -239,7 +238,8 @@ MARKET_FEEDS_CASES = [
     ),
     MarketFeedsCase(
         "okx",
-        '{"event":"notice","code":"64008","msg":"The connection will soon be closed for a service upgrade. Please reconnect.",'
+        '{"event":"notice","code":"64008","msg":"The connection will soon be closed for a service upgrade. Please '
+        'reconnect.",'
         '"connId":"a4d3ae55"}',
         "status",
         note="The connection will soon be closed for a service upgrade. Please reconnect.",
@@ -368,8 +368,8 @@ MARKET_FEEDS_CASES = [
     ),
     MarketFeedsCase(
         "gateio",
-        '{"time":1611541000,"channel":"spot.trades","event":"subscribe","error":{"code":2,"message":"unknown currency pair '
-        'GT_USDTX"},"result":null}',
+        '{"time":1611541000,"channel":"spot.trades","event":"subscribe","error":{"code":2,"message":"unknown '
+        'currency pair GT_USDTX"},"result":null}',
         "error",
         note="2 unknown currency pair GT_USDTX",
     ),
@@ -413,7 +413,8 @@ MARKET_FEEDS_CASES = [
     ),
     MarketFeedsCase(
         "bitmex",
-        '{"status":400,"error":"Unknown or expired symbol.","meta":{},"request":{"op":"subscribe","args":["trade:FOO"]}}',
+        '{"status":400,"error":"Unknown or expired symbol.","meta":{},"request":{"op":"subscribe",'
+        '"args":["trade:FOO"]}}',
         "error",
         note="400 Unknown or expired symbol.",
     ),
@@ -472,7 +473,7 @@ def test_market_feeds_documented_frames(case: MarketFeedsCase, as_bytes: bool) -
         adapter.parse(frame, MARKET_FEEDS_NOW)
     parsed = adapter.parse(case.frame.encode() if as_bytes else case.frame, MARKET_FEEDS_NOW)
     expected = [
-        Trade(case.exchange, *row[:3], float(row[1]), float(row[2]), *row[3:6], MARKET_FEEDS_NOW, *row[6:])
+        Trade._make((case.exchange, *row[:3], float(row[1]), float(row[2]), *row[3:6], MARKET_FEEDS_NOW, *row[6:]))
         for row in case.trades
     ]
     assert parsed == Parsed(expected, case.kind, case.note, None, case.sequence, case.reconnect)  # type: ignore[arg-type]
@@ -483,7 +484,7 @@ def test_market_feeds_documented_frames(case: MarketFeedsCase, as_bytes: bool) -
 def test_market_feeds_every_kind_is_covered() -> None:
     kinds = {name: {case.kind for case in MARKET_FEEDS_CASES if case.exchange == name} for name in ADAPTERS}
     for name, adapter in ADAPTERS.items():
-        wanted = {"trades", "error"} | ({"ack"} if name != "finnhub" else set())
+        wanted = {"trades", "error"} | (set() if name in ("gemini", "finnhub") else {"ack"})  # these two send none
         wanted |= (
             {"heartbeat"} if adapter.ping_every or name in ("coinbase", "bitfinex", "gemini", "finnhub") else set()
         )
@@ -570,7 +571,7 @@ def test_market_feeds_what_is_sent() -> None:
                     "params": {"channel": "trade", "symbol": ["BTC/USD", "DOGE/USDT"], "snapshot": True},
                 }
             ],
-            '{"method":"ping"}',
+            None,
         ),
         "bitstamp": (
             [
@@ -623,9 +624,7 @@ def test_market_feeds_what_is_sent() -> None:
         "finnhub": ([{"type": "subscribe", "symbol": "AAPL"}], None),
     }
     assert all((adapter.ping() is None) == (adapter.ping_every is None) for adapter in ADAPTERS.values())
-    assert all(
-        adapter.silent_after > (adapter.ping_every or 0) for adapter in ADAPTERS.values() if adapter.name != "kraken"
-    )
+    assert all(adapter.silent_after > (adapter.ping_every or 0) for adapter in ADAPTERS.values())
     many = [f"C{number}-USD" for number in range(205)]
     assert [len(json.loads(message)["params"]) for message in ADAPTERS["binance"].fresh().subscribe(many)] == [
         100,
@@ -659,6 +658,13 @@ def test_market_feeds_keys() -> None:
         assert adapter.connect_url(["BTC-USD"], "ws://127.0.0.1:1/") == "ws://127.0.0.1:1/"
 
 
+MARKET_FEEDS_NO_NUMBERS: tuple[Any, ...] = (
+    *("", ".", "e5", "-1", " 1", "1 ", "1_000", "1,5", "nan", "inf", "0x10", "１", "1e", "1\n"),
+    *(-1.5, -1, True, None, [], {}, math.inf, math.nan, 10**18, 1e19, "1e30", "1e-40", 5e-324),
+    *("1" * 19, "0." + "1" * 37, "1e999", "9" * 10_000),
+)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -677,15 +683,7 @@ def test_market_feeds_keys() -> None:
         ("5.", "5"),
         ("0", "0"),
         ("1.23e1", "12.3"),
-        *(
-            (value, None)
-            for value in ("", ".", "e5", "-1", " 1", "1 ", "1_000", "1,5", "nan", "inf", "0x10", "１", "1e", "1\n")
-        ),
-        *(
-            (value, None)
-            for value in (-1.5, -1, True, None, [], {}, math.inf, math.nan, 10**18, 1e19, "1e30", "1e-30", 5e-324)
-        ),
-        *((value, None) for value in ("1" * 19, "0." + "1" * 25, "1e999", "9" * 10_000)),
+        *((value, None) for value in MARKET_FEEDS_NO_NUMBERS),
     ],
     ids=lambda value: repr(value)[:20],
 )
@@ -724,7 +722,8 @@ def test_market_feeds_times() -> None:
     ):
         with pytest.raises(ValueError):
             iso(wrong)
-    for bad in ("", "x", "-5", "1e12", " 1", None, True, [], 1e300, math.nan):
+    no_times: tuple[Any, ...] = ("", "x", "-5", "1e12", " 1", None, True, [], 1e300, math.nan)
+    for bad in no_times:
         with pytest.raises(BadFrame):
             milliseconds(bad)
 
@@ -740,14 +739,15 @@ def test_market_feeds_implausible_trades_are_bad_frames() -> None:
     for when in borders:
         assert market_feeds_trade(adapter, T=when).trades[0].exchange_ts_ns == when * 10**6
     for when in (borders[0] - 1, borders[1] + 1, 0, -1, 10**30, MARKET_FEEDS_NOW):
-        with pytest.raises(BadFrame, match="plausible time|OverflowError"):
+        with pytest.raises(BadFrame, match=r"plausible time|time in milliseconds"):
             market_feeds_trade(adapter, T=when)
     for field in ("p", "q"):
         assert (
             market_feeds_trade(adapter, **{field: 2.5}).trades[0]
             == market_feeds_trade(adapter, **{field: "2.5"}).trades[0]
         )
-        for wrong in (0, "0", "0.000", -1, "-1", None, "", "abc", [], {}, True, 1e300, "1e300"):
+        no_amounts: tuple[Any, ...] = (0, "0", "0.000", -1, "-1", None, "", "abc", [], {}, True, 1e300, "1e300")
+        for wrong in no_amounts:
             with pytest.raises(BadFrame):
                 market_feeds_trade(adapter, **{field: wrong})
     for field, wrong in (
