@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 from urllib.parse import quote
 
+import orjson
+
 from market_trade import *  # noqa: F403  -- the names of that file can be imported from here too
 from market_trade import (
     ACK,
@@ -310,6 +312,18 @@ class Bitfinex(Adapter):
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         super().__init__(clock=clock)
         self._channels: dict[int, str] = {}
+
+    def context(self) -> str:
+        channels = {str(channel): symbol for channel, symbol in self._channels.items()}
+        return orjson.dumps({"asked": self._asked, "channels": channels}).decode()
+
+    def within(self, context: str | bytes) -> Self:
+        other = super().within(context)
+        channels = orjson.loads(context).get("channels")
+        if type(channels) is not dict or not all(type(symbol) is str for symbol in channels.values()):
+            raise ValueError(f"not a context: {short(context)}")
+        other._channels = {int(channel): symbol for channel, symbol in channels.items()}
+        return other
 
     def _join(self, base: str, currency: str) -> str:
         base, currency = self._names.get(base, base), self._names.get(currency, currency)

@@ -25,7 +25,8 @@ Not promised: that an exchange tells the truth, or everything. What its sequence
 `SequenceCheck` (gaps, duplicates, disorder), counted, and never patched.
 
 An adapter holds the state of one connection: the symbols asked for and, at Bitfinex, the numbers of its channels.
-`subscribe` begins it anew. For two connections to one exchange take two adapters: `fresh()`.
+`subscribe` begins it anew. For two connections to one exchange take two adapters: `fresh()`. A frame that is read again
+later (a dead letter) needs that state too: `context` tells it and `within` restores it.
 Nothing here has a lock: an adapter and its check belong to one event loop.
 """
 
@@ -227,6 +228,19 @@ class Adapter:
     def with_keys(self, environment: Mapping[str, str]) -> Self:
         """Another one with its key, if it needs any; `ValueError` if the variable is not set."""
         return self.fresh()
+
+    def context(self) -> str:
+        """What `parse` knows of the connection, as JSON: with it a dead letter can be read again, in another process."""
+        return orjson.dumps({"asked": self._asked}).decode()
+
+    def within(self, context: str | bytes) -> Self:
+        """Another one that knows what the one with this `context` knew; `ValueError` if it is none."""
+        other, found = self.fresh(), orjson.loads(context)
+        asked = found.get("asked") if type(found) is dict else None
+        if type(asked) is not dict or not all(type(symbol) is str for symbol in asked.values()):
+            raise ValueError(f"not a context: {short(context)}")
+        other._asked = asked
+        return other
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {' '.join(self._asked.values()) or 'nothing asked'}>"

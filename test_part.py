@@ -27,8 +27,11 @@ from market_trade import (
     SequenceCheck,
     Trade,
     decimal,
+    identity,
     iso,
     milliseconds,
+    short,
+    whole,
 )
 from sandbox_exchanges import WIRES, Wire
 
@@ -188,9 +191,9 @@ MARKET_FEEDS_CASES = [
     MarketFeedsCase(
         "bitstamp",
         '{"data":{"id":212337562,"timestamp":"1643643584","amount":0.0028,"amount_str":"0.00280000","price":38416,'
-        '"price_str":"38416","type":0,"microtimestamp":"1643643584587000","buy_order_id":1453282316578816,'
+        '"price_str":"38416.00","type":0,"microtimestamp":"1643643584587000","buy_order_id":1453282316578816,'
         '"sell_order_id":1453282315493376},"channel":"live_trades_btcusd","event":"trade"}',
-        trades=(("BTC-USD", "38416", "0.00280000", "buy", "212337562", 1643643584587000000, None, ""),),
+        trades=(("BTC-USD", "38416.00", "0.00280000", "buy", "212337562", 1643643584587000000, None, ""),),
     ),
     MarketFeedsCase(
         "bitstamp",
@@ -824,6 +827,53 @@ def test_market_feeds_bitfinex_channels_are_of_one_connection() -> None:
         adapter.parse(frame, MARKET_FEEDS_NOW)
 
 
+def test_market_feeds_snapshots_come_oldest_first_where_times_are_equal() -> None:
+    for name in ("kraken", "bitfinex", "gemini"):
+        wire, adapter, _ = market_feeds_connected(name, ["BTC-USD"])
+        ticks = [("1", "1", "buy", number, MARKET_FEEDS_NOW) for number in range(1, 6)]
+        (frame,) = wire.snapshot(adapter.native("BTC-USD"), ticks)
+        assert [trade.trade_id for trade in adapter.parse(frame, MARKET_FEEDS_NOW).trades] == ["1", "2", "3", "4", "5"]
+
+
+def test_market_feeds_the_state_of_a_connection_goes_with_a_dead_letter() -> None:
+    for name in ADAPTERS:
+        adapter = ADAPTERS[name].fresh()
+        adapter.subscribe(["BTC-USD"])
+        native, context = adapter.native("BTC-USD"), adapter.context()
+        if name == "bitfinex":
+            adapter.parse(MARKET_FEEDS_BITFINEX_ACK, MARKET_FEEDS_NOW)
+            frame, context = '[17470,"te",[1,1574694478809,-0.005,7245]]', adapter.context()
+            later = ADAPTERS[name].within(context)
+            assert later.parse(frame, MARKET_FEEDS_NOW) == adapter.parse(frame, MARKET_FEEDS_NOW)
+        later = ADAPTERS[name].within(context.encode())
+        assert later is not ADAPTERS[name]
+        assert later.symbol(native) == "BTC-USD"
+        assert later.context() == context
+        for wrong in ("", "5", "{}", "[]", '{"asked":5}', '{"asked":{"a":5}}'):
+            with pytest.raises(ValueError):
+                ADAPTERS[name].within(wrong)
+    for wrong in ('{"asked":{}}', '{"asked":{},"channels":{"x":"BTC-USD"}}', '{"asked":{},"channels":{"1":2}}'):
+        with pytest.raises(ValueError):
+            ADAPTERS["bitfinex"].within(wrong)
+
+
+def test_market_feeds_types_are_not_mixed_up() -> None:
+    assert (identity(5), identity("a-5"), whole("7"), whole(2**63 - 1)) == ("5", "a-5", 7, 2**63 - 1)
+    wrong: tuple[Any, ...] = (True, False, -1, 1.0, None, "", "a b", "x" * 65, "é", [], {})
+    for value in wrong:
+        with pytest.raises(BadFrame):
+            identity(value)
+    for value in (*wrong, 2**63, "1" * 19, "-1", "x"):
+        with pytest.raises(BadFrame):
+            whole(value)
+    frame = next(case.frame for case in MARKET_FEEDS_CASES if case.exchange == "bitstamp" and case.trades)
+    assert ADAPTERS["bitstamp"].fresh().parse(frame, MARKET_FEEDS_NOW).trades[0].side == "buy"
+    for kind in ("false", "0.0", '"0"', "2", "-1", "null", "[]"):
+        with pytest.raises(BadFrame):
+            ADAPTERS["bitstamp"].fresh().parse(frame.replace('"type":0', f'"type":{kind}'), MARKET_FEEDS_NOW)
+    assert short("a\ud800" + "b" * 300) == "a\\ud800" + "b" * 198
+
+
 # ------------------------------------------------------------------------------------------ wires and adapters
 
 
@@ -967,6 +1017,15 @@ def test_market_feeds_a_sequence_may_begin_again() -> None:
     flags = [check.label(market_feeds_sample(number)).flags for number in range(1, 31)]
     assert flags == ["disorder"] * SequenceCheck.RESTARTED + [""] * (30 - SequenceCheck.RESTARTED)
     assert check.stats().restarts == 1
+
+
+def test_market_feeds_late_ones_do_not_begin_a_sequence_again() -> None:
+    check = SequenceCheck()
+    for number in range(0, 200, 2):
+        check.label(market_feeds_sample(number))
+    assert {check.label(market_feeds_sample(number)).flags for number in range(1, 199, 2)} == {"disorder"}
+    assert check.stats()[1:] == (99, 99, 0, 99, 0)
+    assert check.label(market_feeds_sample(199)).flags == ""
 
 
 def test_market_feeds_ids_are_forgotten_in_order() -> None:
