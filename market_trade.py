@@ -230,7 +230,7 @@ class Adapter:
         return self.fresh()
 
     def context(self) -> str:
-        """What `parse` knows of the connection, as JSON: with it a dead letter can be read again, in another process."""
+        """What `parse` knows of the connection, as JSON: with it a dead letter can be read again elsewhere."""
         return orjson.dumps({"asked": self._asked}).decode()
 
     def within(self, context: str | bytes) -> Self:
