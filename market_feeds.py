@@ -6,8 +6,8 @@ Each class says where its exchange is, how its trades are asked for, and what it
 and what is promised of a trade, is in `market_trade`, whose names can be imported from here too. A further exchange is
 one more class and its name in `ADAPTERS`.
 
-Each states how its exchange tells the taker's side, the one convention of `Trade.side`, and where that is documented;
-and whether its frames or ids are numbered without holes, so that `SequenceCheck` can see a gap. USD is USDT where an
+Each states how its exchange tells the taker's side, the one convention of `Trade.side`, and where that is written: in
+quotation marks, the exchange's own words; without, what its documentation or its other readers take it for. It says too whether its frames or ids are numbered without holes, so that `SequenceCheck` can see a gap. USD is USDT where an
 exchange has no books in USD (`dollar`).
 """
 
@@ -42,6 +42,7 @@ from market_trade import (
 
 _SIDES: dict[Any, Side] = {"buy": "buy", "sell": "sell"}
 _CAPITAL_SIDES: dict[Any, Side] = {"Buy": "buy", "Sell": "sell"}
+_BITMEX_SIDES: dict[Any, Side] = _CAPITAL_SIDES | {"": "", None: ""}
 
 
 class Binance(Adapter):
@@ -125,8 +126,8 @@ class Coinbase(Adapter):
 class Kraken(Adapter):
     """Kraken spot, WebSocket v2, channel "trade" (symbols are BTC/USD there, not XBT/USD).
 
-    Taker: "side" is "the side of the taker order" (WebSocket API v2, "Trade").
-    Sequence: "trade_id", "a sequence number, unique per book". A snapshot of the last 50 trades comes first.
+    Taker: "side", "Taker order direction" (WebSocket API v2, "Trade").
+    Sequence: "trade_id", "Sequence number unique per trading book". A snapshot of the last 50 trades comes first.
     Heartbeats come every second when nothing else does.
     """
 
@@ -171,9 +172,9 @@ _KRAKEN_FLAGS = {"update": "", "snapshot": "snapshot"}
 class Bitstamp(Adapter):
     """Bitstamp, channels "live_trades_…": one trade a frame.
 
-    Taker: "type" is the "trade type (0 - buy; 1 - sell)" (Websocket API v2, "Live ticker"): that of the order that was
-    executed against the book, the taker's. No sequence; ids grow but not by one. The exchange announces its
-    maintenance by "bts:request_reconnect". Prices are taken from "price_str": "price" is a rounded double.
+    Taker: "type" is the "Trade type (0 - buy; 1 - sell)" (Websocket API v2, "Live ticker"). It does not say whose; all
+    readers of the feed take it for the taker's, and so is it here. No sequence; ids grow but not by one. The exchange
+    announces its maintenance by "bts:request_reconnect". Prices are taken from "price_str", which is exact.
     """
 
     name, url, ping_every, silent_after = "bitstamp", "wss://ws.bitstamp.net", 30.0, 75.0
@@ -216,9 +217,9 @@ class Bitstamp(Adapter):
 class Okx(Adapter):
     """OKX v5, public channel "trades": fills of one taker order at one price come as one trade.
 
-    Taker: "side" is the "trade direction" of the taker ("side of taker order", Order Book Trading, "WS / Trades
-    channel"). No sequence: "tradeId" is the last of "count" ids, and "seqId" is shared with the books. The client must
-    send "ping" as text within 30 s of silence. Notice 64008: the connection closes soon for an upgrade.
+    Taker: "side" is the side of the taker's order (API v5, Order Book Trading, "WS / Trades channel"). No sequence:
+    "tradeId" is the last of "count" ids, and "seqId" is shared with the books. The client must send "ping" as text
+    within 30 s of silence. Notice 64008: the connection closes soon for an upgrade.
     """
 
     name, url, dollar = "okx", "wss://ws.okx.com:8443/ws/v5/public", "USDT"
@@ -298,7 +299,8 @@ class Bybit(Adapter):
 class Bitfinex(Adapter):
     """Bitfinex v2, channels "trades": arrays under a channel's number, which an acknowledgement gave to a symbol.
 
-    Taker: the sign of AMOUNT, "how much was bought (positive) or sold (negative)" (WebSocket, "Trades"): the taker's.
+    Taker: the sign of AMOUNT, "How much was bought (positive) or sold (negative). The order that causes the trade
+    determines if it is a buy or a sell" (WebSocket, public "Trades"; the second sentence is in that of v1).
     "te" comes at once and "tu", the same trade again, a little later; "te" is taken, "tu" ignored. Sequence: asked for
     (flag 65536, SEQ_ALL), it ends every frame and counts over the connection, so it is the frame's and not the
     trade's. A snapshot, newest first, comes at the beginning. Events 20051, 20060, 20061: restart, maintenance begins,
@@ -395,7 +397,7 @@ class Bitfinex(Adapter):
 class Gemini(Adapter):
     """Gemini, market data v2, "l2": the book's changes (ignored), the trades, and the last 50 trades at the beginning.
 
-    Taker: "side" is "side of the taker in the trade. buy or sell" (Market Data v2, "Level 2 Data", "Trade Response").
+    Taker: "side", "Side of the taker in the trade. buy or sell" (Market Data v2, "Level 2 Data", "Trade Response").
     No sequence: "tid" grows, but over all symbols.
     """
 
@@ -433,7 +435,7 @@ class Gemini(Adapter):
 class Gateio(Adapter):
     """Gate.io v4 spot, channel "spot.trades": one trade a frame.
 
-    Taker: "side" is the "taker side" (Spot WebSocket v4, "Public Trades Channel"). No sequence: "id" counts over all
+    Taker: "side" is the taker's (Spot WebSocket v4, "Public Trades Channel"). No sequence: "id" counts over all
     markets. The time is "create_time_ms": text, in milliseconds with a fraction.
     """
 
@@ -473,7 +475,7 @@ class Gateio(Adapter):
 class Bitmex(Adapter):
     """BitMEX, table "trade": perpetual contracts (XBTUSD, ETHUSD, XBTUSDT …), not spot.
 
-    Taker: "side" is the side of the taker, the aggressor of the trade (API, "Trade: individual & bucketed trades").
+    Taker: "side" is the aggressor's, as nautilus_trader and ccxt read it too; a trade without one (a settlement) is "".
     "size" counts contracts, which are USD for XBTUSD: "homeNotional", the amount of the base currency, is taken
     instead, and a trade without it is a bad frame. No sequence: "trdMatchID" is a UUID. "partial" is a snapshot. The
     client sends "ping" as text.
@@ -503,7 +505,11 @@ class Bitmex(Adapter):
             trades, made, symbol = [], self._trade, self.symbol
             flags = "" if action == "insert" else "snapshot"
             for item in expect_list(message["data"]):
-                side, number, when = _CAPITAL_SIDES[item["side"]], identity(item["trdMatchID"]), iso(item["timestamp"])
+                side, number, when = (
+                    _BITMEX_SIDES[item.get("side")],
+                    identity(item["trdMatchID"]),
+                    iso(item["timestamp"]),
+                )
                 name, price, size = symbol(item["symbol"]), item["price"], item["homeNotional"]
                 trades.append(made(name, price, size, side, number, when, received, None, flags))
             return Parsed(in_order(trades) if flags else trades, "trades")

@@ -871,6 +871,10 @@ def test_market_feeds_types_are_not_mixed_up() -> None:
     for kind in ("false", "0.0", '"0"', "2", "-1", "null", "[]"):
         with pytest.raises(BadFrame):
             ADAPTERS["bitstamp"].fresh().parse(frame.replace('"type":0', f'"type":{kind}'), MARKET_FEEDS_NOW)
+    frame = next(case.frame for case in MARKET_FEEDS_CASES if case.exchange == "bitmex" and case.trades)
+    for kind, side in (('"Buy"', "buy"), ('"Sell"', "sell"), ('""', ""), ("null", "")):
+        parsed = ADAPTERS["bitmex"].fresh().parse(frame.replace('"Sell"', kind), MARKET_FEEDS_NOW)
+        assert [trade.side for trade in parsed.trades] == [side]
     assert short("a\ud800" + "b" * 300) == "a\\ud800" + "b" * 198
 
 
