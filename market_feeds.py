@@ -173,8 +173,8 @@ _KRAKEN_FLAGS = {"update": "", "snapshot": "snapshot"}
 class Bitstamp(Adapter):
     """Bitstamp, channels "live_trades_…": one trade a frame.
 
-    Taker: "type" is the "Trade type (0 - buy; 1 - sell)" (Websocket API v2, "Live ticker"). It does not say whose; other
-    readers of the feed take it for the taker's, and so is it here. No sequence; ids grow but not by one. The exchange
+    Taker: "type" is the "Trade type (0 - buy; 1 - sell)" (Websocket API v2, "Live ticker"). Whose is not said;
+    other readers take it for the taker's, and so is it here. No sequence; ids grow but not by one. The exchange
     announces its maintenance by "bts:request_reconnect". Prices are taken from "price_str", which is exact.
     """
 
