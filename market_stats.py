@@ -296,7 +296,7 @@ class Analytics:
     """Any number of symbols. ``add`` each trade; ``due`` gives the rows that changed, ``row`` any one.
 
     ``windows``, ``step``, ``lateness``, ``ahead``, ``half_life``, ``every``: seconds. A symbol's rows are due at most
-    once per ``every``, by the time at which trades were received.
+    once per ``every``, by the time at which the last trade was received; at once if that clock was put back.
     """
 
     def __init__(
@@ -331,8 +331,6 @@ class Analytics:
     ) -> bool:
         """``add``, for what has come from another process as a plain tuple."""
         self._offered += 1
-        if received > self._received:
-            self._received = received
         if not (1 / GREATEST < price < GREATEST and 0 <= size < GREATEST and 0 <= at < LATEST and exchange != ALL):
             self._absurd += 1
             return False
@@ -371,6 +369,7 @@ class Analytics:
                 self._unchecked += 1
         self._ids += len(series.ids) - known
         self._taken += 1
+        self._received = received
         self._late_for_all += not book.all.take(key, price, size)
         if not book.changed:
             self._changed[symbol] = book
@@ -381,7 +380,7 @@ class Analytics:
         """The rows of the series that changed since they were last told, of the symbols whose time has come."""
         found = list[Row]()
         for symbol, book in list(self._changed.items()):
-            if everything or self._received - book.told >= self._every:
+            if everything or not 0 <= self._received - book.told < self._every:
                 del self._changed[symbol]
                 book.told = self._received
                 found.append(self._all(symbol, book, 0))

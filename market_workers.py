@@ -10,11 +10,11 @@ Promised
 - Rows are the same, to the last bit, as if no worker had died: rebuilding does what was done, in the same order.
 - A batch whose rows came back is in the state once, any other not at all: what a worker did and did not tell died
   with it.
-- A batch is begun ``attempts`` times at most. Then, or at once if it raises, or at ``close``, ``Uncomputed`` has its
-  trades, and the rows of the other workers. The worker goes on without it.
+- A batch is begun ``attempts`` times at most. Then, or at once if it raises or ``close`` cuts it off, ``Uncomputed``
+  has its trades, and the rows of the other workers. The worker goes on without it.
 - Backpressure: ``waiting`` calls at a time; further ones wait their turn, first come, first served.
-- Bounded: a worker's batches since its checkpoint have at most ``retained`` bytes (or twice the checkpoint's, if that
-  is more) and are at most LOG; the next job then brings a new checkpoint along. ``Analytics`` bounds the state.
+- Bounded: a worker's batches since its checkpoint have at most ``retained`` bytes (or as many as the checkpoint, if
+  that has more) and are at most LOG; the next job then brings a new checkpoint along. ``Analytics`` bounds the state.
 - The loop is held for the packing of MOST trades at a time, under 1 ms, and while ``Processes`` pickles a job.
 
 Not promised: anything about a call that was cancelled, of which some workers may have done their part and others not.
@@ -35,9 +35,10 @@ all; flat out 140,000 trades/s with one worker, 330,000 with two. A checkpoint o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -148,7 +149,7 @@ class _Slot:
 
     async def _run(self, packed: bytes, everything: bool) -> list[Row]:
         size = self.log_bytes + len(packed)
-        full = size > max(self.most, 2 * len(self.checkpoint or b"")) or len(self.log) >= LOG
+        full = size > max(self.most, len(self.checkpoint or b"")) or len(self.log) >= LOG
         for attempt in range(1, self.attempts + 1):
             try:
                 if not self.ready:
@@ -202,7 +203,7 @@ class Workers:
         options: Mapping[str, Any] | None = None,
         waiting: int = 8,
         attempts: int = 3,
-        timeout: float = 30.0,
+        timeout: float = 10.0,
         retained: int = 2_000_000,
         nice: int = 5,
     ) -> None:
@@ -214,17 +215,18 @@ class Workers:
         self._places = Semaphore(waiting)
         self._homes: dict[str, _Slot] = {}
         self._trades = self._rows = self._uncomputed = 0
-        self._closed = False
+        self._closed, self._running, self._idle = False, 0, asyncio.Event()
+        self._idle.set()
 
     async def start(self) -> None:
         """Have the processes started. Raises ``WorkerDied``, ``TimeoutError``."""
         await asyncio.gather(*(slot.run(pickle.dumps([]), False) for slot in self._slots))
 
     async def submit(self, trades: Sequence[Trade]) -> list[Row]:
-        """Take the trades into the state; the rows that are due. Raises ``Uncomputed``, ``PoolClosed``."""
+        """Take the trades into the state; the rows that are due. Raises ``Uncomputed``; ``PoolClosed``: none was taken."""
         rows, lost = list[Row](), list[Trade]()
         cause: BaseException | None = None
-        async with self._places:
+        async with self._place():
             for begin in range(0, len(trades), MOST):
                 parts: dict[_Slot, list[Trade]] = {}
                 for trade in trades[begin : begin + MOST]:
@@ -245,7 +247,7 @@ class Workers:
 
     async def flush(self) -> list[Row]:
         """The rows that are not due yet: of all series that changed since they were told."""
-        async with self._places:
+        async with self._place():
             outcomes = await self._outcomes([slot.run(pickle.dumps([]), True) for slot in self._slots])
         rows = [row for outcome in outcomes if not isinstance(outcome, BaseException) for row in outcome]
         self._rows += len(rows)
@@ -254,12 +256,22 @@ class Workers:
                 raise Uncomputed([], rows) from outcome
         return rows
 
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        async with self._places:
+            if self._closed:
+                raise PoolClosed
+            self._running += 1
+            self._idle.clear()
+            try:
+                yield
+            finally:
+                self._running -= 1
+                if not self._running:
+                    self._idle.set()
+
     async def _outcomes(self, jobs: list[Coroutine[Any, Any, list[Row]]]) -> list[list[Row] | BaseException]:
         """All together; a cancelled call leaves none behind."""
-        if self._closed:
-            for job in jobs:
-                job.close()
-            raise PoolClosed
         tasks = [asyncio.ensure_future(job) for job in jobs]
         try:
             await asyncio.wait(tasks)
@@ -278,9 +290,12 @@ class Workers:
         return slot
 
     async def close(self, grace: float = 5.0) -> None:
-        """Refuse new calls, give what runs ``grace`` seconds, then kill. Idempotent; leaves no process."""
+        """Refuse calls that do not run yet, give those that do ``grace`` seconds, then kill. Leaves no process."""
         self._closed = True
-        await asyncio.gather(*(slot.pool.close(grace) for slot in self._slots))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
+        await asyncio.gather(*(slot.pool.close(0.0) for slot in self._slots))
 
     def analytics(self) -> AnalyticsStats:
         """The counts of all workers together, as their last jobs told them."""
@@ -291,7 +306,7 @@ class Workers:
         retained = sum(slot.log_bytes + len(slot.checkpoint or b"") for slot in slots)
         return WorkersStats(
             tuple(slot.pid for slot in slots), tuple(slot.symbols for slot in slots),
-            places.permits - places.available, places.waiting, self._trades, self._rows,
+            self._running, places.waiting, self._trades, self._rows,
             sum(slot.died for slot in slots), sum(slot.rebuilt for slot in slots),
             sum(slot.checkpoints for slot in slots), self._uncomputed, retained,
         )  # fmt: skip

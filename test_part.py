@@ -348,6 +348,8 @@ def test_market_stats_rows_are_due_when_they_changed_and_not_too_often() -> None
     assert told() == []
     assert told(everything=True) == [("ETH-USD", "*"), ("ETH-USD", "kraken")]
     assert told(everything=True) == []
+    analytics.add(market_stats_trade(-1.0, symbol="ETH-USD"))  # our clock was put back
+    assert told() == [("ETH-USD", "*"), ("ETH-USD", "kraken")]
 
 
 def test_market_stats_sums_are_exact_and_leave_no_trace() -> None:
@@ -670,15 +672,37 @@ def test_market_workers_close_tells_what_it_leaves(tmp_path: Path) -> None:
         writer = await proc_writer(gate)
         await pool.close(0.0)
         os.close(writer)
-        for outcome in await asyncio.gather(*jobs, return_exceptions=True):
+        *begun, waits = await asyncio.gather(*jobs, return_exceptions=True)
+        for outcome in begun:
             assert isinstance(outcome, mw.Uncomputed)
             assert outcome.trades == [held]
             assert isinstance(outcome.__cause__, processes.PoolClosed)
+        assert isinstance(waits, processes.PoolClosed)
         with pytest.raises(processes.PoolClosed):
             await pool.submit([market_stats_trade(2.0)])
         with pytest.raises(processes.PoolClosed):
             await pool.flush()
         await pool.close()
+
+    market_workers_run(main, workers=1, waiting=2)
+
+
+def test_market_workers_close_lets_a_call_end(tmp_path: Path) -> None:
+    """All of it: its second job had not begun."""
+    os.mkfifo(gate := tmp_path / "gate")
+
+    async def main(pool: mw.Workers) -> None:
+        held = market_stats_trade(1.0, trade_id=cast(Any, MarketWorkersReduced("gate", Path.read_text, gate)))
+        job = asyncio.create_task(pool.submit([held] + [market_stats_trade(2.0)] * mw.MOST))
+        writer = await proc_writer(gate)
+        closing = asyncio.create_task(pool.close(PROC_PATIENCE))
+        await asyncio.sleep(0)
+        with pytest.raises(processes.PoolClosed):
+            await pool.submit([market_stats_trade(2.0)])
+        os.close(writer)
+        assert [row.trades[0] for row in await job] == [mw.MOST] * 2
+        await closing
+        assert pool.stats().trades == mw.MOST + 1
 
     market_workers_run(main, workers=1)
 
@@ -693,7 +717,7 @@ def test_market_workers_what_is_retained_is_bounded() -> None:
         stream = market_stats_stream(7, 20_000, 200.0)
         for begin in range(0, len(stream), 5_000):
             await pool.submit(stream[begin : begin + 5_000])  # in jobs of at most MOST
-            assert slot.log_bytes <= max(100_000, 2 * len(slot.checkpoint or b""))
+            assert slot.log_bytes <= max(100_000, len(slot.checkpoint or b""))
         assert pool.stats().checkpoints > 5
         assert pool.stats().retained == slot.log_bytes + len(slot.checkpoint or b"")
         assert slot.log_bytes == sum(len(packed) for packed, _ in slot.log)
