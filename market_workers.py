@@ -223,7 +223,7 @@ class Workers:
         await asyncio.gather(*(slot.run(pickle.dumps([]), False) for slot in self._slots))
 
     async def submit(self, trades: Sequence[Trade]) -> list[Row]:
-        """Take the trades into the state; the rows that are due. Raises ``Uncomputed``; ``PoolClosed``: none was taken."""
+        """Take the trades into the state; the rows that are due. Raises ``Uncomputed``, ``PoolClosed`` (none taken)."""
         rows, lost = list[Row](), list[Trade]()
         cause: BaseException | None = None
         async with self._place():

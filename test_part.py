@@ -142,7 +142,7 @@ def market_stats_agrees(row: mst.Row, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_market_stats_agree_with_numpy(seed: int) -> None:
     """Late, repeated, labelled, ahead and out of order; asked at the newest trade and long after it."""
-    stream = market_stats_stream(seed)
+    stream = market_stats_stream(seed, seconds=90.0 if seed < 2 else 400.0)
     analytics = mst.Analytics(**MARKET_STATS_SMALL)
     asked = set(random.Random(seed).sample(range(100, len(stream)), 12)) | {0, 1, len(stream) - 1}
     checked = 0
@@ -309,6 +309,16 @@ def test_market_stats_the_first_trades_and_the_silence_after() -> None:
     assert late.ewma == pytest.approx(math.sqrt(square * (1 - 2 ** (-1 / 60)) * mst.YEAR), rel=1e-12)
     assert orjson.loads(orjson.dumps(late.record()))["volatility"]["10"] == late.volatility[0]
     assert set(late.record()) == {*mst.Row._fields} - {"windows"}
+
+
+def test_market_stats_the_same_instant_asked_again_has_what_came_since() -> None:
+    """Also of the bars that were closed since."""
+    analytics = mst.Analytics(lateness=1.5)
+    now = MARKET_STATS_T0 + 9 * 10**9
+    for n in range(18):
+        analytics.add(market_stats_trade(n / 2))
+        row = cast(mst.Row, analytics.row("BTC-USD", now_ns=now))
+        assert (row.trades, row.volume) == ((n + 1,) * 3, (n + 1.0,) * 3)
 
 
 def test_market_stats_spread_is_between_exchanges_that_trade() -> None:
