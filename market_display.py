@@ -273,7 +273,7 @@ def columns(lines: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     right = set(right)
     return "\n".join(
         "  ".join(
-            cell.rjust(w) if n in right else cell.ljust(w) for n, (cell, w) in enumerate(zip(line, widths))
+            cell.rjust(w) if n in right else cell.ljust(w) for n, (cell, w) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )
@@ -321,9 +321,9 @@ def picture(counts: Snapshot, rate: float, age: float) -> Any:
         feeds = table("exchange", "state", "trades", "lag", "gaps", "repeated", "bad", "reconnects", "")
         for name, feed in counts.feeds.items():
             style = {"live": "green", "connecting": "yellow"}.get(feed.state, "red")
-            cells = (f"{feed.trades:,}", latency(feed.lag), f"{feed.gaps:,}", f"{feed.duplicates:,}", f"{feed.bad:,}")
+            told = (f"{feed.trades:,}", latency(feed.lag), f"{feed.gaps:,}", f"{feed.duplicates:,}", f"{feed.bad:,}")
             error = Text(feed.error[:40] if feed.state != "live" else "", "dim")
-            feeds.add_row(name, Text(feed.state, style), *cells, str(feed.reconnects), error)
+            feeds.add_row(name, Text(feed.state, style), *told, str(feed.reconnects), error)
         parts += [feeds, ""]
     return Group(*parts, Text(status(counts, rate, age), no_wrap=True, overflow="ellipsis"))
 

@@ -25,8 +25,8 @@ Promised
 - An exchange, a worker or Kafka that fails holds up nobody else, within the bounds above.
 - ``Analyser``: offsets are committed after the rows are published, so each trade is computed at least once. A member
   that takes over a partition reads the longest window before it again.
-- ``Replayer``: dead letters are committed when what came of them is published. What still cannot be parsed becomes a dead
-  letter again, for the next replay. Left early, some may come twice.
+- ``Replayer``: dead letters are committed when what came of them is published. What still cannot be parsed becomes a
+  dead letter again, for the next replay. Left early, some may come twice.
 - The first SIGTERM or Ctrl-C: close frames, what the exchanges had sent by then is taken, computed and published, in at
   most ``stop_limit`` seconds; the rest goes to the spool. The second: there at once.
 
@@ -92,7 +92,7 @@ class Options:
     prefix: str = ""
     partitions: int = 6
     replication: int = 1
-    compression: str = "lz4"
+    compression: str = "zstd"
     tls: str | None = None
     sasl: str | None = None
     buffer: int = 100_000
@@ -384,9 +384,17 @@ class Base:
 class Pipeline(Base):
     """Exchanges -> Kafka, with the figures. ``run`` once."""
 
-    def __init__(self, options: Options, *, environ: Mapping[str, str] = os.environ, **more: Any) -> None:
+    def __init__(
+        self,
+        options: Options,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        feed_options: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(options, spool=True, environ=environ, **more)
         self._adapters = feeds_of(options, environ)
+        self._feed_options = {"clock": self._clock, "rng": self._rng, **(feed_options or {})}
         self.feeds: dict[str, Feed] = {}
         self.workers = self.make_workers()
         self._queue: deque[Trade] = deque()
@@ -418,9 +426,7 @@ class Pipeline(Base):
     async def _feed(self, name: str, session: aiohttp.ClientSession) -> None:
         adapter, symbols = self._adapters[name]
         url = self.options.urls.get(name)
-        self.feeds[name] = Feed(
-            adapter, symbols, self.emit, self.dead, url=url, session=session, clock=self._clock, rng=self._rng
-        )
+        self.feeds[name] = Feed(adapter, symbols, self.emit, self.dead, url=url, session=session, **self._feed_options)
         await self.feeds[name].run()
 
     # -------------------------------------------------------------------- the figures
@@ -570,7 +576,7 @@ class Analyser(Base):
             async with self._batch:
                 if not (taken.trades or taken.again or taken.dead):
                     if not told:
-                        self._tell((await self._computed_rows([], flush=True)))
+                        self._tell(await self._computed_rows([], flush=True))
                         told = True
                     continue
                 self._trades += len(taken.trades)

@@ -90,6 +90,8 @@ log = logging.getLogger("market_pipeline")
 AT_ONCE = 2000
 """Records of one round."""
 BATCH_BYTES = 950_000
+LARGEST_CONTEXT = 20_000
+"""Characters."""
 HEAVY = 64_000_000
 """Bytes of raw frames that may wait."""
 RENEW_AFTER = 1 << 30
@@ -486,14 +488,26 @@ class Publisher:
         if not self.offer(trades):
             await self._take(trades)
 
-    async def dead(self, exchange: str, error: str, raw: bytes | str, when_ns: int) -> None:
+    async def dead(
+        self, exchange: str, error: str, raw: bytes | str, when_ns: int, kind: Kind | None = None, context: str = ""
+    ) -> None:
         """Take a frame that cannot be parsed; waits while there is no room."""
-        kind: Kind = "binary"
         if isinstance(raw, str):
-            raw, kind = raw.encode("utf-8", "surrogatepass"), "text"
+            raw, kind = raw.encode("utf-8", "surrogatepass"), kind or "text"
         if len(raw) > LARGEST_RECORD:
             error, raw = f"{error[:400]} (cut: it had {len(raw)} bytes)", raw[:LARGEST_RECORD]
-        await self._take([DeadLetter(exchange, error, bytes(raw), when_ns, kind)])
+        await self._take(
+            [
+                DeadLetter(
+                    exchange,
+                    error,
+                    bytes(raw),
+                    when_ns,
+                    kind or "binary",
+                    context if len(context) <= LARGEST_CONTEXT else "",
+                )
+            ]
+        )
 
     async def _take(self, items: Sequence[Item]) -> None:
         async with self._turn:

@@ -69,6 +69,8 @@ class DeadLetter(NamedTuple):
     """When it came, epoch."""
     kind: Kind
     """``text``: a frame that was text, as UTF-8; ``trade``: a trade that could not be published, as JSON or repr."""
+    context: str = ""
+    """What the adapter knew of its connection (``Adapter.context``): a frame may mean nothing without it."""
 
 
 class Row(NamedTuple):
@@ -124,6 +126,7 @@ def dead_row(letter: DeadLetter, topic: str) -> Row:
         ("error", _plain(error)),
         ("at_ns", str(letter.at_ns).encode()),
         ("kind", letter.kind.encode()),
+        *([("context", letter.context.encode())] if letter.context else []),
     ]
     return Row(topic, None, raw, max(0, letter.at_ns // 1_000_000), headers)
 
@@ -138,6 +141,7 @@ def dead_letter(value: bytes | None, headers: Iterable[tuple[str, bytes]]) -> De
         value or b"",
         int(at_ns) if at_ns.isascii() and at_ns.isdigit() and len(at_ns) < 20 else 0,
         "text" if kind == "text" else "trade" if kind == "trade" else "binary",
+        said.get("context", ""),
     )
 
 
@@ -148,9 +152,9 @@ def to_line(item: Item) -> bytes:
             return encode(item)
         except (TypeError, ValueError) as error:
             item = buried(item, error, time.time_ns())
-    exchange, error_text, raw, at_ns, kind = item
+    exchange, error_text, raw, at_ns, kind, context = item
     texts = (_plain(text).decode() for text in (exchange, error_text))
-    return orjson.dumps([*texts, base64.b64encode(raw).decode(), at_ns, kind])
+    return orjson.dumps([*texts, base64.b64encode(raw).decode(), at_ns, kind, context])
 
 
 def from_line(line: bytes) -> Item:
@@ -158,8 +162,8 @@ def from_line(line: bytes) -> Item:
     try:
         if line.startswith(b"{"):
             return decode(line)
-        exchange, error, raw, at_ns, kind = orjson.loads(line)
-        return DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind)
+        exchange, error, raw, at_ns, kind, *context = orjson.loads(line)
+        return DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind, *context)
     except (ValueError, TypeError) as error:
         return buried(line, f"spooled by another version: {error}", time.time_ns())
 
