@@ -619,7 +619,7 @@ class Analyser(Base):
             stack.push_async_callback(self.workers.close, 0.0)
             self._start("watch", self._watch)
             stack.push_async_callback(self._end_tasks)
-            joining = asyncio.create_task(self.group.start(), name="joining")
+            joining = asyncio.create_task(self._join(), name="joining")
             stopped = asyncio.create_task(self._stopped.wait())
             try:
                 await asyncio.wait((joining, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -640,6 +640,11 @@ class Analyser(Base):
                 await self._unless_forced(self._finish(), self.options.stop_limit * 0.6)
                 await self._end_tasks()
         return int(lost(self.snapshot()) > 0)
+
+    async def _join(self) -> None:
+        """Ready to compute before there is anything: a member that is slow holds up the group's rebalancing."""
+        await self.workers.start()
+        await self.group.start()
 
     async def _finish(self) -> None:
         """The batch in hand is published and committed; no further one is begun."""

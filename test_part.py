@@ -345,7 +345,7 @@ def test_market_pipeline_two_analysers_share_the_symbols(market_pipeline_broker:
             await publish(80)
             first, second = Analyser(options), Analyser(options)
             async with market_pipeline_running(first):
-                await prim_until_async(lambda: first.snapshot().computed == 80)
+                await prim_until_async(lambda: first.snapshot().computed == 80 and first.snapshot().commits > 0)
                 async with market_pipeline_running(second):
 
                     def shared() -> bool:
