@@ -142,6 +142,9 @@ class Kraken(Adapter):
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"method": "subscribe", "params": {"channel": "trade", "symbol": natives, "snapshot": True}}]
 
+    def acks(self, messages: int, symbols: int) -> int:
+        return symbols
+
     def _message(self, message: Any, received: int) -> Parsed:
         channel = message.get("channel")
         if channel == "trade":
@@ -237,6 +240,9 @@ class Okx(Adapter):
 
     def ping(self) -> str:
         return "ping"
+
+    def acks(self, messages: int, symbols: int) -> int:
+        return symbols
 
     def _message(self, message: Any, received: int) -> Parsed:
         event = message.get("event")
@@ -411,6 +417,9 @@ class Gemini(Adapter):
         price, size, side = item["price"], item["quantity"], _SIDES[item["side"]]
         return self._trade(symbol, price, size, side, number, when, received, None, flags)
 
+    def acks(self, messages: int, symbols: int) -> int:
+        return 0
+
     def _message(self, message: Any, received: int) -> Parsed:
         kind = message.get("type")
         if kind == "trade":
@@ -496,6 +505,9 @@ class Bitmex(Adapter):
     def ping(self) -> str:
         return "ping"
 
+    def acks(self, messages: int, symbols: int) -> int:
+        return symbols
+
     def _message(self, message: Any, received: int) -> Parsed:
         table = message.get("table")
         if table == "trade":
@@ -559,6 +571,9 @@ class Alpaca(Adapter):
             {"action": "subscribe", "trades": natives},
         ]
 
+    def acks(self, messages: int, symbols: int) -> int:
+        return 3  # connected, authenticated, subscribed
+
     def _message(self, message: Any, received: int) -> Parsed:
         trades: list[Trade] = []
         other: Parsed | None = None
@@ -613,6 +628,9 @@ class Finnhub(Adapter):
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"type": "subscribe", "symbol": native} for native in natives]
+
+    def acks(self, messages: int, symbols: int) -> int:
+        return 0
 
     def _message(self, message: Any, received: int) -> Parsed:
         kind = message["type"]

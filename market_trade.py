@@ -288,6 +288,10 @@ class Adapter:
     def _subscriptions(self, natives: list[str]) -> list[object]:
         raise NotImplementedError
 
+    def acks(self, messages: int, symbols: int) -> int:
+        """How many acknowledgements `subscribe`'s so many messages for so many symbols bring; 0 if it brings none."""
+        return messages
+
     def ping(self) -> str | bytes | None:
         """The message to send every `ping_every` seconds."""
         return None
