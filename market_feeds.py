@@ -7,7 +7,8 @@ and what is promised of a trade, is in `market_trade`, whose names can be import
 one more class and its name in `ADAPTERS`.
 
 Each states how its exchange tells the taker's side, the one convention of `Trade.side`, and where that is written: in
-quotation marks, the exchange's own words; without, what its documentation or its other readers take it for. It says too whether its frames or ids are numbered without holes, so that `SequenceCheck` can see a gap. USD is USDT where an
+quotation marks, the exchange's own words; without, what its documentation or other readers of it take it for. It says
+too whether its frames or ids are numbered without holes, so that `SequenceCheck` can see a gap. USD is USDT where an
 exchange has no books in USD (`dollar`).
 """
 
@@ -175,8 +176,8 @@ _KRAKEN_FLAGS = {"update": "", "snapshot": "snapshot"}
 class Bitstamp(Adapter):
     """Bitstamp, channels "live_trades_…": one trade a frame.
 
-    Taker: "type" is the "Trade type (0 - buy; 1 - sell)" (Websocket API v2, "Live ticker"). It does not say whose; all
-    readers of the feed take it for the taker's, and so is it here. No sequence; ids grow but not by one. The exchange
+    Taker: "type" is the "Trade type (0 - buy; 1 - sell)" (Websocket API v2, "Live ticker"). Whose is not said;
+    other readers take it for the taker's, and so is it here. No sequence; ids grow but not by one. The exchange
     announces its maintenance by "bts:request_reconnect". Prices are taken from "price_str", which is exact.
     """
 
@@ -484,7 +485,7 @@ class Gateio(Adapter):
 class Bitmex(Adapter):
     """BitMEX, table "trade": perpetual contracts (XBTUSD, ETHUSD, XBTUSDT …), not spot.
 
-    Taker: "side" is the aggressor's, as nautilus_trader and ccxt read it too; a trade without one (a settlement) is "".
+    Taker: "side" is the aggressor's, as nautilus_trader reads it too; a trade without one (a settlement) is "".
     "size" counts contracts, which are USD for XBTUSD: "homeNotional", the amount of the base currency, is taken
     instead, and a trade without it is a bad frame. No sequence: "trdMatchID" is a UUID. "partial" is a snapshot. The
     client sends "ping" as text.
