@@ -67,8 +67,8 @@ Fault = Literal[
     "fragments",  # a trade in three fragments with a ping between them
     "error",  # an error message
     "maintenance",  # the announcement, if the exchange has one, then a close frame (1012)
-    "huge",  # a text frame of `size` bytes (8 MiB)
-    "reserved",  # a frame with reserved bits set
+    "huge",  # a text frame of `size` bytes (8 MiB), and nothing after it
+    "reserved",  # a frame with reserved bits set, and nothing after it
     "ping",  # a ping of the protocol
 ]
 Door = Literal[
@@ -192,7 +192,8 @@ class Place:
         self.seconds = 0.0
         self.retry_after: float | None = None
         self.connections: list[Connection] = []
-        self.released = FIRST  # trades of each symbol, if they come by `emit`
+        self.released = FIRST  # trades of each symbol that `emit` made
+        self.extra: Counter[str] = Counter()  # trades that faults made, by native symbol
         self.accepted = self.turned_away = self.frames = self.cut = self.pings = self.pongs = self.messages = 0
         self.sent: Counter[str] = Counter()
         self.ledger: dict[str, array[int]] = {}
@@ -244,7 +245,7 @@ class Connection:
         self.say(self.wire.acks(message))
         for native, tape in tapes.items():
             if native not in self._next:
-                due = self._next[native] = self._all.due(place)
+                due = self._next[native] = self._all.due(place, native)
                 self._tapes[native] = tape
                 past = range(max(0, due - self._all.history), due)
                 self.say(self.wire.snapshot(native, ticks(tape, past, self._all.when)))
@@ -253,9 +254,9 @@ class Connection:
         """Write the trades that are due, if there is room."""
         if self.over or self.stalled or self._transport.get_write_buffer_size() > BUFFER_LIMIT:
             return
-        due, frames = self._all.due(self.place), []
+        frames: list[str] = []
         for native, number in self._next.items():
-            last = min(due, number + AT_ONCE)
+            last = min(self._all.due(self.place, native), number + AT_ONCE)
             for at in range(number, last, self.wire.per_frame if self.wire.per_frame > 1 else AT_ONCE):
                 end = min(last, at + self.wire.per_frame) if self.wire.per_frame > 1 else last
                 frames += self._told(native, range(at, end))
@@ -272,10 +273,10 @@ class Connection:
         return self.wire.trades(native, made)
 
     def _one(self) -> tuple[list[bytes], str]:
-        """The next trade of the first symbol: its frames, and its price. It happens now if it is not due yet."""
+        """The next trade of the first symbol: its frames, and its price. It happens in addition to those due."""
         native = next(iter(self._next))
         number = self._next[native]
-        self._all.release(self.place, number + 1)
+        self.place.extra[native] += 1
         price = self._tapes[native].prices[number % WALK]
         return [text.encode() for text in self._told(native, range(number, number + 1))], price
 
@@ -309,8 +310,10 @@ class Connection:
             self.say(self.wire.error())
         elif name == "huge":
             self.write(frame(b'"' + b"x" * (size - 2) + b'"'))
+            self.over = True
         elif name == "reserved":
             self.write(frame(b"{}", reserved=7))
+            self.over = True
         else:
             self.write(frame(b"are you there?", 9))
 
@@ -357,7 +360,7 @@ class Connection:
         """For frames that are numbered over the connection, the numbers are used up too."""
         native = next(iter(self._next))
         number = self._next[native]
-        self._all.release(self.place, number + n)
+        self.place.extra[native] += n
         self.wire.trades(native, ticks(self._tapes[native], range(number, number + n), self._all.when))
         self._next[native] = number + n
 
@@ -370,7 +373,7 @@ class Connection:
     def _swap(self, _: int) -> None:
         native = next(iter(self._next))
         number = self._next[native]
-        self._all.release(self.place, number + 2)
+        self.place.extra[native] += 2
         self.say(self._told(native, range(number + 1, number + 2)))
         self.say(self._told(native, range(number, number + 1)))
 
@@ -389,7 +392,7 @@ class Exchanges:
     `symbols`: what is traded, BASE-QUOTE; USD stands for USDT and USDC too. `seed`: prices and sizes. `port`: 0 finds
     one. `heartbeat`: seconds between the heartbeats of those that send any; 0: none. `beat`: seconds between two looks
     at what is due. `history`: trades in a snapshot, at most (each wire has its own limit). `ledger`: keep the ids of
-    all trades that were sent (8 bytes each). Raises ValueError for impossible arguments, OSError from `start`.
+    all trades that were sent (8 bytes each). `send_buffer`: bytes of the sockets' (None: the system's). Raises ValueError for impossible arguments, OSError from `start`.
     """
 
     def __init__(
@@ -405,13 +408,14 @@ class Exchanges:
         beat: float = 0.02,
         history: int = 20,
         ledger: bool = False,
+        send_buffer: int | None = None,
     ) -> None:
         if not (rate >= 0 and symbols and exchanges and 0 <= port <= 65_535 and heartbeat >= 0 and beat > 0):
             raise ValueError("needed: symbols, exchanges, a port up to 65535, no negative rate or heartbeat, a beat")
         if unknown := set(exchanges) - set(WIRES):
             raise ValueError(f"no such exchange: {', '.join(sorted(unknown))}")
         self.rate, self.seed, self.host, self.port, self.history = rate, seed, host, port, history
-        self.ledger, self._heartbeat, self._beat = ledger, heartbeat, beat
+        self.ledger, self._heartbeat, self._beat, self._send_buffer = ledger, heartbeat, beat, send_buffer
         self._pairs = {self._pair(*symbol.split("-")) for symbol in symbols}
         self._each = rate / len(exchanges) / len(self._pairs)
         self._market = Market(seed)
@@ -443,19 +447,14 @@ class Exchanges:
                 return self._market.tape(wire.name, base, currency)
         return None
 
-    def due(self, place: Place) -> int:
-        """How many trades of each symbol have happened."""
-        if not self._each or self._loop is None:
-            return place.released
-        by_time = FIRST + int((self._loop.time() - self._began) * self._each)
-        return max(place.released, by_time)
+    def due(self, place: Place, native: str) -> int:
+        """How many trades of a symbol have happened."""
+        by_time = int((self._loop.time() - self._began) * self._each) if self._each and self._loop is not None else 0
+        return place.released + place.extra[native] + by_time
 
     def when(self, number: int) -> int:
-        """When a trade happened, ns of Unix time. Of those that `emit` made, only the order is right."""
-        return self._began_ns + int((number + 1 - FIRST) / (self._each or 1e6) * SECOND)
-
-    def release(self, place: Place, count: int) -> None:
-        place.released = max(place.released, count)
+        """When a trade happened, ns of Unix time. Without a rate they are a millisecond apart."""
+        return self._began_ns + int((number + 1 - FIRST) / (self._each or 1e3) * SECOND)
 
     # What others ask, from any thread.
 
@@ -465,7 +464,7 @@ class Exchanges:
         def do() -> None:
             for name in exchanges or self._places:
                 place = self._places[name]
-                place.released = self.due(place) + n
+                place.released += n
                 for connection in place.connections:
                     connection.pump()
 
@@ -539,6 +538,8 @@ class Exchanges:
             raise RuntimeError("the exchanges are running already")
         sock = socket.create_server((self.host, self.port), backlog=1024)
         self.port = sock.getsockname()[1]
+        if self._send_buffer is not None:  # those of its connections inherit it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(sock, started), name="exchanges", daemon=True)
         self._thread.start()
