@@ -202,6 +202,23 @@ def test_market_stats_any_order_within_the_lateness_gives_the_same_rows(data: st
     assert results[0] == results[1] == results[2]
 
 
+def test_market_stats_thousands_of_trades_in_any_order_give_the_same_bits() -> None:
+    rng = random.Random(8)
+    trades = [
+        market_stats_trade(rng.uniform(0, 20), rng.uniform(1, 2), 10 ** rng.uniform(-6, 6), rng.choice("abc"))
+        for _ in range(6_000)
+    ]
+    found = []
+    for _ in range(3):
+        analytics = mst.Analytics(**MARKET_STATS_SMALL)
+        for _, trade in sorted((trade.exchange_ts_ns + rng.uniform(0, 2e9), trade) for trade in trades):
+            analytics.add(trade)
+        assert analytics.stats()[1:4] == (6_000, 0, 0)
+        found.append(analytics.due())
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 4
+
+
 def test_market_stats_lateness_is_exact_and_each_series_has_its_own() -> None:
     analytics = mst.Analytics()
     assert analytics.add(market_stats_trade(10.5))
@@ -538,21 +555,28 @@ def test_market_workers_rows_are_those_of_one_process_and_a_symbol_stays_in_one_
 @pytest.mark.parametrize("retained", [1, 2_000_000])
 def test_market_workers_a_kill_between_batches_changes_no_row(retained: int) -> None:
     """With checkpoints and without."""
-    control = MarketWorkersControl()
+    control = MarketWorkersControl({"every": 30.0})
 
     async def main(pool: mw.Workers) -> None:
+        flushed = 0
         for n, batch in enumerate(market_workers_batches(2, 9)):
             if n % 3 == 2:
                 os.kill(victim := pool.stats().pids[n % 2], signal.SIGKILL)
                 await prim_until_async(lambda pid=victim: proc_gone(pid))  # type: ignore[misc]
             assert sorted(await pool.submit(batch)) == control.submit(batch)
+            if n % 3 == 1:
+                rows = control.submit([], everything=True)
+                flushed += len(rows)
+                assert sorted(await pool.flush()) == rows
+                assert all(slot.log[-1][1] for slot in pool._slots if slot.log)  # flushed again when it is rebuilt
         assert sorted(await pool.flush()) == control.submit([], everything=True)
+        assert flushed > 10
         stats = pool.stats()
         assert (stats.died, stats.rebuilt, stats.trades, stats.uncomputed) == (3, 3, 540, 0)
         assert pool.analytics().offered == 540
         assert (stats.checkpoints > 1) == (retained < 2_000_000)
 
-    market_workers_run(main, retained=retained)
+    market_workers_run(main, retained=retained, options=control.options)
 
 
 def test_market_workers_a_kill_in_a_batch_has_it_begun_again(tmp_path: Path) -> None:
@@ -608,6 +632,31 @@ def test_market_workers_a_batch_that_cannot_be_computed_is_told_and_left_out(how
         assert (stats.trades, stats.uncomputed) == (180 - len(lost), len(lost) + 1)
 
     market_workers_run(main, attempts=2)
+
+
+def test_market_workers_a_process_computes_nothing_from_another_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, what runs in a worker."""
+    for name in ("analytics", "number"):
+        monkeypatch.setattr(mw._Here, name, getattr(mw._Here, name))
+    good = ("kraken", "BTC-USD", 1.0, 1.0, "", 10**18, 10**18, "")
+    first, bad = (pickle.dumps([good, (*good[:2], price, *good[3:])]) for price in (1.0, "much"))
+    assert mw._work(1, first, False, False) is None
+    assert mw._rebuild({}, None, 6, []) == os.getpid()
+    assert [mw._work(number, first, False, False) is None for number in (6, 8, 0)] == [True] * 3
+    done = mw._work(7, first, False, True)
+    assert done is not None
+    assert done.counts[:2] == (2, 2)
+    assert mw._work(7, first, False, False) is None
+    with pytest.raises(TypeError):
+        mw._work(8, bad, False, False)
+    assert mw._work(8, first, False, False) is None
+    mw._rebuild({"every": 100.0}, None, 7, [(first, False), (first, True)])
+    assert mw._Here.number == 9
+    assert mw._work(10, pickle.dumps([]), True, False) == mw._Done([], (4, 4, *[0] * 7, 1, 2, 0), None)
+    mw._rebuild({}, done.checkpoint, 7, [(first, False), (first, True)])
+    again = mw._work(10, first, False, False)
+    assert again is not None
+    assert again.counts[:2] == (8, 8)
 
 
 def test_market_workers_one_that_hangs_is_replaced() -> None:
@@ -711,7 +760,7 @@ def test_market_workers_close_lets_a_call_end(tmp_path: Path) -> None:
             await pool.submit([market_stats_trade(2.0)])
         os.close(writer)
         assert [row.trades[0] for row in await job] == [mw.MOST] * 2
-        await closing
+        await asyncio.wait_for(closing, PROC_PATIENCE / 2)
         assert pool.stats().trades == mw.MOST + 1
 
     market_workers_run(main, workers=1)
