@@ -60,7 +60,7 @@ from market_display import MOST_SYMBOLS, FeedLine, Snapshot, SymbolLine, columns
 from market_feeds import ADAPTERS, Adapter, BadFrame, Trade
 from market_kafka import Closed, Publisher
 from market_stats import ALL, WINDOWS, Row
-from market_topics import DeadLetter, Group, dead_letters, decode
+from market_topics import DeadLetter, Group, Taken, dead_letters, decode
 from market_workers import MOST, Uncomputed, Workers
 from primitives import Clock, Rng, arrives, telling
 
@@ -72,6 +72,8 @@ COMPUTE_EVERY, IDLE = 0.05, 0.5
 """Seconds that trades may wait for more to be computed with; seconds of silence after which all rows are told."""
 FEED_LIMIT = 3.0
 """Seconds that the exchanges have to answer a close frame."""
+CLOSE_LIMIT = 20.0
+"""Seconds that the publisher has to put the rest into the spool."""
 PAUSE = 0.5
 """Seconds after which a part that failed in a way that nobody had foreseen goes on."""
 TICK, TICKS = 0.05, 1200
@@ -173,7 +175,10 @@ class Board:
         self._trades: Counter[str] = Counter()
 
     def count(self, trades: Iterable[Trade]) -> None:
-        self._trades.update([trade.symbol for trade in trades])
+        counts = self._trades
+        for trade in trades:
+            if trade.symbol in counts or len(counts) < MOST_SYMBOLS:
+                counts[trade.symbol] += 1
 
     def take(self, rows: Iterable[Row]) -> None:
         for row in rows:
@@ -336,8 +341,23 @@ class Base:
     _deadline = 0.0
 
     async def _close_publisher(self) -> None:
-        limit = max(0.0, self._deadline - self._clock()) if not self._forced.is_set() else 0.0
-        await self._unless_forced(self.publisher.stop(limit), limit + 30.0)
+        """What is left after the time, or at once if forced, goes to the spool."""
+        limit = 0.0 if self._forced.is_set() else max(0.0, self._deadline - self._clock())
+        closing = asyncio.create_task(self.publisher.stop(limit))
+        forced = asyncio.create_task(self._forced.wait())
+        try:
+            await asyncio.wait((closing, forced), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((closing,), timeout=0.0 if forced.done() else CLOSE_LIMIT)
+            if not closing.done():
+                closing.cancel()  # then it stops at once, but it does stop
+                await asyncio.wait((closing,), timeout=CLOSE_LIMIT)
+        finally:
+            forced.cancel()
+            await asyncio.gather(forced, return_exceptions=True)
+        if not closing.done():
+            self._fault("publisher", TimeoutError("it does not end"))
+        elif not closing.cancelled() and (error := closing.exception()) is not None:
+            self._fault("publisher", error)
 
     async def run(self) -> int:
         """1 if anything was lost. ``CannotStart``."""
@@ -424,6 +444,8 @@ class Pipeline(Base):
         return self._bury(DeadLetter(exchange, error, raw, received_ns, "text" if is_text(raw) else "binary", context))
 
     async def _feed(self, name: str, session: aiohttp.ClientSession) -> None:
+        if self._stage:
+            return
         adapter, symbols = self._adapters[name]
         url = self.options.urls.get(name)
         self.feeds[name] = Feed(adapter, symbols, self.emit, self.dead, url=url, session=session, **self._feed_options)
@@ -547,7 +569,14 @@ def feed_line(feed: Feed | None) -> FeedLine:
 class Analyser(Base):
     """A member of the consumer group that computes what is in ``trades``. ``run`` once."""
 
-    def __init__(self, options: Options, *, environ: Mapping[str, str] = os.environ, **more: Any) -> None:
+    def __init__(
+        self,
+        options: Options,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        group_options: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(options, environ=environ, **more)
         assert options.kafka is not None
         self.workers = self.make_workers()
@@ -559,6 +588,7 @@ class Analyser(Base):
             revoked=self._revoked,
             security=self._security,
             rng=self._rng,
+            **(group_options or {}),
         )
         self._batch = asyncio.Lock()
         """Held from when trades are taken until they are committed."""
@@ -570,32 +600,42 @@ class Analyser(Base):
             pass
 
     async def _work(self) -> None:
+        try:
+            await self._read()
+        except Exception:  # what was taken is not to be committed with what comes next: read again
+            await self.group.stop()
+            await self.group.start()
+            raise
+
+    async def _read(self) -> None:
         told = True
         while True:
             taken = await self.group.take()
             async with self._batch:
-                if not (taken.trades or taken.again or taken.dead):
-                    if not told:
-                        self._tell(await self._computed_rows([], flush=True))
-                        told = True
-                    continue
-                self._trades += len(taken.trades)
-                self._queued = len(taken.trades)
-                try:
-                    for letter in taken.dead:
-                        await self._bury(letter)
-                    for at in range(0, len(taken.again), MOST):
-                        await self._computed_rows(taken.again[at : at + MOST])
-                    if taken.trades:
-                        rows = await self._computed_rows(taken.trades, count=True)
-                        told = False
-                        self.board.count(taken.trades)
-                        self._tell(rows)
-                finally:
-                    self._skipped += self._queued
-                    self._queued = 0
-                await self.publisher.flush()
-                await self.group.commit()
+                if taken.trades or taken.again or taken.dead:
+                    await self._batch_of(taken)
+                    told = False
+                elif not told:
+                    self._tell(await self._computed_rows([], flush=True))
+                    told = True
+
+    async def _batch_of(self, taken: Taken) -> None:
+        self._trades += len(taken.trades)
+        self._queued = len(taken.trades)
+        try:
+            for letter in taken.dead:
+                await self._bury(letter)
+            for at in range(0, len(taken.again), MOST):
+                await self._computed_rows(taken.again[at : at + MOST])
+            if taken.trades:
+                rows = await self._computed_rows(taken.trades, count=True)
+                self.board.count(taken.trades)
+                self._tell(rows)
+        finally:
+            self._skipped += self._queued
+            self._queued = 0
+        await self.publisher.flush()
+        await self.group.commit()
 
     async def _computed_rows(self, trades: list[Trade], *, count: bool = False, flush: bool = False) -> list[Row]:
         try:
@@ -708,6 +748,7 @@ class Replayer(Base):
         self.seen: Counter[tuple[str, str, str]] = Counter()
         """By exchange, outcome, reason; the rarest reasons are put together."""
         self.read = self.failed = self.found = 0
+        self.early = False
 
     async def run(self) -> int:
         async with contextlib.AsyncExitStack() as stack:
@@ -729,7 +770,8 @@ class Replayer(Base):
             if isinstance(error, Exception):
                 raise error
             self._deadline = self._clock() + self.options.stop_limit
-        return int(lost(self.snapshot()) > 0 or isinstance(error, BaseException))
+        self.early = isinstance(error, BaseException)
+        return int(lost(self.snapshot()) > 0 or self.early)
 
     async def _replay(self) -> None:
         dry, kafka = self.options.dry_run, self.options.kafka
@@ -769,5 +811,6 @@ class Replayer(Base):
     def report(self) -> str:
         lines = [("exchange", "outcome", "letters", "reason")]
         lines += [(name, outcome, f"{count:,}", why) for (name, outcome, why), count in self.seen.most_common(50)]
+        early = "; stopped early: some will come again" if self.early else ""
         total = f"{self.read:,} dead letters: {self.read - self.failed:,} parsed, with {self.found:,} trades;"
-        return f"{columns(lines, right={2})}\n\n{total} {self.failed:,} still bad"
+        return f"{columns(lines, right={2})}\n\n{total} {self.failed:,} still bad{early}"

@@ -169,7 +169,7 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
     names = [field.name for field in dataclasses.fields(Options)]
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     given.setdefault("group", f"market-{'replay' if args.command == 'replay' else 'analyse'}")
-    if "kafka" not in given and environ.get("KAFKA_BROKERS"):
+    if "kafka" not in given and environ.get("KAFKA_BROKERS") and not args.demo:
         given["kafka"] = environ["KAFKA_BROKERS"]
     try:
         given["urls"] = addresses(args.url or ())
@@ -329,6 +329,8 @@ class Demo:
             more: dict[str, Any] = {}
             if self.options.spool == Options.spool:
                 more["spool"] = str(folder / "spool")
+            if self.options.kafka is not None and not self.options.prefix:
+                more["prefix"] = f"demo-{os.urandom(4).hex()}-"  # simulated trades are not to be among real ones
             if self.options.kafka is None:
                 print("market_pipeline: starting the broker for development in a temporary folder", file=sys.stderr)
                 broker = Broker(folder / "broker")
