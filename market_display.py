@@ -169,7 +169,7 @@ def health(counts: Snapshot) -> tuple[int, dict[str, Any]]:
         state = "error"
     elif counts.stopping:
         state = "stopping"
-    elif counts.kafka != "connected" or any(feed.state != "live" for feed in feeds) or counts.published.spooled:
+    elif counts.kafka in ("away", "failed") or any(feed.state != "live" for feed in feeds) or counts.published.spooled:
         state = "degraded"
     else:
         state = "ok"

@@ -240,9 +240,8 @@ class Base:
         self._tasks: list[asyncio.Task[None]] = []
 
     def make_workers(self) -> Workers:
-        return Workers(
-            self.options.workers, options={"windows": self.options.windows, "lateness": self.options.lateness}
-        )
+        figures = {"windows": self.options.windows, "lateness": self.options.lateness}
+        return Workers(self.options.workers, options=figures, nice=0)  # on a busy machine nicer ones fall behind
 
     # -------------------------------------------------------------------- publishing
 
