@@ -106,7 +106,8 @@ def without_query(error: BaseException) -> str:
 class Feed:
     """The trades of one exchange: `await Feed(ADAPTERS["kraken"], ["BTC-USD"], emit, dead).run()`.
 
-    `adapter` is copied (`fresh`). `url`: instead of the exchange's own. `session`: shared; None: one of its own.
+    `adapter` is copied (`fresh`); the copy, `self.adapter`, has the `context` that a dead letter
+    needs, at the time when `dead` is called. `url`: instead of the exchange's own. `session`: shared; None: one of its own.
     `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts. Times are seconds:
     `connect_within` for the handshake, `ack_within` for the acknowledgement of the subscription, `ping_every` for
     pings of the protocol, `pong_within` for any sign of life after one, `close_within` for the exchange's close frame,
@@ -264,7 +265,7 @@ class Feed:
                     delay = self._policy.delay(max(1, self._failures), self._rng) or 0.0
                     await self._wait("waiting", end.retry_after + delay)
         finally:
-            self._state = "stopped"
+            self._state, self._since = "stopped", None
             if own is not None:
                 await own.close()
 
@@ -354,7 +355,8 @@ class Feed:
         return True
 
     def _look_at_acks(self) -> None:
-        if self._acks + self._refusals >= self._wanted and (self._acks or not self._wanted):
+        answered = self._acks + self._refusals >= self._wanted and (self._acks or not self._wanted)
+        if answered and self._ending is None:
             self._state, self._since = "live", self._clock()
 
     async def _send(self, ws: Socket, message: str | bytes) -> bool:
@@ -522,7 +524,7 @@ class Feed:
                     return
             healthy_at = math.inf if self._since is None else self._since + self._healthy_after
             due = min(next_message, next_ping, ack_by, silent_at, pong_by, healthy_at if healthy_at > now else math.inf)
-            await asyncio.sleep(min(1.0, max(0.01, due - now)))
+            await asyncio.sleep(min(1.0, max(0.01 if self._reading else 0.05, due - now)))
 
 
 def _being_cancelled() -> bool:

@@ -392,7 +392,8 @@ class Exchanges:
     `symbols`: what is traded, BASE-QUOTE; USD stands for USDT and USDC too. `seed`: prices and sizes. `port`: 0 finds
     one. `heartbeat`: seconds between the heartbeats of those that send any; 0: none. `beat`: seconds between two looks
     at what is due. `history`: trades in a snapshot, at most (each wire has its own limit). `ledger`: keep the ids of
-    all trades that were sent (8 bytes each). `send_buffer`: bytes of the sockets' (None: the system's). Raises ValueError for impossible arguments, OSError from `start`.
+    all trades that were sent (8 bytes each). `send_buffer`: bytes of the sockets' (None: the system's).
+    Raises ValueError for impossible arguments, OSError from `start`.
     """
 
     def __init__(

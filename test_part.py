@@ -1477,7 +1477,7 @@ MARKET_CONNECT_ENDS = {
 def test_market_connect_a_fault_that_ends_the_connection(market_connect_them: Exchanges, fault: Any) -> None:
     """On each exchange in turn: a new connection, what was missed is labelled, and the others notice nothing."""
     them = market_connect_them
-    limits = {"ping_every": 0.1, "pong_within": 1.0, "close_within": 0.1} if fault == "stall" else {}
+    limits: dict[str, Any] = {"ping_every": 0.1, "pong_within": 1.0, "close_within": 0.1} if fault == "stall" else {}
 
     async def main() -> None:
         async with MarketConnectWorld(them, max_message=1 << 20, **limits) as world:
@@ -1762,15 +1762,15 @@ def test_market_connect_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) 
 
     async def main() -> None:
         nonlocal turns
-        session, sink = Any, MarketConnectSink()
+        sink = MarketConnectSink()
         socket_ = MarketConnectFakeSocket(world, 1.0, frames)
 
         class Session:
             async def ws_connect(self, url: str, **_: object) -> MarketConnectFakeSocket:
                 return socket_
 
-        session = Session()
-        feed = Feed(ADAPTERS["binance"], ["BTC-USD"], sink.emit, sink.dead, session=session, clock=world.clock)  # type: ignore[arg-type]
+        session: Any = Session()
+        feed = Feed(ADAPTERS["binance"], ["BTC-USD"], sink.emit, sink.dead, session=session, clock=world.clock)
         run = asyncio.create_task(feed.run())
         while socket_.frames:
             turns += 1
@@ -1983,7 +1983,7 @@ def test_market_connect_the_market_is_the_seeds() -> None:
         assert len(made) - size == (2 if size < 126 else 4 if size < 65_536 else 10)
     for wrong in ({"rate": -1.0}, {"symbols": ()}, {"exchanges": ("nowhere",)}, {"port": 70_000}):
         with pytest.raises(ValueError, match=r"needed|no such"):
-            Exchanges(**wrong)  # type: ignore[arg-type]
+            Exchanges(**wrong)
 
 
 def test_market_connect_the_servers_as_a_program() -> None:
@@ -2009,3 +2009,27 @@ def test_market_connect_the_servers_as_a_program() -> None:
         program.send_signal(signal.SIGTERM)
         assert json.loads(program.stdout.readline())["kraken"] == told
         assert program.wait(10) == 0
+
+
+def test_market_connect_whatever_an_adapter_raises_the_frame_is_not_lost(market_connect_them: Exchanges) -> None:
+    them = market_connect_them
+
+    class Broken(type(ADAPTERS["okx"])):  # type: ignore[misc]
+        def parse(self, frame: str | bytes, received_ns: int) -> Parsed:
+            if b"tradeId" in frame:  # type: ignore[operator]
+                raise ZeroDivisionError("oh")
+            return super().parse(frame, received_ns)  # type: ignore[no-any-return]
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, names=()) as world:
+            feed = Feed(Broken(), ["BTC-USD"], world.sink.emit, world.sink.dead, url=them.urls["okx"])
+            world.feeds["okx"] = feed
+            world.runs.append(asyncio.create_task(feed.run()))
+            await world.until("okx", "live")
+            them.emit(2)
+            await prim_until_async(lambda: bool(world.sink.letters))
+            assert [letter[:2] for letter in world.sink.letters] == [("okx", "ZeroDivisionError: oh")]
+            assert b"tradeId" in world.sink.letters[0][2]
+            assert feed.stats().state == "live" and feed.stats().bad == 1
+
+    prim_run(main())
