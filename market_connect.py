@@ -106,8 +106,8 @@ def without_query(error: BaseException) -> str:
 class Feed:
     """The trades of one exchange: `await Feed(ADAPTERS["kraken"], ["BTC-USD"], emit, dead).run()`.
 
-    `adapter` is copied (`fresh`); the copy, `self.adapter`, has the `context` that a dead letter
-    needs, at the time when `dead` is called. `url`: instead of the exchange's own. `session`: shared; None: one of its own.
+    `adapter` is copied (`fresh`); the copy is `self.adapter`, whose `context` a dead letter needs, as it is when `dead`
+    is called. `url`: instead of the exchange's own. `session`: shared; None: one of its own.
     `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts. Times are seconds:
     `connect_within` for the handshake, `ack_within` for the acknowledgement of the subscription, `ping_every` for
     pings of the protocol, `pong_within` for any sign of life after one, `close_within` for the exchange's close frame,

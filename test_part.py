@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Iterator, Sequence
@@ -29,7 +30,7 @@ import pytest
 import market_connect
 import sandbox_markets
 from market_connect import Feed
-from market_feeds import ADAPTERS
+from market_feeds import ADAPTERS, Okx
 from market_trade import (
     AHEAD_NS,
     EARLIEST_NS,
@@ -1684,8 +1685,8 @@ def test_market_connect_breaker_waits_longer_and_closes_by_health() -> None:
 
 
 def test_market_connect_ten_feeds_come_back_one_by_one(market_connect_them: Exchanges) -> None:
-    """All are closed in the same moment: no two wait for the same time, and no two come back together."""
-    them, waits = market_connect_them, dict[str, float]()
+    """All are closed in the same moment: no two wait for the same time, and none comes back before its own."""
+    them, waits, closed = market_connect_them, dict[str, float](), dict[str, float]()
 
     async def main() -> None:
         async with MarketConnectWorld(them, names=()) as world:
@@ -1700,6 +1701,7 @@ def test_market_connect_ten_feeds_come_back_one_by_one(market_connect_them: Exch
             for name in MARKET_CONNECT_NAMES:
                 await world.until(name, "live")
             for name in MARKET_CONNECT_NAMES:
+                closed[name] = time.monotonic()
                 them.fault(name, "close")
             for name in MARKET_CONNECT_NAMES:
                 await world.until(name, "live", 2)
@@ -1707,9 +1709,10 @@ def test_market_connect_ten_feeds_come_back_one_by_one(market_connect_them: Exch
     prim_run(main())
     expected = {name: random.Random(number).random() for number, name in enumerate(MARKET_CONNECT_NAMES)}
     assert waits == expected
-    back = sorted(them.arrivals(name)[1] for name in MARKET_CONNECT_NAMES)
-    assert sorted(waits, key=lambda name: waits[name]) == sorted(waits, key=lambda name: them.arrivals(name)[1])
-    assert all(later > earlier for earlier, later in itertools.pairwise(back)) and back[-1] - back[0] > 0.4
+    assert min(later - earlier for earlier, later in itertools.pairwise(sorted(waits.values()))) > 0.001
+    for name in MARKET_CONNECT_NAMES:
+        first, second = them.arrivals(name)
+        assert first < closed[name] and second - closed[name] >= waits[name] - 0.01
 
 
 def test_market_connect_an_emit_that_waits_holds_the_exchange_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2014,11 +2017,11 @@ def test_market_connect_the_servers_as_a_program() -> None:
 def test_market_connect_whatever_an_adapter_raises_the_frame_is_not_lost(market_connect_them: Exchanges) -> None:
     them = market_connect_them
 
-    class Broken(type(ADAPTERS["okx"])):  # type: ignore[misc]
+    class Broken(Okx):
         def parse(self, frame: str | bytes, received_ns: int) -> Parsed:
-            if b"tradeId" in frame:  # type: ignore[operator]
+            if b"tradeId" in (frame if isinstance(frame, bytes) else frame.encode()):
                 raise ZeroDivisionError("oh")
-            return super().parse(frame, received_ns)  # type: ignore[no-any-return]
+            return super().parse(frame, received_ns)
 
     async def main() -> None:
         async with MarketConnectWorld(them, names=()) as world:
