@@ -300,6 +300,7 @@ class Feed:
                     self._url,
                     timeout=ClientWSTimeout(ws_close=min(0.25, self._close_within)),
                     autoping=False,
+                    autoclose=False,
                     max_msg_size=self._max_message,
                     decode_text=False,
                 )
@@ -330,7 +331,12 @@ class Feed:
             self._pending.update(self.symbols)
         watch.cancel()
         try:
-            await asyncio.wait((watch,) if self._closer is None else (watch, self._closer))
+            await asyncio.wait((watch,))
+            if self._closer is not None:
+                _, late = await asyncio.wait((self._closer,), timeout=self._close_within)
+                if late:  # the exchange goes on sending, and aiohttp goes on waiting for its close frame
+                    self._closer.cancel()
+                    await asyncio.wait((self._closer,))
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._close_within):

@@ -2036,3 +2036,21 @@ def test_market_connect_whatever_an_adapter_raises_the_frame_is_not_lost(market_
             assert feed.stats().state == "live" and feed.stats().bad == 1
 
     prim_run(main())
+
+
+def test_market_connect_an_exchange_that_never_stops_talking() -> None:
+    """No close frame comes, and trades go on: they are told for `close_within`, and then the connection is cut."""
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, ("okx", "binance"), close_within=0.2) as world:
+            for name in world.names:
+                assert them.fault(name, "deaf") == 1
+            await prim_until_async(lambda: all(world.sink.live(name) for name in world.names))
+            told = len(world.sink.live("binance"))
+            began = time.monotonic()
+            await asyncio.gather(*(feed.stop(60.0) for feed in world.feeds.values()))
+            assert time.monotonic() - began < 10.0
+            assert len(world.sink.live("binance")) > told
+
+    with Exchanges(rate=4000.0, symbols=MARKET_CONNECT_SYMBOLS, exchanges=("okx", "binance"), beat=0.01) as them:
+        prim_run(main())
