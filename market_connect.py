@@ -106,7 +106,8 @@ def without_query(error: BaseException) -> str:
 class Feed:
     """The trades of one exchange: `await Feed(ADAPTERS["kraken"], ["BTC-USD"], emit, dead).run()`.
 
-    `adapter` is copied (`fresh`). `url`: instead of the exchange's own. `session`: shared; None: one of its own.
+    `adapter` is copied (`fresh`); the copy is `self.adapter`, whose `context` a dead letter needs, as it is when `dead`
+    is called. `url`: instead of the exchange's own. `session`: shared; None: one of its own.
     `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts. Times are seconds:
     `connect_within` for the handshake, `ack_within` for the acknowledgement of the subscription, `ping_every` for
     pings of the protocol, `pong_within` for any sign of life after one, `close_within` for the exchange's close frame,
@@ -264,7 +265,7 @@ class Feed:
                     delay = self._policy.delay(max(1, self._failures), self._rng) or 0.0
                     await self._wait("waiting", end.retry_after + delay)
         finally:
-            self._state = "stopped"
+            self._state, self._since = "stopped", None
             if own is not None:
                 await own.close()
 
@@ -299,6 +300,7 @@ class Feed:
                     self._url,
                     timeout=ClientWSTimeout(ws_close=min(0.25, self._close_within)),
                     autoping=False,
+                    autoclose=False,
                     max_msg_size=self._max_message,
                     decode_text=False,
                 )
@@ -329,7 +331,12 @@ class Feed:
             self._pending.update(self.symbols)
         watch.cancel()
         try:
-            await asyncio.wait((watch,) if self._closer is None else (watch, self._closer))
+            await asyncio.wait((watch,))
+            if self._closer is not None:
+                _, late = await asyncio.wait((self._closer,), timeout=self._close_within)
+                if late:  # the exchange goes on sending, and aiohttp goes on waiting for its close frame
+                    self._closer.cancel()
+                    await asyncio.wait((self._closer,))
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._close_within):
@@ -354,7 +361,8 @@ class Feed:
         return True
 
     def _look_at_acks(self) -> None:
-        if self._acks + self._refusals >= self._wanted and (self._acks or not self._wanted):
+        answered = self._acks + self._refusals >= self._wanted and (self._acks or not self._wanted)
+        if answered and self._ending is None:
             self._state, self._since = "live", self._clock()
 
     async def _send(self, ws: Socket, message: str | bytes) -> bool:
@@ -522,7 +530,7 @@ class Feed:
                     return
             healthy_at = math.inf if self._since is None else self._since + self._healthy_after
             due = min(next_message, next_ping, ack_by, silent_at, pong_by, healthy_at if healthy_at > now else math.inf)
-            await asyncio.sleep(min(1.0, max(0.01, due - now)))
+            await asyncio.sleep(min(1.0, max(0.01 if self._reading else 0.05, due - now)))
 
 
 def _being_cancelled() -> bool:

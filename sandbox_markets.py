@@ -54,6 +54,7 @@ Fault = Literal[
     "reset",  # RST
     "half",  # half of a trade's frame, then the end
     "stall",  # no frame any more, no answer, not even to a ping or a close
+    "deaf",  # trades go on, whatever the client says: no answer, not even to a close
     "unknown",  # a message that no documentation has
     "wrong types",  # a trade whose price is neither number nor text
     "text",  # a trade whose numbers are text, or whose text is a number
@@ -218,7 +219,7 @@ class Connection:
         self.wire: Wire = WIRES[place.name]()
         self._next: dict[str, int] = {}  # native symbol -> number of the next trade
         self._tapes: dict[str, Tape] = {}
-        self.stalled = False
+        self.stalled = self.deaf = False
         self.over = False
 
     def write(self, *frames: bytes) -> None:
@@ -236,7 +237,7 @@ class Connection:
         place.messages += 1
         place.heard.append(message)
         natives = self.wire.symbols_of(message)
-        if natives and place.door == "mute":
+        if self.deaf or (natives and place.door == "mute"):
             return
         tapes = {native: tape for native in natives if (tape := self._all.tape(self.wire, native)) is not None}
         if place.door == "deny" or len(tapes) < len(natives):
@@ -300,6 +301,8 @@ class Connection:
             _reset(self._transport)
         elif name == "stall":
             self.stalled = True
+        elif name == "deaf":
+            self.deaf = True
         elif name == "unknown":
             self.say(['{"surprise":{"of":[1,2,3]}}'])
         elif name == "not json":
@@ -392,7 +395,8 @@ class Exchanges:
     `symbols`: what is traded, BASE-QUOTE; USD stands for USDT and USDC too. `seed`: prices and sizes. `port`: 0 finds
     one. `heartbeat`: seconds between the heartbeats of those that send any; 0: none. `beat`: seconds between two looks
     at what is due. `history`: trades in a snapshot, at most (each wire has its own limit). `ledger`: keep the ids of
-    all trades that were sent (8 bytes each). `send_buffer`: bytes of the sockets' (None: the system's). Raises ValueError for impossible arguments, OSError from `start`.
+    all trades that were sent (8 bytes each). `send_buffer`: bytes of the sockets' (None: the system's).
+    Raises ValueError for impossible arguments, OSError from `start`.
     """
 
     def __init__(
@@ -660,7 +664,7 @@ class Exchanges:
                 if message.type is WSMsgType.CLOSE:
                     place.closes.append(message.data or 0)
                 break
-        while connection.stalled and not transport.is_closing():  # noqa: ASYNC110  -- nothing tells us
+        while (connection.stalled or connection.deaf) and not transport.is_closing():  # noqa: ASYNC110  -- nothing tells us
             await asyncio.sleep(0.02)
         if not connection.over:
             connection.write(frame(struct.pack("!H", ws.close_code or 1000), 8))
