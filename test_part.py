@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -276,6 +277,10 @@ def test_market_kafka_the_producer_is_idempotent_and_begins_anew_when_the_broker
     address = market_kafka_module.address
 
     async def main() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=address)
+        await admin.start()  # one topic is there, the other is not
+        await admin.create_topics([NewTopic("d.trades", 1, 1)])
+        await admin.close()
         async with market_kafka_open(address, prefix="d.", partitions=1) as publisher:
             await publisher.trades(market_kafka_trades(0, 10))
             await publisher.flush()
@@ -320,6 +325,9 @@ def test_market_kafka_without_a_spool_callers_wait_for_room_in_their_order(marke
             assert market_kafka_balanced(publisher).trades.held == 200
             broker.start()
             await asyncio.gather(*waiting)
+            async with publisher._turn:  # somebody waits: nobody passes
+                await prim_until_async(lambda: not publisher._buffer)
+                assert not publisher.offer(market_kafka_trades(350, 351, 1))
             await publisher.flush()
             assert market_kafka_balanced(publisher).trades.published == 401
             assert publisher.stats().state == "connected"
@@ -386,6 +394,45 @@ def test_market_kafka_absent_at_the_start_the_buffer_fills_then_the_spool_and_al
     lines = [(record.name, record.levelname) for record in caplog.records if record.name == "market_pipeline"]
     assert lines == [("market_pipeline", "WARNING"), ("market_pipeline", "INFO")]
     assert [each for each in caplog.records if "aiokafka" in each.name and each.levelno >= logging.WARNING] == []
+
+
+def test_market_kafka_what_is_on_its_way_to_the_spool_is_not_overtaken(
+    market_kafka_broker: mt.Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, writes, go = market_kafka_broker, itertools.count(), threading.Event()
+    write = Spool._write
+
+    def slow(self: Spool, name: str, line: bytes, data: bytes) -> None:
+        if next(writes):  # the first is what is under way
+            assert go.wait(PRIM_PATIENCE)
+        write(self, name, line, data)
+
+    monkeypatch.setattr(Spool, "_write", slow)
+    broker.stop()
+
+    async def main() -> None:
+        async with market_kafka_open(broker.address, spool=tmp_path / "spool", buffer=100, spool_after=60) as publisher:
+            await publisher.trades(market_kafka_trades(0, 100, 1))
+            await prim_until_async(lambda: len(publisher._flying) == 100)
+            await publisher.trades(market_kafka_trades(100, 200, 1))
+            task = asyncio.create_task(publisher.trades(market_kafka_trades(200, 300, 1)))
+            await prim_until_async(lambda: publisher._moving == 100)
+            await asyncio.to_thread(broker.start)
+            await prim_until_async(lambda: publisher.stats().trades.published == 100)
+            assert publisher.offer(market_kafka_trades(900, 901, 1)) is False  # another waits
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await publisher.trades(market_kafka_trades(200, 300, 1))
+            await asyncio.sleep(0.05)
+            assert market_kafka_balanced(publisher).trades == mk.Counts(300, 0, 100, 200, 0, 0, 0)
+            go.set()
+            await publisher.flush()
+        assert await market_kafka_ids(broker.address) == list(range(300))
+
+    try:
+        prim_run(main())
+    finally:
+        go.set()
 
 
 def test_market_kafka_frozen_for_longer_than_its_limits_each_record_comes_once(
