@@ -776,11 +776,14 @@ class Publisher:
                 return False
             while self._buffer:
                 items = [self._buffer.popleft() for _ in range(min(AT_ONCE, len(self._buffer)))]
-                self._moving = len(items)
-                taken = await self._put(items)
-                self._moving = 0
+                self._moving, taken = len(items), None
+                try:
+                    taken = await self._put(items)
+                finally:
+                    self._moving = 0
+                    if taken is None:
+                        self._buffer.extendleft(reversed(items))
                 if taken is None:
-                    self._buffer.extendleft(reversed(items))
                     return False
                 self._spooled += len(items)
                 self._heavy -= sum(len(item.raw) for item in items if isinstance(item, DeadLetter))

