@@ -496,18 +496,8 @@ class Publisher:
             raw, kind = raw.encode("utf-8", "surrogatepass"), kind or "text"
         if len(raw) > LARGEST_RECORD:
             error, raw = f"{error[:400]} (cut: it had {len(raw)} bytes)", raw[:LARGEST_RECORD]
-        await self._take(
-            [
-                DeadLetter(
-                    exchange,
-                    error,
-                    bytes(raw),
-                    when_ns,
-                    kind or "binary",
-                    context if len(context) <= LARGEST_CONTEXT else "",
-                )
-            ]
-        )
+        context = context if len(context) <= LARGEST_CONTEXT else ""
+        await self._take([DeadLetter(exchange, error, bytes(raw), when_ns, kind or "binary", context)])
 
     async def _take(self, items: Sequence[Item]) -> None:
         async with self._turn:
