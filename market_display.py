@@ -22,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +31,9 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from market_feeds import Trade
 from market_kafka import Counts
+from market_stats import ALL, Row
 from primitives import Clock
 
 EVERY = 0.5
@@ -40,6 +42,8 @@ LINES = 200
 MOST_SYMBOLS, MOST_ROWS = 500, 12
 """Symbols in a snapshot, and on the screen."""
 NOTHING = Counts(0, 0, 0, 0, 0, 0, 0)
+PRICES = 30
+"""Of a symbol's last seconds, for its line."""
 SPARKS = "▁▂▃▄▅▆▇█"
 
 # ------------------------------------------------------------------------------------------------------ snapshots
@@ -125,6 +129,41 @@ class Snapshot(NamedTuple):
     error: str = ""
     """The last one of Kafka's."""
     stopping: bool = False
+
+
+class Board:
+    """The last figures of each symbol."""
+
+    def __init__(self, windows: Sequence[int]) -> None:
+        self._shortest, self._middle = windows[0], len(windows) // 2
+        self._lines: dict[str, SymbolLine] = {}
+        self._prices: dict[str, deque[float]] = {}
+        self._seconds: dict[str, int] = {}
+        self._trades: Counter[str] = Counter()
+
+    def count(self, trades: Iterable[Trade]) -> None:
+        counts = self._trades
+        for trade in trades:
+            if trade.symbol in counts or len(counts) < MOST_SYMBOLS:
+                counts[trade.symbol] += 1
+
+    def take(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            symbol = row.symbol
+            if row.exchange != ALL or (symbol not in self._lines and len(self._lines) >= MOST_SYMBOLS):
+                continue
+            prices, second = self._prices.setdefault(symbol, deque(maxlen=PRICES)), row.ts_ns // 1_000_000_000
+            if second != self._seconds.get(symbol) or not prices:
+                self._seconds[symbol] = second
+                prices.append(row.last)
+            prices[-1] = row.last
+            self._lines[symbol] = SymbolLine(
+                *(row.last, row.volatility[self._middle], row.ewma, row.spread, self._trades[symbol]),
+                *(row.trades[0] / self._shortest, tuple(prices)),
+            )
+
+    def lines(self) -> dict[str, SymbolLine]:
+        return dict(sorted(self._lines.items()))
 
 
 def imbalance(counts: Snapshot) -> int:

@@ -47,7 +47,7 @@ import random
 import ssl
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,13 +56,14 @@ from typing import Any
 import aiohttp
 
 from market_connect import Feed
-from market_display import MOST_SYMBOLS, FeedLine, Snapshot, SymbolLine, columns, imbalance, lost
+from market_display import Board, FeedLine, Snapshot, columns, imbalance, lost
 from market_feeds import ADAPTERS, Adapter, BadFrame, Trade
 from market_kafka import Closed, Publisher
-from market_stats import ALL, WINDOWS, Row
+from market_stats import WINDOWS, Row
 from market_topics import DeadLetter, Group, Taken, dead_letters, decode
 from market_workers import MOST, Uncomputed, Workers
 from primitives import Clock, Rng, arrives, telling
+from processes import WorkerDied
 
 log = logging.getLogger("market_pipeline")
 
@@ -78,8 +79,6 @@ PAUSE = 0.5
 """Seconds after which a part that failed in a way that nobody had foreseen goes on."""
 TICK, TICKS = 0.05, 1200
 """Seconds between two looks at how late the loop is; how many are remembered."""
-PRICES = 30
-"""Of a symbol's last seconds, for its line."""
 
 
 @dataclass(frozen=True)
@@ -162,41 +161,6 @@ def feeds_of(options: Options, environ: Mapping[str, str]) -> dict[str, tuple[Ad
 
 
 # ------------------------------------------------------------------------------------------- what all programs have
-
-
-class Board:
-    """The last figures of each symbol."""
-
-    def __init__(self, windows: Sequence[int]) -> None:
-        self._shortest, self._middle = windows[0], len(windows) // 2
-        self._lines: dict[str, SymbolLine] = {}
-        self._prices: dict[str, deque[float]] = {}
-        self._seconds: dict[str, int] = {}
-        self._trades: Counter[str] = Counter()
-
-    def count(self, trades: Iterable[Trade]) -> None:
-        counts = self._trades
-        for trade in trades:
-            if trade.symbol in counts or len(counts) < MOST_SYMBOLS:
-                counts[trade.symbol] += 1
-
-    def take(self, rows: Iterable[Row]) -> None:
-        for row in rows:
-            symbol = row.symbol
-            if row.exchange != ALL or (symbol not in self._lines and len(self._lines) >= MOST_SYMBOLS):
-                continue
-            prices, second = self._prices.setdefault(symbol, deque(maxlen=PRICES)), row.ts_ns // 1_000_000_000
-            if second != self._seconds.get(symbol) or not prices:
-                self._seconds[symbol] = second
-                prices.append(row.last)
-            prices[-1] = row.last
-            self._lines[symbol] = SymbolLine(
-                *(row.last, row.volatility[self._middle], row.ewma, row.spread, self._trades[symbol]),
-                *(row.trades[0] / self._shortest, tuple(prices)),
-            )
-
-    def lines(self) -> dict[str, SymbolLine]:
-        return dict(sorted(self._lines.items()))
 
 
 class Base:
@@ -462,6 +426,7 @@ class Pipeline(Base):
         self._wake.set()
 
     async def _compute(self) -> None:
+        await self.workers.start()
         queue, told = self._queue, True
         while True:
             if not queue:
@@ -667,7 +632,7 @@ class Analyser(Base):
                 if not joining.done():
                     joining.cancel()
                 (error, _) = await asyncio.gather(joining, stopped, return_exceptions=True)
-            if isinstance(error, TimeoutError):
+            if isinstance(error, TimeoutError | WorkerDied):
                 raise CannotStart(str(error))
             if isinstance(error, Exception):
                 raise error

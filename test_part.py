@@ -552,6 +552,35 @@ def test_market_pipeline_sigterm_publishes_all_and_a_second_one_spools_it(tmp_pa
             assert {symbol: set(ids) for symbol, ids in found.items()} == {s: set(ids) for s, ids in sent.items()}
 
 
+def test_market_pipeline_analyse_and_replay_as_commands(market_pipeline_broker: str) -> None:
+    async def fill() -> None:
+        publisher = Publisher(market_pipeline_broker, prefix="commands-", partitions=2)
+        await publisher.start()
+        await publisher.trades([market_pipeline_trade(n, "BTC-USD") for n in range(3)])
+        await publisher.dead("kraken", "cut off", '{"channel": "heart', time.time_ns())
+        await publisher.dead("kraken", "a fault of ours", '{"channel": "heartbeat"}', time.time_ns())
+        await publisher.stop()
+
+    asyncio.run(fill())
+    arguments = ("--kafka", market_pipeline_broker, "--prefix", "commands-")
+    more = ("--http", "127.0.0.1:0", "--workers", "1")
+    with market_pipeline_process("analyse", *arguments, *more) as process:
+        found = process.until(lambda found: found["computed"] == 3 and found["rows"]["published"] >= 2)
+        assert found["partitions"] == [0, 1] and found["symbols"]["BTC-USD"]["trades"] == 3
+        process.process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+        process.said(
+            r"trades taken 3, computed 3; dead letters 0 = published 0 \+ left in the spool 0 \+ lost 0; analytics"
+        )
+    with market_pipeline_process("replay", *arguments) as process:
+        assert process.process.stdout is not None
+        said = process.process.stdout.read()
+        assert process.wait() == 0
+    assert re.search(r"^kraken +still bad +1 +JSONDecodeError", said, re.M), said
+    assert re.search(r"^kraken +parsed +1 +a fault of ours$", said, re.M)
+    assert said.endswith("2 dead letters: 1 parsed, with 0 trades; 1 still bad\n")
+
+
 def test_market_pipeline_demo_on_a_terminal() -> None:
     ours, theirs = pty.openpty()
     with tempfile.TemporaryDirectory() as folder:
