@@ -653,6 +653,25 @@ def test_market_pipeline_items_that_wait_are_counted_and_those_of_a_cancelled_ca
     prim_run(main())
 
 
+def test_market_pipeline_a_second_stop_cuts_the_publishing_short(tmp_path: Path) -> None:
+    async def main() -> None:
+        program = Base(market_pipeline_options("127.0.0.1:1", "cut", tmp_path, spool_after=60.0), spool=True)
+        await program.publisher.start()
+        program._trades = 25
+        trades = [market_pipeline_trade(n, "BTC-USD") for n in range(25)]
+        assert await program._handed_over(25, lambda: program.publisher.trades(trades))
+        program.stop()
+        program._deadline = time.monotonic() + 60.0
+        closing = asyncio.create_task(program._close_publisher())
+        await prim_until_async(lambda: program.publisher._state == "stopping")
+        program.stop()
+        await asyncio.wait_for(closing, 10.0)
+        counts = program.snapshot()
+        assert (counts.published.spooled, counts.kafka, counts.faults, md.lost(counts)) == (25, "closed", 0, 0)
+
+    prim_run(main())
+
+
 def test_market_pipeline_computing_that_is_slow_leaves_out_the_oldest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
