@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,8 @@ def test_market_pipeline_every_trade_of_ten_exchanges_is_in_kafka_once(
             assert record.key == row["symbol"].encode()
             last[row["symbol"], row["exchange"]] = row
         assert len(last) == 33 and set(them.urls) | {"*"} == {exchange for _, exchange in last}
+        for symbol, count in Counter(trade.symbol for trade in trades).items():  # the stop tells what was not due yet
+            assert last[symbol, "*"]["trades"]["300"] == count
         everything = last["BTC-USD", "*"]
         assert everything["volatility"].keys() == {"10", "60", "300"} and everything["spread"] > 0
 
