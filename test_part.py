@@ -1487,7 +1487,7 @@ def test_market_connect_a_fault_that_ends_the_connection(market_connect_them: Ex
                 await world.settled(victim)
                 if fault == "stall":
                     continue
-                assert them.fault(victim, fault) == 1
+                assert them.fault(victim, fault, **({"size": 2 << 20} if fault == "huge" else {})) == 1
                 them.emit(2, victim)  # nobody hears that, unless a snapshot tells of it
                 await world.until(victim, "live", 2)
             if fault == "stall":  # each has to be waited for: all at once
@@ -1823,7 +1823,7 @@ def test_market_connect_stop_in_every_state(market_connect_them: Exchanges, stat
                 await prim_until_async(lambda: feed.stats().state == state)
                 if state in ("waiting", "refused"):
                     assert feed.stats().retry_in > 10
-                await asyncio.gather(feed.stop(), feed.stop())
+                await asyncio.wait_for(asyncio.gather(feed.stop(10.0), feed.stop(10.0)), 5.0)
                 await asyncio.wait_for(run, 1.0)
             await feed.stop()
             assert feed.stats().state == "stopped"
@@ -2054,3 +2054,71 @@ def test_market_connect_an_exchange_that_never_stops_talking() -> None:
 
     with Exchanges(rate=4000.0, symbols=MARKET_CONNECT_SYMBOLS, exchanges=("okx", "binance"), beat=0.01) as them:
         prim_run(main())
+
+
+def test_market_connect_what_an_exchange_announces(market_connect_them: Exchanges) -> None:
+    """Asked for a new connection, it goes by itself, and that is no failure; a status alone is noted."""
+    them, asking = market_connect_them, ("binance", "bitstamp", "okx", "bitfinex")
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, (*asking, "kraken")) as world:
+            for name in world.names:
+                breaker = world.feeds[name].breaker = CircuitBreaker(name, failures=1)
+                them.fault(name, "maintenance", code=0)
+                if name == "kraken":
+                    await prim_until_async(lambda: world.feeds["kraken"].stats().note == "system: maintenance")
+                    assert world.feeds["kraken"].stats().connects == 1
+                    continue
+                await world.until(name, "live", 2)
+                assert world.feeds[name].stats().last_error.startswith("the exchange asked for it: ")
+                assert breaker.stats().opened == 0 and world.feeds[name].stats().failures == 1
+            them.emit(3, "bitfinex")  # its frames are counted anew
+            await prim_until_async(lambda: len(world.sink.live("bitfinex")) == 6)
+            them.fault("bitfinex", "gap")
+            them.emit(1, "bitfinex")
+            await prim_until_async(lambda: len(world.sink.live("bitfinex")) == 8)
+            found = world.feeds["bitfinex"].stats()
+            assert (found.gaps, found.missed) == (1, 2)
+        assert {name: each.closes for name, each in them.stats().items() if name in asking} == dict.fromkeys(
+            asking, (1001, 1000)
+        )
+
+    prim_run(main())
+
+
+def test_market_connect_frames_are_counted_anew(market_connect_them: Exchanges) -> None:
+    """A gap right at the beginning of a later connection is seen, though its numbers were there before."""
+    them = market_connect_them
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, ("bitfinex",)) as world:
+            them.emit(20)
+            await world.settled("bitfinex")
+            them.fault("bitfinex", "drop")
+            await world.until("bitfinex", "live", 2)
+            them.fault("bitfinex", "gap")
+            them.emit(1)
+            await prim_until_async(lambda: len(world.sink.live("bitfinex")) == 42)
+            found = world.feeds["bitfinex"].stats()
+            assert (found.gaps, found.missed, found.outages) == (1, 2, 0)
+
+    prim_run(main())
+
+
+def test_market_connect_after_a_wait_of_emit_silence_begins_anew(market_connect_them: Exchanges) -> None:
+    them, world_clock = market_connect_them, PrimWorld()
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, ("okx",), clock=world_clock.clock) as world:
+            world.sink.gate = asyncio.Event()
+            them.emit(1)
+            await prim_until_async(lambda: bool(world.sink.live("okx")))
+            await asyncio.sleep(0)
+            world_clock.now += 1000.0
+            world.sink.gate.set()
+            await prim_until_async(lambda: len(world.sink.live("okx")) == 2)  # both symbols
+            await prim_until_async(lambda: them.stats()["okx"].pings == 1)  # the watch has looked
+            await asyncio.sleep(0.05)
+            assert world.feeds["okx"].stats().connects == 1 and world.feeds["okx"].stats().state == "live"
+
+    prim_run(main())
