@@ -262,7 +262,7 @@ class Feed:
                 finally:
                     permit.ignore()
                 if not self._stopping:
-                    delay = self._policy.delay(max(1, self._failures), self._rng) or 0.0
+                    delay = self._policy.delay(self._failures, self._rng) or 0.0
                     await self._wait("waiting", end.retry_after + delay)
         finally:
             self._state, self._since = "stopped", None
@@ -271,22 +271,21 @@ class Feed:
 
     def _settle(self, end: _End) -> None:
         """What the end of an attempt means for the next one."""
-        self._check_health()
-        if self._since is None or self._clock() - self._since < self._healthy_after:
-            self._failures += 1
-            if not end.asked and self._permit is not None:
-                self._permit.failure()
-        else:
-            self._failures = 1
+        healthy = self._check_health()
+        self._failures += 1
+        if not healthy and not end.asked and self._permit is not None:
+            self._permit.failure()
         self._since = None
         if not self._stopping:
             self._last_error = end.reason
 
-    def _check_health(self) -> None:
-        if self._since is not None and self._clock() - self._since >= self._healthy_after:
+    def _check_health(self) -> bool:
+        healthy = self._since is not None and self._clock() - self._since >= self._healthy_after
+        if healthy:
             self._failures = 0
             if self._permit is not None:
                 self._permit.success()
+        return healthy
 
     async def _wait(self, state: State, seconds: float) -> None:
         self._state, self._next_attempt = state, self._clock() + seconds

@@ -67,7 +67,7 @@ Fault = Literal[
     "binary",  # a trade in a binary frame
     "fragments",  # a trade in three fragments with a ping between them
     "error",  # an error message
-    "maintenance",  # the announcement, if the exchange has one, then a close frame (1012)
+    "maintenance",  # the announcement, if the exchange has one, then a close frame (code=1012; 0: none)
     "huge",  # a text frame of `size` bytes (8 MiB), and nothing after it
     "reserved",  # a frame with reserved bits set, and nothing after it
     "ping",  # a ping of the protocol
@@ -281,7 +281,7 @@ class Connection:
         price = self._tapes[native].prices[number % WALK]
         return [text.encode() for text in self._told(native, range(number, number + 1))], price
 
-    def fault(self, name: Fault, *, code: int = 1001, n: int = 1, size: int = 8 << 20) -> None:
+    def fault(self, name: Fault, *, code: int | None = None, n: int = 1, size: int = 8 << 20) -> None:
         """Do it, now."""
         if name in ("wrong types", "text", "half", "gzip", "binary", "fragments", "duplicate", "gap", "swap"):
             if not self._next:
@@ -290,9 +290,10 @@ class Connection:
         elif name == "close" or name == "maintenance":
             if name == "maintenance":
                 self.say(self.wire.maintenance())
-                code = 1012
-            self.write(frame(struct.pack("!H", code), 8))
-            self.over = True
+            code = (1012 if name == "maintenance" else 1001) if code is None else code
+            if code:
+                self.write(frame(struct.pack("!H", code), 8))
+                self.over = True
         elif name == "drop":
             self.over = True
             self._transport.close()
