@@ -290,9 +290,19 @@ def test_market_pipeline_dead_letters_are_replayed_by_the_mended_parser(
 
     async def replayed(**more: Any) -> Replayer:
         options = market_pipeline_options(market_pipeline_broker, "dead", tmp_path, group="again", **more)
-        replayer = Replayer(options)
+        replayer, flushed = Replayer(options), list[int]()
+        flush = replayer.publisher.flush
+
+        async def flushing() -> None:
+            await flush()
+            flushed.append(replayer.publisher.stats().trades.published)
+
+        monkeypatch.setattr(replayer.publisher, "flush", flushing)
         assert await asyncio.wait_for(replayer.run(), PRIM_PATIENCE) == 0
-        assert md.imbalance(replayer.snapshot()) == 0
+        counts = replayer.snapshot()
+        assert md.imbalance(counts) == 0
+        if not options.dry_run:  # before the offsets are committed
+            assert flushed and flushed[-1] == counts.trades + counts.letters
         return replayer
 
     async def main() -> None:
