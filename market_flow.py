@@ -63,7 +63,7 @@ from market_stats import WINDOWS, Row
 from market_topics import DeadLetter, Group, Taken, dead_letters, decode
 from market_workers import MOST, Uncomputed, Workers
 from primitives import Clock, Rng, arrives, telling
-from processes import WorkerDied
+from processes import PoolClosed, WorkerDied
 
 log = logging.getLogger("market_pipeline")
 
@@ -559,9 +559,9 @@ class Analyser(Base):
         self._queued = self._skipped = 0
 
     async def _revoked(self, _: frozenset[int]) -> None:
-        """The batch in hand is committed before its partition is another's."""
+        """The batch in hand is committed, and its rows told, before its partition is another's."""
         async with self._batch:
-            pass
+            await self._tell_all()
 
     async def _work(self) -> None:
         try:
@@ -580,7 +580,7 @@ class Analyser(Base):
                     await self._batch_of(taken)
                     told = False
                 elif not told:
-                    self._tell(await self._computed_rows([], flush=True))
+                    await self._tell_all()
                     told = True
 
     async def _batch_of(self, taken: Taken) -> None:
@@ -617,6 +617,11 @@ class Analyser(Base):
         self.board.take(rows)
         self.publisher.analytics([row.record() for row in rows])
 
+    async def _tell_all(self) -> None:
+        """The rows that were not due yet."""
+        with contextlib.suppress(Closed, PoolClosed):
+            self._tell(await self._computed_rows([], flush=True))
+
     async def run(self) -> int:
         async with contextlib.AsyncExitStack() as stack:
             await self._open_publisher(stack)
@@ -651,9 +656,10 @@ class Analyser(Base):
         await self.group.start()
 
     async def _finish(self) -> None:
-        """The batch in hand is published and committed; no further one is begun."""
+        """The batch in hand is published and committed, and all rows are told; no further one is begun."""
         async with self._batch:
             self._tasks[-1].cancel()
+            await self._tell_all()
 
     def _more(self) -> dict[str, Any]:
         workers, found, group = self.workers.stats(), self.workers.analytics(), self.group.stats()
