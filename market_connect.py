@@ -17,7 +17,7 @@ Promised:
   numbers its trades, the numbers tell; where it does not, each symbol's first trade afterwards is labelled "gap" (it
   may be that nothing is missing), unless a snapshot overlaps with what came before.
 * A connection ends with a close frame wherever it is we who end it, and what the exchange had sent before it saw that
-  is still read, for at most `close_within`.
+  is still read and told, for at most `close_within`; not so after a cancellation, or an error of `emit` or `dead`.
 * Waits between attempts are uniform in [0, min(cap, base * 2**n)], n counted since a connection was last healthy, that
   is subscribed for `healthy_after`; a Retry-After comes on top. Five failures within a minute open the breaker, which
   waits longer. A failure is an attempt or connection that ended unhealthy, unless the exchange had asked for that.
@@ -57,6 +57,7 @@ State = Literal["idle", "connecting", "subscribing", "live", "closing", "waiting
 MAX_MESSAGE = 4 << 20  # bytes of a frame; Gemini's books come near to one
 TURN = 0.004  # seconds of work after which the loop's other tasks have their turn
 RETRY_AFTER_LIMIT = 300.0  # seconds
+GOODBYE = 0.25  # seconds for the exchange's close frame when nothing is read any more
 NORMAL, GOING_AWAY = b"\x03\xe8", b"\x03\xe9"  # codes of close frames: 1000, 1001
 _QUERY = re.compile(r"\?[^\s'\"]*")
 
@@ -297,7 +298,7 @@ class Feed:
             async with asyncio.timeout(self._connect_within):
                 ws = await session.ws_connect(
                     self._url,
-                    timeout=ClientWSTimeout(ws_close=min(0.25, self._close_within)),
+                    timeout=ClientWSTimeout(ws_close=min(GOODBYE, self._close_within)),
                     autoping=False,
                     autoclose=False,
                     max_msg_size=self._max_message,
@@ -313,16 +314,19 @@ class Feed:
             return _End(without_query(error))
         self._connects += 1
         self._begin(ws)
-        watch = asyncio.create_task(self._watch(ws), name=f"watch {self.exchange}")
+        watch, broken_off = asyncio.create_task(self._watch(ws), name=f"watch {self.exchange}"), False
         try:
             if not await self._subscribe(ws):
                 return self._ending or _End("the subscription could not be sent")
             return await self._read(ws)
+        except BaseException:
+            broken_off = self._ending is None
+            raise
         finally:
             self._ws, self._state = None, "closing"
-            await self._leave(ws, watch)
+            await self._leave(ws, watch, broken_off)
 
-    async def _leave(self, ws: Socket, watch: asyncio.Task[None]) -> None:
+    async def _leave(self, ws: Socket, watch: asyncio.Task[None], broken_off: bool) -> None:
         """Nothing of the connection is left, whoever cancels this."""
         if self._timer is not None:
             self._timer.cancel()
@@ -336,12 +340,23 @@ class Feed:
                 if late:  # the exchange goes on sending, and aiohttp goes on waiting for its close frame
                     self._closer.cancel()
                     await asyncio.wait((self._closer,))
+            if broken_off:
+                await self._say_goodbye(ws)
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._close_within):
                     await ws.close(code=1000 if self._stopping else 1001)
         if not watch.cancelled() and (error := watch.exception()) is not None:
             raise error
+
+    async def _say_goodbye(self, ws: Socket) -> None:
+        """The close frame after a cancellation or an error of the user's, and a moment for the exchange's own: a socket
+        that is closed with something unread is reset, and the exchange may never see the frame."""
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+            async with asyncio.timeout(min(GOODBYE, self._close_within)):
+                await ws.send_frame(NORMAL if self._stopping else GOING_AWAY, WSMsgType.CLOSE)
+                while (await ws.receive()).type in (WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG):
+                    pass
 
     def _begin(self, ws: Socket) -> None:
         self._ws, self._state, self._ending, self._cut, self._reading = ws, "subscribing", None, False, False
