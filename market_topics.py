@@ -480,7 +480,8 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
 class Broker:
     """The broker of the wheel noida-db in ``folder``, on loopback: for demos and tests. Its methods block.
 
-    It keeps its data in memory and saves it now and then: ``stop`` loses nothing, ``kill`` may. Another life's broker
+    It keeps its data in memory and saves it now and then: ``stop`` loses nothing that it had acknowledged
+    before, ``kill`` may, and so may what it still acknowledges while it stops. Another life's broker
     that still runs in the folder is stopped first. ``port`` 0: a free one, kept from then on. Unlike Kafka it refuses
     commits from the moment that a group begins to form again, and such a group may hang.
     """
