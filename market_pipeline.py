@@ -1,0 +1,447 @@
+"""Trades of many exchanges by WebSocket, their rolling figures, and both in Kafka; nothing lost without being counted.
+
+    python market_pipeline.py --symbols BTC-USD,ETH-USD,SOL-USD --kafka broker:9092
+    python market_pipeline.py --demo
+    python market_pipeline.py analyse --kafka broker:9092     the figures, as a member of a consumer group
+    python market_pipeline.py replay --kafka broker:9092      dead letters once more, by a mended parser
+
+This file is the command line and the demo. What is promised, the way of a trade, every queue and its bound are told in
+``market_flow``; what is shown of it, in ``market_display``.
+
+Threads: that of the demo's exchanges. All else is in the event loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+from aiokafka import AIOKafkaConsumer
+
+from market_display import LogLines, Snapshot, columns, last_word, latency, number, price, serve
+from market_feeds import ADAPTERS, Trade
+from market_flow import Analyser, Base, CannotStart, Options, Pipeline, Replayer, feeds_of, security
+from market_stats import ALL
+from market_topics import ANALYTICS, DEAD_LETTERS, TRADES, Broker, decode
+
+log = logging.getLogger("market_pipeline")
+
+COMMANDS = ("run", "analyse", "replay")
+DEMO_PATIENCE = 15.0
+"""Seconds that the demo waits for what is in Kafka."""
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def size(text: str) -> int:
+    """``64M`` -> 67,108,864."""
+    match = re.fullmatch(r"([0-9]{1,12})([kMG]?)", text, re.A)
+    if match is None:
+        raise ValueError
+    return int(match[1]) << {"": 0, "k": 10, "M": 20, "G": 30}[match[2]]
+
+
+def words(text: str) -> tuple[str, ...]:
+    """``A,B`` -> A, B; each once."""
+    return tuple(dict.fromkeys(each.strip() for each in text.split(",") if each.strip()))
+
+
+def pairs(text: str) -> tuple[str, ...]:
+    return words(text.upper())
+
+
+def tickers(text: str) -> tuple[str, ...]:
+    """``AAPL`` -> AAPL-USD."""
+    return tuple(each if "-" in each else f"{each}-USD" for each in pairs(text))
+
+
+def seconds_of(text: str) -> tuple[int, ...]:
+    return tuple(int(each) for each in words(text))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    default = Options()
+    parser = argparse.ArgumentParser(
+        prog="python market_pipeline.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Trades of many exchanges by WebSocket, rolling volatility in a pool of processes, both in Kafka.",
+        epilog=f"""examples:
+  python market_pipeline.py --demo                     ten simulated exchanges, a broker for development
+  python market_pipeline.py --symbols BTC-USD,ETH-EUR --kafka broker:9092 --http 127.0.0.1:9515
+  python market_pipeline.py --exchanges kraken,okx --kafka broker:9092      one machine's share of the exchanges
+  python market_pipeline.py --stocks AAPL,MSFT --kafka broker:9092          and stocks
+  python market_pipeline.py analyse --kafka broker:9092                     any number of machines share the symbols
+  python market_pipeline.py replay --kafka broker:9092 --dry-run            what a mended parser would make of them
+
+exchanges: {", ".join(ADAPTERS)}
+On Binance, OKX, Bybit and Gate.io, USD means their books in USDT; BitMEX's are perpetual swaps.
+
+Kafka may be away, at the start too: trades go to the spool then, and from there, in order, when it is back.
+SIGTERM or Ctrl-C: close the feeds, publish what is there, say what is left; again: put it into the spool and end.
+
+exit codes: 0 nothing was lost; 1 something was, or it could not start; 2 wrong usage""",
+    )
+
+    def option(group: Any, name: str, kind: Any, text: str, metavar: str, **more: Any) -> None:
+        value = getattr(default, name[2:].replace("-", "_"))
+        if kind is size:
+            text += f" (default {value >> 20}M)"
+        elif isinstance(value, tuple) and value:
+            text += f" (default {','.join(map(str, value))})"
+        elif isinstance(value, int | float):
+            text += f" (default {value:g})"
+        elif isinstance(value, str) and value:
+            text += f" (default {value})"
+        group.add_argument(name, type=kind, default=None, metavar=metavar, help=text, **more)
+
+    parser.add_argument(
+        "command", nargs="?", choices=COMMANDS, default="run", help="run: feeds and figures (default); see the examples"
+    )
+    feeds = parser.add_argument_group("feeds")
+    option(feeds, "--symbols", pairs, "BASE-QUOTE", "LIST")
+    text = "of which exchanges; several machines share them by this"
+    feeds.add_argument("--exchanges", type=words, metavar="LIST", help=f"{text} (default: all that need no key)")
+    option(feeds, "--stocks", tickers, "from the stock feeds whose keys are in the environment", "LIST")
+    feeds.add_argument(
+        "--url", action="append", metavar="EXCHANGE=URL", help="another address of an exchange: a proxy, a simulation"
+    )
+    kafka = parser.add_argument_group("Kafka")
+    option(kafka, "--kafka", str, "the brokers, with commas; or KAFKA_BROKERS", "HOST:PORT")
+    option(kafka, "--prefix", str, "of the topics' names", "TEXT")
+    option(kafka, "--partitions", int, "of topics that are not there yet", "N")
+    option(kafka, "--replication", int, "of topics that are not there yet", "N")
+    option(
+        kafka,
+        "--compression",
+        str,
+        "zstd, lz4, gzip, snappy, none",
+        "KIND",
+        choices=("zstd", "lz4", "gzip", "snappy", "none"),
+    )
+    option(kafka, "--tls", str, "speak TLS; the authorities' certificates, or: system", "FILE")
+    option(
+        *(kafka, "--sasl", str, "log in with KAFKA_USERNAME and KAFKA_PASSWORD", "KIND"),
+        choices=("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"),
+    )
+    kafka.add_argument("--group", metavar="NAME", help="consumer group (default market-analyse, or market-replay)")
+    away = parser.add_argument_group("Kafka away")
+    option(away, "--buffer", int, "trades that wait in memory", "N")
+    away.add_argument("--spool", metavar="FOLDER", help="then on disk (default: data/market-spool beside this program)")
+    option(away, "--spool-bytes", size, "of the spool, at most; then the exchanges wait", "SIZE")
+    option(away, "--spool-after", float, "time without an answer after which what waits goes to the spool", "S")
+    figures = parser.add_argument_group("figures")
+    option(figures, "--windows", seconds_of, "of volatility and VWAP, seconds", "LIST")
+    option(figures, "--lateness", float, "of event time: what comes later is counted, not taken", "S")
+    option(figures, "--workers", int, "processes (default: all processors but one)", "N")
+    run = parser.add_argument_group("running")
+    option(run, "--stop-limit", float, "time to publish what is there at a stop", "S")
+    option(run, "--http", str, "serve /metrics and /health there", "HOST:PORT")
+    run.add_argument("--dry-run", action="store_true", default=None, help="replay: parse and count only")
+    demo = parser.add_argument_group("demo")
+    demo.add_argument("--demo", action="store_true", help="simulated exchanges, for a while; then what is in Kafka")
+    demo.add_argument("--demo-seconds", type=float, default=15.0, metavar="S", help="(default 15)")
+    demo.add_argument("--demo-rate", type=float, default=600.0, metavar="N", help="trades a second (default 600)")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[argparse.Namespace, Options]:
+    """The options. Ends the program with one line if something is wrong with them."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    names = [field.name for field in dataclasses.fields(Options)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    given.setdefault("group", f"market-{'replay' if args.command == 'replay' else 'analyse'}")
+    if "kafka" not in given and environ.get("KAFKA_BROKERS") and not args.demo:
+        given["kafka"] = environ["KAFKA_BROKERS"]
+    try:
+        given["urls"] = addresses(args.url or ())
+        options = Options(**given)
+        check(options, args, environ)
+        if not (args.demo_seconds > 0 and 0 < args.demo_rate <= 100_000):
+            raise ValueError("--demo-seconds must be above 0, --demo-rate above 0 and at most 100000")
+    except ValueError as error:
+        parser.error(str(error))
+    return args, options
+
+
+def addresses(texts: Sequence[str]) -> dict[str, str]:
+    found = dict[str, str]()
+    for text in texts:
+        name, equals, url = text.partition("=")
+        if name not in ADAPTERS or not equals or not re.match(r"wss?://.", url):
+            raise ValueError(f"--url: EXCHANGE=ws://... or wss://... is needed, not {text!r}")
+        found[name] = url
+    return found
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """``host:port`` or ``[v6]:port``. ``ValueError``."""
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 65_536):
+        raise ValueError(f"HOST:PORT is needed, not {text!r}")
+    return host.strip("[]"), int(port)
+
+
+def check(options: Options, args: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    """``ValueError`` with one line if an option is wrong."""
+    if options.kafka is not None:
+        for each in options.kafka.split(","):
+            try:
+                split_address(each)
+            except ValueError as error:
+                raise ValueError(f"--kafka: {error}") from None
+    elif not args.demo:
+        raise ValueError("where to? --kafka HOST:PORT, or KAFKA_BROKERS; or try --demo")
+    if args.demo and args.command != "run":
+        raise ValueError(f"--demo does not go with {args.command}")
+    if options.dry_run and args.command != "replay":
+        raise ValueError("--dry-run goes with replay only")
+    if args.command != "run" and (args.exchanges or args.symbols or args.stocks or args.url):
+        raise ValueError(f"{args.command} has no feeds: no --exchanges, --symbols, --stocks, --url")
+    if options.http is not None:
+        try:
+            split_address(options.http)
+        except ValueError as error:
+            raise ValueError(f"--http: {error}") from None
+    if not re.fullmatch(r"[A-Za-z0-9._-]{0,150}", options.prefix):
+        raise ValueError("--prefix: letters, digits and ._- are allowed")
+    if not options.symbols or not options.exchanges:
+        raise ValueError("--symbols and --exchanges must name one at least")
+    for name, least, most in (
+        *(("partitions", 1, 10_000), ("replication", 1, 100), ("buffer", 1, 10_000_000), ("workers", 1, 64)),
+        *(("spool_bytes", 0, 1 << 50), ("spool_after", 0.1, 3600), ("stop_limit", 0, 3600), ("lateness", 0, 60)),
+    ):
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least:g} to {most:g}")
+    windows = options.windows
+    if not windows or list(windows) != sorted(set(windows)) or windows[0] < 1 or windows[-1] > 86_400:
+        raise ValueError("--windows: ascending whole seconds, at most a day")
+    security(options, environ)
+    if args.command == "run":
+        feeds_of(options, environ)
+
+
+def open_http(options: Options, stack: contextlib.ExitStack) -> socket.socket | None:
+    if options.http is None:
+        return None
+    host, port = split_address(options.http)
+    try:
+        sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise CannotStart(f"cannot serve HTTP on {options.http}: {error.strerror or error}") from None
+    stack.callback(sock.close)
+    host, port = sock.getsockname()[:2]
+    log.info("http://%s:%d/metrics and /health", f"[{host}]" if ":" in host else host, port)
+    return sock
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, options = parse_arguments(argv, os.environ)
+    lines = LogLines()
+    lines.setFormatter(logging.Formatter("market_pipeline: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
+    log.setLevel(logging.INFO)
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)  # thousands of trades wait at any time, and hardly any garbage is cyclic
+    try:
+        with contextlib.ExitStack() as stack:
+            demo = None
+            if args.demo:
+                demo = stack.enter_context(Demo(options, args.demo_seconds, args.demo_rate))
+                options = demo.options
+            http_sock = open_http(options, stack)
+            with asyncio.Runner(loop_factory=new_loop) as runner:
+                code, program = runner.run(run_program(args.command, options, http_sock, lines, demo))
+            counts = program.snapshot()
+            if isinstance(program, Replayer):
+                print(program.report())
+            else:
+                print(f"market_pipeline: {last_word(counts)}", file=sys.stderr)
+            if demo is not None and not demo.report(counts):
+                code = EXIT_FAILED
+            return code if not counts.faults else EXIT_FAILED
+    except CannotStart as error:
+        print(f"market_pipeline: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:  # before signals are listened to
+        return EXIT_INTERRUPTED
+
+
+async def run_program(
+    command: str, options: Options, http_sock: socket.socket | None, lines: LogLines, demo: Demo | None = None
+) -> tuple[int, Base]:
+    kinds: dict[str, type[Base]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
+    program = kinds[command](options)
+    playing = None if demo is None else asyncio.create_task(demo.play(program), name="demo")
+    try:
+        return await serve(program, http_sock, lines), program
+    finally:
+        if playing is not None:
+            playing.cancel()
+            await asyncio.gather(playing, return_exceptions=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ demo
+
+
+class Demo:
+    """Simulated exchanges that trade for some seconds, one of which fails, and, unless one is named, a broker."""
+
+    def __init__(self, options: Options, seconds: float, rate: float) -> None:
+        self.options, self._seconds, self._rate = options, seconds, rate
+        self._stack = contextlib.ExitStack()
+        self._exchanges: Any = None
+
+    def __enter__(self) -> Demo:
+        from sandbox_exchanges import WIRES
+        from sandbox_markets import Exchanges
+
+        with contextlib.ExitStack() as stack:
+            folder = Path(tempfile.mkdtemp(prefix="market-demo-"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            more: dict[str, Any] = {}
+            if self.options.spool == Options.spool:
+                more["spool"] = str(folder / "spool")
+            if self.options.kafka is not None and not self.options.prefix:
+                more["prefix"] = f"demo-{os.urandom(4).hex()}-"  # simulated trades are not to be among real ones
+            if self.options.kafka is None:
+                print("market_pipeline: starting the broker for development in a temporary folder", file=sys.stderr)
+                broker = Broker(folder / "broker")
+                try:
+                    more["kafka"] = broker.start()
+                except OSError as error:
+                    raise CannotStart(f"the demo needs --kafka, or the package noida-db: {error}") from None
+                stack.callback(broker.stop)
+            names = [name for name in self.options.exchanges if name in WIRES]
+            if not names:
+                raise CannotStart(f"the demo has {', '.join(WIRES)} only")
+            self._exchanges = Exchanges(rate=self._rate, symbols=self.options.symbols, exchanges=names)
+            stack.enter_context(self._exchanges)
+            more |= {"urls": self._exchanges.urls, "exchanges": tuple(names), "stocks": ()}
+            self.options = dataclasses.replace(self.options, **more)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    async def play(self, program: Base) -> None:
+        """Some faults in passing; after the time, stop."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._seconds
+        names = self.options.exchanges
+        faults = ((names[2 % len(names)], "close"), (names[0], "gap"), (names[-1], "not json"))
+        try:
+            for n, (name, fault) in enumerate(faults):
+                await asyncio.sleep(self._seconds * 0.25 if not n else self._seconds * 0.1)
+                await asyncio.to_thread(self._exchanges.fault, name, fault)
+            await asyncio.sleep(max(0.0, end - loop.time()))
+        finally:
+            if not program.snapshot().stopping:
+                program.stop()
+
+    def report(self, counts: Snapshot) -> bool:
+        """Print what is in Kafka; whether that is what was sent, in the right places."""
+        sent = sum(each.sent for each in self._exchanges.stats().values())
+        try:
+            trades, rows, letters = asyncio.run(self._look())
+        except Exception as error:
+            print(f"market_pipeline: Kafka cannot be read: {error}", file=sys.stderr)
+            return False
+        found = [decode(record.value) for record in trades]
+        live = {(each.exchange, each.symbol, each.trade_id) for each in found if "snapshot" not in each.flags}
+        wrong = misplaced(trades) + misplaced(rows)
+        print(f"trades sent       {sent:>9,}    (snapshots come on top)")
+        print(f"in Kafka          {len(trades):>9,}    of {len(live):,} live trades, {len(found) - len(live):,} others")
+        print(f"rows of analytics {len(rows):>9,}")
+        print(f"dead letters      {len(letters):>9,}")
+        print(f"in a wrong partition, or with a wrong key: {wrong}\n")
+        print(self._symbols([orjson.loads(record.value) for record in rows], found), end="\n\n")
+        print(self._by_exchange(found, counts))
+        return sent == len(live) and not wrong and len(trades) == counts.published.published - counts.dead
+
+    def _symbols(self, rows: Sequence[Mapping[str, Any]], trades: Sequence[Trade]) -> str:
+        windows = [str(window) for window in self.options.windows]
+        lines: list[tuple[str, ...]] = [
+            ("symbol", "trades", "last", "vwap", *(f"volatility {w} s" for w in windows), "ewma", "spread")
+        ]
+        counts, last = Counter(trade.symbol for trade in trades), dict[str, Mapping[str, Any]]()
+        for row in rows:
+            if row["exchange"] == ALL and row["ts_ns"] >= last.get(row["symbol"], row)["ts_ns"]:
+                last[row["symbol"]] = row
+        for symbol, row in sorted(last.items()):
+            volatility = (number(row["volatility"][w], ".1%") for w in windows)
+            cells = (f"{counts[symbol]:,}", price(row["last"]), price(row["vwap"][windows[-1]]))
+            lines.append((symbol, *cells, *volatility, number(row["ewma"], ".1%"), price(row["spread"])))
+        return columns(lines, right=range(1, len(lines[0])))
+
+    def _by_exchange(self, trades: Sequence[Trade], counts: Snapshot) -> str:
+        lines: list[tuple[str, ...]] = [
+            ("exchange", "trades", "gaps", "missed", "repeated", "bad", "reconnects", "lag")
+        ]
+        by_exchange = Counter(trade.exchange for trade in trades)
+        for name, feed in counts.feeds.items():
+            cells = (by_exchange[name], feed.gaps, feed.missed, feed.duplicates, feed.bad, feed.reconnects)
+            lines.append((name, *(f"{cell:,}" for cell in cells), latency(feed.lag)))
+        return columns(lines, right=range(1, 8))
+
+    async def _look(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """All records of the three topics."""
+        topics = [self.options.prefix + name for name in (TRADES, ANALYTICS, DEAD_LETTERS)]
+        consumer = AIOKafkaConsumer(*topics, bootstrap_servers=self.options.kafka, auto_offset_reset="earliest")
+        await consumer.start()
+        try:
+            places = list(consumer.assignment())
+            ends, found = await consumer.end_offsets(places), {topic: list[Any]() for topic in topics}
+            deadline = time.monotonic() + DEMO_PATIENCE
+            while [place for place in places if await consumer.position(place) < ends[place]]:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("no answer")
+                for place, records in (await consumer.getmany(timeout_ms=200)).items():
+                    found[place.topic] += records
+            return found[topics[0]], found[topics[1]], found[topics[2]]
+        finally:
+            await consumer.stop()
+
+
+def misplaced(records: Sequence[Any]) -> int:
+    """Records whose key is not their symbol, or whose symbol is in another partition as well."""
+    places, wrong = dict[bytes, int](), 0
+    for record in records:
+        key = record.key or b""
+        wrong += (
+            key.decode() != orjson.loads(record.value)["symbol"]
+            or places.setdefault(key, record.partition) != record.partition
+        )
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,470 @@
+"""A trade of any exchange in one form, what an adapter for an exchange promises, and the check of sequences.
+
+Theory
+------
+An adapter says how to ask an exchange for its trades (`connect_url`, `subscribe`, `ping`) and what a frame means
+(`parse`). It opens nothing, waits for nothing and logs nothing: the connection belongs to `market_connect`. Time is an
+argument (`received_ns`, Unix time; Gate.io's ping, which must carry a time, takes it from `clock`).
+
+Promised:
+
+* `parse` raises `BadFrame` and nothing else, whatever the frame. A frame is trades, or known and said to be so
+  (`kind`), or bad; nothing is guessed and nothing is passed over in silence. A frame with one bad trade is bad as a
+  whole: the dead letters hold it, and no half of it is counted twice when it is replayed.
+* Price and size are finite and positive. Their text is the exchange's, digit by digit, where it sends text; where it
+  sends JSON numbers (Kraken, Bitfinex, BitMEX, Alpaca, Finnhub), it is the shortest decimal that gives that double,
+  which is the number itself up to 15 digits (trailing zeros are not kept). Never an exponent.
+* The time of a trade is after 2009 and at most a minute ahead of `received_ns`.
+* `side` is the taker's: "buy" if the aggressor bought. Each adapter says how its exchange puts it, and where that is
+  written. `size` is in units of the base currency, BitMEX's contracts included.
+* A symbol is BASE-QUOTE in capitals ("BTC-USD"). An exchange whose books are in USDT (`dollar`) stands in for USD: ask
+  it for BTC-USD and its BTC-USDT trades come back as BTC-USD (as BTC-USDT if that was asked for). After `subscribe`, a
+  trade of a symbol that was not asked for is a bad frame, so nobody outside makes up symbols for us.
+
+Not promised: that an exchange tells the truth, or everything. What its sequences and ids show is labelled by
+`SequenceCheck` (gaps, duplicates, disorder), counted, and never patched.
+
+An adapter holds the state of one connection: the symbols asked for and, at Bitfinex, the numbers of its channels.
+`subscribe` begins it anew. For two connections to one exchange take two adapters: `fresh()`. A frame that is read again
+later (a dead letter) needs that state too: `context` tells it and `within` restores it.
+Nothing here has a lock: an adapter and its check belong to one event loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal, NamedTuple, Self
+
+import orjson
+
+SECOND = 1_000_000_000  # in nanoseconds
+EARLIEST_NS = 1_230_768_000 * SECOND  # 2009-01-01, before which there was nothing to trade
+AHEAD_NS = 60 * SECOND  # how far an exchange's clock may be ahead of ours
+UNPACKED_LIMIT = 4 << 20  # bytes of a compressed frame
+NOTE_LIMIT = 200  # characters of an exchange's message, or of a reason
+
+Side = Literal["buy", "sell", ""]
+Kind = Literal["trades", "ack", "heartbeat", "status", "error", "ignored"]
+
+
+class BadFrame(ValueError):
+    """The frame is not what the exchange's documentation allows; the text says why."""
+
+
+class Trade(NamedTuple):
+    exchange: str
+    symbol: str  # "BTC-USD"
+    price: str  # exact, without exponent
+    size: str  # exact, in the base currency
+    price_value: float
+    size_value: float
+    side: Side  # the taker's; "" where the feed does not say
+    trade_id: str  # "" if the feed has none
+    exchange_ts_ns: int
+    received_ts_ns: int
+    sequence: int | None  # per symbol, contiguous where the feed is complete; None if the feed has none
+    flags: str  # "", or of "snapshot", "gap", "duplicate", "disorder", joined with ","
+
+
+class Parsed(NamedTuple):
+    """What a frame came to."""
+
+    trades: list[Trade]
+    kind: Kind  # "ignored": known and not needed
+    note: str = ""  # the exchange's text: of an error, of a maintenance
+    reply: bytes | str | None = None  # to be sent back at once
+    sequence: int | None = None  # the frame's number, contiguous over the connection (Bitfinex only)
+    reconnect: bool = False  # the exchange asks for that, or is about to close
+
+
+HEARTBEAT = Parsed([], "heartbeat")  # these are shared: nobody appends to their lists
+ACK = Parsed([], "ack")
+IGNORED = Parsed([], "ignored")
+
+
+# ------------------------------------------------------------------------------------------ pure functions
+
+_PLAIN = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,36})?").fullmatch
+_SCIENTIFIC = re.compile(r"\+?([0-9]{0,18})(?:\.([0-9]{0,36}))?(?:[eE]([+-]?[0-9]{1,2}))?").fullmatch
+_DIGITS = re.compile(r"[0-9]{1,18}").fullmatch
+_MILLISECONDS = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?").fullmatch
+_ISO = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?(?:Z|\+00:00)").fullmatch
+_ID = re.compile(r"[!-~]{1,64}").fullmatch
+_SYMBOL = re.compile(r"[A-Z0-9.]{1,20}-[A-Z0-9]{2,10}").fullmatch
+_QUOTES = (
+    *("FDUSD", "USDT", "USDC", "USDE", "TUSD", "BUSD", "GUSD", "EURC", "USD1"),
+    *("USD", "EUR", "GBP", "JPY", "TRY", "BRL", "AUD", "CAD", "CHF", "SGD", "DAI", "BTC", "ETH", "BNB", "SOL"),
+)
+
+_new = tuple.__new__
+
+
+def short(text: object) -> str:
+    """An exchange's text, fit to be logged and stored."""
+    return str(text)[:NOTE_LIMIT].encode("utf-8", "backslashreplace").decode()
+
+
+def unknown(what: object) -> BadFrame:
+    """To be raised for a message that the documentation does not have."""
+    return BadFrame(f"unknown message: {short(what)}")
+
+
+def decimal(value: object) -> str:
+    """A number, or text of one, as plain decimal text: not negative, no exponent. `BadFrame` if it is none."""
+    if type(value) is float or type(value) is int:
+        value = repr(value)
+    if type(value) is not str:
+        raise BadFrame(f"{type(value).__name__} instead of a number")
+    if _PLAIN(value):
+        return value
+    match = _SCIENTIFIC(value)
+    if match is None or not (match[1] or match[2]):
+        raise BadFrame(f"not a positive number: {short(value)}")
+    digits, point = match[1] + (match[2] or ""), len(match[1]) + int(match[3] or 0)
+    digits, point = ("0" * -point + digits, 0) if point < 0 else (digits.ljust(point, "0"), point)
+    whole, fraction = digits[:point].lstrip("0") or "0", digits[point:]
+    text = f"{whole}.{fraction}" if fraction else whole
+    if not _PLAIN(text):
+        raise BadFrame(f"not a plausible number: {short(value)}")
+    return text
+
+
+def milliseconds(value: object) -> int:
+    """Nanoseconds of Unix time from milliseconds: an int, or text, that may have a fraction."""
+    if type(value) is int:
+        return value * 1_000_000
+    if type(value) is float:
+        value = repr(value)
+    match = _MILLISECONDS(value) if type(value) is str else None
+    if match is None:
+        raise BadFrame(f"not a time in milliseconds: {short(value)}")
+    return int(match[1]) * 1_000_000 + (int(match[2].ljust(9, "0")) // 1000 if match[2] else 0)
+
+
+@functools.lru_cache(1024)
+def _seconds(text: str) -> int:
+    return int(datetime.fromisoformat(text + "+00:00").timestamp()) * SECOND
+
+
+def iso(value: object) -> int:
+    """Nanoseconds of Unix time from RFC 3339 text in UTC, to the nanosecond."""
+    match = _ISO(value) if type(value) is str else None
+    if match is None:
+        raise BadFrame(f"not a time: {short(value)}")
+    fraction = match[2]
+    return _seconds(match[1]) + (int(fraction.ljust(9, "0")) if fraction else 0)
+
+
+def identity(value: object) -> str:
+    """A trade's id as text, from a number or text."""
+    if type(value) is int and value >= 0:
+        return str(value)
+    if type(value) is str and _ID(value):
+        return value
+    raise BadFrame(f"not an id: {short(value)}")
+
+
+def whole(value: object) -> int:
+    """A sequence number, from a number or text."""
+    if type(value) is int and 0 <= value < 1 << 63:
+        return value
+    if type(value) is str and _DIGITS(value):
+        return int(value)
+    raise BadFrame(f"not a sequence number: {short(value)}")
+
+
+def gunzip(data: bytes) -> bytes:
+    """No exchange here compresses its frames (only WebSocket itself does); one that begins to is still understood."""
+    unpacker = zlib.decompressobj(31)
+    found = unpacker.decompress(data, UNPACKED_LIMIT)
+    if not unpacker.eof or unpacker.unused_data:
+        raise BadFrame("a gzip frame that is cut off, too large or followed by something")
+    return found
+
+
+def in_order(trades: list[Trade], newest_first: bool = False) -> list[Trade]:
+    """A snapshot, oldest first. `newest_first`: how the exchange has it, where the times are too coarse to tell."""
+    if len(trades) > 1:
+        first, last = trades[0].exchange_ts_ns, trades[-1].exchange_ts_ns
+        if first > last or (first == last and newest_first):
+            trades.reverse()
+    return trades
+
+
+def expect_list(value: object) -> list[Any]:
+    if type(value) is not list:
+        raise BadFrame(f"{type(value).__name__} instead of a list")
+    return value
+
+
+# ------------------------------------------------------------------------------------------ the common part
+
+
+class Adapter:
+    """What all have in common. An exchange is a subclass with `_subscriptions` and `_message`."""
+
+    name: str
+    url: str
+    key_env: str | None = None  # the environment's variable without which the exchange says nothing
+    ping_every: float | None = None  # seconds between the pings that the exchange wants as messages
+    silent_after: float = 60.0  # seconds without any frame after which the feed is dead
+    dollar: str = "USD"  # the quote currency that stands in for USD
+    words: frozenset[object] = frozenset()  # frames that are not JSON: heartbeats
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._asked: dict[str, str] = {}  # native -> ours
+
+    def fresh(self) -> Self:
+        """Another one, for another connection."""
+        return type(self)(clock=self._clock)
+
+    def with_keys(self, environment: Mapping[str, str]) -> Self:
+        """Another one with its key, if it needs any; `ValueError` if the variable is not set."""
+        return self.fresh()
+
+    def context(self) -> str:
+        """What `parse` knows of the connection, as JSON: with it a dead letter can be read again elsewhere."""
+        return orjson.dumps({"asked": self._asked}).decode()
+
+    def within(self, context: str | bytes) -> Self:
+        """Another one that knows what the one with this `context` knew; `ValueError` if it is none."""
+        other, found = self.fresh(), orjson.loads(context)
+        asked = found.get("asked") if type(found) is dict else None
+        if type(asked) is not dict or not all(type(symbol) is str for symbol in asked.values()):
+            raise ValueError(f"not a context: {short(context)}")
+        other._asked = asked
+        return other
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {' '.join(self._asked.values()) or 'nothing asked'}>"
+
+    def native(self, symbol: str) -> str:
+        """ "BTC-USD" as the exchange writes it; `ValueError` if it is not BASE-QUOTE."""
+        if not _SYMBOL(symbol):
+            raise ValueError(f"not a symbol such as BTC-USD: {symbol!r}")
+        base, _, currency = symbol.partition("-")
+        return self._join(base, self.dollar if currency == "USD" else currency)
+
+    def _join(self, base: str, currency: str) -> str:
+        return base + currency
+
+    def symbol(self, native: object) -> str:
+        """The other way: as it was asked for, else as the name says. `BadFrame` if it is neither."""
+        found = self._asked.get(native)  # type: ignore[call-overload]
+        if found is None:
+            if self._asked or type(native) is not str:
+                raise BadFrame(f"a symbol that was not asked for: {short(native)}")
+            found = self._split(native)
+            if not _SYMBOL(found):
+                raise BadFrame(f"not a symbol: {short(native)}")
+        return str(found)
+
+    def _split(self, native: str) -> str:
+        for currency in _QUOTES:
+            if native.endswith(currency) and native != currency:
+                return f"{native[: -len(currency)]}-{currency}"
+        raise BadFrame(f"not a symbol: {short(native)}")
+
+    def connect_url(self, symbols: Sequence[str], url: str | None = None) -> str:
+        """Where to connect; `url` replaces the exchange's own address."""
+        return url or self.url
+
+    def subscribe(self, symbols: Sequence[str]) -> list[str | bytes]:
+        """What to send after connecting. Forgets the connection before this one."""
+        if not symbols:
+            raise ValueError("no symbols")
+        stand_ins = {self.native(symbol): symbol for symbol in symbols}
+        exact = {self.native(symbol): symbol for symbol in symbols if not symbol.endswith("-USD")}
+        self._asked = stand_ins | exact
+        return [orjson.dumps(message).decode() for message in self._subscriptions(list(self._asked))]
+
+    def _subscriptions(self, natives: list[str]) -> list[object]:
+        raise NotImplementedError
+
+    def acks(self, messages: int, symbols: int) -> int:
+        """How many acknowledgements `subscribe`'s so many messages for so many symbols bring; 0 if it brings none."""
+        return messages
+
+    def ping(self) -> str | bytes | None:
+        """The message to send every `ping_every` seconds."""
+        return None
+
+    def parse(self, frame: str | bytes, received_ns: int) -> Parsed:
+        """What a frame means. `received_ns`: Unix time in nanoseconds. `BadFrame` is all that it raises."""
+        try:
+            if self.words and frame in self.words:
+                return HEARTBEAT
+            if type(frame) is bytes and frame[:2] == b"\x1f\x8b":
+                frame = gunzip(frame)
+            return self._message(orjson.loads(frame), received_ns)
+        except BadFrame:
+            raise
+        except Exception as error:  # a missing key, a wrong type, a number out of range: all are the frame's fault
+            raise BadFrame(f"{type(error).__name__}: {short(error)}") from None
+
+    def _message(self, message: Any, received: int) -> Parsed:
+        raise NotImplementedError
+
+    def _trade(
+        self,
+        symbol: str,
+        price: object,
+        size: object,
+        side: Side,
+        trade_id: str,
+        when: int,
+        received: int,
+        sequence: int | None = None,
+        flags: str = "",
+    ) -> Trade:
+        if not (type(price) is str and _PLAIN(price)):
+            price = decimal(price)
+        if not (type(size) is str and _PLAIN(size)):
+            size = decimal(size)
+        price_value, size_value = float(price), float(size)
+        if not (price_value > 0.0 and size_value > 0.0):
+            raise BadFrame(f"not positive: price {price}, size {size}")
+        if not EARLIEST_NS <= when <= received + AHEAD_NS:
+            raise BadFrame(f"not a plausible time: {when} ns, received at {received} ns")
+        return _new(
+            Trade,
+            (
+                *(self.name, symbol, price, size, price_value, size_value),
+                *(side, trade_id, when, received, sequence, flags),
+            ),
+        )
+
+
+# ------------------------------------------------------------------------------------------ sequences
+
+
+class SequenceStats(NamedTuple):
+    """Counts since the beginning."""
+
+    trades: int
+    gaps: int  # places where something is missing
+    missed: int  # how many are missing there, as the numbers tell (late ones are not taken off again)
+    duplicates: int
+    disorder: int
+    restarts: int  # times that a sequence began again below where it was
+
+
+class _Seen:
+    """What is known of one symbol."""
+
+    __slots__ = ("high", "ids", "latest", "order", "run")
+
+    def __init__(self) -> None:
+        self.high: int | None = None  # of the sequence
+        self.run = 0  # how many came one after the other below `high`
+        self.latest = 0  # exchange's time, ns
+        self.ids: set[str] = set()
+        self.order: deque[str] = deque()
+
+
+class SequenceCheck:
+    """Labels what one exchange's trades lack, repeat or mix up. Keep it over reconnects, and tell it of them.
+
+    `check(parsed)` is the whole of it; `label(trade)` is the part for one trade. A trade is
+
+    * a "duplicate" if its id is among the symbol's last `remembered`,
+    * after a "gap" if its sequence left numbers out (so the trades missed while a connection was away show as a gap),
+      or if it is the first after a frame number that did,
+    * in "disorder" if its sequence is below one that came before; without sequences, if its time is.
+
+    A duplicate is labelled that and nothing else, and moves nothing. What is older than `remembered` trades cannot be
+    told from a late one and is called disorder. A sequence that runs on for 16 numbers below its height began again.
+    """
+
+    RESTARTED = 16
+
+    def __init__(self, *, remembered: int = 4096) -> None:
+        if remembered < 1:
+            raise ValueError("remembered is at least 1")
+        self._remembered = remembered
+        self._seen: dict[str, _Seen] = {}
+        self._frame: int | None = None
+        self._frames_missing = False
+        self._trades = self._gaps = self._missed = self._duplicates = self._disorder = self._restarts = 0
+
+    def stats(self) -> SequenceStats:
+        return SequenceStats(
+            *(self._trades, self._gaps, self._missed),
+            *(self._duplicates, self._disorder, self._restarts),
+        )
+
+    def __repr__(self) -> str:
+        return f"<SequenceCheck {' '.join(f'{name}={value}' for name, value in self.stats()._asdict().items())}>"
+
+    def reconnected(self) -> None:
+        """Frames are counted from anew; the trades' ids and sequences go on."""
+        self._frame, self._frames_missing = None, False
+
+    def check(self, parsed: Parsed) -> list[Trade]:
+        """The frame's trades, labelled. Give it every frame, those without trades too."""
+        if parsed.sequence is not None:
+            last = self._frame
+            if last is not None and parsed.sequence > last + 1:
+                self._gaps += 1
+                self._missed += parsed.sequence - last - 1
+                self._frames_missing = True
+            if last is None or parsed.sequence > last:
+                self._frame = parsed.sequence
+        return [self.label(trade) for trade in parsed.trades]
+
+    def label(self, trade: Trade) -> Trade:
+        """The same trade, with what is found added to its flags."""
+        self._trades += 1
+        seen = self._seen.get(trade.symbol)
+        if seen is None:
+            seen = self._seen[trade.symbol] = _Seen()
+        number = trade.trade_id
+        if number:
+            if number in seen.ids:
+                self._duplicates += 1
+                return _flagged(trade, "duplicate")
+            seen.ids.add(number)
+            seen.order.append(number)
+            if len(seen.order) > self._remembered:
+                seen.ids.discard(seen.order.popleft())
+        found = ""
+        sequence = trade.sequence
+        if sequence is None:
+            if trade.exchange_ts_ns < seen.latest:
+                self._disorder += 1
+                found = "disorder"
+            else:
+                seen.latest = trade.exchange_ts_ns
+        elif seen.high is None or sequence == seen.high + 1:
+            seen.high, seen.run = sequence, 0
+        elif sequence > seen.high:
+            self._gaps += 1
+            self._missed += sequence - seen.high - 1
+            seen.high, seen.run = sequence, 0
+            found = "gap"
+        else:
+            self._disorder += 1
+            found = "disorder"
+            self._below(seen, sequence)
+        if self._frames_missing:
+            self._frames_missing = False
+            found = f"gap,{found}" if found and found != "gap" else "gap"
+        return _flagged(trade, found) if found else trade
+
+    def _below(self, seen: _Seen, sequence: int) -> None:
+        seen.run = seen.run + 1 if sequence == seen.latest + 1 else 1
+        seen.latest = sequence
+        if seen.run >= self.RESTARTED:
+            self._restarts += 1
+            seen.high, seen.run = sequence, 0
+
+
+def _flagged(trade: Trade, found: str) -> Trade:
+    return trade._replace(flags=f"{trade.flags},{found}" if trade.flags else found)
