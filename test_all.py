@@ -80,12 +80,17 @@ import asyncpg
 import brotli
 import hypothesis.stateful
 import jsonschema_rs
+import numpy as np
+import orjson
 import psutil  # type: ignore[import-untyped]
 import pytest
 import schemathesis
 import trustme
 import uvicorn
 import uvloop
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.partitioner import DefaultPartitioner
 from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -135,6 +140,15 @@ import log_pipeline
 import log_spool
 import log_store
 import log_workers
+import market_connect
+import market_display as md
+import market_feeds as mf
+import market_flow
+import market_kafka as mk
+import market_pipeline
+import market_stats as mst
+import market_topics as mt
+import market_workers as mw
 import openapi
 import primitives as pr
 import processes
@@ -143,6 +157,7 @@ import sandbox
 import sandbox as sb
 import sandbox_faults as sf
 import sandbox_logs as sl
+import sandbox_markets
 import simulate
 import simulate_shared as sim_shared
 import telemetry
@@ -191,11 +206,36 @@ from log_enrich import Enricher
 from log_intake import udp_socket
 from log_parse import Event, Metadata
 from log_pipeline import Ingester
+from log_spool import Spool, SpoolInUse
 from log_workers import Snapshot
+from market_connect import Feed
+from market_feeds import ADAPTERS, Okx
+from market_flow import Analyser, Base, Pipeline, Replayer
+from market_kafka import Counts, Publisher
+from market_topics import Broker, decode
+from market_trade import (
+    AHEAD_NS,
+    EARLIEST_NS,
+    UNPACKED_LIMIT,
+    Adapter,
+    BadFrame,
+    Parsed,
+    SequenceCheck,
+    Trade,
+    decimal,
+    identity,
+    iso,
+    milliseconds,
+    short,
+    whole,
+)
+from primitives import CircuitBreaker
 from robots import ALLOW_ALL, DISALLOW_ALL, MAX_ROBOTS, page_directives, parse_robots, product_token, rules_for
 from sandbox import Sandbox
+from sandbox_exchanges import WIRES, Wire
 from sandbox_faults import FAULTS, status_expect
 from sandbox_logs import MetadataApi, Senders
+from sandbox_markets import Exchanges, Fault, Market
 from scope import MAX_QUERIES, Scope, Traps, registrable
 
 if TYPE_CHECKING:
@@ -16833,9 +16873,9 @@ def test_logs_intake_queue_says_when_to_spool() -> None:
 def test_logs_intake_queue_times_that_are_close_are_one() -> None:
     world = PrimWorld(0.0)
     queue = li.EventQueue(max_age=5.0, clock=world.clock)
-    for milliseconds in range(10_000):  # ten seconds, a put each ms, and nobody takes
-        world.now = milliseconds / 1000
-        queue.put([intake_event(milliseconds)])
+    for serial in range(10_000):  # ten seconds, a put each ms, and nobody takes
+        world.now = serial / 1000
+        queue.put([intake_event(serial)])
     assert len(queue._marks) <= 2000
     batches = [queue.drain() for _ in range(5)]
     assert sum(map(len, batches)) == 5000
@@ -20952,6 +20992,4415 @@ def test_logs_ingest_status_and_last_word() -> None:
 def test_logs_ingest_health(counts: Snapshot, code: int, state: str) -> None:
     found = log_workers.health(counts, 1)
     assert (found[0], found[1]["status"]) == (code, state)
+
+
+# ------------------------------------------------------------------------------------------ market_feeds
+
+MARKET_FEEDS_NOW = 1_790_000_000_000_000_000
+MARKET_FEEDS_CRYPTO = tuple(name for name, adapter in ADAPTERS.items() if adapter.key_env is None)
+
+
+def market_feeds_ns(text: str) -> int:
+    """Nanoseconds, by another way than the one that is tested."""
+    whole, _, fraction = text.rstrip("Z").partition(".")
+    seconds = int(datetime.strptime(whole, "%Y-%m-%dT%H:%M:%S").replace(tzinfo=UTC).timestamp())
+    return seconds * 10**9 + int((fraction + "000000000")[:9])
+
+
+@dataclasses.dataclass
+class MarketFeedsCase:
+    """A frame as the exchange's documentation writes it, and what it means."""
+
+    exchange: str
+    frame: str
+    kind: str = "trades"
+    trades: tuple[tuple[Any, ...], ...] = ()  # symbol, price, size, side, id, time, sequence, flags
+    note: str = ""
+    reconnect: bool = False
+    sequence: int | None = None
+    before: tuple[str, ...] = ()  # frames of the same connection
+
+
+MARKET_FEEDS_BITFINEX_ACK = (
+    '{"event":"subscribed","channel":"trades","chanId":17470,"symbol":"tBTCUSD","pair":"BTCUSD"}'
+)
+MARKET_FEEDS_CASES = [
+    MarketFeedsCase("binance", '{"result":null,"id":1}', "ack"),
+    MarketFeedsCase(
+        "binance",
+        '{"e":"trade","E":1672515782136,"s":"BNBBTC","t":12345,"p":"0.00100000","q":"100.00000000","T":1672515782136,'
+        '"m":true,"M":true}',
+        trades=(("BNB-BTC", "0.00100000", "100.00000000", "sell", "12345", 1672515782136000000, 12345, ""),),
+    ),
+    MarketFeedsCase(
+        "binance",
+        '{"stream":"bnbbtc@trade","data":{"e":"trade","E":1672515782136,"s":"BNBBTC","t":12346,"p":"0.001","q":"100",'
+        '"T":1672515782137,"m":false,"M":true}}',
+        trades=(("BNB-BTC", "0.001", "100", "buy", "12346", 1672515782137000000, 12346, ""),),
+    ),
+    MarketFeedsCase(
+        "binance",
+        '{"error":{"code":3,"msg":"Invalid JSON: expected value at line 1 column 1"},"id":null}',
+        "error",
+        note="3 Invalid JSON: expected value at line 1 column 1",
+    ),
+    MarketFeedsCase(
+        "binance",
+        '{"code":2,"msg":"Invalid request: unknown variant"}',
+        "error",
+        note="2 Invalid request: unknown variant",
+    ),
+    MarketFeedsCase(
+        "binance", '{"e":"serverShutdown","E":1770123456789}', "status", note="server shutdown", reconnect=True
+    ),
+    MarketFeedsCase(
+        "coinbase",
+        '{"type":"subscriptions","channels":[{"name":"matches","product_ids":["BTC-USD"],"account_ids":null},'
+        '{"name":"heartbeat","product_ids":["BTC-USD"],"account_ids":null}]}',
+        "ack",
+    ),
+    MarketFeedsCase(
+        "coinbase",
+        '{"type":"heartbeat","sequence":90,"last_trade_id":20,"product_id":"BTC-USD","time":"2014-11-07T08:19:28.464459Z"}',
+        "heartbeat",
+    ),
+    MarketFeedsCase(
+        "coinbase",
+        '{"type":"last_match","trade_id":9,"maker_order_id":"ac928c66-ca53-498f-9c13-a110027a60e8","taker_order_id":'
+        '"132fb6ae-456b-4654-b4e0-d681ac05cea1","side":"buy","size":"5","price":"400.20","product_id":"BTC-USD",'
+        '"sequence":49,"time":"2014-11-07T08:19:26Z"}',
+        trades=(("BTC-USD", "400.20", "5", "sell", "9", market_feeds_ns("2014-11-07T08:19:26Z"), 9, "snapshot"),),
+    ),
+    MarketFeedsCase(
+        "coinbase",
+        '{"type":"match","trade_id":10,"sequence":50,"maker_order_id":"ac928c66-ca53-498f-9c13-a110027a60e8",'
+        '"taker_order_id":"132fb6ae-456b-4654-b4e0-d681ac05cea1","time":"2014-11-07T08:19:27.028459Z","product_id":'
+        '"BTC-USD","size":"5.23512","price":"400.23","side":"sell"}',
+        trades=(("BTC-USD", "400.23", "5.23512", "buy", "10", market_feeds_ns("2014-11-07T08:19:27.028459Z"), 10, ""),),
+    ),
+    MarketFeedsCase(
+        "coinbase",
+        '{"type":"error","message":"Failed to subscribe","reason":"FOO-USD is not a valid product"}',
+        "error",
+        note="Failed to subscribe: FOO-USD is not a valid product",
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"channel":"status","data":[{"api_version":"v2","connection_id":13834774380200032777,"system":"online",'
+        '"version":"2.0.0"}],"type":"update"}',
+        "status",
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"channel":"status","data":[{"api_version":"v2","connection_id":13834774380200032777,"system":"maintenance",'
+        '"version":"2.0.0"}],"type":"update"}',
+        "status",
+        note="system: maintenance",
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"method":"subscribe","result":{"channel":"trade","snapshot":true,"symbol":"MATIC/USD"},"success":true,'
+        '"time_in":"2023-09-25T09:21:10.428340Z","time_out":"2023-09-25T09:21:10.428375Z"}',
+        "ack",
+    ),
+    MarketFeedsCase("kraken", '{"channel":"heartbeat"}', "heartbeat"),
+    MarketFeedsCase(
+        "kraken",
+        '{"method":"pong","req_id":101,"time_in":"2023-09-24T14:10:23.799685Z","time_out":"2023-09-24T14:10:23.799703Z"}',
+        "heartbeat",
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"channel":"trade","type":"snapshot","data":[{"symbol":"MATIC/USD","side":"buy","price":0.5147,"qty":6423.46326,'
+        '"ord_type":"limit","trade_id":4665846,"timestamp":"2023-09-25T07:48:36.925533Z"},{"symbol":"MATIC/USD","side":'
+        '"buy","price":0.5147,"qty":1136.19677815,"ord_type":"limit","trade_id":4665847,"timestamp":'
+        '"2023-09-25T07:49:36.925603Z"}]}',
+        trades=(
+            *(
+                ("MATIC-USD", "0.5147", size, "buy", number, market_feeds_ns(when), int(number), "snapshot")
+                for size, number, when in (
+                    ("6423.46326", "4665846", "2023-09-25T07:48:36.925533Z"),
+                    ("1136.19677815", "4665847", "2023-09-25T07:49:36.925603Z"),
+                )
+            ),
+        ),
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"channel":"trade","type":"update","data":[{"symbol":"MATIC/USD","side":"sell","price":0.5117,"qty":40.0,'
+        '"ord_type":"market","trade_id":4665906,"timestamp":"2023-09-25T07:49:37.708706Z"}]}',
+        trades=(
+            (
+                *("MATIC-USD", "0.5117", "40.0", "sell", "4665906"),
+                *(market_feeds_ns("2023-09-25T07:49:37.708706Z"), 4665906, ""),
+            ),
+        ),
+    ),
+    MarketFeedsCase(
+        "kraken",
+        '{"error":"Currency pair not supported FOO/USD","method":"subscribe","success":false,"symbol":"FOO/USD",'
+        '"time_in":"2023-09-25T09:21:10.428340Z","time_out":"2023-09-25T09:21:10.428375Z"}',
+        "error",
+        note="Currency pair not supported FOO/USD",
+    ),
+    MarketFeedsCase(
+        "bitstamp", '{"event":"bts:subscription_succeeded","channel":"live_trades_btcusd","data":{}}', "ack"
+    ),
+    MarketFeedsCase("bitstamp", '{"event":"bts:heartbeat","channel":"","data":{"status":"success"}}', "heartbeat"),
+    MarketFeedsCase(
+        "bitstamp",
+        '{"data":{"id":212337562,"timestamp":"1643643584","amount":0.0028,"amount_str":"0.00280000","price":38416,'
+        '"price_str":"38416.00","type":0,"microtimestamp":"1643643584587000","buy_order_id":1453282316578816,'
+        '"sell_order_id":1453282315493376},"channel":"live_trades_btcusd","event":"trade"}',
+        trades=(("BTC-USD", "38416.00", "0.00280000", "buy", "212337562", 1643643584587000000, None, ""),),
+    ),
+    MarketFeedsCase(
+        "bitstamp",
+        '{"data":{"id":212337563,"timestamp":"1643643584","amount":0.0028,"price":38416.5,"type":1,"microtimestamp":'
+        '"1643643584587001","buy_order_id":1,"sell_order_id":2},"channel":"live_trades_ethusdt","event":"trade"}',
+        trades=(("ETH-USDT", "38416.5", "0.0028", "sell", "212337563", 1643643584587001000, None, ""),),
+    ),
+    MarketFeedsCase(
+        "bitstamp",
+        '{"event":"bts:error","channel":"","data":{"code":4009,"message":"Connection is unauthorized."}}',
+        "error",
+        note="Connection is unauthorized.",
+    ),
+    MarketFeedsCase(
+        "bitstamp",
+        '{"event":"bts:request_reconnect","channel":"","data":""}',
+        "status",
+        note="the exchange asks for a new connection",
+        reconnect=True,
+    ),
+    MarketFeedsCase(
+        "okx", '{"event":"subscribe","arg":{"channel":"trades","instId":"BTC-USDT"},"connId":"a4d3ae55"}', "ack"
+    ),
+    MarketFeedsCase("okx", "pong", "heartbeat"),
+    MarketFeedsCase(
+        "okx",
+        '{"arg":{"channel":"trades","instId":"BTC-USDT"},"data":[{"instId":"BTC-USDT","tradeId":"130639474","px":"42219.9",'
+        '"sz":"0.12060306","side":"buy","ts":"1630048897897","count":"3","source":"0","seqId":1234}]}',
+        trades=(("BTC-USDT", "42219.9", "0.12060306", "buy", "130639474", 1630048897897000000, None, ""),),
+    ),
+    MarketFeedsCase(
+        "okx",
+        '{"arg":{"channel":"trades","instId":"BTC-USDT"},"data":[{"instId":"BTC-USDT","tradeId":"1","px":"1","sz":"2","side":'
+        '"sell","ts":"1630048897897"},{"instId":"BTC-USDT","tradeId":"2","px":"3","sz":"4","side":"buy","ts":"1630048897898"}]}',
+        trades=(
+            ("BTC-USDT", "1", "2", "sell", "1", 1630048897897000000, None, ""),
+            ("BTC-USDT", "3", "4", "buy", "2", 1630048897898000000, None, ""),
+        ),
+    ),
+    MarketFeedsCase(
+        "okx",
+        '{"event":"error","code":"60012","msg":"Invalid request","connId":"a4d3ae55"}',
+        "error",
+        note="60012 Invalid request",
+    ),
+    MarketFeedsCase(
+        "okx",
+        '{"event":"notice","code":"64008","msg":"The connection will soon be closed for a service upgrade. Please '
+        'reconnect.",'
+        '"connId":"a4d3ae55"}',
+        "status",
+        note="The connection will soon be closed for a service upgrade. Please reconnect.",
+        reconnect=True,
+    ),
+    MarketFeedsCase(
+        "okx", '{"event":"channel-conn-count","channel":"trades","connCount":"1","connId":"abcd1234"}', "ignored"
+    ),
+    MarketFeedsCase(
+        "bybit", '{"success":true,"ret_msg":"subscribe","conn_id":"2324d924-aa4d","op":"subscribe"}', "ack"
+    ),
+    MarketFeedsCase(
+        "bybit", '{"success":true,"ret_msg":"pong","conn_id":"0970e817-426e","req_id":"","op":"ping"}', "heartbeat"
+    ),
+    MarketFeedsCase(
+        "bybit", '{"req_id":"test","op":"pong","args":["1675418560633"],"conn_id":"cfcb4ocs"}', "heartbeat"
+    ),
+    MarketFeedsCase(
+        "bybit",
+        '{"topic":"publicTrade.BTCUSDT","type":"snapshot","ts":1672304486868,"data":[{"T":1672304486865,"s":"BTCUSDT","S":'
+        '"Buy","v":"0.001","p":"16578.50","L":"PlusTick","i":"20f43950-d8dd-5b31-9112-a178eb6023af","BT":false,"seq":'
+        '1783284617},{"T":1672304486866,"s":"BTCUSDT","S":"Sell","v":"0.002","p":"16578.40","L":"MinusTick","i":'
+        '"2290000000007764263","BT":false,"seq":1783284620}]}',
+        trades=(
+            *(
+                ("BTC-USDT", "16578.50", "0.001", "buy", "20f43950-d8dd-5b31-9112-a178eb6023af", when, None, "")
+                for when in (1672304486865000000,)
+            ),
+            ("BTC-USDT", "16578.40", "0.002", "sell", "2290000000007764263", 1672304486866000000, None, ""),
+        ),
+    ),
+    MarketFeedsCase(
+        "bybit",
+        '{"success":false,"ret_msg":"error:handler not found,topic:publicTrade.FOO","conn_id":"7bf2","op":"subscribe"}',
+        "error",
+        note="error:handler not found,topic:publicTrade.FOO",
+    ),
+    MarketFeedsCase("bitfinex", '{"event":"info","version":2,"serverId":"cfa1bd5b","platform":{"status":1}}', "status"),
+    MarketFeedsCase(
+        "bitfinex",
+        '{"event":"info","version":2,"serverId":"cfa1bd5b","platform":{"status":0}}',
+        "status",
+        note="maintenance",
+    ),
+    MarketFeedsCase("bitfinex", '{"event":"conf","status":"OK","flags":65536}', "ack"),
+    MarketFeedsCase("bitfinex", MARKET_FEEDS_BITFINEX_ACK, "ack"),
+    MarketFeedsCase(
+        "bitfinex",
+        "[17470,[[401597395,1574694478808,0.005,7245.3],[401597394,1574694478808,-0.5,7245.3],"
+        "[401597393,1574694475039,1e-7,7244.9]],1]",
+        trades=(
+            ("BTC-USD", "7244.9", "0.0000001", "buy", "401597393", 1574694475039000000, None, "snapshot"),
+            ("BTC-USD", "7245.3", "0.5", "sell", "401597394", 1574694478808000000, None, "snapshot"),
+            ("BTC-USD", "7245.3", "0.005", "buy", "401597395", 1574694478808000000, None, "snapshot"),
+        ),
+        sequence=1,
+        before=(MARKET_FEEDS_BITFINEX_ACK,),
+    ),
+    MarketFeedsCase(
+        "bitfinex",
+        '[17470,"te",[401597396,1574694478809,-0.005,7245]]',
+        trades=(("BTC-USD", "7245", "0.005", "sell", "401597396", 1574694478809000000, None, ""),),
+        before=(MARKET_FEEDS_BITFINEX_ACK,),
+    ),
+    MarketFeedsCase(
+        "bitfinex",
+        '[17470,"tu",[401597396,1574694478809,-0.005,7245],7]',
+        "ignored",
+        sequence=7,
+        before=(MARKET_FEEDS_BITFINEX_ACK,),
+    ),
+    MarketFeedsCase("bitfinex", '[17470,"hb",8]', "heartbeat", sequence=8, before=(MARKET_FEEDS_BITFINEX_ACK,)),
+    MarketFeedsCase(
+        "bitfinex", '{"event":"error","msg":"symbol: invalid","code":10300}', "error", note="10300 symbol: invalid"
+    ),
+    MarketFeedsCase(
+        "bitfinex",
+        '{"event":"info","code":20051,"msg":"Stopping. Please try to reconnect"}',
+        "status",
+        note="20051 Stopping. Please try to reconnect",
+        reconnect=True,
+    ),
+    MarketFeedsCase(
+        "bitfinex",
+        '{"event":"info","code":20060,"msg":"Entering in Maintenance mode."}',
+        "status",
+        note="20060 Entering in Maintenance mode.",
+    ),
+    MarketFeedsCase(
+        "gemini",
+        '{"type":"l2_updates","symbol":"BTCUSD","changes":[["buy","9122.04","0.00121425"],["sell","9122.07","0.98942292"]],'
+        '"trades":[{"type":"trade","symbol":"BTCUSD","eventid":169841459,"timestamp":1560976400429,"price":"9122.05",'
+        '"quantity":"0.1","side":"buy","tid":169841459},{"type":"trade","symbol":"BTCUSD","eventid":169841458,"timestamp":'
+        '1560976400428,"price":"9122.04","quantity":"0.0073173","side":"sell","tid":169841458}]}',
+        trades=(
+            ("BTC-USD", "9122.04", "0.0073173", "sell", "169841458", 1560976400428000000, None, "snapshot"),
+            ("BTC-USD", "9122.05", "0.1", "buy", "169841459", 1560976400429000000, None, "snapshot"),
+        ),
+    ),
+    MarketFeedsCase(
+        "gemini", '{"type":"l2_updates","symbol":"BTCUSD","changes":[["sell","9160.20","0.1921229751"]]}', "ignored"
+    ),
+    MarketFeedsCase(
+        "gemini",
+        '{"type":"trade","symbol":"BTCUSD","event_id":3575573053,"timestamp":1512314110000,"price":"9004.21000000","quantity":'
+        '"0.09110000","side":"buy","tid":2840140800042677}',
+        trades=(("BTC-USD", "9004.21000000", "0.09110000", "buy", "2840140800042677", 1512314110000000000, None, ""),),
+    ),
+    MarketFeedsCase("gemini", '{"type":"heartbeat","timestamp":1512314110000}', "heartbeat"),
+    MarketFeedsCase("gemini", '{"result":"error","reason":"InvalidJson"}', "error", note="InvalidJson "),
+    MarketFeedsCase(
+        "gateio",
+        '{"time":1611541000,"time_ms":1611541000001,"channel":"spot.trades","event":"subscribe","error":null,"result":'
+        '{"status":"success"}}',
+        "ack",
+    ),
+    MarketFeedsCase(
+        "gateio", '{"time":1545404023,"channel":"spot.pong","event":"","error":null,"result":null}', "heartbeat"
+    ),
+    MarketFeedsCase(
+        "gateio",
+        '{"time":1606292218,"time_ms":1606292218231,"channel":"spot.trades","event":"update","result":{"id":309143071,'
+        '"create_time":1606292218,"create_time_ms":"1606292218213.4578","side":"sell","currency_pair":"GT_USDT","amount":'
+        '"16.4700000000","price":"0.4705000000","range":"2390902-2390902"}}',
+        trades=(("GT-USDT", "0.4705000000", "16.4700000000", "sell", "309143071", 1606292218213457800, None, ""),),
+    ),
+    MarketFeedsCase(
+        "gateio",
+        '{"time":1611541000,"channel":"spot.trades","event":"subscribe","error":{"code":2,"message":"unknown '
+        'currency pair GT_USDTX"},"result":null}',
+        "error",
+        note="2 unknown currency pair GT_USDTX",
+    ),
+    MarketFeedsCase(
+        "bitmex",
+        '{"info":"Welcome to the BitMEX Realtime API.","version":"2024","timestamp":"2015-01-18T10:14:06.802Z","docs":'
+        '"https://www.bitmex.com/app/wsAPI","limit":{"remaining":39}}',
+        "status",
+        note="Welcome to the BitMEX Realtime API.",
+    ),
+    MarketFeedsCase(
+        "bitmex",
+        '{"success":true,"subscribe":"trade:XBTUSD","request":{"op":"subscribe","args":["trade:XBTUSD"]}}',
+        "ack",
+    ),
+    MarketFeedsCase("bitmex", "pong", "heartbeat"),
+    MarketFeedsCase(
+        "bitmex",
+        '{"table":"trade","action":"partial","keys":[],"types":{"timestamp":"timestamp"},"filter":{"symbol":"XBTUSD"},"data":'
+        '[{"timestamp":"2020-01-24T15:30:27.621Z","symbol":"XBTUSD","side":"Sell","size":500,"price":8479.5,"tickDirection":'
+        '"MinusTick","trdMatchID":"34153f08-a2f7-8749-72b4-061da3d3f070","grossValue":5896500,"homeNotional":0.058965,'
+        '"foreignNotional":500}]}',
+        trades=(
+            (
+                *("BTC-USD", "8479.5", "0.058965", "sell", "34153f08-a2f7-8749-72b4-061da3d3f070"),
+                *(market_feeds_ns("2020-01-24T15:30:27.621Z"), None, "snapshot"),
+            ),
+        ),
+    ),
+    MarketFeedsCase(
+        "bitmex",
+        '{"table":"trade","action":"insert","data":[{"timestamp":"2020-01-24T15:30:29.366Z","symbol":"XBTUSD","side":"Buy",'
+        '"size":2100,"price":8479.5,"tickDirection":"ZeroMinusTick","trdMatchID":"c2d665a3-bb51-f45f-6ce7-40f732f0609f",'
+        '"grossValue":24765300,"homeNotional":0.247653,"foreignNotional":2100}]}',
+        trades=(
+            (
+                *("BTC-USD", "8479.5", "0.247653", "buy", "c2d665a3-bb51-f45f-6ce7-40f732f0609f"),
+                *(market_feeds_ns("2020-01-24T15:30:29.366Z"), None, ""),
+            ),
+        ),
+    ),
+    MarketFeedsCase(
+        "bitmex",
+        '{"status":400,"error":"Unknown or expired symbol.","meta":{},"request":{"op":"subscribe",'
+        '"args":["trade:FOO"]}}',
+        "error",
+        note="400 Unknown or expired symbol.",
+    ),
+    MarketFeedsCase("alpaca", '[{"T":"success","msg":"connected"}]', "ack"),
+    MarketFeedsCase("alpaca", '[{"T":"success","msg":"authenticated"}]', "ack"),
+    MarketFeedsCase("alpaca", '[{"T":"subscription","trades":["AAPL"],"quotes":[],"bars":[]}]', "ack"),
+    MarketFeedsCase(
+        "alpaca",
+        '[{"T":"t","i":96921,"S":"AAPL","x":"D","p":126.55,"s":1,"t":"2021-02-22T15:51:44.208123456Z","c":["@","I"],"z":"C"},'
+        '{"T":"t","i":96922,"S":"BRK.B","x":"V","p":240,"s":0.5,"t":"2021-02-22T15:51:44Z","c":["@"],"z":"A"}]',
+        trades=(
+            *(
+                ("AAPL-USD", "126.55", "1", "", "D-96921", market_feeds_ns(when), None, "")
+                for when in ("2021-02-22T15:51:44.208123456Z",)
+            ),
+            ("BRK.B-USD", "240", "0.5", "", "V-96922", market_feeds_ns("2021-02-22T15:51:44Z"), None, ""),
+        ),
+    ),
+    MarketFeedsCase(
+        "alpaca",
+        '[{"T":"error","code":406,"msg":"connection limit exceeded"}]',
+        "error",
+        note="406 connection limit exceeded",
+    ),
+    MarketFeedsCase(
+        "alpaca",
+        '[{"T":"s","S":"AAPL","sc":"H","sm":"Trading Halt","rc":"T12","rm":"x","t":"2021-02-22T19:15:00Z","z":"C"}]',
+        "status",
+        note="AAPL: Trading Halt",
+    ),
+    MarketFeedsCase("alpaca", '[{"T":"c","S":"EEM","x":"M","oi":52983525033527,"op":39.1582,"os":440000}]', "ignored"),
+    MarketFeedsCase("finnhub", '{"type":"ping"}', "heartbeat"),
+    MarketFeedsCase(
+        "finnhub",
+        '{"data":[{"c":["1","8"],"p":7296.89,"s":"AAPL","t":1575526691134,"v":0.011467},{"p":7297,"s":"AAPL","t":1575526691135,'
+        '"v":3}],"type":"trade"}',
+        trades=(
+            ("AAPL-USD", "7296.89", "0.011467", "", "", 1575526691134000000, None, ""),
+            ("AAPL-USD", "7297", "3", "", "", 1575526691135000000, None, ""),
+        ),
+    ),
+    MarketFeedsCase(
+        "finnhub",
+        '{"type":"error","msg":"Subscribing to too many symbols"}',
+        "error",
+        note="Subscribing to too many symbols",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", MARKET_FEEDS_CASES, ids=lambda case: f"{case.exchange}-{case.kind}")
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_market_feeds_documented_frames(case: MarketFeedsCase, as_bytes: bool) -> None:
+    adapter = ADAPTERS[case.exchange].fresh()
+    for frame in case.before:
+        adapter.parse(frame, MARKET_FEEDS_NOW)
+    parsed = adapter.parse(case.frame.encode() if as_bytes else case.frame, MARKET_FEEDS_NOW)
+    expected = [
+        Trade._make((case.exchange, *row[:3], float(row[1]), float(row[2]), *row[3:6], MARKET_FEEDS_NOW, *row[6:]))
+        for row in case.trades
+    ]
+    assert parsed == Parsed(expected, case.kind, case.note, None, case.sequence, case.reconnect)  # type: ignore[arg-type]
+    if not as_bytes and case.frame[0] in "[{":
+        assert adapter.parse(gzip.compress(case.frame.encode()), MARKET_FEEDS_NOW) == parsed
+
+
+def test_market_feeds_every_kind_is_covered() -> None:
+    kinds = {name: {case.kind for case in MARKET_FEEDS_CASES if case.exchange == name} for name in ADAPTERS}
+    for name, adapter in ADAPTERS.items():
+        wanted = {"trades", "error"} | (set() if name in ("gemini", "finnhub") else {"ack"})  # these two send none
+        wanted |= (
+            {"heartbeat"} if adapter.ping_every or name in ("coinbase", "bitfinex", "gemini", "finnhub") else set()
+        )
+        assert wanted <= kinds[name], name
+
+
+@pytest.mark.parametrize(
+    ("name", "native", "back"),
+    [
+        ("binance", "BTCUSDT", "BTC-USDT"),
+        ("coinbase", "BTC-USD", "BTC-USD"),
+        ("kraken", "BTC/USD", "BTC-USD"),
+        ("bitstamp", "btcusd", "BTC-USD"),
+        ("okx", "BTC-USDT", "BTC-USDT"),
+        ("bybit", "BTCUSDT", "BTC-USDT"),
+        ("bitfinex", "tBTCUSD", "BTC-USD"),
+        ("gemini", "BTCUSD", "BTC-USD"),
+        ("gateio", "BTC_USDT", "BTC-USDT"),
+        ("bitmex", "XBTUSD", "BTC-USD"),
+        ("alpaca", "BTC", "BTC-USD"),
+        ("finnhub", "BTC", "BTC-USD"),
+    ],
+)
+def test_market_feeds_symbols(name: str, native: str, back: str) -> None:
+    adapter = ADAPTERS[name].fresh()
+    assert adapter.native("BTC-USD") == native
+    assert adapter.symbol(native) == back  # nothing asked: what the name itself says
+    others = (
+        ("ETH-USD", "DOGE-USD", "1INCH-USD") if adapter.key_env else ("ETH-BTC", "DOGE-USDT", "SOL-EUR", "BTC-USDC")
+    )
+    for symbol in (*others, "ETH-USDT" if adapter.dollar == "USDT" else "ETH-USD"):
+        assert adapter.symbol(adapter.native(symbol)) == symbol
+    for wrong in (
+        "BTC",
+        "btc-usd",
+        "BTC/USD",
+        "",
+        "-USD",
+        "BTC-",
+        "BTC-USD-X",
+        "BTC USD",
+        'B"C-USD',
+        "B" * 21 + "-USD",
+    ):
+        with pytest.raises(ValueError, match="not a symbol"):
+            adapter.native(wrong)
+    with pytest.raises(ValueError, match="no symbols"):
+        adapter.subscribe([])
+    adapter.subscribe(["BTC-USD", "ETH-USD"])
+    assert adapter.symbol(native) == "BTC-USD"  # as it was asked for
+    assert adapter.symbol(adapter.native("ETH-USD")) == "ETH-USD"
+    with pytest.raises(BadFrame, match="not asked for"):
+        adapter.symbol(adapter.native("LTC-USD"))
+    adapter.subscribe(["LTC-USD"])
+    with pytest.raises(BadFrame, match="not asked for"):
+        adapter.symbol(native)
+
+
+def test_market_feeds_an_exact_symbol_is_not_stood_in_for() -> None:
+    for symbols in (["BTC-USD", "BTC-USDT"], ["BTC-USDT", "BTC-USD"]):
+        adapter = ADAPTERS["binance"].fresh()
+        (message,) = adapter.subscribe(symbols)
+        assert json.loads(message)["params"] == ["btcusdt@trade"]
+        assert adapter.symbol("BTCUSDT") == "BTC-USDT"
+
+
+def test_market_feeds_what_is_sent() -> None:
+    symbols = ["BTC-USD", "DOGE-USDT"]
+    sent = {}
+    for name, adapter in ADAPTERS.items():
+        other = type(adapter)(clock=lambda: 1611541000.7)
+        asked = symbols if adapter.key_env is None else ["AAPL-USD"]
+        sent[name] = [json.loads(message) for message in other.subscribe(asked)], other.ping()
+    assert sent == {
+        "binance": ([{"method": "SUBSCRIBE", "params": ["btcusdt@trade", "dogeusdt@trade"], "id": 1}], None),
+        "coinbase": (
+            [{"type": "subscribe", "product_ids": symbols, "channels": ["matches", "heartbeat"]}],
+            None,
+        ),
+        "kraken": (
+            [
+                {
+                    "method": "subscribe",
+                    "params": {"channel": "trade", "symbol": ["BTC/USD", "DOGE/USDT"], "snapshot": True},
+                }
+            ],
+            None,
+        ),
+        "bitstamp": (
+            [
+                {"event": "bts:subscribe", "data": {"channel": f"live_trades_{native}"}}
+                for native in ("btcusd", "dogeusdt")
+            ],
+            '{"event":"bts:heartbeat"}',
+        ),
+        "okx": (
+            [
+                {
+                    "op": "subscribe",
+                    "args": [{"channel": "trades", "instId": name} for name in ("BTC-USDT", "DOGE-USDT")],
+                }
+            ],
+            "ping",
+        ),
+        "bybit": (
+            [{"op": "subscribe", "args": ["publicTrade.BTCUSDT", "publicTrade.DOGEUSDT"]}],
+            '{"op":"ping"}',
+        ),
+        "bitfinex": (
+            [
+                {"event": "conf", "flags": 65536},
+                {"event": "subscribe", "channel": "trades", "symbol": "tBTCUSD"},
+                {"event": "subscribe", "channel": "trades", "symbol": "tDOGE:UST"},
+            ],
+            None,
+        ),
+        "gemini": (
+            [{"type": "subscribe", "subscriptions": [{"name": "l2", "symbols": ["BTCUSD", "DOGEUSDT"]}]}],
+            None,
+        ),
+        "gateio": (
+            [
+                {
+                    "time": 1611541000,
+                    "channel": "spot.trades",
+                    "event": "subscribe",
+                    "payload": ["BTC_USDT", "DOGE_USDT"],
+                }
+            ],
+            '{"time":1611541000,"channel":"spot.ping"}',
+        ),
+        "bitmex": ([{"op": "subscribe", "args": ["trade:XBTUSD", "trade:DOGEUSDT"]}], "ping"),
+        "alpaca": (
+            [{"action": "auth", "key": "", "secret": ""}, {"action": "subscribe", "trades": ["AAPL"]}],
+            None,
+        ),
+        "finnhub": ([{"type": "subscribe", "symbol": "AAPL"}], None),
+    }
+    assert all((adapter.ping() is None) == (adapter.ping_every is None) for adapter in ADAPTERS.values())
+    assert all(adapter.silent_after > (adapter.ping_every or 0) for adapter in ADAPTERS.values())
+    many = [f"C{number}-USD" for number in range(205)]
+    assert [len(json.loads(message)["params"]) for message in ADAPTERS["binance"].fresh().subscribe(many)] == [
+        100,
+        100,
+        5,
+    ]
+    assert [len(json.loads(message)["args"]) for message in ADAPTERS["bybit"].fresh().subscribe(many[:21])] == [
+        10,
+        10,
+        1,
+    ]
+
+
+def test_market_feeds_keys() -> None:
+    with pytest.raises(ValueError, match="APCA_API_KEY_ID"):
+        ADAPTERS["alpaca"].with_keys({})
+    with pytest.raises(ValueError, match="APCA_API_SECRET_KEY"):
+        ADAPTERS["alpaca"].with_keys({"APCA_API_KEY_ID": "k"})
+    alpaca = ADAPTERS["alpaca"].with_keys({"APCA_API_KEY_ID": "k", "APCA_API_SECRET_KEY": "s"}).fresh()
+    assert json.loads(alpaca.subscribe(["AAPL-USD"])[0]) == {"action": "auth", "key": "k", "secret": "s"}
+    with pytest.raises(ValueError, match="FINNHUB_API_KEY"):
+        ADAPTERS["finnhub"].with_keys({"FINNHUB_API_KEY": ""})
+    finnhub = ADAPTERS["finnhub"].with_keys({"FINNHUB_API_KEY": "a b&c"}).fresh()
+    assert finnhub.connect_url(["AAPL-USD"]) == "wss://ws.finnhub.io?token=a%20b%26c"
+    assert finnhub.connect_url(["AAPL-USD"], "ws://127.0.0.1:1/x") == "ws://127.0.0.1:1/x?token=a%20b%26c"
+    assert "a b" not in repr(finnhub) and "'s'" not in repr(alpaca)
+    for name in MARKET_FEEDS_CRYPTO:
+        adapter = ADAPTERS[name].with_keys({})
+        assert adapter is not ADAPTERS[name]
+        assert adapter.connect_url(["BTC-USD"]) == adapter.url
+        assert adapter.connect_url(["BTC-USD"], "ws://127.0.0.1:1/") == "ws://127.0.0.1:1/"
+
+
+MARKET_FEEDS_NO_NUMBERS: tuple[Any, ...] = (
+    *("", ".", "e5", "-1", " 1", "1 ", "1_000", "1,5", "nan", "inf", "0x10", "１", "1e", "1\n"),
+    *(-1.5, -1, True, None, [], {}, math.inf, math.nan, 10**18, 1e19, "1e30", "1e-40", 5e-324),
+    *("1" * 19, "0." + "1" * 37, "1e999", "9" * 10_000),
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("42219.90", "42219.90"),
+        (42219.9, "42219.9"),
+        (7245, "7245"),
+        (1e-07, "0.0000001"),
+        (1.5e-07, "0.00000015"),
+        (1e17, "100000000000000000"),
+        (1e16, "10000000000000000"),
+        ("1e-8", "0.00000001"),
+        ("1.25E+3", "1250"),
+        ("12.5e-1", "1.25"),
+        ("+3", "3"),
+        (".5", "0.5"),
+        ("5.", "5"),
+        ("0", "0"),
+        ("1.23e1", "12.3"),
+        *((value, None) for value in MARKET_FEEDS_NO_NUMBERS),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_market_feeds_decimals(value: object, text: str | None) -> None:
+    if text is None:
+        with pytest.raises(BadFrame):
+            decimal(value)
+    else:
+        assert decimal(value) == text
+
+
+def test_market_feeds_decimals_are_the_doubles_that_were_sent() -> None:
+    rng = random.Random(8)
+    for _ in range(2000):
+        number = 10 ** rng.uniform(-9, 12) * rng.random()
+        assert float(decimal(number)) == number
+        assert "e" not in decimal(number)
+
+
+def test_market_feeds_times() -> None:
+    assert iso("2014-11-07T08:19:27.028459Z") == market_feeds_ns("2014-11-07T08:19:27.028459Z")
+    assert iso("2021-02-22T15:51:44.208123456+00:00") == 1614009104208123456
+    assert iso("2021-02-22T15:51:44Z") == 1614009104000000000
+    assert iso("2021-02-22T15:51:44.5Z") == 1614009104500000000
+    assert milliseconds(1606292218213) == milliseconds("1606292218213") == 1606292218213000000
+    assert milliseconds("1606292218213.4578") == 1606292218213457800
+    assert milliseconds(1606292218213.5) == 1606292218213500000
+    for wrong in (
+        "2021-02-22 15:51:44Z",
+        "2021-02-22T15:51:44",
+        "2021-13-22T15:51:44Z",
+        "2021-02-22T15:51:44+01:00",
+        5,
+        None,
+        "",
+    ):
+        with pytest.raises(ValueError):
+            iso(wrong)
+    no_times: tuple[Any, ...] = ("", "x", "-5", "1e12", " 1", None, True, [], 1e300, math.nan)
+    for bad in no_times:
+        with pytest.raises(BadFrame):
+            milliseconds(bad)
+
+
+def market_feeds_trade(adapter: Adapter, **changed: object) -> Parsed:
+    item = {"e": "trade", "s": "BTCUSDT", "t": 1, "p": "1", "q": "1", "T": MARKET_FEEDS_NOW // 10**6, "m": True}
+    return adapter.parse(json.dumps(item | changed), MARKET_FEEDS_NOW)
+
+
+def test_market_feeds_implausible_trades_are_bad_frames() -> None:
+    adapter = ADAPTERS["binance"].fresh()
+    borders = (EARLIEST_NS // 10**6, (MARKET_FEEDS_NOW + AHEAD_NS) // 10**6)
+    for when in borders:
+        assert market_feeds_trade(adapter, T=when).trades[0].exchange_ts_ns == when * 10**6
+    for when in (borders[0] - 1, borders[1] + 1, 0, -1, 10**30, MARKET_FEEDS_NOW):
+        with pytest.raises(BadFrame, match=r"plausible time|time in milliseconds"):
+            market_feeds_trade(adapter, T=when)
+    for field in ("p", "q"):
+        assert (
+            market_feeds_trade(adapter, **{field: 2.5}).trades[0]
+            == market_feeds_trade(adapter, **{field: "2.5"}).trades[0]
+        )
+        no_amounts: tuple[Any, ...] = (0, "0", "0.000", -1, "-1", None, "", "abc", [], {}, True, 1e300, "1e300")
+        for wrong in no_amounts:
+            with pytest.raises(BadFrame):
+                market_feeds_trade(adapter, **{field: wrong})
+    for field, wrong in (
+        ("m", None),
+        ("m", 1),
+        ("t", -1),
+        ("t", 1.5),
+        ("t", "x"),
+        ("s", 5),
+        ("s", ["BTC"]),
+        ("s", "X"),
+    ):
+        with pytest.raises(BadFrame):
+            market_feeds_trade(adapter, **{field: wrong})
+    for frame in (
+        "",
+        "{",
+        "null",
+        "1",
+        '"trade"',
+        "[]",
+        "{}",
+        '{"e":"kline"}',
+        b"\xff\xfe",
+        "pong",
+        "\ud800",
+        None,
+        5,
+        [b"x"],
+    ):
+        with pytest.raises(BadFrame):
+            adapter.parse(frame, MARKET_FEEDS_NOW)  # type: ignore[arg-type]
+    with pytest.raises(BadFrame, match="unknown message: kline"):
+        adapter.parse('{"e":"kline"}', MARKET_FEEDS_NOW)
+
+
+def test_market_feeds_one_bad_trade_makes_a_bad_frame() -> None:
+    wire, adapter = WIRES["bybit"](), ADAPTERS["bybit"].fresh()
+    ticks = [("1", "1", "buy", number, MARKET_FEEDS_NOW) for number in range(3)]
+    (frame,) = wire.trades("BTCUSDT", ticks)
+    assert len(adapter.parse(frame, MARKET_FEEDS_NOW).trades) == 3
+    with pytest.raises(BadFrame):
+        adapter.parse(frame[::-1].replace('"1":"p"', '"0":"p"', 1)[::-1], MARKET_FEEDS_NOW)
+
+
+def test_market_feeds_gzip_is_bounded() -> None:
+    adapter = ADAPTERS["gateio"].fresh()
+    frame = b'{"time":1,"channel":"spot.pong","event":"","error":null,"result":null}'
+    assert adapter.parse(gzip.compress(frame), MARKET_FEEDS_NOW).kind == "heartbeat"
+    for wrong in (
+        gzip.compress(frame)[:-5],
+        gzip.compress(frame) + b"x",
+        gzip.compress(frame + b" " * UNPACKED_LIMIT),
+        b"\x1f\x8b",
+        b"\x1f\x8b" + bytes(100),
+        zlib.compress(frame),
+    ):
+        with pytest.raises(BadFrame):
+            adapter.parse(wrong, MARKET_FEEDS_NOW)
+
+
+def test_market_feeds_bitfinex_channels_are_of_one_connection() -> None:
+    adapter = ADAPTERS["bitfinex"].fresh()
+    frame = '[17470,"te",[1,1574694478809,-0.005,7245]]'
+    with pytest.raises(BadFrame, match="channel"):
+        adapter.parse(frame, MARKET_FEEDS_NOW)
+    adapter.subscribe(["BTC-USD"])
+    adapter.parse(MARKET_FEEDS_BITFINEX_ACK, MARKET_FEEDS_NOW)
+    assert adapter.parse(frame, MARKET_FEEDS_NOW).trades[0].symbol == "BTC-USD"
+    with pytest.raises(BadFrame, match="channel"):
+        adapter.fresh().parse(frame, MARKET_FEEDS_NOW)
+    adapter.subscribe(["BTC-USD"])
+    with pytest.raises(BadFrame, match="channel"):
+        adapter.parse(frame, MARKET_FEEDS_NOW)
+
+
+def test_market_feeds_snapshots_come_oldest_first_where_times_are_equal() -> None:
+    for name in ("kraken", "bitfinex", "gemini"):
+        wire, adapter, _ = market_feeds_connected(name, ["BTC-USD"])
+        ticks = [("1", "1", "buy", number, MARKET_FEEDS_NOW) for number in range(1, 6)]
+        (frame,) = wire.snapshot(adapter.native("BTC-USD"), ticks)
+        assert [trade.trade_id for trade in adapter.parse(frame, MARKET_FEEDS_NOW).trades] == ["1", "2", "3", "4", "5"]
+
+
+def test_market_feeds_the_state_of_a_connection_goes_with_a_dead_letter() -> None:
+    for name in ADAPTERS:
+        adapter = ADAPTERS[name].fresh()
+        adapter.subscribe(["BTC-USD"])
+        native, context = adapter.native("BTC-USD"), adapter.context()
+        if name == "bitfinex":
+            adapter.parse(MARKET_FEEDS_BITFINEX_ACK, MARKET_FEEDS_NOW)
+            frame, context = '[17470,"te",[1,1574694478809,-0.005,7245]]', adapter.context()
+            later = ADAPTERS[name].within(context)
+            assert later.parse(frame, MARKET_FEEDS_NOW) == adapter.parse(frame, MARKET_FEEDS_NOW)
+        later = ADAPTERS[name].within(context.encode())
+        assert later is not ADAPTERS[name]
+        assert later.symbol(native) == "BTC-USD"
+        assert later.context() == context
+        for wrong in ("", "5", "{}", "[]", '{"asked":5}', '{"asked":{"a":5}}'):
+            with pytest.raises(ValueError):
+                ADAPTERS[name].within(wrong)
+    for wrong in ('{"asked":{}}', '{"asked":{},"channels":{"x":"BTC-USD"}}', '{"asked":{},"channels":{"1":2}}'):
+        with pytest.raises(ValueError):
+            ADAPTERS["bitfinex"].within(wrong)
+
+
+def test_market_feeds_types_are_not_mixed_up() -> None:
+    assert (identity(5), identity("a-5"), whole("7"), whole(2**63 - 1)) == ("5", "a-5", 7, 2**63 - 1)
+    wrong: tuple[Any, ...] = (True, False, -1, 1.0, None, "", "a b", "x" * 65, "é", [], {})
+    for value in wrong:
+        with pytest.raises(BadFrame):
+            identity(value)
+    for value in (*wrong, 2**63, "1" * 19, "-1", "x"):
+        with pytest.raises(BadFrame):
+            whole(value)
+    frame = next(case.frame for case in MARKET_FEEDS_CASES if case.exchange == "bitstamp" and case.trades)
+    assert ADAPTERS["bitstamp"].fresh().parse(frame, MARKET_FEEDS_NOW).trades[0].side == "buy"
+    for kind in ("false", "0.0", '"0"', "2", "-1", "null", "[]"):
+        with pytest.raises(BadFrame):
+            ADAPTERS["bitstamp"].fresh().parse(frame.replace('"type":0', f'"type":{kind}'), MARKET_FEEDS_NOW)
+    frame = next(case.frame for case in MARKET_FEEDS_CASES if case.exchange == "bitmex" and case.trades)
+    for kind, side in (('"Buy"', "buy"), ('"Sell"', "sell"), ('""', ""), ("null", "")):
+        parsed = ADAPTERS["bitmex"].fresh().parse(frame.replace('"Sell"', kind), MARKET_FEEDS_NOW)
+        assert [trade.side for trade in parsed.trades] == [side]
+    assert short("a\ud800" + "b" * 300) == "a\\ud800" + "b" * 198
+
+
+# ------------------------------------------------------------------------------------------ wires and adapters
+
+
+def market_feeds_connected(name: str, symbols: list[str]) -> tuple[Wire, Adapter, list[Parsed]]:
+    """A wire and an adapter after the subscription, and what the frames until then came to."""
+    wire, adapter = WIRES[name](clock=lambda: MARKET_FEEDS_NOW / 1e9), ADAPTERS[name].fresh()
+    frames, natives = wire.welcome(), []
+    for message in adapter.subscribe(symbols):
+        natives += wire.symbols_of(message)
+        frames += wire.acks(message)
+    assert natives == [adapter.native(symbol) for symbol in symbols]
+    return wire, adapter, [adapter.parse(frame, MARKET_FEEDS_NOW) for frame in frames]
+
+
+MARKET_FEEDS_STEP = {"binance": 10**6, "coinbase": 10**3, "kraken": 10**3, "bitstamp": 10**3, "gateio": 100}  # else ms
+
+
+@pytest.mark.parametrize("name", list(WIRES))
+def test_market_feeds_wires_and_adapters_agree(name: str) -> None:
+    symbols = ["BTC-USD", "ETH-USD", "DOGE-USDT"]
+    wire, adapter, begun = market_feeds_connected(name, symbols)
+    assert {parsed.kind for parsed in begun} <= {"ack", "status", "ignored"}
+    assert {parsed.kind for parsed in begun} & {"ack", "ignored"}
+    rng, step, check = random.Random(name), MARKET_FEEDS_STEP.get(name, 10**6), SequenceCheck()
+    number, when = 1000, MARKET_FEEDS_NOW - 10**12
+    for symbol, size in itertools.product(symbols, (1, 2, 7, 50)):
+        native = adapter.native(symbol)
+        assert wire.pair(native)[0] == symbol.split("-")[0]
+        numbers, number = range(number + 1, number + size + 1), number + size
+        ticks = []
+        for each in numbers:
+            when += rng.randrange(10**8)
+            price, amount = f"{rng.uniform(0.001, 1e5):.5f}1", f"{rng.uniform(1e-8, 1e3):.7f}1"
+            ticks.append((price, amount, rng.choice(("buy", "sell")), each, when))
+        frames = wire.trades(native, ticks)
+        assert len(frames) == (1 if wire.per_frame > 1 else 2 * size if name == "bitfinex" else size)
+        got = [trade for frame in frames for trade in check.check(adapter.parse(frame, MARKET_FEEDS_NOW))]
+        expected = [
+            (symbol, side, wire.trade_id(each), at // step * step, price, amount)
+            for price, amount, side, each, at in ticks
+        ]
+        assert [(t.symbol, t.side, t.trade_id, t.exchange_ts_ns, t.price, t.size) for t in got] == expected
+        assert all(t.price_value == float(t.price) and t.size_value == float(t.size) for t in got)
+        assert all(t.exchange == name and t.received_ts_ns == MARKET_FEEDS_NOW for t in got)
+        assert all(t.sequence in (None, each) for t, each in zip(got, numbers, strict=True))
+        again = [
+            trade for frame in wire.snapshot(native, ticks) for trade in adapter.parse(frame, MARKET_FEEDS_NOW).trades
+        ]
+        assert all(t.flags == "snapshot" for t in again)
+        assert [t._replace(flags="") for t in again] == [t._replace(flags="") for t in got[len(got) - len(again) :]]
+    gaps = 2 if name in ("binance", "coinbase", "kraken") else 1 if name == "bitfinex" else 0
+    counted = check.stats()
+    assert (counted.duplicates, counted.disorder, counted.restarts) == (0, 0, 0)
+    assert counted.trades == number - 1000
+    assert counted.gaps == (11 if gaps == 1 else 0)  # Bitfinex: each snapshot's frame number was not told to the check
+    for frames, kind in ((wire.heartbeat(), "heartbeat"), (wire.error("no"), "error"), (wire.maintenance(), "status")):
+        for frame in frames:
+            parsed = adapter.parse(frame, MARKET_FEEDS_NOW)
+            assert parsed.kind == kind
+            assert kind != "error" or "no" in parsed.note
+    ping = adapter.ping()
+    if ping is not None:
+        assert [adapter.parse(frame, MARKET_FEEDS_NOW).kind for frame in wire.acks(ping)] == ["heartbeat"]
+
+
+@pytest.mark.parametrize("name", list(WIRES))
+def test_market_feeds_wires_answer_rubbish(name: str) -> None:
+    wire, adapter = WIRES[name](), ADAPTERS[name].fresh()
+    for message in (
+        "",
+        "x",
+        "{}",
+        "[]",
+        "null",
+        "5",
+        b"\xff",
+        '{"op":"subscribe"}',
+        '{"event":"conf"}',
+        '{"method":5}',
+        '"x"',
+    ):
+        assert wire.symbols_of(message) == []
+        assert [adapter.parse(frame, MARKET_FEEDS_NOW).kind for frame in wire.acks(message)] == ["error"]
+
+
+# ------------------------------------------------------------------------------------------ SequenceCheck
+
+
+def market_feeds_sample(
+    number: int, *, symbol: str = "BTC-USD", sequence: bool = True, when: int = 0, flags: str = ""
+) -> Trade:
+    at = when or number
+    return Trade("x", symbol, "1", "1", 1.0, 1.0, "buy", str(number), at, 10**6, number if sequence else None, flags)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "flags", "missed"),
+    [
+        ([5, 6, 7], ["", "", ""], 0),
+        ([5, 7, 8], ["", "gap", ""], 1),
+        ([5, 9, 20], ["", "gap", "gap"], 13),
+        ([5, 6, 6, 7], ["", "", "duplicate", ""], 0),
+        ([5, 7, 6, 8], ["", "gap", "disorder", ""], 1),
+        ([5, 7, 7, 6, 6, 8], ["", "gap", "duplicate", "disorder", "duplicate", ""], 1),
+        ([5, 4, 6], ["", "disorder", ""], 0),
+    ],
+)
+def test_market_feeds_sequences(numbers: list[int], flags: list[str], missed: int) -> None:
+    check = SequenceCheck()
+    given = [market_feeds_sample(number) for number in numbers]
+    assert [check.label(trade) for trade in given] == [
+        trade._replace(flags=flag) for trade, flag in zip(given, flags, strict=True)
+    ]
+    counts = Counter(flags)
+    assert check.stats() == (len(numbers), counts["gap"], missed, counts["duplicate"], counts["disorder"], 0)
+    assert f"missed={missed}" in repr(check)
+
+
+def test_market_feeds_sequences_are_per_symbol_and_flags_are_joined() -> None:
+    check = SequenceCheck()
+    for number in (1, 2):
+        for symbol in ("BTC-USD", "ETH-USD"):
+            assert check.label(market_feeds_sample(number, symbol=symbol)).flags == ""
+    assert check.label(market_feeds_sample(9, flags="snapshot")).flags == "snapshot,gap"
+    assert check.label(market_feeds_sample(9, flags="snapshot")).flags == "snapshot,duplicate"
+    assert check.stats() == (6, 1, 6, 1, 0, 0)
+
+
+def test_market_feeds_without_sequences_time_tells_disorder() -> None:
+    check = SequenceCheck()
+    given = [(1, 100), (2, 100), (3, 99), (4, 100), (2, 100), (5, 101)]
+    found = [check.label(market_feeds_sample(number, sequence=False, when=when)).flags for number, when in given]
+    assert found == ["", "", "disorder", "", "duplicate", ""]
+    nameless = market_feeds_sample(1, sequence=False, when=200)._replace(trade_id="")
+    assert [check.label(nameless).flags for _ in range(2)] == ["", ""]  # no id: nothing can be said
+
+
+def test_market_feeds_a_sequence_may_begin_again() -> None:
+    check = SequenceCheck()
+    check.label(market_feeds_sample(2**62))
+    flags = [check.label(market_feeds_sample(number)).flags for number in range(1, 31)]
+    assert flags == ["disorder"] * SequenceCheck.RESTARTED + [""] * (30 - SequenceCheck.RESTARTED)
+    assert check.stats().restarts == 1
+
+
+def test_market_feeds_late_ones_do_not_begin_a_sequence_again() -> None:
+    check = SequenceCheck()
+    for number in range(0, 200, 2):
+        check.label(market_feeds_sample(number))
+    assert {check.label(market_feeds_sample(number)).flags for number in range(1, 199, 2)} == {"disorder"}
+    assert check.stats()[1:] == (99, 99, 0, 99, 0)
+    assert check.label(market_feeds_sample(199)).flags == ""
+
+
+def test_market_feeds_ids_are_forgotten_in_order() -> None:
+    check = SequenceCheck(remembered=100)
+    for number in range(10_000):
+        check.label(market_feeds_sample(number))
+    (seen,) = check._seen.values()
+    assert len(seen.ids) == len(seen.order) == 100
+    assert check.label(market_feeds_sample(9_900)).flags == "duplicate"
+    assert check.label(market_feeds_sample(9_899)).flags == "disorder"  # too long ago to know
+    with pytest.raises(ValueError, match="at least 1"):
+        SequenceCheck(remembered=0)
+
+
+def test_market_feeds_frame_numbers() -> None:
+    check = SequenceCheck()
+
+    def frame(sequence: int | None, *numbers: int) -> list[str]:
+        trades = [market_feeds_sample(number, sequence=False) for number in numbers]
+        return [trade.flags for trade in check.check(Parsed(trades, "trades", sequence=sequence))]
+
+    assert [frame(1), frame(2, 10), frame(3), frame(4, 11)] == [[], [""], [], [""]]
+    assert frame(7) == []  # 5 and 6 are missing, and the next trade says so, once
+    assert frame(8, 12, 13) == ["gap", ""]
+    assert check.stats()[1:] == (1, 2, 0, 0, 0)
+    assert frame(7, 12) == ["duplicate"]  # the same frame again
+    assert frame(9, 14) == [""]
+    assert frame(20) == []
+    check.reconnected()
+    assert frame(1, 15) == [""]
+    assert frame(2, 15) == ["duplicate"]  # ids are remembered over connections
+    assert frame(4, 9) == ["gap,disorder"]
+    assert check.stats()[1:] == (3, 2 + 10 + 1, 2, 1, 0)
+
+
+def test_market_feeds_sequence_counts_are_exact_on_a_lossy_feed() -> None:
+    rng = random.Random(80)
+    for _ in range(30):
+        check, expected, present = SequenceCheck(), Counter[str](), [0]
+        check.label(market_feeds_sample(0))
+        for number in range(1, 400):
+            chance = rng.random()
+            if chance < 0.1:
+                expected["missed"] += 1
+                continue
+            check.label(market_feeds_sample(number))
+            expected["gap"] += number != present[-1] + 1
+            present.append(number)
+            if chance > 0.9:
+                expected["duplicate"] += 1
+                assert check.label(market_feeds_sample(rng.choice(present))).flags == "duplicate"
+        missed = present[-1] - (len(present) - 1)
+        assert check.stats() == (
+            *(len(present) + expected["duplicate"], expected["gap"], missed),
+            *(expected["duplicate"], 0, 0),
+        )
+
+
+# ------------------------------------------------------------------------------------------ 100,000 mutated frames
+
+MARKET_FEEDS_VALUES = (
+    *(
+        "null",
+        "true",
+        "false",
+        "0",
+        "-1",
+        "-0.5",
+        "1.5",
+        "1e999",
+        "-1e999",
+        "1e-999",
+        "NaN",
+        "Infinity",
+        "1e300",
+        "5e-324",
+    ),
+    *(
+        "99999999999999999999999",
+        "18446744073709551616",
+        "-9223372036854775809",
+        '"1"',
+        '"0"',
+        '"-1"',
+        '"nan"',
+        '"inf"',
+    ),
+    *(
+        '"1e5"',
+        '"1e-7"',
+        '"1e999"',
+        '""',
+        '" "',
+        '"x"',
+        '"\\ud800"',
+        '"\\u0000"',
+        '"１２"',
+        '"1_0"',
+        '"1,5"',
+        '"0x1"',
+        "[]",
+    ),
+    *("{}", "[null]", '{"a":1}', "[[1,2],[3]]", "[" * 1200 + "]" * 1200, "[" * 90 + "]" * 90, '"' + "9" * 5000 + '"'),
+    *(
+        '"buy"',
+        '"sell"',
+        '"BTCUSDT"',
+        '"trade"',
+        '"2021-02-22T15:51:44Z"',
+        '"9999-99-99T99:99:99Z"',
+        "1606292218213",
+        '"te"',
+    ),
+)
+MARKET_FEEDS_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|true|false|null')
+MARKET_FEEDS_DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
+
+
+def market_feeds_mutated(rng: random.Random, frame: str, spans: list[tuple[int, int]]) -> str | bytes:
+    """A frame with one to three wounds: of its bytes, of a value, of a key, of its structure."""
+    way = rng.random()
+    if way < 0.35 or not spans:
+        data = bytearray(frame.encode())
+        for _ in range(rng.randrange(1, 4)):
+            at, what = rng.randrange(len(data) + 1), rng.randrange(6)
+            if what == 0:
+                del data[at:]
+            elif what == 1:
+                del data[at : at + rng.randrange(1, 20)]
+            elif what == 2:
+                data[at:at] = rng.randbytes(rng.randrange(1, 5))
+            elif what == 3:
+                data[at : at + 1] = rng.choice((b"0", b"9", b'"', b"[", b"}", b",", b":", b"-", b"e", b"\x00", b"\xff"))
+            elif what == 4:
+                data[at:at] = data[: rng.randrange(len(data) + 1)]
+            else:
+                data[at : at + 1] = bytes((rng.randrange(256),))
+        return bytes(data)
+    if way < 0.97:
+        for _ in range(rng.choice((1, 1, 1, 2))):
+            begin, end = spans[rng.randrange(len(spans))]
+            if way < 0.8:
+                new = MARKET_FEEDS_VALUES[rng.randrange(len(MARKET_FEEDS_VALUES))]
+            elif way < 0.85:
+                new = f"[{frame[begin:end]}]"
+            elif way < 0.9:
+                new = f'{{"x":{frame[begin:end]}}}'
+            elif way < 0.95:
+                new = (
+                    frame[begin:end][1:-1] if frame[begin] == '"' else f'"{frame[begin:end]}"'
+                )  # numbers as text, and back
+            else:
+                new = f"-{frame[begin:end]}"
+            frame = frame[:begin] + new + frame[end:]
+            spans = [span for span in spans if span[1] <= begin]
+            if not spans:
+                break
+        return frame
+    packed = bytearray(gzip.compress(frame.encode(), 1))
+    if way < 0.99:
+        packed[rng.randrange(len(packed))] ^= 1 << rng.randrange(8)
+    return bytes(packed)
+
+
+def test_market_feeds_100_000_mutated_frames() -> None:
+    rng, outcomes = random.Random(8_8), {name: Counter[str]() for name in ADAPTERS}
+    each = 100_000 // len(ADAPTERS) + 1
+    for name, adapter in ADAPTERS.items():
+        cases = [case for case in MARKET_FEEDS_CASES if case.exchange == name]
+        frames = [case.frame for case in cases for _ in range(3 if case.kind == "trades" else 1)]
+        spans = [[match.span() for match in MARKET_FEEDS_TOKEN.finditer(frame)] for frame in frames]
+        here = outcomes[name]
+        asked = (
+            ["AAPL-USD", "BRK.B-USD"] if adapter.key_env else ["BTC-USD", "MATIC-USD", "BNB-BTC", "GT-USD", "ETH-USDT"]
+        )
+        allowed = set(asked)
+        for number in range(each):
+            if number % 500 == 0:
+                adapter = adapter.fresh()
+                adapter.subscribe(asked)
+                if name == "bitfinex":
+                    adapter.parse(MARKET_FEEDS_BITFINEX_ACK, MARKET_FEEDS_NOW)
+            which = rng.randrange(len(frames))
+            frame = market_feeds_mutated(rng, frames[which], spans[which])
+            try:
+                parsed = adapter.parse(frame, MARKET_FEEDS_NOW)
+            except BadFrame as error:
+                here["bad"] += 1
+                assert len(str(error)) < 500
+                str(error).encode()
+                continue
+            here[parsed.kind] += 1
+            parsed.note.encode()
+            assert len(parsed.note) <= 2000
+            for trade in parsed.trades:
+                assert trade.symbol in allowed
+                assert trade.side in ("buy", "sell", "")
+                assert 0 < trade.price_value < 1e18
+                assert 0 < trade.size_value < 1e18
+                assert MARKET_FEEDS_DECIMAL.fullmatch(trade.price) and MARKET_FEEDS_DECIMAL.fullmatch(trade.size)
+                assert float(trade.price) == trade.price_value
+                assert float(trade.size) == trade.size_value
+                assert type(trade.exchange_ts_ns) is int
+                assert EARLIEST_NS <= trade.exchange_ts_ns <= MARKET_FEEDS_NOW + AHEAD_NS
+                assert trade.sequence is None or 0 <= trade.sequence < 2**63
+                assert type(trade.trade_id) is str and trade.trade_id.isascii() and len(trade.trade_id) <= 64
+                assert trade.flags in ("", "snapshot")
+                trade.trade_id.encode()
+    assert sum(sum(here.values()) for here in outcomes.values()) >= 100_000
+    for name, here in outcomes.items():
+        assert here["bad"] > each // 4, name
+        assert here["trades"] > each // 50, name
+        assert here["error"], name
+    assert {kind for here in outcomes.values() for kind in here} == {
+        *("bad", "trades", "ack", "heartbeat", "status", "error", "ignored")
+    }
+
+
+# ------------------------------------------------------------------------------------------ market_connect
+
+MARKET_CONNECT_SYMBOLS = ("BTC-USD", "ETH-USD")
+MARKET_CONNECT_NUMBERED = ("binance", "coinbase", "kraken", "bitfinex")  # their frames or trades have numbers
+MARKET_CONNECT_NAMES = tuple(WIRES)
+
+
+class MarketConnectSink:
+    """Takes what feeds tell."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, list[Trade]] = {}
+        self.letters: list[tuple[str, str, bytes, int]] = []
+        self.gate: asyncio.Event | None = None
+
+    def emit(self, exchange: str, trades: list[Trade]) -> Awaitable[object] | None:
+        self.told.setdefault(exchange, []).extend(trades)
+        return None if self.gate is None or self.gate.is_set() else self.gate.wait()
+
+    def dead(self, exchange: str, error: str, raw: bytes, received_ns: int) -> None:
+        self.letters.append((exchange, error, raw, received_ns))
+
+    def live(self, exchange: str) -> list[Trade]:
+        """Each trade once, without those of snapshots."""
+        told = self.told.get(exchange, [])
+        return [trade for trade in told if "snapshot" not in trade.flags and "duplicate" not in trade.flags]
+
+    def ids(self, exchange: str) -> dict[str, list[str]]:
+        """By the exchange's names."""
+        found: dict[str, list[str]] = {}
+        for trade in self.live(exchange):
+            found.setdefault(ADAPTERS[exchange].native(trade.symbol), []).append(trade.trade_id)
+        return found
+
+
+class MarketConnectWorld:
+    """Exchanges, a feed for each, and what they told. `async with` it: all are live then; they are stopped after."""
+
+    def __init__(self, them: Exchanges, names: Sequence[str] = MARKET_CONNECT_NAMES, **options: Any) -> None:
+        self.them, self.names, self.sink = them, names, MarketConnectSink()
+        self.options: dict[str, Any] = {"base": 0.02, "cap": 0.1, "breaker": None, **options}
+        self.feeds: dict[str, Feed] = {}
+        self.runs: list[asyncio.Task[None]] = []
+
+    def feed(self, name: str, **options: Any) -> Feed:
+        breaker = CircuitBreaker(name, failures=None, reset=0.01, max_reset=0.01)  # never opens
+        chosen = {"breaker": breaker, "session": self.session, **{k: v for k, v in self.options.items() if v}}
+        adapter, url = ADAPTERS[name], self.them.urls[name]
+        options = {"url": url, "symbols": MARKET_CONNECT_SYMBOLS, **chosen, **options}
+        return Feed(adapter, options.pop("symbols"), self.sink.emit, self.sink.dead, **options)
+
+    async def __aenter__(self) -> MarketConnectWorld:
+        self.session = aiohttp.ClientSession()
+        self.feeds = {name: self.feed(name) for name in self.names}
+        self.runs = [asyncio.create_task(feed.run()) for feed in self.feeds.values()]
+        for name in self.names:
+            await self.until(name, "live")
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await asyncio.gather(*(feed.stop() for feed in self.feeds.values()))
+        await asyncio.gather(*self.runs)
+        await self.session.close()
+        if kind is None:
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            await prim_until_async(lambda: not any(each.open for each in self.them.stats().values()))
+
+    async def until(self, name: str, state: str, connects: int = 1) -> None:
+        def there() -> bool:
+            found = self.feeds[name].stats()
+            return found.state == state and found.connects >= connects
+
+        await prim_until_async(there)
+
+    async def settled(self, name: str) -> None:
+        """Every trade that was sent has been told, or stands in a dead letter."""
+
+        def there() -> bool:
+            letters = sum(letter[0] == name and b'"tu"' not in letter[2] for letter in self.sink.letters)
+            return len(self.sink.live(name)) + letters >= sum(self.them.sent(name).values())
+
+        await prim_until_async(there)
+
+
+@pytest.fixture
+def market_connect_them() -> Iterator[Exchanges]:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with Exchanges(symbols=MARKET_CONNECT_SYMBOLS, heartbeat=0, ledger=True) as them:
+        yield them
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert not any(thread.name == "exchanges" for thread in threading.enumerate())
+
+
+def test_market_connect_ten_exchanges_tell_every_trade_once_and_right(market_connect_them: Exchanges) -> None:
+    them = market_connect_them
+
+    async def main() -> None:
+        async with MarketConnectWorld(them) as world:
+            them.emit(7)
+            for name in world.names:
+                await world.settled(name)
+            for name in world.names:
+                assert world.sink.ids(name) == them.sent_ids(name)
+                assert them.sent(name) == {ADAPTERS[name].native(symbol): 7 for symbol in MARKET_CONNECT_SYMBOLS}
+                for symbol in MARKET_CONNECT_SYMBOLS:
+                    wire, native = WIRES[name](), ADAPTERS[name].native(symbol)
+                    tape = Market(1).tape(name, *wire.pair(native))
+                    made = [trade for trade in world.sink.live(name) if trade.symbol == symbol]
+                    expected = [(tape.prices[n], tape.sizes[n], tape.sides[n]) for n in range(1000, 1007)]
+                    assert [(t.price_value, t.size_value, t.side) for t in made] == [
+                        (float(price), float(size), side) for price, size, side in expected
+                    ]
+                found = world.feeds[name].stats()
+                assert (found.connects, found.failures, found.bad, found.gaps, found.outages) == (1, 0, 0, 0, 0)
+                assert (found.duplicates, found.disorder, found.errors) == (0, 0, 0)
+                assert found.trades == len(world.sink.told[name])
+            assert world.sink.letters == []
+        assert {name: each.closes for name, each in them.stats().items()} == dict.fromkeys(world.names, (1000,))
+
+    prim_run(main())
+
+
+# What each fault that leaves the connection comes to: trades sent, dead letters, labels of the trade and of the next.
+MARKET_CONNECT_SMALL_FAULTS = {
+    "unknown": (0, 1, (), ""),
+    "not json": (0, 1, (), ""),
+    "not utf-8": (0, 1, (), ""),
+    "wrong types": (1, 1, (), "gap"),
+    "text": (1, 0, ("",), ""),
+    "gzip": (1, 0, ("",), ""),
+    "binary": (1, 0, ("",), ""),
+    "fragments": (1, 0, ("",), ""),
+    "gap": (0, 0, (), "gap"),
+    "duplicate": (0, 0, ("duplicate",), ""),
+    "swap": (2, 0, ("gap", "disorder"), ""),
+    "error": (0, 0, (), ""),
+    "ping": (0, 0, (), ""),
+}
+
+
+@pytest.mark.parametrize("fault", MARKET_CONNECT_SMALL_FAULTS)
+def test_market_connect_a_fault_that_leaves_the_connection(market_connect_them: Exchanges, fault: Any) -> None:
+    """On each exchange in turn: nothing is lost, what is missing is labelled, the connection stays, and the others'."""
+    them, (sent, letters, labels, after) = market_connect_them, MARKET_CONNECT_SMALL_FAULTS[fault]
+
+    async def main() -> None:
+        async with MarketConnectWorld(them) as world:
+            them.emit(2)
+            for victim in world.names:
+                await world.settled(victim)
+                numbered = victim in MARKET_CONNECT_NUMBERED
+                before, told = them.sent(victim), len(world.sink.told[victim])
+                world.sink.letters.clear()
+                assert them.fault(victim, fault) == 1
+                assert sum(them.sent(victim).values()) - sum(before.values()) == sent
+                there = len(labels) + told
+                await prim_until_async(
+                    lambda v=victim, n=there: (  # type: ignore[misc]
+                        len(world.sink.told[v]) >= n and len(world.sink.letters) >= letters
+                    )
+                )
+                them.emit(1, victim)
+                await prim_until_async(lambda v=victim, n=there + 2: len(world.sink.told[v]) >= n)  # type: ignore[misc]
+                flags = [trade.flags for trade in world.sink.told[victim][told:]]
+                if fault == "swap":
+                    first = labels[0] if victim in ("binance", "coinbase", "kraken") else ""
+                    assert flags == [first, "disorder", "", ""], victim
+                else:
+                    assert flags == [*labels, after if numbered else "", ""], victim
+                assert [letter[0] for letter in world.sink.letters] == [victim] * letters
+                assert all(letter[1] and letter[2] and letter[3] > EARLIEST_NS for letter in world.sink.letters)
+                if fault != "wrong types":
+                    if fault == "swap":
+                        ids, expected = world.sink.ids(victim), them.sent_ids(victim)
+                        assert {name: sorted(each) for name, each in ids.items()} == {
+                            name: sorted(each) for name, each in expected.items()
+                        }
+                    elif fault != "duplicate":
+                        assert world.sink.ids(victim) == them.sent_ids(victim)
+                found = world.feeds[victim].stats()
+                assert (found.connects, found.state, found.bad) == (1, "live", letters)
+                assert found.errors == (fault == "error") and found.duplicates == (fault == "duplicate")
+                missed = 2 if victim == "bitfinex" else 1  # "te" and "tu"
+                if fault in ("gap", "wrong types") and numbered:
+                    assert found.gaps == 1 and (fault == "gap") <= (found.missed == missed)
+            them.emit(1)
+            for name in world.names:
+                await prim_until_async(
+                    lambda n=name: len(world.sink.live(n)) >= sum(them.sent(n).values()) - (fault == "wrong types")  # type: ignore[misc]
+                )
+            if fault in ("ping", "fragments"):
+                pongs = {name: 2 if name == "bitfinex" and fault == "fragments" else 1 for name in world.names}
+                await prim_until_async(lambda: {name: each.pongs for name, each in them.stats().items()} == pongs)
+
+    prim_run(main())
+
+
+MARKET_CONNECT_ENDS = {
+    "close": "the exchange closed: 1001",
+    "drop": "the connection ended without a close frame",
+    "reset": "the connection ended without a close frame",
+    "half": "the connection ended without a close frame",
+    "maintenance": "",
+    "huge": "the connection broke the protocol",
+    "reserved": "the connection broke the protocol",
+    "stall": "no sign of life",
+}
+
+
+@pytest.mark.parametrize("fault", MARKET_CONNECT_ENDS)
+def test_market_connect_a_fault_that_ends_the_connection(market_connect_them: Exchanges, fault: Any) -> None:
+    """On each exchange in turn: a new connection, what was missed is labelled, and the others notice nothing."""
+    them = market_connect_them
+    limits: dict[str, Any] = {"ping_every": 0.1, "pong_within": 1.0, "close_within": 0.1} if fault == "stall" else {}
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, max_message=1 << 20, **limits) as world:
+            them.emit(2)
+            for victim in world.names:
+                await world.settled(victim)
+                if fault == "stall":
+                    continue
+                assert them.fault(victim, fault, **({"size": 2 << 20} if fault == "huge" else {})) == 1
+                them.emit(2, victim)  # nobody hears that, unless a snapshot tells of it
+                await world.until(victim, "live", 2)
+            if fault == "stall":  # each has to be waited for: all at once
+                for victim in world.names[::2]:
+                    them.fault(victim, fault)
+                for victim in world.names[::2]:
+                    await world.until(victim, "live", 2)
+            victims = world.names[:: 2 if fault == "stall" else 1]
+            ended = {name: world.feeds[name].stats() for name in world.names}
+            them.emit(3)
+            for name in world.names:
+                sent = sum(them.sent(name).values())
+                await prim_until_async(lambda n=name, s=sent: len(world.sink.live(n)) >= s)  # type: ignore[misc]
+            for name in world.names:
+                found = world.feeds[name].stats()
+                assert found.connects == ended[name].connects == (2 if name in victims else 1)
+                assert world.sink.ids(name) == them.sent_ids(name)
+                if name not in victims:
+                    assert (found.gaps, found.outages, found.last_error) == (0, 0, "")
+                    continue
+                assert ended[name].last_error.startswith(MARKET_CONNECT_ENDS[fault])
+                all_ids: dict[str, set[str]] = {}
+                for trade in world.sink.told[name]:
+                    all_ids.setdefault(trade.symbol, set()).add(trade.trade_id)
+                happened = 5 if fault == "stall" else 8 if fault == "half" else 7
+                for symbol in MARKET_CONNECT_SYMBOLS:
+                    wanted = {WIRES[name]().trade_id(1000 + n) for n in range(1, happened + 1 - (fault == "half"))}
+                    wanted |= (
+                        {WIRES[name]().trade_id(1000 + happened)} if symbol == "BTC-USD" and fault == "half" else set()
+                    )
+                    missing = wanted - all_ids[symbol]
+                    if missing:
+                        flags = [t.flags for t in world.sink.told[name] if t.symbol == symbol and "gap" in t.flags]
+                        assert len(flags) == 1, (name, symbol)
+                if name in ("kraken", "gemini", "bitfinex"):  # their snapshots tell everything
+                    assert found.gaps == found.outages == 0
+                    assert all(len(each) >= happened for each in all_ids.values())
+                elif name in ("binance", "coinbase"):
+                    assert found.outages == 0 and found.gaps == (0 if fault == "stall" else 2)
+                elif name == "bitmex" and fault == "stall":  # the snapshot is the last trade, which is known
+                    assert found.outages == 0
+                else:
+                    assert found.outages == 2
+            letters = [(letter[0], letter[2]) for letter in world.sink.letters]
+            assert letters == ([(name, b"") for name in world.names] if fault in ("huge", "reserved") else [])
+        assert {name: each.cut for name, each in them.stats().items()} == dict.fromkeys(
+            world.names, int(fault == "half")
+        )
+
+    prim_run(main())
+
+
+def test_market_connect_silence_while_others_talk() -> None:
+    """Only protocol pongs come: the feed is dead by `silent_after`, though the link lives."""
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, ("kraken", "okx"), ping_every=0.02) as world:
+            quiet = world.feed("gateio", silent_after=0.3)
+            world.feeds["gateio"], run = quiet, asyncio.create_task(quiet.run())
+            world.runs.append(run)
+            await world.until("gateio", "live", 2)
+            assert quiet.stats().last_error == "silent for 0.3 s"
+            assert them.stats()["gateio"].pings > 3
+            assert [world.feeds[name].stats().connects for name in ("kraken", "okx")] == [1, 1]
+            assert them.stats()["gateio"].closes[0] == 1001
+
+    with Exchanges(symbols=MARKET_CONNECT_SYMBOLS, heartbeat=0) as them:
+        prim_run(main())
+
+
+MARKET_CONNECT_DOORS = {
+    "503": "the handshake was refused: HTTP 503",
+    "429": "the handshake was refused: HTTP 429",
+    "page": "the handshake was refused: HTTP 200",
+    "slow": "no connection within 0.2 s",
+    "reset": "Client",
+    "mute": "no acknowledgement within 0.2 s",
+    "deny": "no acknowledgement within 0.2 s: the exchange says: ",
+    "close": "the exchange closed: 1013",
+}
+
+
+@pytest.mark.parametrize("door", MARKET_CONNECT_DOORS)
+def test_market_connect_an_exchange_that_lets_nobody_in(market_connect_them: Exchanges, door: Any) -> None:
+    them = market_connect_them
+
+    async def main() -> None:
+        them.door("okx", door, seconds=0.5, retry_after=7 if door in ("503", "429") else None)
+        naps: list[float] = []
+
+        async def sleep(seconds: float) -> None:
+            naps.append(seconds)
+            await asyncio.sleep(0.001)
+
+        async with MarketConnectWorld(them, ("kraken", "bybit")) as world:
+            limits = {"connect_within": 0.2, "ack_within": 0.2, "close_within": 0.1}
+            feed = world.feed("okx", sleep=sleep, rng=lambda: 0.5, base=1.0, cap=3.0, **limits)
+            world.feeds["okx"], run = feed, asyncio.create_task(feed.run())
+            world.runs.append(run)
+            await prim_until_async(lambda: len(naps) >= 3)
+            them.emit(1, "kraken", "bybit")
+            found = feed.stats()
+            assert found.last_error.startswith(MARKET_CONNECT_DOORS[door])
+            assert found.failures >= 3 and found.trades == 0
+            assert (found.connects > 0) == (door in ("mute", "deny", "close"))
+            later = 7.0 if door in ("503", "429") else 0.0
+            assert naps[:3] == [later + 0.5, later + 1.0, later + 1.5]
+            them.door("okx", "open")
+            await world.until("okx", "live")
+            them.emit(1, "okx")
+            for name in world.feeds:
+                await world.settled(name)
+                assert len(world.sink.live(name)) == 2
+
+    prim_run(main())
+
+
+class MarketConnectFakeSession:
+    """A session whose connections go by a script: an error, or how long (s of the world's clock) it lives."""
+
+    def __init__(self, world: PrimWorld, script: Iterator[BaseException | float]) -> None:
+        self.world, self.script, self.times = world, script, list[float]()
+
+    async def ws_connect(self, url: str, **_: object) -> MarketConnectFakeSocket:
+        self.times.append(self.world.now)
+        step = next(self.script)
+        if isinstance(step, BaseException):
+            raise step
+        return MarketConnectFakeSocket(self.world, step)
+
+
+class MarketConnectFakeSocket:
+    def __init__(self, world: PrimWorld, lasts: float, frames: Sequence[bytes] = (b'{"result":null,"id":1}',)) -> None:
+        self.world, self.lasts, self.frames, self.sent = world, lasts, deque(frames), list[str]()
+
+    async def receive(self) -> aiohttp.WSMessage:
+        if self.frames:
+            return aiohttp.WSMessage(aiohttp.WSMsgType.TEXT, self.frames.popleft(), "")
+        self.world.now += self.lasts
+        return aiohttp.WSMessage(aiohttp.WSMsgType.CLOSE, 1001, "")
+
+    async def send_str(self, text: str) -> None:
+        self.sent.append(text)
+
+    async def send_frame(self, payload: bytes, opcode: int) -> None:
+        self.sent.append(f"{opcode}")
+
+    async def close(self, **_: object) -> bool:
+        return True
+
+    def exception(self) -> None:
+        return None
+
+
+def market_connect_naps(script: list[BaseException | float], **options: Any) -> tuple[list[float], Feed]:
+    """The waits that a script of attempts comes to; it ends with the script."""
+    world = PrimWorld()
+
+    async def main() -> Feed:
+        session: Any = MarketConnectFakeSession(world, iter([*script, KeyError("end of the script")]))
+        sink = MarketConnectSink()
+        feed = Feed(
+            *(ADAPTERS["binance"], ["BTC-USD"], sink.emit, sink.dead),
+            **{"session": session, "clock": world.clock, "sleep": world.asleep, "rng": lambda: 0.5, **options},
+        )
+        with pytest.raises(KeyError, match="end of the script"):
+            await feed.run()
+        return feed
+
+    feed = prim_run(main())
+    return world.naps, feed
+
+
+def test_market_connect_backoff_is_exact_and_begins_anew_after_health() -> None:
+    never = CircuitBreaker("never", failures=None, reset=1.0)
+    refused: list[BaseException | float] = [aiohttp.ClientConnectionError("no") for _ in range(8)]
+    naps, _ = market_connect_naps(refused, breaker=never)
+    assert naps == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
+    naps, feed = market_connect_naps([*refused[:4], 29.9, refused[0], 30.0, *refused[:2]], breaker=never)
+    assert naps == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 0.5, 1.0, 2.0]
+    assert feed.stats().connects == 2 and feed.stats().failures == 3
+    naps, _ = market_connect_naps([*refused[:3]], breaker=never, rng=lambda: 0.999, base=3.0, cap=5.0)
+    assert naps == pytest.approx([2.997, 4.995, 4.995])
+
+
+def test_market_connect_breaker_waits_longer_and_closes_by_health() -> None:
+    refused: list[BaseException | float] = [aiohttp.ClientConnectionError("no") for _ in range(8)]
+    naps, feed = market_connect_naps([*refused[:5], refused[5], 31.0, refused[6]])
+    # five failures in 7.5 s: 30 s and a quarter, less the wait that was due anyway; doubled; then the probe is healthy
+    assert naps == [0.5, 1.0, 2.0, 4.0, 8.0, 37.5 - 8.0, 15.0, 75.0 - 15.0, 0.5, 1.0]
+    assert feed.breaker.stats().opened == 2 and feed.stats().breaker == "closed"
+    naps, feed = market_connect_naps([*refused[:5], 29.0])  # a probe that connects, and does not last
+    assert naps == [0.5, 1.0, 2.0, 4.0, 8.0, 29.5, 15.0, 60.0]
+    assert feed.breaker.stats().opened == 2
+
+
+def test_market_connect_ten_feeds_come_back_one_by_one(market_connect_them: Exchanges) -> None:
+    """All are closed in the same moment: no two wait for the same time, and none comes back before its own."""
+    them, waits, closed = market_connect_them, dict[str, float](), dict[str, float]()
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, names=()) as world:
+            for number, name in enumerate(MARKET_CONNECT_NAMES):
+
+                async def sleep(seconds: float, name: str = name) -> None:
+                    waits[name] = seconds
+                    await asyncio.sleep(seconds)
+
+                world.feeds[name] = world.feed(name, sleep=sleep, rng=random.Random(number).random, base=1.0, cap=1.0)
+                world.runs.append(asyncio.create_task(world.feeds[name].run()))
+            for name in MARKET_CONNECT_NAMES:
+                await world.until(name, "live")
+            for name in MARKET_CONNECT_NAMES:
+                closed[name] = time.monotonic()
+                them.fault(name, "close")
+            for name in MARKET_CONNECT_NAMES:
+                await world.until(name, "live", 2)
+
+    prim_run(main())
+    expected = {name: random.Random(number).random() for number, name in enumerate(MARKET_CONNECT_NAMES)}
+    assert waits == expected
+    assert min(later - earlier for earlier, later in itertools.pairwise(sorted(waits.values()))) > 0.001
+    for name in MARKET_CONNECT_NAMES:
+        first, second = them.arrivals(name)
+        assert first < closed[name] and second - closed[name] >= waits[name] - 0.01
+
+
+def test_market_connect_an_emit_that_waits_holds_the_exchange_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing more is read, nothing is lost, and our own silence is not taken for the exchange's."""
+    count = 6000
+    monkeypatch.setattr(sandbox_markets, "BUFFER_LIMIT", 65_536)
+    monkeypatch.setattr(sandbox_markets, "AT_ONCE", 200)
+
+    def small(address: Any) -> socket.socket:
+        made = socket.socket(*address[:3])
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+        return made
+
+    async def main() -> None:
+        session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=small))
+        limits: dict[str, Any] = {"silent_after": 0.2, "ping_every": 0.05, "pong_within": 0.1, "session": session}
+        async with session, MarketConnectWorld(them, ("bitstamp",), symbols=("BTC-USD",)) as world:
+            held = world.feed("binance", symbols=("BTC-USD",), **limits)
+            world.feeds["binance"] = held
+            world.sink.gate = asyncio.Event()
+            world.runs.append(asyncio.create_task(held.run()))
+            await world.until("binance", "live")
+            them.emit(count, "binance")
+            await prim_until_async(lambda: len(world.sink.told.get("binance", ())) == 1)
+            for _ in range(50):  # the server goes on offering what is due
+                them.emit(0)
+                await asyncio.sleep(0.01)
+            assert len(world.sink.told["binance"]) == 1 and held.stats().frames == 2
+            sent = sum(them.sent("binance").values())
+            assert 600 < sent < count
+            world.sink.gate.set()
+
+            def all_there() -> bool:
+                them.emit(0)
+                return len(world.sink.told["binance"]) >= count
+
+            await prim_until_async(all_there)
+            assert world.sink.ids("binance") == them.sent_ids("binance")
+            assert held.stats().connects == 1 and held.stats().gaps == 0
+
+    with Exchanges(symbols=MARKET_CONNECT_SYMBOLS, heartbeat=0, ledger=True, send_buffer=32_768) as them:
+        prim_run(main())
+
+
+def test_market_connect_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames that are there without waiting do not keep the loop."""
+    world, turns = PrimWorld(), 0
+    frames = [b'{"result":null,"id":1}', *([b'{"e":"serverShutdown2"}'] * 500)]
+    monkeypatch.setattr(market_connect, "TURN", 0.0)
+
+    async def main() -> None:
+        nonlocal turns
+        sink = MarketConnectSink()
+        socket_ = MarketConnectFakeSocket(world, 1.0, frames)
+
+        class Session:
+            async def ws_connect(self, url: str, **_: object) -> MarketConnectFakeSocket:
+                return socket_
+
+        session: Any = Session()
+        feed = Feed(ADAPTERS["binance"], ["BTC-USD"], sink.emit, sink.dead, session=session, clock=world.clock)
+        run = asyncio.create_task(feed.run())
+        while socket_.frames:
+            turns += 1
+            await asyncio.sleep(0)
+        await feed.stop()
+        await run
+        assert len(sink.letters) == 500
+
+    prim_run(main())
+    assert turns >= 250
+
+
+def test_market_connect_stop_tells_what_was_sent_before() -> None:
+    """At full rate: to the last trade that was written before the exchange saw the close frame."""
+
+    async def main() -> None:
+        async with MarketConnectWorld(them) as world:
+            await asyncio.sleep(0.5)
+        for name in world.names:
+            assert world.sink.ids(name) == them.sent_ids(name)
+            assert sum(them.sent(name).values()) > 20
+            assert world.feeds[name].stats().state == "stopped"
+        assert all(each.closes == (1000,) for each in them.stats().values())
+        assert world.sink.letters == []
+
+    with Exchanges(rate=3000.0, symbols=MARKET_CONNECT_SYMBOLS, ledger=True) as them:
+        prim_run(main())
+
+
+@pytest.mark.parametrize("state", ["idle", "waiting", "refused", "connecting", "subscribing", "live"])
+def test_market_connect_stop_in_every_state(market_connect_them: Exchanges, state: str) -> None:
+    them = market_connect_them
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, names=()) as world:
+            doors: dict[str, Any] = {"waiting": "503", "refused": "503", "connecting": "slow", "subscribing": "mute"}
+            them.door("okx", doors.get(state, "open"), seconds=60.0)
+            options: dict[str, Any] = {"base": 1000.0, "cap": 1000.0}
+            if state == "refused":
+                options |= {"base": 0.0, "breaker": CircuitBreaker("okx", failures=1, reset=1000.0, max_reset=1000.0)}
+            feed = world.feed("okx", **options)
+            if state == "idle":
+                await feed.stop()
+                await feed.run()
+            else:
+                run = asyncio.create_task(feed.run())
+                await prim_until_async(lambda: feed.stats().state == state)
+                if state in ("waiting", "refused"):
+                    assert feed.stats().retry_in > 10
+                await asyncio.wait_for(asyncio.gather(feed.stop(10.0), feed.stop(10.0)), 5.0)
+                await asyncio.wait_for(run, 1.0)
+            await feed.stop()
+            assert feed.stats().state == "stopped"
+            with pytest.raises(RuntimeError) if state != "idle" else contextlib.nullcontext():
+                await feed.run()
+        expected = (1000,) if state in ("subscribing", "live") else ()
+        assert them.stats()["okx"].closes == expected
+
+    prim_run(main())
+
+
+def test_market_connect_stop_does_not_wait_for_ever(market_connect_them: Exchanges) -> None:
+    """An emit that never returns, and an exchange that never answers the close frame; and a stop from within."""
+    them = market_connect_them
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, ("okx", "gateio"), close_within=0.1) as world:
+            world.sink.gate = asyncio.Event()
+            them.emit(2, "okx")
+            await prim_until_async(lambda: bool(world.sink.live("okx")))
+            await world.feeds["okx"].stop(0.1)
+            await asyncio.wait_for(world.runs[0], 1.0)
+            them.fault("gateio", "stall")
+            await asyncio.wait_for(world.feeds["gateio"].stop(5.0), 2.0)
+            await asyncio.wait_for(world.runs[1], 1.0)
+            stopped: list[Feed] = []
+
+            async def emit(exchange: str, trades: list[Trade]) -> None:
+                stopped.append(feed)
+                await feed.stop()
+
+            feed = Feed(ADAPTERS["bybit"], ["BTC-USD"], emit, world.sink.dead, url=them.urls["bybit"])
+            run = asyncio.create_task(feed.run())
+            await prim_until_async(lambda: feed.stats().state == "live")
+            them.emit(1, "bybit")
+            await asyncio.wait_for(run, 1.0)
+            assert stopped == [feed] and feed.stats().state == "stopped"
+        assert them.stats()["bybit"].closes == them.stats()["okx"].closes == (1000,)
+
+    prim_run(main())
+
+
+def test_market_connect_cancelled_it_sends_a_close_frame_too(market_connect_them: Exchanges) -> None:
+    them = market_connect_them
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, ("kraken",)) as world:
+            world.runs[0].cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await world.runs.pop()
+            await prim_until_async(lambda: them.stats()["kraken"].closes == (1001,))
+            assert world.feeds["kraken"].stats().state == "stopped"
+
+    prim_run(main())
+
+
+@pytest.mark.parametrize("which", ["emit", "dead"])
+@pytest.mark.parametrize("how", ["at once", "later"])
+def test_market_connect_an_error_of_the_users_ends_it(market_connect_them: Exchanges, which: str, how: str) -> None:
+    them = market_connect_them
+
+    async def later() -> None:
+        raise ZeroDivisionError
+
+    def fail(*_: object) -> Awaitable[None]:
+        if how == "later":
+            return later()
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        sink = MarketConnectSink()
+        emit, dead = (fail, sink.dead) if which == "emit" else (sink.emit, fail)
+        feed = Feed(ADAPTERS["okx"], ["BTC-USD"], emit, dead, url=them.urls["okx"])
+        run = asyncio.create_task(feed.run())
+        await prim_until_async(lambda: feed.stats().state == "live")
+        if which == "emit":
+            them.emit(1)
+        else:
+            them.fault("okx", "unknown")
+        with pytest.raises(ZeroDivisionError):
+            await run
+        await prim_until_async(lambda: them.stats()["okx"].closes == (1001,))
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    prim_run(main())
+
+
+def test_market_connect_pings_as_the_exchange_wants_them(market_connect_them: Exchanges) -> None:
+    them = market_connect_them
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, names=()) as world:
+            for name in ("okx", "bybit", "gateio", "bitmex", "bitstamp"):
+                hasty = type("Hasty", (type(ADAPTERS[name]),), {"ping_every": 0.03})()
+                feed = Feed(hasty, ["BTC-USD"], world.sink.emit, world.sink.dead, url=them.urls[name])
+                world.feeds[name] = feed
+                world.runs.append(asyncio.create_task(feed.run()))
+                ping = re.sub(r'"time":\d+', "", str(hasty.ping()))
+
+                def pinged(name: str = name, ping: str = ping) -> int:
+                    return sum(re.sub(r'"time":\d+', "", str(each)) == ping for each in them.heard(name))
+
+                await prim_until_async(lambda: pinged() >= 3)
+                await prim_until_async(lambda f=feed: f.stats().frames >= 4)  # type: ignore[misc]
+                assert feed.stats().errors == feed.stats().bad == 0
+
+    prim_run(main())
+
+
+def test_market_connect_a_symbol_that_is_refused_does_not_keep_the_others(market_connect_them: Exchanges) -> None:
+    them = market_connect_them
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, names=()) as world:
+            feed = world.feed("bitstamp", symbols=["BTC-USD", "XRP-USD"])
+            world.feeds["bitstamp"] = feed
+            world.runs.append(asyncio.create_task(feed.run()))
+            await world.until("bitstamp", "live")
+            assert feed.stats().errors == 1 and "not supported" in feed.stats().last_error
+            with pytest.raises(ValueError, match="not a symbol"):
+                world.feed("bitstamp", symbols=["BTCUSD"])
+            with pytest.raises(ValueError, match="no symbols"):
+                world.feed("bitstamp", symbols=[])
+
+    prim_run(main())
+
+
+def test_market_connect_a_key_in_the_address_is_not_told(market_connect_them: Exchanges) -> None:
+    them = market_connect_them
+
+    async def main() -> None:
+        sink = MarketConnectSink()
+        adapter = ADAPTERS["finnhub"].with_keys({"FINNHUB_API_KEY": "sesame"})
+        for url in (them.urls["okx"], "ws://[broken", "ws://127.0.0.1:1/x"):
+            them.door("okx", "503")
+            feed = Feed(adapter, ["AAPL-USD"], sink.emit, sink.dead, url=url, base=1000.0)
+            run = asyncio.create_task(feed.run())
+            await prim_until_async(lambda f=feed: f.stats().state == "waiting")  # type: ignore[misc]
+            assert feed.stats().last_error and "sesame" not in repr(feed)
+            await feed.stop()
+            await run
+
+    prim_run(main())
+
+
+def test_market_connect_the_market_is_the_seeds() -> None:
+    one, same, other = Market(5), Market(5), Market(6)
+    tape = one.tape("kraken", "BTC", "USD")
+    assert tape == same.tape("kraken", "BTC", "USD") != other.tape("kraken", "BTC", "USD")
+    beside = one.tape("okx", "BTC", "USDT")
+    assert tape != beside
+    assert all(
+        abs(float(here) / float(there) - 1) < 1e-3 for here, there in zip(tape.prices, beside.prices, strict=True)
+    )
+    steps = [abs(float(b) / float(a) - 1) for a, b in itertools.pairwise([*tape.prices, tape.prices[0]])]
+    assert max(steps) < 1e-3 and min(map(float, tape.sizes)) > 0
+    for size in (0, 125, 126, 65_535, 65_536):
+        made = sandbox_markets.frame(b"x" * size, 2, fin=False, reserved=4)
+        assert made[0] == 0x42 and made.endswith(b"x" * size)
+        assert len(made) - size == (2 if size < 126 else 4 if size < 65_536 else 10)
+    for wrong in ({"rate": -1.0}, {"symbols": ()}, {"exchanges": ("nowhere",)}, {"port": 70_000}):
+        with pytest.raises(ValueError, match=r"needed|no such"):
+            Exchanges(**wrong)
+
+
+def test_market_connect_the_servers_as_a_program() -> None:
+    """`python sandbox_markets.py`: the addresses, trades at the rate that was asked for, and the counts at the end."""
+    command = [sys.executable, "sandbox_markets.py", "--rate", "2000", "--symbols", "BTC-USD"]
+    here = os.path.dirname(os.path.abspath(sandbox_markets.__file__))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=here) as program:
+        assert program.stdout is not None
+        urls = json.loads(program.stdout.readline())
+
+        async def main() -> int:
+            sink = MarketConnectSink()
+            feed = Feed(ADAPTERS["kraken"], ["BTC-USD"], sink.emit, sink.dead, url=urls["kraken"])
+            run = asyncio.create_task(feed.run())
+            await prim_until_async(lambda: len(sink.live("kraken")) >= 100)
+            lag = feed.stats().lag
+            await feed.stop()
+            await run
+            assert -60e6 < lag < 5e6
+            return len(sink.live("kraken"))
+
+        told = prim_run(main())
+        program.send_signal(signal.SIGTERM)
+        assert json.loads(program.stdout.readline())["kraken"] == told
+        assert program.wait(10) == 0
+
+
+def test_market_connect_whatever_an_adapter_raises_the_frame_is_not_lost(market_connect_them: Exchanges) -> None:
+    them = market_connect_them
+
+    class Broken(Okx):
+        def parse(self, frame: str | bytes, received_ns: int) -> Parsed:
+            if b"tradeId" in (frame if isinstance(frame, bytes) else frame.encode()):
+                raise ZeroDivisionError("oh")
+            return super().parse(frame, received_ns)
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, names=()) as world:
+            feed = Feed(Broken(), ["BTC-USD"], world.sink.emit, world.sink.dead, url=them.urls["okx"])
+            world.feeds["okx"] = feed
+            world.runs.append(asyncio.create_task(feed.run()))
+            await world.until("okx", "live")
+            them.emit(2)
+            await prim_until_async(lambda: bool(world.sink.letters))
+            assert [letter[:2] for letter in world.sink.letters] == [("okx", "ZeroDivisionError: oh")]
+            assert b"tradeId" in world.sink.letters[0][2]
+            assert feed.stats().state == "live" and feed.stats().bad == 1
+
+    prim_run(main())
+
+
+def test_market_connect_an_exchange_that_never_stops_talking() -> None:
+    """No close frame comes, and trades go on: they are told for `close_within`, and then the connection is cut."""
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, ("okx", "binance"), close_within=0.2) as world:
+            for name in world.names:
+                assert them.fault(name, "deaf") == 1
+            await prim_until_async(lambda: all(world.sink.live(name) for name in world.names))
+            told = len(world.sink.live("binance"))
+            began = time.monotonic()
+            await asyncio.gather(*(feed.stop(60.0) for feed in world.feeds.values()))
+            assert time.monotonic() - began < 10.0
+            assert len(world.sink.live("binance")) > told
+
+    with Exchanges(rate=4000.0, symbols=MARKET_CONNECT_SYMBOLS, exchanges=("okx", "binance"), beat=0.01) as them:
+        prim_run(main())
+
+
+def test_market_connect_what_an_exchange_announces(market_connect_them: Exchanges) -> None:
+    """Asked for a new connection, it goes by itself, and that is no failure; a status alone is noted."""
+    them, asking = market_connect_them, ("binance", "bitstamp", "okx", "bitfinex")
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, (*asking, "kraken")) as world:
+            for name in world.names:
+                breaker = world.feeds[name].breaker = CircuitBreaker(name, failures=1)
+                them.fault(name, "maintenance", code=0)
+                if name == "kraken":
+                    await prim_until_async(lambda: world.feeds["kraken"].stats().note == "system: maintenance")
+                    assert world.feeds["kraken"].stats().connects == 1
+                    continue
+                await world.until(name, "live", 2)
+                assert world.feeds[name].stats().last_error.startswith("the exchange asked for it: ")
+                assert breaker.stats().opened == 0 and world.feeds[name].stats().failures == 1
+            them.emit(3, "bitfinex")  # its frames are counted anew
+            await prim_until_async(lambda: len(world.sink.live("bitfinex")) == 6)
+            them.fault("bitfinex", "gap")
+            them.emit(1, "bitfinex")
+            await prim_until_async(lambda: len(world.sink.live("bitfinex")) == 8)
+            found = world.feeds["bitfinex"].stats()
+            assert (found.gaps, found.missed) == (1, 2)
+        assert {name: each.closes for name, each in them.stats().items() if name in asking} == dict.fromkeys(
+            asking, (1001, 1000)
+        )
+
+    prim_run(main())
+
+
+def test_market_connect_frames_are_counted_anew(market_connect_them: Exchanges) -> None:
+    """A gap right at the beginning of a later connection is seen, though its numbers were there before."""
+    them = market_connect_them
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, ("bitfinex",)) as world:
+            them.emit(20)
+            await world.settled("bitfinex")
+            them.fault("bitfinex", "drop")
+            await world.until("bitfinex", "live", 2)
+            them.fault("bitfinex", "gap")
+            them.emit(1)
+            await prim_until_async(lambda: len(world.sink.live("bitfinex")) == 42)
+            found = world.feeds["bitfinex"].stats()
+            assert (found.gaps, found.missed, found.outages) == (1, 2, 0)
+
+    prim_run(main())
+
+
+def test_market_connect_after_a_wait_of_emit_silence_begins_anew(market_connect_them: Exchanges) -> None:
+    them, world_clock = market_connect_them, PrimWorld()
+
+    async def main() -> None:
+        async with MarketConnectWorld(them, ("binance",), clock=world_clock.clock, symbols=("BTC-USD",)) as world:
+            world.sink.gate = asyncio.Event()
+            them.emit(1)
+            await prim_until_async(lambda: bool(world.sink.live("binance")))
+            await asyncio.sleep(0)
+            world_clock.now += 1000.0
+            world.sink.gate.set()
+            await prim_until_async(lambda: them.stats()["binance"].pings == 1)  # the watch has looked
+            await asyncio.sleep(0.2)  # and looks again
+            assert world.feeds["binance"].stats().connects == 1 and world.feeds["binance"].stats().state == "live"
+
+    prim_run(main())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# market_stats.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+MARKET_STATS_T0 = 1_700_000_000_000_000_000
+MARKET_STATS_EXCHANGES = ("kraken", "okx", "binance")
+MARKET_STATS_SMALL: dict[str, Any] = {"windows": (5, 20, 60), "half_life": 7.0, "every": 0.0}
+
+
+def market_stats_trade(
+    at: float, price: float = 100.0, size: float = 1.0, exchange: str = "kraken", symbol: str = "BTC-USD",
+    trade_id: str = "", flags: str = "", received: float | None = None,
+) -> Trade:  # fmt: skip
+    """``at``, ``received``: seconds after T0; received as it happened if not given."""
+    ts, got = (MARKET_STATS_T0 + round(1e9 * seconds) for seconds in (at, at if received is None else received))
+    return Trade(exchange, symbol, repr(price), repr(size), price, size, "", trade_id, ts, got, None, flags)
+
+
+def market_stats_stream(seed: int, n: int = 3000, seconds: float = 90.0) -> list[Trade]:
+    """Walks of two symbols on three exchanges, with holes; 5 % come late, 5 % twice, all in disorder."""
+    rng = random.Random(seed)
+    price, at, arrivals = {"BTC-USD": 60_000.0, "XRP-USD": 0.5}, 0.0, list[tuple[float, Trade]]()
+    for n_th in range(n):
+        at += rng.expovariate(n / seconds) if rng.random() > 0.002 else rng.choice((4.0, 25.0))
+        symbol, exchange = rng.choice(sorted(price)), rng.choice(MARKET_STATS_EXCHANGES)
+        price[symbol] *= math.exp(rng.gauss(0, 1e-3))
+        trade_id = str(n_th) if exchange != "okx" else ""
+        trade = market_stats_trade(
+            round(at, rng.choice((0, 2, 6))), price[symbol], 10 ** rng.uniform(-6, 3), exchange, symbol, trade_id
+        )
+        delay = rng.uniform(0, 1.9) if rng.random() > 0.05 else rng.uniform(2, 9)
+        arrivals.append((at + delay, trade))
+        if trade_id and rng.random() < 0.05:
+            arrivals.append((at + delay + rng.uniform(0, 3), trade))
+        if rng.random() < 0.01:
+            arrivals.append((at, trade._replace(trade_id=trade_id + "x", flags="gap,duplicate")))
+        if rng.random() < 0.01:
+            arrivals.append(
+                (at, trade._replace(trade_id=trade_id + "y", exchange_ts_ns=trade.received_ts_ns + 2 * 10**9 + 1))
+            )
+    return [trade for _, trade in sorted(arrivals, key=lambda each: each[0])]
+
+
+class MarketStatsTaken(NamedTuple):
+    series: dict[tuple[str, str], list[Trade]]
+    counts: dict[str, int]
+
+
+def market_stats_taken(trades: Iterable[Trade], lateness: int = 2 * 10**9) -> MarketStatsTaken:
+    """Which trades count, by the definition."""
+    counts = dict.fromkeys(("taken", "late", "late_for_all", "repeated", "ahead"), 0)
+    series: dict[tuple[str, str], list[Trade]] = {}
+    newest: dict[tuple[str, str], int] = {}
+    seen = set[tuple[str, str, str]]()
+    for trade in trades:
+        own, every = (trade.symbol, trade.exchange), (trade.symbol, "*")
+        identity = (*own, trade.trade_id)
+        at = trade.exchange_ts_ns
+        if at > trade.received_ts_ns + 2 * 10**9:
+            counts["ahead"] += 1
+        elif "duplicate" in trade.flags:
+            counts["repeated"] += 1
+        elif at < newest.get(own, 0) - lateness:
+            counts["late"] += 1
+        elif trade.trade_id and identity in seen:
+            counts["repeated"] += 1
+        else:
+            seen.add(identity)
+            counts["taken"] += 1
+            for key in (own, every):
+                if at < newest.get(key, 0) - lateness:
+                    counts["late_for_all"] += 1
+                else:
+                    newest[key] = max(at, newest.get(key, 0))
+                    series.setdefault(key, []).append(trade)
+    return MarketStatsTaken(series, counts)
+
+
+def market_stats_numpy(
+    trades: Sequence[Trade], now_ns: int, windows: Sequence[int], half_life: float
+) -> dict[str, Any]:
+    """The figures of a series, from all its trades at once."""
+    trades = sorted(
+        trades, key=lambda t: (t.exchange_ts_ns, t.exchange, len(t.trade_id), t.trade_id, t.price_value, t.size_value)
+    )
+    bars = np.array([trade.exchange_ts_ns // 10**9 for trade in trades])
+    price, size = (np.array([getattr(trade, field) for trade in trades]) for field in ("price_value", "size_value"))
+    now = now_ns // 10**9
+    grid = np.arange(bars[0], now + 1)
+    closes = price[np.searchsorted(bars, grid, side="right") - 1]
+    squares = np.log(closes[1:] / closes[:-1]) ** 2
+    weights = 2.0 ** (-np.arange(len(squares))[::-1] / half_life)
+    found: dict[str, Any] = {"last": price[-1], "vwap": [], "volatility": [], "trades": [], "volume": []}
+    found["ewma"] = math.sqrt((weights * squares).sum() / weights.sum() * mst.YEAR) if len(squares) else None
+    for window in windows:
+        inside = bars > now - window
+        volume = size[inside].sum()
+        found["trades"].append(int(inside.sum()))
+        found["volume"].append(volume)
+        found["vwap"].append((price * size)[inside].sum() / volume if volume else None)
+        found["volatility"].append(math.sqrt(squares[-window:].mean() * mst.YEAR) if len(squares) else None)
+    return found
+
+
+def market_stats_agrees(row: mst.Row, expected: dict[str, Any]) -> None:
+    for field, value in expected.items():
+        got = getattr(row, field)
+        if isinstance(value, list):
+            assert len(got) == len(value)
+        for one, other in zip(got, value, strict=True) if isinstance(value, list) else [(got, value)]:
+            assert one == other or one == pytest.approx(other, rel=1e-9, abs=0.0), (field, row)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_market_stats_agree_with_numpy(seed: int) -> None:
+    """Late, repeated, labelled, ahead and out of order; asked at the newest trade and long after it."""
+    stream = market_stats_stream(seed, seconds=90.0 if seed < 2 else 400.0)
+    analytics = mst.Analytics(**MARKET_STATS_SMALL)
+    asked = set(random.Random(seed).sample(range(100, len(stream)), 12)) | {0, 1, len(stream) - 1}
+    checked = 0
+    for n, trade in enumerate(stream):
+        analytics.add(trade)
+        if n not in asked:
+            continue
+        series, counts = market_stats_taken(stream[: n + 1])
+        got = analytics.stats()._asdict()
+        assert {name: got[name] for name in counts} == counts
+        assert got["offered"] == n + 1 == sum(counts.values()) - counts["late_for_all"]
+        for (symbol, exchange), trades in series.items():
+            newest = max(trade.exchange_ts_ns for trade in trades)
+            for now in (newest, newest + 3 * 10**9, newest + 200 * 10**9):
+                row = analytics.row(symbol, exchange, now)
+                assert row is not None
+                assert row[:3] == (symbol, exchange, now)
+                market_stats_agrees(row, market_stats_numpy(trades, now, (5, 20, 60), 7.0))
+                checked += 1
+    assert checked > 200
+    assert min(counts["late"], counts["late_for_all"], counts["repeated"], counts["ahead"]) > 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_market_stats_any_order_within_the_lateness_gives_the_same_rows(data: st.DataObject) -> None:
+    """To the last bit; repeats wherever they come."""
+    trades = data.draw(
+        st.lists(
+            st.builds(
+                market_stats_trade,
+                st.integers(0, 80).map(lambda tenths: tenths / 10) | st.floats(0, 40),
+                st.floats(1e-3, 1e6),
+                st.floats(0, 1e9),
+                st.sampled_from(MARKET_STATS_EXCHANGES),
+                st.sampled_from(("BTC-USD", "ETH-USD")),
+            ),
+            min_size=1,
+            max_size=60,
+        )
+    )
+    trades = [
+        trade._replace(trade_id=str(n), received_ts_ns=MARKET_STATS_T0 + 10**11) for n, trade in enumerate(trades)
+    ]
+    trades += data.draw(st.lists(st.sampled_from(trades), max_size=20))
+    results = []
+    for _ in range(3):
+        delays = data.draw(st.lists(st.integers(0, 2 * 10**9), min_size=len(trades), max_size=len(trades)))
+        arrivals = sorted(zip(delays, trades, strict=True), key=lambda each: each[1].exchange_ts_ns + each[0])
+        analytics = mst.Analytics(**MARKET_STATS_SMALL)
+        for _, trade in arrivals:
+            analytics.add(trade)
+        stats = analytics.stats()
+        assert stats.late_for_all == 0
+        assert stats.taken == len({trade.trade_id for trade in trades})
+        results.append((sorted(analytics.due(everything=True)), stats._replace(late=0, repeated=0)))
+    assert results[0] == results[1] == results[2]
+
+
+def test_market_stats_thousands_of_trades_in_any_order_give_the_same_bits() -> None:
+    rng = random.Random(8)
+    trades = [
+        market_stats_trade(rng.uniform(0, 20), rng.uniform(1, 2), 10 ** rng.uniform(-6, 6), rng.choice("abc"))
+        for _ in range(6_000)
+    ]
+    found = []
+    for _ in range(3):
+        analytics = mst.Analytics(**MARKET_STATS_SMALL)
+        for _, trade in sorted((trade.exchange_ts_ns + rng.uniform(0, 2e9), trade) for trade in trades):
+            analytics.add(trade)
+        assert analytics.stats()[1:4] == (6_000, 0, 0)
+        found.append(analytics.due())
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 4
+
+
+def test_market_stats_lateness_is_exact_and_each_series_has_its_own() -> None:
+    analytics = mst.Analytics()
+    assert analytics.add(market_stats_trade(10.5))
+    assert analytics.add(market_stats_trade(8.5))
+    assert not analytics.add(market_stats_trade(8.499999999))
+    assert analytics.add(market_stats_trade(7.0, exchange="okx"))  # its clock, or its way, is behind
+    assert not analytics.add(market_stats_trade(4.9, exchange="okx"))
+    assert analytics.add(market_stats_trade(8.5, exchange="okx"))
+    stats = analytics.stats()
+    assert (stats.taken, stats.late, stats.late_for_all) == (4, 2, 1)
+    counts = {name: cast(mst.Row, analytics.row("BTC-USD", name)).trades[0] for name in ("*", "kraken", "okx")}
+    assert counts == {"*": 3, "kraken": 2, "okx": 2}
+    assert analytics.row("BTC-USD", "gemini") is None
+    assert analytics.row("ETH-USD") is None
+
+
+def test_market_stats_a_repeated_id_counts_once() -> None:
+    analytics = mst.Analytics()
+    long = "x" * 1000
+    taken = [
+        analytics.add(trade)
+        for trade in (
+            market_stats_trade(1.0, trade_id="7"),
+            market_stats_trade(1.0, trade_id="7"),
+            market_stats_trade(2.5, trade_id="7"),  # with another time
+            market_stats_trade(1.0, trade_id="7", exchange="okx"),
+            market_stats_trade(1.0, trade_id="7", symbol="ETH-USD"),
+            market_stats_trade(1.0, trade_id="8", flags="disorder,duplicate"),
+            market_stats_trade(1.0, trade_id="8", flags="gap"),
+            market_stats_trade(1.0),
+            market_stats_trade(1.0),
+            market_stats_trade(1.0, trade_id=long + "a"),
+            market_stats_trade(1.0, trade_id=long + "a"),
+            market_stats_trade(1.0, trade_id=long + "b"),
+        )
+    ]
+    assert taken == [True, False, False, True, True, False, True, True, True, True, False, True]
+    assert analytics.stats()[:5] == (12, 8, 0, 0, 4)
+    assert analytics.stats().ids == 6
+    analytics.add(market_stats_trade(3.9, trade_id="9"))
+    assert analytics.stats().ids == 7
+    analytics.add(market_stats_trade(4.0, trade_id="10"))  # closes the bar of 1.0 on this exchange
+    assert analytics.stats().ids == 4
+    assert not analytics.add(market_stats_trade(1.0, trade_id="7"))
+    assert analytics.stats().late == 1
+
+
+def test_market_stats_a_tie_in_time_is_decided_by_the_id_as_a_number() -> None:
+    for ids in (("9", "10"), ("10", "9")):
+        analytics = mst.Analytics()
+        for trade_id in ids:
+            analytics.add(market_stats_trade(1.0, float(trade_id), trade_id=trade_id))
+        assert cast(mst.Row, analytics.row("BTC-USD")).last == 10.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"price_value": math.nan}, "absurd"),
+        ({"price_value": math.inf}, "absurd"),
+        ({"price_value": 0.0}, "absurd"),
+        ({"price_value": -1.0}, "absurd"),
+        ({"price_value": 5e-324}, "absurd"),
+        ({"size_value": math.nan}, "absurd"),
+        ({"size_value": math.inf}, "absurd"),
+        ({"size_value": -1e-9}, "absurd"),
+        ({"exchange_ts_ns": -1}, "absurd"),
+        ({"exchange_ts_ns": 10**30, "received_ts_ns": 10**30}, "absurd"),
+        ({"exchange": "*"}, "absurd"),
+        ({"exchange_ts_ns": MARKET_STATS_T0 + 2 * 10**9 + 1}, "ahead"),
+    ],
+)
+def test_market_stats_what_cannot_be_is_counted_and_changes_nothing(fields: dict[str, Any], reason: str) -> None:
+    analytics = mst.Analytics()
+    good = market_stats_trade(0.0)
+    analytics.add(good)
+    before = analytics.row("BTC-USD")
+    assert not analytics.add(good._replace(**fields))
+    assert analytics.stats()._asdict()[reason] == 1
+    assert analytics.row("BTC-USD") == before
+    assert analytics.add(good._replace(exchange_ts_ns=MARKET_STATS_T0 + 2 * 10**9, size_value=0.0))
+
+
+def test_market_stats_the_first_trades_and_the_silence_after() -> None:
+    analytics = mst.Analytics()
+    analytics.add(market_stats_trade(0.0, 100.0, 2.0))
+    one = cast(mst.Row, analytics.row("BTC-USD"))
+    assert one == mst.Row(
+        "BTC-USD", "*", MARKET_STATS_T0, 100.0, (10, 60, 300), (100.0,) * 3, (None,) * 3, (1,) * 3, (2.0,) * 3,
+        None, None, "", "",
+    )  # fmt: skip
+    analytics.add(market_stats_trade(1.0, 110.0, 0.0))
+    square = math.log(1.1) ** 2
+    two = cast(mst.Row, analytics.row("BTC-USD"))
+    assert two.volatility == pytest.approx((math.sqrt(square * mst.YEAR),) * 3, rel=1e-12)
+    assert two.ewma == pytest.approx(math.sqrt(square * mst.YEAR), rel=1e-12)
+    idle = cast(mst.Row, analytics.row("BTC-USD", now_ns=MARKET_STATS_T0 + 100 * 10**9))
+    assert (idle.vwap, idle.trades, idle.last) == ((None, None, 100.0), (0, 0, 2), 110.0)
+    assert idle.volatility == pytest.approx((0.0, 0.0, math.sqrt(square / 100 * mst.YEAR)), rel=1e-12)
+    began = time.process_time()
+    analytics.add(market_stats_trade(1e9, 121.0))  # thirty years: no bar is made for what was not
+    late = cast(mst.Row, analytics.row("BTC-USD"))
+    assert time.process_time() - began < 0.1
+    assert late.volatility[0] == pytest.approx(math.sqrt(square / 10 * mst.YEAR), rel=1e-12)
+    assert late.ewma == pytest.approx(math.sqrt(square * (1 - 2 ** (-1 / 60)) * mst.YEAR), rel=1e-12)
+    assert orjson.loads(orjson.dumps(late.record()))["volatility"]["10"] == late.volatility[0]
+    assert set(late.record()) == {*mst.Row._fields} - {"windows"}
+
+
+def test_market_stats_the_same_instant_asked_again_has_what_came_since() -> None:
+    """Also of the bars that were closed since."""
+    analytics = mst.Analytics(lateness=1.5)
+    now = MARKET_STATS_T0 + 9 * 10**9
+    for n in range(18):
+        analytics.add(market_stats_trade(n / 2))
+        row = cast(mst.Row, analytics.row("BTC-USD", now_ns=now))
+        assert (row.trades, row.volume) == ((n + 1,) * 3, (n + 1.0,) * 3)
+
+
+def test_market_stats_spread_is_between_exchanges_that_trade() -> None:
+    analytics = mst.Analytics()
+    for at, price, exchange in (
+        (0.0, 90.0, "okx"),
+        (5.0, 101.0, "kraken"),
+        (9.0, 99.5, "gemini"),
+        (9.5, 100.0, "bybit"),
+    ):
+        analytics.add(market_stats_trade(at, price, exchange=exchange))
+        if exchange == "okx":
+            assert cast(mst.Row, analytics.row("BTC-USD")).spread is None
+    row = cast(mst.Row, analytics.row("BTC-USD"))
+    assert (row.spread, row.low, row.high) == (11.0, "okx", "kraken")
+    analytics.add(market_stats_trade(10.0, 100.0, exchange="bybit"))  # okx has been silent for ten seconds
+    row = cast(mst.Row, analytics.row("BTC-USD"))
+    assert (row.spread, row.low, row.high) == (1.5, "gemini", "kraken")
+    assert cast(mst.Row, analytics.row("BTC-USD", "okx")).spread is None
+
+
+def test_market_stats_rows_are_due_when_they_changed_and_not_too_often() -> None:
+    analytics = mst.Analytics(every=0.25)
+
+    def told(everything: bool = False) -> list[tuple[str, str]]:
+        return [row[:2] for row in analytics.due(everything)]
+
+    analytics.add(market_stats_trade(0.0))
+    assert told() == [("BTC-USD", "*"), ("BTC-USD", "kraken")]
+    analytics.add(market_stats_trade(0.1, exchange="okx"))
+    analytics.add(market_stats_trade(0.1, symbol="ETH-USD"))
+    assert told() == [("ETH-USD", "*"), ("ETH-USD", "kraken")]
+    analytics.add(market_stats_trade(0.249, exchange="bybit"))
+    assert told() == []
+    analytics.add(market_stats_trade(0.2, symbol="ETH-USD", received=0.25))
+    assert told() == [("BTC-USD", "*"), ("BTC-USD", "bybit"), ("BTC-USD", "okx")]
+    assert told() == []
+    assert told(everything=True) == [("ETH-USD", "*"), ("ETH-USD", "kraken")]
+    assert told(everything=True) == []
+    analytics.add(market_stats_trade(-1.0, symbol="ETH-USD"))  # our clock was put back
+    assert told() == [("ETH-USD", "*"), ("ETH-USD", "kraken")]
+
+
+def test_market_stats_sums_are_exact_and_leave_no_trace() -> None:
+    """30,000 trades of sizes from 1e-9 to 1e9 against fractions; then they are out of the windows, without a rest."""
+    rng = random.Random(5)
+    analytics = mst.Analytics(MARKET_STATS_SMALL["windows"])
+    trades = [market_stats_trade(n / 8_000, rng.uniform(1, 2), 10 ** rng.uniform(-9, 9)) for n in range(30_000)]
+    for trade in trades:
+        analytics.add(trade)
+    row = cast(mst.Row, analytics.row("BTC-USD"))
+    volume = sum(Fraction(trade.size_value) for trade in trades)
+    turnover = sum(Fraction(trade.price_value * trade.size_value) for trade in trades)
+    assert row.volume[1] == pytest.approx(float(volume), rel=1e-15)
+    assert row.vwap[1] == pytest.approx(float(turnover / volume), rel=1e-15)
+    for second in range(70, 80):
+        analytics.add(market_stats_trade(second, 0.001, 1e-9))
+    row = cast(mst.Row, analytics.row("BTC-USD"))
+    assert row.vwap == pytest.approx((0.001,) * 3, rel=1e-15)
+    assert row.volatility[0] == 0.0
+
+
+def market_stats_terms(analytics: mst.Analytics) -> int:
+    """Everything that is held per trade or per bar, counted."""
+    held = 0
+    for book in analytics._books.values():
+        for series in (book.all, *book.exchanges.values()):
+            held += len(series.ids) + len(series.bars)
+            held += sum(len(bar.sizes) + len(bar.turnovers) + len(bar.ids) for bar in series.open.values())
+    return held
+
+
+def test_market_stats_memory_is_bounded_whatever_comes() -> None:
+    analytics = mst.Analytics((5, 20), series=7, ids=100, lateness=2.0)
+    for n in range(20_000):  # at one instant
+        analytics.add(market_stats_trade(0.0, trade_id=str(n)))
+    stats = analytics.stats()
+    assert (stats.taken, stats.ids, stats.unchecked) == (20_000, 100, 19_900)
+    assert market_stats_terms(analytics) <= 2 * 2 * mst.TERMS + 200
+    for n in range(20_000):  # everywhere in time
+        analytics.add(market_stats_trade(n * 0.37, trade_id=str(n)))
+    assert market_stats_terms(analytics) <= 2 * (4 * 2 * mst.TERMS + 2 * 20) + 200
+    assert analytics.stats().ids <= 100
+    for n in range(1000):  # from anywhere
+        analytics.add(market_stats_trade(n * 0.37, symbol=f"S{n}", trade_id="1"))
+    stats = analytics.stats()
+    assert (stats.symbols, stats.series, stats.refused) == (3, 6, 998)
+    assert analytics.add(market_stats_trade(7400.0, exchange="okx"))
+    assert not analytics.add(market_stats_trade(7400.0, exchange="gemini"))
+    assert analytics.stats().offered == sum(analytics.stats()[i] for i in (1, 2, 4, 5, 6, 7))
+
+
+def test_market_stats_go_on_from_a_pickle_as_if_nothing_had_been() -> None:
+    stream = market_stats_stream(9, 2000)
+    analytics = mst.Analytics()
+    for trade in stream[:1000]:
+        analytics.add(trade)
+    copy = pickle.loads(pickle.dumps(analytics))
+    for each in (analytics, copy):
+        for trade in stream[1000:]:
+            each.add(trade)
+    assert copy.due() == analytics.due() != []
+    assert copy.stats() == analytics.stats()
+    assert repr(copy).startswith("<Analytics offered=")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"windows": ()}, {"windows": (60, 10)}, {"windows": (0, 10)}, {"windows": (1, 1)}, {"step": 0.0}, {"step": 0.7},
+        {"lateness": -1.0}, {"ahead": -1.0}, {"half_life": 0.0}, {"half_life": math.inf}, {"half_life": math.nan},
+        {"windows": (200_000,)}, {"lateness": 2000.0},
+    ],
+)  # fmt: skip
+def test_market_stats_misuse(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="="):
+        mst.Analytics(**bad)
+
+
+def test_market_stats_cost_is_well_under_half_a_core() -> None:
+    """Three seconds at 15,000 a second, packed, unpacked, taken and told, in CPU seconds."""
+    rng = random.Random(1)
+    trades = [
+        market_stats_trade(n / 15_000, 100 + rng.random(), rng.random(), f"e{n % 10}", f"S{rng.randrange(3)}", str(n))
+        for n in range(45_000)
+    ]
+    analytics, rows = mst.Analytics(), 0
+    began = time.process_time()
+    for begin in range(0, len(trades), 750):
+        for fields in pickle.loads(pickle.dumps(list(map(mw._fields, trades[begin : begin + 750])), 5)):
+            analytics.take(*fields)
+        rows += len(analytics.due())
+    assert time.process_time() - began < 0.5 * 3.0
+    assert rows == 3 * 12 * 11
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# market_workers.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MarketWorkersReduced(str):
+    """As what it comes to when a worker unpickles it."""
+
+    def __new__(cls, shown: str, *call: Any) -> MarketWorkersReduced:
+        made = super().__new__(cls, shown)
+        made.call = call  # type: ignore[attr-defined]
+        return made
+
+    def __reduce__(self) -> Any:
+        function, *args = self.call  # type: ignore[attr-defined]
+        return function, tuple(args)
+
+
+def market_workers_run(main: Callable[[mw.Workers], Any], workers: int = 2, **options: Any) -> None:
+    """``main`` with started workers, which must leave nothing behind: no process, no thread, no descriptor."""
+
+    async def whole() -> None:
+        complaints: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        before, children, threads = proc_open(), proc_children(), set(threading.enumerate())
+        pool = mw.Workers(workers, **options)
+        try:
+            await pool.start()
+            await asyncio.wait_for(main(pool), 2 * PROC_PATIENCE)
+        finally:
+            await asyncio.wait_for(pool.close(0.0), PROC_PATIENCE)
+        assert complaints == []
+        assert (proc_children() - children, set(threading.enumerate()) - threads) == (set(), set())
+        assert pool.stats()[2:4] == (0, 0)
+        assert proc_open() - before == set()
+
+    resource_tracker.ensure_running()
+    asyncio.run(whole())
+
+
+def market_workers_batches(seed: int, batches: int = 12, size: int = 60) -> list[list[Trade]]:
+    stream = market_stats_stream(seed, batches * size)
+    return [stream[begin : begin + size] for begin in range(0, batches * size, size)]
+
+
+class MarketWorkersControl:
+    """What no death happens to: an ``Analytics`` per symbol, so that one symbol's times are not another one's."""
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        self.options, self.symbols = options or {}, dict[str, mst.Analytics]()
+
+    def submit(self, trades: list[Trade], everything: bool = False) -> list[mst.Row]:
+        for trade in trades:
+            self.symbols.setdefault(trade.symbol, mst.Analytics(**self.options)).add(trade)
+        return sorted(row for each in self.symbols.values() for row in each.due(everything))
+
+
+def test_market_workers_rows_are_those_of_one_process_and_a_symbol_stays_in_one_worker() -> None:
+    control = MarketWorkersControl({"every": 20.0})
+
+    async def main(pool: mw.Workers) -> None:
+        told = 0
+        for batch in market_workers_batches(1):
+            rows = control.submit(batch)
+            told += len(rows)
+            assert sorted(await pool.submit(batch)) == rows
+        last = control.submit([], everything=True)
+        assert sorted(await pool.flush()) == last != []
+        assert await pool.submit([]) == []
+        stats = pool.stats()
+        assert len(set(stats.pids)) == 2
+        assert (stats.symbols, stats.trades, stats.died, stats.rebuilt) == ((1, 1), 720, 0, 0)
+        assert stats.rows == told + len(last)
+        assert pool.analytics().offered == 720
+        assert pool.analytics().symbols == 2
+        assert repr(pool).startswith("<Workers pids=(")
+
+    market_workers_run(main, options=control.options)
+
+
+@pytest.mark.parametrize("retained", [1, 2_000_000])
+def test_market_workers_a_kill_between_batches_changes_no_row(retained: int) -> None:
+    """With checkpoints and without."""
+    control = MarketWorkersControl({"every": 30.0})
+
+    async def main(pool: mw.Workers) -> None:
+        flushed = 0
+        for n, batch in enumerate(market_workers_batches(2, 9)):
+            if n % 3 == 2:
+                os.kill(victim := pool.stats().pids[n % 2], signal.SIGKILL)
+                await prim_until_async(lambda pid=victim: proc_gone(pid))  # type: ignore[misc]
+            assert sorted(await pool.submit(batch)) == control.submit(batch)
+            if n % 3 == 1:
+                rows = control.submit([], everything=True)
+                flushed += len(rows)
+                assert sorted(await pool.flush()) == rows
+                assert all(slot.log[-1][1] for slot in pool._slots if slot.log)  # flushed again when it is rebuilt
+        assert sorted(await pool.flush()) == control.submit([], everything=True)
+        assert flushed > 10
+        stats = pool.stats()
+        assert (stats.died, stats.rebuilt, stats.trades, stats.uncomputed) == (3, 3, 540, 0)
+        assert pool.analytics().offered == 540
+        assert (stats.checkpoints > 1) == (retained < 2_000_000)
+
+    market_workers_run(main, retained=retained, options=control.options)
+
+
+def test_market_workers_a_kill_in_a_batch_has_it_begun_again(tmp_path: Path) -> None:
+    os.mkfifo(gate := tmp_path / "gate")
+    control = MarketWorkersControl()
+
+    async def main(pool: mw.Workers) -> None:
+        first, second, third = market_workers_batches(3, 3)
+        assert sorted(await pool.submit(first)) == control.submit(first)
+        at = next(n for n, trade in enumerate(second) if trade.symbol == "XRP-USD")
+        held = second[at]._replace(trade_id=cast(Any, MarketWorkersReduced("gate", Path.read_text, gate)))
+        job = asyncio.create_task(pool.submit([*second[:at], held, *second[at + 1 :]]))
+        writer = await proc_writer(gate)  # the worker is in the batch
+        pids = pool.stats().pids
+        victim = pids[pool._slots.index(pool._homes["XRP-USD"])]
+        gate.unlink()
+        gate.write_text("gate")
+        os.kill(victim, signal.SIGKILL)
+        rows = await job
+        os.close(writer)
+        second[at] = second[at]._replace(trade_id="gate")
+        assert sorted(rows) == control.submit(second)
+        assert sorted(await pool.submit(third)) == control.submit(third)
+        stats = pool.stats()
+        assert (stats.died, stats.rebuilt, stats.uncomputed) == (1, 1, 0)
+        assert len(set(pids) & set(stats.pids)) == 1
+
+    market_workers_run(main)
+
+
+@pytest.mark.parametrize("how", ["kills", "raises"])
+def test_market_workers_a_batch_that_cannot_be_computed_is_told_and_left_out(how: str) -> None:
+    """The first half of it had been taken already where it raises."""
+    control = MarketWorkersControl()
+
+    async def main(pool: mw.Workers) -> None:
+        first, second, third = market_workers_batches(4, 3)
+        assert sorted(await pool.submit(first)) == control.submit(first)
+        at = next(n for n, trade in enumerate(second) if trade.symbol == "XRP-USD" and n > 20)
+        poison: dict[str, Any] = {"price_value": "much"}
+        if how == "kills":
+            poison = {"trade_id": MarketWorkersReduced("bad", os._exit, 9)}
+        with pytest.raises(mw.Uncomputed) as caught:
+            await pool.submit([*second[:at], second[at]._replace(**poison), *second[at:]])
+        assert type(caught.value.__cause__) is {"kills": processes.WorkerDied, "raises": TypeError}[how]
+        lost, rest = ([t for t in second if (t.symbol == "XRP-USD") is is_lost] for is_lost in (True, False))
+        assert len(caught.value.trades) == len(lost) + 1
+        assert {trade.symbol for trade in caught.value.trades} == {"XRP-USD"}
+        assert sorted(caught.value.rows) == control.submit(rest) != []
+        assert sorted(await pool.submit(third)) == control.submit(third)
+        stats = pool.stats()
+        assert (stats.died, stats.rebuilt) == {"kills": (2, 2), "raises": (0, 1)}[how]
+        assert (stats.trades, stats.uncomputed) == (180 - len(lost), len(lost) + 1)
+
+    market_workers_run(main, attempts=2)
+
+
+def test_market_workers_a_process_computes_nothing_from_another_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, what runs in a worker."""
+    for name in ("analytics", "number"):
+        monkeypatch.setattr(mw._Here, name, getattr(mw._Here, name))
+    good = ("kraken", "BTC-USD", 1.0, 1.0, "", 10**18, 10**18, "")
+    first, bad = (pickle.dumps([good, (*good[:2], price, *good[3:])]) for price in (1.0, "much"))
+    assert mw._work(1, first, False, False) is None
+    assert mw._rebuild({}, None, 6, []) == os.getpid()
+    assert [mw._work(number, first, False, False) is None for number in (6, 8, 0)] == [True] * 3
+    done = mw._work(7, first, False, True)
+    assert done is not None
+    assert done.counts[:2] == (2, 2)
+    assert mw._work(7, first, False, False) is None
+    with pytest.raises(TypeError):
+        mw._work(8, bad, False, False)
+    assert mw._work(8, first, False, False) is None
+    mw._rebuild({"every": 100.0}, None, 7, [(first, False), (first, True)])
+    assert mw._Here.number == 9
+    assert mw._work(10, pickle.dumps([]), True, False) == mw._Done([], (4, 4, *[0] * 7, 1, 2, 0), None)
+    mw._rebuild({}, done.checkpoint, 7, [(first, False), (first, True)])
+    again = mw._work(10, first, False, False)
+    assert again is not None
+    assert again.counts[:2] == (8, 8)
+
+
+def test_market_workers_one_that_hangs_is_replaced() -> None:
+    control = MarketWorkersControl()
+
+    async def main(pool: mw.Workers) -> None:
+        first, second = market_workers_batches(5, 2)
+        assert sorted(await pool.submit(first)) == control.submit(first)
+        pool._slots[0].timeout = 0.1
+        os.kill(victim := pool.stats().pids[0], signal.SIGSTOP)
+        job = asyncio.create_task(pool.submit(second))
+        await prim_until_async(lambda: pool.stats().died == 1)
+        pool._slots[0].timeout = PROC_PATIENCE
+        assert sorted(await job) == control.submit(second)
+        await prim_until_async(lambda: proc_gone(victim))
+        assert pool.stats().rebuilt == 1
+
+    market_workers_run(main, attempts=100)
+
+
+def test_market_workers_a_cancelled_batch_is_not_in_the_state(tmp_path: Path) -> None:
+    os.mkfifo(gate := tmp_path / "gate")
+    control = MarketWorkersControl()
+
+    async def main(pool: mw.Workers) -> None:
+        first, second, third = market_workers_batches(6, 3)
+        assert sorted(await pool.submit(first)) == control.submit(first)
+        held = second[30]._replace(trade_id=cast(Any, MarketWorkersReduced("gate", Path.read_text, gate)))
+        job = asyncio.create_task(pool.submit([*second[:30], held, *second[30:]]))
+        writer = await proc_writer(gate)
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        os.close(writer)
+        assert sorted(await pool.submit(third)) == control.submit(third)
+        assert pool.stats().died == 0
+        assert pool.stats().rebuilt == 1
+
+    market_workers_run(main, workers=1)
+
+
+def test_market_workers_calls_wait_their_turn(tmp_path: Path) -> None:
+    os.mkfifo(gate := tmp_path / "gate")
+
+    async def main(pool: mw.Workers) -> None:
+        held = market_stats_trade(1.0, trade_id=cast(Any, MarketWorkersReduced("gate", Path.read_text, gate)))
+        ended = list[int]()
+
+        async def call(n: int) -> None:
+            await pool.submit([held if n == 0 else market_stats_trade(1.0 + n)])
+            ended.append(n)
+
+        jobs = [asyncio.create_task(call(n)) for n in range(6)]
+        writer = await proc_writer(gate)
+        assert pool.stats()[2:4] == (2, 4)
+        jobs[3].cancel()
+        os.write(writer, b"id")
+        os.close(writer)
+        await asyncio.gather(*jobs, return_exceptions=True)
+        assert ended == [0, 1, 2, 4, 5]
+        assert pool.analytics().taken == 5
+
+    market_workers_run(main, workers=1, waiting=2)
+
+
+def test_market_workers_close_tells_what_it_leaves(tmp_path: Path) -> None:
+    os.mkfifo(gate := tmp_path / "gate")
+
+    async def main(pool: mw.Workers) -> None:
+        held = market_stats_trade(1.0, trade_id=cast(Any, MarketWorkersReduced("gate", Path.read_text, gate)))
+        jobs = [asyncio.create_task(pool.submit([held])) for _ in range(3)]
+        writer = await proc_writer(gate)
+        await pool.close(0.0)
+        os.close(writer)
+        *begun, waits = await asyncio.gather(*jobs, return_exceptions=True)
+        for outcome in begun:
+            assert isinstance(outcome, mw.Uncomputed)
+            assert outcome.trades == [held]
+            assert isinstance(outcome.__cause__, processes.PoolClosed)
+        assert isinstance(waits, processes.PoolClosed)
+        with pytest.raises(processes.PoolClosed):
+            await pool.submit([market_stats_trade(2.0)])
+        with pytest.raises(processes.PoolClosed):
+            await pool.flush()
+        await pool.close()
+
+    market_workers_run(main, workers=1, waiting=2)
+
+
+def test_market_workers_close_lets_a_call_end(tmp_path: Path) -> None:
+    """All of it: its second job had not begun."""
+    os.mkfifo(gate := tmp_path / "gate")
+
+    async def main(pool: mw.Workers) -> None:
+        held = market_stats_trade(1.0, trade_id=cast(Any, MarketWorkersReduced("gate", Path.read_text, gate)))
+        job = asyncio.create_task(pool.submit([held] + [market_stats_trade(2.0)] * mw.MOST))
+        writer = await proc_writer(gate)
+        closing = asyncio.create_task(pool.close(PROC_PATIENCE))
+        await asyncio.sleep(0)
+        with pytest.raises(processes.PoolClosed):
+            await pool.submit([market_stats_trade(2.0)])
+        os.close(writer)
+        assert [row.trades[0] for row in await job] == [mw.MOST] * 2
+        await asyncio.wait_for(closing, PROC_PATIENCE / 2)
+        assert pool.stats().trades == mw.MOST + 1
+
+    market_workers_run(main, workers=1)
+
+
+def test_market_workers_what_is_retained_is_bounded() -> None:
+    async def main(pool: mw.Workers) -> None:
+        (slot,) = pool._slots
+        for n in range(2 * mw.LOG + 3):
+            await pool.submit([market_stats_trade(n / 100)])
+            assert len(slot.log) <= mw.LOG
+        assert pool.stats().checkpoints == 2
+        stream = market_stats_stream(7, 20_000, 200.0)
+        for begin in range(0, len(stream), 5_000):
+            await pool.submit(stream[begin : begin + 5_000])  # in jobs of at most MOST
+            assert slot.log_bytes <= max(100_000, len(slot.checkpoint or b""))
+        assert pool.stats().checkpoints > 5
+        assert pool.stats().retained == slot.log_bytes + len(slot.checkpoint or b"")
+        assert slot.log_bytes == sum(len(packed) for packed, _ in slot.log)
+
+    market_workers_run(main, workers=1, retained=100_000)
+
+
+def test_market_workers_symbols_are_shared_out_evenly_and_remembered_boundedly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mw, "SYMBOLS", 6)
+    pool = mw.Workers(3)
+    homes = [pool._home(f"S{n}") for n in range(6)]
+    assert [pool._slots.index(home) for home in homes] == [0, 1, 2, 0, 1, 2]
+    assert pool.stats().symbols == (2, 2, 2)
+    assert pool._home("another") is pool._home("another")
+    assert len(pool._homes) == 6
+    asyncio.run(pool.close())
+
+
+@pytest.mark.parametrize("bad", [{"workers": 0}, {"waiting": 0}, {"attempts": 0}, {"retained": 0}, {"timeout": 0.0}])
+def test_market_workers_misuse(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be above 0"):
+        mw.Workers(**bad)
+    with pytest.raises(ValueError, match="ascending"):
+        mw.Workers(1, options={"windows": (5, 1)})
+
+
+# --------------------------------------------------------------------------------------------------- market_kafka.py
+
+MARKET_KAFKA_NOW = (time.time_ns() // 10**9 - 3600) * 10**9
+"""Of late: brokers delete what is older than their retention."""
+MARKET_KAFKA_AT_ONCE = pr.RetryPolicy(attempts=1 << 30, base=0.02, cap=0.02, total=float("inf"))
+
+
+def market_kafka_trade(n: int, symbol: Any = "BTC-USD", **changes: Any) -> Trade:
+    trade = Trade(
+        *("kraken", symbol, f"{65000 + n}.10", "0.00150", 65000.1 + n, 0.0015, "buy", str(n)),
+        *(MARKET_KAFKA_NOW + n * 1_000_000, MARKET_KAFKA_NOW + n * 1_000_000 + 5, n, ""),
+    )
+    return trade._replace(**changes)
+
+
+def market_kafka_trades(first: int, last: int, symbols: int = 5) -> list[Trade]:
+    return [market_kafka_trade(n, f"S{n % symbols}-USD") for n in range(first, last)]
+
+
+async def market_kafka_read(address: str, topic: str) -> dict[int, list[Any]]:
+    """All that is in a topic: the records of each partition, in order."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=address, auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        if topic not in await consumer.topics():
+            return {}
+        places = [TopicPartition(topic, n) for n in await consumer._client._wait_on_metadata(topic)]
+        consumer.assign(places)
+        ends = await consumer.end_offsets(places)
+        found: dict[int, list[Any]] = {}
+        deadline = time.monotonic() + PRIM_PATIENCE
+        while [await consumer.position(place) for place in places] != [ends[place] for place in places]:
+            assert time.monotonic() < deadline
+            for place, records in (await consumer.getmany(timeout_ms=50)).items():
+                found.setdefault(place.partition, []).extend(records)
+        return found
+    finally:
+        await consumer.stop()
+
+
+async def market_kafka_ids(address: str, topic: str = "trades") -> list[int]:
+    """The trades of a topic; each symbol's have to be in one partition, in their order, without a repetition."""
+    ids, places = list[int](), dict[str, int]()
+    for partition, records in (await market_kafka_read(address, topic)).items():
+        last = dict[str, int]()
+        for record in records:
+            trade = mt.decode(record.value)
+            assert places.setdefault(trade.symbol, partition) == partition
+            assert last.get(trade.symbol, -1) < int(trade.trade_id)
+            last[trade.symbol] = int(trade.trade_id)
+            ids.append(int(trade.trade_id))
+    return sorted(ids)
+
+
+def market_kafka_balanced(publisher: mk.Publisher) -> mk.PublisherStats:
+    """What was accepted is somewhere, once."""
+    stats = publisher.stats()
+    for counts in (stats.trades, stats.analytics):
+        assert counts.accepted + counts.recovered == sum(counts[2:]), counts
+    return stats
+
+
+@pytest.fixture(scope="module")
+def market_kafka_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mt.Broker]:
+    with mt.Broker(tmp_path_factory.mktemp("kafka")) as broker:
+        yield broker
+
+
+@pytest.fixture
+def market_kafka_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mt.Broker]:
+    """One of the test's own: it may be frozen, stopped, killed."""
+    monkeypatch.setattr(mk, "BACK_OFF", MARKET_KAFKA_AT_ONCE)
+    monkeypatch.setattr(mt, "BACK_OFF", MARKET_KAFKA_AT_ONCE)
+    with mt.Broker(tmp_path / "broker") as broker:
+        yield broker
+
+
+@contextlib.asynccontextmanager
+async def market_kafka_open(address: str, limit: float = PRIM_PATIENCE, **options: Any) -> AsyncIterator[mk.Publisher]:
+    """A publisher; at the end nothing is left of it: no task, thread, descriptor, log handler."""
+    tasks, threads, files = asyncio.all_tasks(), set(threading.enumerate()), psutil.Process().num_fds()
+    options = {"linger": 0.005, "request_timeout": 0.5, "partitions": 3, **options}
+    publisher = mk.Publisher(address, **options)
+    await publisher.start()
+    try:
+        yield publisher
+    finally:
+        await publisher.stop(limit)
+        market_kafka_balanced(publisher)
+        assert publisher.stats().trades.held == publisher.stats().analytics.held == 0
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert asyncio.all_tasks() == tasks
+        assert [each for each in threading.enumerate() if each not in threads and each.name.startswith("spool")] == []
+        assert psutil.Process().num_fds() <= files
+        assert logging.getLogger("aiokafka").handlers == []
+
+
+def test_market_kafka_every_record_is_where_its_symbol_belongs_once_and_in_order(
+    market_kafka_module: mt.Broker,
+) -> None:
+    address, trades = market_kafka_module.address, market_kafka_trades(0, 5000, 20)
+
+    async def main() -> None:
+        async with market_kafka_open(address, prefix="a.") as publisher:
+            for n in range(0, 5000, 50):
+                await publisher.trades(trades[n : n + 50])
+                market_kafka_balanced(publisher)
+                if n % 1000 == 0:
+                    await asyncio.sleep(0.002)
+            publisher.analytics([{"symbol": f"S{n % 20}-USD", "vwap": n} for n in range(100)])
+            await publisher.flush()
+            stats = market_kafka_balanced(publisher)
+            assert stats.trades.published == 5000 and stats.analytics.published == 100
+            assert stats.state == "connected" and stats.connects == 1 and stats.dead == 0
+        found = await market_kafka_read(address, "a.trades")
+        assert len(found) == 3
+        assert sum(len(records) for records in found.values()) == 5000
+        for partition, records in found.items():
+            for record in records:
+                trade = mt.decode(record.value)
+                assert record.key == trade.symbol.encode() and record.headers == (("schema", b"1"),)
+                assert trade == trades[int(trade.trade_id)]
+                assert record.timestamp == trade.received_ts_ns // 1_000_000
+                assert partition == DefaultPartitioner()(record.key, [0, 1, 2], [0, 1, 2])
+        assert await market_kafka_ids(address, "a.trades") == list(range(5000))
+        rows = [record for records in (await market_kafka_read(address, "a.analytics")).values() for record in records]
+        assert sorted(orjson.loads(row.value)["vwap"] for row in rows) == list(range(100))
+        assert {row.key for row in rows} == {f"S{n}-USD".encode() for n in range(20)}
+
+    prim_run(main())
+
+
+def test_market_kafka_json_of_a_trade_is_its_fields_by_name() -> None:
+    trade = market_kafka_trade(7, sequence=None, flags="gap,snapshot")
+    assert json.loads(mt.encode(trade)) == trade._asdict()
+    assert mt.decode(mt.encode(trade)) == trade
+    for bad in (b"", b"[]", b"{}", b"7", b'{"exchange":"x"}', b"\xff", mt.encode(trade)[:-1] + b',"more":1}'):
+        with pytest.raises(ValueError):
+            mt.decode(bad)
+
+
+def test_market_kafka_a_line_of_the_spool_gives_back_what_it_was_made_of() -> None:
+    for item in (
+        market_kafka_trade(1),
+        market_kafka_trade(1, symbol="Ünï\n\x00-USD", trade_id='"{'),
+        mt.DeadLetter("okx", "no price", b"\x00\n\xff{", MARKET_KAFKA_NOW, "binary"),
+    ):
+        line = mt.to_line(item)
+        assert b"\n" not in line and mt.from_line(line) == item
+    letter = mt.from_line(mt.to_line(market_kafka_trade(1, symbol="\ud800")))
+    assert isinstance(letter, mt.DeadLetter) and letter.kind == "trade" and b"ud800" in letter.raw
+    for line in (b'{"exchange":"kraken"}', b"[1]", b"rubbish", b"", b'["a","b","not base64",1,"text"]'):
+        letter = mt.from_line(line)
+        assert isinstance(letter, mt.DeadLetter) and "another version" in letter.error and letter.raw == line
+
+
+def test_market_kafka_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
+    market_kafka_module: mt.Broker,
+) -> None:
+    address = market_kafka_module.address
+    bad: list[Any] = [
+        market_kafka_trade(0, price="\ud800"),
+        market_kafka_trade(0, symbol="\udfff"),
+        market_kafka_trade(0, symbol=7),
+        market_kafka_trade(0, price=object()),
+        market_kafka_trade(0, received_ts_ns=10**40),
+        market_kafka_trade(0, received_ts_ns=-1),
+        market_kafka_trade(0, received_ts_ns=1.5),
+        market_kafka_trade(0, received_ts_ns="now"),
+        market_kafka_trade(0, flags="x" * 1_000_000),
+        ("not", "a", "trade"),
+    ]
+
+    async def main() -> None:
+        async with market_kafka_open(address, prefix="b.") as publisher:
+            good = market_kafka_trades(0, 2 * len(bad))
+            for n, each in enumerate(bad):
+                await publisher.trades([good[2 * n], each, good[2 * n + 1]])
+            await publisher.dead("okx", "no price \ud800", b"\x00\xff{raw", MARKET_KAFKA_NOW)
+            await publisher.dead("bybit", "text", "frame \ud800 ü", MARKET_KAFKA_NOW + 5)
+            await publisher.dead("gateio", "huge", b"y" * 3_000_000, MARKET_KAFKA_NOW)
+            await publisher.flush()
+            stats = market_kafka_balanced(publisher)
+            assert stats.trades.published == stats.trades.accepted == 3 * len(bad) + 3
+            assert stats.dead == len(bad) + 3 and stats.connects == 1
+        assert await market_kafka_ids(address, "b.trades") == list(range(2 * len(bad)))
+        letters = [letter async for letter in mt.dead_letters(address, prefix="b.")]
+        trades = [letter for letter in letters if letter.kind == "trade"]
+        assert len(trades) == len(bad) and sum(letter.exchange == "kraken" for letter in trades) == len(bad) - 1
+        assert all(letter.error and letter.raw for letter in letters)
+        okx, bybit, gateio = (
+            next(letter for letter in letters if letter.exchange == name) for name in ("okx", "bybit", "gateio")
+        )
+        assert okx[:5] == ("okx", "no price \\ud800", b"\x00\xff{raw", MARKET_KAFKA_NOW, "binary")
+        assert bybit[:5] == (
+            "bybit",
+            "text",
+            "frame \ud800 ü".encode("utf-8", "surrogatepass"),
+            MARKET_KAFKA_NOW + 5,
+            "text",
+        )
+        assert gateio.raw == b"y" * mt.LARGEST_RECORD and "3000000 bytes" in gateio.error
+        assert [letter async for letter in mt.dead_letters(address, prefix="none.")] == []
+
+    prim_run(main())
+
+
+def test_market_kafka_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes_on_in_order(
+    market_kafka_module: mt.Broker,
+) -> None:
+    address, culprits = market_kafka_module.address, {0, 13, 14, 700, 999}
+
+    async def main() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=address)
+        await admin.start()
+        for name, limit in (("c.trades", 20_000), ("c.dead-letter", 200_000)):
+            await admin.create_topics([NewTopic(name, 2, 1, topic_configs={"max.message.bytes": str(limit)})])
+        await admin.close()
+        trades = market_kafka_trades(0, 1000)
+        for n in culprits:
+            trades[n] = trades[n]._replace(flags=os.urandom(15_000).hex())
+        async with market_kafka_open(address, prefix="c.", compression=None) as publisher:
+            await publisher.trades(trades)
+            await publisher.flush()
+            stats = market_kafka_balanced(publisher)
+            assert stats.trades.published == 1000 and stats.dead == len(culprits) and stats.connects > 1
+            assert "MessageSizeTooLarge" in stats.error
+            await publisher.dead("okx", "huge", os.urandom(400_000), MARKET_KAFKA_NOW)
+            await publisher.flush()
+            assert market_kafka_balanced(publisher).trades[2:] == (1000, 0, 0, 1, 0)
+        assert await market_kafka_ids(address, "c.trades") == [n for n in range(1000) if n not in culprits]
+        letters = [letter async for letter in mt.dead_letters(address, prefix="c.")]
+        assert {int(mt.decode(letter.raw).trade_id) for letter in letters} == culprits and len(letters) == len(culprits)
+        assert {(letter.exchange, letter.error) for letter in letters} == {("kraken", "MessageSizeTooLargeError")}
+
+    prim_run(main())
+
+
+def test_market_kafka_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
+    market_kafka_module: mt.Broker,
+) -> None:
+    address = market_kafka_module.address
+
+    async def main() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=address)
+        await admin.start()  # one topic is there, the other is not
+        await admin.create_topics([NewTopic("d.trades", 1, 1)])
+        await admin.close()
+        async with market_kafka_open(address, prefix="d.", partitions=1) as publisher:
+            await publisher.trades(market_kafka_trades(0, 10))
+            await publisher.flush()
+            producer = publisher._link._producer
+            numbers, place = producer._txn_manager._sequence_numbers, TopicPartition("d.trades", 0)
+            assert producer._sender._acks == -1 and numbers[place] == 10
+            numbers[place] = 0  # what was sent is sent again: the broker knows it
+            await publisher.trades(market_kafka_trades(0, 10))
+            await publisher.flush()
+            assert publisher.stats().connects == 1
+            numbers[place] = 17  # a hole
+            await publisher.trades(market_kafka_trades(10, 20))
+            await publisher.flush()
+            assert publisher.stats().connects == 2 and "OutOfOrder" in publisher.stats().error
+            publisher._link._sent = mk.RENEW_AFTER + 1
+            await publisher.trades(market_kafka_trades(20, 30))
+            await publisher.flush()
+            assert publisher.stats().connects == 3
+        assert await market_kafka_ids(address, "d.trades") == list(range(30))
+
+    prim_run(main())
+
+
+def test_market_kafka_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broker: mt.Broker) -> None:
+    broker = market_kafka_broker
+    broker.stop()
+
+    async def main() -> None:
+        async with market_kafka_open(broker.address, buffer=100, spool_after=0.05) as publisher:
+            await publisher.trades(market_kafka_trades(0, 100, 1))
+            waiting = [asyncio.create_task(publisher.trades(market_kafka_trades(100, 350, 1)))]
+            await prim_until_async(lambda: len(publisher._buffer) == 100 and publisher.stats().trades.accepted == 200)
+            await asyncio.sleep(0.2)  # many tries to connect
+            stats = market_kafka_balanced(publisher)
+            assert stats.state == "away" and stats.trades.held == 200 and "Connection" in stats.error
+            assert not publisher.offer(market_kafka_trades(350, 351, 1)) and not waiting[0].done()
+            waiting.append(asyncio.create_task(publisher.trades(market_kafka_trades(350, 400, 1))))
+            gone = asyncio.create_task(publisher.trades(market_kafka_trades(900, 901, 1)))
+            waiting.append(asyncio.create_task(publisher.dead("x", "y", b"z", 1)))
+            await asyncio.sleep(0.01)
+            gone.cancel()
+            assert market_kafka_balanced(publisher).trades.held == 200
+            broker.start()
+            await asyncio.gather(*waiting)
+            async with publisher._turn:  # somebody waits: nobody passes
+                await prim_until_async(lambda: not publisher._buffer)
+                assert not publisher.offer(market_kafka_trades(350, 351, 1))
+            await publisher.flush()
+            assert market_kafka_balanced(publisher).trades.published == 401
+            assert publisher.stats().state == "connected"
+        assert await market_kafka_ids(broker.address) == list(range(400))
+
+    prim_run(main())
+
+
+def test_market_kafka_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(market_kafka_broker: mt.Broker) -> None:
+    broker = market_kafka_broker
+    broker.stop()
+
+    async def main() -> None:
+        async with market_kafka_open(broker.address, analytics_buffer=50) as publisher:
+            publisher.analytics([{"symbol": "A", "n": 0}])
+            await prim_until_async(lambda: publisher._rows_flying == 1)
+            for n in range(1, 200):
+                publisher.analytics([{"symbol": "A", "n": n}])
+            stats = market_kafka_balanced(publisher)
+            assert stats.analytics == mk.Counts(200, 0, 0, 51, 0, 149, 0) and stats.trades.held == 0
+            with pytest.raises((LookupError, AttributeError, TypeError)):
+                publisher.analytics([{"n": 1}])
+            await publisher.trades([market_kafka_trade(1)])
+            broker.start()
+            await publisher.flush()
+            assert market_kafka_balanced(publisher).analytics == mk.Counts(200, 0, 51, 0, 0, 149, 0)
+        records = [each for lot in (await market_kafka_read(broker.address, "analytics")).values() for each in lot]
+        assert [orjson.loads(record.value)["n"] for record in records] == [0, *range(150, 200)]
+
+    prim_run(main())
+
+
+def test_market_kafka_absent_at_the_start_the_buffer_fills_then_the_spool_and_all_comes_in_order(
+    market_kafka_broker: mt.Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = market_kafka_broker
+    broker.stop()
+
+    async def main() -> None:
+        async with market_kafka_open(broker.address, buffer=500, spool=tmp_path / "spool", spool_after=60) as publisher:
+            for n in range(0, 500, 10):
+                await publisher.trades(market_kafka_trades(n, n + 10))
+            await asyncio.sleep(0.05)
+            assert market_kafka_balanced(publisher).trades == mk.Counts(500, 0, 0, 500, 0, 0, 0)
+            for n in range(500, 3000, 10):
+                await publisher.trades(market_kafka_trades(n, n + 10))
+                market_kafka_balanced(publisher)
+            await prim_until_async(lambda: not publisher._spilling)
+            counts = market_kafka_balanced(publisher).trades
+            assert counts.spooled >= 2000 and counts.held <= 500 and counts.accepted == 3000
+            assert Spool.stats(publisher._spool).rows == counts.spooled  # type: ignore[arg-type]
+            broker.start()
+            for n in range(3000, 4000, 10):
+                await publisher.trades(market_kafka_trades(n, n + 10))
+                market_kafka_balanced(publisher)
+                await asyncio.sleep(0)
+            await publisher.flush()
+            assert market_kafka_balanced(publisher).trades == mk.Counts(4000, 0, 4000, 0, 0, 0, 0)
+            assert list((tmp_path / "spool").glob("*.batch")) == []
+        assert await market_kafka_ids(broker.address) == list(range(4000))
+
+    with caplog.at_level(logging.INFO):
+        prim_run(main())
+    lines = [(record.name, record.levelname) for record in caplog.records if record.name == "market_pipeline"]
+    assert lines == [("market_pipeline", "WARNING"), ("market_pipeline", "INFO")]
+    assert [each for each in caplog.records if "aiokafka" in each.name and each.levelno >= logging.WARNING] == []
+
+
+def test_market_kafka_what_is_on_its_way_to_the_spool_is_not_overtaken(
+    market_kafka_module: mt.Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, go, write = market_kafka_module.address, threading.Event(), Spool._write
+
+    def slow(self: Spool, name: str, line: bytes, data: bytes) -> None:
+        assert go.wait(PRIM_PATIENCE)
+        write(self, name, line, data)
+
+    monkeypatch.setattr(Spool, "_write", slow)
+
+    async def main() -> None:
+        async with market_kafka_open(
+            address, prefix="h.", spool=tmp_path / "spool", buffer=100, spool_after=60, linger=0.1
+        ) as publisher:
+            await publisher.trades(market_kafka_trades(0, 100, 1))
+            task = asyncio.create_task(publisher.trades(market_kafka_trades(100, 200, 1)))
+            await prim_until_async(lambda: publisher._moving == 100)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await publisher.trades(market_kafka_trades(100, 200, 1))
+            await asyncio.sleep(0.3)
+            assert market_kafka_balanced(publisher).trades == mk.Counts(200, 0, 0, 200, 0, 0, 0)
+            go.set()
+            await publisher.flush()
+        assert await market_kafka_ids(address, "h.trades") == list(range(200))
+
+    try:
+        prim_run(main())
+    finally:
+        go.set()
+
+
+def test_market_kafka_frozen_for_longer_than_its_limits_each_record_comes_once(
+    market_kafka_broker: mt.Broker, tmp_path: Path
+) -> None:
+    broker = market_kafka_broker
+
+    async def main() -> None:
+        async with market_kafka_open(
+            broker.address, buffer=500, spool=tmp_path / "spool", spool_after=0.1, request_timeout=0.2
+        ) as publisher:
+            await publisher.trades(market_kafka_trades(0, 100))
+            await publisher.flush()
+            broker.freeze()
+            for n in range(100, 1500, 10):
+                await publisher.trades(market_kafka_trades(n, n + 10))
+                market_kafka_balanced(publisher)
+                await asyncio.sleep(0.003)
+            stats = market_kafka_balanced(publisher)
+            assert stats.state == "away" and stats.trades.published == 100 and stats.trades.spooled > 900
+            broker.thaw()
+            await publisher.flush()
+            assert market_kafka_balanced(publisher).trades == mk.Counts(1500, 0, 1500, 0, 0, 0, 0)
+            assert publisher.stats().connects == 1
+        assert await market_kafka_ids(broker.address) == list(range(1500))
+
+    prim_run(main())
+
+
+def test_market_kafka_stopped_and_restarted_under_load_each_record_comes_once(
+    market_kafka_broker: mt.Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what this broker acknowledges after it has saved its data: it gives the same offsets again."""
+    broker = market_kafka_broker
+    owners: dict[tuple[int, int], int] = {}
+    forgotten = set[int]()
+    send = AIOKafkaProducer.send_batch
+    build = mk._Link._build
+    rows_of: dict[int, list[mt.Row]] = {}
+
+    def built(self: mk._Link, producer: Any, rows: list[mt.Row]) -> Any:
+        lanes = build(self, producer, rows)
+        rows_of.update((id(piece.batch), piece.rows) for pieces in lanes.values() for piece in pieces)
+        return lanes
+
+    async def sent(self: Any, batch: Any, topic: str, *, partition: int) -> Any:
+        future, rows = await send(self, batch, topic, partition=partition), rows_of[id(batch)]
+
+        def acknowledged(done: asyncio.Future[Any]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                for place, row in enumerate(rows, done.result().offset):
+                    if (partition, place) in owners:
+                        forgotten.add(owners[partition, place])
+                    owners[partition, place] = int(mt.decode(row.value).trade_id)
+
+        future.add_done_callback(acknowledged)
+        return future
+
+    monkeypatch.setattr(mk._Link, "_build", built)
+    monkeypatch.setattr(AIOKafkaProducer, "send_batch", sent)
+
+    async def main() -> None:
+        async with market_kafka_open(
+            broker.address, buffer=1000, spool=tmp_path / "spool", spool_after=0.1, request_timeout=0.3
+        ) as publisher:
+
+            async def load() -> None:
+                for n in range(0, 3000, 10):
+                    await publisher.trades(market_kafka_trades(n, n + 10))
+                    market_kafka_balanced(publisher)
+                    await asyncio.sleep(0.001)
+
+            task = asyncio.create_task(load())
+            for at in (500, 1500):
+                await prim_until_async(lambda at=at: publisher.stats().trades.accepted >= at)  # type: ignore[misc]
+                await asyncio.to_thread(broker.stop)
+                await asyncio.sleep(0.2)
+                await asyncio.to_thread(broker.start)
+            await task
+            await publisher.flush()
+            assert market_kafka_balanced(publisher).trades == mk.Counts(3000, 0, 3000, 0, 0, 0, 0)
+        ids = await market_kafka_ids(broker.address)
+        assert len(ids) == len(set(ids)) and set(range(3000)) - set(ids) <= forgotten and len(owners) >= len(ids)
+
+    prim_run(main())
+
+
+@pytest.mark.parametrize("how", ["absent", "frozen"])
+def test_market_kafka_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
+    market_kafka_broker: mt.Broker, tmp_path: Path, how: str
+) -> None:
+    broker, spool = market_kafka_broker, tmp_path / "spool"
+
+    async def main() -> None:
+        async with market_kafka_open(broker.address, spool=spool, request_timeout=5) as publisher:
+            await publisher.trades(market_kafka_trades(0, 100))
+            await publisher.flush()
+            broker.freeze() if how == "frozen" else broker.stop()
+            await publisher.trades(market_kafka_trades(100, 200))
+            await prim_until_async(lambda: len(publisher._flying) == 100)
+            await asyncio.sleep(0.05)
+            await publisher.trades(market_kafka_trades(200, 5200))
+            publisher.analytics([{"symbol": "A"}])
+            begun = time.monotonic()
+            assert await publisher.stop(0.2) == 0
+            assert time.monotonic() - begun < 1.5
+            stats = market_kafka_balanced(publisher)
+            assert stats.trades == mk.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
+            with pytest.raises(mk.Closed):
+                await publisher.trades(market_kafka_trades(1, 2))
+            with pytest.raises(mk.Closed):
+                await publisher.flush()
+        broker.thaw() if how == "frozen" else broker.start()
+        async with market_kafka_open(broker.address, spool=spool) as publisher:
+            assert market_kafka_balanced(publisher).trades[:2] == (0, 5100)
+            other = mk.Publisher(broker.address, spool=spool)
+            with pytest.raises(SpoolInUse):
+                await other.start()
+            await publisher.trades(market_kafka_trades(5200, 5300))
+            await publisher.flush()
+            assert market_kafka_balanced(publisher).trades == mk.Counts(100, 5100, 5200, 0, 0, 0, 0)
+        if how == "absent":
+            assert await market_kafka_ids(broker.address) == list(range(5300))
+        else:  # what was under way when it was left may come twice
+            found = await market_kafka_read(broker.address, "trades")
+            ids = [int(mt.decode(each.value).trade_id) for records in found.values() for each in records]
+            assert set(ids) == set(range(5300)) and len(ids) <= 5400
+
+    prim_run(main())
+
+
+def test_market_kafka_a_stop_with_nowhere_to_go_says_what_is_lost(
+    market_kafka_broker: mt.Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = market_kafka_broker
+    broker.freeze()
+
+    async def main() -> None:
+        async with market_kafka_open(broker.address, request_timeout=5) as publisher:
+            await publisher.trades(market_kafka_trades(0, 3000))
+            await asyncio.sleep(0.05)
+            stop = asyncio.create_task(publisher.stop(60))
+            await asyncio.sleep(0.05)
+            stop.cancel()
+            begun = time.monotonic()
+            with pytest.raises(asyncio.CancelledError):
+                await stop
+            await prim_until_async(lambda: publisher.stats().state == "closed")
+            assert time.monotonic() - begun < 1.5
+            assert market_kafka_balanced(publisher).trades == mk.Counts(3000, 0, 0, 0, 0, 3000, 0)
+        never = mk.Publisher(broker.address)
+        assert never.offer(market_kafka_trades(0, 5)) and await never.stop() == 5
+        market_kafka_balanced(never)
+
+    prim_run(main())
+    assert "3000 trades and dead letters could be neither published nor spooled" in caplog.text
+
+
+MARKET_KAFKA_PROGRAM = """
+import asyncio, sys
+from pathlib import Path
+import market_kafka as mk
+import test_part as t
+
+async def main():
+    publisher = mk.Publisher(sys.argv[1], buffer=200, spool=Path(sys.argv[2]), partitions=3, spool_after=0.05)
+    await publisher.start()
+    await publisher.trades(t.market_kafka_trades(0, 2000))
+    await t.prim_until_async(lambda: publisher.stats().trades.spooled == 2000)
+    print("spooled", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_market_kafka_what_a_killed_process_had_spooled_the_next_one_publishes(
+    market_kafka_broker: mt.Broker, tmp_path: Path
+) -> None:
+    broker, spool = market_kafka_broker, tmp_path / "spool"
+    broker.stop()
+    program = MARKET_KAFKA_PROGRAM.replace("test_part", Path(__file__).stem)
+    command = [sys.executable, "-c", program, broker.address, str(spool)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"spooled\n"
+        process.send_signal(signal.SIGKILL)
+    broker.start()
+
+    async def main() -> None:
+        async with market_kafka_open(broker.address, spool=spool) as publisher:
+            assert publisher.stats().trades.recovered == 2000
+            await publisher.trades(market_kafka_trades(2000, 2100))
+            await publisher.flush()
+            assert market_kafka_balanced(publisher).trades == mk.Counts(100, 2000, 2100, 0, 0, 0, 0)
+        assert await market_kafka_ids(broker.address) == list(range(2100))
+
+    prim_run(main())
+
+
+def test_market_kafka_a_full_spool_blocks_and_a_damaged_one_is_counted(
+    market_kafka_broker: mt.Broker, tmp_path: Path
+) -> None:
+    broker, spool = market_kafka_broker, tmp_path / "spool"
+    broker.stop()
+
+    async def main() -> None:
+        options: dict[str, Any] = {"spool": spool, "buffer": 100, "spool_after": 0.05}
+        async with market_kafka_open(broker.address, 0.1, spool_bytes=100_000, **options) as publisher:
+            task = asyncio.create_task(publisher.trades(market_kafka_trades(0, 1000)))
+            await prim_until_async(lambda: Spool.stats(publisher._spool).refused > 0)  # type: ignore[arg-type]
+            counts = market_kafka_balanced(publisher).trades
+            assert 0 < counts.spooled < 500 and counts.held == 100 and not task.done()
+            task.cancel()
+            accepted = counts.accepted
+        assert 0 < market_kafka_balanced(publisher).trades.dropped <= 100
+        files = sorted(spool.glob("*.batch"))
+        rows = [json.loads(file.read_bytes().split(b"\n")[0])["rows"] for file in files]
+        async with market_kafka_open(broker.address, **options) as publisher:
+            files[1].write_bytes(b"rubbish")
+            broker.start()
+            await publisher.flush()
+            counts = market_kafka_balanced(publisher).trades
+            assert counts == mk.Counts(0, sum(rows), sum(rows) - rows[1], 0, 0, 0, rows[1])
+        first = sum(rows[:1])
+        assert await market_kafka_ids(broker.address) == [*range(first), *range(first + rows[1], sum(rows))]
+        assert sum(rows) <= accepted
+
+    prim_run(main())
+
+
+def test_market_kafka_dead_letters_are_committed_after_what_came_of_them(market_kafka_module: mt.Broker) -> None:
+    address = market_kafka_module.address
+
+    async def main() -> None:
+        tasks = asyncio.all_tasks()
+        async with market_kafka_open(address, prefix="e.", partitions=1) as publisher:
+            for n in range(10):
+                await publisher.dead("okx", "bad", str(n).encode(), MARKET_KAFKA_NOW + n)
+            await publisher.flush()
+
+            async def left_early() -> int:
+                letters = mt.dead_letters(address, prefix="e.", group="again")
+                async for letter in letters:
+                    await letters.aclose()  # type: ignore[attr-defined]
+                    return int(letter.raw)
+                return -1
+
+            assert [await left_early() for _ in range(2)] == [0, 0]
+            flushed: list[int] = []
+
+            async def flush() -> None:
+                await publisher.flush()
+                flushed.append(publisher.stats().trades.published)
+
+            found = list[int]()
+            async for letter in mt.dead_letters(address, prefix="e.", group="again", before_commit=flush):
+                found.append(int(letter.raw))
+                await publisher.trades([market_kafka_trade(len(found))])
+            assert found == list(range(10)) and flushed[-1] == 20
+            assert [letter async for letter in mt.dead_letters(address, prefix="e.", group="again")] == []
+            assert len([letter async for letter in mt.dead_letters(address, prefix="e.")]) == 10
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == tasks
+        with pytest.raises(TimeoutError):
+            _ = [letter async for letter in mt.dead_letters("127.0.0.1:1", limit=0.2)]
+        assert logging.getLogger("aiokafka").handlers == []
+
+    prim_run(main())
+
+
+def test_market_kafka_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
+    market_kafka_module: mt.Broker,
+) -> None:
+    address = market_kafka_module.address
+
+    async def take(group: mt.Group, n: int) -> mt.Taken:
+        trades, again, dead = list[Trade](), list[Trade](), list[mt.DeadLetter]()
+        deadline = time.monotonic() + PRIM_PATIENCE
+        while len(trades) + len(dead) < n:
+            assert time.monotonic() < deadline
+            taken = await group.take(0.05, 100)
+            trades += taken.trades
+            again += taken.again
+            dead += taken.dead
+        return mt.Taken(trades, again, dead)
+
+    async def main() -> None:
+        tasks, files = asyncio.all_tasks(), psutil.Process().num_fds()
+        async with market_kafka_open(address, prefix="f.", partitions=1) as publisher:
+            await publisher.trades(market_kafka_trades(0, 1000, 1))
+            await publisher.flush()
+            first = mt.Group(address, prefix="f.")
+            await first.start()
+            taken = await take(first, 1000)
+            assert (
+                [int(trade.trade_id) for trade in taken.trades] == list(range(1000))
+                and not taken.again
+                and not taken.dead
+            )
+            assert await first.commit()
+            await publisher.trades(market_kafka_trades(1000, 1100, 1))
+            await publisher.flush()
+            assert len((await take(first, 100)).trades) == 100  # not committed: a death here
+            assert first.stats().partitions == (0,) and first.stats().commits == 1
+            await first.stop()
+            link = publisher._link
+            await link.publish([mt.Row("f.trades", b"x", b"rubbish", MARKET_KAFKA_NOW // 1_000_000 + 1100, [])])
+            second = mt.Group(address, prefix="f.", look_back=0.1)
+            await second.start()
+            taken = await take(second, 101)
+            assert [int(trade.trade_id) for trade in taken.trades] == list(range(1000, 1100))
+            assert [int(trade.trade_id) for trade in taken.again] == list(range(899, 1000))
+            assert [letter.raw for letter in taken.dead] == [b"rubbish"]
+            assert second.stats().again == 101
+            assert await second.commit()
+            await second.stop()
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == tasks and psutil.Process().num_fds() <= files
+
+    prim_run(main())
+
+
+def test_market_kafka_a_member_that_leaves_hands_its_partitions_over_with_all_done(
+    market_kafka_module: mt.Broker,
+) -> None:
+    address = market_kafka_module.address
+
+    async def main() -> None:
+        async with market_kafka_open(address, prefix="g.", partitions=4) as publisher:
+            seen: dict[str, list[int]] = {"a": [], "b": []}
+            revoked: list[frozenset[int]] = []
+
+            async def told(partitions: frozenset[int]) -> None:
+                revoked.append(partitions)
+
+            async def member(name: str, group: mt.Group) -> None:
+                while True:
+                    seen[name] += [int(trade.trade_id) for trade in (await group.take(0.02)).trades]
+
+            a = mt.Group(address, "shared", prefix="g.", revoked=told, heartbeat=0.05)
+            b = mt.Group(address, "shared", prefix="g.", heartbeat=0.05)
+            with pytest.raises(TimeoutError, match="no topic"):
+                await a.start(0.05)
+            await publisher.trades(market_kafka_trades(0, 1000, 20))
+            await a.start()
+            members = [asyncio.create_task(member("a", a))]
+            await prim_until_async(lambda: len(seen["a"]) == 1000)
+            assert await a.commit() and not revoked
+            await b.start()
+            members.append(asyncio.create_task(member("b", b)))
+            await prim_until_async(lambda: len(a.stats().partitions) == len(b.stats().partitions) == 2)
+            assert revoked == [{0, 1, 2, 3}]
+            await publisher.trades(market_kafka_trades(1000, 2000, 20))
+            await prim_until_async(lambda: len(seen["a"]) + len(seen["b"]) == 2000)
+            assert len(seen["b"]) > 100 and sorted(seen["a"] + seen["b"]) == list(range(2000))
+            assert await a.commit() and await b.commit()
+            for task in members:
+                task.cancel()
+            await asyncio.gather(*members, return_exceptions=True)
+            await a.stop()
+            await b.stop()
+
+    prim_run(main())
+
+
+def test_market_kafka_aiokafka_is_heard_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
+    now = [1000.0]
+    quiet = mt.Quiet(lambda: now[0])
+    noise = logging.getLogger("aiokafka.conn")
+    with caplog.at_level(logging.INFO):
+        quiet.enter()
+        quiet.enter()
+        for n in range(50):
+            noise.warning("away %d", n)
+            noise.info("no matter")
+        quiet.leave()
+        now[0] += mt.QUIET_FOR
+        noise.error("still away")
+        quiet.well()
+        quiet.well()
+        noise.error("away again")
+        quiet.leave()
+        noise.error("heard by all")
+    assert [record.getMessage() for record in caplog.records] == [
+        *("kafka: away 0", "kafka: still away (49 more lines were held back)"),
+        *("kafka: answers again (0 lines were held back)", "kafka: away again", "heard by all"),
+    ]
+
+
+def test_market_kafka_the_broker_for_development_keeps_its_port_and_data_and_follows_a_killed_life(
+    tmp_path: Path,
+) -> None:
+    broker = mt.Broker(tmp_path)
+    broker.kill()
+    broker.stop()
+    address = broker.start()
+    assert broker.start() == address and broker.running
+    pid = broker._process.pid  # type: ignore[union-attr]
+    next_life = mt.Broker(tmp_path)
+    assert next_life.start() != address and psutil.pid_exists(pid)  # a zombie until the first one looks
+    assert not broker.running
+    next_life.freeze()
+    next_life.stop()
+    assert not next_life.running
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = mt.Broker(tmp_path, taken.getsockname()[1])
+        with pytest.raises(OSError, match="exit code"):
+            busy.start()
+        assert not busy.running
+
+
+# ------------------------------------------------------------------------------------------------ market_pipeline.py
+
+MARKET_PIPELINE_SYMBOLS = ("BTC-USD", "ETH-USD", "SOL-USD")
+MARKET_PIPELINE_FEEDS = {"base": 0.02, "cap": 0.05, "healthy_after": 0.2, "ping_every": 0.3, "pong_within": 0.6}
+
+
+@pytest.fixture(scope="module")
+def market_pipeline_broker() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder, Broker(Path(folder)) as broker:
+        yield broker.address
+
+
+def market_pipeline_options(kafka: str, prefix: str, folder: Path, **more: Any) -> market_flow.Options:
+    exchanges = more.pop("them", None)
+    if exchanges is not None:
+        more |= {"urls": exchanges.urls, "exchanges": more.get("exchanges", tuple(exchanges.urls))}
+    more = {"spool": str(folder / "spool"), "workers": 1, "partitions": 3, **more}
+    return market_flow.Options(kafka=kafka, prefix=f"{prefix}-", **more)
+
+
+@contextlib.asynccontextmanager
+async def market_pipeline_running(program: Base, code: int = 0) -> AsyncIterator[None]:
+    """While it runs, its counts balance; afterwards it is stopped, and nothing is left of it."""
+    task = asyncio.create_task(program.run())
+    try:
+        yield
+        assert not task.done(), task
+        program.stop()
+        assert await asyncio.wait_for(task, PRIM_PATIENCE) == code
+        counts = program.snapshot()
+        assert md.imbalance(counts) == counts.faults == counts.queued == counts.waiting == 0, counts
+    finally:
+        for _ in range(2):
+            program.stop()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def market_pipeline_read(kafka: str, topic: str) -> list[Any]:
+    consumer = AIOKafkaConsumer(topic, bootstrap_servers=kafka, auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        found, places = list[Any](), list(consumer.assignment())
+        ends = await consumer.end_offsets(places)
+        while [place for place in places if await consumer.position(place) < ends[place]]:
+            for records in (await consumer.getmany(timeout_ms=50)).values():
+                found += records
+        return found
+    finally:
+        await consumer.stop()
+
+
+async def market_pipeline_trades(kafka: str, prefix: str) -> list[mf.Trade]:
+    """All trades of the topic; each symbol's are in one partition, under its key."""
+    records, places = await market_pipeline_read(kafka, f"{prefix}-trades"), dict[str, int]()
+    for record in records:
+        symbol = decode(record.value).symbol
+        assert record.key == symbol.encode() and places.setdefault(symbol, record.partition) == record.partition
+        assert dict(record.headers) == {"schema": b"1"}
+    return [decode(record.value) for record in records]
+
+
+def market_pipeline_live(trades: list[mf.Trade], exchange: str) -> dict[str, list[str]]:
+    """The ids of the trades that were not in a snapshot, by symbol."""
+    found = dict[str, list[str]]()
+    for trade in trades:
+        if trade.exchange == exchange and "snapshot" not in trade.flags:
+            found.setdefault(trade.symbol, []).append(trade.trade_id)
+    return found
+
+
+def market_pipeline_sent(them: Exchanges, exchange: str) -> dict[str, list[str]]:
+    """What it sent, by our symbols."""
+    ours = {mf.ADAPTERS[exchange].native(symbol): symbol for symbol in MARKET_PIPELINE_SYMBOLS}
+    return {ours[native]: ids for native, ids in them.sent_ids(exchange).items() if ids}
+
+
+async def market_pipeline_arrived(them: Exchanges, program: Base, kafka: Callable[[Any], bool] | None = None) -> None:
+    """All that was sent is with us, and, unless ``kafka`` says otherwise, published."""
+
+    def there() -> bool:
+        counts = program.snapshot()
+        assert md.imbalance(counts) == counts.faults == 0, counts
+        sent = sum(each.sent for each in them.stats().values())
+        return counts.trades >= sent and (kafka or market_pipeline_published)(counts)
+
+    await prim_until_async(there)
+
+
+def market_pipeline_published(counts: Any) -> bool:
+    return bool(counts.published.published == counts.trades + counts.letters and not counts.queued)
+
+
+async def market_pipeline_live_feeds(program: Base, *but: str) -> None:
+    def all_live() -> bool:
+        feeds = program.snapshot().feeds
+        return all(feed.state == "live" for name, feed in feeds.items() if name not in but)
+
+    await prim_until_async(all_live)
+
+
+def test_market_pipeline_every_trade_of_ten_exchanges_is_in_kafka_once(
+    market_pipeline_broker: str, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        with Exchanges(ledger=True, history=5) as them:
+            pipeline = Pipeline(market_pipeline_options(market_pipeline_broker, "once", tmp_path, them=them))
+            async with market_pipeline_running(pipeline):
+                await market_pipeline_live_feeds(pipeline)
+                for _ in range(5):
+                    await asyncio.to_thread(them.emit, 4)
+                await market_pipeline_arrived(them, pipeline)
+                counts = pipeline.snapshot()
+                assert counts.offered == counts.computed == counts.trades and not counts.letters
+                await asyncio.to_thread(them.emit, 1)  # is on its way when the stop comes
+                sent = {name: market_pipeline_sent(them, name) for name in them.urls}
+            trades = await market_pipeline_trades(market_pipeline_broker, "once")
+            assert len(trades) == pipeline.snapshot().trades
+            for name, ids in sent.items():
+                assert market_pipeline_live(trades, name) == ids and all(len(each) == 21 for each in ids.values())
+            assert all(stats.closes == (1000,) and not stats.open for stats in them.stats().values())
+        rows = await market_pipeline_read(market_pipeline_broker, "once-analytics")
+        assert len(rows) == pipeline.snapshot().rows.published
+        last = dict[tuple[str, str], Any]()
+        for record in rows:
+            row = orjson.loads(record.value)
+            assert record.key == row["symbol"].encode()
+            last[row["symbol"], row["exchange"]] = row
+        assert len(last) == 33 and set(them.urls) | {"*"} == {exchange for _, exchange in last}
+        for symbol, count in Counter(trade.symbol for trade in trades).items():  # the stop tells what was not due yet
+            assert last[symbol, "*"]["trades"]["300"] == count
+        everything = last["BTC-USD", "*"]
+        assert everything["volatility"].keys() == {"10", "60", "300"} and everything["spread"] > 0
+
+    prim_run(main())
+
+
+def test_market_pipeline_an_exchange_that_fails_does_not_hold_up_the_others(
+    market_pipeline_broker: str, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        with Exchanges(ledger=True, history=0) as them:
+            options = market_pipeline_options(market_pipeline_broker, "fails", tmp_path, them=them)
+            pipeline = Pipeline(options, feed_options=MARKET_PIPELINE_FEEDS)
+            async with market_pipeline_running(pipeline):
+                await market_pipeline_live_feeds(pipeline)
+                await asyncio.to_thread(them.emit, 2)
+                await market_pipeline_arrived(them, pipeline)
+                faults: list[tuple[str, Fault]] = [("kraken", "close"), ("okx", "reset"), ("gemini", "stall")]
+                faults += [("bybit", "half"), ("binance", "not json"), ("binance", "wrong types")]
+                for exchange, fault in [*faults, ("binance", "unknown"), ("binance", "gap")]:
+                    await asyncio.to_thread(them.fault, exchange, fault)
+                them.door("kraken", "503")
+                await asyncio.to_thread(them.emit, 3)
+                away = {"kraken", "okx", "gemini", "bybit"}
+                others = set(them.urls) - away
+
+                def on() -> bool:
+                    feeds = pipeline.snapshot().feeds
+                    return all(feeds[name].trades >= 15 for name in others) and feeds["binance"].bad == 3
+
+                await prim_until_async(on)
+                counts = pipeline.snapshot()
+                assert md.health(counts)[1]["status"] == "degraded" and counts.letters >= 3
+                assert counts.feeds["binance"].gaps >= 1
+                them.door("kraken", "open")
+                await market_pipeline_live_feeds(pipeline)
+                assert all(pipeline.snapshot().feeds[name].reconnects >= 1 for name in away - {"gemini"})
+                await prim_until_async(lambda: pipeline.snapshot().feeds["gemini"].reconnects == 1)
+                await market_pipeline_live_feeds(pipeline)
+                await asyncio.to_thread(them.emit, 1)
+                await prim_until_async(lambda: market_pipeline_published(pipeline.snapshot()))
+            trades = await market_pipeline_trades(market_pipeline_broker, "fails")
+            for name in others - {"binance"}:
+                assert market_pipeline_live(trades, name) == market_pipeline_sent(them, name)
+            for name in away:
+                found = market_pipeline_live(trades, name)
+                assert all(len(ids) == len(set(ids)) for ids in found.values())
+                assert {ids[-1] for ids in found.values()} <= {
+                    ids[-1] for ids in market_pipeline_sent(them, name).values()
+                }
+        letters = await market_pipeline_read(market_pipeline_broker, "fails-dead-letter")
+        said = [dict(record.headers) for record in letters if dict(record.headers)["exchange"] == b"binance"]
+        assert len(said) == 3 and all(head["error"] and head["at_ns"] and b"asked" in head["context"] for head in said)
+
+    prim_run(main())
+
+
+def test_market_pipeline_broker_frozen_stopped_and_started_again(tmp_path: Path) -> None:
+    broker = Broker(tmp_path / "broker")
+
+    async def main() -> None:
+        with Exchanges(ledger=True, history=0) as them:
+            options = market_pipeline_options(f"127.0.0.1:{broker.port}", "away", tmp_path, them=them, spool_after=0.2)
+            pipeline = Pipeline(options)
+
+            async def more(n: int, kafka: Callable[[Any], bool] | None = None) -> None:
+                for _ in range(n):
+                    await asyncio.to_thread(them.emit, 3)
+                await market_pipeline_arrived(them, pipeline, kafka)
+
+            async with market_pipeline_running(pipeline):
+                await market_pipeline_live_feeds(pipeline)
+                await more(2)
+                broker.freeze()
+                try:
+                    await more(3, lambda counts: counts.published.spooled > 0 and not counts.queued)
+                    assert md.health(pipeline.snapshot())[1]["status"] == "degraded"
+                finally:
+                    broker.thaw()
+                await more(1)
+                await asyncio.to_thread(broker.stop)
+                await more(3, lambda counts: counts.published.spooled > 0 and not counts.queued)
+                await asyncio.to_thread(broker.start)
+                await more(1)
+                await prim_until_async(lambda: md.health(pipeline.snapshot())[1]["status"] == "ok")
+            trades = await market_pipeline_trades(broker.address, "away")
+            for name in them.urls:
+                assert market_pipeline_live(trades, name) == market_pipeline_sent(them, name)
+            assert pipeline.snapshot().published.spooled == 0
+
+    broker.start()
+    try:
+        prim_run(main())
+    finally:
+        broker.stop()
+
+
+def test_market_pipeline_a_worker_that_is_killed_costs_nothing(market_pipeline_broker: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        with Exchanges(rate=500, history=0) as them:
+            options = market_pipeline_options(market_pipeline_broker, "worker", tmp_path, them=them)
+            pipeline = Pipeline(options)
+            async with market_pipeline_running(pipeline):
+                await prim_until_async(lambda: pipeline.snapshot().computed > 100)
+                (worker,) = pipeline.snapshot().workers
+                os.kill(worker, signal.SIGKILL)
+                before = pipeline.snapshot().computed
+                await prim_until_async(lambda: pipeline.snapshot().computed > before + 200)
+            counts = pipeline.snapshot()
+            assert counts.worker_deaths == 1 and counts.workers != (worker,)
+            assert counts.offered == counts.computed == counts.trades == counts.published.published
+            assert not psutil.pid_exists(worker)
+
+    prim_run(main())
+
+
+def test_market_pipeline_dead_letters_are_replayed_by_the_mended_parser(
+    market_pipeline_broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise mf.BadFrame("a fault of ours")
+
+    async def replayed(**more: Any) -> Replayer:
+        options = market_pipeline_options(market_pipeline_broker, "dead", tmp_path, group="again", **more)
+        replayer, flushed = Replayer(options), list[int]()
+        flush = replayer.publisher.flush
+
+        async def flushing() -> None:
+            await flush()
+            flushed.append(replayer.publisher.stats().trades.published)
+
+        monkeypatch.setattr(replayer.publisher, "flush", flushing)
+        assert await asyncio.wait_for(replayer.run(), PRIM_PATIENCE) == 0
+        counts = replayer.snapshot()
+        assert md.imbalance(counts) == 0
+        if not options.dry_run:  # before the offsets are committed
+            assert flushed and flushed[-1] == counts.trades + counts.letters
+        return replayer
+
+    async def main() -> None:
+        with Exchanges(ledger=True, history=0, exchanges=("bitfinex", "okx")) as them:
+            pipeline = Pipeline(market_pipeline_options(market_pipeline_broker, "dead", tmp_path, them=them))
+            async with market_pipeline_running(pipeline):
+                await market_pipeline_live_feeds(pipeline)
+                with monkeypatch.context() as patch:
+                    patch.setattr(mf.ADAPTERS["bitfinex"].__class__, "_item", broken)
+                    await asyncio.to_thread(them.emit, 3)
+                    await prim_until_async(lambda: pipeline.snapshot().letters == 9)
+                await asyncio.to_thread(them.fault, "okx", "not json")
+                await prim_until_async(lambda: pipeline.snapshot().letters == 10)
+                sent = market_pipeline_sent(them, "bitfinex")
+        trades = await market_pipeline_trades(market_pipeline_broker, "dead")
+        assert len(trades) == 9 and market_pipeline_live(trades, "bitfinex") == {}
+        dry = await replayed(dry_run=True)
+        assert (dry.read, dry.found, dry.failed) == (10, 9, 1)
+        first = await replayed()
+        assert (first.read, first.found, first.failed) == (10, 9, 1)
+        assert re.search(r"bitfinex +parsed +9 +a fault of ours\n", first.report() + "\n")
+        assert first.report().endswith("10 dead letters: 9 parsed, with 9 trades; 1 still bad")
+        trades = await market_pipeline_trades(market_pipeline_broker, "dead")
+        found = {symbol: sorted(ids) for symbol, ids in market_pipeline_live(trades, "bitfinex").items()}
+        assert found == {symbol: sorted(ids) for symbol, ids in sent.items()} and len(trades) == 18
+        again = await replayed()
+        assert (again.read, again.found, again.failed) == (1, 0, 1)  # the one that is still bad, for the next time
+
+    prim_run(main())
+
+
+def market_pipeline_trade(n: int, symbol: str) -> mf.Trade:
+    now = time.time_ns()
+    return mf.Trade("kraken", symbol, "100.5", "1", 100.5 + n % 7, 1.0, "buy", str(n), now, now, n, "")
+
+
+def test_market_pipeline_two_analysers_share_the_symbols(market_pipeline_broker: str, tmp_path: Path) -> None:
+    symbols = [f"S{n}-USD" for n in range(8)]
+
+    async def main() -> None:
+        options = market_pipeline_options(market_pipeline_broker, "share", tmp_path, group="share", partitions=4)
+        publisher = Publisher(market_pipeline_broker, prefix="share-", partitions=4)
+        await publisher.start()
+        sent = 0
+
+        async def publish(n: int) -> None:
+            nonlocal sent
+            await publisher.trades([market_pipeline_trade(sent + k, symbols[k % 8]) for k in range(n)])
+            await publisher.flush()
+            sent += n
+
+        try:
+            await publish(80)
+            first, second = (Analyser(options, group_options={"heartbeat": 0.1}) for _ in range(2))
+            async with market_pipeline_running(first):
+                await prim_until_async(lambda: first.snapshot().computed == 80 and first.snapshot().commits > 0)
+                async with market_pipeline_running(second):
+
+                    def shared() -> bool:
+                        owned = [each.snapshot().partitions or () for each in (first, second)]
+                        return all(owned) and sorted(owned[0] + owned[1]) == [0, 1, 2, 3]
+
+                    await prim_until_async(shared)
+                    await publish(160)
+                    await prim_until_async(lambda: first.snapshot().computed + second.snapshot().computed >= 240)
+                    assert second.snapshot().computed > 0 and first.snapshot().computed > 80
+                await prim_until_async(lambda: first.snapshot().partitions == (0, 1, 2, 3))
+                await publish(80)
+                await prim_until_async(lambda: first.snapshot().computed + second.snapshot().computed >= 320)
+            assert first.snapshot().computed + second.snapshot().computed == 320  # each once, as nobody died
+            rows = [
+                orjson.loads(r.value) for r in await market_pipeline_read(market_pipeline_broker, "share-analytics")
+            ]
+            assert {row["symbol"] for row in rows} == set(symbols)
+            assert len(rows) == sum(each.snapshot().rows.published for each in (first, second))
+            last = {row["symbol"]: row for row in rows if row["exchange"] == "*"}
+            totals = {symbol: row["trades"]["300"] for symbol, row in last.items()}
+            assert totals == dict.fromkeys(symbols, 40)  # what the one before had taken is in the windows
+            third = Analyser(options)
+            async with market_pipeline_running(third):
+                await prim_until_async(lambda: third.snapshot().partitions == (0, 1, 2, 3))
+                await publish(8)
+                await prim_until_async(lambda: third.snapshot().computed >= 8)
+            assert third.snapshot().trades == 8
+        finally:
+            await publisher.stop()
+
+    prim_run(main())
+
+
+def test_market_pipeline_loop_is_never_held_for_50_ms(market_pipeline_broker: str, tmp_path: Path) -> None:
+    longest = [0.0]
+
+    async def measure() -> None:
+        """By the thread's own time: the machine is shared."""
+        while True:
+            begun = time.thread_time()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            longest[0] = max(longest[0], time.thread_time() - begun)
+
+    async def main() -> None:
+        with Exchanges(rate=4000, history=50) as them:
+            pipeline = Pipeline(market_pipeline_options(market_pipeline_broker, "loop", tmp_path, them=them))
+            async with market_pipeline_running(pipeline):
+                measuring = asyncio.create_task(measure())
+                await prim_until_async(lambda: pipeline.snapshot().computed > 4000)
+                assert b"market_trades_total" in await asyncio.to_thread(market_pipeline_metrics, pipeline)
+                measuring.cancel()
+            assert pipeline.snapshot().published.published == pipeline.snapshot().trades
+
+    asyncio.run(main())
+    assert 0.0 < longest[0] < 0.05
+
+
+def market_pipeline_metrics(program: Base) -> bytes:
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    registry.register(md.Exporter(program.snapshot))
+    return generate_latest(registry)
+
+
+class MarketPipelineProcess:
+    def __init__(self, *arguments: str, **environ: str) -> None:
+        self._lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "market_pipeline.py", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(market_pipeline.__file__).parent,
+            env={**os.environ, **environ},
+        )
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        self.http = ""
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._lines.append(line)
+
+    def said(self, pattern: str) -> re.Match[str]:
+        found: re.Match[str] | None = None
+
+        def looked() -> bool:
+            nonlocal found
+            found = re.search(pattern, "".join(self._lines), re.M)
+            assert found or self.process.poll() is None or self._thread.is_alive(), self._lines
+            return found is not None
+
+        prim_until(looked)
+        assert found is not None
+        return found
+
+    def get(self, path: str) -> str:
+        if not self.http:
+            self.http = self.said(r"(http://127\.0\.0\.1:[0-9]+)/metrics")[1]
+        try:
+            with urllib.request.urlopen(self.http + path, timeout=PRIM_PATIENCE) as answer:
+                return str(answer.read().decode())
+        except urllib.error.HTTPError as error:
+            with error:
+                return str(error.read().decode())
+
+    def until(self, predicate: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+
+        def looked() -> bool:
+            nonlocal found
+            found = json.loads(self.get("/health"))
+            assert found["imbalance"] == found["faults"] == 0, found
+            return predicate(found)
+
+        prim_until(looked)
+        return found
+
+    def wait(self) -> int:
+        code = self.process.wait(PRIM_PATIENCE)
+        self._thread.join(PRIM_PATIENCE)
+        return code
+
+    def close(self) -> None:
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+@contextlib.contextmanager
+def market_pipeline_process(*arguments: str, **environ: str) -> Iterator[MarketPipelineProcess]:
+    """Ended by somebody, it leaves no child."""
+    process = MarketPipelineProcess(*arguments, **environ)
+    children: list[Any] = []
+    try:
+        yield process
+        children = psutil.Process(process.process.pid).children(True) if process.process.poll() is None else []
+    finally:
+        for each in [process.process, *children]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
+        process.close()
+    assert not children, "it was to be ended"
+
+
+def market_pipeline_arguments(them: Exchanges, kafka: str, prefix: str, folder: Path) -> list[str]:
+    urls = [word for name, url in them.urls.items() for word in ("--url", f"{name}={url}")]
+    names = ["--exchanges", ",".join(them.urls), "--workers", "1", "--http", "127.0.0.1:0"]
+    return [*urls, *names, "--kafka", kafka, "--prefix", f"{prefix}-", "--spool", str(folder / "spool")]
+
+
+def market_pipeline_all_live(found: dict[str, Any]) -> bool:
+    return all(feed["state"] == "live" for feed in found["feeds"].values())
+
+
+def test_market_pipeline_sigterm_publishes_all_and_a_second_one_spools_it(tmp_path: Path) -> None:
+    names = ("kraken", "okx", "bitfinex")
+    with Broker(tmp_path / "broker") as broker, Exchanges(ledger=True, history=0, exchanges=names) as them:
+        arguments = market_pipeline_arguments(them, broker.address, "term", tmp_path)
+        with market_pipeline_process(*arguments) as process:
+            process.until(market_pipeline_all_live)
+            them.emit(10)
+            process.until(lambda found: found["published"]["published"] == found["computed"] == 90 and found["symbols"])
+            metrics = process.get("/metrics")
+            assert 'market_exchange_trades_total{exchange="okx"} 30.0' in metrics
+            assert re.search(r'market_symbol_last\{symbol="BTC-USD"\} [0-9.]+', metrics)
+            children = psutil.Process(process.process.pid).children(True)
+            them.emit(1)
+            process.process.send_signal(signal.SIGTERM)
+            assert process.wait() == 0
+            process.said(r"trades 99 \+ dead letters 0 = published 99 \+ left in the spool 0 \+ lost 0; analytics")
+            prim_until(lambda: not any(child.is_running() for child in children))  # one only sees that we are gone
+            assert [stats.closes for stats in them.stats().values()] == [(1000,)] * 3
+        with market_pipeline_process(*arguments, "--stop-limit", "60", "--spool-after", "0.2") as process:
+            process.until(market_pipeline_all_live)
+            them.emit(1)
+            process.until(lambda found: found["published"]["published"] == 9)
+            broker.freeze()
+            try:
+                them.emit(10)
+                process.until(lambda found: found["trades"] == 99)
+                process.process.send_signal(signal.SIGTERM)
+                process.until(lambda found: found["status"] == "stopping")
+                begun = time.monotonic()
+                process.process.send_signal(signal.SIGTERM)
+                assert process.wait() == 0
+                assert time.monotonic() - begun < 10.0
+            finally:
+                broker.thaw()
+            process.said(r"= published 9 \+ left in the spool 90 \+ lost 0")
+        with market_pipeline_process(*arguments) as process:
+            process.until(lambda found: found["published"]["published"] == 90 and market_pipeline_all_live(found))
+            process.process.send_signal(signal.SIGINT)
+            assert process.wait() == 0
+            process.said(r"trades 0 \+ dead letters 0 \+ recovered 90 = published 90")
+        trades = asyncio.run(market_pipeline_trades(broker.address, "term"))
+        for name in names:  # what was under way at the second stop may be there twice
+            sent, found = market_pipeline_sent(them, name), market_pipeline_live(trades, name)
+            assert {symbol: set(ids) for symbol, ids in found.items()} == {s: set(ids) for s, ids in sent.items()}
+
+
+def test_market_pipeline_analyse_and_replay_as_commands(market_pipeline_broker: str) -> None:
+    async def fill() -> None:
+        publisher = Publisher(market_pipeline_broker, prefix="commands-", partitions=2)
+        await publisher.start()
+        await publisher.trades([market_pipeline_trade(n, "BTC-USD") for n in range(3)])
+        await publisher.dead("kraken", "cut off", '{"channel": "heart', time.time_ns())
+        await publisher.dead("kraken", "a fault of ours", '{"channel": "heartbeat"}', time.time_ns())
+        await publisher.stop()
+
+    asyncio.run(fill())
+    arguments = ("--kafka", market_pipeline_broker, "--prefix", "commands-")
+    more = ("--http", "127.0.0.1:0", "--workers", "1")
+    with market_pipeline_process("analyse", *arguments, *more) as process:
+        found = process.until(lambda found: found["computed"] == 3 and found["rows"]["published"] >= 2)
+        assert found["partitions"] == [0, 1] and found["symbols"]["BTC-USD"]["trades"] == 3
+        process.process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+        process.said(
+            r"trades taken 3, computed 3; dead letters 0 = published 0 \+ left in the spool 0 \+ lost 0; analytics"
+        )
+    with market_pipeline_process("replay", *arguments) as process:
+        assert process.process.stdout is not None
+        said = process.process.stdout.read()
+        assert process.wait() == 0
+    assert re.search(r"^kraken +still bad +1 +JSONDecodeError", said, re.M), said
+    assert re.search(r"^kraken +parsed +1 +a fault of ours$", said, re.M)
+    assert said.endswith("2 dead letters: 1 parsed, with 0 trades; 1 still bad\n")
+
+
+def test_market_pipeline_demo_on_a_terminal() -> None:
+    ours, theirs = pty.openpty()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "market_pipeline.py", "--demo", "--demo-seconds", "3", "--demo-rate", "600"]
+        environ = {**os.environ, "TMPDIR": folder, "COLUMNS": "160", "LINES": "60", "TERM": "xterm-256color"}
+        environ.pop("KAFKA_BROKERS", None)
+        shown: list[bytes] = []
+
+        def look() -> None:
+            with contextlib.suppress(OSError):
+                while chunk := os.read(ours, 1 << 16):
+                    shown.append(chunk)
+
+        looking = threading.Thread(target=look)
+        try:
+            with subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=theirs,
+                cwd=Path(market_pipeline.__file__).parent,
+                env=environ,
+            ) as process:
+                os.close(theirs)
+                looking.start()
+                output = process.communicate(timeout=2 * PRIM_PATIENCE)[0].decode()
+            looking.join(PRIM_PATIENCE)
+        finally:
+            os.close(ours)
+        assert process.returncode == 0, output
+        assert list(Path(folder).iterdir()) == []
+    screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(shown).decode())
+    sent = re.search(r"trades sent +([\d,]+) .*\nin Kafka +[\d,]+ +of ([\d,]+) live trades", output)
+    assert sent and sent[1] == sent[2] and "with a wrong key: 0\n" in output
+    assert re.search(r"^BTC-USD +[\d,]+ +[\d,.]+ ", output, re.M) and re.search(r"^binance +\d+ +1 +1 ", output, re.M)
+    assert re.search(r"^kraken( +\d+){5} +1 +\d+ ms$", output, re.M) and re.search(r"^dead letters +1$", output, re.M)
+    assert re.search(r"kraken +live +\d+ +\d+ ms", screen) and re.search(
+        r"BTC-USD +6\d,\d{3}\.\d\d .*[▁▂▃▄▅▆▇█]", screen
+    )
+    assert re.search(r"trades [\d,]+ \+ dead letters 1 = published [\d,]+ \+ left in the spool 0 \+ lost 0", screen)
+    assert re.search(
+        r"· published [\d,]+ · held [\d,]+ · spool 0 · dead letters \d · rows [\d,]+ · kafka connected", screen
+    )
+
+
+def test_market_pipeline_items_that_wait_are_counted_and_those_of_a_cancelled_call_too(tmp_path: Path) -> None:
+    async def main() -> None:
+        program = Base(market_pipeline_options("127.0.0.1:1", "full", tmp_path, buffer=10))
+        trades = [market_pipeline_trade(n, "BTC-USD") for n in range(25)]
+        program._trades = 50
+        waiting = [
+            asyncio.create_task(program._handed_over(25, lambda: program.publisher.trades(trades))) for _ in range(2)
+        ]
+        await asyncio.sleep(0.05)
+        counts = program.snapshot()
+        assert (counts.published.accepted, counts.waiting, counts.given_up) == (10, 40, 0)
+        assert md.imbalance(counts) == 0
+        waiting[0].cancel()
+        await asyncio.gather(waiting[0], return_exceptions=True)
+        counts = program.snapshot()
+        assert (counts.waiting, counts.given_up, md.imbalance(counts)) == (25, 15, 0)
+        waiting[1].cancel()
+        await asyncio.gather(waiting[1], return_exceptions=True)
+        await program.publisher.stop()
+        counts = program.snapshot()
+        assert (counts.waiting, counts.given_up, counts.published.dropped) == (0, 40, 10)
+        assert md.lost(counts) == 50 and md.imbalance(counts) == counts.faults == 0
+        program._trades += 1
+        assert md.imbalance(program.snapshot()) == 1 and program.snapshot().faults == 1
+
+    prim_run(main())
+
+
+def test_market_pipeline_a_second_stop_cuts_the_publishing_short(tmp_path: Path) -> None:
+    async def main() -> None:
+        program = Base(market_pipeline_options("127.0.0.1:1", "cut", tmp_path, spool_after=60.0), spool=True)
+        await program.publisher.start()
+        program._trades = 25
+        trades = [market_pipeline_trade(n, "BTC-USD") for n in range(25)]
+        assert await program._handed_over(25, lambda: program.publisher.trades(trades))
+        program.stop()
+        program._deadline = time.monotonic() + 60.0
+        closing = asyncio.create_task(program._close_publisher())
+        await prim_until_async(lambda: program.publisher._state == "stopping")
+        program.stop()
+        await asyncio.wait_for(closing, 10.0)
+        counts = program.snapshot()
+        assert (counts.published.spooled, counts.kafka, counts.faults, md.lost(counts)) == (25, "closed", 0, 0)
+
+    prim_run(main())
+
+
+def test_market_pipeline_computing_that_is_slow_leaves_out_the_oldest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(market_flow, "QUEUE", 100)
+
+    async def main() -> None:
+        pipeline = Pipeline(market_pipeline_options("127.0.0.1:1", "slow", tmp_path))
+        for n in range(5):
+            trades = [market_pipeline_trade(n * 50 + k, "BTC-USD") for k in range(50)]
+            assert pipeline.emit("kraken", trades) is None
+        counts = pipeline.snapshot()
+        assert (counts.offered, counts.queued, counts.skipped, counts.published.held) == (250, 100, 150, 250)
+        assert md.imbalance(counts) == 0
+        assert [trade.trade_id for trade in pipeline._queue] == [str(n) for n in range(150, 250)]
+        await pipeline.publisher.stop()
+        assert pipeline.emit("kraken", trades) is None  # too late
+        counts = pipeline.snapshot()
+        assert (counts.given_up, md.imbalance(counts)) == (50, 0)
+        await pipeline.workers.close()
+
+    prim_run(main())
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "where to"),
+        (["--kafka", "nowhere"], "--kafka: HOST:PORT"),
+        (["--kafka", "a:1", "--exchanges", "kraken,mtgox"], "there is no 'mtgox'"),
+        (["--kafka", "a:1", "--symbols", "BTC"], "not a symbol"),
+        (["--kafka", "a:1", "--symbols", ","], "must name one"),
+        (["--kafka", "a:1", "--stocks", "AAPL"], "no key is set"),
+        (["--kafka", "a:1", "--exchanges", "alpaca"], "needs --stocks"),
+        (["--kafka", "a:1", "--url", "kraken=http://x"], "--url"),
+        (["--kafka", "a:1", "--windows", "60,10"], "--windows"),
+        (["--kafka", "a:1", "--buffer", "0"], "--buffer"),
+        (["--kafka", "a:1", "--http", "x"], "--http"),
+        (["--kafka", "a:1", "--prefix", "a b"], "--prefix"),
+        (["--kafka", "a:1", "--dry-run"], "replay only"),
+        (["--kafka", "a:1", "--sasl", "PLAIN"], "KAFKA_USERNAME"),
+        (["--kafka", "a:1", "--tls", "/nowhere"], "--tls"),
+        (["analyse", "--demo"], "does not go"),
+        (["analyse", "--kafka", "a:1", "--exchanges", "kraken"], "has no feeds"),
+    ],
+)
+def test_market_pipeline_wrong_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        market_pipeline.parse_arguments(arguments, {})
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_market_pipeline_options() -> None:
+    parse = market_pipeline.parse_arguments
+    _, options = parse(
+        ["--symbols", "btc-usd,ETH-EUR", "--spool-bytes", "2G", "--windows", "5,60"], {"KAFKA_BROKERS": "a:1,b:2"}
+    )
+    assert (options.symbols, options.kafka, options.spool_bytes) == (("BTC-USD", "ETH-EUR"), "a:1,b:2", 2 << 30)
+    assert options.windows == (5, 60) and options.group == "market-analyse" and len(options.exchanges) == 10
+    assert parse(["replay", "--kafka", "a:1", "--dry-run"], {})[1].group == "market-replay"
+    key = mf.ADAPTERS["finnhub"].key_env
+    assert key is not None
+    _, options = parse(["--kafka", "a:1", "--stocks", "aapl"], {key: "k"})
+    feeds = market_flow.feeds_of(options, {key: "k"})
+    assert feeds["finnhub"][1] == ("AAPL-USD",) and feeds["kraken"][1] == options.symbols and "alpaca" not in feeds
+    login = market_flow.security(
+        dataclasses.replace(options, sasl="PLAIN", tls="system"), {"KAFKA_USERNAME": "u", "KAFKA_PASSWORD": "p"}
+    )
+    assert login["security_protocol"] == "SASL_SSL" and login["sasl_plain_password"] == "p"
+
+
+def test_market_pipeline_what_cannot_start_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with market_pipeline_process("--kafka", "127.0.0.1:1", "--spool", str(tmp_path / "file")) as process:
+        assert process.wait() == 1
+        assert re.fullmatch(r"market_pipeline: the spool .* cannot be used: .*\n", "".join(process._lines))
+
+
+def test_market_pipeline_pictures() -> None:
+    assert md.sparkline([]) == "" and md.sparkline([5.0, 5.0]) == "▁▁" and md.sparkline([1, 2, 3]) == "▁▅█"
+    assert md.price(64000.126) == "64,000.13" and md.price(0.0000123456789) == "1.23457e-05" and md.price(None) == "–"
+    assert md.latency(0.0123) == "12 ms" and md.latency(None) == "–"
+    feed = md.FeedLine("live", *(0,) * 7, None)
+    counts = md.Snapshot(kafka="connected", feeds={"kraken": feed})
+    assert md.health(counts)[0] == 200 and md.health(counts)[1]["status"] == "ok"
+    for changes, status, code in (
+        ({"kafka": "away"}, "degraded", 200),
+        ({"feeds": {"kraken": feed._replace(state="waiting")}}, "degraded", 200),
+        ({"stopping": True}, "stopping", 503),
+        ({"trades": 1}, "error", 503),
+        ({"faults": 1}, "error", 503),
+    ):
+        assert (md.health(counts._replace(**changes))[1]["status"], md.health(counts._replace(**changes))[0]) == (
+            status,
+            code,
+        )
+    whole = md.Snapshot(trades=5, letters=1, published=Counts(6, 2, 4, 1, 2, 1, 0), skipped=1, offered=1)
+    assert md.imbalance(whole) == 0
+    assert md.last_word(whole) == (
+        "trades 5 + dead letters 1 + recovered 2 = published 4 + left in the spool 2 + lost 1 + held 1"
+        "; analytics: 0 rows, 1 trades left out"
+    )
+    for name in ("trades", "letters", "waiting", "given_up", "offered", "queued"):
+        assert md.imbalance(whole._replace(**{name: getattr(whole, name) + 3})) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
