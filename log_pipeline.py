@@ -387,10 +387,12 @@ class Ingester:
                 self._moved.set()
                 continue
             lost = spool.stats().lost
-            found = await spool.first(TOGETHER)
-            if lost := spool.stats().lost - lost:
-                self._spooled_rows -= lost
-                self._dropped["spool unreadable"] += lost
+            try:
+                found = await spool.first(TOGETHER)
+            finally:  # it may fail, or be cancelled, after it has set some aside
+                if lost := spool.stats().lost - lost:
+                    self._spooled_rows -= lost
+                    self._dropped["spool unreadable"] += lost
             batches = [batch for _, batch in found]
             try:
                 outcomes = await self.store.write(batches)
@@ -400,11 +402,11 @@ class Ingester:
                 self._moved.set()
                 await asyncio.sleep(BACK_OFF.delay(failures, self._rng) or 0.0)
                 continue
-            await spool.remove([name for name, _ in found])
             self._spooled_rows -= rows_in(batches)
             self._count(batches, outcomes)
-            self._moved.set()
             failures = 0
+            await spool.remove([name for name, _ in found])  # which may be cancelled in the middle
+            self._moved.set()
 
     # ------------------------------------------------------------- beside the way
 
@@ -557,6 +559,9 @@ class Ingester:
             self._moved.clear()
             await arrives(self._moved, deadline - self._clock())
         await self._end_tasks()
+        await self.spools[0].close()  # when what was being put there is done: is it there?
+        if self._to_spool and sum(each.stats().rows for each in self.spools) > self._spooled_rows:
+            self._spooled_rows += self._to_spool.popleft().rows
         self._dropped["stopped"] += rows_in(self._to_spool) + rows_in(self._sealed)
         self._to_spool.clear()
         self._sealed.clear()

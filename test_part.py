@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -38,6 +39,7 @@ from test_all import (  # noqa: F401  -- fixtures among them
     logs_store_event,
     logs_store_open,
     pg,
+    pg_module,
     prim_run,
     prim_until,
     prim_until_async,
@@ -84,3 +86,99 @@ def test_logs_review_a_database_url_that_cannot_be_read_is_refused_without_showi
 )
 def test_logs_review_a_database_url_that_can_be_read_is_taken(url: str) -> None:
     ingest_logs.check_database(url)
+
+
+def test_logs_review_a_stop_while_replayed_files_are_removed_keeps_the_counts(
+    logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in PostgreSQL is counted as stored, not as left in the spool."""
+
+    async def main() -> None:
+        removing, go_on = threading.Event(), threading.Event()
+        unlink = log_spool.Spool._unlink
+
+        def slowly(spool: log_spool.Spool, names: Sequence[str]) -> int:
+            removing.set()
+            assert go_on.wait(10.0)
+            return unlink(spool, names)
+
+        monkeypatch.setattr(log_spool.Spool, "_unlink", slowly)
+        async with logs_ingest_up(tmp_path, logs_ingest_pg.url, durable=True) as up:
+            await up.ingester.database.ready()
+            up.send(10)
+            await asyncio.to_thread(removing.wait, 10.0)
+            up.ingester.stop()
+            up.ingester.stop()
+            await asyncio.sleep(0.2)
+            go_on.set()
+        counts = up.ingester.snapshot()
+        assert (counts.stored, counts.held["spool"], counts.faults) == (10, 0, 0)
+        assert await logs_ingest_serials(logs_ingest_pg) == list(range(10)) and logs_ingest_files(tmp_path) == []
+
+    prim_run(main())
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_logs_review_a_disk_too_slow_for_the_stop_leaves_no_batch_both_dropped_and_spooled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    monkeypatch.setattr(log_pipeline, "FORCE_LIMIT", 0.1)
+    monkeypatch.setattr(log_pipeline, "PATIENCE", 0.0)
+
+    async def main() -> None:
+        writing, go_on = threading.Event(), threading.Event()
+        write = log_spool.Spool._write
+
+        def slowly(spool: log_spool.Spool, name: str, line: bytes, data: bytes) -> None:
+            writing.set()
+            assert go_on.wait(10.0)
+            if refused:
+                raise OSError("full")
+            write(spool, name, line, data)
+
+        monkeypatch.setattr(log_spool.Spool, "_write", slowly)
+        away = "postgresql://nobody@127.0.0.1:1/none"
+        async with logs_ingest_up(tmp_path, away) as up:
+            up.send(30)
+            await up.received()
+            await asyncio.to_thread(writing.wait, 10.0)
+            up.ingester.stop()
+            up.ingester.stop()
+            await up.until(lambda counts: counts.received == 30)
+            asyncio.get_running_loop().call_later(0.5, go_on.set)
+        counts = up.ingester.snapshot()
+        there = 0 if refused else 10
+        assert (counts.held["spool"], counts.dropped["stopped"], counts.faults) == (there, 30 - there, 0)
+        assert len(logs_ingest_files(tmp_path)) == there / 10
+
+    prim_run(main())
+
+
+def test_logs_review_rows_set_aside_before_a_failure_to_read_are_counted(
+    logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        reads = 0
+        read = log_spool.Spool._read
+
+        def spoilt(spool: log_spool.Spool, names: Sequence[str]) -> list[Any]:
+            nonlocal reads
+            reads += 1
+            if reads == 1:
+                return [log_spool.Damaged("spoilt") for _ in names]
+            if reads == 2:
+                raise OSError(errno.EMFILE, "too many files")
+            return read(spool, names)
+
+        monkeypatch.setattr(log_spool.Spool, "_read", spoilt)
+        monkeypatch.setattr(log_pipeline, "TOGETHER", 2)
+        monkeypatch.setattr(log_pipeline, "PATIENCE", 0.0)
+        async with logs_ingest_up(tmp_path, "postgresql://nobody@127.0.0.1:1/none") as up:
+            up.send(50)
+            await up.until(lambda counts: counts.held["spool"] == 50)
+        async with logs_ingest_up(tmp_path, logs_ingest_pg.url) as up:
+            counts = await up.until(lambda counts: counts.stored == 30)
+            assert (counts.recovered, counts.dropped, counts.faults) == (50, {"spool unreadable": 20}, 1)
+            up.faults = 1  # the failure itself
+
+    prim_run(main())
