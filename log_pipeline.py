@@ -518,6 +518,7 @@ class Ingester:
         intake = min(deadline, self._clock() + DRAIN_LIMIT)
         while self.receiver.drain() and self._clock() < intake:  # noqa: ASYNC110  -- the others have their turn
             await asyncio.sleep(0)
+        self._kernel_drops()  # of a closed socket nobody can tell
         self.receiver.close()
         self._due.set()
         while not self._forced.is_set() and not self._is_drained() and self._clock() < deadline:

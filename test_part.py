@@ -182,3 +182,33 @@ def test_logs_review_rows_set_aside_before_a_failure_to_read_are_counted(
             up.faults = 1  # the failure itself
 
     prim_run(main())
+
+
+def test_logs_review_what_the_kernel_drops_until_the_socket_is_closed_is_counted(
+    logs_ingest_pg: PgServer, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        drops = told = 0
+
+        def change(ingester: Ingester) -> None:
+            drain = ingester.receiver.drain
+
+            def kernel() -> int:
+                nonlocal told
+                told = drops if ingester.receiver._sock.fileno() >= 0 else told
+                return told
+
+            def drained() -> int:
+                nonlocal drops
+                drops += 7
+                return drain()
+
+            ingester._kernel_drops = kernel
+            ingester.receiver.drain = drained  # type: ignore[method-assign]
+
+        async with logs_ingest_up(tmp_path, logs_ingest_pg.url, change=change) as up:
+            up.send(10)
+            await up.stored()
+        assert up.ingester.snapshot().kernel_drops == drops >= 7
+
+    prim_run(main())
