@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import math
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ import log_store
 import log_workers
 from log_pipeline import Ingester
 from log_workers import Snapshot, Supervisor
+from primitives import RetryPolicy
 from sandbox_logs import MetadataApi
 from test_all import (  # noqa: F401  -- fixtures among them
     LOGS_STORE_NOON,
@@ -210,5 +212,36 @@ def test_logs_review_what_the_kernel_drops_until_the_socket_is_closed_is_counted
             up.send(10)
             await up.stored()
         assert up.ingester.snapshot().kernel_drops == drops >= 7
+
+    prim_run(main())
+
+
+def test_logs_review_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And costs the others nothing."""
+
+    async def main() -> None:
+        failures, spawn = 3, asyncio.create_subprocess_exec
+
+        async def scarce(*arguments: Any, **more: Any) -> Any:
+            nonlocal failures
+            failures -= 1
+            if failures >= 0:
+                raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+            return await spawn(*arguments, **more)
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
+        monkeypatch.setattr(log_workers, "AGAIN", RetryPolicy(attempts=sys.maxsize, base=0.01, cap=0.01, total=math.inf))
+        worker = (
+            "import socket, sys; link = socket.socket(fileno=int(sys.argv[1])); link.recv(65536);"
+            "link.send(b'{}\\n'); link.recv(1)"
+        )
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2)]
+            supervisor = Supervisor([sys.executable, "-c", worker], lambda number: {}, sockets, stop_limit=5.0)
+            running = asyncio.create_task(supervisor.run())
+            await prim_until_async(lambda: running.done() or supervisor.snapshot().workers == 2)
+            assert failures < 0 and supervisor.snapshot().deaths == 3
+            supervisor.stop()
+            assert await running == 0
 
     prim_run(main())
