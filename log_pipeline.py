@@ -423,12 +423,16 @@ class Ingester:
             await asyncio.sleep(MAINTAIN_EVERY)
 
     async def _fill_in(self) -> None:
-        """Of worker 0: metadata for rows that were stored without."""
+        """Of worker 0: metadata for rows that were stored without. Services whose metadata never come, however many,
+        must not be all that is looked at."""
+        after = ""
         while self.enricher.configured:
             await asyncio.sleep(FILL_EVERY)
             await self.database.ready()
             try:
-                for service in await self.store.missing(FILL_SERVICES):
+                services = await self.store.missing(FILL_SERVICES, after)
+                after = services[-1] if len(services) == FILL_SERVICES else ""
+                for service in services:
                     found = await self.enricher.load(service)
                     if found is not None:
                         await self.store.fill_in(service, found)

@@ -22,6 +22,7 @@ import log_pipeline
 import log_spool
 import log_store
 import log_workers
+from log_enrich import Enricher
 from log_pipeline import Ingester
 from log_workers import Snapshot, Supervisor
 from primitives import RetryPolicy
@@ -243,5 +244,31 @@ def test_logs_review_a_worker_that_cannot_be_started_is_tried_again(monkeypatch:
             assert failures < 0 and supervisor.snapshot().deaths == 3
             supervisor.stop()
             assert await running == 0
+
+    prim_run(main())
+
+
+def test_logs_review_services_that_the_api_refuses_do_not_keep_others_from_being_filled_in(
+    logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_pipeline, "FILL_SERVICES", 2)
+
+    async def main() -> None:
+        with MetadataApi() as api:
+            api.mode = "refuse"
+            api.answers = {f"bad-{n}": b'{"team": 7}' for n in range(5)}
+
+            def change(ingester: Ingester) -> None:
+                ingester.enricher = Enricher(api.url(), failed_for=0.05, reset=0.05)
+
+            more: dict[str, Any] = {"metadata": api.url(), "change": change}
+            async with logs_ingest_up(tmp_path, logs_ingest_pg.url, **more) as up:
+                for n in range(5):
+                    up.send(1, service=f"bad-{n}")
+                up.send(3, service="orders-1")
+                await up.stored()
+                api.mode = "ok"
+                await up.until(lambda counts: counts.filled == 3)
+        assert await logs_ingest_pg.do("SELECT count(*) FROM logs WHERE enrichment = 'missing'") == 5
 
     prim_run(main())
