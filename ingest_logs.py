@@ -232,7 +232,8 @@ def open_http(options: Options, stack: contextlib.ExitStack) -> socket.socket | 
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise CannotStart(f"cannot serve HTTP on {options.http}: {os.strerror(error.errno or 0)}") from None
+        why = (error.strerror or str(error)).partition(" (while ")[0]
+        raise CannotStart(f"cannot serve HTTP on {options.http}: {why}") from None
     stack.callback(sock.close)
     log.info("http://%s/metrics and /health", shown_address(sock))
     return sock
@@ -323,9 +324,10 @@ async def _worker(link: Link) -> int:
     told = await link.open()
     options = Options(**{**told["options"], "allow": tuple(told["options"]["allow"])})
     sock = socket.socket(fileno=told["socket"])
-    ingester = Ingester(options, sock, number=told["number"], workers=told["workers"])
-    tasks = [asyncio.create_task(work(ingester)) for work in (link.listen, link.report)]
+    tasks: list[asyncio.Task[None]] = []
     try:
+        ingester = Ingester(options, sock, number=told["number"], workers=told["workers"])
+        tasks += [asyncio.create_task(work(ingester)) for work in (link.listen, link.report)]
         code = await ingester.run()
         link.tell(ingester.snapshot()._asdict())
         return code

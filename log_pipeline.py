@@ -123,7 +123,7 @@ def database_of(options: Options) -> str | Embedded | None:
 
 
 class Ingester:
-    """One worker, with ``sock`` as its source. ``run`` once."""
+    """One worker, with ``sock`` as its source. ``run`` once. ``CannotStart`` if the spool cannot be looked at."""
 
     workers = 1
 
@@ -178,11 +178,15 @@ class Ingester:
         """Batches that wait for metadata, and their bytes."""
 
     def _folders(self) -> list[Path]:
+        """``CannotStart``."""
         base = Path(self.options.spool)
         own = base / str(self.number)
-        if self.number or not base.is_dir():
-            return [own]
-        others = [each for each in base.iterdir() if re.fullmatch("[0-9]{1,4}", each.name) and each.is_dir()]
+        try:
+            if self.number or not base.is_dir():
+                return [own]
+            others = [each for each in base.iterdir() if re.fullmatch("[0-9]{1,4}", each.name) and each.is_dir()]
+        except OSError as error:
+            raise CannotStart(f"the spool {base} cannot be used: {error.strerror}") from None
         return [own, *sorted(each for each in others if int(each.name) >= self._of)]
 
     # -------------------------------------------------------------------- intake

@@ -272,3 +272,25 @@ def test_logs_review_services_that_the_api_refuses_do_not_keep_others_from_being
         assert await logs_ingest_pg.do("SELECT count(*) FROM logs WHERE enrichment = 'missing'") == 5
 
     prim_run(main())
+
+
+@pytest.mark.parametrize("receivers", ["1", "2"])
+def test_logs_review_a_spool_that_cannot_be_looked_at_is_one_line(receivers: str) -> None:
+    """Not a traceback; and no worker is started again and again."""
+    other = ("--database", "postgresql://nobody@127.0.0.1:1/none", "--listen", "127.0.0.1:0")
+    with logs_ingest_process(*other, "--spool", "x" * 300, "--receivers", receivers) as process:
+        assert process.end() == 1
+    assert "Traceback" not in "".join(process.lines)
+    assert any(line.endswith("x cannot be used: File name too long") for line in process.lines)
+
+
+def test_logs_review_a_name_that_nobody_knows_is_said_of_http(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--database", "postgresql://nobody@127.0.0.1:1/none", "--listen", "127.0.0.1:0", "--spool", str(tmp_path))
+    with logs_ingest_process(*more, "--http", "no.such.host.invalid:80") as process:
+        assert process.end() == 1
+    (line,) = [line for line in process.lines if "cannot serve HTTP" in line]
+    assert "Unknown error" not in line and line.startswith(
+        "ingest_logs: cannot serve HTTP on no.such.host.invalid:80: "
+    )
