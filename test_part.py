@@ -6,15 +6,20 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
+import shutil
 import math
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import ingest_logs
@@ -231,7 +236,9 @@ def test_logs_review_a_worker_that_cannot_be_started_is_tried_again(monkeypatch:
             return await spawn(*arguments, **more)
 
         monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
-        monkeypatch.setattr(log_workers, "AGAIN", RetryPolicy(attempts=sys.maxsize, base=0.01, cap=0.01, total=math.inf))
+        monkeypatch.setattr(
+            log_workers, "AGAIN", RetryPolicy(attempts=sys.maxsize, base=0.01, cap=0.01, total=math.inf)
+        )
         worker = (
             "import socket, sys; link = socket.socket(fileno=int(sys.argv[1])); link.recv(65536);"
             "link.send(b'{}\\n'); link.recv(1)"
@@ -294,3 +301,45 @@ def test_logs_review_a_name_that_nobody_knows_is_said_of_http(
     assert "Unknown error" not in line and line.startswith(
         "ingest_logs: cannot serve HTTP on no.such.host.invalid:80: "
     )
+
+
+def test_logs_review_demo_with_a_database_that_has_rows_already(logs_ingest_pg: PgServer) -> None:
+    for rows in (300, 600):
+        more = ("--demo-seconds", "0.3", "--demo-rate", "1000", "--database", logs_ingest_pg.url)
+        with logs_ingest_process("--demo", *more) as process:
+            assert process.end() == 0, process.lines
+        assert re.search(rf"sent +300\nrows +{rows}\n", process.output)
+
+
+def test_logs_review_demo_in_the_embedded_database(tmp_path: Path) -> None:
+    """A copy of the program, so that the folder beside it is nobody's."""
+    temporary = Path(tempfile.mkdtemp(prefix="ingest-test-"))
+    temporary.chmod(0o755)
+    try:
+        folder = Path(ingest_logs.__file__).parent
+        for path in folder.glob("*.py"):
+            if not path.name.startswith("test_"):
+                shutil.copy(path, temporary)
+        command = [sys.executable, str(temporary / "ingest_logs.py"), "--demo", "--database", "embedded"]
+        command += ["--demo-seconds", "0.3", "--demo-rate", "1000"]
+        environ = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": ""}
+        found = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"sent +300\nrows +300\n", found.stdout)
+
+
+def test_logs_review_demo_ended_while_postgresql_starts_leaves_nothing() -> None:
+    temporary = Path(tempfile.mkdtemp(prefix="ingest-test-"))
+    temporary.chmod(0o755)
+    try:
+        with logs_ingest_process("--demo", TMPDIR=str(temporary)) as process:
+            process.said("starting PostgreSQL")
+            prim_until(lambda: any(temporary.glob("ingest-demo-*/postgres/PG_VERSION")))
+            assert process.stop() == 130, process.lines
+        assert [*temporary.glob("ingest-demo-*")] == []
+        commands = [" ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])]
+        assert not any(str(temporary) in each for each in commands)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
