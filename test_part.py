@@ -1,15 +1,16 @@
 """What a second look at ingest_logs found."""
 
+# ruff: noqa: F811
+
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import re
 import shutil
-import math
-import signal
 import socket
 import subprocess
 import sys
@@ -19,17 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 import ingest_logs
 import log_pipeline
 import log_spool
-import log_store
 import log_workers
 from log_enrich import Enricher
 from log_pipeline import Ingester
-from log_workers import Snapshot, Supervisor
+from log_workers import Supervisor
 from primitives import RetryPolicy
 from sandbox_logs import MetadataApi
 from test_all import (  # noqa: F401  -- fixtures among them
