@@ -102,7 +102,7 @@ exit codes: 0 nothing was lost at the stop; 1 something was, or it could not sta
     option(store, "--flush", float, "age of an event at which its batch is written", "S")
     option(store, "--retain", int, "drop what is older; default: keep all", "DAYS")
     over = parser.add_argument_group("overload, and the database away")
-    option(over, "--queue", int, "events that wait in memory, of each receiver", "N")
+    option(over, "--queue", int, "events that wait in memory, of each receiver; 64 MB at most", "N")
     text = "when the queue is full (spool: half full, batches go to disk)"
     over.add_argument("--overload", choices=get_args(Policy), help=f"{text} (default {default.overload})")
     over.add_argument("--spool", metavar="FOLDER", help="batches on disk (default: data/spool beside this program)")

@@ -12,8 +12,8 @@ Promised
   is full too, they wait in memory, at most ``SEALED`` of them and ``SEALED_BYTES``, and then the queue fills up and
   does what ``overload`` says. Nothing grows beyond its bound.
 - ``durable``: each batch is in the spool before it is written, and leaves it after the commit. A ``kill -9`` costs
-  what was not sealed yet: at most ``flush`` seconds; a power failure ``fsync`` seconds more. Should the spool be full,
-  the batches are written without it.
+  what was not sealed yet: at most ``flush`` and ``enrich_wait`` seconds; a power failure ``fsync`` seconds more. Should
+  the spool be full, the batches are written without it.
 - The first ``stop`` ends the intake, when it has read what the socket holds, and stores the rest, that of the spool
   included, in at most ``stop_limit`` seconds; what is left then goes to the spool. The second goes there at once.
 

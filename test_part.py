@@ -43,6 +43,7 @@ from test_all import (  # noqa: F401  -- fixtures among them
     logs_ingest_up,
     logs_pg,
     logs_spool_batch,
+    logs_spool_open,
     logs_store_batch,
     logs_store_event,
     logs_store_open,
@@ -343,3 +344,11 @@ def test_logs_review_demo_ended_while_postgresql_starts_leaves_nothing() -> None
         assert not any(str(temporary) in each for each in commands)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def test_logs_review_the_spool_is_for_its_owner_only(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with logs_spool_open(tmp_path / "a" / "0") as spool:
+            assert spool.folder.stat().st_mode & 0o077 == 0
+
+    asyncio.run(main())
