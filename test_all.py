@@ -19586,7 +19586,7 @@ def test_logs_store_looks_for_missing_without_reading_the_table(logs_pg: PgServe
             async with store._database.connection() as connection, connection.transaction():
                 await connection.execute(log_store._PLANS)
                 for query, arguments in [
-                    (log_store._MISSING, (10,)),
+                    (log_store._MISSING, (10, "")),
                     (log_store._FILL.format("logs_2024_02_28", "logs_2024_02_28"), ("a", *LOGS_STORE_META, "done", 10)),
                 ]:
                     plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {query}", *arguments))
