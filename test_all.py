@@ -20223,7 +20223,8 @@ def test_logs_ingest_stores_each_event_once_and_enriched(
         )
         assert found == ["done true"]
         assert await logs_ingest_pg.do("SELECT count(DISTINCT service) FROM logs") == 50
-        assert logs_ingest_files(tmp_path) == [] and up.snapshots > 20
+        await prim_until_async(lambda: logs_ingest_files(tmp_path) == [])
+        assert up.snapshots > 20
 
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -20262,7 +20263,7 @@ def test_logs_ingest_survives_a_database_that_comes_and_goes(logs_ingest_pg: PgS
                     up.send(7)
                     await asyncio.sleep(0.002)
                 await up.stored()
-            assert logs_ingest_files(tmp_path) == []
+            await prim_until_async(lambda: logs_ingest_files(tmp_path) == [])
         assert await logs_ingest_serials(logs_ingest_pg) == list(range(up.sent))
 
     prim_run(main())
@@ -20506,7 +20507,7 @@ def test_logs_ingest_durable_batches_are_on_disk_before_they_are_written(
             assert len(logs_ingest_files(tmp_path)) >= 3 and counts.stored == 0
             gates[0].open.set()
             await up.stored()
-            assert logs_ingest_files(tmp_path) == []
+            await prim_until_async(lambda: logs_ingest_files(tmp_path) == [])
 
     prim_run(main())
 
@@ -21025,7 +21026,8 @@ def test_logs_review_a_stop_while_replayed_files_are_removed_keeps_the_counts(
             go_on.set()
         counts = up.ingester.snapshot()
         assert (counts.stored, counts.held["spool"], counts.faults) == (10, 0, 0)
-        assert await logs_ingest_serials(logs_ingest_pg) == list(range(10)) and logs_ingest_files(tmp_path) == []
+        assert await logs_ingest_serials(logs_ingest_pg) == list(range(10))
+        await prim_until_async(lambda: logs_ingest_files(tmp_path) == [])
 
     prim_run(main())
 
