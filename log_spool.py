@@ -158,7 +158,7 @@ class Spool:
             raise RuntimeError("the spool is open")
         self._files.clear()
         self._rows = self._bytes = self._bad = self._errors = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(0o700, parents=True, exist_ok=True)  # logs are not for everybody
         lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:

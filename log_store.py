@@ -312,7 +312,7 @@ _LETTERS = (
 _PLANS = "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off"
 _MISSING = """
 WITH RECURSIVE names AS (
-    (SELECT service FROM logs WHERE enrichment = 'missing' ORDER BY service LIMIT 1)
+    (SELECT service FROM logs WHERE enrichment = 'missing' AND service > $2 ORDER BY service LIMIT 1)
     UNION ALL SELECT (
         SELECT service FROM logs WHERE enrichment = 'missing' AND service > names.service ORDER BY service LIMIT 1
     ) FROM names WHERE names.service IS NOT NULL
@@ -514,11 +514,11 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------------- filling in
 
-    async def missing(self, limit: int) -> list[str]:
-        """Services, at most ``limit``, in the order of their names, that have rows without metadata."""
+    async def missing(self, limit: int, after: str = "") -> list[str]:
+        """Services, at most ``limit``, in the order of their names after ``after``, that have rows without metadata."""
         async with self._database.connection() as connection, connection.transaction(readonly=True):
             await connection.execute(_PLANS)
-            return [name for (name,) in await connection.fetch(_MISSING, limit)]
+            return [name for (name,) in await connection.fetch(_MISSING, limit, after)]
 
     async def fill_in(self, service: str, found: Metadata | Enum, at_once: int = FILL_AT_ONCE) -> int:
         """Give the rows of ``service`` that lack it their metadata (or mark them as unknown). How many there were.

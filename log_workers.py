@@ -529,8 +529,11 @@ class Supervisor:
         try:
             with theirs:
                 worker.process = await self._spawn(theirs, udp)
-        except BaseException:
+        except BaseException as error:
             ours.close()
+            if isinstance(error, OSError):  # no memory, too many processes: that may pass
+                log.error("worker %d cannot be started: %s", worker.number, error)
+                return 1
             raise
         try:
             reader, worker.writer = await asyncio.open_connection(sock=ours, limit=LINE)
