@@ -209,7 +209,7 @@ from log_pipeline import Ingester
 from log_spool import Spool, SpoolInUse
 from log_workers import Snapshot, Supervisor
 from market_connect import Feed
-from market_feeds import ADAPTERS, Okx, Trade
+from market_feeds import ADAPTERS, Okx
 from market_flow import Analyser, Base, Pipeline, Replayer
 from market_kafka import Counts, Publisher
 from market_topics import Broker, decode
