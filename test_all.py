@@ -23064,7 +23064,7 @@ def test_market_connect_stop_in_every_state(market_connect_them: Exchanges, stat
         async with MarketConnectWorld(them, names=()) as world:
             doors: dict[str, Any] = {"waiting": "503", "refused": "503", "connecting": "slow", "subscribing": "mute"}
             them.door("okx", doors.get(state, "open"), seconds=60.0)
-            options: dict[str, Any] = {"base": 1000.0, "cap": 1000.0}
+            options: dict[str, Any] = {"base": 1000.0, "cap": 1000.0, "rng": lambda: 0.5}
             if state == "refused":
                 options |= {"base": 0.0, "breaker": CircuitBreaker("okx", failures=1, reset=1000.0, max_reset=1000.0)}
             feed = world.feed("okx", **options)
