@@ -17821,7 +17821,7 @@ def test_logs_sandbox_every_serial_is_sent_once() -> None:
         pairs = {(source, logs_sandbox_read(datagram)[0]) for datagram, source in came}
         assert pairs == {(f"127.0.2.{n + 1}", sl.service_name(n)) for n in range(7)}
     assert senders.stats()[:3] == (210, 0, 0)
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    assert all(map(operator.le, (threading.active_count(), len(os.listdir("/proc/self/fd"))), before))
     with pytest.raises(RuntimeError):
         senders.start()
 
@@ -17868,7 +17868,7 @@ def test_logs_sandbox_senders_refuse_nonsense() -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ValueError, match="address"):
         sl.Senders(("localhost", 9)).start()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def logs_sandbox_get(url: str) -> tuple[int, Any]:
@@ -17914,7 +17914,7 @@ def test_logs_sandbox_api_answers_and_counts() -> None:
         api.start()
         assert api.port == port
         assert logs_sandbox_get(api.url("a"))[0] == 200
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    assert all(map(operator.le, (threading.active_count(), len(os.listdir("/proc/self/fd"))), before))
 
 
 def test_logs_sandbox_api_holds_answers_and_closes_what_is_open() -> None:
@@ -18588,7 +18588,7 @@ def test_logs_enrich_close_ends_everything(logs_enrich_api: sl.MetadataApi) -> N
         assert enricher.stats().failed == {"closed": 1}
         assert asyncio.all_tasks() == tasks
         await prim_until_async(lambda: logs_enrich_api.stats().open == server)
-        assert len(os.listdir("/proc/self/fd")) == files
+        assert len(os.listdir("/proc/self/fd")) <= files
         await enricher.close()
 
         assert enricher.look("a") == logs_enrich_right("a")
