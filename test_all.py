@@ -243,6 +243,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page as BrowserPage
     from playwright.sync_api import Request as PageRequest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # primitives.py, coordination.py, cache.py
 #
