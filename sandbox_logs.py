@@ -627,6 +627,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.to is None and args.metadata_port is None:
             raise ValueError("--to or --metadata-port is needed")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.ExitStack() as stack:
             if args.metadata_port is not None:
                 api = stack.enter_context(MetadataApi(args.metadata_port, slow=args.slow))
@@ -646,12 +647,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                         first=args.first,
                     )
                 )
-                signal.signal(signal.SIGTERM, signal.default_int_handler)
                 senders.wait()
                 tell(senders)
                 senders = None
             if args.metadata_port is not None and (args.to is None or args.stay):
-                signal.signal(signal.SIGTERM, signal.default_int_handler)
                 threading.Event().wait()
     except KeyboardInterrupt:
         if senders is not None:
