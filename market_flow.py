@@ -46,6 +46,7 @@ import os
 import random
 import ssl
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def feeds_of(options: Options, environ: Mapping[str, str]) -> dict[str, tuple[Ad
 # ------------------------------------------------------------------------------------------- what all programs have
 
 
-class Base:
+class Base(ABC):
     """Publisher, stop, tasks that go on after an error, and counts."""
 
     def __init__(
@@ -322,9 +323,9 @@ class Base:
         elif not closing.cancelled() and (error := closing.exception()) is not None:
             self._fault("publisher", error)
 
+    @abstractmethod
     async def run(self) -> int:
         """1 if anything was lost. ``CannotStart``."""
-        raise NotImplementedError
 
     def _more(self) -> dict[str, Any]:
         """What a program adds to its snapshot."""

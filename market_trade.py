@@ -36,6 +36,7 @@ import functools
 import re
 import time
 import zlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -206,7 +207,7 @@ def expect_list(value: object) -> list[Any]:
 # ------------------------------------------------------------------------------------------ the common part
 
 
-class Adapter:
+class Adapter(ABC):
     """What all have in common. An exchange is a subclass with `_subscriptions` and `_message`."""
 
     name: str
@@ -285,8 +286,9 @@ class Adapter:
         self._asked = stand_ins | exact
         return [orjson.dumps(message).decode() for message in self._subscriptions(list(self._asked))]
 
+    @abstractmethod
     def _subscriptions(self, natives: list[str]) -> list[object]:
-        raise NotImplementedError
+        """The messages that subscribe to the trades of these symbols, as the exchange writes them."""
 
     def acks(self, messages: int, symbols: int) -> int:
         """How many acknowledgements `subscribe`'s so many messages for so many symbols bring; 0 if it brings none."""
@@ -309,8 +311,9 @@ class Adapter:
         except Exception as error:  # a missing key, a wrong type, a number out of range: all are the frame's fault
             raise BadFrame(f"{type(error).__name__}: {short(error)}") from None
 
+    @abstractmethod
     def _message(self, message: Any, received: int) -> Parsed:
-        raise NotImplementedError
+        """What a decoded message means. Whatever it raises makes the frame a `BadFrame`."""
 
     def _trade(
         self,

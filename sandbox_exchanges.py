@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def _json(value: object) -> str:
 _CURRENCIES = ("USDT", "USDC", "USD", "UST", "UDC", "EUR", "GBP", "BTC", "ETH")
 
 
-class Wire:
+class Wire(ABC):
     """One connection as the exchange sees it."""
 
     name: str
@@ -99,9 +100,9 @@ class Wire:
         """How a trade's id is written in its frame."""
         return str(number)
 
+    @abstractmethod
     def trades(self, native: str, trades: Sequence[tuple[str, str, str, int, int]]) -> list[str]:
         """Live trades of one symbol, as few frames as the exchange would make of them."""
-        raise NotImplementedError
 
     def snapshot(self, native: str, trades: Sequence[tuple[str, str, str, int, int]]) -> list[str]:
         """Past trades (given oldest first) as sent after subscribing; [] where the exchange sends none."""
@@ -111,19 +112,21 @@ class Wire:
         """What the exchange sends by itself when nothing happens; [] where it sends nothing."""
         return []
 
+    @abstractmethod
     def error(self, text: str = "something went wrong") -> list[str]:
         """An error message."""
-        raise NotImplementedError
 
     def maintenance(self) -> list[str]:
         """The announcement that the connection will end, or that the exchange is down; [] where there is none."""
         return []
 
+    @abstractmethod
     def _symbols_of(self, message: Any) -> list[Any]:
-        raise NotImplementedError
+        """The symbols that a decoded subscription names; [] if it is none."""
 
+    @abstractmethod
     def _acks(self, message: Any, symbols: list[str]) -> list[str]:
-        raise NotImplementedError
+        """What acknowledges it."""
 
     def _answer(self, message: str | bytes) -> list[str]:
         return self.error("unknown request")
