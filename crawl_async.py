@@ -53,6 +53,7 @@ from crawl_rules import (
     ScrapeResult,
     may_go_anywhere,
 )
+from serving import new_loop
 
 INLINE_PARSE = 256 * 1024
 """Largest body in bytes that is parsed in the loop: 2 to 3 ms."""
@@ -446,16 +447,8 @@ async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None])
         await rows.close()
 
 
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
 def run(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None]) -> None:
-    with asyncio.Runner(loop_factory=_new_loop) as runner:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(_program(crawl, urls, emit))
 
 

@@ -46,6 +46,7 @@ from crawl_journal import target as as_known
 from crawl_rules import FeedResult, FetchError, Options, Request, Response, ScrapeResult, normalise, origin
 from feed_parse import FeedEntry
 from frontier import ROBOTS_AGAIN, Frontier, Kind, _Run, host_of
+from serving import new_loop
 
 BUCKETS = 4096
 ME = 0xFFFF
@@ -492,13 +493,11 @@ def _fatal(task: asyncio.Task[None]) -> None:
 
 def worker(descriptor: int) -> None:
     """What a worker process runs. SIGINT and SIGTERM are blocked since before it began."""
-    from crawl_async import _new_loop
-
     gc.set_threshold(10_000, 20, 50)
     with socket.socket(fileno=descriptor) as sock:
         config = pickle.loads(exactly(sock, struct.unpack("<I", exactly(sock, 4))[0]))
         sock.setblocking(False)
-        with asyncio.Runner(loop_factory=_new_loop) as runner:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(_worker_program(sock, config))
     os._exit(0)  # a thread may wait for a name server
 

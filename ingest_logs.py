@@ -35,9 +35,10 @@ import asyncpg
 
 from database import Embedded, check_url
 from log_enrich import make_template
-from log_intake import KernelDrops, Policy, split_address, udp_socket
-from log_pipeline import FORCE_LIMIT, CannotStart, Ingester, Options, database_of
+from log_intake import KernelDrops, Policy, udp_socket
+from log_pipeline import FORCE_LIMIT, Ingester, Options, database_of
 from log_workers import Link, LogLines, Program, Snapshot, Supervisor, last_word, serve
+from serving import CannotStart, new_loop, open_http, shown_address, split_address
 
 log = logging.getLogger("ingest")
 
@@ -207,26 +208,6 @@ def open_sockets(options: Options, stack: contextlib.ExitStack) -> list[socket.s
     return found
 
 
-def open_http(options: Options, stack: contextlib.ExitStack) -> socket.socket | None:
-    if options.http is None:
-        return None
-    host, port = split_address(options.http)
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.create_server((host, port), family=family)
-    except OSError as error:
-        why = (error.strerror or str(error)).partition(" (while ")[0]
-        raise CannotStart(f"cannot serve HTTP on {options.http}: {why}") from None
-    stack.callback(sock.close)
-    log.info("http://%s/metrics and /health", shown_address(sock))
-    return sock
-
-
-def shown_address(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def make_program(options: Options, sockets: list[socket.socket]) -> Ingester | Supervisor:
     kernel_drops = KernelDrops(sockets).total
     if len(sockets) == 1:
@@ -239,14 +220,6 @@ def make_program(options: Options, sockets: list[socket.socket]) -> Ingester | S
         stop_limit=options.stop_limit + FORCE_LIMIT,
         kernel_drops=kernel_drops,
     )
-
-
-def new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -266,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 demo = stack.enter_context(Demo(options, args.demo_seconds, args.demo_rate))
                 options = demo.options
             sockets = open_sockets(options, stack)
-            http_sock = open_http(options, stack)
+            http_sock = open_http(options.http, stack, log)
             log.info("listening on %s", shown_address(sockets[0]))
             factory = new_loop if len(sockets) == 1 else None
             with asyncio.Runner(loop_factory=factory) as runner:

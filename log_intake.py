@@ -316,20 +316,6 @@ class Bound(NamedTuple):
     """What to tell the operator if that is less than was asked for."""
 
 
-def split_address(text: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT`` or ``[IPv6]:PORT``; ``ValueError`` for anything else."""
-    host, _, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65_536) or bracketed == (
-        ":" not in host
-    ):
-        raise ValueError(f"expected HOST:PORT or [IPv6]:PORT, not {text!r}")
-    host = host[1:-1] if bracketed else host
-    if not host:
-        raise ValueError(f"expected an address before the port (0.0.0.0 or [::] for all), not {text!r}")
-    return host, int(port)
-
-
 def udp_socket(address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER, reuse_port: bool = False) -> Bound:
     """A socket bound to ``address`` (``0.0.0.0``, ``::`` for IPv6 and IPv4, a name: looked up here) and ``port``.
 

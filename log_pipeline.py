@@ -52,6 +52,7 @@ from log_spool import Spool
 from log_store import SCHEMA, Outcome, Sealed, Store, seal
 from log_workers import Snapshot, imbalance
 from primitives import Clock, RetryPolicy, Rng, arrives, telling
+from serving import CannotStart
 
 log = logging.getLogger("ingest")
 
@@ -104,10 +105,6 @@ class Options:
     stop_limit: float = 10.0
     http: str | None = None
     zone: str = "UTC"
-
-
-class CannotStart(Exception):
-    """One line for the user."""
 
 
 def rows_in(batches: Sequence[Sealed] | deque[Sealed]) -> int:

@@ -41,6 +41,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from primitives import Clock, RetryPolicy, Rng, arrives, telling
+from serving import http, stopped_by_signals
 
 log = logging.getLogger("ingest")
 
@@ -313,48 +314,6 @@ class LogLines(logging.StreamHandler[Any]):
         return ("\r\x1b[K" if self.stream.isatty() else "") + super().format(record)
 
 
-@contextlib.asynccontextmanager
-async def http(program: Program, sock: socket.socket | None) -> Any:
-    """``/metrics`` and ``/health`` on ``sock``, which it closes."""
-    if sock is None:
-        yield
-        return
-    import uvicorn
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.routing import Route
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield  # they are the program's
-
-    registry = CollectorRegistry()
-    registry.register(Exporter(program.snapshot))
-
-    async def metrics(_: Request) -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-    async def healthy(_: Request) -> Response:
-        code, body = health(program.snapshot(), program.workers)
-        return Response(orjson.dumps(body), code, media_type="application/json")
-
-    app = Starlette(routes=[Route("/metrics", metrics), Route("/health", healthy)])
-    config = uvicorn.Config(
-        app, lifespan="off", log_config=None, access_log=False, limit_concurrency=50, timeout_graceful_shutdown=1
-    )
-    server = Server(config)
-    task = asyncio.create_task(server.serve([sock]), name="http")
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        await asyncio.gather(task, return_exceptions=True)
-        sock.close()
-
-
 async def serve(program: Program, http_sock: socket.socket | None, *, clock: Clock = time.monotonic) -> int:
     """Run ``program``: SIGINT and SIGTERM stop it, the second forces. Returns the exit code."""
 
@@ -367,11 +326,9 @@ async def serve(program: Program, http_sock: socket.socket | None, *, clock: Clo
             shown, at = program.snapshot(), clock()
             line.text = status(shown, before, at - then, at - began)
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, program.stop)
-    try:
-        async with http(program, http_sock):
+    exporter = Exporter(program.snapshot)
+    with stopped_by_signals(program.stop):
+        async with http(http_sock, exporter, lambda: health(program.snapshot(), program.workers)):
             if not sys.stderr.isatty():
                 return await program.run()
             with StatusLine() as line:
@@ -381,9 +338,6 @@ async def serve(program: Program, http_sock: socket.socket | None, *, clock: Clo
                 finally:
                     keeping.cancel()
                     await asyncio.gather(keeping, return_exceptions=True)
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
 
 
 # ------------------------------------------------------------------------------------------------- many workers

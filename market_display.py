@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import signal
 import socket
 import sys
 import threading
@@ -26,7 +25,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import orjson
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -35,6 +33,7 @@ from market_feeds import Trade
 from market_kafka import Counts
 from market_stats import ALL, Row
 from primitives import Clock
+from serving import http, stopped_by_signals
 
 EVERY = 0.5
 """Seconds between two drawings."""
@@ -440,55 +439,10 @@ class Program(Protocol):
     def snapshot(self) -> Snapshot: ...
 
 
-@contextlib.asynccontextmanager
-async def http(program: Program, sock: socket.socket | None) -> Any:
-    """``/metrics`` and ``/health`` on ``sock``, which it closes."""
-    if sock is None:
-        yield
-        return
-    import uvicorn
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.routing import Route
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield  # they are the program's
-
-    registry = CollectorRegistry()
-    registry.register(Exporter(program.snapshot))
-
-    async def metrics(_: Request) -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-    async def healthy(_: Request) -> Response:
-        code, body = health(program.snapshot())
-        return Response(orjson.dumps(body), code, media_type="application/json")
-
-    app = Starlette(routes=[Route("/metrics", metrics), Route("/health", healthy)])
-    config = uvicorn.Config(
-        app, lifespan="off", log_config=None, access_log=False, limit_concurrency=50, timeout_graceful_shutdown=1
-    )
-    server = Server(config)
-    task = asyncio.create_task(server.serve([sock]), name="http")
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        await asyncio.gather(task, return_exceptions=True)
-        sock.close()
-
-
 async def serve(program: Program, http_sock: socket.socket | None, lines: LogLines | None = None) -> int:
     """Run ``program``: SIGINT and SIGTERM stop it, the second forces. Returns the exit code."""
-    loop = asyncio.get_running_loop()
-    for each in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(each, program.stop)
-    try:
-        async with http(program, http_sock):
+    with stopped_by_signals(program.stop):
+        async with http(http_sock, Exporter(program.snapshot), lambda: health(program.snapshot())):
             if lines is None or not sys.stderr.isatty():
                 return await program.run()
             with Screen(program.snapshot) as screen:
@@ -500,6 +454,3 @@ async def serve(program: Program, http_sock: socket.socket | None, lines: LogLin
                     looking.cancel()
                     await asyncio.gather(looking, return_exceptions=True)
                     lines.screen = None
-    finally:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(each)

@@ -65,6 +65,7 @@ from market_topics import DeadLetter, Group, Taken, dead_letters, decode
 from market_workers import MOST, Uncomputed, Workers
 from primitives import Clock, Rng, arrives, telling
 from processes import PoolClosed, WorkerDied
+from serving import CannotStart
 
 log = logging.getLogger("market_pipeline")
 
@@ -108,10 +109,6 @@ class Options:
     dry_run: bool = False
     stop_limit: float = 10.0
     http: str | None = None
-
-
-class CannotStart(Exception):
-    """One line for the user."""
 
 
 def security(options: Options, environ: Mapping[str, str]) -> dict[str, Any]:

@@ -36,9 +36,10 @@ from aiokafka import AIOKafkaConsumer
 
 from market_display import LogLines, Snapshot, columns, last_word, latency, number, price, serve
 from market_feeds import ADAPTERS, Trade
-from market_flow import Analyser, Base, CannotStart, Options, Pipeline, Replayer, feeds_of, security
+from market_flow import Analyser, Base, Options, Pipeline, Replayer, feeds_of, security
 from market_stats import ALL
 from market_topics import ANALYTICS, DEAD_LETTERS, TRADES, Broker, decode
+from serving import CannotStart, new_loop, open_http, split_address
 
 log = logging.getLogger("market_pipeline")
 
@@ -192,14 +193,6 @@ def addresses(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def split_address(text: str) -> tuple[str, int]:
-    """``host:port`` or ``[v6]:port``. ``ValueError``."""
-    host, colon, port = text.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 65_536):
-        raise ValueError(f"HOST:PORT is needed, not {text!r}")
-    return host.strip("[]"), int(port)
-
-
 def check(options: Options, args: argparse.Namespace, environ: Mapping[str, str]) -> None:
     """``ValueError`` with one line if an option is wrong."""
     if options.kafka is not None:
@@ -240,28 +233,6 @@ def check(options: Options, args: argparse.Namespace, environ: Mapping[str, str]
         feeds_of(options, environ)
 
 
-def open_http(options: Options, stack: contextlib.ExitStack) -> socket.socket | None:
-    if options.http is None:
-        return None
-    host, port = split_address(options.http)
-    try:
-        sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise CannotStart(f"cannot serve HTTP on {options.http}: {error.strerror or error}") from None
-    stack.callback(sock.close)
-    host, port = sock.getsockname()[:2]
-    log.info("http://%s:%d/metrics and /health", f"[{host}]" if ":" in host else host, port)
-    return sock
-
-
-def new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args, options = parse_arguments(argv, os.environ)
     lines = LogLines()
@@ -276,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.demo:
                 demo = stack.enter_context(Demo(options, args.demo_seconds, args.demo_rate))
                 options = demo.options
-            http_sock = open_http(options, stack)
+            http_sock = open_http(options.http, stack, log)
             with asyncio.Runner(loop_factory=new_loop) as runner:
                 code, program = runner.run(run_program(args.command, options, http_sock, lines, demo))
             counts = program.snapshot()

@@ -158,6 +158,7 @@ import sandbox as sb
 import sandbox_faults as sf
 import sandbox_logs as sl
 import sandbox_markets
+import serving
 import simulate
 import simulate_shared as sim_shared
 import telemetry
@@ -8470,7 +8471,7 @@ def guard_scrape(driver: str, urls: Iterable[str], **options: Any) -> dict[str, 
     if driver == "crawl_threads":
         rows = crawl_threads.scrape_all(urls, settings)
     else:
-        factory = crawl_async._new_loop if driver == "crawl_async on uvloop" else None
+        factory = serving.new_loop if driver == "crawl_async on uvloop" else None
         with asyncio.Runner(loop_factory=factory) as runner:
             rows = runner.run(crawl_async.scrape_all(urls, settings))
     return {row.url: row for row in rows}
@@ -17648,9 +17649,9 @@ def test_logs_intake_buffer_that_the_kernel_clamps(monkeypatch: pytest.MonkeyPat
 def test_logs_intake_addresses(text: str, expected: tuple[str, int] | None) -> None:
     if expected is None:
         with pytest.raises(ValueError, match="expected"):
-            li.split_address(text)
+            serving.split_address(text)
     else:
-        assert li.split_address(text) == expected
+        assert serving.split_address(text) == expected
 
 
 def test_logs_intake_what_cannot_be_bound_is_said() -> None:
@@ -25665,7 +25666,7 @@ def test_market_pipeline_computing_that_is_slow_leaves_out_the_oldest(
     "arguments, said",
     [
         ([], "where to"),
-        (["--kafka", "nowhere"], "--kafka: HOST:PORT"),
+        (["--kafka", "nowhere"], "--kafka: expected HOST:PORT"),
         (["--kafka", "a:1", "--exchanges", "kraken,mtgox"], "there is no 'mtgox'"),
         (["--kafka", "a:1", "--symbols", "BTC"], "not a symbol"),
         (["--kafka", "a:1", "--symbols", ","], "must name one"),

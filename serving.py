@@ -1,0 +1,127 @@
+"""Around a program that runs until it is told to stop: its event loop, its signals, ``/metrics`` and ``/health``.
+
+``stopped_by_signals``   SIGINT and SIGTERM call the program's ``stop``: the first drains, the second forces.
+``http``                 two routes on a socket that was bound before the program began, so that a port which is taken
+                         is the user's one line at the start.
+
+Where what runs: all in the event loop. What is shown is taken from a snapshot when somebody asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+
+class CannotStart(Exception):
+    """One line for the user."""
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """That of uvloop, where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT`` or ``[IPv6]:PORT``; ``ValueError`` for anything else."""
+    host, _, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65_536) or bracketed == (
+        ":" not in host
+    ):
+        raise ValueError(f"expected HOST:PORT or [IPv6]:PORT, not {text!r}")
+    host = host[1:-1] if bracketed else host
+    if not host:
+        raise ValueError(f"expected an address before the port (0.0.0.0 or [::] for all), not {text!r}")
+    return host, int(port)
+
+
+def shown_address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def open_http(address: str | None, stack: contextlib.ExitStack, log: logging.Logger) -> socket.socket | None:
+    """A socket for ``http``, closed by ``stack``. ``CannotStart``."""
+    if address is None:
+        return None
+    host, port = split_address(address)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.create_server((host, port), family=family)
+    except OSError as error:
+        why = (error.strerror or str(error)).partition(" (while ")[0]
+        raise CannotStart(f"cannot serve HTTP on {address}: {why}") from None
+    stack.callback(sock.close)
+    log.info("http://%s/metrics and /health", shown_address(sock))
+    return sock
+
+
+@contextlib.asynccontextmanager
+async def http(
+    sock: socket.socket | None, metrics: Collector, health: Callable[[], tuple[int, dict[str, Any]]]
+) -> AsyncIterator[None]:
+    """Serve ``metrics`` and what ``health`` says (status code, body) on ``sock``, and close it."""
+    if sock is None:
+        yield
+        return
+    import orjson
+    import uvicorn
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # they are the program's
+
+    registry = CollectorRegistry()
+    registry.register(metrics)
+
+    async def told(_: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def healthy(_: Request) -> Response:
+        code, body = health()
+        return Response(orjson.dumps(body), code, media_type="application/json")
+
+    app = Starlette(routes=[Route("/metrics", told), Route("/health", healthy)])
+    config = uvicorn.Config(
+        app, lifespan="off", log_config=None, access_log=False, limit_concurrency=50, timeout_graceful_shutdown=1
+    )
+    server = Server(config)
+    task = asyncio.create_task(server.serve([sock]), name="http")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await asyncio.gather(task, return_exceptions=True)
+        sock.close()
+
+
+@contextlib.contextmanager
+def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """In a running loop: SIGINT and SIGTERM call ``stop``."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
