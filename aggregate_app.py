@@ -65,7 +65,8 @@ from openapi import document
 from primitives import Semaphore, State, T, TokenBucket, TTLCache
 from processes import PoolClosed, Processes, WorkerDied, in_daemon
 from report import Columns, inspect_host, summarise
-from telemetry import Events, Exporter, Lag, RequestLog, standard_output
+from serving import Lag
+from telemetry import Events, Exporter, RequestLog, standard_output
 from upstreams import DEMO, ConfigError, Key, Load, Loaded, Part, Source, Upstream, read_config, request_id
 
 log = logging.getLogger("uvicorn.error")
@@ -781,7 +782,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         stack.callback(gc.unfreeze)
         session = await stack.enter_async_context(
             aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=PLACES, limit_per_host=0),
+                connector=aiohttp.TCPConnector(limit=PLACES, limit_per_host=0, resolver=aiohttp.ThreadedResolver()),
                 timeout=aiohttp.ClientTimeout(total=None),
                 cookie_jar=aiohttp.DummyCookieJar(),
             )

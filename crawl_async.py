@@ -53,7 +53,7 @@ from crawl_rules import (
     ScrapeResult,
     may_go_anywhere,
 )
-from serving import new_loop
+from serving import Lag, new_loop
 
 INLINE_PARSE = 256 * 1024
 """Largest body in bytes that is parsed in the loop: 2 to 3 ms."""
@@ -433,7 +433,8 @@ class Rows:
 
 
 async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None]) -> None:
-    rows = Rows(emit, crawl.options.concurrency)
+    rows, lag = Rows(emit, crawl.options.concurrency), Lag()
+    crawl.loop_lags, watch = lag.recent, asyncio.create_task(lag.watch())
     try:
         async with crawl.joined(rows.put) as put:
             driver = Tasks(crawl, put)
@@ -444,6 +445,7 @@ async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None])
                 loop.add_signal_handler(number, driver.stop)
             await driver.run(urls)
     finally:
+        watch.cancel()
         await rows.close()
 
 

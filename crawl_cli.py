@@ -599,6 +599,8 @@ def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
                 yield GaugeMetricFamily(f"crawl_{name}", f"In the frontier: {name}", getattr(frontier, name))
             for name in ("duplicates", "capped", "forbidden"):
                 yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", getattr(frontier, name))
+            if lags := tuple(crawl.loop_lags):
+                yield GaugeMetricFamily("crawl_loop_lag_seconds", "Longest of the last minute", max(lags))
 
     registry = CollectorRegistry()
     registry.register(Counts())

@@ -32,7 +32,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -189,6 +189,8 @@ class Crawl:
         self.asked: Rules | None = None
         """What robots.txt says, if only that was to be asked."""
         self.failure: BaseException | None = None
+        self.loop_lags: Sequence[float] = ()
+        """Seconds, of the last minute; none where there is no event loop, or none yet."""
         """Why the run ended early, if it did: the list or the output could not be read or written."""
 
     @contextlib.asynccontextmanager

@@ -277,7 +277,9 @@ class Enricher:
         if self._template is None:
             return
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # the loads are bounded: by the tasks, and by who calls load
+            # The loads are bounded: by the tasks, and by who calls load. The system's resolver: an installed c-ares is
+            # taken otherwise, which knows nothing of nsswitch.conf.
+            connector=aiohttp.TCPConnector(limit=0, resolver=aiohttp.ThreadedResolver()),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),  # the limit is ours, in _call
             headers={"Accept": "application/json", "Accept-Encoding": "identity"},

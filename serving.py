@@ -1,5 +1,6 @@
 """Around a program that runs until it is told to stop: its event loop, its signals, ``/metrics`` and ``/health``.
 
+``Lag``                  how late the event loop wakes a sleeper, measured all the time.
 ``stopped_by_signals``   SIGINT and SIGTERM call the program's ``stop``: the first drains, the second forces.
 ``http``                 two routes on a socket that was bound before the program began, so that a port which is taken
                          is the user's one line at the start.
@@ -14,6 +15,7 @@ import contextlib
 import logging
 import signal
 import socket
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,21 @@ def new_loop() -> asyncio.AbstractEventLoop:
     except ImportError:
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
+
+
+class Lag:
+    """How late the event loop wakes a sleeper: what a call that blocks it would cost everybody. Seconds."""
+
+    def __init__(self, every: float = 0.25, keep: int = 240) -> None:
+        self._every = every
+        self.recent: deque[float] = deque([0.0], maxlen=keep)
+
+    async def watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + self._every
+            await asyncio.sleep(self._every)
+            self.recent.append(max(0.0, loop.time() - due))
 
 
 def split_address(text: str) -> tuple[str, int]:

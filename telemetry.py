@@ -1,6 +1,5 @@
-"""What the aggregation API tells about itself: loop lag, metrics, events, log lines.
+"""What the aggregation API tells about itself: metrics, events, log lines.
 
-``Lag``         how late the event loop wakes a sleeper, measured all the time.
 ``Exporter``    ``/metrics``, read from the counts that the parts keep anyway: a request pays nothing for it.
 ``Events``      ``/events``: one ring of the last events for all who listen. A stream holds only the number of the last
                 event it sent, so that a thousand slow listeners cost no more than the ring; who is slower than the ring
@@ -28,6 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from primitives import Batch, Clock, arrives
+from serving import Lag
 from upstreams import Source, percentiles
 
 if TYPE_CHECKING:
@@ -37,21 +37,6 @@ KEEP_ALIVE = 15.0
 """Seconds after which a silent stream says that it is still there."""
 WAITING = 20_000
 """Log lines that may wait for the output."""
-
-
-class Lag:
-    """How late the event loop wakes a sleeper: what a call that blocks it would cost everybody. Seconds."""
-
-    def __init__(self, every: float = 0.25, keep: int = 240) -> None:
-        self._every = every
-        self.recent: deque[float] = deque([0.0], maxlen=keep)
-
-    async def watch(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + self._every
-            await asyncio.sleep(self._every)
-            self.recent.append(max(0.0, loop.time() - due))
 
 
 # -------------------------------------------------------------------------------------------------------- metrics

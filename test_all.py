@@ -11370,6 +11370,7 @@ def test_walk_counts_agree_and_nothing_is_kept(driver: str, walked: WalkWeb, tmp
     assert (counts["rows"], counts["ok"], counts["robots"], counts["forbidden"]) == (86, 81, 1, 1)
     assert found["crawl_errors"] == counts["errors"] == {"robots": 1, "http": 2, "duplicate": 1, "invalid_url": 1}
     assert found["crawl_statuses"] == counts["statuses"] == {"200": 81, "302": 1, "404": 2}
+    assert ("crawl_loop_lag_seconds" in found) == (driver is crawl_async)
     assert (found["crawl_waiting"][""], counts["not_fetched"]) == (0, 0)
 
 
