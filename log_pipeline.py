@@ -48,8 +48,8 @@ from database import Database, Embedded
 from log_enrich import Enricher
 from log_intake import EventQueue, Policy, Receiver
 from log_parse import Event, parse
-from log_spool import Spool
-from log_store import SCHEMA, Outcome, Sealed, Store, seal
+from log_spool import Sealed, Spool
+from log_store import SCHEMA, Outcome, Store, seal
 from log_workers import Snapshot, imbalance
 from primitives import Clock, RetryPolicy, Rng, arrives, telling
 from serving import CannotStart
