@@ -109,11 +109,11 @@ class Feed:
 
     `adapter` is copied (`fresh`); the copy is `self.adapter`, whose `context` a dead letter needs, as it is when `dead`
     is called. `url`: instead of the exchange's own. `session`: shared; None: one of its own.
-    `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts. Times are seconds:
-    `connect_within` for the handshake, `ack_within` for the acknowledgement of the subscription, `ping_every` for
-    pings of the protocol, `pong_within` for any sign of life after one, `close_within` for the exchange's close frame,
-    `send_within` for a message to be written, `silent_after` instead of the adapter's. Raises ValueError for a symbol
-    that the exchange cannot have.
+    `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts, or messages. Times
+    are seconds: `connect_within` for the handshake, `ack_within` for the acknowledgement of the subscription,
+    `ping_every` for pings of the protocol, `pong_within` for any sign of life after one, `close_within` for the
+    exchange's close frame, `send_within` for a message to be written, `silent_after` instead of the adapter's. Raises
+    ValueError for symbols that the exchange cannot have, or not so many.
     """
 
     def __init__(
@@ -142,11 +142,9 @@ class Feed:
         max_message: int = MAX_MESSAGE,
         breaker: CircuitBreaker | None = None,
     ) -> None:
-        if not symbols:
-            raise ValueError("no symbols")
+        self._natives = adapter.check(symbols)
         self.adapter, self.symbols = adapter.fresh(), tuple(symbols)
         self.exchange = adapter.name
-        self._natives = len({adapter.native(symbol) for symbol in symbols})
         self._url = adapter.connect_url(self.symbols, url)
         self._emit, self._dead, self._session = emit, dead, session
         self._clock, self._wall, self._rng, self._sleep = clock, wall, rng, sleep
@@ -368,7 +366,9 @@ class Feed:
     async def _subscribe(self, ws: Socket) -> bool:
         messages = self.adapter.subscribe(self.symbols)
         self._wanted = self.adapter.acks(len(messages), self._natives)
-        for message in messages:
+        for n, message in enumerate(messages):
+            if n and self.adapter.pace:
+                await self._sleep(self.adapter.pace)
             if not await self._send(ws, message):
                 return False
         self._look_at_acks()

@@ -4,8 +4,8 @@ The way of a record: encoded when it is taken -> buffer -> batches, one for each
 of what ``send`` costs) -> acknowledged by all replicas. One round of batches is under way at a time; the next is filled
 meanwhile. While the broker does not answer, the buffer fills; when it is full, and every ``spool_after`` seconds, all
 of it goes to the spool, as Kafka is to have it: first what is under way, then the buffer. While anything is in the
-spool, records come from there, and what is newer queues behind it. The partition follows from the key as in the Java client (murmur2): a symbol is in one
-partition, in the order of ``trades()``.
+spool, records come from there, and what is newer queues behind it. The partition follows from the key as in the Java
+client (murmur2): a symbol is in one partition, in the order of ``trades()``.
 
 Promised by ``Publisher``
 - accepted + recovered == published + held + spooled + dropped + lost, at every moment; ``dropped`` is analytics (the
@@ -27,9 +27,9 @@ Not promised
   each, and do not hold up one another.
 
 All is for one event loop; there is no lock. Encoding and compression run in it, at most ``AT_ONCE`` records and
-``ROUND_BYTES`` in one go (3 to 5 ms); the spool's files have a thread, and what is read from them. On a loop that others
-keep busy a round costs its turns, some fifteen, whatever is in it: so rounds are large. aiokafka has no public way to leave a broker that does not answer:
-``_abandon`` is the one place that touches what is private there.
+``ROUND_BYTES`` in one go (3 to 5 ms); the spool's files have a thread, and what is read from them. On a loop that
+others keep busy a round costs some fifteen turns, whatever is in it: so rounds are large. aiokafka has no public way to
+leave a broker that does not answer: ``_abandon`` is the one place that touches what is private there.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ LARGEST_CONTEXT = 20_000
 """Characters."""
 HEAVY = 64_000_000
 """Bytes of raw frames that may wait."""
+ASK_AGAIN = 1.0
+"""Seconds after which a disk that refused is asked again."""
 RENEW_AFTER = 1 << 30
 """Records of one producer: aiokafka's sequence numbers turn negative at 2**31 in a partition, where Kafka's turn 0."""
 KEYS = 100_000
@@ -174,6 +176,19 @@ async def _end(task: asyncio.Task[Any]) -> None:
     """Cancel, and wait until it is over."""
     task.cancel()
     await asyncio.wait({task})
+
+
+async def _uncut(task: asyncio.Task[None]) -> None:
+    """Wait until it is over, also if that is cancelled, and then end cancelled."""
+    cut: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cut = error
+    task.result()
+    if cut is not None:
+        raise cut
 
 
 async def _force(task: asyncio.Task[Any]) -> None:
@@ -592,7 +607,7 @@ class Publisher:
             await asyncio.wait(pumps, timeout=limit)
         finally:
             self._enough.set()
-            await asyncio.shield(asyncio.create_task(self._close(pumps)))
+            await _uncut(asyncio.create_task(self._close(pumps)))
         return self._dropped
 
     async def _close(self, pumps: Sequence[asyncio.Task[None]]) -> None:
@@ -680,8 +695,7 @@ class Publisher:
                 removing = asyncio.create_task(self._spool.remove(self._landed()))
         except OSError as error:  # neither files nor memory left: that passes
             log.warning("kafka: the spool cannot be read: %s", error)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._enough.wait(), 1.0)
+            await asyncio.wait({self._ending}, timeout=ASK_AGAIN)
         finally:
             await _end(reading)
             if removing is not None:
@@ -799,7 +813,7 @@ class Publisher:
             await self._pressed.wait()
             self._pressed.clear()
             if not await self._spill():
-                await asyncio.sleep(1.0)  # no room, or the disk refuses: those who wait go on waiting
+                await asyncio.sleep(ASK_AGAIN)  # no room, or the disk refuses: those who wait go on waiting
                 self._pulse()
 
     async def _spill(self) -> bool:
