@@ -66,7 +66,7 @@ from market_topics import DeadLetter, Group, Taken, dead_letters, decode
 from market_workers import MOST, Uncomputed, Workers
 from primitives import Clock, Rng, arrives, telling
 from processes import PoolClosed, WorkerDied
-from serving import CannotStart
+from serving import CannotStart, Lasting
 
 log = logging.getLogger("market_pipeline")
 
@@ -80,8 +80,6 @@ FEED_LIMIT = 3.0
 """Seconds that the exchanges have to answer a close frame."""
 CLOSE_LIMIT = 20.0
 """Seconds that the publisher has to put the rest into the spool."""
-PAUSE = 0.5
-"""Seconds after which a part that failed in a way that nobody had foreseen goes on."""
 TICK, TICKS = 0.05, 1200
 """Seconds between two looks at how late the loop is; how many are remembered."""
 
@@ -163,7 +161,7 @@ def feeds_of(options: Options, environ: Mapping[str, str]) -> dict[str, tuple[Ad
 # ------------------------------------------------------------------------------------------- what all programs have
 
 
-class Base(ABC):
+class Base(Lasting, ABC):
     """Publisher, stop, tasks that go on after an error, and counts."""
 
     def __init__(
@@ -176,6 +174,7 @@ class Base(ABC):
         rng: Rng = random.random,
     ) -> None:
         assert options.kafka is not None
+        super().__init__(log)
         self.options, self._clock, self._rng = options, clock, rng
         self._security = security(options, environ)
         self.publisher = Publisher(
@@ -198,10 +197,9 @@ class Base(ABC):
         """What the publisher had accepted when the call that waits now began."""
         self._turn = asyncio.Lock()
         self._computed = self._uncomputed = 0
-        self._faults = self._unbalanced = self._stage = 0
+        self._unbalanced = self._stage = 0
         self._stopped, self._forced = asyncio.Event(), asyncio.Event()
         self._lags: deque[float] = deque([0.0], maxlen=TICKS)
-        self._tasks: list[asyncio.Task[None]] = []
 
     def make_workers(self) -> Workers:
         figures = {"windows": self.options.windows, "lateness": self.options.lateness}
@@ -245,28 +243,10 @@ class Base(ABC):
 
     # -------------------------------------------------------------------- life and end
 
-    def _fault(self, where: str, error: BaseException | None) -> None:
-        self._faults += 1
-        if self._faults <= 10:
-            log.error("%s failed", where, exc_info=error)
-
-    def _start(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        """A task that goes on after an error that nobody had foreseen."""
-
-        async def kept() -> None:
-            while True:
-                try:
-                    return await work()
-                except Exception as error:
-                    self._fault(name, error)
-                    await asyncio.sleep(PAUSE)
-
-        self._tasks.append(asyncio.create_task(kept(), name=name))
-
     async def _end_tasks(self) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _watch(self) -> None:
         """How late the loop is; whether the counts balance, should nobody else ask; whether the publisher lives."""
@@ -660,7 +640,7 @@ class Analyser(Base):
     async def _finish(self) -> None:
         """The batch in hand is published and committed, and all rows are told; no further one is begun."""
         async with self._batch:
-            self._tasks[-1].cancel()
+            self._tasks["analytics"].cancel()
             await self._tell_all()
 
     def _more(self) -> dict[str, Any]:
