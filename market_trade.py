@@ -282,8 +282,10 @@ class Adapter(ABC):
     def check(self, symbols: Sequence[str]) -> int:
         """How many these are for the exchange; `ValueError` if a connection cannot have them."""
         found = len({self.native(symbol) for symbol in symbols})
-        if not 0 < found <= self.most:
-            raise ValueError(f"{found} symbols; a connection has 1 to {self.most}")
+        if not found:
+            raise ValueError("no symbols")
+        if found > self.most:
+            raise ValueError(f"{found} symbols; a connection has {self.most} at most")
         return found
 
     def subscribe(self, symbols: Sequence[str]) -> list[str | bytes]:
