@@ -509,7 +509,7 @@ def feed_line(feed: Feed | None) -> FeedLine:
     return FeedLine(
         *(found.state, found.trades, found.bad, found.gaps + found.outages, found.missed, found.duplicates),
         *(found.disorder, max(0, found.connects - 1), None if found.lag != found.lag else found.lag / 1e6),
-        *(found.breaker, found.last_error or found.note),
+        *(found.breaker, found.last_error or found.note, found.stale),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import market_display as md
 import market_flow as mf
 import market_kafka as mk
 import market_pipeline
@@ -23,10 +24,12 @@ from log_spool import Sealed, Spool
 from market_connect import Feed
 from market_feeds import ADAPTERS, Trade
 from market_stats import Analytics, Row
+from sandbox_markets import Exchanges
 from test_all import (
     MARKET_KAFKA_NOW,
     MarketConnectFakeSocket,
     MarketConnectSink,
+    MarketConnectWorld,
     PrimWorld,
     market_kafka_balanced,
     market_kafka_broker,  # noqa: F401  -- a fixture
@@ -249,6 +252,85 @@ def test_market_connect_subscriptions_are_as_slow_as_the_exchange_wants_them() -
     prim_run(main())
 
 
+def test_market_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_asked_for_again() -> None:
+    """By the clock of the test; each symbol's silence is that of this connection, until another's last trade."""
+
+    def frame(symbol: str, number: int, now: float) -> bytes:
+        ms = int(now * 1000)
+        fields = {"e": "trade", "s": symbol, "t": number, "p": "1", "q": "1", "T": ms, "m": True}
+        return json.dumps(fields).encode()
+
+    async def main() -> None:
+        world, sink = PrimWorld(1.8e9), MarketConnectSink()
+        ws: Any = MarketConnectFakeSocket(world, 1.0)
+        symbols = ["BTC-USD", "SOL-USD"]
+        feed = Feed(
+            *(ADAPTERS["binance"], symbols, sink.emit, sink.dead),
+            clock=world.clock,
+            wall=lambda: int(world.now * 1e9),
+            stale_after=300.0,
+            renew_after=1800.0,
+        )
+
+        async def connect() -> None:
+            feed._begin(ws)
+            await feed._subscribe(ws)
+            await feed._other(ws, feed.adapter.parse(b'{"result":null,"id":1}', 0), [])
+            assert feed.stats().state == "live" and feed.stats().stale == ()
+
+        def trade(symbol: str, after: float) -> None:
+            world.now += after
+            feed._told = world.now
+            feed._take(ws, frame(symbol, int(world.now), world.now))
+
+        await connect()
+        trade("BTCUSDT", 299.0)
+        assert feed.stats().stale == ()
+        trade("BTCUSDT", 1.0)
+        assert feed.stats().stale == ("SOL-USD",) and feed._renewal() == ""
+        trade("SOLUSDT", 1.0)
+        assert feed.stats().stale == ()
+        world.now += 5000.0  # all are silent: that is not one symbol's
+        assert feed.stats().stale == () and feed._renewal() == ""
+        trade("BTCUSDT", 1.0)
+        assert feed._renewal() == "nothing of SOL-USD"
+        await connect()
+        trade("BTCUSDT", 1800.0)
+        assert feed.stats().stale == ("SOL-USD",) and feed._renewal() == ""  # twice as long now
+        trade("BTCUSDT", 1800.0)
+        assert feed._renewal() == "nothing of SOL-USD"
+        await connect()
+        trade("SOLUSDT", 1000.0)
+        trade("BTCUSDT", 1000.0)
+        assert feed._renewal() == "" and feed._patience == 1800.0  # it helped
+        assert len(sink.told["binance"]) == 8 and sink.letters == []
+
+    prim_run(main())
+
+
+def test_market_connect_a_connection_is_left_for_a_silent_symbols_sake() -> None:
+    """One symbol is refused: nothing of it ever comes. Bitstamp is asked for each by a message."""
+
+    async def main() -> None:
+        options = {"base": 0.01, "cap": 0.02, "renew_after": 0.05, "stale_after": 0.01}
+        async with MarketConnectWorld(them, ("bitstamp", "okx"), symbols=["BTC-USD", "ETH-USD"], **options) as world:
+            feed = world.feeds["lacking"] = world.feed("bitstamp", symbols=["BTC-USD", "XRP-USD"])
+            world.runs.append(asyncio.create_task(feed.run()))
+            ends = set[str]()
+
+            def renewed() -> bool:
+                them.emit(1)
+                ends.add(feed.stats().last_error)
+                return feed.stats().connects >= 3 and feed.stats().state == "live"
+
+            await prim_until_async(renewed)
+            assert "nothing of XRP-USD" in ends and feed.stats().breaker == "closed"
+            assert [world.feeds[name].stats().connects for name in ("bitstamp", "okx")] == [1, 1]
+
+    with Exchanges(symbols=("BTC-USD", "ETH-USD"), heartbeat=0) as them:
+        prim_run(main())
+
+
 # -------------------------------------------------------------------------------------------------------- the programs
 
 
@@ -328,3 +410,20 @@ def test_market_pipeline_a_publisher_is_closed_before_the_program_ends(tmp_path:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     prim_run(main())
+
+
+def test_market_display_silent_symbols_are_shown() -> None:
+    from prometheus_client import CollectorRegistry, generate_latest
+    from rich.console import Console
+
+    line = md.FeedLine("live", *(0,) * 7, None, stale=("SOL-USD", "ADA-USD"))
+    counts = md.Snapshot(feeds={"okx": line, "kraken": line._replace(stale=())})
+    registry = CollectorRegistry()
+    registry.register(md.Exporter(lambda: counts))
+    told = generate_latest(registry)
+    assert b'market_exchange_stale_symbols{exchange="okx"} 2.0' in told
+    assert b'market_exchange_stale_symbols{exchange="kraken"} 0.0' in told
+    assert md.health(counts)[1]["feeds"]["okx"]["stale"] == ("SOL-USD", "ADA-USD")
+    console = Console(width=150, record=True, quiet=True)
+    console.print(md.picture(counts, 0.0, 0.0))
+    assert console.export_text().count("silent: SOL-USD ADA-USD") == 1
