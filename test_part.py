@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import io
 import json
 import os
 import signal
@@ -424,6 +425,6 @@ def test_market_display_silent_symbols_are_shown() -> None:
     assert b'market_exchange_stale_symbols{exchange="okx"} 2.0' in told
     assert b'market_exchange_stale_symbols{exchange="kraken"} 0.0' in told
     assert md.health(counts)[1]["feeds"]["okx"]["stale"] == ("SOL-USD", "ADA-USD")
-    console = Console(width=150, record=True, quiet=True)
+    console = Console(file=io.StringIO(), width=150, record=True)
     console.print(md.picture(counts, 0.0, 0.0))
     assert console.export_text().count("silent: SOL-USD ADA-USD") == 1
