@@ -76,7 +76,10 @@ def tickers(text: str) -> tuple[str, ...]:
 
 
 def seconds_of(text: str) -> tuple[int, ...]:
-    return tuple(int(each) for each in words(text))
+    try:
+        return tuple(int(each) for each in words(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"whole seconds with commas are needed, not {text!r}") from None
 
 
 def make_parser() -> argparse.ArgumentParser:

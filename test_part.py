@@ -428,3 +428,10 @@ def test_market_display_silent_symbols_are_shown() -> None:
     console = Console(file=io.StringIO(), width=150, record=True)
     console.print(md.picture(counts, 0.0, 0.0))
     assert console.export_text().count("silent: SOL-USD ADA-USD") == 1
+
+
+def test_market_pipeline_windows_that_are_no_numbers_are_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        market_pipeline.parse_arguments(["--demo", "--windows", "10,x"], {})
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and told.endswith("--windows: whole seconds with commas are needed, not '10,x'")
