@@ -48,11 +48,11 @@ from database import Database, Embedded
 from log_enrich import Enricher
 from log_intake import EventQueue, Policy, Receiver
 from log_parse import Event, parse
-from log_spool import Spool
-from log_store import SCHEMA, Outcome, Sealed, Store, seal
+from log_spool import Sealed, Spool
+from log_store import SCHEMA, Outcome, Store, seal
 from log_workers import Snapshot, imbalance
 from primitives import Clock, RetryPolicy, Rng, arrives, telling
-from serving import CannotStart
+from serving import CannotStart, Lasting
 
 log = logging.getLogger("ingest")
 
@@ -119,7 +119,7 @@ def database_of(options: Options) -> str | Embedded | None:
 # ------------------------------------------------------------------------------------------------------ one worker
 
 
-class Ingester:
+class Ingester(Lasting):
     """One worker, with ``sock`` as its source. ``run`` once. ``CannotStart`` if the spool cannot be looked at."""
 
     workers = 1
@@ -136,6 +136,7 @@ class Ingester:
         wall: Clock = time.time,
         rng: Rng = random.random,
     ) -> None:
+        super().__init__(log)
         self.options, self.number = options, number
         self._of, self._kernel_drops = workers, kernel_drops
         self._clock, self._wall, self._rng = clock, wall, rng
@@ -153,7 +154,6 @@ class Ingester:
         ]
         """The first is this worker's own; the others were those of workers that there are no more."""
         self._received = self._recovered = self._stored = self._dead = self._missing = 0
-        self._faults = 0
         self._dropped: Counter[str] = Counter()
         self._spooled_rows = 0
         """What this worker put into the spools, or found there, and did not remove: their own counts move earlier."""
@@ -170,7 +170,6 @@ class Ingester:
         self._stage = 0
         self._stopped, self._forced, self._moved = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._due, self._work, self._room, self._spoolable, self._spooled = (asyncio.Event() for _ in range(5))
-        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._waits: dict[asyncio.Task[None], tuple[list[Event], int]] = {}
         """Batches that wait for metadata, and their bytes."""
 
@@ -447,24 +446,6 @@ class Ingester:
             await asyncio.sleep(1.0)
             self._loop_lags.append(max(0.0, self._clock() - due))
             self.snapshot()
-
-    def _fault(self, where: str, error: BaseException) -> None:
-        self._faults += 1
-        if self._faults <= 10:
-            log.error("%s failed", where, exc_info=error)
-
-    def _start(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        """A task that goes on after an error that nobody had foreseen."""
-
-        async def kept() -> None:
-            while True:
-                try:
-                    return await work()
-                except Exception as error:
-                    self._fault(name, error)
-                    await asyncio.sleep(0.5)
-
-        self._tasks[name] = asyncio.create_task(kept(), name=name)
 
     # ---------------------------------------------------------------- life and end
 

@@ -1,6 +1,6 @@
 """Batches on disk, for the time that the database is away: a folder with a file for each, in the order of arrival.
 
-A file is a line of JSON (id, rows, received_at, bytes, crc32) and the COPY text. It is written as ``.part`` and
+A file is a line of JSON (id, rows, received_at, bytes, crc32) and the batch's lines. It is written as ``.part`` and
 renamed, so a file with its right name was complete when it got it. The checksum covers both; what is not exactly as it
 was written is set aside as ``.bad``, and counted.
 
@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
-from log_store import Sealed
 from primitives import Clock, telling
 
 T = TypeVar("T")
@@ -51,6 +50,17 @@ _PASSES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _NAME = re.compile(r"\d{16}\.batch", re.A)
 _NUMBER = re.compile(r"0\d{15}(?=\.)", re.A)
 """Of a file that this program named: no rubbish may use the numbers up."""
+
+
+class Sealed(NamedTuple):
+    """A batch as it is written, spooled and replayed: unchanged."""
+
+    id: UUID
+    rows: int
+    received_at: float
+    """Of the oldest row, in seconds since 1970."""
+    data: bytes
+    """A line for each row, each with its line end."""
 
 
 class SpoolInUse(OSError):
@@ -271,13 +281,14 @@ class Spool:
                     each.unlink()
             raise
 
-    async def first(self, n: int) -> list[tuple[str, Sealed]]:
-        """The oldest, at most ``n``, in their order; none only if there are none. They stay until ``remove``.
+    async def first(self, n: int, skip: int = 0) -> list[tuple[str, Sealed]]:
+        """The oldest but ``skip``, at most ``n``, in their order; none only if there are none. They stay until
+        ``remove``.
 
         What cannot be read any more is set aside; its rows are lost, and counted. Raises ``OSError`` if the process has
         no files or memory left: that is not the file's fault.
         """
-        while names := list(itertools.islice(self._files, n)):
+        while names := list(itertools.islice(self._files, skip, skip + n)):
             results = await self._in_thread(functools.partial(self._read, names))
             found = []
             for name, result in zip(names, results, strict=True):

@@ -50,6 +50,7 @@ import asyncpg
 
 from database import Database, is_a_rows_fault
 from log_parse import Event, Metadata
+from log_spool import Sealed
 from primitives import Clock, telling
 
 if TYPE_CHECKING:
@@ -126,17 +127,6 @@ END IF; END $do$;
 Found = Metadata | Enum | None
 """What is known of a service: its metadata; a marker (``log_enrich.UNKNOWN``) if the API does not know it; None if
 nothing is known yet."""
-
-
-class Sealed(NamedTuple):
-    """A batch as it is written, spooled and replayed: unchanged."""
-
-    id: UUID
-    rows: int
-    received_at: float
-    """Of the oldest row, in seconds since 1970."""
-    data: bytes
-    """A line of COPY text for each row, UTF-8, each with its line end."""
 
 
 class Outcome(NamedTuple):

@@ -23,6 +23,9 @@ Promised:
   waits longer. A failure is an attempt or connection that ended unhealthy, unless the exchange had asked for that.
 * A feed that says nothing for the adapter's `silent_after` is left for a new connection, and so is one that does not
   answer a ping. While `emit` waits that is not asked: silence is our own then.
+* A symbol without a trade for `stale_after` while others trade is told (`stats().stale`). It may trade seldom, or its
+  subscription may have died, or been refused: after `renew_after` the connection is left for a new one, and after twice
+  as long, and so on, for as long as any is stale.
 
 Not promised: that each of several symbols is served (an exchange may refuse one and acknowledge the others: `stats`
 shows the error); that `emit` is called again for what it raised on: its error, and that of `dead`, ends `run`.
@@ -86,6 +89,7 @@ class FeedStats(NamedTuple):
     retry_in: float  # seconds until the next attempt, while there is a wait
     note: str  # what the exchange said last of its status, a maintenance for instance
     last_error: str
+    stale: tuple[str, ...]  # symbols that are silent while others are not
 
 
 class _End(NamedTuple):
@@ -109,11 +113,12 @@ class Feed:
 
     `adapter` is copied (`fresh`); the copy is `self.adapter`, whose `context` a dead letter needs, as it is when `dead`
     is called. `url`: instead of the exchange's own. `session`: shared; None: one of its own.
-    `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts. Times are seconds:
-    `connect_within` for the handshake, `ack_within` for the acknowledgement of the subscription, `ping_every` for
-    pings of the protocol, `pong_within` for any sign of life after one, `close_within` for the exchange's close frame,
-    `send_within` for a message to be written, `silent_after` instead of the adapter's. Raises ValueError for a symbol
-    that the exchange cannot have.
+    `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts, or messages. Times
+    are seconds: `connect_within` for the handshake, `ack_within` for the acknowledgement of the subscription,
+    `ping_every` for pings of the protocol, `pong_within` for any sign of life after one, `close_within` for the
+    exchange's close frame, `send_within` for a message to be written, `silent_after` instead of the adapter's,
+    `stale_after` and `renew_after` for one symbol's silence. Raises ValueError for symbols that the exchange cannot
+    have, or not so many.
     """
 
     def __init__(
@@ -137,16 +142,16 @@ class Feed:
         close_within: float = 2.0,
         send_within: float = 5.0,
         silent_after: float | None = None,
+        stale_after: float = 300.0,
+        renew_after: float = 1800.0,
         base: float = 1.0,
         cap: float = 30.0,
         max_message: int = MAX_MESSAGE,
         breaker: CircuitBreaker | None = None,
     ) -> None:
-        if not symbols:
-            raise ValueError("no symbols")
+        self._natives = adapter.check(symbols)
         self.adapter, self.symbols = adapter.fresh(), tuple(symbols)
         self.exchange = adapter.name
-        self._natives = len({adapter.native(symbol) for symbol in symbols})
         self._url = adapter.connect_url(self.symbols, url)
         self._emit, self._dead, self._session = emit, dead, session
         self._clock, self._wall, self._rng, self._sleep = clock, wall, rng, sleep
@@ -154,6 +159,7 @@ class Feed:
         self._ping_every, self._pong_within, self._send_within = ping_every, pong_within, send_within
         self._close_within, self._max_message = close_within, max_message
         self._silent_after = adapter.silent_after if silent_after is None else silent_after
+        self._stale_after, self._renew_after, self._patience = stale_after, renew_after, renew_after
         self._policy = RetryPolicy(attempts=sys.maxsize, base=base, cap=cap, total=math.inf)
         self.breaker = breaker or CircuitBreaker(
             adapter.name,
@@ -172,6 +178,7 @@ class Feed:
         self._note = self._last_error = ""
         self._next_attempt = 0.0
         self._pending: set[str] = set()  # symbols of which nothing has come since the connection was lost
+        self._traded: dict[str, float] = {}  # when each symbol's last trade came
         # of one connection:
         self._ws: Socket | None = None
         self._permit: Permit | None = None
@@ -241,7 +248,16 @@ class Feed:
             retry_in=max(0.0, self._next_attempt - now) if self._state in ("waiting", "refused") else 0.0,
             note=self._note,
             last_error=self._last_error,
+            stale=self._stale(self._stale_after),
         )
+
+    def _stale(self, seconds: float) -> tuple[str, ...]:
+        """Symbols that had been silent for so long when another one's last trade came, on this connection."""
+        since = self._since
+        if since is None or not self._traded:
+            return ()
+        newest, traded = max(self._traded.values()), self._traded.get
+        return tuple(name for name in self.symbols if newest - max(traded(name, since), since) >= seconds)
 
     __repr__ = telling
 
@@ -368,7 +384,9 @@ class Feed:
     async def _subscribe(self, ws: Socket) -> bool:
         messages = self.adapter.subscribe(self.symbols)
         self._wanted = self.adapter.acks(len(messages), self._natives)
-        for message in messages:
+        for n, message in enumerate(messages):
+            if n and self.adapter.pace:
+                await self._sleep(self.adapter.pace)
             if not await self._send(ws, message):
                 return False
         self._look_at_acks()
@@ -445,6 +463,8 @@ class Feed:
         if kind == "trades" and trades:
             if self._pending:
                 trades = self._after_outage(trades)
+            for trade in trades:
+                self._traded[trade.symbol] = self._told
             self._measure(trades[-1])
             if parsed.reply is None and not parsed.reconnect:
                 return self._emit(self.exchange, trades)
@@ -508,6 +528,16 @@ class Feed:
         if self._reading and self._ws is not None:
             self._closer = asyncio.create_task(self._ws.close())
 
+    def _renewal(self) -> str:
+        """Why a new connection is worth a try, for a symbol's sake; it takes longer and longer until that helps."""
+        if stale := self._stale(self._patience):
+            self._patience *= 2
+            return f"nothing of {short(', '.join(stale))}"
+        flowing = max(self._traded.values(), default=-math.inf) - (self._since or math.inf)
+        if flowing >= self._renew_after and not self._stale(self._renew_after):
+            self._patience = self._renew_after
+        return ""
+
     async def _watch(self, ws: Socket) -> None:
         """Pings, and the limits of silence, of acknowledgement, of health."""
         adapter, begun = self.adapter, self._clock()
@@ -539,8 +569,9 @@ class Feed:
                     reason = f"silent for {self._silent_after:g} s"
                 elif now >= pong_by:
                     reason = f"no sign of life {self._pong_within:g} s after a ping"
-                if reason:
-                    await self._part(_End(reason), GOING_AWAY)
+                renewal = "" if reason else self._renewal()
+                if reason or renewal:
+                    await self._part(_End(reason or renewal, asked=not reason), GOING_AWAY)
                     return
             healthy_at = math.inf if self._since is None else self._since + self._healthy_after
             due = min(next_message, next_ping, ack_by, silent_at, pong_by, healthy_at if healthy_at > now else math.inf)

@@ -65,6 +65,8 @@ class FeedLine(NamedTuple):
     """Seconds from the exchange's time of a trade to ours; None before the first."""
     breaker: str = "closed"
     error: str = ""
+    stale: tuple[str, ...] = ()
+    """Symbols that are silent while others trade."""
 
 
 class SymbolLine(NamedTuple):
@@ -264,13 +266,16 @@ class Exporter(Collector):
             for name, line in counts.feeds.items():
                 family.add_metric((name,), getattr(line, field))
             yield family
+        text = "Symbols that are silent while others trade"
+        stale = GaugeMetricFamily("market_exchange_stale_symbols", text, labels=("exchange",))
         up = GaugeMetricFamily("market_exchange_up", "1 if its trades come", labels=("exchange",))
         lag = GaugeMetricFamily("market_exchange_lag_seconds", "From the exchange's time to ours", labels=("exchange",))
         for name, line in counts.feeds.items():
+            stale.add_metric((name,), len(line.stale))
             up.add_metric((name,), float(line.state == "live"))
             if line.lag is not None:
                 lag.add_metric((name,), line.lag)
-        yield from (up, lag)
+        yield from (up, lag, stale)
         for field in ("last", "volatility", "ewma", "spread", "trades_per_second"):
             gauge = GaugeMetricFamily(f"market_symbol_{field}", f"By symbol: {field}", labels=("symbol",))
             for name, symbol in counts.symbols.items():
@@ -360,7 +365,8 @@ def picture(counts: Snapshot, rate: float, age: float) -> Any:
         for name, feed in counts.feeds.items():
             style = {"live": "green", "connecting": "yellow"}.get(feed.state, "red")
             told = (f"{feed.trades:,}", latency(feed.lag), f"{feed.gaps:,}", f"{feed.duplicates:,}", f"{feed.bad:,}")
-            error = Text(feed.error[:40] if feed.state != "live" else "", "dim")
+            silent = f"silent: {' '.join(feed.stale)}" if feed.stale else ""
+            error = Text((feed.error if feed.state != "live" else silent)[:40], "dim")
             feeds.add_row(name, Text(feed.state, style), *told, str(feed.reconnects), error)
         parts += [feeds, ""]
     return Group(*parts, Text(status(counts, rate, age), no_wrap=True, overflow="ellipsis"))

@@ -51,10 +51,12 @@ class Binance(Adapter):
 
     Taker: "m" says "Is the buyer the market maker?" (Web Socket Streams, "Trade Streams"), so true: the taker sold.
     Sequence: the trade id "t", which counts up by one per symbol. Pings are the protocol's, every 20 s; the server
-    closes after 24 hours, with an event "serverShutdown" before.
+    closes after 24 hours, with an event "serverShutdown" before. It disconnects whoever sends more than five messages
+    in a second, pongs among them, and takes 1,024 streams per connection ("Websocket Limits").
     """
 
     name, url, dollar = "binance", "wss://stream.binance.com:9443/ws", "USDT"
+    most, pace = 1024, 0.3
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         streams = [f"{native.lower()}@trade" for native in natives]
@@ -311,10 +313,11 @@ class Bitfinex(Adapter):
     "te" comes at once and "tu", the same trade again, a little later; "te" is taken, "tu" ignored. Sequence: asked for
     (flag 65536, SEQ_ALL), it ends every frame and counts over the connection, so it is the frame's and not the
     trade's. A snapshot, newest first, comes at the beginning. Events 20051, 20060, 20061: restart, maintenance begins,
-    ends. The symbols for USDT and USDC are UST and UDC.
+    ends. The symbols for USDT and USDC are UST and UDC. "You can subscribe to 25 channels at the same time on the same
+    connection" (Public Channels).
     """
 
-    name, url, silent_after = "bitfinex", "wss://api-pub.bitfinex.com/ws/2", 40.0
+    name, url, silent_after, most = "bitfinex", "wss://api-pub.bitfinex.com/ws/2", 40.0, 25
     _names: dict[str, str] = {"USDT": "UST", "USDC": "UDC"}  # noqa: RUF012
     _ours: dict[str, str] = {"UST": "USDT", "UDC": "USDC"}  # noqa: RUF012
 

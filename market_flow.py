@@ -24,7 +24,8 @@ Promised
   exit code and the last line say so.
 - An exchange, a worker or Kafka that fails holds up nobody else, within the bounds above.
 - ``Analyser``: offsets are committed after the rows are published, so each trade is computed at least once. A member
-  that takes over a partition reads the longest window before it again.
+  that takes over a partition reads the longest window before it again; a row that was not due yet when a member was
+  killed is told with the symbol's next trade.
 - ``Replayer``: dead letters are committed when what came of them is published. What still cannot be parsed becomes a
   dead letter again, for the next replay. Left early, some may come twice.
 - The first SIGTERM or Ctrl-C: close frames, what the exchanges had sent by then is taken, computed and published, in at
@@ -65,20 +66,20 @@ from market_topics import DeadLetter, Group, Taken, dead_letters, decode
 from market_workers import MOST, Uncomputed, Workers
 from primitives import Clock, Rng, arrives, telling
 from processes import PoolClosed, WorkerDied
-from serving import CannotStart
+from serving import CannotStart, Lasting
 
 log = logging.getLogger("market_pipeline")
 
 QUEUE = 50_000
 """Trades that may wait to be computed."""
+ROWS = 200
+"""That are handed over in one go: some 2 ms."""
 COMPUTE_EVERY, IDLE = 0.05, 0.5
 """Seconds that trades may wait for more to be computed with; seconds of silence after which all rows are told."""
 FEED_LIMIT = 3.0
 """Seconds that the exchanges have to answer a close frame."""
 CLOSE_LIMIT = 20.0
 """Seconds that the publisher has to put the rest into the spool."""
-PAUSE = 0.5
-"""Seconds after which a part that failed in a way that nobody had foreseen goes on."""
 TICK, TICKS = 0.05, 1200
 """Seconds between two looks at how late the loop is; how many are remembered."""
 
@@ -150,18 +151,17 @@ def feeds_of(options: Options, environ: Mapping[str, str]) -> dict[str, tuple[Ad
             names = ", ".join(f"{name}: {adapter.key_env}" for name, adapter in ADAPTERS.items() if adapter.key_env)
             raise ValueError(f"--stocks: no key is set ({names})")
     for name, (adapter, symbols) in found.items():
-        for symbol in symbols:
-            try:
-                adapter.native(symbol)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+        try:
+            adapter.check(symbols)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     return found
 
 
 # ------------------------------------------------------------------------------------------- what all programs have
 
 
-class Base(ABC):
+class Base(Lasting, ABC):
     """Publisher, stop, tasks that go on after an error, and counts."""
 
     def __init__(
@@ -174,6 +174,7 @@ class Base(ABC):
         rng: Rng = random.random,
     ) -> None:
         assert options.kafka is not None
+        super().__init__(log)
         self.options, self._clock, self._rng = options, clock, rng
         self._security = security(options, environ)
         self.publisher = Publisher(
@@ -196,10 +197,9 @@ class Base(ABC):
         """What the publisher had accepted when the call that waits now began."""
         self._turn = asyncio.Lock()
         self._computed = self._uncomputed = 0
-        self._faults = self._unbalanced = self._stage = 0
+        self._unbalanced = self._stage = 0
         self._stopped, self._forced = asyncio.Event(), asyncio.Event()
         self._lags: deque[float] = deque([0.0], maxlen=TICKS)
-        self._tasks: list[asyncio.Task[None]] = []
 
     def make_workers(self) -> Workers:
         figures = {"windows": self.options.windows, "lateness": self.options.lateness}
@@ -228,34 +228,25 @@ class Base(ABC):
             self._given_up += left
         return not left
 
+    async def _tell(self, rows: list[Row]) -> None:
+        """Thousands at once would hold the loop for tens of milliseconds."""
+        for at in range(0, len(rows), ROWS):
+            if at:
+                await asyncio.sleep(0)
+            part = rows[at : at + ROWS]
+            self.board.take(part)
+            self.publisher.analytics([row.record() for row in part])
+
     async def _bury(self, letter: DeadLetter) -> None:
         self._letters += 1
         await self._handed_over(1, partial(self.publisher.dead, *letter))
 
     # -------------------------------------------------------------------- life and end
 
-    def _fault(self, where: str, error: BaseException | None) -> None:
-        self._faults += 1
-        if self._faults <= 10:
-            log.error("%s failed", where, exc_info=error)
-
-    def _start(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        """A task that goes on after an error that nobody had foreseen."""
-
-        async def kept() -> None:
-            while True:
-                try:
-                    return await work()
-                except Exception as error:
-                    self._fault(name, error)
-                    await asyncio.sleep(PAUSE)
-
-        self._tasks.append(asyncio.create_task(kept(), name=name))
-
     async def _end_tasks(self) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _watch(self) -> None:
         """How late the loop is; whether the counts balance, should nobody else ask; whether the publisher lives."""
@@ -452,18 +443,15 @@ class Pipeline(Base):
             self._uncomputed += failed
             self._computing = 0
             self.board.count(batch)
-            self._tell(rows)
+            await self._tell(rows)
 
     async def _tell_all(self) -> None:
         try:
-            self._tell(await self.workers.flush())
+            rows = await self.workers.flush()
         except Uncomputed as error:
-            self._tell(error.rows)
-
-    def _tell(self, rows: list[Row]) -> None:
-        self.board.take(rows)
+            rows = error.rows
         with contextlib.suppress(Closed):
-            self.publisher.analytics([row.record() for row in rows])
+            await self._tell(rows)
 
     # -------------------------------------------------------------------- life and end
 
@@ -521,7 +509,7 @@ def feed_line(feed: Feed | None) -> FeedLine:
     return FeedLine(
         *(found.state, found.trades, found.bad, found.gaps + found.outages, found.missed, found.duplicates),
         *(found.disorder, max(0, found.connects - 1), None if found.lag != found.lag else found.lag / 1e6),
-        *(found.breaker, found.last_error or found.note),
+        *(found.breaker, found.last_error or found.note, found.stale),
     )
 
 
@@ -592,7 +580,7 @@ class Analyser(Base):
             if taken.trades:
                 rows = await self._computed_rows(taken.trades, count=True)
                 self.board.count(taken.trades)
-                self._tell(rows)
+                await self._tell(rows)
         finally:
             self._skipped += self._queued
             self._queued = 0
@@ -611,14 +599,10 @@ class Analyser(Base):
             self._queued = 0
         return rows
 
-    def _tell(self, rows: list[Row]) -> None:
-        self.board.take(rows)
-        self.publisher.analytics([row.record() for row in rows])
-
     async def _tell_all(self) -> None:
         """The rows that were not due yet."""
         with contextlib.suppress(Closed, PoolClosed):
-            self._tell(await self._computed_rows([], flush=True))
+            await self._tell(await self._computed_rows([], flush=True))
 
     async def run(self) -> int:
         async with contextlib.AsyncExitStack() as stack:
@@ -656,7 +640,7 @@ class Analyser(Base):
     async def _finish(self) -> None:
         """The batch in hand is published and committed, and all rows are told; no further one is begun."""
         async with self._batch:
-            self._tasks[-1].cancel()
+            self._tasks["analytics"].cancel()
             await self._tell_all()
 
     def _more(self) -> dict[str, Any]:

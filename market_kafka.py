@@ -1,11 +1,11 @@
 """The publisher: trades, analytics and dead letters into the topics of Kafka that ``market_topics`` describes.
 
-The way of a record: buffer -> batches, one for each partition (``create_batch``: a quarter of what ``send`` costs) ->
-acknowledged by all replicas. One round of batches is under way at a time; the next is filled meanwhile. While the
-broker does not answer, the buffer fills; when it is full, and every ``spool_after`` seconds, all of it goes to the
-spool: first what is under way, then the buffer. While anything is in the spool, records come from there, and what is
-newer queues behind it. The partition follows from the key as in the Java client (murmur2): a symbol is in one
-partition, in the order of ``trades()``.
+The way of a record: encoded when it is taken -> buffer -> batches, one for each partition (``create_batch``: a quarter
+of what ``send`` costs) -> acknowledged by all replicas. One round of batches is under way at a time; the next is filled
+meanwhile. While the broker does not answer, the buffer fills; when it is full, and every ``spool_after`` seconds, all
+of it goes to the spool, as Kafka is to have it: first what is under way, then the buffer. While anything is in the
+spool, records come from there, and what is newer queues behind it. The partition follows from the key as in the Java
+client (murmur2): a symbol is in one partition, in the order of ``trades()``.
 
 Promised by ``Publisher``
 - accepted + recovered == published + held + spooled + dropped + lost, at every moment; ``dropped`` is analytics (the
@@ -26,9 +26,10 @@ Not promised
 - That a partition whose leader is away does not hold up the others of its topic. Trades and analytics have a producer
   each, and do not hold up one another.
 
-All is for one event loop; there is no lock. Encoding and compression run in it, at most ``AT_ONCE`` records in one go
-(some 10 ms); the spool's files have a thread. aiokafka has no public way to leave a broker that does not answer:
-``_abandon`` is the one place that touches what is private there.
+All is for one event loop; there is no lock. Encoding and compression run in it, at most ``AT_ONCE`` records and
+``ROUND_BYTES`` in one go (3 to 5 ms); the spool's files have a thread, and what is read from them. On a loop that
+others keep busy a round costs some fifteen turns, whatever is in it: so rounds are large. aiokafka has no public way to
+leave a broker that does not answer: ``_abandon`` is the one place that touches what is private there.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 from uuid import uuid4
@@ -59,8 +60,7 @@ from aiokafka.errors import (
 )
 from aiokafka.partitioner import DefaultPartitioner
 
-from log_spool import Spool
-from log_store import Sealed
+from log_spool import Sealed, Spool
 from market_feeds import Trade
 from market_topics import (
     ANALYTICS,
@@ -76,10 +76,10 @@ from market_topics import (
     buried,
     dead_row,
     decode,
-    encode,
-    from_line,
+    from_lines,
     quiet,
     to_line,
+    trade_row,
 )
 from primitives import Clock, Rng, telling
 
@@ -87,13 +87,21 @@ T = TypeVar("T")
 
 log = logging.getLogger("market_pipeline")
 
-AT_ONCE = 2000
-"""Records of one round."""
+FLIGHT, FLIGHT_BYTES = 5000, 1_300_000
+"""Records that are under way together at most, and bytes of their values, or one more."""
+FILE = 2500
+"""Records of a file of the spool."""
+AT_ONCE = 1000
+"""Records that are encoded, or put into batches, in one go."""
+ROUND_BYTES = {"gzip": 180_000, "lz4": 500_000}
+"""Of the values of one round, which are compressed in one go; by the kinds that are slow."""
 BATCH_BYTES = 950_000
 LARGEST_CONTEXT = 20_000
 """Characters."""
 HEAVY = 64_000_000
 """Bytes of raw frames that may wait."""
+ASK_AGAIN = 1.0
+"""Seconds after which a disk that refused is asked again."""
 RENEW_AFTER = 1 << 30
 """Records of one producer: aiokafka's sequence numbers turn negative at 2**31 in a partition, where Kafka's turn 0."""
 KEYS = 100_000
@@ -149,10 +157,38 @@ class _Piece(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------- a producer
 
 
+def rounds(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
+    """In their order, each with at most so many bytes, or a little more."""
+    begin = size = 0
+    for n, row in enumerate(rows, 1):
+        size += len(row.value)
+        if size >= most or n == len(rows):
+            yield list(rows[begin:n])
+            begin, size = n, 0
+
+
+def heavy(rows: Iterable[Row]) -> int:
+    """Bytes of the dead letters among them, which have no key."""
+    return sum(len(row.value) for row in rows if row.key is None)
+
+
 async def _end(task: asyncio.Task[Any]) -> None:
     """Cancel, and wait until it is over."""
     task.cancel()
     await asyncio.wait({task})
+
+
+async def _uncut(task: asyncio.Task[None]) -> None:
+    """Wait until it is over, also if that is cancelled, and then end cancelled."""
+    cut: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cut = error
+    task.result()
+    if cut is not None:
+        raise cut
 
 
 async def _force(task: asyncio.Task[Any]) -> None:
@@ -221,7 +257,7 @@ class _Link:
     async def publish(self, rows: list[Row]) -> list[tuple[Row, str]]:
         """Return when each row is acknowledged, but for those that the broker refuses for their own sake."""
         refused = list[tuple[Row, str]]()
-        todo = [rows]
+        todo = list(rounds(rows, ROUND_BYTES.get(self._compression or "", 2 * FLIGHT_BYTES)))
         """Groups that may not share a batch; each in its order."""
         tries = 0
         while todo:
@@ -233,7 +269,7 @@ class _Link:
                     again.append(group)
                     continue
                 try:
-                    lanes = self._build(producer, group)
+                    lanes = await self._build(producer, group)
                 except Exception as error:
                     self.error, broken = f"{type(error).__name__}: {error}", True
                     again.append(group)
@@ -264,7 +300,7 @@ class _Link:
         self._sent += len(rows)
         return refused
 
-    def _build(self, producer: Any, rows: list[Row]) -> dict[tuple[str, int], list[_Piece]]:
+    async def _build(self, producer: Any, rows: list[Row]) -> dict[tuple[str, int], list[_Piece]]:
         lanes = dict[tuple[str, int], list[_Piece]]()
         places = self._places
         for topic in {row.topic for row in rows}:
@@ -274,7 +310,9 @@ class _Link:
             if len(known) != len(self._partitions.get(topic, ())):
                 self._partitions[topic] = sorted(known)
                 places.clear()
-        for row in rows:
+        for n, row in enumerate(rows, 1):
+            if n % AT_ONCE == 0:
+                await asyncio.sleep(0)
             topic, key, value, at, headers = row
             place = places.get((topic, key)) if key is not None else self._any(topic)
             if place is None:
@@ -427,11 +465,12 @@ class Publisher:
         """``open``, ``stopping``, ``closed``."""
         self._tasks: list[asyncio.Task[None]] = []
 
-        self._buffer = deque[Item]()
+        self._buffer = deque[Row]()
         self._heavy = 0
-        self._flying: list[Item] = []
-        self._flying_file: str | None = None
-        """The file of the spool that holds what is under way."""
+        """Bytes of the dead letters in it."""
+        self._flying: list[Row] = []
+        self._flying_files: list[str] = []
+        """The files of the spool that hold what is under way."""
         self._unwanted = 0
         """Of what is under way: dead letters that the broker refuses."""
         self._moving = 0
@@ -444,6 +483,8 @@ class Publisher:
         self._rows_accepted = self._rows_published = self._rows_dropped = 0
 
         self._wake, self._rows_wake, self._pressed, self._enough = (asyncio.Event() for _ in range(4))
+        self._ending: asyncio.Task[Any]
+        """Waits for ``_enough``."""
         self._changed = asyncio.Event()
         """Set and replaced when anything was published or moved."""
         self._turn = asyncio.Lock()
@@ -457,6 +498,7 @@ class Publisher:
             self._recovered = self._spooled = await asyncio.to_thread(self._spool.open)
         self._state = "open"
         quiet.enter()
+        self._ending = asyncio.create_task(self._enough.wait())
         self._tasks = [asyncio.create_task(main) for main in (self._pump(), self._pump_analytics())]
         if self._spool is not None:
             self._tasks.append(asyncio.create_task(self._spiller()))
@@ -476,9 +518,11 @@ class Publisher:
         """Take the trades if there is room for all of them, and nobody waits for room."""
         if self._failed or self._state not in ("new", "open"):
             raise Closed("the publisher is stopped")
-        if len(self._buffer) + len(trades) > self._limit or self._turn.locked():
+        if len(self._buffer) + len(trades) > self._limit or len(trades) > AT_ONCE or self._turn.locked():
             return False
-        self._buffer.extend(trades)
+        rows = [self._row(trade) for trade in trades]
+        self._buffer.extend(rows)
+        self._heavy += heavy(rows)
         self._accepted += len(trades)
         self._wake.set()
         return True
@@ -505,14 +549,16 @@ class Publisher:
             while done < len(items):
                 if self._failed or self._state not in ("new", "open"):
                     raise Closed("the publisher is stopped")
-                part = items[done : done + max(0, self._limit - len(self._buffer))]
+                part = items[done : done + min(AT_ONCE, max(0, self._limit - len(self._buffer)))]
                 if part and self._heavy < HEAVY:
-                    self._buffer.extend(part)
+                    rows = [self._row(item) for item in part]
+                    self._buffer.extend(rows)
+                    self._heavy += heavy(rows)
                     self._accepted += len(part)
-                    if isinstance(part[0], DeadLetter):
-                        self._heavy += len(part[0].raw)
                     done += len(part)
                     self._wake.set()
+                    if done < len(items):
+                        await asyncio.sleep(0)
                 else:
                     self._pressed.set()
                     await self._changed.wait()
@@ -561,19 +607,20 @@ class Publisher:
             await asyncio.wait(pumps, timeout=limit)
         finally:
             self._enough.set()
-            await asyncio.shield(asyncio.create_task(self._close(pumps)))
+            await _uncut(asyncio.create_task(self._close(pumps)))
         return self._dropped
 
     async def _close(self, pumps: Sequence[asyncio.Task[None]]) -> None:
         results = await asyncio.gather(*pumps, return_exceptions=True)
+        await self._ending
         for task in self._tasks[2:]:
             while self._spilling:
                 await self._changed.wait()
             await _end(task)
-        if self._spool is not None and (self._buffer or (self._flying and self._flying_file is None)):
+        if self._spool is not None and (self._buffer or (self._flying and not self._flying_files)):
             await self._spill()
         await asyncio.gather(self._link.drop(), self._analytics_link.drop())
-        left = len(self._buffer) + (len(self._flying) if self._flying_file is None else 0)
+        left = len(self._buffer) + (0 if self._flying_files else len(self._flying))
         if left:
             log.error("kafka: %d trades and dead letters could be neither published nor spooled", left)
         self._dropped += left
@@ -603,7 +650,7 @@ class Publisher:
                 await self._changed.wait()
             elif self._spooled:
                 await self._replay()
-            elif self._buffer and (lingered or self._state == "stopping" or len(self._buffer) >= AT_ONCE):
+            elif self._buffer and (lingered or self._state == "stopping" or len(self._buffer) >= FLIGHT):
                 lingered = False
                 await self._next_round()
             elif self._buffer:
@@ -616,46 +663,67 @@ class Publisher:
                 await self._wake.wait()
 
     async def _next_round(self) -> None:
-        weight = 0
-        while self._buffer and len(self._flying) < AT_ONCE and weight < LARGEST_RECORD:
-            item = self._buffer.popleft()
-            if isinstance(item, DeadLetter):
-                weight += len(item.raw)
-            self._flying.append(item)
-        self._heavy -= weight
+        self._flying = self._some(FLIGHT)
         self._pulse()
-        if await self._fly():
-            file, self._flying_file = self._flying_file, None
-            if file is not None:
-                self._spooled -= len(self._flying)
-            self._landed()
-            if file is not None and self._spool is not None:
-                await self._spool.remove([file])
-            self._pulse()
+        if await self._fly() and (files := self._landed()):
+            assert self._spool is not None
+            await self._spool.remove(files)
+
+    def _some(self, most: int) -> list[Row]:
+        """The oldest of the buffer."""
+        rows, weight = list[Row](), 0
+        while self._buffer and len(rows) < most and weight < FLIGHT_BYTES:
+            rows.append(self._buffer.popleft())
+            weight += len(rows[-1].value)
+        self._heavy -= heavy(rows)
+        return rows
 
     async def _replay(self) -> None:
-        """The oldest file of the spool."""
+        """The spool, file by file, the oldest first. The next ones are read while those before are under way."""
         assert self._spool is not None
-        found = await self._spool.first(1)
+        reading = asyncio.create_task(self._read(0))
+        removing: asyncio.Task[None] | None = None
+        try:
+            while found := await reading:
+                self._flying_files = [name for name, _ in found]
+                self._flying = [row for _, rows in found for row in rows]
+                reading = asyncio.create_task(self._read(len(found)))
+                if not await self._fly():
+                    return
+                if removing is not None:
+                    await removing
+                removing = asyncio.create_task(self._spool.remove(self._landed()))
+        except OSError as error:  # neither files nor memory left: that passes
+            log.warning("kafka: the spool cannot be read: %s", error)
+            await asyncio.wait({self._ending}, timeout=ASK_AGAIN)
+        finally:
+            await _end(reading)
+            if removing is not None:
+                await removing
+
+    async def _read(self, skip: int) -> list[tuple[str, list[Row]]]:
+        """The oldest files of the spool but so many: their names, and what is in them."""
+        assert self._spool is not None
+        found = await self._spool.first(FLIGHT // FILE, skip)
         gone = self._spool.stats().lost - self._lost
         if gone:  # set aside: the disk gave back something else
             self._spooled -= gone
             self._lost += gone
             log.error("kafka: %d records of the spool could not be read again", gone)
-        for name, sealed in found:
-            lines = sealed.data.splitlines()
-            self._flying, self._flying_file = [from_line(line) for line in lines], name
-            if await self._fly():
-                self._spooled -= sealed.rows
-                self._flying_file = None
-                self._landed()
-                await self._spool.remove([name])
-        self._pulse()
+            self._pulse()
+        topics = self._trades_topic, self._dead_topic
+        return [(name, await asyncio.to_thread(from_lines, sealed.data, *topics)) for name, sealed in found]
 
-    def _landed(self) -> None:
+    def _landed(self) -> list[str]:
+        """All that was under way is in Kafka. The files of the spool that it was in."""
+        files, self._flying_files = self._flying_files, []
+        if files:
+            self._spooled -= len(self._flying)
         self._published += len(self._flying) - self._unwanted
         self._dropped += self._unwanted
         self._flying = []
+        self._pulse()
+        return files
 
     async def _fly(self) -> bool:
         """Publish what is flying; False if it was enough before that was done."""
@@ -666,10 +734,8 @@ class Publisher:
             return True
         return False
 
-    async def _fly_all(self, items: Sequence[Item]) -> None:
+    async def _fly_all(self, rows: list[Row]) -> None:
         self._unwanted = 0
-        rows = [self._row(item) for item in items]
-        await asyncio.sleep(0)  # building the batches takes as long again
         while rows:
             refused = await self._link.publish(rows)
             self._dead += sum(row.topic is self._dead_topic for row in rows)
@@ -688,14 +754,13 @@ class Publisher:
 
     async def _done(self, task: asyncio.Task[None], late: Callable[[], None]) -> bool:
         """Wait for ``task``, tell ``late`` every ``spool_after`` seconds; cancel it when it is enough: then False."""
-        enough = asyncio.create_task(self._enough.wait())
+        both = {task, self._ending}
         try:
-            while not task.done() and not enough.done():
-                await asyncio.wait({task, enough}, timeout=self._spool_after, return_when=asyncio.FIRST_COMPLETED)
+            while not task.done() and not self._enough.is_set():
+                await asyncio.wait(both, timeout=self._spool_after, return_when=asyncio.FIRST_COMPLETED)
                 if not task.done():
                     late()
         finally:
-            await _end(enough)
             if not task.done():
                 await _end(task)
         if task.cancelled():
@@ -707,13 +772,7 @@ class Publisher:
         if isinstance(item, DeadLetter):
             return dead_row(item, self._dead_topic)
         try:
-            value = encode(item)
-            at = item.received_ts_ns // 1_000_000
-            if len(value) > LARGEST_RECORD:
-                raise ValueError(f"a record of {len(value)} bytes")
-            if type(at) is not int or not 0 <= at < 1 << 62:
-                raise ValueError(f"received_ts_ns is {item.received_ts_ns!r}")
-            return Row(self._trades_topic, item.symbol.encode(), value, at, HEADERS)
+            return trade_row(item, self._trades_topic)
         except (TypeError, ValueError, AttributeError) as error:
             return self._bury(item, error)
 
@@ -733,7 +792,7 @@ class Publisher:
                 await self._rows_wake.wait()
                 await asyncio.sleep(0 if self._state == "stopping" else self._linger)
                 continue
-            rows = [self._rows.popleft() for _ in range(min(AT_ONCE, len(self._rows)))]
+            rows = [self._rows.popleft() for _ in range(min(FILE, len(self._rows)))]
             self._rows_flying = len(rows)
             task = asyncio.create_task(self._fly_rows(rows))
             if await self._done(task, lambda: None):
@@ -754,7 +813,7 @@ class Publisher:
             await self._pressed.wait()
             self._pressed.clear()
             if not await self._spill():
-                await asyncio.sleep(1.0)  # no room, or the disk refuses: those who wait go on waiting
+                await asyncio.sleep(ASK_AGAIN)  # no room, or the disk refuses: those who wait go on waiting
                 self._pulse()
 
     async def _spill(self) -> bool:
@@ -762,21 +821,21 @@ class Publisher:
         assert self._spool is not None
         self._spilling = True
         try:
-            if self._flying and self._flying_file is None and not await self._spill_flying():
+            if self._flying and not self._flying_files and not await self._spill_flying():
                 return False
             while self._buffer:
-                items = [self._buffer.popleft() for _ in range(min(AT_ONCE, len(self._buffer)))]
-                self._moving, taken = len(items), None
+                rows = self._some(FILE)
+                self._moving, taken = len(rows), None
                 try:
-                    taken = await self._put(items)
+                    taken = await self._put(rows)
                 finally:
                     self._moving = 0
                     if taken is None:
-                        self._buffer.extendleft(reversed(items))
+                        self._buffer.extendleft(reversed(rows))
+                        self._heavy += heavy(rows)
                 if taken is None:
                     return False
-                self._spooled += len(items)
-                self._heavy -= sum(len(item.raw) for item in items if isinstance(item, DeadLetter))
+                self._spooled += len(rows)
                 self._pulse()
             return True
         finally:
@@ -795,19 +854,19 @@ class Publisher:
             return False
         name = found[0][0]
         if self._flying is flying:
-            self._flying_file = name
+            self._flying_files = [name]
             self._spooled += len(flying)
         else:  # the answer was quicker
             await self._spool.remove([name])
         return True
 
-    async def _put(self, items: Sequence[Item]) -> Sealed | None:
+    async def _put(self, rows: Sequence[Row]) -> Sealed | None:
         assert self._spool is not None
-        sealed = Sealed(uuid4(), len(items), time.time(), b"".join(to_line(item) + b"\n" for item in items))
+        sealed = Sealed(uuid4(), len(rows), time.time(), b"".join(to_line(row) + b"\n" for row in rows))
         return sealed if await self._spool.put(sealed) else None
 
     def stats(self) -> PublisherStats:
-        held = len(self._buffer) + self._moving + (0 if self._flying_file else len(self._flying))
+        held = len(self._buffer) + self._moving + (0 if self._flying_files else len(self._flying))
         link = self._link
         state: Any = self._state
         if state in ("open", "stopping"):

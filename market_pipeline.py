@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -75,7 +76,10 @@ def tickers(text: str) -> tuple[str, ...]:
 
 
 def seconds_of(text: str) -> tuple[int, ...]:
-    return tuple(int(each) for each in words(text))
+    try:
+        return tuple(int(each) for each in words(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"whole seconds with commas are needed, not {text!r}") from None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -241,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)  # thousands of trades wait at any time, and hardly any garbage is cyclic
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the demo's broker does not outlive us
     try:
         with contextlib.ExitStack() as stack:
             demo = None
@@ -250,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             http_sock = open_http(options.http, stack, log)
             with asyncio.Runner(loop_factory=new_loop) as runner:
                 code, program = runner.run(run_program(args.command, options, http_sock, lines, demo))
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             counts = program.snapshot()
             if isinstance(program, Replayer):
                 print(program.report())
@@ -387,8 +393,8 @@ class Demo:
         """All records of the three topics."""
         topics = [self.options.prefix + name for name in (TRADES, ANALYTICS, DEAD_LETTERS)]
         consumer = AIOKafkaConsumer(*topics, bootstrap_servers=self.options.kafka, auto_offset_reset="earliest")
-        await consumer.start()
         try:
+            await consumer.start()
             places = list(consumer.assignment())
             ends, found = await consumer.end_offsets(places), {topic: list[Any]() for topic in topics}
             deadline = time.monotonic() + DEMO_PATIENCE

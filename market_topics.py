@@ -25,6 +25,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import stat
@@ -87,6 +88,9 @@ class Row(NamedTuple):
 # -------------------------------------------------------------------------------------------------- records and lines
 
 _FIELDS = Trade._fields
+_TEXTS_AND_NUMBERS = (str, str, str, str, float, float, str, str, int, int)
+_TYPES = {(*_TEXTS_AND_NUMBERS, type(sequence), str) for sequence in (0, None)}
+_PLAIN_KEY = re.compile(rb"[!-~]+").fullmatch
 HEADERS: Headers = [("schema", SCHEMA)]
 Item = Trade | DeadLetter
 
@@ -99,9 +103,12 @@ def encode(trade: Trade) -> bytes:
 def decode(value: bytes) -> Trade:
     """The trade of a value. ``ValueError`` if it is none of this version."""
     try:
-        return Trade(**orjson.loads(value))
+        trade = Trade(**orjson.loads(value))
     except TypeError as error:
         raise ValueError(f"not a trade: {error}") from error
+    if tuple(map(type, trade)) not in _TYPES:
+        raise ValueError("not a trade: the types of its fields")
+    return trade
 
 
 def buried(item: object, error: BaseException | str, at_ns: int) -> DeadLetter:
@@ -145,27 +152,44 @@ def dead_letter(value: bytes | None, headers: Iterable[tuple[str, bytes]]) -> De
     )
 
 
-def to_line(item: Item) -> bytes:
-    """A line of the spool: an object is a trade, a list a dead letter."""
-    if not isinstance(item, DeadLetter):
-        try:
-            return encode(item)
-        except (TypeError, ValueError) as error:
-            item = buried(item, error, time.time_ns())
-    exchange, error_text, raw, at_ns, kind, context = item
-    texts = (_plain(text).decode() for text in (exchange, error_text))
-    return orjson.dumps([*texts, base64.b64encode(raw).decode(), at_ns, kind, context])
+def trade_row(trade: Trade, topic: str) -> Row:
+    """Raises ``TypeError``, ``ValueError`` or ``AttributeError`` for what can be no record."""
+    value = encode(trade)
+    if len(value) > LARGEST_RECORD:
+        raise ValueError(f"a record of {len(value)} bytes")
+    at = trade.received_ts_ns // 1_000_000
+    if type(at) is not int or not 0 <= at < 1 << 62:
+        raise ValueError(f"received_ts_ns is {trade.received_ts_ns!r}")
+    return Row(topic, trade.symbol.encode(), value, at, HEADERS)
 
 
-def from_line(line: bytes) -> Item:
-    """What ``to_line`` wrote; a line of another version is a dead letter."""
+def to_line(row: Row) -> bytes:
+    """A line of the spool. A trade: time, key and value as Kafka gets them, so that nothing is read or written anew on
+    the way back; its value alone, if the key could be taken for something else. A list: a dead letter."""
+    _, key, value, at, headers = row
+    if key is not None:
+        return b"%d\t%b\t%b" % (at, key, value) if _PLAIN_KEY(key) else value
+    exchange, error, raw, at_ns, kind, context = dead_letter(value, headers)
+    return orjson.dumps([exchange, error, base64.b64encode(raw).decode(), at_ns, kind, context])
+
+
+def from_line(line: bytes, trades: str, dead_letters: str) -> Row:
+    """What ``to_line`` wrote, for the topics of these names; a line of another version is a dead letter."""
     try:
+        if line[:1].isdigit():
+            at, key, value = line.split(b"\t", 2)
+            return Row(trades, key, value, int(at), HEADERS)
         if line.startswith(b"{"):
-            return decode(line)
+            return trade_row(decode(line), trades)
         exchange, error, raw, at_ns, kind, *context = orjson.loads(line)
-        return DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind, *context)
-    except (ValueError, TypeError) as error:
-        return buried(line, f"spooled by another version: {error}", time.time_ns())
+        return dead_row(DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind, *context), dead_letters)
+    except (ValueError, TypeError, AttributeError) as problem:
+        letter = buried(line, f"spooled by another version: {problem}", time.time_ns())
+        return dead_row(letter, dead_letters)
+
+
+def from_lines(data: bytes, trades: str, dead_letters: str) -> list[Row]:
+    return [from_line(line, trades, dead_letters) for line in data.split(b"\n")[:-1]]
 
 
 # --------------------------------------------------------------------------------------------------------- being quiet

@@ -215,6 +215,8 @@ class Adapter(ABC):
     key_env: str | None = None  # the environment's variable without which the exchange says nothing
     ping_every: float | None = None  # seconds between the pings that the exchange wants as messages
     silent_after: float = 60.0  # seconds without any frame after which the feed is dead
+    most: int = 1000  # symbols of one connection
+    pace: float = 0.0  # seconds between two messages of a subscription
     dollar: str = "USD"  # the quote currency that stands in for USD
     words: frozenset[object] = frozenset()  # frames that are not JSON: heartbeats
 
@@ -277,10 +279,18 @@ class Adapter(ABC):
         """Where to connect; `url` replaces the exchange's own address."""
         return url or self.url
 
+    def check(self, symbols: Sequence[str]) -> int:
+        """How many these are for the exchange; `ValueError` if a connection cannot have them."""
+        found = len({self.native(symbol) for symbol in symbols})
+        if not found:
+            raise ValueError("no symbols")
+        if found > self.most:
+            raise ValueError(f"{found} symbols; a connection has {self.most} at most")
+        return found
+
     def subscribe(self, symbols: Sequence[str]) -> list[str | bytes]:
         """What to send after connecting. Forgets the connection before this one."""
-        if not symbols:
-            raise ValueError("no symbols")
+        self.check(symbols)
         stand_ins = {self.native(symbol): symbol for symbol in symbols}
         exact = {self.native(symbol): symbol for symbol in symbols if not symbol.endswith("-USD")}
         self._asked = stand_ins | exact

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import errno
 import functools
 import ipaddress
@@ -42,8 +43,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 from urllib.parse import parse_qs, urlencode
 
@@ -62,6 +62,7 @@ from sandbox_faults import (
     route,
     simple,
 )
+from sandbox_serving import InThread
 
 BASE = "http://{host}:8080"
 HEAD_LIMIT = 65_536  # bytes of a request head, and of pipelined requests held back behind a running answer
@@ -428,7 +429,7 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
 
-class Sandbox:
+class Sandbox(InThread):
     """The server in a thread of its own: `with Sandbox() as sandbox: client(sandbox.url("/"))`.
 
     `hosts`, `pages` (of a host), `page_bytes`, `seed`: the sites. `port`: 0 finds one that is free on all addresses.
@@ -453,6 +454,7 @@ class Sandbox:
     ) -> None:
         if not (1 <= hosts <= 50_000 and pages >= 1 and page_bytes >= 0 and 0 <= port <= 65_535):
             raise ValueError("needed: 1 to 50000 hosts, at least one page, no negative size, a port up to 65535")
+        super().__init__()
         self.hosts = [address(host) for host in range(hosts)]
         self.pages, self.page_bytes, self.port, self.seed, self.tls = pages, page_bytes, port, seed, tls
         self._latency = latency if callable(latency) else lambda host, path: latency
@@ -464,8 +466,6 @@ class Sandbox:
         self._log: deque[LogEntry] = deque(maxlen=200_000 if log is True else int(log))
         self._connections = 0
         self._statuses: Counter[int | None] = Counter()
-        self._thread: threading.Thread | None = None
-        self._halt: Callable[[], object] = lambda: None
 
     def __repr__(self) -> str:
         state = "running" if self._thread else "stopped"
@@ -502,34 +502,6 @@ class Sandbox:
         """The largest number of logged requests to a host in any half-open window of so many seconds."""
         return max_in_window([entry.t for entry in self.log if entry.host == self.hosts[host]], seconds)
 
-    def start(self) -> Sandbox:
-        """Bind, listen and serve. Raises OSError if an address cannot be had."""
-        if self._thread is not None:
-            raise RuntimeError("the sandbox is running already")
-        sockets = self._bind()
-        started: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(sockets, started), name="sandbox", daemon=True)
-        self._thread.start()
-        try:
-            started.result()
-        except OSError:
-            self.stop()
-            raise
-        return self
-
-    def stop(self) -> None:
-        """Close every connection and wait for the thread. Harmless if nothing runs."""
-        if self._thread is not None:
-            self._halt()
-            self._thread.join()
-            self._thread = None
-
-    def __enter__(self) -> Sandbox:
-        return self.start()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
     def _bind(self) -> list[socket.socket]:
         """A listening socket for each host, all on one port, and a last one that is bound only: a closed port."""
         tries = 20
@@ -554,24 +526,14 @@ class Sandbox:
                 if self.port or tries == 0 or error.errno != errno.EADDRINUSE:
                     raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
 
-    def _run(self, sockets: list[socket.socket], started: Future[None]) -> None:
-        try:
-            asyncio.run(self._serve(sockets, started))
-        except OSError as error:
-            started.set_exception(error)
-        finally:
-            for sock in sockets:
-                sock.close()
-
-    async def _serve(self, sockets: list[socket.socket], started: Future[None]) -> None:
-        loop, halted = asyncio.get_running_loop(), asyncio.Event()
-        self._halt = functools.partial(loop.call_soon_threadsafe, halted.set)
+    @contextlib.asynccontextmanager
+    async def _serve(self, sockets: Sequence[socket.socket]) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
         servers = [
             await loop.create_server(functools.partial(Connection, self, host), sock=sock, backlog=4096)
             for host, sock in enumerate(sockets[:-1])
         ]
-        started.set_result(None)
-        await halted.wait()
+        yield
         for server in servers:
             server.close()
         while self._open or len(asyncio.all_tasks()) > 1:

@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import functools
 import ipaddress
 import json
 import math
@@ -41,11 +40,12 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple, get_args
 from urllib.parse import unquote
+
+from sandbox_serving import InThread
 
 Clock = Callable[[], float]
 Format = Literal["rfc5424", "rfc3164", "json", "text"]
@@ -398,16 +398,19 @@ def reply(status: int, body: bytes, *headers: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-class MetadataApi:
+class MetadataApi(InThread):
     """The API in a thread of its own: `with MetadataApi() as api: ask(api.url("orders-013"))`.
 
     `port`: 0 finds one, which is kept over `stop()` and `start()`. `slow`: seconds, for the modes that wait. `latency`:
     seconds before each right answer. `answers`: bodies to send for some services instead of the right ones.
     """
 
+    name = "metadata api"
+
     def __init__(self, port: int = 0, host: str = "127.0.0.1", *, slow: float = 5.0, latency: float = 0.0) -> None:
         if not 0 <= port <= 65_535:
             raise ValueError(f"a port is a number up to 65535, not {port}")
+        super().__init__()
         self.host, self.port, self.slow, self.latency = host, port, slow, latency
         self.answers: dict[str, bytes] = {}
         self._mode: Mode = "ok"
@@ -416,9 +419,6 @@ class MetadataApi:
         self._connections = self._strays = 0
         self._open: set[asyncio.StreamWriter] = set()
         self._turned = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._halt: Callable[[], object] = lambda: None
-        self._thread: threading.Thread | None = None
 
     def url(self, service: str = "{service}") -> str:
         """The address of a service, or the template of all."""
@@ -452,52 +452,18 @@ class MetadataApi:
     def __repr__(self) -> str:
         return f"<MetadataApi {'running' if self._thread else 'stopped'} at {self.url()}, {self.stats()}>"
 
-    def start(self) -> MetadataApi:
-        """Bind, listen and serve. Raises OSError if the address cannot be had."""
-        if self._thread is not None:
-            raise RuntimeError("the API is running already")
+    def _bind(self) -> list[socket.socket]:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         sock = socket.create_server((self.host, self.port), family=family, backlog=1024)
         self.port = sock.getsockname()[1]
-        started: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(sock, started), name="metadata api", daemon=True)
-        self._thread.start()
-        started.result()
-        return self
+        return [sock]
 
-    def stop(self) -> None:
-        """Close every connection and wait for the thread: from now on they are refused. Harmless if nothing runs."""
-        if self._thread is not None:
-            self._halt()
-            self._thread.join()
-            self._thread = None
-
-    def __enter__(self) -> MetadataApi:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def _run(self, sock: socket.socket, started: Future[None]) -> None:
-        try:
-            asyncio.run(self._serve(sock, started))
-        except BaseException as error:
-            if started.done():
-                raise
-            started.set_exception(error)
-        finally:
-            self._loop = None
-            sock.close()
-
-    async def _serve(self, sock: socket.socket, started: Future[None]) -> None:
-        self._loop, halted = asyncio.get_running_loop(), asyncio.Event()
+    @contextlib.asynccontextmanager
+    async def _serve(self, sockets: Sequence[socket.socket]) -> AsyncIterator[None]:
         self._turned = asyncio.Event()
-        self._halt = functools.partial(self._loop.call_soon_threadsafe, halted.set)
-        server = await asyncio.start_server(self._converse, sock=sock, limit=HEAD_LIMIT, backlog=1024)
-        started.set_result(None)
-        await halted.wait()
+        server = await asyncio.start_server(self._converse, sock=sockets[0], limit=HEAD_LIMIT, backlog=1024)
+        yield
         server.close()
-        self._loop = None
         while self._open or len(asyncio.all_tasks()) > 1:
             for writer in list(self._open):
                 writer.transport.abort()

@@ -38,13 +38,14 @@ import threading
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 from aiohttp import WSMsgType, web
 
 from sandbox_exchanges import SECOND, WIRES, Wire
+from sandbox_serving import InThread
 
 T = TypeVar("T")
 
@@ -389,7 +390,7 @@ def _reset(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
-class Exchanges:
+class Exchanges(InThread):
     """The servers: `with Exchanges(rate=15_000) as them: connect(them.urls["kraken"])`.
 
     `rate`: trades a second, of all exchanges and symbols together; 0: none but those of `emit`. `exchanges`: which.
@@ -399,6 +400,8 @@ class Exchanges:
     all trades that were sent (8 bytes each). `send_buffer`: bytes of the sockets' (None: the system's).
     Raises ValueError for impossible arguments, OSError from `start`.
     """
+
+    name = "exchanges"
 
     def __init__(
         self,
@@ -419,6 +422,7 @@ class Exchanges:
             raise ValueError("needed: symbols, exchanges, a port up to 65535, no negative rate or heartbeat, a beat")
         if unknown := set(exchanges) - set(WIRES):
             raise ValueError(f"no such exchange: {', '.join(sorted(unknown))}")
+        super().__init__()
         self.rate, self.seed, self.host, self.port, self.history = rate, seed, host, port, history
         self.ledger, self._heartbeat, self._beat, self._send_buffer = ledger, heartbeat, beat, send_buffer
         self._pairs = {self._pair(*symbol.split("-")) for symbol in symbols}
@@ -427,9 +431,6 @@ class Exchanges:
         self._places = {name: Place(name, number) for number, name in enumerate(exchanges)}
         self._began = 0.0  # of the loop's clock
         self._began_ns = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._halted = asyncio.Event()
-        self._thread: threading.Thread | None = None
 
     @staticmethod
     def _pair(base: str, currency: str) -> tuple[str, str]:
@@ -535,62 +536,25 @@ class Exchanges:
         loop.call_soon_threadsafe(do)
         return answer.result(30.0)
 
-    # The thread.
+    # The server.
 
-    def start(self) -> Exchanges:
-        """Bind, listen and serve. Raises OSError if the address cannot be had."""
-        if self._thread is not None:
-            raise RuntimeError("the exchanges are running already")
+    def _bind(self) -> list[socket.socket]:
         sock = socket.create_server((self.host, self.port), backlog=1024)
         self.port = sock.getsockname()[1]
         if self._send_buffer is not None:  # those of its connections inherit it
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
-        started: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(sock, started), name="exchanges", daemon=True)
-        self._thread.start()
-        started.result()
-        return self
+        return [sock]
 
-    def stop(self) -> None:
-        """Close every connection and wait for the thread. Harmless if nothing runs."""
-        loop = self._loop
-        if self._thread is not None:
-            if loop is not None:
-                with contextlib.suppress(RuntimeError):  # it ended by itself
-                    loop.call_soon_threadsafe(self._halted.set)
-            self._thread.join()
-            self._thread = None
-
-    def __enter__(self) -> Exchanges:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def _run(self, sock: socket.socket, started: Future[None]) -> None:
-        try:
-            asyncio.run(self._serve(sock, started))
-        except BaseException as error:
-            if started.done():
-                raise
-            started.set_exception(error)
-        finally:
-            self._loop = None
-            sock.close()
-
-    async def _serve(self, sock: socket.socket, started: Future[None]) -> None:
-        loop, self._halted = asyncio.get_running_loop(), asyncio.Event()
+    @contextlib.asynccontextmanager
+    async def _serve(self, sockets: Sequence[socket.socket]) -> AsyncIterator[None]:
         app = web.Application()
         app.router.add_get("/{exchange}", self._receive)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
-        await web.SockSite(runner, sock, backlog=1024).start()
-        self._began, self._began_ns = loop.time(), time.time_ns()
-        self._loop = loop
+        await web.SockSite(runner, sockets[0], backlog=1024).start()
+        self._began, self._began_ns = asyncio.get_running_loop().time(), time.time_ns()
         beating = asyncio.create_task(self._pulse())
-        started.set_result(None)
-        await self._halted.wait()
-        self._loop = None
+        yield
         beating.cancel()
         for place in self._places.values():
             for connection in place.connections:

@@ -2,6 +2,7 @@
 
 ``Lag``                  how late the event loop wakes a sleeper, measured all the time.
 ``stopped_by_signals``   SIGINT and SIGTERM call the program's ``stop``: the first drains, the second forces.
+``Lasting``              tasks that go on after an error that nobody had foreseen; each is counted and shown.
 ``http``                 two routes on a socket that was bound before the program began, so that a port which is taken
                          is the user's one line at the start.
 
@@ -16,15 +17,47 @@ import logging
 import signal
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
 
+PAUSE = 0.5
+"""Seconds after which a task that failed in a way that nobody had foreseen goes on."""
+SHOWN = 10
+"""Of such failures, with their tracebacks."""
+
+
 class CannotStart(Exception):
     """One line for the user."""
+
+
+class Lasting:
+    """What a program has of tasks that last as long as itself, and of its faults."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log, self._faults = log, 0
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def _fault(self, where: str, error: BaseException | None) -> None:
+        self._faults += 1
+        if self._faults <= SHOWN:
+            self._log.error("%s failed", where, exc_info=error)
+
+    def _start(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """A task of that name: ``work()``, until it returns or is cancelled; after an error, once more."""
+
+        async def kept() -> None:
+            while True:
+                try:
+                    return await work()
+                except Exception as error:
+                    self._fault(name, error)
+                    await asyncio.sleep(PAUSE)
+
+        self._tasks[name] = asyncio.create_task(kept(), name=name)
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
