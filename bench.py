@@ -57,7 +57,10 @@ CHILD_LIMIT = 3600.0
 """Seconds after which a child is ended."""
 LIBRARIES = "aiohttp uvloop ada-url orjson scrapy twisted parsel lxml selectolax tenacity stamina aiolimiter cryptofeed"
 
-NEEDS = {"textbook": "html", "textbook_async": "aiohttp", "textbook_threads": "html", "scrapy_stripped": "scrapy"}
+NEEDS = {
+    **{"textbook": "html", "textbook_async": "aiohttp", "textbook_threads": "html", "scrapy_stripped": "scrapy"},
+    "cryptofeed-batched": "cryptofeed",
+}
 """The module that a contestant cannot do without, where it is not named like it."""
 
 """A line of a table, and of the JSON: what a column is called, to text, a number, a `Spread`, or None."""

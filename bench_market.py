@@ -39,7 +39,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -98,7 +97,6 @@ EVENT_IDS = {"GEMINI": 7}
 """Where it keeps another number than the trade's: by how much that is greater in the simulation."""
 OURS = {"market_pipeline": tuple(WIRES), "market_pipeline-7": tuple(NATIVE)}
 PEERS = {"cryptofeed": tuple(NATIVE), "cryptofeed-batched": tuple(NATIVE)}
-INSTALL = "cryptofeed: not installed: pip install -r requirements-bench.txt"
 
 
 # -------------------------------------------------------------------------------------------------- other processes
@@ -352,7 +350,7 @@ class Step(NamedTuple):
     inside: tuple[float | None, ...]
     """From receipt: half, 99 %."""
     cpu: Mapping[str, float | None]
-    """Seconds of the processor in all, by process."""
+    """Seconds of the processors in all, by process; "others": what else ran on this machine, the system included."""
     memory: tuple[float, ...]
     """MB of the contestant's processes: at 10 s, if there was so much time, and at the end of the sending."""
     peak: float
@@ -540,6 +538,12 @@ async def read(consumer: Any, marks: dict[Any, Marks], each: int, pairs: int) ->
     return ledger
 
 
+def busy() -> float:
+    """Seconds that the machine's processors worked."""
+    machine = psutil.cpu_times()
+    return float(sum(machine[:8]) - machine.idle - machine.iowait)  # what comes after these is in them already
+
+
 class Watch:
     """Over one contestant while the exchanges trade."""
 
@@ -563,7 +567,8 @@ class Watch:
         self.health: Any = None
 
     async def run(self, rate: float, seconds: float) -> Watch:
-        before, base = self._cpu(), await self._steady()
+        base = await self._steady()
+        before, busy_before = self._cpu(), busy()
         assert self._feeds.stdin is not None
         self._feeds.stdin.write(f"{rate} {seconds}\n".encode())
         self._feeds.stdin.flush()
@@ -577,6 +582,7 @@ class Watch:
             last.cancel()
         after = self._cpu()
         self.cpu = {who: None if spent is None else spent - (before[who] or 0.0) for who, spent in after.items()}
+        self.cpu["others"] = busy() - busy_before - sum(spent or 0.0 for spent in self.cpu.values())
         self.peak = memory_of(self._contestant.process, "VmHWM")
         self.health = await asyncio.to_thread(self._contestant.health)
         return self
@@ -682,12 +688,11 @@ def run(args: argparse.Namespace) -> list[Row]:
     """The table's rows."""
     import bench
 
-    names = args.peers.split(",")
-    for name in names:
-        bench.known(name, [*OURS, *PEERS])
-    if importlib.util.find_spec("cryptofeed") is None and any(name in PEERS for name in names):
-        print(INSTALL)
-        names = [name for name in names if name not in PEERS]
+    names = [
+        name
+        for name in args.peers.split(",")
+        if bench.known(name, [*OURS, *PEERS]) and (name in OURS or bench.present(name))
+    ]
     with course(args.kafka or None, args.options) as track:
         if args.soak:
             return soak(track, names[0], args.rate, args.soak)
