@@ -58,7 +58,10 @@ CHILD_LIMIT = 3600.0
 LIBRARIES = "aiohttp uvloop ada-url orjson scrapy twisted parsel lxml selectolax tenacity stamina aiolimiter cryptofeed"
 
 NEEDS = {
-    **{"textbook": "html", "textbook_async": "aiohttp", "textbook_threads": "html", "scrapy_stripped": "scrapy"},
+    "textbook": "html",
+    "textbook_async": "aiohttp",
+    "textbook_threads": "html",
+    "scrapy_stripped": "scrapy",
     "cryptofeed-batched": "cryptofeed",
 }
 """The module that a contestant cannot do without, where it is not named like it."""
