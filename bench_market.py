@@ -10,7 +10,8 @@ Theory
 * **End to end** is from the time that the exchange wrote into the trade, when it was due, until a consumer can read it.
   That is seen from the partitions' high watermarks, every `LOOK` seconds, so it is at most that much too long; the
   records themselves are read when all is over, for a consumer of 15,000 records/s would need a processor of its own.
-  The exchanges look what is due every 20 ms: 10 ms on average, and their own want of a processor, are in the figure.
+  The exchanges look what is due every 20 ms: 10 ms on average, and their own want of a processor, are in the figure;
+  so is the broker for development, which every few seconds writes all that it holds to disk, and holds ever more.
   **From receipt**: likewise, from the time that the contestant noted when the frame came.
 * **The contestants**: ``market_pipeline`` as its user starts it, ten exchanges, figures and all (no option leaves them
   out); ``market_pipeline-7``, the same with the exchanges of the next ones only, at the same rates in all;
