@@ -701,7 +701,7 @@ def ingest(args: argparse.Namespace) -> list[Row]:
         "market_pipeline,market_pipeline-7,cryptofeed,cryptofeed-batched",
         "contestants; -7: the exchanges of the next",
     ),
-    rates=("5000,10000,15000,20000,30000", "trades/s of all exchanges together, the ladder"),
+    rates=("5000,10000,15000,20000,30000,40000", "trades/s of all exchanges together, the ladder"),
     halvings=(1, "steps between the last good and the first bad rate"),
     seconds=(7, "of trading in a step"),
     repeat=(1, "searches of each contestant"),
