@@ -15,7 +15,7 @@ minute hits all alike; a figure is the median, with the smallest and the largest
 * **Being fast at something else does not count**: all contestants write the same rows, and these are compared.
 * **The peers** are in bench_peers.py and run as `python bench.py _peer NAME URLS ROWS CONCURRENCY`; therefore this
   file imports little at its head.
-* **What else is measured** (`primitives`, `aggregate`, `feeds`, `ingest`, `simulate`,
+* **What else is measured** (`primitives`, `aggregate`, `feeds`, `ingest`, `market`, `simulate`,
   `frontier`) is in files named after it.
 
 Promised: all traffic stays on 127.0.0.0/8; every child is ended, and every temporary folder removed, however the run
@@ -55,9 +55,15 @@ from bench_peers import PARSERS, PEERS, Facts, Row
 HERE = Path(__file__).resolve().parent
 CHILD_LIMIT = 3600.0
 """Seconds after which a child is ended."""
-LIBRARIES = "aiohttp uvloop ada-url orjson scrapy twisted parsel lxml selectolax tenacity stamina aiolimiter"
+LIBRARIES = "aiohttp uvloop ada-url orjson scrapy twisted parsel lxml selectolax tenacity stamina aiolimiter cryptofeed"
 
-NEEDS = {"textbook": "html", "textbook_async": "aiohttp", "textbook_threads": "html", "scrapy_stripped": "scrapy"}
+NEEDS = {
+    "textbook": "html",
+    "textbook_async": "aiohttp",
+    "textbook_threads": "html",
+    "scrapy_stripped": "scrapy",
+    "cryptofeed-batched": "cryptofeed",
+}
 """The module that a contestant cannot do without, where it is not named like it."""
 
 """A line of a table, and of the JSON: what a column is called, to text, a number, a `Spread`, or None."""
@@ -612,7 +618,7 @@ def million(args: argparse.Namespace) -> list[Row]:
     return results
 
 
-# ----------------------------------------------- bench.py primitives, aggregate, feeds, ingest, simulate, frontier
+# --------------------------------------- bench.py primitives, aggregate, feeds, ingest, market, simulate, frontier
 
 # What follows is in files of their own, which are imported when they are asked for: this process stays small.
 
@@ -684,6 +690,30 @@ def ingest(args: argparse.Namespace) -> list[Row]:
     import bench_ingest
 
     return bench_ingest.run(args)
+
+
+@command(
+    "trades of ten simulated exchanges into Kafka, against cryptofeed: the highest rate without growing lag, ms, CPU",
+    "market",
+    "market --peers market_pipeline,cryptofeed --rates 1000,2000,4000 --halvings 2",
+    "market --soak 60 --rate 15000",
+    peers=(
+        "market_pipeline,market_pipeline-7,cryptofeed,cryptofeed-batched",
+        "contestants; -7: the exchanges of the next",
+    ),
+    rates=("5000,10000,15000,20000,30000,40000", "trades/s of all exchanges together, the ladder"),
+    halvings=(1, "steps between the last good and the first bad rate"),
+    seconds=(7, "of trading in a step"),
+    repeat=(1, "searches of each contestant"),
+    kafka=("", "HOST:PORT of a broker; default: the one for development, a fresh one for each step"),
+    options=("", "more options of market_pipeline.py, as in --options=--workers=2"),
+    soak=(None, "instead: so many seconds at --rate; is each trade there once and in time, is memory flat?"),
+    rate=(15_000, "trades/s of --soak"),
+)
+def market(args: argparse.Namespace) -> list[Row]:
+    import bench_market
+
+    return bench_market.run(args)
 
 
 @command(

@@ -53,7 +53,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import asyncpg
 import psutil  # type: ignore[import-untyped]
@@ -327,7 +327,7 @@ def wait_for(is_there: Callable[[], bool], process: subprocess.Popen[bytes], log
     deadline = time.monotonic() + READY
     while not is_there():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"bench.py: ingest: a contestant did not start:\n{log.read_text()[-2000:]}")
+            raise SystemExit(f"bench.py: a contestant did not start:\n{log.read_text()[-2000:]}")
         time.sleep(0.05)
 
 
@@ -361,6 +361,10 @@ class Step(NamedTuple):
     @property
     def lost(self) -> int:
         return self.sent.events - self.rows
+
+    @property
+    def rate(self) -> float:
+        return self.sent.rate
 
     @property
     def held_back(self) -> bool:
@@ -478,20 +482,45 @@ class Course:
 # ----------------------------------------------------------------------------------------------------- the search
 
 
-class Search:
+class Tried(Protocol):
+    """A step, as the search sees it."""
+
+    @property
+    def rate(self) -> float:
+        """At which the senders really sent."""
+
+    @property
+    def lossless(self) -> bool: ...
+
+    @property
+    def held_back(self) -> bool: ...
+
+
+S = TypeVar("S", bound=Tried)
+S_co = TypeVar("S_co", bound=Tried, covariant=True)
+
+
+class Track(Protocol[S_co]):
+    """What the contestants climb on."""
+
+    def run(self, name: str, rate: float, seconds: float) -> S_co:
+        """One life of a contestant at one rate."""
+
+
+class Search(Generic[S]):
     """Of one contestant: which rate is next."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.steps: list[Step] = []
+        self.steps: list[S] = []
         self.low, self.high, self.failures = 0.0, math.inf, 0
 
     @property
-    def best(self) -> Step | None:
+    def best(self) -> S | None:
         """The lossless step with the highest rate."""
-        return max((step for step in self.steps if step.lossless), key=lambda step: step.sent.rate, default=None)
+        return max((step for step in self.steps if step.lossless), key=lambda step: step.rate, default=None)
 
-    def run(self, course: Course, rate: float, seconds: float) -> None:
+    def run(self, course: Track[S], rate: float, seconds: float) -> None:
         """A step, once more if it fails for the first time."""
         for _ in range(2 if not self.failures else 1):
             step = course.run(self.name, rate, seconds)
@@ -502,15 +531,17 @@ class Search:
         self.failures += 1
         self.high = min(self.high, rate)
 
-    def halve(self, course: Course, seconds: float) -> None:
+    def halve(self, course: Track[S], seconds: float) -> None:
         if self.low < self.high < math.inf:
             self.failures = 0
             self.run(course, (self.low + self.high) / 2, seconds)
 
 
-def climb(course: Course, names: Sequence[str], rates: Sequence[int], halvings: int, seconds: float) -> list[Search]:
+def climb(
+    course: Track[S], names: Sequence[str], rates: Sequence[int], halvings: int, seconds: float
+) -> list[Search[S]]:
     """The ladder, the contestants taking turns, and then the halvings."""
-    searches = [Search(name) for name in names]
+    searches = [Search[S](name) for name in names]
     for number, rate in enumerate(rates):
         turn = number % len(searches)
         for search in (*searches[turn:], *searches[:turn]):
@@ -526,7 +557,7 @@ BRIEF = ("us/row", "PG us/row", "send us", "peak MB", "p50 s", "p99 s", "drain s
 """What the summary tells of the best step."""
 
 
-def summary(found: Sequence[Sequence[Search]]) -> list[Row]:
+def summary(found: Sequence[Sequence[Search[Step]]]) -> list[Row]:
     """A row for each contestant, of all its searches."""
     import bench
 

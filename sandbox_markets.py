@@ -34,6 +34,7 @@ import re
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from array import array
@@ -431,6 +432,7 @@ class Exchanges(InThread):
         self._places = {name: Place(name, number) for number, name in enumerate(exchanges)}
         self._began = 0.0  # of the loop's clock
         self._began_ns = 0
+        self._most = sys.maxsize  # trades of a symbol that come by time
 
     @staticmethod
     def _pair(base: str, currency: str) -> tuple[str, str]:
@@ -456,13 +458,30 @@ class Exchanges(InThread):
     def due(self, place: Place, native: str) -> int:
         """How many trades of a symbol have happened."""
         by_time = int((self._loop.time() - self._began) * self._each) if self._each and self._loop is not None else 0
-        return place.released + place.extra[native] + by_time
+        return place.released + place.extra[native] + min(by_time, self._most)
 
     def when(self, number: int) -> int:
         """When a trade happened, ns of Unix time. Without a rate they are a millisecond apart."""
         return self._began_ns + int((number + 1 - FIRST) / (self._each or 1e3) * SECOND)
 
     # What others ask, from any thread.
+
+    def pace(self, rate: float, seconds: float) -> int:
+        """So many trades a second from now on, for so many seconds; how many of each symbol at each exchange that is.
+
+        For servers that were made without a rate and told no trade yet. ValueError for impossible arguments.
+        """
+        if self._each or not (rate > 0 and seconds > 0):
+            raise ValueError("needed: servers without a rate, a rate and a time above 0")
+
+        def do() -> int:
+            assert self._loop is not None
+            self._each = rate / len(self._places) / len(self._pairs)
+            self._most = round(self._each * seconds)
+            self._began, self._began_ns = self._loop.time(), time.time_ns()
+            return self._most
+
+        return self._ask(do)
 
     def emit(self, n: int = 1, *exchanges: str) -> None:
         """`n` trades of each symbol happen now (at all exchanges unless some are named), and are written."""
