@@ -67,6 +67,11 @@ _QUERY = re.compile(r"\?[^\s'\"]*")
 Socket = aiohttp.ClientWebSocketResponse[Literal[False]]
 
 
+def new_session() -> aiohttp.ClientSession:
+    """With the system's resolver: an installed c-ares is taken otherwise, which knows nothing of nsswitch.conf."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(resolver=aiohttp.ThreadedResolver()))
+
+
 class FeedStats(NamedTuple):
     """Counts since the beginning."""
 
@@ -264,7 +269,7 @@ class Feed:
     # ------------------------------------------------------------------------------ attempts
 
     async def _supervise(self) -> None:
-        own = None if self._session is not None else aiohttp.ClientSession()
+        own = None if self._session is not None else new_session()
         try:
             while not self._stopping:
                 try:

@@ -57,7 +57,7 @@ from typing import Any
 
 import aiohttp
 
-from market_connect import Feed
+from market_connect import Feed, new_session
 from market_display import Board, FeedLine, Snapshot, columns, imbalance, lost
 from market_feeds import ADAPTERS, Adapter, BadFrame, Trade
 from market_kafka import Closed, Publisher
@@ -460,7 +460,7 @@ class Pipeline(Base):
             await self._open_publisher(stack)
             stack.push_async_callback(self.workers.close, 0.0)
             stack.push_async_callback(self._end_tasks)
-            session = await stack.enter_async_context(aiohttp.ClientSession())
+            session = await stack.enter_async_context(new_session())
             self._start("analytics", self._compute)
             self._start("watch", self._watch)
             for name in self._adapters:
