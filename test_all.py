@@ -115,6 +115,7 @@ import bench
 import bench_aggregate
 import bench_feeds
 import bench_ingest
+import bench_scale
 import bench_upstreams
 import cache as ca
 import coordination as co
@@ -26691,7 +26692,7 @@ def test_bench_tells_what_differs(tmp_path: Path) -> None:
 
 def test_bench_arrivals_are_counted_across_pieces() -> None:
     data = b'{"url":"a\\n","error":null}\n' * 19 + b'{"error":"http: 404"}\n'
-    arrivals = bench.Arrivals(20)
+    arrivals = bench_scale.Arrivals(20)
     for second, start in enumerate(range(0, len(data), 7)):
         arrivals.take(data[start : start + 7], float(second))
     assert (arrivals.rows, arrivals.failed) == (20, 1)
@@ -26700,7 +26701,7 @@ def test_bench_arrivals_are_counted_across_pieces() -> None:
 
 
 def test_bench_arrivals_all_at_once() -> None:
-    arrivals = bench.Arrivals(10)
+    arrivals = bench_scale.Arrivals(10)
     arrivals.take(b"\n" * 10, 1.0)
     assert arrivals.times == [1.0] * 11 and len(arrivals.rates()) == 10
 
@@ -26708,7 +26709,7 @@ def test_bench_arrivals_all_at_once() -> None:
 def test_bench_feeds_distinct_urls() -> None:
     reader, writer = os.pipe()
     with open(reader, "rb") as lines, open(writer, "wb", buffering=0) as stream:
-        bench.feed(stream, 1001, 7, 80)
+        bench_scale.feed(stream, 1001, 7, 80)
         urls = lines.read().split()
     assert len(urls) == len(set(urls)) == 1001
     assert urls[1000] == b"http://127.0.1.7:80/tiny?n=1000"
@@ -26718,7 +26719,7 @@ def test_bench_feed_ends_quietly_when_the_reader_left() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb", buffering=0) as stream:
-        bench.feed(stream, 10, 1, 80)
+        bench_scale.feed(stream, 10, 1, 80)
 
 
 def test_bench_children_are_measured_and_ended() -> None:
