@@ -641,7 +641,7 @@ def planted(args: argparse.Namespace) -> list[Row]:
         for _, name in bench.interleaved(cases, args.repeat):
             found[name].append(ask_checked("block", *cases[name], args.seconds, port))
             bench.note(f"{name}: p99 {percentile(found[name][-1], 0.99) * 1e3:,.0f} ms")
-    rows = [{"": name, "x undisturbed": 1.0} | lateness("request", runs) for name, runs in found.items()]
+    rows: list[Row] = [{"": name, "x undisturbed": 1.0} | lateness("request", runs) for name, runs in found.items()]
     for row in rows:
         calm = next(one for one in rows if one[""] == f"{str(row['']).partition(',')[0]}, nothing blocks")
         row["x undisturbed"] = row["request p99 ms"].median / calm["request p99 ms"].median
@@ -763,6 +763,6 @@ PARTS: dict[str, Callable[..., Any]] = {
 
 if __name__ == "__main__":
     # With a pool of processes there is something to clean up; else nothing, but thousands of threads to leave.
-    leave: Callable[[int], Any] = sys.exit if sys.argv[1] == "parse" else os._exit
+    leave: Any = sys.exit if sys.argv[1] == "parse" else os._exit
     signal.signal(signal.SIGTERM, lambda *_: leave(TERMINATED))
     print(json.dumps(PARTS[sys.argv[1]](*sys.argv[2:])), flush=True)
