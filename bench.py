@@ -710,7 +710,7 @@ def plot(args: argparse.Namespace) -> list[Row]:
             drawn = bench_plot.draw(json.loads(file.read_text()), file.parent)
         except (OSError, ValueError) as error:
             raise SystemExit(f"bench.py: plot: {file}: {error}") from None
-        print(*(drawn or [f"{file}: nothing to draw"]), sep="\n")
+        print(*(map(str, drawn) if drawn else [f"{file}: nothing to draw"]), sep="\n")
     return []
 
 

@@ -17,6 +17,7 @@ Needs matplotlib, which is imported only here. One thread.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import re
@@ -29,6 +30,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 mpl.use("svg")
 
@@ -37,6 +39,8 @@ WIDTH = 8.6
 FONTS = "'DejaVu Sans', Verdana, sans-serif"
 BAR = 0.235
 """Inches of a bar with what is around it."""
+EARLY = 0.6
+"""Where in the width a line must end for its name to stand at its end, not beside the panel."""
 THEMES = {
     "light": {
         "paper": "#ffffff",
@@ -55,11 +59,10 @@ THEMES = {
         "peer": "#7d8590",
     },
 }
-OURS = re.compile(
-    r"crawl_|html_parse|ingest_logs|market_pipeline|ours|primitives\.|TokenBucket|TTLCache|SingleFlight|CircuitBreaker"
-    r"|(?<![\w.])Semaphore|Channel|fan_out|bare t"
-)
-THREADS = re.compile(r"crawl_threads|bare threads")
+OURS = re.compile(r"crawl_|html_parse|ingest_logs|market_pipeline|^ours|^bare tasks|^tasks|^in the loop")
+UNIT = re.compile(r"(?<= )(s|ms|us|ns|MB|KB|%)$|\w+/s$")
+DASHES = "-", (0, (3, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2))
+THREADS = re.compile(r"crawl_threads|^(bare |\d )?threads?\b")
 Row = Mapping[str, Any]
 
 
@@ -91,7 +94,7 @@ class Line:
     name: str
     points: list[tuple[float, Any]]
     colour: str = "peer"
-    dashed: bool = False
+    dash: int = 0
 
 
 @dataclass
@@ -132,19 +135,25 @@ def figure_text(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.1g}"
 
 
+def ratio_text(value: float | None) -> str:
+    """Two digits, or all before the point, and a times sign; nothing for no ratio."""
+    text = "" if value is None else f"{value:.0f}" if value >= 9.95 else f"{value:#.2g}"
+    return text and f"{text}\N{MULTIPLICATION SIGN}"
+
+
 def colour_of(name: str) -> str:
     return "second" if THREADS.search(name) else "ours" if OURS.search(name) else "peer"
 
 
-def bars(rows: Iterable[Row], column: str, *, ratio: str = "", unit: str = "x ") -> list[Bar]:
-    """A bar for each row that has the column, the ratio in another behind it."""
+def bars(rows: Iterable[Row], column: str, *, ratio: str = "", unit: str = "") -> list[Bar]:
+    """A bar for each row that has the column; behind it the ratio in another, of ``unit``: x Scrapy, for one."""
     found = []
     for row in rows:
         if median(row.get(column)) is not None:
             times = median(row.get(ratio))
-            more = "" if times is None else f"{figure_text(times)}{unit.rstrip() if unit == 'x ' else unit}"
+            more = "" if times in (None, 1.0) else f"{ratio_text(times)}{(unit or ratio).removeprefix('x')}"
             name = str(row[""]).strip()
-            found.append(Bar(name, row[column], more.replace("x", "\N{MULTIPLICATION SIGN}"), colour_of(name)))
+            found.append(Bar(name, row[column], more, colour_of(name)))
     return found
 
 
@@ -154,7 +163,11 @@ def lines(rows: Iterable[Row], x: str, y: str) -> list[Line]:
     for row in rows:
         at, name = median(row.get(x)), str(row[""]).strip()
         if at is not None and median(row.get(y)) is not None:
-            line = found.setdefault(name, Line(name, [], colour_of(name), name.startswith("bare")))
+            if name not in found:
+                colour, bare = colour_of(name), name.startswith("bare")
+                alike = sum(line.colour == colour and not line.name.startswith("bare") for line in found.values())
+                found[name] = Line(name, [], colour, 1 if bare else alike)
+            line = found[name]
             line.points.append((at, row[y]))
     for line in found.values():
         line.points.sort(key=lambda point: (point[0], median(point[1])))
@@ -162,20 +175,28 @@ def lines(rows: Iterable[Row], x: str, y: str) -> list[Line]:
 
 
 def generic(rows: Sequence[Row]) -> list[Panel]:
-    """Bars of the first columns, for rows that nobody knows more of."""
-    columns = [column for column in (rows[0] if rows else {}) if column]
-    shown = [column for column in columns if any(median(row.get(column)) is not None for row in rows)]
-    return [Bars(column, column, bars(rows, column)) for column in shown[:4]]
+    """For rows that nobody knows more of: a panel for each unit that columns end in, of a bar for each figure."""
+    found: dict[str, list[Bar]] = {}
+    for row in rows:
+        name = str(row[""]).strip()
+        for column, value in row.items():
+            if median(value) is not None and (unit := UNIT.search(column)):
+                title = column.removesuffix(f" {unit[0]}") if len(rows) == 1 else f"{name}, {column}"
+                found.setdefault(unit[0], []).append(Bar(title, value, "", colour_of(name)))
+    title = str(rows[0][""]).strip() if len(rows) == 1 else ""
+    return [Bars(f"{title} ({unit})".strip(), unit, made[:12]) for unit, made in list(found.items())[:4]]
 
 
 def plot_crawl(rows: Sequence[Row]) -> list[Panel]:
+    """curl, which parses nothing, would make the others' bars too short to compare: its figure is told beside them."""
+    crawlers = [row for row in rows if row[""] != "curl"]
+    curl = "".join(
+        f"; curl, which only fetches: {figure_text(median(row['pages/s']) or 0)}" for row in rows if row[""] == "curl"
+    )
+    speed = bars(crawlers, "pages/s", ratio="x Scrapy")
     return [
-        Bars(
-            "Pages a second, whole crawls (more is better)",
-            "pages/s",
-            bars(rows, "pages/s", ratio="x Scrapy", unit=" x Scrapy"),
-        ),
-        Bars("Peak memory of the process (less is better)", "MB", bars(rows, "peak MB")),
+        Bars("Pages a second, whole crawls (more is better)", f"pages/s{curl}", speed),
+        Bars("Peak memory of the process (less is better)", "MB", bars(crawlers, "peak MB")),
     ]
 
 
@@ -188,7 +209,7 @@ def plot_scale(rows: Sequence[Row]) -> list[Panel]:
 
 
 def plot_parse(rows: Sequence[Row]) -> list[Panel]:
-    speed = bars(rows, "MB/s", ratio="x textbook", unit=" x html.parser")
+    speed = bars(rows, "MB/s", ratio="x textbook", unit="x html.parser")
     return [Bars("HTML to title, links and words (more is better)", "MB/s", speed)]
 
 
@@ -222,7 +243,7 @@ def plot_models(rows: Sequence[Row]) -> list[Panel]:
     ideals = sorted(
         {(row["units"], (median(row["requests/s"]) or 0) / row["x ideal"]) for row in flight if row["x ideal"]}
     )
-    ideal = Line("ideal", [(at, max(rate for same, rate in ideals if same == at)) for at in dict(ideals)], "peer", True)
+    ideal = Line("ideal", [(at, max(rate for same, rate in ideals if same == at)) for at in dict(ideals)], "peer", 1)
     return [
         Lines("Requests a second", units, "requests/s", [ideal, *lines(flight, "units", "requests/s")]),
         Lines("Time to the first answer", units, "s", lines(flight, "units", "first row s")),
@@ -255,9 +276,10 @@ def plot_primitives(rows: Sequence[Row]) -> list[Panel]:
             found.append(Bar(str(heading[""]), None))
             for place, call in enumerate(calls):
                 times = median(call["ours / theirs"])
-                more = "" if times is None else f"ours {figure_text(times)}\N{MULTIPLICATION SIGN}"
+                more = "" if times is None else f"ours: {ratio_text(times)}"
                 name = str(call[""]).strip()
-                found.append(Bar(name, call["ns"], more, "peer" if place and colour_of(name) == "peer" else "ours"))
+                ours = not place or name[0].isupper() or name.startswith("primitives.")
+                found.append(Bar(name, call["ns"], more, "ours" if ours else "peer"))
     return [Bars("A call, nobody else there unless it says so (less is better)", "ns", found, log=True)]
 
 
@@ -267,7 +289,7 @@ def plot_aggregate(rows: Sequence[Row]) -> list[Panel]:
         Bars(
             "Cached answers a second (more is better)",
             "requests/s",
-            bars(rows, "requests/s", ratio="x usual", unit=" x usual"),
+            bars(rows, "requests/s", ratio="x usual", unit="x the usual way"),
         ),
         Bars("Their p99 (less is better)", "ms", bars([row for row in rows if "requests/s" in row], "p99 ms")),
         *generic([{"": row[""]} | {key: value for key, value in row.items() if key.startswith("p9")} for row in late]),
@@ -282,7 +304,11 @@ def plot_feeds(rows: Sequence[Row]) -> list[Panel]:
             dict(row) | {"": str(row[""]).partition(": ")[2]} for row in rows if str(row[""]).startswith(f"{part}:")
         ]
         panels.append(
-            Bars(f"Time for {title} (less is better)", "s", bars(chosen, "s", ratio="x, s", unit="x as fast"))
+            Bars(
+                f"Time for {title} (less is better)",
+                "s",
+                bars(chosen, "s", ratio="x, s", unit="x as fast as one by one"),
+            )
         )
     return panels
 
@@ -300,23 +326,22 @@ def plot_simulate(rows: Sequence[Row]) -> list[Panel]:
     return [Bars("Simulated time of the crawl", "simulated s", found)] if found else generic(rows)
 
 
-def plot_ladder(rows: Sequence[Row]) -> list[Panel]:
+def plot_ladder(rows: Sequence[Row], unit: str) -> list[Panel]:
     """What was lost, and how late the rest was, at a ladder of rates; before them, the highest rate that held."""
     rung = next((key for row in rows for key in row if key.startswith(("wanted", "rate"))), "wanted/s")
     steps = [row for row in rows if rung in row]
-    unit = "trades/s" if any("trades" in key for row in rows for key in row) else "events/s"
     best = next((key for row in rows if rung not in row for key in row if key.endswith("/s")), "")
     ratio = next((key for row in rows if rung not in row for key in row if key.startswith("x ")), "")
     late = next((key for row in steps for key in row if key.startswith(("p99", "lag p99", "end to end p99"))), "p99 s")
     panels: list[Panel] = []
     if best:
-        tops = bars([row for row in rows if rung not in row], best, ratio=ratio, unit=f" {ratio}")
+        tops = bars([row for row in rows if rung not in row], best, ratio=ratio)
         panels.append(Bars("Highest rate at which nothing is lost (more is better)", unit, tops))
     return [
         *panels,
         Lines("Lost", f"rate, {unit}", "% of what was sent", lines(steps, rung, "lost %"), log_x=False, log_y=False),
         Lines(
-            "How late the latest percent is (p99)",
+            "Latency, p99",
             f"rate, {unit}",
             late.rpartition(" ")[2],
             lines(steps, rung, late),
@@ -348,8 +373,8 @@ PLOTS: dict[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "crawl-scale": plot_scale,
     "feeds": plot_feeds,
     "frontier": plot_frontier,
-    "ingest": plot_ladder,
-    "market": plot_ladder,
+    "ingest": functools.partial(plot_ladder, unit="events/s"),
+    "market": functools.partial(plot_ladder, unit="trades/s"),
     "million": plot_million,
     "models": plot_models,
     "parse": plot_parse,
@@ -391,19 +416,23 @@ def style(theme: Mapping[str, str], name: str) -> dict[str, Any]:
         "grid.color": faint,
         "grid.linewidth": 0.5,
         "text.color": ink,
-        "xtick.color": faint,
-        "ytick.color": faint,
+        "xtick.bottom": False,
+        "ytick.left": False,
         "xtick.labelcolor": ink,
         "ytick.labelcolor": ink,
         "path.simplify": True,
     }
 
 
-def number_axis(axis: Any) -> None:
-    """Ticks as numbers are written, ``10,000``; on a logarithmic axis at the decades, or between them if few are."""
-    axis.set_major_formatter(lambda value, _: figure_text(value))
+def number_axis(axis: Any, panel: Panel) -> None:
+    """Ticks as numbers are written, ``10,000``; on a logarithmic axis at the decades, at 2 and 5 too if few are."""
     if axis.get_scale() == "log":
-        axis.set_minor_formatter(mpl.ticker.NullFormatter())
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+        axis.set_minor_locator(NullLocator())
+    elif isinstance(panel, Lines):
+        axis.set_major_locator(MaxNLocator(4))
+    axis.set_major_formatter(lambda value, _: figure_text(value))
 
 
 def draw_bars(axes: Axes, panel: Bars, theme: Mapping[str, str]) -> None:
@@ -433,18 +462,17 @@ def draw_bars(axes: Axes, panel: Bars, theme: Mapping[str, str]) -> None:
         axes.barh(place, value - low, 0.68, low, color=theme[bar.colour])
         if largest > smallest:
             axes.plot([smallest, largest], [place, place], color=theme["ink"], linewidth=1.1, solid_capstyle="butt")
-        text = figure_text(value) + (f"   {bar.more}" if bar.more else "")
+        text = figure_text(value) + (f" ({bar.more})" if bar.more else "")
         axes.annotate(text, (largest, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     if panel.reference is not None:
         axes.axvline(panel.reference, color=theme["ink"], linewidth=0.8, linestyle=(0, (3, 2)))
     axes.set_yticks(places, ["" if bar.value is None else bar.name for bar in panel.bars])
-    axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(panel.bars) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(panel.axis)
     axes.set_title(panel.title)
-    number_axis(axes.xaxis)
+    number_axis(axes.xaxis, panel)
 
 
 def draw_lines(axes: Axes, panel: Lines, theme: Mapping[str, str]) -> None:
@@ -452,8 +480,8 @@ def draw_lines(axes: Axes, panel: Lines, theme: Mapping[str, str]) -> None:
     axes.set_yscale("log" if panel.log_y else "linear")
     for line in panel.lines:
         points = [(x, value) for x, value in line.points if not panel.log_y or (median(value) or 0) > 0]
-        xs, ys = [x for x, _ in points], [median(value) for _, value in points]
-        dash = (0, (3, 2)) if line.dashed else "-"
+        xs, ys = [x for x, _ in points], [median(value) or 0.0 for _, value in points]
+        dash = DASHES[line.dash % len(DASHES)]
         colour = theme[line.colour]
         axes.plot(
             xs,
@@ -474,8 +502,8 @@ def draw_lines(axes: Axes, panel: Lines, theme: Mapping[str, str]) -> None:
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
     axes.set_title(panel.title)
-    number_axis(axes.xaxis)
-    number_axis(axes.yaxis)
+    number_axis(axes.xaxis, panel)
+    number_axis(axes.yaxis, panel)
 
 
 def name_lines(axes: Axes, panel: Lines, theme: Mapping[str, str]) -> None:
@@ -484,7 +512,12 @@ def name_lines(axes: Axes, panel: Lines, theme: Mapping[str, str]) -> None:
     ends = []
     for line in panel.lines:
         points = [(x, median(value) or 0.0) for x, value in line.points if not panel.log_y or (median(value) or 0) > 0]
-        if points:
+        if points and axes.transAxes.inverted().transform(axes.transData.transform(points[-1]))[0] < EARLY:
+            colour = theme["ink" if line.colour == "peer" else line.colour]
+            axes.annotate(
+                line.name, points[-1], (5, 0), textcoords="offset points", va="center", fontsize=8, color=colour
+            )
+        elif points:
             ends.append((axes.transData.transform(points[-1])[1] - axes.bbox.y0, points[-1], line))
     ends.sort(key=lambda end: end[0])
     places = [end[0] for end in ends]
@@ -502,7 +535,7 @@ def name_lines(axes: Axes, panel: Lines, theme: Mapping[str, str]) -> None:
             textcoords="axes fraction",
             va="center",
             fontsize=8,
-            color=theme["ink"] if line.colour == "peer" else theme[line.colour],
+            color=theme["ink" if line.colour == "peer" else line.colour],
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": theme["faint"], "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3},
         )
@@ -511,6 +544,12 @@ def name_lines(axes: Axes, panel: Lines, theme: Mapping[str, str]) -> None:
 def height_of(panel: Panel) -> float:
     """Inches."""
     return 0.72 + BAR * len(panel.bars) if isinstance(panel, Bars) else 2.5
+
+
+def shorten(tag: str) -> str:
+    """Without digits that nobody sees, and turns by no degrees; and with what stands in for the font."""
+    tag = re.sub(r' transform="rotate\(-0 [^"]*"', "", re.sub(r"(\d\.\d\d)\d+", r"\1", tag))
+    return tag.replace("'DejaVu Sans'", FONTS)
 
 
 def render(name: str, title: str, panels: Sequence[Panel], theme: Mapping[str, str]) -> str:
@@ -522,7 +561,7 @@ def render(name: str, title: str, panels: Sequence[Panel], theme: Mapping[str, s
         else:
             rows.append([panel])
     heights = [max(map(height_of, row)) for row in rows]
-    with mpl.rc_context(style(theme, name)):
+    with mpl.rc_context(style(theme, name)):  # type: ignore[arg-type]
         figure = Figure(
             figsize=(WIDTH, sum(heights)),
             layout=ConstrainedLayoutEngine(h_pad=0.07, w_pad=0.05, hspace=0.02, wspace=0.03),
@@ -537,8 +576,10 @@ def render(name: str, title: str, panels: Sequence[Panel], theme: Mapping[str, s
                 else:
                     draw_lines(axes, panel, theme)
                     drawn.append((axes, panel))
-        for _ in range(2):  # the names need room, and what has room moves what they are at
-            figure.canvas.draw()
+        for final in (False, True):  # the names need room, and what makes room moves what they are at
+            figure.draw_without_rendering()
+            if final:
+                figure.set_layout_engine("none")
             for axes, panel in drawn:
                 for text in list(axes.texts):
                     text.remove()
@@ -548,7 +589,7 @@ def render(name: str, title: str, panels: Sequence[Panel], theme: Mapping[str, s
         figure.savefig(
             out, format="svg", metadata={"Date": None, "Creator": None, "Title": title, "Description": about}
         )
-    return out.getvalue().replace("'DejaVu Sans'", FONTS)
+    return re.sub(r"<[^>]+>", lambda tag: shorten(tag[0]), out.getvalue())
 
 
 def draw(figures: Mapping[str, Any], folder: Path) -> list[Path]:
