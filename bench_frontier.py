@@ -168,7 +168,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             counts = {"hosts/s": hosts, "URLs/s": urls, "batch p50 ms": at(times, 0.5), "batch p99 ms": at(times, 0.99)}
             if workers == 1:
                 alone = urls
-            results.append({"": f"{workers} workers", "x 1 worker": urls / alone} | counts)
+            results.append({"": f"{workers} worker{'s' * (workers > 1)}", "x 1 worker": urls / alone} | counts)
         times = asyncio.run(claims(url, arguments.claims))
         after = {"claim p50 ms": at(times, 0.5), "claim p99 ms": at(times, 0.99)}
         results.append({"": "afterwards"} | after | asyncio.run(_behind(url)))

@@ -481,7 +481,7 @@ def ask_child(*words: object) -> Any:
         finally:
             timer.cancel()
     if code == TERMINATED:
-        return f"ended after {LIMIT:.0f} s"
+        return f"ended after {LIMIT:g} s"
     return json.loads(said) if code == 0 else f"exit code {code}"
 
 
@@ -514,7 +514,7 @@ def crawl_cell(name: str, units: int, count: int, port: int, latency: float, fol
             timer.cancel()
     told = [f"{number:,} x {error}" for error, number in errors.most_common(1)]
     if process.returncode == -signal.SIGKILL:
-        told.append(f"ended after {LIMIT:.0f} s with {rows:,} of {count:,}")
+        told.append(f"ended after {LIMIT:g} s with {rows:,} of {count:,}")
     elif process.returncode != 0 and not errors:
         told.append(f"exit code {process.returncode}")
     peak = max(peaks.get("VmHWM", 0), usage.ru_maxrss)

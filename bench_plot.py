@@ -352,7 +352,7 @@ def plot_ladder(rows: Sequence[Row], unit: str) -> list[Panel]:
 
 def plot_frontier(rows: Sequence[Row]) -> list[Panel]:
     claims = [
-        Bar(f"{row['']}, {part}", row[f"claim {part} ms"], "", "ours" if part == "p50" else "peer")
+        Bar(f"{row['']}, {part}", row[f"claim {part} ms"], "", "ours")
         for row in rows
         if "claim p50 ms" in row
         for part in ("p50", "p99")
@@ -431,7 +431,7 @@ def number_axis(axis: Any, panel: Panel) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
         axis.set_minor_locator(NullLocator())
     elif isinstance(panel, Lines):
-        axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(lambda value, _: figure_text(value))
 
 
@@ -497,8 +497,8 @@ def draw_lines(axes: Axes, panel: Lines, theme: Mapping[str, str]) -> None:
             if largest > smallest and (smallest > 0 or not panel.log_y):
                 axes.plot([x, x], [smallest, largest], color=colour, linewidth=1.0, solid_capstyle="butt")
     if not panel.log_y:
-        axes.set_ylim(bottom=0)
-        axes.margins(y=0.1)
+        highest = max(extent(value)[1] for line in panel.lines for _, value in line.points)
+        axes.set_ylim(0, 1.1 * highest if highest > 0 else 1)
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
     axes.set_title(panel.title)
@@ -547,7 +547,8 @@ def height_of(panel: Panel) -> float:
 
 
 def shorten(tag: str) -> str:
-    """Without digits that nobody sees, and turns by no degrees; and with what stands in for the font."""
+    """Without digits that nobody sees, turns by no degrees, and names; with what stands in for the font."""
+    tag = re.sub(r'<g id="[^"]*"', "<g", tag)
     tag = re.sub(r' transform="rotate\(-0 [^"]*"', "", re.sub(r"(\d\.\d\d)\d+", r"\1", tag))
     return tag.replace("'DejaVu Sans'", FONTS)
 

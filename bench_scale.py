@@ -5,8 +5,8 @@ through stdin and the rows leave through stdout, so nothing but the crawler itse
 
 * ``million`` is one crawl: rows/s in each tenth of it, and the peak of its memory.
 * ``crawl --scale`` is a crawl of 1,000 URLs, one of ten times as many, and so on. Seconds and memory are told for a
-  URL, above those of a crawl of one URL, which is what starting costs. Memory at 1,000 URLs is mostly that of what is
-  in flight; what a URL costs for good is the difference between two sizes (`more bytes/URL`).
+  URL, above the least that a crawl of one URL took, which is what starting costs. Memory at 1,000 URLs is mostly that
+  of what is in flight; what a URL costs for good is the difference between two sizes (`more bytes/URL`).
 
 Threads: one writes the URLs, the main one reads the rows.
 """
@@ -20,11 +20,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
-from bench import HERE, Run, Spread, child, drivers, free_port, host_address, interleaved, nginx, note, reap, table
+from bench import HERE, Run, Spread, child, drivers, free_port, host_address, interleaved, nginx, note, reap, table, to
 from bench_peers import Row
 
 SMALLEST = 1000
@@ -119,6 +120,11 @@ def sizes(largest: int) -> list[int]:
     return found
 
 
+def least(runs: Sequence[Run]) -> Run:
+    """The least that starting takes: of each figure the smallest."""
+    return Run(*map(min, zip(*runs, strict=True)))
+
+
 def scale_rows(driver: str, alone: Run, runs: dict[int, list[Run]]) -> list[Row]:
     """A row for each size: what a URL costs above a crawl of one, and how many times what it does at the smallest."""
     rows: list[Row] = []
@@ -128,7 +134,7 @@ def scale_rows(driver: str, alone: Run, runs: dict[int, list[Run]]) -> list[Row]
         rows.append(
             {
                 "": driver,
-                "x smallest": each.median / rows[0]["ms/URL"].median if rows else 1.0,
+                "x smallest": to(each.median, max(0.0, rows[0]["ms/URL"].median)) if rows else 1.0,
                 "URLs": urls,
                 "wall s": Spread.of(run.seconds for run in made),
                 "ms/URL": each,
@@ -149,7 +155,10 @@ def scale(args: argparse.Namespace) -> list[Row]:
     port, who = free_port(), drivers("both")
     runs: dict[str, dict[int, list[Run]]] = {driver: {} for driver in who}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, nginx(Path(folder), args.hosts, port):
-        alone = {driver: stream_urls(driver, 1, args.hosts, args.concurrency, port)[0] for driver in who}
+        starts: dict[str, list[Run]] = {driver: [] for driver in who}
+        for _, driver in interleaved(who, args.repeat):
+            starts[driver].append(stream_urls(driver, 1, args.hosts, args.concurrency, port)[0])
+        alone = {driver: least(starts[driver]) for driver in who}
         for urls in sizes(args.scale):
             for _, driver in interleaved(who, args.repeat if urls <= REPEATED else 1):
                 run, arrivals = stream_urls(driver, urls, args.hosts, args.concurrency, port)
@@ -159,7 +168,7 @@ def scale(args: argparse.Namespace) -> list[Row]:
                 note(f"{driver}: {urls:,} URLs, {run.seconds:,.1f} s, {run.peak_mb:,.0f} MB")
     results = [row for driver in who for row in scale_rows(driver, alone[driver], runs[driver])]
     print(table(results))
-    print("\nA URL's share of what a crawl takes above one of a single URL, which took", end=" ")
+    print("\nA URL's share of what a crawl takes above one of a single URL, which took at least", end=" ")
     print(
         ", ".join(f"{run.seconds:.2f} s and {run.peak_mb:.0f} MB ({driver})" for driver, run in alone.items()),
         end=".\n",
