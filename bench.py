@@ -60,6 +60,9 @@ CHILD_LIMIT = 3600.0
 LIBRARIES = "aiohttp uvloop ada-url orjson scrapy twisted parsel lxml selectolax tenacity stamina aiolimiter"
 """Those whose versions are printed; the figures keep those of all that the requirements name."""
 
+PROGRAMS = {"nginx": "-v", "wrk": "-v", "curl": "--version", "rsyslogd": "-v"}
+"""What else may take part, and the flag that makes it tell its version."""
+
 NEEDS = {"textbook": "html", "textbook_async": "aiohttp", "textbook_threads": "html", "scrapy_stripped": "scrapy"}
 """The module that a contestant cannot do without, where it is not named like it."""
 
@@ -171,6 +174,11 @@ def interleaved(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
             yield number, name
 
 
+def find_program(name: str) -> str | None:
+    """Where it is, also outside of a user's PATH."""
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+
+
 def describe_machine() -> dict[str, Any]:
     """What a reader of the figures wants to know of where they were made; printed, too."""
     cpu, versions = platform.processor(), {}
@@ -182,6 +190,10 @@ def describe_machine() -> dict[str, Any]:
     for name in (*LIBRARIES.split(), *sorted(names.difference(LIBRARIES.split()))):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    for name, flag in PROGRAMS.items():
+        with contextlib.suppress(OSError, subprocess.SubprocessError, TypeError):
+            said = subprocess.run([find_program(name), flag], capture_output=True, text=True, timeout=10)  # type: ignore[list-item]
+            versions[name] = re.search(r"\d+\.[\w.]+", said.stdout + said.stderr)[0]  # type: ignore[index]
     cores, load, python = os.cpu_count(), round(os.getloadavg()[0], 2), platform.python_version()
     print(f"{cores} x {cpu or platform.machine()}, load {load}, {platform.platform()}")
     print(
@@ -281,7 +293,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def nginx(folder: Path, hosts: int, port: int) -> Iterator[None]:
     """nginx over ``folder/www/ADDRESS/...`` on ``hosts`` loopback addresses; one worker, as one core is enough."""
-    program = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    program = find_program("nginx")
     if program is None:
         raise SystemExit("bench.py: nginx is needed to serve the pages: apt install nginx, or brew install nginx")
     config, log = folder / "nginx.conf", folder / "error.log"
@@ -702,6 +714,8 @@ def frontier(args: argparse.Namespace) -> list[Row]:
     NAMES=((), "as in NAME.json; default: all that are there"),
 )
 def plot(args: argparse.Namespace) -> list[Row]:
+    if not present("matplotlib"):
+        raise SystemExit(1)
     import bench_plot
 
     files = [Path(args.out, f"{name}.json") for name in args.NAMES] or sorted(Path(args.out).glob("*.json"))
@@ -789,11 +803,10 @@ def make_parser() -> argparse.ArgumentParser:
                 flag = "--" + option.replace("_", "-")
                 sub.add_argument(flag, type=kind, default=default, help=about, metavar="X" if kind is str else "N")
         about = (
-            "write NAME.json, with machine and versions, and the plots there (default bench/latest, which git ignores;"
+            "where NAME.json, with machine and versions, and the plots are; default: bench/latest, which git ignores;"
         )
-        sub.add_argument(
-            "--out", metavar="DIR", default=LATEST, type=Path, help=about + " published ones are in bench)"
-        )
+        about += " the published ones are in bench"
+        sub.add_argument("--out", metavar="DIR", default=LATEST, type=Path, help=about)
         if name != "plot":
             sub.add_argument("--no-files", action="store_true", help="print the table only")
             sub.add_argument("--json", metavar="FILE", help="write the figures there, and nothing else")

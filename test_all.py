@@ -26622,12 +26622,12 @@ def test_bench_parse_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit, match=r"no \*\.html"):
         bench.main(["parse", str(tmp_path)])
     (tmp_path / "one.html").write_text("<title>One</title><body>two words <a href=/x>three</a>")
-    assert bench.main(["parse", str(tmp_path), "--repeat", "1"]) == 0
+    assert bench.main(["parse", str(tmp_path), "--repeat", "1", "--no-files"]) == 0
     assert "1 pages, 0.0 MB" in capsys.readouterr().out
 
 
 def test_bench_primitives_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["primitives", "--calls", "4", "--repeat", "1"]) == 0
+    assert bench.main(["primitives", "--calls", "4", "--repeat", "1", "--no-files"]) == 0
     shown = capsys.readouterr().out
     for name in ("primitives.retry", "primitives.retry_async", "TokenBucket.acquire_async", "Semaphore", "Channel",
                  "threading.Semaphore", "asyncio.Semaphore", "queue.Queue", "asyncio.Queue"):  # fmt: skip
@@ -26851,7 +26851,7 @@ def test_bench_ingest_without_rsyslog_says_so(
 ) -> None:
     monkeypatch.setattr(bench_ingest, "rsyslogd", lambda: None)
     monkeypatch.setattr(bench_ingest, "course", lambda _: contextlib.nullcontext(BenchIngestCourse(100)))
-    assert bench.main(["ingest", "--peers", "ingest_logs,rsyslog", "--rates", "50,100"]) == 0
+    assert bench.main(["ingest", "--peers", "ingest_logs,rsyslog", "--rates", "50,100", "--no-files"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert bench_ingest.INSTALL in shown
     assert [line.split()[:2] for line in shown if line.startswith("rsyslog ")] == []
