@@ -50,13 +50,13 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 HERE = Path(__file__).resolve().parent
 HOSTS = 50
 REQUESTS, ROUNDS = 20_000, 6
 """Requests in a cell, at most; of one unit, at most."""
-LIMIT = 20.0
+LIMIT = 15.0
 """Seconds after which a cell is ended; what there is by then is told."""
 TERMINATED = 143
 """The exit code of a child after SIGTERM."""
@@ -220,11 +220,20 @@ async def call_async(reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
     await reader.readexactly(len(ANSWER))
 
 
-def bare_threads(units: int, rounds: int, port: int, latency: float) -> tuple[list[float], list[str], dict[str, int]]:
-    """A thread for each unit: when each answer was there, what went wrong, and the memory while all are there."""
-    times, errors = list[float](), list[str]()
+class Bare(NamedTuple):
+    """What a bare model came to: when each answer was there, what went wrong, how many there were, their memory."""
+
+    times: list[float]
+    errors: list[str]
+    there: int
+    memory: dict[str, int]
+
+
+def bare_threads(units: int, rounds: int, port: int, latency: float, limit: float = LIMIT) -> Bare:
+    """A thread for each unit. After ``limit`` seconds what there is by then; the threads are left where they are."""
+    times, errors, threads = list[float](), list[str](), list[threading.Thread]()
     ended: queue.SimpleQueue[None] = queue.SimpleQueue()
-    leave = threading.Event()
+    leave, end = threading.Event(), time.monotonic() + limit
 
     def unit(number: int) -> None:
         host, words = request(number, latency)
@@ -239,62 +248,66 @@ def bare_threads(units: int, rounds: int, port: int, latency: float) -> tuple[li
             errors.append(f"{type(error).__name__}: {error.strerror or error}")
             ended.put(None)
 
-    threads = list[threading.Thread]()
-    for number in range(units):
-        thread = threading.Thread(target=unit, args=(number,), daemon=True)
+    while len(threads) < units and time.monotonic() < end:
+        thread = threading.Thread(target=unit, args=(len(threads),), daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
-            errors.append(f"{error}, after {number:,}")
+            errors.append(f"{error}, after {len(threads):,}")
             break
         threads.append(thread)
-    for _ in threads:
-        ended.get()
+    try:
+        for _ in threads:
+            ended.get(timeout=max(0.0, end - time.monotonic()))
+    except queue.Empty:
+        errors.append(
+            f"ended after {limit:g} s with {len(times):,} of {units * rounds:,}; {len(threads):,} had started"
+        )
+        return Bare(times, errors, len(threads), memory_kb())
     memory = memory_kb()
     leave.set()
     for thread in threads:
         thread.join()
-    return times, errors, memory
+    return Bare(times, errors, len(threads) - len(errors), memory)
 
 
-def bare_tasks(units: int, rounds: int, port: int, latency: float) -> tuple[list[float], list[str], dict[str, int]]:
+def bare_tasks(units: int, rounds: int, port: int, latency: float, limit: float = LIMIT) -> Bare:
     """A task for each unit, the same."""
     times, errors, memory = list[float](), list[str](), dict[str, int]()
 
-    async def unit(number: int) -> asyncio.StreamWriter | None:
+    async def unit(number: int, leave: asyncio.Event, ended: asyncio.Semaphore) -> None:
         host, words = request(number, latency)
         try:
             reader, writer = await asyncio.open_connection(host, port)
-            for _ in range(rounds):
-                await call_async(reader, writer, words)
-                times.append(time.monotonic())
-        except OSError as error:
-            errors.append(f"{type(error).__name__}: {error.strerror or error}")
-            return None
-        return writer
+            try:
+                for _ in range(rounds):
+                    await call_async(reader, writer, words)
+                    times.append(time.monotonic())
+                ended.release()
+                await leave.wait()
+            finally:
+                writer.close()
+        except (OSError, asyncio.IncompleteReadError) as error:
+            errors.append(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}")
+            ended.release()
 
     async def all_units() -> None:
-        leave, left = asyncio.Event(), units
-        done = asyncio.Event()
-
-        async def stay(number: int) -> None:
-            nonlocal left
-            writer = await unit(number)
-            left -= 1
-            if not left:
-                done.set()
-            await leave.wait()
-            if writer is not None:
-                writer.close()
-
-        tasks = [asyncio.create_task(stay(number)) for number in range(units)]
-        await done.wait()
+        leave, ended = asyncio.Event(), asyncio.Semaphore(0)
+        tasks = [asyncio.create_task(unit(number, leave, ended)) for number in range(units)]
+        try:
+            async with asyncio.timeout(limit):
+                for _ in tasks:
+                    await ended.acquire()
+        except TimeoutError:
+            errors.append(f"ended after {limit:g} s with {len(times):,} of {units * rounds:,}")
+            for task in tasks:
+                task.cancel()
         memory.update(memory_kb())
         leave.set()
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(all_units())
-    return times, errors, memory
+    return Bare(times, errors, units - len(errors), memory)
 
 
 def bare(kind: str, units: int, port: int, latency: float, started: float) -> Row:
@@ -303,16 +316,16 @@ def bare(kind: str, units: int, port: int, latency: float, started: float) -> Ro
     request(0, latency)  # what it imports is not the model's
     before, cpu = memory_kb(), cpu_seconds()
     model = bare_threads if kind == "threads" else bare_tasks
-    times, errors, after = model(units, rounds_of(units), port, latency)
+    times, errors, there, after = model(units, rounds_of(units), port, latency)
     return {
         "times": [min(times) - started, max(times) - started] if times else [],
         "requests": len(times),
-        "there": units - len(errors),
+        "there": there,
         "cpu": cpu_seconds() - cpu,
         "kb": after.get("VmRSS", 0) - before.get("VmRSS", 0),
         "virtual": after.get("VmSize", 0) - before.get("VmSize", 0),
         "peak": after.get("VmHWM", 0),
-        "errors": errors[-1:] and [f"{len(errors):,} x {errors[-1]}"],
+        "errors": [f"{number:,} x {error}" for error, number in collections.Counter(errors).most_common(1)],
         "failed": len(errors),
     }
 
@@ -473,7 +486,7 @@ def ask_child(*words: object) -> Any:
 
     with bench.child([sys.executable, __file__, *words], stdout=subprocess.PIPE) as process:
         assert process.stdout
-        timer = threading.Timer(LIMIT, process.terminate)
+        timer = threading.Timer(2 * LIMIT, process.terminate)  # it ends by itself before that
         timer.start()
         try:
             said = process.stdout.read()
@@ -481,7 +494,7 @@ def ask_child(*words: object) -> Any:
         finally:
             timer.cancel()
     if code == TERMINATED:
-        return f"ended after {LIMIT:g} s"
+        return f"ended after {2 * LIMIT:g} s"
     return json.loads(said) if code == 0 else f"exit code {code}"
 
 
@@ -766,3 +779,4 @@ if __name__ == "__main__":
     leave: Any = sys.exit if sys.argv[1] == "parse" else os._exit
     signal.signal(signal.SIGTERM, lambda *_: leave(TERMINATED))
     print(json.dumps(PARTS[sys.argv[1]](*sys.argv[2:])), flush=True)
+    leave(0)

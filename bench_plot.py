@@ -431,7 +431,7 @@ def number_axis(axis: Any, panel: Panel) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
         axis.set_minor_locator(NullLocator())
     elif isinstance(panel, Lines):
-        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(lambda value, _: figure_text(value))
 
 

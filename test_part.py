@@ -76,12 +76,16 @@ def test_bench_late_server_cuts_what_it_does_not_know(head: bytes) -> None:
 @pytest.mark.parametrize("model", [bench_models.bare_threads, bench_models.bare_tasks])
 def test_bench_bare_units_ask_as_often_as_they_are_to(model: Any) -> None:
     with bench_models.late_server() as port:
-        times, errors, memory = model(3, 2, port, 0.01)
-        assert (len(times), errors) == (6, []) and memory["VmRSS"] > 0
+        times, errors, there, memory = model(3, 2, port, 0.01)
+        assert (len(times), errors, there) == (6, [], 3) and memory["VmRSS"] > 0
         assert 1 <= bench_models.most_in_flight(port) <= 3
         assert bench_models.most_in_flight(port) == 0
-    times, errors, _ = model(3, 2, port, 0.01)
-    assert times == [] and len(errors) == 3 and all(error.startswith("ConnectionRefusedError: ") for error in errors)
+        times, errors, _, _ = model(3, 2, port, 1.0, 0.1)
+        assert times == [] and errors[0].startswith("ended after 0.1 s with 0 of 6")
+    times, errors, there, _ = model(3, 2, port, 0.01)
+    assert (times, len(errors), there) == ([], 3, 0) and all(
+        error.startswith("ConnectionRefusedError: ") for error in errors
+    )
 
 
 def test_bench_a_crawler_in_flight_and_one_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
