@@ -547,10 +547,10 @@ def height_of(panel: Panel) -> float:
 
 
 def shorten(tag: str) -> str:
-    """Without digits that nobody sees, turns by no degrees, and names; with what stands in for the font."""
+    """Without digits that nobody sees, turns by no degrees, and names; the font is that of the whole."""
     tag = re.sub(r'<g id="[^"]*"', "<g", tag)
     tag = re.sub(r' transform="rotate\(-0 [^"]*"', "", re.sub(r"(\d\.\d\d)\d+", r"\1", tag))
-    return tag.replace("'DejaVu Sans'", FONTS)
+    return tag.replace("font-family: 'DejaVu Sans'; ", "")
 
 
 def render(name: str, title: str, panels: Sequence[Panel], theme: Mapping[str, str]) -> str:
@@ -590,7 +590,8 @@ def render(name: str, title: str, panels: Sequence[Panel], theme: Mapping[str, s
         figure.savefig(
             out, format="svg", metadata={"Date": None, "Creator": None, "Title": title, "Description": about}
         )
-    return re.sub(r"<[^>]+>", lambda tag: shorten(tag[0]), out.getvalue())
+    svg = re.sub(r"<[^>]+>", lambda tag: shorten(tag[0]), re.sub(r"\n\s+", "\n", out.getvalue()))
+    return svg.replace("<svg ", f'<svg font-family="{FONTS}" ', 1)
 
 
 def draw(figures: Mapping[str, Any], folder: Path) -> list[Path]:
