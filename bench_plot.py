@@ -328,23 +328,29 @@ def plot_simulate(rows: Sequence[Row]) -> list[Panel]:
 
 def plot_ladder(rows: Sequence[Row], unit: str) -> list[Panel]:
     """What was lost, and how late the rest was, at a ladder of rates; before them, the highest rate that held."""
-    rung = next((key for row in rows for key in row if key.startswith(("wanted", "rate"))), "wanted/s")
-    steps = [row for row in rows if rung in row]
-    best = next((key for row in rows if rung not in row for key in row if key.endswith("/s")), "")
-    ratio = next((key for row in rows if rung not in row for key in row if key.startswith("x ")), "")
-    late = next((key for row in steps for key in row if key.startswith(("p99", "lag p99", "end to end p99"))), "p99 s")
+    tops = [row for row in rows if "wanted/s" not in row]
+    steps = [
+        {"lost %": 100 * (row.get("lost", row.get("missing")) or 0) / max(1, row["sent"])} | dict(row)
+        for row in rows
+        if "wanted/s" in row
+    ]
+    best = next((key for row in tops for key in row if key.endswith("/s")), "")
+    ratio = next((key for row in tops for key in row if key.startswith("x ")), "")
+    late = next((key for row in steps for key in row if key.startswith("p99 ")), "p99 s")
     panels: list[Panel] = []
     if best:
-        tops = bars([row for row in rows if rung not in row], best, ratio=ratio)
-        panels.append(Bars("Highest rate at which nothing is lost (more is better)", unit, tops))
+        held = bars(tops, best, ratio=ratio)
+        panels.append(Bars("Highest rate at which nothing is lost (more is better)", unit, held))
     return [
         *panels,
-        Lines("Lost", f"rate, {unit}", "% of what was sent", lines(steps, rung, "lost %"), log_x=False, log_y=False),
+        Lines(
+            "Lost", f"rate, {unit}", "% of what was sent", lines(steps, "wanted/s", "lost %"), log_x=False, log_y=False
+        ),
         Lines(
             "Latency, p99",
             f"rate, {unit}",
             late.rpartition(" ")[2],
-            lines(steps, rung, late),
+            lines(steps, "wanted/s", late),
             log_x=False,
         ),
     ]

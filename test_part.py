@@ -224,7 +224,7 @@ def test_bench_scale_may_stand_without_a_number() -> None:
 def bench_rows(name: str) -> list[dict[str, Any]]:
     """Rows as the subcommand makes them, after JSON."""
     spread = [10.0, 8.0, 13.0]
-    steps = {"lost %": 0.0, "p99 s": 0.1, "p99 ms": 90.0}
+    steps = {"lost": 0, "lost %": 0.0, "p99 s": 0.1}
     flight = {"requests/s": spread, "first row s": spread, "CPU ms/request": spread, "KB/unit": spread, "x ideal": 0.5}
     tenths = {"first tenth": 100.0, "slowest tenth": 90.0, "last tenth": 110.0, "peak MB": 30.0}
     made: dict[str, list[dict[str, Any]]] = {
@@ -240,8 +240,9 @@ def bench_rows(name: str) -> list[dict[str, Any]]:
         "feeds": [{"": f"{part}: crawl_async", "x, s": 7.0, "s": spread} for part in ("feeds", "articles", "whole")],
         "frontier": [{"": "10 rows", "claim p50 ms": 1.0, "claim p99 ms": 2.0}, {"": "2 workers", "URLs/s": 9.0}],
         "ingest": [{"": "rsyslog", "x rsyslog": 1.0, "lossless/s": spread}]
-        + [{"": who, "wanted/s": n} | steps for who in ("ingest_logs", "rsyslog") for n in (1, 2)],
-        "market": [{"": "cryptofeed", "wanted/s": n} | steps for n in (100, 200)],
+        + [{"": who, "wanted/s": n, "sent": 9} | steps for who in ("ingest_logs", "rsyslog") for n in (1, 2)],
+        "market": [{"": "cryptofeed", "exchanges": 7, "holds/s": spread, "x cryptofeed": 1.0}]
+        + [{"": "cryptofeed", "wanted/s": n, "sent": 100, "missing": n // 100, "p99 ms": 90.0} for n in (100, 200)],
         "million": [{"": "crawl_threads.py"} | tenths],
         "models": [{"": who, "units": n} | flight for who in ("bare threads", "bare tasks") for n in (10, 10_000)]
         + [{"": "in the loop", "lag p99 ms": spread}, {"": "tasks, nothing blocks", "request p99 ms": spread}],
@@ -271,7 +272,7 @@ def texts(svg: str) -> list[str]:
         ("feeds", ["s"]),
         ("frontier", ["ms", "URLs/s"]),
         ("ingest", ["events/s", "rate, events/s", "% of what was sent", "s"]),
-        ("market", ["rate, trades/s", "% of what was sent"]),
+        ("market", ["trades/s", "rate, trades/s", "% of what was sent", "ms"]),
         ("million", ["rows/s", "MB"]),
         ("models", ["requests/s", "s", "ms", "KB", "in flight"]),
         ("parse", ["MB/s"]),
