@@ -15,15 +15,16 @@ minute hits all alike; a figure is the median, with the smallest and the largest
 * **Being fast at something else does not count**: all contestants write the same rows, and these are compared.
 * **The peers** are in bench_peers.py and run as `python bench.py _peer NAME URLS ROWS CONCURRENCY`; therefore this
   file imports little at its head.
-* **What else is measured** (`primitives`, `aggregate`, `feeds`, `ingest`, `market`, `simulate`,
-  `frontier`) is in files named after it.
+* **What else is measured** (`primitives`, `models`, `aggregate`, `feeds`, `ingest`, `market`, `simulate`, `frontier`;
+  `million` and `crawl --scale` in bench_scale.py) is in files named after it.
+* **Each run leaves its rows and a plot** (bench_plot.py) in bench/latest/, which git ignores. The published ones are in
+  bench/: they are replaced by `--out bench` only. Where there is a reference, the first figure of a row is the ratio.
 
 Promised: all traffic stays on 127.0.0.0/8; every child is ended, and every temporary folder removed, however the run
 ends, SIGKILL excepted. A peer that is not installed is left out, with a note. Not promised: that a shared machine
 repeats itself.
 
-Threads: `million` feeds its child in one, `rate` has the server in one, each child
-has a timer that ends it if it takes too long. There are no locks.
+Threads: `rate` has the server in one, each child has a timer that ends it if it takes too long. There are no locks.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -46,9 +49,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from bench_peers import PARSERS, PEERS, Facts, Row
 
@@ -56,6 +58,10 @@ HERE = Path(__file__).resolve().parent
 CHILD_LIMIT = 3600.0
 """Seconds after which a child is ended."""
 LIBRARIES = "aiohttp uvloop ada-url orjson scrapy twisted parsel lxml selectolax tenacity stamina aiolimiter cryptofeed"
+"""Those whose versions are printed; the figures keep those of all that the requirements name."""
+
+PROGRAMS = {"nginx": "-v", "wrk": "-v", "curl": "--version", "rsyslogd": "-v"}
+"""What else may take part, and the flag that makes it tell its version."""
 
 NEEDS = {
     "textbook": "html",
@@ -77,6 +83,12 @@ class Command(NamedTuple):
     about: str
     examples: tuple[str, ...]
     options: dict[str, tuple[Any, str]]
+
+
+class OrNone(NamedTuple):
+    """The default of an option that may be left out, or given without a value: then it has this one."""
+
+    value: int
 
 
 COMMANDS: dict[str, Command] = {}
@@ -168,18 +180,33 @@ def interleaved(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
             yield number, name
 
 
+def find_program(name: str) -> str | None:
+    """Where it is, also outside of a user's PATH."""
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+
+
 def describe_machine() -> dict[str, Any]:
     """What a reader of the figures wants to know of where they were made; printed, too."""
     cpu, versions = platform.processor(), {}
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    for name in LIBRARIES.split():
+    named = [line for file in HERE.glob("requirements*.txt") for line in file.read_text().splitlines()]
+    names = {match[0] for line in named if (match := re.match(r"[A-Za-z][\w.-]*", line))}
+    for name in (*LIBRARIES.split(), *sorted(names.difference(LIBRARIES.split()))):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    for name, flag in PROGRAMS.items():
+        with contextlib.suppress(OSError, subprocess.SubprocessError, TypeError):
+            said = subprocess.run([find_program(name), flag], capture_output=True, text=True, timeout=10)  # type: ignore[list-item]
+            versions[name] = re.search(r"\d+\.[\w.]+", said.stdout + said.stderr)[0]  # type: ignore[index]
     cores, load, python = os.cpu_count(), round(os.getloadavg()[0], 2), platform.python_version()
     print(f"{cores} x {cpu or platform.machine()}, load {load}, {platform.platform()}")
-    print(f"Python {python}; " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "\n")
+    print(
+        f"Python {python}; "
+        + ", ".join(f"{name} {versions[name]}" for name in LIBRARIES.split() if name in versions)
+        + "\n"
+    )
     return {"cpu": cpu, "cores": cores, "load": load, "system": platform.platform(), "python": python} | versions
 
 
@@ -272,7 +299,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def nginx(folder: Path, hosts: int, port: int) -> Iterator[None]:
     """nginx over ``folder/www/ADDRESS/...`` on ``hosts`` loopback addresses; one worker, as one core is enough."""
-    program = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    program = find_program("nginx")
     if program is None:
         raise SystemExit("bench.py: nginx is needed to serve the pages: apt install nginx, or brew install nginx")
     config, log = folder / "nginx.conf", folder / "error.log"
@@ -359,14 +386,23 @@ def differences(reference: Digest, other: Digest) -> dict[str, int]:
     "crawl",
     "crawl --pages 1000 --repeat 1",
     "crawl --peers crawl_async,crawl_threads,curl --concurrency 128",
+    "crawl --scale 1000000 --repeat 1",
     pages=(10_000, "pages in all"),
     hosts=(50, "hosts that they are spread over"),
     size=(20_000, "bytes of a page"),
     repeat=(3, "runs of each contestant"),
     concurrency=(None, "requests in flight, for all; default: what suits each best"),
     peers=(",".join(IN_FLIGHT), "contestants"),
+    scale=(
+        OrNone(100_000),
+        "instead: our crawlers over 1,000 URLs of a tiny page, then ten times as many, up to these",
+    ),
 )
 def crawl(args: argparse.Namespace) -> list[Row]:
+    if args.scale:
+        import bench_scale
+
+        return bench_scale.scale(args)
     names = [name for name in args.peers.split(",") if known(name, IN_FLIGHT) and present(name)]
     in_flight = {name: args.concurrency or IN_FLIGHT[name] for name in names}
     runs: dict[str, list[Run]] = {name: [] for name in names}
@@ -397,10 +433,10 @@ def crawl(args: argparse.Namespace) -> list[Row]:
     results = [
         {
             "": name,
-            "in flight": in_flight[name],
-            "pages/s": speed[name],
             "x Scrapy": to(speed[name].median, scrapy),
             "x textbook": to(speed[name].median, textbook),
+            "pages/s": speed[name],
+            "in flight": in_flight[name],
             "CPU s": Spread.of(run.cpu for run in runs[name]),
             "peak MB": Spread.of(run.peak_mb for run in runs[name]),
             "1 page, s": startup[name].seconds,
@@ -465,9 +501,9 @@ def parse(args: argparse.Namespace) -> list[Row]:
     results = [
         {
             "": name,
+            "x textbook": to(speed[name].median, speed["textbook"].median),
             "MB/s": speed[name],
             "us/page": megabytes * 1e6 / speed[name].median / len(pages),
-            "x textbook": to(speed[name].median, speed["textbook"].median),
             **agree(found[reference], found[name]),
         }
         for name in parsers
@@ -518,11 +554,11 @@ def rate(args: argparse.Namespace) -> list[Row]:
             results.append(
                 {
                     "": driver,
-                    "wall s": f"{run.seconds:.2f}",
-                    "urls/rate": f"{args.urls / args.rate:.2f}",
+                    "x urls/rate": run.seconds * args.rate / args.urls,
                     "off, %": f"{(run.seconds * args.rate / args.urls - 1) * 100:+.2f}",
-                    "first to last s": f"{seen[-1] - seen[0]:.3f}",
-                    "ideal s": f"{max(0, args.urls - args.burst) / args.rate:.3f}",
+                    "wall s": run.seconds,
+                    "first to last s": seen[-1] - seen[0],
+                    "ideal s": max(0, args.urls - args.burst) / args.rate,
                     "requests": len(seen),
                     "ok": json.loads(stats.read_text())["ok"],
                     "most in 1 s": site.max_in_window(0, 1.0),
@@ -535,70 +571,9 @@ def rate(args: argparse.Namespace) -> list[Row]:
     return results
 
 
-# ---------------------------------------------------------------------------------------------- bench.py million
+# ------------------------- bench.py million, primitives, models, aggregate, feeds, ingest, simulate, frontier, plot
 
-
-def feed(stream: IO[bytes], count: int, hosts: int, port: int) -> None:
-    """So many distinct URLs of the tiny page, a thousand at a time; ends quietly when nobody reads on."""
-    with contextlib.suppress(BrokenPipeError), stream:
-        for start in range(0, count, 1000):
-            numbers = range(start, min(start + 1000, count))
-            lines = (f"http://{host_address(n % hosts)}:{port}/tiny?n={n}\n" for n in numbers)
-            stream.write("".join(lines).encode())
-
-
-class Arrivals:
-    """Counts rows as they come out of a pipe, and notes when the first was there, then each tenth of them."""
-
-    def __init__(self, expected: int) -> None:
-        self.expected = expected
-        self.rows = self.failed = 0
-        self.times: list[float] = []
-        self._rest = b""
-
-    def take(self, data: bytes, now: float) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        self.rows += len(lines)
-        self.failed += sum(b'"error":null' not in line for line in lines)
-        while self.rows and len(self.times) <= 10 and self.rows >= len(self.times) * self.expected / 10:
-            self.times.append(now)
-
-    def rates(self) -> list[float]:
-        """Rows per second in each tenth."""
-        return [self.expected / 10 / max(1e-9, end - start) for start, end in pairwise(self.times)]
-
-
-def stream_urls(driver: str, urls: int, hosts: int, concurrency: int | None, port: int) -> Row:
-    arrivals, started = Arrivals(urls), time.perf_counter()
-    options: list[object] = ["--concurrency", concurrency] if concurrency else []
-    words = [sys.executable, HERE / driver, "-", "--rate", 0, "-q", *options]
-    with child(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
-        assert process.stdin and process.stdout
-        feeder = threading.Thread(target=feed, args=(process.stdin, urls, hosts, port), daemon=True)
-        feeder.start()
-        while data := process.stdout.read(1 << 20):
-            tenths = len(arrivals.times)
-            arrivals.take(data, time.perf_counter())
-            if len(arrivals.times) > max(1, tenths):
-                note(f"{driver}: {arrivals.rows:,} rows, {arrivals.rates()[-1]:,.0f}/s in the last tenth")
-        run = reap(process, started, driver)
-        feeder.join()
-    if arrivals.rows != urls:
-        raise SystemExit(f"bench.py: {driver} wrote {arrivals.rows:,} rows for {urls:,} URLs")
-    rates = arrivals.rates()
-    return {
-        "": driver,
-        "rows": arrivals.rows,
-        "failed": arrivals.failed,
-        "wall s": run.seconds,
-        "rows/s": urls / run.seconds,
-        "first tenth": rates[0],
-        "last tenth": rates[-1],
-        "last / first": rates[-1] / rates[0],
-        "slowest tenth": min(rates),
-        "CPU s": run.cpu,
-        "peak MB": run.peak_mb,
-    }
+# What follows is in files of their own, which are imported when they are asked for: this process stays small.
 
 
 @command(
@@ -611,16 +586,25 @@ def stream_urls(driver: str, urls: int, hosts: int, concurrency: int | None, por
     driver=DRIVER,
 )
 def million(args: argparse.Namespace) -> list[Row]:
-    port, who = free_port(), drivers(args.driver)
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder, nginx(Path(folder), args.hosts, port):
-        results = [stream_urls(driver, args.urls, args.hosts, args.concurrency, port) for driver in who]
-    print(table(results))
-    return results
+    import bench_scale
+
+    return bench_scale.million(args)
 
 
-# --------------------------------------- bench.py primitives, aggregate, feeds, ingest, market, simulate, frontier
+@command(
+    "threads against asyncio at 1 to 10,000 in flight; parsing beside a loop; a call that blocks: speed, memory, lag",
+    "models",
+    "models --units 1,100,1000 --repeat 1 --seconds 1",
+    units=("1,10,100,1000,10000", "numbers in flight"),
+    latency=(0.5, "seconds that each answer takes"),
+    peers=("bare threads,bare tasks,crawl_threads,crawl_async", "contestants of the first table"),
+    seconds=(2.0, "of each run of the other tables"),
+    repeat=(3, "runs of each"),
+)
+def models(args: argparse.Namespace) -> list[Row]:
+    import bench_models
 
-# What follows is in files of their own, which are imported when they are asked for: this process stays small.
+    return bench_models.run(args)
 
 
 @command(
@@ -753,7 +737,64 @@ def frontier(args: argparse.Namespace) -> list[Row]:
     return results
 
 
+@command(
+    "draw the plots anew from the figures in --out, without measuring",
+    "plot --out bench",
+    "plot crawl models --out bench",
+    NAMES=((), "as in NAME.json; default: all that are there"),
+)
+def plot(args: argparse.Namespace) -> list[Row]:
+    if not present("matplotlib"):
+        raise SystemExit(1)
+    import bench_plot
+
+    files = [Path(args.out, f"{name}.json") for name in args.NAMES] or sorted(Path(args.out).glob("*.json"))
+    for file in files:
+        try:
+            drawn = bench_plot.draw(json.loads(file.read_text()), file.parent)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"bench.py: plot: {file}: {error}") from None
+        print(*(map(str, drawn) if drawn else [f"{file}: nothing to draw"]), sep="\n")
+    return []
+
+
 # -------------------------------------------------------------------------------------------------- command line
+
+LATEST = HERE / "bench" / "latest"
+VARIANTS = ["scale", "soak", "shared", "seeds", "only"]
+"""Options that make something else of a subcommand: its files have a name of their own."""
+
+
+def describe_commit() -> str | None:
+    """What git calls the state of these files; None without git, or outside of a clone."""
+
+    def git(*words: str) -> str:
+        words = ("git", "-C", str(HERE), *words)
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("describe", "--always") + "-dirty" * bool(changed)
+    return None
+
+
+def keep(args: argparse.Namespace, argv: Sequence[str], whole: dict[str, Any]) -> None:
+    """Write the figures, and their plot if matplotlib is there, as the command line says."""
+    name = "-".join((args.command, *(word for word in VARIANTS if getattr(args, word, None))))
+    whole = {"name": name, "command": shlex.join(("python", "bench.py", *argv))} | whole
+    text = json.dumps(whole, indent=1) + "\n"
+    if args.json:
+        Path(args.json).write_text(text)
+    elif not args.no_files:
+        folder = Path(args.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(text)
+        drawn = []
+        if present("matplotlib"):
+            import bench_plot
+
+            drawn = bench_plot.draw(json.loads(text), folder)
+        print("\nwritten:", *(os.path.relpath(file) for file in (folder / f"{name}.json", *drawn)))
 
 
 def positive(text: str) -> int:
@@ -780,7 +821,10 @@ def make_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, description=command.about, epilog=examples, formatter_class=form)
         for option, (default, about) in command.options.items():
             if option.isupper():
-                sub.add_argument(option, nargs="?", default=default, help=about)
+                sub.add_argument(option, nargs="*" if default == () else "?", default=default, help=about)
+            elif isinstance(default, OrNone):
+                about += f" (without a number: {default.value})"
+                sub.add_argument(f"--{option}", nargs="?", type=positive, const=default.value, metavar="N", help=about)
             elif default is False:
                 sub.add_argument("--" + option.replace("_", "-"), action="store_true", help=about)
             else:
@@ -788,7 +832,14 @@ def make_parser() -> argparse.ArgumentParser:
                 about += "" if default is None else f" (default {default})"
                 flag = "--" + option.replace("_", "-")
                 sub.add_argument(flag, type=kind, default=default, help=about, metavar="X" if kind is str else "N")
-        sub.add_argument("--json", metavar="FILE", help="write the figures there, with machine and versions")
+        about = (
+            "where NAME.json, with machine and versions, and the plots are; default: bench/latest, which git ignores;"
+        )
+        about += " the published ones are in bench"
+        sub.add_argument("--out", metavar="DIR", default=LATEST, type=Path, help=about)
+        if name != "plot":
+            sub.add_argument("--no-files", action="store_true", help="print the table only")
+            sub.add_argument("--json", metavar="FILE", help="write the figures there, and nothing else")
     return parser
 
 
@@ -805,9 +856,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    whole = {"options": vars(args), "machine": describe_machine(), "results": COMMANDS[args.command].run(args)}
-    if args.json:
-        Path(args.json).write_text(json.dumps(whole, indent=2) + "\n")
+    if args.command == "plot":
+        plot(args)
+        return 0
+    options = {name: value for name, value in vars(args).items() if name not in ("out", "no_files", "json")}
+    whole: dict[str, Any] = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": describe_commit()}
+    whole |= {"options": options, "machine": describe_machine()}
+    keep(args, argv, whole | {"results": COMMANDS[args.command].run(args)})
     return 0
 
 

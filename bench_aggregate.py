@@ -351,9 +351,9 @@ def speed(args: argparse.Namespace, stage: Stage) -> tuple[list[Row], bool]:
     rows: list[Row] = [
         {
             "": name,
-            "requests/s": rates[name],
             "x bare": rates[name].median / rates["bare Starlette"].median,
             "x usual": bench.to(rates[name].median, usually),
+            "requests/s": rates[name],
             "p50 ms": bench.Spread.of(load.p50 for load, _ in runs[name]),
             "p99 ms": bench.Spread.of(load.p99 for load, _ in runs[name]),
             "CPU us/request": bench.Spread.of(cpu for _, cpu in runs[name]),

@@ -274,8 +274,8 @@ def run(args: argparse.Namespace) -> list[Row]:
                 row |= {key: bench.Spread.of(one[key] for one in made) for key in ("s", "s by the log", "CPU s")}  # type: ignore[misc]
                 row |= {key: max(one[key] for one in made) for key in ("429", "most in 2 s")}  # type: ignore[type-var]
                 row |= {"closest s": min((one["closest s"] for one in made if one["closest s"]), default=None)}  # type: ignore[type-var]
-                for key in ("s", "s by the log"):
-                    row[f"x, {key}"] = alone[part][key] / row[key].median  # type: ignore[attr-defined]
+                ratios = {f"x, {key}": alone[part][key] / row[key].median for key in ("s", "s by the log")}  # type: ignore[attr-defined]
+                row = {"": row[""]} | ratios | row
                 row["s at best"] = None if workers == 1 else at_best(args.seed, part, workers)
                 results.append(row)
     print(bench.table(results))

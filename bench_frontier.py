@@ -155,9 +155,10 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             times = asyncio.run(claims(url, arguments.claims))
             _, _, batches = work(url, arguments.seconds, finishes=False)
             more = {"batch p50 ms": at(batches, 0.5), "batch p99 ms": at(batches, 0.99), "fill s": seconds}
-            results.append(
-                {"": f"{rows:,} rows", "claim p50 ms": at(times, 0.5), "claim p99 ms": at(times, 0.99)} | more
-            )
+            claim = {"claim p50 ms": at(times, 0.5), "claim p99 ms": at(times, 0.99)}
+            first = results[0]["claim p50 ms"] if results else claim["claim p50 ms"]
+            results.append({"": f"{rows:,} rows", "x a tenth": claim["claim p50 ms"] / first} | claim | more)
+        alone = 0.0
         for workers in (1, 2, 4, 8):
             with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
                 parts = list(pool.map(work, [url] * workers, [arguments.seconds] * workers))
@@ -165,7 +166,9 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             urls = sum(part[1] for part in parts) / arguments.seconds
             times = [one for part in parts for one in part[2]]
             counts = {"hosts/s": hosts, "URLs/s": urls, "batch p50 ms": at(times, 0.5), "batch p99 ms": at(times, 0.99)}
-            results.append({"": f"{workers} workers"} | counts)
+            if workers == 1:
+                alone = urls
+            results.append({"": f"{workers} worker{'s' * (workers > 1)}", "x 1 worker": urls / alone} | counts)
         times = asyncio.run(claims(url, arguments.claims))
         after = {"claim p50 ms": at(times, 0.5), "claim p99 ms": at(times, 0.99)}
         results.append({"": "afterwards"} | after | asyncio.run(_behind(url)))

@@ -571,7 +571,7 @@ def summary(found: Sequence[Sequence[Search[Step]]]) -> list[Row]:
     for name, spread in best.items():
         steps = [s.best for searches in found for s in searches if s.name == name and s.best]
         step = max(steps, key=lambda step: step.sent.rate, default=None)
-        row: Row = {"": name, "lossless/s": spread, "x rsyslog": bench.to(spread.median, base)}
+        row: Row = {"": name, "x rsyslog": bench.to(spread.median, base), "lossless/s": spread}
         if step is not None:
             told = step.row(name)
             row |= {key: told[key] for key in BRIEF}

@@ -222,10 +222,10 @@ def run(args: argparse.Namespace) -> list[Row]:
         for _, name in interleaved(case, args.repeat):
             spent[name].append(case[name](args.calls) / args.calls * 1e9)
         ours = Spread.of(spent[next(iter(case))])
-        results.append({"": title, "ns": None, "ours / theirs": None, "best / best": None})
+        results.append({"": title, "ours / theirs": None, "best / best": None, "ns": None})
         for name in case:
             taken = Spread.of(spent[name])
             medians, best = (None, None) if taken == ours else (ours.median / taken.median, ours.low / taken.low)
-            results.append({"": f"  {name}", "ns": taken, "ours / theirs": medians, "best / best": best})
+            results.append({"": f"  {name}", "ours / theirs": medians, "best / best": best, "ns": taken})
     print(table(results))
     return results

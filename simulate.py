@@ -313,6 +313,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     rows.append(
         {
             "": f"{len(results)} crawls" if arguments.seeds else f"seed {seed}",
+            "x bound": sum(result.makespan for result in results) / sum(result.bound for result in results),
             "requests": sum(result.requests for result in results),
             "steps checked": sum(result.steps for result in results),
             "makespan s": sum(result.makespan for result in results),

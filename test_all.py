@@ -61,6 +61,7 @@ import urllib.request
 import uuid
 import warnings
 import weakref
+import xml.etree.ElementTree as ET
 import zlib
 from array import array
 from collections import Counter, deque
@@ -118,6 +119,9 @@ import bench_aggregate
 import bench_feeds
 import bench_ingest
 import bench_market
+import bench_models
+import bench_plot
+import bench_scale
 import bench_upstreams
 import cache as ca
 import coordination as co
@@ -27038,12 +27042,12 @@ def test_bench_parse_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit, match=r"no \*\.html"):
         bench.main(["parse", str(tmp_path)])
     (tmp_path / "one.html").write_text("<title>One</title><body>two words <a href=/x>three</a>")
-    assert bench.main(["parse", str(tmp_path), "--repeat", "1"]) == 0
+    assert bench.main(["parse", str(tmp_path), "--repeat", "1", "--no-files"]) == 0
     assert "1 pages, 0.0 MB" in capsys.readouterr().out
 
 
 def test_bench_primitives_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["primitives", "--calls", "4", "--repeat", "1"]) == 0
+    assert bench.main(["primitives", "--calls", "4", "--repeat", "1", "--no-files"]) == 0
     shown = capsys.readouterr().out
     for name in ("primitives.retry", "primitives.retry_async", "TokenBucket.acquire_async", "Semaphore", "Channel",
                  "threading.Semaphore", "asyncio.Semaphore", "queue.Queue", "asyncio.Queue"):  # fmt: skip
@@ -27108,7 +27112,7 @@ def test_bench_tells_what_differs(tmp_path: Path) -> None:
 
 def test_bench_arrivals_are_counted_across_pieces() -> None:
     data = b'{"url":"a\\n","error":null}\n' * 19 + b'{"error":"http: 404"}\n'
-    arrivals = bench.Arrivals(20)
+    arrivals = bench_scale.Arrivals(20)
     for second, start in enumerate(range(0, len(data), 7)):
         arrivals.take(data[start : start + 7], float(second))
     assert (arrivals.rows, arrivals.failed) == (20, 1)
@@ -27117,7 +27121,7 @@ def test_bench_arrivals_are_counted_across_pieces() -> None:
 
 
 def test_bench_arrivals_all_at_once() -> None:
-    arrivals = bench.Arrivals(10)
+    arrivals = bench_scale.Arrivals(10)
     arrivals.take(b"\n" * 10, 1.0)
     assert arrivals.times == [1.0] * 11 and len(arrivals.rates()) == 10
 
@@ -27125,7 +27129,7 @@ def test_bench_arrivals_all_at_once() -> None:
 def test_bench_feeds_distinct_urls() -> None:
     reader, writer = os.pipe()
     with open(reader, "rb") as lines, open(writer, "wb", buffering=0) as stream:
-        bench.feed(stream, 1001, 7, 80)
+        bench_scale.feed(stream, 1001, 7, 80)
         urls = lines.read().split()
     assert len(urls) == len(set(urls)) == 1001
     assert urls[1000] == b"http://127.0.1.7:80/tiny?n=1000"
@@ -27135,7 +27139,7 @@ def test_bench_feed_ends_quietly_when_the_reader_left() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb", buffering=0) as stream:
-        bench.feed(stream, 10, 1, 80)
+        bench_scale.feed(stream, 10, 1, 80)
 
 
 def test_bench_children_are_measured_and_ended() -> None:
@@ -27267,7 +27271,7 @@ def test_bench_ingest_without_rsyslog_says_so(
 ) -> None:
     monkeypatch.setattr(bench_ingest, "rsyslogd", lambda: None)
     monkeypatch.setattr(bench_ingest, "course", lambda _: contextlib.nullcontext(BenchIngestCourse(100)))
-    assert bench.main(["ingest", "--peers", "ingest_logs,rsyslog", "--rates", "50,100"]) == 0
+    assert bench.main(["ingest", "--peers", "ingest_logs,rsyslog", "--rates", "50,100", "--no-files"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert bench_ingest.INSTALL in shown
     assert [line.split()[:2] for line in shown if line.startswith("rsyslog ")] == []
@@ -27552,3 +27556,394 @@ def test_bench_market_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
 def test_bench_market_a_contestant_that_does_not_start_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with bench_market.course(None, "--windows=nonsense") as track, pytest.raises(SystemExit, match="did not start"):
         track.run("market_pipeline", 100, 1)
+
+
+# ---------------------------------------------------------------------------------------------- bench.py models
+
+
+class RecordingTransport:
+    def __init__(self) -> None:
+        self.written, self.aborted = b"", False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def late_connection(count: bench_models.Count) -> tuple[bench_models.Late, RecordingTransport]:
+    protocol, transport = bench_models.Late(count), RecordingTransport()
+    protocol.connection_made(cast(asyncio.Transport, transport))
+    return protocol, transport
+
+
+def test_bench_late_server_counts_what_waits() -> None:
+    asyncio.run(late_server_counts())
+
+
+async def late_server_counts() -> None:
+    count = bench_models.Count()
+    (first, one), (second, two) = late_connection(count), late_connection(count)
+    first.data_received(b"GET /0/1 HTTP/1.1\r\n")
+    assert count.now == 0
+    first.data_received(b"\r\nGET /0/2 HTTP/1.1\r\n\r\nGET /0")
+    second.data_received(b"GET /0/4 HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert (count.now, count.most, one.written) == (3, 3, b"")
+    first.data_received(b"/3 HTTP/1.1\r\n\r\n")
+    second.connection_lost(None)
+    await asyncio.sleep(0)  # the loop calls what is due, in the order of its time
+    await asyncio.sleep(0)
+    assert one.written == 3 * bench_models.ANSWER and two.written == b""
+    for most in (b"4", b"0"):
+        one.written = b""
+        first.data_received(b"GET /most HTTP/1.1\r\n\r\n")
+        assert one.written.endswith(b"\r\nContent-Length: 1\r\n\r\n" + most)
+
+
+@pytest.mark.parametrize("head", [b"GET / HTTP/1.1", b"GET /soon/1 HTTP/1.1", b"hello", b""])
+def test_bench_late_server_cuts_what_it_does_not_know(head: bytes) -> None:
+    async def cut() -> None:
+        count = bench_models.Count()
+        protocol, transport = late_connection(count)
+        protocol.data_received(head + b"\r\n\r\nGET /0/1 HTTP/1.1\r\n\r\n")
+        assert transport.aborted and not transport.written and count.most == 0
+
+    asyncio.run(cut())
+
+
+@pytest.mark.parametrize("model", [bench_models.bare_threads, bench_models.bare_tasks])
+def test_bench_bare_units_ask_as_often_as_they_are_to(model: Any) -> None:
+    with bench_models.late_server() as port:
+        times, errors, there, memory = model(3, 2, port, 0.01)
+        assert (len(times), errors, there) == (6, [], 3) and memory["VmRSS"] > 0
+        assert 1 <= bench_models.most_in_flight(port) <= 3
+        assert bench_models.most_in_flight(port) == 0
+        times, errors, _, _ = model(3, 2, port, 1.0, 0.1)
+        assert times == [] and errors[0].startswith("ended after 0.1 s with 0 of 6")
+    times, errors, there, _ = model(3, 2, port, 0.01)
+    assert (times, len(errors), there) == ([], 3, 0) and all(
+        error.startswith("ConnectionRefusedError: ") for error in errors
+    )
+
+
+def test_bench_a_crawler_in_flight_and_one_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bench_models.late_server() as port:
+        cell = bench_models.crawl_cell("crawl_async", 2, 4, port, 0.01, tmp_path)
+        assert (cell["requests"], cell["failed"], cell["errors"]) == (4, 0, []) and cell["cpu"] > 0
+        assert 0 < cell["times"][0] <= cell["times"][1]
+        monkeypatch.setattr(bench_models, "LIMIT", 0.5)
+        cell = bench_models.crawl_cell("crawl_threads", 2, 4, port, 60.0, tmp_path)
+    assert (cell["requests"], cell["times"], cell["errors"]) == (0, [], ["ended after 0.5 s with 0 of 4"])
+    row = bench_models.flight_row("crawl_threads", 2, [cell | {"most": 2, "there": 2}], 60.0)
+    assert (row["x ideal"], row["first row s"], row["stops"]) == (0.0, None, "ended after 0.5 s with 0 of 4")
+
+
+def test_bench_flight_row_is_by_units_and_medians() -> None:
+    def cell(last: float) -> dict[str, Any]:
+        known = {"requests": 40, "cpu": 0.2, "kb": 500, "virtual": 900, "peak": 2048, "errors": [], "failed": 0}
+        return known | {"times": [1.0, last], "most": 10, "there": 10}
+
+    row = bench_models.flight_row("bare tasks", 10, [cell(2.5), cell(4.5), cell(8.5)], 0.5)
+    assert row["requests/s"] == (10.0, 5.0, 20.0) and row["x ideal"] == 0.5
+    assert (row["KB/unit"], row["virtual KB/unit"]) == ((50, 50, 50), (90, 90, 90))
+    assert row["CPU ms/request"] == (5, 5, 5) and row["peak MB"] == (2, 2, 2) and row["stops"] is None
+    assert list(row)[1] == "x ideal"
+
+
+@pytest.mark.parametrize(("where", "workers"), [("nowhere", 1), ("loop", 1), ("thread", 2)])
+def test_bench_parsing_beside_a_loop(where: str, workers: int) -> None:
+    found = bench_models.parsing(where, workers, 0.05)
+    assert (found["pages/s"] > 0) == (found["MB/s"] > 0) == (where != "nowhere")
+    assert found["lags"] and min(found["lags"]) >= 0
+
+
+def test_bench_a_call_that_blocks_the_loop_makes_all_wait() -> None:
+    with bench_models.late_server() as port:
+        latencies = bench_models.blocking("tasks", "loop", bench_models.BEFORE + 0.2, port)
+        threads = bench_models.blocking("threads", "thread", bench_models.BEFORE + 0.2, port)
+    assert (
+        sum(latency >= bench_models.BLOCKED for latency in latencies) == bench_models.CLIENTS
+    )  # each had one under way
+    assert min(len(latencies), len(threads)) >= bench_models.CLIENTS
+
+
+@pytest.mark.parametrize("kind", ["threads", "tasks"])
+def test_bench_idle_units_are_counted(kind: str) -> None:
+    found = bench_models.idle(kind, 20)
+    assert found["units"] == 20 and found["error"] is None and found["us"] > 0
+
+
+def test_bench_usual_table_takes_what_was_measured() -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "": name,
+            "units": 100,
+            "requests/s": bench.Spread(rate, rate, rate),
+            "KB/unit": bench.Spread(kb, kb, kb),
+            "stops": stops,
+        }
+        for name, rate, kb, stops in (("bare threads", 90.0, 20.0, "5 x too many"), ("bare tasks", 180.0, 5.0, None))
+    ]
+    alone = {"threads": {"kb": 16.0, "virtual": 8200.0, "us": 50.0}, "tasks": {"kb": 1.0, "virtual": 0.0, "us": 5.0}}
+    told = {row[""]: row for row in bench_models.usual(rows, alone, 20_000)}
+    assert told["requests/s, at 100 in flight"] == {
+        "": "requests/s, at 100 in flight", "thread / task": 0.5, "thread": 90.0, "task": 180.0
+    }  # fmt: skip
+    assert told["memory of one that only waits, KB"]["thread / task"] == 16.0
+    assert told["largest number tried, all answered (100)"]["thread"] == "no: 5 x too many"
+    assert told["largest number tried, all answered (100)"]["task"] == "yes"
+    assert told["allowed here, at most"]["task"] == "20,000 connections (RLIMIT_NOFILE)"
+
+
+def test_bench_models_limits_and_rounds() -> None:
+    assert all(limit > 0 for limit in bench_models.thread_limits().values())
+    assert [bench_models.rounds_of(units) for units in (1, 1000, 5000, 10_000, 1_000_000)] == [6, 6, 4, 2, 2]
+    before, after = bench_models.allow_files()
+    assert after >= before
+    assert bench_models.percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    with pytest.raises(ValueError, match="no values"):
+        bench_models.percentile([], 0.5)
+
+
+def test_bench_models_unknown_contestants_are_refused() -> None:
+    with pytest.raises(SystemExit, match="'nobody' is none of bare threads"):
+        bench.main(["models", "--peers", "nobody"])
+
+
+# ------------------------------------------------------------------------------------------- bench.py crawl --scale
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [
+        (1, [1]),
+        (1000, [1000]),
+        (1001, [1000, 1001]),
+        (10_000, [1000, 10_000]),
+        (25_000, [1000, 10_000, 25_000]),
+        (1_000_000, [1000, 10_000, 100_000, 1_000_000]),
+    ],
+)
+def test_bench_scale_sizes(largest: int, expected: list[int]) -> None:
+    assert bench_scale.sizes(largest) == expected
+
+
+def test_bench_scale_rows_are_above_what_starting_costs() -> None:
+    megabyte = 1 << 20
+    runs = {1000: [bench.Run(3.0, 2.5, 41.0), bench.Run(1.0, 0.5, 41.0)], 10_000: [bench.Run(10.5, 5.5, 50.0)]}
+    alone = bench_scale.least([bench.Run(0.5, 0.9, 41.0), bench.Run(0.7, 0.5, 40.0)])
+    assert alone == (0.5, 0.5, 40.0)
+    small, large = bench_scale.scale_rows("crawl_async.py", alone, runs)
+    assert (small["ms/URL"], large["ms/URL"]) == ((1.5, 0.5, 2.5), (1.0, 1.0, 1.0))
+    assert (small["x smallest"], large["x smallest"]) == (1.0, pytest.approx(2 / 3))
+    assert (small["bytes/URL"], large["bytes/URL"]) == (megabyte / 1000, megabyte / 1000)
+    assert (small["more bytes/URL"], large["more bytes/URL"]) == (None, 9 * megabyte / 9000)
+
+
+@pytest.mark.skipif(
+    not shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin"), reason="nginx is not installed"
+)
+def test_bench_scale_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--scale", "50", "--hosts", "3", "--repeat", "1", "--out", str(tmp_path)]
+    assert bench.main(["crawl", *words]) == 0
+    whole = json.loads((tmp_path / "crawl-scale.json").read_text())
+    assert [(row[""], row["URLs"]) for row in whole["results"]] == [("crawl_async.py", 50), ("crawl_threads.py", 50)]
+    assert "\ncrawl_threads.py" in capfd.readouterr().out
+
+
+def test_bench_scale_may_stand_without_a_number() -> None:
+    parse = bench.make_parser().parse_args
+    assert [parse(["crawl", *words.split()]).scale for words in ("", "--scale", "--scale 7")] == [None, 100_000, 7]
+
+
+# ------------------------------------------------------------------------------------------------ files and plots
+
+
+def bench_rows(name: str) -> list[dict[str, Any]]:
+    """Rows as the subcommand makes them, after JSON."""
+    spread = [10.0, 8.0, 13.0]
+    steps = {"lost": 0, "lost %": 0.0, "p99 s": 0.1}
+    flight = {"requests/s": spread, "first row s": spread, "CPU ms/request": spread, "KB/unit": spread, "x ideal": 0.5}
+    tenths = {"first tenth": 100.0, "slowest tenth": 90.0, "last tenth": 110.0, "peak MB": 30.0}
+    made: dict[str, list[dict[str, Any]]] = {
+        "aggregate": [
+            {"": "ours", "x usual": 9.0, "requests/s": spread, "p99 ms": spread},
+            {"": "/report", "p99 ms": 7.0},
+        ],
+        "crawl": [
+            {"": who, "x Scrapy": 2.0, "pages/s": spread, "peak MB": spread}
+            for who in ("crawl_async", "scrapy", "curl")
+        ],
+        "crawl-scale": [{"": "crawl_async.py", "URLs": n, "ms/URL": spread, "peak MB": spread} for n in (1000, 10_000)],
+        "feeds": [{"": f"{part}: crawl_async", "x, s": 7.0, "s": spread} for part in ("feeds", "articles", "whole")],
+        "frontier": [{"": "10 rows", "claim p50 ms": 1.0, "claim p99 ms": 2.0}, {"": "2 workers", "URLs/s": 9.0}],
+        "ingest": [{"": "rsyslog", "x rsyslog": 1.0, "lossless/s": spread}]
+        + [{"": who, "wanted/s": n, "sent": 9} | steps for who in ("ingest_logs", "rsyslog") for n in (1, 2)],
+        "market": [{"": "cryptofeed", "exchanges": 7, "holds/s": spread, "x cryptofeed": 1.0}]
+        + [{"": "cryptofeed", "wanted/s": n, "sent": 100, "missing": n // 100, "p99 ms": 90.0} for n in (100, 200)],
+        "million": [{"": "crawl_threads.py"} | tenths],
+        "models": [{"": who, "units": n} | flight for who in ("bare threads", "bare tasks") for n in (10, 10_000)]
+        + [{"": "in the loop", "lag p99 ms": spread}, {"": "tasks, nothing blocks", "request p99 ms": spread}],
+        "parse": [{"": "html_parse", "x textbook": 4.0, "MB/s": spread}],
+        "primitives": [
+            {"": "retry & <more>", "ours / theirs": None, "ns": None},
+            {"": "  primitives.retry", "ours / theirs": None, "ns": spread},
+            {"": "  tenacity.Retrying", "ours / theirs": 0.0049, "ns": [4000.0, 3900.0, 4100.0]},
+        ],
+        "rate": [{"": "crawl_async.py", "wall s": 100.5, "ideal s": 99.99}],
+        "simulate": [{"": "seed 1", "makespan s": 100.1, "bound s": 100.0}],
+        "market-soak": [{"": "market_pipeline", "sent": 9, "p99 ms": 80.0, "peak MB": 100.0, "trades/s": 15_000.0}],
+    }  # fmt: skip
+    return made[name]
+
+
+def texts(svg: str) -> list[str]:
+    return [part.text or "" for part in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [
+        ("aggregate", ["requests/s", "ms"]),
+        ("crawl", ["pages/s; curl, which only fetches: 10", "MB"]),
+        ("crawl-scale", ["ms a URL", "MB", "URLs in the crawl"]),
+        ("feeds", ["s"]),
+        ("frontier", ["ms", "URLs/s"]),
+        ("ingest", ["events/s", "rate, events/s", "% of what was sent", "s"]),
+        ("market", ["trades/s", "rate, trades/s", "% of what was sent", "ms"]),
+        ("million", ["rows/s", "MB"]),
+        ("models", ["requests/s", "s", "ms", "KB", "in flight"]),
+        ("parse", ["MB/s"]),
+        ("primitives", ["ns", "retry & <more>", "4,000 (ours: 0.0049\N{MULTIPLICATION SIGN})"]),
+        ("rate", ["s"]),
+        ("simulate", ["simulated s"]),
+        ("market-soak", ["ms", "MB", "trades/s"]),
+    ],
+)
+def test_bench_plots_are_svg_with_units(name: str, units: list[str], tmp_path: Path) -> None:
+    figures = {"name": name, "results": bench_rows(name)}
+    files = bench_plot.draw(figures, tmp_path)
+    assert [file.name for file in files] == [f"{name}-light.svg", f"{name}-dark.svg"]
+    light, dark = (file.read_text() for file in files)
+    assert texts(light) == texts(dark) and set(units) <= set(texts(light))
+    for text, paper, accent in ((light, "#ffffff", "#0072b2"), (dark, "#0d1117", "#56b4e9")):
+        assert len(text) < 60_000 and f"fill: {paper}" in text
+        assert accent in text or name in ("market", "million")
+        assert "'DejaVu Sans', Verdana, sans-serif" in text and "date>" not in text
+
+
+def test_bench_plots_of_the_same_figures_are_the_same() -> None:
+    panels = bench_plot.panels_of("crawl-scale", bench_rows("crawl-scale"))
+    first, second = (bench_plot.render("crawl-scale", "a title", panels, bench_plot.THEMES["dark"]) for _ in "ab")
+    assert first == second
+
+
+def test_bench_plot_of_every_subcommand() -> None:
+    assert bench.COMMANDS.keys() - {"plot"} <= bench_plot.PLOTS.keys()
+
+
+def test_bench_plot_names_of_lines_do_not_overlap() -> None:
+    lines = [bench_plot.Line(f"line {n}", [(1.0, 5.0), (10.0, 7.0 + n / 100)]) for n in range(6)]
+    lines.append(bench_plot.Line("early", [(1.0, 5.0), (1.5, 100.0)]))
+    panel = bench_plot.Lines("a title", "x, m", "y, s", lines)
+    svg = bench_plot.render("test", "a title", [panel, panel], bench_plot.THEMES["light"])
+    found = [
+        part for part in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text") if "line" in (part.text or "")
+    ]
+    assert len(found) == 12
+    for _, group in itertools.groupby(found, key=lambda part: part.get("x")):
+        heights = sorted(float(part.get("y") or 0) for part in group)
+        assert len(heights) == 6 and all(b - a > 8 for a, b in itertools.pairwise(heights))
+
+
+def test_bench_plot_of_nothing() -> None:
+    assert bench_plot.draw({"name": "parse", "results": []}, Path("nowhere")) == []
+    assert bench_plot.panels_of("anything", [{"": "a", "what": "text", "none": None}]) == []
+    for figures in ({}, {"name": "parse"}, {"name": 1, "results": []}):
+        with pytest.raises(ValueError, match="no figures"):
+            bench_plot.draw(figures, Path("nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "ratio"),
+    [
+        (0.0049, "0.0049", "0.0049"),
+        (0.98, "0.98", "0.98"),
+        (1.0, "1", "1.0"),
+        (9.96, "9.96", "10"),
+        (37_681, "37,681", "37681"),
+    ],
+)
+def test_bench_plot_figures(value: float, text: str, ratio: str) -> None:
+    assert bench_plot.figure_text(value) == text
+    assert bench_plot.ratio_text(value) == ratio + "\N{MULTIPLICATION SIGN}"
+
+
+PARSE = ["parse", "--pages", "2", "--size", "3000", "--repeat", "2"]
+
+
+def test_bench_a_run_leaves_figures_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "folder"
+    assert bench.main([*PARSE, "--out", str(folder)]) == 0
+    names = ["parse-dark.svg", "parse-light.svg", "parse.json"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    whole = json.loads((folder / "parse.json").read_text())
+    assert whole["name"] == "parse" and whole["command"].startswith("python bench.py parse --pages 2 ")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", whole["date"]) and whole["options"]["pages"] == 2
+    assert {"python", "cpu", "aiohttp", "pytest"} <= whole["machine"].keys() and "commit" in whole
+    assert list(whole["results"][0])[1] == "x textbook" and len(whole["results"][0]["MB/s"]) == 3
+    before = {name: (folder / name).read_bytes() for name in names}
+    (folder / "parse-dark.svg").unlink()
+    assert bench.main(["plot", "--out", str(folder)]) == 0
+    assert bench.main(["plot", "parse", "--out", str(folder)]) == 0
+    assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def test_bench_plot_tells_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"plot: .*nothing\.json: "):
+        bench.main(["plot", "nothing", "--out", str(tmp_path)])
+    (tmp_path / "torn.json").write_text('{"name": ')
+    with pytest.raises(SystemExit, match=r"plot: .*torn\.json: "):
+        bench.main(["plot", "--out", str(tmp_path)])
+
+
+def test_bench_without_matplotlib_has_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else there(name))
+    assert bench.main([*PARSE, "--out", str(tmp_path)]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["parse.json"]
+    assert "matplotlib: not installed: pip install -r requirements-bench.txt" in capsys.readouterr().out
+
+
+def test_bench_leaves_nothing_if_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "LATEST", tmp_path / "latest")
+    assert bench.main([*PARSE, "--no-files"]) == 0
+    assert bench.main([*PARSE, "--json", str(tmp_path / "figures.json")]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["figures.json"]
+    assert bench.make_parser().parse_args(PARSE).out == tmp_path / "latest"
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("ingest", "ingest"),
+        ("ingest --soak 3", "ingest-soak"),
+        ("crawl --scale 5", "crawl-scale"),
+        ("simulate --seeds 2", "simulate-seeds"),
+    ],
+)
+def test_bench_variants_have_files_of_their_own(words: str, name: str, tmp_path: Path) -> None:
+    args = bench.make_parser().parse_args([*words.split(), "--out", str(tmp_path)])
+    bench.keep(args, words.split(), {"results": []})
+    assert [file.name for file in tmp_path.iterdir()] == [f"{name}.json"]
+
+
+def test_bench_commit_is_of_the_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert bench.describe_commit() or not (bench.HERE / ".git").exists()
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    assert bench.describe_commit() is None
