@@ -644,8 +644,9 @@ def summary(found: Sequence[Sequence[Search[Step]]]) -> list[Row]:
     results: list[Row] = []
     for name, spread in best.items():
         steps = [search.best for search in searches[name] if search.best]
-        row: Row = {"": name, "exchanges": len((OURS | PEERS)[name]), "holds/s": spread}
+        row: Row = {"": name}
         row |= {f"x {peer}": bench.to(spread.median, best[peer].median) for peer in PEERS if peer in best}
+        row |= {"holds/s": spread, "exchanges": len((OURS | PEERS)[name])}
         if steps:
             told = max(steps, key=lambda step: step.rate).row(name)
             row |= {key: told[key] for key in BRIEF}
