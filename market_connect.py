@@ -4,10 +4,11 @@ Theory
 ------
 `Feed.run` connects, subscribes, reads until the connection ends, waits, and begins again, until `stop`. What a frame
 means the adapter knows; what the trades lack, `SequenceCheck`. All of it is one task in one event loop, with one more
-that watches the time while a connection lasts; frames are parsed in the loop, and after 4 ms of it the others have
-their turn. There is no lock and no queue: a frame's trades go to `emit` before the next frame is looked at. So when
-`emit` waits, nothing more is read, aiohttp stops reading the socket after some 128 KB, and the exchange's writes stall:
-the bound of memory. (An exchange that is kept waiting for long closes the connection, and is connected to again.)
+that watches the time while a connection lasts; frames are parsed in the loop, and after `turn` of it the others have
+theirs. (Feeds of one loop share `TURN`: ten that are behind would leave a tenth of it to all else.) There is no lock
+and no queue: a frame's trades go to `emit` before the next frame is looked at. So when `emit` waits, nothing more is
+read, aiohttp stops reading the socket after some 128 KB, and the exchange's writes stall: the bound of memory. (An
+exchange that is kept waiting for long closes the connection, and is connected to again.)
 
 Promised:
 
@@ -58,7 +59,7 @@ Dead = Callable[[str, str, bytes, int], Awaitable[object] | None]
 State = Literal["idle", "connecting", "subscribing", "live", "closing", "waiting", "refused", "stopped"]
 
 MAX_MESSAGE = 4 << 20  # bytes of a frame; Gemini's books come near to one
-TURN = 0.004  # seconds of work after which the loop's other tasks have their turn
+TURN = 0.004  # seconds of work, of all feeds together, after which the loop's other tasks have their turn
 RETRY_AFTER_LIMIT = 300.0  # seconds
 GOODBYE = 0.25  # seconds for the exchange's close frame when nothing is read any more
 NORMAL, GOING_AWAY = b"\x03\xe8", b"\x03\xe9"  # codes of close frames: 1000, 1001
@@ -122,8 +123,8 @@ class Feed:
     are seconds: `connect_within` for the handshake, `ack_within` for the acknowledgement of the subscription,
     `ping_every` for pings of the protocol, `pong_within` for any sign of life after one, `close_within` for the
     exchange's close frame, `send_within` for a message to be written, `silent_after` instead of the adapter's,
-    `stale_after` and `renew_after` for one symbol's silence. Raises ValueError for symbols that the exchange cannot
-    have, or not so many.
+    `stale_after` and `renew_after` for one symbol's silence, `turn` of the loop at a time. Raises ValueError for
+    symbols that the exchange cannot have, or not so many.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Feed:
         base: float = 1.0,
         cap: float = 30.0,
         max_message: int = MAX_MESSAGE,
+        turn: float = TURN,
         breaker: CircuitBreaker | None = None,
     ) -> None:
         self._natives = adapter.check(symbols)
@@ -162,7 +164,7 @@ class Feed:
         self._clock, self._wall, self._rng, self._sleep = clock, wall, rng, sleep
         self._healthy_after, self._connect_within, self._ack_within = healthy_after, connect_within, ack_within
         self._ping_every, self._pong_within, self._send_within = ping_every, pong_within, send_within
-        self._close_within, self._max_message = close_within, max_message
+        self._close_within, self._max_message, self._turn = close_within, max_message, turn
         self._silent_after = adapter.silent_after if silent_after is None else silent_after
         self._stale_after, self._renew_after, self._patience = stale_after, renew_after, renew_after
         self._policy = RetryPolicy(attempts=sys.maxsize, base=base, cap=cap, total=math.inf)
@@ -432,7 +434,7 @@ class Feed:
                     await ws.pong(message.data)
             elif kind is not WSMsgType.PONG:
                 return await self._ended(ws, message)
-            if time.monotonic() - turn > TURN:
+            if time.monotonic() - turn > self._turn:
                 await asyncio.sleep(0)
                 turn = time.monotonic()
         return self._ending or _End("cut")

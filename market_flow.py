@@ -57,7 +57,7 @@ from typing import Any
 
 import aiohttp
 
-from market_connect import Feed, new_session
+from market_connect import TURN, Feed, new_session
 from market_display import Board, FeedLine, Snapshot, columns, imbalance, lost
 from market_feeds import ADAPTERS, Adapter, BadFrame, Trade
 from market_kafka import Closed, Publisher
@@ -366,7 +366,8 @@ class Pipeline(Base):
     ) -> None:
         super().__init__(options, spool=True, environ=environ, **more)
         self._adapters = feeds_of(options, environ)
-        self._feed_options = {"clock": self._clock, "rng": self._rng, **(feed_options or {})}
+        turn = TURN / max(1, len(self._adapters))
+        self._feed_options = {"clock": self._clock, "rng": self._rng, "turn": turn, **(feed_options or {})}
         self.feeds: dict[str, Feed] = {}
         self.workers = self.make_workers()
         self._queue: deque[Trade] = deque()

@@ -817,14 +817,16 @@ class Publisher:
                 self._pulse()
 
     async def _spill(self) -> bool:
-        """What is under way, then all of the buffer, to the end of the spool. False if that would take no more."""
+        """What is under way, and what the buffer holds now, to the end of the spool. False if it would take no more."""
         assert self._spool is not None
         self._spilling = True
         try:
             if self._flying and not self._flying_files and not await self._spill_flying():
                 return False
-            while self._buffer:
+            left = len(self._buffer)  # what comes meanwhile has its turn when something was published again
+            while self._buffer and left > 0:
                 rows = self._some(FILE)
+                left -= len(rows)
                 self._moving, taken = len(rows), None
                 try:
                     taken = await self._put(rows)

@@ -23055,11 +23055,10 @@ def test_market_connect_an_emit_that_waits_holds_the_exchange_back(monkeypatch: 
         prim_run(main())
 
 
-def test_market_connect_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_market_connect_others_have_their_turn() -> None:
     """Frames that are there without waiting do not keep the loop."""
     world, turns = PrimWorld(), 0
     frames = [b'{"result":null,"id":1}', *([b'{"e":"serverShutdown2"}'] * 500)]
-    monkeypatch.setattr(market_connect, "TURN", 0.0)
 
     async def main() -> None:
         nonlocal turns
@@ -23071,7 +23070,8 @@ def test_market_connect_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) 
                 return socket_
 
         session: Any = Session()
-        feed = Feed(ADAPTERS["binance"], ["BTC-USD"], sink.emit, sink.dead, session=session, clock=world.clock)
+        options: Any = {"session": session, "clock": world.clock, "turn": 0.0}
+        feed = Feed(ADAPTERS["binance"], ["BTC-USD"], sink.emit, sink.dead, **options)
         run = asyncio.create_task(feed.run())
         while socket_.frames:
             turns += 1
@@ -25736,6 +25736,8 @@ def test_market_pipeline_options() -> None:
     _, options = parse(["--kafka", "a:1", "--stocks", "aapl"], {key: "k"})
     feeds = market_flow.feeds_of(options, {key: "k"})
     assert feeds["finnhub"][1] == ("AAPL-USD",) and feeds["kraken"][1] == options.symbols and "alpaca" not in feeds
+    shared = market_flow.Pipeline(options, environ={key: "k"})._feed_options["turn"]
+    assert shared == pytest.approx(market_connect.TURN / 11)  # ten that are behind leave the loop to publishing, too
     login = market_flow.security(
         dataclasses.replace(options, sasl="PLAIN", tls="system"), {"KAFKA_USERNAME": "u", "KAFKA_PASSWORD": "p"}
     )
@@ -25901,6 +25903,34 @@ def test_market_kafka_a_spool_that_cannot_be_read_for_a_while_is_read_later(
             await publisher.flush()
             assert refused == 1 and publisher.stats().state == "connected"
         assert await market_kafka_ids(broker.address) == list(range(50))
+
+    prim_run(main())
+
+
+def test_market_kafka_what_comes_while_the_buffer_is_moved_does_not_keep_it_moving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine it was refilled as fast as it went to the spool, and nothing was published for so long."""
+    put, puts = Spool.put, 0
+
+    async def refilling(self: Spool, batch: Sealed) -> bool:
+        nonlocal puts
+        puts += 1
+        assert publisher.offer(market_kafka_trades(puts * 50, puts * 50 + 50))
+        return await put(self, batch)
+
+    publisher = mk.Publisher(ABSENT, spool=tmp_path / "spool", spool_after=60)
+
+    async def main() -> None:
+        await publisher.start()
+        assert publisher.offer(market_kafka_trades(0, 50))
+        monkeypatch.setattr(Spool, "put", refilling)
+        assert await publisher._spill()
+        monkeypatch.setattr(Spool, "put", put)
+        counts = market_kafka_balanced(publisher).trades
+        assert (puts, counts.spooled, counts.held) == (1, 50, 50)
+        await publisher.stop(0.0)
+        assert market_kafka_balanced(publisher).trades.spooled == 100
 
     prim_run(main())
 
