@@ -27380,7 +27380,7 @@ def test_design_families_do_not_import_each_other() -> None:
         for other in design_imports(name)
         if not design_beside(name) and family(name) and family(other) not in (None, family(name))
     }
-    assert found == {("market_kafka", "log_spool"), ("market_kafka", "log_store")}
+    assert found == {("market_kafka", "log_spool")}
 
 
 def test_design_layers_are_those_of_the_imports() -> None:
