@@ -277,6 +277,9 @@ PRIM_SETTINGS = settings(
 PRIM_HUNT = settings(PRIM_SETTINGS, max_examples=300, phases=(Phase.generate,))  # for planted bugs: found is enough
 
 
+aiohttp.connector.DefaultResolver = aiohttp.ThreadedResolver  # type: ignore[attr-defined]  # c-ares closes sockets later
+
+
 def prim_digest(function: Any) -> bytes:
     """Tells state machines apart: hypothesis reads their source, half a second each in a file of this length."""
     return str(function.__qualname__).encode()
@@ -22651,8 +22654,12 @@ def market_connect_them() -> Iterator[Exchanges]:
     descriptors = len(os.listdir("/proc/self/fd"))
     with Exchanges(symbols=MARKET_CONNECT_SYMBOLS, heartbeat=0, ledger=True) as them:
         yield them
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+    def closed() -> bool:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")) <= descriptors
+
+    prim_until(closed)
     assert not any(thread.name == "exchanges" for thread in threading.enumerate())
 
 
