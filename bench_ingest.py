@@ -495,6 +495,11 @@ class Tried(Protocol):
     @property
     def held_back(self) -> bool: ...
 
+    @property
+    def wanted(self) -> float: ...
+
+    def row(self, name: str) -> Row: ...
+
 
 S = TypeVar("S", bound=Tried)
 S_co = TypeVar("S_co", bound=Tried, covariant=True)
@@ -551,6 +556,31 @@ def climb(
         for search in searches:
             search.halve(course, seconds)
     return searches
+
+
+def ladder(
+    course: Track[S],
+    names: Sequence[str],
+    args: argparse.Namespace,
+    summary: Callable[[Sequence[Sequence[Search[S]]]], list[Row]],
+) -> list[Row]:
+    """The whole comparison, ``args.repeat`` times: prints every step, and then what it comes to; returns both."""
+    import bench
+
+    rates = [int(rate) for rate in args.rates.split(",")]
+    found = [climb(course, names, rates, args.halvings, args.seconds) for _ in range(args.repeat)]
+    steps = [
+        step.row(search.name)
+        for name in names
+        for searches in found
+        for search in searches
+        if search.name == name
+        for step in sorted(search.steps, key=lambda step: step.wanted)
+    ]
+    results = summary(found)
+    print(bench.table(steps), end="\n\n")
+    print(bench.table(results))
+    return results + steps
 
 
 BRIEF = ("us/row", "PG us/row", "send us", "peak MB", "p50 s", "p99 s", "drain s")
@@ -628,20 +658,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     with course(args.options) as track:
         if args.soak:
             return soak(track, names[0], args.rate, args.soak)
-        rates = [int(rate) for rate in args.rates.split(",")]
-        found = [climb(track, names, rates, args.halvings, args.seconds) for _ in range(args.repeat)]
-    steps = [
-        step.row(search.name)
-        for name in names
-        for searches in found
-        for search in searches
-        if search.name == name
-        for step in sorted(search.steps, key=lambda step: step.wanted)
-    ]
-    results = summary(found)
-    print(bench.table(steps), end="\n\n")
-    print(bench.table(results))
-    return results + steps
+        return ladder(track, names, args, summary)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ import psutil  # type: ignore[import-untyped]
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from bench_ingest import READY, Search, climb, cpu_of, memory_of, wait_for
+from bench_ingest import READY, Search, cpu_of, ladder, memory_of, wait_for
 from market_topics import ANALYTICS, CONTROL, TRADES, Broker
 from sandbox_exchanges import WIRES
 from sandbox_markets import FIRST, Exchanges
@@ -698,20 +698,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     with course(args.kafka or None, args.options) as track:
         if args.soak:
             return soak(track, names[0], args.rate, args.soak)
-        rates = [int(rate) for rate in args.rates.split(",")]
-        found = [climb(track, names, rates, args.halvings, args.seconds) for _ in range(args.repeat)]
-    steps = [
-        step.row(search.name)
-        for name in names
-        for searches in found
-        for search in searches
-        if search.name == name
-        for step in sorted(search.steps, key=lambda step: step.wanted)
-    ]
-    results = summary(found)
-    print(bench.table(steps), end="\n\n")
-    print(bench.table(results))
-    return results + steps
+        return ladder(track, names, args, summary)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import gc
 import ipaddress
 import logging
 import os
-import re
 import shutil
 import signal
 import socket
@@ -38,7 +37,7 @@ from log_enrich import make_template
 from log_intake import KernelDrops, Policy, udp_socket
 from log_pipeline import FORCE_LIMIT, Ingester, Options, database_of
 from log_workers import Link, LogLines, Program, Snapshot, Supervisor, last_word, serve
-from serving import CannotStart, new_loop, open_http, shown_address, split_address
+from serving import CannotStart, new_loop, open_http, shown_address, size, split_address
 
 log = logging.getLogger("ingest")
 
@@ -48,14 +47,6 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 # ---------------------------------------------------------------------------------------------------- command line
-
-
-def size(text: str) -> int:
-    """``64M`` -> 67,108,864."""
-    match = re.fullmatch(r"([0-9]{1,12})([kMG]?)", text, re.A)
-    if match is None:
-        raise ValueError
-    return int(match[1]) << {"": 0, "k": 10, "M": 20, "G": 30}[match[2]]
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -40,7 +40,7 @@ from market_feeds import ADAPTERS, Trade
 from market_flow import Analyser, Base, Options, Pipeline, Replayer, feeds_of, security
 from market_stats import ALL
 from market_topics import ANALYTICS, DEAD_LETTERS, TRADES, Broker, decode
-from serving import CannotStart, new_loop, open_http, split_address
+from serving import CannotStart, new_loop, open_http, size, split_address
 
 log = logging.getLogger("market_pipeline")
 
@@ -51,14 +51,6 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 # ---------------------------------------------------------------------------------------------------- command line
-
-
-def size(text: str) -> int:
-    """``64M`` -> 67,108,864."""
-    match = re.fullmatch(r"([0-9]{1,12})([kMG]?)", text, re.A)
-    if match is None:
-        raise ValueError
-    return int(match[1]) << {"": 0, "k": 10, "M": 20, "G": 30}[match[2]]
 
 
 def words(text: str) -> tuple[str, ...]:

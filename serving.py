@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import signal
 import socket
 from collections import deque
@@ -82,6 +83,14 @@ class Lag:
             due = loop.time() + self._every
             await asyncio.sleep(self._every)
             self.recent.append(max(0.0, loop.time() - due))
+
+
+def size(text: str) -> int:
+    """``64M`` -> 67,108,864 bytes; ``ValueError`` for what is no size."""
+    match = re.fullmatch(r"([0-9]{1,12})([kMG]?)", text, re.A)
+    if match is None:
+        raise ValueError
+    return int(match[1]) << {"": 0, "k": 10, "M": 20, "G": 30}[match[2]]
 
 
 def split_address(text: str) -> tuple[str, int]:
