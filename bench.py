@@ -72,7 +72,6 @@ NEEDS = {
 }
 """The module that a contestant cannot do without, where it is not named like it."""
 
-"""A line of a table, and of the JSON: what a column is called, to text, a number, a `Spread`, or None."""
 Runner = Callable[[argparse.Namespace], list[Row]]
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urljoin
 
 Row = dict[str, Any]
+"""A line of a table, and of the JSON: what a column is called, to text, a number, a `Spread`, or None."""
 
 # ----------------------------------------------------------------------- peers of `parse`: bytes, URL -> the facts
 

@@ -40,7 +40,7 @@ FONTS = "'DejaVu Sans', Verdana, sans-serif"
 BAR = 0.235
 """Inches of a bar with what is around it."""
 EARLY = 0.6
-"""Where in the width a line must end for its name to stand at its end, not beside the panel."""
+"""Where in the width a line must end, as the only one, for its name to stand at its end, not beside the panel."""
 THEMES = {
     "light": {
         "paper": "#ffffff",
@@ -59,8 +59,15 @@ THEMES = {
         "peer": "#7d8590",
     },
 }
-OURS = re.compile(r"crawl_|html_parse|ingest_logs|market_pipeline|^ours|^bare tasks|^tasks|^in the loop")
+OURS = re.compile(r"crawl_|html_parse|ingest_logs|market_pipeline|^ours|^async|^bare tasks|^tasks|^in the loop")
 UNIT = re.compile(r"(?<= )(s|ms|us|ns|MB|KB|%)$|\w+/s$")
+SITUATIONS = {
+    "breaker closed": "one of four upstreams is silent, deadline 300 ms",
+    "breaker open": "the same, once its circuit is open",
+    "chaos": "all upstreams fail, hang, drip and lie, deadlines of 5 to 800 ms",
+    "/aggregate alone": "/aggregate, nobody asks for /report",
+    "/aggregate beside reports": "/aggregate, while /report is asked for",
+}
 DASHES = "-", (0, (3, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2))
 THREADS = re.compile(r"crawl_threads|^(bare |\d )?threads?\b")
 Row = Mapping[str, Any]
@@ -183,8 +190,8 @@ def generic(rows: Sequence[Row]) -> list[Panel]:
             if median(value) is not None and (unit := UNIT.search(column)):
                 title = column.removesuffix(f" {unit[0]}") if len(rows) == 1 else f"{name}, {column}"
                 found.setdefault(unit[0], []).append(Bar(title, value, "", colour_of(name)))
-    title = str(rows[0][""]).strip() if len(rows) == 1 else ""
-    return [Bars(f"{title} ({unit})".strip(), unit, made[:12]) for unit, made in list(found.items())[:4]]
+    about = str(rows[0][""]).strip() if len(rows) == 1 else "All figures"
+    return [Bars(f"{about}, in {unit}", unit, made[:12]) for unit, made in list(found.items())[:4]]
 
 
 def plot_crawl(rows: Sequence[Row]) -> list[Panel]:
@@ -204,7 +211,7 @@ def plot_scale(rows: Sequence[Row]) -> list[Panel]:
     size = "URLs in the crawl"
     return [
         Lines("Time for a URL: flat is good", size, "ms a URL", lines(rows, "URLs", "ms/URL"), log_y=False),
-        Lines("Peak memory", size, "MB", lines(rows, "URLs", "peak MB"), log_y=False),
+        Lines("Memory for each further one", size, "bytes a URL", lines(rows, "URLs", "more bytes/URL"), log_y=False),
     ]
 
 
@@ -284,15 +291,17 @@ def plot_primitives(rows: Sequence[Row]) -> list[Panel]:
 
 
 def plot_aggregate(rows: Sequence[Row]) -> list[Panel]:
-    late = [row for row in rows if "requests/s" not in row]
+    fast = [row for row in rows if "requests/s" in row]
+    speed = bars(fast, "requests/s", ratio="x usual", unit="x the usual way")
+    late: list[Bar] = []
+    for row in rows:
+        if row not in fast:
+            late.append(Bar(SITUATIONS.get(row[""], str(row[""]).strip()), None))
+            late += [Bar(part, row[f"{part} ms"], "", "ours") for part in ("p50", "p99", "max") if f"{part} ms" in row]
     return [
-        Bars(
-            "Cached answers a second (more is better)",
-            "requests/s",
-            bars(rows, "requests/s", ratio="x usual", unit="x the usual way"),
-        ),
-        Bars("Their p99 (less is better)", "ms", bars([row for row in rows if "requests/s" in row], "p99 ms")),
-        *generic([{"": row[""]} | {key: value for key, value in row.items() if key.startswith("p9")} for row in late]),
+        Bars("Cached answers a second (more is better)", "requests/s", speed),
+        Bars("Their p99 (less is better)", "ms", bars(fast, "p99 ms")),
+        Bars("Time to the answer", "ms", late),
     ]
 
 
@@ -334,9 +343,14 @@ def plot_ladder(rows: Sequence[Row], unit: str) -> list[Panel]:
         for row in rows
         if "wanted/s" in row
     ]
+    kept: dict[tuple[Any, Any], Row] = {}
+    for step in steps:  # a rate that failed once had a second chance, and holds if that did
+        at = step[""], step["wanted/s"]
+        if at not in kept or step["lost %"] < kept[at]["lost %"]:
+            kept[at] = step
     best = next((key for row in tops for key in row if key.endswith("/s")), "")
     ratio = next((key for row in tops for key in row if key.startswith("x ")), "")
-    late = next((key for row in steps for key in row if key.startswith("p99 ")), "p99 s")
+    late = next((key for row in kept.values() for key in row if key.startswith("p99 ")), "p99 s")
     panels: list[Panel] = []
     if best:
         held = bars(tops, best, ratio=ratio)
@@ -344,16 +358,36 @@ def plot_ladder(rows: Sequence[Row], unit: str) -> list[Panel]:
     return [
         *panels,
         Lines(
-            "Lost", f"rate, {unit}", "% of what was sent", lines(steps, "wanted/s", "lost %"), log_x=False, log_y=False
+            "Lost",
+            f"rate, {unit}",
+            "% of what was sent",
+            lines(kept.values(), "wanted/s", "lost %"),
+            log_x=False,
+            log_y=False,
         ),
         Lines(
             "Latency, p99",
             f"rate, {unit}",
             late.rpartition(" ")[2],
-            lines(steps, "wanted/s", late),
+            lines(kept.values(), "wanted/s", late),
             log_x=False,
         ),
     ]
+
+
+def plot_soak(rows: Sequence[Row]) -> list[Panel]:
+    panels: list[Panel] = []
+    for row in rows:
+        name = str(row[""]).strip()
+        late = [column for column in row if re.fullmatch("(p50|p99|max) m?s", column)]
+        unit = late[0].rpartition(" ")[2] if late else "s"
+        panels.append(
+            Bars(f"{name}: latency", unit, [Bar(column.split()[0], row[column], "", "ours") for column in late])
+        )
+        memory = [(part, row.get(f"MB {part}")) for part in ("at 10 s", "at the end")]
+        held = [Bar(part, value, "", "ours") for part, value in memory if value is not None]
+        panels.append(Bars(f"{name}: memory of all its processes", "MB", held))
+    return panels
 
 
 def plot_frontier(rows: Sequence[Row]) -> list[Panel]:
@@ -375,11 +409,14 @@ def plot_frontier(rows: Sequence[Row]) -> list[Panel]:
 
 PLOTS: dict[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "aggregate": plot_aggregate,
+    "aggregate-only": plot_aggregate,
     "crawl": plot_crawl,
     "crawl-scale": plot_scale,
     "feeds": plot_feeds,
     "frontier": plot_frontier,
+    "ingest-soak": plot_soak,
     "ingest": functools.partial(plot_ladder, unit="events/s"),
+    "market-soak": plot_soak,
     "market": functools.partial(plot_ladder, unit="trades/s"),
     "million": plot_million,
     "models": plot_models,
@@ -387,6 +424,8 @@ PLOTS: dict[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "primitives": plot_primitives,
     "rate": plot_rate,
     "simulate": plot_simulate,
+    "simulate-seeds": lambda rows: [],
+    "simulate-shared-seeds": lambda rows: [],
 }
 
 
@@ -434,7 +473,9 @@ def number_axis(axis: Any, panel: Panel) -> None:
     """Ticks as numbers are written, ``10,000``; on a logarithmic axis at the decades, at 2 and 5 too if few are."""
     if axis.get_scale() == "log":
         low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+        axis.set_major_locator(
+            LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high / low < 8 else (1, 2, 5) if high / low < 300 else (1,))
+        )
         axis.set_minor_locator(NullLocator())
     elif isinstance(panel, Lines):
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
@@ -515,16 +556,19 @@ def draw_lines(axes: Axes, panel: Lines, theme: Mapping[str, str]) -> None:
 def name_lines(axes: Axes, panel: Lines, theme: Mapping[str, str]) -> None:
     """The names, right of the last points, moved apart as far as they need to be. The axes must have their places."""
     height, gap = axes.bbox.height, 11.5 * axes.figure.dpi / 72
-    ends = []
+    last: list[tuple[Line, tuple[float, float]]] = []
     for line in panel.lines:
         points = [(x, median(value) or 0.0) for x, value in line.points if not panel.log_y or (median(value) or 0) > 0]
-        if points and axes.transAxes.inverted().transform(axes.transData.transform(points[-1]))[0] < EARLY:
+        last += [(line, points[-1])] if points else []
+    shown = axes.transData + axes.transAxes.inverted()
+    early = [line.name for line, point in last if shown.transform(point)[0] < EARLY]
+    ends = []
+    for line, point in last:
+        if early == [line.name]:
             colour = theme["ink" if line.colour == "peer" else line.colour]
-            axes.annotate(
-                line.name, points[-1], (5, 0), textcoords="offset points", va="center", fontsize=8, color=colour
-            )
-        elif points:
-            ends.append((axes.transData.transform(points[-1])[1] - axes.bbox.y0, points[-1], line))
+            axes.annotate(line.name, point, (5, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
+        else:
+            ends.append((axes.transData.transform(point)[1] - axes.bbox.y0, point, line))
     ends.sort(key=lambda end: end[0])
     places = [end[0] for end in ends]
     for _ in range(100):  # apart, and inside; it settles long before
@@ -532,11 +576,11 @@ def name_lines(axes: Axes, panel: Lines, theme: Mapping[str, str]) -> None:
             if (short := gap - (places[b] - places[a])) > 0:
                 places[a], places[b] = places[a] - short / 2, places[b] + short / 2
         places = [min(max(place, 0.0), height) for place in places]
-    for place, (_, point, line) in zip(places, ends, strict=True):
+    for place, (_, end, line) in zip(places, ends, strict=True):
         at = axes.transAxes.inverted().transform((axes.bbox.x0, axes.bbox.y0 + place))[1]
         axes.annotate(
             line.name,
-            point,
+            end,
             (1.03, at),
             textcoords="axes fraction",
             va="center",

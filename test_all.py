@@ -27433,6 +27433,79 @@ def test_design_tests_exist() -> None:
     assert [name for name in sorted(names) if not re.search(rf"^(def |async def |){name}\b", text, re.M)] == []
 
 
+# ----------------------------------------------------------------------------------------------- README.md, its figures
+
+README_TEXT = (HERE / "README.md").read_text()
+PUBLISHED = {path.stem: json.loads(path.read_text()) for path in (HERE / "bench").glob("*.json")}
+"""What was measured: the files that git keeps."""
+
+
+def test_readme_figures_are_of_one_commit() -> None:
+    (commit,) = {figures["commit"] for figures in PUBLISHED.values()}
+    assert re.fullmatch("[0-9a-f]{7,}", commit) and f"commit `{commit}`" in README_TEXT
+    assert bench.COMMANDS.keys() - {"plot", "million"} <= PUBLISHED.keys()
+    assert all(figures["name"] == name for name, figures in PUBLISHED.items())
+
+
+def test_readme_pictures_are_there_for_light_and_dark_pages() -> None:
+    shown = re.findall(r'"(bench/[^"]*)"', README_TEXT)
+    assert len(shown) > 20 and all((HERE / path).is_file() for path in shown)
+    assert [path.replace("-dark", "-light") for path in shown[::2]] == shown[1::2]
+
+
+def test_readme_pictures_are_those_of_the_figures() -> None:
+    for name, figures in PUBLISHED.items():
+        if panels := bench_plot.panels_of(name, figures["results"]):
+            fresh = bench_plot.render(name, name, panels, bench_plot.THEMES["light"])
+            assert texts(fresh) == texts((HERE / "bench" / f"{name}-light.svg").read_text()), name
+
+
+def test_readme_commands_of_the_bench_parse() -> None:
+    commands = re.findall(r"python bench\.py ([a-z][^`\n]*)`", README_TEXT)
+    assert {command.split()[0] for command in commands} >= PUBLISHED.keys() & bench.COMMANDS.keys()
+    for command in commands:
+        assert bench.make_parser().parse_args(command.split()).command == command.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "column", "said"),
+    [
+        ("crawl", "scrapy", "pages/s", "fetches {:.0f} pages/s"),
+        ("crawl", "scrapy_stripped", "x Scrapy", "on bare lxml, {:.1f} times as many"),
+        ("crawl", "crawl_async", "x Scrapy", "`crawl_async.py` {:.1f} times"),
+        ("crawl", "crawl_async x2", "x Scrapy", "with `--processes 2` {:.1f} times"),
+        ("crawl", "crawl_threads", "x Scrapy", "`crawl_threads.py` {:.1f} times"),
+        ("crawl", "crawl_threads", "peak MB", "times, in {:.0f} MB. All found"),
+        ("parse", "html_parse", "MB/s", "`html_parse.py` {:.0f} MB/s"),
+        ("parse", "html_parse", "x textbook", "{:.1f} times the textbook's way"),
+        ("models", "requests/s, at 10,000 in flight", "thread", "| {:,.0f}: never more than"),
+        ("models", "requests/s, at 10,000 in flight", "task", "were waiting | {:,.0f} |"),
+        ("models", "time to start one, us", "thread", "16 KB, {:.0f} \N{MICRO SIGN}s to start"),
+        ("models", "tasks, a call blocks the loop", "request p99 ms", "104 ms | {:.0f} ms; with the call in a thread"),
+        ("models", "2 threads", "x in the loop", "a loop that only parses | {:.2f} | 1 |"),
+        ("models", "2 processes", "x in the loop", "| 1 | {:.2f}: pages go there by pickle"),
+        ("feeds", "feeds: async, as it comes", "x, s", "`crawl_async.py` as it comes {:.1f}"),
+        ("simulate", "seed 1", "above bound %", "{:.2f} % above what no schedule can beat"),
+        ("aggregate", "ours", "requests/s", "one uvicorn worker each: {:,.0f} requests/s"),
+        ("aggregate", "ours", "x usual", "{:.1f} times the usual way"),
+        ("aggregate", "ours, assembled", "x bare", "for each request it is {:.2f} and"),
+        ("aggregate-only", "breaker closed", "p99 ms", "200 requests/s p99 is {:.0f} ms"),
+        ("aggregate-only", "chaos", "answers", "lie: {:,} answers, none wrong"),
+        ("ingest", "ingest_logs", "lossless/s", "One receiver takes {:,.0f} events/s"),
+        ("ingest", "rsyslog", "lossless/s", "buffers), {:,.0f};"),
+        ("ingest-soak", "ingest_logs", "p99 s", "receipt to commit {:.2f} s"),
+        ("market", "market_pipeline", "holds/s", "It holds {:,.0f}/s on ten exchanges"),
+        ("market", "cryptofeed", "holds/s", "as documented {:,.0f} ("),
+        ("market-soak", "market_pipeline", "p99 ms", "in Kafka once, p99 {:.0f} ms"),
+        ("primitives", "cachetools.TTLCache[key] = value, locked", "ours / theirs", "`TTLCache.put` ({:.2f})"),
+    ],
+)
+def test_readme_says_what_was_measured(name: str, row: str, column: str, said: str) -> None:
+    (value,) = (line[column] for line in PUBLISHED[name]["results"] if str(line[""]).strip() == row and column in line)
+    middle = value[0] if isinstance(value, list) else value
+    assert said.format(middle) in " ".join(README_TEXT.split())
+
+
 # ================================================================================================= sandbox_markets.py
 
 
@@ -27815,7 +27888,10 @@ def bench_rows(name: str) -> list[dict[str, Any]]:
             {"": who, "x Scrapy": 2.0, "pages/s": spread, "peak MB": spread}
             for who in ("crawl_async", "scrapy", "curl")
         ],
-        "crawl-scale": [{"": "crawl_async.py", "URLs": n, "ms/URL": spread, "peak MB": spread} for n in (1000, 10_000)],
+        "crawl-scale": [
+            {"": "crawl_async.py", "URLs": n, "ms/URL": spread, "more bytes/URL": None if n == 1000 else spread}
+            for n in (1000, 10_000, 100_000)
+        ],
         "feeds": [{"": f"{part}: crawl_async", "x, s": 7.0, "s": spread} for part in ("feeds", "articles", "whole")],
         "frontier": [{"": "10 rows", "claim p50 ms": 1.0, "claim p99 ms": 2.0}, {"": "2 workers", "URLs/s": 9.0}],
         "ingest": [{"": "rsyslog", "x rsyslog": 1.0, "lossless/s": spread}]
@@ -27833,7 +27909,7 @@ def bench_rows(name: str) -> list[dict[str, Any]]:
         ],
         "rate": [{"": "crawl_async.py", "wall s": 100.5, "ideal s": 99.99}],
         "simulate": [{"": "seed 1", "makespan s": 100.1, "bound s": 100.0}],
-        "market-soak": [{"": "market_pipeline", "sent": 9, "p99 ms": 80.0, "peak MB": 100.0, "trades/s": 15_000.0}],
+        "market-soak": [{"": "market_pipeline", "sent": 9, "p99 ms": 80.0, "peak MB": 100.0, "MB at 10 s": 9.0}],
     }  # fmt: skip
     return made[name]
 
@@ -27847,7 +27923,7 @@ def texts(svg: str) -> list[str]:
     [
         ("aggregate", ["requests/s", "ms"]),
         ("crawl", ["pages/s; curl, which only fetches: 10", "MB"]),
-        ("crawl-scale", ["ms a URL", "MB", "URLs in the crawl"]),
+        ("crawl-scale", ["ms a URL", "bytes a URL", "URLs in the crawl"]),
         ("feeds", ["s"]),
         ("frontier", ["ms", "URLs/s"]),
         ("ingest", ["events/s", "rate, events/s", "% of what was sent", "s"]),
@@ -27858,7 +27934,7 @@ def texts(svg: str) -> list[str]:
         ("primitives", ["ns", "retry & <more>", "4,000 (ours: 0.0049\N{MULTIPLICATION SIGN})"]),
         ("rate", ["s"]),
         ("simulate", ["simulated s"]),
-        ("market-soak", ["ms", "MB", "trades/s"]),
+        ("market-soak", ["ms", "MB", "p99", "at 10 s"]),
     ],
 )
 def test_bench_plots_are_svg_with_units(name: str, units: list[str], tmp_path: Path) -> None:
@@ -27895,6 +27971,27 @@ def test_bench_plot_names_of_lines_do_not_overlap() -> None:
     for _, group in itertools.groupby(found, key=lambda part: part.get("x")):
         heights = sorted(float(part.get("y") or 0) for part in group)
         assert len(heights) == 6 and all(b - a > 8 for a, b in itertools.pairwise(heights))
+
+
+def test_bench_plot_names_of_lines_that_end_early_do_not_overlap() -> None:
+    ends = [("line a", 1.5, 0.0), ("line b", 1.6, 0.1), ("line c", 10.0, 0.0)]
+    lines = [bench_plot.Line(name, [(1.0, 9.0), (x, y)]) for name, x, y in ends]
+    panel = bench_plot.Lines("a title", "x, m", "y, s", lines, log_y=False)
+    svg = bench_plot.render("test", "a title", [panel], bench_plot.THEMES["light"])
+    found = [
+        part for part in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text") if "line" in (part.text or "")
+    ]
+    assert len({part.get("x") for part in found}) == 1
+    heights = sorted(float(part.get("y") or 0) for part in found)
+    assert len(heights) == 3 and all(b - a > 8 for a, b in itertools.pairwise(heights))
+
+
+def test_bench_plot_of_a_ladder_takes_the_better_try() -> None:
+    tries = [(10, 0, 0.1), (20, 5, 0.9), (20, 0, 0.4), (40, 9, 0.8)]
+    rows = [{"": "ingest_logs", "wanted/s": rate, "sent": 10, "lost": lost, "p99 s": p99} for rate, lost, p99 in tries]
+    lost, late = (panel for panel in bench_plot.panels_of("ingest", rows) if isinstance(panel, bench_plot.Lines))
+    assert [line.points for line in lost.lines] == [[(10.0, 0.0), (20.0, 0.0), (40.0, 90.0)]]
+    assert [line.points for line in late.lines] == [[(10.0, 0.1), (20.0, 0.4), (40.0, 0.8)]]
 
 
 def test_bench_plot_of_nothing() -> None:
