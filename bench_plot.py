@@ -473,9 +473,9 @@ def number_axis(axis: Any, panel: Panel) -> None:
     """Ticks as numbers are written, ``10,000``; on a logarithmic axis at the decades, at 2 and 5 too if few are."""
     if axis.get_scale() == "log":
         low, high = axis.get_view_interval()
-        axis.set_major_locator(
-            LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high / low < 8 else (1, 2, 5) if high / low < 300 else (1,))
-        )
+        span, most = high / low, 30 if axis.axis_name == "x" and high > 9999 else 300  # long numbers need room
+        subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 8 else (1.0, 2.0, 5.0) if span < most else (1.0,)
+        axis.set_major_locator(LogLocator(subs=subs))
         axis.set_minor_locator(NullLocator())
     elif isinstance(panel, Lines):
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
