@@ -16752,15 +16752,18 @@ def logs_parse_heavy() -> list[bytes]:
 
 
 def test_logs_parse_the_longest_datagrams_cost_little() -> None:
-    """Linear: going back over 64 KiB at each byte would be two thousand million steps; this takes 0.1 s."""
-    worst = 0.0
+    """Linear: going back over 64 KiB at each byte would take seconds. What it costs is the least of some tries."""
     for datagram in logs_parse_heavy():
-        begun = time.process_time()
-        events = logs_parse_all(datagram)
-        worst = max(worst, time.process_time() - begun)
+        cost = float("inf")
+        for _ in range(5):
+            begun = time.process_time()
+            events = logs_parse_all(datagram)
+            cost = min(cost, time.process_time() - begun)
+            if cost < 0.25:
+                break
+        assert cost < 0.25
         logs_parse_check(datagram, events)
         assert len(events) <= log_parse.MAX_LINES
-    assert worst < 5.0
 
 
 def test_logs_parse_postgresql_stores_whatever_comes_of_any_bytes(pg: PgServer) -> None:
@@ -20607,7 +20610,7 @@ def test_logs_ingest_forced_stop_saves_what_is_in_memory(logs_ingest_pg: PgServe
             await up.until(lambda counts: counts.held["queue"] == 0)
             begun = time.monotonic()
             up.ingester.stop()
-        assert time.monotonic() - begun < 20.0  # not the 60 s of a batch that waits to be full
+        assert time.monotonic() - begun < 1.0
         assert (up.code, up.ingester.snapshot().held["spool"]) == (0, 55)
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url) as up:
             await up.until(lambda counts: counts.stored == 55)
@@ -20862,7 +20865,7 @@ def test_logs_ingest_second_sigterm_forces(logs_ingest_pg: PgServer, tmp_path: P
             process.until(lambda found: found["status"] == "stopping")
             begun = time.monotonic()
             assert process.stop() == 0
-            assert time.monotonic() - begun < 20.0  # not the 60 s of --stop-limit
+            assert time.monotonic() - begun < 5.0
     process.said(r"received 100 = stored 0 \+ dead 0 \+ dropped 0 \+ left in the spool 100$")
     with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as process:
         process.until(lambda found: found["stored"] == 100)
@@ -23723,7 +23726,7 @@ def test_market_stats_the_first_trades_and_the_silence_after() -> None:
     began = time.process_time()
     analytics.add(market_stats_trade(1e9, 121.0))  # thirty years: no bar is made for what was not
     late = cast(mst.Row, analytics.row("BTC-USD"))
-    assert time.process_time() - began < 10.0
+    assert time.process_time() - began < 0.1
     assert late.volatility[0] == pytest.approx(math.sqrt(square / 10 * mst.YEAR), rel=1e-12)
     assert late.ewma == pytest.approx(math.sqrt(square * (1 - 2 ** (-1 / 60)) * mst.YEAR), rel=1e-12)
     assert orjson.loads(orjson.dumps(late.record()))["volatility"]["10"] == late.volatility[0]
@@ -24711,7 +24714,7 @@ def test_market_kafka_a_stop_without_an_answer_ends_in_time_and_the_next_life_go
             publisher.analytics([{"symbol": "A"}])
             begun = time.monotonic()
             assert await publisher.stop(0.2) == 0
-            assert time.monotonic() - begun < 4.5
+            assert time.monotonic() - begun < 1.5
             stats = market_kafka_balanced(publisher)
             assert stats.trades == mk.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
             with pytest.raises(mk.Closed):
@@ -24754,7 +24757,7 @@ def test_market_kafka_a_stop_with_nowhere_to_go_says_what_is_lost(
             with pytest.raises(asyncio.CancelledError):
                 await stop
             await prim_until_async(lambda: publisher.stats().state == "closed")
-            assert time.monotonic() - begun < 4.5
+            assert time.monotonic() - begun < 1.5
             assert market_kafka_balanced(publisher).trades == mk.Counts(3000, 0, 0, 0, 0, 3000, 0)
         never = mk.Publisher(broker.address)
         assert never.offer(market_kafka_trades(0, 5)) and await never.stop() == 5
