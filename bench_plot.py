@@ -12,7 +12,7 @@
   which is among the widest fonts; where it is missing, Verdana is as wide, and any other leaves more room, not less.
 * The same figures give the same bytes: no date, no random ids.
 
-Needs matplotlib, which is imported only here. One thread.
+Drawing needs matplotlib, which is imported only here, and only then. One thread.
 """
 
 from __future__ import annotations
@@ -24,15 +24,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-mpl.use("svg")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WIDTH = 8.6
 """Inches of a figure: the width of a README's text."""
@@ -471,6 +466,8 @@ def style(theme: Mapping[str, str], name: str) -> dict[str, Any]:
 
 def number_axis(axis: Any, panel: Panel) -> None:
     """Ticks as numbers are written, ``10,000``; on a logarithmic axis at the decades, at 2 and 5 too if few are."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
     if axis.get_scale() == "log":
         low, high = axis.get_view_interval()
         span, most = high / low, 30 if axis.axis_name == "x" and high > 9999 else 300  # long numbers need room
@@ -605,6 +602,11 @@ def shorten(tag: str) -> str:
 
 def render(name: str, title: str, panels: Sequence[Panel], theme: Mapping[str, str]) -> str:
     """The SVG: bars over the whole width, lines two beside each other."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    mpl.use("svg")
     rows: list[list[Panel]] = []
     for panel in panels:
         if isinstance(panel, Lines) and rows and len(rows[-1]) == 1 and isinstance(rows[-1][0], Lines):

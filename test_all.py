@@ -27927,6 +27927,10 @@ def texts(svg: str) -> list[str]:
     return [part.text or "" for part in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
+draws = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="no matplotlib: no plots")
+
+
+@draws
 @pytest.mark.parametrize(
     ("name", "units"),
     [
@@ -27958,6 +27962,7 @@ def test_bench_plots_are_svg_with_units(name: str, units: list[str], tmp_path: P
         assert "'DejaVu Sans', Verdana, sans-serif" in text and "date>" not in text
 
 
+@draws
 def test_bench_plots_of_the_same_figures_are_the_same() -> None:
     panels = bench_plot.panels_of("crawl-scale", bench_rows("crawl-scale"))
     first, second = (bench_plot.render("crawl-scale", "a title", panels, bench_plot.THEMES["dark"]) for _ in "ab")
@@ -27968,6 +27973,7 @@ def test_bench_plot_of_every_subcommand() -> None:
     assert bench.COMMANDS.keys() - {"plot"} <= bench_plot.PLOTS.keys()
 
 
+@draws
 def test_bench_plot_names_of_lines_do_not_overlap() -> None:
     lines = [bench_plot.Line(f"line {n}", [(1.0, 5.0), (10.0, 7.0 + n / 100)]) for n in range(6)]
     lines.append(bench_plot.Line("early", [(1.0, 5.0), (1.5, 100.0)]))
@@ -27982,6 +27988,7 @@ def test_bench_plot_names_of_lines_do_not_overlap() -> None:
         assert len(heights) == 6 and all(b - a > 8 for a, b in itertools.pairwise(heights))
 
 
+@draws
 def test_bench_plot_names_of_lines_that_end_early_do_not_overlap() -> None:
     ends = [("line a", 1.5, 0.0), ("line b", 1.6, 0.1), ("line c", 10.0, 0.0)]
     lines = [bench_plot.Line(name, [(1.0, 9.0), (x, y)]) for name, x, y in ends]
@@ -28029,6 +28036,7 @@ def test_bench_plot_figures(value: float, text: str, ratio: str) -> None:
 PARSE = ["parse", "--pages", "2", "--size", "3000", "--repeat", "2"]
 
 
+@draws
 def test_bench_a_run_leaves_figures_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new" / "folder"
     assert bench.main([*PARSE, "--out", str(folder)]) == 0
@@ -28048,6 +28056,7 @@ def test_bench_a_run_leaves_figures_and_plots(tmp_path: Path, capsys: pytest.Cap
     assert {name: (folder / name).read_bytes() for name in names} == before
 
 
+@draws
 def test_bench_plot_tells_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"plot: .*nothing\.json: "):
         bench.main(["plot", "nothing", "--out", str(tmp_path)])
