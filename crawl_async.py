@@ -21,6 +21,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import inspect
 import math
 import os
@@ -33,18 +34,19 @@ import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from coordination import Channel, Semaphore
 from crawl_cli import EXIT_INTERRUPTED, main
-from crawl_core import Crawl
+from crawl_core import Crawl, patience
 from crawl_net import BodyDecoder, ProxyRule, Resolver, allowed, detail, tls_detail
 from crawl_rules import (
-    RESPONSE_HEADERS,
+    CUT_OFF,
     FetchError,
     Options,
     Postponed,
@@ -52,6 +54,7 @@ from crawl_rules import (
     Response,
     ScrapeResult,
     may_go_anywhere,
+    read_headers,
 )
 from serving import Lag, new_loop
 
@@ -66,6 +69,23 @@ Emit = Callable[[ScrapeResult], Awaitable[object]]
 _in_hand: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
 
 
+class HeadFirst(ResponseHandler):
+    """aiohttp's end of a connection, which lets the parser have a head before the bytes of the body that came with it:
+    a fault in those would take the head too, and what it says. Who reads the body is told of the fault."""
+
+    def data_received(self, data: bytes) -> None:
+        end = data.find(b"\r\n\r\n") + 4
+        if 4 <= end < len(data) and (self._payload is None or self._payload.is_eof()):
+            super().data_received(data[:end])
+            data = data[end:]
+        super().data_received(data)
+        fault, body = self._exception, self._payload
+        if fault is not None and body is not None and not body.is_eof() and body.exception() is None:
+            error = aiohttp.ClientPayloadError()
+            error.__cause__ = aiohttp.http_exceptions.BadHttpMessage(str(getattr(fault, "message", fault)))
+            body.set_exception(error)
+
+
 class GatedConnector(aiohttp.TCPConnector):
     """aiohttp's connection pool, with the last word on politeness: when the connection is open, and nothing sent yet,
     the request waits for its turn. It knows every socket that it opened, for at the end some are in nobody's hands: a
@@ -78,6 +98,7 @@ class GatedConnector(aiohttp.TCPConnector):
     def __init__(self, crawl: Crawl, resolver: Resolver, *, anywhere: bool, **more: Any) -> None:
         super().__init__(socket_factory=self._open, resolver=LoopResolver(resolver, anywhere=anywhere), **more)
         self._crawl, self._anywhere = crawl, anywhere
+        self._factory = cast(Any, functools.partial(HeadFirst, loop=self._loop))
         self._opened: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     def _open(self, address: aiohttp.AddrInfoType) -> socket.socket:
@@ -142,6 +163,8 @@ class Fetcher:
         self._crawl, self._options = crawl, options
         self._proxy = ProxyRule(options.proxy)
         self._resolver = Resolver()
+        self.aborted = False
+        """Whoever is cancelled from now on has been cut off."""
         self._free, self._guarded = (
             aiohttp.ClientSession(
                 connector=GatedConnector(
@@ -190,35 +213,42 @@ class Fetcher:
             allow_redirects=False,
             proxy=proxy,
         ) as response:
-            status = response.status
+            answer = Response(response.status, read_headers(response.raw_headers), b"")
             try:
-                length = response.content_length
-                limit, cut = self._crawl.max_bytes(request), request.kind == "robots"
-                if length is not None and length > limit and not cut:
-                    response.close()
-                    raise FetchError("too_large", f"{length} bytes", status=status)
-                body = BodyDecoder(response.headers.get("Content-Encoding"), limit, status, cut=cut)
-                while not body.full and (data := await response.content.readany()):
-                    for step, _ in enumerate(body.feed(data)):
-                        if step:
-                            await asyncio.sleep(0)
-                if body.full:
-                    response.close()
-                found = {name: value for name in RESPONSE_HEADERS if (value := response.headers.get(name)) is not None}
-                if "X-Robots-Tag" in found:
-                    found["X-Robots-Tag"] = "\n".join(response.headers.getall("X-Robots-Tag"))
-                if "Location" in found:
-                    found["Location"] = found["Location"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-                return Response(status, found, body.finish())
-            except FetchError:
-                response.close()
-                raise
+                async with asyncio.timeout(patience(request, answer.status)):
+                    answer.body = await self._body(request, answer, response)
+                return answer
+            except FetchError as error:
+                failure = error
             except TimeoutError:
-                raise FetchError("timeout", self._too_late(), status=status) from None
+                failure = FetchError("timeout", self._too_late(), status=answer.status)
             except aiohttp.ClientPayloadError as error:
-                raise _payload_error(error, status) from None
+                failure = _payload_error(error, answer.status)
             except (OSError, aiohttp.ClientConnectionError) as error:
-                raise FetchError("truncated", detail(error), status=status) from None
+                failure = FetchError("truncated", detail(error), status=answer.status)
+            except asyncio.CancelledError:
+                response.close()
+                if not self.aborted:
+                    raise
+                raise FetchError("interrupted", CUT_OFF, status=answer.status) from None
+            response.close()
+            failure.answer = answer
+            raise failure
+
+    async def _body(self, request: Request, answer: Response, response: aiohttp.ClientResponse) -> bytes:
+        status = answer.status
+        length = 0 if status in (204, 304) else response.content_length
+        limit, cut = self._crawl.max_bytes(request)
+        if length is not None and length > limit and not cut:
+            raise FetchError("too_large", f"{length} bytes", status=status)
+        body = BodyDecoder(answer.headers.get("Content-Encoding"), limit, status, cut=cut)
+        while not body.full and (data := await response.content.readany()):
+            for step, _ in enumerate(body.feed(data)):
+                if step:
+                    await asyncio.sleep(0)
+        if body.full:
+            response.close()
+        return body.finish()
 
     def _too_late(self) -> str:
         return f"no complete answer within {self._options.timeout:g} s"
@@ -270,7 +300,6 @@ class Tasks:
         self._loop = asyncio.get_running_loop()
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")  # more would only share one interpreter
         self._in_flight: set[asyncio.Task[bool]] = set()
-        self._forced = False
         crawl.changed = self._changed
 
     def _changed(self) -> None:
@@ -339,9 +368,9 @@ class Tasks:
             crawl.frontier.put_back(request, now, now)
             return False
         except asyncio.CancelledError:
-            if not self._forced:
+            if not self._fetcher.aborted:
                 raise
-            row = crawl.broken(request, FetchError("interrupted", "stopped before the answer was complete"))
+            row = crawl.broken(request, FetchError("interrupted", CUT_OFF))
         except Exception as error:
             row = crawl.broken(request, FetchError("internal", detail(error)))
         crawl.frontier.finish(request, crawl.clock())  # its host need not wait for the row, as the permit does
@@ -358,7 +387,7 @@ class Tasks:
             self._crawl.interrupted = True
             self._crawl.frontier.stop()
             self._loop.call_later(self._crawl.options.grace, self._force)
-        elif not self._forced:
+        elif not self._fetcher.aborted:
             self._force()
         else:
             os._exit(EXIT_INTERRUPTED)
@@ -371,7 +400,7 @@ class Tasks:
         self._force()
 
     def _force(self) -> None:
-        self._forced = True
+        self._fetcher.aborted = True
         for task in self._in_flight:
             task.cancel()
 

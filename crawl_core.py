@@ -58,7 +58,7 @@ from crawl_rules import (
     origin,
     request_headers,
 )
-from feed_parse import FeedEntry, extractor, is_feed, parse_feed, parse_sitemap, read_article
+from feed_parse import MAX_SITEMAP, FeedEntry, extractor, is_feed, parse_feed, parse_sitemap, read_article
 from frontier import Frontier
 from html_parse import parse_page
 from primitives import Clock, RetryPolicy, Rng, parse_retry_after
@@ -121,6 +121,23 @@ class Stats:
     def processes(self) -> dict[str, Any]:
         """What --stats tells besides if there are worker processes."""
         return {}
+
+
+BODY_PATIENCE = 1.0
+"""Seconds for the body of an answer whose status and headers say already what is next: then the connection is kept."""
+
+
+def body_matters(request: Request, status: int) -> bool:
+    """Whether what becomes of an answer depends on its body: if not, no fault of the body is one of the answer's."""
+    if 200 <= status < 300 or request.kind == "robots":
+        return 200 <= status < 300
+    return status < 400 and status not in REDIRECT_STATUSES and status != 304
+
+
+def patience(request: Request, status: int) -> float | None:
+    """Seconds to wait for the body of an answer; None: as long as the attempt has."""
+    final = status >= 400 and status not in RETRY_STATUSES and request.kind != "robots"
+    return None if final or body_matters(request, status) else BODY_PATIENCE
 
 
 class Crawl:
@@ -207,6 +224,8 @@ class Crawl:
         retry_after = None
         if self.options.adaptive and not request.error:
             self._report(request, outcome, now)
+        if isinstance(outcome, FetchError) and outcome.answer and not body_matters(request, outcome.answer.status):
+            outcome = outcome.answer
         if isinstance(outcome, FetchError):
             if not outcome.retry:
                 return outcome
@@ -466,9 +485,10 @@ class Crawl:
         found = [FeedEntry(*(entry.get(name) for name in FeedEntry._fields)) for entry in row.entries]  # type: ignore[arg-type]
         self.add_articles(row, found, private, self.clock())
 
-    def max_bytes(self, request: Request) -> int:
-        """Size limit of the body that ``request`` asks for; robots.txt is cut there, all else is refused."""
-        return MAX_ROBOTS if request.kind == "robots" else self.options.max_bytes
+    def max_bytes(self, request: Request) -> tuple[int, bool]:
+        """Size limit of the body that ``request`` asks for, and whether what is longer is cut there, or refused."""
+        own = {"robots": MAX_ROBOTS, "sitemap": MAX_SITEMAP}.get(request.kind)
+        return (self.options.max_bytes, False) if own is None else (own, True)
 
     def know_body(self, digest: str, url: str) -> None:
         self._bodies.setdefault(digest, url)

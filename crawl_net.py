@@ -46,28 +46,33 @@ except ImportError:
 # ----------------------------------------------------------------------------------------------- content coding
 
 _PIECE = 1 << 18
+"""Bytes of output that a coding is asked for at a time; brotli may give twice as many."""
+_STEP = 1 << 14
+"""Bytes of input that it is given at a time: what a member or frame leaves of them is copied for the next one."""
 
 
 class _Gzip:
-    """gzip (RFC 1952), several members included."""
+    """gzip (RFC 1952), several members included; what follows them and begins like none is no part of the body."""
 
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(zlib.MAX_WBITS + 16)
-        self._fresh = True
+        self._begun = False
+        self._head = b""
+        """What has come of a next member's magic number."""
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
         while data:
-            self._fresh = False
-            yield self._inflate.decompress(data, _PIECE)
-            data = self._inflate.unconsumed_tail
             if self._inflate.eof:
-                data = self._inflate.unused_data
-                if data[:2] != b"\x1f\x8b":
+                self._head, data = (self._head + data)[:2], self._head + data
+                if self._head != b"\x1f\x8b":
                     return
-                self._inflate = zlib.decompressobj(zlib.MAX_WBITS + 16)
+                self._head, self._inflate = b"", zlib.decompressobj(zlib.MAX_WBITS + 16)
+            self._begun = True
+            yield from _inflated(self._inflate, data)
+            data = self._inflate.unused_data
 
     def complete(self) -> bool:
-        return self._fresh or self._inflate.eof
+        return not self._begun or (self._inflate.eof and self._head != b"\x1f")
 
 
 class _Deflate:
@@ -84,12 +89,21 @@ class _Deflate:
                 return
             data, wrapped = self._head, self._head[0] & 15 == 8 and int.from_bytes(self._head[:2]) % 31 == 0
             self._inflate = zlib.decompressobj(zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS)
-        while data and not self._inflate.eof:
-            yield self._inflate.decompress(data, _PIECE)
-            data = self._inflate.unconsumed_tail
+        if not self._inflate.eof:
+            yield from _inflated(self._inflate, data)
 
     def complete(self) -> bool:
         return self._inflate.eof if self._inflate else not self._head
+
+
+def _inflated(inflate: Any, data: bytes) -> Iterator[bytes]:
+    """All that ``data`` gives: a full piece may leave some in zlib even where no input is left."""
+    while True:
+        piece = inflate.decompress(data, _PIECE)
+        yield piece
+        data = inflate.unconsumed_tail
+        if inflate.eof or (not data and len(piece) < _PIECE):
+            return
 
 
 class _Brotli:
@@ -97,36 +111,43 @@ class _Brotli:
 
     def __init__(self) -> None:
         self._decoder = brotli.Decompressor()
-        self._fresh = True
+        self._begun = False
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        self._fresh = False
-        out = self._decoder.process(data, output_buffer_limit=_PIECE)
-        yield out
-        while not self._decoder.can_accept_more_data():
-            yield self._decoder.process(b"", output_buffer_limit=_PIECE)
+        self._begun = True
+        yield self._decoder.process(data, output_buffer_limit=_PIECE)
+        # can_accept_more_data() is about input only: it may be all read, and output be left.
+        while piece := self._decoder.process(b"", output_buffer_limit=_PIECE):
+            yield piece
 
     def complete(self) -> bool:
-        return self._fresh or bool(self._decoder.is_finished())
+        return not self._begun or bool(self._decoder.is_finished())
 
 
 class _Zstandard:
-    """RFC 8878, with the 8 MB window that RFC 9659 sets for HTTP."""
+    """RFC 8878: any number of frames, skippable ones too; with the 8 MB window that RFC 9659 sets for HTTP."""
 
     def __init__(self) -> None:
-        self._decoder = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 23})
-        self._fresh = True
+        self._decoder = self._new()
+        self._between = True
+        """Between two frames, or before the first one."""
+
+    @staticmethod
+    def _new() -> Any:
+        return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 23})
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        self._fresh = False
-        while not self._decoder.eof:
+        while data:
+            if self._decoder.eof:
+                self._decoder = self._new()
+            self._between = False
             yield self._decoder.decompress(data, _PIECE)
-            data = b""
-            if self._decoder.needs_input:
-                return
+            while not (self._decoder.eof or self._decoder.needs_input):
+                yield self._decoder.decompress(b"", _PIECE)
+            self._between, data = self._decoder.eof, self._decoder.unused_data
 
     def complete(self) -> bool:
-        return self._fresh or self._decoder.eof
+        return self._between
 
 
 _CODINGS: dict[str, Callable[[], _Gzip | _Deflate | _Brotli | _Zstandard]] = {
@@ -142,7 +163,8 @@ class BodyDecoder:
     """Collects a body and undoes its Content-Encoding, piece by piece: a bomb is noticed at the limit, not after it.
 
     ``feed`` and ``finish`` raise FetchError ``too_large`` (with ``cut`` they keep what is within instead) or
-    ``decode``. Never holds more than ``limit`` bytes and one piece of 256 KiB for each coding.
+    ``decode``. Never holds more than ``limit`` bytes and two pieces for each coding. What a coding is made to read is
+    bounded too, for a frame may hold nothing, and frames of them no end.
     """
 
     def __init__(self, coding: str | None, limit: int, status: int, *, cut: bool = False) -> None:
@@ -151,6 +173,7 @@ class BodyDecoder:
         if len(names) > 3 or any(name not in _CODINGS for name in names):
             raise FetchError("decode", f"unknown Content-Encoding {(coding or '')[:60]!r}", status=status)
         self._stages = [_CODINGS[name]() for name in reversed(names)]
+        self._read = [0] * len(names)
         self.coded = bool(self._stages)
         self._limit, self._status, self._cut = limit, status, cut
         self.full = False
@@ -159,13 +182,15 @@ class BodyDecoder:
         self._size = 0
 
     def feed(self, data: bytes) -> Iterator[None]:
-        """Takes ``data`` in steps of at most 256 KiB of output: an event loop can do something else in between."""
+        """Takes ``data`` in steps of some 256 KiB of output: an event loop can do something else in between."""
         if not self.coded:
             self._keep(data)
             return
         try:
             for piece in self._expand(0, data):
                 self._keep(piece)
+                if self.full:
+                    return
                 yield
         except (zlib.error, brotli.error, zstd.ZstdError, EOFError) as error:
             raise FetchError("decode", str(error) or type(error).__name__, status=self._status) from None
@@ -174,8 +199,15 @@ class BodyDecoder:
         if depth == len(self._stages):
             yield data
             return
-        for piece in self._stages[depth].pieces(data):
-            yield from self._expand(depth + 1, piece)
+        self._read[depth] += len(data)
+        if self._read[depth] > self._limit + _PIECE:  # no coding makes so much more of a body
+            if not self._cut:
+                raise self._too_large()
+            self.full = True
+            return
+        for start in range(0, len(data), _STEP):
+            for piece in self._stages[depth].pieces(data[start : start + _STEP]):
+                yield from self._expand(depth + 1, piece)
 
     def _keep(self, data: bytes) -> None:
         if self.full:
@@ -186,9 +218,12 @@ class BodyDecoder:
                 self._parts.append(data[: len(data) - (self._size - self._limit)])
                 self.full = True
                 return
-            self._parts.clear()
-            raise FetchError("too_large", f"more than {self._limit} bytes", status=self._status)
+            raise self._too_large()
         self._parts.append(data)
+
+    def _too_large(self) -> FetchError:
+        self._parts.clear()
+        return FetchError("too_large", f"more than {self._limit} bytes", status=self._status)
 
     def finish(self) -> bytes:
         if not self.full and not all(stage.complete() for stage in self._stages):

@@ -11,7 +11,7 @@ import ipaddress
 import math
 import re
 import urllib.parse
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -47,21 +47,30 @@ ERROR_KINDS = {
     "internal": "a fault of the crawler itself, kept to this one row",
 }
 
+CUT_OFF = "stopped before the answer was complete"
+"""What an ``interrupted`` request says of itself."""
+
 RETRY_KINDS = frozenset({"connect", "timeout", "reset", "truncated"})
 RETRY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
-RESPONSE_HEADERS = ("Content-Type", "Location", "Retry-After", "ETag", "Last-Modified", "X-Robots-Tag")
+RESPONSE_HEADERS = (
+    "Content-Encoding", "Content-Type", "Location", "Retry-After", "ETag", "Last-Modified", "X-Robots-Tag",
+)  # fmt: skip
 """What a driver hands on of an answer's head."""
 
 
 class FetchError(Exception):
-    """A fetch that failed: ``kind`` is one of ERROR_KINDS, ``status`` that of the answer if its head came."""
+    """A fetch that failed: ``kind`` is one of ERROR_KINDS, ``status`` that of the answer if its head came.
+
+    ``answer``: that answer, if it was its body that failed.
+    """
 
     def __init__(self, kind: str, detail: str, *, status: int | None = None, retry: bool | None = None) -> None:
         super().__init__(f"{kind}: {detail}")
         self.kind, self.detail, self.status = kind, detail, status
         self.retry = kind in RETRY_KINDS if retry is None else retry
         self.seconds = 0.0
+        self.answer: Response | None = None
 
 
 class Postponed(Exception):
@@ -240,6 +249,36 @@ class Options:
                 raise ValueError(f"since must be a date such as 2030-01-31, not {self.since!r}") from None
         if self.proxy and urllib.parse.urlsplit(self.proxy).scheme != "http":
             raise ValueError(f"proxy must be an http:// URL, not {self.proxy!r}")
+
+
+# ------------------------------------------------------------------------------------------------------ headers
+
+_WANTED = {name.lower().encode(): name for name in RESPONSE_HEADERS}
+_LISTS = {"Content-Encoding": ", ", "X-Robots-Tag": "\n"}
+"""Of these each line counts, of the others the first one."""
+_NOT_ASCII = re.compile(rb"[\x80-\xff]")
+
+
+def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Those of RESPONSE_HEADERS that are in the lines of a head, as text.
+
+    Bytes outside ASCII are UTF-8, as browsers have it, or where they cannot be, Latin-1 (RFC 9110, section 5.5); in a
+    Location such bytes are percent-encoded as they are, so that the server gets back what it sent.
+    """
+    found: dict[str, str] = {}
+    for line, value in raw:
+        name = _WANTED.get(line.lower())
+        if name is None or (name in found and name not in _LISTS):
+            continue
+        value = value.strip(b" \t")
+        try:
+            text = value.decode()
+        except UnicodeDecodeError:
+            if name == "Location":
+                value = _NOT_ASCII.sub(lambda byte: b"%%%02X" % byte[0][0], value)
+            text = value.decode("latin-1")
+        found[name] = found[name] + _LISTS[name] + text if name in found else text
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- URL rules

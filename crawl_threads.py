@@ -43,10 +43,10 @@ from typing import Any
 
 from coordination import new_lock
 from crawl_cli import EXIT_INTERRUPTED, main
-from crawl_core import Crawl
+from crawl_core import Crawl, patience
 from crawl_net import BodyDecoder, Resolver, allowed, detail, tls_context, tls_detail
 from crawl_rules import (
-    RESPONSE_HEADERS,
+    CUT_OFF,
     FetchError,
     Options,
     Postponed,
@@ -54,6 +54,7 @@ from crawl_rules import (
     Response,
     ScrapeResult,
     may_go_anywhere,
+    read_headers,
 )
 
 IDLE = 256
@@ -441,7 +442,7 @@ class Fetcher:
         except (OSError, http.client.HTTPException, ValueError) as error:
             outcome = self._explain(error)
         if self._pool.aborted and isinstance(outcome, FetchError):
-            outcome = FetchError("interrupted", "stopped before the answer was complete", status=outcome.status)
+            outcome = FetchError("interrupted", CUT_OFF, status=outcome.status)
         outcome.seconds = max(0.0, time.monotonic() - started - request.held)
         return outcome
 
@@ -454,34 +455,42 @@ class Fetcher:
         call.connect_deadline = started + self._options.connect_timeout
         call.before_send = lambda: self._wait_for_turn(request)
         response = self._opener.open(call)
-        status = response.status
+        lines = ((name.encode("latin-1"), value.encode("latin-1")) for name, value in response.headers.items())
+        answer = Response(response.status, read_headers(lines), b"")
         try:
-            length = response.length
-            if length is None and response.headers.get("Content-Length") and not response.chunked:
-                raise FetchError("protocol", "not a Content-Length", status=status)
-            limit, cut = self._crawl.max_bytes(request), request.kind == "robots"
-            if length is not None and length > limit and not cut:
-                raise FetchError("too_large", f"{length} bytes", status=status)
-            body = BodyDecoder(response.headers.get("Content-Encoding"), limit, status, cut=cut)
-            received = 0
-            while not body.full and (data := response.read(1 << 16)):
-                received += len(data)
-                for _ in body.feed(data):
-                    pass
-            if length is not None and received < length and not body.full:
-                raise FetchError("truncated", f"{received} of {length} bytes", status=status)
-            found = {name: value for name in RESPONSE_HEADERS if (value := response.headers.get(name)) is not None}
-            if "X-Robots-Tag" in found:
-                found["X-Robots-Tag"] = "\n".join(response.headers.get_all("X-Robots-Tag"))
-            if "Location" in found:
-                found["Location"] = found["Location"].encode("latin-1", "replace").decode("utf-8", "replace")
-            return Response(status, found, body.finish())
+            answer.body = self._body(request, answer, response)
+            return answer
+        except FetchError as error:
+            failure = error
         except TimeoutError:
-            raise FetchError("timeout", self._too_late(), status=status) from None
+            failure = FetchError("timeout", self._too_late(), status=answer.status)
         except (OSError, http.client.IncompleteRead) as error:
-            raise FetchError("truncated", detail(error), status=status) from None
+            failure = FetchError("truncated", detail(error), status=answer.status)
+        except http.client.HTTPException as error:
+            failure = FetchError("protocol", detail(error), status=answer.status)
         finally:
             response.close()
+        failure.answer = answer
+        raise failure
+
+    def _body(self, request: Request, answer: Response, response: Any) -> bytes:
+        status, length = answer.status, response.length
+        if length is None and response.headers.get("Content-Length") and not response.chunked:
+            raise FetchError("protocol", "not a Content-Length", status=status)
+        limit, cut = self._crawl.max_bytes(request)
+        if length is not None and length > limit and not cut:
+            raise FetchError("too_large", f"{length} bytes", status=status)
+        if (seconds := patience(request, status)) is not None and not response.isclosed():
+            response.wire.deadline = min(response.wire.deadline, time.monotonic() + seconds)
+        body = BodyDecoder(answer.headers.get("Content-Encoding"), limit, status, cut=cut)
+        received = 0
+        while not body.full and (data := response.read(1 << 16)):
+            received += len(data)
+            for _ in body.feed(data):
+                pass
+        if length is not None and received < length and not body.full:
+            raise FetchError("truncated", f"{received} of {length} bytes", status=status)
+        return body.finish()
 
     def _wait_for_turn(self, request: Request) -> None:
         began = time.monotonic()

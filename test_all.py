@@ -45,6 +45,7 @@ import selectors
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import statistics
 import string
@@ -8217,6 +8218,253 @@ def test_the_demo_and_the_promised_commands(driver: str, tmp_path: Path) -> None
     listed = list(read_urls([str(HERE / "urls.txt")]))
     assert len(listed) >= 20
     assert len({normalise(url)[1] for url in listed}) == len(listed)
+
+
+# ------------------------------------------------------------------------------ bytes on the wire, as a test gives them
+
+RawAnswer = list[bytes | None]
+"""Pieces, each sent by itself. ``None`` at the end: the connection stays, for a next request; else it is closed."""
+
+
+class RawWeb:
+    """A server on loopback: ``answers`` holds those of each path, the last one for all further requests."""
+
+    def __init__(self, answers: dict[str, list[RawAnswer]]) -> None:
+        self.answers = {path: list(several) for path, several in answers.items()}
+        self.asked: list[tuple[str, float]] = []
+        """(path, monotonic seconds) of each request."""
+        self.sent: list[str] = []
+        """The paths whose pieces were all taken by the system, or read."""
+        self._open: set[socket.socket] = set()
+        web = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                web._open.add(self.request)
+                with contextlib.suppress(OSError):
+                    lines = iter(self.rfile.readline, b"")
+                    while head := b"".join(itertools.takewhile(b"\r\n".__ne__, lines)):
+                        path = head.split()[1].decode("latin-1")
+                        web.asked.append((path, time.monotonic()))
+                        several = web.answers.get(path) or [[raw_answer(b"", "404 Not Found")]]
+                        *pieces, last = several.pop(0) if len(several) > 1 else several[0]
+                        for piece in pieces if last is None else [*pieces, last]:
+                            self.request.sendall(cast(bytes, piece))
+                        web.sent.append(path)
+                        if last is not None:
+                            return
+
+            def finish(self) -> None:
+                web._open.discard(self.request)
+                with contextlib.suppress(OSError):
+                    super().finish()
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def __enter__(self) -> RawWeb:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        for sock in list(self._open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._server.server_close()
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}{path}"
+
+    def times(self, path: str) -> list[float]:
+        return [at for asked, at in self.asked if asked == path]
+
+
+def raw_answer(body: bytes = b"", status: str = "200 OK", *lines: str | bytes, length: int | None = None) -> bytes:
+    encoded = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    if not any(line.lower().startswith((b"content-length", b"transfer-encoding")) for line in encoded):
+        encoded.append(b"Content-Length: %d" % (len(body) if length is None else length))
+    return b"\r\n".join([b"HTTP/1.1 " + status.encode(), *encoded, b"", body])
+
+
+RAW_OK = raw_answer(b"<title>ok</title><p>one two<a href=/x>x</a>", "200 OK", "Content-Type: text/html")
+
+
+def raw_page(size: int) -> bytes:
+    """HTML that packs well, in lines that all differ, so that one left out or doubled shows."""
+    lines = (f'<p>{n:,} <a href="/{n % 50}">one of many</a> {"word " * 40}</p>\n' for n in range(size // 200))
+    return ("<title>A long page</title>\n" + "".join(lines)).encode()[:size]
+
+
+def raw_codings(page: bytes) -> dict[str, tuple[str, bytes]]:
+    """{name: (Content-Encoding, body)}, in all shapes that we say we accept."""
+    third, fortieth = len(page) // 3 + 1, len(page) // 40 + 1
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    frames = [pack("zstd", page[n : n + fortieth]) for n in range(0, len(page), fortieth)]
+    assert len(frames) == 40
+    return {
+        "br": ("br", pack("br", page)),
+        "zstd": ("zstd", pack("zstd", page)),
+        "zstd of 40 frames": ("zstd", b"".join(frames)),
+        "zstd with skippable frames": (
+            "zstd",
+            skippable + frames[0] + skippable * 2 + b"".join(frames[1:]) + skippable,
+        ),
+        "gzip": ("gzip", pack("gzip", page)),
+        "gzip of 3 members": ("gzip", b"".join(pack("gzip", page[n : n + third]) for n in range(0, len(page), third))),
+        "deflate": ("deflate", pack("deflate", page)),
+        "raw deflate": ("deflate", pack("raw deflate", page)),
+        "gzip of br": ("br, gzip", pack("gzip", pack("br", page))),
+    }
+
+
+def raw_found(row: ScrapeResult) -> tuple[Any, ...]:
+    return row.status, row.error, row.bytes, row.title, row.word_count, row.links_found
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("size", [600_000, 5_000_000])
+def test_a_page_in_any_coding_is_the_page(driver: str, size: int) -> None:
+    page = raw_page(size)
+    head = "Content-Type: text/html"
+    answers: dict[str, list[RawAnswer]] = {"/plain": [[raw_answer(page, "200 OK", head)]]}
+    for name, (coding, body) in raw_codings(page).items():
+        for step in (len(body), 65_536, 7, 1):
+            if step < 65_536 and size > 600_000:
+                continue
+            whole = raw_answer(body, "200 OK", head, f"Content-Encoding: {coding}")
+            start = len(whole) - len(body)
+            pieces = [whole[n : n + step] for n in range(start, len(whole), step)]
+            answers[f"/{name.replace(' ', '-')}/{step}"] = [[whole[:start], *pieces]]
+    with RawWeb(answers) as web:
+        paths = {web.url(path): path for path in answers}
+        rows = {paths[row.url]: raw_found(row) for row in scrape(driver, paths, timeout=300.0, concurrency=8)}
+    assert rows["/plain"][:3] == (200, None, size)
+    assert {path: row for path, row in rows.items() if row != rows["/plain"]} == {}
+    assert len(rows) == len(answers)
+
+
+BAD_BODIES: dict[str, RawAnswer] = {
+    "mislabelled": [b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nplain", None],
+    "unknown coding": [b"Content-Encoding: unheard-of\r\nContent-Length: 5\r\n\r\nplain", None],
+    "ends early": [b"Content-Encoding: br\r\nContent-Length: 5\r\n\r\n" + brotli.compress(bytes(99))[:5], None],
+    "cut off": [b"Content-Length: 50\r\n\r\nshort"],
+    "too large": [b"Content-Length: 99999999\r\n\r\nmore to come", None],
+    "never complete": [b"Content-Length: 50\r\n\r\nshort", None],
+    "no chunk": [b"Transfer-Encoding: chunked\r\n\r\nzz\r\nplain", None],
+    "chunks without end": [b"Transfer-Encoding: chunked\r\n\r\n5\r\nplain\r\n", None],
+}
+
+
+def bad_answer(body: str, status: str, *lines: str) -> RawAnswer:
+    first, *rest = BAD_BODIES[body]
+    assert first is not None
+    return ["\r\n".join([f"HTTP/1.1 {status}", "Content-Type: text/html", *lines, ""]).encode() + first, *rest]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("body", BAD_BODIES)
+def test_status_and_headers_decide_whatever_the_body_is(driver: str, body: str) -> None:
+    limited = [bad_answer(body, f"{status} x", "Retry-After: 1") for status in (429, 503)]
+    answers: dict[str, list[RawAnswer]] = {
+        "/ok": [[RAW_OK]],
+        "/302": [bad_answer(body, "302 Found", "Location: /ok")],
+        "/308": [bad_answer(body, "308 Permanent Redirect", "Location: /302")],
+        "/404": [bad_answer(body, "404 Not Found")],
+        "/500": [bad_answer(body, "500 x"), bad_answer(body, "502 x"), [RAW_OK]],
+        "/500/always": [bad_answer(body, "500 x")],
+    }
+    with RawWeb(answers) as web, RawWeb({"/x": [*limited, [RAW_OK]]}) as limits:
+        urls = [web.url(path) for path in answers] + [limits.url("/x")]
+        rows = {urlsplit(row.url).path: row for row in scrape(driver, urls, timeout=4.0)}
+        times = limits.times("/x")
+        assert len(web.times("/404")) == 1
+    assert {path: (row.status, row.error, row.attempts, row.redirects) for path, row in rows.items()} == {
+        "/ok": (200, None, 1, 0),
+        "/302": (200, None, 1, 1),
+        "/308": (200, None, 1, 2),
+        "/404": (404, "http: 404 Not Found", 1, 0),
+        "/500": (200, None, 3, 0),
+        "/500/always": (500, "http: 500 Internal Server Error", 3, 0),
+        "/x": (200, None, 3, 0),
+    }
+    assert [later - earlier >= 1.0 for earlier, later in itertools.pairwise(times)] == [True, True]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("body", BAD_BODIES)
+@pytest.mark.parametrize(
+    ("status", "allowed"), [("403 Forbidden", True), ("404 Not Found", True), ("301 Moved", False)]
+)
+def test_status_and_headers_of_robots_txt_decide_whatever_its_body_is(
+    driver: str, body: str, status: str, allowed: bool
+) -> None:
+    rules = raw_answer(b"User-agent: *\nDisallow: /secret\n")
+    answers: dict[str, list[RawAnswer]] = {
+        "/robots.txt": [bad_answer(body, status, "Location: /rules")],
+        "/rules": [[rules]],
+        "/secret": [[RAW_OK]],
+        "/open": [[RAW_OK]],
+    }
+    with RawWeb(answers) as web:
+        rows = scrape(driver, [web.url("/secret"), web.url("/open")], robots=True, timeout=4.0)
+    found = {urlsplit(row.url).path: row.error for row in rows}
+    assert found == {"/secret": None if allowed else "robots: forbidden by robots.txt", "/open": None}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_page_that_is_not_asked_to_be_understood_tells_its_fault(driver: str) -> None:
+    kinds = {
+        "mislabelled": "decode", "unknown coding": "decode", "ends early": "decode", "cut off": "truncated",
+        "too large": "too_large", "never complete": "timeout", "no chunk": "protocol", "chunks without end": "timeout",
+    }  # fmt: skip
+    with RawWeb({f"/{name.replace(' ', '-')}": [bad_answer(name, "200 OK")] for name in BAD_BODIES}) as web:
+        rows = scrape(driver, [web.url(f"/{name.replace(' ', '-')}") for name in kinds], timeout=1.0, retries=0)
+    assert {urlsplit(row.url).path: (row.status, kind(row)) for row in rows} == {
+        f"/{name.replace(' ', '-')}": (200, what) for name, what in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_header_bytes_outside_ascii_mean_the_same_to_both(driver: str) -> None:
+    def moved(location: bytes) -> RawAnswer:
+        return [raw_answer(b"", "302 Found", b"Location: " + location)]
+
+    answers: dict[str, list[RawAnswer]] = {
+        "/latin": [moved(b"/caf\xe9?\xe8=%41")],
+        "/caf%E9?%E8=%41": [[RAW_OK]],
+        "/utf8": [moved("/café".encode())],
+        "/caf%C3%A9": [[RAW_OK]],
+        "/mixed": [moved(b"/\xc3\xa9\xff")],
+        "/%C3%A9%FF": [[RAW_OK]],
+        "/type": [[raw_answer(b"<title>t\xe9</title>", "200 OK", b"Content-Type: text/html; x=\xe9")]],
+        "/type8": [[raw_answer(b"<title>t</title>", "200 OK", "Content-Type: text/html; x=é")]],
+    }
+    with RawWeb(answers) as web:
+        urls = [web.url(path) for path in ("/latin", "/utf8", "/mixed", "/type", "/type8")]
+        rows = {urlsplit(row.url).path: row for row in scrape(driver, urls)}
+        ended = {path: str(row.final_url).removeprefix(web.url("")) for path, row in rows.items()}
+    assert [row.error for row in rows.values()] == [None] * 5
+    assert ended == {
+        "/latin": "/caf%E9?%E8=%41", "/utf8": "/caf%C3%A9", "/mixed": "/%C3%A9%FF",
+        "/type": "/type", "/type8": "/type8",
+    }  # fmt: skip
+    assert rows["/type"].content_type == rows["/type8"].content_type == "text/html; x=é"
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_ctrl_c_during_a_body_tells_its_status(driver: str) -> None:
+    megabyte = b"<p>" * (1 << 18)  # far more of them than the system keeps for a reader
+    answer: RawAnswer = [raw_answer(length=1 << 30), *[megabyte] * 40, None]
+    options = ("--grace", "0", "--timeout", "90", "--max-bytes", "2G", "-q")
+    with RawWeb({"/x": [answer]}) as web, start(driver, web.url("/x"), *options) as child:
+        until(lambda: bool(web.sent))
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    row = json.loads(out)
+    assert (child.returncode, err, kind(row), row["status"]) == (EXIT_INTERRUPTED, b"", "interrupted", 200)
 
 
 # ================================================================================================ the guard: rules
