@@ -17,6 +17,7 @@ import gc
 import io
 import json
 import os
+import re
 import resource
 import stat
 import sys
@@ -29,9 +30,11 @@ import orjson
 from coordination import new_lock
 from crawl_core import Crawl
 from crawl_journal import JournalError, open_anew, open_journal, recall
+from crawl_net import ProxyRule
 from crawl_rules import ERROR_KINDS, MAX_URL, Options, ScrapeResult
 from robots import Rules
 from scope import Scope
+from serving import SIZES, size
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
 
@@ -82,8 +85,9 @@ FIELDS = [field.name for field in dataclasses.fields(ScrapeResult)]
 def encode_json(row: ScrapeResult) -> bytes:
     try:
         return orjson.dumps(row)
-    except TypeError:  # a lone surrogate in what the caller gave as a URL
-        return json.dumps(dataclasses.asdict(row)).encode()
+    except TypeError:  # half a surrogate pair, in what the caller gave as a URL: no reader of UTF-8 would take it
+        text = json.dumps(dataclasses.asdict(row), ensure_ascii=False, separators=(",", ":"))
+        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 
 
 def defuse(cell: object) -> object:
@@ -221,6 +225,11 @@ def describe(crawl: Crawl) -> str:
         f"{stats['rows']:,} rows, {stats['rows_per_second']:,.0f}/s, {stats['ok']:,} ok, {stats['failed']:,} failed"
         + (f" ({errors})" if errors else "")
         + (f", {stats['unchanged']:,} feeds unchanged" if stats["unchanged"] else "")
+        + (
+            f", {bad:,} of {stats['sitemaps']:,} sitemaps not read to the end"
+            if (bad := stats["sitemap_errors"])
+            else ""
+        )
         + f" · {frontier.in_flight:,} in flight, {left}"
         + (f", {frontier.hosts_blocked:,} hosts wait for robots.txt" if frontier.hosts_blocked else "")
         + (f", about {duration(frontier.waiting / stats['rows_per_second'])} left" if timed else "")
@@ -228,9 +237,9 @@ def describe(crawl: Crawl) -> str:
 
 
 def duration(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
     return f"{seconds:.0f} s"
 
 
@@ -258,12 +267,6 @@ def progress(crawl: Crawl, wanted: bool) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------- command line
-
-
-def size(text: str) -> int:
-    """``10M`` -> 10,000,000."""
-    factor = {"k": 10**3, "m": 10**6, "g": 10**9}.get(text[-1:].lower(), 1)
-    return int(float(text[:-1] if factor > 1 else text) * factor)
 
 
 def processes(text: str) -> int:
@@ -318,7 +321,8 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
         text += f" (default {getattr(default, field):g})" if kind in (int, float, size) else ""
         group.add_argument(name, type=kind, default=None, metavar=metavar or "N", help=text, **more)
 
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the rows there instead of to stdout")
+    text = "write the rows there instead of to stdout; what the file had is lost, unless it is rows to --resume"
+    parser.add_argument("-o", "--output", metavar="FILE", help=text)
     parser.add_argument("--stats", metavar="FILE", help="write the run's counts there as JSON")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve the counts to Prometheus on 127.0.0.1")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
@@ -379,7 +383,7 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     option(limits, "--timeout", float, "time for one attempt, body included", "S")
     option(limits, "--connect-timeout", float, "time to connect within that", "S")
     option(limits, "--retries", int, "further attempts after a fault that may pass")
-    option(limits, "--max-bytes", size, "size of a body after decompression; 500k, 10M", "SIZE")
+    option(limits, "--max-bytes", size, f"size of a page after decompression; {SIZES}", "SIZE")
     option(limits, "--max-redirects", int, "redirects followed for one URL")
     option(limits, "--grace", float, "time for requests in flight after Ctrl-C", "S")
     http = parser.add_argument_group("HTTP")
@@ -428,6 +432,7 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
     try:
         options = Options(**given)
         Scope(include=options.include, exclude=options.exclude)
+        ProxyRule(options.proxy)
         return args, options
     except ValueError as error:
         parser.error(str(error).replace("_", "-"))
@@ -474,6 +479,11 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
             return fail(program, str(error), error)
         if args.explain:
             return explain(program, crawl, urls, args, run)
+        if args.stats:
+            try:
+                open(args.stats, "ab").close()
+            except OSError as error:
+                return fail(program, f"cannot write {args.stats}: {error.strerror}", error)
         if args.metrics_port is not None:
             try:
                 stack.callback(serve_metrics(crawl, args.metrics_port))
@@ -498,6 +508,7 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
             return fail(program, str(error), error)
         except OSError as error:
             return fail(program, f"cannot write {args.output or 'to stdout'}: {error.strerror}", error)
+        crawl.say = lambda text: print(f"{program}: {text}", file=sys.stderr)
         output = Output(crawl, writer)
         rows_on_screen = args.output is None and sys.stdout.isatty()
         with progress(crawl, sys.stderr.isatty() and not args.quiet and not rows_on_screen):
@@ -621,6 +632,7 @@ def explain(program: str, crawl: Crawl, urls: Iterable[str], args: argparse.Name
     def ask(url: str) -> Rules | None:
         probe = Crawl(dataclasses.replace(crawl.options, robots=True, max_time=0.0, feeds=False))
         probe.ask_robots_only = True
+        probe.credentials = crawl.credentials
         run(probe, [url], lambda *rows: None)
         return probe.asked
 

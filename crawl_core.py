@@ -57,6 +57,7 @@ from crawl_rules import (
     normalise,
     origin,
     request_headers,
+    split_credentials,
 )
 from feed_parse import MAX_SITEMAP, FeedEntry, extractor, is_feed, parse_feed, parse_sitemap, read_article
 from frontier import Frontier
@@ -199,6 +200,11 @@ class Crawl:
         self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
         self.stats = Stats(clock)
         self.changed: Callable[[], None] = lambda: None
+        self.say: Callable[[str], None] = lambda text: None
+        """Told what a user should know, in one line."""
+        self.credentials: dict[str, str] = {}
+        """``user:password`` of the list, by origin (the first that it has), and by URL where that has another. Nothing
+        else has them: no row, no frontier, no journal."""
         self.named: set[str] | None = set() if any(is_secret(name) for name, _ in options.headers) else None
         """The origins of the list, if there is something that only they may see. Added to by the thread that reads."""
         self.interrupted = False
@@ -287,7 +293,7 @@ class Crawl:
 
     def headers(self, request: Request) -> tuple[str, dict[str, str]]:
         """(URL without credentials, headers) to send."""
-        url, headers = request_headers(self.options, request, self.named)
+        url, headers = request_headers(self.options, request, self.named, self.credentials)
         if request.kind == "feed":
             etag, last_modified = self._condition(request)
             if etag:
@@ -486,9 +492,12 @@ class Crawl:
         self.add_articles(row, found, private, self.clock())
 
     def max_bytes(self, request: Request) -> tuple[int, bool]:
-        """Size limit of the body that ``request`` asks for, and whether what is longer is cut there, or refused."""
+        """Size limit of the body that ``request`` asks for, and whether what is longer is cut there, or refused.
+
+        What is cut has a byte more than its reader takes, who so knows that its last line may be half a line.
+        """
         own = {"robots": MAX_ROBOTS, "sitemap": MAX_SITEMAP}.get(request.kind)
-        return (self.options.max_bytes, False) if own is None else (own, True)
+        return (self.options.max_bytes, False) if own is None else (own + 1, True)
 
     def know_body(self, digest: str, url: str) -> None:
         self._bodies.setdefault(digest, url)
@@ -496,6 +505,7 @@ class Crawl:
     def explain(self, url: str, listed: Iterable[str], ask: Callable[[str], Rules | None]) -> list[str]:
         """Why ``url`` would be fetched or not, in lines. ``listed`` is the list; ``ask`` reads the robots.txt that a
         URL is under, in vain if the answer is None. Of an earlier run is known what was recalled before."""
+        url = self.keep_credentials(url)
         try:
             target, host = normalise(url)
         except FetchError as error:
@@ -551,7 +561,7 @@ class Crawl:
             batch: list[str] = []
             try:
                 for url in self.know_list(urls) if self.knows_first else urls:
-                    batch.append(url)
+                    batch.append(self.keep_credentials(url))
                     if not self.knows_first and (len(batch) >= 200 or self.frontier.waiting < 200):
                         self._add(batch, kind)
                         self.changed()
@@ -566,9 +576,19 @@ class Crawl:
         thread.start()
         return thread
 
+    def keep_credentials(self, line: str) -> str:
+        """A line of the list without its user and password, which are kept here."""
+        text, userinfo = split_credentials(line)
+        if userinfo:
+            with contextlib.suppress(FetchError):
+                url = normalise(text)[0]
+                if self.credentials.setdefault(origin(url), userinfo) != userinfo:
+                    self.credentials.setdefault(url, userinfo)
+        return text
+
     def know_list(self, urls: Iterable[str]) -> list[str]:
-        """``urls``, all of them, so that a link is in scope whichever of them names its host."""
-        known = list(urls)
+        """``urls``, all of them, so that a link is in scope whichever of them names its host; without credentials."""
+        known = [self.keep_credentials(url) for url in urls]
         for url in known:
             self.know_origin(url)
         return known

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -63,11 +64,17 @@ def open_journal(path: str) -> BinaryIO:
 
 
 def open_anew(path: str) -> BinaryIO:
-    """The file, to be written from its beginning; locked, if it is one. Raises ``JournalError``, ``OSError``."""
+    """The file, to be written from its beginning; locked, if it is one. Raises ``JournalError``, ``OSError``.
+
+    What it had is lost, but for rows in JSON lines, which took a crawl to get: they are left, and the file refused.
+    """
     file = open(path, "ab", buffering=0)  # noqa: SIM115
     try:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             lock(file, path)
+            with open(path, "rb") as before:
+                if before.read(len(BEGINNING)) == BEGINNING:
+                    raise JournalError(f"{path} has the rows of another crawl: go on with --resume, or remove it")
             file.truncate(0)
     except BaseException:
         file.close()
@@ -151,8 +158,13 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
 
 def parsed(line: bytes) -> Row | None:
     """The row, or None if the line is none, or has no end."""
-    with contextlib.suppress(orjson.JSONDecodeError):
-        row = orjson.loads(line)
+    with contextlib.suppress(ValueError):
+        try:
+            row = orjson.loads(line)
+        except ValueError:
+            if b"\\ud" not in line:
+                raise
+            row = json.loads(line)  # half a surrogate pair, which rows had once
         if line.endswith(b"\n") and isinstance(row, dict) and row.keys() >= USUAL and isinstance(row["url"], str):
             return row
     return None

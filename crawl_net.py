@@ -33,7 +33,7 @@ from typing import Any
 import brotli
 
 from coordination import Channel, new_lock
-from crawl_rules import FetchError
+from crawl_rules import FetchError, proxy_url
 from crawl_rules import is_public as is_public
 from primitives import Clock
 
@@ -374,12 +374,22 @@ class ProxyRule:
     """
 
     def __init__(self, proxy: str | None) -> None:
-        self._proxies = {"http": proxy, "https": proxy} if proxy else dict(urllib.request.getproxies())
+        """Raises ValueError if a proxy cannot be used: else a run would go past it, or end in as many errors."""
+        schemes = ("http", "https")
+        found = dict.fromkeys(schemes, proxy) if proxy is not None else urllib.request.getproxies()
+        self.proxies: dict[str, str] = {}
+        """By the scheme of what is asked for."""
+        for scheme in schemes:
+            if named := found.get(scheme):
+                try:
+                    self.proxies[scheme] = proxy_url(named)
+                except ValueError as error:
+                    raise ValueError(f"the proxy of the environment for {scheme}: {error}") from None
 
     def find(self, url: str) -> str | None:
-        if not self._proxies:
+        if not self.proxies:
             return None
         parts = urllib.parse.urlsplit(url)
         if urllib.request.proxy_bypass(parts.netloc):
             return None
-        return self._proxies.get(parts.scheme)
+        return self.proxies.get(parts.scheme)

@@ -6,12 +6,13 @@ Nothing here has a state, waits, or does I/O.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import ipaddress
 import math
 import re
 import urllib.parse
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -22,6 +23,9 @@ from html_parse import is_normal
 
 MAX_URL = 8192
 """Longest URL in characters; RFC 9110, section 4.1 asks for at least 8000."""
+MAX_SECONDS = 1_000_000
+"""Longest time in seconds that can be asked for (11 days): more than that the system's calls do not take."""
+MAX_COUNT = 10**12
 MAX_RETRY_AFTER = 600.0
 """Longest pause in seconds that a server can ask for."""
 ACCEPT_ENCODING = "gzip, deflate, br, zstd"
@@ -224,34 +228,43 @@ class Options:
     """Any request may go to private addresses."""
 
     def __post_init__(self) -> None:
-        whole = {"concurrency": 1, "per_host": 1, "burst": 1}
+        whole = {"concurrency": 1, "per_host": 1, "burst": 1, "max_bytes": 1}
         whole |= dict.fromkeys(("retries", "max_redirects", "depth", "max_pages", "host_pages"), 0)
         for name, least in whole.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}")
-        for name in ("timeout", "connect_timeout", "max_bytes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0")
-        for name in ("rate", "total_rate", "grace", "max_time"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or above")
+            if not least <= getattr(self, name) <= MAX_COUNT:
+                raise ValueError(f"{name} must be at least {least}, and at most {MAX_COUNT:,}")
+        for name in ("timeout", "connect_timeout"):
+            if not 0 < getattr(self, name) <= MAX_SECONDS:
+                raise ValueError(f"{name} must be above 0, and at most {MAX_SECONDS:,} seconds")
+        for name in ("grace", "max_time"):
+            if not 0 <= getattr(self, name) <= MAX_SECONDS:
+                raise ValueError(f"{name} must be 0 or above, and at most {MAX_SECONDS:,} seconds")
+        for name in ("rate", "total_rate"):
+            if (value := getattr(self, name)) and not 1 / MAX_SECONDS <= value < math.inf:
+                raise ValueError(f"{name} must be 0 (no limit), or at least one request in {MAX_SECONDS:,} seconds")
         if self.feeds and (self.depth or self.sitemaps):
             raise ValueError("feeds have articles, not links to follow: no depth or sitemaps with it")
         if self.since is not None and not self.feeds:
             raise ValueError("since is about the articles of feeds: give feeds, too")
         for name, value in (("user_agent", self.user_agent), *self.headers):
-            if not (name.isascii() and name.replace("-", "").replace("_", "").isalnum()) or set(value) & set("\r\n\0"):
-                raise ValueError(f"not a valid header: {name!r}: {value!r}")
+            if not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(value):
+                raise ValueError(f"not a valid header (ASCII, without control characters): {name!r}: {value!r}")
+            if name.lower() in _FRAMING:
+                raise ValueError(f"the header {name} is about the connection, and not for --header to set")
         if self.since is not None:
             try:
                 datetime.fromisoformat(self.since)
             except ValueError:
                 raise ValueError(f"since must be a date such as 2030-01-31, not {self.since!r}") from None
-        if self.proxy and urllib.parse.urlsplit(self.proxy).scheme != "http":
-            raise ValueError(f"proxy must be an http:// URL, not {self.proxy!r}")
+        if self.proxy is not None:
+            proxy_url(self.proxy)
 
 
 # ------------------------------------------------------------------------------------------------------ headers
+
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
+_VALUE = re.compile(r"[\t -~]*")
+_FRAMING = frozenset({"content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"})
 
 _WANTED = {name.lower().encode(): name for name in RESPONSE_HEADERS}
 _LISTS = {"Content-Encoding": ", ", "X-Robots-Tag": "\n"}
@@ -284,6 +297,9 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------- URL rules
 
 
+_HOST_AND_PORT = re.compile(r"(?!javascript|sms|tel)[a-z0-9.-]+:[0-9]{1,5}(?:[/?#]|$)")
+
+
 def normalise(text: str) -> tuple[str, str]:
     """(URL without fragment, host) as a browser understands ``text`` (WHATWG URL).
 
@@ -298,6 +314,8 @@ def normalise(text: str) -> tuple[str, str]:
         hint = "" if "://" in text else "; write https:// before it"
         raise FetchError("invalid_url", f"not a URL{hint}") from None
     if not url.startswith(("http://", "https://")):
+        if _HOST_AND_PORT.match(url):
+            raise FetchError("invalid_url", "not a URL; write http:// before it")
         raise FetchError("invalid_url", f"only http and https are fetched, not {url.partition(':')[0]}")
     url = url.partition("#")[0]
     authority = url.split("/", 3)[2]
@@ -311,23 +329,51 @@ def origin(url: str) -> str:
     return f"{scheme}://{rest.partition('/')[0].rpartition('@')[2]}"
 
 
-_SECRET = re.compile(
-    "auth|cookie|token|key|secret|session|credential|passw|signature|[cx]srf", re.ASCII | re.IGNORECASE
+_HARMLESS = re.compile(
+    "accept|accept-(?:charset|encoding|language)|cache-control|connection|dnt|from|pragma|priority|save-data"
+    "|sec-(?:ch|fetch|gpc)[a-z-]*|upgrade-insecure-requests|user-agent",
+    re.IGNORECASE,
 )
 
 
 def is_secret(name: str) -> bool:
-    """Whether a header of this name may hold what only the servers of the list should see: by its name, generously."""
-    return _SECRET.search(name) is not None
+    """Whether a header may hold what only the servers of the list should see: any may that is not known for none."""
+    return _HARMLESS.fullmatch(name) is None
+
+
+_USERINFO = re.compile(
+    r"(\s*(?:https?:[/\\]*|[a-z][a-z0-9+.-]*://))([^/\\?#]*)@|()(?!mailto:)([^/\\?#\s:@]+:[^/\\?#\s]*)@", re.IGNORECASE
+)
+
+
+def split_credentials(text: str) -> tuple[str, str]:
+    """A line of the list without what stands before the "@" of its host, and that: ``user:password``, or ``""``.
+
+    Also where the rest is no URL, for it is shown all the same.
+    """
+    if "@" not in text:
+        return text, ""
+    found = _USERINFO.match(text)
+    if found is None:  # in a spelling that only the URL standard takes for a URL
+        with contextlib.suppress(FetchError):
+            found = _USERINFO.match(text := normalise(text)[0]) if "@" in normalise(text)[0].split("/")[2] else None
+    if found is None:
+        return text, ""
+    start, credentials = (found[1], found[2]) if found[3] is None else (found[3], found[4])
+    return start + text[found.end() :], credentials
 
 
 def request_headers(
-    options: Options, request: Request, named: Container[str] | None = None
+    options: Options,
+    request: Request,
+    named: Container[str] | None = None,
+    credentials: Mapping[str, str] | None = None,
 ) -> tuple[str, dict[str, str]]:
     """(URL without credentials, headers) to send.
 
     Credentials never go to another origin than the list named, nor to one that a page or a redirect chose: ``named``
-    holds the origins of the list (None: the request is of the list). Credentials in a URL go where that URL goes.
+    holds the origins of the list (None: the request is of the list). ``credentials`` are those that the list has for
+    a URL, or for any other URL of its origin. Those in a URL that a page or a redirect names go where that URL goes.
     """
     headers = {
         "User-Agent": options.user_agent,
@@ -336,20 +382,35 @@ def request_headers(
     }
     if request.last_of_host:
         headers["Connection"] = "close"
-    url = request.target
-    if options.headers:
-        home = origin(normalise(request.url)[0]) if request.hops else origin(url)
+    url, userinfo = split_credentials(request.target)
+    if options.headers or credentials:
+        first = normalise(request.url)[0] if request.hops else url
+        home = origin(first)
         trusted = not request.strayed and origin(url) == home and (named is None or home in named)
-        headers |= {name: value for name, value in options.headers if trusted or not is_secret(name)}
-    scheme, _, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    credentials, at, host = authority.rpartition("@")
-    if at:
-        user, _, password = (urllib.parse.unquote(part) for part in credentials.partition(":"))
+        for name, value in options.headers:
+            if trusted or not is_secret(name):
+                for same in [sent for sent in headers if sent.lower() == name.lower()]:
+                    del headers[same]
+                headers[name] = value
+        if trusted and credentials and not userinfo:
+            userinfo = credentials.get(first) or credentials.get(home, "")
+    if userinfo:
+        user, _, password = (urllib.parse.unquote(part) for part in userinfo.partition(":"))
         token = f"{user}:{password}".encode()
         headers["Authorization"] = "Basic " + base64.b64encode(token).decode()
-        url = f"{scheme}://{host}{slash}{path}"
     return url, headers
+
+
+def proxy_url(text: str) -> str:
+    """A proxy as a URL that both drivers understand; ``host:port`` is one, as in the environment. ``ValueError``."""
+    try:
+        url = normalise(text if "://" in text else f"http://{text}")[0]
+        parts = urllib.parse.urlsplit(url)
+        if url.startswith("http://") and parts.path == "/" and not parts.query and parts.port != 0:
+            return url[:-1]
+    except (FetchError, ValueError):
+        pass
+    raise ValueError(f"proxy must be http://host:port, not {split_credentials(text)[0]!r}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- addresses

@@ -405,7 +405,8 @@ class Downlink:
     def _take_in(self, kind: bytes, data: memoryview) -> None:
         crawl, share, now = self._crawl, self._share, self._crawl.clock()
         if kind == b"T":
-            new = share.add_all(lines := str(data, "utf-8", "surrogatepass").split("\n"), now, kind=crawl.list_kind)
+            lines = [crawl.keep_credentials(line) for line in str(data, "utf-8", "surrogatepass").split("\n")]
+            new = share.add_all(lines, now, kind=crawl.list_kind)
             if crawl.list_kind == "page":
                 share.given_back += len(lines) - new
             return

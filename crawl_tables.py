@@ -432,7 +432,7 @@ class SharedCrawl(Crawl):
             batch: list[str] = []
             try:
                 for url in urls:
-                    batch.append(url)
+                    batch.append(self.keep_credentials(url))
                     if len(batch) >= 200:
                         self._room.wait()
                         self.mine.add_list(batch)

@@ -38,13 +38,12 @@ import urllib.parse
 import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
 from typing import Any
 
 from coordination import new_lock
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import Crawl, patience
-from crawl_net import BodyDecoder, Resolver, allowed, detail, tls_context, tls_detail
+from crawl_net import BodyDecoder, ProxyRule, Resolver, allowed, detail, tls_context, tls_detail
 from crawl_rules import (
     CUT_OFF,
     FetchError,
@@ -426,8 +425,7 @@ class Fetcher:
         self._resolver = Resolver()
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = []
-        proxies = {"http": options.proxy, "https": options.proxy} if options.proxy else None
-        self._opener.add_handler(urllib.request.ProxyHandler(proxies))
+        self._opener.add_handler(urllib.request.ProxyHandler(ProxyRule(options.proxy).proxies))
         self._opener.add_handler(KeepAliveHandler(self._pool, self._resolver, insecure=options.insecure))
 
     def fetch(self, request: Request) -> Response | FetchError:
@@ -539,6 +537,11 @@ class _Turns:
         self._alarm = math.inf
         """Until when the present timekeeper waits."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether somebody waits for a turn."""
+        return self._waiting > 0
+
     def next(self) -> Request | None:
         with self._condition:
             while True:
@@ -567,33 +570,50 @@ class _Turns:
                 self._condition.notify()
 
 
-class Countdown:
-    """Calls ``then`` when it has been called ``count`` times, by any threads. ``_lock`` guards the count."""
-
-    def __init__(self, count: int, then: Callable[[], None]) -> None:
-        self._count, self._then = count, then
-        self._lock = threading.Lock()
-
-    def __call__(self, _: object) -> None:
-        with self._lock:
-            self._count -= 1
-            last = self._count == 0
-        if last:
-            self._then()
-
-
 class Threads:
-    """The driver: worker threads over one frontier."""
+    """The driver: worker threads over one frontier. A worker that takes a request while no other waits for one starts
+    the next, so there are no more than have work, and one; and where the system gives no more, those that there are.
+    ``_lock`` guards their number."""
 
     def __init__(self, crawl: Crawl, emit: Emit) -> None:
         self._crawl, self._emit = crawl, emit
         self._fetcher = Fetcher(crawl)
         self._turns = _Turns(crawl)
         crawl.changed = self._turns.changed
+        self._pool = concurrent.futures.ThreadPoolExecutor(crawl.options.concurrency, thread_name_prefix="worker")
+        self._lock = new_lock("Threads")
+        self._most, self._running = crawl.options.concurrency, 0
+        self._failure: BaseException | None = None
+        self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._running >= self._most:
+                return
+            self._running += 1
+        try:
+            self._pool.submit(self.work).add_done_callback(self._ended)
+        except RuntimeError as error:
+            with self._lock:
+                self._running -= 1
+                self._most = self._running
+            if not self._most:
+                raise
+            self._crawl.say(f"goes on with {self._most:,} threads: {error}")
+
+    def _ended(self, worker: concurrent.futures.Future[None]) -> None:
+        self._failure = self._failure or worker.exception()
+        with self._lock:
+            self._running -= 1
+            last = self._running == 0
+        if last:
+            self._events.put("done")
 
     def work(self) -> None:
         """What each worker does until nothing will ever come."""
         while (request := self._turns.next()) is not None:
+            if self._running < self._most and not self._turns.idle:
+                self._start()
             self._handle(request)
             self._turns.changed()
 
@@ -621,13 +641,10 @@ class Threads:
     def run(self, urls: Iterable[str], events: queue.SimpleQueue[str]) -> None:
         """Crawl ``urls``. An event "stop" means: finish what is in flight; a second one: cut it off; a third: exit."""
         crawl = self._crawl
+        self._events = events
         crawl.feed(urls)
-        pool = concurrent.futures.ThreadPoolExecutor(crawl.options.concurrency, thread_name_prefix="worker")
-        workers = [pool.submit(self.work) for _ in range(crawl.options.concurrency)]
-        left = Countdown(len(workers), lambda: events.put("done"))
-        for worker in workers:
-            worker.add_done_callback(left)
         try:
+            self._start()
             limit: float | None = None
             while True:
                 try:
@@ -652,25 +669,36 @@ class Threads:
             self._turns.changed()
             raise
         finally:
-            pool.shutdown()
+            self._pool.shutdown()
             self._fetcher.close()
-        for worker in workers:
-            worker.result()
+        if self._failure is not None:
+            raise self._failure
 
 
 @contextlib.contextmanager
 def signals(events: queue.SimpleQueue[str]) -> Iterator[None]:
-    """SIGINT and SIGTERM as events. A SimpleQueue, because its ``put`` is safe inside a signal handler."""
+    """SIGINT and SIGTERM as events, each a byte in a pipe that a thread reads: a handler in Python runs in the main
+    thread only, and a signal that comes as that one begins to wait would not wake it."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    def handler(signum: int, frame: FrameType | None) -> None:
-        events.put("stop")
+    def read() -> None:
+        while os.read(reader, 1):
+            events.put("stop")
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    thread = threading.Thread(target=read, name="signals")
+    thread.start()
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(earlier)
         for number, old in before.items():
             signal.signal(number, old)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
 
 
 def run(crawl: Crawl, urls: Iterable[str], emit: Emit) -> None:

@@ -37,7 +37,7 @@ from log_enrich import make_template
 from log_intake import KernelDrops, Policy, udp_socket
 from log_pipeline import FORCE_LIMIT, Ingester, Options, database_of
 from log_workers import Link, LogLines, Program, Snapshot, Supervisor, last_word, serve
-from serving import CannotStart, new_loop, open_http, shown_address, size, split_address
+from serving import SIZES, CannotStart, new_loop, open_http, shown_address, size, split_address
 
 log = logging.getLogger("ingest")
 
@@ -81,7 +81,7 @@ exit codes: 0 nothing was lost at the stop; 1 something was, or it could not sta
     option(intake, "--listen", str, "the UDP socket; [::]:PORT is IPv6 and IPv4", "HOST:PORT")
     option(intake, "--allow", str, "take datagrams of this network only; may be repeated", "CIDR", action="append")
     option(intake, "--receivers", int, "processes that share the port", "N")
-    option(intake, "--receive-buffer", size, "of each socket; the system may allow less", "SIZE")
+    option(intake, "--receive-buffer", size, f"of each socket; the system may allow less; {SIZES}", "SIZE")
     option(intake, "--zone", str, "time zone of times that name none", "NAME")
     enrich = parser.add_argument_group("metadata")
     option(enrich, "--metadata", str, "http://host/services/{service}: team, environment, region, version", "URL")

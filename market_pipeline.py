@@ -40,7 +40,7 @@ from market_feeds import ADAPTERS, Trade
 from market_flow import Analyser, Base, Options, Pipeline, Replayer, feeds_of, security
 from market_stats import ALL
 from market_topics import ANALYTICS, DEAD_LETTERS, TRADES, Broker, decode
-from serving import CannotStart, new_loop, open_http, size, split_address
+from serving import SIZES, CannotStart, new_loop, open_http, size, split_address
 
 log = logging.getLogger("market_pipeline")
 
@@ -142,7 +142,7 @@ exit codes: 0 nothing was lost; 1 something was, or it could not start; 2 wrong 
     away = parser.add_argument_group("Kafka away")
     option(away, "--buffer", int, "trades that wait in memory", "N")
     away.add_argument("--spool", metavar="FOLDER", help="then on disk (default: data/market-spool beside this program)")
-    option(away, "--spool-bytes", size, "of the spool, at most; then the exchanges wait", "SIZE")
+    option(away, "--spool-bytes", size, f"of the spool, at most; then the exchanges wait; {SIZES}", "SIZE")
     option(away, "--spool-after", float, "time without an answer after which what waits goes to the spool", "S")
     figures = parser.add_argument_group("figures")
     option(figures, "--windows", seconds_of, "of volatility and VWAP, seconds", "LIST")

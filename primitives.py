@@ -38,6 +38,7 @@ import logging
 import math
 import random
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -166,10 +167,7 @@ class TokenBucket:
     )
 
     def __init__(self, rate: float, burst: float = 1, *, clock: Clock = time.monotonic) -> None:
-        if not (rate > 0 and math.isfinite(rate)):
-            raise ValueError(f"rate must be a positive number of tokens per second, not {rate!r}")
-        if not (burst >= 1 and math.isfinite(burst)):
-            raise ValueError(f"burst must be a number of tokens >= 1, not {burst!r}")
+        self._check(rate, burst)
         self.rate, self.burst = rate, burst
         self._interval = 1.0 / rate
         self._depth = burst * self._interval
@@ -179,6 +177,13 @@ class TokenBucket:
         """``_unpaused``: what ``_full_at`` was before a pause moved it."""
         self._clock = clock
         self._lock = new_lock("TokenBucket")
+
+    @staticmethod
+    def _check(rate: float, burst: float) -> None:
+        if not (0 < rate < math.inf and 1.0 / rate < math.inf):
+            raise ValueError(f"rate must be a positive number of tokens per second, not {rate!r}")
+        if not (1 <= burst <= sys.float_info.max and burst / rate < math.inf):
+            raise ValueError(f"burst must be a number of tokens >= 1, not {burst!r}")
 
     def _due(self, n: float, now: float) -> tuple[float, float, float]:
         """When ``n`` tokens can be had, and the state before and after taking them."""
@@ -245,11 +250,8 @@ class TokenBucket:
         change at most the larger burst and what each rate refilled in its time is granted. What was booked for later
         keeps its time; then the new rate begins at the last of those times. A pause stays as it is.
         """
-        if not (rate > 0 and math.isfinite(rate)):
-            raise ValueError(f"rate must be a positive number of tokens per second, not {rate!r}")
         burst = self.burst if burst is None else burst
-        if not (burst >= 1 and math.isfinite(burst)):
-            raise ValueError(f"burst must be a number of tokens >= 1, not {burst!r}")
+        self._check(rate, burst)
         with self._lock:
             if now is None:
                 now = self._clock()

@@ -19,6 +19,7 @@ import signal
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,12 +86,16 @@ class Lag:
             self.recent.append(max(0.0, loop.time() - due))
 
 
+SIZES = "5M and 5MB are 5,000,000 bytes, 5MiB are 5,242,880"
+
+
 def size(text: str) -> int:
-    """``64M`` -> 67,108,864 bytes; ``ValueError`` for what is no size."""
-    match = re.fullmatch(r"([0-9]{1,12})([kMG]?)", text, re.A)
+    """``5M``, ``5MB`` -> 5,000,000 bytes, ``5MiB`` -> 5,242,880 (IEC 80000-13); ``ValueError`` for what is no size."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?(?:([kMGT])(i?)B?|B?)", text, re.ASCII | re.IGNORECASE)
     if match is None:
         raise ValueError
-    return int(match[1]) << {"": 0, "k": 10, "M": 20, "G": 30}[match[2]]
+    power = " kmgt".index((match[2] or " ").lower())
+    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def split_address(text: str) -> tuple[str, int]:
