@@ -279,7 +279,8 @@ class Embedded:
                 if not self._runs():
                     self._end_stale(account)
                     self._launch(account)
-            return f"postgresql://postgres@/postgres?host={quote(self._path())}&port={PORT}"
+            host = self._path().replace("/proc/self/", f"/proc/{os.getpid()}/")
+            return f"postgresql://postgres@/postgres?host={quote(host)}&port={PORT}"
 
     def stop(self) -> None:
         """Stop the server if nobody else uses it."""
@@ -299,7 +300,7 @@ class Embedded:
                 self._use = self._place = None
 
     def _path(self, name: str = "") -> str:
-        folder = f"/proc/{os.getpid()}/fd/{self._place}" if sys.platform == "linux" else str(self.folder)
+        folder = f"/proc/self/fd/{self._place}" if sys.platform == "linux" else str(self.folder)
         return f"{folder}/{name}" if name else folder
 
     def _open(self) -> None:
@@ -416,10 +417,16 @@ class Embedded:
 
         with contextlib.suppress(ValueError, psutil.Error):
             process = psutil.Process(int(self._read("postmaster.pid").partition("\n")[0]))
-            alive = process.name() == "postgres" and process.status() != psutil.STATUS_ZOMBIE
-            if alive and os.path.realpath(process.cwd()) == os.path.realpath(self._path()):
-                self._end(account)
-                return
+            if process.name() == "postgres" and process.status() != psutil.STATUS_ZOMBIE:
+                try:
+                    where = process.cwd()
+                except psutil.AccessDenied:  # root in a container; the owner may look
+                    where = self._do(account, ["readlink", f"/proc/{process.pid}/cwd"]).stdout.strip()
+                if not where:
+                    return
+                if where == os.path.realpath(self._path()):
+                    self._end(account)
+                    return
             for name in ("postmaster.pid", f".s.PGSQL.{PORT}.lock"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._path(name))
