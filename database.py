@@ -351,14 +351,19 @@ class Embedded:
         os.fchmod(place, 0o700)
         if root:  # initdb wants to be somebody with a name; no other program of nobody has the group, so none gets in
             maker = Account(pwd.getpwnam("nobody").pw_uid, account.group)
-            os.fchown(place, 0, account.group)
+            try:
+                os.fchown(place, 0, account.group)
+            except OSError as error:  # in a container, say
+                why = f"root may not give {self.folder} to another user: {error.strerror}"
+                raise EmbeddedError(why) from None
             os.fchmod(place, 0o710)
         for name in sorted(os.listdir(place), key=UNFINISHED.__eq__):
             try:
                 os.unlink(self._path(name))
             except OSError:
                 shutil.rmtree(self._path(name))
-        os.mkdir(apart, 0o700)
+        os.mkdir(apart)
+        os.chmod(apart, 0o700)  # whatever the umask is
         if root:
             os.chown(apart, *maker)
         local, encoding = ("--auth-local=peer", "--auth-host=reject"), ("--no-locale", "--encoding=utf8")

@@ -15413,17 +15413,16 @@ def pg_yard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pg_as_root
-@pytest.mark.parametrize("length", [5, 150])
-def test_embedded_other_users_do_not_reach_it(pg_yard: Path, length: int) -> None:
+@pytest.mark.parametrize(("length", "mask"), [(5, 0o777), (150, 0)])
+def test_embedded_other_users_do_not_reach_it(pg_yard: Path, length: int, mask: int) -> None:
     folder = pg_yard / ("x" * length) / "postgres"
-    mask = os.umask(0)
+    before = os.umask(mask)
     try:
         with pg_embedded(folder) as url:
             postmaster, place = pg_postmaster(folder), os.open(folder, os.O_PATH)
             told = (folder / "postmaster.pid").read_text().split("\n")[4]  # where the server says that its socket is
             ways = (f"/proc/self/fd/{place}", f"/proc/{postmaster.pid}/cwd", url.partition("host=")[2], told)
-            assert pg_knock(ways[0])
-            assert folder.parent.stat().st_mode & 0o777 == folder.stat().st_mode & 0o777 == 0o700
+            modes = [path.stat().st_mode & 0o777 for path in (folder.parent, folder)]
             folder.parent.chmod(0o755)
             for way in ways:
                 said = pg_as(PG_OTHER, lambda way=way: pg_knock(way.partition("&")[0]))  # type: ignore[misc]
@@ -15435,9 +15434,10 @@ def test_embedded_other_users_do_not_reach_it(pg_yard: Path, length: int) -> Non
                 assert not {0, PG_OTHER} & {*process.uids(), *process.gids()}
                 assert groups is not None and not groups[1].strip()
                 assert process.net_connections("inet") == []
+            assert pg_knock(ways[0]) and modes[0] & 0o077 == 0 and modes[1] == 0o700
             os.close(place)
     finally:
-        os.umask(mask)
+        os.umask(before)
 
 
 @pg_as_root
@@ -15589,12 +15589,15 @@ PG_REFUSED = {  # what is at the end of the way, and why that is not taken
     "of root": "which PostgreSQL refuses to be",
     "with something else": "but no database of PostgreSQL",
     "a link": "Not a directory",
+    "whose owner cannot be changed": "root may not give",
 }
 
 
 @pg_as_root
 @pytest.mark.parametrize("case", PG_REFUSED)
-def test_embedded_folder_that_root_should_not_trust_is_refused(pg_yard: Path, case: str) -> None:
+def test_embedded_folder_that_root_should_not_trust_is_refused(
+    pg_yard: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
     way, folder, why = pg_yard / "way", pg_yard / "way" / "postgres", PG_REFUSED[case]
     (way / "postgres").mkdir(parents=True)
     way.chmod(0o1777)
@@ -15612,6 +15615,13 @@ def test_embedded_folder_that_root_should_not_trust_is_refused(pg_yard: Path, ca
         case "a link":
             folder.rename(way / "real")
             folder.symlink_to(way / "real")
+        case _:
+            folder.chmod(0o700)
+
+            def refuse(*_: object) -> None:
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+
+            monkeypatch.setattr(os, "fchown", refuse)
     before = [(path.lstat().st_mode, path.lstat().st_uid) for path in (way, *way.rglob("*"))]
     with pytest.raises((db.EmbeddedError, OSError), match=why) as caught, pg_embedded(folder):
         pass
