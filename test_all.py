@@ -21097,7 +21097,6 @@ def test_logs_ingest_demo() -> None:
     """On a terminal: with a status line."""
     ours, theirs = pty.openpty()
     temporary = Path(tempfile.mkdtemp(prefix="ingest-test-"))
-    temporary.chmod(0o755)
     try:
         command = [sys.executable, "ingest_logs.py", "--demo", "--demo-seconds", "1.5", "--demo-rate", "1000"]
         folder = Path(ingest_logs.__file__).parent
@@ -21613,7 +21612,6 @@ def test_logs_review_demo_with_a_database_that_has_rows_already(logs_ingest_pg: 
 def test_logs_review_demo_in_the_embedded_database(tmp_path: Path) -> None:
     """A copy of the program, so that the folder beside it is nobody's."""
     temporary = Path(tempfile.mkdtemp(prefix="ingest-test-"))
-    temporary.chmod(0o755)
     try:
         folder = Path(ingest_logs.__file__).parent
         for path in folder.glob("*.py"):
@@ -21631,7 +21629,6 @@ def test_logs_review_demo_in_the_embedded_database(tmp_path: Path) -> None:
 
 def test_logs_review_demo_ended_while_postgresql_starts_leaves_nothing() -> None:
     temporary = Path(tempfile.mkdtemp(prefix="ingest-test-"))
-    temporary.chmod(0o755)
     try:
         with logs_ingest_process("--demo", TMPDIR=str(temporary)) as process:
             process.said("starting PostgreSQL")
