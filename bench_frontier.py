@@ -141,7 +141,6 @@ async def _fill(url: str, first: int, last: int, hosts: int) -> None:
 
 def run(arguments: argparse.Namespace) -> list[Row]:
     folder = Path(tempfile.mkdtemp(prefix="bench-frontier-"))
-    folder.chmod(0o755)  # the embedded server may have a user of its own
     server = Embedded(folder / "postgres")
     results: list[Row] = []
     try:

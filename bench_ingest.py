@@ -616,7 +616,6 @@ def course(options: str) -> Iterator[Course]:
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="bench-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        folder.chmod(0o755)  # the server may run as another user
         port = bench.free_port()
         api = [sys.executable, HERE / "sandbox_logs.py", "--metadata-port", port]
         stack.enter_context(bench.child(api, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))

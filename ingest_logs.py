@@ -323,7 +323,6 @@ class Demo:
         with contextlib.ExitStack() as stack:
             folder = Path(tempfile.mkdtemp(prefix="ingest-demo-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            folder.chmod(0o755)  # the server may run as another user
             more: dict[str, Any] = {}
             if self.options.spool == Options.spool:
                 more["spool"] = str(folder / "spool")
