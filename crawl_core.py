@@ -11,6 +11,8 @@ Promised
   the connection is open: what a slow connect delays cannot bunch up. A Retry-After pauses its host only.
 - A slow, failing or limited host holds up no other: hosts wait in one heap, ordered by when each may go next.
 - Every size has a bound: the body after decompression, the redirects, the attempts, a line of the list.
+- What status and headers decide (redirect, retry, pause, robots) is done, whatever the body is or fails to be.
+- Passwords of the list are sent to their origin, and never written.
 
 Not promised
 - The order of the rows: they come as they complete.
