@@ -68,6 +68,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
+from email.utils import parsedate_to_datetime
 from fractions import Fraction
 from graphlib import TopologicalSorter
 from html.parser import HTMLParser
@@ -104,6 +105,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from protego import Protego
 from schemathesis.config import SchemathesisConfig
@@ -251,6 +254,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage
     from playwright.sync_api import Page as BrowserPage
     from playwright.sync_api import Request as PageRequest
+    from prometheus_client.registry import Collector
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -12221,6 +12225,229 @@ def proc_ticks(pid: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# serving.py: real sockets, pipes and processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ServingMetrics:
+    """A metric whose text is longer than what the sockets of these tests hold."""
+
+    def collect(self) -> Iterator[Any]:
+        yield GaugeMetricFamily("big", "x" * 1_000_000, 1.0)
+
+
+@contextlib.contextmanager
+def serving_up(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], health: Callable[[], tuple[int, dict[str, Any]]]
+) -> Iterator[Callable[[], socket.socket]]:
+    """``serving.http`` in a thread; what is given connects to it. At the end the loop has nothing to complain of."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    address, complaints = sock.getsockname(), list[dict[str, Any]]()
+    started, over = threading.Event(), asyncio.Event()
+    loop = new_loop()
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+
+    async def serve() -> None:
+        async with serving.http(sock, cast("Collector", ServingMetrics()), health):
+            started.set()
+            await over.wait()
+
+    def connect() -> socket.socket:
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(PRIM_PATIENCE)
+        client.connect(address)
+        return client
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        assert started.wait(PRIM_PATIENCE)
+        yield connect
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join()
+        loop.close()
+    assert complaints == []
+
+
+def serving_rest(client: socket.socket) -> bytes:
+    """What comes until the server ends the connection."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := client.recv(1 << 16):
+            found += data
+    return found
+
+
+def serving_ask(connect: Callable[[], socket.socket], request: bytes) -> tuple[int, dict[str, str], bytes]:
+    with connect() as client:
+        client.sendall(request)
+        head, _, body = serving_rest(client).partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    return int(first.split()[1]), {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}, body
+
+
+serving_loops = pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
+SERVING_HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+SERVING_IDLERS = {
+    "silent": b"",
+    "half a request line": b"GET /hea",
+    "half a head": SERVING_HEALTH[:-2],
+    "answered": SERVING_HEALTH,
+    "a body that does not come": b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n",
+    "an answer that is not read": b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n",
+}
+
+
+@serving_loops
+def test_serving_answers(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    def health() -> tuple[int, dict[str, Any]]:
+        if broken:
+            raise RuntimeError("a fault of ours")
+        return 503, {"status": "stopping"}
+
+    broken = False
+    with serving_up(new_loop, health) as connect:
+        for request, status, more in (
+            (SERVING_HEALTH, 503, {"content-type": "application/json", "content-length": "21"}),
+            (b"HEAD /health HTTP/1.1\r\n\r\n", 503, {"content-length": "21"}),
+            (b"GET /health?a=/metrics HTTP/1.0\r\n\r\n", 503, {}),
+            (b"GET http://x:1/health HTTP/1.1\r\nHost: x\r\n\r\n", 503, {}),
+            (b"GET /health HTTP/1.1\nHost: x\n\n", 503, {}),
+            (b"GET /metrics HTTP/1.1\r\n\r\n", 200, {"content-type": CONTENT_TYPE_LATEST}),
+            (b"GET / HTTP/1.1\r\n\r\n", 404, {}),
+            (b"GET /health/ HTTP/1.1\r\n\r\n", 404, {}),
+            (b"POST / HTTP/1.1\r\n\r\n", 404, {}),
+            (b"DELETE /metrics HTTP/1.1\r\n\r\n", 405, {"allow": "GET, HEAD"}),
+            (b"POST /health HTTP/1.1\r\nContent-Length: 60000\r\n\r\n" + b"x" * 60_000, 405, {"allow": "GET, HEAD"}),
+            (b"get /health\r\n\r\n", 400, {}),
+            (b"GET /health HTTP/2.0\r\n\r\n", 400, {}),
+            (b"\x16\x03\x01\r\n\r\n", 400, {}),
+            (b"GET /health HTTP/1.1\r\nX: " + b"x" * 8000 + b"\r\n\r\n", 503, {}),
+            (b"GET /health HTTP/1.1\r\nX: " + b"x" * 8192, 431, {}),
+            (b"GET /health HTTP/1.1\r\nX: " + b"x" * 8192 + b"\r\n\r\n", 431, {}),
+        ):
+            found, headers, body = serving_ask(connect, request)
+            assert (found, headers["connection"]) == (status, "close"), request[:50]
+            assert headers.items() >= more.items() and parsedate_to_datetime(headers["date"])
+            assert len(body) == (0 if request.startswith(b"HEAD") else int(headers["content-length"])), request[:50]
+        assert serving_ask(connect, SERVING_HEALTH)[2] == b'{"status":"stopping"}'
+        with connect() as client:
+            client.sendall(SERVING_HEALTH)
+            client.shutdown(socket.SHUT_WR)
+            assert serving_rest(client).endswith(b'{"status":"stopping"}')
+        broken = True
+        assert serving_ask(connect, SERVING_HEALTH)[0] == 500
+        broken = False
+        assert serving_ask(connect, SERVING_HEALTH)[0] == 503
+
+
+@serving_loops
+@pytest.mark.parametrize("kind", SERVING_IDLERS)
+def test_serving_idle_connections_keep_nobody_out(
+    kind: str, new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 60 there are the last eight; who asks takes the place of the oldest."""
+    monkeypatch.setattr(serving, "PATIENCE", 3600.0, raising=False)
+    monkeypatch.setattr(serving, "CONNECTIONS", 8, raising=False)
+    with serving_up(new_loop, lambda: (200, {})) as connect, contextlib.ExitStack() as stack:
+        ours = psutil.Process()
+        before = ours.num_fds()
+        clients = [stack.enter_context(connect()) for _ in range(60)]
+        for client in clients:
+            with contextlib.suppress(ConnectionError):  # it is dropped already
+                client.sendall(SERVING_IDLERS[kind])
+        for _ in range(3):
+            assert serving_ask(connect, SERVING_HEALTH)[0] == 200
+        prim_until(lambda: ours.num_fds() == before + 60 + 7)
+        for client in clients[:53]:
+            serving_rest(client)  # it ends
+
+
+@serving_loops
+def test_serving_a_connection_ends_in_time(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its client does."""
+    monkeypatch.setattr(serving, "PATIENCE", 0.3, raising=False)
+    with serving_up(new_loop, lambda: (200, {})) as connect, contextlib.ExitStack() as stack:
+        ours = psutil.Process()
+        before = ours.num_fds()
+        clients = {kind: stack.enter_context(connect()) for kind in (*SERVING_IDLERS, "a drop at a time", "endless")}
+        for kind, client in clients.items():
+            client.sendall(SERVING_IDLERS.get(kind, b"GET /health HTTP/1.1\r\n"))
+        with pytest.raises(ConnectionError):
+            for _ in range(2000):  # far less than a head may have
+                clients["a drop at a time"].send(b"x")
+                time.sleep(0.01)
+        with pytest.raises(ConnectionError):
+            for _ in range(20_000):
+                clients["endless"].send(b"x" * 1000)
+        for kind, client in clients.items():
+            if kind != "an answer that is not read":
+                serving_rest(client)
+        prim_until(lambda: ours.num_fds() == before + len(clients))
+
+
+def test_serving_a_long_request_line_does_not_hold_the_loop() -> None:
+    """A pattern that tries all ways to divide it takes seconds for this."""
+    begun = time.thread_time()
+    for target in (b"/" + b"a" * 8000, b"/" + b"?" * 8000, b"http://" + b"a" * 8000, b"/a?/" * 2000, b"a" * 8000):
+        for _ in range(5):
+            assert serving.respond(b"GET " + target + b" x\r\n\r\n", {}).startswith(b"HTTP/1.1 400 ")
+    assert time.thread_time() - begun < 1.0
+
+
+def serving_besiege(port: int, stack: contextlib.ExitStack) -> None:
+    """200 connections of all kinds that do nothing any more."""
+    kinds = list(SERVING_IDLERS.values())
+    for n in range(200):
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", port), PRIM_PATIENCE))
+        with contextlib.suppress(ConnectionError):
+            client.sendall(kinds[n % len(kinds)])
+
+
+def serving_curl(*arguments: str) -> str:
+    """The status, as another client sees it."""
+    command = ("curl", "-sS", "-m", str(int(PRIM_PATIENCE)), "-o", "/dev/null", "-w", "%{http_code}", *arguments)
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def serving_answers_besieged(url: str, process: int) -> None:
+    """Also after ``PATIENCE``: as fast as the first connections go, others come."""
+    port, before = urlsplit(url).port or 0, psutil.Process(process).num_fds()
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            serving_besiege(port, stack)
+            for _ in range(5):
+                assert aggregate_http(port, "/health")[0] == 200
+            assert psutil.Process(process).num_fds() <= before + 128 + 20  # and what the program opens meanwhile
+        if shutil.which("curl"):
+            assert serving_curl(f"{url}/health") == serving_curl("-I", f"{url}/health") == "200"
+            assert serving_curl("--http1.0", f"{url}/metrics") == "200"
+            assert serving_curl("-d", "x", f"{url}/metrics") == "405" and serving_curl(f"{url}/x") == "404"
+
+
+def test_serving_silent_connections_to_a_crawl_cost_no_threads() -> None:
+    port, crawl = walk_free_port(), walk_crawl()
+    end = crawl_cli.serve_metrics(crawl, port)
+    try:
+        threads, before = threading.active_count(), psutil.Process().num_fds()
+        with contextlib.ExitStack() as stack:
+            serving_besiege(port, stack)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PRIM_PATIENCE) as answer:
+                assert b"crawl_rows_total" in answer.read()
+            assert threading.active_count() <= threads
+            prim_until(lambda: psutil.Process().num_fds() <= before + 200 + 128)
+    finally:
+        end()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # report.py
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -20902,6 +21129,15 @@ def test_logs_ingest_a_worker_that_dies_is_replaced_and_loses_nothing_in_the_ker
     assert asyncio.run(logs_ingest_serials(logs_ingest_pg)) == list(range(800))
 
 
+@pytest.mark.parametrize("receivers", ["1", "2"])
+def test_logs_ingest_health_is_told_while_200_connections_stand(receivers: str, tmp_path: Path) -> None:
+    more = ("--spool", str(tmp_path), "--database", "postgresql://nobody@127.0.0.1:1/none", "--receivers", receivers)
+    with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as process:
+        process.until(lambda found: found["workers"] == int(receivers) and found["database"] == "down")
+        serving_answers_besieged(process.said(r"(http://\S+)/metrics"), process.process.pid)
+        assert process.stop() == 0
+
+
 def test_logs_ingest_workers_end_with_their_parent(tmp_path: Path) -> None:
     more = ("--spool", str(tmp_path), "--database", "postgresql://nobody@127.0.0.1:1/none", "--receivers", "2")
     with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as process:
@@ -25755,6 +25991,17 @@ def test_market_pipeline_options() -> None:
         dataclasses.replace(options, sasl="PLAIN", tls="system"), {"KAFKA_USERNAME": "u", "KAFKA_PASSWORD": "p"}
     )
     assert login["security_protocol"] == "SASL_SSL" and login["sasl_plain_password"] == "p"
+
+
+def test_market_pipeline_health_is_told_while_200_connections_stand(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        them = stack.enter_context(Exchanges(history=0, exchanges=("kraken", "okx")))
+        arguments = market_pipeline_arguments(them, ABSENT, "many", tmp_path)
+        process = stack.enter_context(market_pipeline_process(*arguments))
+        process.until(market_pipeline_all_live)
+        serving_answers_besieged(process.http, process.process.pid)
+        process.process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
 
 
 def test_market_pipeline_what_cannot_start_says_so_in_one_line(tmp_path: Path) -> None:
