@@ -1,8 +1,10 @@
-"""Around a program that runs until it is told to stop: its event loop, its signals, ``/metrics`` and ``/health``.
+"""Around a program that runs until it is told to stop: its event loop, signals, log lines, ``/metrics``, ``/health``.
 
 ``Lag``                  how late the event loop wakes a sleeper, measured all the time.
 ``stopped_by_signals``   SIGINT and SIGTERM call the program's ``stop``: the first drains, the second forces.
 ``Lasting``              tasks that go on after an error that nobody had foreseen; each is counted and shown.
+``Stderr``               standard error, for the log and all else: who writes never waits for who reads. What waits is
+                         bounded, what finds no room is counted, and said when there is a reader again.
 ``http``                 two routes on a socket that was bound before the program began, so that a port which is taken
                          is the user's one line at the start. A connection is one request, and ends within ``PATIENCE``
                          seconds whatever its client does or leaves undone; of more than ``CONNECTIONS`` the oldest ends
@@ -11,17 +13,22 @@
 That server is our own: the usual ones have no limit of time for a request's head, and bound the connections by refusing
 new ones, which is whoever asks for ``/health``.
 
-Where what runs: all in the event loop. What is shown is taken from a snapshot when somebody asks.
+Where what runs: all in the event loop, but for writing what ``Stderr`` has: that is a daemon thread's, and the end of
+the program waits ``LAST`` seconds for it at most. What is shown is taken from a snapshot when somebody asks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
+import os
 import re
+import select
 import signal
 import socket
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -43,6 +50,10 @@ PATIENCE = 5.0
 """Seconds from the beginning of such a connection to its end."""
 HEAD, BODY = 8 << 10, 64 << 10
 """Bytes of a request's head, and of what comes after it, at most. Nobody needs a body: it is read and forgotten."""
+UNREAD = 256 << 10
+"""Bytes that wait to be written to standard error."""
+LAST = 1.0
+"""Seconds that the end of the program waits for them to be read."""
 
 
 class CannotStart(Exception):
@@ -124,6 +135,137 @@ def split_address(text: str) -> tuple[str, int]:
 def shown_address(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Stderr(io.TextIOBase):
+    """Text for descriptor ``fd``, written by a thread. ``name`` is the program's, for what is said of lost lines.
+
+    What finds ``UNREAD`` bytes waiting is lost, and all after it until these are written: a loss is one gap, and the
+    line on it stands there. ``status`` is for a terminal: what stays below all lines; of it only the newest waits.
+    """
+
+    def __init__(self, fd: int, name: str, encoding: str = "utf-8") -> None:
+        self._fd, self._name, self._encoding = fd, name, encoding
+        self._waiting, self._status = bytearray(), b""
+        self._full, self._gap, self.lost = False, 0, 0
+        self._over = False
+        self._news = threading.Condition()  # of an RLock: a warning may be written in the middle of this
+        self._thread = threading.Thread(target=self._write_all, name="stderr", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> int:
+        data = text.encode(self._encoding, "backslashreplace")
+        with self._news:
+            self._full = self._full or len(self._waiting) + len(data) > UNREAD
+            if self._full:
+                self._gap += data.count(b"\n")
+                self.lost += data.count(b"\n")
+            else:
+                self._waiting += data
+            self._news.notify_all()
+        return len(text)
+
+    def status(self, text: str) -> None:
+        with self._news:
+            self._status = text.encode(self._encoding, "replace")
+            self._news.notify_all()
+
+    def finish(self) -> bool:
+        """Whether all is written within ``LAST`` seconds. If not, nobody reads, and what comes is never written."""
+        with self._news:
+            self._over, self._status = True, b""
+            self._news.notify_all()
+        with contextlib.suppress(KeyboardInterrupt):
+            self._thread.join(LAST)
+        return not self._thread.is_alive()
+
+    def _ready(self) -> int:
+        """How many bytes may be written: the status would be in a line that has not ended."""
+        return self._waiting.rfind(b"\n") + 1 if self._status and not self._full else len(self._waiting)
+
+    def _write_all(self) -> None:
+        shown = b""
+        while True:
+            with self._news:
+                while not (self._ready() or self._full or self._status != shown):
+                    if self._over:
+                        return
+                    self._news.wait()
+                end, status = self._ready(), self._status
+                text = bytes(self._waiting[:end])
+                del self._waiting[:end]
+                if self._full:
+                    text += f"{self._name}: {self._gap:,} lines are lost here: they were not read in time\n".encode()
+                    self._full, self._gap = False, 0
+            above = b"\x1b[%dA" % shown.count(b"\n") if b"\n" in shown else b""
+            self._put((b"\r" + above + b"\x1b[J" if shown else b"") + text + status)
+            shown = status
+
+    def _put(self, data: bytes) -> None:
+        while data:
+            end = data.rfind(b"\n", 0, select.PIPE_BUF) + 1 or select.PIPE_BUF  # whole, beside those of other processes
+            try:
+                select.select((), (self._fd,), ())  # somebody may have made it one that does not block
+                data = data[os.write(self._fd, data[:end]) :]
+            except BlockingIOError:
+                continue
+            except OSError:  # nobody will ever read it
+                with self._news:
+                    self.lost += data.count(b"\n")
+                return
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def writable(self) -> bool:
+        return True
+
+
+_stderr: Stderr | None = None
+
+
+def queue_stderr(name: str) -> Callable[[], None]:
+    """Have ``sys.stderr``, and what the log writes there, go through ``Stderr``. What it gives is to be called at the
+    end: it waits for what is not written yet. Without a descriptor (there is no stderr, or it is in memory) all stays
+    as it is."""
+    global _stderr
+    before = sys.stderr
+    try:
+        fd = before.fileno()
+    except (AttributeError, OSError, ValueError):
+        return lambda: None
+    before.flush()
+    ours = _stderr = Stderr(fd, name, before.encoding)
+    _redirect(before, ours)
+
+    def finish() -> None:
+        if ours.finish():
+            _redirect(ours, before)
+
+    return finish
+
+
+def _redirect(old: Any, new: Any) -> None:
+    if sys.stderr is old:
+        sys.stderr = new
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                handler.setStream(new)
+
+
+def show_status(text: str) -> None:
+    """On a terminal, below the log's lines, in the place of the last such text; no line of it may be too long."""
+    if _stderr is not None:
+        _stderr.status(text)
+
+
+def lines_lost() -> int:
+    """Lines for standard error that were not written: nobody read those before."""
+    return 0 if _stderr is None else _stderr.lost
 
 
 def open_http(address: str | None, stack: contextlib.ExitStack, log: logging.Logger) -> socket.socket | None:

@@ -12402,6 +12402,238 @@ def test_serving_a_long_request_line_does_not_hold_the_loop() -> None:
     assert time.thread_time() - begun < 1.0
 
 
+def serving_full_pipe() -> tuple[int, int, int]:
+    """Its two ends, and how many bytes are in it: as many as it holds."""
+    reading, writing = os.pipe()
+    return reading, writing, serving_fill(writing)
+
+
+def serving_fill(writing: int) -> int:
+    os.set_blocking(writing, False)
+    filled = 0
+    for piece in (b"x" * 4096, b"x"):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filled += os.write(writing, piece)
+    os.set_blocking(writing, True)
+    return filled
+
+
+def serving_read(reading: int, count: int) -> bytes:
+    found = b""
+    while len(found) < count:
+        found += os.read(reading, count - len(found))
+    return found
+
+
+def serving_read_all(reading: int) -> bytes:
+    found = b""
+    while data := os.read(reading, 1 << 16):
+        found += data
+    return found
+
+
+def test_serving_stderr_loses_what_nobody_reads_and_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "UNREAD", 100)
+    reading, writing, filled = serving_full_pipe()
+    out = serving.Stderr(writing, "program")
+    print("first", file=out)
+    prim_until(lambda: not out._waiting)  # in the hands of the thread
+    for n in range(30):
+        assert out.write(f"line {n:04}\n") == 10 and out.lost == max(0, n - 9)
+    print("one more", file=out)  # where less than a line would fit, nothing goes in between
+    assert out.lost == 21
+    serving_read(reading, filled)
+    expected = b"first\n" + b"".join(b"line %04d\n" % n for n in range(10))
+    expected += b"program: 21 lines are lost here: they were not read in time\n"
+    assert serving_read(reading, len(expected)) == expected
+    out.write("next é \ud800\n")
+    assert out.finish() and not out._thread.is_alive() and out.lost == 21
+    os.close(writing)
+    assert serving_read_all(reading) == "next é \\ud800\n".encode()
+    os.close(reading)
+
+
+def test_serving_stderr_status_stays_below_the_lines_and_only_the_newest_waits() -> None:
+    reading, writing = os.pipe()
+    out = serving.Stderr(writing, "program")
+
+    def said(text: bytes) -> None:
+        assert serving_read(reading, len(text)) == text
+
+    out.write("before\n")
+    said(b"before\n")
+    out.status("a\nb")
+    said(b"a\nb")
+    print("one", "two", sep="\n", file=out)  # in pieces: none is where the status will be written over it
+    out.write("three\n")
+    found = b""
+    while not found.endswith(b"three\na\nb"):
+        found += os.read(reading, 1 << 16)
+    assert found.replace(b"\r\x1b[1A\x1b[J", b"").replace(b"a\nb", b"") == b"one\ntwo\nthree\n"
+    filled = serving_fill(writing)
+    for n in range(100):
+        out.status(f"s{n}")
+    serving_read(reading, filled)
+    found = b""
+    while not found.endswith(b"s99"):
+        found += os.read(reading, 1 << 16)
+    assert found.startswith(b"\r\x1b[1A\x1b[J") and found.count(b"\x1b[J") <= 2
+    out.write("an end")
+    assert out.finish()
+    os.close(writing)
+    assert serving_read_all(reading) == b"\r\x1b[Jan end"
+    os.close(reading)
+
+
+def test_serving_stderr_is_written_in_whole_lines_whoever_else_writes_there() -> None:
+    """Where it may not block, too."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with ours, theirs:
+        out = serving.Stderr(ours.fileno(), "program")
+        lines = [f"{n} " + "x" * (n % 200) + "\n" for n in range(2000)]
+        out.write("".join(lines) + "y" * 9000)
+        found = list[bytes]()
+        while len(b"".join(found)) < len("".join(lines)) + 9000:
+            found.append(theirs.recv(1 << 16))
+        assert b"".join(found).decode() == "".join(lines) + "y" * 9000
+        assert max(map(len, found)) <= 4096 and all(piece.endswith((b"\n", b"yy")) for piece in found)
+        assert out.finish() and out.lost == 0
+
+
+def test_serving_stderr_goes_on_when_its_reader_is_gone() -> None:
+    reading, writing, _ = serving_full_pipe()
+    out = serving.Stderr(writing, "program")
+    out.write("one\ntwo\n")
+    os.close(reading)
+    prim_until(lambda: out.lost == 2)
+    out.write("three\n")
+    prim_until(lambda: out.lost == 3)
+    assert out.finish()
+    os.close(writing)
+
+
+def test_serving_all_that_goes_to_stderr_is_queued_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the log has, too. A reader that stalls at the end is not waited for."""
+    monkeypatch.setattr(serving, "LAST", PRIM_PATIENCE)
+    monkeypatch.setattr(serving, "_stderr", None)
+
+    def now() -> Any:
+        return sys.stderr
+
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", encoding="utf-8") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        handler, log = cast("Any", logging.StreamHandler()), logging.getLogger("serving test")
+        monkeypatch.setattr(log, "handlers", [handler])
+        finish = serving.queue_stderr("program")
+        ours = now()
+        assert type(ours) is serving.Stderr and handler.stream == ours
+        assert ours.fileno() == writing and not ours.isatty()
+        log.error("a")
+        print("b", file=sys.stderr)
+        finish()
+        assert now() is handler.stream is stderr
+        log.error("c")
+        assert serving_read(reading, 6) == b"a\nb\nc\n"
+        finish = serving.queue_stderr("program")
+        ours = now()
+        filled = serving_fill(writing)
+        log.error("d")
+        monkeypatch.setattr(serving, "LAST", 0.05)
+        finish()
+        assert now() is handler.stream is ours  # or the next to write there would wait for ever
+        log.error("e")
+        serving_read(reading, filled)
+        assert serving_read(reading, 4) == b"d\ne\n"
+        prim_until(lambda: not cast("Any", ours)._thread.is_alive())
+        assert serving.lines_lost() == 0
+        for other in (io.StringIO(), None):  # in memory; there is none
+            monkeypatch.setattr(sys, "stderr", other)
+            serving.queue_stderr("program")()
+            assert now() is other
+    os.close(reading)
+
+
+def test_serving_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reading, writing, _ = serving_full_pipe()
+    out = serving.Stderr(writing, "program")
+    monkeypatch.setattr(serving, "_stderr", out)
+    out.write("x\n" * serving.UNREAD)
+    assert serving.lines_lost() == serving.UNREAD
+
+    async def main() -> None:
+        program = MarketPipelineBase(market_pipeline_options("127.0.0.1:1", "lost", tmp_path))
+        assert b"market_lines_lost_total %.1f\n" % serving.UNREAD in market_pipeline_metrics(program)
+        with udp_socket("127.0.0.1", 0, receive_buffer=4096).sock as sock:
+            ingester = Ingester(log_pipeline.Options(spool=str(tmp_path / "logs"), database=None), sock)
+            assert ingester.snapshot().lines_lost == serving.UNREAD
+            several = Supervisor(["unused"], lambda _: {}, [sock], stop_limit=1.0)
+            several.list[0].last = Snapshot(lines_lost=3)
+            assert several.snapshot().lines_lost == serving.UNREAD + 3
+            found = {each.name: each for each in log_workers.Exporter(several.snapshot).collect()}
+            assert found["ingest_lines_lost"].samples[0].value == serving.UNREAD + 3
+        counts = SimpleNamespace(state="connected", queued=0, written=0, lost=0, refused=0)
+        part = SimpleNamespace(stats=lambda: counts)
+        exporter = telemetry.Exporter(
+            {}, serving.Lag(), cast("Any", part), cast("Any", part), telemetry.RequestLog(None)
+        )
+        lost = {each.name: each for each in exporter.collect()}["aggregate_log_lines_lost"]
+        assert lost.samples[0].value == serving.UNREAD
+
+    prim_run(main())
+    os.close(reading)
+    assert out.finish()
+    os.close(writing)
+
+
+class ServingUnread:
+    """A program whose stderr, a pipe or a terminal, is full from the beginning: nobody reads it."""
+
+    def __init__(self, *command: str, terminal: bool, **environ: str) -> None:
+        self.reading, writing = pty.openpty() if terminal else os.pipe()
+        serving_fill(writing)
+        self._port = walk_free_port()
+        command = (*command, "--http", f"127.0.0.1:{self._port}")
+        environ = {**os.environ, "DATABASE_URL": "", **environ}
+        self.process = subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=writing, cwd=HERE, env=environ
+        )
+        os.close(writing)
+
+    def health(self) -> dict[str, Any]:
+        found = aggregate_http(self._port, "/health")[1]
+        assert found["imbalance"] == found["faults"] == 0, found
+        return cast("dict[str, Any]", found)
+
+    def until(self, predicate: Callable[[dict[str, Any]], bool]) -> None:
+        def looked() -> bool:
+            with contextlib.suppress(ConnectionError):  # it is starting
+                return predicate(self.health())
+            return False
+
+        assert self.process.poll() is None
+        prim_until(looked)
+
+    def term(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def serving_unread(*command: str, terminal: bool = False) -> Iterator[ServingUnread]:
+    program = ServingUnread(*command, terminal=terminal, TERM="xterm-256color")
+    try:
+        yield program
+    finally:
+        if program.process.poll() is None:
+            for each in psutil.Process(program.process.pid).children(True):
+                each.kill()
+            program.process.kill()
+            program.process.wait()
+        os.close(program.reading)
+
+
 def serving_besiege(port: int, stack: contextlib.ExitStack) -> None:
     """200 connections of all kinds that do nothing any more."""
     kinds = list(SERVING_IDLERS.values())
@@ -21129,6 +21361,35 @@ def test_logs_ingest_a_worker_that_dies_is_replaced_and_loses_nothing_in_the_ker
     assert asyncio.run(logs_ingest_serials(logs_ingest_pg)) == list(range(800))
 
 
+@pytest.mark.parametrize(("receivers", "terminal"), [(1, False), (2, False), (1, True)])
+def test_logs_ingest_nobody_reads_stderr(
+    receivers: int, terminal: bool, logs_ingest_pg: PgServer, tmp_path: Path
+) -> None:
+    """All is stored, and it stops in two stages as ever."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        to = free.getsockname()
+    command = ("ingest_logs.py", "--listen", f"127.0.0.1:{to[1]}", "--spool", str(tmp_path), "--flush", "0.05")
+    more = ("--database", logs_ingest_pg.url, "--receivers", str(receivers), "--stop-limit", "60")
+    with serving_unread(*command, *more, terminal=terminal) as program:
+        program.until(lambda found: found["workers"] == receivers and found["database"] == "connected")
+        for n in range(10):
+            logs_ingest_send(to, n * 100, 100, sockets=20)
+            program.until(lambda found, n=n: found["stored"] == n * 100 + 100)  # type: ignore[misc]
+        with logs_ingest_pg.frozen():
+            logs_ingest_send(to, 1000, 100, sockets=20)
+            program.until(lambda found: found["held"]["writing"] + found["held"]["spool"] == 100)
+            program.term()
+            program.until(lambda found: found["status"] == "stopping")
+            program.term()
+            assert program.process.wait(PRIM_PATIENCE) == 0
+    with serving_unread(*command, *more, terminal=terminal) as program:
+        program.until(lambda found: found["stored"] == found["recovered"] == 100)
+        program.term()
+        assert program.process.wait(PRIM_PATIENCE) == 0
+    assert asyncio.run(logs_ingest_serials(logs_ingest_pg)) == list(range(1100))
+
+
 @pytest.mark.parametrize("receivers", ["1", "2"])
 def test_logs_ingest_health_is_told_while_200_connections_stand(receivers: str, tmp_path: Path) -> None:
     more = ("--spool", str(tmp_path), "--database", "postgresql://nobody@127.0.0.1:1/none", "--receivers", receivers)
@@ -25991,6 +26252,25 @@ def test_market_pipeline_options() -> None:
         dataclasses.replace(options, sasl="PLAIN", tls="system"), {"KAFKA_USERNAME": "u", "KAFKA_PASSWORD": "p"}
     )
     assert login["security_protocol"] == "SASL_SSL" and login["sasl_plain_password"] == "p"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_market_pipeline_nobody_reads_stderr(terminal: bool, tmp_path: Path) -> None:
+    names = ("kraken", "okx", "bitfinex")
+    with Broker(tmp_path / "broker") as broker, Exchanges(ledger=True, history=0, exchanges=names) as them:
+        arguments = market_pipeline_arguments(them, broker.address, "unread", tmp_path)
+        with serving_unread("market_pipeline.py", *arguments, terminal=terminal) as program:
+            program.until(market_pipeline_all_live)
+            for n in range(1, 11):
+                them.emit(1)
+                program.until(lambda found, n=n: found["published"]["published"] == found["computed"] == 9 * n)  # type: ignore[misc]
+            children = psutil.Process(program.process.pid).children(True)
+            program.term()
+            assert program.process.wait(PRIM_PATIENCE) == 0
+            prim_until(lambda: not any(child.is_running() for child in children))
+        trades = asyncio.run(market_pipeline_trades(broker.address, "unread"))
+        for name in names:
+            assert market_pipeline_live(trades, name) == market_pipeline_sent(them, name)
 
 
 def test_market_pipeline_health_is_told_while_200_connections_stand(tmp_path: Path) -> None:
