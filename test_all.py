@@ -12664,6 +12664,44 @@ def serving_answers_besieged(url: str, process: int) -> None:
             assert serving_curl("-d", "x", f"{url}/metrics") == "405" and serving_curl(f"{url}/x") == "404"
 
 
+def test_serving_a_worker_writes_to_a_stderr_that_nobody_reads() -> None:
+    program = """if True:
+        import asyncio
+        from processes import Processes
+        async def main():
+            pool = Processes(1)
+            await pool.run(exec, "import sys; print('x' * 100_000, file=sys.stderr)", timeout=%r)
+            await pool.close()
+            print("done")
+        asyncio.run(main())
+    """
+    reading, writing, _ = serving_full_pipe()
+    command = [sys.executable, "-c", program % PRIM_PATIENCE]
+    child = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, cwd=HERE, timeout=5 * PRIM_PATIENCE)
+    os.close(reading)
+    os.close(writing)
+    assert child.stdout == b"done\n"
+
+
+def test_serving_the_api_ends_while_nobody_reads_its_stderr(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    environ = {**os.environ, "DATA_FOLDER": str(tmp_path), "DATABASE_URL": "", "AGGREGATE_CONFIG": ""}
+    command = [sys.executable, "-m", "uvicorn", "aggregate_app:app", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=writing, cwd=HERE, env=environ) as server:
+        try:
+            said = b""
+            while not (found := re.search(rb"running on http://127.0.0.1:(\d+)", said)):
+                said += os.read(reading, 1 << 16)
+            serving_fill(writing)
+            assert aggregate_http(int(found[1]), "/health/live")[0] == 200
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(PRIM_PATIENCE) in (0, -signal.SIGTERM)
+        finally:
+            server.kill()
+            os.close(reading)
+            os.close(writing)
+
+
 def test_serving_silent_connections_to_a_crawl_cost_no_threads() -> None:
     port, crawl = walk_free_port(), walk_crawl()
     end = crawl_cli.serve_metrics(crawl, port)
