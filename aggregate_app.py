@@ -65,7 +65,7 @@ from openapi import document
 from primitives import Semaphore, State, T, TokenBucket, TTLCache
 from processes import PoolClosed, Processes, WorkerDied, in_daemon
 from report import Columns, inspect_host, summarise
-from serving import Lag
+from serving import Lag, queue_stderr
 from telemetry import Events, Exporter, RequestLog, standard_output
 from upstreams import DEMO, ConfigError, Key, Load, Loaded, Part, Source, Upstream, read_config, request_id
 
@@ -769,6 +769,8 @@ def told_of_signals(call: Callable[[], object]) -> Iterator[Callable[[], object]
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     assert isinstance(app, Aggregator)
     async with contextlib.AsyncExitStack() as stack:
+        if logging.getLogger("uvicorn").handlers:  # it writes to stderr in its loop
+            stack.push_async_callback(asyncio.to_thread, queue_stderr("aggregate_app"))
         upstreams: dict[str, Upstream] | None = app.state.upstreams
         if upstreams is None:
             from sandbox import Sandbox

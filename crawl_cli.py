@@ -19,6 +19,7 @@ import json
 import os
 import re
 import resource
+import socket
 import stat
 import sys
 import threading
@@ -34,7 +35,7 @@ from crawl_net import ProxyRule
 from crawl_rules import ERROR_KINDS, MAX_URL, Options, ScrapeResult
 from robots import Rules
 from scope import Scope
-from serving import SIZES, size
+from serving import SIZES, http_in_thread, size
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
 
@@ -488,7 +489,7 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
             try:
                 stack.callback(serve_metrics(crawl, args.metrics_port))
             except (OSError, OverflowError) as error:
-                why = error.strerror if isinstance(error, OSError) else "0 to 65535"
+                why = (error.strerror or "").partition(" (while ")[0] if isinstance(error, OSError) else "0 to 65535"
                 return fail(program, f"cannot listen on port {args.metrics_port}: {why}", error)
         try:
             if args.resume and crawl.knows_first:
@@ -588,8 +589,8 @@ def write_stats(crawl: Crawl, path: str) -> None:
 
 
 def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
-    """Serve the run's counts to Prometheus, from threads of its client library. Returns what ends that."""
-    from prometheus_client import CollectorRegistry, Metric, start_http_server
+    """Serve the run's counts to Prometheus, from a thread. Returns what ends that."""
+    from prometheus_client import Metric
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
     from prometheus_client.registry import Collector
 
@@ -613,16 +614,11 @@ def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
             if lags := tuple(crawl.loop_lags):
                 yield GaugeMetricFamily("crawl_loop_lag_seconds", "Longest of the last minute", max(lags))
 
-    registry = CollectorRegistry()
-    registry.register(Counts())
-    server, thread = start_http_server(port, "127.0.0.1", registry)
-
-    def end() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return end
+    if not 0 <= port < 65_536:
+        raise OverflowError  # which ``create_server`` would raise, without closing its socket
+    stack = contextlib.ExitStack()
+    stack.enter_context(http_in_thread(socket.create_server(("127.0.0.1", port)), Counts()))
+    return stack.close
 
 
 def explain(program: str, crawl: Crawl, urls: Iterable[str], args: argparse.Namespace, run: Run) -> int:

@@ -6,7 +6,7 @@
 This file is the command line and the demo. What is promised, and the way of an event, is told in ``log_pipeline``; what
 is shown of it, and ``--receivers N`` (so many processes, each of which does all of it by itself), in ``log_workers``.
 
-Threads: those of the demo's services and their metadata API. All else is in the event loop.
+Threads: those of the demo's services and metadata API, and that which writes to stderr. All else is in the event loop.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from database import Embedded, check_url
 from log_enrich import make_template
 from log_intake import KernelDrops, Policy, udp_socket
 from log_pipeline import FORCE_LIMIT, Ingester, Options, database_of
-from log_workers import Link, LogLines, Program, Snapshot, Supervisor, last_word, serve
-from serving import SIZES, CannotStart, new_loop, open_http, shown_address, size, split_address
+from log_workers import Link, Program, Snapshot, Supervisor, last_word, serve
+from serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, shown_address, size, split_address
 
 log = logging.getLogger("ingest")
 
@@ -215,10 +215,17 @@ def make_program(options: Options, sockets: list[socket.socket]) -> Ingester | S
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, options = parse_arguments(argv, os.environ)
-    handler = LogLines()
-    handler.setFormatter(logging.Formatter("ingest_logs: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    log.setLevel(logging.INFO)
+    finish = queue_stderr("ingest_logs")
+    try:
+        logging.basicConfig(level=logging.WARNING, format="ingest_logs: %(message)s")
+        log.setLevel(logging.INFO)
+        return run(args, options)
+    finally:
+        finish()
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """The program, once what it was told is checked. Returns the exit code."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)  # thousands of events wait at any time, and hardly any garbage is cyclic
     if args.worker is not None:

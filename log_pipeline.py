@@ -52,7 +52,7 @@ from log_spool import Sealed, Spool
 from log_store import SCHEMA, Outcome, Store, seal
 from log_workers import Snapshot, imbalance
 from primitives import Clock, RetryPolicy, Rng, arrives, telling
-from serving import CannotStart, Lasting
+from serving import CannotStart, Lasting, lines_lost
 
 log = logging.getLogger("ingest")
 
@@ -592,6 +592,7 @@ class Ingester(Lasting):
             metadata_loads=found.loads,
             metadata_failures=found.failures,
             faults=self._faults,
+            lines_lost=lines_lost(),
             stopping=self._stage > 0,
         )
         off = imbalance(counts)

@@ -15,7 +15,7 @@ The counts of a dead worker are those of its last line, at most ``REPORT_EVERY``
 that is in no count. What it held in memory is dropped (``worker died``); what it held on disk is ``handed on``: the
 next one counts it as recovered.
 
-Where what runs: all in one event loop, but for writing the status line, which a terminal may block: in a thread.
+Where what runs: all in one event loop.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from primitives import Clock, RetryPolicy, Rng, arrives, telling
-from serving import http, stopped_by_signals
+from serving import http, lines_lost, show_status, stopped_by_signals
 
 log = logging.getLogger("ingest")
 
@@ -101,6 +100,8 @@ class Snapshot(NamedTuple):
     metadata_failures: int = 0
     faults: int = 0
     """How often the counts did not balance, or a part failed in a way that nobody had foreseen."""
+    lines_lost: int = 0
+    """Lines of the log that nobody read."""
     workers: int = 1
     deaths: int = 0
     stopping: bool = False
@@ -228,6 +229,7 @@ class Exporter(Collector):
             ("metadata_loads", "Requests to the metadata API"),
             ("metadata_failures", "Loads of metadata that failed"),
             ("faults", "Counts that did not balance, and failures of the program"),
+            ("lines_lost", "Lines of the log that nobody read"),
             ("deaths", "Workers that died"),
         ):
             yield CounterMetricFamily(f"ingest_{name}", text, getattr(counts, name))
@@ -280,64 +282,31 @@ class Program(Protocol):
     def snapshot(self) -> Snapshot: ...
 
 
-class StatusLine:
-    """A line on a terminal that is written over and over, and the log's lines above it. Written by a thread: a terminal
-    that does not read must not stop the event loop."""
-
-    def __init__(self) -> None:
-        self.text, self._over = "", threading.Event()
-        self._thread = threading.Thread(target=self._show, name="status line", daemon=True)
-
-    def _show(self) -> None:
-        shown = ""
-        while not self._over.wait(EVERY / 5):
-            if self.text != shown:
-                shown = self.text
-                sys.stderr.write(f"\r\x1b[K{shown[: shutil.get_terminal_size().columns - 1]}")
-                sys.stderr.flush()
-
-    def __enter__(self) -> StatusLine:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join(1.0)
-        if not self._thread.is_alive():
-            sys.stderr.write("\r\x1b[K")
-
-
-class LogLines(logging.StreamHandler[Any]):
-    """Lines of the log, on a terminal in the place of the status line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return ("\r\x1b[K" if self.stream.isatty() else "") + super().format(record)
-
-
 async def serve(program: Program, http_sock: socket.socket | None, *, clock: Clock = time.monotonic) -> int:
     """Run ``program``: SIGINT and SIGTERM stop it, the second forces. Returns the exit code."""
 
-    async def keep(line: StatusLine) -> None:
+    async def keep() -> None:
         began = at = clock()
         shown = program.snapshot()
         while True:
             await asyncio.sleep(EVERY)
             before, then = shown, at
             shown, at = program.snapshot(), clock()
-            line.text = status(shown, before, at - then, at - began)
+            text = status(shown, before, at - then, at - began)
+            show_status(text[: shutil.get_terminal_size().columns - 1])
 
     exporter = Exporter(program.snapshot)
     with stopped_by_signals(program.stop):
         async with http(http_sock, exporter, lambda: health(program.snapshot(), program.workers)):
             if not sys.stderr.isatty():
                 return await program.run()
-            with StatusLine() as line:
-                keeping = asyncio.create_task(keep(line), name="status line")
-                try:
-                    return await program.run()
-                finally:
-                    keeping.cancel()
-                    await asyncio.gather(keeping, return_exceptions=True)
+            keeping = asyncio.create_task(keep(), name="status line")
+            try:
+                return await program.run()
+            finally:
+                keeping.cancel()
+                await asyncio.gather(keeping, return_exceptions=True)
+                show_status("")
 
 
 # ------------------------------------------------------------------------------------------------- many workers
@@ -412,7 +381,12 @@ class Supervisor:
     def snapshot(self) -> Snapshot:
         parts = [worker.past for worker in self.list]
         parts += [worker.last for worker in self.list if worker.last is not None]
-        return add_up(parts)._replace(kernel_drops=self._kernel_drops() or 0, stopping=self._stage > 0)
+        counts = add_up(parts)
+        return counts._replace(
+            kernel_drops=self._kernel_drops() or 0,
+            lines_lost=counts.lines_lost + lines_lost(),
+            stopping=self._stage > 0,
+        )
 
     def stats(self) -> SupervisorStats:
         running = sum(worker.process is not None for worker in self.list)

@@ -4,8 +4,7 @@
                trades + dead letters = taken by the publisher + waiting + given up,
                taken + recovered = published + held + spooled + dropped + lost,
                for the analytics = computed + not computed + skipped + queued.
-``Screen``     the table on a terminal. A thread draws it and prints the log's lines above: a terminal that does not
-               read must not stop the event loop. At most ``LINES`` lines of the log wait, then the oldest go.
+``Screen``     the table on a terminal, below the log's lines. A thread draws it, ``serving.Stderr`` writes it.
 ``serve``      signals, ``/metrics`` and ``/health``, the table, around a ``Program``.
 
 Where what runs: all in one event loop, but for the drawing. A snapshot is immutable, and so needs no lock.
@@ -14,8 +13,6 @@ Where what runs: all in one event loop, but for the drawing. A snapshot is immut
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import math
 import socket
 import sys
@@ -33,11 +30,10 @@ from market_feeds import Trade
 from market_kafka import Counts
 from market_stats import ALL, Row
 from primitives import Clock
-from serving import http, stopped_by_signals
+from serving import http, show_status, stopped_by_signals
 
 EVERY = 0.5
 """Seconds between two drawings."""
-LINES = 200
 MOST_SYMBOLS, MOST_ROWS = 500, 12
 """Symbols in a snapshot, and on the screen."""
 NOTHING = Counts(0, 0, 0, 0, 0, 0, 0)
@@ -127,6 +123,8 @@ class Snapshot(NamedTuple):
     """Seconds by which the event loop was late; the longest of the last minute."""
     faults: int = 0
     """How often the counts did not balance, or a part failed in a way that nobody had foreseen."""
+    lines_lost: int = 0
+    """Lines of the log that nobody read."""
     error: str = ""
     """The last one of Kafka's."""
     stopping: bool = False
@@ -249,6 +247,7 @@ class Exporter(Collector):
             ("rebalances", "Of the consumer group", counts.rebalances),
             ("commits", "Of the consumer group", counts.commits),
             ("faults", "Counts that did not balance, and failures of the program", counts.faults),
+            ("lines_lost", "Lines of the log that nobody read", counts.lines_lost),
         ):
             yield CounterMetricFamily(f"market_{name}", text, value)
         for name, text, level in (
@@ -372,62 +371,48 @@ def picture(counts: Snapshot, rate: float, age: float) -> Any:
     return Group(*parts, Text(status(counts, rate, age), no_wrap=True, overflow="ellipsis"))
 
 
-class LogLines(logging.Handler):
-    """Lines of the log to stderr; while there is a screen, by its thread."""
-
-    screen: Screen | None = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line, screen = self.format(record), self.screen
-        if screen is not None:
-            screen.lines.append(line)
-        else:
-            with contextlib.suppress(OSError, ValueError):  # nobody reads any more
-                sys.stderr.write(line + "\n")
-
-
 class Screen:
-    """The table of what ``look`` says, while it is entered."""
+    """The table of what ``look`` sees, while it is entered; the last one is left standing."""
 
     def __init__(self, snapshot: Callable[[], Snapshot], *, clock: Clock = time.monotonic) -> None:
         self._snapshot, self._clock = snapshot, clock
-        self.lines: deque[str] = deque(maxlen=LINES)
         self._seen: deque[tuple[float, int]] = deque(maxlen=round(5 / EVERY))
-        self._shown: tuple[Snapshot, float, float] | None = None
+        self._began = clock()
+        self._shown = self._taken()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._show, name="screen", daemon=True)
 
+    def _taken(self) -> tuple[Snapshot, float, float]:
+        counts, now = self._snapshot(), self._clock()
+        self._seen.append((now, counts.trades))
+        then, before = self._seen[0]
+        rate = (counts.trades - before) / (now - then) if now > then else 0.0
+        return counts, rate, now - self._began
+
     async def look(self) -> None:
         """In the loop: take a snapshot now and then."""
-        began = self._clock()
         while True:
-            counts, now = self._snapshot(), self._clock()
-            self._seen.append((now, counts.trades))
-            then, before = self._seen[0]
-            rate = (counts.trades - before) / (now - then) if now > then else 0.0
-            self._shown = counts, rate, now - began
             await asyncio.sleep(EVERY)
+            self._shown = self._taken()
 
     def _show(self) -> None:
         from rich.console import Console
-        from rich.live import Live
-        from rich.markup import escape
 
         console = Console(stderr=True, highlight=False)
-        over = False
-        with Live(console=console, auto_refresh=False, transient=True) as live:
-            while not over:
-                over = self._over.wait(EVERY)
-                while self.lines:
-                    console.print(escape(self.lines.popleft()))
-                if self._shown is not None:
-                    live.update(picture(*self._shown), refresh=True)
+        while not self._over.wait(EVERY):
+            if not console.is_dumb_terminal:
+                with console.capture() as drawn:
+                    console.print(picture(*self._shown))
+                show_status("\n".join(drawn.get().splitlines()[: console.height - 1]))
+        show_status("")
+        console.print(picture(*self._shown))  # the last one stays
 
     def __enter__(self) -> Screen:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._shown = self._taken()
         self._over.set()
         self._thread.join(2.0)
 
@@ -445,18 +430,16 @@ class Program(Protocol):
     def snapshot(self) -> Snapshot: ...
 
 
-async def serve(program: Program, http_sock: socket.socket | None, lines: LogLines | None = None) -> int:
+async def serve(program: Program, http_sock: socket.socket | None) -> int:
     """Run ``program``: SIGINT and SIGTERM stop it, the second forces. Returns the exit code."""
     with stopped_by_signals(program.stop):
         async with http(http_sock, Exporter(program.snapshot), lambda: health(program.snapshot())):
-            if lines is None or not sys.stderr.isatty():
+            if not sys.stderr.isatty():
                 return await program.run()
             with Screen(program.snapshot) as screen:
-                lines.screen = screen
                 looking = asyncio.create_task(screen.look(), name="screen")
                 try:
                     return await program.run()
                 finally:
                     looking.cancel()
                     await asyncio.gather(looking, return_exceptions=True)
-                    lines.screen = None

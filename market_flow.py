@@ -66,7 +66,7 @@ from market_topics import DeadLetter, Group, Taken, dead_letters, decode
 from market_workers import MOST, Uncomputed, Workers
 from primitives import Clock, Rng, arrives, telling
 from processes import PoolClosed, WorkerDied
-from serving import CannotStart, Lasting
+from serving import CannotStart, Lasting, lines_lost
 
 log = logging.getLogger("market_pipeline")
 
@@ -336,6 +336,7 @@ class Base(Lasting, ABC):
             uncomputed=self._uncomputed,
             symbols=self.board.lines(),
             loop_lag=max(self._lags),
+            lines_lost=lines_lost(),
             error=found.error,
             stopping=self._stage > 0,
         )._replace(**self._more())

@@ -8,7 +8,7 @@
 This file is the command line and the demo. What is promised, the way of a trade, every queue and its bound are told in
 ``market_flow``; what is shown of it, in ``market_display``.
 
-Threads: that of the demo's exchanges. All else is in the event loop.
+Threads: that of the demo's exchanges, and that which writes to stderr. All else is in the event loop.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from typing import Any
 import orjson
 from aiokafka import AIOKafkaConsumer
 
-from market_display import LogLines, Snapshot, columns, last_word, latency, number, price, serve
+from market_display import Snapshot, columns, last_word, latency, number, price, serve
 from market_feeds import ADAPTERS, Trade
 from market_flow import Analyser, Base, Options, Pipeline, Replayer, feeds_of, security
 from market_stats import ALL
 from market_topics import ANALYTICS, DEAD_LETTERS, TRADES, Broker, decode
-from serving import SIZES, CannotStart, new_loop, open_http, size, split_address
+from serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, size, split_address
 
 log = logging.getLogger("market_pipeline")
 
@@ -231,10 +231,17 @@ def check(options: Options, args: argparse.Namespace, environ: Mapping[str, str]
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, options = parse_arguments(argv, os.environ)
-    lines = LogLines()
-    lines.setFormatter(logging.Formatter("market_pipeline: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[lines])
-    log.setLevel(logging.INFO)
+    finish = queue_stderr("market_pipeline")
+    try:
+        logging.basicConfig(level=logging.WARNING, format="market_pipeline: %(message)s")
+        log.setLevel(logging.INFO)
+        return run(args, options)
+    finally:
+        finish()
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """The program, once what it was told is checked. Returns the exit code."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)  # thousands of trades wait at any time, and hardly any garbage is cyclic
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the demo's broker does not outlive us
@@ -246,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options = demo.options
             http_sock = open_http(options.http, stack, log)
             with asyncio.Runner(loop_factory=new_loop) as runner:
-                code, program = runner.run(run_program(args.command, options, http_sock, lines, demo))
+                code, program = runner.run(run_program(args.command, options, http_sock, demo))
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             counts = program.snapshot()
             if isinstance(program, Replayer):
@@ -264,13 +271,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def run_program(
-    command: str, options: Options, http_sock: socket.socket | None, lines: LogLines, demo: Demo | None = None
+    command: str, options: Options, http_sock: socket.socket | None, demo: Demo | None = None
 ) -> tuple[int, Base]:
     kinds: dict[str, type[Base]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
     program = kinds[command](options)
     playing = None if demo is None else asyncio.create_task(demo.play(program), name="demo")
     try:
-        return await serve(program, http_sock, lines), program
+        return await serve(program, http_sock), program
     finally:
         if playing is not None:
             playing.cancel()

@@ -23,6 +23,7 @@ an executor has two more. Arguments are pickled in the loop: send arrays rather 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import fcntl
 import os
@@ -39,6 +40,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple, cast
 
 from coordination import Semaphore, T, telling
+from serving import queue_stderr
 
 BURIAL = 5.0
 """Seconds that a killed worker gets to be gone; the system may hold one that waits for a disk for longer."""
@@ -63,6 +65,7 @@ class WorkerDied(Exception):
 def _begin(nice: int) -> None:
     """What a worker does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    atexit.register(queue_stderr("worker"))
     os.nice(nice)
     parent = cast(Any, parent_process())
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="parent", daemon=True).start()

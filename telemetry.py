@@ -27,7 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from primitives import Batch, Clock, arrives
-from serving import Lag
+from serving import Lag, lines_lost
 from upstreams import Source, percentiles
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ class Exporter(Collector):
         yield GaugeMetricFamily("aggregate_rows_queued", "Results that wait to be written", writer.queued)
         yield CounterMetricFamily("aggregate_rows_written", "Results in the database", writer.written)
         yield CounterMetricFamily("aggregate_rows_lost", "Results that were not kept", writer.lost + writer.refused)
-        yield CounterMetricFamily("aggregate_log_lines_lost", "Lines that found the output blocked", self._log.lost)
+        lost = self._log.lost + lines_lost()
+        yield CounterMetricFamily("aggregate_log_lines_lost", "Lines that found the output blocked", lost)
 
 
 # --------------------------------------------------------------------------------------------------------- events
