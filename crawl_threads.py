@@ -3,15 +3,17 @@
     python crawl_threads.py urls.txt
 
 The model: each of up to ``concurrency`` worker threads runs the same plain loop: take a request, fetch, parse, write
-the row. It blocks wherever it likes, and the others go on. Everything runs in the workers: DNS in the resolver's threads
-(so that it can time out), sockets, TLS, decompression, parsing, encoding and writing of rows in the worker itself.
-What Python code computes does not run in parallel (one interpreter lock), only what waits or runs outside of it does.
+the row. It blocks wherever it likes, and the others go on. Everything runs in the workers: DNS in the resolver's
+threads (so that it can time out), sockets, TLS, decompression, parsing, encoding and writing of rows in the worker
+itself. What Python code computes does not run in parallel (one interpreter lock), only what waits or runs outside of
+it does.
 
 Waiting: workers with nothing to do block on one condition, ``_Turns``. Only one of them at a time, the timekeeper,
 waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
-not all. The main thread waits for the workers and for signals, which a thread of their own reads. Locks: ``_Turns._condition`` guards who keeps the
-time and is held around ``Frontier.take`` (order: condition -> frontier), so that no wake-up is missed;
-``_Pool._lock`` guards the idle connections and the set of those in use, ``Threads._lock`` the number of workers.
+not all. The main thread waits for the workers and for signals, which a thread of their own reads. Locks:
+``_Turns._condition`` guards who keeps the time and is held around ``Frontier.take`` (order: condition -> frontier), so
+that no wake-up is missed; ``_Pool._lock`` guards the idle connections and the set of those in use, ``Threads._lock``
+the number of workers.
 
 Time limits: a blocking socket's time limit holds for one system call, so a server that drips a byte a second would
 never meet it. ``_DeadlineSocket`` gives every call only what is left of the attempt.
