@@ -264,7 +264,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-PRIM_PATIENCE = 20.0  # seconds for what must come; reached only by a failing test
+PRIM_PATIENCE = 60.0  # seconds for what must come; reached only by a failing test
 PRIM_SETTINGS = settings(
     max_examples=60,
     stateful_step_count=25,
@@ -311,21 +311,41 @@ def of_asyncpg(context: dict[str, Any]) -> bool:
     return its and context["message"] == "Future exception was never retrieved"
 
 
-def holds_the_loop(program: str, says: str, given: str = "") -> set[tuple[str, ...]]:
-    """Tasks and handles of which asyncio's debug mode complained in each of six runs of ``program``.
+WATCH = """if True:
+    import asyncio, resource, sys, time
+    from asyncio.base_events import _format_handle
 
-    What blocks does so each time; a busy machine holds up now this, now that.
+    def timed(handle, run=asyncio.Handle._run):
+        slept = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        began, computed = time.monotonic(), time.thread_time()
+        run(handle)
+        held = time.thread_time() - computed
+        if resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw > slept:
+            held = time.monotonic() - began
+        if held >= 0.05:
+            print("Held by", _format_handle(handle), file=sys.stderr)
+
+    def watch_the_loop():
+        asyncio.Handle._run = timed
+"""
+
+
+def holds_the_loop(program: str, says: str, given: str = "") -> set[tuple[str, ...]]:
+    """Tasks and handles that, in each of six runs of ``program``, held its loop once it had called ``watch_the_loop``.
+
+    50 ms of computing hold it, or as long a call in which the thread slept; not that others had the processor. What
+    blocks does so each time; a lock may be waited for now here, now there.
     """
     found: set[tuple[str, ...]] | None = None
     for _ in range(6):
-        command = [sys.executable, "-c", program]
+        command = [sys.executable, "-c", WATCH + program]
         child = subprocess.run(command, input=given, capture_output=True, text=True, cwd=HERE, timeout=100)
         assert child.stdout.strip() == says, child.stderr
-        slow = [line for line in child.stderr.splitlines() if line.startswith("Executing")]
+        held = [line for line in child.stderr.splitlines() if line.startswith("Held by")]
         these: set[tuple[str, ...]] = set()
-        for line in slow:
+        for line in held:
             name, task = re.search(r"name='(?!Task-)([^']*)'", line), re.search(r"coro=<([^ >]*)", line)
-            these.add((name[1] if name else "", task[1] if task else re.sub(r"0x\w+|created at.*|took.*", "", line)))
+            these.add((name[1] if name else "", task[1] if task else re.sub(r"0x\w+|created at.*", "", line)))
         found = these if found is None else found & these
         if not found:
             break
@@ -7775,10 +7795,6 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def web() -> Iterator[Sandbox]:
     with Sandbox(hosts=24, pages=20, page_bytes=4000) as sandbox:
-        # The bomb is made when it is first asked for; that takes a second in which nobody else is served.
-        with socket.create_connection((sandbox.hosts[0], sandbox.port)) as sock:
-            sock.sendall(b"GET /fault/gzip_bomb HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            sock.recv(100)
         yield sandbox
 
 
@@ -8024,11 +8040,10 @@ def test_a_cancelled_crawl_ends_at_once(web: Sandbox) -> None:
 
 def test_the_event_loop_is_never_blocked(web: Sandbox) -> None:
     program = """if True:
-        import asyncio, logging, sys
+        import asyncio, sys
         import crawl_async, crawl_rules
-        logging.basicConfig(format="%(message)s")
         async def main():
-            asyncio.get_running_loop().slow_callback_duration = 0.05
+            watch_the_loop()
             options = crawl_rules.Options(rate=0, timeout=5, retries=0)
             rows = await crawl_async.scrape_all(sys.stdin.read().split(), options)
             print(len(rows))
@@ -14208,9 +14223,8 @@ def test_app_is_told_of_signals_before_the_server() -> None:
 
 def test_app_never_blocks_its_loop() -> None:
     program = """if True:
-        import asyncio, logging
+        import asyncio, sys
         import aggregate_app
-        logging.basicConfig(format="%(message)s")
         PATHS = ("/", "/aggregate", "/aggregate?sources=news", "/aggregate/flaky", "/events", "/health", "/health/live",
                  "/health/ready", "/history/news", "/metrics", "/openapi.json", "/report", "/nothing")
 
@@ -14233,11 +14247,13 @@ def test_app_never_blocks_its_loop() -> None:
             app = aggregate_app.create_app(None, 0)
             async with aggregate_app.lifespan(app):
                 await ask(app, "/aggregate")
-                asyncio.get_running_loop().slow_callback_duration = 0.05
+                watch_the_loop()
+                imported = set(sys.modules)
                 for _ in range(8):
                     asked = [asyncio.create_task(ask(app, path), name=path) for path in PATHS for _ in range(3)]
                     statuses = await asyncio.gather(*asked, ask(app, "/cache/invalidate", "POST"))
                     assert set(statuses) <= {200, 404, 503}, statuses
+                assert sys.modules.keys() == imported, "an import holds the loop for as long as the disk likes"
                 print("done")
         asyncio.run(main(), debug=True)
     """
@@ -26798,6 +26814,29 @@ def test_sandbox_gives_others_their_turn() -> None:
         assert len(transport.written) < 10
 
     asyncio.run(scenario())
+
+
+def test_sandbox_no_first_answer_takes_longer_than_packing_a_bomb_once_does() -> None:
+    program = """if True:
+        import time, zlib
+        import sandbox, sandbox_faults
+
+        def cost(make):
+            began = time.thread_time()
+            make()
+            return time.thread_time() - began
+
+        usual = max(cost(lambda: zlib.compress(bytes(1 << 25))) for _ in range(3))
+        with sandbox.Sandbox() as web:
+            for name, fault in sandbox_faults.FAULTS.items():
+                request = sandbox_faults.Request(web, 0, "GET", fault.path, fault.path, False)
+                route = fault.path if name != "status" else "/status/"
+                spent = cost(lambda: next(iter(sandbox_faults.ROUTES[route](request))))
+                if spent > 2 * usual:
+                    print(name, spent, usual)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=HERE, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 30))
