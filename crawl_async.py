@@ -42,7 +42,7 @@ from yarl import URL
 from coordination import Channel, Semaphore
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import Crawl
-from crawl_net import BodyDecoder, ProxyRule, Resolver, allowed, detail, tls_detail
+from crawl_net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_detail
 from crawl_rules import (
     RESPONSE_HEADERS,
     FetchError,
@@ -133,6 +133,30 @@ class LoopResolver(AbstractResolver):
 # -------------------------------------------------------------------------------------------------------- fetch
 
 
+class _Within:
+    """``asyncio.timeout``, by a ``TimeLimit``: what holds up the loop does not count."""
+
+    def __init__(self, limit: TimeLimit) -> None:
+        self._limit, self._scope = limit, asyncio.timeout(None)
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> None:
+        await self._scope.__aenter__()
+        self._look()
+
+    async def __aexit__(self, *raised: Any) -> None:
+        if self._timer:
+            self._timer.cancel()
+        await self._scope.__aexit__(*raised)
+
+    def _look(self) -> None:
+        try:
+            self._timer = self._loop.call_later(self._limit.next_step(), self._look)
+        except TimeoutError:
+            self._scope.reschedule(self._loop.time())
+
+
 class Fetcher:
     """``await fetch(request) -> Response or FetchError``, on two sessions for all tasks: one for requests that may
     go anywhere and for what goes through a proxy, one for the rest, whose connections all lead to public addresses."""
@@ -178,30 +202,34 @@ class Fetcher:
         url, headers = self._crawl.headers(request)
         proxy = self._proxy.find(url)
         session = self._free if anywhere or proxy else self._guarded
+        limit = TimeLimit(self._crawl.remaining(request))
         timeout = aiohttp.ClientTimeout(
-            total=self._crawl.remaining(request),
+            total=None,
             sock_connect=self._options.connect_timeout,
             ceil_threshold=math.inf,
         )
-        async with session.get(
-            URL(url, encoded=True),
-            headers=headers,
-            timeout=timeout,
-            allow_redirects=False,
-            proxy=proxy,
-        ) as response:
+        async with _Within(limit):
+            response = await session.get(
+                URL(url, encoded=True),
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
+                proxy=proxy,
+            )
+        async with response:
             status = response.status
             try:
                 length = response.content_length
-                limit, cut = self._crawl.max_bytes(request), request.kind == "robots"
-                if length is not None and length > limit and not cut:
+                most, cut = self._crawl.max_bytes(request), request.kind == "robots"
+                if length is not None and length > most and not cut:
                     response.close()
                     raise FetchError("too_large", f"{length} bytes", status=status)
-                body = BodyDecoder(response.headers.get("Content-Encoding"), limit, status, cut=cut)
-                while not body.full and (data := await response.content.readany()):
-                    for step, _ in enumerate(body.feed(data)):
-                        if step:
-                            await asyncio.sleep(0)
+                body = BodyDecoder(response.headers.get("Content-Encoding"), most, status, cut=cut)
+                async with _Within(limit):
+                    while not body.full and (data := await response.content.readany()):
+                        for step, _ in enumerate(body.feed(data)):
+                            if step:
+                                await asyncio.sleep(0)
                 if body.full:
                     response.close()
                 found = {name: value for name in RESPONSE_HEADERS if (value := response.headers.get(name)) is not None}
