@@ -7869,7 +7869,7 @@ def test_every_fault_is_one_row_of_the_right_kind_and_hurts_nobody_else(
     driver: str, web: Sandbox, tmp_path: Path
 ) -> None:
     healthy = [web.url(f"/p/{page}.html" if page else "/", host=host) for host in range(10) for page in range(20)]
-    expected = {web.fault_url(name, host=23 if "absurd" in name else 10, run=driver): fault.expect
+    expected = {web.fault_url(name, host=23 if "absurd" in name else 10, run=tmp_path.name): fault.expect
                 for name, fault in FAULTS.items()}  # fmt: skip
     expected |= {web.url(f"/status/{code}", host=11): status_expect(code) for code in range(100, 600)}
     hanging = {url for url, kinds in expected.items() if kinds == ("timeout",)}
@@ -18238,16 +18238,37 @@ LOGS_ENRICH_FAULTS = [  # the mode, the kind of failure, how many requests a loa
 
 
 @pytest.mark.parametrize(("mode", "kind", "requests"), LOGS_ENRICH_FAULTS, ids=[each[0] for each in LOGS_ENRICH_FAULTS])
-def test_logs_enrich_faults(logs_enrich_api: sl.MetadataApi, mode: sl.Mode, kind: str, requests: int) -> None:
+def test_logs_enrich_faults(
+    logs_enrich_api: sl.MetadataApi, mode: sl.Mode, kind: str, requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[asyncio.Timeout] = []
+    timeout = asyncio.timeout
+
+    def noted(seconds: float | None) -> asyncio.Timeout:
+        scope = timeout(seconds)
+        if seconds == PRIM_PATIENCE:
+            limits.append(scope)
+        return scope
+
+    async def late(load: Coroutine[Any, Any, Any], asked: int) -> Any:
+        """What it comes to; where time is to be up it is, as soon as the API has been asked so often."""
+        loading = asyncio.create_task(load)
+        if kind == "timeout":
+            await prim_until_async(lambda: logs_enrich_api.requests["a"] == asked)
+            limits[-1].reschedule(asyncio.get_running_loop().time())
+        return await loading
+
     async def main() -> None:
         world = PrimWorld()
-        limit = 0.1 if kind == "timeout" else 0.9
-        async with logs_enrich_new(logs_enrich_api, world, timeout=limit) as enricher:
+        async with logs_enrich_new(logs_enrich_api, world, timeout=0.9) as enricher:
             logs_enrich_api.mode = mode
-            assert await logs_enrich_loaded(enricher, "a") == [None]
-            assert enricher.stats().failed == {kind: 1}
-            assert (enricher.stats().last_error or "").startswith(kind)
-            assert await enricher.load("a") is None, "who fills in may ask again at once"
+            enricher.timeout = PRIM_PATIENCE
+            with monkeypatch.context() as patch:
+                patch.setattr(asyncio, "timeout", noted)
+                assert await late(logs_enrich_loaded(enricher, "a"), 1) == [None]
+                assert enricher.stats().failed == {kind: 1}
+                assert (enricher.stats().last_error or "").startswith(kind)
+                assert await late(enricher.load("a"), 2) is None, "who fills in may ask again at once"
             assert logs_enrich_api.requests["a"] == 2 * requests
             if mode == "down":
                 assert logs_enrich_api.stats().connections == 4
@@ -18256,7 +18277,6 @@ def test_logs_enrich_faults(logs_enrich_api: sl.MetadataApi, mode: sl.Mode, kind
             assert enricher.look("a") is None
             assert not enricher._asked, "left alone"
             world.now += 0.2
-            enricher.timeout = 20.0
             assert await logs_enrich_loaded(enricher, "a") == [None], "what is known of it already is given again"
             world.now += le.FRONT
             assert await logs_enrich_loaded(enricher, "a") == [logs_enrich_right("a")]
@@ -20338,7 +20358,14 @@ async def logs_ingest_up(
     before = asyncio.all_tasks()
     sock = udp_socket("127.0.0.1", 0, receive_buffer=4 << 20).sock
     options = log_pipeline.Options(
-        **{"spool": str(folder / "spool"), "database": database, "batch": 10, "flush": 0.05, **more}
+        **{
+            "spool": str(folder / "spool"),
+            "database": database,
+            "batch": 10,
+            "flush": 0.05,
+            "stop_limit": PRIM_PATIENCE / 2,
+            **more,
+        }
     )
     ingester = Ingester(options, sock)
     change(ingester)
@@ -20391,8 +20418,10 @@ def test_logs_ingest_stores_each_event_once_and_enriched(
 
     async def main() -> None:
         with MetadataApi() as api:
-            more: dict[str, Any] = {"metadata": api.url(), "durable": durable, "batch": 500, "enrich_wait": 5.0}
+            more: dict[str, Any] = {"metadata": api.url(), "durable": durable, "batch": 500}
+            more["enrich_wait"] = PRIM_PATIENCE
             async with logs_ingest_up(tmp_path, logs_ingest_pg.url, **more) as up:
+                up.ingester.enricher.timeout = PRIM_PATIENCE
                 await up.ingester.database.ready()
                 patch.setattr(asyncio.Handle, "_run", timed)
                 with Senders(up.address, rate=5000, total=3000, services=50) as senders:
@@ -20527,7 +20556,8 @@ def test_logs_ingest_goes_on_without_metadata_and_fills_them_in(
             api.mode = mode
 
             def change(ingester: Ingester) -> None:
-                ingester.enricher = Enricher(api.url(), timeout=0.1, failed_for=0.05, reset=0.05, unknown_ttl=0.1)
+                limit = 0.1 if mode == "silent" else PRIM_PATIENCE
+                ingester.enricher = Enricher(api.url(), timeout=limit, failed_for=0.05, reset=0.05, unknown_ttl=0.1)
 
             more: dict[str, Any] = {"metadata": api.url(), "enrich_wait": 0.05, "change": change}
             async with logs_ingest_up(tmp_path, logs_ingest_pg.url, **more) as up:
@@ -20542,6 +20572,7 @@ def test_logs_ingest_goes_on_without_metadata_and_fills_them_in(
                 assert await logs_ingest_pg.do(look) == ["missing"] and counts.filled == 0
                 if mode == "down":
                     await up.until(lambda counts: counts.metadata == "open")
+                up.ingester.enricher.timeout = PRIM_PATIENCE
                 api.mode = "ok"
                 await up.until(lambda counts: counts.filled > 0)
                 await up.until(lambda counts: counts.metadata == "closed")
@@ -20655,9 +20686,13 @@ def test_logs_ingest_without_room_in_the_spool_durable_batches_are_written_all_t
     prim_run(main())
 
 
-def test_logs_ingest_reads_what_the_socket_holds_before_it_stops(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
+def test_logs_ingest_reads_what_the_socket_holds_before_it_stops(
+    logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_pipeline, "DRAIN_LIMIT", PRIM_PATIENCE)
+
     async def main() -> None:
-        async with logs_ingest_up(tmp_path, logs_ingest_pg.url, batch=500) as up:
+        async with logs_ingest_up(tmp_path, logs_ingest_pg.url, batch=500, stop_limit=PRIM_PATIENCE) as up:
             await up.ingester.database.ready()
             up.send(3000)
             up.ingester.stop()
@@ -27451,8 +27486,8 @@ def test_bench_ingest_without_rsyslog_says_so(
 def test_bench_ingest_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = tmp_path / "found.json"
     peers = "ingest_logs" + (",rsyslog" if bench_ingest.rsyslogd() else "")
-    words = ["--peers", peers, "--rates", "1000", "--seconds", "1", "--options=--flush=0.2", "--json", str(found)]
-    assert bench.main(["ingest", *words]) == 0
+    words = ["--peers", peers, "--rates", "1000", "--seconds", "1", "--options=--flush=0.2 --enrich-wait=60"]
+    assert bench.main(["ingest", *words, "--json", str(found)]) == 0
     rows = json.loads(found.read_text())["results"]
     steps = [row for row in rows if "sent" in row]
     assert {row[""] for row in steps} == {*peers.split(",")}
