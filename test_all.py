@@ -371,6 +371,25 @@ async def prim_ticks(n: int = 8) -> None:
         await asyncio.sleep(0)
 
 
+@contextlib.contextmanager
+def prim_limits(seconds: float) -> Iterator[Callable[[], None]]:
+    """What waits in ``asyncio.timeout(seconds)`` meanwhile is told that its time is up by what this gives."""
+    timeout, scopes = asyncio.timeout, list[asyncio.Timeout]()
+
+    def scope(given: float | None) -> asyncio.Timeout:
+        scopes.append(timeout(PRIM_PATIENCE if given == seconds else given))
+        return scopes.pop() if given != seconds else scopes[-1]
+
+    def up() -> None:
+        for each in scopes:
+            with contextlib.suppress(RuntimeError):  # it is over
+                each.reschedule(asyncio.get_running_loop().time())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "timeout", scope)
+        yield up
+
+
 class PrimWorld:
     """A clock that moves when somebody sleeps, and a record of the sleeps."""
 
@@ -12112,13 +12131,15 @@ def test_proc_an_idle_worker_that_was_killed_costs_no_attempt() -> None:
 def test_proc_timeout_kills_the_worker_and_the_pool_goes_on(tmp_path: Path) -> None:
     async def main(pool: processes.Processes) -> None:
         pid = await pool.run(os.getpid)
-        beside = asyncio.create_task(pool.run(time.sleep, 1000, timeout=0.3))
-        await asyncio.sleep(0)
-        with pytest.raises(TimeoutError):  # it waits for the only worker
-            await pool.run(os.getpid, timeout=0.01)
-        assert not proc_gone(pid)
-        with pytest.raises(TimeoutError):
-            await beside
+        with prim_limits(0.3) as up:
+            beside = asyncio.create_task(pool.run(time.sleep, 1000, timeout=0.3))
+            await asyncio.sleep(0)
+            with pytest.raises(TimeoutError):  # it waits for the only worker
+                await pool.run(os.getpid, timeout=0.01)
+            assert not proc_gone(pid)
+            up()
+            with pytest.raises(TimeoutError):
+                await beside
         await prim_until_async(lambda: proc_gone(pid))
         assert await pool.run(operator.add, 1, 2) == 3
         assert pool.stats() == (1, 0, 0, 2, 1, 0, 2)
@@ -12665,7 +12686,7 @@ def test_aggregate_names_what_is_wrong_with_an_upstream(
 def test_aggregate_every_fault_of_the_catalogue_is_an_answer(web: Sandbox) -> None:
     async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
         faults = {name: make(fault.path, timeout=1.0, retries=0) for name, fault in FAULTS.items()}
-        parts = await aggregate_app.gather(faults, {}, 20.0)
+        parts = await aggregate_app.gather(faults, {}, PRIM_PATIENCE)
         assert {part.state for part in parts.values()} == {"error"}
         for part in parts.values():
             assert str(part.error).partition(":")[0] in upstreams.UpstreamError.KINDS
@@ -12682,7 +12703,9 @@ def test_aggregate_a_silent_upstream_opens_its_circuit_and_recovers(web: Sandbox
         assert (part.state, source.calls, source.health()["breaker"]) == ("open", 5, "open")
         assert 30.0 <= part.retry_after <= 33.0
         world.now += 33.0
-        source.upstream = dataclasses.replace(source.upstream, url=web.url("/api/weather?city=recovered"), timeout=20.0)
+        source.upstream = dataclasses.replace(
+            source.upstream, url=web.url("/api/weather?city=recovered"), timeout=PRIM_PATIENCE
+        )
         assert (await aggregate_ask(source), source.health()["breaker"]) == (("fresh", 1, 0.0), "closed")
 
     aggregate_play(web, case)
@@ -12690,7 +12713,7 @@ def test_aggregate_a_silent_upstream_opens_its_circuit_and_recovers(web: Sandbox
 
 def test_aggregate_the_deadline_cuts_the_wait_and_not_the_load(web: Sandbox) -> None:
     async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
-        source = make("/api/weather?city=late", timeout=20.0)
+        source = make("/api/weather?city=late", timeout=PRIM_PATIENCE)
         parts = await asyncio.gather(*(aggregate_ask(source, 1e-9) for _ in range(3)))
         assert parts == [("timeout", None, None)] * 3
         await aggregate_settled(source)
@@ -13494,7 +13517,11 @@ def test_upstream_hedges_within_its_budget() -> None:
                 pass
             source.upstream = dataclasses.replace(source.upstream, timeout=0.1)
             source.forget()
-            assert (await aggregate_ask(source))[0] == "error"
+            with prim_limits(0.1) as up:
+                asking = asyncio.create_task(aggregate_ask(source))
+                await prim_until_async(lambda: len(heads) == 3)
+                up()
+                assert (await asking)[0] == "error"
             assert (source.calls, len(heads)) == (3, 3)  # nothing saved: nobody is asked twice
 
     app_run(main())
@@ -18238,37 +18265,25 @@ LOGS_ENRICH_FAULTS = [  # the mode, the kind of failure, how many requests a loa
 
 
 @pytest.mark.parametrize(("mode", "kind", "requests"), LOGS_ENRICH_FAULTS, ids=[each[0] for each in LOGS_ENRICH_FAULTS])
-def test_logs_enrich_faults(
-    logs_enrich_api: sl.MetadataApi, mode: sl.Mode, kind: str, requests: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limits: list[asyncio.Timeout] = []
-    timeout = asyncio.timeout
-
-    def noted(seconds: float | None) -> asyncio.Timeout:
-        scope = timeout(seconds)
-        if seconds == PRIM_PATIENCE:
-            limits.append(scope)
-        return scope
-
-    async def late(load: Coroutine[Any, Any, Any], asked: int) -> Any:
-        """What it comes to; where time is to be up it is, as soon as the API has been asked so often."""
-        loading = asyncio.create_task(load)
-        if kind == "timeout":
-            await prim_until_async(lambda: logs_enrich_api.requests["a"] == asked)
-            limits[-1].reschedule(asyncio.get_running_loop().time())
-        return await loading
-
+def test_logs_enrich_faults(logs_enrich_api: sl.MetadataApi, mode: sl.Mode, kind: str, requests: int) -> None:
     async def main() -> None:
         world = PrimWorld()
         async with logs_enrich_new(logs_enrich_api, world, timeout=0.9) as enricher:
             logs_enrich_api.mode = mode
-            enricher.timeout = PRIM_PATIENCE
-            with monkeypatch.context() as patch:
-                patch.setattr(asyncio, "timeout", noted)
-                assert await late(logs_enrich_loaded(enricher, "a"), 1) == [None]
-                assert enricher.stats().failed == {kind: 1}
-                assert (enricher.stats().last_error or "").startswith(kind)
-                assert await late(enricher.load("a"), 2) is None, "who fills in may ask again at once"
+
+            async def late(load: Coroutine[Any, Any, Any], asked: int) -> Any:
+                """What it comes to; its time is up, if it is to be, when the API has been asked so often."""
+                with prim_limits(0.9) as up:
+                    loading = asyncio.create_task(load)
+                    if kind == "timeout":
+                        await prim_until_async(lambda: logs_enrich_api.requests["a"] == asked)
+                        up()
+                    return await loading
+
+            assert await late(logs_enrich_loaded(enricher, "a"), 1) == [None]
+            assert enricher.stats().failed == {kind: 1}
+            assert (enricher.stats().last_error or "").startswith(kind)
+            assert await late(enricher.load("a"), 2) is None, "who fills in may ask again at once"
             assert logs_enrich_api.requests["a"] == 2 * requests
             if mode == "down":
                 assert logs_enrich_api.stats().connections == 4
@@ -18277,6 +18292,7 @@ def test_logs_enrich_faults(
             assert enricher.look("a") is None
             assert not enricher._asked, "left alone"
             world.now += 0.2
+            enricher.timeout = PRIM_PATIENCE
             assert await logs_enrich_loaded(enricher, "a") == [None], "what is known of it already is given again"
             world.now += le.FRONT
             assert await logs_enrich_loaded(enricher, "a") == [logs_enrich_right("a")]
@@ -18669,7 +18685,7 @@ def test_logs_enrich_wait_obeys_its_limit(logs_enrich_api: sl.MetadataApi) -> No
             logs_enrich_api.mode = "silent"
             begun = time.monotonic()
             await enricher.wait(["a", "b", "c"], 0.05)
-            assert 0.04 < time.monotonic() - begun < 10
+            assert 0.04 < time.monotonic() - begun < PRIM_PATIENCE
             assert (enricher.look("a"), enricher.look("b")) == (logs_enrich_right("a"), None)
             assert enricher.stats().waits == 0
             await enricher.wait(["a", "b"], 0.0)
@@ -20738,6 +20754,7 @@ def test_logs_ingest_forced_stop_saves_what_is_in_memory(logs_ingest_pg: PgServe
     async def main() -> None:
         gates: list[LogsIngestGate] = []
         more: dict[str, Any] = {"batch": 20, "flush": 60.0, "change": lambda it: gates.append(LogsIngestGate(it))}
+        more["stop_limit"] = 3600.0
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url, **more) as up:
             await up.ingester.database.ready()
             up.send(50)
@@ -20746,9 +20763,7 @@ def test_logs_ingest_forced_stop_saves_what_is_in_memory(logs_ingest_pg: PgServe
             await up.received()
             up.ingester.stop()
             await up.until(lambda counts: counts.held["queue"] == 0)
-            begun = time.monotonic()
             up.ingester.stop()
-        assert time.monotonic() - begun < 1.0
         assert (up.code, up.ingester.snapshot().held["spool"]) == (0, 55)
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url) as up:
             await up.until(lambda counts: counts.stored == 55)
@@ -20992,7 +21007,7 @@ def test_logs_ingest_killed_with_durable_loses_nothing_that_was_sealed(
 
 
 def test_logs_ingest_second_sigterm_forces(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
-    more = ("--spool", str(tmp_path), "--database", logs_ingest_pg.url, "--flush", "0.05", "--stop-limit", "60")
+    more = ("--spool", str(tmp_path), "--database", logs_ingest_pg.url, "--flush", "0.05", "--stop-limit", "3600")
     with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as process:
         to = process.address()
         process.until(lambda found: found["database"] == "connected")
@@ -21001,9 +21016,7 @@ def test_logs_ingest_second_sigterm_forces(logs_ingest_pg: PgServer, tmp_path: P
             process.until(lambda found: found["held"]["writing"] + found["held"]["spool"] == 100)
             process.process.send_signal(signal.SIGTERM)
             process.until(lambda found: found["status"] == "stopping")
-            begun = time.monotonic()
             assert process.stop() == 0
-            assert time.monotonic() - begun < 5.0
     process.said(r"received 100 = stored 0 \+ dead 0 \+ dropped 0 \+ left in the spool 100$")
     with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as process:
         process.until(lambda found: found["stored"] == 100)
@@ -24860,7 +24873,7 @@ def test_market_kafka_a_stop_without_an_answer_ends_in_time_and_the_next_life_go
     broker, spool = market_kafka_broker, tmp_path / "spool"
 
     async def main() -> None:
-        async with market_kafka_open(broker.address, spool=spool, request_timeout=5) as publisher:
+        async with market_kafka_open(broker.address, spool=spool, request_timeout=3600) as publisher:
             await publisher.trades(market_kafka_trades(0, 100))
             await publisher.flush()
             broker.freeze() if how == "frozen" else broker.stop()
@@ -24871,7 +24884,7 @@ def test_market_kafka_a_stop_without_an_answer_ends_in_time_and_the_next_life_go
             publisher.analytics([{"symbol": "A"}])
             begun = time.monotonic()
             assert await publisher.stop(0.2) == 0
-            assert time.monotonic() - begun < 1.5
+            assert time.monotonic() - begun < PRIM_PATIENCE
             stats = market_kafka_balanced(publisher)
             assert stats.trades == mk.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
             with pytest.raises(mk.Closed):
@@ -24904,17 +24917,17 @@ def test_market_kafka_a_stop_with_nowhere_to_go_says_what_is_lost(
     broker.freeze()
 
     async def main() -> None:
-        async with market_kafka_open(broker.address, request_timeout=5) as publisher:
+        async with market_kafka_open(broker.address, request_timeout=3600) as publisher:
             await publisher.trades(market_kafka_trades(0, 3000))
             await asyncio.sleep(0.05)
-            stop = asyncio.create_task(publisher.stop(60))
-            await asyncio.sleep(0.05)
+            stop = asyncio.create_task(publisher.stop(3600))
+            await prim_until_async(lambda: publisher._state == "stopping")
             stop.cancel()
             begun = time.monotonic()
             with pytest.raises(asyncio.CancelledError):
                 await stop
             await prim_until_async(lambda: publisher.stats().state == "closed")
-            assert time.monotonic() - begun < 1.5
+            assert time.monotonic() - begun < PRIM_PATIENCE
             assert market_kafka_balanced(publisher).trades == mk.Counts(3000, 0, 0, 0, 0, 3000, 0)
         never = mk.Publisher(broker.address)
         assert never.offer(market_kafka_trades(0, 5)) and await never.stop() == 5
@@ -25684,7 +25697,7 @@ def test_market_pipeline_sigterm_publishes_all_and_a_second_one_spools_it(tmp_pa
             process.said(r"trades 99 \+ dead letters 0 = published 99 \+ left in the spool 0 \+ lost 0; analytics")
             prim_until(lambda: not any(child.is_running() for child in children))  # one only sees that we are gone
             assert [stats.closes for stats in them.stats().values()] == [(1000,)] * 3
-        with market_pipeline_process(*arguments, "--stop-limit", "60", "--spool-after", "0.2") as process:
+        with market_pipeline_process(*arguments, "--stop-limit", "3600", "--spool-after", "0.2") as process:
             process.until(market_pipeline_all_live)
             them.emit(1)
             process.until(lambda found: found["published"]["published"] == 9)
@@ -25694,10 +25707,8 @@ def test_market_pipeline_sigterm_publishes_all_and_a_second_one_spools_it(tmp_pa
                 process.until(lambda found: found["trades"] == 99)
                 process.process.send_signal(signal.SIGTERM)
                 process.until(lambda found: found["status"] == "stopping")
-                begun = time.monotonic()
                 process.process.send_signal(signal.SIGTERM)
                 assert process.wait() == 0
-                assert time.monotonic() - begun < 10.0
             finally:
                 broker.thaw()
             process.said(r"= published 9 \+ left in the spool 90 \+ lost 0")
