@@ -27973,12 +27973,11 @@ def test_bench_parsing_beside_a_loop(where: str, workers: int) -> None:
 
 def test_bench_a_call_that_blocks_the_loop_makes_all_wait() -> None:
     with bench_models.late_server() as port:
-        latencies = bench_models.blocking("tasks", "loop", bench_models.BEFORE + 0.2, port)
+        latencies = bench_models.blocking("tasks", "loop", bench_models.BEFORE + 1.0, port)
         threads = bench_models.blocking("threads", "thread", bench_models.BEFORE + 0.2, port)
-    assert (
-        sum(latency >= bench_models.BLOCKED for latency in latencies) == bench_models.CLIENTS
-    )  # each had one under way
-    assert min(len(latencies), len(threads)) >= bench_models.CLIENTS
+    blocked = sum(latency >= bench_models.BLOCKED for latency in latencies)
+    assert blocked >= bench_models.CLIENTS, "each had one under way"
+    assert len(threads) >= bench_models.CLIENTS
 
 
 @pytest.mark.parametrize("kind", ["threads", "tasks"])
