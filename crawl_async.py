@@ -187,22 +187,21 @@ class Fetcher:
         started = time.monotonic()
         outcome: Response | FetchError
         _in_hand.set(request)
-        request.held = 0.0
+        request.held, limit = 0.0, TimeLimit(self._crawl.remaining(request))
         try:
-            outcome = await self._fetch(request)
+            outcome = await self._fetch(request, limit)
         except FetchError as error:
             outcome = error
         except (OSError, aiohttp.ClientError, ValueError) as error:
             outcome = self._explain(error)
-        outcome.seconds = max(0.0, time.monotonic() - started - request.held)
+        outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours)
         return outcome
 
-    async def _fetch(self, request: Request) -> Response:
+    async def _fetch(self, request: Request, limit: TimeLimit) -> Response:
         anywhere = may_go_anywhere(self._options, request)
         url, headers = self._crawl.headers(request)
         proxy = self._proxy.find(url)
         session = self._free if anywhere or proxy else self._guarded
-        limit = TimeLimit(self._crawl.remaining(request))
         timeout = aiohttp.ClientTimeout(
             total=None,
             sock_connect=self._options.connect_timeout,

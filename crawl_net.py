@@ -1,13 +1,13 @@
 """Between the crawlers and the wire: time limits, names to addresses, and bodies out of their Content-Encoding.
 
 Promised: a time limit measures the other side: what holds up a whole process, its interpreter or its event loop counts
-for a twentieth of the limit at most, each time. A look-up of a name takes no longer than its caller waits, whatever the
-system's resolver does; a body takes
-no more memory than its limit, whatever it claims to be; a request that may not go to private addresses is connected
-to public ones only: ``allowed`` judges the very addresses that the socket gets, each time that one is opened, so a
-name that resolves to something else the next time gains nothing. Such connections have a pool of their own in both
-drivers: one that was opened without the check (to a proxy, or for a request that may go anywhere) never serves one
-that needs it. Not promised: which of several addresses answers; anything of names that a proxy resolves.
+for a twentieth of the limit at most, each time; a look-up of a name takes no longer than its caller waits, whatever the
+system's resolver does; a body takes no more memory than its limit, whatever it claims to be; a request that may not go
+to private addresses is connected to public ones only: ``allowed`` judges the very addresses that the socket gets, each
+time that one is opened, so a name that resolves to something else the next time gains nothing. Such connections have a
+pool of their own in both drivers: one that was opened without the check (to a proxy, or for a request that may go
+anywhere) never serves one that needs it. Not promised: which of several addresses answers; anything of names that a
+proxy resolves.
 
 Threads: ``socket.getaddrinfo`` can neither be awaited nor given a time limit, so it runs in daemon threads of the
 ``Resolver``, which serve both drivers. Decoding runs in the caller's thread, in pieces of 256 KiB, so that an event
@@ -60,15 +60,22 @@ class TimeLimit:
         self.step: float = min(seconds / 20, within.step if within else math.inf)
         self._left, self._within, self._clock = seconds, within, clock
         self._seen = clock()
+        self.ours = 0.0
+        """Seconds so far that did not count."""
 
     def left(self) -> float:
         """Seconds, above 0. Raises TimeoutError when nothing is left."""
         now = self._clock()
-        self._left -= min(now - self._seen, self.step)
-        self._seen = now
+        passed, self._seen = now - self._seen, now
+        self._left -= min(passed, self.step)
+        self.ours += max(0.0, passed - self.step)
         if self._left <= 0:
             raise TimeoutError
         return min(self._left, self._within.left()) if self._within else self._left
+
+    def skip(self) -> None:
+        """What has passed since the last look was no waiting for the other side."""
+        self._seen = self._clock()
 
     def next_step(self) -> float:
         """Seconds to wait before the next look at what is left. Raises TimeoutError when nothing is left."""

@@ -438,36 +438,35 @@ class Fetcher:
         """Raises Postponed; all that the network does comes back as a FetchError."""
         started = time.monotonic()
         outcome: Response | FetchError
-        request.held = 0.0
+        request.held, limit = 0.0, TimeLimit(self._crawl.remaining(request))
         try:
-            outcome = self._fetch(request)
+            outcome = self._fetch(request, limit)
         except FetchError as error:
             outcome = error
         except (OSError, http.client.HTTPException, ValueError) as error:
             outcome = self._explain(error)
         if self._pool.aborted and isinstance(outcome, FetchError):
             outcome = FetchError("interrupted", "stopped before the answer was complete", status=outcome.status)
-        outcome.seconds = max(0.0, time.monotonic() - started - request.held)
+        outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours)
         return outcome
 
-    def _fetch(self, request: Request) -> Response:
+    def _fetch(self, request: Request, limit: TimeLimit) -> Response:
         anywhere = may_go_anywhere(self._options, request)
         url, headers = self._crawl.headers(request)
         call: Any = urllib.request.Request(url, headers=headers)
         call.anywhere = anywhere
-        call.limit = TimeLimit(self._crawl.remaining(request))
-        call.connect_limit = TimeLimit(self._options.connect_timeout, call.limit)
-        call.before_send = lambda: self._wait_for_turn(request)
+        call.limit, call.connect_limit = limit, TimeLimit(self._options.connect_timeout, limit)
+        call.before_send = lambda: self._wait_for_turn(request, limit)
         response = self._opener.open(call)
         status = response.status
         try:
             length = response.length
             if length is None and response.headers.get("Content-Length") and not response.chunked:
                 raise FetchError("protocol", "not a Content-Length", status=status)
-            limit, cut = self._crawl.max_bytes(request), request.kind == "robots"
-            if length is not None and length > limit and not cut:
+            most, cut = self._crawl.max_bytes(request), request.kind == "robots"
+            if length is not None and length > most and not cut:
                 raise FetchError("too_large", f"{length} bytes", status=status)
-            body = BodyDecoder(response.headers.get("Content-Encoding"), limit, status, cut=cut)
+            body = BodyDecoder(response.headers.get("Content-Encoding"), most, status, cut=cut)
             received = 0
             while not body.full and (data := response.read(1 << 16)):
                 received += len(data)
@@ -488,7 +487,7 @@ class Fetcher:
         finally:
             response.close()
 
-    def _wait_for_turn(self, request: Request) -> None:
+    def _wait_for_turn(self, request: Request, limit: TimeLimit) -> None:
         began = time.monotonic()
         while (wait := self._crawl.frontier.clear_to_send(request, time.monotonic())) > 0.0:
             # The system wakes a sleeper late, and with a burst of 1 what is late is lost: sleep a little less, yield
@@ -496,6 +495,7 @@ class Fetcher:
             if wait > 0.0001:
                 time.sleep(wait - 0.0003 if wait > 0.0004 else 0)
         request.held = time.monotonic() - began
+        limit.skip()
 
     def _too_late(self) -> str:
         return f"no complete answer within {self._options.timeout:g} s"

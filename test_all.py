@@ -7581,6 +7581,31 @@ def test_rubbish_is_decoded_or_refused(coding: str, data: bytes) -> None:
         assert coding in CODINGS
 
 
+def test_a_time_limit_counts_a_step_that_took_long_as_one() -> None:
+    world = PrimWorld(0.0)
+    limit = TimeLimit(20.0, clock=world.clock)
+    assert (limit.step, limit.next_step()) == (1.0, 1.0)
+    world.now += 0.5
+    assert limit.left() == 19.5
+    world.now += 3600.0  # the interpreter was another's
+    assert (limit.left(), limit.ours) == (18.5, 3599.0)
+    world.now += 60.0
+    limit.skip()
+    within = TimeLimit(40.0, limit, clock=world.clock)
+    assert (within.step, within.left(), limit.ours) == (1.0, 18.5, 3599.0)
+    for _ in range(18):
+        world.now += 1.0
+        limit.left()
+    world.now += 0.25
+    assert within.next_step() == limit.left() == 0.25
+    world.now += 0.25
+    for spent in (within, limit, within):
+        with pytest.raises(TimeoutError):
+            spent.left()
+    with pytest.raises(TimeoutError):
+        TimeLimit(0.0).left()
+
+
 def test_a_name_is_looked_up_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     gate = threading.Event()
@@ -7950,6 +7975,7 @@ def test_a_time_limit_does_not_count_what_holds_us_up(driver: str) -> None:
         rows = scrape(driver, [f"{url}{n}" for n in range(3)], timeout=2.0, retries=0, per_host=1, concurrency=1)
         thread.join()
     assert [(row.error, row.title) for row in rows] == [(None, "late")] * 3
+    assert max(row.duration_ms for row in rows) < 2000
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
