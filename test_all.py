@@ -25222,7 +25222,7 @@ def test_market_kafka_the_broker_for_development_keeps_its_port_and_data_and_fol
 # ------------------------------------------------------------------------------------------------ market_pipeline.py
 
 MARKET_PIPELINE_SYMBOLS = ("BTC-USD", "ETH-USD", "SOL-USD")
-MARKET_PIPELINE_FEEDS = {"base": 0.02, "cap": 0.05, "healthy_after": 0.2, "ping_every": 0.3, "pong_within": 0.6}
+MARKET_PIPELINE_FEEDS = {"base": 0.02, "cap": 0.05, "healthy_after": 0.2, "ping_every": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -25366,10 +25366,18 @@ def test_market_pipeline_an_exchange_that_fails_does_not_hold_up_the_others(
                 await market_pipeline_live_feeds(pipeline)
                 await asyncio.to_thread(them.emit, 2)
                 await market_pipeline_arrived(them, pipeline)
+                stalled = pipeline.feeds["gemini"]
+
+                async def left_soon() -> None:
+                    patience, stalled._pong_within = stalled._pong_within, 0.6
+                    await prim_until_async(lambda: pipeline.snapshot().feeds["gemini"].reconnects == 1)
+                    stalled._pong_within = patience
+
                 faults: list[tuple[str, Fault]] = [("kraken", "close"), ("okx", "reset"), ("gemini", "stall")]
                 faults += [("bybit", "half"), ("binance", "not json"), ("binance", "wrong types")]
                 for exchange, fault in [*faults, ("binance", "unknown"), ("binance", "gap")]:
                     await asyncio.to_thread(them.fault, exchange, fault)
+                leaving = asyncio.create_task(left_soon())
                 them.door("kraken", "503")
                 await asyncio.to_thread(them.emit, 3)
                 away = {"kraken", "okx", "gemini", "bybit"}
@@ -25387,7 +25395,7 @@ def test_market_pipeline_an_exchange_that_fails_does_not_hold_up_the_others(
                 them.door("kraken", "open")
                 await market_pipeline_live_feeds(pipeline)
                 assert all(pipeline.snapshot().feeds[name].reconnects >= 1 for name in away - {"gemini"})
-                await prim_until_async(lambda: pipeline.snapshot().feeds["gemini"].reconnects == 1)
+                await leaving
                 await market_pipeline_live_feeds(pipeline)
                 await asyncio.to_thread(them.emit, 1)
                 await prim_until_async(lambda: market_pipeline_published(pipeline.snapshot()))
