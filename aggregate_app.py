@@ -50,6 +50,7 @@ from typing import IO, Any, cast
 from urllib.parse import parse_qsl, urlencode
 
 import aiohttp
+import anyio
 import asyncpg
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -780,6 +781,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             stack.push_async_callback(asyncio.to_thread, site.stop)
             upstreams = read_config(DEMO.format(base=site.url("")), os.environ)
             log.info("no AGGREGATE_CONFIG: four demo upstreams at %s", site.url("/api/"))
+        async with anyio.create_task_group():
+            pass  # imports what the first stream of events would hold the loop for
         gc.freeze()  # what was imported is no garbage: a full collection of it held the loop for 30 ms
         stack.callback(gc.unfreeze)
         session = await stack.enter_async_context(

@@ -423,18 +423,22 @@ def parsing(where: str, workers: int, seconds: float) -> Row:
 
 
 def blocking(kind: str, planted: str, seconds: float, port: int) -> list[float]:
-    """Latencies of ``CLIENTS`` units that make requests, beside a call that blocks: in a thread, the loop, or none."""
+    """Latencies of ``CLIENTS`` units that make requests, beside a call that blocks: in a thread, the loop, or none.
+
+    Each is connected before the ``seconds`` begin, and has a request under way from then on.
+    """
     latencies = list[float]()
-    stop = time.perf_counter() + seconds
 
     def block() -> None:
         time.sleep(BLOCKED)
 
     if kind == "threads":
+        sockets = [socket.create_connection((request(number, PACE)[0], port)) for number in range(CLIENTS)]
+        stop = time.perf_counter() + seconds
 
         def unit(number: int) -> None:
-            host, words = request(number, PACE)
-            with socket.create_connection((host, port)) as sock:
+            words = request(number, PACE)[1]
+            with sockets[number] as sock:
                 while (started := time.perf_counter()) < stop:
                     call(sock, words)
                     latencies.append(time.perf_counter() - started)
@@ -453,15 +457,14 @@ def blocking(kind: str, planted: str, seconds: float, port: int) -> list[float]:
             thread.join()
         return latencies
 
-    async def unit_async(number: int) -> None:
-        host, words = request(number, PACE)
-        reader, writer = await asyncio.open_connection(host, port)
+    async def unit_async(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: float) -> None:
+        words = request(number, PACE)[1]
         while (started := time.perf_counter()) < stop:
             await call_async(reader, writer, words)
             latencies.append(time.perf_counter() - started)
         writer.close()
 
-    async def spoil_async() -> None:
+    async def spoil_async(stop: float) -> None:
         while planted != "none" and time.perf_counter() + BEFORE < stop:
             await asyncio.sleep(BEFORE)
             if planted == "loop":
@@ -471,7 +474,10 @@ def blocking(kind: str, planted: str, seconds: float, port: int) -> list[float]:
             await asyncio.sleep(1 - BLOCKED - BEFORE)
 
     async def all_units() -> None:
-        await asyncio.gather(*map(unit_async, range(CLIENTS)), spoil_async())
+        streams = [await asyncio.open_connection(request(number, PACE)[0], port) for number in range(CLIENTS)]
+        stop = time.perf_counter() + seconds
+        units = (unit_async(number, *stream, stop) for number, stream in enumerate(streams))
+        await asyncio.gather(*units, spoil_async(stop))
 
     asyncio.run(all_units())
     return latencies

@@ -44,7 +44,7 @@ from yarl import URL
 from coordination import Channel, Semaphore
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import Crawl, patience
-from crawl_net import BodyDecoder, ProxyRule, Resolver, allowed, detail, tls_detail
+from crawl_net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_detail
 from crawl_rules import (
     CUT_OFF,
     FetchError,
@@ -154,6 +154,30 @@ class LoopResolver(AbstractResolver):
 # -------------------------------------------------------------------------------------------------------- fetch
 
 
+class _Within:
+    """``asyncio.timeout``, by a ``TimeLimit``: what holds up the loop does not count."""
+
+    def __init__(self, limit: TimeLimit) -> None:
+        self._limit, self._scope = limit, asyncio.timeout(None)
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> None:
+        await self._scope.__aenter__()
+        self._look()
+
+    async def __aexit__(self, *raised: Any) -> None:
+        if self._timer:
+            self._timer.cancel()
+        await self._scope.__aexit__(*raised)
+
+    def _look(self) -> None:
+        try:
+            self._timer = self._loop.call_later(self._limit.next_step(), self._look)
+        except TimeoutError:
+            self._scope.reschedule(self._loop.time())
+
+
 class Fetcher:
     """``await fetch(request) -> Response or FetchError``, on two sessions for all tasks: one for requests that may
     go anywhere and for what goes through a proxy, one for the rest, whose connections all lead to public addresses."""
@@ -186,36 +210,39 @@ class Fetcher:
         started = time.monotonic()
         outcome: Response | FetchError
         _in_hand.set(request)
-        request.held = 0.0
+        request.held, limit = 0.0, TimeLimit(self._crawl.remaining(request))
         try:
-            outcome = await self._fetch(request)
+            outcome = await self._fetch(request, limit)
         except FetchError as error:
             outcome = error
         except (OSError, aiohttp.ClientError, ValueError) as error:
             outcome = self._explain(error)
-        outcome.seconds = max(0.0, time.monotonic() - started - request.held)
+        outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours)
         return outcome
 
-    async def _fetch(self, request: Request) -> Response:
+    async def _fetch(self, request: Request, limit: TimeLimit) -> Response:
         anywhere = may_go_anywhere(self._options, request)
         url, headers = self._crawl.headers(request)
         proxy = self._proxy.find(url)
         session = self._free if anywhere or proxy else self._guarded
         timeout = aiohttp.ClientTimeout(
-            total=self._crawl.remaining(request),
+            total=None,
             sock_connect=self._options.connect_timeout,
             ceil_threshold=math.inf,
         )
-        async with session.get(
-            URL(url, encoded=True),
-            headers=headers,
-            timeout=timeout,
-            allow_redirects=False,
-            proxy=proxy,
-        ) as response:
+        async with _Within(limit):
+            response = await session.get(
+                URL(url, encoded=True),
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
+                proxy=proxy,
+            )
+        async with response:
             answer = Response(response.status, read_headers(response.raw_headers), b"")
+            seconds = patience(request, answer.status)
             try:
-                async with asyncio.timeout(patience(request, answer.status)):
+                async with _Within(limit if seconds is None else TimeLimit(seconds, limit)):
                     answer.body = await self._body(request, answer, response)
                 return answer
             except FetchError as error:

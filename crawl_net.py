@@ -1,11 +1,13 @@
-"""Between the crawlers and the wire: names to addresses, and bodies out of their Content-Encoding.
+"""Between the crawlers and the wire: time limits, names to addresses, and bodies out of their Content-Encoding.
 
-Promised: a look-up of a name takes no longer than its caller waits, whatever the system's resolver does; a body takes
-no more memory than its limit, whatever it claims to be; a request that may not go to private addresses is connected
-to public ones only: ``allowed`` judges the very addresses that the socket gets, each time that one is opened, so a
-name that resolves to something else the next time gains nothing. Such connections have a pool of their own in both
-drivers: one that was opened without the check (to a proxy, or for a request that may go anywhere) never serves one
-that needs it. Not promised: which of several addresses answers; anything of names that a proxy resolves.
+Promised: a time limit measures the other side: what holds up a whole process, its interpreter or its event loop counts
+for a twentieth of the limit at most, each time; a look-up of a name takes no longer than its caller waits, whatever the
+system's resolver does; a body takes no more memory than its limit, whatever it claims to be; a request that may not go
+to private addresses is connected to public ones only: ``allowed`` judges the very addresses that the socket gets, each
+time that one is opened, so a name that resolves to something else the next time gains nothing. Such connections have a
+pool of their own in both drivers: one that was opened without the check (to a proxy, or for a request that may go
+anywhere) never serves one that needs it. Not promised: which of several addresses answers; anything of names that a
+proxy resolves.
 
 Threads: ``socket.getaddrinfo`` can neither be awaited nor given a time limit, so it runs in daemon threads of the
 ``Resolver``, which serve both drivers. Decoding runs in the caller's thread, in pieces of 256 KiB, so that an event
@@ -41,6 +43,43 @@ try:
     from compression import zstd  # type: ignore[import-not-found,unused-ignore]
 except ImportError:
     from backports import zstd
+
+
+# --------------------------------------------------------------------------------------------------- time limits
+
+
+class TimeLimit:
+    """Seconds that another side may take. Whoever waits for it does so in steps of at most ``step`` seconds, a
+    twentieth of the limit, and asks in between what is left. A step that took longer counts as one: the rest of it is
+    our own, in which other threads had the interpreter, other tasks the loop, or other programs the processor.
+
+    What is left is never more than what is left of ``within``. For one thread or task at a time.
+    """
+
+    def __init__(self, seconds: float, within: TimeLimit | None = None, *, clock: Clock = time.monotonic) -> None:
+        self.step: float = min(seconds / 20, within.step if within else math.inf)
+        self._left, self._within, self._clock = seconds, within, clock
+        self._seen = clock()
+        self.ours = 0.0
+        """Seconds so far that did not count."""
+
+    def left(self) -> float:
+        """Seconds, above 0. Raises TimeoutError when nothing is left."""
+        now = self._clock()
+        passed, self._seen = now - self._seen, now
+        self._left -= min(passed, self.step)
+        self.ours += max(0.0, passed - self.step)
+        if self._left <= 0:
+            raise TimeoutError
+        return min(self._left, self._within.left()) if self._within else self._left
+
+    def skip(self) -> None:
+        """What has passed since the last look was no waiting for the other side."""
+        self._seen = self._clock()
+
+    def next_step(self) -> float:
+        """Seconds to wait before the next look at what is left. Raises TimeoutError when nothing is left."""
+        return min(self.left(), self.step)
 
 
 # ----------------------------------------------------------------------------------------------- content coding
@@ -311,12 +350,15 @@ class Resolver:
         except concurrent.futures.InvalidStateError:
             return  # close() was faster
 
-    def lookup(self, name: str, timeout: float) -> list[Address]:
-        """The addresses of ``name``, in the system's order of preference, within ``timeout`` seconds."""
+    def lookup(self, name: str, limit: TimeLimit) -> list[Address]:
+        """The addresses of ``name``, in the system's order of preference."""
+        future = self.submit(name)
         try:
-            return self.submit(name).result(max(0.0, timeout))
-        except concurrent.futures.TimeoutError:
+            while not future.done():
+                concurrent.futures.wait((future,), limit.next_step())
+        except TimeoutError:
             raise FetchError("timeout", f"the name server did not answer for {name}") from None
+        return future.result()
 
     async def lookup_async(self, name: str) -> list[Address]:
         """``lookup`` for a task; the time limit is the caller's."""

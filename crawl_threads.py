@@ -16,7 +16,8 @@ that no wake-up is missed; ``_Pool._lock`` guards the idle connections and the s
 the number of workers.
 
 Time limits: a blocking socket's time limit holds for one system call, so a server that drips a byte a second would
-never meet it. ``_DeadlineSocket`` gives every call only what is left of the attempt.
+never meet it. ``_DeadlineSocket`` gives every call only what is left of the attempt, by a ``TimeLimit``: while the
+other threads parse, none is run down.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from typing import Any
 from coordination import new_lock
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import Crawl, patience
-from crawl_net import BodyDecoder, ProxyRule, Resolver, allowed, detail, tls_context, tls_detail
+from crawl_net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_context, tls_detail
 from crawl_rules import (
     CUT_OFF,
     FetchError,
@@ -67,14 +68,14 @@ Emit = Callable[[ScrapeResult], None]
 
 
 class _DeadlineSocket:
-    """A connected socket whose every call ends at ``deadline`` (monotonic seconds); what http.client needs of one.
+    """A socket whose every call ends, with TimeoutError, when ``limit`` does; what http.client needs of one.
 
     The socket itself does not block, and poll waits: a time limit set on a socket would cost three system calls more
     a request, each of which gives the interpreter to another thread and waits to get it back.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, sock: socket.socket, limit: TimeLimit) -> None:
+        self.limit = limit
         self.dry = False
         """Answer "nothing there" instead of reading on."""
         self.ended = False
@@ -87,18 +88,29 @@ class _DeadlineSocket:
         sock.setblocking(False)
         self._decrypted: Callable[[], int] | None = getattr(sock, "pending", None)
 
-    def left(self) -> float:
-        """Seconds until the deadline. Raises TimeoutError when it has passed."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
-
     def _wait(self, event: int) -> None:
         poll = select.poll()
         poll.register(self.sock, event)
-        if not poll.poll(self.left() * 1000):
-            raise TimeoutError
+        while not poll.poll(self.limit.next_step() * 1000):
+            pass
+
+    def connect(self, address: tuple[str, int]) -> None:
+        try:
+            self.sock.connect(address)
+        except BlockingIOError:
+            self._wait(select.POLLOUT)
+            if error := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(error, os.strerror(error)) from None
+
+    def handshake(self) -> None:
+        assert isinstance(self.sock, ssl.SSLSocket)
+        while True:
+            try:
+                return self.sock.do_handshake()
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN)
+            except ssl.SSLWantWriteError:
+                self._wait(select.POLLOUT)
 
     def sendall(self, data: Any) -> None:
         rest = memoryview(data)
@@ -296,7 +308,7 @@ class _Pool:
 class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """Keep-alive for urllib: put it into any opener, and redirects, proxies and authentication go on as they do.
 
-    A request may carry ``deadline`` and ``connect_deadline`` (monotonic seconds) and ``before_send``, which is called
+    A request may carry ``limit`` and ``connect_limit`` (``TimeLimit``) and ``before_send``, which is called
     when the connection is open, right before the request goes out. Unless it carries a true ``anywhere``, or goes to
     a proxy, it is connected to public addresses only. A kept connection that the server closed while it was idle is
     replaced once (RFC 9112, section 9.3.1). Raises FetchError of kind dns, blocked, connect, tls.
@@ -316,8 +328,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         tunnel: str | None = getattr(req, "_tunnel_host", None)
         anywhere = bool(tunnel or req.has_proxy() or getattr(req, "anywhere", False))
         key = (scheme, req.host, tunnel, anywhere)
-        limit = req.timeout if isinstance(req.timeout, (int, float)) else 60.0
-        deadline = getattr(req, "deadline", time.monotonic() + limit)
+        limit: TimeLimit | None = getattr(req, "limit", None)
+        limit = limit or TimeLimit(req.timeout if isinstance(req.timeout, (int, float)) else 60.0)
         headers = {**req.headers, **req.unredirected_hdrs}
         headers.setdefault("Connection", "keep-alive")
         proxy_headers = {name: headers.pop(name) for name in list(headers) if tunnel and name == "Proxy-authorization"}
@@ -326,9 +338,9 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection = self._pool.take(key)
             kept = connection is not None
             if connection is None:
-                connection = self._connect(key, proxy_headers, req, deadline)
+                connection = self._connect(key, proxy_headers, getattr(req, "connect_limit", limit))
             wire = connection.sock
-            wire.deadline = deadline
+            wire.limit = limit
             try:
                 if before_send:
                     before_send()
@@ -356,9 +368,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 response.release = functools.partial(self._pool.give, key, connection, wire.sock)
             return response
 
-    def _connect(
-        self, key: _Key, proxy_headers: dict[str, str], req: urllib.request.Request, deadline: float
-    ) -> _Connection:
+    def _connect(self, key: _Key, proxy_headers: dict[str, str], limit: TimeLimit) -> _Connection:
         scheme, authority, tunnel, anywhere = key
         connection = (_SecureConnection if scheme == "https" and not tunnel else _Connection)(authority)
         server = connection.host
@@ -366,25 +376,22 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             parts = urllib.parse.urlsplit(f"//{tunnel}")
             server = parts.hostname or ""
             connection.set_tunnel(f"[{server}]" if ":" in server else server, parts.port or 443, proxy_headers)
-        connect_deadline = min(deadline, getattr(req, "connect_deadline", deadline))
-        sock = self._dial(connection.host, connection.port, connect_deadline, anywhere=anywhere)
+        wire = connection.sock = self._dial(connection.host, connection.port, limit, anywhere=anywhere)
         try:
-            wrapped = connection.sock = _DeadlineSocket(sock, connect_deadline)
             if tunnel:
                 connection._tunnel()  # type: ignore[attr-defined]
             if scheme == "https":
-                sock.settimeout(wrapped.left())
+                plain, context = wire.sock, tls_context(self._insecure)
                 try:
-                    secure = tls_context(self._insecure).wrap_socket(sock, server_hostname=server)
+                    wire.use(context.wrap_socket(plain, server_hostname=server, do_handshake_on_connect=False))
+                    self._pool.unwatch(plain)
+                    self._pool.watch(wire.sock)
+                    wire.handshake()
                 except (ssl.SSLError, ValueError) as error:
                     raise FetchError("tls", tls_detail(error)) from None
-                self._pool.unwatch(sock)
-                self._pool.watch(secure)
-                sock = secure
-                wrapped.use(secure)
         except BaseException as error:
-            self._pool.unwatch(sock)
-            sock.close()
+            self._pool.unwatch(wire.sock)
+            wire.sock.close()
             if isinstance(error, TimeoutError):
                 raise FetchError("timeout", "no connection in time") from None
             if isinstance(error, OSError) and not self._pool.aborted:
@@ -392,19 +399,17 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             raise
         return connection
 
-    def _dial(self, host: str, port: int, deadline: float, *, anywhere: bool) -> socket.socket:
+    def _dial(self, host: str, port: int, limit: TimeLimit, *, anywhere: bool) -> _DeadlineSocket:
         failure: OSError | None = None
         name = host.strip("[]")
-        for family, address in allowed(
-            name, self._resolver.lookup(name, deadline - time.monotonic()), anywhere=anywhere
-        ):
+        for family, address in allowed(name, self._resolver.lookup(name, limit), anywhere=anywhere):
             sock = socket.socket(family, socket.SOCK_STREAM)
             self._pool.watch(sock)
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                sock.connect((address, port))
-                return sock
+                wire = _DeadlineSocket(sock, limit)
+                wire.connect((address, port))
+                return wire
             except OSError as error:
                 failure = error
                 self._pool.unwatch(sock)
@@ -434,26 +439,25 @@ class Fetcher:
         """Raises Postponed; all that the network does comes back as a FetchError."""
         started = time.monotonic()
         outcome: Response | FetchError
-        request.held = 0.0
+        request.held, limit = 0.0, TimeLimit(self._crawl.remaining(request))
         try:
-            outcome = self._fetch(request, started)
+            outcome = self._fetch(request, limit)
         except FetchError as error:
             outcome = error
         except (OSError, http.client.HTTPException, ValueError) as error:
             outcome = self._explain(error)
         if self._pool.aborted and isinstance(outcome, FetchError):
             outcome = FetchError("interrupted", CUT_OFF, status=outcome.status)
-        outcome.seconds = max(0.0, time.monotonic() - started - request.held)
+        outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours)
         return outcome
 
-    def _fetch(self, request: Request, started: float) -> Response:
+    def _fetch(self, request: Request, limit: TimeLimit) -> Response:
         anywhere = may_go_anywhere(self._options, request)
         url, headers = self._crawl.headers(request)
         call: Any = urllib.request.Request(url, headers=headers)
         call.anywhere = anywhere
-        call.deadline = started + self._crawl.remaining(request)
-        call.connect_deadline = started + self._options.connect_timeout
-        call.before_send = lambda: self._wait_for_turn(request)
+        call.limit, call.connect_limit = limit, TimeLimit(self._options.connect_timeout, limit)
+        call.before_send = lambda: self._wait_for_turn(request, limit)
         response = self._opener.open(call)
         lines = ((name.encode("latin-1"), value.encode("latin-1")) for name, value in response.headers.items())
         answer = Response(response.status, read_headers(lines), b"")
@@ -481,7 +485,7 @@ class Fetcher:
         if length is not None and length > limit and not cut:
             raise FetchError("too_large", f"{length} bytes", status=status)
         if (seconds := patience(request, status)) is not None and not response.isclosed():
-            response.wire.deadline = min(response.wire.deadline, time.monotonic() + seconds)
+            response.wire.limit = TimeLimit(seconds, response.wire.limit)
         body = BodyDecoder(answer.headers.get("Content-Encoding"), limit, status, cut=cut)
         received = 0
         while not body.full and (data := response.read(1 << 16)):
@@ -492,7 +496,7 @@ class Fetcher:
             raise FetchError("truncated", f"{received} of {length} bytes", status=status)
         return body.finish()
 
-    def _wait_for_turn(self, request: Request) -> None:
+    def _wait_for_turn(self, request: Request, limit: TimeLimit) -> None:
         began = time.monotonic()
         while (wait := self._crawl.frontier.clear_to_send(request, time.monotonic())) > 0.0:
             # The system wakes a sleeper late, and with a burst of 1 what is late is lost: sleep a little less, yield
@@ -500,6 +504,7 @@ class Fetcher:
             if wait > 0.0001:
                 time.sleep(wait - 0.0003 if wait > 0.0004 else 0)
         request.held = time.monotonic() - began
+        limit.skip()
 
     def _too_late(self) -> str:
         return f"no complete answer within {self._options.timeout:g} s"

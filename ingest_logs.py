@@ -18,6 +18,7 @@ import dataclasses
 import gc
 import ipaddress
 import logging
+import math
 import os
 import shutil
 import signal
@@ -42,7 +43,7 @@ from serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, shown
 log = logging.getLogger("ingest")
 
 DEMO_PATIENCE = 15.0
-"""Seconds that the demo waits for what is on its way."""
+"""Seconds without progress after which the demo no longer waits for what is on its way."""
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -364,8 +365,11 @@ class Demo:
                 while not program.snapshot().stopping and not await asyncio.to_thread(senders.wait, 0.2):
                     pass
             self._sent = senders.stats().events
-            deadline = time.monotonic() + DEMO_PATIENCE
-            while not self._over(program.snapshot()) and time.monotonic() < deadline:  # noqa: ASYNC110  -- no event says
+            seen, deadline = None, math.inf
+            while not self._over(counts := program.snapshot()) and time.monotonic() < deadline:  # no event says
+                if (counts.received, counts.stored, counts.filled) != seen:
+                    seen = counts.received, counts.stored, counts.filled
+                    deadline = time.monotonic() + DEMO_PATIENCE
                 await asyncio.sleep(0.1)
         except OSError as error:
             log.error("the demo's services cannot send: %s", error)
