@@ -27644,7 +27644,7 @@ def test_market_connect_a_connection_is_left_for_a_silent_symbols_sake() -> None
     """One symbol is refused: nothing of it ever comes. Bitstamp is asked for each by a message."""
 
     async def main() -> None:
-        options = {"base": 0.01, "cap": 0.02, "renew_after": 0.05, "stale_after": 0.01}
+        options: dict[str, Any] = {"base": 0.01, "cap": 0.02, "renew_after": 0.05, "stale_after": 0.01}
         async with MarketConnectWorld(them, ("bitstamp", "okx"), symbols=["BTC-USD", "ETH-USD"], **options) as world:
             feed = world.feeds["lacking"] = world.feed("bitstamp", symbols=["BTC-USD", "XRP-USD"])
             world.runs.append(asyncio.create_task(feed.run()))
