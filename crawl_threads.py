@@ -3,14 +3,15 @@
     python crawl_threads.py urls.txt
 
 The model: each of ``concurrency`` worker threads runs the same plain loop: take a request, fetch, parse, write the
-row. It blocks wherever it likes, and the others go on. Everything runs in the workers: DNS in the resolver's threads
-(so that it can time out), sockets, TLS, decompression, parsing, encoding and writing of rows in the worker itself.
-What Python code computes does not run in parallel (one interpreter lock), only what waits or runs outside of it does.
+row; or take a URL that is to be looked up in a long robots.txt, and do that. It blocks wherever it likes, and the
+others go on. Everything runs in the workers: DNS in the resolver's threads (so that it can time out), sockets, TLS,
+decompression, parsing, encoding and writing of rows in the worker itself. What Python code computes does not run in
+parallel (one interpreter lock), only what waits or runs outside of it does.
 
 Waiting: workers with nothing to do block on one condition, ``_Turns``. Only one of them at a time, the timekeeper,
 waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
 not all. The main thread waits for the workers and for signals. Locks: ``_Turns._condition`` guards who keeps the
-time and is held around ``Frontier.take`` (order: condition -> frontier), so that no wake-up is missed;
+time and is held around ``Frontier.step`` (order: condition -> frontier), so that no wake-up is missed;
 ``_Pool._lock`` guards the idle connections and the set of those in use.
 
 Time limits: a blocking socket's time limit holds for one system call, so a server that drips a byte a second would
@@ -55,6 +56,7 @@ from crawl_rules import (
     ScrapeResult,
     may_go_anywhere,
 )
+from frontier import Question
 
 IDLE = 256
 """Connections kept open for a next request to their host: a list often goes round many hosts."""
@@ -521,7 +523,7 @@ class Fetcher:
 
 
 class _Turns:
-    """Who fetches next, and who waits. ``next`` blocks until there is a request, or there will never be one."""
+    """Who fetches next, and who waits. ``next`` blocks until there is something to do, or there will never be."""
 
     def __init__(self, crawl: Crawl) -> None:
         self._crawl = crawl
@@ -530,15 +532,15 @@ class _Turns:
         self._alarm = math.inf
         """Until when the present timekeeper waits."""
 
-    def next(self) -> Request | None:
+    def next(self) -> Request | Question | None:
         with self._condition:
             while True:
                 now = self._crawl.clock()
-                decision = self._crawl.frontier.take(now)
+                decision = self._crawl.frontier.step(now)
                 if decision is None:
                     self._condition.notify_all()
                     return None
-                if isinstance(decision, Request):
+                if not isinstance(decision, float):
                     if self._waiting:
                         self._condition.notify()  # the watch over the next host passes on
                     return decision
@@ -584,8 +586,11 @@ class Threads:
 
     def work(self) -> None:
         """What each worker does until nothing will ever come."""
-        while (request := self._turns.next()) is not None:
-            self._handle(request)
+        while (work := self._turns.next()) is not None:
+            if isinstance(work, Question):
+                self._crawl.frontier.consult(work, self._crawl.clock)
+            else:
+                self._handle(work)
             self._turns.changed()
 
     def _handle(self, request: Request) -> None:
