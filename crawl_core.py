@@ -340,6 +340,8 @@ class Crawl:
 
     def _obey(self, request: Request, outcome: Response | FetchError) -> None:
         """robots.txt is here. If it cannot be had, the frontier draws its conclusion when the request is finished."""
+        if self.interrupted:
+            return  # nothing follows: a queue of large ones need not be read
         rules = rules_for(outcome, self.options.user_agent, request.target)
         sitemaps, rules.sitemaps = rules.sitemaps, ()  # the rules stay
         self.stats.count(robots=1)

@@ -4,9 +4,9 @@
 
 The model: each of ``concurrency`` worker threads runs the same plain loop: take a request, fetch, parse, write the
 row; or take a URL that is to be looked up in a long robots.txt, and do that. It blocks wherever it likes, and the
-others go on. Everything runs in the workers: DNS in the resolver's threads (so that it can time out), sockets, TLS,
-decompression, parsing, encoding and writing of rows in the worker itself. What Python code computes does not run in
-parallel (one interpreter lock), only what waits or runs outside of it does.
+others go on. Everything runs in the workers but DNS (in the resolver's threads, so that it can time out) and the
+parsing of large robots.txt (in one thread): sockets, TLS, decompression, parsing, encoding and writing of rows. What
+Python code computes does not run in parallel (one interpreter lock), only what waits or runs outside of it does.
 
 Waiting: workers with nothing to do block on one condition, ``_Turns``. Only one of them at a time, the timekeeper,
 waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
@@ -57,6 +57,7 @@ from crawl_rules import (
     may_go_anywhere,
 )
 from frontier import Question
+from robots import LARGE
 
 IDLE = 256
 """Connections kept open for a next request to their host: a list often goes round many hosts."""
@@ -582,6 +583,7 @@ class Threads:
         self._crawl, self._emit = crawl, emit
         self._fetcher = Fetcher(crawl)
         self._turns = _Turns(crawl)
+        self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")
         crawl.changed = self._turns.changed
 
     def work(self) -> None:
@@ -600,7 +602,11 @@ class Threads:
             final = crawl.judge(request, outcome)
             if final is None:
                 return
-            row = crawl.complete(request, final)
+            if request.kind == "robots" and isinstance(final, Response) and crawl.is_long(request, final, LARGE):
+                # It takes many times its size: once, not once for each worker, and not in each one's part of the heap.
+                row = self._parser.submit(crawl.complete, request, final).result()
+            else:
+                row = crawl.complete(request, final)
         except Postponed:
             now = crawl.clock()
             crawl.frontier.put_back(request, now, now)
@@ -649,6 +655,7 @@ class Threads:
             raise
         finally:
             pool.shutdown()
+            self._parser.shutdown()
             self._fetcher.close()
         for worker in workers:
             worker.result()
