@@ -7,9 +7,9 @@ a task for each: fetch, parse, write the row. A task gives way only where it say
 the loop to itself, so nothing here needs a lock against the other tasks, and nothing here may block.
 
 Which work runs where: sockets, TLS, decompression (in small steps) and the parsing of ordinary pages in the loop;
-parsing of pages above ``INLINE_PARSE`` bytes in one thread; DNS in the resolver's threads; the list is read in a
-thread, and the rows are written in one (a pipe may block), fed by a bounded ``Channel``: when the reader of the rows
-is slow, the tasks wait, and the crawl slows down instead of filling the memory.
+parsing of pages above ``INLINE_PARSE`` bytes in one thread, looking URLs up in long robots.txt in another; DNS in the
+resolver's threads; the list is read in a thread, and the rows are written in one (a pipe may block), fed by a bounded
+``Channel``: when the reader of the rows is slow, the tasks wait, and the crawl slows down instead of filling memory.
 
 Waiting: the dispatcher waits for one event, set when a task ends, when the list brings more, or by a timer when the
 next host is due.
@@ -56,6 +56,7 @@ from crawl_rules import (
     may_go_anywhere,
     read_headers,
 )
+from frontier import Question
 from serving import Lag, new_loop
 
 INLINE_PARSE = 256 * 1024
@@ -326,6 +327,7 @@ class Tasks:
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")  # more would only share one interpreter
+        self._matcher = concurrent.futures.ThreadPoolExecutor(1, "matcher")  # a host need not wait for a parser
         self._in_flight: set[asyncio.Task[bool]] = set()
         crawl.changed = self._changed
 
@@ -335,9 +337,12 @@ class Tasks:
         except RuntimeError:
             return  # the loop is closed: nobody waits any more
 
-    async def _next(self) -> Request | None:
+    async def _next(self, group: asyncio.TaskGroup) -> Request | None:
         while True:
-            decision = self._crawl.frontier.take(self._crawl.clock())
+            decision = self._crawl.frontier.step(self._crawl.clock())
+            if isinstance(decision, Question):
+                group.create_task(self._consult(decision))
+                continue
             if decision is None or isinstance(decision, Request):
                 return decision
             self._wake.clear()
@@ -355,7 +360,7 @@ class Tasks:
             async with asyncio.TaskGroup() as group:
                 while True:
                     await self._slots.acquire_async()
-                    request = await self._next()
+                    request = await self._next(group)
                     if request is None:
                         break
                     task = group.create_task(self._handle(request))
@@ -365,6 +370,12 @@ class Tasks:
             self._crawl.frontier.stop()
             await self._fetcher.close()
             self._parser.shutdown(wait=False)
+            self._matcher.shutdown(wait=False)
+
+    async def _consult(self, question: Question) -> None:
+        crawl = self._crawl
+        await self._loop.run_in_executor(self._matcher, crawl.frontier.consult, question, crawl.clock)
+        self._wake.set()
 
     def _done(self, task: asyncio.Task[bool]) -> None:
         self._in_flight.discard(task)

@@ -101,6 +101,8 @@ class Book:
     in_flight: int = 0
     paused_until: float = -math.inf
     asking: str | None = None
+    question: bool = False
+    """Its rules are being asked."""
     delays: dict[str, float] = field(default_factory=dict)
     pages: int = 0
     admitted: int = 0
@@ -113,12 +115,15 @@ class Book:
 
 
 class Rules:
-    """A robots.txt that forbids each ``step``-th page (0: none)."""
+    """A robots.txt that forbids each ``step``-th page (0: none); to say so may cost more than a moment."""
 
-    def __init__(self, step: int, delay: float | None) -> None:
-        self.step, self.delay = step, delay
+    def __init__(self, step: int, delay: float | None, *, quick: bool = True, size: int = 0) -> None:
+        self.step, self.delay, self.quick, self.size = step, delay, quick, size
 
-    def allows(self, url: str, /) -> bool:
+    def is_quick(self, url: str, /) -> bool:
+        return self.quick
+
+    def allows(self, url: str, /) -> bool | None:
         return not self.step or int(url.rpartition("/")[2]) % self.step != 0
 
 
@@ -134,6 +139,8 @@ class Checker:
         self.rate = given["rate"] or math.inf
         self.robots, self.adaptive = given.get("robots", False), given.get("adaptive", False)
         self.host_pages, self.max_pages = given.get("host_pages") or math.inf, given.get("max_pages") or math.inf
+        self.frees = "rules_bytes" in given
+        """Rules may be freed for want of room, and are asked for again."""
         self.small = hosts <= 50
         total = given.get("total_rate") or math.inf
         self.total_leaves, self.total_sends = Tokens(total, 1), Tokens(total, 1)
@@ -198,6 +205,7 @@ class Checker:
             until, _ = self.rules.get(origin(request.target), (-math.inf, None))
             demand(until > now and self._allowed(request.target), "against robots.txt", request.target)
             demand(book.asking is None, "while robots.txt is being read", request.target)
+            demand(not book.question, "while its rules are asked", request.target)
         if fresh and request.kind == "page":
             book.pages += 1
             self.pages += 1
@@ -215,12 +223,13 @@ class Checker:
         book = self.books[host_of(name)]
         if fresh:
             demand(self.robots and book.asking is None, "robots.txt asked for while it is being read", name)
-            demand(self.rules.get(name, (-math.inf, None))[0] <= now, "robots.txt asked for again", name)
+            again = self.rules.get(name, (-math.inf, None))[0] <= now
+            demand(again or self.frees, "robots.txt asked for again", name)
             book.asking = name
 
     def _allowed(self, target: str) -> bool:
         _, rules = self.rules.get(origin(target), (0.0, None))
-        return rules is not None and rules.allows(target)
+        return rules is not None and bool(rules.allows(target))
 
     def _fair(self, name: str, now: float) -> None:
         self.handed += 1
@@ -247,6 +256,13 @@ class Checker:
         self.out -= 1
         if not request.error:
             self.touch(host).in_flight -= 1
+
+    def questioned(self, name: str, *, asked: bool) -> None:
+        """The rules of a host are asked, or have answered."""
+        self.steps += 1
+        book = self.touch(name)
+        demand(book.question is not asked and (book.asking is None or not asked), "asked while it waits", name)
+        book.question = asked
 
     def put_back(self, request: Request, not_before: float) -> None:
         book = self.touch(request.host)
@@ -289,7 +305,7 @@ class Checker:
         work = book.urgent[0] if book.urgent else math.inf
         if book.asking is None:
             work = -math.inf if book.waiting else min([work, *book.delayed[:1]])
-        if work == math.inf or book.in_flight >= self.per_host:
+        if work == math.inf or book.in_flight >= self.per_host or book.question:
             return math.inf
         return max(work, book.leaves.next(), book.sends.next(), book.paused_until)
 

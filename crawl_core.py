@@ -65,7 +65,7 @@ from feed_parse import MAX_SITEMAP, FeedEntry, extractor, is_feed, parse_feed, p
 from frontier import Frontier
 from html_parse import parse_page
 from primitives import Clock, RetryPolicy, Rng, parse_retry_after
-from robots import DISALLOW_ALL, MAX_HOPS, MAX_ROBOTS, MAX_SITEMAPS, Rules, page_directives, rules_for
+from robots import DISALLOW_ALL, LARGE, MAX_HOPS, MAX_ROBOTS, MAX_SITEMAPS, Rules, page_directives, rules_for
 from scope import Scope, Traps
 
 # -------------------------------------------------------------------------------------------------------- rules
@@ -344,6 +344,7 @@ class Crawl:
 
     def is_long(self, request: Request, response: Response, size: int) -> bool:
         """Whether ``complete`` may take longer than an event loop has: more than ``size`` bytes, or slower to read."""
+        size = min(size, LARGE) if request.kind == "robots" else size
         return len(response.body) > size or request.kind in ("sitemap", "feed") or self.options.feeds
 
     def follow(self, row: CrawlResult, private: bool) -> None:
@@ -366,7 +367,10 @@ class Crawl:
 
     def _obey(self, request: Request, outcome: Response | FetchError) -> None:
         """robots.txt is here. If it cannot be had, the frontier draws its conclusion when the request is finished."""
+        if self.interrupted:
+            return  # nothing follows: a queue of large ones need not be read
         rules = rules_for(outcome, self.options.user_agent, request.target)
+        sitemaps, rules.sitemaps = rules.sitemaps, ()  # the rules stay
         self.stats.count(robots=1)
         if self.ask_robots_only:
             self.asked = rules
@@ -375,7 +379,7 @@ class Crawl:
             self.frontier.robots_known(origin(request.url), rules, self.clock())
             host = normalise(request.url)[1]
             if self.options.sitemaps and self.scope.has(host):
-                self._add_sitemaps(rules.sitemaps, host, leads_private(request.private, request.host))
+                self._add_sitemaps(sitemaps, host, leads_private(request.private, request.host))
         self.changed()
 
     def ask_again(self, origins: Iterable[str]) -> None:

@@ -45,7 +45,7 @@ ERROR_KINDS = {
     "decode": "the body is not in the Content-Encoding that it claims, or no feed",
     "http": "an answer of status 400 or above",
     "blocked": "a public page or name led to a private address",
-    "robots": "robots.txt forbids it, or could not be read",
+    "robots": "robots.txt forbids it, or could not be read, or is too costly to match",
     "duplicate": "it redirects to a page that has a row of its own",
     "interrupted": "the run was stopped before the answer was complete",
     "internal": "a fault of the crawler itself, kept to this one row",

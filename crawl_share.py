@@ -45,7 +45,8 @@ from crawl_core import Crawl
 from crawl_journal import target as as_known
 from crawl_rules import FeedResult, FetchError, Options, Request, Response, ScrapeResult, normalise, origin
 from feed_parse import FeedEntry
-from frontier import ROBOTS_AGAIN, Frontier, Kind, _Run, host_of
+from frontier import Frontier, Kind, Question, _Run, host_of
+from robots import LARGE
 from serving import new_loop
 
 BUCKETS = 4096
@@ -141,11 +142,11 @@ class Share(Frontier):
     def send(self, kind: bytes, bucket: int, content: object) -> None:
         self.outbox.append(section(kind, bucket, orjson.dumps(content)))
 
-    def take(self, now: float) -> Request | float | None:
+    def step(self, now: float) -> Request | Question | float | None:
         received = self.received
         if self.held and not self._stopped and now < self._until:
             return self._until - now
-        decision = super().take(now)
+        decision = super().step(now)
         if isinstance(decision, float) and not self._waiting and not self._in_flight and received != self._told:
             self.idle_at = self._told = received
             self.wake.set()
@@ -212,9 +213,7 @@ class Share(Frontier):
     def no_rules(self, name: str, now: float) -> None:
         """The robots.txt of this origin, asked for by another worker, cannot be had."""
         with self._lock:
-            if (known := self._origins.get(name)) and known.asking:
-                known.rules, known.until = None, now + ROBOTS_AGAIN
-                self._answered(known, now)
+            self._no_rules(name, now)
 
     def put_back(
         self, request: Request, now: float, not_before: float, target: str | None = None, host_name: str | None = None
@@ -402,6 +401,12 @@ class Downlink:
                 self._share.received += kind != b"Z"
             self._crawl.changed()
 
+    def _obey(self, request: Request, outcome: Response | FetchError) -> None:
+        """What another worker was answered about a robots.txt."""
+        self._crawl._obey(request, outcome)
+        self._share.no_rules(origin(request.url), self._crawl.clock())
+        self._crawl.changed()
+
     def _take_in(self, kind: bytes, data: memoryview) -> None:
         crawl, share, now = self._crawl, self._share, self._crawl.clock()
         if kind == b"T":
@@ -424,8 +429,10 @@ class Downlink:
             fields, said = content
             answer = FetchError(said[0], said[1], status=said[2])
             outcome = Response(said[0], said[1], said[2].encode("latin-1")) if isinstance(said[0], int) else answer
-            crawl._obey(request := Request(**fields), outcome)
-            share.no_rules(origin(request.url), now)
+            if len(data) > LARGE:
+                self._loop.run_in_executor(None, self._obey, Request(**fields), outcome)
+            else:
+                self._obey(Request(**fields), outcome)
         elif kind == b"E":
             target, feed, entry, private = content
             if target not in crawl._feeds:

@@ -191,6 +191,8 @@ class Answer:
     """(host, seconds until it may go)"""
     urls: list[Queued] = field(default_factory=list)
     robots: list[Found] = field(default_factory=list)
+    rules: dict[str, RobotRules] = field(default_factory=dict)
+    """What ``robots`` say, by origin, where it was read before."""
     scope: list[tuple[int, str]] = field(default_factory=list)
     finished: bool = False
     reading: bool = False
@@ -439,7 +441,8 @@ class SharedFrontier(Frontier):
                         super().pause(name, now + wait, now)
             for found in answer.robots:
                 self._asked.pop(found.origin, None)
-                self.robots_known(found.origin, self.rules_of(found), now, ttl=found.ttl)
+                rules = answer.rules.get(found.origin) or self.rules_of(found)
+                self.robots_known(found.origin, rules, now, ttl=found.ttl)
             for name in [name for name, until in self._asked.items() if until < now]:
                 del self._asked[name]
                 self.robots_known(name, DISALLOW_ALL, now, ttl=60.0)

@@ -523,6 +523,9 @@ class SharedCrawl(Crawl):
                 batch.resync = True
                 await asyncio.sleep(BACK_OFF.delay(attempt, self.rng) or 0.0)
                 await self._database.ready()
+        if answer.robots:  # some are long, and this is a loop
+            rules_of = self.mine.rules_of
+            answer.rules = await asyncio.to_thread(lambda: {found.origin: rules_of(found) for found in answer.robots})
         self.mine.answered(batch, answer, asked_at, self.clock())
         self.changed()
         if self.mine.backlog() < AT_ONCE:

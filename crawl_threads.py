@@ -3,15 +3,15 @@
     python crawl_threads.py urls.txt
 
 The model: each of up to ``concurrency`` worker threads runs the same plain loop: take a request, fetch, parse, write
-the row. It blocks wherever it likes, and the others go on. Everything runs in the workers: DNS in the resolver's
-threads (so that it can time out), sockets, TLS, decompression, parsing, encoding and writing of rows in the worker
-itself. What Python code computes does not run in parallel (one interpreter lock), only what waits or runs outside of
-it does.
+the row; or take a URL that is to be looked up in a long robots.txt, and do that. It blocks wherever it likes, and the
+others go on. Everything runs in the workers but DNS (in the resolver's threads, so that it can time out) and the
+parsing of large robots.txt (in one thread): sockets, TLS, decompression, parsing, encoding and writing of rows. What
+Python code computes does not run in parallel (one interpreter lock), only what waits or runs outside of it does.
 
 Waiting: workers with nothing to do block on one condition, ``_Turns``. Only one of them at a time, the timekeeper,
 waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
 not all. The main thread waits for the workers and for signals, which a thread of their own reads. Locks:
-``_Turns._condition`` guards who keeps the time and is held around ``Frontier.take`` (order: condition -> frontier), so
+``_Turns._condition`` guards who keeps the time and is held around ``Frontier.step`` (order: condition -> frontier), so
 that no wake-up is missed; ``_Pool._lock`` guards the idle connections and the set of those in use, ``Threads._lock``
 the number of workers.
 
@@ -58,6 +58,8 @@ from crawl_rules import (
     may_go_anywhere,
     read_headers,
 )
+from frontier import Question
+from robots import LARGE
 
 IDLE = 256
 """Connections kept open for a next request to their host: a list often goes round many hosts."""
@@ -535,7 +537,7 @@ class Fetcher:
 
 
 class _Turns:
-    """Who fetches next, and who waits. ``next`` blocks until there is a request, or there will never be one."""
+    """Who fetches next, and who waits. ``next`` blocks until there is something to do, or there will never be."""
 
     def __init__(self, crawl: Crawl) -> None:
         self._crawl = crawl
@@ -549,15 +551,15 @@ class _Turns:
         """Whether somebody waits for a turn."""
         return self._waiting > 0
 
-    def next(self) -> Request | None:
+    def next(self) -> Request | Question | None:
         with self._condition:
             while True:
                 now = self._crawl.clock()
-                decision = self._crawl.frontier.take(now)
+                decision = self._crawl.frontier.step(now)
                 if decision is None:
                     self._condition.notify_all()
                     return None
-                if isinstance(decision, Request):
+                if not isinstance(decision, float):
                     if self._waiting:
                         self._condition.notify()  # the watch over the next host passes on
                     return decision
@@ -586,6 +588,7 @@ class Threads:
         self._crawl, self._emit = crawl, emit
         self._fetcher = Fetcher(crawl)
         self._turns = _Turns(crawl)
+        self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")
         crawl.changed = self._turns.changed
         self._pool = concurrent.futures.ThreadPoolExecutor(crawl.options.concurrency, thread_name_prefix="worker")
         self._lock = new_lock("Threads")
@@ -618,10 +621,13 @@ class Threads:
 
     def work(self) -> None:
         """What each worker does until nothing will ever come."""
-        while (request := self._turns.next()) is not None:
+        while (work := self._turns.next()) is not None:
             if self._running < self._most and not self._turns.idle:
                 self._start()
-            self._handle(request)
+            if isinstance(work, Question):
+                self._crawl.frontier.consult(work, self._crawl.clock)
+            else:
+                self._handle(work)
             self._turns.changed()
 
     def _handle(self, request: Request) -> None:
@@ -631,7 +637,11 @@ class Threads:
             final = crawl.judge(request, outcome)
             if final is None:
                 return
-            row = crawl.complete(request, final)
+            if request.kind == "robots" and isinstance(final, Response) and crawl.is_long(request, final, LARGE):
+                # It takes many times its size: once, not once for each worker, and not in each one's part of the heap.
+                row = self._parser.submit(crawl.complete, request, final).result()
+            else:
+                row = crawl.complete(request, final)
         except Postponed:
             now = crawl.clock()
             crawl.frontier.put_back(request, now, now)
@@ -677,6 +687,7 @@ class Threads:
             raise
         finally:
             self._pool.shutdown()
+            self._parser.shutdown()
             self._fetcher.close()
         if self._failure is not None:
             raise self._failure

@@ -13,18 +13,21 @@ Promised
   when the busiest host ends, or when all workers were busy throughout. No host starves: every ``FAIR``-th hand-out is
   that of the host that has been due for longest, so one that is due behind n others waits for FAIR * (n + 1) at most.
 - With ``robots`` nothing is asked of an origin before its robots.txt is known, which is asked for once within
-  ``robots_ttl``; what it forbids is never handed out to be sent. However a request for robots.txt ends, the host goes
-  on: if nobody said what the rules are, it was unreachable.
+  ``robots_ttl`` unless its rules had to be freed; what it forbids is never handed out to be sent. However a request
+  for robots.txt ends, the host goes on: if nobody said what the rules are, it was unreachable.
+- All rules together take ``rules_bytes`` at most: those that were asked longest ago are freed first, and large ones
+  when their host has nothing left to do.
 
 ``Frontier._lock`` guards all of it; each bucket and the visited set have locks of their own below it. Rules are asked
-under the lock: ``allows`` has to be quick, and must not call the frontier.
+under it only where that is quick. Else the question is handed out like a request (``step``): one for each host, which
+waits for the answer while the others go on.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -40,8 +43,12 @@ EARLY = 0.25
 host. The others may keep the workers busy just when such a host is due, and time that a host loses never comes back."""
 ROBOTS_AGAIN = 300.0
 """Seconds until a robots.txt that could not be read is asked for again; all is forbidden meanwhile."""
-SIFTED = 64
+SIFTED = 16
 """Forbidden URLs that one step takes out of a host's queue."""
+RULES_BYTES = 48 << 20
+"""Bytes that the rules of all origins may take."""
+KEPT_BYTES = 64 << 10
+"""Rules of so many bytes are kept while their host has nothing to do: it may come back, and is not asked again."""
 
 Kind = Literal["page", "robots", "sitemap", "feed"]
 Outcome = Literal["ok", "refused", "timeout"]
@@ -52,13 +59,31 @@ class RobotRules(Protocol):
 
     @property
     def delay(self) -> float | None: ...
-    def allows(self, url: str, /) -> bool: ...
+    @property
+    def size(self) -> int:
+        """Bytes that they take."""
+        ...
+
+    def is_quick(self, url: str, /) -> bool:
+        """Whether `allows` takes no longer than a lock may be held, some 0.1 ms."""
+        ...
+
+    def allows(self, url: str, /) -> bool | None:
+        """None: it would cost too much to say."""
+        ...
 
 
 def host_of(url: str) -> str:
     """The host of a normalised URL or origin, as ``normalise`` gives it."""
     host = url.split("/", 3)[2].rpartition("@")[2]
     return host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
+
+
+def _why_not(rules: RobotRules | None, allowed: bool | None) -> str | None:
+    """Why a URL may not be fetched, by what its origin's rules say of it; None: it may."""
+    if rules is None:
+        return "robots.txt could not be read"
+    return None if allowed else "robots.txt is too costly to match" if allowed is None else "forbidden by robots.txt"
 
 
 class Pace:
@@ -112,10 +137,12 @@ class Pace:
 class _Site:
     """What is remembered of a host also while it has nothing to do. Guarded by the frontier's lock."""
 
-    __slots__ = ("delays", "pace", "pages")
+    __slots__ = ("delays", "origins", "pace", "pages")
 
     def __init__(self) -> None:
         self.pages = 0
+        self.origins: tuple[str, ...] = ()
+        """Those whose rules are large."""
         self.pace: Pace | None = None
         self.delays: dict[str, float] | None = None
         """Crawl-delay of each origin that has one."""
@@ -131,6 +158,14 @@ class _Origin:
         self.rules: RobotRules | None = None
         self.until = -math.inf
         self.asking = False
+
+
+class Question(NamedTuple):
+    """Whether its rules allow what a host would be asked for next. ``Frontier.consult`` finds the answer."""
+
+    host: str
+    target: str
+    rules: RobotRules
 
 
 class _Run(NamedTuple):
@@ -153,7 +188,7 @@ class _Host:
 
     __slots__ = (
         *("asking", "cleared", "delayed", "due", "gate", "head", "in_flight", "last_run", "name", "paused_until"),
-        *("ready", "run", "schedule", "sifting", "since", "urgent", "waiting"),
+        *("question", "ready", "run", "schedule", "sifting", "since", "urgent", "waiting"),
     )
 
     def __init__(self, name: str, schedule: TokenBucket | None, gate: TokenBucket | None) -> None:
@@ -173,6 +208,8 @@ class _Host:
         """One of its origins' robots.txt is being read: nothing else goes."""
         self.cleared: str | None = None
         """The target that the rules were asked about, and allow."""
+        self.question: Question | None = None
+        """It waits, or is out, to be answered: nothing goes meanwhile."""
         self.sifting = False
         self.ready = self.since = 0
         """Serial numbers of its live entries among the ready."""
@@ -228,17 +265,17 @@ class FrontierStats:
     capped: int = 0
     """Times that a URL was not taken in because of ``max_pages`` or ``host_pages``."""
     forbidden: int = 0
-    """URLs that robots.txt forbids, or that could not be allowed because it could not be read."""
+    """URLs that robots.txt forbids, or that could not be allowed because it could not be read or matched."""
 
 
 class Frontier:
     """Which URL goes next, and when: the politeness and the fairness of a crawl, as a pure state machine.
 
-    ``take(now)`` answers a Request to send, the seconds to wait (``inf``: until something changes), or None: nothing
-    will ever come. Each host has its FIFO of waiting URLs, its token bucket, and at most one live entry in a heap
-    ordered by the earliest time at which it may go (an entry that turns out to be early is put back: cheaper than
-    finding and changing it); when that has come it moves to the ready, ordered by the work that is left, and by age.
-    A step costs O(log hosts).
+    ``step(now)`` answers a Request to send, a Question to ``consult`` outside of locks and event loops, the seconds to
+    wait (``inf``: until something changes), or None: nothing will ever come. Each host has its FIFO of waiting URLs,
+    its token bucket, and at most one live entry in a heap ordered by the earliest time at which it may go (an entry
+    that turns out to be early is put back: cheaper than finding and changing it); when that has come it moves to the
+    ready, ordered by the work that is left, and by age. A step costs O(log hosts).
 
     Between leaving the frontier and being sent a request may have to connect, for a time that nobody knows. So there
     are two buckets of the same rate: the *schedule* is charged by ``take`` and spaces the requests as they leave; the
@@ -264,6 +301,7 @@ class Frontier:
         host_pages: int = 0,
         max_pages: int = 0,
         adaptive: bool = False,
+        rules_bytes: int = RULES_BYTES,
         private: Callable[[str], bool] = names_private,
     ) -> None:
         self._rate, self._burst, self._per_host, self._lead = rate, burst, per_host, lead
@@ -275,6 +313,9 @@ class Frontier:
         self._hosts: dict[str, _Host] = {}
         self._sites: dict[str, _Site] = {}
         self._origins: dict[str, _Origin] = {}
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+        """Bytes of the rules of each origin that has any; those asked last come last."""
+        self._size, self._most = 0, rules_bytes
         self._heap: list[tuple[float, int, _Host]] = []
         self._ready: list[tuple[float, int, _Host]] = []
         """By the work that is left; some of another time."""
@@ -287,6 +328,7 @@ class Frontier:
         self._visited: Visited[str] = Visited()
         self._refused: deque[Request] = deque()
         self._sifting: deque[_Host] = deque()
+        self._questions: deque[Question] = deque()
         self._waiting = self._in_flight = self._pages = self._capped = self._forbidden = self._blocked = 0
         self._closed = self._stopped = self._grows = False
         self._until = self._lease_end = math.inf
@@ -356,6 +398,12 @@ class Frontier:
             self._until = until
 
     def take(self, now: float) -> Request | float | None:
+        """``step``, for those who may answer its questions themselves."""
+        while isinstance(decision := self.step(now), Question):
+            self.answer(decision, decision.rules.allows(decision.target), now)
+        return decision
+
+    def step(self, now: float) -> Request | Question | float | None:
         with self._lock:
             if self._stopped or now >= self._until:
                 return None
@@ -363,6 +411,31 @@ class Frontier:
                 return self._until - now
             decision = self._take(now)
             return min(decision, self._until - now) if isinstance(decision, float) else decision
+
+    def consult(self, question: Question, clock: Callable[[], float]) -> None:
+        """Ask the rules, and let the host go on. Takes some milliseconds of computing, and no lock for them."""
+        allowed = None
+        try:
+            allowed = None if self._stopped else question.rules.allows(question.target)
+        finally:
+            self.answer(question, allowed, clock())
+
+    def answer(self, question: Question, allowed: bool | None, now: float) -> None:
+        """What the rules say. It counts if they still hold, and the host would still be asked for this next."""
+        with self._lock:
+            host = self._hosts.get(question.host)
+            if host is None or host.question is not question:
+                return
+            host.question = None
+            known = self._origins.get(origin(question.target))
+            if known and known.rules is question.rules and known.until > now:
+                ripe = now + self._lead + NANOSECOND
+                found = self._next_target(host, ripe)
+                if allowed:
+                    host.cleared = question.target
+                elif found and found[0] is question.target:
+                    self._refuse(host, known, allowed, ripe, now)
+            self._schedule(host, now)
 
     def clear_to_send(self, request: Request, now: float) -> float:
         """0.0: send now, the tokens are taken. Else the seconds after which to ask again.
@@ -402,8 +475,11 @@ class Frontier:
         delay = rules.delay
         with self._lock:
             known = self._origins.setdefault(origin_, _Origin(name))
+            self._free(origin_)
             known.rules, known.until = rules, now + (self._robots_ttl if ttl is None else ttl)
             site = self._site(name)
+            if size := rules.size:
+                self._keep(origin_, site, size)
             if delay is not None and 0 < delay < math.inf:
                 site.delays = {**(site.delays or {}), origin_: delay}
             elif site.delays:
@@ -434,9 +510,8 @@ class Frontier:
     def finish(self, request: Request, now: float) -> None:
         """The request is done with: its row is written."""
         with self._lock:
-            if request.kind == "robots" and (known := self._origins.get(origin(request.url))) and known.asking:
-                known.rules, known.until = None, now + ROBOTS_AGAIN
-                self._answered(known, now)
+            if request.kind == "robots":
+                self._no_rules(origin(request.url), now)
             self._leave(request, now)
 
     def put_back(
@@ -476,11 +551,12 @@ class Frontier:
         with self._lock:
             self._sites.pop(name, None)
             for key in [key for key, known in self._origins.items() if known.host == name]:
+                self._free(key)
                 self._blocked -= self._origins.pop(key).asking
             host = self._hosts.get(name)
             if host is None:
                 return []
-            host.asking, host.cleared = False, None
+            host.asking, host.cleared, host.question = False, None, None
             left = [(at, request) for at, _, request in (*host.urgent, *host.delayed)]
             host.urgent.clear()
             host.delayed.clear()
@@ -509,7 +585,11 @@ class Frontier:
         except FetchError as error:
             return f"no: {error.detail}"
         with self._lock:
-            return self._explain(target, name, now)
+            known = self._origins.get(origin(target)) if self._robots else None
+            rules = known.rules if known and known.until > now else None
+        allowed = rules.allows(target) if rules else None
+        with self._lock:
+            return self._explain(target, name, _why_not(rules, allowed), now)
 
     def stats(self) -> FrontierStats:
         with self._lock:
@@ -531,7 +611,7 @@ class Frontier:
 
     # The rest runs under the lock.
 
-    def _take(self, now: float) -> Request | float | None:
+    def _take(self, now: float) -> Request | Question | float | None:
         soon = now + self._lead
         while True:
             while self._sifting and not self._refused:
@@ -542,6 +622,10 @@ class Frontier:
                 self._waiting -= 1
                 self._in_flight += 1
                 return self._refused.popleft()
+            while self._questions:
+                question = self._questions.popleft()
+                if (asked := self._hosts.get(question.host)) and asked.question is question:
+                    return question
             if not self._waiting:
                 return None if self._closed and not self._in_flight else math.inf
             if self._total_schedule and self._total_gate:
@@ -568,7 +652,7 @@ class Frontier:
                     self._forget_idle(host, now)
                     continue
                 return self._hand_out(host, now)
-            if not self._refused and not self._sifting:
+            if not self._refused and not self._sifting and not self._questions:
                 return self._heap[0][0] - soon if self._heap else math.inf
 
     def _next_serial(self) -> int:
@@ -784,35 +868,79 @@ class Frontier:
             host.cleared = None
             self._schedule(host, now)
 
+    def _no_rules(self, name: str, now: float) -> None:
+        """The robots.txt of an origin, should it still be asked for, cannot be had."""
+        if (known := self._origins.get(name)) and known.asking:
+            self._free(name)
+            known.rules, known.until = None, now + ROBOTS_AGAIN
+            self._answered(known, now)
+
     def _sift(self, host: _Host, now: float) -> bool:
         """Move what is forbidden from the head of the host's queues to what is handed out as refused. True if that is
-        not done yet, and is gone on with at the next step."""
+        not done yet: it is gone on with at the next step, or when a question is answered."""
+        if host.question:
+            return True
         ripe = now + self._lead + NANOSECOND
         for _ in range(SIFTED):
             found = self._next_target(host, ripe)
             if found is None:
                 return False
             target, kind, _ = found
-            known = self._origins.get(origin(target))
+            name = origin(target)
+            known = self._origins.get(name)
             if known is None or known.until <= now:
                 return False  # to be asked for first
-            if target is host.cleared or (known.rules and (kind == "sitemap" or known.rules.allows(target))):
+            if target is host.cleared:
+                return False
+            allowed: bool | None = False
+            if known.rules:
+                if name in self._sizes:
+                    self._sizes.move_to_end(name)
+                if kind != "sitemap" and not known.rules.is_quick(target):
+                    host.question = Question(host.name, target, known.rules)
+                    self._questions.append(host.question)
+                    return True
+                allowed = kind == "sitemap" or known.rules.allows(target)
+            if allowed:
                 host.cleared = target
                 return False
-            if host.delayed_first(ripe):
-                request = heapq.heappop(host.delayed)[2]
-            else:
-                request = host.pop_waiting(now)
-                if kind == "page":
-                    self._count_page(host.name, -1)
-            why = "forbidden by robots.txt" if known.rules else "robots.txt could not be read"
-            request.error = FetchError("robots", why)
-            self._refused.append(request)
-            self._forbidden += 1
+            self._refuse(host, known, allowed, ripe, now)
         if not host.sifting:
             host.sifting = True
             self._sifting.append(host)
         return True
+
+    def _refuse(self, host: _Host, known: _Origin, allowed: bool | None, ripe: float, now: float) -> None:
+        """What the host would be asked for next is not allowed."""
+        if host.delayed_first(ripe):
+            request = heapq.heappop(host.delayed)[2]
+        else:
+            request = host.pop_waiting(now)
+            if request.kind == "page":
+                self._count_page(host.name, -1)
+        request.error = FetchError("robots", _why_not(known.rules, allowed) or "")
+        self._refused.append(request)
+        self._forbidden += 1
+
+    def _keep(self, name: str, site: _Site, size: int) -> None:
+        """Of these rules, just read; and not of others if there is no room."""
+        self._sizes[name] = size
+        self._size += size
+        if size > KEPT_BYTES:
+            site.origins += (name,)
+        while self._size > self._most and len(self._sizes) > 1:
+            self._free(next(iter(self._sizes)))
+
+    def _free(self, name: str) -> None:
+        """Forget the rules of an origin: its robots.txt is asked for again before anything else is."""
+        size = self._sizes.pop(name, 0)
+        if not size:
+            return
+        self._size -= size
+        known = self._origins[name]
+        known.rules, known.until = None, -math.inf
+        if (site := self._sites.get(known.host)) and name in site.origins:
+            site.origins = tuple(one for one in site.origins if one != name)
 
     def _leave(self, request: Request, now: float) -> None:
         self._in_flight -= 1
@@ -837,11 +965,14 @@ class Frontier:
                 free_at = max(free_at, now + bucket.wait_for(bucket.burst, now))
         if free_at <= now:
             self._hosts.pop(host.name, None)
+            if site := self._sites.get(host.name):
+                for name in site.origins:
+                    self._free(name)
         else:
             # Entries are looked at ``lead`` early; a millisecond more, so that it is surely over when this one is.
             self._push(host, free_at + self._lead + 0.001)
 
-    def _explain(self, target: str, name: str, now: float) -> str:
+    def _explain(self, target: str, name: str, why_not: str | None, now: float) -> str:
         host, site = self._hosts.get(name), self._sites.get(name)
         if self._stopped:
             return "no: the crawl was stopped"
@@ -849,8 +980,8 @@ class Frontier:
         if target in self._visited and ahead is None:
             return "no: requested already, or on its way"
         known = self._origins.get(origin(target))
-        if self._robots and known and known.until > now and not (known.rules and known.rules.allows(target)):
-            return f"no: {'forbidden by robots.txt' if known.rules else 'robots.txt could not be read'}"
+        if self._robots and known and known.until > now and why_not:
+            return f"no: {why_not}"
         if ahead is None and self._is_capped(name):
             return "no: " + ("max_pages" if self._pages >= self._max_pages else "its host's pages") + " reached"
         seen = "" if ahead is not None else "; not found yet"

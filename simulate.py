@@ -27,7 +27,7 @@ from typing import Any
 
 from crawl_checker import Checker, Rules, demand
 from crawl_rules import Postponed, Request, origin
-from frontier import Frontier, host_of
+from frontier import Frontier, Question, host_of
 
 Row = dict[str, Any]
 
@@ -78,6 +78,7 @@ def random_settings(seed: int) -> Settings:
         "host_pages": rng.choice([0, 0, 0, 15]),
         "max_pages": rng.choice([0, 0, 0, 60]),
         "adaptive": rng.random() < 0.4,
+        **({"rules_bytes": 3} if seed % 5 == 3 else {}),
     }
     fates = Fates(*(rng.choice([0.0, 0.05, high]) for high in (0.15, 0.1, 0.2, 0.1)))
     latency = rng.choice([0.01, 0.2, 1.0])
@@ -156,9 +157,12 @@ class _Run:
         self.at(len(batches) * 0.01, lambda _: self.frontier.close())
         alarm, limit = math.inf, 200 * self.count + 100_000
         for step in itertools.count():
-            decision: Request | float | None = math.inf
-            while self.free and isinstance(decision := self.frontier.take(self.now), Request):
-                self.start(decision)
+            decision: Request | Question | float | None = math.inf
+            while self.free and isinstance(decision := self.frontier.step(self.now), (Request, Question)):
+                if isinstance(decision, Request):
+                    self.start(decision)
+                else:
+                    self.consult(decision)
             if decision is None:
                 break
             if self.free and isinstance(decision, float):
@@ -174,6 +178,18 @@ class _Run:
         self.check.ended()
         demand(self.free == self.settings.concurrency, "ended while workers are at work")
         return self.result()
+
+    def consult(self, question: Question) -> None:
+        """A worker answers it in a while: nobody knows how long that takes."""
+        self.check.questioned(question.host, asked=True)
+        self.free -= 1
+        allowed = question.rules.allows(question.target)
+        self.at(self.now + self.rng.choice((0.0, 0.001, 0.3)), lambda _: self.answer_rules(question, allowed))
+
+    def answer_rules(self, question: Question, allowed: bool | None) -> None:
+        self.check.questioned(question.host, asked=False)
+        self.frontier.answer(question, allowed, self.now)
+        self.free += 1
 
     def start(self, request: Request) -> None:
         fresh = self.back.pop(id(request), None) is None
@@ -240,7 +256,7 @@ class _Run:
     def know_robots(self, request: Request) -> None:
         name = origin(request.url)
         rng = random.Random(f"{self.seed} {name} {int(self.now / 50)}")  # it may say something else later
-        rules = Rules(rng.choice((0, 0, 3, 1)), rng.choice((None, None, 0.4, 2.5)))
+        rules = Rules(rng.choice((0, 0, 3, 1)), rng.choice((None, None, 0.4, 2.5)), quick=rng.random() < 0.5, size=1)
         self.frontier.robots_known(name, rules, self.now)
         self.check.ruled(name, rules, self.now, self.now + self.settings.frontier["robots_ttl"])
         if self.check.adaptive:

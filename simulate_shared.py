@@ -326,7 +326,8 @@ class Run:
         return [self.url(rng.randrange(self.pages)) for _ in range(5)]
 
     def rules(self, found: Found) -> Rules:
-        return Rules(random.Random(f"{self.seed} {found.origin}").choice((0, 0, 5)), None)
+        rng = random.Random(f"{self.seed} {found.origin}")
+        return Rules(rng.choice((0, 0, 5)), None, quick=rng.random() < 0.5, size=1)
 
     def sent(self, request: Request) -> None:
         self.counts["sent"] += 1

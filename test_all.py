@@ -168,6 +168,7 @@ import openapi
 import primitives as pr
 import processes
 import report
+import robots as robots_module
 import sandbox
 import sandbox as sb
 import sandbox_faults as sf
@@ -218,7 +219,7 @@ from crawl_rules import (
 )
 from database import History, Result, Unavailable
 from feed_parse import FeedEntry, SitemapEntry, iso_utc, parse_feed, parse_sitemap, read_article
-from frontier import FAIR, ROBOTS_AGAIN, Frontier, FrontierStats, Pace, host_of
+from frontier import FAIR, KEPT_BYTES, ROBOTS_AGAIN, Frontier, FrontierStats, Pace, Question, host_of
 from html_parse import Page, parse_page
 from log_enrich import Enricher
 from log_intake import udp_socket
@@ -249,7 +250,19 @@ from market_trade import (
     whole,
 )
 from primitives import CircuitBreaker, RetryPolicy
-from robots import ALLOW_ALL, DISALLOW_ALL, MAX_ROBOTS, page_directives, parse_robots, product_token, rules_for
+from robots import (
+    ALLOW_ALL,
+    DISALLOW_ALL,
+    LARGE,
+    MAX_LINES,
+    MAX_ROBOTS,
+    MAX_SIZE,
+    TOO_COSTLY,
+    page_directives,
+    parse_robots,
+    product_token,
+    rules_for,
+)
 from sandbox import Sandbox
 from sandbox_exchanges import WIRES, Wire
 from sandbox_faults import FAULTS, status_expect
@@ -9533,6 +9546,9 @@ def goes_at(frontier: Frontier, now: float) -> float:
     return now
 
 
+FORBIDDEN = "robots: forbidden by robots.txt"
+
+
 def robots_frontier(*urls: str, **options: Any) -> Frontier:
     frontier = Frontier(robots=True, **options)
     frontier.add_all(urls, 0.0)
@@ -9620,6 +9636,87 @@ def test_frontier_a_redirect_to_a_forbidden_page_and_a_sitemap() -> None:
     frontier.add_links(["http://b/6"], 0, 0.0, kind="sitemap")  # robots.txt names it
     assert taken(frontier.take(0.0)).error is None
     assert (frontier.stats().in_flight, frontier.stats().hosts) == (1, 1)
+
+
+def test_frontier_other_hosts_go_on_while_long_rules_are_asked() -> None:
+    frontier = robots_frontier(*(f"http://{host}/{n}" for n in (3, 1) for host in "ab"), rate=0, host_pages=2)
+    for asked in [taken(frontier.take(0.0)) for _ in range(2)]:
+        frontier.robots_known(f"http://{asked.host}", Rules(3, None, quick=asked.host == "b"), 0.0)
+        frontier.finish(asked, 0.0)
+    first, question = frontier.step(0.0), frontier.step(0.0)
+    assert isinstance(first, Request) and (first.url, str(first.error)) == ("http://b/3", FORBIDDEN)
+    assert isinstance(question, Question) and (question.host, question.target) == ("a", "http://a/3")
+    other = frontier.step(0.0)
+    assert isinstance(other, Request) and (other.url, other.error) == ("http://b/1", None)
+    assert (frontier.step(0.0), frontier.stats().waiting) == (math.inf, 2)  # the question is out, once
+    frontier.answer(question, question.rules.allows(question.target), 0.0)
+    refused, second = frontier.step(0.0), frontier.step(0.0)
+    assert isinstance(refused, Request) and (refused.url, str(refused.error)) == ("http://a/3", FORBIDDEN)
+    assert isinstance(second, Question) and second.target == "http://a/1"
+    frontier.consult(second, lambda: 0.0)
+    allowed = frontier.step(0.0)
+    assert isinstance(allowed, Request) and (allowed.url, allowed.error) == ("http://a/1", None)
+    assert frontier.add_links(["http://a/2"], 1, 0.0) == 1  # the refused one gave its place back
+
+
+def test_frontier_an_answer_counts_only_for_the_rules_that_hold() -> None:
+    frontier = robots_frontier("http://a/1", rate=0)
+    asked = taken(frontier.take(0.0))
+    frontier.robots_known("http://a", Rules(1, None, quick=False), 0.0)
+    frontier.finish(asked, 0.0)
+    question = frontier.step(0.0)
+    assert isinstance(question, Question)
+    frontier.robots_known("http://a", Rules(0, None), 1.0)  # meanwhile they are others
+    frontier.answer(question, False, 1.0)
+    frontier.answer(question, False, 1.0)  # and it is answered once
+    assert taken(frontier.take(1.0)).error is None
+
+
+def test_frontier_what_costs_too_much_to_match_is_not_allowed() -> None:
+    class Costly(Rules):
+        def allows(self, url: str, /) -> bool | None:
+            return None
+
+    for quick in (True, False):
+        frontier = robots_frontier("http://a/1", rate=0, host_pages=1)
+        frontier.robots_known("http://a", Costly(0, None, quick=quick), 0.0)
+        assert frontier.explain("http://a/9", 0.0) == "no: robots.txt is too costly to match"
+        refused = taken(frontier.take(0.0))
+        assert (str(refused.error), frontier.stats().forbidden) == ("robots: robots.txt is too costly to match", 1)
+        assert frontier.add_links(["http://a/2"], 1, 0.0) == 1
+
+
+def test_frontier_rules_have_a_bound_in_bytes_and_what_was_freed_is_asked_for_again() -> None:
+    frontier = robots_frontier(*(f"http://{host}/{n}" for host in "abc" for n in range(2)), rate=0, rules_bytes=100)
+    first = {request.host: request for request in (taken(frontier.take(0.0)) for _ in range(3))}
+    for host in "abac":  # of a and b, those of a were asked last
+        if host in first:
+            frontier.robots_known(f"http://{host}", Rules(0, None, size=45), 0.0)
+            frontier.finish(first.pop(host), 0.0)
+        else:
+            frontier.robots_known(f"http://{host}", Rules(0, None, size=45), 0.0)
+    found = Counter((request.host, request.kind) for request in (taken(frontier.take(0.0)) for _ in range(5)))
+    assert found == {("a", "page"): 2, ("c", "page"): 2, ("b", "robots"): 1}
+    assert frontier.take(0.0) == math.inf
+    frontier.robots_known("http://b", Rules(1, None, size=1_000), 0.0)  # more than all may have: it alone stays
+    assert str(taken(frontier.take(0.0)).error) == FORBIDDEN
+
+
+def test_frontier_large_rules_are_freed_with_their_host_and_small_ones_stay() -> None:
+    frontier = robots_frontier("http://a/1", "http://b/1", rate=0)
+    sizes = {"a": KEPT_BYTES + 1, "b": KEPT_BYTES}
+    for asked in [taken(frontier.take(0.0)) for _ in range(2)]:
+        frontier.robots_known(f"http://{asked.host}", Rules(0, None, size=sizes[asked.host]), 0.0)
+        frontier.finish(asked, 0.0)
+    pages = [taken(frontier.take(0.0)) for _ in range(2)]
+    frontier.add_links(["http://a/2"], 1, 0.0)
+    assert taken(frontier.take(0.0)).kind == "page"  # it is in flight yet
+    for page in (*pages, dataclasses.replace(pages[0], host="a")):
+        frontier.finish(page, 0.0)
+    assert frontier.stats().hosts == 0
+    frontier.add_links(["http://a/3", "http://b/3"], 1, 1.0)
+    found = {request.host: request.kind for request in (taken(frontier.take(1.0)) for _ in range(2))}
+    assert found == {"a": "robots", "b": "page"}
 
 
 def test_frontier_crawl_delay_row_by_row() -> None:
@@ -9995,6 +10092,30 @@ class PlantedDisobedient(Frontier):
         return False
 
 
+class PlantedDeafToRules(Frontier):
+    """What is answered to a question does not matter."""
+
+    def answer(self, question: Any, allowed: bool | None, now: float) -> None:
+        super().answer(question, True, now)
+
+
+class PlantedUnasked(Frontier):
+    """A host goes on while its rules are asked."""
+
+    def _sift(self, host: Any, now: float) -> bool:
+        return host.question is None and super()._sift(host, now)
+
+
+class PlantedUnanswered(Frontier):
+    """An answer wakes nobody up."""
+
+    def answer(self, question: Any, allowed: bool | None, now: float) -> None:
+        host = self._hosts.get(question.host)
+        super().answer(question, allowed, now)
+        if host:
+            host.due = math.inf
+
+
 class PlantedFlat(Frontier):
     """Depth is that of the first of the queue."""
 
@@ -10032,7 +10153,8 @@ PLANTED = [
         PlantedQueuedRobots,
     ),
     *(PlantedLateWakeUp, PlantedFullBuckets, PlantedDeaf, PlantedUnlimited, PlantedGreedy, PlantedImpatient),
-    *(PlantedDisobedient, PlantedFlat, PlantedUnfair, PlantedHurry),
+    *(PlantedDisobedient, PlantedDeafToRules, PlantedUnasked, PlantedUnanswered, PlantedFlat, PlantedUnfair),
+    PlantedHurry,
 ]
 
 
@@ -10148,7 +10270,12 @@ def test_robots_rules(body: bytes, agent: str, path: str, allowed: bool) -> None
 
 
 robots_names = st.sampled_from(["*", "flatcrawl", "FlatCrawl", "otherbot", "other-bot-2", "Googlebot"])
-robots_paths = st.text("/ab*$?=.%4é", max_size=8).map("/{}".format)
+robots_paths = st.one_of(
+    st.text("/ab*$?=.%4é", max_size=8).map("/{}".format),
+    st.text("/ab*$", max_size=10).map("/{}".format),
+    st.lists(st.sampled_from(["/", "a", "**", "$", "%2F", "%2a", "%24", "%61", "%C3%A9", "%E9", "%zz", "%0a", "%25",
+                              "index.html", "日", ";", "&"]), max_size=6).map(lambda parts: "/" + "".join(parts)),
+)  # fmt: skip
 robots_lines = st.one_of(
     st.builds("{}: {}".format, st.sampled_from(["User-agent", "user-agent", "User-Agent "]), robots_names),
     st.builds("{}:{}".format, st.sampled_from(["Disallow", "Allow", "disallow ", "Disalow"]), robots_paths),
@@ -10164,8 +10291,8 @@ robots_lines = st.one_of(
 def test_robots_agrees_with_protego(lines: list[str], paths: list[str]) -> None:
     text = "\n".join(lines)
     theirs, ours = Protego.parse(text), parse_robots(text.encode(), USER_AGENT)
-    for path in [*paths, "/robots.txt"]:
-        url = f"https://site.example{path}"
+    for path in [*paths, *(line.partition(":")[2] for line in lines if "llow" in line), "/robots.txt"]:
+        url = normalise(f"https://site.example{path}")[0]
         assert ours.allows(url) == theirs.can_fetch(url, "flatcrawl"), path
     assert ours.delay == (theirs.crawl_delay("flatcrawl") or None)
     assert list(ours.sitemaps) == sorted(set(theirs.sitemaps))
@@ -10186,6 +10313,99 @@ def test_robots_of_many_agents_is_not_their_product_with_the_rules() -> None:
     agents = b"".join(b"User-agent: a%d\n" % i for i in range(20_000))
     rules = parse_robots(b"".join((agents, b"User-agent: flatcrawl\n", b"Disallow: /x\n" * 9_000)), USER_AGENT)
     assert not rules.allows("https://site.example/x") and rules.allows("https://site.example/y")
+
+
+def robots_file(line: Callable[[int], str]) -> bytes:
+    """500 KiB of lines, by their number."""
+    parts = ["User-agent: *\n"]
+    size = len(parts[0])
+    while size < MAX_ROBOTS:
+        parts.append(line(len(parts)) + "\n")
+        size += len(parts[-1].encode())
+    return "".join(parts[:-1]).encode()
+
+
+ROBOTS_LARGE = {
+    "wildcards": lambda n: f"Disallow: /*{n:014}*{n:010}*{n:07}",
+    "short wildcards": lambda n: f"allow:/{n:x}*",
+    "stars": lambda n: f"Disallow: /{n}" + "*a" * 300,
+    "prefixes": lambda n: f"Disallow: /{n:018}",
+    "short prefixes": lambda n: f"allow:/{n:05x}",
+    "nested prefixes": lambda n: "allow:/" + "a" * n,
+    "anchors": lambda n: f"Disallow: /{n:x}$",
+    "dollars": lambda n: f"Disallow: /$$$$$$$$$$$$$$${n:x}$",
+    "escapes": lambda n: "Disallow: /" + "%e9" * 40 + f"{n:x}",
+    "unicode": lambda n: f"Disallow: /日本語日本語日本語{n:x}",
+    "special": lambda n: f"Disallow: /?&!,;@()?&!,;@(){n:x}",
+    "groups": lambda n: f"User-agent: a{n}\nDisallow: /{n:05x}\nUser-agent: *",
+    "agents": lambda n: f"User-agent: a{n}",
+    "sitemaps": lambda n: f"Sitemap: https://site.example/{n}/" + "x" * 400,
+    "bad sitemaps": lambda n: f"Sitemap: {n:x}",
+    "delays": lambda n: f"Crawl-delay: {n}",
+    "unknown": lambda n: "a:",
+    "junk": lambda n: "a",
+    "comments": lambda n: "#",
+    "long lines": lambda n: f"Disallow: /{n}" + "x" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", ROBOTS_LARGE)
+def test_robots_of_a_large_file_little_is_kept(kind: str) -> None:
+    body = robots_file(ROBOTS_LARGE[kind])
+    tracemalloc.start()
+    try:
+        rules = parse_robots(body, USER_AGENT, "https://site.example/robots.txt")
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 1 << 20 and peak < 24 << 20
+    assert kept < 1.5 * rules.size + 20_000  # which is what the frontier counts with
+
+
+def test_robots_of_a_large_file_counts_to_its_last_line() -> None:
+    rules = parse_robots(robots_file(lambda n: f"Disallow: /{n:019}"), USER_AGENT)
+    answers = [rules.allows(f"https://site.example/{n:019}/x") for n in (0, 1, 9_000, 16_500, 18_000)]
+    assert answers == [True, False, False, False, True]
+    assert rules.size < MAX_SIZE and rules.allows(f"https://site.example/{9_000:018}") is True
+
+
+@pytest.mark.parametrize(
+    ("body", "known"),
+    [
+        (robots_file(ROBOTS_LARGE["wildcards"]), False),
+        (b"User-agent: *\n" + b"Disallow: /x*y\n" * 9_000, True),  # one pattern
+        (b"User-agent: *\n" + b"".join(b"Disallow: /x*%d\n" % n for n in range(2_000)), True),
+        (b"User-agent: *\n" + b"".join(b"Disallow: /x*%d\n" % n for n in range(9_000)), False),
+        (b"User-agent: *\n" + b"Allow: /\n" * MAX_LINES, False),
+        (b"User-agent: *\nDisallow: /x*y\n" + b"#\n\n" * MAX_LINES, True),
+        (b"User-agent: other\n" + b"".join(b"Disallow: /x*%d\n" % n for n in range(9_000)), True),
+    ],
+)
+def test_robots_with_more_rules_than_there_is_room_for_allow_nothing(body: bytes, known: bool) -> None:
+    rules = parse_robots(body, USER_AGENT)
+    assert (rules is TOO_COSTLY) is not known
+    assert rules.allows("https://site.example/z") is (True if known else None)
+    assert rules.allows("https://site.example/robots.txt") is True
+    assert rules.is_quick("https://site.example/robots.txt") or known
+
+
+def test_robots_work_for_a_url_and_for_an_origin_is_bounded() -> None:
+    lines = [f"Disallow: /x*{n:06}*{n:06}" for n in range(1_500)] + ["Disallow: /x/end", "Allow: /x/*ok"]
+    body = "\n".join(["User-agent: *", *lines]).encode()
+    rules = parse_robots(body, USER_AGENT)
+    assert [rules.is_quick(f"https://site.example/{path}") for path in ("y", "x/end")] == [False, False]
+    assert [rules.allows(f"https://site.example/{path}") for path in ("y", "x/end", "x/ok")] == [True, False, True]
+    assert rules.allows("https://site.example/x" + "0" * 8_000) is None  # too much for one
+    assert rules.allows("https://site.example/y" + "0" * 8_000) is True  # begins with none of the heads
+    answers = [rules.allows(f"https://site.example/x/end/{n}") for n in range(2_000)]
+    judged = answers.index(None)
+    assert 50 < judged < 500 and set(answers[:judged]) == {False} and set(answers[judged:]) == {None}
+    fresh = parse_robots(body, USER_AGENT)
+    allowed = [fresh.allows(f"https://site.example/x/{what}") for _ in range(2_000) for what in ("end", "ok")]
+    assert allowed == [False, True] * 2_000  # one that is allowed makes good for another that is not
+    few = parse_robots(b"User-agent: *\nDisallow: /x*/private\nDisallow: /*?sort=", USER_AGENT)
+    assert few.is_quick("https://site.example/x?sort=a")
+    assert {few.allows(f"https://site.example/x/private/{n}") for n in range(2_000)} == {False}
 
 
 def test_robots_is_cut_at_a_line_end() -> None:
@@ -11548,6 +11768,90 @@ def test_walk_obeys_robots(driver: str, walked: WalkWeb) -> None:
     assert {key for key, times in asked.items() if times > 1} == set()
     assert set(asked).isdisjoint({"0/no", "0/no/more", "2/", "2/too", "3/a"})
     assert set(walk_errors(walked.crawl(driver, "0/", robots=False)).values()) == {None, "http"}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_walk_is_not_held_up_by_the_rules_of_one_host(
+    driver: str, walked: WalkWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rules of host 0 answer when the pages of host 1 are done."""
+    done = threading.Event()
+    waited: list[bool] = []
+    real = robots_module.Rules.allows
+
+    def allows(self: robots_module.Rules, url: str) -> bool | None:
+        if walked.key(url).startswith("0/"):
+            waited.append(done.wait(20.0))
+        return real(self, url)
+
+    monkeypatch.setattr(robots_module.Rules, "is_quick", lambda self, url: walked.key(url)[0] != "0", raising=False)
+    monkeypatch.setattr(robots_module.Rules, "allows", allows)
+    for host in (0, 1):
+        walked.robots(host, "User-agent: *", "Disallow: /no")
+    walked.page("0/", "/no")
+    walked.page("1/", *(f"/{n}" for n in range(8)))
+    for n in range(8):
+        walked.page(f"1/{n}")
+    rows: list[ScrapeResult] = []
+
+    def emit(row: ScrapeResult) -> None:
+        rows.append(row)
+        if sum(walked.key(row.url).startswith("1/") for row in rows) == 9:
+            done.set()
+
+    walk(driver, walk_crawl(concurrency=4), [walked.url("0/"), walked.url("1/")], emit)
+    assert waited == [True, True]
+    assert {walked.key(row.url): row.error for row in rows if walked.key(row.url).startswith("0/")} == {
+        "0/": None, "0/no": "robots: forbidden by robots.txt",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_walk_beside_hostile_robots(driver: str, walked: WalkWeb) -> None:
+    """10,000 rules with wildcards; and few enough to be read, over long links."""
+    walked.pages["0/robots.txt"] = sf.reply(robots_file(ROBOTS_LARGE["wildcards"]), kind="text/plain")
+    walked.robots(1, "User-agent: *", *(f"Disallow: /x*{n:06}*{n:06}" for n in range(1_500)), "Disallow: /x/end")
+    walked.page("0/", "/a")
+    walked.page("1/", *(f"/x/end{n:0{3 if n < 600 else 1_900}}" for n in range(900)))
+    walked.page("2/", *(f"/{n}" for n in range(30)))
+    for n in range(30):
+        walked.page(f"2/{n}")
+    crawl = walk_crawl(concurrency=8, host_pages=2_000)
+    rows = walked.crawl(driver, "0/", "1/", "2/", crawl=crawl)
+    assert rows["0/"].error == "robots: robots.txt is too costly to match"
+    said = Counter(row.error for key, row in rows.items() if key.startswith("1/x"))
+    forbidden, costly = (
+        said[f"robots: {why}"] for why in ("forbidden by robots.txt", "robots.txt is too costly to match")
+    )
+    assert forbidden + costly == 900 and forbidden > 50 and costly > 300
+    assert [row.error for key, row in rows.items() if key.startswith("2/")] == [None] * 31
+    assert crawl.frontier.stats().forbidden == 901
+    assert set(walked.asked()) == {"1/", "2/", *(f"2/{n}" for n in range(30))}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_walk_reads_large_robots_one_at_a_time_and_not_once_it_is_stopped(
+    driver: str, walked: WalkWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading: list[str] = []
+    crawl = walk_crawl(concurrency=4)
+    real = rules_for
+
+    def slow(outcome: Any, *more: Any) -> Any:
+        reading.append(threading.current_thread().name)
+        until(lambda: len(walked.asked(robots=True)) == 4)
+        crawl.interrupted = True
+        crawl.frontier.stop()
+        return real(outcome, *more)
+
+    monkeypatch.setattr(crawl_core, "rules_for", slow)
+    large = b"User-agent: *\n" + b"Disallow: /no\n" * (LARGE // 10)
+    for host in range(4):
+        walked.pages[f"{host}/robots.txt"] = sf.reply(large, kind="text/plain")
+        walked.page(f"{host}/")
+    rows = walked.crawl(driver, "0/", "1/", "2/", "3/", crawl=crawl)
+    assert (rows, len(reading)) == ({}, 1)
+    assert reading[0].startswith("parser")
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
