@@ -29,8 +29,8 @@ import math
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, repeat
 from typing import Literal
 from urllib.parse import quote
 
@@ -78,6 +78,8 @@ _FIELDS: dict[str, str] = {
     **dict.fromkeys(["request-rate", "request rate", "visit-time", "visit time"], "other"),
     "host": "host",
 }
+_NOT_OURS: dict[str, Callable[[str], object]] = dict.fromkeys(["Disallow", "disallow", "Allow", "allow"], len)
+"""What to do with the usual lines of others: nothing."""
 _PLAIN_URL = re.compile(r"[a-z]+://[^/?#]*(/[A-Za-z0-9_.~/=-]*)")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _HEX = "0123456789ABCDEFabcdef"
@@ -170,34 +172,44 @@ def parse_robots(body: bytes, user_agent: str, url: str = "") -> Rules:
     current: dict[str, _Group] = {}
     """The groups that a line belongs to."""
     naming = False
+    usual: dict[str, Callable[[str], object]] = {}
+    """What to do with the value of the usual lines, until the next agent is named: short, as there are many."""
     sitemaps: dict[str, None] = {}
     for line in lines:
         name, colon, value = line.partition(":")
+        if put := usual.get(name):
+            put(value)
+            continue
         field = _FIELDS.get(name) if colon else None
         if field is None or "#" in value:
             field, value = _directive(line.partition("#")[0].strip())
+        value = value.strip()
         if field == "agent":
             if not naming:
-                naming, current = True, {}
-            if (who := _addressee(value.strip(), token)) and who != _OTHERS:
+                naming, current, usual = True, {}, {}
+            if (who := _addressee(value, token)) and who != _OTHERS:
                 current[who] = groups.setdefault(who, {"allow": [], "disallow": [], "delay": [], "other": []})
         elif field == "sitemap":
-            if (value := value.strip()) and len(sitemaps) < MAX_SITEMAPS:
+            if value and len(sitemaps) < MAX_SITEMAPS:
                 sitemaps[value] = None
         elif field and field != "host":
+            if naming and not current:
+                usual = _NOT_OURS
+            elif naming and len(current) == 1:
+                (group,) = current.values()
+                usual = {name: group[_FIELDS[name]].append for name in _NOT_OURS}
             naming = False
-            if current and (value := value.strip()):
-                for group in current.values():
-                    group[field].append(value)
+            for group in current.values():
+                group[field].append(value)
     known = dict.fromkeys(_absolute(text, url) for text in sitemaps)
-    ours = groups.get(_US) or groups.get("*")
-    patterns = _patterns(ours) if ours else {}
+    ours = groups.get(_US) or groups.get("*") or {}
+    patterns = _patterns(ours)
     wild = [pattern for pattern in patterns if "*" in pattern or pattern[-1] == "$"]
     each = 9 if len(patterns) > _FEW else 66
     size = 500 + sum(map(len, patterns)) + each * len(patterns) + sum(200 + 57 * one.count("*") for one in wild)
     if size > MAX_SIZE:
         return TOO_COSTLY
-    delay = _delay(ours["delay"] if ours else [])
+    delay = _delay(ours.get("delay", ()))
     return Rules(_Patterns(patterns, wild, size), delay=delay, sitemaps=tuple(filter(None, known)))
 
 
@@ -287,21 +299,24 @@ def _directive(line: str) -> tuple[str, str]:
     return "other" if colon else "", value.strip()
 
 
-def _delay(values: Iterable[str]) -> float | None:
+def _delay(values: Sequence[str]) -> float | None:
     """The last that is a number of seconds."""
-    found = 0.0
-    for value in values:
+    for value in reversed(values):
         with contextlib.suppress(ValueError):
-            found = delay if 0 <= (delay := float(value)) < math.inf else found
-    return min(found, MAX_DELAY) or None
+            if 0 <= (delay := float(value)) < math.inf:
+                return min(delay, MAX_DELAY) or None
+    return None
 
 
 def _patterns(group: _Group) -> dict[str, bool]:
     """The patterns of a group, in the one spelling in which they are compared, and whether they allow."""
     found: dict[str, bool] = {}
     for field in ("disallow", "allow"):
-        values = list(dict.fromkeys(group[field]))
+        values = group.get(field, [])
         text = "\n".join(values)
+        if "#" in text:
+            values = [value.partition("#")[0] for value in values]
+        values = list(filter(None, dict.fromkeys(map(str.strip, values))))
         if "://" in text:
             values = [f"/{one}" if one.startswith(("http://", "https://")) else one for one in values]
         if "$" in text:  # at the end it may stand for itself too
@@ -389,19 +404,22 @@ class _Patterns:
         heads = list(patterns) if not wild else [*(patterns.keys() - wild), *tails]
         heads.sort()
         self._heads: Sequence[str] = tuple(heads) if len(heads) <= _FEW else _Packed(heads)
-        self._plain = bytes([1 + patterns[head] if head in patterns else 0 for head in heads])
-        """Of each head: 0 if it is no pattern by itself, 1 if it forbids, 2 if it allows."""
+        self._plain = bytes(map(patterns.get, heads, repeat(2)))
+        """Of each head: 0 if it forbids, 1 if it allows, 2 if it is no pattern by itself."""
         self._tails = {i: _Tails(tails[head]) for i, head in enumerate(heads) if head in tails} if tails else {}
         self._shorter = array("i")
         """Of each head: the longest other one that it begins with; -1: none."""
         nest, deepest = [-1], 1
-        for i, longer in enumerate(map(str.startswith, heads, ["\n", *heads[:-1]])):
-            if longer:
+        longer = list(map(str.startswith, heads, ["\n", *heads[:-1]]))
+        if not any(longer):
+            self._shorter = array("i", [-1]) * len(heads)
+            longer = []
+        for i, goes_on in enumerate(longer):
+            if goes_on:
                 nest.append(i - 1)
                 deepest = max(deepest, len(nest))
-            else:
-                while nest[-1] >= 0 and not heads[i].startswith(heads[nest[-1]]):
-                    nest.pop()
+            while nest[-1] >= 0 and not heads[i].startswith(heads[nest[-1]]):
+                nest.pop()
             self._shorter.append(nest[-1])
         self.steps = 24 + deepest + sum(one.parts for one in self._tails.values())
 
@@ -414,8 +432,8 @@ class _Patterns:
             i = self._shorter[i]
         while i >= 0:  # all that are left are shorter ones of the same
             length = len(self._heads[i])
-            if rank == 1 and (plain := self._plain[i]):
-                rank = 2 * length + plain - 1
+            if rank == 1 and (plain := self._plain[i]) < 2:
+                rank = 2 * length + plain
             if tails := self._tails.get(i):
                 found.append((length, tails))
             i = self._shorter[i]

@@ -17580,6 +17580,27 @@ def test_shared_crawls_keep_their_promises(first: int) -> None:
     assert counts["lost leases"] and counts["frozen"] and counts["killed"]
 
 
+def test_shared_rules_of_others_are_read_outside_of_the_loop() -> None:
+    found = cs.Found("http://a", 200, b"User-agent: *\nDisallow: /no", "http://a/robots.txt", 100.0)
+
+    class Store:
+        async def sync(self, batch: cs.Batch) -> cs.Answer:
+            return cs.Answer(1, hosts=[("a", None)], robots=[found])
+
+    crawl = ct.SharedCrawl(Options(depth=1), "postgresql://nowhere")
+    readers: list[threading.Thread] = []
+
+    def rules_of(found: cs.Found) -> Any:
+        readers.append(threading.current_thread())
+        return found.rules(USER_AGENT)
+
+    crawl.mine.rules_of = rules_of
+    crawl._wake = asyncio.Event()
+    asyncio.run(crawl._exchange(cast(Any, Store())))
+    assert len(readers) == 1 and readers[0] is not threading.main_thread()
+    assert crawl.mine.explain("http://a/no", crawl.clock()) == "no: forbidden by robots.txt"
+
+
 class SharedLateLinks(cs.SharedFrontier):
     """Tells of what it found after it told that the page is done."""
 
