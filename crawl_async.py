@@ -7,7 +7,8 @@ a task for each: fetch, parse, write the row. A task gives way only where it say
 the loop to itself, so nothing here needs a lock against the other tasks, and nothing here may block.
 
 Which work runs where: sockets, TLS, decompression (in small steps) and the parsing of ordinary pages in the loop;
-parsing of pages above ``INLINE_PARSE`` bytes in one thread; DNS in the resolver's threads; the list is read in a
+parsing of pages above ``INLINE_PARSE`` bytes in one thread; feeds and articles in other processes (crawl_readers.py),
+for each of which a thread waits, so that the exit never does; DNS in the resolver's threads; the list is read in a
 thread, and the rows are written in one (a pipe may block), fed by a bounded ``Channel``: when the reader of the rows
 is slow, the tasks wait, and the crawl slows down instead of filling the memory.
 
@@ -43,6 +44,7 @@ from coordination import Channel, Semaphore
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import Crawl
 from crawl_net import BodyDecoder, ProxyRule, Resolver, allowed, detail, tls_detail
+from crawl_readers import Readers
 from crawl_rules import (
     RESPONSE_HEADERS,
     FetchError,
@@ -268,7 +270,11 @@ class Tasks:
         self._slots = Semaphore(crawl.options.concurrency)
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")  # more would only share one interpreter
+        self._readers = Readers(crawl.processes)
+        crawl.read = self._readers.read
+        # What is parsed here is in one thread: more would only share one interpreter. What readers read is waited for.
+        waits = self._readers.count if crawl.options.feeds else 1
+        self._parser = concurrent.futures.ThreadPoolExecutor(waits, "parser")
         self._in_flight: set[asyncio.Task[bool]] = set()
         self._forced = False
         crawl.changed = self._changed
@@ -295,6 +301,8 @@ class Tasks:
     async def run(self, urls: Iterable[str]) -> None:
         """Crawl ``urls`` until nothing will ever come and all tasks are done."""
         self._crawl.feed(urls)
+        if self._crawl.options.feeds:
+            self._parser.submit(self._readers.start)
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
@@ -307,8 +315,10 @@ class Tasks:
                     task.add_done_callback(self._done)
         finally:
             self._crawl.frontier.stop()
+            self._readers.kill()  # nobody waits for them any more, or only those who are cut off
+            self._parser.shutdown(wait=False, cancel_futures=True)
             await self._fetcher.close()
-            self._parser.shutdown(wait=False)
+            await asyncio.to_thread(self._readers.close)
 
     def _done(self, task: asyncio.Task[bool]) -> None:
         self._in_flight.discard(task)
@@ -372,6 +382,7 @@ class Tasks:
 
     def _force(self) -> None:
         self._forced = True
+        self._readers.kill()
         for task in self._in_flight:
             task.cancel()
 

@@ -5,6 +5,7 @@
 The model: each of ``concurrency`` worker threads runs the same plain loop: take a request, fetch, parse, write the
 row. It blocks wherever it likes, and the others go on. Everything runs in the workers: DNS in the resolver's threads
 (so that it can time out), sockets, TLS, decompression, parsing, encoding and writing of rows in the worker itself.
+Feeds and articles are read by other processes (crawl_readers.py), for which the worker waits.
 What Python code computes does not run in parallel (one interpreter lock), only what waits or runs outside of it does.
 
 Waiting: workers with nothing to do block on one condition, ``_Turns``. Only one of them at a time, the timekeeper,
@@ -45,6 +46,7 @@ from coordination import new_lock
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import Crawl
 from crawl_net import BodyDecoder, Resolver, allowed, detail, tls_context, tls_detail
+from crawl_readers import Readers
 from crawl_rules import (
     RESPONSE_HEADERS,
     FetchError,
@@ -580,6 +582,8 @@ class Threads:
         self._crawl, self._emit = crawl, emit
         self._fetcher = Fetcher(crawl)
         self._turns = _Turns(crawl)
+        self._readers = Readers(crawl.processes)
+        crawl.read = self._readers.read
         crawl.changed = self._turns.changed
 
     def work(self) -> None:
@@ -613,6 +617,8 @@ class Threads:
         """Crawl ``urls``. An event "stop" means: finish what is in flight; a second one: cut it off; a third: exit."""
         crawl = self._crawl
         crawl.feed(urls)
+        if crawl.options.feeds:
+            self._readers.start()
         pool = concurrent.futures.ThreadPoolExecutor(crawl.options.concurrency, thread_name_prefix="worker")
         workers = [pool.submit(self.work) for _ in range(crawl.options.concurrency)]
         left = Countdown(len(workers), lambda: events.put("done"))
@@ -632,21 +638,26 @@ class Threads:
                     crawl.frontier.stop()
                     limit = crawl.options.grace
                 elif not self._fetcher.aborted:
-                    self._fetcher.abort()
+                    self._cut_off()
                     limit = None
                 else:
                     os._exit(EXIT_INTERRUPTED)
                 self._turns.changed()
         except BaseException:
             crawl.frontier.stop()
-            self._fetcher.abort()
+            self._cut_off()
             self._turns.changed()
             raise
         finally:
             pool.shutdown()
             self._fetcher.close()
+            self._readers.close()
         for worker in workers:
             worker.result()
+
+    def _cut_off(self) -> None:
+        self._fetcher.abort()
+        self._readers.kill()
 
 
 @contextlib.contextmanager

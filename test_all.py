@@ -131,6 +131,7 @@ import crawl_core
 import crawl_journal
 import crawl_net
 import crawl_processes as cp
+import crawl_readers
 import crawl_share
 import crawl_shared as cs
 import crawl_tables as ct
@@ -10451,13 +10452,14 @@ def feeds_rows(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("driver", FEEDS_DRIVERS)
 def test_feeds_end_to_end(driver: str, feeds_site: FeedsSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site, url = feeds_site, feeds_site.url
-    parsed_in: set[str] = set()
+    parsed_in: set[tuple[str, str]] = set()
+    read = crawl_readers.Readers.read
 
-    def watched(*args: Any) -> feed_parse.Article:
-        parsed_in.add(threading.current_thread().name.partition("_")[0])
-        return read_article(*args)
+    def watched(readers: crawl_readers.Readers, function: Callable[..., Any], *args: Any) -> Any:
+        parsed_in.add((threading.current_thread().name.partition("_")[0], function.__name__))
+        return read(readers, function, *args)
 
-    monkeypatch.setattr(crawl_core, "read_article", watched)
+    monkeypatch.setattr(crawl_readers.Readers, "read", watched)
     dated = "<dc:creator>Ann</dc:creator><pubDate>Mon, 06 May 2024 10:00:00 +0200</pubDate>"
     atom = (
         "<feed xmlns='http://www.w3.org/2005/Atom'>"
@@ -10515,7 +10517,8 @@ def test_feeds_end_to_end(driver: str, feeds_site: FeedsSite, tmp_path: Path, mo
     else:
         both_says = ("Page both", "Bob Smith", "2024-02-03T00:00:00Z")
     assert (both["title"], both["author"], both["published"]) == both_says
-    assert parsed_in == ({"parser"} if driver == "crawl_async" else {"worker"})
+    where = "parser" if driver == "crawl_async" else "worker"
+    assert parsed_in == {(where, "parse_feed"), (where, "read_article")}
 
 
 @pytest.mark.parametrize("driver", FEEDS_DRIVERS)
@@ -10867,6 +10870,213 @@ def test_feeds_what_was_not_read_says_so_and_keeps_the_rest() -> None:
     assert isinstance(article, FeedResult) and article.error == row.error
     assert (article.title, article.feed, article.text) == ("On /1", "http://a.example/feed", None)
     assert (article.status, article.bytes, article.kind) == (200, len(page.body), "article")
+
+
+@contextlib.contextmanager
+def feeds_readers() -> Iterator[crawl_readers.Readers]:
+    """Which must leave nothing behind: no process, no thread, no descriptor."""
+    before, children, threads = proc_open(), proc_children(), set(threading.enumerate())
+    readers = crawl_readers.Readers()
+    try:
+        yield readers
+    finally:
+        readers.close()
+    assert readers.stats()[1:] == (0, 0)
+    assert proc_children() - children == set()
+    prim_until(lambda: not set(threading.enumerate()) - threads)
+    assert proc_open() - before == set()
+
+
+@pytest.mark.parametrize(
+    ("job", "error"),
+    [
+        ((re.match, b"(a+)+$", b"a" * 64 + b"b"), "decode: reading it takes more than 1.0 s"),  # within C, with the GIL
+        ((exec, b"while True: pass"), "decode: reading it takes more than 1.0 s"),
+        ((operator.mul, b"x" * 1000, 10**9), "decode: reading it takes more than 34 MB"),
+        ((exec, b"held = [bytes(1000)]\nwhile True: held += held"), "decode: reading it takes more than 34 MB"),
+        ((exec, b"import os; os._exit(3)"), "decode: its reader died: exit code 3"),
+        ((exec, b"import os; os.kill(os.getpid(), 11)"), "decode: its reader died: signal 11"),
+        ((exec, b"1/0"), "internal: ZeroDivisionError: division by zero"),
+        ((exec, b"raise SystemExit(4)"), "internal: SystemExit: 4"),
+    ],
+    ids=["time in C", "time", "memory", "memory by and by", "exit", "crash", "exception", "SystemExit"],
+)
+def test_readers_a_document_costs_no_more_than_it_may_and_no_other_one(job: tuple[Any, ...], error: str) -> None:
+    with feeds_readers() as readers:
+        for _ in range(2):
+            with pytest.raises(FetchError) as failed:
+                readers.read(*job)
+            assert str(failed.value) == error and not readers._killed
+            assert readers.read(bytes.upper, b"x") == b"X"
+        assert readers.stats().started == 1
+
+
+def feeds_held(readers: crawl_readers.Readers, gate: Path, found: list[object]) -> threading.Thread:
+    """A thread whose document is read as long as nobody opens the gate; then what came of it is in ``found``."""
+    os.mkfifo(gate)
+
+    def wait() -> None:
+        try:
+            found.append(readers.read(exec, f"open({str(gate)!r}, 'rb').read()".encode()))
+        except FetchError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_readers_nobody_waits_behind_a_slow_document_and_all_end_at_once(tmp_path: Path) -> None:
+    with feeds_readers() as readers:
+        found: list[object] = []
+        threads = [feeds_held(readers, tmp_path / "0", found)]
+        held = [os.open(tmp_path / "0", os.O_WRONLY)]  # opens when it is being read
+        assert [readers.read(bytes.upper, b"%d" % n) for n in range(20)] == [b"%d" % n for n in range(20)]
+        for n in range(1, readers.count):
+            threads.append(feeds_held(readers, tmp_path / str(n), found))
+            held.append(os.open(tmp_path / str(n), os.O_WRONLY))
+        threads.append(threading.Thread(target=lambda: feeds_ask(readers, found)))  # waits for a reader
+        threads[-1].start()
+        prim_until(lambda: bool(readers._free._waiters))  # type: ignore[attr-defined]
+        readers.kill()
+        for thread in threads:
+            thread.join(FEEDS_PATIENCE)
+        assert found == ["interrupted: stopped before it was read"] * (readers.count + 1)
+        with pytest.raises(FetchError, match="interrupted"):
+            readers.read(bytes.upper, b"x")
+        for one in held:
+            os.close(one)
+
+
+def feeds_ask(readers: crawl_readers.Readers, found: list[object]) -> None:
+    try:
+        found.append(readers.read(bytes.upper, b"x"))
+    except FetchError as error:
+        found.append(str(error))
+
+
+def test_readers_one_that_died_idle_or_kept_much_costs_nothing() -> None:
+    with feeds_readers() as readers:
+        first = readers.read(eval, b"__import__('os').getpid()")
+        os.kill(first, signal.SIGKILL)
+        prim_until(lambda: proc_gone(first))
+        pid = readers.read(eval, b"__import__('os').getpid()")
+        assert pid != first
+        keep = b"[__import__('sys').modules.setdefault('kept', bytearray(30 << 20)), __import__('os').getpid()][1]"
+        assert readers.read(eval, keep) == pid
+        last = readers.read(eval, b"__import__('os').getpid()")
+        assert last != pid and readers.stats() == (readers.count, 1, 1)
+        template = readers._template
+        assert template is not None
+        template.process.kill()
+        prim_until(lambda: proc_gone(template.process.pid) and proc_gone(last))
+        assert readers.read(bytes.upper, b"x") == b"X" and readers.stats().started == 1
+
+
+READERS_ORPHANS = """
+import os, re, threading, time
+import crawl_readers
+print("once", flush=True)
+crawl_readers.bounds = lambda *_: (1000.0, 1 << 28)
+readers = crawl_readers.Readers()
+me = b"__import__('builtins').print(__import__('os').getpid(), file=__import__('sys').stderr, flush=True)"
+busy = lambda: readers.read(exec, me + b"; __import__('re').match('(a+)+$', 'a' * 64 + 'b')")
+idle = lambda: readers.read(exec, me + b"; __import__('time').sleep(1000)")
+for job in (busy, idle):
+    threading.Thread(target=job).start()
+"""
+
+
+def test_readers_end_with_their_program_which_they_do_not_import(tmp_path: Path) -> None:
+    """A program without a guard by ``__name__``; one reader waits, the other never lets go of the GIL."""
+    script = tmp_path / "orphans.py"
+    script.write_text(READERS_ORPHANS)
+    environ = {**os.environ, "PYTHONPATH": str(Path(crawl_readers.__file__).parent)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, script], env=environ, stdout=pipe, stderr=pipe) as parent:
+        assert parent.stdout is not None and parent.stderr is not None
+        pids = [int(parent.stderr.readline()) for _ in range(2)]
+        try:
+            prim_until(lambda: any(proc_ticks(pid) > 20 for pid in pids))  # the match is under way
+            for pid in pids:
+                os.kill(pid, signal.SIGINT)
+                os.kill(pid, signal.SIGTERM)
+            assert not any(map(proc_gone, pids))
+            parent.kill()
+            prim_until(lambda: all(map(proc_gone, pids)))
+            assert parent.stdout.read() == b"once\n"
+        finally:
+            parent.kill()
+            for pid in pids:
+                if not proc_gone(pid):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("driver", FEEDS_DRIVERS)
+def test_feeds_a_hostile_article_costs_its_own_text(
+    driver: str, feeds_site: FeedsSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, url = feeds_site, feeds_site.url
+    monkeypatch.setattr(crawl_readers, "bounds", lambda _, size: (0.05 if size > 100_000 else 100.0, 1 << 28))
+    site.routes = {"/feed": FeedsAnswer(feeds_rss("/1", "/hostile", "/2"), "text/xml")}
+    site.routes |= {f"/{n}": FeedsAnswer(feeds_article(str(n))) for n in (1, 2)}
+    site.routes["/hostile"] = FeedsAnswer("<title>Hostile</title>" + "<h1>x</h1>" * 20_000)
+    children = proc_children()
+    stats = feeds_run(driver, tmp_path, [url("/feed")])
+    rows = {row["url"].removeprefix(url("")): row for row in feeds_rows(tmp_path)}
+    assert (stats["rows"], stats["ok"], stats["errors"]) == (4, 3, {"decode": 1})
+    assert all("a good many words" in rows[f"/{n}"]["text"] for n in (1, 2))
+    hostile = rows["/hostile"]
+    assert hostile["error"] == "decode: reading it takes more than 0.1 s" and hostile["text"] is None
+    assert (hostile["status"], hostile["title"], hostile["feed"]) == (200, "On /hostile", url("/feed"))
+    assert site.paths() == {"/feed": 1, "/1": 1, "/2": 1, "/hostile": 1} and proc_children() == children
+
+
+@pytest.mark.parametrize(
+    "program", [("crawl_async.py",), ("crawl_async.py", "--processes", "2"), ("crawl_threads.py",)]
+)
+def test_feeds_the_end_waits_for_no_reader(program: tuple[str, ...], feeds_site: FeedsSite, tmp_path: Path) -> None:
+    """The reader stands still with a feed in hand. Another feed has its row, and the signal ends all."""
+    site, url = feeds_site, feeds_site.url
+    site.routes = {f"/{name}": FeedsAnswer(feeds_rss("/1"), "text/xml", ETag='"1"') for name in ("first", "slow")}
+    site.routes |= {"/1": FeedsAnswer(feeds_article("1")), "/missing": FeedsAnswer("nothing", status="404")}
+    site.routes["/slow"].gate = site.routes["/missing"].gate = gate = threading.Event()
+    script, *options = program
+    words = [sys.executable, str(Path(crawl_core.__file__).with_name(script)), "-", "--feeds", "-q", "--rate", "0"]
+    out = tmp_path / "news.jsonl"
+    words += ["-o", str(out), "--grace", "0.1", *options]
+    with subprocess.Popen(words, env=os.environ | {"NO_PROXY": "*"}, stdin=subprocess.PIPE) as process:
+        readers: list[psutil.Process] = []
+        try:
+            assert process.stdin is not None
+            process.stdin.write(f"{url('/first')}\n{url('/slow')}\n{url('/missing')}\n".encode())
+            process.stdin.close()
+            prim_until(lambda: site.paths().keys() >= {"/slow", "/missing"} and out.read_bytes().count(b"\n") == 2)
+            readers += feeds_children(process)
+            assert len(readers) > (2 if options else 1)  # templates, and what read the first feed and its article
+            for reader in readers:
+                reader.suspend()
+            gate.set()
+            prim_until(lambda: b"/missing" in out.read_bytes())
+            process.terminate()
+            assert process.wait(FEEDS_PATIENCE) == crawl_cli.EXIT_INTERRUPTED
+            prim_until(lambda: all(proc_gone(reader.pid) for reader in readers))
+        finally:
+            gate.set()
+            process.kill()
+            for reader in readers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    reader.kill()
+    rows = {row["url"]: (row["error"] or "").partition(":")[0] for row in feeds_rows(tmp_path)}
+    assert rows == {url("/first"): "", url("/1"): "", url("/missing"): "http", url("/slow"): "interrupted"}
+
+
+def feeds_children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The readers of a crawl, also those of its worker processes."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found = psutil.Process(process.pid).children(recursive=True)
+        return [one for one in found if any("crawl_readers" in word for word in one.cmdline())]
+    return []
 
 
 def test_feeds_bench_has_what_it_says() -> None:
