@@ -123,7 +123,7 @@ def loop(kind: str, urls: str, rows: str) -> None:
             request = Request(url, *normalise(url))
             if kind == "feed":
                 row = build_row(request, response, FeedResult)
-                row.links_found = [entry.url for entry in parse_feed(response.body, url, response.headers)]
+                row.links_found = [entry.url for entry in parse_feed(response.body, url, response.headers).entries]
             else:
                 row = build_article(request, response, None, None)
             output.write(orjson.dumps(row) + b"\n")

@@ -7,9 +7,11 @@ a task for each: fetch, parse, write the row. A task gives way only where it say
 the loop to itself, so nothing here needs a lock against the other tasks, and nothing here may block.
 
 Which work runs where: sockets, TLS, decompression (in small steps) and the parsing of ordinary pages in the loop;
-parsing of pages above ``INLINE_PARSE`` bytes in one thread, looking URLs up in long robots.txt in another; DNS in the
-resolver's threads; the list is read in a thread, and the rows are written in one (a pipe may block), fed by a bounded
-``Channel``: when the reader of the rows is slow, the tasks wait, and the crawl slows down instead of filling memory.
+parsing of pages above ``INLINE_PARSE`` bytes in one thread, looking URLs up in long robots.txt in another; feeds and
+articles in other processes (crawl_readers.py), for each of which a thread waits, so that the exit never does; DNS in
+the resolver's threads; the list is read in a thread, and the rows are written in one (a pipe may block), fed by a
+bounded ``Channel``: when the reader of the rows is slow, the tasks wait, and the crawl slows down instead of filling
+the memory.
 
 Waiting: the dispatcher waits for one event, set when a task ends, when the list brings more, or by a timer when the
 next host is due.
@@ -45,6 +47,7 @@ from coordination import Channel, Semaphore
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import Crawl, patience
 from crawl_net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_detail
+from crawl_readers import Readers
 from crawl_rules import (
     CUT_OFF,
     FetchError,
@@ -326,7 +329,11 @@ class Tasks:
         self._slots = Semaphore(crawl.options.concurrency)
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")  # more would only share one interpreter
+        self._readers = Readers(crawl.processes)
+        crawl.read = self._readers.read
+        # What is parsed here is in one thread: more would only share one interpreter. What readers read is waited for.
+        waits = self._readers.count if crawl.options.feeds else 1
+        self._parser = concurrent.futures.ThreadPoolExecutor(waits, "parser")
         self._matcher = concurrent.futures.ThreadPoolExecutor(1, "matcher")  # a host need not wait for a parser
         self._in_flight: set[asyncio.Task[bool]] = set()
         crawl.changed = self._changed
@@ -356,6 +363,8 @@ class Tasks:
     async def run(self, urls: Iterable[str]) -> None:
         """Crawl ``urls`` until nothing will ever come and all tasks are done."""
         self._crawl.feed(urls)
+        if self._crawl.options.feeds:
+            self._parser.submit(self._readers.start)
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
@@ -368,9 +377,11 @@ class Tasks:
                     task.add_done_callback(self._done)
         finally:
             self._crawl.frontier.stop()
+            self._readers.kill()  # nobody waits for them any more, or only those who are cut off
+            self._parser.shutdown(wait=False, cancel_futures=True)
             await self._fetcher.close()
-            self._parser.shutdown(wait=False)
             self._matcher.shutdown(wait=False)
+            await asyncio.to_thread(self._readers.close)
 
     async def _consult(self, question: Question) -> None:
         crawl = self._crawl
@@ -439,6 +450,7 @@ class Tasks:
 
     def _force(self) -> None:
         self._fetcher.aborted = True
+        self._readers.kill()
         for task in self._in_flight:
             task.cancel()
 

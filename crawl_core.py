@@ -61,7 +61,7 @@ from crawl_rules import (
     request_headers,
     split_credentials,
 )
-from feed_parse import MAX_SITEMAP, FeedEntry, extractor, is_feed, parse_feed, parse_sitemap, read_article
+from feed_parse import MAX_SITEMAP, NO_FEED, Article, Feed, FeedEntry, parse_feed, parse_sitemap, read_article
 from frontier import Frontier
 from html_parse import parse_page
 from primitives import Clock, RetryPolicy, Rng, parse_retry_after
@@ -192,7 +192,6 @@ class Crawl:
         """What an earlier run knew of feeds, by the list's URL (normalised): where it led, ETag, Last-Modified."""
         self._feeds: set[str] = set()
         """The feeds of the list, normalised: they are no articles, also where another feed names them."""
-        self._warmed = False
         self._sitemaps: dict[str, str] = {}
         """Sitemaps on their way, by normalised URL: the host whose robots.txt led there, and which they speak for."""
         self._sitemap_files: Counter[str] = Counter()
@@ -204,6 +203,10 @@ class Crawl:
         self.changed: Callable[[], None] = lambda: None
         self.say: Callable[[str], None] = lambda text: None
         """Told what a user should know, in one line."""
+        self.read: Read = in_place
+        """By which feeds and articles are read; a driver has it done where it can be ended. Raises FetchError."""
+        self.processes = 1
+        """How many processes like this one share the processors."""
         self.credentials: dict[str, str] = {}
         """``user:password`` of the list, by origin (the first that it has), and by URL where that has another. Nothing
         else has them: no row, no frontier, no journal."""
@@ -312,7 +315,8 @@ class Crawl:
     def complete(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
         """The row of a finished request, once what it leads to is in the frontier; None if it is none that has a row.
 
-        Parses the body, in the caller's thread: 1 ms for 100 KB of HTML, ten times that for a feed or an article.
+        Parses the body, in the caller's thread: 1 ms for 100 KB of HTML. What a library reads, feeds and articles, ten
+        times slower, ``read`` does, while the caller waits.
         """
         if request.kind == "robots":
             self._obey(request, outcome)
@@ -433,9 +437,13 @@ class Crawl:
     def _feed_row(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
         now, private = self.clock(), leads_private(request.private, request.host)
         if request.kind == "page":
+            known = normalise(request.url)[0]
             with self._lock:
-                feed, entry = self._entries.pop(normalise(request.url)[0], (None, None))
-            return build_article(request, outcome, feed, entry)
+                feed, entry = self._entries.get(known, (None, None))
+            article = build_article(request, outcome, feed, entry, self.read)
+            with self._lock:
+                self._entries.pop(known, None)
+            return article
         if isinstance(outcome, Response) and outcome.status == 304 and any(self._condition(request)):
             self.stats.count(unchanged=1)
             return None
@@ -444,18 +452,22 @@ class Crawl:
         row.kind, row.links_found = "feed", []  # some are served as HTML
         if isinstance(outcome, FetchError) or row.error:
             return row
-        row.etag, row.last_modified = (validator(outcome.headers.get(name)) for name in ("ETag", "Last-Modified"))
-        entries = parse_feed(outcome.body, request.target, outcome.headers)
-        if not entries and not is_feed(outcome.body):
-            row.error = "decode: no RSS or Atom feed"
-            if named := parse_page(outcome.body, request.target, row.content_type).feeds:
-                row.error += f"; the page names {named[0]}"
+        try:
+            found: Feed = self.read(parse_feed, outcome.body, request.target, outcome.headers)
+        except FetchError as error:
+            row.error = str(error)
             return row
+        if found.fault is None:
+            row.etag, row.last_modified = (validator(outcome.headers.get(name)) for name in ("ETag", "Last-Modified"))
+        else:  # without validators it is asked for again as a whole
+            row.error = f"decode: {found.fault}"
+            if found.fault == NO_FEED and (named := parse_page(outcome.body, request.target, row.content_type).feeds):
+                row.error += f"; the page names {named[0]}"
         capped = self.frontier.stats().capped
-        self.add_articles(row, entries, private, now)
+        self.add_articles(row, found.entries, private, now)
         if self.frontier.stats().capped > capped:  # what was left out is asked for again, which 304 would prevent
             row.etag = row.last_modified = None
-        elif not row.links_found and self.validators.get(normalise(row.url)[0]) == (
+        elif not (row.links_found or row.error) and self.validators.get(normalise(row.url)[0]) == (
             row.final_url,
             row.etag,
             row.last_modified,
@@ -479,12 +491,6 @@ class Crawl:
                     continue
                 self._entries[target] = row.url, entry
             if self.frontier.add_links([target], 1, now, private=private):
-                if not self._warmed:
-                    self._warmed = True
-                    # While the first articles are fetched: a moment later, so that these requests go out first.
-                    ahead = threading.Timer(0.1, extractor)
-                    ahead.daemon = True
-                    ahead.start()
                 row.links_found.append(target)
                 row.entries.append(entry._asdict())
             else:
@@ -674,8 +680,20 @@ def build_row(
     return row
 
 
+Read = Callable[..., Any]
+"""``read(function, body, *more)``: what ``function(body, *more)`` returns, or FetchError if that is not to be had."""
+
+
+def in_place(function: Callable[..., Any], body: bytes, *more: Any) -> Any:
+    return function(body, *more)
+
+
 def build_article(
-    request: Request, outcome: Response | FetchError, feed: str | None, entry: FeedEntry | None
+    request: Request,
+    outcome: Response | FetchError,
+    feed: str | None,
+    entry: FeedEntry | None,
+    read: Read = in_place,
 ) -> FeedResult:
     """The row of an article: what its feed says, else what the page says. Some 50 ms: trafilatura finds the text."""
     row = build_row(request, outcome, FeedResult)
@@ -684,7 +702,11 @@ def build_article(
     if entry is not None:
         row.title, row.author, row.published = entry.title or row.title, entry.author, entry.published
     if row.error is None and isinstance(outcome, Response) and is_html(row.content_type, outcome.body):
-        found = read_article(outcome.body, request.target, row.content_type)
+        try:
+            found: Article = read(read_article, outcome.body, request.target, row.content_type)
+        except FetchError as error:
+            row.error = str(error)
+            return row
         row.text, row.author, row.published = found.text, row.author or found.author, row.published or found.published
     return row
 

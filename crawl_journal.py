@@ -196,7 +196,7 @@ def recall(crawl: Crawl, file: BinaryIO) -> int:
             count += 1
             remember(crawl, row, asked)
         for row in rows(file):
-            if row["error"] is None:
+            if row["error"] is None or row.get("entries"):  # a feed with a fault: articles from before it
                 follow(crawl, row)
     except (TypeError, ValueError, AttributeError) as error:
         raise JournalError(f"{file.name} has what is no row of a crawl: {error}") from None

@@ -339,7 +339,13 @@ class Parent:
             max_pages=0,
             max_time=0.0,
         )
-        config = {"options": part, "form": self._into.writer.form, "until": self._until, "central": self._counts()}
+        config = {
+            "options": part,
+            "form": self._into.writer.form,
+            "until": self._until,
+            "central": self._counts(),
+            "processes": count,
+        }
         with worker.lock:
             ours, theirs = socket.socketpair()
             mask = signal.pthread_sigmask(

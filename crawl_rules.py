@@ -42,7 +42,7 @@ ERROR_KINDS = {
     "truncated": "the connection closed before the body was complete",
     "too_large": "the body is larger than the size limit",
     "redirects": "too many redirects, or one that leads nowhere",
-    "decode": "the body is not in the Content-Encoding that it claims, or no feed",
+    "decode": "the body is not in the Content-Encoding that it claims, no feed, or not to be read to its end",
     "http": "an answer of status 400 or above",
     "blocked": "a public page or name led to a private address",
     "robots": "robots.txt forbids it, or could not be read, or is too costly to match",

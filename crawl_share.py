@@ -474,6 +474,7 @@ async def _worker_program(sock: socket.socket, config: dict[str, Any]) -> None:
 
     crawl = ShareCrawl(config["options"])
     crawl.share.central, crawl.share.held = config["central"], crawl.knows_first
+    crawl.processes = config["processes"]
     if config["until"]:
         crawl.share.stop_at(config["until"])
     link = Downlink(sock, crawl, config["form"])

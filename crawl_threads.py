@@ -4,9 +4,10 @@
 
 The model: each of up to ``concurrency`` worker threads runs the same plain loop: take a request, fetch, parse, write
 the row; or take a URL that is to be looked up in a long robots.txt, and do that. It blocks wherever it likes, and the
-others go on. Everything runs in the workers but DNS (in the resolver's threads, so that it can time out) and the
-parsing of large robots.txt (in one thread): sockets, TLS, decompression, parsing, encoding and writing of rows. What
-Python code computes does not run in parallel (one interpreter lock), only what waits or runs outside of it does.
+others go on. Everything runs in the workers but DNS (in the resolver's threads, so that it can time out), the parsing
+of large robots.txt (in one thread), and that of feeds and articles (in other processes, crawl_readers.py, for which the
+worker waits): sockets, TLS, decompression, parsing, encoding and writing of rows. What Python code computes does not
+run in parallel (one interpreter lock), only what waits or runs outside of it does.
 
 Waiting: workers with nothing to do block on one condition, ``_Turns``. Only one of them at a time, the timekeeper,
 waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
@@ -47,6 +48,7 @@ from coordination import new_lock
 from crawl_cli import EXIT_INTERRUPTED, main
 from crawl_core import Crawl, patience
 from crawl_net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_context, tls_detail
+from crawl_readers import Readers
 from crawl_rules import (
     CUT_OFF,
     FetchError,
@@ -589,6 +591,8 @@ class Threads:
         self._fetcher = Fetcher(crawl)
         self._turns = _Turns(crawl)
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")
+        self._readers = Readers(crawl.processes)
+        crawl.read = self._readers.read
         crawl.changed = self._turns.changed
         self._pool = concurrent.futures.ThreadPoolExecutor(crawl.options.concurrency, thread_name_prefix="worker")
         self._lock = new_lock("Threads")
@@ -660,6 +664,8 @@ class Threads:
         crawl = self._crawl
         self._events = events
         crawl.feed(urls)
+        if crawl.options.feeds:
+            self._readers.start()
         try:
             self._start()
             limit: float | None = None
@@ -675,22 +681,27 @@ class Threads:
                     crawl.frontier.stop()
                     limit = crawl.options.grace
                 elif not self._fetcher.aborted:
-                    self._fetcher.abort()
+                    self._cut_off()
                     limit = None
                 else:
                     os._exit(EXIT_INTERRUPTED)
                 self._turns.changed()
         except BaseException:
             crawl.frontier.stop()
-            self._fetcher.abort()
+            self._cut_off()
             self._turns.changed()
             raise
         finally:
             self._pool.shutdown()
             self._parser.shutdown()
             self._fetcher.close()
+            self._readers.close()
         if self._failure is not None:
             raise self._failure
+
+    def _cut_off(self) -> None:
+        self._fetcher.abort()
+        self._readers.kill()
 
 
 @contextlib.contextmanager

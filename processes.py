@@ -62,6 +62,14 @@ class WorkerDied(Exception):
     """The worker died in each attempt: killed, out of memory, or it could not even start."""
 
 
+def end_with(descriptor: int) -> None:
+    """Have a signal end this process when the other end of a pipe, in which nothing comes, is closed."""
+    if hasattr(os, "O_ASYNC"):
+        signal.signal(signal.SIGIO, signal.SIG_DFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+
+
 def _begin(nice: int) -> None:
     """What a worker does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -69,10 +77,7 @@ def _begin(nice: int) -> None:
     os.nice(nice)
     parent = cast(Any, parent_process())
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="parent", daemon=True).start()
-    if hasattr(os, "O_ASYNC"):  # that thread needs the GIL, which one call into C may hold for long; a signal does not
-        signal.signal(signal.SIGIO, signal.SIG_DFL)
-        fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    end_with(parent.sentinel)  # that thread needs the GIL, which one call into C may hold for long; a signal does not
 
 
 def _work(job: bytes) -> bytes:
