@@ -66,7 +66,7 @@ import xml.etree.ElementTree as ET
 import zlib
 from array import array
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from fractions import Fraction
@@ -74,7 +74,7 @@ from graphlib import TopologicalSorter
 from html.parser import HTMLParser
 from multiprocessing import resource_tracker
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -22801,10 +22801,10 @@ class MarketConnectWorld:
         self,
         them: Exchanges,
         names: Sequence[str] = MARKET_CONNECT_NAMES,
-        own: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),  # options of single feeds
         **options: Any,
     ) -> None:
-        self.them, self.names, self.own, self.sink = them, names, own, MarketConnectSink()
+        self.them, self.names, self.sink = them, names, MarketConnectSink()
+        self.own: dict[str, dict[str, Any]] = options.pop("own", {})  # options of single feeds
         self.options: dict[str, Any] = {"base": 0.02, "cap": 0.1, "breaker": None, **options}
         self.feeds: dict[str, Feed] = {}
         self.runs: list[asyncio.Task[None]] = []
