@@ -28,6 +28,7 @@ import inspect
 import math
 import os
 import queue
+import re
 import signal
 import socket
 import ssl
@@ -73,16 +74,30 @@ Emit = Callable[[ScrapeResult], Awaitable[object]]
 _in_hand: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
 
 
+END_OF_HEAD = re.compile(rb"\n\r?\n")
+
+
 class HeadFirst(ResponseHandler):
     """aiohttp's end of a connection, which lets the parser have a head before the bytes of the body that came with it:
     a fault in those would take the head too, and what it says. Who reads the body is told of the fault."""
 
+    _end_of_last = b""
+    """The last bytes of what has come of a head."""
+
     def data_received(self, data: bytes) -> None:
-        end = data.find(b"\r\n\r\n") + 4
-        if 4 <= end < len(data) and (self._payload is None or self._payload.is_eof()):
+        while self._payload is None or self._payload.is_eof():  # interim heads may come before the one of the answer
+            found = END_OF_HEAD.search(self._end_of_last + data)
+            if found is None:
+                self._end_of_last = (self._end_of_last + data)[-3:]
+                break
+            end = found.end() - len(self._end_of_last)
+            self._end_of_last = b""
             super().data_received(data[:end])
             data = data[end:]
-        super().data_received(data)
+            if not data:
+                break
+        if data:
+            super().data_received(data)
         fault, body = self._exception, self._payload
         if fault is not None and body is not None and not body.is_eof() and body.exception() is None:
             error = aiohttp.ClientPayloadError()

@@ -24,7 +24,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import orjson
 
@@ -480,11 +480,10 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
             return fail(program, str(error), error)
         if args.explain:
             return explain(program, crawl, urls, args, run)
-        if args.stats:
-            try:
-                open(args.stats, "ab").close()
-            except OSError as error:
-                return fail(program, f"cannot write {args.stats}: {error.strerror}", error)
+        try:
+            stats = stack.enter_context(open(args.stats, "a", encoding="utf-8")) if args.stats else None
+        except OSError as error:
+            return fail(program, f"cannot write {args.stats}: {error.strerror}", error)
         if args.metrics_port is not None:
             try:
                 stack.callback(serve_metrics(crawl, args.metrics_port))
@@ -522,9 +521,9 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
         output.close()
         if not args.quiet and not isinstance(crawl.failure, BrokenPipeError):
             print(describe(crawl), file=sys.stderr)
-        if args.stats:
+        if stats:
             try:
-                write_stats(crawl, args.stats)
+                write_stats(crawl, stats)
             except OSError as error:
                 return fail(program, f"cannot write {args.stats}: {error.strerror}", error)
     if isinstance(crawl.failure, BaseException):
@@ -566,7 +565,7 @@ def peak_memory_mb() -> float:
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
 
 
-def write_stats(crawl: Crawl, path: str) -> None:
+def write_stats(crawl: Crawl, file: TextIO) -> None:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     frontier = crawl.frontier.stats()
     counts = (
@@ -583,9 +582,10 @@ def write_stats(crawl: Crawl, path: str) -> None:
         }
         | crawl.stats.processes()
     )
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(counts, file, indent=2)
-        file.write("\n")
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.truncate(0)
+    file.write(json.dumps(counts, indent=2) + "\n")
+    file.flush()
 
 
 def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
@@ -628,7 +628,7 @@ def explain(program: str, crawl: Crawl, urls: Iterable[str], args: argparse.Name
     def ask(url: str) -> Rules | None:
         probe = Crawl(dataclasses.replace(crawl.options, robots=True, max_time=0.0, feeds=False))
         probe.ask_robots_only = True
-        probe.credentials = crawl.credentials
+        probe.credentials, probe.named = crawl.credentials, crawl.named  # the URL asked for is not of the list
         run(probe, [url], lambda *rows: None)
         return probe.asked
 

@@ -208,8 +208,8 @@ class Crawl:
         self.processes = 1
         """How many processes like this one share the processors."""
         self.credentials: dict[str, str] = {}
-        """``user:password`` of the list, by origin (the first that it has), and by URL where that has another. Nothing
-        else has them: no row, no frontier, no journal."""
+        """``user:password`` of the list, by its URLs, and by origin for all others of that: the first that it has.
+        Nothing else has them: no row, no frontier, no journal."""
         self.named: set[str] | None = set() if any(is_secret(name) for name, _ in options.headers) else None
         """The origins of the list, if there is something that only they may see. Added to by the thread that reads."""
         self.interrupted = False
@@ -267,6 +267,9 @@ class Crawl:
             return FetchError("redirects", "no Location", status=response.status)
         try:
             target, host = normalise(ada_url.join_url(request.target, location))
+            text, userinfo = split_credentials(target)
+            if userinfo and userinfo == self.credentials.get(origin(target)):  # the list's, which are kept anyway
+                target = text
         except (ValueError, FetchError) as error:
             why = error.detail if isinstance(error, FetchError) else "not a URL"
             return FetchError("redirects", f"to {location[:200]!r}: {why}", status=response.status)
@@ -594,8 +597,8 @@ class Crawl:
         if userinfo:
             with contextlib.suppress(FetchError):
                 url = normalise(text)[0]
-                if self.credentials.setdefault(origin(url), userinfo) != userinfo:
-                    self.credentials.setdefault(url, userinfo)
+                self.credentials.setdefault(origin(url), userinfo)
+                self.credentials.setdefault(url, userinfo)
         return text
 
     def know_list(self, urls: Iterable[str]) -> list[str]:
@@ -610,7 +613,7 @@ class Crawl:
         with contextlib.suppress(FetchError):
             target = normalise(url)[0]
             self.scope.add(target)
-            if self.named is not None:
+            if self.named is not None and not self.ask_robots_only:
                 self.named.add(origin(target))
 
     def _add(self, batch: list[str], kind: Literal["page", "feed"]) -> None:

@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from crawl_core import Crawl, validator
-from crawl_rules import CrawlResult, FeedResult, FetchError, names_private, normalise, origin
+from crawl_rules import CrawlResult, FeedResult, FetchError, names_private, normalise, origin, split_credentials
 
 Row = dict[str, Any]
 
@@ -173,7 +173,24 @@ def parsed(line: bytes) -> Row | None:
 def rows(file: BinaryIO) -> Iterator[Row]:
     for line in lines(file):
         if (row := parsed(line)) is not None:
-            yield row
+            yield without_credentials(row)
+
+
+def without_credentials(row: Row) -> Row:
+    """As rows are: once they had the user and password of the list in their URLs."""
+    own = split_credentials(row["url"])[1]
+    if not own:
+        return row
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, str):
+            text, userinfo = split_credentials(value)
+            return text if userinfo == own else value
+        if isinstance(value, list):
+            return [bare(item) for item in value]
+        return {name: bare(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+    return {name: bare(value) for name, value in row.items()}
 
 
 def target(url: str) -> str:

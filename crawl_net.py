@@ -90,12 +90,22 @@ _STEP = 1 << 14
 """Bytes of input that it is given at a time: what a member or frame leaves of them is copied for the next one."""
 
 
+_MEMBERS = 10_000
+"""Members or frames of a body, of which the empty ones cost time and nothing else."""
+
+
+def _count(members: int) -> int:
+    if members >= _MEMBERS:
+        raise EOFError(f"more than {_MEMBERS:,} members or frames")
+    return members + 1
+
+
 class _Gzip:
     """gzip (RFC 1952), several members included; what follows them and begins like none is no part of the body."""
 
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(zlib.MAX_WBITS + 16)
-        self._begun = False
+        self._begun, self._members = False, 1
         self._head = b""
         """What has come of a next member's magic number."""
 
@@ -105,6 +115,7 @@ class _Gzip:
                 self._head, data = (self._head + data)[:2], self._head + data
                 if self._head != b"\x1f\x8b":
                     return
+                self._members = _count(self._members)
                 self._head, self._inflate = b"", zlib.decompressobj(zlib.MAX_WBITS + 16)
             self._begun = True
             yield from _inflated(self._inflate, data)
@@ -167,7 +178,7 @@ class _Zstandard:
     """RFC 8878: any number of frames, skippable ones too; with the 8 MB window that RFC 9659 sets for HTTP."""
 
     def __init__(self) -> None:
-        self._decoder = self._new()
+        self._decoder, self._frames = self._new(), 1
         self._between = True
         """Between two frames, or before the first one."""
 
@@ -178,7 +189,7 @@ class _Zstandard:
     def pieces(self, data: bytes) -> Iterator[bytes]:
         while data:
             if self._decoder.eof:
-                self._decoder = self._new()
+                self._decoder, self._frames = self._new(), _count(self._frames)
             self._between = False
             yield self._decoder.decompress(data, _PIECE)
             while not (self._decoder.eof or self._decoder.needs_input):
@@ -209,11 +220,11 @@ class BodyDecoder:
     def __init__(self, coding: str | None, limit: int, status: int, *, cut: bool = False) -> None:
         names = [name for name in (part.strip().lower() for part in (coding or "").split(",")) if name]
         names = [name for name in names if name != "identity"]
-        if len(names) > 3 or any(name not in _CODINGS for name in names):
-            raise FetchError("decode", f"unknown Content-Encoding {(coding or '')[:60]!r}", status=status)
-        self._stages = [_CODINGS[name]() for name in reversed(names)]
-        self._read = [0] * len(names)
-        self.coded = bool(self._stages)
+        known = len(names) <= 3 and all(name in _CODINGS for name in names)
+        self._unknown = None if known else (coding or "")[:60]
+        self._stages = [_CODINGS[name]() for name in reversed(names)] if known else []
+        self._read = [0] * len(self._stages)
+        self.coded = bool(names)
         self._limit, self._status, self._cut = limit, status, cut
         self.full = False
         """Nothing more is taken."""
@@ -222,6 +233,8 @@ class BodyDecoder:
 
     def feed(self, data: bytes) -> Iterator[None]:
         """Takes ``data`` in steps of some 256 KiB of output: an event loop can do something else in between."""
+        if self._unknown is not None and data:  # of an empty body it is all the same
+            raise FetchError("decode", f"unknown Content-Encoding {self._unknown!r}", status=self._status)
         if not self.coded:
             self._keep(data)
             return

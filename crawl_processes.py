@@ -269,6 +269,7 @@ class Parent:
         guards = crawl.follows or options.feeds or any(is_secret(name) for name, _ in options.headers)
         self._origins: set[str] | None = set() if guards else None
         self._new_origins: list[str] = []
+        self._credentials_sent = 0
         self._taken: set[int] = set()
         self._budget = float(options.max_pages or math.inf)
         self._until = crawl.clock() + options.max_time if options.max_time else 0.0
@@ -345,6 +346,7 @@ class Parent:
             "until": self._until,
             "central": self._counts(),
             "processes": count,
+            "credentials": dict(self._crawl.credentials),
         }
         with worker.lock:
             ours, theirs = socket.socketpair()
@@ -494,12 +496,13 @@ class Parent:
         """The list's thread."""
         try:
             if self._crawl.knows_first:
-                urls = list(urls)
+                urls = self._crawl.know_list(urls)
                 with self._lines:
                     for url in urls:
                         self._announce(url)
                     self._flush()
-            for url in urls:
+            for line in urls:
+                url = self._crawl.keep_credentials(line)
                 known, bucket, good = place(url)
                 if self._stopping:
                     return
@@ -543,6 +546,10 @@ class Parent:
             for worker in self.workers:
                 self._send(worker, b"O", orjson.dumps(self._new_origins))
             self._new_origins = []
+        if len(credentials := self._crawl.credentials) > self._credentials_sent:
+            self._credentials_sent = len(credentials)
+            for worker in self.workers:
+                self._send(worker, b"U", orjson.dumps(credentials))
         for worker, lines in zip(self.workers, self._waiting, strict=True):
             if lines:
                 self._send(worker, b"T", "\n".join(lines).encode("utf-8", "surrogatepass"))

@@ -6,7 +6,6 @@ Nothing here has a state, waits, or does I/O.
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import ipaddress
 import math
@@ -341,26 +340,34 @@ def is_secret(name: str) -> bool:
     return _HARMLESS.fullmatch(name) is None
 
 
-_USERINFO = re.compile(
-    r"(\s*(?:https?:[/\\]*|[a-z][a-z0-9+.-]*://))([^/\\?#]*)@|()(?!mailto:)([^/\\?#\s:@]+:[^/\\?#\s]*)@", re.IGNORECASE
-)
+_USERINFO = re.compile(r"(\s*(?:https?:[/\\]*|[a-z][a-z0-9+.-]*://))([^/\\?#]*)@", re.IGNORECASE)
+_ADDRESS = re.compile(r"\s*(?:acct|cid|im|javascript|mailto|mid|sips?|xmpp):", re.IGNORECASE)
+"""URLs in which an "@" has no password before it."""
+HIDDEN = "<password>"
+"""In the place of what may be one, in a line that is no URL; with it, it never becomes one."""
 
 
-def split_credentials(text: str) -> tuple[str, str]:
+def split_credentials(line: str) -> tuple[str, str]:
     """A line of the list without what stands before the "@" of its host, and that: ``user:password``, or ``""``.
 
-    Also where the rest is no URL, for it is shown all the same.
+    What is no URL is shown all the same, so what may be a password in it is replaced.
     """
-    if "@" not in text:
-        return text, ""
-    found = _USERINFO.match(text)
-    if found is None:  # in a spelling that only the URL standard takes for a URL
-        with contextlib.suppress(FetchError):
-            found = _USERINFO.match(text := normalise(text)[0]) if "@" in normalise(text)[0].split("/")[2] else None
-    if found is None:
-        return text, ""
-    start, credentials = (found[1], found[2]) if found[3] is None else (found[3], found[4])
-    return start + text[found.end() :], credentials
+    if "@" not in line:
+        return line, ""
+    text, found = line, _USERINFO.match(line)
+    if found is None:  # a spelling that only the URL standard takes for one, or no URL
+        try:
+            text = normalise(line)[0]
+        except FetchError:
+            at = line.rindex("@")
+            start = line.rfind("//", 0, at) + 2
+            if start < 2:
+                start = 0
+                if ":" not in line[:at] or _ADDRESS.match(line):
+                    return line, ""
+            return line[:start] + HIDDEN + line[at + 1 :], ""
+        found = _USERINFO.match(text) if "@" in text.split("/")[2] else None
+    return (line, "") if found is None else (found[1] + text[found.end() :], found[2])
 
 
 def request_headers(
@@ -395,9 +402,8 @@ def request_headers(
         if trusted and credentials and not userinfo:
             userinfo = credentials.get(first) or credentials.get(home, "")
     if userinfo:
-        user, _, password = (urllib.parse.unquote(part) for part in userinfo.partition(":"))
-        token = f"{user}:{password}".encode()
-        headers["Authorization"] = "Basic " + base64.b64encode(token).decode()
+        user, _, password = map(urllib.parse.unquote_to_bytes, userinfo.partition(":"))
+        headers["Authorization"] = "Basic " + base64.b64encode(user + b":" + password).decode()
     return url, headers
 
 

@@ -9,10 +9,10 @@ parent's two (SIGUSR1: stop, SIGUSR2: cut off), and ends at once when its socket
 The wire: frames (a length, then sections: a type, a bucket or ``ME``, a length, bytes). A frame has effect as a whole,
 so it brings the rows, the links of their pages, their keys and the counts together.
 
-to the worker: D keys of what is done, T lines of the list, Y all of it is here, Z the end, H a home, O origins of the
-list (or feeds), V validators of feeds, B a body, P pages of hosts; both ways: L links, Q a request that is redirected,
-A an answer about robots.txt, E an article; to the parent: R rows, K keys, G pages given back, I idle, S counts, F the
-last counts.
+to the worker: D keys of what is done, T lines of the list, Y all of it is here, Z the end, H a home, U credentials, O
+origins of the list (or feeds), V validators of feeds, B a body, P pages of hosts; both ways: L links, Q a request
+that is redirected, A an answer about robots.txt, E an article; to the parent: R rows, K keys, G pages given back, I
+idle, S counts, F the last counts.
 
 All state belongs to the event loop, but for ``Share.outbox`` and what the frontier guards: a thread parses long pages.
 """
@@ -410,8 +410,7 @@ class Downlink:
     def _take_in(self, kind: bytes, data: memoryview) -> None:
         crawl, share, now = self._crawl, self._share, self._crawl.clock()
         if kind == b"T":
-            lines = [crawl.keep_credentials(line) for line in str(data, "utf-8", "surrogatepass").split("\n")]
-            new = share.add_all(lines, now, kind=crawl.list_kind)
+            new = share.add_all(lines := str(data, "utf-8", "surrogatepass").split("\n"), now, kind=crawl.list_kind)
             if crawl.list_kind == "page":
                 share.given_back += len(lines) - new
             return
@@ -446,6 +445,8 @@ class Downlink:
                 crawl.know_origin(url)
             if crawl.options.feeds:
                 crawl._feeds.update(content)
+        elif kind == b"U":
+            crawl.credentials |= content
         elif kind == b"V":
             crawl.validators |= {url: tuple(known) for url, known in content.items()}
         elif kind == b"B":
@@ -474,7 +475,7 @@ async def _worker_program(sock: socket.socket, config: dict[str, Any]) -> None:
 
     crawl = ShareCrawl(config["options"])
     crawl.share.central, crawl.share.held = config["central"], crawl.knows_first
-    crawl.processes = config["processes"]
+    crawl.processes, crawl.credentials = config["processes"], config["credentials"]
     if config["until"]:
         crawl.share.stop_at(config["until"])
     link = Downlink(sock, crawl, config["form"])

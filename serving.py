@@ -116,7 +116,9 @@ SIZES = "5M and 5MB are 5,000,000 bytes, 5MiB are 5,242,880"
 
 def size(text: str) -> int:
     """``5M``, ``5MB`` -> 5,000,000 bytes, ``5MiB`` -> 5,242,880 (IEC 80000-13); ``ValueError`` for what is no size."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?(?:([kMGT])(i?)B?|B?)", text, re.ASCII | re.IGNORECASE)
+    match = re.fullmatch(
+        r"([0-9]{1,15}(?:\.[0-9]{1,15})?(?:e[0-9]{1,2})?) ?(?:([kMGT])(i?)B?|B?)", text, re.ASCII | re.IGNORECASE
+    )
     if match is None:
         raise ValueError
     power = " kmgt".index((match[2] or " ").lower())

@@ -7898,8 +7898,8 @@ def test_a_proxy_of_the_environment_that_cannot_be_right_is_wrong_usage(
     [
         ("0", 0), ("512", 512), ("500k", 500_000), ("64K", 64_000), ("64KB", 64_000), ("64KiB", 65_536),
         ("5M", 5_000_000), ("5MB", 5_000_000), ("5 MB", 5_000_000), ("5MiB", 5_242_880), ("5Mi", 5_242_880),
-        ("1.5M", 1_500_000), ("0.1GiB", 107_374_182), ("2T", 2 * 10**12), ("10B", 10),
-        *((text, None) for text in ("", "M", "inf", "nan", "-1", "1e3", "5Q", "5MM", "1.M", ".5M", "5iB", "٥")),
+        ("1.5M", 1_500_000), ("0.1GiB", 107_374_182), ("2T", 2 * 10**12), ("10B", 10), ("5e6", 5_000_000),
+        *((text, None) for text in ("", "M", "inf", "nan", "-1", "1e", "5Q", "5MM", "1.M", ".5M", "5iB", "٥")),
         ("9" * 16, None),
     ],
 )  # fmt: skip
@@ -8692,6 +8692,56 @@ def test_a_page_that_is_not_asked_to_be_understood_tells_its_fault(driver: str) 
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
+def test_a_head_counts_however_it_comes(driver: str) -> None:
+    """In pieces, after interim heads, and together with a body that is none."""
+    head = b"HTTP/1.1 302 Found\r\nLocation: /ok\r\nTransfer-Encoding: chunked\r\n\r\n"
+    interim = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+    whole = head + b"zz\r\nplain"
+    answers: dict[str, list[RawAnswer]] = {
+        f"/cut/{at}": [[whole[: len(head) + at], whole[len(head) + at :], None]] for at in range(-5, 3)
+    }
+    answers["/one"] = [[whole, None]]
+    answers["/interim"] = [[interim + whole, None]]
+    answers["/interim/2"] = [[interim + interim[:9], interim[9:] + whole, None]]
+    answers["/bytes"] = [[*(bytes([byte]) for byte in head), b"zz\r\nplain", None]]
+    with RawWeb({**answers, "/ok": [[RAW_OK]]}) as web:
+        rows = scrape(driver, [web.url(path) for path in answers], retries=0)
+    assert {urlsplit(row.url).path: row.error for row in rows} == dict.fromkeys(answers)
+    assert {row.title for row in rows} == {"ok"}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("coding", ["zstd", "gzip"])
+def test_a_body_of_empty_frames_is_refused_and_one_of_nothing_is_read(driver: str, coding: str) -> None:
+    frames = pack(coding, b"") * 100_000
+    for _ in range(2):
+        frames = pack(coding, frames)
+    html, codings = "Content-Type: text/html", ", ".join([coding] * 3)
+    answers: dict[str, list[RawAnswer]] = {
+        "/frames": [[raw_answer(frames, "200 OK", html, f"Content-Encoding: {codings}")]],
+        "/many": [[raw_answer(b"".join(pack(coding, b"<p>a</p>") for _ in range(5000)), "200 OK", html,
+                              f"Content-Encoding: {coding}")]],
+        "/empty": [[raw_answer(b"", "200 OK", html, "Content-Encoding: unheard-of")]],
+    }  # fmt: skip
+    with RawWeb(answers) as web:
+        rows = {urlsplit(row.url).path: row for row in scrape(driver, [web.url(path) for path in answers])}
+    assert {path: (kind(row), row.word_count) for path, row in rows.items()} == {
+        "/frames": ("decode", 0), "/many": ("ok", 5000), "/empty": ("ok", 0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_counts_of_a_run_can_go_into_a_pipe(driver: str, web: Sandbox, tmp_path: Path) -> None:
+    pipe = tmp_path / "stats"
+    os.mkfifo(pipe)
+    with start(driver, web.url("/"), "-q", "--stats", str(pipe)) as child:
+        with open(pipe, encoding="utf-8") as reader:
+            counts = json.loads(reader.read())
+        child.communicate(timeout=60)
+    assert (child.returncode, counts["rows"]) == (0, 1)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
 def test_header_bytes_outside_ascii_mean_the_same_to_both(driver: str) -> None:
     def moved(location: bytes) -> RawAnswer:
         return [raw_answer(b"", "302 Found", b"Location: " + location)]
@@ -9321,12 +9371,66 @@ def test_guard_credentials_on_the_wire(driver: str, guarded: GuardWeb) -> None:
         ("http://h/x@y", "http://h/x@y", ""), ("http://u:p@h/", "http://h/", "u:p"), ("http://u@h", "http://h", "u"),
         ("HTTPS://u:p@h:1/?a@b", "HTTPS://h:1/?a@b", "u:p"), ("http://u:p%40@q@h/", "http://h/", "u:p%40@q"),
         ("http:u:p@h/", "http:h/", "u:p"), ("http:\\\\u:p@h/", "http:\\\\h/", "u:p"),
-        ("ht\ttp://u:p@h/", "http://h/", "u:p"), ("ftp://u:p@h/", "ftp://h/", "u:p"), ("u:p@h/x", "h/x", "u:p"),
+        ("ht\ttp://u:p@h/", "http://h/", "u:p"), ("ftp://u:p@h/", "ftp://h/", "u:p"),
         ("http://u:p@no host/", "http://no host/", "u:p"), ("mailto:u@h", "mailto:u@h", ""), ("u@h", "u@h", ""),
+        ("http://u:p@[::1]:8/x", "http://[::1]:8/x", "u:p"), ("sip:u@h", "sip:u@h", ""), ("acct:u@h", "acct:u@h", ""),
+        *((line, line.replace("u:s@", "<password>"), "")
+          for line in ('"http://u:s@h/"', "//u:s@h/x", "u:s@h/x", "<http://u:s@h/>", "- http://u:s@h/", "http//u:s@h/",
+                       "view-source:http://u:s@h/", "url(http://u:s@h/)", "\u200bhttp://u:s@h/")),
+        ("http://u:s/t@h/", "http://<password>h/", ""), ("http://u:s?t@h/", "http://<password>h/", ""),
+        ("u:s@http://h/x", "<password>http://h/x", ""), ("u:s#t@h", "<password>h", ""),
     ],
 )  # fmt: skip
 def test_guard_a_line_of_the_list_without_its_credentials(line: str, text: str, credentials: str) -> None:
     assert split_credentials(line) == (text, credentials)
+    if "<password>" in text:
+        with pytest.raises(FetchError):
+            normalise(text)
+
+
+@pytest.mark.parametrize("driver", ["crawl_threads", "crawl_async", "crawl_async --processes 2"])
+def test_guard_a_row_of_an_older_version_had_the_password_of_the_list(driver: str, tmp_path: Path) -> None:
+    name, *more = driver.split()
+    html = "Content-Type: text/html"
+    with RawWeb({}) as web:
+        web.answers = {
+            **{f"/{n}": [[raw_answer(b"<title>t", "200 OK", html)]] for n in ("", "1", "2")},
+            "/new": [[raw_answer(b"", "302 Found", "Location: " + web.url("/3").replace("//", "//u:s@"))]],
+            "/3": [[raw_answer(b"<title>t", "200 OK", html)]],
+        }
+        old = [web.url(path).replace("//", "//u:s@") for path in ("/", "/1", "/2")]
+        rows = [walk_row(old[0], old[1], old[2]), walk_row(old[1], depth=1)]
+        out = tmp_path / "rows.jsonl"
+        out.write_bytes(b"".join(rows))
+        argv = [old[0], web.url("/new").replace("//", "//u:s@"), "--depth", "1", "--rate", "0", "-o", str(out)]
+        code, _, err = run_program(name, *argv, "--resume", "--no-robots", *more)
+        assert code == 0, err
+        assert Counter(path for path, _ in web.asked) == {"/2": 1, "/new": 1, "/3": 1}
+        assert all(b"authorization: basic" in head.lower() for head in web.heads)
+    new = out.read_bytes().removeprefix(b"".join(rows))
+    assert b"u:s" not in new and new.count(b"\n") == 2
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_the_first_user_of_a_url_is_the_one(driver: str) -> None:
+    with RawWeb({f"/{n}": [[RAW_OK]] for n in "xyz"}) as web:
+        lines = [web.url(path).replace("//", f"//{user}@")
+                 for path, user in (("/x", "a:1"), ("/x", "b:2"), ("/y", "b:2"), ("/z", "c:%E9%FF"))]  # fmt: skip
+        rows = scrape(driver, lines, concurrency=1)
+    assert Counter(row.url for row in rows) == Counter(web.url(path) for path in ("/x", "/y", "/z"))
+    sent = {head.split()[1]: base64.b64decode(head.partition(b"Basic ")[2].split(b"\r")[0]) for head in web.heads}
+    assert sent == {b"/x": b"a:1", b"/y": b"b:2", b"/z": b"c:\xe9\xff"}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_guard_explain_sends_nothing_secret_to_others(driver: str) -> None:
+    robots: dict[str, list[RawAnswer]] = {"/robots.txt": [[raw_answer(b"User-agent: *\nDisallow: /q\n")]]}
+    with RawWeb(dict(robots)) as ours, RawWeb(dict(robots)) as other:
+        for web, secret in ((ours, True), (other, False)):
+            argv = [ours.url("/").replace("//", "//u:p@"), "--depth", "1", "--within", "any", "--header", "X-JWT: s3"]
+            code, out, err = run_program(driver, *argv, "--explain", web.url("/q"))
+            assert (code, out.startswith(b"no:"), err) == (0, True, "")
+            assert (b"s3" in web.heads[0], b"Basic" in web.heads[0]) == (secret, secret)
 
 
 @pytest.mark.parametrize("driver", [*DRIVERS, "crawl_async --processes 2"])
@@ -12710,7 +12814,8 @@ def test_walk_counts_agree_and_nothing_is_kept(driver: str, walked: WalkWeb, tmp
     assert crawl.frontier._hosts == {}
     assert (len(crawl.frontier._visited), len(crawl._bodies)) == (86, 81)
     text = walk_metrics(crawl)
-    crawl_cli.write_stats(crawl, str(tmp_path / "stats"))
+    with open(tmp_path / "stats", "a", encoding="utf-8") as file:
+        crawl_cli.write_stats(crawl, file)
     counts = json.loads((tmp_path / "stats").read_text())
     found: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(text):
