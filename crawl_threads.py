@@ -39,7 +39,6 @@ import urllib.parse
 import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
 from typing import Any
 
 from coordination import new_lock
@@ -447,7 +446,7 @@ class Fetcher:
             outcome = self._explain(error)
         if self._pool.aborted and isinstance(outcome, FetchError):
             outcome = FetchError("interrupted", "stopped before the answer was complete", status=outcome.status)
-        outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours)
+        outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours())
         return outcome
 
     def _fetch(self, request: Request, limit: TimeLimit) -> Response:
@@ -656,17 +655,34 @@ class Threads:
 
 @contextlib.contextmanager
 def signals(events: queue.SimpleQueue[str]) -> Iterator[None]:
-    """SIGINT and SIGTERM as events. A SimpleQueue, because its ``put`` is safe inside a signal handler."""
+    """SIGINT and SIGTERM as events, by a thread that reads what the system wrote of them.
 
-    def handler(signum: int, frame: FrameType | None) -> None:
-        events.put("stop")
+    A handler in Python would wait for the main thread, which nothing wakes if it began to wait right after the signal
+    came, or if the system gave that to another thread.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    def listen() -> None:
+        while came := reader.recv(64):
+            for number in came:
+                if number in numbers:
+                    events.put("stop")
+
+    thread = threading.Thread(target=listen, name="signals", daemon=True)
+    thread.start()
+    descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+        signal.set_wakeup_fd(descriptor)
+        writer.close()
+        thread.join()
+        reader.close()
 
 
 def run(crawl: Crawl, urls: Iterable[str], emit: Emit) -> None:
