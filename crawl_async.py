@@ -236,7 +236,7 @@ class Fetcher:
             outcome = error
         except (OSError, aiohttp.ClientError, ValueError) as error:
             outcome = self._explain(error)
-        outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours)
+        outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours())
         return outcome
 
     async def _fetch(self, request: Request, limit: TimeLimit) -> Response:

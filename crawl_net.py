@@ -60,18 +60,21 @@ class TimeLimit:
         self.step: float = min(seconds / 20, within.step if within else math.inf)
         self._left, self._within, self._clock = seconds, within, clock
         self._seen = clock()
-        self.ours = 0.0
-        """Seconds so far that did not count."""
+        self._ours = 0.0
 
     def left(self) -> float:
         """Seconds, above 0. Raises TimeoutError when nothing is left."""
         now = self._clock()
         passed, self._seen = now - self._seen, now
         self._left -= min(passed, self.step)
-        self.ours += max(0.0, passed - self.step)
+        self._ours += max(0.0, passed - self.step)
         if self._left <= 0:
             raise TimeoutError
         return min(self._left, self._within.left()) if self._within else self._left
+
+    def ours(self) -> float:
+        """Seconds so far that did not count."""
+        return self._ours + max(0.0, self._clock() - self._seen - self.step)
 
     def skip(self) -> None:
         """What has passed since the last look was no waiting for the other side."""

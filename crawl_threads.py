@@ -452,7 +452,7 @@ class Fetcher:
             outcome = self._explain(error)
         if self._pool.aborted and isinstance(outcome, FetchError):
             outcome = FetchError("interrupted", CUT_OFF, status=outcome.status)
-        outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours)
+        outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours())
         return outcome
 
     def _fetch(self, request: Request, limit: TimeLimit) -> Response:
