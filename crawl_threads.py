@@ -9,8 +9,8 @@ What Python code computes does not run in parallel (one interpreter lock), only 
 
 Waiting: workers with nothing to do block on one condition, ``_Turns``. Only one of them at a time, the timekeeper,
 waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
-not all. The main thread waits for the workers and for what ``signals`` reads. Locks: ``_Turns._condition`` guards who keeps the
-time and is held around ``Frontier.take`` (order: condition -> frontier), so that no wake-up is missed;
+not all. The main thread waits for the workers, and for what ``signals`` reads. Locks: ``_Turns._condition`` guards who
+keeps the time and is held around ``Frontier.take`` (order: condition -> frontier), so that no wake-up is missed;
 ``_Pool._lock`` guards the idle connections and the set of those in use.
 
 Time limits: a blocking socket's time limit holds for one system call, so a server that drips a byte a second would
