@@ -597,7 +597,10 @@ class Database:
             finally:
                 self._held.discard(connection)
                 end.cancel()
-                await pool.release(connection, timeout=CLOSE_LIMIT)
+                try:
+                    await pool.release(connection, timeout=CLOSE_LIMIT)
+                except Exception:  # the pool has broken it off; what was done with it stays done
+                    self._look.set()
         except Exception as error:
             if not is_away(error) or isinstance(error, Unavailable):
                 raise

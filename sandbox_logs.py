@@ -602,17 +602,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.to is not None:
                 total = None if args.seconds is None else round(args.rate * args.seconds)
                 chosen = args.formats.split(",")
-                senders = stack.enter_context(
-                    Senders(
-                        parse_target(args.to),
-                        rate=args.rate,
-                        services=args.services,
-                        total=total,
-                        formats=chosen,
-                        seed=args.seed,
-                        first=args.first,
-                    )
+                senders = Senders(
+                    parse_target(args.to),
+                    rate=args.rate,
+                    services=args.services,
+                    total=total,
+                    formats=chosen,
+                    seed=args.seed,
+                    first=args.first,
                 )
+                stack.enter_context(senders)
                 senders.wait()
                 tell(senders)
                 senders = None
@@ -620,6 +619,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 threading.Event().wait()
     except KeyboardInterrupt:
         if senders is not None:
+            senders.stop()  # it may have come before the stack knew of them
             tell(senders)
         return 130
     except OSError as error:

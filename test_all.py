@@ -16752,6 +16752,29 @@ def test_database_a_connection_is_broken_off_at_its_limit(pg: PgServer, monkeypa
     prim_run(main())
 
 
+def test_database_a_connection_that_is_given_back_late_was_used_all_the_same(
+    pg: PgServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def reset(self: Any, *, timeout: float | None = None) -> None:
+        async with asyncio.timeout(timeout):
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        async with pg_open(pg.url, 1) as database:
+            monkeypatch.setattr(asyncpg.Connection, "reset", reset)
+            monkeypatch.setattr(db, "CLOSE_LIMIT", 0.01)
+            async with database.connection() as connection:
+                assert await connection.fetchval("SELECT 1") == 1
+            with pytest.raises(ZeroDivisionError):
+                async with database.connection():
+                    raise ZeroDivisionError
+            monkeypatch.undo()
+            async with database.connection() as connection:
+                assert await connection.fetchval("SELECT 2") == 2
+
+    asyncio.run(main())
+
+
 def test_database_that_cannot_be_used_says_why_without_its_secrets(pg: PgServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -20359,6 +20382,26 @@ def test_logs_sandbox_command_ends_by_a_signal(number: signal.Signals) -> None:
         assert (command.returncode, err) == (130, "")
         prim_until(lambda: len(came) == int(out.split()[1].replace(",", "")))
     assert all(datagram.startswith(b"{") for datagram, _ in came)
+
+
+def test_logs_sandbox_command_ended_as_it_begins_tells_what_was_sent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, before = sl.Senders.start, signal.getsignal(signal.SIGTERM)
+    with logs_sandbox_sink() as (to, came):
+
+        def interrupted(self: sl.Senders) -> sl.Senders:
+            start(self)
+            prim_until(lambda: len(came) > 3)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(sl.Senders, "start", interrupted)
+        try:
+            assert sl.main(["--to", f"127.0.0.1:{to[1]}"]) == 130
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        sent = int(capsys.readouterr().out.split()[1].replace(",", ""))
+        prim_until(lambda: len(came) == sent)
 
 
 @pytest.mark.parametrize(
