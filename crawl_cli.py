@@ -24,7 +24,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 import orjson
 
@@ -285,10 +285,17 @@ def header(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
+class Parser(argparse.ArgumentParser):
+    """What is wrong is said in one line, not below two dozen of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (--help tells more)\n")
+
+
 def make_parser(program: str) -> argparse.ArgumentParser:
     default = Options()
     kinds = "\n".join(f"  {kind:12} {text}" for kind, text in ERROR_KINDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python {program}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Fetch the pages of a list of URLs, politely, and write a row for each: title, words, links.",

@@ -7873,8 +7873,9 @@ def test_a_write_that_fails_ends_the_run_and_holds_up_nobody(failure: Exception)
 def test_wrong_usage_is_one_line_and_exit_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_arguments("crawl_async.py", argv)
-    assert caught.value.code == EXIT_USAGE
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err
+    assert (caught.value.code, said.count("\n")) == (EXIT_USAGE, 1)
+    assert message in said
 
 
 @pytest.mark.parametrize("value", ["http://", "socks5://a:1", "https://a:1", "a:port", "a b"])
