@@ -610,10 +610,12 @@ class Threads:
         except RuntimeError as error:
             with self._lock:
                 self._running -= 1
-                self._most = self._running
-            if not self._most:
+                first = self._most == self._crawl.options.concurrency
+                self._most = left = self._running
+            if not left:
                 raise
-            self._crawl.say(f"goes on with {self._most:,} threads: {error}")
+            if first:
+                self._crawl.say(f"goes on with {left:,} threads: {error}")
 
     def _ended(self, worker: concurrent.futures.Future[None]) -> None:
         self._failure = self._failure or worker.exception()
