@@ -85,19 +85,18 @@ class HeadFirst(ResponseHandler):
     """The last bytes of what has come of a head."""
 
     def data_received(self, data: bytes) -> None:
-        while self._payload is None or self._payload.is_eof():  # interim heads may come before the one of the answer
-            found = END_OF_HEAD.search(self._end_of_last + data)
+        rest = data
+        while rest and (self._payload is None or self._payload.is_eof()):  # interim heads may come before the answer's
+            found = END_OF_HEAD.search(self._end_of_last + rest)
             if found is None:
-                self._end_of_last = (self._end_of_last + data)[-3:]
+                self._end_of_last = (self._end_of_last + rest)[-3:]
                 break
             end = found.end() - len(self._end_of_last)
             self._end_of_last = b""
-            super().data_received(data[:end])
-            data = data[end:]
-            if not data:
-                break
-        if data:
-            super().data_received(data)
+            super().data_received(rest[:end])
+            rest = rest[end:]
+        if rest or not data:  # nothing at all means to aiohttp: go on with what you have
+            super().data_received(rest)
         fault, body = self._exception, self._payload
         if fault is not None and body is not None and not body.is_eof() and body.exception() is None:
             error = aiohttp.ClientPayloadError()

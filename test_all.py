@@ -8618,6 +8618,16 @@ def raw_found(row: ScrapeResult) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
+def test_long_pages_come_over_a_connection_that_is_kept(driver: str) -> None:
+    long = raw_answer(raw_page(3_000_000), "200 OK", "Content-Type: text/html")
+    with RawWeb({"/1": [[RAW_OK, None]], **{f"/{n}": [[long, None]] for n in (2, 3, 4)}}) as web:
+        argv = [*(web.url(f"/{n}") for n in range(1, 5)), "-q", "--rate", "0", "--concurrency", "1", "--timeout", "60"]
+        code, out, err = run_program(driver, *argv)  # on uvloop, which reads more at a time
+    found = [(row["error"], row["bytes"]) for row in map(json.loads, out.splitlines())]
+    assert (code, err, found) == (0, "", [(None, len(RAW_OK.partition(b"\r\n\r\n")[2])), *[(None, 3_000_000)] * 3])
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("size", [600_000, 5_000_000])
 def test_a_page_in_any_coding_is_the_page(driver: str, size: int) -> None:
     page = raw_page(size)
