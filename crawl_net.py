@@ -379,7 +379,11 @@ class Resolver:
     async def lookup_async(self, name: str) -> list[Address]:
         """``lookup`` for a task; the time limit is the caller's."""
         future = self.submit(name)
-        return future.result() if future.done() else await asyncio.shield(asyncio.wrap_future(future))
+        if future.done():
+            return future.result()
+        waited = asyncio.wrap_future(future)
+        waited.add_done_callback(lambda done: done.cancelled() or done.exception())  # its task may have left by then
+        return await asyncio.shield(waited)
 
     def close(self) -> None:
         """Let the threads go; look-ups that still run fail at once."""

@@ -7680,6 +7680,31 @@ def test_a_closed_resolver_lets_go_whoever_waits(monkeypatch: pytest.MonkeyPatch
     gate.set()
 
 
+def test_a_look_up_that_its_task_has_left_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: gate.wait(60) and [])
+    said: list[Any] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+        resolver = Resolver()
+        task = asyncio.create_task(resolver.lookup_async("slow.example"))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        resolver.close()
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    before = set(threading.enumerate())
+    asyncio.run(main())
+    gate.set()
+    until(lambda: set(threading.enumerate()) <= before)  # the last that has the future
+    gc.collect()
+    assert said == []
+
+
 def test_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
