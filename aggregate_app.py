@@ -5,7 +5,7 @@
 ``GET /aggregate`` asks many upstreams at once and answers with what is there at the deadline: for each source its
 data, and how it came by it (``fresh``, ``stale``, ``fallback``, ``timeout``, ``error``, ``open``). The upstreams are
 those of the TOML file that ``AGGREGATE_CONFIG`` names; without it, four demo upstreams on loopback, one of them flaky.
-The way of a call to one is told in ``upstreams.py``.
+The way of a call to one is told in ``api/upstreams.py``.
 
 Promised
 - A request waits for its deadline at most; the deadline cuts the wait, not the load: what comes late fills the cache.
@@ -61,14 +61,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from database import UPSTREAM_RESULTS, Database, History, Result, Unavailable
-from openapi import document
+from api.openapi import document
+from api.report import Columns, inspect_host, summarise
+from api.telemetry import Events, Exporter, RequestLog, standard_output
+from api.upstreams import DEMO, ConfigError, Key, Load, Loaded, Part, Source, Upstream, read_config, request_id
 from primitives import Semaphore, State, T, TokenBucket, TTLCache
-from processes import PoolClosed, Processes, WorkerDied, in_daemon
-from report import Columns, inspect_host, summarise
-from serving import Lag, queue_stderr
-from telemetry import Events, Exporter, RequestLog, standard_output
-from upstreams import DEMO, ConfigError, Key, Load, Loaded, Part, Source, Upstream, read_config, request_id
+from runtime.postgres import UPSTREAM_RESULTS, Database, History, Result, Unavailable
+from runtime.processes import PoolClosed, Processes, WorkerDied, in_daemon
+from runtime.serving import Lag, queue_stderr
 
 log = logging.getLogger("uvicorn.error")
 
@@ -609,7 +609,7 @@ async def openapi(request: Request) -> Response:
 
 def dashboard_page() -> Callable[[Request], Awaitable[Response]]:
     """The page, and a policy under which no other script, style or host can have a part in it."""
-    page = Path(__file__).with_name("dashboard.html").read_bytes()
+    page = Path(__file__).with_name("api").joinpath("dashboard.html").read_bytes()
 
     def hashed(tag: str) -> str:
         text = page.partition(b"<%s>" % tag.encode())[2].partition(b"</%s>" % tag.encode())[0]
@@ -774,7 +774,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             stack.push_async_callback(asyncio.to_thread, queue_stderr("aggregate_app"))
         upstreams: dict[str, Upstream] | None = app.state.upstreams
         if upstreams is None:
-            from sandbox import Sandbox
+            from sandbox.sites import Sandbox
 
             site = Sandbox(hosts=1, pages=1)
             await asyncio.to_thread(site.start)

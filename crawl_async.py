@@ -8,7 +8,7 @@ the loop to itself, so nothing here needs a lock against the other tasks, and no
 
 Which work runs where: sockets, TLS, decompression (in small steps) and the parsing of ordinary pages in the loop;
 parsing of pages above ``INLINE_PARSE`` bytes in one thread, looking URLs up in long robots.txt in another; feeds and
-articles in other processes (crawl_readers.py), for each of which a thread waits, so that the exit never does; DNS in
+articles in other processes (crawl/readers.py), for each of which a thread waits, so that the exit never does; DNS in
 the resolver's threads; the list is read in a thread, and the rows are written in one (a pipe may block), fed by a
 bounded ``Channel``: when the reader of the rows is slow, the tasks wait, and the crawl slows down instead of filling
 the memory.
@@ -45,11 +45,12 @@ from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from coordination import Channel, Semaphore
-from crawl_cli import EXIT_INTERRUPTED, main
-from crawl_core import Crawl, patience
-from crawl_net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_detail
-from crawl_readers import Readers
-from crawl_rules import (
+from crawl.cli import EXIT_INTERRUPTED, main
+from crawl.core import Crawl, patience
+from crawl.frontier import Question
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_detail
+from crawl.readers import Readers
+from crawl.rules import (
     CUT_OFF,
     FetchError,
     Options,
@@ -60,8 +61,7 @@ from crawl_rules import (
     may_go_anywhere,
     read_headers,
 )
-from frontier import Question
-from serving import Lag, new_loop
+from runtime.serving import Lag, new_loop
 
 INLINE_PARSE = 256 * 1024
 """Largest body in bytes that is parsed in the loop: 2 to 3 ms."""

@@ -5,7 +5,7 @@
 The model: each of up to ``concurrency`` worker threads runs the same plain loop: take a request, fetch, parse, write
 the row; or take a URL that is to be looked up in a long robots.txt, and do that. It blocks wherever it likes, and the
 others go on. Everything runs in the workers but DNS (in the resolver's threads, so that it can time out), the parsing
-of large robots.txt (in one thread), and that of feeds and articles (in other processes, crawl_readers.py, for which the
+of large robots.txt (in one thread), and that of feeds and articles (in other processes, crawl/readers.py, for which the
 worker waits): sockets, TLS, decompression, parsing, encoding and writing of rows. What Python code computes does not
 run in parallel (one interpreter lock), only what waits or runs outside of it does.
 
@@ -45,11 +45,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from coordination import new_lock
-from crawl_cli import EXIT_INTERRUPTED, main
-from crawl_core import Crawl, patience
-from crawl_net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_context, tls_detail
-from crawl_readers import Readers
-from crawl_rules import (
+from crawl.cli import EXIT_INTERRUPTED, main
+from crawl.core import Crawl, patience
+from crawl.frontier import Question
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_context, tls_detail
+from crawl.readers import Readers
+from crawl.robots import LARGE
+from crawl.rules import (
     CUT_OFF,
     FetchError,
     Options,
@@ -60,8 +62,6 @@ from crawl_rules import (
     may_go_anywhere,
     read_headers,
 )
-from frontier import Question
-from robots import LARGE
 
 IDLE = 256
 """Connections kept open for a next request to their host: a list often goes round many hosts."""

@@ -33,12 +33,12 @@ from zoneinfo import ZoneInfo
 
 import asyncpg
 
-from database import Embedded, check_url
-from log_enrich import make_template
-from log_intake import KernelDrops, Policy, udp_socket
-from log_pipeline import FORCE_LIMIT, Ingester, Options, database_of
-from log_workers import Link, Program, Snapshot, Supervisor, last_word, serve
-from serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, shown_address, size, split_address
+from logs.enrich import make_template
+from logs.intake import KernelDrops, Policy, udp_socket
+from logs.pipeline import FORCE_LIMIT, Ingester, Options, database_of
+from logs.workers import Link, Program, Snapshot, Supervisor, last_word, serve
+from runtime.postgres import Embedded, check_url
+from runtime.serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, shown_address, size, split_address
 
 log = logging.getLogger("ingest")
 
@@ -326,7 +326,7 @@ class Demo:
         self._sent = 0
 
     def __enter__(self) -> Demo:
-        from sandbox_logs import MetadataApi
+        from sandbox.logs import MetadataApi
 
         with contextlib.ExitStack() as stack:
             folder = Path(tempfile.mkdtemp(prefix="ingest-demo-"))
@@ -357,7 +357,7 @@ class Demo:
 
     async def play(self, program: Program, to: tuple[Any, ...]) -> None:
         """Send; when all has come, stop the program."""
-        from sandbox_logs import Senders
+        from sandbox.logs import Senders
 
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(to[0], to[0])
         try:

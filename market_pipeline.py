@@ -35,12 +35,12 @@ from typing import Any
 import orjson
 from aiokafka import AIOKafkaConsumer
 
-from market_display import Snapshot, columns, last_word, latency, number, price, serve
-from market_feeds import ADAPTERS, Trade
-from market_flow import Analyser, Base, Options, Pipeline, Replayer, feeds_of, security
-from market_stats import ALL
-from market_topics import ANALYTICS, DEAD_LETTERS, TRADES, Broker, decode
-from serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, size, split_address
+from market.display import Snapshot, columns, last_word, latency, number, price, serve
+from market.feeds import ADAPTERS, Trade
+from market.flow import Analyser, Base, Options, Pipeline, Replayer, feeds_of, security
+from market.stats import ALL
+from market.topics import ANALYTICS, DEAD_LETTERS, TRADES, Broker, decode
+from runtime.serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, size, split_address
 
 log = logging.getLogger("market_pipeline")
 
@@ -296,8 +296,8 @@ class Demo:
         self._exchanges: Any = None
 
     def __enter__(self) -> Demo:
-        from sandbox_exchanges import WIRES
-        from sandbox_markets import Exchanges
+        from sandbox.exchanges import WIRES
+        from sandbox.markets import Exchanges
 
         with contextlib.ExitStack() as stack:
             folder = Path(tempfile.mkdtemp(prefix="market-demo-"))

@@ -1,4 +1,4 @@
-"""Every test, in the order of the files. Faults come from sandbox.py over real sockets on loopback; time is injected,
+"""Every test, in the order of the files. Faults come from the sandbox over real sockets on loopback; time is injected,
 gates stand where sleeps would, and the same suite runs over threads and over asyncio.
 """
 
@@ -122,67 +122,38 @@ from schemathesis.specs.openapi.schemas import OpenApiSchema
 from starlette.routing import Route
 
 import aggregate_app
-import bench
-import bench_aggregate
-import bench_feeds
-import bench_ingest
-import bench_market
-import bench_models
-import bench_plot
-import bench_scale
-import bench_upstreams
 import cache as ca
 import coordination as co
 import crawl_async
-import crawl_cli
-import crawl_core
-import crawl_journal
-import crawl_net
-import crawl_processes as cp
-import crawl_readers
-import crawl_share
-import crawl_shared as cs
-import crawl_tables as ct
 import crawl_threads
-import database as db
-import feed_parse
-import frontier as frontier_module
 import html_parse
 import ingest_logs
-import log_enrich as le
-import log_intake as li
-import log_parse
-import log_pipeline
-import log_spool
-import log_store
-import log_workers
-import market_connect
-import market_display as md
-import market_feeds as mf
-import market_flow
-import market_kafka as mk
 import market_pipeline
-import market_stats as mst
-import market_topics as mt
-import market_workers as mw
-import openapi
 import primitives as pr
-import processes
-import report
-import robots as robots_module
-import sandbox
-import sandbox as sb
-import sandbox_faults as sf
-import sandbox_logs as sl
-import sandbox_markets
-import serving
-import simulate
-import simulate_shared as sim_shared
-import telemetry
-import upstreams
-from bench_peers import PARSERS
-from crawl_checker import Broken, Rules, Tokens
-from crawl_cli import (
+from api import openapi, report, telemetry, upstreams
+from bench import aggregate as bench_aggregate
+from bench import feeds as bench_feeds
+from bench import ingest as bench_ingest
+from bench import market as bench_market
+from bench import models as bench_models
+from bench import plot as bench_plot
+from bench import runner as bench
+from bench import scale as bench_scale
+from bench import upstreams as bench_upstreams
+from bench.peers import PARSERS
+from crawl import cli as crawl_cli
+from crawl import core as crawl_core
+from crawl import feeds as feed_parse
+from crawl import frontier as frontier_module
+from crawl import journal as crawl_journal
+from crawl import lease as cs
+from crawl import net as crawl_net
+from crawl import process_worker as crawl_share
+from crawl import processes as cp
+from crawl import readers as crawl_readers
+from crawl import robots as robots_module
+from crawl import tables as ct
+from crawl.cli import (
     EXIT_INTERRUPTED,
     EXIT_PIPE,
     EXIT_USAGE,
@@ -193,9 +164,24 @@ from crawl_cli import (
     read_lines,
     read_urls,
 )
-from crawl_core import Crawl, build_row
-from crawl_net import BodyDecoder, ProxyRule, Resolver, TimeLimit
-from crawl_rules import (
+from crawl.core import Crawl, build_row
+from crawl.feeds import FeedEntry, SitemapEntry, iso_utc, parse_feed, parse_sitemap, read_article
+from crawl.frontier import FAIR, KEPT_BYTES, ROBOTS_AGAIN, Frontier, FrontierStats, Pace, Question, host_of
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit
+from crawl.robots import (
+    ALLOW_ALL,
+    DISALLOW_ALL,
+    LARGE,
+    MAX_LINES,
+    MAX_ROBOTS,
+    MAX_SIZE,
+    TOO_COSTLY,
+    page_directives,
+    parse_robots,
+    product_token,
+    rules_for,
+)
+from crawl.rules import (
     ERROR_KINDS,
     MAX_RETRY_AFTER,
     MAX_URL,
@@ -218,23 +204,34 @@ from crawl_rules import (
     request_headers,
     split_credentials,
 )
-from database import History, Result, Unavailable
-from feed_parse import FeedEntry, SitemapEntry, iso_utc, parse_feed, parse_sitemap, read_article
-from frontier import FAIR, KEPT_BYTES, ROBOTS_AGAIN, Frontier, FrontierStats, Pace, Question, host_of
+from crawl.scope import MAX_QUERIES, Scope, Traps, registrable
 from html_parse import Page, parse_page
-from log_enrich import Enricher
-from log_intake import udp_socket
-from log_parse import Event, Metadata
-from log_pipeline import Ingester
-from log_spool import Sealed, Spool, SpoolInUse
-from log_workers import Snapshot, Supervisor
-from market_connect import Feed
-from market_feeds import ADAPTERS, Okx
-from market_flow import Analyser, Base, Pipeline, Replayer
-from market_kafka import Counts, Publisher
-from market_stats import Analytics, Row
-from market_topics import Broker, decode
-from market_trade import (
+from logs import enrich as le
+from logs import intake as li
+from logs import parse as log_parse
+from logs import pipeline as log_pipeline
+from logs import store as log_store
+from logs import workers as log_workers
+from logs.enrich import Enricher
+from logs.intake import udp_socket
+from logs.parse import Event, Metadata
+from logs.pipeline import Ingester
+from logs.workers import Snapshot, Supervisor
+from market import connect as market_connect
+from market import display as md
+from market import feeds as mf
+from market import flow as market_flow
+from market import kafka as mk
+from market import stats as mst
+from market import topics as mt
+from market import workers as mw
+from market.connect import Feed
+from market.feeds import ADAPTERS, Okx
+from market.flow import Analyser, Base, Pipeline, Replayer
+from market.kafka import Counts, Publisher
+from market.stats import Analytics, Row
+from market.topics import Broker, decode
+from market.trade import (
     AHEAD_NS,
     EARLIEST_NS,
     UNPACKED_LIMIT,
@@ -251,25 +248,24 @@ from market_trade import (
     whole,
 )
 from primitives import CircuitBreaker, RetryPolicy
-from robots import (
-    ALLOW_ALL,
-    DISALLOW_ALL,
-    LARGE,
-    MAX_LINES,
-    MAX_ROBOTS,
-    MAX_SIZE,
-    TOO_COSTLY,
-    page_directives,
-    parse_robots,
-    product_token,
-    rules_for,
-)
-from sandbox import Sandbox
-from sandbox_exchanges import WIRES, Wire
-from sandbox_faults import FAULTS, status_expect
-from sandbox_logs import MetadataApi, Senders
-from sandbox_markets import FIRST, Exchanges, Fault, Market
-from scope import MAX_QUERIES, Scope, Traps, registrable
+from runtime import postgres as db
+from runtime import processes, serving
+from runtime import spool as log_spool
+from runtime.postgres import History, Result, Unavailable
+from runtime.spool import Sealed, Spool, SpoolInUse
+from sandbox import faults as sf
+from sandbox import logs as sl
+from sandbox import markets as sandbox_markets
+from sandbox import sites as sandbox
+from sandbox import sites as sb
+from sandbox.exchanges import WIRES, Wire
+from sandbox.faults import FAULTS, status_expect
+from sandbox.logs import MetadataApi, Senders
+from sandbox.markets import FIRST, Exchanges, Fault, Market
+from sandbox.sites import Sandbox
+from simulator import crawls as simulate
+from simulator import shared_crawls as sim_shared
+from simulator.checker import Broken, Rules, Tokens
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage
@@ -8187,7 +8183,7 @@ def test_a_fault_of_our_own_costs_one_row(driver: str, web: Sandbox, monkeypatch
             raise ZeroDivisionError("planted")
         return parse_page(body, url, content_type)
 
-    monkeypatch.setattr("crawl_core.parse_page", broken)
+    monkeypatch.setattr("crawl.core.parse_page", broken)
     rows = scrape(driver, [web.url(f"/p/{n}.html") for n in range(1, 6)])
     assert sorted(kind(row) for row in rows) == ["internal", "ok", "ok", "ok", "ok"]
     assert {row.error for row in rows} == {None, "internal: ZeroDivisionError: planted"}
@@ -8257,10 +8253,11 @@ def test_a_cancelled_crawl_ends_at_once(web: Sandbox) -> None:
 def test_the_event_loop_is_never_blocked(web: Sandbox) -> None:
     program = """if True:
         import asyncio, sys
-        import crawl_async, crawl_rules
+        import crawl_async
+        from crawl import rules
         async def main():
             watch_the_loop()
-            options = crawl_rules.Options(rate=0, timeout=5, retries=0)
+            options = rules.Options(rate=0, timeout=5, retries=0)
             rows = await crawl_async.scrape_all(sys.stdin.read().split(), options)
             print(len(rows))
         asyncio.run(main(), debug=True)
@@ -8853,7 +8850,7 @@ def test_a_sitemap_may_be_larger_than_a_page(driver: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_sitemap_is_read_up_to_its_own_limit(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("crawl_core", "feed_parse"):
+    for module in ("crawl.core", "crawl.feeds"):
         monkeypatch.setattr(f"{module}.MAX_SITEMAP", 60)
     with RawWeb({}) as web:
         web.answers = {
@@ -9223,7 +9220,7 @@ def test_guard_of_several_addresses_the_public_ones_are_used(driver: str, guarde
 def test_guard_an_address_in_the_url_is_judged_when_it_is_connected_to(
     driver: str, guarded: GuardWeb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("crawl_rules.names_private", lambda host: False)
+    monkeypatch.setattr("crawl.rules.names_private", lambda host: False)
     crawl = Crawl(Options(rate=0))
     crawl.frontier._private = lambda host: False
     for url in ("http://10.0.0.1/", "http://[::1]:8080/", "http://[::ffff:7f00:1]/", "https://169.254.169.254/"):
@@ -10334,7 +10331,7 @@ def test_the_checker_catches_planted_bugs_within_100_seeds(planted: type[Frontie
             simulate.simulate(seed, None, planted)
 
 
-# ------------------------------------------------------------------------------------------------------- robots.py
+# ---------- crawl/robots.py
 
 
 @pytest.mark.parametrize(
@@ -10696,7 +10693,7 @@ def test_html_nofollow_is_not_ugc_or_sponsored() -> None:
     assert page.nofollow == {"https://site.example/3", "https://site.example/5"}
 
 
-# --------------------------------------------------------------------------------------------------- feed_parse.py
+# ---------- crawl/feeds.py
 
 SITEMAP_AT = "https://site.example/sitemap.xml"
 
@@ -11159,7 +11156,7 @@ def test_feed_dates(text: str, iso: str | None) -> None:
     assert iso_utc(text) == iso
 
 
-# -------------------------------------------------------------------------------------------------------- scope.py
+# ---------- crawl/scope.py
 
 
 @pytest.mark.parametrize(
@@ -11265,7 +11262,7 @@ def watch(event, args):
             set(str(args[1] or "r")) & set("wax+") or "pycache" not in str(args[0]) and sys.argv[1] in str(args[0])):
         sys.exit(f"{event} {args}")
 sys.dont_write_bytecode = True
-import scope
+from crawl import scope
 sys.addaudithook(watch)
 assert "publicsuffixlist" not in sys.modules
 assert scope.registrable("a.b.example.co.uk") == "example.co.uk" and "publicsuffixlist" in sys.modules
@@ -11273,7 +11270,7 @@ assert scope.registrable("a.b.example.co.uk") == "example.co.uk" and "publicsuff
     home = str(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", script, home],
-        env={**os.environ, "HOME": home, "XDG_CACHE_HOME": home, "PYTHONPATH": str(Path(feed_parse.__file__).parent)},
+        env={**os.environ, "HOME": home, "XDG_CACHE_HOME": home, "PYTHONPATH": str(HERE)},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", [])
@@ -11567,7 +11564,7 @@ def test_feeds_resumed_after_a_kill(driver: str, feeds_site: FeedsSite, tmp_path
     site.routes["/2"].gate = gate
     urls, rows = tmp_path / "feeds.txt", tmp_path / "news.jsonl"
     urls.write_text(url("/feed") + "\n")
-    program = str(Path(crawl_core.__file__).with_name(f"{driver}.py"))
+    program = str(HERE / f"{driver}.py")
     words = [sys.executable, program, str(urls), "--feeds", "-q", "-o", str(rows), "--rate", "0", "--per-host", "1"]
     with subprocess.Popen(words, env=os.environ | {"NO_PROXY": "*"}) as process:
         try:
@@ -11962,7 +11959,7 @@ def test_readers_one_that_died_idle_or_kept_much_costs_nothing() -> None:
 
 READERS_ORPHANS = """
 import os, re, threading, time
-import crawl_readers
+from crawl import readers as crawl_readers
 print("once", flush=True)
 crawl_readers.bounds = lambda *_: (1000.0, 1 << 28)
 readers = crawl_readers.Readers()
@@ -11978,7 +11975,7 @@ def test_readers_end_with_their_program_which_they_do_not_import(tmp_path: Path)
     """A program without a guard by ``__name__``; one reader waits, the other never lets go of the GIL."""
     script = tmp_path / "orphans.py"
     script.write_text(READERS_ORPHANS)
-    environ = {**os.environ, "PYTHONPATH": str(Path(crawl_readers.__file__).parent)}
+    environ = {**os.environ, "PYTHONPATH": str(HERE)}
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, script], env=environ, stdout=pipe, stderr=pipe) as parent:
         assert parent.stdout is not None and parent.stderr is not None
@@ -12029,7 +12026,7 @@ def test_feeds_the_end_waits_for_no_reader(program: tuple[str, ...], feeds_site:
     site.routes |= {"/1": FeedsAnswer(feeds_article("1")), "/missing": FeedsAnswer("nothing", status="404")}
     site.routes["/slow"].gate = site.routes["/missing"].gate = gate = threading.Event()
     script, *options = program
-    words = [sys.executable, str(Path(crawl_core.__file__).with_name(script)), "-", "--feeds", "-q", "--rate", "0"]
+    words = [sys.executable, str(HERE / script), "-", "--feeds", "-q", "--rate", "0"]
     out = tmp_path / "news.jsonl"
     words += ["-o", str(out), "--grace", "0.1", *options]
     with subprocess.Popen(words, env=os.environ | {"NO_PROXY": "*"}, stdin=subprocess.PIPE) as process:
@@ -12062,7 +12059,7 @@ def feeds_children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The readers of a crawl, also those of its worker processes."""
     with contextlib.suppress(psutil.NoSuchProcess):
         found = psutil.Process(process.pid).children(recursive=True)
-        return [one for one in found if any("crawl_readers" in word for word in one.cmdline())]
+        return [one for one in found if any("crawl.readers" in word for word in one.cmdline())]
     return []
 
 
@@ -12954,7 +12951,7 @@ def test_walk_wrong_usage_is_one_line(
     assert out.read_bytes() == WALK_ROWS
 
 
-# ------------------------------------------------------------------------------------------------- crawl_processes.py
+# ---------- crawl/processes.py
 
 
 class SharesWeb:
@@ -13425,7 +13422,7 @@ def test_shares_the_parts_are_whole() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# processes.py: real processes and real kills. What the workers run is importable without this file.
+# runtime/processes.py: real processes and real kills. What the workers run is importable without this file.
 # ---------------------------------------------------------------------------------------------------------------------
 
 PROC_PATIENCE = PRIM_PATIENCE
@@ -13691,7 +13688,7 @@ def test_proc_close_waits_then_kills_and_refuses(tmp_path: Path) -> None:
 
 PROC_ORPHANS = """
 import asyncio, os, re, time
-from processes import Processes
+from runtime.processes import Processes
 async def main():
     pool = Processes(2)
     jobs = [asyncio.create_task(pool.run(os.getpid)) for _ in range(2)]
@@ -13706,7 +13703,7 @@ def test_proc_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
     """One sleeps; the other never lets go of the GIL."""
     script = tmp_path / "orphans.py"
     script.write_text(PROC_ORPHANS)
-    environ = {**os.environ, "PYTHONPATH": str(Path(processes.__file__).parent)}
+    environ = {**os.environ, "PYTHONPATH": str(HERE)}
     with subprocess.Popen(
         [sys.executable, script], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as parent:
@@ -13734,7 +13731,7 @@ def proc_ticks(pid: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# serving.py: real sockets, pipes and processes
+# runtime/serving.py: real sockets, pipes and processes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -14176,7 +14173,7 @@ def serving_answers_besieged(url: str, process: int) -> None:
 def test_serving_a_worker_writes_to_a_stderr_that_nobody_reads() -> None:
     program = """if True:
         import asyncio
-        from processes import Processes
+        from runtime.processes import Processes
         async def main():
             pool = Processes(1)
             await pool.run(exec, "import sys; print('x' * 100_000, file=sys.stderr)", timeout=%r)
@@ -14227,7 +14224,7 @@ def test_serving_silent_connections_to_a_crawl_cost_no_threads() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# report.py
+# api/report.py
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -16102,7 +16099,7 @@ def app_dying(flag: str) -> Any:
         eval,
         f"(__import__('os').path.exists({flag!r}) or (open({flag!r}, 'w').close(),"
         " __import__('os').kill(__import__('os').getpid(), 9)),"
-        " __import__('report').summarise({k: v for k, v in globals().items() if k != '__builtins__'}))[1]",
+        " __import__('api.report').report.summarise({k: v for k, v in globals().items() if k != '__builtins__'}))[1]",
     )
 
 
@@ -16258,7 +16255,7 @@ def test_app_never_blocks_its_loop() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# database.py: a real server, which is stopped, killed and frozen; a proxy that swallows; a writer before a fake
+# runtime/postgres.py: a real server, which is stopped, killed and frozen; a proxy that swallows; a writer before a fake
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -17236,7 +17233,7 @@ class PgSpied:
 PG_PROGRAM = """
 import sys
 from pathlib import Path
-from database import Embedded
+from runtime.postgres import Embedded
 server = Embedded(Path(sys.argv[1]))
 for attempt in range(300, -1, -1):
     try:
@@ -17982,7 +17979,8 @@ async def shared_all_stored(server: PgServer, site: Sandbox) -> None:
 
 
 SHARED_NOTE = """if True:
-    import frontier, os, sys
+    import os, sys
+    from crawl import frontier
     out, real = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND | os.O_CREAT), frontier.Frontier.clear_to_send
 
     def clear_to_send(self, request, now):
@@ -18597,7 +18595,7 @@ def test_dashboard_leaves_the_main_thread_alone(dashboard_browser: DashboardBrow
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# log_parse.py: rows of a table for each format; any bytes; a real server stores whatever comes of them
+# logs/parse.py: rows of a table for each format; any bytes; a real server stores whatever comes of them
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOGS_PARSE_NOW = datetime(2026, 11, 21, 20, 0, 0, tzinfo=UTC)
@@ -19203,7 +19201,7 @@ def test_logs_parse_postgresql_stores_whatever_comes_of_any_bytes(pg: PgServer) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# log_intake.py
+# logs/intake.py
 # ---------------------------------------------------------------------------------------------------------------------
 
 INTAKE_EPOCH = datetime(2026, 3, 1, tzinfo=UTC)
@@ -19597,7 +19595,7 @@ def test_logs_intake_queue_the_checker_finds_planted_bugs(queue_type: type[li.Ev
         intake_check_queue(queue_type, PRIM_HUNT)
 
 
-# ---------------------------------------------------------------------------------------------- log_intake.py: sockets
+# ---------- logs/intake.py: sockets
 
 
 INTAKE_IPV6 = any(
@@ -20121,7 +20119,7 @@ def test_logs_intake_several_sockets_share_a_port() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# sandbox_logs.py
+# sandbox/logs.py
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOGS_SANDBOX_5424 = re.compile(
@@ -20375,10 +20373,8 @@ def test_logs_sandbox_api_holds_answers_and_closes_what_is_open() -> None:
 
 
 def logs_sandbox_command(*arguments: str) -> subprocess.Popen[str]:
-    script = str(Path(sl.__file__))
-    return subprocess.Popen(
-        [sys.executable, script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "sandbox", "logs", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
 
 
 def test_logs_sandbox_command_sends_and_ends() -> None:
@@ -20471,7 +20467,7 @@ def test_logs_sandbox_targets() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# log_enrich.py
+# logs/enrich.py
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -21264,7 +21260,7 @@ def test_logs_enrich_look_is_cheap(logs_enrich_api: sl.MetadataApi) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# log_store.py: a real server; batches with bad rows, torn batches, partitions over midnight
+# logs/store.py: a real server; batches with bad rows, torn batches, partitions over midnight
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOGS_STORE_NOON = datetime(2024, 2, 28, 12, tzinfo=UTC)
@@ -22122,7 +22118,7 @@ def test_logs_store_without_a_database_says_so_at_once() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# log_spool.py: real files; a process that is killed, a disk that is full, bits that turn
+# runtime/spool.py: real files; a process that is killed, a disk that is full, bits that turn
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -22293,7 +22289,7 @@ def test_logs_spool_is_a_list_that_outlives_its_process(tmp_path: Path, monkeypa
 def logs_spool_program(folder: Path, body: str, **options: Any) -> subprocess.CompletedProcess[str]:
     program = (
         "import asyncio, errno, os, resource, signal, sys, uuid\nfrom pathlib import Path\n"
-        "import log_spool, log_store\n"
+        "from logs import store as log_store\nfrom runtime import spool as log_spool\n"
         "def batch(n): return log_spool.Sealed(uuid.UUID(int=n), 2, 1000.5 + n, f'row of {n}\\n'.encode() * 2)\n"
         "async def main():\n"
         f"    spool = log_spool.Spool(Path(sys.argv[1]))\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
@@ -23798,9 +23794,11 @@ def test_logs_review_demo_in_the_embedded_database(tmp_path: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix="ingest-test-"))
     try:
         folder = Path(ingest_logs.__file__).parent
-        for path in folder.glob("*.py"):
+        for path in (*folder.glob("*.py"), *folder.glob("*/*.py")):
             if not path.name.startswith("test_"):
-                shutil.copy(path, temporary)
+                copy = temporary / path.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(path, copy)
         command = [sys.executable, str(temporary / "ingest_logs.py"), "--demo", "--database", "embedded"]
         command += ["--demo-seconds", "0.3", "--demo-rate", "1000"]
         environ = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": ""}
@@ -25795,10 +25793,9 @@ def test_market_connect_the_market_is_the_seeds() -> None:
 
 
 def test_market_connect_the_servers_as_a_program() -> None:
-    """`python sandbox_markets.py`: the addresses, trades at the rate that was asked for, and the counts at the end."""
-    command = [sys.executable, "sandbox_markets.py", "--rate", "2000", "--symbols", "BTC-USD"]
-    here = os.path.dirname(os.path.abspath(sandbox_markets.__file__))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=here) as program:
+    """`python -m sandbox exchanges`: the addresses, trades at the rate asked for, the counts at the end."""
+    command = [sys.executable, "-m", "sandbox", "exchanges", "--rate", "2000", "--symbols", "BTC-USD"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE) as program:
         assert program.stdout is not None
         urls = json.loads(program.stdout.readline())
 
@@ -25929,7 +25926,7 @@ def test_market_connect_after_a_wait_of_emit_silence_begins_anew(market_connect_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# market_stats.py
+# market/stats.py
 # ---------------------------------------------------------------------------------------------------------------------
 
 MARKET_STATS_T0 = 1_700_000_000_000_000_000
@@ -26375,7 +26372,7 @@ def test_market_stats_cost_is_well_under_half_a_core() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# market_workers.py
+# market/workers.py
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -26705,7 +26702,7 @@ def test_market_workers_misuse(bad: dict[str, Any]) -> None:
         mw.Workers(1, options={"windows": (5, 1)})
 
 
-# --------------------------------------------------------------------------------------------------- market_kafka.py
+# ---------- market/kafka.py
 
 MARKET_KAFKA_NOW = (time.time_ns() // 10**9 - 3600) * 10**9
 """Of late: brokers delete what is older than their retention."""
@@ -27267,7 +27264,7 @@ def test_market_kafka_a_stop_with_nowhere_to_go_says_what_is_lost(
 MARKET_KAFKA_PROGRAM = """
 import asyncio, sys
 from pathlib import Path
-import market_kafka as mk
+from market import kafka as mk
 import test_part as t
 
 async def main():
@@ -28750,7 +28747,7 @@ def test_market_pipeline_windows_that_are_no_numbers_are_told_in_words(capsys: p
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# sandbox.py
+# sandbox/sites.py
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -29336,7 +29333,7 @@ def test_sandbox_gives_others_their_turn() -> None:
 def test_sandbox_no_first_answer_takes_longer_than_packing_a_bomb_once_does() -> None:
     program = """if True:
         import time, zlib
-        import sandbox, sandbox_faults
+        from sandbox import faults, sites
 
         def cost(make):
             began = time.thread_time()
@@ -29344,11 +29341,11 @@ def test_sandbox_no_first_answer_takes_longer_than_packing_a_bomb_once_does() ->
             return time.thread_time() - began
 
         usual = max(cost(lambda: zlib.compress(bytes(1 << 25))) for _ in range(3))
-        with sandbox.Sandbox() as web:
-            for name, fault in sandbox_faults.FAULTS.items():
-                request = sandbox_faults.Request(web, 0, "GET", fault.path, fault.path, False)
+        with sites.Sandbox() as web:
+            for name, fault in faults.FAULTS.items():
+                request = faults.Request(web, 0, "GET", fault.path, fault.path, False)
                 route = fault.path if name != "status" else "/status/"
-                spent = cost(lambda: next(iter(sandbox_faults.ROUTES[route](request))))
+                spent = cost(lambda: next(iter(faults.ROUTES[route](request))))
                 if spent > 2 * usual:
                     print(name, spent, usual)
     """
@@ -29501,8 +29498,10 @@ def test_sandbox_misuse() -> None:
 
 
 def sandbox_command(*args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(Path(sb.__file__)), *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    command = [sys.executable, "-m", "sandbox", *args]
+    return subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
 
 
 def test_sandbox_command_serves_until_ctrl_c(tmp_path: Path) -> None:
@@ -29545,7 +29544,7 @@ def test_sandbox_command_explains_itself(tmp_path: Path) -> None:
             assert not any("Traceback" in line for line in errors)
 
 
-# ======================================================================================================== bench.py
+# ========== bench/runner.py
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1))
@@ -29615,7 +29614,7 @@ def test_bench_command_help_has_examples_that_parse(name: str, capsys: pytest.Ca
     assert end.value.code == 0
     shown = capsys.readouterr().out
     for command in bench.COMMANDS[name].examples:
-        assert f"python bench.py {command}\n" in shown
+        assert f"python -m bench {command}\n" in shown
         assert bench.make_parser().parse_args(command.split()).command == name
 
 
@@ -29896,17 +29895,22 @@ def test_bench_ingest_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-DESIGN_FILES = {path.stem: path for path in HERE.glob("*.py") if not path.stem.startswith("test_")}
-DESIGN_TEXT = (HERE / "DESIGN.md").read_text()
-DESIGN_BESIDE = re.compile("sandbox|simulate|bench|crawl_checker$")
-DESIGN_FAMILIES = {
-    "crawl": re.compile("crawl_|frontier$|robots$|scope$|feed_parse$"),
-    "api": re.compile("(aggregate_app|upstreams|telemetry|openapi|report)$"),
-    "logs": re.compile("log_|ingest_logs$"),
-    "market": re.compile("market_"),
+DESIGN_FILES = {
+    ".".join(path.relative_to(HERE).with_suffix("").parts): path
+    for path in (*HERE.glob("*.py"), *HERE.glob("*/*.py"))
+    if path.stem != "__init__" and not path.stem.startswith(("test_", "conftest"))
 }
-DESIGN_PROGRAMS = {
-    *("crawl_threads", "crawl_async", "crawl_processes", "aggregate_app", "ingest_logs", "market_pipeline"),
+DESIGN_TEXT = (HERE / "DESIGN.md").read_text()
+DESIGN_ROOMS = {"crawl", "api", "logs", "market"}
+DESIGN_PROGRAMS = {"crawl_threads", "crawl_async", "aggregate_app", "ingest_logs", "market_pipeline"}
+DESIGN_BESIDE = {"sandbox", "simulator", "bench", "tests"}
+DESIGN_BELOW = {  # what a room, or a file at the top, may import besides itself
+    "coordination": set[str](),
+    "html_parse": set[str](),
+    "primitives": {"coordination"},
+    "runtime": {"primitives", "coordination"},
+    **{room: {"runtime", "primitives", "coordination", "html_parse"} for room in DESIGN_ROOMS},
+    "sandbox": set[str](),
 }
 
 
@@ -29915,54 +29919,34 @@ def design_tree(name: str) -> ast.Module:
     return ast.parse(DESIGN_FILES[name].read_text())
 
 
-def design_imports(name: str) -> set[str]:
-    """The files of the project that a file imports at its head."""
-    found = {alias.name for node in design_tree(name).body if isinstance(node, ast.Import) for alias in node.names}
-    found |= {node.module or "" for node in design_tree(name).body if isinstance(node, ast.ImportFrom)}
+def design_imports(name: str, nodes: Iterable[ast.AST] | None = None) -> set[str]:
+    """The files of the project that a file imports, at its head if no nodes are given."""
+    found = set[str]()
+    for node in design_tree(name).body if nodes is None else nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found & DESIGN_FILES.keys()
 
 
-def design_beside(name: str) -> bool:
-    return DESIGN_BESIDE.match(name) is not None
+def test_design_imports_have_no_cycle() -> None:
+    TopologicalSorter({name: design_imports(name) for name in DESIGN_FILES}).prepare()  # raises CycleError
 
 
-def test_design_imports_have_no_cycle_and_go_one_way() -> None:
-    graph = {name: design_imports(name) for name in DESIGN_FILES}
-    TopologicalSorter(graph).prepare()  # raises CycleError
-    for leaf in ("coordination", "html_parse", "log_parse", "market_trade", "report", "serving"):
-        assert not graph[leaf], leaf
-    for name, imported in graph.items():
-        if name.startswith("sandbox"):
-            assert all(each.startswith("sandbox") for each in imported), name
-        elif not design_beside(name):
-            assert not any(map(design_beside, imported)), name
-            assert not imported & DESIGN_PROGRAMS, name
-
-
-def test_design_families_do_not_import_each_other() -> None:
-    def family(name: str) -> str | None:
-        return next((family for family, pattern in DESIGN_FAMILIES.items() if pattern.match(name)), None)
-
-    found = {
-        (name, other)
-        for name in DESIGN_FILES
-        for other in design_imports(name)
-        if not design_beside(name) and family(name) and family(other) not in (None, family(name))
-    }
-    assert found == {("market_kafka", "log_spool")}
-
-
-def test_design_layers_are_those_of_the_imports() -> None:
-    rows = re.findall(r"^\| [^|]+ \| (`[^|]+) \|$", DESIGN_TEXT.partition("\n## Layers")[2].partition("\n## ")[0], re.M)
-    layer: dict[str, int] = {}
-    for number, row in enumerate(rows):
-        for pattern in re.findall(r"`(\w+\*?)`", row):
-            for path in HERE.glob(f"{pattern}.py"):
-                layer.setdefault(path.stem, number)
-    assert DESIGN_FILES.keys() <= layer.keys()
-    assert [
-        (name, other) for name in DESIGN_FILES for other in design_imports(name) if layer[other] > layer[name]
-    ] == []
+def test_design_imports_go_down_only() -> None:
+    for name in DESIGN_FILES:
+        room = name.partition(".")[0]
+        if room in DESIGN_BESIDE - {"sandbox"}:
+            continue
+        imported = {each.partition(".")[0] for each in design_imports(name, ast.walk(design_tree(name)))} - {room}
+        if room in DESIGN_PROGRAMS:
+            assert not imported & (DESIGN_PROGRAMS | DESIGN_BESIDE - {"sandbox"}), name
+            assert len(imported & DESIGN_ROOMS) == 1, name
+        elif room == "crawl" or name == "market.topics":
+            assert imported <= DESIGN_BELOW[room] | {"sandbox", "crawl_async"}, name
+        else:
+            assert imported <= DESIGN_BELOW[room], name
 
 
 def design_knows(name: str, path: str) -> bool:
@@ -29979,7 +29963,7 @@ def design_knows(name: str, path: str) -> bool:
 
 def test_design_names_exist() -> None:
     written = " ".join(re.findall(r"`([^`]+)`", DESIGN_TEXT))
-    names = set(re.findall(rf"\b({'|'.join(DESIGN_FILES)})\.([\w.]*\w)", written))
+    names = set(re.findall(rf"\b({'|'.join(map(re.escape, DESIGN_FILES))})\.([\w.]*\w)", written))
     names = {(name, path) for name, path in names if path not in ("py", "toml")}
     assert len(names) > 100
     assert [f"{name}.{path}" for name, path in sorted(names) if not design_knows(name, path)] == []
@@ -29995,7 +29979,7 @@ def test_design_tests_exist() -> None:
 # ----------------------------------------------------------------------------------------------- README.md, its figures
 
 README_TEXT = (HERE / "README.md").read_text()
-PUBLISHED = {path.stem: json.loads(path.read_text()) for path in (HERE / "bench").glob("*.json")}
+PUBLISHED = {path.stem: json.loads(path.read_text()) for path in (HERE / "bench/results").glob("*.json")}
 """What was measured: the files that git keeps."""
 
 
@@ -30007,7 +29991,7 @@ def test_readme_figures_are_of_one_commit() -> None:
 
 
 def test_readme_pictures_are_there_for_light_and_dark_pages() -> None:
-    shown = re.findall(r'"(bench/[^"]*)"', README_TEXT)
+    shown = re.findall(r'"(bench/results/[^"]*)"', README_TEXT)
     assert len(shown) > 20 and all((HERE / path).is_file() for path in shown)
     assert [path.replace("-dark", "-light") for path in shown[::2]] == shown[1::2]
 
@@ -30022,11 +30006,11 @@ def test_readme_pictures_are_those_of_the_figures() -> None:
                 for bar in panel.bars:
                     value, more = bench_plot.median(bar.value), f" ({bar.more})" if bar.more else ""
                     wanted |= {bar.name} if value is None else {bar.name, bench_plot.figure_text(value) + more}
-            assert wanted <= set(texts((HERE / "bench" / f"{name}-light.svg").read_text())), name
+            assert wanted <= set(texts((HERE / "bench/results" / f"{name}-light.svg").read_text())), name
 
 
 def test_readme_commands_of_the_bench_parse() -> None:
-    commands = re.findall(r"python bench\.py ([a-z][^`\n]*)`", README_TEXT)
+    commands = re.findall(r"python -m bench ([a-z][^`\n]*)`", README_TEXT)
     assert {command.split()[0] for command in commands} >= PUBLISHED.keys() & bench.COMMANDS.keys()
     for command in commands:
         assert bench.make_parser().parse_args(command.split()).command == command.split()[0]
@@ -30071,7 +30055,7 @@ def test_readme_says_what_was_measured(name: str, row: str, column: str, said: s
     assert said.format(middle) in " ".join(README_TEXT.split())
 
 
-# ================================================================================================= sandbox_markets.py
+# ========== sandbox/markets.py
 
 
 def test_markets_pace_tells_exactly_so_many_trades() -> None:
@@ -30105,7 +30089,7 @@ def test_markets_pace_refuses_what_makes_no_sense() -> None:
         them.pace(10, 1)
 
 
-# ==================================================================================================== bench_market.py
+# ========== bench/market.py
 
 
 def bench_market_step(wanted: float, *, missing: int = 0, repeated: int = 0, **more: Any) -> Any:
@@ -30211,7 +30195,7 @@ def test_bench_market_soak_says_what_did_not_hold(more: dict[str, Any], broken: 
         (row,) = bench_market.soak(course, "market_pipeline", 100, 20)
         assert (row["MB at 10 s"], row["MB at the end"]) == (100, 101)
     else:
-        with pytest.raises(SystemExit, match=f"bench.py: market: {broken}$"):
+        with pytest.raises(SystemExit, match=f"bench: market: {broken}$"):
             bench_market.soak(course, "market_pipeline", 100, 20)
 
 
@@ -30236,7 +30220,7 @@ def test_bench_market_a_contestant_that_does_not_start_ends_the_run(monkeypatch:
         track.run("market_pipeline", 100, 1)
 
 
-# ---------------------------------------------------------------------------------------------- bench.py models
+# ---------- bench/runner.py models
 
 
 class RecordingTransport:
@@ -30388,7 +30372,7 @@ def test_bench_models_unknown_contestants_are_refused() -> None:
         bench.main(["models", "--peers", "nobody"])
 
 
-# ------------------------------------------------------------------------------------------- bench.py crawl --scale
+# ---------- bench/runner.py crawl --scale
 
 
 @pytest.mark.parametrize(
@@ -30600,7 +30584,7 @@ def test_bench_a_run_leaves_figures_and_plots(tmp_path: Path, capsys: pytest.Cap
     shown = capsys.readouterr().out
     assert all(name in shown for name in names)
     whole = json.loads((folder / "parse.json").read_text())
-    assert whole["name"] == "parse" and whole["command"].startswith("python bench.py parse --pages 2 ")
+    assert whole["name"] == "parse" and whole["command"].startswith("python -m bench parse --pages 2 ")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", whole["date"]) and whole["options"]["pages"] == 2
     assert {"python", "cpu", "aiohttp", "pytest"} <= whole["machine"].keys() and "commit" in whole
     assert list(whole["results"][0])[1] == "x textbook" and len(whole["results"][0]["MB/s"]) == 3

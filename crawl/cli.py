@@ -1,0 +1,669 @@
+"""The command line of both crawlers: options, the URL list, the rows, the progress display, the exit code.
+
+Data goes to stdout (or ``-o``), everything else to stderr; progress only where stderr is a terminal and the rows do
+not go there too. Rows are written as they complete, each flushed: what was printed is there, also after a crash.
+
+Locks: ``Output._lock`` makes a row one piece in the output. Threads: the progress display has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import csv
+import dataclasses
+import gc
+import io
+import json
+import os
+import re
+import resource
+import socket
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NoReturn, TextIO
+
+import orjson
+
+from coordination import new_lock
+from crawl.core import Crawl
+from crawl.journal import JournalError, open_anew, open_journal, recall
+from crawl.net import ProxyRule
+from crawl.robots import Rules
+from crawl.rules import ERROR_KINDS, MAX_URL, Options, ScrapeResult
+from crawl.scope import Scope
+from runtime.serving import SIZES, http_in_thread, size
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
+
+Emit = Callable[[ScrapeResult], None]
+Run = Callable[[Crawl, Iterable[str], Emit], None]
+
+# ----------------------------------------------------------------------------------------------------- URL list
+
+
+def read_lines(stream: BinaryIO) -> Iterator[str]:
+    """The lines of a list as they come: any line ending, UTF-8 or (by its BOM) UTF-16, never more than a piece held.
+
+    ``stream`` is read raw, so that a thread blocked in it does not hold a buffer's lock when the program exits.
+    A line longer than any URL can be is cut: it is an invalid URL either way.
+    """
+    data = stream.read(1 << 16) or b""
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    decoder = codecs.getincrementaldecoder("utf-16" if utf16 else "utf-8-sig")(errors="replace")
+    rest = ""
+    while data:
+        text = rest + decoder.decode(data)
+        *lines, rest = text.replace("\r", "\n").split("\n")
+        yield from lines
+        rest = rest[: MAX_URL + 1]
+        data = stream.read(1 << 16)
+    yield rest + decoder.decode(b"", True)
+
+
+def read_urls(sources: Iterable[str]) -> Iterator[str]:
+    """The URLs of files, of ``-`` (stdin), and of arguments that are URLs themselves; comments and blanks left out."""
+    for source in sources:
+        if "://" in source:
+            yield source
+            continue
+        is_stdin = source == "-"
+        with open(0 if is_stdin else source, "rb", buffering=0, closefd=not is_stdin) as stream:
+            for line in read_lines(stream):
+                url = line.partition(" #")[0].partition("\t#")[0].strip()
+                if url and not url.startswith("#"):
+                    yield url[: MAX_URL + 1]
+
+
+# --------------------------------------------------------------------------------------------------------- rows
+
+FIELDS = [field.name for field in dataclasses.fields(ScrapeResult)]
+
+
+def encode_json(row: ScrapeResult) -> bytes:
+    try:
+        return orjson.dumps(row)
+    except TypeError:  # half a surrogate pair, in what the caller gave as a URL: no reader of UTF-8 would take it
+        text = json.dumps(dataclasses.asdict(row), ensure_ascii=False, separators=(",", ":"))
+        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
+
+
+def defuse(cell: object) -> object:
+    """A text cell that no spreadsheet takes for a formula (OWASP, "CSV Injection")."""
+    return "'" + cell if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
+
+
+def encode_csv(cells: Iterable[object]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow([defuse(cell) for cell in cells])
+    return line.getvalue().encode("utf-8", "replace")
+
+
+def cell(value: object) -> object:
+    """A value as a table has it: URLs separated by spaces, what has a structure of its own as JSON."""
+    if not isinstance(value, list):
+        return value
+    return " ".join(value) if all(isinstance(item, str) for item in value) else orjson.dumps(value).decode()
+
+
+class RowWriter:
+    """Rows as ``jsonl``, ``json`` (one array) or ``csv`` (RFC 4180, with a header; links separated by spaces)."""
+
+    def __init__(
+        self, stream: BinaryIO, form: str, row: type[ScrapeResult] = ScrapeResult, *, begun: bool = False
+    ) -> None:
+        self._stream, self.form = stream, form
+        self._rows = int(begun)
+        self._fields = [field.name for field in dataclasses.fields(row)]
+        if form == "csv" and not begun:
+            self._write(encode_csv(self._fields))
+
+    def write(self, *rows: ScrapeResult) -> None:
+        """All of them in one write, so that a thread with many rows gives up the interpreter once."""
+        self._write(b"".join(map(self.encode, rows)))
+
+    def write_encoded(self, rows: int, data: bytes | memoryview) -> None:
+        """Rows that another writer, which had ``begun``, has encoded."""
+        if self.form == "json" and not self._rows:
+            data = b"[" + bytes(data[1:])
+        self._rows += rows
+        self._write(data)
+
+    def encode(self, row: ScrapeResult) -> bytes:
+        first, self._rows = not self._rows, self._rows + 1
+        if self.form == "csv":
+            return encode_csv(cell(getattr(row, name)) for name in self._fields)
+        if self.form == "json":
+            return (b"[\n" if first else b",\n") + encode_json(row)
+        return encode_json(row) + b"\n"
+
+    def close(self) -> None:
+        if self.form == "json":
+            self._write(b"\n]\n" if self._rows else b"[]\n")
+
+    def _write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._stream.write(view) or 0 :]
+
+
+class Output:
+    """Where the rows of a run go: counted, written, and, should writing fail, the run stopped. Safe for threads.
+
+    Group commit, as databases do it: who comes while another thread writes leaves its rows, and one of those who left
+    some then writes them all in one go. ``emit`` returns when its rows are written, so a ``kill -9`` costs only what is
+    in flight. ``_lock`` guards who writes and what is left; rows wait with those who brought them, so they are few.
+    """
+
+    def __init__(self, crawl: Crawl, writer: RowWriter) -> None:
+        self._crawl, self.writer = crawl, writer
+        self._lock = new_lock("Output")
+        self._written = threading.Condition(self._lock)
+        self._left: list[ScrapeResult] = []
+        self._writing = False
+        self._batches = 0
+
+    def emit(self, *rows: ScrapeResult) -> None:
+        """Returns when ``rows`` are written, or cannot be."""
+        with self._lock:
+            self._left += rows
+            mine = self._batches + 1 + self._writing
+            while self._writing and self._batches < mine:
+                self._written.wait()
+            if self._batches >= mine:
+                return
+            self._writing = True
+            batch, self._left = self._left, []
+        try:
+            self._write(batch)
+        finally:
+            with self._lock:
+                self._writing = False
+                self._batches += 1
+                self._written.notify_all()
+
+    def _write(self, rows: list[ScrapeResult]) -> None:
+        if self._crawl.failure is not None:
+            return
+        try:
+            self.writer.write(*rows)
+        except Exception as error:
+            self._crawl.fail(error)
+            return
+        for row in rows:
+            self._crawl.stats.count_row(row)
+
+    def emit_encoded(self, rows: int, data: memoryview) -> bool:
+        """Rows of another process, which counts them; from one thread at a time. False if they cannot be written."""
+        if self._crawl.failure is None:
+            try:
+                self.writer.write_encoded(rows, data)
+            except Exception as error:
+                self._crawl.fail(error)
+        return self._crawl.failure is None
+
+    def close(self) -> None:
+        if not isinstance(self._crawl.failure, OSError):
+            try:
+                self.writer.close()
+            except OSError as error:
+                self._crawl.fail(error)
+
+
+# ----------------------------------------------------------------------------------------------------- progress
+
+
+def describe(crawl: Crawl) -> str:
+    """One line on where the run stands."""
+    stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
+    left = f"{frontier.waiting:,} waiting on {frontier.hosts:,} hosts" if frontier.waiting else "none waiting"
+    errors = ", ".join(f"{kind} {n:,}" for kind, n in list(stats["errors"].items())[:4])
+    timed = frontier.waiting and stats["rows_per_second"] and not crawl.follows and not crawl.interrupted
+    return (
+        f"{stats['rows']:,} rows, {stats['rows_per_second']:,.0f}/s, {stats['ok']:,} ok, {stats['failed']:,} failed"
+        + (f" ({errors})" if errors else "")
+        + (f", {stats['unchanged']:,} feeds unchanged" if stats["unchanged"] else "")
+        + (
+            f", {bad:,} of {stats['sitemaps']:,} sitemaps not read to the end"
+            if (bad := stats["sitemap_errors"])
+            else ""
+        )
+        + f" · {frontier.in_flight:,} in flight, {left}"
+        + (f", {frontier.hosts_blocked:,} hosts wait for robots.txt" if frontier.hosts_blocked else "")
+        + (f", about {duration(frontier.waiting / stats['rows_per_second'])} left" if timed else "")
+    )
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+@contextlib.contextmanager
+def progress(crawl: Crawl, wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    from rich.console import Console
+
+    over = threading.Event()
+    with Console(stderr=True).status(describe(crawl)) as line:
+
+        def show() -> None:
+            while not over.wait(0.25):
+                line.update(describe(crawl))
+
+        thread = threading.Thread(target=show, name="progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def processes(text: str) -> int:
+    """``auto`` -> as many as there are processors."""
+    count = 0 if text == "auto" else int(text)
+    if count < 0:
+        raise ValueError
+    return count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count() or 1
+
+
+def header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise ValueError
+    return name.strip(), value.strip()
+
+
+class Parser(argparse.ArgumentParser):
+    """What is wrong is said in one line, not below two dozen of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (--help tells more)\n")
+
+
+def make_parser(program: str) -> argparse.ArgumentParser:
+    default = Options()
+    kinds = "\n".join(f"  {kind:12} {text}" for kind, text in ERROR_KINDS.items())
+    parser = Parser(
+        prog=f"python {program}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Fetch the pages of a list of URLs, politely, and write a row for each: title, words, links.",
+        epilog=f"""examples:
+  python {program} urls.txt                         JSON lines to stdout
+  python {program} urls.txt --csv -o pages.csv      a table
+  python {program} https://example.com/ --json      URLs as arguments
+  zcat list.gz | python {program} - --rate 0.5      one request in 2 s per host
+  python {program} https://example.com/ --depth 3 -o site.jsonl --resume    follow links; go on after any stop
+  python {program} feeds.txt --feeds -o news.jsonl --resume    new articles of RSS and Atom feeds, run after run
+  python {program} --demo                           a small internet on loopback, faults included
+
+kinds of errors (the column "error" is empty, or "kind: detail"):
+{kinds}
+
+exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or the output failed;
+2 wrong usage; 130 interrupted (Ctrl-C or SIGTERM; what was fetched is written); 141 the reader of the rows left""",
+    )
+    parser.add_argument("sources", nargs="*", metavar="FILE|URL|-", help="lists of URLs, one a line; - is stdin")
+    rows = parser.add_argument_group("rows").add_mutually_exclusive_group()
+    for form, text in (
+        ("jsonl", "a JSON object a line (default)"),
+        ("json", "one JSON array"),
+        ("csv", "RFC 4180 with a header line"),
+    ):
+        rows.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=text)
+    parser.set_defaults(form="jsonl")
+
+    def option(group: Any, name: str, kind: Any, text: str, metavar: str | None = None, **more: Any) -> None:
+        field = name.lstrip("-").replace("-", "_")
+        text += f" (default {getattr(default, field):g})" if kind in (int, float, size) else ""
+        group.add_argument(name, type=kind, default=None, metavar=metavar or "N", help=text, **more)
+
+    text = "write the rows there instead of to stdout; what the file had is lost, unless it is rows to --resume"
+    parser.add_argument("-o", "--output", metavar="FILE", help=text)
+    parser.add_argument("--stats", metavar="FILE", help="write the run's counts there as JSON")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve the counts to Prometheus on 127.0.0.1")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
+    parser.add_argument("--demo", action="store_true", help="crawl a demo site that this program serves itself")
+    shared = parser.add_argument_group("many workers")
+    text = "postgresql://...: the frontier and the rows are there; start any number of workers. Or: embedded"
+    shared.add_argument("--frontier", metavar="URL", help=text)
+    shared.add_argument("--lease", type=float, metavar="S", help="time after which a dead worker's hosts return")
+    shared.add_argument("--status", action="store_true", help="print how far the crawl in --frontier is")
+    load = parser.add_argument_group("load and politeness")
+    option(load, "--concurrency", int, "requests in flight, all hosts together")
+    option(load, "--per-host", int, "requests in flight to one host")
+    option(load, "--rate", float, "requests per second to one host; 0: no limit")
+    option(load, "--burst", int, "requests to one host that may go at once after a rest")
+    option(load, "--total-rate", float, "requests per second to all hosts together; 0: no limit")
+    if program == "crawl_async.py":
+        text = "side by side, each with a share of the hosts; 0 or auto: one for each processor (default 1)"
+        load.add_argument("--processes", type=processes, default=1, metavar="N", help=text)
+    else:
+        parser.set_defaults(processes=1)
+    load.add_argument("--adaptive", action="store_true", default=None, help="find each host's rate, up to --rate")
+    crawl = parser.add_argument_group("following links")
+    option(crawl, "--depth", int, "links away from the list; 0: the list only")
+    crawl.add_argument(
+        "--within", choices=("host", "domain", "any"), help="links to the same host (default), registrable domain, any"
+    )
+    for name, what in (
+        ("--include", "follow only links that match: * is any text, or re:EXPRESSION"),
+        ("--exclude", "follow no links that match"),
+        ("--drop-params", "free links of these query parameters: utm_*"),
+    ):
+        field = name[2:].replace("-", "_")
+        crawl.add_argument(name, action="append", dest=field, metavar="PATTERN", help=what + "; may be repeated")
+    option(crawl, "--max-pages", int, "pages in all; 0: no limit")
+    option(crawl, "--host-pages", int, "pages of one host; 0: no limit")
+    option(crawl, "--max-time", float, "time for the whole crawl; 0: no limit", "S")
+    crawl.add_argument(
+        "--robots", action=argparse.BooleanOptionalAction, help="obey robots.txt (default: if links are followed)"
+    )
+    crawl.add_argument("--sitemaps", action="store_true", default=None, help="crawl what the sites' sitemaps name too")
+    crawl.add_argument(
+        "--dedupe", action="store_true", default=None, help="mark equal bodies; follow links of the first"
+    )
+    crawl.add_argument(
+        "--resume", action="store_true", help="go on with the JSON lines in the --output of an earlier run"
+    )
+    crawl.add_argument(
+        "--explain", metavar="URL", help="would this URL be fetched, why (not), and when? fetches robots.txt"
+    )
+    feeds = parser.add_argument_group("feeds")
+    feeds.add_argument(
+        "--feeds", action="store_true", default=None, help="the list holds RSS and Atom feeds: fetch articles"
+    )
+    feeds.add_argument(
+        "--since", metavar="DATE", help="no articles from before: 2030-01-31, or with a time and zone (default: UTC)"
+    )
+    limits = parser.add_argument_group("limits")
+    option(limits, "--timeout", float, "time for one attempt, body included", "S")
+    option(limits, "--connect-timeout", float, "time to connect within that", "S")
+    option(limits, "--retries", int, "further attempts after a fault that may pass")
+    option(limits, "--max-bytes", size, f"size of a page after decompression; {SIZES}", "SIZE")
+    option(limits, "--max-redirects", int, "redirects followed for one URL")
+    option(limits, "--grace", float, "time for requests in flight after Ctrl-C", "S")
+    http = parser.add_argument_group("HTTP")
+    option(http, "--user-agent", str, "who to say that we are", "TEXT")
+    http.add_argument("--header", type=header, action="append", dest="headers", metavar="NAME:VALUE", help="send this")
+    option(http, "--proxy", str, "http://[user:password@]host:port; default: the environment's", "URL")
+    text = "let any page or name lead to private addresses, not only those that the list names"
+    http.add_argument("--allow-private", action="store_true", default=None, help=text)
+    http.add_argument("--insecure", action="store_true", default=None, help="accept any certificate")
+    return parser
+
+
+def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Namespace, Options]:
+    parser = make_parser(program)
+    args = parser.parse_intermixed_args(argv)
+    args.sources = [source.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for source in args.sources]
+    given = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(Options)
+        if getattr(args, field.name) is not None
+    }
+    if args.demo:
+        given = {"rate": 50.0, "timeout": 2.0} | given
+    elif not args.sources and not args.frontier:
+        parser.error("no URLs: name a file, a URL, or - for stdin; or try --demo")
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    if args.frontier and (args.resume or args.explain or program != "crawl_async.py"):
+        parser.error("--frontier is for crawl_async.py, without --resume (each worker goes on) and --explain")
+    if args.frontier and (getattr(args, "processes", None) or 1) > 1:
+        parser.error("--frontier and --processes do not go together: start several workers instead")
+    if args.lease is not None and not 1 <= args.lease <= 3600:
+        parser.error("--lease must be 1 to 3600 seconds")
+    if args.status and not args.frontier:
+        parser.error("--status needs --frontier")
+    if args.resume and (args.output is None or args.form != "jsonl"):
+        parser.error("--resume goes on with a file of JSON lines: name it with -o")
+    for source in args.sources:
+        if source != "-" and "://" not in source:
+            try:
+                if stat.S_ISDIR(os.stat(source).st_mode):
+                    parser.error(f"{source} is a folder, not a list of URLs")
+                open(source, "rb").close()
+            except OSError as error:
+                hint = f"; did you mean https://{source} ?" if "." in source and not os.path.exists(source) else ""
+                parser.error(f"cannot read {source}: {error.strerror}{hint}")
+    try:
+        options = Options(**given)
+        Scope(include=options.include, exclude=options.exclude)
+        ProxyRule(options.proxy)
+        return args, options
+    except ValueError as error:
+        parser.error(str(error).replace("_", "-"))
+
+
+def open_output(path: str | None, resume: bool) -> BinaryIO:
+    if path is None:
+        return open(1, "wb", buffering=0, closefd=False)
+    return open_journal(path) if resume else open_anew(path)
+
+
+def more_open_files() -> None:
+    """As many sockets as the system allows: its default of 1,024 is too few for a wide crawl."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
+
+
+def main(program: str, run: Run, argv: list[str] | None = None) -> int:
+    """A crawler's whole program around its driver ``run``. Returns the exit code."""
+    try:
+        return _main(program, run, argv)
+    except KeyboardInterrupt:  # before the driver listens to signals, or after
+        return EXIT_INTERRUPTED
+
+
+def _main(program: str, run: Run, argv: list[str] | None) -> int:
+    args, options = parse_arguments(program, argv)
+    more_open_files()
+    gc.set_threshold(10_000, 20, 50)  # of the thousands of objects that a page takes, hardly any are cyclic
+    with contextlib.ExitStack() as stack:
+        urls: Iterable[str] = read_urls(args.sources)
+        if args.demo:
+            from sandbox.sites import Sandbox
+
+            site = stack.enter_context(Sandbox(hosts=4, pages=12))
+            urls = demo_urls(site)
+        try:
+            if args.status:
+                print(shared_status(args.frontier))
+                return EXIT_OK
+            crawl = join_shared(options, args.frontier, args.lease) if args.frontier else Crawl(options)
+        except (ValueError, RuntimeError) as error:
+            return fail(program, str(error), error)
+        if args.explain:
+            return explain(program, crawl, urls, args, run)
+        try:
+            stats = stack.enter_context(open(args.stats, "a", encoding="utf-8")) if args.stats else None
+        except OSError as error:
+            return fail(program, f"cannot write {args.stats}: {error.strerror}", error)
+        if args.metrics_port is not None:
+            try:
+                stack.callback(serve_metrics(crawl, args.metrics_port))
+            except (OSError, OverflowError) as error:
+                why = (error.strerror or "").partition(" (while ")[0] if isinstance(error, OSError) else "0 to 65535"
+                return fail(program, f"cannot listen on port {args.metrics_port}: {why}", error)
+        try:
+            if args.resume and crawl.knows_first:
+                urls = crawl.know_list(urls)
+        except OSError as error:
+            return fail(program, f"cannot read the list: {error.strerror}", error)
+        try:
+            stream = stack.enter_context(open_output(args.output, args.resume))
+            if args.resume:
+                known = recall(crawl, stream)
+                if known and not args.quiet:
+                    print(
+                        f"{program}: {known:,} rows from before, {crawl.frontier.waiting:,} URLs to go", file=sys.stderr
+                    )
+            writer = RowWriter(stream, args.form, crawl.form)
+        except JournalError as error:
+            return fail(program, str(error), error)
+        except OSError as error:
+            return fail(program, f"cannot write {args.output or 'to stdout'}: {error.strerror}", error)
+        crawl.say = lambda text: print(f"{program}: {text}", file=sys.stderr)
+        output = Output(crawl, writer)
+        rows_on_screen = args.output is None and sys.stdout.isatty()
+        with progress(crawl, sys.stderr.isatty() and not args.quiet and not rows_on_screen):
+            if args.processes > 1:
+                from crawl.processes import run_processes
+
+                run_processes(crawl, urls, output, args.processes)
+            else:
+                run(crawl, urls, output.emit)
+        output.close()
+        if not args.quiet and not isinstance(crawl.failure, BrokenPipeError):
+            print(describe(crawl), file=sys.stderr)
+        if stats:
+            try:
+                write_stats(crawl, stats)
+            except OSError as error:
+                return fail(program, f"cannot write {args.stats}: {error.strerror}", error)
+    if isinstance(crawl.failure, BaseException):
+        return fail(program, f"stopped: {crawl.failure}", crawl.failure)
+    if crawl.interrupted:
+        left = crawl.frontier.stats().waiting
+        if not args.quiet:
+            print(f"{program}: interrupted; {left:,} URLs not fetched", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def join_shared(options: Options, frontier: str, lease: float | None) -> Crawl:
+    from crawl import tables  # it needs asyncpg
+
+    return tables.join(options, frontier, lease)
+
+
+def shared_status(frontier: str) -> str:
+    from crawl import tables
+
+    return tables.status(frontier)
+
+
+def fail(program: str, message: str, error: BaseException) -> int:
+    if isinstance(error, BrokenPipeError):
+        return EXIT_PIPE
+    print(f"{program}: {message}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def peak_memory_mb() -> float:
+    """The largest resident size of this process. On Linux ``ru_maxrss`` begins with that of whoever started it."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
+
+
+def write_stats(crawl: Crawl, file: TextIO) -> None:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    frontier = crawl.frontier.stats()
+    counts = (
+        crawl.stats.snapshot()
+        | {
+            "duplicates": frontier.duplicates,
+            "seen": frontier.seen,
+            "capped": frontier.capped,
+            "forbidden": frontier.forbidden,
+            "not_fetched": frontier.waiting,
+            "interrupted": crawl.interrupted,
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        | crawl.stats.processes()
+    )
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.truncate(0)
+    file.write(json.dumps(counts, indent=2) + "\n")
+    file.flush()
+
+
+def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
+    """Serve the run's counts to Prometheus, from a thread. Returns what ends that."""
+    from prometheus_client import Metric
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client.registry import Collector
+
+    class Counts(Collector):
+        def collect(self) -> Iterator[Metric]:
+            stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
+            for name in (
+                *("rows", "ok", "retries", "redirects", "pauses", "bytes"),
+                *("robots", "sitemaps", "sitemap_errors", "unchanged"),
+            ):
+                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", stats[name])
+            for name, label in (("errors", "kind"), ("statuses", "status")):
+                family = CounterMetricFamily(f"crawl_{name}", f"Rows by {label}", labels=(label,))
+                for value, count in stats[name].items():
+                    family.add_metric((value,), count)
+                yield family
+            for name in ("waiting", "in_flight", "hosts", "hosts_ready", "hosts_blocked", "seen"):
+                yield GaugeMetricFamily(f"crawl_{name}", f"In the frontier: {name}", getattr(frontier, name))
+            for name in ("duplicates", "capped", "forbidden"):
+                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", getattr(frontier, name))
+            if lags := tuple(crawl.loop_lags):
+                yield GaugeMetricFamily("crawl_loop_lag_seconds", "Longest of the last minute", max(lags))
+
+    if not 0 <= port < 65_536:
+        raise OverflowError  # which ``create_server`` would raise, without closing its socket
+    stack = contextlib.ExitStack()
+    stack.enter_context(http_in_thread(socket.create_server(("127.0.0.1", port)), Counts()))
+    return stack.close
+
+
+def explain(program: str, crawl: Crawl, urls: Iterable[str], args: argparse.Namespace, run: Run) -> int:
+    """Print whether and when a URL would be fetched, and why (not). Asks its host for robots.txt, nothing else; of
+    the output of an earlier run, should there be one to go on with, it reads only."""
+
+    def ask(url: str) -> Rules | None:
+        probe = Crawl(dataclasses.replace(crawl.options, robots=True, max_time=0.0, feeds=False))
+        probe.ask_robots_only = True
+        probe.credentials, probe.named = crawl.credentials, crawl.named  # the URL asked for is not of the list
+        run(probe, [url], lambda *rows: None)
+        return probe.asked
+
+    try:
+        listed = list(urls)
+        if args.resume and os.path.isfile(args.output):
+            crawl.know_list(listed)
+            with open(args.output, "rb") as file:
+                recall(crawl, file)
+        for line in crawl.explain(args.explain, listed, ask):
+            print(line)
+    except JournalError as error:
+        return fail(program, str(error), error)
+    except OSError as error:
+        return fail(program, f"cannot read {error.filename or 'the list'}: {error.strerror}", error)
+    return EXIT_OK
+
+
+def demo_urls(site: Any) -> list[str]:
+    """The demo's list: every page of the site, and a few of the ways in which the web misbehaves."""
+    faults = [
+        "flaky", "retry_429_seconds", "redirect_3", "redirect_loop", "never_answers", "closes", "short_body",
+        "gzip_bomb", "gzip_broken", "body_drip", "charset_windows_1251", "not_http",
+    ]  # fmt: skip
+    return [
+        *site.site_urls(),
+        *(site.fault_url(name) for name in faults),
+        site.url("/status/404"),
+        "http://no-such-host.invalid/",
+        "not a URL",
+    ]

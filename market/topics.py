@@ -1,0 +1,614 @@
+"""What is in the topics of Kafka, the readers of it, and the broker for development.
+
+Topics (behind a prefix of the user's): ``trades`` (key: the symbol; value: the fields of ``Trade`` by name, JSON),
+``analytics`` (key: the symbol; value: the row's fields, JSON) and ``dead-letter`` (no key; value: the raw frame as it
+came; who, why, when and what kind are headers). Every record has the header ``schema``.
+
+Promised by ``Group``
+- Any number of processes share the symbols of a topic: a partition is read by one of them at a time, and what nobody
+  committed is read again after a death. ``commit`` after publishing: each trade is computed at least once.
+- With ``look_back`` seconds, a partition that is taken over begins that long before its last committed record, so that
+  the windows can be filled again; those trades come as ``again``, and are for the state only.
+- A record that is no trade stops nobody: it comes as a dead letter.
+
+Not promised: that a trade is computed once (a death between publishing and committing); that a member which was away
+for longer than Kafka's session learns of it before its ``commit`` (which then does nothing, and says so).
+
+All is for one event loop, without locks, but ``Broker``: its methods block, they are for threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import orjson
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+
+from market.feeds import Trade
+from primitives import Clock, RetryPolicy, Rng, telling
+
+log = logging.getLogger("market_pipeline")
+
+SCHEMA = b"1"
+"""The version in the header ``schema``."""
+TRADES, ANALYTICS, DEAD_LETTERS = "trades", "analytics", "dead-letter"
+LARGEST_RECORD = 900_000
+"""Bytes of a value; Kafka's own default for a batch is 1,048,588."""
+QUIET_FOR = 60.0
+"""Seconds for which aiokafka is not heard again after it complained."""
+BACK_OFF = RetryPolicy(attempts=1 << 30, base=0.1, cap=5.0, total=float("inf"))
+
+CONTROL = "noida.control.json"
+"""Where the broker for development says who it is."""
+
+Kind = Literal["text", "binary", "trade"]
+Headers = list[tuple[str, bytes]]
+
+
+class DeadLetter(NamedTuple):
+    exchange: str
+    error: str
+    raw: bytes
+    at_ns: int
+    """When it came, epoch."""
+    kind: Kind
+    """``text``: a frame that was text, as UTF-8; ``trade``: a trade that could not be published, as JSON or repr."""
+    context: str = ""
+    """What the adapter knew of its connection (``Adapter.context``): a frame may mean nothing without it."""
+
+
+class Row(NamedTuple):
+    """A record as Kafka has it."""
+
+    topic: str
+    key: bytes | None
+    value: bytes
+    at: int
+    """Epoch, ms."""
+    headers: Headers
+
+
+# -------------------------------------------------------------------------------------------------- records and lines
+
+_FIELDS = Trade._fields
+_TEXTS_AND_NUMBERS = (str, str, str, str, float, float, str, str, int, int)
+_TYPES = {(*_TEXTS_AND_NUMBERS, type(sequence), str) for sequence in (0, None)}
+_PLAIN_KEY = re.compile(rb"[!-~]+").fullmatch
+HEADERS: Headers = [("schema", SCHEMA)]
+Item = Trade | DeadLetter
+
+
+def encode(trade: Trade) -> bytes:
+    """The value of a trade. Raises ``TypeError`` or ``ValueError`` if there is none."""
+    return orjson.dumps(dict(zip(_FIELDS, trade, strict=True)))
+
+
+def decode(value: bytes) -> Trade:
+    """The trade of a value. ``ValueError`` if it is none of this version."""
+    try:
+        trade = Trade(**orjson.loads(value))
+    except TypeError as error:
+        raise ValueError(f"not a trade: {error}") from error
+    if tuple(map(type, trade)) not in _TYPES:
+        raise ValueError("not a trade: the types of its fields")
+    return trade
+
+
+def buried(item: object, error: BaseException | str, at_ns: int) -> DeadLetter:
+    """The dead letter of a trade that cannot be published."""
+    raw = item if isinstance(item, bytes) else repr(item).encode("utf-8", "backslashreplace")
+    exchange = getattr(item, "exchange", "")
+    return DeadLetter(exchange if isinstance(exchange, str) else "", str(error), raw, at_ns, "trade")
+
+
+def _plain(text: str, limit: int = 500) -> bytes:
+    return text[:limit].encode("utf-8", "backslashreplace")
+
+
+def dead_row(letter: DeadLetter, topic: str) -> Row:
+    raw = letter.raw
+    error = letter.error[:400]
+    if len(raw) > LARGEST_RECORD:
+        raw, error = raw[:LARGEST_RECORD], f"{error} (cut: it had {len(raw)} bytes)"
+    headers = [
+        *HEADERS,
+        ("exchange", _plain(letter.exchange)),
+        ("error", _plain(error)),
+        ("at_ns", str(letter.at_ns).encode()),
+        ("kind", letter.kind.encode()),
+        *([("context", letter.context.encode())] if letter.context else []),
+    ]
+    return Row(topic, None, raw, max(0, letter.at_ns // 1_000_000), headers)
+
+
+def dead_letter(value: bytes | None, headers: Iterable[tuple[str, bytes]]) -> DeadLetter:
+    """The dead letter of a record, whoever wrote it."""
+    said = {name: (text or b"").decode("utf-8", "replace") for name, text in headers}
+    at_ns, kind = said.get("at_ns", ""), said.get("kind")
+    return DeadLetter(
+        said.get("exchange", ""),
+        said.get("error", ""),
+        value or b"",
+        int(at_ns) if at_ns.isascii() and at_ns.isdigit() and len(at_ns) < 20 else 0,
+        "text" if kind == "text" else "trade" if kind == "trade" else "binary",
+        said.get("context", ""),
+    )
+
+
+def trade_row(trade: Trade, topic: str) -> Row:
+    """Raises ``TypeError``, ``ValueError`` or ``AttributeError`` for what can be no record."""
+    value = encode(trade)
+    if len(value) > LARGEST_RECORD:
+        raise ValueError(f"a record of {len(value)} bytes")
+    at = trade.received_ts_ns // 1_000_000
+    if type(at) is not int or not 0 <= at < 1 << 62:
+        raise ValueError(f"received_ts_ns is {trade.received_ts_ns!r}")
+    return Row(topic, trade.symbol.encode(), value, at, HEADERS)
+
+
+def to_line(row: Row) -> bytes:
+    """A line of the spool. A trade: time, key and value as Kafka gets them, so that nothing is read or written anew on
+    the way back; its value alone, if the key could be taken for something else. A list: a dead letter."""
+    _, key, value, at, headers = row
+    if key is not None:
+        return b"%d\t%b\t%b" % (at, key, value) if _PLAIN_KEY(key) else value
+    exchange, error, raw, at_ns, kind, context = dead_letter(value, headers)
+    return orjson.dumps([exchange, error, base64.b64encode(raw).decode(), at_ns, kind, context])
+
+
+def from_line(line: bytes, trades: str, dead_letters: str) -> Row:
+    """What ``to_line`` wrote, for the topics of these names; a line of another version is a dead letter."""
+    try:
+        if line[:1].isdigit():
+            at, key, value = line.split(b"\t", 2)
+            return Row(trades, key, value, int(at), HEADERS)
+        if line.startswith(b"{"):
+            return trade_row(decode(line), trades)
+        exchange, error, raw, at_ns, kind, *context = orjson.loads(line)
+        return dead_row(DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind, *context), dead_letters)
+    except (ValueError, TypeError, AttributeError) as problem:
+        letter = buried(line, f"spooled by another version: {problem}", time.time_ns())
+        return dead_row(letter, dead_letters)
+
+
+def from_lines(data: bytes, trades: str, dead_letters: str) -> list[Row]:
+    return [from_line(line, trades, dead_letters) for line in data.split(b"\n")[:-1]]
+
+
+# --------------------------------------------------------------------------------------------------------- being quiet
+
+
+class Quiet(logging.Handler):
+    """aiokafka's complaints: the first is told, the next ``QUIET_FOR`` seconds are counted. Shared by all clients."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        super().__init__(logging.WARNING)
+        self._clock = clock
+        self._users = 0
+        self._until = float("-inf")
+        self.held_back = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = self._clock()
+        if now < self._until:
+            self.held_back += 1
+            return
+        more = f" ({self.held_back} more lines were held back)" if self.held_back else ""
+        self._until, self.held_back = now + QUIET_FOR, 0
+        log.warning("kafka: %s%s", record.getMessage(), more)
+
+    def enter(self) -> None:
+        self._users += 1
+        logger = logging.getLogger("aiokafka")
+        if self._users == 1:
+            self._until, self.held_back = float("-inf"), 0
+            logger.addHandler(self)
+            logger.propagate = False
+
+    def leave(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            logger = logging.getLogger("aiokafka")
+            logger.removeHandler(self)
+            logger.propagate = True
+
+    def well(self) -> None:
+        """All is well again: the next complaint is a new one."""
+        if self._until > self._clock():
+            self._until = float("-inf")
+            log.info("kafka: answers again (%d lines were held back)", self.held_back)
+            self.held_back = 0
+
+
+quiet = Quiet()
+
+
+# ------------------------------------------------------------------------------------------------------------- readers
+
+
+async def _consumer(
+    brokers: str, group: str | None, request_timeout: float, security: Mapping[str, Any], limit: float, rng: Rng
+) -> Any:
+    """A consumer that is connected; tries for ``limit`` seconds, then raises ``TimeoutError``."""
+    begun, tries = time.monotonic(), 0
+    while True:
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=brokers,
+            group_id=group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            request_timeout_ms=int(request_timeout * 1000),
+            fetch_max_wait_ms=100,
+            **security,
+        )
+        try:
+            await consumer.start()
+        except (KafkaError, OSError, TimeoutError) as error:
+            await consumer.stop()
+            tries += 1
+            delay = BACK_OFF.delay(tries, rng) or 0.0
+            if time.monotonic() - begun + delay > limit:
+                raise TimeoutError(f"no broker at {brokers} in {limit:g} s") from error
+            await asyncio.sleep(delay)
+        except BaseException:
+            await consumer.stop()
+            raise
+        else:
+            return consumer
+
+
+async def dead_letters(
+    brokers: str,
+    *,
+    prefix: str = "",
+    group: str | None = None,
+    before_commit: Callable[[], Awaitable[None]] | None = None,
+    request_timeout: float = 10.0,
+    limit: float = 30.0,
+    security: Mapping[str, Any] | None = None,
+    rng: Rng = random.random,
+) -> AsyncIterator[DeadLetter]:
+    """The dead letters that are there now, in the order of each partition. ``TimeoutError`` without a broker.
+
+    With a ``group`` those that it has not committed; each lot is committed when the next is asked for, after
+    ``before_commit`` (``Publisher.flush``: what came of them is published). Left early, the lot comes again.
+    """
+    quiet.enter()
+    try:
+        consumer = await _consumer(brokers, group, request_timeout, security or {}, limit, rng)
+        try:
+            topic = prefix + DEAD_LETTERS
+            places = [TopicPartition(topic, n) for n in await _partitions(consumer, topic)]
+            consumer.assign(places)
+            ends = await consumer.end_offsets(places) if places else {}
+            at = {place: await consumer.position(place) for place in places}
+            waited = time.monotonic()
+            while any(at[place] < ends[place] for place in places):
+                lot = await consumer.getmany(timeout_ms=200, max_records=500)
+                for place, records in lot.items():
+                    for record in records:
+                        if record.offset < ends[place]:
+                            yield dead_letter(record.value, record.headers)
+                for place in places:
+                    at[place] = await consumer.position(place)
+                if lot:
+                    waited = time.monotonic()
+                    if group is not None:
+                        if before_commit is not None:
+                            await before_commit()
+                        await consumer.commit({place: min(at[place], ends[place]) for place in lot})
+                elif time.monotonic() - waited > limit:
+                    raise TimeoutError(f"no answer from {brokers} in {limit:g} s")
+        finally:
+            await consumer.stop()
+    finally:
+        quiet.leave()
+
+
+async def _partitions(consumer: Any, topic: str) -> list[int]:
+    """Of a topic that may not be there: none then, and it is not made."""
+    if topic not in await consumer.topics():
+        return []
+    return sorted(await consumer._client._wait_on_metadata(topic))
+
+
+class Taken(NamedTuple):
+    trades: list[Trade]
+    again: list[Trade]
+    """Of before the committed offset: for the state only."""
+    dead: list[DeadLetter]
+    """Records that are no trades."""
+
+
+class GroupStats(NamedTuple):
+    partitions: tuple[int, ...]
+    taken: int
+    again: int
+    dead: int
+    commits: int
+    commits_failed: int
+    """Another member has the partitions now, and takes the records again."""
+    rebalances: int
+
+
+class Group(ConsumerRebalanceListener):  # type: ignore[misc]
+    """A member of the consumer group ``group`` of the topic ``trades``. One task uses it.
+
+    ``revoked`` is told, and waited for, before partitions go to others: publish and ``commit`` there, and forget their
+    symbols. ``look_back``, ``heartbeat`` (after which members hear of another), ``session`` (without a heartbeat, after
+    which a member is taken for dead): seconds.
+    """
+
+    def __init__(
+        self,
+        brokers: str,
+        group: str = "market-analyse",
+        *,
+        prefix: str = "",
+        look_back: float = 0.0,
+        revoked: Callable[[frozenset[int]], Awaitable[None]] | None = None,
+        heartbeat: float = 1.0,
+        session: float = 10.0,
+        request_timeout: float = 10.0,
+        security: Mapping[str, Any] | None = None,
+        rng: Rng = random.random,
+    ) -> None:
+        self.topic = prefix + TRADES
+        self._brokers, self._group, self._look_back, self._revoked = brokers, group, look_back, revoked
+        self._timeout, self._security, self._rng = request_timeout, security or {}, rng
+        self._member = {"heartbeat_interval_ms": int(heartbeat * 1000), "session_timeout_ms": int(session * 1000)}
+        self._consumer: Any = None
+        self._done: dict[TopicPartition, int] = {}
+        """Where to go on: what is below was taken, or had been committed before."""
+        self._taken = self._again = self._dead = self._commits = self._commits_failed = self._rebalances = 0
+
+    async def start(self, limit: float = 30.0) -> None:
+        """Join. ``TimeoutError`` without a broker or the topic: to subscribe would make it, in the wrong size."""
+        quiet.enter()
+        begun, tries = time.monotonic(), 0
+        try:
+            options = {**self._security, **self._member}
+            self._consumer = await _consumer(self._brokers, self._group, self._timeout, options, limit, self._rng)
+            while self.topic not in await self._consumer.topics():
+                tries += 1
+                if time.monotonic() - begun > limit:
+                    raise TimeoutError(f"no topic {self.topic} in {limit:g} s")
+                await asyncio.sleep(BACK_OFF.delay(tries, self._rng) or 0.0)
+            self._consumer.subscribe([self.topic], listener=self)
+        except BaseException:
+            consumer, self._consumer = self._consumer, None
+            if consumer is not None:
+                await asyncio.shield(asyncio.create_task(consumer.stop()))
+            quiet.leave()
+            raise
+
+    async def stop(self) -> None:
+        """Leave the group; what is not committed is another's."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            try:
+                await consumer.stop()
+            finally:
+                quiet.leave()
+
+    async def take(self, wait: float = 0.5, at_once: int = 2000) -> Taken:
+        """What there is, after ``wait`` seconds at the most; maybe nothing."""
+        trades, again, dead = list[Trade](), list[Trade](), list[DeadLetter]()
+        lot = await self._consumer.getmany(timeout_ms=int(wait * 1000), max_records=at_once)
+        for place, records in lot.items():
+            floor = self._done.get(place, 0)
+            for record in records:
+                try:
+                    (again if record.offset < floor else trades).append(decode(record.value or b""))
+                except ValueError as error:
+                    if record.offset >= floor:
+                        dead.append(buried(record.value or b"", error, time.time_ns()))
+            self._done[place] = max(floor, records[-1].offset + 1)
+        self._taken += len(trades)
+        self._again += len(again)
+        self._dead += len(dead)
+        return Taken(trades, again, dead)
+
+    async def commit(self) -> bool:
+        """All that was taken is done with. False if the partitions are another's by now, or nobody answers."""
+        if not self._done:
+            return True
+        try:
+            await self._consumer.commit(dict(self._done))
+        except (CommitFailedError, IllegalStateError, KafkaError) as error:
+            self._commits_failed += 1
+            log.warning("kafka: not committed: %s", error)
+            return False
+        self._commits += 1
+        return True
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        gone = frozenset(revoked)
+        if gone and self._revoked is not None:
+            await self._revoked(frozenset(place.partition for place in gone))
+        for place in gone:
+            self._done.pop(place, None)
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self._rebalances += 1
+        self._done = {}
+        places = list(assigned)
+        self._consumer.pause(*places)  # ``take`` gets nothing of them before it is clear where they begin
+        try:
+            for place in places:
+                committed = await self._consumer.committed(place)
+                if committed is not None:
+                    self._done[place] = committed
+            if self._look_back > 0 and self._done:
+                for place, offset in (await self._before(dict(self._done))).items():
+                    self._consumer.seek(place, offset)
+        except (KafkaError, TimeoutError) as error:  # no windows from before; else the partitions would hang
+            log.warning("kafka: no look back: %s", error)
+        finally:
+            self._consumer.resume(*places)
+
+    async def _before(self, committed: Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
+        """Where each partition was ``look_back`` seconds before its last committed record."""
+        places = [place for place, offset in committed.items() if offset > 0]
+        reader = await _consumer(self._brokers, None, self._timeout, self._security, self._timeout, self._rng)
+        try:
+            times = dict[TopicPartition, int]()
+            reader.assign(places)
+            for place in places:
+                reader.seek(place, committed[place] - 1)
+            deadline = time.monotonic() + self._timeout
+            while len(times) < len(places) and time.monotonic() < deadline:
+                for place, records in (await reader.getmany(timeout_ms=200, max_records=len(places))).items():
+                    times.setdefault(place, max(0, records[0].timestamp - int(self._look_back * 1000)))
+                    reader.pause(place)
+            found = await reader.offsets_for_times(times) if times else {}
+        finally:
+            await reader.stop()
+        return {place: min(at.offset, committed[place]) for place, at in found.items() if at is not None}
+
+    def stats(self) -> GroupStats:
+        partitions = self._consumer.assignment() if self._consumer is not None else ()
+        return GroupStats(
+            tuple(sorted(place.partition for place in partitions)),
+            self._taken,
+            self._again,
+            self._dead,
+            self._commits,
+            self._commits_failed,
+            self._rebalances,
+        )
+
+    __repr__ = telling
+
+
+# ---------------------------------------------------------------------------------------- the broker for development
+
+
+class Broker:
+    """The broker of the wheel noida-db in ``folder``, on loopback: for demos and tests. Its methods block.
+
+    It keeps its data in memory and saves it now and then: ``stop`` loses nothing that it had acknowledged
+    before, ``kill`` may, and so may what it still acknowledges while it stops. Another life's broker
+    that still runs in the folder is stopped first. ``port`` 0: a free one, kept from then on. Unlike Kafka it refuses
+    commits from the moment that a group begins to form again, and such a group may hang.
+    """
+
+    def __init__(self, folder: Path, port: int = 0) -> None:
+        self.folder, self.port = folder, port
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def program() -> Path | None:
+        spec = find_spec("noida_db")
+        if spec is None or spec.origin is None:
+            return None
+        path = Path(spec.origin).with_name("noida-db")
+        return path if path.is_file() else None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, limit: float = 10.0) -> str:
+        """The address, when it takes connections. Raises ``OSError`` (``TimeoutError`` is one)."""
+        if self.running:
+            return self.address
+        program = self.program()
+        if program is None:
+            raise FileNotFoundError("the wheel noida-db is not installed")
+        if not program.stat().st_mode & stat.S_IXUSR:
+            program.chmod(0o755)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / CONTROL).exists():
+            down = [str(program), "down", "--data-dir", str(self.folder)]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(down, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=limit, check=False)
+        if not self.port:
+            with socket.socket() as sock:
+                sock.bind(("127.0.0.1", 0))
+                self.port = sock.getsockname()[1]
+        command = [str(program), "start", "--data-dir", str(self.folder)]
+        command += ["--only", "kafka", "--kafka-port", str(self.port)]
+        with open(self.folder / "broker.log", "ab") as out:
+            self._process = subprocess.Popen(  # a session of its own: Ctrl-C is for the program, which flushes first
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+        deadline = time.monotonic() + limit
+        while True:
+            if self._ready():
+                return self.address
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                code = self._process.poll()
+                self.kill()
+                raise OSError(f"the broker did not start (exit code {code}), see {self.folder / 'broker.log'}")
+            time.sleep(0.01)
+
+    def _ready(self) -> bool:
+        """It has written who it is, and takes connections: by itself the second may be another's port."""
+        try:
+            said = orjson.loads((self.folder / CONTROL).read_bytes())
+            if self._process is None or said["pid"] != self._process.pid:
+                return False
+            with socket.create_connection(("127.0.0.1", self.port), 1.0):
+                return True
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+
+    def stop(self, limit: float = 10.0) -> None:
+        """Ask it to save and go; kill it if it does not."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGCONT)
+            self._process.terminate()
+        try:
+            self._process.wait(limit)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._process = None
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def freeze(self) -> None:
+        """Hold it (SIGSTOP): connections stand, nothing answers."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+    def thaw(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+
+    def __enter__(self) -> Broker:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

@@ -1,0 +1,419 @@
+"""Shared crawls under a simulated clock: many workers' own ``SharedFrontier`` over a model of the tables.
+
+    python -m bench simulate --shared --seeds 1000
+
+Up to 16 workers join, stand still for longer than their lease and wake up late, die, and come anew; their clocks start
+anywhere and run up to ``SKEW`` fast or slow; batches and answers are late or lost. The pages redirect, fail, ask for
+pauses, name each other; robots.txt is redirected to other hosts. What is checked, all in true time:
+
+- of each host, at most ``burst + rate * t`` sent in any window (by the fastest clock: ``rate * (1 + SKEW)``);
+- each URL stored once; at the end none waits, every one that was seen is stored or is a redirect's target, and every
+  link of a stored page was seen;
+- the crawl ends.
+
+To be given leave to send and to send are one event here: a process that stands still between the two is the overlap
+that ``crawl_shared`` does not promise away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from crawl.frontier import host_of
+from crawl.lease import Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, hashed
+from crawl.rules import Postponed, Request, ScrapeResult, origin
+from simulator.checker import Rules, Tokens, demand
+
+SKEW = 0.03
+LEASE = 10.0
+
+
+@dataclasses.dataclass
+class Host:
+    """A row of crawl_hosts."""
+
+    owner: int | None = None
+    due: float = math.inf
+    next_at: float | None = None
+    spacing: float | None = None
+    waiting: int = 0
+
+
+@dataclasses.dataclass
+class Member:
+    """A row of crawl_workers."""
+
+    until: float
+    batch: int = -1
+    held: int = 0
+    hungry: bool = False
+    reading: bool = False
+
+
+class Tables:
+    """What ``crawl_tables`` does in SQL; the faults that tests plant are arguments."""
+
+    def __init__(self, *, fence: bool = True, keeps_next: bool = True) -> None:
+        self.fence, self.keeps_next = fence, keeps_next
+        self.hosts: dict[str, Host] = {}
+        self.queue: dict[str, dict[int, Queued]] = {}
+        self.seen: set[Any] = set()
+        self.results: dict[str, ScrapeResult] = {}
+        self.targets: set[Any] = set()
+        self.members: dict[int, Member] = {}
+        self.robots: dict[str, Found] = {}
+        self.scope: dict[str, int] = {}
+        self.ids = itertools.count(1)
+
+    def sync(self, batch: Batch, now: float) -> Answer:
+        token = next(self.ids) if batch.token is None else batch.token
+        if batch.token is None or (not self.fence and token not in self.members):
+            self.members[token] = Member(now)
+        if token not in self.members:
+            return Answer()
+        member = self.members[token]
+        applied, member.batch = member.batch >= batch.serial, batch.serial if batch.token else 0
+        member.until, member.held = now + batch.lease, len(batch.held)
+        member.hungry, member.reading = batch.hungry, batch.reading
+        answer = Answer(token)
+        if not applied:
+            self._apply(token, batch, answer, now)
+        for name, host in self.hosts.items():
+            if host.owner == token and batch.resync and name not in batch.held:
+                answer.hosts.append((name, self._wait(host, now)))
+        due = sorted((host.due, name) for name, host in self.hosts.items() if host.due <= now + 1.0)
+        for _, name in due[: batch.claim]:
+            host = self.hosts[name]
+            host.owner, host.due, host.spacing = token, math.inf, host.spacing or batch.spacing
+            answer.hosts.append((name, self._wait(host, now)))
+        for name, after, portion in [*((name, 0, batch.limit) for name, _ in answer.hosts), *batch.refill]:
+            answer.urls += [one for id_, one in sorted(self.queue.get(name, {}).items()) if id_ > after][:portion]
+        for name in {*batch.held, *(name for name, _ in answer.hosts)}:
+            answer.urls[:0] = [one for one in self.queue.get(name, {}).values() if one.kind == "robots"]
+        answer.urls = [one._replace(wait=None if one.wait is None else one.wait - now) for one in answer.urls]
+        claimed = {name for name, _ in answer.hosts}
+        answer.robots = [one for key, one in self.robots.items() if host_of(key) in claimed or key in batch.asked]
+        answer.scope = [(serial, url) for url, serial in self.scope.items() if serial > batch.scope_after]
+        answer.workers = len(self.members)
+        answer.reading = any(one.reading and one.until > now for one in self.members.values())
+        answer.all_held = sum(one.held for one in self.members.values()) + len(claimed)
+        answer.hungry = any(one.hungry for key, one in self.members.items() if key != token)
+        answer.dead = any(one.until < now for one in self.members.values())
+        answer.finished = not any(host.waiting for host in self.hosts.values()) and not any(
+            one.reading and one.until > now for one in self.members.values()
+        )
+        return answer
+
+    def _wait(self, host: Host, now: float) -> float | None:
+        return host.next_at - now if host.next_at is not None and self.keeps_next else None
+
+    def _enter(self, one: Queued, now: float) -> None:
+        id_ = next(self.ids)
+        self.queue.setdefault(one.host, {})[id_] = one._replace(id=id_, wait=None)
+        host = self.hosts.setdefault(one.host, Host())
+        host.waiting += 1
+        if host.owner is None and host.due == math.inf:
+            host.due = now if host.next_at is None else host.next_at
+
+    def _apply(self, token: int, batch: Batch, answer: Answer, now: float) -> None:
+        done: list[Done] = list(batch.done)
+        for link in batch.links:
+            if link.key not in self.seen:
+                self.seen.add(link.key)
+                self._enter(Queued(link.host, 0, *link[2:], False, 0, 1, None), now)
+        for move in batch.moves:
+            done += self._move(move, now)
+        for one in batch.delegated:
+            self._enter(one, now)
+        for again in batch.again:
+            if again.id in self.queue.get(again.host, {}):
+                self.queue[again.host][again.id] = again._replace(wait=now + (again.wait or 0.0))
+        for finished in done:
+            if self.queue[finished.host].pop(finished.id, None) is None and self.fence:
+                continue
+            self.hosts[finished.host].waiting -= 1
+            if finished.row:
+                demand(finished.url not in self.results, "stored twice", finished.url)
+                self.results[finished.url] = finished.row
+                answer.stored.append(finished.row)
+        for name, note in batch.notes.items():
+            self._note(token, self.hosts[name], note, now)
+        self.robots |= {found.origin: found for found in batch.robots}
+        for url in batch.scope:
+            self.scope.setdefault(url, next(self.ids))
+
+    def _move(self, move: Move, now: float) -> list[Done]:
+        key = hashed(move.to.target)
+        if move.instead and key in self.seen:
+            return [Done(move.host, move.id, move.to.url, move.instead)]
+        if self.queue[move.host].pop(move.id, None):
+            self.hosts[move.host].waiting -= 1
+            self._enter(move.to, now)
+        self.seen.add(key)
+        self.targets.add(key)
+        return []
+
+    def _note(self, token: int, host: Host, note: Note, now: float) -> None:
+        if host.owner != token:
+            return
+        host.spacing = note.spacing or host.spacing
+        if note.wait is not None:
+            host.next_at = max(host.next_at or -math.inf, now + note.wait)
+        if note.back:
+            self._free(host, now)
+
+    def _free(self, host: Host, now: float) -> None:
+        host.owner = None
+        host.due = (now if host.next_at is None else host.next_at) if host.waiting else math.inf
+
+    def reap(self, now: float) -> None:
+        for key in [key for key, one in self.members.items() if one.until < now]:
+            until = self.members.pop(key).until
+            for host in self.hosts.values():
+                if host.owner == key:
+                    host.next_at = max(host.next_at or -math.inf, until + (host.spacing or 0.0))
+                    self._free(host, now)
+
+
+class Worker:
+    """A worker's process: its clock, its tasks."""
+
+    def __init__(self, run: Run, frontier: SharedFrontier) -> None:
+        self.run, self.frontier = run, frontier
+        self.offset, self.speed = run.rng.uniform(-1e6, 1e6), 1 + run.rng.uniform(-SKEW, SKEW)
+        self.alive, self.frozen_until, self.alarm = True, 0.0, math.inf
+        self.free = run.concurrency
+
+    def clock(self) -> float:
+        return self.offset + self.run.now * self.speed
+
+    def at(self, seconds: float, what: Callable[..., None], *about: Any) -> None:
+        """After so many seconds of its own."""
+        self.run.at(self.run.now + seconds / self.speed, self, what, *about)
+
+    def sync(self) -> None:
+        stats = self.frontier.stats()
+        if stats.closed and not stats.waiting and not stats.in_flight and self.frontier.holds_nothing():
+            self.alive = False  # the crawl is over
+            return
+        self._send(self.frontier.plan(self.clock()))
+
+    def _send(self, batch: Batch) -> None:
+        asked_at, rng = self.clock(), self.run.rng
+        self.run.at(self.run.now + rng.expovariate(100.0), None, self._arrive, batch, asked_at, rng.random() < 0.03)
+
+    def _arrive(self, batch: Batch, asked_at: float, lost: bool) -> None:
+        if lost:
+            self.at(1.0, self._again, batch)
+            return
+        given = dataclasses.replace(batch)
+        answer = self.run.tables.sync(given, self.run.now)
+        if self.run.rng.random() < 0.03:
+            self.at(1.0, self._again, batch)
+        else:
+            self.at(self.run.rng.expovariate(100.0), self._answered, batch, answer, asked_at)
+
+    def _again(self, batch: Batch) -> None:
+        batch.resync = True
+        self._send(batch)
+
+    def _answered(self, batch: Batch, answer: Answer, asked_at: float) -> None:
+        self.frontier.answered(batch, answer, asked_at, self.clock())
+        if answer.dead:
+            self.run.tables.reap(self.run.now)
+        self.at(0.02 if self.frontier.urgent() else 0.5, self.sync)
+        self.step()
+
+    def step(self) -> None:
+        """Start what can be started."""
+        decision: Request | float | None = math.inf
+        while self.free and isinstance(decision := self.frontier.take(self.clock()), Request):
+            self.free -= 1
+            self.at(self.run.rng.choice((0.0, 0.0, 0.2)), self.finish if decision.error else self.ready, decision)
+        if isinstance(decision, float) and decision < math.inf and self.clock() + decision < self.alarm:
+            self.alarm = self.clock() + decision
+            self.at(decision, self._ring)
+
+    def _ring(self) -> None:
+        self.alarm = math.inf
+        self.step()
+
+    def ready(self, request: Request) -> None:
+        try:
+            wait = self.frontier.clear_to_send(request, self.clock())
+        except Postponed:
+            self._back(request, self.clock())
+            return
+        if wait > 0:
+            self.at(wait, self.ready, request)
+            return
+        self.run.sent(request)
+        self.at(self.run.rng.lognormvariate(-0.1, 0.7) * self.run.latency, self.answer, request)
+
+    def _back(self, request: Request, at: float, target: str | None = None, host: str | None = None) -> None:
+        self.free += 1
+        self.frontier.put_back(request, self.clock(), at, target, host)
+        self.step()
+
+    def answer(self, request: Request) -> None:
+        run, fate = self.run, self.run.rng.random()
+        if fate < 0.08 and request.attempt < 4:
+            request.attempt += 1
+            if fate < 0.02:
+                self.frontier.pause(request.host, self.clock() + 3.0, self.clock())
+            self._back(request, self.clock() + run.rng.random() * 3)
+        elif fate < 0.2 and request.hops < 3:
+            request.hops += 1
+            host = run.rng.choice(run.names)
+            target = "robots.txt" if request.kind == "robots" else str(run.rng.randrange(run.pages))
+            self._back(request, self.clock(), f"http://{host}/{target}", host)
+        else:
+            if request.kind == "robots":
+                found = Found(origin(request.url), 200, b"", request.target, 1e6)
+                self.frontier.found_robots(found)
+                self.frontier.robots_known(found.origin, run.rules(found), self.clock())
+            else:
+                self.frontier.add_links(run.links(request.url), request.depth + 1, self.clock())
+            self.finish(request)
+
+    def finish(self, request: Request) -> None:
+        if request.kind != "robots":
+            error = "robots: forbidden" if request.error else None
+            self.frontier.keep(request, ScrapeResult(request.url, None, None, 0, [], error, "", 0.0))
+        self.frontier.finish(request, self.clock())
+        self.free += 1
+        self.step()
+
+
+class Run:
+    """One crawl."""
+
+    def __init__(self, seed: int, frontier: Callable[..., SharedFrontier], tables: Tables, **given: Any) -> None:
+        self.seed, self.rng, self.make, self.tables = seed, random.Random(seed), frontier, tables
+        rng = self.rng
+        self.limits = {
+            "rate": rng.choice((0.7, 3.0, 20.0)),
+            "burst": rng.choice((1, 1, 3)),
+            "robots": rng.random() < 0.6,
+        }
+        self.given = {"length": LEASE, "hosts": rng.choice((3, 10, 100))} | given
+        self.concurrency, self.latency = rng.choice((2, 20)), rng.choice((0.02, 0.3, 1.0))
+        self.names = [f"h{n}.example" for n in range(rng.randint(1, 20))]
+        self.pages = rng.randint(60, 200)
+        self.workers_left = rng.randint(1, 16)
+        self.now, self.serial = 0.0, itertools.count()
+        self.events: list[tuple[float, int, Worker | None, Callable[..., None], tuple[Any, ...]]] = []
+        self.workers: list[Worker] = []
+        self.tokens: dict[str, Tokens] = {}
+        self.counts: Counter[str] = Counter()
+
+    def at(self, when: float, worker: Worker | None, what: Callable[..., None], *about: Any) -> None:
+        heapq.heappush(self.events, (when, next(self.serial), worker, what, about))
+
+    def url(self, page: int) -> str:
+        return f"http://{self.names[page % 7 * page % len(self.names)]}/{page}"
+
+    def links(self, url: str) -> list[str]:
+        rng = random.Random(f"{self.seed} {url}")
+        return [self.url(rng.randrange(self.pages)) for _ in range(5)]
+
+    def rules(self, found: Found) -> Rules:
+        rng = random.Random(f"{self.seed} {found.origin}")
+        return Rules(rng.choice((0, 0, 5)), None, quick=rng.random() < 0.5, size=1)
+
+    def sent(self, request: Request) -> None:
+        self.counts["sent"] += 1
+        rate, burst = self.limits["rate"] * (1 + SKEW), self.limits["burst"]
+        tokens = self.tokens.setdefault(request.host, Tokens(rate, burst))
+        demand(tokens.spend(self.now), "above the rate:", request.host, self.now)
+
+    def _join(self, first: bool = False) -> None:
+        frontier = self.make(**self.given, **self.limits)
+        frontier.follows, frontier.rules_of = True, self.rules
+        worker = Worker(self, frontier)
+        self.workers.append(worker)
+        if first:
+            frontier.add_list([self.url(page) for page in range(0, self.pages, 9)])
+        worker.sync()
+
+    def _accident(self) -> None:
+        """Somebody stands still, dies, or comes."""
+        alive = [worker for worker in self.workers if worker.alive]
+        if not alive:
+            return
+        self.at(self.now + self.rng.expovariate(0.2), None, self._accident)
+        worker, fate = self.rng.choice(alive), self.rng.random()
+        if fate < 0.3:
+            worker.frozen_until = self.now + self.rng.choice((1.0, LEASE, 3 * LEASE))
+            self.counts["frozen"] += 1
+        elif fate < 0.5 and self.workers_left:
+            worker.alive = False
+            self.counts["killed"] += 1
+        if self.workers_left and (fate > 0.5 or len(alive) == 1):
+            self.workers_left -= 1
+            self._join()
+
+    def run(self) -> Counter[str]:
+        self._join(first=True)
+        self.at(self.rng.random() * 5, None, self._accident)
+        for _ in range(self.rng.randint(0, min(4, self.workers_left))):
+            self.workers_left -= 1
+            self.at(self.rng.random() * 3, None, self._join)
+        for step in itertools.count():
+            if not any(worker.alive for worker in self.workers):
+                if not any(host.waiting for host in self.tables.hosts.values()) and self.tables.hosts:
+                    break
+                self.workers_left += 1
+                self._join(first=not self.tables.hosts)
+            demand(step < 500_000, "it does not end")
+            when, _, worker, what, about = heapq.heappop(self.events)
+            if worker and not worker.alive:
+                continue
+            if worker and worker.frozen_until > when:
+                self.at(worker.frozen_until, worker, what, *about)
+                continue
+            self.now = max(self.now, when)
+            what(*about)
+        self._ended()
+        self.counts["lost leases"] = sum(worker.frontier.leases_lost for worker in self.workers)
+        return self.counts
+
+    def _ended(self) -> None:
+        tables = self.tables
+        demand(not any(tables.queue.values()), "some wait at the end")
+        stored = {hashed(url) for url in tables.results}
+        demand(tables.seen <= stored | tables.targets, "lost")
+        for url, row in tables.results.items():
+            if row.error is None:
+                demand(all(hashed(link) in tables.seen for link in self.links(url)), "a link was lost", url)
+
+
+def simulate_shared(
+    seed: int, frontier: Callable[..., SharedFrontier] = SharedFrontier, tables: Tables | None = None, **given: Any
+) -> Counter[str]:
+    """One crawl; what happened. Raises ``Broken``, with the seed as a note, when a promise is not kept."""
+    try:
+        return Run(seed, frontier, tables or Tables(), **given).run()
+    except Exception as error:
+        error.add_note(f"seed {seed}")
+        raise
+
+
+def run_shared(first: int, seeds: int) -> list[dict[str, Any]]:
+    """The rows of ``python -m bench simulate --shared``. Raises SystemExit with the seed if a promise is broken."""
+    counts: Counter[str] = Counter()
+    started = time.perf_counter()
+    for seed in range(first, first + seeds):
+        try:
+            counts += simulate_shared(seed)
+        except Exception as error:
+            raise SystemExit(f"bench: simulate: seed {seed}: {type(error).__name__}: {error}") from error
+    return [{"": f"{seeds} shared crawls", **counts, "wall s": time.perf_counter() - started}]
