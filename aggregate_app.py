@@ -65,7 +65,8 @@ from api.openapi import document
 from api.report import Columns, inspect_host, summarise
 from api.telemetry import Events, Exporter, RequestLog, standard_output
 from api.upstreams import DEMO, ConfigError, Key, Load, Loaded, Part, Source, Upstream, read_config, request_id
-from primitives import Semaphore, State, T, TokenBucket, TTLCache
+from coordination import Semaphore, T
+from primitives import State, TokenBucket, TTLCache
 from runtime.postgres import UPSTREAM_RESULTS, Database, History, Result, Unavailable
 from runtime.processes import PoolClosed, Processes, WorkerDied, in_daemon
 from runtime.serving import Lag, queue_stderr

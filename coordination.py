@@ -16,9 +16,9 @@ mechanism           promise (and what is not promised)
 ==================  ==============================================================================================
 
 Each object owns one lock, which guards all its fields and is held for the decision only: never while waiting, never
-during a call of the user's. No lock is taken while another is held, so no order between them can be got wrong;
-``LockOrder`` checks that, and the order in programs that do nest. Only ``fan_out`` (tasks) and ``WorkerPool``
-(threads or tasks) start anything, and they end what they started. ``async`` verbs run in the caller's event loop.
+during a call of the user's. No lock is taken while another is held, so no order between them can be got wrong. Only
+``fan_out`` (tasks) and ``WorkerPool`` (threads or tasks) start anything, and they end what they started. ``async``
+verbs run in the caller's event loop.
 """
 
 from __future__ import annotations
@@ -46,10 +46,6 @@ class ChannelClosed(Exception):
     """The channel was closed: nothing more can be put, or nothing is left to get."""
 
 
-class LockOrderError(RuntimeError):
-    """Two locks are taken in both orders somewhere: a deadlock that could happen."""
-
-
 def telling(self: Any) -> str:
     """The ``repr`` of every mechanism: its ``stats()``."""
     fields = self.stats()._asdict().items()
@@ -57,83 +53,12 @@ def telling(self: Any) -> str:
     return f"<{type(self).__name__} {' '.join(shown)}>"
 
 
-# ------------------------------------------------------------------------------------------ lock order
-
-
-class LockOrder:
-    """Records which lock is taken while which is held, and raises before a cycle closes (as Linux's lockdep does).
-
-    Locks are known by name, so one run that takes A then B and another one, at any other time, that takes B then A
-    are enough: the deadlock itself need not happen. While ``with LockOrder():`` lasts, ``new_lock`` makes locks that
-    report to it; otherwise plain ones, at no cost.
-    """
-
-    active: LockOrder | None = None
-
-    def __init__(self) -> None:
-        self._after: dict[str, set[str]] = {}
-        self._held = threading.local()
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> LockOrder:
-        LockOrder.active = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        LockOrder.active = None
-
-    def taking(self, name: str) -> None:
-        """A thread is about to take the lock ``name``; ``LockOrderError`` if it could wait for ever."""
-        with self._lock:
-            for holding in self._stack():
-                if self._leads(name, holding):
-                    raise LockOrderError(f"{name} is taken while {holding} is held, elsewhere the other way round")
-                self._after.setdefault(holding, set()).add(name)
-        self._stack().append(name)
-
-    def released(self, name: str) -> None:
-        self._stack().remove(name)
-
-    def _stack(self) -> list[str]:
-        stack: list[str] = self._held.__dict__.setdefault("names", [])
-        return stack
-
-    def _leads(self, start: str, goal: str) -> bool:
-        return start == goal or any(self._leads(following, goal) for following in self._after.get(start, ()))
-
-    def stats(self) -> dict[str, set[str]]:
-        """For each lock, those that were taken while it was held."""
-        with self._lock:
-            return {name: set(after) for name, after in self._after.items()}
-
-
-class _RecordedLock:
-    def __init__(self, name: str, order: LockOrder) -> None:
-        self._name, self._order, self._lock = name, order, threading.Lock()
-
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        if blocking:
-            self._order.taking(self._name)
-        taken = self._lock.acquire(blocking, timeout)
-        if blocking and not taken:
-            self._order.released(self._name)
-        elif taken and not blocking:
-            self._order._stack().append(self._name)
-        return taken
-
-    def release(self) -> None:
-        self._lock.release()
-        self._order.released(self._name)
-
-    __enter__ = acquire
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+make_lock: Callable[[str], threading.Lock] = lambda _: threading.Lock()  # noqa: E731  -- replaced to record their order
 
 
 def new_lock(name: str) -> threading.Lock:
-    """A ``threading.Lock``; one that reports to ``LockOrder`` while that records."""
-    return threading.Lock() if LockOrder.active is None else _RecordedLock(name, LockOrder.active)  # type: ignore[return-value]
+    """A ``threading.Lock``; the name is for whoever records in which order locks are taken."""
+    return make_lock(name)
 
 
 # -------------------------------------------------------------------------------------------- waiting

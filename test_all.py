@@ -122,7 +122,6 @@ from schemathesis.specs.openapi.schemas import OpenApiSchema
 from starlette.routing import Route
 
 import aggregate_app
-import cache as ca
 import coordination as co
 import crawl_async
 import crawl_threads
@@ -248,8 +247,8 @@ from market.trade import (
     whole,
 )
 from primitives import CircuitBreaker, RetryPolicy
+from runtime import http_dates, processes, serving
 from runtime import postgres as db
-from runtime import processes, serving
 from runtime import spool as log_spool
 from runtime.postgres import History, Result, Unavailable
 from runtime.spool import Sealed, Spool, SpoolInUse
@@ -266,6 +265,7 @@ from sandbox.sites import Sandbox
 from simulator import crawls as simulate
 from simulator import shared_crawls as sim_shared
 from simulator.checker import Broken, Rules, Tokens
+from tests.helpers import lock_order
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage
@@ -490,7 +490,7 @@ def prim_clock_time(date: time.struct_time) -> str:
     ],
 )
 def test_prim_http_date(value: str, utc: tuple[int, ...], prim_zone: str) -> None:
-    assert pr.parse_http_date(value, PRIM_NOW) == calendar.timegm(utc)
+    assert http_dates.parse_http_date(value, PRIM_NOW) == calendar.timegm(utc)
 
 
 @pytest.mark.parametrize(
@@ -512,7 +512,7 @@ def test_prim_http_date(value: str, utc: tuple[int, ...], prim_zone: str) -> Non
 )
 def test_prim_two_digit_years_are_the_nearest(today: tuple[int, int, int], value: str, year: int) -> None:
     now = calendar.timegm((*today, 0, 0, 0))
-    date = pr.parse_http_date(value, now)
+    date = http_dates.parse_http_date(value, now)
     assert date is not None
     assert time.gmtime(date).tm_year == year
 
@@ -552,8 +552,8 @@ PRIM_NOT_DATES = [
 
 @pytest.mark.parametrize("value", PRIM_NOT_DATES)
 def test_prim_http_date_refuses(value: str) -> None:
-    assert pr.parse_http_date(value, PRIM_NOW) is None
-    assert pr.parse_retry_after(value.strip(), PRIM_NOW) is None or value.endswith("\n")
+    assert http_dates.parse_http_date(value, PRIM_NOW) is None
+    assert http_dates.parse_retry_after(value.strip(), PRIM_NOW) is None or value.endswith("\n")
 
 
 PRIM_INSTANTS = st.integers(calendar.timegm((1, 1, 1, 0, 0, 0)), calendar.timegm((9999, 12, 31, 23, 59, 59)))
@@ -563,8 +563,8 @@ PRIM_INSTANTS = st.integers(calendar.timegm((1, 1, 1, 0, 0, 0)), calendar.timegm
 @given(PRIM_INSTANTS, PRIM_INSTANTS)
 def test_prim_http_date_round_trip_of_the_four_digit_forms(instant: int, now: int) -> None:
     date = time.gmtime(instant)
-    assert pr.parse_http_date(prim_imf(date), now) == instant
-    assert pr.parse_http_date(prim_asctime(date), now) == instant
+    assert http_dates.parse_http_date(prim_imf(date), now) == instant
+    assert http_dates.parse_http_date(prim_asctime(date), now) == instant
     if date.tm_year >= 1900:
         assert time.asctime(date) == prim_asctime(date)  # the form that C writes
 
@@ -574,13 +574,13 @@ def test_prim_http_date_round_trip_of_the_four_digit_forms(instant: int, now: in
 def test_prim_http_date_round_trip_of_the_two_digit_form(now: int, data: st.DataObject) -> None:
     years = 49 * 365 * 86400
     instant = now + data.draw(st.integers(-years, years))
-    assert pr.parse_http_date(prim_rfc850(time.gmtime(instant)), now) == instant
+    assert http_dates.parse_http_date(prim_rfc850(time.gmtime(instant)), now) == instant
 
 
 def test_prim_http_date_does_not_depend_on_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
     """``calendar.month_abbr`` speaks the language that the program chose; HTTP speaks English."""
     monkeypatch.setattr(calendar, "month_abbr", ["", *(f"{name}." for name in PRIM_MONTHS)])
-    spec = importlib.util.spec_from_file_location("prim_elsewhere", pr.__file__)
+    spec = importlib.util.spec_from_file_location("prim_elsewhere", http_dates.__file__)
     assert spec is not None and spec.loader is not None
     elsewhere = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, elsewhere)
@@ -617,7 +617,7 @@ def test_prim_http_date_does_not_depend_on_the_locale(monkeypatch: pytest.Monkey
     ],
 )
 def test_prim_retry_after(value: str, seconds: float, prim_zone: str) -> None:
-    assert pr.parse_retry_after(value, PRIM_NOW) == seconds
+    assert http_dates.parse_retry_after(value, PRIM_NOW) == seconds
 
 
 @pytest.mark.parametrize(
@@ -646,21 +646,21 @@ def test_prim_retry_after(value: str, seconds: float, prim_zone: str) -> None:
     ],
 )
 def test_prim_retry_after_refuses(value: str | None) -> None:
-    assert pr.parse_retry_after(value, PRIM_NOW) is None
+    assert http_dates.parse_retry_after(value, PRIM_NOW) is None
 
 
 def test_prim_retry_after_takes_its_own_maximum_and_the_clock_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pr.parse_retry_after("61", PRIM_NOW, maximum=60.0) == 60.0
-    assert pr.parse_retry_after("Thu, 01 Jan 2026 00:02:00 GMT", PRIM_NOW, maximum=60.0) == 60.0
-    assert pr.parse_retry_after("86400", PRIM_NOW, maximum=1e6) == 86400.0
-    monkeypatch.setattr(pr, "time", SimpleNamespace(time=lambda: PRIM_NOW + 30.0, gmtime=time.gmtime))
-    assert pr.parse_retry_after("Thu, 01 Jan 2026 00:02:00 GMT") == 90.0
+    assert http_dates.parse_retry_after("61", PRIM_NOW, maximum=60.0) == 60.0
+    assert http_dates.parse_retry_after("Thu, 01 Jan 2026 00:02:00 GMT", PRIM_NOW, maximum=60.0) == 60.0
+    assert http_dates.parse_retry_after("86400", PRIM_NOW, maximum=1e6) == 86400.0
+    monkeypatch.setattr(http_dates, "time", SimpleNamespace(time=lambda: PRIM_NOW + 30.0, gmtime=time.gmtime))
+    assert http_dates.parse_retry_after("Thu, 01 Jan 2026 00:02:00 GMT") == 90.0
 
 
 @PRIM_SETTINGS
 @given(st.text(alphabet="0123456789+-., :GMTJanFebSunday٣５\xa0\n\x00"))
 def test_prim_retry_after_never_raises(value: str) -> None:
-    wait = pr.parse_retry_after(value, PRIM_NOW)
+    wait = http_dates.parse_retry_after(value, PRIM_NOW)
     assert wait is None or 0.0 <= wait <= 3600.0
 
 
@@ -1918,16 +1918,16 @@ class PrimShell:
         """What does not wait: in the loop if there is one only, else from outside."""
         return self.loops[0].do(call) if self.kind == "tasks" else call()
 
-    def acquire(self, semaphore: pr.Semaphore, gated: bool = False) -> PrimThread | PrimTask:
+    def acquire(self, semaphore: co.Semaphore, gated: bool = False) -> PrimThread | PrimTask:
         return self.start(semaphore.acquire, semaphore.acquire_async, gated)
 
-    def put(self, channel: pr.Channel[Any], item: Any, gated: bool = False) -> PrimThread | PrimTask:
+    def put(self, channel: co.Channel[Any], item: Any, gated: bool = False) -> PrimThread | PrimTask:
         return self.start(lambda: channel.put(item), lambda: channel.put_async(item), gated)
 
-    def get(self, channel: pr.Channel[Any], gated: bool = False) -> PrimThread | PrimTask:
+    def get(self, channel: co.Channel[Any], gated: bool = False) -> PrimThread | PrimTask:
         return self.start(channel.get, channel.get_async, gated)
 
-    def drain(self, channel: pr.Channel[Any]) -> PrimThread | PrimTask:
+    def drain(self, channel: co.Channel[Any]) -> PrimThread | PrimTask:
         async def adrain() -> list[Any]:
             return [item async for item in channel]
 
@@ -1943,30 +1943,30 @@ def prim_shell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         loop.close()
 
 
-def prim_waiting(semaphore: pr.Semaphore, n: int) -> None:
+def prim_waiting(semaphore: co.Semaphore, n: int) -> None:
     prim_until(lambda: semaphore.stats().waiting == n)
 
 
-def prim_putters(channel: pr.Channel[Any], n: int) -> None:
+def prim_putters(channel: co.Channel[Any], n: int) -> None:
     prim_until(lambda: channel.stats().putters == n)
 
 
-def prim_getters(channel: pr.Channel[Any], n: int) -> None:
+def prim_getters(channel: co.Channel[Any], n: int) -> None:
     prim_until(lambda: channel.stats().getters == n)
 
 
 def test_prim_semaphore_free_permits_are_taken_at_once(prim_shell: PrimShell) -> None:
-    semaphore = pr.Semaphore(3)
+    semaphore = co.Semaphore(3)
     for taken in range(1, 4):
         assert prim_shell.acquire(semaphore).result() is True
-        assert semaphore.stats() == pr.SemaphoreStats(3, 3 - taken, 0)
+        assert semaphore.stats() == co.SemaphoreStats(3, 3 - taken, 0)
     assert prim_shell.do(semaphore.try_acquire) is False
     prim_shell.do(semaphore.release)
     assert prim_shell.do(semaphore.try_acquire) is True
 
 
 def test_prim_semaphore_is_fifo(prim_shell: PrimShell) -> None:
-    semaphore = pr.Semaphore(1)
+    semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
     workers = []
     for number in range(12):
@@ -1976,11 +1976,11 @@ def test_prim_semaphore_is_fifo(prim_shell: PrimShell) -> None:
         prim_shell.do(semaphore.release)
         assert worker.result() is True
         assert not any(later.done() for later in workers[number + 1 :])
-        assert semaphore.stats() == pr.SemaphoreStats(1, 0, 11 - number)
+        assert semaphore.stats() == co.SemaphoreStats(1, 0, 11 - number)
 
 
 def test_prim_semaphore_nobody_barges(prim_shell: PrimShell) -> None:
-    semaphore = pr.Semaphore(1)
+    semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
     first, second = prim_shell.acquire(semaphore), None
     prim_waiting(semaphore, 1)
@@ -2000,7 +2000,7 @@ def test_prim_semaphore_nobody_barges(prim_shell: PrimShell) -> None:
 
 
 def test_prim_semaphore_a_cancelled_waiter_leaves(prim_shell: PrimShell) -> None:
-    semaphore = pr.Semaphore(1)
+    semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
     workers = []
     for number in range(6):
@@ -2013,12 +2013,12 @@ def test_prim_semaphore_a_cancelled_waiter_leaves(prim_shell: PrimShell) -> None
         prim_shell.do(semaphore.release)
         assert workers[number].result() is True
     prim_shell.do(semaphore.release)
-    assert semaphore.stats() == pr.SemaphoreStats(1, 1, 0)
+    assert semaphore.stats() == co.SemaphoreStats(1, 1, 0)
 
 
 def test_prim_semaphore_cancelled_after_the_grant_hands_it_on(prim_shell: PrimShell) -> None:
     for behind in (0, 2):
-        semaphore = pr.Semaphore(1)
+        semaphore = co.Semaphore(1)
         assert semaphore.try_acquire()
         victim = prim_shell.acquire(semaphore, gated=True)
         prim_waiting(semaphore, 1)
@@ -2030,46 +2030,46 @@ def test_prim_semaphore_cancelled_after_the_grant_hands_it_on(prim_shell: PrimSh
         for worker in workers:
             assert worker.result() is True
             prim_shell.do(semaphore.release)
-        assert semaphore.stats() == pr.SemaphoreStats(1, 1, 0)
+        assert semaphore.stats() == co.SemaphoreStats(1, 1, 0)
 
 
 def test_prim_semaphore_time_outs(prim_shell: PrimShell) -> None:
-    async def acquire_now(semaphore: pr.Semaphore) -> bool:
+    async def acquire_now(semaphore: co.Semaphore) -> bool:
         try:
             async with asyncio.timeout(0):
                 return await semaphore.acquire_async()
         except TimeoutError:
             return False
 
-    semaphore = pr.Semaphore(1)
+    semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
     for timeout in (0, -1.0, 0.001):
         late = prim_shell.start(lambda t=timeout: semaphore.acquire(t), lambda: acquire_now(semaphore))  # type: ignore[misc]
         assert late.result() is False
-        assert semaphore.stats() == pr.SemaphoreStats(1, 0, 0)
+        assert semaphore.stats() == co.SemaphoreStats(1, 0, 0)
     prim_shell.do(semaphore.release)
     assert prim_shell.start(lambda: semaphore.acquire(1e12), lambda: acquire_now(semaphore)).result() is True
 
 
 def test_prim_semaphore_a_grant_at_the_last_moment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(co._Waiter, "block", prim_gated_block)
-    semaphore = pr.Semaphore(1)
+    semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
     late, later = PrimThread(semaphore.acquire, gated=True), PrimThread(semaphore.acquire, gated=True)
     prim_waiting(semaphore, 2)
     assert late.expire(after=semaphore.release) is (not later.expire())
-    assert semaphore.stats() == pr.SemaphoreStats(1, 0, 0)
+    assert semaphore.stats() == co.SemaphoreStats(1, 0, 0)
 
 
 def test_prim_semaphore_context_managers(prim_shell: PrimShell) -> None:
-    semaphore = pr.Semaphore(1)
+    semaphore = co.Semaphore(1)
 
-    def hold() -> pr.SemaphoreStats:
+    def hold() -> co.SemaphoreStats:
         with semaphore as inside:
             assert inside is semaphore
             return semaphore.stats()
 
-    async def ahold() -> pr.SemaphoreStats:
+    async def ahold() -> co.SemaphoreStats:
         async with semaphore as inside:
             assert inside is semaphore
             return semaphore.stats()
@@ -2083,17 +2083,17 @@ def test_prim_semaphore_context_managers(prim_shell: PrimShell) -> None:
             raise LookupError
 
     for _ in range(3):
-        assert prim_shell.start(hold, ahold).result() == pr.SemaphoreStats(1, 0, 0)
+        assert prim_shell.start(hold, ahold).result() == co.SemaphoreStats(1, 0, 0)
         with pytest.raises(LookupError):
             prim_shell.start(fail, afail).result()
-        assert semaphore.stats() == pr.SemaphoreStats(1, 1, 0)
+        assert semaphore.stats() == co.SemaphoreStats(1, 1, 0)
 
 
 def test_prim_semaphore_refuses_misuse_and_says_what_it_does() -> None:
     for permits in (0, -1):
         with pytest.raises(ValueError, match="permits must be at least 1"):
-            pr.Semaphore(permits)
-    semaphore = pr.Semaphore(2)
+            co.Semaphore(permits)
+    semaphore = co.Semaphore(2)
     with pytest.raises(ValueError, match="released more often than acquired"):
         semaphore.release()
     assert semaphore.acquire()
@@ -2102,13 +2102,13 @@ def test_prim_semaphore_refuses_misuse_and_says_what_it_does() -> None:
         semaphore.release()
     assert semaphore.try_acquire()
     assert repr(semaphore) == "<Semaphore permits=2 available=1 waiting=0>"
-    assert semaphore.stats() == pr.SemaphoreStats(permits=2, available=1, waiting=0)
+    assert semaphore.stats() == co.SemaphoreStats(permits=2, available=1, waiting=0)
     with pytest.raises(AttributeError):
         semaphore.stats().available = 2  # type: ignore[misc]
 
 
 def test_prim_semaphore_never_more_holders_than_permits(prim_shell: PrimShell) -> None:
-    semaphore, holders, most, lock = pr.Semaphore(3), [0], [0], threading.Lock()
+    semaphore, holders, most, lock = co.Semaphore(3), [0], [0], threading.Lock()
 
     def enter() -> None:
         with lock:
@@ -2137,13 +2137,13 @@ def test_prim_semaphore_never_more_holders_than_permits(prim_shell: PrimShell) -
 
     workers = [prim_shell.start(work, awork) for _ in range(9)]
     assert sum(worker.result() for worker in workers) == 360
-    assert semaphore.stats() == pr.SemaphoreStats(3, 3, 0)
+    assert semaphore.stats() == co.SemaphoreStats(3, 3, 0)
     assert (holders, 1 <= most[0] <= 3) == ([0], True)
 
 
 def test_prim_semaphore_loses_no_permit_to_a_loop_that_is_gone(caplog: pytest.LogCaptureFixture) -> None:
     """A waiter whose loop was closed without cancelling it can never be woken; the permit goes to the next."""
-    semaphore = pr.Semaphore(1)
+    semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
     task = prim_stranded(semaphore.acquire_async())
     assert semaphore.stats().waiting == 1
@@ -2164,24 +2164,24 @@ def prim_stranded(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
 
 
 def test_prim_channel_is_fifo_and_bounded(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[Any] = pr.Channel(3)
+    channel: co.Channel[Any] = co.Channel(3)
     for item in (0, None, 2):
         assert prim_shell.put(channel, item).result() is None
     putters = []
     for number in range(5):
         putters.append(prim_shell.put(channel, 3 + number))
         prim_putters(channel, number + 1)
-    assert (len(channel), channel.stats()) == (3, pr.ChannelStats(3, 3, 5, 0, False))
+    assert (len(channel), channel.stats()) == (3, co.ChannelStats(3, 3, 5, 0, False))
     for number, item in enumerate((0, None, 2, 3, 4, 5, 6, 7)):
         assert prim_shell.get(channel).result() == item
         if number < 5:
             assert putters[number].result() is None
             assert not any(later.done() for later in putters[number + 1 :])
-    assert channel.stats() == pr.ChannelStats(3, 0, 0, 0, False)
+    assert channel.stats() == co.ChannelStats(3, 0, 0, 0, False)
 
 
 def test_prim_channel_getters_wait_in_line(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[Any] = pr.Channel(2)
+    channel: co.Channel[Any] = co.Channel(2)
     getters = []
     for number in range(6):
         getters.append(prim_shell.get(channel))
@@ -2196,7 +2196,7 @@ def test_prim_channel_getters_wait_in_line(prim_shell: PrimShell) -> None:
 
 
 def test_prim_channel_nobody_barges(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[Any] = pr.Channel(1)
+    channel: co.Channel[Any] = co.Channel(1)
     getter = prim_shell.get(channel)
     prim_getters(channel, 1)
 
@@ -2223,31 +2223,31 @@ def test_prim_channel_nobody_barges(prim_shell: PrimShell) -> None:
 
 
 def test_prim_channel_close_refuses_putters_and_drains_to_getters(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[Any] = pr.Channel(2)
+    channel: co.Channel[Any] = co.Channel(2)
     channel.put_nowait(0)
     channel.put_nowait(None)
     putters = [prim_shell.put(channel, "never"), prim_shell.put(channel, "never")]
     prim_putters(channel, 2)
     prim_shell.do(channel.close)
     for putter in [*putters, prim_shell.put(channel, "late")]:
-        with pytest.raises(pr.ChannelClosed):
+        with pytest.raises(co.ChannelClosed):
             putter.result()
-    with pytest.raises(pr.ChannelClosed):
+    with pytest.raises(co.ChannelClosed):
         channel.put_nowait("late")
-    assert channel.stats() == pr.ChannelStats(2, 2, 0, 0, True)
+    assert channel.stats() == co.ChannelStats(2, 2, 0, 0, True)
     assert prim_shell.get(channel).result() == 0
     assert prim_shell.drain(channel).result() == [None]
     assert prim_shell.drain(channel).result() == []
-    with pytest.raises(pr.ChannelClosed):
+    with pytest.raises(co.ChannelClosed):
         prim_shell.get(channel).result()
-    with pytest.raises(pr.ChannelClosed):
+    with pytest.raises(co.ChannelClosed):
         channel.get_nowait()
     prim_shell.do(channel.close)
-    assert channel.stats() == pr.ChannelStats(2, 0, 0, 0, True)
+    assert channel.stats() == co.ChannelStats(2, 0, 0, 0, True)
 
 
 def test_prim_channel_close_ends_waiting_getters_and_iteration(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[Any] = pr.Channel(2)
+    channel: co.Channel[Any] = co.Channel(2)
     drains, getters = [], []
     for number in range(3):
         drains.append(prim_shell.drain(channel))
@@ -2259,13 +2259,13 @@ def test_prim_channel_close_ends_waiting_getters_and_iteration(prim_shell: PrimS
     prim_shell.do(channel.close)
     assert [drain.result() for drain in drains] == [["one"], [], []]
     for getter in getters:
-        with pytest.raises(pr.ChannelClosed):
+        with pytest.raises(co.ChannelClosed):
             getter.result()
 
 
 def test_prim_channel_accepted_before_the_close_is_delivered(prim_shell: PrimShell) -> None:
     """The place in the buffer, and the item, were handed over before the channel closed."""
-    channel: pr.Channel[Any] = pr.Channel(1)
+    channel: co.Channel[Any] = co.Channel(1)
     channel.put_nowait(0)
     putter = prim_shell.put(channel, 1)
     prim_putters(channel, 1)
@@ -2278,7 +2278,7 @@ def test_prim_channel_accepted_before_the_close_is_delivered(prim_shell: PrimShe
     assert putter.result() is None
     assert prim_shell.drain(channel).result() == [1]
 
-    channel = pr.Channel(1)
+    channel = co.Channel(1)
     getter = prim_shell.get(channel)
     prim_getters(channel, 1)
 
@@ -2291,7 +2291,7 @@ def test_prim_channel_accepted_before_the_close_is_delivered(prim_shell: PrimShe
 
 
 def test_prim_channel_a_cancelled_getter_leaves_or_gives_back(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[Any] = pr.Channel(2)
+    channel: co.Channel[Any] = co.Channel(2)
     victims, getters = [], []
     for number in range(3):
         victims.append(prim_shell.get(channel, gated=True))
@@ -2312,11 +2312,11 @@ def test_prim_channel_a_cancelled_getter_leaves_or_gives_back(prim_shell: PrimSh
     victims[2].cancel(after=put_three)  # c was his, d went to the next, e waits
     assert getters[2].result() == "d"
     assert prim_shell.do(lambda: (channel.get_nowait(), channel.get_nowait())) == ("c", "e")
-    assert channel.stats() == pr.ChannelStats(2, 0, 0, 0, False)
+    assert channel.stats() == co.ChannelStats(2, 0, 0, 0, False)
 
 
 def test_prim_channel_a_returned_item_goes_to_the_front(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[Any] = pr.Channel(2)
+    channel: co.Channel[Any] = co.Channel(2)
     victim = prim_shell.get(channel, gated=True)
     prim_getters(channel, 1)
 
@@ -2335,7 +2335,7 @@ def test_prim_channel_a_returned_item_goes_to_the_front(prim_shell: PrimShell) -
 
 
 def test_prim_channel_an_item_returned_after_the_close_is_still_there(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[Any] = pr.Channel(1)
+    channel: co.Channel[Any] = co.Channel(1)
     victim = prim_shell.get(channel, gated=True)
     prim_getters(channel, 1)
 
@@ -2348,7 +2348,7 @@ def test_prim_channel_an_item_returned_after_the_close_is_still_there(prim_shell
 
 
 def test_prim_channel_a_cancelled_putter_leaves(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[Any] = pr.Channel(1)
+    channel: co.Channel[Any] = co.Channel(1)
     channel.put_nowait(0)
     putters = []
     for number in range(4):
@@ -2362,11 +2362,11 @@ def test_prim_channel_a_cancelled_putter_leaves(prim_shell: PrimShell) -> None:
     assert prim_shell.get(channel).result() == 2
     assert putters[3].result() is None
     assert prim_shell.get(channel).result() == 4
-    assert channel.stats() == pr.ChannelStats(1, 0, 0, 0, False)
+    assert channel.stats() == co.ChannelStats(1, 0, 0, 0, False)
 
 
 def test_prim_channel_a_putter_cancelled_after_it_was_accepted_delivers_once(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[Any] = pr.Channel(1)
+    channel: co.Channel[Any] = co.Channel(1)
     channel.put_nowait(0)
     victim = prim_shell.put(channel, 1, gated=True)
     prim_putters(channel, 1)
@@ -2376,7 +2376,7 @@ def test_prim_channel_a_putter_cancelled_after_it_was_accepted_delivers_once(pri
 
 
 def test_prim_channel_time_outs(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[Any] = pr.Channel(1)
+    channel: co.Channel[Any] = co.Channel(1)
 
     async def now(awaitable: Awaitable[Any]) -> Any:
         async with asyncio.timeout(0):
@@ -2385,18 +2385,18 @@ def test_prim_channel_time_outs(prim_shell: PrimShell) -> None:
     for timeout in (0, -1.0, 0.001):
         with pytest.raises(TimeoutError):
             prim_shell.start(lambda t=timeout: channel.get(t), lambda: now(channel.get_async())).result()  # type: ignore[misc]
-        assert channel.stats() == pr.ChannelStats(1, 0, 0, 0, False)
+        assert channel.stats() == co.ChannelStats(1, 0, 0, 0, False)
     assert prim_shell.start(lambda: channel.put(1, 0), lambda: now(channel.put_async(1))).result() is None
     for timeout in (0, -1.0, 0.001):
         with pytest.raises(TimeoutError):
             prim_shell.start(lambda t=timeout: channel.put(2, t), lambda: now(channel.put_async(2))).result()  # type: ignore[misc]
-        assert channel.stats() == pr.ChannelStats(1, 1, 0, 0, False)
+        assert channel.stats() == co.ChannelStats(1, 1, 0, 0, False)
     assert prim_shell.start(lambda: channel.get(0), lambda: now(channel.get_async())).result() == 1
 
 
 def test_prim_channel_a_hand_over_at_the_last_moment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(co._Waiter, "block", prim_gated_block)
-    channel: pr.Channel[Any] = pr.Channel(1)
+    channel: co.Channel[Any] = co.Channel(1)
     getter = PrimThread(channel.get, gated=True)
     prim_getters(channel, 1)
     assert getter.expire(after=lambda: channel.put_nowait(None)) is None
@@ -2408,13 +2408,13 @@ def test_prim_channel_a_hand_over_at_the_last_moment_counts(monkeypatch: pytest.
 
     getter = PrimThread(channel.get, gated=True)
     prim_getters(channel, 1)
-    with pytest.raises(pr.ChannelClosed):
+    with pytest.raises(co.ChannelClosed):
         getter.expire(after=channel.close)
-    assert channel.stats() == pr.ChannelStats(1, 0, 0, 0, True)
+    assert channel.stats() == co.ChannelStats(1, 0, 0, 0, True)
 
 
 def test_prim_channel_delivers_each_item_once(prim_shell: PrimShell) -> None:
-    channel: pr.Channel[tuple[int, int]] = pr.Channel(2)
+    channel: co.Channel[tuple[int, int]] = co.Channel(2)
 
     def produce(name: int) -> None:
         for number in range(60):
@@ -2438,7 +2438,7 @@ def test_prim_channel_delivers_each_item_once(prim_shell: PrimShell) -> None:
 
 def test_prim_channel_loses_nothing_in_a_storm_of_time_outs_and_cancellations() -> None:
     """Threads that time out and tasks that are cancelled, of two loops: what was accepted is delivered once."""
-    channel: pr.Channel[tuple[str, int]] = pr.Channel(2)
+    channel: co.Channel[tuple[str, int]] = co.Channel(2)
     accepted: list[tuple[str, int]] = []
     delivered: list[tuple[str, int]] = []
     unsure: list[tuple[str, int]] = []
@@ -2469,7 +2469,7 @@ def test_prim_channel_loses_nothing_in_a_storm_of_time_outs_and_cancellations() 
                     delivered.append(channel.get(timeout=0 if with_time else PRIM_PATIENCE))
                 except TimeoutError:
                     os.sched_yield()
-        except pr.ChannelClosed:
+        except co.ChannelClosed:
             return
 
     async def aconsume(rng: random.Random) -> None:
@@ -2479,7 +2479,7 @@ def test_prim_channel_loses_nothing_in_a_storm_of_time_outs_and_cancellations() 
             if rng.random() < 0.3:
                 get.cancel()
             (outcome,) = await asyncio.gather(get, return_exceptions=True)
-            if isinstance(outcome, pr.ChannelClosed):
+            if isinstance(outcome, co.ChannelClosed):
                 return
             if not isinstance(outcome, asyncio.CancelledError):
                 assert not isinstance(outcome, BaseException)
@@ -2500,11 +2500,11 @@ def test_prim_channel_loses_nothing_in_a_storm_of_time_outs_and_cancellations() 
     delivered.extend(channel)  # what a getter gave back after the others had gone
     assert len(delivered) == len(set(delivered))
     assert set(accepted) <= set(delivered) <= set(accepted) | set(unsure)
-    assert channel.stats() == pr.ChannelStats(2, 0, 0, 0, True)
+    assert channel.stats() == co.ChannelStats(2, 0, 0, 0, True)
 
 
 def test_prim_channel_loses_no_item_to_a_loop_that_is_gone() -> None:
-    channel: pr.Channel[str] = pr.Channel(1)
+    channel: co.Channel[str] = co.Channel(1)
     getter = prim_stranded(channel.get_async())
     channel.put_nowait("item")
     assert channel.get_nowait() == "item"
@@ -2515,15 +2515,15 @@ def test_prim_channel_loses_no_item_to_a_loop_that_is_gone() -> None:
     assert channel.get_nowait() == "second"
     getter, putter = prim_stranded(channel.get_async()), getter
     channel.close()
-    assert channel.stats() == pr.ChannelStats(1, 0, 0, 0, True)
+    assert channel.stats() == co.ChannelStats(1, 0, 0, 0, True)
     del getter, putter
 
 
 def test_prim_channel_refuses_misuse_and_says_what_it_does() -> None:
     for capacity in (0, -1):
         with pytest.raises(ValueError, match="capacity must be at least 1"):
-            pr.Channel(capacity)
-    channel: pr.Channel[int] = pr.Channel(2)
+            co.Channel(capacity)
+    channel: co.Channel[int] = co.Channel(2)
     with pytest.raises(queue.Empty):
         channel.get_nowait()
     channel.put_nowait(1)
@@ -2533,7 +2533,7 @@ def test_prim_channel_refuses_misuse_and_says_what_it_does() -> None:
         channel.put_nowait(3)
     channel.close()
     assert repr(channel) == "<Channel capacity=2 items=2 putters=0 getters=0 closed=True>"
-    assert channel.stats() == pr.ChannelStats(capacity=2, items=2, putters=0, getters=0, closed=True)
+    assert channel.stats() == co.ChannelStats(capacity=2, items=2, putters=0, getters=0, closed=True)
     with pytest.raises(AttributeError):
         channel.stats().closed = False  # type: ignore[misc]
     assert list(channel) == [1, 2]
@@ -2542,7 +2542,7 @@ def test_prim_channel_refuses_misuse_and_says_what_it_does() -> None:
 @pytest.mark.parametrize("what", ["acquire", "put", "get"])
 def test_prim_ctrl_c_ends_a_blocked_thread_and_leaves_no_waiter(what: str) -> None:
     """A real signal, sent once the main thread is inside the blocking call."""
-    semaphore, channel = pr.Semaphore(1), pr.Channel[int](1)
+    semaphore, channel = co.Semaphore(1), co.Channel[int](1)
     assert semaphore.try_acquire()
     if what == "put":
         channel.put_nowait(0)
@@ -2563,8 +2563,8 @@ def test_prim_ctrl_c_ends_a_blocked_thread_and_leaves_no_waiter(what: str) -> No
         else:
             channel.get()
     helper.result()
-    assert semaphore.stats() == pr.SemaphoreStats(1, 0, 0)
-    assert channel.stats() == pr.ChannelStats(1, int(what == "put"), 0, 0, False)
+    assert semaphore.stats() == co.SemaphoreStats(1, 0, 0)
+    assert channel.stats() == co.ChannelStats(1, int(what == "put"), 0, 0, False)
 
 
 # ------------------------------------------------------------------- semaphore and channel: cancelled at every step
@@ -2593,7 +2593,7 @@ async def prim_cancelled(
 PRIM_ORDERS = list(itertools.product(range(4), range(6), (True, False)))
 
 
-def prim_check_semaphore_cancel(semaphore_type: type[pr.Semaphore], effort: settings | None = None) -> None:
+def prim_check_semaphore_cancel(semaphore_type: type[co.Semaphore], effort: settings | None = None) -> None:
     """No permit is lost and no waiter left, whenever the victim is cancelled; those behind are served in order."""
 
     async def scenario(event_step: int, cancel_step: int, event_first: bool, how: str, behind: int) -> bool:
@@ -2626,7 +2626,7 @@ def prim_check_semaphore_cancel(semaphore_type: type[pr.Semaphore], effort: sett
         assert await asyncio.gather(*others, return_exceptions=True) == [None] * behind
         assert outcome == "served" or isinstance(outcome, asyncio.CancelledError)
         assert served == list(range(behind))
-        assert semaphore.stats() == pr.SemaphoreStats(1, 1, 0)
+        assert semaphore.stats() == co.SemaphoreStats(1, 1, 0)
         return bool(outcome == "served")
 
     async def all_of_them() -> set[bool]:
@@ -2640,7 +2640,7 @@ def prim_check_semaphore_cancel(semaphore_type: type[pr.Semaphore], effort: sett
     assert prim_run(all_of_them()) == {True, False}
 
 
-def prim_check_channel_get_cancel(channel_type: type[pr.Channel[Any]], effort: settings | None = None) -> None:
+def prim_check_channel_get_cancel(channel_type: type[co.Channel[Any]], effort: settings | None = None) -> None:
     """Every accepted item is delivered exactly once, whenever a getter is cancelled."""
 
     async def scenario(event_step: int, cancel_step: int, event_first: bool, how: str, behind: int) -> bool:
@@ -2679,7 +2679,7 @@ def prim_check_channel_get_cancel(channel_type: type[pr.Channel[Any]], effort: s
         channel.close()
         got.extend([item async for item in channel])
         assert sorted(got) == list(range(next(sent)))
-        assert channel.stats() == pr.ChannelStats(1, 0, 0, 0, True)
+        assert channel.stats() == co.ChannelStats(1, 0, 0, 0, True)
         return bool(outcome == "served")
 
     async def all_of_them() -> set[bool]:
@@ -2693,7 +2693,7 @@ def prim_check_channel_get_cancel(channel_type: type[pr.Channel[Any]], effort: s
     assert prim_run(all_of_them()) == {True, False}
 
 
-def prim_check_channel_put_cancel(channel_type: type[pr.Channel[Any]], effort: settings | None = None) -> None:
+def prim_check_channel_put_cancel(channel_type: type[co.Channel[Any]], effort: settings | None = None) -> None:
     """A put that returned is delivered once, one that was cancelled at most once, and no putter stays behind."""
 
     async def scenario(event_step: int, cancel_step: int, event_first: bool, close: bool, behind: int) -> str:
@@ -2725,7 +2725,7 @@ def prim_check_channel_put_cancel(channel_type: type[pr.Channel[Any]], effort: s
         expected = [n for n, error in enumerate(refused) if error is None]
         assert [item for item in got[1:] if item != "victim"] == expected
         assert close or expected == list(range(behind))
-        assert channel.stats() == pr.ChannelStats(1, 0, 0, 0, True)
+        assert channel.stats() == co.ChannelStats(1, 0, 0, 0, True)
         return type(outcome).__name__
 
     async def all_of_them() -> set[str]:
@@ -2819,7 +2819,7 @@ class PrimLoopMachine(RuleBasedStateMachine):
 
 
 class PrimSemaphoreMachine(PrimLoopMachine):
-    semaphore_type: ClassVar[type[pr.Semaphore]] = pr.Semaphore
+    semaphore_type: ClassVar[type[co.Semaphore]] = co.Semaphore
 
     @initialize(permits=st.integers(1, 3))
     def start(self, permits: int) -> None:
@@ -2889,11 +2889,11 @@ class PrimSemaphoreMachine(PrimLoopMachine):
         while self.held or self.holders():
             self.now(self.act)
         self.settle()
-        assert self.semaphore.stats() == pr.SemaphoreStats(self.permits, self.permits, 0)
+        assert self.semaphore.stats() == co.SemaphoreStats(self.permits, self.permits, 0)
 
 
 class PrimChannelMachine(PrimLoopMachine):
-    channel_type: ClassVar[type[pr.Channel[Any]]] = pr.Channel
+    channel_type: ClassVar[type[co.Channel[Any]]] = co.Channel
 
     @initialize(capacity=st.integers(1, 3))
     def start(self, capacity: int) -> None:
@@ -2927,7 +2927,7 @@ class PrimChannelMachine(PrimLoopMachine):
             self.channel.put_nowait(item)
         except queue.Full:
             return
-        except pr.ChannelClosed:
+        except co.ChannelClosed:
             assert self.closed
             return
         assert not self.closed
@@ -2940,7 +2940,7 @@ class PrimChannelMachine(PrimLoopMachine):
                 self.arrivals.append(self.channel.get_nowait())
             except queue.Empty:
                 assert not self.closed
-            except pr.ChannelClosed:
+            except co.ChannelClosed:
                 assert self.closed
 
         self.now(call)
@@ -3009,27 +3009,27 @@ class PrimChannelMachine(PrimLoopMachine):
             for item in sent
         }
         assert not refused & set(delivered)
-        assert self.channel.stats() == pr.ChannelStats(self.channel.capacity, 0, 0, 0, True)
+        assert self.channel.stats() == co.ChannelStats(self.channel.capacity, 0, 0, 0, True)
 
 
-def prim_check_semaphore_walk(semaphore_type: type[pr.Semaphore], effort: settings = PRIM_SETTINGS) -> None:
+def prim_check_semaphore_walk(semaphore_type: type[co.Semaphore], effort: settings = PRIM_SETTINGS) -> None:
     machine = type(
         "Machine", (PrimSemaphoreMachine,), {"semaphore_type": semaphore_type, "debug": effort is not PRIM_HUNT}
     )
     run_state_machine_as_test(machine, settings=effort)
 
 
-def prim_check_channel_walk(channel_type: type[pr.Channel[Any]], effort: settings = PRIM_SETTINGS) -> None:
+def prim_check_channel_walk(channel_type: type[co.Channel[Any]], effort: settings = PRIM_SETTINGS) -> None:
     machine = type("Machine", (PrimChannelMachine,), {"channel_type": channel_type, "debug": effort is not PRIM_HUNT})
     run_state_machine_as_test(machine, settings=effort)
 
 
 PRIM_WAITING_PROPERTIES: list[tuple[Callable[..., None], type]] = [
-    (prim_check_semaphore_cancel, pr.Semaphore),
-    (prim_check_channel_get_cancel, pr.Channel),
-    (prim_check_channel_put_cancel, pr.Channel),
-    (prim_check_semaphore_walk, pr.Semaphore),
-    (prim_check_channel_walk, pr.Channel),
+    (prim_check_semaphore_cancel, co.Semaphore),
+    (prim_check_channel_get_cancel, co.Channel),
+    (prim_check_channel_put_cancel, co.Channel),
+    (prim_check_semaphore_walk, co.Semaphore),
+    (prim_check_channel_walk, co.Channel),
 ]
 
 
@@ -3042,7 +3042,7 @@ def test_prim_a_coroutine_that_is_closed_leaves_too() -> None:
     """Not every coroutine is run by a task to its end; one that is thrown away must not stay in a queue."""
 
     async def main() -> None:
-        semaphore, channel = pr.Semaphore(1), pr.Channel[int](1)
+        semaphore, channel = co.Semaphore(1), co.Channel[int](1)
         assert semaphore.try_acquire()
         for waiting in (semaphore.acquire_async(), channel.get_async()):
             waiting.send(None)
@@ -3051,8 +3051,8 @@ def test_prim_a_coroutine_that_is_closed_leaves_too() -> None:
         putting = channel.put_async(1)
         putting.send(None)
         putting.close()
-        assert semaphore.stats() == pr.SemaphoreStats(1, 0, 0)
-        assert channel.stats() == pr.ChannelStats(1, 1, 0, 0, False)
+        assert semaphore.stats() == co.SemaphoreStats(1, 0, 0)
+        assert channel.stats() == co.ChannelStats(1, 1, 0, 0, False)
 
     prim_run(main())
 
@@ -3143,7 +3143,7 @@ class PrimPolicyHerd(pr.RetryPolicy):
     """Jitter before the cap: the capped waits are all equal."""
 
     def delay(
-        self, attempt: int, rng: pr.Rng = random.random, retry_after: float | None = None, elapsed: float = 0.0
+        self, attempt: int, rng: co.Rng = random.random, retry_after: float | None = None, elapsed: float = 0.0
     ) -> float | None:
         if attempt >= self.attempts:
             return None
@@ -3155,7 +3155,7 @@ class PrimPolicyPastTotal(pr.RetryPolicy):
     """Looks at the time before the wait only."""
 
     def delay(
-        self, attempt: int, rng: pr.Rng = random.random, retry_after: float | None = None, elapsed: float = 0.0
+        self, attempt: int, rng: co.Rng = random.random, retry_after: float | None = None, elapsed: float = 0.0
     ) -> float | None:
         if attempt >= self.attempts or elapsed > self.total:
             return None
@@ -3166,7 +3166,7 @@ class PrimPolicyUncapped(pr.RetryPolicy):
     """Equal jitter that forgets the cap."""
 
     def delay(
-        self, attempt: int, rng: pr.Rng = random.random, retry_after: float | None = None, elapsed: float = 0.0
+        self, attempt: int, rng: co.Rng = random.random, retry_after: float | None = None, elapsed: float = 0.0
     ) -> float | None:
         delay = super().delay(attempt, rng, retry_after, elapsed)
         return delay if delay is None or retry_after is not None else min(delay + self.cap / 2, self.total - elapsed)
@@ -3198,7 +3198,7 @@ def prim_retry_too_eager(flaky: PrimFlaky, world: PrimWorld, on: Any, **options:
     return None, error
 
 
-class PrimSemaphoreLoses(pr.Semaphore):
+class PrimSemaphoreLoses(co.Semaphore):
     """Cancelled after the grant: the permit is gone."""
 
     def _abandon(self, waiter: co._Waiter) -> None:
@@ -3206,7 +3206,7 @@ class PrimSemaphoreLoses(pr.Semaphore):
             self._released.leave(waiter)
 
 
-class PrimSemaphoreGhosts(pr.Semaphore):
+class PrimSemaphoreGhosts(co.Semaphore):
     """A cancelled waiter stays in the queue and is granted a permit that it will never use."""
 
     def _abandon(self, waiter: co._Waiter) -> None:
@@ -3214,7 +3214,7 @@ class PrimSemaphoreGhosts(pr.Semaphore):
             super()._abandon(waiter)
 
 
-class PrimSemaphoreDoubles(pr.Semaphore):
+class PrimSemaphoreDoubles(co.Semaphore):
     """Cancelled before the grant: a permit out of nothing."""
 
     def _abandon(self, waiter: co._Waiter) -> None:
@@ -3222,7 +3222,7 @@ class PrimSemaphoreDoubles(pr.Semaphore):
         self._available = min(self.permits, self._available + 1)
 
 
-class PrimSemaphoreBarges(pr.Semaphore):
+class PrimSemaphoreBarges(co.Semaphore):
     """A permit passes through the count, so whoever comes first takes it."""
 
     async def acquire_async(self) -> bool:
@@ -3246,7 +3246,7 @@ class PrimSemaphoreBarges(pr.Semaphore):
                 self._released.grant_oldest()
 
 
-class PrimSemaphoreStack(pr.Semaphore):
+class PrimSemaphoreStack(co.Semaphore):
     """Last come, first served."""
 
     def release(self) -> None:
@@ -3255,14 +3255,14 @@ class PrimSemaphoreStack(pr.Semaphore):
         self._released._waiters.reverse()
 
 
-class PrimChannelLoses(pr.Channel[Any]):
+class PrimChannelLoses(co.Channel[Any]):
     """Cancelled after it was handed an item: the item is gone."""
 
     def _give_back(self, waiter: co._Waiter) -> None:
         self._leave(self._not_empty, waiter)
 
 
-class PrimChannelGhosts(pr.Channel[Any]):
+class PrimChannelGhosts(co.Channel[Any]):
     """A cancelled getter stays in the queue and is handed the next item."""
 
     def _give_back(self, waiter: co._Waiter) -> None:
@@ -3270,7 +3270,7 @@ class PrimChannelGhosts(pr.Channel[Any]):
             super()._give_back(waiter)
 
 
-class PrimChannelDoubles(pr.Channel[Any]):
+class PrimChannelDoubles(co.Channel[Any]):
     """Cancelled after it was handed an item: one to the next getter, and one into the buffer."""
 
     def _give_back(self, waiter: co._Waiter) -> None:
@@ -3279,7 +3279,7 @@ class PrimChannelDoubles(pr.Channel[Any]):
             self._items.append(waiter.value)
 
 
-class PrimChannelGhostPutter(pr.Channel[Any]):
+class PrimChannelGhostPutter(co.Channel[Any]):
     """A cancelled putter stays in the queue, and its place in the buffer with it."""
 
     def _leave(self, condition: co._FairCondition, waiter: co._Waiter) -> None:
@@ -3287,7 +3287,7 @@ class PrimChannelGhostPutter(pr.Channel[Any]):
             super()._leave(condition, waiter)
 
 
-class PrimChannelOverfull(pr.Channel[Any]):
+class PrimChannelOverfull(co.Channel[Any]):
     """One more than it can hold."""
 
     def _offer(self, item: Any) -> bool:
@@ -3298,7 +3298,7 @@ class PrimChannelOverfull(pr.Channel[Any]):
         return accepted
 
 
-class PrimChannelForgetful(pr.Channel[Any]):
+class PrimChannelForgetful(co.Channel[Any]):
     """Closing drops what is in the buffer."""
 
     def close(self) -> None:
@@ -3306,7 +3306,7 @@ class PrimChannelForgetful(pr.Channel[Any]):
         self._items.clear()
 
 
-class PrimChannelStack(pr.Channel[Any]):
+class PrimChannelStack(co.Channel[Any]):
     """Last in, first out."""
 
     def _take(self) -> Any:
@@ -3314,14 +3314,14 @@ class PrimChannelStack(pr.Channel[Any]):
         return super()._take()
 
 
-class PrimChannelForgetsPutters(pr.Channel[Any]):
+class PrimChannelForgetsPutters(co.Channel[Any]):
     """A place that is freed is given to nobody."""
 
     def _take(self) -> Any:
         return self._items.popleft()
 
 
-class PrimChannelLeavesGetters(pr.Channel[Any]):
+class PrimChannelLeavesGetters(co.Channel[Any]):
     """Closing wakes the putters only."""
 
     def close(self) -> None:
@@ -4279,7 +4279,7 @@ def flight_lands_another(self: Any, key: Any, flight: Any, answer: Any) -> None:
 
 FLIGHT_PLANTED: dict[str, dict[str, Any]] = {
     "a failure is not shared": flight_lands(lambda answer: None if answer and answer.error else answer),
-    "a cancelled leader poisons": flight_lands(lambda answer: answer or ca._Answer(None, FlightError("cancelled"))),
+    "a cancelled leader poisons": flight_lands(lambda answer: answer or pr._Answer(None, FlightError("cancelled"))),
     "a granted follower takes the lead along": {"_desert": lambda self, key, flight, waiter: flight.leave(waiter)},
     "a cancelled follower stays in the queue": {"_desert": lambda *_: None},
     "a forgotten flight ends its successor": {"_land": flight_lands_another},
@@ -4343,13 +4343,13 @@ def test_cache_keeps_what_is_loaded_as_the_load_says(shell: str) -> None:
             cache.get_or_load(key, lambda: kept) if shell == "threads" else prim_run(cache.get_or_load_async(key, load))
         )
 
-    assert ask("a", ca.Keep(None, negative=True)) is None
-    assert ask("b", ca.Keep("long", ttl=100)) == "long"
+    assert ask("a", pr.Keep(None, negative=True)) is None
+    assert ask("b", pr.Keep("long", ttl=100)) == "long"
     assert ("a" in cache, "b" in cache, "c" in cache) == (True, True, False)
     world.now = 3.0
     assert ("a" in cache, "b" in cache) == (False, True)
-    assert ask("c", ca.Keep("heavy", weight=6)) == "heavy" and "c" not in cache
-    assert ask("d", ca.Keep("filling", weight=5)) == "filling" and len(cache) == 1
+    assert ask("c", pr.Keep("heavy", weight=6)) == "heavy" and "c" not in cache
+    assert ask("d", pr.Keep("filling", weight=5)) == "filling" and len(cache) == 1
     started = cache.generation("b")
     cache.clear()
     assert (len(cache), cache.stats().weight, cache.put("b", "late", generation=started)) == (0, 0.0, False)
@@ -5498,23 +5498,23 @@ def test_pool_of_tasks_survives_what_is_no_exception_and_ends_with_its_block() -
         await asyncio.sleep(0.25)
 
     async def main() -> None:
-        async with pr.WorkerPool(stop, 2) as pool:
+        async with co.WorkerPool(stop, 2) as pool:
             for item in range(20):
                 await pool.submit_async(item)
         assert pool.stats() == (2, 0, 20, 20)
-        pools.append(pool := pr.WorkerPool(leave, 1))
+        pools.append(pool := co.WorkerPool(leave, 1))
         async with pool:
             await pool.submit_async(0)
         assert "its own pool" in str(pool.errors[0][1])
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(1.0), pr.WorkerPool(linger, 1, 100) as pool:
+            async with asyncio.timeout(1.0), co.WorkerPool(linger, 1, 100) as pool:
                 for item in range(20):
                     await pool.submit_async(item)
                 await asyncio.sleep(9)
         assert fan_now() == 1.0
         assert pool.stats().queued + pool.stats().handled == 20
 
-    pools: list[pr.WorkerPool[int]] = []
+    pools: list[co.WorkerPool[int]] = []
     fan_run(main())
 
 
@@ -5522,7 +5522,7 @@ def test_pool_worker_that_is_thrown_away_keeps_no_item() -> None:
     async def hang(item: int) -> None:
         await asyncio.sleep(0)
 
-    pool = pr.WorkerPool(hang, 1)
+    pool = co.WorkerPool(hang, 1)
     pool.submit(7)
     worker = pool._work_async()
     worker.send(None)
@@ -5539,7 +5539,7 @@ def test_fan_out_leaves_no_cycle(hedge: float | None) -> None:
         gc.collect()
         gc.disable()
         try:
-            answer = await pr.fan_out({"a": fail}, 1.0, hedge=hedge)
+            answer = await co.fan_out({"a": fail}, 1.0, hedge=hedge)
             error = weakref.ref(answer["a"].error)
             assert error() is not None
             del answer
@@ -5766,24 +5766,24 @@ def test_order_of_locks_in_one_thread_and_in_many() -> None:
         PrimThread(functools.partial(order_nest, *locks)).result()
 
     for nest in (order_nest, in_a_thread):
-        with co.LockOrder() as order:
+        with lock_order.LockOrder() as order:
             a, b, c, d = (co.new_lock(name) for name in "abcd")
             for locks in ((a, b), (a, b), (b, c), (a, d), (d, c), (a, b, c), (a, c)):
                 nest(*locks)
             known = {"a": {"b", "c", "d"}, "b": {"c"}, "d": {"c"}}
             assert order.stats() == known
             for locks in ((b, a), (c, a), (c, d), (a, a), (a, co.new_lock("a"))):  # the last: two of one kind
-                with pytest.raises(co.LockOrderError, match="elsewhere the other way round"):
+                with pytest.raises(lock_order.LockOrderError, match="elsewhere the other way round"):
                     nest(*locks)
             nest(a, b, c)  # of the attempts nothing is held
             assert order.stats() == known
     with a, b:
-        assert co.LockOrder.active is None
+        assert co.make_lock is lock_order.PLAIN
         assert type(co.new_lock("a")) is type(threading.Lock())
 
 
 def test_order_of_attempts_that_fail_and_of_odd_releases() -> None:
-    with co.LockOrder() as order:
+    with lock_order.LockOrder() as order:
         a, b, c = (co.new_lock(name) for name in "abc")
         with b:
             assert a.acquire(False) is True  # who does not wait cannot deadlock
@@ -5805,7 +5805,7 @@ def test_order_of_attempts_that_fail_and_of_odd_releases() -> None:
 
 
 def test_order_serves_a_condition() -> None:
-    with co.LockOrder() as order:
+    with lock_order.LockOrder() as order:
         outer, condition, told = co.new_lock("outer"), threading.Condition(co.new_lock("inner")), list[int]()
 
         def wait() -> bool:
@@ -5817,7 +5817,7 @@ def test_order_serves_a_condition() -> None:
             told.append(1)
             condition.notify_all()
         assert waiting.result() is True
-        with pytest.raises(co.LockOrderError), condition:
+        with pytest.raises(lock_order.LockOrderError), condition:
             outer.acquire()
         assert order.stats() == {"outer": {"inner"}}
 
@@ -5826,7 +5826,7 @@ def order_check_nothing_nests(pool_type: type[co.WorkerPool[Any]] = co.WorkerPoo
     """Every mechanism at work, for threads and tasks that wait for one another: no lock is taken under another."""
 
     async def main() -> None:
-        world, semaphore, channel, flight = PrimWorld(), co.Semaphore(1), co.Channel[int](1), ca.SingleFlight()
+        world, semaphore, channel, flight = PrimWorld(), co.Semaphore(1), co.Channel[int](1), pr.SingleFlight()
         cache, bucket, budget = pr.TTLCache[int, Any](4, clock=world.clock), pr.TokenBucket(1e6), pr.RetryBudget(1.0)
         breaker = pr.CircuitBreaker("b", failures=1, reset=1.0, clock=world.clock)
         batch, visited = pr.Batch[int](2, 1.0), co.Visited[int]()
@@ -5862,11 +5862,11 @@ def order_check_nothing_nests(pool_type: type[co.WorkerPool[Any]] = co.WorkerPoo
         cache.invalidate(9)
         channel.close()
         for mechanism in (semaphore, channel, flight, cache, bucket, budget, breaker, batch, visited, tasks, threads):
-            assert isinstance(mechanism._lock, co._RecordedLock), repr(mechanism)
+            assert isinstance(mechanism._lock, lock_order.RecordedLock), repr(mechanism)
             mechanism.stats()
         assert (batch.take(), len(batch.drain()), breaker.state, threads.stats()) == ([], 1, "closed", (3, 0, 9, 0))
 
-    with co.LockOrder() as order:
+    with lock_order.LockOrder() as order:
         prim_run(main())
     assert order.stats() == {}
 
@@ -6183,7 +6183,7 @@ class TurnsClose(TurnsCase):
 class TurnsFlight(TurnsCase):
     """Three callers of one key; the first load ends like a killed thread, so another one must load."""
 
-    kind: type[ca.SingleFlight] = ca.SingleFlight
+    kind: type[pr.SingleFlight] = pr.SingleFlight
     kills = 1
 
     def __init__(self) -> None:
@@ -6278,7 +6278,7 @@ class TurnsItemLost(co.Channel[Any]):
         return len(self._items) <= self.capacity or bool(self._items.popleft())
 
 
-class TurnsPoisoned(ca.SingleFlight):
+class TurnsPoisoned(pr.SingleFlight):
     """A killed leader takes its followers with it."""
 
     def _land(self, key: Any, flight: co._FairCondition, answer: Any) -> None:
@@ -7388,7 +7388,7 @@ class CarelessFrontier(Frontier):
         return 0.0
 
 
-class ForgetfulVisited(pr.Visited[str]):
+class ForgetfulVisited(co.Visited[str]):
     def add(self, key: str) -> bool:
         super().add(key)
         return True
@@ -8229,7 +8229,7 @@ def test_an_async_on_result_sets_the_pace(web: Sandbox) -> None:
 def test_a_crawl_takes_its_locks_in_one_order(web: Sandbox, driver: str) -> None:
     """Only the frontier's nests: below the condition of the workers, above the buckets and the visited set."""
     urls = [web.url(f"/?order={n}", n % 8) for n in range(200)]
-    with pr.LockOrder() as order:
+    with lock_order.LockOrder() as order:
         assert all(row.status == 200 for row in scrape(driver, urls, rate=10_000))
     nested = {"Frontier": {"TokenBucket", "Visited"}}
     if driver == "crawl_threads":
@@ -8279,7 +8279,7 @@ def test_certificates_are_checked_unless_told_otherwise(driver: str, tmp_path: P
         assert [kind(row) for row in refused] == ["tls", "tls"]
         assert "certificate" in str(refused[0].error)
         assert [row.error for row in scrape(driver, urls, insecure=True)] == [None, None]
-        trusted = tmp_path / "ca.pem"
+        trusted = tmp_path / "pr.pem"
         authority.cert_pem.write_to_path(str(trusted))
         _, out, _ = run_program(driver, *urls, "--rate", "0", env=os.environ | {"SSL_CERT_FILE": str(trusted)})
         assert [json.loads(line)["error"] for line in out.splitlines()] == [None, None]
@@ -10144,7 +10144,7 @@ class PlantedAmnesia(Frontier):
             self._waiting -= len(retries)
 
 
-class PlantedVisited(pr.Visited[str]):
+class PlantedVisited(co.Visited[str]):
     """Looks before it locks: what another adds meanwhile is not there yet."""
 
     def __init__(self) -> None:
@@ -14507,7 +14507,7 @@ def aggregate_play(web: Sandbox, case: AggregateCase) -> None:
 
             def source(path: str, **options: Any) -> upstreams.Source:
                 upstream = upstreams.Upstream(name="a", url=web.url(path), **options)
-                sources.append(upstreams.Source(upstream, session, pr.Semaphore(99), clock=world.clock))
+                sources.append(upstreams.Source(upstream, session, co.Semaphore(99), clock=world.clock))
                 return sources[-1]
 
             world = PrimWorld()
@@ -14863,7 +14863,7 @@ def test_aggregate_a_request_keeps_its_id() -> None:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         async with server, aiohttp.ClientSession() as session:
             upstream = upstreams.Upstream("a", url, headers={"X-Key": "secret"})
-            source = upstreams.Source(upstream, session, pr.Semaphore(1), clock=PrimWorld().clock)
+            source = upstreams.Source(upstream, session, co.Semaphore(1), clock=PrimWorld().clock)
             upstreams.request_id.set("id-of-the-request")
             assert await aggregate_ask(source) == ("fresh", {}, 0.0)
         assert b"X-Request-ID: id-of-the-request\r\n" in heads[0] and b"X-Key: secret\r\n" in heads[0]
@@ -15188,7 +15188,7 @@ async def app_upstream(handler: AppHandler) -> AsyncIterator[str]:
 
 def app_source(url: str, world: PrimWorld, session: aiohttp.ClientSession, **options: Any) -> upstreams.Source:
     upstream = upstreams.Upstream(name="a", url=url, **{"timeout": PRIM_PATIENCE, **options})
-    return upstreams.Source(upstream, session, pr.Semaphore(99), clock=world.clock)
+    return upstreams.Source(upstream, session, co.Semaphore(99), clock=world.clock)
 
 
 async def app_ticks() -> None:

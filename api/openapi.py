@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from api.upstreams import Upstream, UpstreamError
-from cache import TTLCacheStats
+from primitives import TTLCacheStats
 
 Json = dict[str, Any]
 

@@ -27,7 +27,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from api.upstreams import Source, percentiles
-from primitives import Batch, Clock, arrives
+from coordination import Clock, arrives
+from primitives import Batch
 from runtime.serving import Lag, lines_lost
 
 if TYPE_CHECKING:

@@ -36,19 +36,9 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 import orjson
 
-from primitives import (
-    CircuitBreaker,
-    CircuitOpen,
-    Clock,
-    RetryBudget,
-    RetryPolicy,
-    Rng,
-    Semaphore,
-    TTLCache,
-    hedged,
-    parse_retry_after,
-    retry_async,
-)
+from coordination import Clock, Rng, Semaphore, hedged
+from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, TTLCache, retry_async
+from runtime.http_dates import parse_retry_after
 
 log = logging.getLogger("uvicorn.error")
 

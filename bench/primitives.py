@@ -120,7 +120,7 @@ def bucket_cases() -> Iterator[Case]:
 def waiting_cases() -> Iterator[Case]:
     import queue
 
-    from primitives import Channel, Semaphore
+    from coordination import Channel, Semaphore
 
     async def release(semaphore: Semaphore | asyncio.Semaphore) -> None:
         semaphore.release()
@@ -203,7 +203,7 @@ def breaker_cases() -> Iterator[Case]:
 
 
 def gathering_cases() -> Iterator[Case]:
-    from primitives import fan_out
+    from coordination import fan_out
 
     async def gather() -> None:
         await asyncio.wait_for(asyncio.gather(*[succeed_async() for _ in range(8)]), 10)

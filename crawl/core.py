@@ -40,7 +40,7 @@ from typing import Any, Literal
 
 import ada_url
 
-from coordination import new_lock
+from coordination import Clock, Rng, new_lock
 from crawl.feeds import MAX_SITEMAP, NO_FEED, Article, Feed, FeedEntry, parse_feed, parse_sitemap, read_article
 from crawl.frontier import Frontier
 from crawl.robots import DISALLOW_ALL, LARGE, MAX_HOPS, MAX_ROBOTS, MAX_SITEMAPS, Rules, page_directives, rules_for
@@ -66,7 +66,8 @@ from crawl.rules import (
 )
 from crawl.scope import Scope, Traps
 from html_parse import parse_page
-from primitives import Clock, RetryPolicy, Rng, parse_retry_after
+from primitives import RetryPolicy
+from runtime.http_dates import parse_retry_after
 
 # -------------------------------------------------------------------------------------------------------- rules
 

@@ -34,10 +34,9 @@ from typing import Any
 
 import brotli
 
-from coordination import Channel, new_lock
+from coordination import Channel, Clock, new_lock
 from crawl.rules import FetchError, proxy_url
 from crawl.rules import is_public as is_public
-from primitives import Clock
 
 try:
     from compression import zstd  # type: ignore[import-not-found,unused-ignore]

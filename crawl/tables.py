@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import orjson
 
+from coordination import arrives
 from crawl.core import Crawl, build_row
 from crawl.frontier import host_of
 from crawl.lease import AT_ONCE, LEASE, Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, clean, hashed
 from crawl.rules import FetchError, Options, Request, Response, ScrapeResult
 from crawl.rules import origin as origin_of
-from primitives import arrives
 from runtime.postgres import BACK_OFF, Database, Embedded, Unavailable, check_url, is_away
 
 if TYPE_CHECKING:

@@ -53,22 +53,10 @@ import aiohttp
 import orjson
 import yarl
 
+from coordination import Channel, ChannelClosed, Clock, Rng, telling
 from logs.parse import Metadata
-from primitives import (
-    Channel,
-    ChannelClosed,
-    CircuitBreaker,
-    CircuitOpen,
-    Clock,
-    RetryBudget,
-    RetryPolicy,
-    Rng,
-    SingleFlight,
-    TTLCache,
-    parse_retry_after,
-    retry_async,
-    telling,
-)
+from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, SingleFlight, TTLCache, retry_async
+from runtime.http_dates import parse_retry_after
 
 log = logging.getLogger(__name__)
 

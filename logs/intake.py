@@ -40,8 +40,9 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from coordination import Clock, telling
 from logs.parse import Event
-from primitives import NANOSECOND, Clock, telling
+from primitives import NANOSECOND
 
 Policy = Literal["drop-newest", "drop-lowest-severity", "spool"]
 Cause = Literal["queue full", "queue bytes", "less severe", "too large"]

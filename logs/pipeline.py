@@ -44,12 +44,13 @@ from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
+from coordination import Clock, Rng, arrives, telling
 from logs.enrich import Enricher
 from logs.intake import EventQueue, Policy, Receiver
 from logs.parse import Event, parse
 from logs.store import SCHEMA, Outcome, Store, seal
 from logs.workers import Snapshot, imbalance
-from primitives import Clock, RetryPolicy, Rng, arrives, telling
+from primitives import RetryPolicy
 from runtime.postgres import Database, Embedded
 from runtime.serving import CannotStart, Lasting, lines_lost
 from runtime.spool import Sealed, Spool

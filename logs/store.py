@@ -48,8 +48,8 @@ from uuid import UUID
 
 import asyncpg
 
+from coordination import Clock, telling
 from logs.parse import Event, Metadata
-from primitives import Clock, telling
 from runtime.postgres import Database, is_a_rows_fault
 from runtime.spool import Sealed
 

@@ -39,7 +39,8 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from primitives import Clock, RetryPolicy, Rng, arrives, telling
+from coordination import Clock, Rng, arrives, telling
+from primitives import RetryPolicy
 from runtime.serving import http, lines_lost, show_status, stopped_by_signals
 
 log = logging.getLogger("ingest")

@@ -47,8 +47,10 @@ from typing import Any, Literal, NamedTuple
 import aiohttp
 from aiohttp import ClientWSTimeout, WSMsgType
 
+from coordination import Clock, Rng, telling
 from market.trade import Adapter, BadFrame, Parsed, SequenceCheck, Trade, short
-from primitives import CircuitBreaker, CircuitOpen, Clock, Permit, RetryPolicy, Rng, parse_retry_after, telling
+from primitives import CircuitBreaker, CircuitOpen, Permit, RetryPolicy
+from runtime.http_dates import parse_retry_after
 
 Emit = Callable[[str, list[Trade]], Awaitable[object] | None]
 """Told the exchange and a frame's trades, labelled. What it returns is awaited if it is not None."""

@@ -57,6 +57,7 @@ from typing import Any
 
 import aiohttp
 
+from coordination import Clock, Rng, arrives, telling
 from market.connect import TURN, Feed, new_session
 from market.display import Board, FeedLine, Snapshot, columns, imbalance, lost
 from market.feeds import ADAPTERS, Adapter, BadFrame, Trade
@@ -64,7 +65,6 @@ from market.kafka import Closed, Publisher
 from market.stats import WINDOWS, Row
 from market.topics import DeadLetter, Group, Taken, dead_letters, decode
 from market.workers import MOST, Uncomputed, Workers
-from primitives import Clock, Rng, arrives, telling
 from runtime.processes import PoolClosed, WorkerDied
 from runtime.serving import CannotStart, Lasting, lines_lost
 

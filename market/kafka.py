@@ -60,6 +60,7 @@ from aiokafka.errors import (
 )
 from aiokafka.partitioner import DefaultPartitioner
 
+from coordination import Clock, Rng, telling
 from market.feeds import Trade
 from market.topics import (
     ANALYTICS,
@@ -80,7 +81,6 @@ from market.topics import (
     to_line,
     trade_row,
 )
-from primitives import Clock, Rng, telling
 from runtime.spool import Sealed, Spool
 
 T = TypeVar("T")

@@ -41,8 +41,9 @@ import orjson
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
+from coordination import Clock, Rng, telling
 from market.feeds import Trade
-from primitives import Clock, RetryPolicy, Rng, telling
+from primitives import RetryPolicy
 
 log = logging.getLogger("market_pipeline")
 

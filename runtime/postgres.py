@@ -68,7 +68,8 @@ from urllib.parse import quote, urlsplit
 
 import asyncpg
 
-from primitives import Batch, Clock, RetryPolicy, Rng, arrives, telling
+from coordination import Clock, Rng, arrives, telling
+from primitives import Batch, RetryPolicy
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
-from primitives import Clock, telling
+from coordination import Clock, telling
 
 T = TypeVar("T")
 
