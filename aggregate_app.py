@@ -30,8 +30,6 @@ import base64
 import contextlib
 import gc
 import hashlib
-import hmac
-import ipaddress
 import itertools
 import logging
 import math
@@ -41,19 +39,18 @@ import secrets
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, cast
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
 import aiohttp
 import anyio
 import asyncpg
 import orjson
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -61,32 +58,23 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from api.history import UPSTREAM_RESULTS
 from api.openapi import document
-from api.report import Columns, inspect_host, summarise
-from api.telemetry import Events, Exporter, RequestLog, standard_output
-from api.upstreams import DEMO, ConfigError, Key, Load, Loaded, Part, Source, Upstream, read_config, request_id
-from coordination import Semaphore, T
-from primitives import State, TokenBucket, TTLCache
-from runtime.postgres import UPSTREAM_RESULTS, Database, History, Result, Unavailable
-from runtime.processes import PoolClosed, Processes, WorkerDied, in_daemon
-from runtime.serving import Lag, queue_stderr
-
-log = logging.getLogger("uvicorn.error")
+from api.report import Columns, summarise
+from api.requests import Problem, authorised, check, failed, moment, problem, query_of, whole
+from api.service import KEPT, PLACES, REPORTS, WARM, Kept, Service, log
+from api.telemetry import standard_output
+from api.upstreams import DEMO, ConfigError, Key, Loaded, Part, Source, Upstream, read_config, request_id
+from coordination import Semaphore
+from primitives import TokenBucket, TTLCache
+from runtime.postgres import Database, Unavailable
+from runtime.processes import PoolClosed, WorkerDied
+from runtime.serving import queue_stderr
 
 VERSION = "1.0"
 """Of the API, as its document says it."""
-GRACE = 5.0
-"""Seconds that loads under way get when the server stops."""
-KEPT, KEPT_MOST, KEPT_BYTES = 0.05, 1000, 16_000_000
-"""Seconds for which an assembled answer is handed out again; how many there may be, and of how many bytes in sum."""
-RENEW_EVERY, RETAIN_EVERY = 0.1, 600.0
-"""Seconds between two looks for what is to be renewed, and for what is too old to be kept."""
-WARM = 3.0
-"""Seconds that the start waits for the database and what it knows."""
 STREAMS = 100
 """Streams of events at a time."""
-REPORTS, LOOKS = 16, 4
-"""Reports, and looks at hosts for them, at a time."""
 UNSEEN = dict.fromkeys(("name", "address", "dns_ms", "connect_ms", "certificate_days")) | {"error": "timeout"}
 """What a report says of a host that took too long."""
 OUTCOMES = 20_000
@@ -100,10 +88,6 @@ HISTORY_LIMIT, REPORT_LIMIT = 5.0, 8.0
 """Seconds that a page of the history, or a report, may take."""
 CLIENT_RATE, CLIENT_BURST, CLIENTS = 1000.0, 2000, 10_000
 """Requests per second of one client (``AGGREGATE_RATE`` overrides, 0: any number), and how many are known at a time."""
-PLACES = 256
-"""Calls under way to all upstreams together."""
-MAX_PARAMETER = 200
-"""Characters of a parameter's value."""
 MAX_QUERY, MAX_HEADERS, MAX_BODY = 4096, 32 * 1024, 64 * 1024
 """Bytes of a query, of all headers, and of the body that a request announces (no body is read)."""
 DEADLINE_MS = 1, 1000, 30_000
@@ -113,184 +97,7 @@ DEADLINE_MS = 1, 1000, 30_000
 # ------------------------------------------------------------------------------------------------------- the service
 
 
-class Kept:
-    """An answer as it was sent, to be sent again."""
-
-    __slots__ = ("body", "headers", "hits", "states", "until")
-
-    def __init__(self, until: float, headers: list[tuple[bytes, bytes]], body: bytes, states: dict[str, str]) -> None:
-        self.until, self.headers, self.body, self.states = until, headers, body, states
-        self.hits = 0
-
-
-class Service:
-    """What lives as long as the server runs."""
-
-    def __init__(self, sources: dict[str, Source], database: Database, output: IO[bytes] | None) -> None:
-        self.sources, self.database, self.history = sources, database, History(database)
-        self.lag, self.events, self.log = Lag(), Events(), RequestLog(output)
-        self.processes = Processes(waiting=REPORTS)
-        self.reports, self.looks = 0, Semaphore(LOOKS)
-        self.registry = CollectorRegistry()
-        self.registry.register(Exporter(sources, self.lag, database, self.history.writer, self.log))
-        self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
-        self.force: Callable[[], object] = lambda: None
-        self.timers: list[asyncio.TimerHandle] = []
-        self.tasks: dict[str, asyncio.Task[Any]] = {}
-        self.kept: dict[tuple[str, bytes], Kept] = {}
-        self.kept_bytes = self.changes = 0
-        for source in sources.values():
-            source.listeners.append(self.loaded)
-            source.changed = self.settle
-            source.breaker.listen(self.switched)
-
-    def begin(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task beside the requests. One that fails is an error in the log, and shown by /health."""
-
-        def ended(task: asyncio.Task[T]) -> None:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                log.error("task %s ended", name, exc_info=error)
-            else:
-                del self.tasks[name]
-
-        task = self.tasks[name] = asyncio.create_task(work, name=name)
-        task.add_done_callback(ended)
-        return task
-
-    def loaded(self, load: Load) -> None:
-        parameters = load.parameters
-        state, error = ("ok", None) if load.error is None else (load.error.kind, str(load.error))
-        payload = None if load.data is None else load.data.encoded.decode()
-        self.history.keep(Result(load.source, orjson.dumps(parameters).decode(), load.at, load.latency, state, payload))
-        latency = round(load.latency * 1000, 1)
-        told = {"source": load.source, "parameters": parameters, "latency_ms": latency, "error": error}
-        self.events.publish("refresh", {**told, "state": "ok" if error is None else "error"})
-        if error is not None:
-            self.log.note("failed load", request_id.get(), told)
-
-    def switched(self, source: str, previous: State, state: State, _: int) -> None:
-        told = {"source": source, "state": state, "previous": previous}
-        self.events.publish("breaker", told)
-        self.log.note("breaker", request_id.get(), told)
-
-    def keep(self, asked: tuple[str, bytes], kept: Kept) -> None:
-        self.drop(asked)
-        if len(self.kept) >= KEPT_MOST or self.kept_bytes + len(kept.body) > KEPT_BYTES:
-            self.settle()
-        if len(kept.body) <= KEPT_BYTES:
-            self.kept[asked] = kept
-            self.kept_bytes += len(kept.body)
-
-    def drop(self, asked: tuple[str, bytes]) -> None:
-        """Send a kept answer no more. How often it was is counted now."""
-        kept = self.kept.pop(asked, None)
-        if kept is not None:
-            self.kept_bytes -= len(kept.body)
-            for name, state in kept.states.items():
-                self.sources[name].answers[state] += kept.hits
-
-    def settle(self) -> None:
-        """Something changed: no kept answer is sent again."""
-        self.changes += 1
-        for asked in list(self.kept):
-            self.drop(asked)
-
-    async def renew(self) -> None:
-        request_id.set("renewal")
-        while not self.stopping:
-            await asyncio.sleep(RENEW_EVERY)
-            for source in self.sources.values():
-                source.renew()
-
-    async def retain(self, seconds: float) -> None:
-        while True:
-            await self.database.ready()
-            with contextlib.suppress(Unavailable, asyncpg.PostgresError):
-                await self.history.forget(seconds)
-            await asyncio.sleep(RETAIN_EVERY)
-
-    async def warm(self) -> None:
-        """Begin with what the last life knew, as stale, once there is a database."""
-        await self.database.ready()
-        for name, source in self.sources.items():
-            upstream = source.upstream
-            within = upstream.ttl + max(upstream.stale, upstream.stale_if_error)
-            try:
-                results = await self.history.latest(name, within, upstream.keys)
-            except (Unavailable, asyncpg.PostgresError) as error:
-                log.warning("no warm start: %s", type(error).__name__)
-                return
-            for result in results:
-                given = orjson.loads(result.parameters)
-                if given.keys() == upstream.parameters.keys() and result.payload is not None:
-                    age = (datetime.now(UTC) - result.fetched_at).total_seconds()
-                    source.warm(source.key(given), orjson.loads(result.payload), age, result.latency)
-                await asyncio.sleep(0)
-
-    def look(self, name: str) -> asyncio.Task[dict[str, Any]]:
-        """The look at the host of a source that is under way, or a new one: one, however many reports want it."""
-
-        async def work() -> dict[str, Any]:
-            async with self.looks:
-                return await in_daemon(inspect_host, self.sources[name].upstream.url)
-
-        return self.tasks.get(f"look at {name}") or self.begin(f"look at {name}", work())
-
-    def stop(self) -> None:
-        """At the signal: streams end; loads and reports, which requests may wait for, have ``GRACE`` seconds left.
-
-        A client that does not read its answer would keep the server for ever: a second later it is let go.
-        """
-        if not self.stopping:
-            self.stopping, self.patience = True, time.monotonic() + GRACE
-            self.events.end()
-            later = asyncio.get_running_loop().call_later
-            self.timers = [later(GRACE, self.cut), later(GRACE + 1.0, self.force)]
-
-    def cut(self) -> None:
-        self.cancel_loads()
-        self.begin("end of reports", self.processes.close(0.0))
-
-    def cancel_loads(self) -> list[asyncio.Task[Loaded]]:
-        loads = [load for source in self.sources.values() for load in source.running]
-        for load in loads:
-            load.cancel()
-        return loads
-
-    async def close(self) -> None:
-        self.stop()
-        for timer in self.timers:
-            timer.cancel()
-        for task in self.tasks.values():
-            task.cancel()
-        await asyncio.gather(*list(self.tasks.values()), return_exceptions=True)
-        while loads := [load for source in self.sources.values() for load in source.running]:
-            await asyncio.wait(loads, timeout=max(0.0, self.patience - time.monotonic()))
-            await asyncio.wait(self.cancel_loads() or loads)
-
-
 # -------------------------------------------------------------------------------------------------------- routes
-
-
-class Problem(HTTPException):
-    """An RFC 9457 problem document, with members of its own."""
-
-    def __init__(self, status: int, title: str, headers: dict[str, str] | None = None, **members: Any) -> None:
-        super().__init__(status, title, headers)
-        self.members = members
-
-
-async def problem(_: Request, error: Exception) -> Response:
-    failure = cast(HTTPException, error)
-    members = failure.members if isinstance(failure, Problem) else {}
-    body = {"type": "about:blank", "title": failure.detail, "status": failure.status_code, **members}
-    headers = dict(failure.headers or {})
-    return Response(orjson.dumps(body), failure.status_code, headers, "application/problem+json")
-
-
-async def failed(request: Request, _: Exception) -> Response:
-    """The server logs the error."""
-    return await problem(request, Problem(500, "internal error"))
 
 
 def reply(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -303,46 +110,6 @@ def service_of(request: Request) -> Service:
 
 def sources_of(request: Request) -> dict[str, Source]:
     return service_of(request).sources
-
-
-def query_of(request: Request) -> dict[str, str]:
-    """The parameters in a request's query. ``Problem`` if one is there twice, or is no percent-encoded UTF-8."""
-    try:
-        pairs = parse_qsl(request.scope["query_string"].decode("ascii"), keep_blank_values=True, errors="strict")
-    except UnicodeDecodeError:
-        raise Problem(422, "the query is not percent-encoded UTF-8") from None
-    query = dict(pairs)
-    if len(query) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0][:50]
-        raise Problem(422, f"{twice} is there more than once", parameter=twice)
-    return query
-
-
-def check(query: Mapping[str, str], allowed: Iterable[str]) -> None:
-    """``Problem`` if there is a parameter that is not allowed, or one that cannot be a part of an upstream's URL."""
-    for name, value in query.items():
-        if name not in allowed:
-            raise Problem(422, f"no parameter {name[:50]} here", parameter=name[:50], parameters=sorted(allowed))
-        if not re.fullmatch(r"[^\x00-\x1f\x7f]+", value) or len(value) > MAX_PARAMETER or value in (".", ".."):
-            what = f"{name} must have 1 to {MAX_PARAMETER} characters, without control characters, and not be . or .."
-            raise Problem(422, what, parameter=name)
-
-
-def whole(query: Mapping[str, str], name: str, least: int, usual: int, most: int) -> int:
-    """A whole number among the parameters. ``Problem`` if it is none, or out of its bounds."""
-    text = query.get(name, str(usual))
-    if not re.fullmatch(r"[0-9]{1,6}", text, re.A) or not least <= int(text) <= most:
-        raise Problem(422, f"{name} must be a whole number from {least} to {most}", parameter=name)
-    return int(text)
-
-
-def moment(text: str, name: str) -> datetime:
-    """A time as RFC 3339 has it. ``Problem`` if it is none."""
-    form = r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)"
-    with contextlib.suppress(ValueError, OverflowError):
-        if re.fullmatch(form, text, re.A):
-            return datetime.fromisoformat(text.upper()).astimezone(UTC)
-    raise Problem(422, f"{name} must be a time with its offset, such as 2030-01-31T12:00:00Z", parameter=name)
 
 
 def names_in(query: dict[str, str], request: Request) -> list[str]:
@@ -425,36 +192,6 @@ async def aggregate(request: Request) -> Response:
         kept = Kept(until, response.raw_headers, bytes(response.body), states)
         service.keep((request.scope["path"], request.scope["query_string"]), kept)
     return response
-
-
-def authorised(request: Request) -> None:
-    """With ``AGGREGATE_TOKEN``, who has it; without, who is on this machine: neither behind a proxy that is, nor the
-    page of another origin in a browser that is (nor one whose name was made to lead here)."""
-    token = os.environ.get("AGGREGATE_TOKEN")
-    if token:
-        given = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise Problem(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-        return
-    headers, client = request.headers, request.client
-    origin = headers.get("Origin")
-    same = origin is None or re.sub("^https?://", "", origin) == headers.get("Host", "").lower()
-    if not same or headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-        raise Problem(403, "without AGGREGATE_TOKEN no page of another origin may do this")
-    names = [client.host if client is not None else ""]
-    if origin is not None:  # a page's name may have been made to lead here
-        names.append(request.url.hostname or "")
-    proxied = any(name in headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"))
-    if client is not None and client.port and not proxied and all(map(is_here, names)):
-        return
-    raise Problem(403, "without AGGREGATE_TOKEN only clients of this machine may do this")
-
-
-def is_here(host: str) -> bool:
-    """Whether this is an address of this machine alone, or the name that each machine has for itself."""
-    with contextlib.suppress(ValueError):
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    return False
 
 
 async def invalidate(request: Request) -> Response:

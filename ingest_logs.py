@@ -33,11 +33,13 @@ from zoneinfo import ZoneInfo
 
 import asyncpg
 
+from logs.display import Snapshot, last_word
 from logs.enrich import make_template
 from logs.intake import KernelDrops, Policy, udp_socket
 from logs.pipeline import FORCE_LIMIT, Ingester, Options, database_of
-from logs.workers import Link, Program, Snapshot, Supervisor, last_word, serve
-from runtime.postgres import Embedded, check_url
+from logs.workers import Link, Program, Supervisor, serve
+from runtime.embedded import Embedded
+from runtime.postgres import check_url
 from runtime.serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, shown_address, size, split_address
 
 log = logging.getLogger("ingest")

@@ -35,12 +35,16 @@ from typing import Any
 import orjson
 from aiokafka import AIOKafkaConsumer
 
+from market.analyse import Analyser
 from market.display import Snapshot, columns, last_word, latency, number, price, serve
-from market.feeds import ADAPTERS, Trade
-from market.flow import Analyser, Base, Options, Pipeline, Replayer, feeds_of, security
+from market.feeds import ADAPTERS
+from market.flow import Base, Options, Pipeline, feeds_of, security
+from market.replay import Replayer
 from market.stats import ALL
-from market.topics import ANALYTICS, DEAD_LETTERS, TRADES, Broker, decode
+from market.topics import ANALYTICS, DEAD_LETTERS, TRADES, decode
+from market.trade import Trade
 from runtime.serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, size, split_address
+from sandbox.broker import Broker
 
 log = logging.getLogger("market_pipeline")
 

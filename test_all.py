@@ -129,7 +129,10 @@ import html_parse
 import ingest_logs
 import market_pipeline
 import primitives as pr
+from api import history as history_module
 from api import openapi, report, telemetry, upstreams
+from api import service as service_module
+from api.history import UPSTREAM_RESULTS, History, Result
 from bench import aggregate as bench_aggregate
 from bench import feeds as bench_feeds
 from bench import ingest as bench_ingest
@@ -140,6 +143,7 @@ from bench import runner as bench
 from bench import scale as bench_scale
 from bench import upstreams as bench_upstreams
 from bench.peers import PARSERS
+from crawl import articles, hosts, http_aiohttp, http_urllib
 from crawl import cli as crawl_cli
 from crawl import core as crawl_core
 from crawl import feeds as feed_parse
@@ -151,22 +155,23 @@ from crawl import process_worker as crawl_share
 from crawl import processes as cp
 from crawl import readers as crawl_readers
 from crawl import robots as robots_module
+from crawl import rows as rows_module
+from crawl import sitemaps as sitemaps_module
 from crawl import tables as ct
-from crawl.cli import (
-    EXIT_INTERRUPTED,
-    EXIT_PIPE,
-    EXIT_USAGE,
-    Output,
-    RowWriter,
-    make_parser,
-    parse_arguments,
-    read_lines,
-    read_urls,
-)
-from crawl.core import Crawl, build_row
-from crawl.feeds import FeedEntry, SitemapEntry, iso_utc, parse_feed, parse_sitemap, read_article
-from crawl.frontier import FAIR, KEPT_BYTES, ROBOTS_AGAIN, Frontier, FrontierStats, Pace, Question, host_of
+from crawl import xml as xml_module
+from crawl.addresses import is_public, leads_private, may_go_anywhere, names_private
+from crawl.articles import read_article
+from crawl.cli import make_parser, parse_arguments, read_lines, read_urls
+from crawl.core import Crawl
+from crawl.dates import iso_utc
+from crawl.errors import ERROR_KINDS, MAX_RETRY_AFTER, FetchError, Postponed
+from crawl.feeds import FeedEntry, parse_feed
+from crawl.frontier import FAIR, KEPT_BYTES, ROBOTS_AGAIN, Frontier
+from crawl.headers import read_headers, request_headers
+from crawl.hosts import FrontierStats, Pace, Question, host_of
+from crawl.model import USER_AGENT, CrawlResult, FeedResult, Options, Request, Response, ScrapeResult
 from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit
+from crawl.output import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_USAGE, Output, RowWriter, encode_json
 from crawl.robots import (
     ALLOW_ALL,
     DISALLOW_ALL,
@@ -180,64 +185,49 @@ from crawl.robots import (
     product_token,
     rules_for,
 )
-from crawl.rules import (
-    ERROR_KINDS,
-    MAX_RETRY_AFTER,
-    MAX_URL,
-    USER_AGENT,
-    CrawlResult,
-    FeedResult,
-    FetchError,
-    Options,
-    Postponed,
-    Request,
-    Response,
-    ScrapeResult,
-    is_public,
-    is_secret,
-    leads_private,
-    may_go_anywhere,
-    names_private,
-    normalise,
-    read_headers,
-    request_headers,
-    split_credentials,
-)
+from crawl.rows import build_article, build_row, validator
+from crawl.rules import MAX_URL, is_secret, normalise, split_credentials
 from crawl.scope import MAX_QUERIES, Scope, Traps, registrable
+from crawl.sitemaps import SitemapEntry, parse_sitemap
 from html_parse import Page, parse_page
+from logs import display
 from logs import enrich as le
 from logs import intake as li
 from logs import parse as log_parse
 from logs import pipeline as log_pipeline
 from logs import store as log_store
 from logs import workers as log_workers
+from logs.display import Snapshot
 from logs.enrich import Enricher
 from logs.intake import udp_socket
 from logs.parse import Event, Metadata
 from logs.pipeline import Ingester
-from logs.workers import Snapshot, Supervisor
+from logs.workers import Supervisor
 from market import connect as market_connect
 from market import display as md
 from market import feeds as mf
 from market import flow as market_flow
 from market import kafka as mk
+from market import link
 from market import stats as mst
 from market import topics as mt
 from market import workers as mw
+from market.adapter import Adapter, SequenceCheck
+from market.analyse import Analyser
 from market.connect import Feed
 from market.feeds import ADAPTERS, Okx
-from market.flow import Analyser, Base, Pipeline, Replayer
-from market.kafka import Counts, Publisher
+from market.flow import Base, Pipeline
+from market.kafka import Publisher
+from market.link import Counts
+from market.replay import Replayer
 from market.stats import Analytics, Row
-from market.topics import Broker, decode
+from market.topics import decode
 from market.trade import (
     AHEAD_NS,
     EARLIEST_NS,
     UNPACKED_LIMIT,
-    Adapter,
     BadFrame,
     Parsed,
-    SequenceCheck,
     Trade,
     decimal,
     identity,
@@ -247,16 +237,19 @@ from market.trade import (
     whole,
 )
 from primitives import CircuitBreaker, RetryPolicy
+from runtime import embedded as embedded_module
 from runtime import http_dates, processes, serving
 from runtime import postgres as db
 from runtime import spool as log_spool
-from runtime.postgres import History, Result, Unavailable
+from runtime.embedded import Account, Embedded, EmbeddedError, find_programs
+from runtime.postgres import Unavailable
 from runtime.spool import Sealed, Spool, SpoolInUse
 from sandbox import faults as sf
 from sandbox import logs as sl
 from sandbox import markets as sandbox_markets
 from sandbox import sites as sandbox
 from sandbox import sites as sb
+from sandbox.broker import Broker
 from sandbox.exchanges import WIRES, Wire
 from sandbox.faults import FAULTS, status_expect
 from sandbox.logs import MetadataApi, Senders
@@ -8154,7 +8147,7 @@ def test_connections_are_kept_while_a_list_goes_round_many_hosts(driver: str) ->
 
 def test_the_pool_of_the_threads_forgets_what_is_closed(web: Sandbox) -> None:
     crawl = Crawl(Options(rate=0, timeout=0.3))
-    fetcher = crawl_threads.Fetcher(crawl)
+    fetcher = http_urllib.Fetcher(crawl)
     paths = ["ok", "http10", "closes_keepalive", "closes", "junk_after", "never_answers"]
     crawl.frontier.add_all([web.fault_url(path, host=9, pool=1) for path in paths], crawl.clock())
     for _ in paths:
@@ -8183,7 +8176,7 @@ def test_a_fault_of_our_own_costs_one_row(driver: str, web: Sandbox, monkeypatch
             raise ZeroDivisionError("planted")
         return parse_page(body, url, content_type)
 
-    monkeypatch.setattr("crawl.core.parse_page", broken)
+    monkeypatch.setattr("crawl.rows.parse_page", broken)
     rows = scrape(driver, [web.url(f"/p/{n}.html") for n in range(1, 6)])
     assert sorted(kind(row) for row in rows) == ["internal", "ok", "ok", "ok", "ok"]
     assert {row.error for row in rows} == {None, "internal: ZeroDivisionError: planted"}
@@ -8254,10 +8247,10 @@ def test_the_event_loop_is_never_blocked(web: Sandbox) -> None:
     program = """if True:
         import asyncio, sys
         import crawl_async
-        from crawl import rules
+        from crawl import model
         async def main():
             watch_the_loop()
-            options = rules.Options(rate=0, timeout=5, retries=0)
+            options = model.Options(rate=0, timeout=5, retries=0)
             rows = await crawl_async.scrape_all(sys.stdin.read().split(), options)
             print(len(rows))
         asyncio.run(main(), debug=True)
@@ -8850,7 +8843,7 @@ def test_a_sitemap_may_be_larger_than_a_page(driver: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_sitemap_is_read_up_to_its_own_limit(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("crawl.core", "crawl.feeds"):
+    for module in ("crawl.core", "crawl.sitemaps"):
         monkeypatch.setattr(f"{module}.MAX_SITEMAP", 60)
     with RawWeb({}) as web:
         web.answers = {
@@ -9125,7 +9118,7 @@ class GuardWeb:
         for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.upper(), raising=False)
-        for module in (crawl_threads, crawl_async):  # so that a name is looked up for each connection
+        for module in (http_urllib, http_aiohttp):  # so that a name is looked up for each connection
             monkeypatch.setattr(module, "Resolver", functools.partial(crawl_net.Resolver, ttl=0.0, threads=1))
 
     def close(self) -> None:
@@ -9220,7 +9213,7 @@ def test_guard_of_several_addresses_the_public_ones_are_used(driver: str, guarde
 def test_guard_an_address_in_the_url_is_judged_when_it_is_connected_to(
     driver: str, guarded: GuardWeb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("crawl.rules.names_private", lambda host: False)
+    monkeypatch.setattr("crawl.addresses.names_private", lambda host: False)
     crawl = Crawl(Options(rate=0))
     crawl.frontier._private = lambda host: False
     for url in ("http://10.0.0.1/", "http://[::1]:8080/", "http://[::ffff:7f00:1]/", "https://169.254.169.254/"):
@@ -9232,11 +9225,11 @@ def test_guard_an_address_in_the_url_is_judged_when_it_is_connected_to(
 
 def guard_fetch(driver: str, crawl: Crawl, request: Request) -> Response | FetchError:
     if driver == "crawl_threads":
-        with contextlib.closing(crawl_threads.Fetcher(crawl)) as threads:
+        with contextlib.closing(http_urllib.Fetcher(crawl)) as threads:
             return threads.fetch(request)
 
     async def fetch() -> Response | FetchError:
-        fetcher = crawl_async.Fetcher(crawl)
+        fetcher = http_aiohttp.Fetcher(crawl)
         try:
             return await fetcher.fetch(request)
         finally:
@@ -9655,7 +9648,9 @@ def test_frontier_links_keep_their_depth_and_flags_at_no_cost_for_each() -> None
     frontier = Frontier()
     tracemalloc.start()
     frontier.add_links(urls, 3, 0.0)
-    taken_by_it = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, frontier_module.__file__)])
+    taken_by_it = tracemalloc.take_snapshot().filter_traces(
+        [tracemalloc.Filter(True, str(module.__file__)) for module in (frontier_module, hosts)]
+    )
     tracemalloc.stop()
     size = sum(trace.size for trace in taken_by_it.traces)
     assert 10 < size / len(urls) < 75  # beside the text itself, of some 70 bytes
@@ -10798,7 +10793,7 @@ def test_sitemap_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torn.truncated and torn.error == "gzip: it ends too soon" and len(torn.urls) > 40_000
     spoilt = parse_sitemap(gzip.compress(SITEMAP_PLAIN.encode())[:-8] + b"\0" * 8, SITEMAP_AT)
     assert spoilt.truncated and "gzip: " in (spoilt.error or "")
-    monkeypatch.setattr(feed_parse, "MAX_SITEMAP", 3 << 20)
+    monkeypatch.setattr(sitemaps_module, "MAX_SITEMAP", 3 << 20)
     head = sitemap_of(entry.format(1)).encode()[:-9]
     for bomb in (head + b" " * (4 << 20), gzip.compress(head + b" " * (64 << 20), 1)):
         sitemap = parse_sitemap(bomb, SITEMAP_AT)
@@ -10807,7 +10802,7 @@ def test_sitemap_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [entry.url for entry in lines.urls] == ["https://site.example/1"]
     same = parse_sitemap(b"https://site.example/1\n" * 1300, SITEMAP_AT)
     assert (len(same.urls), same.truncated) == (1, False)
-    monkeypatch.setattr(feed_parse, "MAX_LOCATIONS", 100)
+    monkeypatch.setattr(sitemaps_module, "MAX_LOCATIONS", 100)
     same = parse_sitemap(b"https://site.example/1\n" * 401, SITEMAP_AT)
     assert len(same.urls) == 1 and same.error == "more than 400 entries, bad and repeated ones counted in"
     token = parse_sitemap(head + b"<url " + b"a='' " * (600_000), SITEMAP_AT)
@@ -10829,7 +10824,7 @@ def test_sitemap_in_pieces_is_the_same(size: int, monkeypatch: pytest.MonkeyPatc
     whole = [parse_sitemap(body, SITEMAP_AT) for body in bodies]
     assert [len(sitemap.urls) for sitemap in whole] == [18, 18, 18, 9]
     assert whole[0].urls[0].url == "https://site.example/%C3%A9?a=0&b&c&d%3C"
-    monkeypatch.setattr(feed_parse, "_PIECE", size * 16)
+    monkeypatch.setattr(xml_module, "_PIECE", size * 16)
     assert [parse_sitemap(body, SITEMAP_AT) for body in bodies] == whole
 
 
@@ -11740,7 +11735,7 @@ def test_feeds_journal_grows_with_the_articles_only(tmp_path: Path) -> None:
 
 
 def test_feeds_validators_of_a_strange_journal_are_not_sent() -> None:
-    assert [crawl_core.validator(text) for text in ('"a"', "", None, 5, '"é"', "a\nb", '"\ud800"')] == [
+    assert [validator(text) for text in ('"a"', "", None, 5, '"é"', "a\nb", '"\ud800"')] == [
         '"a"',
         "",
         *[None] * 5,
@@ -11762,16 +11757,16 @@ FEEDS_HOSTILE: dict[str, Callable[[], str]] = {
 def test_feeds_article_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes trafilatura minutes by itself (attributes, tables), or is too much, is not handed to it."""
     handed: list[tuple[str, bool]] = []
-    extract = feed_parse.extractor()
+    extract = articles.extractor()
 
     def watched(html: str, *, include_tables: bool, **more: Any) -> Any:
         handed.append((html, include_tables))
         return extract(html, include_tables=include_tables, **more)
 
-    monkeypatch.setattr(feed_parse, "extractor", lambda: watched)
+    monkeypatch.setattr(articles, "extractor", lambda: watched)
     text, author, published = read_article(FEEDS_HOSTILE[name]().encode("utf-8", "replace"), "http://a.example/")
     [(html, with_tables)] = handed
-    assert len(html) <= feed_parse.MAX_ARTICLE and html.count("<") <= feed_parse.MAX_TAGS == 50_000
+    assert len(html) <= articles.MAX_ARTICLE and html.count("<") <= articles.MAX_TAGS == 50_000
     assert max(map(len, html.split("<")), default=0) < 10_000
     assert with_tables == (name != "tables") and not set(html) & set("\0\1\x0b\ufffe")
     assert (text or "").startswith("This is the story" if name == "long" else "") and not author
@@ -11787,7 +11782,7 @@ def test_feeds_article_says_nothing_that_the_page_does_not(
     def trips(*_: Any, **__: Any) -> None:
         raise RecursionError
 
-    monkeypatch.setattr(feed_parse, "extractor", lambda: trips)
+    monkeypatch.setattr(articles, "extractor", lambda: trips)
     assert read_article(page.encode(), "http://a.example/x") == (None, None, None)
     assert capfd.readouterr() == ("", "")
 
@@ -11811,7 +11806,7 @@ def test_feeds_article_says_when(markup: str, published: str | None) -> None:
 def test_feeds_of_a_failed_article_keep_what_the_feed_says() -> None:
     entry = FeedEntry("http://a.example/1", "Title", "Ann", "2024-05-06T00:00:00Z", None)
     request = Request(entry.url, entry.url, "a.example")
-    row = crawl_core.build_article(request, FetchError("timeout", "x"), "http://a.example/f", entry)
+    row = build_article(request, FetchError("timeout", "x"), "http://a.example/f", entry)
     assert (row.error, row.title, row.author, row.published) == ("timeout: x", "Title", "Ann", entry.published)
     assert row.kind == "article" and row.feed == "http://a.example/f" and row.text is None
 
@@ -11825,7 +11820,7 @@ def test_feeds_a_fault_is_in_the_row_and_its_articles_are_followed(tmp_path: Pat
     assert row.links_found == ["http://a.example/1", "http://a.example/2"] == [entry["url"] for entry in row.entries]
     assert (row.etag, row.last_modified, row.status) == (None, None, 200)
     again = Crawl(Options(feeds=True))
-    (tmp_path / "news.jsonl").write_bytes(crawl_cli.encode_json(row) + b"\n")
+    (tmp_path / "news.jsonl").write_bytes(encode_json(row) + b"\n")
     with crawl_journal.open_journal(str(tmp_path / "news.jsonl")) as file:
         assert crawl_journal.recall(again, file) == 1
     assert again.frontier.waiting == 2 and again.validators == {}
@@ -12043,7 +12038,7 @@ def test_feeds_the_end_waits_for_no_reader(program: tuple[str, ...], feeds_site:
             gate.set()
             prim_until(lambda: b"/missing" in out.read_bytes())
             process.terminate()
-            assert process.wait(FEEDS_PATIENCE) == crawl_cli.EXIT_INTERRUPTED
+            assert process.wait(FEEDS_PATIENCE) == EXIT_INTERRUPTED
             prim_until(lambda: all(proc_gone(reader.pid) for reader in readers))
         finally:
             gate.set()
@@ -12252,7 +12247,7 @@ def test_walk_a_fault_of_its_own_is_one_row(driver: str, walked: WalkWeb, monkey
         return real(body, *more)
 
     real = html_parse.parse_page
-    monkeypatch.setattr(crawl_core, "parse_page", parse)
+    monkeypatch.setattr("crawl.rows.parse_page", parse)
     rows = walked.crawl(driver, "0/", concurrency=2)
     assert walk_errors(rows) == {"0/": None, "0/a": None, "0/b": "internal", "0/c": None}
     assert rows["0/b"].error == "internal: KeyError: 'planted'"
@@ -12267,7 +12262,8 @@ def test_walk_a_fault_where_there_is_no_row_to_tell(
         raise MemoryError("planted")
 
     owner, _, attribute = name.rpartition(".")
-    monkeypatch.setattr(getattr(crawl_core, owner) if owner else crawl_core, attribute, planted)
+    module = rows_module if name == "page_directives" else crawl_core
+    monkeypatch.setattr(getattr(module, owner) if owner else module, attribute, planted)
     walked.robots(0, f"Sitemap: {walked.url('0/map.xml')}")
     walked.sitemap("0/map.xml", "0/c")
     walked.page("0/", "/a", "/b")
@@ -14078,7 +14074,7 @@ def test_serving_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pyte
             several = Supervisor(["unused"], lambda _: {}, [sock], stop_limit=1.0)
             several.list[0].last = Snapshot(lines_lost=3)
             assert several.snapshot().lines_lost == serving.UNREAD + 3
-            found = {each.name: each for each in log_workers.Exporter(several.snapshot).collect()}
+            found = {each.name: each for each in display.Exporter(several.snapshot).collect()}
             assert found["ingest_lines_lost"].samples[0].value == serving.UNREAD + 3
         counts = SimpleNamespace(state="connected", queued=0, written=0, lost=0, refused=0)
         part = SimpleNamespace(stats=lambda: counts)
@@ -14660,14 +14656,14 @@ def aggregate_port(web: Sandbox) -> Iterator[int]:
         ]
     }
     server = uvicorn.Server(uvicorn.Config(aggregate_app.create_app(table), port=0, log_level="error"))
-    aggregate_app_grace, aggregate_app.GRACE = aggregate_app.GRACE, 0.0  # the silent one would take it
+    aggregate_app_grace, service_module.GRACE = service_module.GRACE, 0.0  # the silent one would take it
     thread = threading.Thread(target=server.run)
     thread.start()
     prim_until(lambda: server.started)
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     thread.join()
-    aggregate_app.GRACE = aggregate_app_grace
+    service_module.GRACE = aggregate_app_grace
 
 
 def aggregate_http(
@@ -15263,7 +15259,7 @@ def app_world(monkeypatch: pytest.MonkeyPatch) -> PrimWorld:
     world = PrimWorld()
     monkeypatch.setattr(aggregate_app, "Source", functools.partial(upstreams.Source, clock=world.clock))
     monkeypatch.setattr(aggregate_app, "KEPT", 1e9)
-    monkeypatch.setattr(aggregate_app, "RENEW_EVERY", 1e6)
+    monkeypatch.setattr(service_module, "RENEW_EVERY", 1e6)
     access = logging.getLogger("uvicorn.access")
     monkeypatch.setattr(access, "handlers", [logging.NullHandler()])
     monkeypatch.setattr(access, "propagate", False)
@@ -15659,12 +15655,12 @@ def test_app_kept_answers_are_counted_and_end_with_any_change(
                 assert (status, headers["cache-control"], service.kept) == (200, "no-cache", {})
                 service.cancel_loads()
                 # bounds: in number and in bytes
-                monkeypatch.setattr(aggregate_app, "KEPT_MOST", 3)
+                monkeypatch.setattr(service_module, "KEPT_MOST", 3)
                 for i in range(1, 9):
                     await app_ask(app, f"/aggregate/a?deadline_ms={i}")
                     assert len(service.kept) <= 3
                     assert service.kept_bytes == sum(len(one.body) for one in service.kept.values())
-                monkeypatch.setattr(aggregate_app, "KEPT_BYTES", 10)
+                monkeypatch.setattr(service_module, "KEPT_BYTES", 10)
                 await app_ask(app, "/aggregate/a?deadline_ms=99")
                 assert (len(service.kept), service.kept_bytes) == (0, 0)
 
@@ -16145,14 +16141,14 @@ def test_app_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_app_stops_though_an_upstream_and_a_resolver_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aggregate_app, "GRACE", 0.01)
+    monkeypatch.setattr(service_module, "GRACE", 0.01)
     gate = threading.Event()
 
     def inspect(url: str) -> dict[str, Any]:
         gate.wait()
         return {}
 
-    monkeypatch.setattr(aggregate_app, "inspect_host", inspect)
+    monkeypatch.setattr("api.service.inspect_host", inspect)
 
     async def main() -> None:
         async with app_upstream(lambda *_: asyncio.sleep(0)) as url:
@@ -16265,7 +16261,7 @@ class PgServer:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="pg-test-"))
         self.fresh = self.folder / "fresh"  # what initdb made, for a server of another test
-        embedded, password = db.Embedded(self.fresh), secrets.token_hex()
+        embedded, password = Embedded(self.fresh), secrets.token_hex()
         try:  # few iterations: many connections are made
             asyncio.run(
                 pg_do(embedded.start(), "SET scram_iterations = 1", f"ALTER USER postgres PASSWORD '{password}'")
@@ -16273,8 +16269,8 @@ class PgServer:
         finally:
             embedded.stop()
         owner = self.fresh.stat()
-        self.account = db.Account(owner.st_uid, owner.st_gid)
-        self.bin = db.find_programs(None, self.account)
+        self.account = Account(owner.st_uid, owner.st_gid)
+        self.bin = find_programs(None, self.account)
         self.data = self.folder / "data"
         self.copy_fresh(self.data)
         (self.data / "pg_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n")
@@ -16389,7 +16385,7 @@ PG_ROW = "INSERT INTO upstream_results VALUES"
 async def pg_open(url: str, size: int = 4) -> AsyncIterator[db.Database]:
     """A database, connected; at the end nothing of it is left."""
     before = asyncio.all_tasks()
-    database = db.Database(url, db.UPSTREAM_RESULTS, size=size)
+    database = db.Database(url, UPSTREAM_RESULTS, size=size)
     try:
         await database.open(PRIM_PATIENCE)
         assert database.state == "connected"
@@ -16402,9 +16398,9 @@ async def pg_open(url: str, size: int = 4) -> AsyncIterator[db.Database]:
 
 
 @contextlib.asynccontextmanager
-async def pg_history(url: str, **options: Any) -> AsyncIterator[db.History]:
+async def pg_history(url: str, **options: Any) -> AsyncIterator[History]:
     async with pg_open(url) as database:
-        history = db.History(database)
+        history = History(database)
         if options:
             history.writer = db.Writer(database, history._insert, **options)
         writing = asyncio.create_task(history.writer.run())
@@ -16413,11 +16409,9 @@ async def pg_history(url: str, **options: Any) -> AsyncIterator[db.History]:
         assert writing.exception() is None
 
 
-def pg_result(
-    n: int, source: str = "a", payload: str | None = "{}", status: str = "ok", **parameters: str
-) -> db.Result:
+def pg_result(n: int, source: str = "a", payload: str | None = "{}", status: str = "ok", **parameters: str) -> Result:
     """The ``n``-th result, a second after the one before, an hour ago."""
-    return db.Result(source, json.dumps(parameters), PG_BEGUN + timedelta(seconds=n), n / 1000, status, payload)
+    return Result(source, json.dumps(parameters), PG_BEGUN + timedelta(seconds=n), n / 1000, status, payload)
 
 
 PG_BEGUN = datetime.now(UTC) - timedelta(hours=1)
@@ -16863,7 +16857,7 @@ def test_database_none_is_none() -> None:
         with pytest.raises(db.Unavailable, match="not configured"):
             async with database.connection():
                 raise AssertionError("there is none")
-        history = db.History(database)
+        history = History(database)
         history.keep(pg_result(1))
         assert history.writer.stats() == db.WriterStats(0, 0, 0, 0, 0)
         await database.close()
@@ -17043,7 +17037,7 @@ def test_history_waits_for_what_may_be_mended(pg: PgServer) -> None:
 # --- the history ---
 
 
-async def pg_filled(pg: PgServer, history: db.History, results: Sequence[db.Result]) -> None:
+async def pg_filled(pg: PgServer, history: History, results: Sequence[Result]) -> None:
     for result in results:
         history.keep(result)
     written = history.writer.stats().written + len(results)
@@ -17063,7 +17057,7 @@ def test_history_pages_have_each_row_once(pg: PgServer) -> None:
                 ({"city": "Rome", "unit": "C"}, 100),
                 ({"unit": "K"}, 5),
             ):
-                seen: list[db.Result] = []
+                seen: list[Result] = []
                 before, more, pages = datetime.now(UTC), True, 0
                 while more:
                     page, more = await history.page("a", json.dumps(wanted), before, limit, 1 << 30)
@@ -17128,7 +17122,7 @@ def test_history_latest_is_one_for_each_combination(pg: PgServer, monkeypatch: p
             assert await latest(max_bytes=3) == [44, 43]
             age = (datetime.now(UTC) - results[42].fetched_at).total_seconds() + 0.5
             assert await latest(within=age) == [44, 43, 42]
-            monkeypatch.setattr(db, "RECENT", 3)
+            monkeypatch.setattr(history_module, "RECENT", 3)
             assert await latest() == [44, 43, 42]
 
     prim_run(main())
@@ -17233,7 +17227,7 @@ class PgSpied:
 PG_PROGRAM = """
 import sys
 from pathlib import Path
-from runtime.postgres import Embedded
+from runtime.embedded import Embedded
 server = Embedded(Path(sys.argv[1]))
 for attempt in range(300, -1, -1):
     try:
@@ -17317,7 +17311,7 @@ class PgWheel:
         self.entered, self.gate, self.calls = threading.Event(), threading.Event(), list[str]()
         self.error: Exception | None = None
 
-    def run(self, server: db.Embedded, account: db.Account, program: str, *arguments: str, inside: str = "") -> None:
+    def run(self, server: Embedded, account: Account, program: str, *arguments: str, inside: str = "") -> None:
         if program == "initdb":
             (server.folder / inside / "PG_VERSION").write_text("18\n")
             return
@@ -17329,21 +17323,21 @@ class PgWheel:
         if self.error is not None:
             raise self.error
 
-    def runs(self, _: db.Embedded) -> bool:
+    def runs(self, _: Embedded) -> bool:
         return self.calls[-1:] == ["start"]
 
 
 @pytest.fixture
 def pg_wheel(monkeypatch: pytest.MonkeyPatch) -> PgWheel:
     wheel = PgWheel()
-    monkeypatch.setattr(db.Embedded, "_run", lambda *arguments, **more: wheel.run(*arguments, **more))
-    monkeypatch.setattr(db.Embedded, "_runs", lambda server: wheel.runs(server))
+    monkeypatch.setattr(Embedded, "_run", lambda *arguments, **more: wheel.run(*arguments, **more))
+    monkeypatch.setattr(Embedded, "_runs", lambda server: wheel.runs(server))
     return wheel
 
 
 def test_embedded_closed_while_it_starts_is_stopped(pg_wheel: PgWheel, tmp_path: Path) -> None:
     async def main() -> None:
-        database = db.Database(db.Embedded(tmp_path / "postgres"))
+        database = db.Database(Embedded(tmp_path / "postgres"))
         await database.open(0.0)
         await prim_until_async(pg_wheel.entered.is_set)
         closing = asyncio.create_task(database.close())
@@ -17359,7 +17353,7 @@ def test_embedded_closed_while_it_starts_is_stopped(pg_wheel: PgWheel, tmp_path:
 
 def test_embedded_lets_its_lock_go_when_the_stop_fails(pg_wheel: PgWheel, tmp_path: Path) -> None:
     pg_wheel.gate.set()
-    server, other = db.Embedded(tmp_path / "new" / "postgres"), db.Embedded(tmp_path / "new" / "postgres")
+    server, other = Embedded(tmp_path / "new" / "postgres"), Embedded(tmp_path / "new" / "postgres")
     server.start()
     other.start()
     server.stop()
@@ -17433,7 +17427,7 @@ def pg_postmaster(folder: Path) -> psutil.Process:
 @contextlib.contextmanager
 def pg_embedded(folder: Path) -> Iterator[str]:
     """The URL of the server in ``folder``."""
-    server = db.Embedded(folder)
+    server = Embedded(folder)
     try:
         yield server.start()
     finally:
@@ -17535,7 +17529,7 @@ def test_embedded_folder_of_the_version_before_becomes_safe(pg: PgServer, pg_yar
     (folder / "postgresql.auto.conf").write_text("listen_addresses = '127.0.0.1'\nunix_socket_permissions = 0777\n")
     account = pg.account
     if owner is not None:
-        account = db.Account(pwd.getpwnam(owner).pw_uid, 0)
+        account = Account(pwd.getpwnam(owner).pw_uid, 0)
         for path in (folder, *folder.rglob("*")):
             os.chown(path, *account)
     elsewhere = pg_yard / "socket"
@@ -17584,8 +17578,8 @@ def test_embedded_programs_out_of_reach_are_copied_once(
         copies.mkdir()
         copies.chmod(0o755)
         moved = importlib.machinery.ModuleSpec(package.name, None, origin=str(closed / package.name / "__init__.py"))
-        monkeypatch.setattr(db, "find_spec", lambda _: moved)
-        monkeypatch.setattr(db, "COPIES", copies)
+        monkeypatch.setattr(embedded_module, "find_spec", lambda _: moved)
+        monkeypatch.setattr(embedded_module, "COPIES", copies)
         made = []
         for _ in range(2):
             with pg_embedded(pg_yard / "data" / "postgres"):
@@ -17604,7 +17598,7 @@ def test_embedded_works_for_a_user_and_not_for_the_next(
     folder = pg_yard / "home" / ("x" * 150) / "postgres"
     (pg_yard / "home").mkdir()
     os.chown(pg_yard / "home", PG_OTHER, PG_OTHER)
-    monkeypatch.setattr(db, "find_programs", lambda *_: pg.bin)  # wherever the environment is
+    monkeypatch.setattr(embedded_module, "find_programs", lambda *_: pg.bin)  # wherever the environment is
 
     def use() -> bool:
         with pg_embedded(folder):
@@ -17659,7 +17653,7 @@ def test_embedded_folder_that_root_should_not_trust_is_refused(
 
             monkeypatch.setattr(os, "fchown", refuse)
     before = [(path.lstat().st_mode, path.lstat().st_uid) for path in (way, *way.rglob("*"))]
-    with pytest.raises((db.EmbeddedError, OSError), match=why) as caught, pg_embedded(folder):
+    with pytest.raises((EmbeddedError, OSError), match=why) as caught, pg_embedded(folder):
         pass
     assert "\n" not in str(caught.value)
     assert [(path.lstat().st_mode, path.lstat().st_uid) for path in (way, *way.rglob("*"))] == before
@@ -17682,7 +17676,7 @@ def test_embedded_that_cannot_start_says_why_in_a_line(pg: PgServer, tmp_path: P
         settings.write("shared_buffers = 'none at all'\n")
     (folder / "log").write_text("FATAL: of another day\n")
     os.chown(folder / "log", *pg.account)
-    with pytest.raises(db.EmbeddedError, match=r"^FATAL: .*postgresql\.conf[^\n]*$"), pg_embedded(folder):
+    with pytest.raises(EmbeddedError, match=r"^FATAL: .*postgresql\.conf[^\n]*$"), pg_embedded(folder):
         pass
 
 
@@ -17693,7 +17687,7 @@ def test_embedded_that_cannot_start_says_why_in_a_line(pg: PgServer, tmp_path: P
 def pg_service(url: str | None, upstream: upstreams.Upstream) -> Iterator[int]:
     """The API before one upstream, and its port."""
     app = aggregate_app.create_app(
-        {upstream.name: upstream}, database=lambda: db.Database(url, db.UPSTREAM_RESULTS), client_rate=0
+        {upstream.name: upstream}, database=lambda: db.Database(url, UPSTREAM_RESULTS), client_rate=0
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
     thread = threading.Thread(target=server.run)
@@ -22691,7 +22685,7 @@ async def logs_ingest_up(
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
     counts = ingester.snapshot()
-    assert log_workers.imbalance(counts) == 0 and counts.faults == up.faults
+    assert display.imbalance(counts) == 0 and counts.faults == up.faults
     assert {place: n for place, n in counts.held.items() if n and place != "spool"} == {}
     assert counts.received == up.sent or not up.sent
     assert up.code == (1 if counts.dropped.get("stopped") else 0)
@@ -22824,7 +22818,7 @@ def test_logs_ingest_stopped_without_a_database_leaves_all_to_the_next(
             await prim_until_async(lambda: "database: not there yet" in caplog.text)
         counts = up.ingester.snapshot()
         assert (up.code, counts.held["spool"], counts.stored) == (0, 250, 0)
-        assert log_workers.last_word(counts).endswith("dropped 0 + left in the spool 250")
+        assert display.last_word(counts).endswith("dropped 0 + left in the spool 250")
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url) as up:
             up.send(10)
             counts = await up.stored()
@@ -23113,7 +23107,7 @@ def test_logs_ingest_a_fault_costs_the_event_that_causes_it(
             up.send(10)
             counts = await up.until(lambda counts: counts.stored == 9)
             assert counts.dropped == {"cannot be encoded": 1}
-            assert log_workers.health(counts, 1)[0] == 503
+            assert display.health(counts, 1)[0] == 503
         assert await logs_ingest_serials(logs_ingest_pg) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
         look = "SELECT parse_error FROM logs WHERE message LIKE '%serial=3%'"
         assert await logs_ingest_pg.do(look) == "the parser failed: KeyError"
@@ -23127,10 +23121,10 @@ def test_logs_ingest_an_imbalance_is_an_error(tmp_path: Path, caplog: pytest.Log
             up.faults = 1
             up.ingester._received += 2
             counts = up.ingester.snapshot()
-            code, body = log_workers.health(counts, 1)
+            code, body = display.health(counts, 1)
             assert (code, body["status"], body["imbalance"], body["faults"]) == (503, "error", 2, 1)
             assert "2 events are not accounted for" in caplog.text
-            assert log_workers.last_word(counts).endswith("THE COUNTS DO NOT BALANCE: 2")
+            assert display.last_word(counts).endswith("THE COUNTS DO NOT BALANCE: 2")
             up.ingester._received -= 2
 
     prim_run(main())
@@ -23467,8 +23461,8 @@ def test_logs_ingest_counts_add_up_over_workers_and_their_deaths() -> None:
         received=100, recovered=5, stored=60, dead=1, dropped={"queue full": 4}, held={"queue": 10, "spool": 30}
     )
     two = Snapshot(received=7, stored=7, held={"queue": 0}, lag=2.0, database="down", metadata="open", deaths=1)
-    assert log_workers.imbalance(one) == log_workers.imbalance(two) == 0
-    both = log_workers.add_up([one, two])
+    assert display.imbalance(one) == display.imbalance(two) == 0
+    both = display.add_up([one, two])
     assert (both.received, both.stored, both.dropped, both.held) == (
         107,
         67,
@@ -23476,13 +23470,13 @@ def test_logs_ingest_counts_add_up_over_workers_and_their_deaths() -> None:
         {"queue": 10, "spool": 30},
     )
     assert (both.lag, both.database, both.metadata, both.workers, both.deaths) == (2.0, "down", "open", 2, 1)
-    gone = log_workers.buried(one)
+    gone = display.buried(one)
     assert (gone.dropped, gone.handed, gone.held) == ({"queue full": 4, "worker died": 10}, 30, {})
-    assert log_workers.imbalance(gone) == 0 and (gone.workers, gone.deaths) == (0, 1)
-    again = log_workers.add_up([gone, Snapshot(recovered=30, stored=30, database="connected")])
-    assert log_workers.imbalance(again) == 0 and again.workers == 1 and again.database == "connected"
-    assert log_workers.imbalance(one._replace(stored=61)) == -1
-    assert log_workers.add_up([]) == Snapshot(workers=0)
+    assert display.imbalance(gone) == 0 and (gone.workers, gone.deaths) == (0, 1)
+    again = display.add_up([gone, Snapshot(recovered=30, stored=30, database="connected")])
+    assert display.imbalance(again) == 0 and again.workers == 1 and again.database == "connected"
+    assert display.imbalance(one._replace(stored=61)) == -1
+    assert display.add_up([]) == Snapshot(workers=0)
 
 
 def test_logs_ingest_status_and_last_word() -> None:
@@ -23492,11 +23486,11 @@ def test_logs_ingest_status_and_last_word() -> None:
         held={"queue": 900, "spool": 93}, kernel_drops=7, lag=0.25, database="down", metadata="open", stopping=True,
         refused=3,
     )  # fmt: skip
-    assert log_workers.status(now, before, 2.0, 61.0) == (
+    assert display.status(now, before, 2.0, 61.0) == (
         "61 s · received 3,000 (1,000/s) · stored 2,000 (750/s) · queue 900 · dropped 5 (queue full 5)"
         " · kernel dropped 7 · dead 2 · spool 93 · lag 0.2 s · database down · metadata open · stopping"
     )
-    assert log_workers.last_word(now) == (
+    assert display.last_word(now) == (
         "received 3,000 = stored 2,000 + dead 2 + dropped 5 (queue full 5) + left in the spool 93"
         " + held 900 (queue 900); the kernel dropped 7 datagrams; 3 datagrams came from addresses that are not allowed"
     )
@@ -23516,7 +23510,7 @@ def test_logs_ingest_status_and_last_word() -> None:
     ],
 )
 def test_logs_ingest_health(counts: Snapshot, code: int, state: str) -> None:
-    found = log_workers.health(counts, 1)
+    found = display.health(counts, 1)
     assert (found[0], found[1]["status"]) == (code, state)
 
 
@@ -26765,17 +26759,17 @@ def market_kafka_balanced(publisher: mk.Publisher) -> mk.PublisherStats:
 
 
 @pytest.fixture(scope="module")
-def market_kafka_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mt.Broker]:
-    with mt.Broker(tmp_path_factory.mktemp("kafka")) as broker:
+def market_kafka_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with Broker(tmp_path_factory.mktemp("kafka")) as broker:
         yield broker
 
 
 @pytest.fixture
-def market_kafka_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mt.Broker]:
+def market_kafka_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
     """One of the test's own: it may be frozen, stopped, killed."""
-    monkeypatch.setattr(mk, "BACK_OFF", MARKET_KAFKA_AT_ONCE)
+    monkeypatch.setattr(link, "BACK_OFF", MARKET_KAFKA_AT_ONCE)
     monkeypatch.setattr(mt, "BACK_OFF", MARKET_KAFKA_AT_ONCE)
-    with mt.Broker(tmp_path / "broker") as broker:
+    with Broker(tmp_path / "broker") as broker:
         yield broker
 
 
@@ -26801,7 +26795,7 @@ async def market_kafka_open(address: str, limit: float = PRIM_PATIENCE, **option
 
 
 def test_market_kafka_every_record_is_where_its_symbol_belongs_once_and_in_order(
-    market_kafka_module: mt.Broker,
+    market_kafka_module: Broker,
 ) -> None:
     address, trades = market_kafka_module.address, market_kafka_trades(0, 5000, 20)
 
@@ -26864,7 +26858,7 @@ def test_market_kafka_a_line_of_the_spool_gives_back_what_it_was_made_of() -> No
 
 
 def test_market_kafka_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
-    market_kafka_module: mt.Broker,
+    market_kafka_module: Broker,
 ) -> None:
     address = market_kafka_module.address
     bad: list[Any] = [
@@ -26915,7 +26909,7 @@ def test_market_kafka_what_cannot_be_published_is_a_dead_letter_and_holds_up_nob
 
 
 def test_market_kafka_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes_on_in_order(
-    market_kafka_module: mt.Broker,
+    market_kafka_module: Broker,
 ) -> None:
     address, culprits = market_kafka_module.address, {0, 13, 14, 700, 999}
 
@@ -26946,7 +26940,7 @@ def test_market_kafka_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes
 
 
 def test_market_kafka_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
-    market_kafka_module: mt.Broker,
+    market_kafka_module: Broker,
 ) -> None:
     address = market_kafka_module.address
 
@@ -26969,7 +26963,7 @@ def test_market_kafka_the_producer_is_idempotent_and_begins_anew_when_the_broker
             await publisher.trades(market_kafka_trades(10, 20))
             await publisher.flush()
             assert publisher.stats().connects == 2 and "OutOfOrder" in publisher.stats().error
-            publisher._link._sent = mk.RENEW_AFTER + 1
+            publisher._link._sent = link.RENEW_AFTER + 1
             await publisher.trades(market_kafka_trades(20, 30))
             await publisher.flush()
             assert publisher.stats().connects == 3
@@ -26978,7 +26972,7 @@ def test_market_kafka_the_producer_is_idempotent_and_begins_anew_when_the_broker
     prim_run(main())
 
 
-def test_market_kafka_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broker: mt.Broker) -> None:
+def test_market_kafka_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broker: Broker) -> None:
     broker = market_kafka_broker
     broker.stop()
 
@@ -27012,7 +27006,9 @@ def test_market_kafka_without_a_spool_callers_wait_for_room_in_their_order(marke
     prim_run(main())
 
 
-def test_market_kafka_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(market_kafka_broker: mt.Broker) -> None:
+def test_market_kafka_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(
+    market_kafka_broker: Broker,
+) -> None:
     broker = market_kafka_broker
     broker.stop()
 
@@ -27023,13 +27019,13 @@ def test_market_kafka_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(
             for n in range(1, 200):
                 publisher.analytics([{"symbol": "A", "n": n}])
             stats = market_kafka_balanced(publisher)
-            assert stats.analytics == mk.Counts(200, 0, 0, 51, 0, 149, 0) and stats.trades.held == 0
+            assert stats.analytics == link.Counts(200, 0, 0, 51, 0, 149, 0) and stats.trades.held == 0
             with pytest.raises((LookupError, AttributeError, TypeError)):
                 publisher.analytics([{"n": 1}])
             await publisher.trades([market_kafka_trade(1)])
             broker.start()
             await publisher.flush()
-            assert market_kafka_balanced(publisher).analytics == mk.Counts(200, 0, 51, 0, 0, 149, 0)
+            assert market_kafka_balanced(publisher).analytics == link.Counts(200, 0, 51, 0, 0, 149, 0)
         records = [each for lot in (await market_kafka_read(broker.address, "analytics")).values() for each in lot]
         assert [orjson.loads(record.value)["n"] for record in records] == [0, *range(150, 200)]
 
@@ -27037,7 +27033,7 @@ def test_market_kafka_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(
 
 
 def test_market_kafka_absent_at_the_start_the_buffer_fills_then_the_spool_and_all_comes_in_order(
-    market_kafka_broker: mt.Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    market_kafka_broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = market_kafka_broker
     broker.stop()
@@ -27047,7 +27043,7 @@ def test_market_kafka_absent_at_the_start_the_buffer_fills_then_the_spool_and_al
             for n in range(0, 500, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
             await asyncio.sleep(0.05)
-            assert market_kafka_balanced(publisher).trades == mk.Counts(500, 0, 0, 500, 0, 0, 0)
+            assert market_kafka_balanced(publisher).trades == link.Counts(500, 0, 0, 500, 0, 0, 0)
             for n in range(500, 3000, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
                 market_kafka_balanced(publisher)
@@ -27061,7 +27057,7 @@ def test_market_kafka_absent_at_the_start_the_buffer_fills_then_the_spool_and_al
                 market_kafka_balanced(publisher)
                 await asyncio.sleep(0)
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades == mk.Counts(4000, 0, 4000, 0, 0, 0, 0)
+            assert market_kafka_balanced(publisher).trades == link.Counts(4000, 0, 4000, 0, 0, 0, 0)
             assert list((tmp_path / "spool").glob("*.batch")) == []
         assert await market_kafka_ids(broker.address) == list(range(4000))
 
@@ -27073,7 +27069,7 @@ def test_market_kafka_absent_at_the_start_the_buffer_fills_then_the_spool_and_al
 
 
 def test_market_kafka_what_is_on_its_way_to_the_spool_is_not_overtaken(
-    market_kafka_module: mt.Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    market_kafka_module: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, go, write = market_kafka_module.address, threading.Event(), Spool._write
 
@@ -27094,7 +27090,7 @@ def test_market_kafka_what_is_on_its_way_to_the_spool_is_not_overtaken(
             await asyncio.gather(task, return_exceptions=True)
             await publisher.trades(market_kafka_trades(100, 200, 1))
             await asyncio.sleep(0.3)
-            assert market_kafka_balanced(publisher).trades == mk.Counts(200, 0, 0, 200, 0, 0, 0)
+            assert market_kafka_balanced(publisher).trades == link.Counts(200, 0, 0, 200, 0, 0, 0)
             go.set()
             await publisher.flush()
         assert await market_kafka_ids(address, "h.trades") == list(range(200))
@@ -27106,7 +27102,7 @@ def test_market_kafka_what_is_on_its_way_to_the_spool_is_not_overtaken(
 
 
 def test_market_kafka_frozen_for_longer_than_its_limits_each_record_comes_once(
-    market_kafka_broker: mt.Broker, tmp_path: Path
+    market_kafka_broker: Broker, tmp_path: Path
 ) -> None:
     broker = market_kafka_broker
 
@@ -27125,7 +27121,7 @@ def test_market_kafka_frozen_for_longer_than_its_limits_each_record_comes_once(
             assert stats.state == "away" and stats.trades.published == 100 and stats.trades.spooled > 900
             broker.thaw()
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades == mk.Counts(1500, 0, 1500, 0, 0, 0, 0)
+            assert market_kafka_balanced(publisher).trades == link.Counts(1500, 0, 1500, 0, 0, 0, 0)
             assert publisher.stats().connects == 1
         assert await market_kafka_ids(broker.address) == list(range(1500))
 
@@ -27133,17 +27129,17 @@ def test_market_kafka_frozen_for_longer_than_its_limits_each_record_comes_once(
 
 
 def test_market_kafka_stopped_and_restarted_under_load_each_record_comes_once(
-    market_kafka_broker: mt.Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    market_kafka_broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for what this broker acknowledges after it has saved its data: it gives the same offsets again."""
     broker = market_kafka_broker
     owners: dict[tuple[int, int], int] = {}
     forgotten = set[int]()
     send = AIOKafkaProducer.send_batch
-    build = mk._Link._build
+    build = link._Link._build
     rows_of: dict[int, list[mt.Row]] = {}
 
-    async def built(self: mk._Link, producer: Any, rows: list[mt.Row]) -> Any:
+    async def built(self: link._Link, producer: Any, rows: list[mt.Row]) -> Any:
         lanes = await build(self, producer, rows)
         rows_of.update((id(piece.batch), piece.rows) for pieces in lanes.values() for piece in pieces)
         return lanes
@@ -27161,7 +27157,7 @@ def test_market_kafka_stopped_and_restarted_under_load_each_record_comes_once(
         future.add_done_callback(acknowledged)
         return future
 
-    monkeypatch.setattr(mk._Link, "_build", built)
+    monkeypatch.setattr(link._Link, "_build", built)
     monkeypatch.setattr(AIOKafkaProducer, "send_batch", sent)
 
     async def main() -> None:
@@ -27183,7 +27179,7 @@ def test_market_kafka_stopped_and_restarted_under_load_each_record_comes_once(
                 await asyncio.to_thread(broker.start)
             await task
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades == mk.Counts(3000, 0, 3000, 0, 0, 0, 0)
+            assert market_kafka_balanced(publisher).trades == link.Counts(3000, 0, 3000, 0, 0, 0, 0)
         ids = await market_kafka_ids(broker.address)
         assert len(ids) == len(set(ids)) and set(range(3000)) - set(ids) <= forgotten and len(owners) >= len(ids)
 
@@ -27192,7 +27188,7 @@ def test_market_kafka_stopped_and_restarted_under_load_each_record_comes_once(
 
 @pytest.mark.parametrize("how", ["absent", "frozen"])
 def test_market_kafka_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
-    market_kafka_broker: mt.Broker, tmp_path: Path, how: str
+    market_kafka_broker: Broker, tmp_path: Path, how: str
 ) -> None:
     broker, spool = market_kafka_broker, tmp_path / "spool"
 
@@ -27210,10 +27206,10 @@ def test_market_kafka_a_stop_without_an_answer_ends_in_time_and_the_next_life_go
             assert await publisher.stop(0.2) == 0
             assert time.monotonic() - begun < PRIM_PATIENCE
             stats = market_kafka_balanced(publisher)
-            assert stats.trades == mk.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
-            with pytest.raises(mk.Closed):
+            assert stats.trades == link.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
+            with pytest.raises(link.Closed):
                 await publisher.trades(market_kafka_trades(1, 2))
-            with pytest.raises(mk.Closed):
+            with pytest.raises(link.Closed):
                 await publisher.flush()
         broker.thaw() if how == "frozen" else broker.start()
         async with market_kafka_open(broker.address, spool=spool) as publisher:
@@ -27223,7 +27219,7 @@ def test_market_kafka_a_stop_without_an_answer_ends_in_time_and_the_next_life_go
                 await other.start()
             await publisher.trades(market_kafka_trades(5200, 5300))
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades == mk.Counts(100, 5100, 5200, 0, 0, 0, 0)
+            assert market_kafka_balanced(publisher).trades == link.Counts(100, 5100, 5200, 0, 0, 0, 0)
         if how == "absent":
             assert await market_kafka_ids(broker.address) == list(range(5300))
         else:  # what was under way when it was left may come twice
@@ -27235,7 +27231,7 @@ def test_market_kafka_a_stop_without_an_answer_ends_in_time_and_the_next_life_go
 
 
 def test_market_kafka_a_stop_with_nowhere_to_go_says_what_is_lost(
-    market_kafka_broker: mt.Broker, caplog: pytest.LogCaptureFixture
+    market_kafka_broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = market_kafka_broker
     broker.freeze()
@@ -27252,7 +27248,7 @@ def test_market_kafka_a_stop_with_nowhere_to_go_says_what_is_lost(
                 await stop
             await prim_until_async(lambda: publisher.stats().state == "closed")
             assert time.monotonic() - begun < PRIM_PATIENCE
-            assert market_kafka_balanced(publisher).trades == mk.Counts(3000, 0, 0, 0, 0, 3000, 0)
+            assert market_kafka_balanced(publisher).trades == link.Counts(3000, 0, 0, 0, 0, 3000, 0)
         never = mk.Publisher(broker.address)
         assert never.offer(market_kafka_trades(0, 5)) and await never.stop() == 5
         market_kafka_balanced(never)
@@ -27280,7 +27276,7 @@ asyncio.run(main())
 
 
 def test_market_kafka_what_a_killed_process_had_spooled_the_next_one_publishes(
-    market_kafka_broker: mt.Broker, tmp_path: Path
+    market_kafka_broker: Broker, tmp_path: Path
 ) -> None:
     broker, spool = market_kafka_broker, tmp_path / "spool"
     broker.stop()
@@ -27296,14 +27292,14 @@ def test_market_kafka_what_a_killed_process_had_spooled_the_next_one_publishes(
             assert publisher.stats().trades.recovered == 2000
             await publisher.trades(market_kafka_trades(2000, 2100))
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades == mk.Counts(100, 2000, 2100, 0, 0, 0, 0)
+            assert market_kafka_balanced(publisher).trades == link.Counts(100, 2000, 2100, 0, 0, 0, 0)
         assert await market_kafka_ids(broker.address) == list(range(2100))
 
     prim_run(main())
 
 
 def test_market_kafka_a_full_spool_blocks_and_a_damaged_one_is_counted(
-    market_kafka_broker: mt.Broker, tmp_path: Path
+    market_kafka_broker: Broker, tmp_path: Path
 ) -> None:
     broker, spool = market_kafka_broker, tmp_path / "spool"
     broker.stop()
@@ -27325,7 +27321,7 @@ def test_market_kafka_a_full_spool_blocks_and_a_damaged_one_is_counted(
             broker.start()
             await publisher.flush()
             counts = market_kafka_balanced(publisher).trades
-            assert counts == mk.Counts(0, sum(rows), sum(rows) - rows[1], 0, 0, 0, rows[1])
+            assert counts == link.Counts(0, sum(rows), sum(rows) - rows[1], 0, 0, 0, rows[1])
         first = sum(rows[:1])
         assert await market_kafka_ids(broker.address) == [*range(first), *range(first + rows[1], sum(rows))]
         assert sum(rows) <= accepted
@@ -27333,7 +27329,7 @@ def test_market_kafka_a_full_spool_blocks_and_a_damaged_one_is_counted(
     prim_run(main())
 
 
-def test_market_kafka_dead_letters_are_committed_after_what_came_of_them(market_kafka_module: mt.Broker) -> None:
+def test_market_kafka_dead_letters_are_committed_after_what_came_of_them(market_kafka_module: Broker) -> None:
     address = market_kafka_module.address
 
     async def main() -> None:
@@ -27374,7 +27370,7 @@ def test_market_kafka_dead_letters_are_committed_after_what_came_of_them(market_
 
 
 def test_market_kafka_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
-    market_kafka_module: mt.Broker,
+    market_kafka_module: Broker,
 ) -> None:
     address = market_kafka_module.address
 
@@ -27426,7 +27422,7 @@ def test_market_kafka_a_group_shares_the_symbols_commits_what_was_done_and_looks
 
 
 def test_market_kafka_a_member_that_leaves_hands_its_partitions_over_with_all_done(
-    market_kafka_module: mt.Broker,
+    market_kafka_module: Broker,
 ) -> None:
     address = market_kafka_module.address
 
@@ -27495,20 +27491,20 @@ def test_market_kafka_aiokafka_is_heard_once_in_a_while(caplog: pytest.LogCaptur
 def test_market_kafka_the_broker_for_development_keeps_its_port_and_data_and_follows_a_killed_life(
     tmp_path: Path,
 ) -> None:
-    broker = mt.Broker(tmp_path)
+    broker = Broker(tmp_path)
     broker.kill()
     broker.stop()
     address = broker.start()
     assert broker.start() == address and broker.running
     pid = broker._process.pid  # type: ignore[union-attr]
-    next_life = mt.Broker(tmp_path)
+    next_life = Broker(tmp_path)
     assert next_life.start() != address and psutil.pid_exists(pid)  # a zombie until the first one looks
     assert not broker.running
     next_life.freeze()
     next_life.stop()
     assert not next_life.running
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        busy = mt.Broker(tmp_path, taken.getsockname()[1])
+        busy = Broker(tmp_path, taken.getsockname()[1])
         with pytest.raises(OSError, match="exit code"):
             busy.start()
         assert not busy.running
@@ -28353,9 +28349,9 @@ def test_market_kafka_a_record_with_wrong_types_is_no_trade(field: dict[str, Any
 
 def test_market_kafka_rounds_are_bounded_and_in_order() -> None:
     rows = [mt.Row("t", b"k", b"x" * size, 0, []) for size in (40, 40, 40, 100, 1, 300, 5)]
-    found = [[len(row.value) for row in each] for each in mk.rounds(rows, 100)]
+    found = [[len(row.value) for row in each] for each in link.rounds(rows, 100)]
     assert found == [[40, 40, 40], [100], [1, 300], [5]]
-    assert list(mk.rounds([], 100)) == []
+    assert list(link.rounds([], 100)) == []
 
 
 def test_market_kafka_encoding_gives_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28377,7 +28373,7 @@ def test_market_kafka_encoding_gives_others_their_turn(monkeypatch: pytest.Monke
             before = begun
             await asyncio.sleep(0)
             most = max(most, begun - before)
-        assert publisher.stats().trades.accepted == begun == 5000 and most == mk.AT_ONCE
+        assert publisher.stats().trades.accepted == begun == 5000 and most == link.AT_ONCE
         assert await publisher.stop() == 5000
 
     prim_run(main())
@@ -28387,7 +28383,7 @@ def test_market_kafka_encoding_gives_others_their_turn(monkeypatch: pytest.Monke
 
 
 def test_market_kafka_what_the_spool_gives_back_is_not_encoded_again(
-    market_kafka_broker: mt.Broker,
+    market_kafka_broker: Broker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -28415,7 +28411,7 @@ def test_market_kafka_what_the_spool_gives_back_is_not_encoded_again(
             async with market_kafka_open(broker.address, spool=tmp_path / "spool") as publisher:
                 await publisher.trades(market_kafka_trades(4200, 4300))
                 await publisher.flush()
-                assert market_kafka_balanced(publisher).trades == mk.Counts(100, 4201, 4301, 0, 0, 0, 0)
+                assert market_kafka_balanced(publisher).trades == link.Counts(100, 4201, 4301, 0, 0, 0, 0)
                 assert list((tmp_path / "spool").glob("*.batch")) == []
         assert encoded == 4300 and await market_kafka_ids(broker.address) == list(range(4300))
 
@@ -28423,7 +28419,7 @@ def test_market_kafka_what_the_spool_gives_back_is_not_encoded_again(
 
 
 def test_market_kafka_a_spool_that_cannot_be_read_for_a_while_is_read_later(
-    market_kafka_broker: mt.Broker,
+    market_kafka_broker: Broker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -28515,7 +28511,7 @@ def test_market_kafka_a_stop_that_is_cancelled_while_it_closes_loses_nothing(
             gate.set()
             await asyncio.wait((stopping,))
             assert stopping.cancelled() and publisher.stats().state == "closed"
-            assert market_kafka_balanced(publisher).trades == mk.Counts(50, 0, 0, 0, 50, 0, 0)
+            assert market_kafka_balanced(publisher).trades == link.Counts(50, 0, 0, 0, 50, 0, 0)
         spool = Spool(tmp_path / "spool")
         assert spool.open() == 50
         await spool.close()

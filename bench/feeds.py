@@ -111,9 +111,10 @@ def loop(kind: str, urls: str, rows: str) -> None:
     """What is written first: one URL after the other."""
     import orjson
 
-    from crawl.core import build_article, build_row
     from crawl.feeds import parse_feed
-    from crawl.rules import FeedResult, Request, Response, normalise
+    from crawl.model import FeedResult, Request, Response
+    from crawl.rows import build_article, build_row
+    from crawl.rules import normalise
 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with open(rows, "wb") as output:
@@ -216,7 +217,7 @@ class Course:
 def at_best(seed: int, part: str, workers: int) -> float:
     """Seconds from the first request to the last answer, if nothing but waiting took any time."""
     from crawl.frontier import Frontier
-    from crawl.rules import Request
+    from crawl.model import Request
 
     frontier = Frontier(rate=RATE, burst=1)
     names = [f"http://h{host}.example" for host in range(HOSTS)]

@@ -26,9 +26,10 @@ from typing import Any
 import asyncpg
 
 from crawl.lease import Batch, Done, Link, Note, hashed
-from crawl.rules import CrawlResult
+from crawl.model import CrawlResult
 from crawl.tables import CLAIM, SCHEMA, PgStore
-from runtime.postgres import Database, Embedded
+from runtime.embedded import Embedded
+from runtime.postgres import Database
 
 Row = dict[str, Any]
 

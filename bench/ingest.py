@@ -203,7 +203,7 @@ class Postgres:
     """The embedded server, a connection to look at it, and one to the database of the step."""
 
     def __init__(self, folder: Path) -> None:
-        from runtime.postgres import Embedded
+        from runtime.embedded import Embedded
 
         self._server, self._folder = Embedded(folder), folder
         self._runner = asyncio.Runner()

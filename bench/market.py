@@ -60,7 +60,8 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from bench.ingest import READY, Search, cpu_of, ladder, memory_of, wait_for
-from market.topics import ANALYTICS, CONTROL, TRADES, Broker
+from market.topics import ANALYTICS, TRADES
+from sandbox.broker import CONTROL, Broker
 from sandbox.exchanges import WIRES
 from sandbox.markets import FIRST, Exchanges
 

@@ -11,13 +11,10 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
-import csv
 import dataclasses
 import gc
-import io
 import json
 import os
-import re
 import resource
 import socket
 import stat
@@ -26,20 +23,27 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NoReturn, TextIO
 
-import orjson
-
-from coordination import new_lock
 from crawl.core import Crawl
+from crawl.errors import ERROR_KINDS
 from crawl.journal import JournalError, open_anew, open_journal, recall
+from crawl.model import Options
 from crawl.net import ProxyRule
+from crawl.output import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_PIPE,
+    EXIT_USAGE,
+    Emit,
+    Output,
+    RowWriter,
+    peak_memory_mb,
+)
 from crawl.robots import Rules
-from crawl.rules import ERROR_KINDS, MAX_URL, Options, ScrapeResult
+from crawl.rules import MAX_URL
 from crawl.scope import Scope
 from runtime.serving import SIZES, http_in_thread, size
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
-
-Emit = Callable[[ScrapeResult], None]
 Run = Callable[[Crawl, Iterable[str], Emit], None]
 
 # ----------------------------------------------------------------------------------------------------- URL list
@@ -79,138 +83,6 @@ def read_urls(sources: Iterable[str]) -> Iterator[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- rows
-
-FIELDS = [field.name for field in dataclasses.fields(ScrapeResult)]
-
-
-def encode_json(row: ScrapeResult) -> bytes:
-    try:
-        return orjson.dumps(row)
-    except TypeError:  # half a surrogate pair, in what the caller gave as a URL: no reader of UTF-8 would take it
-        text = json.dumps(dataclasses.asdict(row), ensure_ascii=False, separators=(",", ":"))
-        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
-
-
-def defuse(cell: object) -> object:
-    """A text cell that no spreadsheet takes for a formula (OWASP, "CSV Injection")."""
-    return "'" + cell if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
-
-
-def encode_csv(cells: Iterable[object]) -> bytes:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow([defuse(cell) for cell in cells])
-    return line.getvalue().encode("utf-8", "replace")
-
-
-def cell(value: object) -> object:
-    """A value as a table has it: URLs separated by spaces, what has a structure of its own as JSON."""
-    if not isinstance(value, list):
-        return value
-    return " ".join(value) if all(isinstance(item, str) for item in value) else orjson.dumps(value).decode()
-
-
-class RowWriter:
-    """Rows as ``jsonl``, ``json`` (one array) or ``csv`` (RFC 4180, with a header; links separated by spaces)."""
-
-    def __init__(
-        self, stream: BinaryIO, form: str, row: type[ScrapeResult] = ScrapeResult, *, begun: bool = False
-    ) -> None:
-        self._stream, self.form = stream, form
-        self._rows = int(begun)
-        self._fields = [field.name for field in dataclasses.fields(row)]
-        if form == "csv" and not begun:
-            self._write(encode_csv(self._fields))
-
-    def write(self, *rows: ScrapeResult) -> None:
-        """All of them in one write, so that a thread with many rows gives up the interpreter once."""
-        self._write(b"".join(map(self.encode, rows)))
-
-    def write_encoded(self, rows: int, data: bytes | memoryview) -> None:
-        """Rows that another writer, which had ``begun``, has encoded."""
-        if self.form == "json" and not self._rows:
-            data = b"[" + bytes(data[1:])
-        self._rows += rows
-        self._write(data)
-
-    def encode(self, row: ScrapeResult) -> bytes:
-        first, self._rows = not self._rows, self._rows + 1
-        if self.form == "csv":
-            return encode_csv(cell(getattr(row, name)) for name in self._fields)
-        if self.form == "json":
-            return (b"[\n" if first else b",\n") + encode_json(row)
-        return encode_json(row) + b"\n"
-
-    def close(self) -> None:
-        if self.form == "json":
-            self._write(b"\n]\n" if self._rows else b"[]\n")
-
-    def _write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self._stream.write(view) or 0 :]
-
-
-class Output:
-    """Where the rows of a run go: counted, written, and, should writing fail, the run stopped. Safe for threads.
-
-    Group commit, as databases do it: who comes while another thread writes leaves its rows, and one of those who left
-    some then writes them all in one go. ``emit`` returns when its rows are written, so a ``kill -9`` costs only what is
-    in flight. ``_lock`` guards who writes and what is left; rows wait with those who brought them, so they are few.
-    """
-
-    def __init__(self, crawl: Crawl, writer: RowWriter) -> None:
-        self._crawl, self.writer = crawl, writer
-        self._lock = new_lock("Output")
-        self._written = threading.Condition(self._lock)
-        self._left: list[ScrapeResult] = []
-        self._writing = False
-        self._batches = 0
-
-    def emit(self, *rows: ScrapeResult) -> None:
-        """Returns when ``rows`` are written, or cannot be."""
-        with self._lock:
-            self._left += rows
-            mine = self._batches + 1 + self._writing
-            while self._writing and self._batches < mine:
-                self._written.wait()
-            if self._batches >= mine:
-                return
-            self._writing = True
-            batch, self._left = self._left, []
-        try:
-            self._write(batch)
-        finally:
-            with self._lock:
-                self._writing = False
-                self._batches += 1
-                self._written.notify_all()
-
-    def _write(self, rows: list[ScrapeResult]) -> None:
-        if self._crawl.failure is not None:
-            return
-        try:
-            self.writer.write(*rows)
-        except Exception as error:
-            self._crawl.fail(error)
-            return
-        for row in rows:
-            self._crawl.stats.count_row(row)
-
-    def emit_encoded(self, rows: int, data: memoryview) -> bool:
-        """Rows of another process, which counts them; from one thread at a time. False if they cannot be written."""
-        if self._crawl.failure is None:
-            try:
-                self.writer.write_encoded(rows, data)
-            except Exception as error:
-                self._crawl.fail(error)
-        return self._crawl.failure is None
-
-    def close(self) -> None:
-        if not isinstance(self._crawl.failure, OSError):
-            try:
-                self.writer.close()
-            except OSError as error:
-                self._crawl.fail(error)
 
 
 # ----------------------------------------------------------------------------------------------------- progress
@@ -560,16 +432,6 @@ def fail(program: str, message: str, error: BaseException) -> int:
         return EXIT_PIPE
     print(f"{program}: {message}", file=sys.stderr)
     return EXIT_FAILED
-
-
-def peak_memory_mb() -> float:
-    """The largest resident size of this process. On Linux ``ru_maxrss`` begins with that of whoever started it."""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return round(int(line.split()[1]) / 1024, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
 
 
 def write_stats(crawl: Crawl, file: TextIO) -> None:

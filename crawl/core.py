@@ -29,102 +29,34 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http
 import random
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 import ada_url
 
 from coordination import Clock, Rng, new_lock
-from crawl.feeds import MAX_SITEMAP, NO_FEED, Article, Feed, FeedEntry, parse_feed, parse_sitemap, read_article
+from crawl.addresses import leads_private, names_private
+from crawl.errors import MAX_RETRY_AFTER, REDIRECT_STATUSES, RETRY_STATUSES, FetchError
+from crawl.feeds import NO_FEED, Feed, FeedEntry, parse_feed
 from crawl.frontier import Frontier
-from crawl.robots import DISALLOW_ALL, LARGE, MAX_HOPS, MAX_ROBOTS, MAX_SITEMAPS, Rules, page_directives, rules_for
-from crawl.rules import (
-    MAX_RETRY_AFTER,
-    REDIRECT_STATUSES,
-    RETRY_STATUSES,
-    USER_AGENT,
-    CrawlResult,
-    FeedResult,
-    FetchError,
-    Options,
-    Request,
-    Response,
-    ScrapeResult,
-    is_secret,
-    leads_private,
-    names_private,
-    normalise,
-    origin,
-    request_headers,
-    split_credentials,
-)
+from crawl.headers import request_headers
+from crawl.model import CrawlResult, FeedResult, Options, Request, Response, ScrapeResult
+from crawl.robots import DISALLOW_ALL, LARGE, MAX_HOPS, MAX_ROBOTS, MAX_SITEMAPS, Rules, rules_for
+from crawl.rows import Read, build_article, build_row, in_place, validator
+from crawl.rules import is_secret, normalise, origin, split_credentials
 from crawl.scope import Scope, Traps
+from crawl.sitemaps import MAX_SITEMAP, parse_sitemap
+from crawl.stats import Stats
 from html_parse import parse_page
 from primitives import RetryPolicy
 from runtime.http_dates import parse_retry_after
 
 # -------------------------------------------------------------------------------------------------------- rules
-
-
-class Stats:
-    """What a run has done so far."""
-
-    def __init__(self, clock: Clock = time.monotonic) -> None:
-        self._lock = new_lock("Stats")
-        self._clock = clock
-        self.started = clock()
-        self.rows = self.ok = self.bytes = self.retries = self.redirects = self.pauses = 0
-        self.robots = self.sitemaps = self.sitemap_errors = self.unchanged = 0
-        self.errors: Counter[str] = Counter()
-        self.statuses: Counter[int] = Counter()
-
-    def count(self, **what: int) -> None:
-        with self._lock:
-            for name, n in what.items():
-                setattr(self, name, getattr(self, name) + n)
-
-    def count_row(self, row: ScrapeResult) -> None:
-        with self._lock:
-            self.rows += 1
-            self.bytes += row.bytes
-            if row.status is not None:
-                self.statuses[row.status] += 1
-            if row.error is None:
-                self.ok += 1
-            else:
-                self.errors[row.error.partition(":")[0]] += 1
-
-    def snapshot(self) -> dict[str, Any]:
-        """The counts as JSON-able values; ``seconds`` since the start."""
-        with self._lock:
-            seconds = max(1e-9, self._clock() - self.started)
-            return {
-                "rows": self.rows,
-                "ok": self.ok,
-                "failed": self.rows - self.ok,
-                "errors": dict(self.errors.most_common()),
-                "statuses": {str(status): n for status, n in sorted(self.statuses.items())},
-                "retries": self.retries,
-                "redirects": self.redirects,
-                "pauses": self.pauses,
-                "robots": self.robots,
-                "sitemaps": self.sitemaps,
-                "sitemap_errors": self.sitemap_errors,
-                "unchanged": self.unchanged,
-                "bytes": self.bytes,
-                "seconds": round(seconds, 3),
-                "rows_per_second": round(self.rows / seconds, 1),
-            }
-
-    def processes(self) -> dict[str, Any]:
-        """What --stats tells besides if there are worker processes."""
-        return {}
 
 
 BODY_PATIENCE = 1.0
@@ -637,90 +569,3 @@ class Crawl:
     def remaining(self, request: Request) -> float:
         """Seconds left of this attempt's time limit."""
         return max(0.001, self.options.timeout - request.spent)
-
-
-def validator(text: object) -> str | None:
-    """What can be sent back as it came, else None: the drivers read other bytes in ways of their own."""
-    return text if isinstance(text, str) and text.isascii() and text.isprintable() else None
-
-
-def build_row(
-    request: Request,
-    outcome: Response | FetchError,
-    form: type[ScrapeResult] = ScrapeResult,
-    user_agent: str = USER_AGENT,
-) -> ScrapeResult:
-    """The row of a finished request. Parses the page: 1 ms for 100 KB or so, in the caller's thread."""
-    row = form(
-        url=request.url,
-        status=outcome.status,
-        title=None,
-        word_count=0,
-        links_found=[],
-        error=None,
-        fetched_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        duration_ms=round(request.spent * 1000, 1),
-        final_url=None if outcome.status is None else request.target,
-        attempts=request.attempt,
-        redirects=request.hops,
-        depth=request.depth,
-    )
-    if isinstance(outcome, FetchError):
-        row.error = f"{outcome.kind}: {outcome.detail}"
-        return row
-    row.content_type = content_type = outcome.headers.get("Content-Type")
-    row.bytes = len(outcome.body)
-    if outcome.status >= 400:
-        row.error = f"http: {outcome.status} {_REASONS.get(outcome.status, '')}".rstrip()
-    elif is_html(content_type, outcome.body):
-        page = parse_page(outcome.body, request.target, content_type)
-        row.title, row.word_count, row.links_found = page.title, page.word_count, page.links
-        row.language, row.description, row.canonical = page.language, page.description, page.canonical
-        if isinstance(row, CrawlResult):
-            meta = (*page.robots, *page.agent_robots)
-            asked = page_directives(outcome.headers.get("X-Robots-Tag"), meta, user_agent)
-            row.robots = ", ".join(sorted(asked)) or None
-            row.nofollow = [link for link in page.links if link in page.nofollow]
-    return row
-
-
-Read = Callable[..., Any]
-"""``read(function, body, *more)``: what ``function(body, *more)`` returns, or FetchError if that is not to be had."""
-
-
-def in_place(function: Callable[..., Any], body: bytes, *more: Any) -> Any:
-    return function(body, *more)
-
-
-def build_article(
-    request: Request,
-    outcome: Response | FetchError,
-    feed: str | None,
-    entry: FeedEntry | None,
-    read: Read = in_place,
-) -> FeedResult:
-    """The row of an article: what its feed says, else what the page says. Some 50 ms: trafilatura finds the text."""
-    row = build_row(request, outcome, FeedResult)
-    assert isinstance(row, FeedResult)
-    row.feed = feed
-    if entry is not None:
-        row.title, row.author, row.published = entry.title or row.title, entry.author, entry.published
-    if row.error is None and isinstance(outcome, Response) and is_html(row.content_type, outcome.body):
-        try:
-            found: Article = read(read_article, outcome.body, request.target, row.content_type)
-        except FetchError as error:
-            row.error = str(error)
-            return row
-        row.text, row.author, row.published = found.text, row.author or found.author, row.published or found.published
-    return row
-
-
-_REASONS = {status.value: status.phrase for status in http.HTTPStatus}
-
-
-def is_html(content_type: str | None, body: bytes) -> bool:
-    """Whether an answer is to be parsed: by its type; without one, if it begins like markup."""
-    essence = (content_type or "").partition(";")[0].strip().lower()
-    if not essence:
-        return body[:512].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
-    return essence in ("text/html", "application/xhtml+xml")

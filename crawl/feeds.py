@@ -28,72 +28,33 @@ costs 0.1 s and 0.2 s.
 
 from __future__ import annotations
 
-import codecs
-import html
 import io
-import logging
 import math
 import re
 import time
-import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from functools import cache, lru_cache
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
-from xml.parsers import expat
 from xml.sax.expatreader import create_parser
 from xml.sax.xmlreader import InputSource
 
 import ada_url
-import webencodings
 
-from crawl.rules import MAX_URL, FetchError, normalise
+from crawl.articles import MAX_ARTICLE
+from crawl.dates import _ZONES, iso_utc
+from crawl.errors import FetchError
+from crawl.rules import MAX_URL, normalise
+from crawl.xml import _DECLARATION, _NO_XML, _decoded, _inflated, _local, _Stop, mend_references
 from html_parse import parse_page
 
-MAX_SITEMAP = 50 * 1024 * 1024
-"""Bytes of a sitemap that are read, after inflating (sitemaps.org's own limit)."""
-MAX_LOCATIONS = 50_000
-"""Addresses of one sitemap that are kept (sitemaps.org's own limit), left out ones counted in."""
 MAX_FEED = 5 * 1024 * 1024
 MAX_TEXT = 100_000
 """Characters of one entry's text that are kept."""
-MAX_ARTICLE = 1_000_000
-"""Characters of an article's page that its text is looked for in."""
-MAX_TAGS = 50_000
-"""Tags of it: each costs trafilatura some 25 microseconds, however short it is."""
 
-_PIECE = 1 << 18
-_MAX_TOKEN = 1 << 20  # bytes of one tag, comment or the like: Expat scans an unfinished one anew with every piece
-_MAX_DEPTH = 64
-_MAX_ELEMENTS = 2_000_000
 _MAX_FEED_ELEMENTS = 200_000
 _MAX_NAMESPACES = 200  # by different prefixes: feedparser looks through them for each element
-_DECLARATION = re.compile(r"\A<\?xml\b[^>]*>\s*")
 _LONG_SPACE = re.compile(r"\s{40,}")  # and in these, in its search for entities
-_GIANT_TAG = re.compile(r"<[^<>]{8192,}>")  # an image in its own address, mostly; with 50,000 attributes it takes 12 s
-_MAX_TABLES = 500  # trafilatura's time is quadratic in them
-_LONG_PAGE = 200_000  # from here without trafilatura's second opinion, of another algorithm
-
-
-class SitemapEntry(NamedTuple):
-    url: str
-    lastmod: str | None
-    """ISO 8601, UTC; None if there is none, or none that can be read."""
-
-
-@dataclass(slots=True)
-class Sitemap:
-    urls: list[SitemapEntry] = field(default_factory=list)
-    sitemaps: list[str] = field(default_factory=list)
-    """Further sitemaps that this one, an index, names. Who follows them counts them, and keeps to each once."""
-    truncated: bool = False
-    """There was more, or there may have been."""
-    error: str | None = None
-    """Why it was not read to its end."""
-    foreign: int = 0
-    """Addresses left out as they are of other hosts."""
 
 
 class FeedEntry(NamedTuple):
@@ -106,181 +67,7 @@ class FeedEntry(NamedTuple):
     """Text without markup: the full content if the feed has it."""
 
 
-class _Stop(Exception):
-    """Nothing more of this document is read: its argument says why."""
-
-
 # ------------------------------------------------------------------------------------------------------- sitemaps
-
-
-def parse_sitemap(body: bytes, url: str, hosts: Collection[str] | None = ()) -> Sitemap:
-    """Read a sitemap or an index of sitemaps; XML, RSS, Atom or plain lines, also gzipped.
-
-    ``url`` is where it came from, redirects followed.  It speaks for its own host, and for those of ``hosts``, whose
-    robots.txt named it (sitemaps.org, "Sitemaps & Cross Submits"); None: for any.
-    """
-    sitemap = Sitemap()
-    try:
-        own = normalise(url)[1]
-        found = _Found(sitemap, url, None if hosts is None else {own, *hosts})
-        pieces = _decoded(_inflated(body, MAX_SITEMAP))
-        for first in pieces:
-            if first := first.lstrip("\ufeff \t\r\n"):
-                (_read_xml if first[0] == "<" else _read_lines)(first, pieces, found)
-    except FetchError as error:
-        sitemap.error = f"sitemap's own address: {error.detail}"
-    except _Stop as stop:
-        sitemap.truncated, sitemap.error = True, str(stop)
-    except expat.ExpatError as error:
-        sitemap.truncated, sitemap.error = True, f"XML: {error}"
-    return sitemap
-
-
-class _Found:
-    """Puts addresses into a sitemap, as far as it may name them."""
-
-    def __init__(self, sitemap: Sitemap, base: str, hosts: Collection[str] | None) -> None:
-        self.sitemap, self.base, self.hosts = sitemap, base, hosts
-        self._seen: set[str] = set()
-        self._left, self._looks = MAX_LOCATIONS, 4 * MAX_LOCATIONS
-
-    def add(self, text: str, lastmod: str | None, *, index: bool) -> None:
-        self._looks -= 1
-        if self._looks < 0:
-            raise _Stop(f"more than {4 * MAX_LOCATIONS} entries, bad and repeated ones counted in")
-        if not text or len(text) > MAX_URL:
-            return
-        try:
-            if not text.startswith(("http://", "https://")):
-                text = ada_url.join_url(self.base, text)
-            target, host = normalise(text)
-        except (ValueError, FetchError):
-            return
-        if target in self._seen:
-            return
-        if not self._left:
-            raise _Stop(f"more than {MAX_LOCATIONS} addresses")
-        self._left -= 1
-        self._seen.add(target)
-        if self.hosts is not None and host not in self.hosts:
-            self.sitemap.foreign += 1
-        elif index:
-            self.sitemap.sitemaps.append(target)
-        else:
-            self.sitemap.urls.append(SitemapEntry(target, iso_utc(lastmod) if lastmod else None))
-
-
-def _read_lines(first: str, pieces: Iterator[str], found: _Found) -> None:
-    rest = ""
-    for piece in _chain(first, pieces):
-        *lines, rest = (rest + piece).split("\n")
-        if len(rest) > 2 * MAX_URL:
-            rest = "-"  # so that no part of it passes for an address
-        for line in lines:
-            _add_line(line, found)
-    _add_line(rest, found)
-
-
-def _add_line(line: str, found: _Found) -> None:
-    line = line.strip()
-    if line[:4].lower() == "http":  # no relative ones: any prose would be
-        found.add(line, None, index=False)
-
-
-_BARE = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});)")
-_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]+")  # characters that XML cannot have
-# By the kind of entry, what its direct children are.
-_FIELDS = {
-    "url": {"loc": "loc", "lastmod": "date"},
-    "sitemap": {"loc": "loc", "lastmod": "date"},
-    "item": {"link": "loc", "pubdate": "date", "date": "date"},
-    "entry": {"link": "loc", "updated": "date", "modified": "date"},
-}
-
-
-def _read_xml(first: str, pieces: Iterator[str], found: _Found) -> None:
-    parser = expat.ParserCreate("utf-8")
-    parser.buffer_text = True
-    _Handlers(parser, found)
-    carry, fed = "", 0
-    for piece in _chain(first, pieces):
-        text, carry = carry + piece, ""
-        cut = text.rfind("&", -12)
-        if cut >= 0 and ";" not in text[cut:]:
-            text, carry = text[:cut], text[cut:]
-        fed += _feed(parser, text)
-        if fed - max(0, parser.CurrentByteIndex) > _MAX_TOKEN:
-            raise _Stop(f"XML: a single construct of more than {_MAX_TOKEN} bytes")
-    _feed(parser, carry)
-    parser.Parse(b"", True)
-
-
-def _feed(parser: expat.XMLParserType, text: str) -> int:
-    data = _BARE.sub("&amp;", _NO_XML.sub("", text)).encode("utf-8", "replace")
-    parser.Parse(data, False)
-    return len(data)
-
-
-class _Handlers:
-    """What Expat tells: entries, by their local names whatever the namespace, and their direct children."""
-
-    def __init__(self, parser: expat.XMLParserType, found: _Found) -> None:
-        self._parser, self._found = parser, found
-        self._depth = self._elements = 0
-        self._kind = self._field = ""  # of the entry that is open, and of the child that is open
-        self._entry_depth = 0
-        self._text: list[str] = []
-        self._size = 0
-        self._values: dict[str, str] = {}
-        parser.StartElementHandler, parser.EndElementHandler = self._start, self._end
-        parser.EntityDeclHandler = self._refuse
-        parser.StartCdataSectionHandler = self._in_cdata
-
-    def _refuse(self, *_: Any) -> None:
-        raise _Stop("XML: it declares entities")
-
-    def _start(self, name: str, attributes: dict[str, str]) -> None:
-        self._depth += 1
-        self._elements += 1
-        if self._depth > _MAX_DEPTH or self._elements > _MAX_ELEMENTS:
-            raise _Stop("XML: nested too deep" if self._depth > _MAX_DEPTH else "XML: too many elements")
-        name = _local(name).lower()
-        if not self._kind:
-            if name in _FIELDS:
-                self._kind, self._entry_depth = name, self._depth
-                self._values = {}
-            elif self._depth == 1 and name == "html":
-                raise _Stop("an HTML page")
-        elif self._depth == self._entry_depth + 1 and (what := _FIELDS[self._kind].get(name)):
-            href = attributes.get("href")
-            if href is None:
-                self._field, self._text, self._size = what, [], 0
-                self._parser.CharacterDataHandler = self._characters
-            elif self._kind == "entry" and attributes.get("rel", "alternate").lower() == "alternate":
-                self._values.setdefault("loc", href.strip())
-
-    def _characters(self, text: str) -> None:
-        self._size += len(text)
-        if self._size <= 2 * MAX_URL:
-            self._text.append(text)
-
-    def _in_cdata(self) -> None:
-        if self._field:
-            self._text.append("\0")  # which no XML has
-
-    def _end(self, _: str) -> None:
-        if self._field and self._depth == self._entry_depth + 1:
-            text, cdata, rest = "".join(self._text).partition("\0")
-            if cdata:  # no references are read there, and mending put some in
-                text += html.unescape(rest.replace("\0", ""))
-            if self._size <= 2 * MAX_URL and (text := text.strip()):
-                self._values.setdefault(self._field, text)
-            self._field = ""
-            self._parser.CharacterDataHandler = None
-        elif self._kind and self._depth == self._entry_depth:
-            self._found.add(self._values.get("loc", ""), self._values.get("date"), index=self._kind == "sitemap")
-            self._kind = ""
-        self._depth -= 1
 
 
 # ---------------------------------------------------------------------------------------------------------- feeds
@@ -358,10 +145,6 @@ _DATES = {
 }
 _DATE_OF = {name: key for key, names in _DATES.items() for name in names}
 _OF_AUTHORS = {"name", "email", "uri", "url", "homepage"}
-
-
-def _local(tag: str) -> str:
-    return tag.rpartition(":")[2]
 
 
 @cache
@@ -588,232 +371,7 @@ def _plain(text: object, kind: str | None) -> str | None:
 # ------------------------------------------------------------------------------------------------------- articles
 
 
-class Article(NamedTuple):
-    text: str | None
-    author: str | None
-    published: str | None
-    """ISO 8601, UTC."""
-
-
-@cache
-def extractor() -> Any:
-    """trafilatura's extraction, imported: 0.2 s."""
-    import trafilatura
-
-    for name in ("trafilatura", "htmldate"):  # they complain of pages, on stderr
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    return trafilatura.bare_extraction
-
-
-def read_article(body: bytes, url: str, content_type: str | None = None) -> Article:
-    """The main text of an HTML page, and what the page says of it; Nones where it says nothing.
-
-    10 ms for 20 KB, half a second for 1 MB; of a longer page the first MAX_ARTICLE characters and MAX_TAGS tags are
-    read.  The date is one that the page declares: trafilatura would guess one from the numbers in its text.
-    """
-    page = webencodings.decode(body, parse_page(body, url, content_type).encoding, "replace")[0]
-    page = _GIANT_TAG.sub("", _NO_XML.sub("", page[:MAX_ARTICLE]))
-    page = "<".join(page.split("<", MAX_TAGS + 1)[: MAX_TAGS + 1])
-    declared = (
-        iso_utc(html.unescape(match[match.lastindex or 0])) for dated in _DATED for match in dated.finditer(page)
-    )
-    published = next(filter(None, declared), None)
-    try:
-        found = extractor()(
-            page,
-            url=url,
-            with_metadata=True,
-            fast=len(page) > _LONG_PAGE,
-            include_comments=False,
-            include_tables=page.count("<table") <= _MAX_TABLES,
-            date_extraction_params={"extensive_search": False, "original_date": True},
-        )
-    except MemoryError:
-        raise
-    except Exception:  # whatever it may trip over
-        found = None
-    if found is None:
-        return Article(None, None, published)
-    return Article(found.text or None, found.author or None, published)
-
-
-# Where a page says when it was published: <meta>, JSON-LD or microdata, <time>.
-_NAMES = (
-    r"(?:article|og):published_time|datePublished|date|pubdate|publish-?date|publication_?date|parsely-pub-date"
-    r"|sailthru\.date|dc(?:terms)?\.(?:date|created|issued)(?:\.issued)?"
-)
-_VALUE = r"""\s*=\s*(?:"([^"<>]{4,64})"|'([^'<>]{4,64})'|([^\s"'<>]{4,64}))"""
-_DATED = tuple(
-    re.compile(text, re.IGNORECASE)
-    for text in (
-        rf'<meta\b(?=[^<>]{{0,1000}}?\b(?:name|property|itemprop)\s*=\s*["\']?(?:{_NAMES})["\'\s/>])'
-        rf"[^<>]{{0,1000}}?\bcontent{_VALUE}",
-        r'"datePublished"\s*:\s*"([^"<>]{4,64})"',
-        rf"<time\b[^<>]{{0,1000}}?\bdatetime{_VALUE}",
-    )
-)
-
-
 # -------------------------------------------------------------------------------------------------------- helpers
 
 
-_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
-_MONTH = (
-    r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?"
-    r"|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
-)
-_DAY_NAME = r"(?:(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?\.?,? )?"
-_OFFSET = r"(?:gmt|utc?)?(?P<sign>[+-])(?P<hours>\d\d?)(?::?(?P<minutes>\d\d))?"
-_TIME = r"(?P<hour>\d\d?):(?P<minute>\d\d)(?::(?P<second>\d\d)(?:[.,]\d+)?)?"
-_ZONE = rf"(?: ?(?:{_OFFSET}|(?P<zone>[a-z]{{1,4}})))?(?: \([^()]*\))?"
-_FORMS = tuple(
-    re.compile(form, re.ASCII)
-    for form in (
-        # ISO 8601, RFC 3339, W3C's profile; 2024/12/25, 2024.12.25: after the year comes the month.
-        rf"{_DAY_NAME}(?P<year>\d{{4}})(?P<between>[-/.])(?P<month>\d\d?)(?P=between)(?P<day>\d\d?)"
-        rf"(?:(?:t| )(?:{_TIME}){_ZONE})?",
-        r"(?P<year>\d{4})(?:-(?P<month>\d\d))?",
-        r"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)"
-        rf"(?:t(?P<hour>\d\d)(?P<minute>\d\d)(?P<second>\d\d)?(?:[.,]\d+)?{_ZONE})?",
-        # RFC 822, 850, 2822, 5322
-        rf"{_DAY_NAME}(?P<day>\d\d?)[- ]{_MONTH}[- ,] ?(?P<year>\d{{4}}|\d\d)(?:,? {_TIME}{_ZONE})?",
-        rf"{_DAY_NAME}{_MONTH} (?P<day>\d\d?),? (?P<year>\d{{4}})(?:,? {_TIME}{_ZONE})?",
-        rf"{_DAY_NAME}{_MONTH} (?P<day>\d\d?) {_TIME}{_ZONE} (?P<year>\d{{4}})",  # C's asctime
-    )
-)
-# Those of RFC 822, but for the military ones (RFC 2822: most got them wrong), and those that mean one thing only.
-_ZONES = {"z": 0, "ut": 0, "utc": 0, "gmt": 0, "wet": 0, "west": 1, "cet": 1, "cest": 2, "met": 1, "mest": 2, "eet": 2}
 _ZONES |= {"eest": 3, "jst": 9, "est": -5, "edt": -4, "cst": -6, "cdt": -5, "mst": -7, "mdt": -6, "pst": -8, "pdt": -7}
-
-
-@lru_cache(1 << 12)
-def iso_utc(text: str) -> str | None:
-    """A date of ISO 8601, of e-mail or the like as ISO 8601 in UTC, one without a zone taken for UTC.
-
-    None unless all of the text is such a date: a day before a month, a number of seconds, an unknown zone or language
-    would be guesses.  "2024" and "2024-05", which W3C's profile of ISO 8601 allows, are the beginning of that year or
-    month; a year of two digits is of 1950 to 2049 (RFC 5322).  The weekday's name adds nothing, so it decides nothing.
-    """
-    text = " ".join(text.lower().split()) if len(text) <= 64 else ""
-    found = next((match for form in _FORMS if (match := form.fullmatch(text))), None)
-    if found is None:
-        return None
-    part = {name: value for name, value in found.groupdict().items() if value is not None}
-    month, zone = part.get("month", "1"), part.get("zone", "z")
-    hour, minute, second = (int(part.get(name, 0)) for name in ("hour", "minute", "second"))
-    hours, minutes = (int(part.get("sign", "+") + part.get(name, "0")) for name in ("hours", "minutes"))
-    midnight = (hour, minute, second) == (24, 0, 0)  # the end of the day, in ISO 8601
-    if zone not in _ZONES or minute > 59 or second > 60 or abs(hours) > 23 or abs(minutes) > 59:
-        return None
-    if hour > 23 and not midnight:
-        return None
-    year = int(part["year"])
-    try:
-        day = datetime(
-            year + (0 if len(part["year"]) == 4 else 2000 if year < 50 else 1900),
-            int(month) if month.isdecimal() else _MONTHS.index(month[:3]) + 1,
-            int(part.get("day", "1")),
-        )
-        when = day + timedelta(hours=hour - hours - _ZONES[zone], minutes=minute - minutes, seconds=second)
-    except (ValueError, OverflowError):
-        return None
-    return when.isoformat(timespec="seconds") + "Z"
-
-
-_REFERENCES = re.compile(r"(?:&#(?:[0-9]+|[xX][0-9a-fA-F]+);)+")
-_REFERENCE = re.compile(r"&#(?:([0-9]+)|[xX]([0-9a-fA-F]+));")
-
-
-def mend_references(text: str) -> str:
-    """Numeric references to what is no character of XML become U+FFFD, and those to two surrogates one character."""
-    return _REFERENCES.sub(_mended, text) if "&#" in text else text
-
-
-def _mended(run: re.Match[str]) -> str:
-    mended: list[str] = []
-    high = 0
-    for one in _REFERENCE.finditer(run[0]):
-        digits, base = (one[1], 10) if one[1] else (one[2], 16)
-        code = int(digits, base) if len(digits.lstrip("0")) <= 7 else 0
-        if high and 0xDC00 <= code <= 0xDFFF:
-            mended[-1] = chr(0x10000 + (high - 0xD800 << 10) + code - 0xDC00)
-            high = 0
-            continue
-        high = code if 0xD800 <= code <= 0xDBFF else 0
-        good = code in (9, 10, 13) or 0x20 <= code <= 0xD7FF or 0xE000 <= code <= 0xFFFD or 0x10000 <= code <= 0x10FFFF
-        mended.append(f"&#{code};" if good else "\ufffd")
-    return "".join(mended)
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
-def _inflated(body: bytes, limit: int) -> Iterator[bytes]:
-    """The body in pieces, without its gzip if it begins like one; _Stop past ``limit``, or where it is torn."""
-    if not body.startswith(b"\x1f\x8b"):
-        for start in range(0, min(len(body), limit), _PIECE):
-            yield body[start : min(start + _PIECE, limit)]
-        if len(body) > limit:
-            raise _Stop(f"larger than {limit} bytes")
-        return
-    total, start = 0, 0
-    inflate, data = zlib.decompressobj(31), b""
-    step = _PIECE >> 4  # what is left of it is copied after each member, of which a hostile file has many
-    try:
-        while True:
-            if not data:
-                if start >= len(body):
-                    break
-                data = body[start : start + step]
-                start += step
-            piece = inflate.decompress(data, _PIECE)
-            data = inflate.unconsumed_tail
-            if piece:
-                yield piece[: max(0, limit - total)]
-                total += len(piece)
-                if total > limit:
-                    raise _Stop(f"larger than {limit} bytes")
-            if inflate.eof:
-                data = inflate.unused_data or body[start : (start := start + step)]
-                if not data.startswith(b"\x1f\x8b"):
-                    return  # padding, or nothing
-                inflate = zlib.decompressobj(31)
-    except zlib.error as error:
-        raise _Stop(f"gzip: {error}") from None
-    raise _Stop("gzip: it ends too soon")
-
-
-_DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([a-zA-Z0-9._:-]{1,40})["']""")
-_CHARSET = re.compile(r"""charset\s*=\s*["']?([a-zA-Z0-9._:-]{1,40})""", re.IGNORECASE)
-_BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16le"), (b"\xfe\xff", "utf-16be"))
-_SHAPES = ((b"<\0", "utf-16le"), (b"\0<", "utf-16be"))
-
-
-def _decoded(pieces: Iterator[bytes], content_type: str | None = None) -> Iterator[str]:
-    """The text of the pieces: by BOM, then HTTP's charset, then the XML declaration (RFC 7303, section 3)."""
-    decoder: codecs.IncrementalDecoder | None = None
-    for piece in pieces:
-        if decoder is None:
-            decoder = _codec(piece, content_type).incrementaldecoder("replace")
-        yield decoder.decode(piece)
-    if decoder:
-        yield decoder.decode(b"", True)
-
-
-def _codec(head: bytes, content_type: str | None) -> codecs.CodecInfo:
-    for mark, name in (*_BOMS, *_SHAPES):
-        if head.startswith(mark):
-            return codecs.lookup(name.replace("utf-16", "utf-16-"))
-    told = _CHARSET.search(content_type or "")
-    declared = _DECLARED.match(head[:1024])
-    for label in (told[1] if told else None, declared[1].decode() if declared else None):
-        encoding = webencodings.lookup(label) if label else None
-        if encoding and not encoding.name.startswith("utf-16"):  # the declaration was read as ASCII: it is none
-            return encoding.codec_info
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return codecs.lookup("cp1252")
-    return codecs.lookup("utf-8")

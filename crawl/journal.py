@@ -31,8 +31,12 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from crawl.core import Crawl, validator
-from crawl.rules import CrawlResult, FeedResult, FetchError, names_private, normalise, origin, split_credentials
+from crawl.addresses import names_private
+from crawl.core import Crawl
+from crawl.errors import FetchError
+from crawl.model import CrawlResult, FeedResult
+from crawl.rows import validator
+from crawl.rules import normalise, origin, split_credentials
 
 Row = dict[str, Any]
 

@@ -44,10 +44,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from coordination import new_lock
-from crawl.core import build_row
-from crawl.frontier import Frontier, Kind, RobotRules, host_of
+from crawl.addresses import names_private
+from crawl.errors import FetchError
+from crawl.frontier import Frontier
+from crawl.hosts import Kind, RobotRules, host_of
+from crawl.model import Request, Response, ScrapeResult
 from crawl.robots import DISALLOW_ALL, rules_for
-from crawl.rules import FetchError, Request, Response, ScrapeResult, names_private, normalise
+from crawl.rows import build_row
+from crawl.rules import normalise
 from crawl.rules import origin as origin_of
 
 LEASE = 30.0

@@ -35,8 +35,9 @@ from typing import Any
 import brotli
 
 from coordination import Channel, Clock, new_lock
-from crawl.rules import FetchError, proxy_url
-from crawl.rules import is_public as is_public
+from crawl.addresses import is_public as is_public
+from crawl.errors import FetchError
+from crawl.rules import proxy_url
 
 try:
     from compression import zstd  # type: ignore[import-not-found,unused-ignore]

@@ -38,13 +38,16 @@ from typing import Any
 
 import orjson
 
-from crawl.cli import RowWriter, peak_memory_mb
 from crawl.core import Crawl
+from crawl.errors import FetchError
 from crawl.feeds import FeedEntry
-from crawl.frontier import Frontier, Kind, Question, _Run, host_of
+from crawl.frontier import Frontier
+from crawl.hosts import Kind, Question, _Run, host_of
 from crawl.journal import target as as_known
+from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
+from crawl.output import RowWriter, peak_memory_mb
 from crawl.robots import LARGE
-from crawl.rules import FeedResult, FetchError, Options, Request, Response, ScrapeResult, normalise, origin
+from crawl.rules import normalise, origin
 from runtime.serving import new_loop
 
 BUCKETS = 4096

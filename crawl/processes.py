@@ -59,11 +59,13 @@ import orjson
 
 from coordination import new_lock
 from crawl import process_worker
-from crawl.cli import EXIT_INTERRUPTED, Output, peak_memory_mb
-from crawl.core import Crawl, Stats
-from crawl.frontier import Frontier, FrontierStats, _Run
+from crawl.core import Crawl
+from crawl.frontier import Frontier
+from crawl.hosts import FrontierStats, _Run
+from crawl.output import EXIT_INTERRUPTED, Output, peak_memory_mb
 from crawl.process_worker import AGE, BUCKETS, ME, bucket_of, exactly, key_of, place, section, sections
 from crawl.rules import is_secret, origin
+from crawl.stats import Stats
 from runtime.processes import module_command
 
 LINES = 500

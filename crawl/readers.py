@@ -42,8 +42,9 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from coordination import new_lock, telling
-from crawl.feeds import bounds, feed_parsers, read_article
-from crawl.rules import FetchError
+from crawl.articles import read_article
+from crawl.errors import FetchError
+from crawl.feeds import bounds, feed_parsers
 from runtime.processes import end_with, module_command
 
 MOST = 8

@@ -24,7 +24,8 @@ from typing import Any, Literal
 from urllib.parse import unquote_plus
 
 from coordination import new_lock
-from crawl.rules import FetchError, normalise
+from crawl.errors import FetchError
+from crawl.rules import normalise
 
 MAX_QUERIES = 100_000
 """Query strings that Traps keeps in mind."""

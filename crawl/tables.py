@@ -29,12 +29,15 @@ import asyncpg
 import orjson
 
 from coordination import arrives
-from crawl.core import Crawl, build_row
-from crawl.frontier import host_of
+from crawl.core import Crawl
+from crawl.errors import FetchError
+from crawl.hosts import host_of
 from crawl.lease import AT_ONCE, LEASE, Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, clean, hashed
-from crawl.rules import FetchError, Options, Request, Response, ScrapeResult
+from crawl.model import Options, Request, Response, ScrapeResult
+from crawl.rows import build_row
 from crawl.rules import origin as origin_of
-from runtime.postgres import BACK_OFF, Database, Embedded, Unavailable, check_url, is_away
+from runtime.embedded import Embedded
+from runtime.postgres import BACK_OFF, Database, Unavailable, check_url, is_away
 
 if TYPE_CHECKING:
     from runtime.postgres import Connection

@@ -45,13 +45,14 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from coordination import Clock, Rng, arrives, telling
+from logs.display import Snapshot, imbalance
 from logs.enrich import Enricher
 from logs.intake import EventQueue, Policy, Receiver
 from logs.parse import Event, parse
 from logs.store import SCHEMA, Outcome, Store, seal
-from logs.workers import Snapshot, imbalance
 from primitives import RetryPolicy
-from runtime.postgres import Database, Embedded
+from runtime.embedded import Embedded
+from runtime.postgres import Database
 from runtime.serving import CannotStart, Lasting, lines_lost
 from runtime.spool import Sealed, Spool
 

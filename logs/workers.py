@@ -30,16 +30,13 @@ import signal
 import socket
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import orjson
-from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 from coordination import Clock, Rng, arrives, telling
+from logs.display import LATE, LINE, Exporter, Snapshot, add_up, buried, health, status
 from primitives import RetryPolicy
 from runtime.serving import http, lines_lost, show_status, stopped_by_signals
 
@@ -51,219 +48,9 @@ AGAIN = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=10.0, total=float("inf")
 """How long to wait before a dead worker is replaced."""
 HEALTHY = 30.0
 """Seconds that a worker must have lived for the next wait to be short again."""
-LATE = 5.0
-"""Seconds beyond the limit of a stop after which a worker is killed."""
 STOP, FORCE = b"s", b"f"
-LINE = 1 << 20
-"""Bytes of a line between a worker and its parent, at most."""
 
 # ------------------------------------------------------------------------------------------------------ snapshots
-
-
-class Snapshot(NamedTuple):
-    """What a worker counted since it began; events, but where it says otherwise."""
-
-    received: int = 0
-    recovered: int = 0
-    """In the spool when it began."""
-    stored: int = 0
-    dead: int = 0
-    """In ``dead_letter``."""
-    dropped: Mapping[str, int] = {}
-    """By cause."""
-    held: Mapping[str, int] = {}
-    """By place: queue, sealing, sealed, writing, spooling, spool."""
-    handed: int = 0
-    """Left in the spool by a worker that died."""
-    datagrams: int = 0
-    bytes: int = 0
-    refused: int = 0
-    """Datagrams from addresses that are not allowed."""
-    truncated: int = 0
-    """Datagrams longer than what is read of one."""
-    kernel_drops: int = 0
-    """Datagrams that found the socket's buffer full; 0 too where the system does not say."""
-    missing: int = 0
-    """Rows that were stored without the metadata that there should be."""
-    filled: int = 0
-    """Such rows whose metadata came later, of earlier runs too."""
-    spool_bytes: int = 0
-    spool_refused: int = 0
-    """Batches for which the spool had no room."""
-    lag: float = 0.0
-    """Seconds from the receipt of a batch's oldest event to its commit: the longest of the last ones."""
-    loop_lag: float = 0.0
-    """Seconds by which the event loop was late; the longest of the last minute."""
-    database: str = "none"
-    metadata: str = "none"
-    """The state of the API's circuit."""
-    metadata_loads: int = 0
-    metadata_failures: int = 0
-    faults: int = 0
-    """How often the counts did not balance, or a part failed in a way that nobody had foreseen."""
-    lines_lost: int = 0
-    """Lines of the log that nobody read."""
-    workers: int = 1
-    deaths: int = 0
-    stopping: bool = False
-
-
-LARGEST = {"lag", "loop_lag"}
-WORST = {
-    "database": ("down", "connecting", "none", "connected"),
-    "metadata": ("open", "half_open", "closed", "none"),
-}
-
-
-def imbalance(counts: Snapshot) -> int:
-    """How many events more came in than are accounted for; 0, or there is a fault in the program."""
-    out = counts.stored + counts.dead + sum(counts.dropped.values()) + sum(counts.held.values()) + counts.handed
-    return counts.received + counts.recovered - out
-
-
-def add_up(snapshots: Iterable[Snapshot]) -> Snapshot:
-    """The sums; of the lags the longest, of the states the worst."""
-    every = list(snapshots)
-    if not every:
-        return Snapshot(workers=0)
-    sums: dict[str, Any] = {}
-    for name in Snapshot._fields:
-        values = [getattr(each, name) for each in every]
-        if isinstance(values[0], Mapping):
-            total: Counter[str] = Counter()
-            for value in values:
-                total.update(value)
-            sums[name] = dict(total)
-        elif name in WORST:
-            sums[name] = min(values, key=WORST[name].index)
-        elif name == "stopping":
-            sums[name] = any(values)
-        else:
-            sums[name] = max(values) if name in LARGEST else sum(values)
-    return Snapshot(**sums)
-
-
-def buried(last: Snapshot) -> Snapshot:
-    """What remains of the counts of a worker that died; see above."""
-    spooled = last.held.get("spool", 0)
-    lost = sum(last.held.values()) - spooled
-    dropped = dict(last.dropped)
-    if lost:
-        dropped["worker died"] = dropped.get("worker died", 0) + lost
-    handed = last.handed + spooled
-    gone: dict[str, Any] = dict.fromkeys(("spool_bytes", "workers", "lag", "loop_lag"), 0)
-    gone |= {name: ranks[-1] for name, ranks in WORST.items()}
-    return last._replace(dropped=dropped, held={}, handed=handed, deaths=last.deaths + 1, stopping=False, **gone)
-
-
-def listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
-
-
-def status(counts: Snapshot, before: Snapshot, seconds: float, age: float) -> str:
-    """One line on where all stands; ``before`` is the snapshot of ``seconds`` ago."""
-
-    def rate(name: str) -> str:
-        return f"{(getattr(counts, name) - getattr(before, name)) / max(seconds, 1e-9):,.0f}/s"
-
-    dropped, held = sum(counts.dropped.values()), dict(counts.held)
-    spool = held.pop("spool", 0)
-    parts = [
-        f"{age:,.0f} s",
-        f"received {counts.received:,} ({rate('received')})",
-        f"stored {counts.stored:,} ({rate('stored')})",
-        f"queue {sum(held.values()):,}",
-        f"dropped {dropped:,}" + (f" ({listed(counts.dropped)})" if dropped else ""),
-        *([f"kernel dropped {counts.kernel_drops:,}"] if counts.kernel_drops else []),
-        *([f"dead {counts.dead:,}"] if counts.dead else []),
-        f"spool {spool:,}",
-        f"lag {counts.lag:.1f} s",
-        *([f"database {counts.database}"] if counts.database != "connected" else []),
-        *([f"metadata {counts.metadata}"] if counts.metadata not in ("closed", "none") else []),
-        *(["stopping"] if counts.stopping else []),
-        *([f"FAULTS {counts.faults}"] if counts.faults else []),
-    ]
-    return " · ".join(parts)
-
-
-def last_word(counts: Snapshot) -> str:
-    """What became of all that came."""
-    lost = {name: count for name, count in counts.dropped.items() if count}
-    left = {name: count for name, count in counts.held.items() if count}
-    spooled = left.pop("spool", 0)
-    return (
-        f"received {counts.received:,}"
-        + (f" + recovered {counts.recovered:,}" if counts.recovered else "")
-        + f" = stored {counts.stored:,} + dead {counts.dead:,} + dropped {sum(lost.values()):,}"
-        + (f" ({listed(lost)})" if lost else "")
-        + f" + left in the spool {spooled:,}"
-        + (f" + handed on {counts.handed:,}" if counts.handed else "")
-        + (f" + held {sum(left.values()):,} ({listed(left)})" if left else "")
-        + (f"; the kernel dropped {counts.kernel_drops:,} datagrams" if counts.kernel_drops else "")
-        + (f"; {counts.refused:,} datagrams came from addresses that are not allowed" if counts.refused else "")
-        + (f"; THE COUNTS DO NOT BALANCE: {imbalance(counts):,}" if imbalance(counts) else "")
-    )
-
-
-class Exporter(Collector):
-    """What ``/metrics`` shows."""
-
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
-        self._snapshot = snapshot
-
-    def collect(self) -> Iterator[Metric]:
-        counts = self._snapshot()
-        for name, text in (
-            ("received", "Events received"),
-            ("recovered", "Events that were in the spool at the start"),
-            ("stored", "Events in the table logs"),
-            ("dead", "Events in the table dead_letter"),
-            ("handed", "Events in the spool of workers that died; counted as recovered by the next"),
-            ("datagrams", "Datagrams read"),
-            ("bytes", "Bytes read"),
-            ("refused", "Datagrams from addresses that are not allowed"),
-            ("truncated", "Datagrams that were too long"),
-            ("kernel_drops", "Datagrams that found the socket's buffer full"),
-            ("missing", "Rows that were stored before their metadata were known"),
-            ("filled", "Rows whose metadata came later"),
-            ("spool_refused", "Batches for which the spool had no room"),
-            ("metadata_loads", "Requests to the metadata API"),
-            ("metadata_failures", "Loads of metadata that failed"),
-            ("faults", "Counts that did not balance, and failures of the program"),
-            ("lines_lost", "Lines of the log that nobody read"),
-            ("deaths", "Workers that died"),
-        ):
-            yield CounterMetricFamily(f"ingest_{name}", text, getattr(counts, name))
-        dropped = CounterMetricFamily("ingest_dropped", "Events dropped, by cause", labels=("cause",))
-        for cause, count in counts.dropped.items():
-            dropped.add_metric((cause,), count)
-        held = GaugeMetricFamily("ingest_held", "Events held, by place", labels=("place",))
-        for place, count in counts.held.items():
-            held.add_metric((place,), count)
-        yield from (dropped, held)
-        yield GaugeMetricFamily("ingest_imbalance", "Events not accounted for: 0", imbalance(counts))
-        yield GaugeMetricFamily("ingest_spool_bytes", "Bytes in the spool", counts.spool_bytes)
-        yield GaugeMetricFamily("ingest_lag_seconds", "From receipt to commit, longest of the last batches", counts.lag)
-        yield GaugeMetricFamily("ingest_loop_lag_seconds", "Longest of the last minute", counts.loop_lag)
-        yield GaugeMetricFamily("ingest_database_up", "1 if connected", float(counts.database == "connected"))
-        circuit = {"half_open": 0.5, "open": 1.0}.get(counts.metadata, 0.0)
-        yield GaugeMetricFamily("ingest_metadata_circuit_open", "0 closed, 0.5 half-open, 1 open", circuit)
-        yield GaugeMetricFamily("ingest_workers", "Workers that run", counts.workers)
-
-
-def health(counts: Snapshot, workers: int) -> tuple[int, dict[str, Any]]:
-    """The status code and the body of ``/health``. A database that is away is no reason to start the ingester anew."""
-    off = imbalance(counts)
-    if off or counts.faults:
-        state = "error"
-    elif counts.stopping:
-        state = "stopping"
-    elif counts.workers < workers or counts.database != "connected" or counts.metadata not in ("closed", "none"):
-        state = "degraded"
-    else:
-        state = "ok"
-    body = {"status": state, "imbalance": off, **counts._asdict()}
-    return (200 if state in ("ok", "degraded") else 503), body
 
 
 # ---------------------------------------------------------------------------------------------- around a program

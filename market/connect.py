@@ -48,7 +48,8 @@ import aiohttp
 from aiohttp import ClientWSTimeout, WSMsgType
 
 from coordination import Clock, Rng, telling
-from market.trade import Adapter, BadFrame, Parsed, SequenceCheck, Trade, short
+from market.adapter import Adapter, SequenceCheck
+from market.trade import BadFrame, Parsed, Trade, short
 from primitives import CircuitBreaker, CircuitOpen, Permit, RetryPolicy
 from runtime.http_dates import parse_retry_after
 

@@ -27,9 +27,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from coordination import Clock
-from market.feeds import Trade
-from market.kafka import Counts
+from market.link import Counts
 from market.stats import ALL, Row
+from market.trade import Trade
 from runtime.serving import http, show_status, stopped_by_signals
 
 EVERY = 0.5

@@ -21,12 +21,9 @@ from urllib.parse import quote
 
 import orjson
 
+from market.adapter import ACK, HEARTBEAT, IGNORED, Adapter
 from market.trade import *  # noqa: F403  -- the names of that file can be imported from here too
 from market.trade import (
-    ACK,
-    HEARTBEAT,
-    IGNORED,
-    Adapter,
     BadFrame,
     Parsed,
     Side,

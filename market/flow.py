@@ -48,7 +48,7 @@ import random
 import ssl
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -58,14 +58,16 @@ from typing import Any
 import aiohttp
 
 from coordination import Clock, Rng, arrives, telling
+from market.adapter import Adapter
 from market.connect import TURN, Feed, new_session
-from market.display import Board, FeedLine, Snapshot, columns, imbalance, lost
-from market.feeds import ADAPTERS, Adapter, BadFrame, Trade
-from market.kafka import Closed, Publisher
+from market.display import Board, FeedLine, Snapshot, imbalance, lost
+from market.feeds import ADAPTERS
+from market.kafka import Publisher
+from market.link import Closed
 from market.stats import WINDOWS, Row
-from market.topics import DeadLetter, Group, Taken, dead_letters, decode
+from market.topics import DeadLetter
+from market.trade import Trade
 from market.workers import MOST, Uncomputed, Workers
-from runtime.processes import PoolClosed, WorkerDied
 from runtime.serving import CannotStart, Lasting, lines_lost
 
 log = logging.getLogger("market_pipeline")
@@ -518,253 +520,4 @@ def feed_line(feed: Feed | None) -> FeedLine:
 # --------------------------------------------------------------------------------------------------------- analyse
 
 
-class Analyser(Base):
-    """A member of the consumer group that computes what is in ``trades``. ``run`` once."""
-
-    def __init__(
-        self,
-        options: Options,
-        *,
-        environ: Mapping[str, str] = os.environ,
-        group_options: Mapping[str, Any] | None = None,
-        **more: Any,
-    ) -> None:
-        super().__init__(options, environ=environ, **more)
-        assert options.kafka is not None
-        self.workers = self.make_workers()
-        self.group = Group(
-            options.kafka,
-            options.group,
-            prefix=options.prefix,
-            look_back=options.windows[-1] + options.lateness,
-            revoked=self._revoked,
-            security=self._security,
-            rng=self._rng,
-            **(group_options or {}),
-        )
-        self._batch = asyncio.Lock()
-        """Held from when trades are taken until they are committed."""
-        self._queued = self._skipped = 0
-
-    async def _revoked(self, _: frozenset[int]) -> None:
-        """The batch in hand is committed, and its rows told, before its partition is another's."""
-        async with self._batch:
-            await self._tell_all()
-
-    async def _work(self) -> None:
-        try:
-            await self._read()
-        except Exception:  # what was taken is not to be committed with what comes next: read again
-            await self.group.stop()
-            await self.group.start()
-            raise
-
-    async def _read(self) -> None:
-        told = True
-        while True:
-            taken = await self.group.take()
-            async with self._batch:
-                if taken.trades or taken.again or taken.dead:
-                    await self._batch_of(taken)
-                    told = False
-                elif not told:
-                    await self._tell_all()
-                    told = True
-
-    async def _batch_of(self, taken: Taken) -> None:
-        self._trades += len(taken.trades)
-        self._queued = len(taken.trades)
-        try:
-            for letter in taken.dead:
-                await self._bury(letter)
-            for at in range(0, len(taken.again), MOST):
-                await self._computed_rows(taken.again[at : at + MOST])
-            if taken.trades:
-                rows = await self._computed_rows(taken.trades, count=True)
-                self.board.count(taken.trades)
-                await self._tell(rows)
-        finally:
-            self._skipped += self._queued
-            self._queued = 0
-        await self.publisher.flush()
-        await self.group.commit()
-
-    async def _computed_rows(self, trades: list[Trade], *, count: bool = False, flush: bool = False) -> list[Row]:
-        try:
-            rows, failed = await (self.workers.flush() if flush else self.workers.submit(trades)), 0
-        except Uncomputed as error:
-            log.warning("%d trades could not be computed: %s", len(error.trades), error.__cause__)
-            rows, failed = error.rows, len(error.trades)
-        if count:
-            self._computed += len(trades) - failed
-            self._uncomputed += failed
-            self._queued = 0
-        return rows
-
-    async def _tell_all(self) -> None:
-        """The rows that were not due yet."""
-        with contextlib.suppress(Closed, PoolClosed):
-            await self._tell(await self._computed_rows([], flush=True))
-
-    async def run(self) -> int:
-        async with contextlib.AsyncExitStack() as stack:
-            await self._open_publisher(stack)
-            stack.push_async_callback(self.workers.close, 0.0)
-            self._start("watch", self._watch)
-            stack.push_async_callback(self._end_tasks)
-            joining = asyncio.create_task(self._join(), name="joining")
-            stopped = asyncio.create_task(self._stopped.wait())
-            try:
-                await asyncio.wait((joining, stopped), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                stopped.cancel()
-                if not joining.done():
-                    joining.cancel()
-                (error, _) = await asyncio.gather(joining, stopped, return_exceptions=True)
-            if isinstance(error, TimeoutError | WorkerDied):
-                raise CannotStart(str(error))
-            if isinstance(error, Exception):
-                raise error
-            if error is None:
-                stack.push_async_callback(self.group.stop)
-                self._start("analytics", self._work)
-                await self._stopped.wait()
-                self._deadline = self._clock() + self.options.stop_limit
-                await self._unless_forced(self._finish(), self.options.stop_limit * 0.6)
-                await self._end_tasks()
-        return int(lost(self.snapshot()) > 0)
-
-    async def _join(self) -> None:
-        """Ready to compute before there is anything: a member that is slow holds up the group's rebalancing."""
-        await self.workers.start()
-        await self.group.start()
-
-    async def _finish(self) -> None:
-        """The batch in hand is published and committed, and all rows are told; no further one is begun."""
-        async with self._batch:
-            self._tasks["analytics"].cancel()
-            await self._tell_all()
-
-    def _more(self) -> dict[str, Any]:
-        workers, found, group = self.workers.stats(), self.workers.analytics(), self.group.stats()
-        return {
-            "offered": self._trades,
-            "skipped": self._skipped,
-            "queued": self._queued,
-            "late": found.late,
-            "repeated": found.repeated,
-            "worker_deaths": workers.died,
-            "workers": workers.pids,
-            "partitions": group.partitions,
-            "rebalances": group.rebalances,
-            "commits": group.commits,
-        }
-
-
 # ---------------------------------------------------------------------------------------------------------- replay
-
-
-class Reader:
-    """Dead letters -> trades, by the adapters as they are now."""
-
-    def __init__(self) -> None:
-        self._adapters: dict[tuple[str, str], Adapter] = {}
-
-    def read(self, letter: DeadLetter) -> list[Trade]:
-        """``BadFrame`` if it still cannot be parsed."""
-        if letter.kind == "trade":
-            try:
-                return [decode(letter.raw)]
-            except ValueError as error:
-                raise BadFrame(str(error)) from None
-        key = letter.exchange, letter.context
-        adapter = self._adapters.get(key)
-        if adapter is None:
-            known = ADAPTERS.get(letter.exchange)
-            if known is None:
-                raise BadFrame(f"there is no exchange {letter.exchange!r}")
-            try:
-                adapter = known.within(letter.context) if letter.context else known.fresh()
-            except ValueError as error:
-                raise BadFrame(str(error)) from None
-            if len(self._adapters) >= 100:
-                self._adapters.clear()
-            self._adapters[key] = adapter
-        return adapter.parse(letter.raw, letter.at_ns).trades
-
-
-class Replayer(Base):
-    """The dead letters that are there now, once more. ``run`` once."""
-
-    def __init__(self, options: Options, *, environ: Mapping[str, str] = os.environ, **more: Any) -> None:
-        super().__init__(options, environ=environ, **more)
-        self.reader = Reader()
-        self.seen: Counter[tuple[str, str, str]] = Counter()
-        """By exchange, outcome, reason; the rarest reasons are put together."""
-        self.read = self.failed = self.found = 0
-        self.early = False
-
-    async def run(self) -> int:
-        async with contextlib.AsyncExitStack() as stack:
-            if not self.options.dry_run:
-                await self._open_publisher(stack)
-            self._start("watch", self._watch)
-            stack.push_async_callback(self._end_tasks)
-            work = asyncio.create_task(self._replay(), name="replay")
-            stopped = asyncio.create_task(self._stopped.wait())
-            try:
-                await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                stopped.cancel()
-                if not work.done():
-                    work.cancel()
-                (error, _) = await asyncio.gather(work, stopped, return_exceptions=True)
-            if isinstance(error, TimeoutError):
-                raise CannotStart(str(error))
-            if isinstance(error, Exception):
-                raise error
-            self._deadline = self._clock() + self.options.stop_limit
-        self.early = isinstance(error, BaseException)
-        return int(lost(self.snapshot()) > 0 or self.early)
-
-    async def _replay(self) -> None:
-        dry, kafka = self.options.dry_run, self.options.kafka
-        assert kafka is not None
-        letters = dead_letters(
-            kafka,
-            prefix=self.options.prefix,
-            group=None if dry else self.options.group,
-            before_commit=None if dry else self.publisher.flush,
-            security=self._security,
-            rng=self._rng,
-        )
-        async with contextlib.aclosing(letters) as every:  # type: ignore[type-var]
-            async for letter in every:
-                await self._one(letter, dry)
-
-    async def _one(self, letter: DeadLetter, dry: bool) -> None:
-        self.read += 1
-        try:
-            trades = self.reader.read(letter)
-        except BadFrame as error:
-            self.failed += 1
-            self._note(letter.exchange, "still bad", str(error))
-            if not dry:
-                await self._bury(letter._replace(error=str(error)))
-            return
-        self._note(letter.exchange, "parsed", letter.error)
-        self.found += len(trades)
-        if trades and not dry:
-            self._trades += len(trades)
-            await self._handed_over(len(trades), lambda: self.publisher.trades(trades))
-
-    def _note(self, exchange: str, outcome: str, reason: str) -> None:
-        key = exchange, outcome, reason[:60]
-        self.seen[key if key in self.seen or len(self.seen) < 1000 else (exchange, outcome, "…")] += 1
-
-    def report(self) -> str:
-        lines = [("exchange", "outcome", "letters", "reason")]
-        lines += [(name, outcome, f"{count:,}", why) for (name, outcome, why), count in self.seen.most_common(50)]
-        early = "; stopped early: some will come again" if self.early else ""
-        total = f"{self.read:,} dead letters: {self.read - self.failed:,} parsed, with {self.found:,} trades;"
-        return f"{columns(lines, right={2})}\n\n{total} {self.failed:,} still bad{early}"

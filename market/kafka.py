@@ -36,35 +36,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 from uuid import uuid4
 
 import orjson
-from aiokafka import AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import (
-    CorruptRecordException,
-    InvalidMessageError,
-    InvalidTimestampError,
-    KafkaError,
-    MessageSizeTooLargeError,
-    RecordListTooLargeError,
-    UnknownTopicOrPartitionError,
-)
-from aiokafka.partitioner import DefaultPartitioner
 
 from coordination import Clock, Rng, telling
-from market.feeds import Trade
+from market.link import (
+    ASK_AGAIN,
+    AT_ONCE,
+    FLIGHT,
+    FLIGHT_BYTES,
+    HEAVY,
+    LARGEST_CONTEXT,
+    Closed,
+    Counts,
+    _end,
+    _Link,
+    _uncut,
+    heavy,
+    log,
+)
 from market.topics import (
     ANALYTICS,
-    BACK_OFF,
     DEAD_LETTERS,
     HEADERS,
     LARGEST_RECORD,
@@ -81,60 +80,14 @@ from market.topics import (
     to_line,
     trade_row,
 )
+from market.trade import Trade
 from runtime.spool import Sealed, Spool
 
 T = TypeVar("T")
 
-log = logging.getLogger("market_pipeline")
 
-FLIGHT, FLIGHT_BYTES = 5000, 1_300_000
-"""Records that are under way together at most, and bytes of their values, or one more."""
 FILE = 2500
 """Records of a file of the spool."""
-AT_ONCE = 1000
-"""Records that are encoded, or put into batches, in one go."""
-ROUND_BYTES = {"gzip": 180_000, "lz4": 500_000}
-"""Of the values of one round, which are compressed in one go; by the kinds that are slow."""
-BATCH_BYTES = 950_000
-LARGEST_CONTEXT = 20_000
-"""Characters."""
-HEAVY = 64_000_000
-"""Bytes of raw frames that may wait."""
-ASK_AGAIN = 1.0
-"""Seconds after which a disk that refused is asked again."""
-RENEW_AFTER = 1 << 30
-"""Records of one producer: aiokafka's sequence numbers turn negative at 2**31 in a partition, where Kafka's turn 0."""
-KEYS = 100_000
-"""Symbols whose partition is remembered."""
-
-RECORDS_FAULT = (
-    CorruptRecordException,
-    InvalidMessageError,
-    InvalidTimestampError,
-    MessageSizeTooLargeError,
-    RecordListTooLargeError,
-)
-"""What the broker says of a batch for the sake of a record in it."""
-
-
-class Closed(RuntimeError):
-    """The publisher takes nothing any more."""
-
-
-class Counts(NamedTuple):
-    """accepted + recovered == published + held + spooled + dropped + lost."""
-
-    accepted: int
-    recovered: int
-    """Left in the spool by a previous life."""
-    published: int
-    """Acknowledged."""
-    held: int
-    """In memory, on its way included."""
-    spooled: int
-    dropped: int
-    lost: int
-    """The disk did not give back what it had taken."""
 
 
 class PublisherStats(NamedTuple):
@@ -149,267 +102,7 @@ class PublisherStats(NamedTuple):
     """The last one."""
 
 
-class _Piece(NamedTuple):
-    batch: Any
-    rows: list[Row]
-
-
 # ---------------------------------------------------------------------------------------------------------- a producer
-
-
-def rounds(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
-    """In their order, each with at most so many bytes, or a little more."""
-    begin = size = 0
-    for n, row in enumerate(rows, 1):
-        size += len(row.value)
-        if size >= most or n == len(rows):
-            yield list(rows[begin:n])
-            begin, size = n, 0
-
-
-def heavy(rows: Iterable[Row]) -> int:
-    """Bytes of the dead letters among them, which have no key."""
-    return sum(len(row.value) for row in rows if row.key is None)
-
-
-async def _end(task: asyncio.Task[Any]) -> None:
-    """Cancel, and wait until it is over."""
-    task.cancel()
-    await asyncio.wait({task})
-
-
-async def _uncut(task: asyncio.Task[None]) -> None:
-    """Wait until it is over, also if that is cancelled, and then end cancelled."""
-    cut: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cut = error
-    task.result()
-    if cut is not None:
-        raise cut
-
-
-async def _force(task: asyncio.Task[Any]) -> None:
-    """Cancel until it is over: aiokafka's sender answers the first time by waiting for what is under way."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=0.05)
-
-
-async def _abandon(producer: Any) -> None:
-    """Leave a producer with all that is under way in it, whatever the broker does; nothing of it stays."""
-    sender, accumulator = producer._sender, producer._message_accumulator
-    if sender.sender_task is not None:
-        await _force(sender.sender_task)
-    for task in asyncio.all_tasks():  # requests that the sender had begun; they would try again for ever
-        frame = getattr(task.get_coro(), "cr_frame", None)
-        if frame is not None and frame.f_locals.get("self") is sender:
-            await _force(task)
-    given_up = KafkaError("given up")
-    batches = {batch for queue in accumulator._batches.values() for batch in queue} | set(accumulator._pending_batches)
-    accumulator._pending_batches.update(batches)  # each is going to be removed from there
-    for batch in batches:
-        batch.failure(given_up)
-        for future in (batch.future, batch._drain_waiter):
-            future.exception()  # somebody looked
-    accumulator._batches.clear()
-    update = producer.client._md_update_fut
-    with contextlib.suppress(KafkaError, OSError):
-        await producer.stop()
-    if update is not None and not update.done():
-        update.cancel()
-
-
-class _Link:
-    """One producer after another, to the same brokers. One ``publish`` at a time."""
-
-    def __init__(
-        self,
-        brokers: str,
-        topics: Mapping[str, int],
-        *,
-        replication: int,
-        compression: str | None,
-        request_timeout: float,
-        security: Mapping[str, Any],
-        rng: Rng,
-    ) -> None:
-        self._brokers, self._topics, self._replication = brokers, topics, replication
-        self._timeout = request_timeout
-        self._compression = compression
-        self._security = security
-        self._rng = rng
-        self._producer: Any = None
-        self._sent = 0
-        self._partitions: dict[str, list[int]] = {}
-        self._places: dict[tuple[str, bytes | None], int] = {}
-        self._partitioner = DefaultPartitioner()
-        self._turn = itertools.count()
-        self.connects = 0
-        self.error = ""
-
-    @property
-    def connected(self) -> bool:
-        return self._producer is not None
-
-    async def publish(self, rows: list[Row]) -> list[tuple[Row, str]]:
-        """Return when each row is acknowledged, but for those that the broker refuses for their own sake."""
-        refused = list[tuple[Row, str]]()
-        todo = list(rounds(rows, ROUND_BYTES.get(self._compression or "", 2 * FLIGHT_BYTES)))
-        """Groups that may not share a batch; each in its order."""
-        tries = 0
-        while todo:
-            producer = await self._connected()
-            again = list[list[Row]]()
-            broken = False
-            for group in todo:
-                if broken:
-                    again.append(group)
-                    continue
-                try:
-                    lanes = await self._build(producer, group)
-                except Exception as error:
-                    self.error, broken = f"{type(error).__name__}: {error}", True
-                    again.append(group)
-                    continue
-                results = await asyncio.gather(*(self._send(producer, *lane) for lane in lanes.items()))
-                for left, why in results:
-                    if why is None:
-                        continue
-                    broken = True
-                    self.error = f"{type(why).__name__}: {why}"
-                    if not isinstance(why, RECORDS_FAULT):
-                        again.append([row for piece in left for row in piece.rows])
-                        continue
-                    culprit, *others = [piece.rows for piece in left]
-                    half = len(culprit) // 2
-                    if half:
-                        again += [culprit[:half], culprit[half:]]
-                    else:
-                        refused.append((culprit[0], type(why).__name__))
-                    again += others
-                    tries = 0
-            if broken:  # a sequence number was used up, or nobody knows
-                await self.drop()
-                if tries:
-                    await self._rest(tries)
-                tries += 1
-            todo = again
-        self._sent += len(rows)
-        return refused
-
-    async def _build(self, producer: Any, rows: list[Row]) -> dict[tuple[str, int], list[_Piece]]:
-        lanes = dict[tuple[str, int], list[_Piece]]()
-        places = self._places
-        for topic in {row.topic for row in rows}:
-            known = producer.client.cluster.partitions_for_topic(topic)
-            if known is None:
-                raise UnknownTopicOrPartitionError(topic)
-            if len(known) != len(self._partitions.get(topic, ())):
-                self._partitions[topic] = sorted(known)
-                places.clear()
-        for n, row in enumerate(rows, 1):
-            if n % AT_ONCE == 0:
-                await asyncio.sleep(0)
-            topic, key, value, at, headers = row
-            place = places.get((topic, key)) if key is not None else self._any(topic)
-            if place is None:
-                place = self._place(topic, key)
-            pieces = lanes.get((topic, place))
-            if pieces is None:
-                pieces = lanes[topic, place] = [_Piece(producer.create_batch(), [])]
-            piece = pieces[-1]
-            if piece.batch.append(timestamp=at, key=key, value=value, headers=headers) is None:
-                pieces.append(piece := _Piece(producer.create_batch(), []))
-                piece.batch.append(timestamp=at, key=key, value=value, headers=headers)
-            piece.rows.append(row)
-        return lanes
-
-    def _place(self, topic: str, key: bytes | None) -> int:
-        if len(self._places) > KEYS:
-            self._places.clear()
-        partitions = self._partitions[topic]
-        place: int = self._partitioner(key, partitions, partitions)
-        self._places[topic, key] = place
-        return place
-
-    def _any(self, topic: str) -> int:
-        partitions = self._partitions[topic]
-        return partitions[next(self._turn) % len(partitions)]
-
-    async def _send(
-        self, producer: Any, lane: tuple[str, int], pieces: list[_Piece]
-    ) -> tuple[list[_Piece], Exception | None]:
-        """One after the other; what is left, and why."""
-        topic, partition = lane
-        for n, piece in enumerate(pieces):
-            try:
-                await (await producer.send_batch(piece.batch, topic, partition=partition))
-            except Exception as error:  # also what aiokafka did not mean to raise
-                return pieces[n:], error
-        return [], None
-
-    async def _connected(self) -> Any:
-        if self._producer is not None and self._sent > RENEW_AFTER:
-            await self.drop()
-        tries = 0
-        while self._producer is None:
-            milliseconds = int(self._timeout * 1000)
-            producer = AIOKafkaProducer(
-                bootstrap_servers=self._brokers,
-                enable_idempotence=True,
-                acks="all",
-                compression_type=self._compression,
-                max_batch_size=BATCH_BYTES,
-                request_timeout_ms=milliseconds,
-                **self._security,
-            )
-            try:
-                async with asyncio.timeout(3 * self._timeout):
-                    await producer.start()
-                    await self._find_topics(producer)
-            except (KafkaError, OSError, TimeoutError) as error:
-                self.error = f"{type(error).__name__}: {error}"
-                await asyncio.shield(asyncio.create_task(_abandon(producer)))
-                tries += 1
-                await self._rest(tries)
-            except BaseException:
-                await asyncio.shield(asyncio.create_task(_abandon(producer)))
-                raise
-            else:
-                self._producer, self._sent = producer, 0
-                self.connects += 1
-        return self._producer
-
-    async def _find_topics(self, producer: Any) -> None:
-        there = (await producer.client.fetch_all_metadata()).topics()
-        missing = [NewTopic(name, n, self._replication) for name, n in self._topics.items() if name not in there]
-        if missing:
-            admin = AIOKafkaAdminClient(
-                bootstrap_servers=self._brokers, request_timeout_ms=int(self._timeout * 1000), **self._security
-            )
-            try:
-                await admin.start()
-                for topic, code, *text in (await admin.create_topics(missing)).topic_errors:
-                    if code not in (0, 36):  # 36: another was quicker
-                        self.error = f"topic {topic}: {text[0] if text and text[0] else f'error {code}'}"
-                        log.warning("kafka: %s", self.error)
-            finally:
-                await admin.close()
-        await producer.client.set_topics(self._topics)  # it forgets those that it only heard of
-        for name in self._topics:
-            await producer.partitions_for(name)
-
-    async def _rest(self, tries: int) -> None:
-        await asyncio.sleep(BACK_OFF.delay(tries, self._rng) or 0.0)
-
-    async def drop(self) -> None:
-        """Leave the producer; the next one has a new id."""
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            await asyncio.shield(asyncio.create_task(_abandon(producer)))
 
 
 # -------------------------------------------------------------------------------------------------------- the publisher

@@ -45,7 +45,7 @@ from operator import neg
 from typing import Any, NamedTuple
 
 from coordination import telling
-from market.feeds import Trade
+from market.trade import Trade
 
 WINDOWS = (10, 60, 300)
 """Seconds."""

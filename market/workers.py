@@ -45,8 +45,8 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from coordination import Semaphore, telling
-from market.feeds import Trade
 from market.stats import Analytics, AnalyticsStats, Row
+from market.trade import Trade
 from runtime.processes import PoolClosed, Processes, WorkerDied
 
 LOG = 256

@@ -20,8 +20,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from crawl.frontier import EARLY, FAIR, ROBOTS_AGAIN, host_of
-from crawl.rules import Request, origin
+from crawl.frontier import FAIR, ROBOTS_AGAIN
+from crawl.hosts import EARLY, host_of
+from crawl.model import Request
+from crawl.rules import origin
 
 EPSILON = 1e-6
 

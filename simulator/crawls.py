@@ -25,8 +25,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from crawl.frontier import Frontier, Question, host_of
-from crawl.rules import Postponed, Request, origin
+from crawl.errors import Postponed
+from crawl.frontier import Frontier
+from crawl.hosts import Question, host_of
+from crawl.model import Request
+from crawl.rules import origin
 from simulator.checker import Checker, Rules, demand
 
 Row = dict[str, Any]

@@ -27,9 +27,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from crawl.frontier import host_of
+from crawl.errors import Postponed
+from crawl.hosts import host_of
 from crawl.lease import Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, hashed
-from crawl.rules import Postponed, Request, ScrapeResult, origin
+from crawl.model import Request, ScrapeResult
+from crawl.rules import origin
 from simulator.checker import Rules, Tokens, demand
 
 SKEW = 0.03

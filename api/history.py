@@ -1,0 +1,159 @@
+"""What the aggregation API keeps of its upstreams: each result, written in batches, and read page by page."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import sys
+from array import array
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, NamedTuple
+
+from runtime.postgres import Database, Writer
+
+if TYPE_CHECKING:
+    from runtime.postgres import Connection
+
+UPSTREAM_RESULTS = """
+CREATE TABLE IF NOT EXISTS upstream_results (
+    writer     bigint           NOT NULL,  -- drawn by each process: with serial it makes a row sent twice one row
+    serial     bigint           NOT NULL,
+    source     text             NOT NULL,
+    parameters jsonb            NOT NULL,
+    fetched_at timestamptz      NOT NULL,
+    latency    double precision NOT NULL,  -- seconds
+    status     text             NOT NULL,  -- ok, or the kind of an error
+    payload    jsonb,
+    PRIMARY KEY (writer, serial)
+);
+CREATE INDEX IF NOT EXISTS upstream_results_by_time ON upstream_results (source, fetched_at DESC);
+CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results (fetched_at);
+"""
+
+
+RECENT = 20_000
+"""Results of one source among which a start looks for the last of each combination of parameters."""
+
+
+class Result(NamedTuple):
+    """What a call to an upstream came to."""
+
+    source: str
+    parameters: str
+    """A JSON object."""
+    fetched_at: datetime
+    latency: float
+    """Seconds."""
+    status: str
+    payload: str | None
+    """JSON."""
+
+
+class History:
+    """The table ``upstream_results``: written by a ``Writer``, read by ``/history``, ``/report`` and at the start."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._writer_id, self._serial = secrets.randbits(63), itertools.count()
+        self.writer: Writer[tuple[int, Result]] = Writer(database, self._insert)
+
+    def keep(self, result: Result) -> None:
+        """Have ``result`` written, soon. Without a database there is nothing to keep it in, and nothing is counted."""
+        if self._database.server is not None:
+            size = sys.getsizeof(result.payload) + sys.getsizeof(result.parameters) + 200
+            self.writer.offer((next(self._serial), result), size)
+
+    async def _insert(self, connection: Connection, rows: Sequence[tuple[int, Result]]) -> None:
+        columns = [list(column) for column in zip(*((serial, *result) for serial, result in rows), strict=True)]
+        await connection.execute(
+            "INSERT INTO upstream_results SELECT $1, serial, source, parameters::jsonb, fetched_at, latency, status,"
+            " payload::jsonb FROM unnest($2::bigint[], $3::text[], $4::text[], $5::timestamptz[], $6::float8[],"
+            " $7::text[], $8::text[]) AS row(serial, source, parameters, fetched_at, latency, status, payload)"
+            " ON CONFLICT DO NOTHING",
+            self._writer_id,
+            *columns,
+        )
+
+    async def latest(self, source: str, within: float, limit: int, max_bytes: int = 64_000_000) -> list[Result]:
+        """The last good result for each combination of parameters, none older than ``within`` seconds, latest first.
+
+        Of the last ``RECENT`` good ones; at most ``limit``, and none after those that hold ``max_bytes`` together.
+        Their payloads are read only when they are chosen.
+        """
+        query = (
+            "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
+            " JOIN (SELECT DISTINCT ON (parameters) writer, serial FROM (SELECT writer, serial, parameters, fetched_at"
+            " FROM upstream_results WHERE source = $1 AND fetched_at > $2 AND status = 'ok'"
+            " ORDER BY fetched_at DESC LIMIT $4) AS recent ORDER BY parameters, fetched_at DESC) AS last"
+            " USING (writer, serial) ORDER BY fetched_at DESC LIMIT $3"
+        )
+        since = datetime.now(UTC) - timedelta(seconds=within)
+        return (await self._read(max_bytes, limit, query, source, since, limit, RECENT))[0]
+
+    async def page(
+        self, source: str, parameters: str, before: datetime, limit: int, max_bytes: int
+    ) -> tuple[list[Result], bool]:
+        """Results before ``before``, the latest first, whose parameters contain ``parameters``; and if there are more.
+
+        At most ``limit``, but for those of the very same time as the last: the next page begins before it. None after
+        those that hold ``max_bytes`` together.
+        """
+        query = (
+            "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
+            " WHERE source = $1 AND fetched_at < $2 AND parameters @> $3::text::jsonb"
+            " ORDER BY fetched_at DESC FETCH FIRST $4 ROWS WITH TIES"
+        )
+        return await self._read(max_bytes, limit, query, source, before, parameters, limit + 1)
+
+    async def _read(self, max_bytes: int, limit: int, query: str, *arguments: object) -> tuple[list[Result], bool]:
+        results: list[Result] = []
+        size = 0
+        async with self._database.connection() as connection, connection.transaction(readonly=True):
+            async for row in connection.cursor(query, *arguments, prefetch=20):
+                result = Result(*row)
+                full = len(results) >= limit or size > max_bytes
+                if full and result.fetched_at != results[-1].fetched_at:
+                    return results, True
+                results.append(result)
+                size += len(result.payload or "")
+        return results, len(results) > limit  # all at one time at the end: whether there are more was not to be seen
+
+    async def outcomes(self, source: str, since: datetime, limit: int) -> tuple[array[float], array[float], list[str]]:
+        """Times (seconds since 1970), latencies (seconds) and statuses of the last ``limit`` results, oldest first.
+
+        In portions, so that the event loop is never held for long.
+        """
+        times, latencies, statuses = array("d"), array("d"), list[str]()
+        async with self._database.connection() as connection, connection.transaction(readonly=True):
+            cursor = await connection.cursor(
+                "SELECT extract(epoch FROM fetched_at)::float8, latency, status FROM upstream_results"
+                " WHERE source = $1 AND fetched_at >= $2 ORDER BY fetched_at DESC LIMIT $3",
+                source,
+                since,
+                limit,
+            )
+            while rows := await cursor.fetch(1000):
+                for when, latency, status in rows:
+                    times.append(when)
+                    latencies.append(latency)
+                    statuses.append(status)
+        for column in (times, latencies, statuses):
+            column.reverse()
+        return times, latencies, statuses
+
+    async def forget(self, older_than: float, batch: int = 5000) -> int:
+        """Delete what is older than ``older_than`` seconds, in batches, so that nobody waits long. How many."""
+        before, gone = datetime.now(UTC) - timedelta(seconds=older_than), 0
+        while True:
+            async with self._database.connection() as connection:
+                status = await connection.execute(  # by place: a join with the whole table would scan it each time
+                    "DELETE FROM upstream_results WHERE ctid = ANY(ARRAY("
+                    "SELECT ctid FROM upstream_results WHERE fetched_at < $1 ORDER BY fetched_at LIMIT $2))",
+                    before,
+                    batch,
+                )
+            count = int(status.split()[-1])
+            gone += count
+            if count < batch:
+                return gone

@@ -1,0 +1,113 @@
+"""What a request may ask for: each parameter is checked, and a refusal is a problem document (RFC 9457)."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import ipaddress
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, cast
+from urllib.parse import parse_qsl
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+MAX_PARAMETER = 200
+"""Characters of a parameter's value."""
+
+
+class Problem(HTTPException):
+    """An RFC 9457 problem document, with members of its own."""
+
+    def __init__(self, status: int, title: str, headers: dict[str, str] | None = None, **members: Any) -> None:
+        super().__init__(status, title, headers)
+        self.members = members
+
+
+async def problem(_: Request, error: Exception) -> Response:
+    failure = cast(HTTPException, error)
+    members = failure.members if isinstance(failure, Problem) else {}
+    body = {"type": "about:blank", "title": failure.detail, "status": failure.status_code, **members}
+    headers = dict(failure.headers or {})
+    return Response(orjson.dumps(body), failure.status_code, headers, "application/problem+json")
+
+
+async def failed(request: Request, _: Exception) -> Response:
+    """The server logs the error."""
+    return await problem(request, Problem(500, "internal error"))
+
+
+def query_of(request: Request) -> dict[str, str]:
+    """The parameters in a request's query. ``Problem`` if one is there twice, or is no percent-encoded UTF-8."""
+    try:
+        pairs = parse_qsl(request.scope["query_string"].decode("ascii"), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        raise Problem(422, "the query is not percent-encoded UTF-8") from None
+    query = dict(pairs)
+    if len(query) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0][:50]
+        raise Problem(422, f"{twice} is there more than once", parameter=twice)
+    return query
+
+
+def check(query: Mapping[str, str], allowed: Iterable[str]) -> None:
+    """``Problem`` if there is a parameter that is not allowed, or one that cannot be a part of an upstream's URL."""
+    for name, value in query.items():
+        if name not in allowed:
+            raise Problem(422, f"no parameter {name[:50]} here", parameter=name[:50], parameters=sorted(allowed))
+        if not re.fullmatch(r"[^\x00-\x1f\x7f]+", value) or len(value) > MAX_PARAMETER or value in (".", ".."):
+            what = f"{name} must have 1 to {MAX_PARAMETER} characters, without control characters, and not be . or .."
+            raise Problem(422, what, parameter=name)
+
+
+def whole(query: Mapping[str, str], name: str, least: int, usual: int, most: int) -> int:
+    """A whole number among the parameters. ``Problem`` if it is none, or out of its bounds."""
+    text = query.get(name, str(usual))
+    if not re.fullmatch(r"[0-9]{1,6}", text, re.A) or not least <= int(text) <= most:
+        raise Problem(422, f"{name} must be a whole number from {least} to {most}", parameter=name)
+    return int(text)
+
+
+def moment(text: str, name: str) -> datetime:
+    """A time as RFC 3339 has it. ``Problem`` if it is none."""
+    form = r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)"
+    with contextlib.suppress(ValueError, OverflowError):
+        if re.fullmatch(form, text, re.A):
+            return datetime.fromisoformat(text.upper()).astimezone(UTC)
+    raise Problem(422, f"{name} must be a time with its offset, such as 2030-01-31T12:00:00Z", parameter=name)
+
+
+def authorised(request: Request) -> None:
+    """With ``AGGREGATE_TOKEN``, who has it; without, who is on this machine: neither behind a proxy that is, nor the
+    page of another origin in a browser that is (nor one whose name was made to lead here)."""
+    token = os.environ.get("AGGREGATE_TOKEN")
+    if token:
+        given = request.headers.get("Authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise Problem(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+        return
+    headers, client = request.headers, request.client
+    origin = headers.get("Origin")
+    same = origin is None or re.sub("^https?://", "", origin) == headers.get("Host", "").lower()
+    if not same or headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        raise Problem(403, "without AGGREGATE_TOKEN no page of another origin may do this")
+    names = [client.host if client is not None else ""]
+    if origin is not None:  # a page's name may have been made to lead here
+        names.append(request.url.hostname or "")
+    proxied = any(name in headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"))
+    if client is not None and client.port and not proxied and all(map(is_here, names)):
+        return
+    raise Problem(403, "without AGGREGATE_TOKEN only clients of this machine may do this")
+
+
+def is_here(host: str) -> bool:
+    """Whether this is an address of this machine alone, or the name that each machine has for itself."""
+    with contextlib.suppress(ValueError):
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False

@@ -1,0 +1,208 @@
+"""One running API: its sources, what it keeps, its tasks; how it starts and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from typing import IO, Any
+
+import asyncpg
+import orjson
+from prometheus_client import CollectorRegistry
+
+from api.history import History, Result
+from api.report import inspect_host
+from api.telemetry import Events, Exporter, RequestLog
+from api.upstreams import Load, Loaded, Source, request_id
+from coordination import Semaphore, T
+from primitives import State
+from runtime.postgres import Database, Unavailable
+from runtime.processes import Processes, in_daemon
+from runtime.serving import Lag
+
+log = logging.getLogger("uvicorn.error")
+
+
+GRACE = 5.0
+"""Seconds that loads under way get when the server stops."""
+
+
+KEPT, KEPT_MOST, KEPT_BYTES = 0.05, 1000, 16_000_000
+"""Seconds for which an assembled answer is handed out again; how many there may be, and of how many bytes in sum."""
+
+
+RENEW_EVERY, RETAIN_EVERY = 0.1, 600.0
+"""Seconds between two looks for what is to be renewed, and for what is too old to be kept."""
+
+
+WARM = 3.0
+"""Seconds that the start waits for the database and what it knows."""
+
+
+REPORTS, LOOKS = 16, 4
+"""Reports, and looks at hosts for them, at a time."""
+
+
+PLACES = 256
+"""Calls under way to all upstreams together."""
+
+
+class Kept:
+    """An answer as it was sent, to be sent again."""
+
+    __slots__ = ("body", "headers", "hits", "states", "until")
+
+    def __init__(self, until: float, headers: list[tuple[bytes, bytes]], body: bytes, states: dict[str, str]) -> None:
+        self.until, self.headers, self.body, self.states = until, headers, body, states
+        self.hits = 0
+
+
+class Service:
+    """What lives as long as the server runs."""
+
+    def __init__(self, sources: dict[str, Source], database: Database, output: IO[bytes] | None) -> None:
+        self.sources, self.database, self.history = sources, database, History(database)
+        self.lag, self.events, self.log = Lag(), Events(), RequestLog(output)
+        self.processes = Processes(waiting=REPORTS)
+        self.reports, self.looks = 0, Semaphore(LOOKS)
+        self.registry = CollectorRegistry()
+        self.registry.register(Exporter(sources, self.lag, database, self.history.writer, self.log))
+        self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
+        self.force: Callable[[], object] = lambda: None
+        self.timers: list[asyncio.TimerHandle] = []
+        self.tasks: dict[str, asyncio.Task[Any]] = {}
+        self.kept: dict[tuple[str, bytes], Kept] = {}
+        self.kept_bytes = self.changes = 0
+        for source in sources.values():
+            source.listeners.append(self.loaded)
+            source.changed = self.settle
+            source.breaker.listen(self.switched)
+
+    def begin(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task beside the requests. One that fails is an error in the log, and shown by /health."""
+
+        def ended(task: asyncio.Task[T]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("task %s ended", name, exc_info=error)
+            else:
+                del self.tasks[name]
+
+        task = self.tasks[name] = asyncio.create_task(work, name=name)
+        task.add_done_callback(ended)
+        return task
+
+    def loaded(self, load: Load) -> None:
+        parameters = load.parameters
+        state, error = ("ok", None) if load.error is None else (load.error.kind, str(load.error))
+        payload = None if load.data is None else load.data.encoded.decode()
+        self.history.keep(Result(load.source, orjson.dumps(parameters).decode(), load.at, load.latency, state, payload))
+        latency = round(load.latency * 1000, 1)
+        told = {"source": load.source, "parameters": parameters, "latency_ms": latency, "error": error}
+        self.events.publish("refresh", {**told, "state": "ok" if error is None else "error"})
+        if error is not None:
+            self.log.note("failed load", request_id.get(), told)
+
+    def switched(self, source: str, previous: State, state: State, _: int) -> None:
+        told = {"source": source, "state": state, "previous": previous}
+        self.events.publish("breaker", told)
+        self.log.note("breaker", request_id.get(), told)
+
+    def keep(self, asked: tuple[str, bytes], kept: Kept) -> None:
+        self.drop(asked)
+        if len(self.kept) >= KEPT_MOST or self.kept_bytes + len(kept.body) > KEPT_BYTES:
+            self.settle()
+        if len(kept.body) <= KEPT_BYTES:
+            self.kept[asked] = kept
+            self.kept_bytes += len(kept.body)
+
+    def drop(self, asked: tuple[str, bytes]) -> None:
+        """Send a kept answer no more. How often it was is counted now."""
+        kept = self.kept.pop(asked, None)
+        if kept is not None:
+            self.kept_bytes -= len(kept.body)
+            for name, state in kept.states.items():
+                self.sources[name].answers[state] += kept.hits
+
+    def settle(self) -> None:
+        """Something changed: no kept answer is sent again."""
+        self.changes += 1
+        for asked in list(self.kept):
+            self.drop(asked)
+
+    async def renew(self) -> None:
+        request_id.set("renewal")
+        while not self.stopping:
+            await asyncio.sleep(RENEW_EVERY)
+            for source in self.sources.values():
+                source.renew()
+
+    async def retain(self, seconds: float) -> None:
+        while True:
+            await self.database.ready()
+            with contextlib.suppress(Unavailable, asyncpg.PostgresError):
+                await self.history.forget(seconds)
+            await asyncio.sleep(RETAIN_EVERY)
+
+    async def warm(self) -> None:
+        """Begin with what the last life knew, as stale, once there is a database."""
+        await self.database.ready()
+        for name, source in self.sources.items():
+            upstream = source.upstream
+            within = upstream.ttl + max(upstream.stale, upstream.stale_if_error)
+            try:
+                results = await self.history.latest(name, within, upstream.keys)
+            except (Unavailable, asyncpg.PostgresError) as error:
+                log.warning("no warm start: %s", type(error).__name__)
+                return
+            for result in results:
+                given = orjson.loads(result.parameters)
+                if given.keys() == upstream.parameters.keys() and result.payload is not None:
+                    age = (datetime.now(UTC) - result.fetched_at).total_seconds()
+                    source.warm(source.key(given), orjson.loads(result.payload), age, result.latency)
+                await asyncio.sleep(0)
+
+    def look(self, name: str) -> asyncio.Task[dict[str, Any]]:
+        """The look at the host of a source that is under way, or a new one: one, however many reports want it."""
+
+        async def work() -> dict[str, Any]:
+            async with self.looks:
+                return await in_daemon(inspect_host, self.sources[name].upstream.url)
+
+        return self.tasks.get(f"look at {name}") or self.begin(f"look at {name}", work())
+
+    def stop(self) -> None:
+        """At the signal: streams end; loads and reports, which requests may wait for, have ``GRACE`` seconds left.
+
+        A client that does not read its answer would keep the server for ever: a second later it is let go.
+        """
+        if not self.stopping:
+            self.stopping, self.patience = True, time.monotonic() + GRACE
+            self.events.end()
+            later = asyncio.get_running_loop().call_later
+            self.timers = [later(GRACE, self.cut), later(GRACE + 1.0, self.force)]
+
+    def cut(self) -> None:
+        self.cancel_loads()
+        self.begin("end of reports", self.processes.close(0.0))
+
+    def cancel_loads(self) -> list[asyncio.Task[Loaded]]:
+        loads = [load for source in self.sources.values() for load in source.running]
+        for load in loads:
+            load.cancel()
+        return loads
+
+    async def close(self) -> None:
+        self.stop()
+        for timer in self.timers:
+            timer.cancel()
+        for task in self.tasks.values():
+            task.cancel()
+        await asyncio.gather(*list(self.tasks.values()), return_exceptions=True)
+        while loads := [load for source in self.sources.values() for load in source.running]:
+            await asyncio.wait(loads, timeout=max(0.0, self.patience - time.monotonic()))
+            await asyncio.wait(self.cancel_loads() or loads)

@@ -1,0 +1,214 @@
+"""Sitemaps: XML, text, gzip; what can be read of a broken one is."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from xml.parsers import expat
+
+import ada_url
+
+from crawl.dates import iso_utc
+from crawl.errors import FetchError
+from crawl.rules import MAX_URL, normalise
+from crawl.xml import _MAX_DEPTH, _MAX_ELEMENTS, _MAX_TOKEN, _NO_XML, _chain, _decoded, _inflated, _local, _Stop
+
+MAX_SITEMAP = 50 * 1024 * 1024
+"""Bytes of a sitemap that are read, after inflating (sitemaps.org's own limit)."""
+
+
+MAX_LOCATIONS = 50_000
+"""Addresses of one sitemap that are kept (sitemaps.org's own limit), left out ones counted in."""
+
+
+class SitemapEntry(NamedTuple):
+    url: str
+    lastmod: str | None
+    """ISO 8601, UTC; None if there is none, or none that can be read."""
+
+
+@dataclass(slots=True)
+class Sitemap:
+    urls: list[SitemapEntry] = field(default_factory=list)
+    sitemaps: list[str] = field(default_factory=list)
+    """Further sitemaps that this one, an index, names. Who follows them counts them, and keeps to each once."""
+    truncated: bool = False
+    """There was more, or there may have been."""
+    error: str | None = None
+    """Why it was not read to its end."""
+    foreign: int = 0
+    """Addresses left out as they are of other hosts."""
+
+
+def parse_sitemap(body: bytes, url: str, hosts: Collection[str] | None = ()) -> Sitemap:
+    """Read a sitemap or an index of sitemaps; XML, RSS, Atom or plain lines, also gzipped.
+
+    ``url`` is where it came from, redirects followed.  It speaks for its own host, and for those of ``hosts``, whose
+    robots.txt named it (sitemaps.org, "Sitemaps & Cross Submits"); None: for any.
+    """
+    sitemap = Sitemap()
+    try:
+        own = normalise(url)[1]
+        found = _Found(sitemap, url, None if hosts is None else {own, *hosts})
+        pieces = _decoded(_inflated(body, MAX_SITEMAP))
+        for first in pieces:
+            if first := first.lstrip("\ufeff \t\r\n"):
+                (_read_xml if first[0] == "<" else _read_lines)(first, pieces, found)
+    except FetchError as error:
+        sitemap.error = f"sitemap's own address: {error.detail}"
+    except _Stop as stop:
+        sitemap.truncated, sitemap.error = True, str(stop)
+    except expat.ExpatError as error:
+        sitemap.truncated, sitemap.error = True, f"XML: {error}"
+    return sitemap
+
+
+class _Found:
+    """Puts addresses into a sitemap, as far as it may name them."""
+
+    def __init__(self, sitemap: Sitemap, base: str, hosts: Collection[str] | None) -> None:
+        self.sitemap, self.base, self.hosts = sitemap, base, hosts
+        self._seen: set[str] = set()
+        self._left, self._looks = MAX_LOCATIONS, 4 * MAX_LOCATIONS
+
+    def add(self, text: str, lastmod: str | None, *, index: bool) -> None:
+        self._looks -= 1
+        if self._looks < 0:
+            raise _Stop(f"more than {4 * MAX_LOCATIONS} entries, bad and repeated ones counted in")
+        if not text or len(text) > MAX_URL:
+            return
+        try:
+            if not text.startswith(("http://", "https://")):
+                text = ada_url.join_url(self.base, text)
+            target, host = normalise(text)
+        except (ValueError, FetchError):
+            return
+        if target in self._seen:
+            return
+        if not self._left:
+            raise _Stop(f"more than {MAX_LOCATIONS} addresses")
+        self._left -= 1
+        self._seen.add(target)
+        if self.hosts is not None and host not in self.hosts:
+            self.sitemap.foreign += 1
+        elif index:
+            self.sitemap.sitemaps.append(target)
+        else:
+            self.sitemap.urls.append(SitemapEntry(target, iso_utc(lastmod) if lastmod else None))
+
+
+def _read_lines(first: str, pieces: Iterator[str], found: _Found) -> None:
+    rest = ""
+    for piece in _chain(first, pieces):
+        *lines, rest = (rest + piece).split("\n")
+        if len(rest) > 2 * MAX_URL:
+            rest = "-"  # so that no part of it passes for an address
+        for line in lines:
+            _add_line(line, found)
+    _add_line(rest, found)
+
+
+def _add_line(line: str, found: _Found) -> None:
+    line = line.strip()
+    if line[:4].lower() == "http":  # no relative ones: any prose would be
+        found.add(line, None, index=False)
+
+
+_BARE = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});)")
+
+
+# By the kind of entry, what its direct children are.
+_FIELDS = {
+    "url": {"loc": "loc", "lastmod": "date"},
+    "sitemap": {"loc": "loc", "lastmod": "date"},
+    "item": {"link": "loc", "pubdate": "date", "date": "date"},
+    "entry": {"link": "loc", "updated": "date", "modified": "date"},
+}
+
+
+def _read_xml(first: str, pieces: Iterator[str], found: _Found) -> None:
+    parser = expat.ParserCreate("utf-8")
+    parser.buffer_text = True
+    _Handlers(parser, found)
+    carry, fed = "", 0
+    for piece in _chain(first, pieces):
+        text, carry = carry + piece, ""
+        cut = text.rfind("&", -12)
+        if cut >= 0 and ";" not in text[cut:]:
+            text, carry = text[:cut], text[cut:]
+        fed += _feed(parser, text)
+        if fed - max(0, parser.CurrentByteIndex) > _MAX_TOKEN:
+            raise _Stop(f"XML: a single construct of more than {_MAX_TOKEN} bytes")
+    _feed(parser, carry)
+    parser.Parse(b"", True)
+
+
+def _feed(parser: expat.XMLParserType, text: str) -> int:
+    data = _BARE.sub("&amp;", _NO_XML.sub("", text)).encode("utf-8", "replace")
+    parser.Parse(data, False)
+    return len(data)
+
+
+class _Handlers:
+    """What Expat tells: entries, by their local names whatever the namespace, and their direct children."""
+
+    def __init__(self, parser: expat.XMLParserType, found: _Found) -> None:
+        self._parser, self._found = parser, found
+        self._depth = self._elements = 0
+        self._kind = self._field = ""  # of the entry that is open, and of the child that is open
+        self._entry_depth = 0
+        self._text: list[str] = []
+        self._size = 0
+        self._values: dict[str, str] = {}
+        parser.StartElementHandler, parser.EndElementHandler = self._start, self._end
+        parser.EntityDeclHandler = self._refuse
+        parser.StartCdataSectionHandler = self._in_cdata
+
+    def _refuse(self, *_: Any) -> None:
+        raise _Stop("XML: it declares entities")
+
+    def _start(self, name: str, attributes: dict[str, str]) -> None:
+        self._depth += 1
+        self._elements += 1
+        if self._depth > _MAX_DEPTH or self._elements > _MAX_ELEMENTS:
+            raise _Stop("XML: nested too deep" if self._depth > _MAX_DEPTH else "XML: too many elements")
+        name = _local(name).lower()
+        if not self._kind:
+            if name in _FIELDS:
+                self._kind, self._entry_depth = name, self._depth
+                self._values = {}
+            elif self._depth == 1 and name == "html":
+                raise _Stop("an HTML page")
+        elif self._depth == self._entry_depth + 1 and (what := _FIELDS[self._kind].get(name)):
+            href = attributes.get("href")
+            if href is None:
+                self._field, self._text, self._size = what, [], 0
+                self._parser.CharacterDataHandler = self._characters
+            elif self._kind == "entry" and attributes.get("rel", "alternate").lower() == "alternate":
+                self._values.setdefault("loc", href.strip())
+
+    def _characters(self, text: str) -> None:
+        self._size += len(text)
+        if self._size <= 2 * MAX_URL:
+            self._text.append(text)
+
+    def _in_cdata(self) -> None:
+        if self._field:
+            self._text.append("\0")  # which no XML has
+
+    def _end(self, _: str) -> None:
+        if self._field and self._depth == self._entry_depth + 1:
+            text, cdata, rest = "".join(self._text).partition("\0")
+            if cdata:  # no references are read there, and mending put some in
+                text += html.unescape(rest.replace("\0", ""))
+            if self._size <= 2 * MAX_URL and (text := text.strip()):
+                self._values.setdefault(self._field, text)
+            self._field = ""
+            self._parser.CharacterDataHandler = None
+        elif self._kind and self._depth == self._entry_depth:
+            self._found.add(self._values.get("loc", ""), self._values.get("date"), index=self._kind == "sitemap")
+            self._kind = ""
+        self._depth -= 1

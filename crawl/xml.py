@@ -1,0 +1,143 @@
+"""XML as it comes from the web: its codings undone, its references mended, its size and depth bounded."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import zlib
+from collections.abc import Iterator
+
+import webencodings
+
+
+class _Stop(Exception):
+    """Nothing more of this document is read: its argument says why."""
+
+
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]+")  # characters that XML cannot have
+
+
+_PIECE = 1 << 18
+
+
+_MAX_TOKEN = 1 << 20  # bytes of one tag, comment or the like: Expat scans an unfinished one anew with every piece
+
+
+_MAX_DEPTH = 64
+
+
+_MAX_ELEMENTS = 2_000_000
+
+
+_DECLARATION = re.compile(r"\A<\?xml\b[^>]*>\s*")
+
+
+def _local(tag: str) -> str:
+    return tag.rpartition(":")[2]
+
+
+_REFERENCES = re.compile(r"(?:&#(?:[0-9]+|[xX][0-9a-fA-F]+);)+")
+
+
+_REFERENCE = re.compile(r"&#(?:([0-9]+)|[xX]([0-9a-fA-F]+));")
+
+
+def mend_references(text: str) -> str:
+    """Numeric references to what is no character of XML become U+FFFD, and those to two surrogates one character."""
+    return _REFERENCES.sub(_mended, text) if "&#" in text else text
+
+
+def _mended(run: re.Match[str]) -> str:
+    mended: list[str] = []
+    high = 0
+    for one in _REFERENCE.finditer(run[0]):
+        digits, base = (one[1], 10) if one[1] else (one[2], 16)
+        code = int(digits, base) if len(digits.lstrip("0")) <= 7 else 0
+        if high and 0xDC00 <= code <= 0xDFFF:
+            mended[-1] = chr(0x10000 + (high - 0xD800 << 10) + code - 0xDC00)
+            high = 0
+            continue
+        high = code if 0xD800 <= code <= 0xDBFF else 0
+        good = code in (9, 10, 13) or 0x20 <= code <= 0xD7FF or 0xE000 <= code <= 0xFFFD or 0x10000 <= code <= 0x10FFFF
+        mended.append(f"&#{code};" if good else "\ufffd")
+    return "".join(mended)
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _inflated(body: bytes, limit: int) -> Iterator[bytes]:
+    """The body in pieces, without its gzip if it begins like one; _Stop past ``limit``, or where it is torn."""
+    if not body.startswith(b"\x1f\x8b"):
+        for start in range(0, min(len(body), limit), _PIECE):
+            yield body[start : min(start + _PIECE, limit)]
+        if len(body) > limit:
+            raise _Stop(f"larger than {limit} bytes")
+        return
+    total, start = 0, 0
+    inflate, data = zlib.decompressobj(31), b""
+    step = _PIECE >> 4  # what is left of it is copied after each member, of which a hostile file has many
+    try:
+        while True:
+            if not data:
+                if start >= len(body):
+                    break
+                data = body[start : start + step]
+                start += step
+            piece = inflate.decompress(data, _PIECE)
+            data = inflate.unconsumed_tail
+            if piece:
+                yield piece[: max(0, limit - total)]
+                total += len(piece)
+                if total > limit:
+                    raise _Stop(f"larger than {limit} bytes")
+            if inflate.eof:
+                data = inflate.unused_data or body[start : (start := start + step)]
+                if not data.startswith(b"\x1f\x8b"):
+                    return  # padding, or nothing
+                inflate = zlib.decompressobj(31)
+    except zlib.error as error:
+        raise _Stop(f"gzip: {error}") from None
+    raise _Stop("gzip: it ends too soon")
+
+
+_DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([a-zA-Z0-9._:-]{1,40})["']""")
+
+
+_CHARSET = re.compile(r"""charset\s*=\s*["']?([a-zA-Z0-9._:-]{1,40})""", re.IGNORECASE)
+
+
+_BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16le"), (b"\xfe\xff", "utf-16be"))
+
+
+_SHAPES = ((b"<\0", "utf-16le"), (b"\0<", "utf-16be"))
+
+
+def _decoded(pieces: Iterator[bytes], content_type: str | None = None) -> Iterator[str]:
+    """The text of the pieces: by BOM, then HTTP's charset, then the XML declaration (RFC 7303, section 3)."""
+    decoder: codecs.IncrementalDecoder | None = None
+    for piece in pieces:
+        if decoder is None:
+            decoder = _codec(piece, content_type).incrementaldecoder("replace")
+        yield decoder.decode(piece)
+    if decoder:
+        yield decoder.decode(b"", True)
+
+
+def _codec(head: bytes, content_type: str | None) -> codecs.CodecInfo:
+    for mark, name in (*_BOMS, *_SHAPES):
+        if head.startswith(mark):
+            return codecs.lookup(name.replace("utf-16", "utf-16-"))
+    told = _CHARSET.search(content_type or "")
+    declared = _DECLARED.match(head[:1024])
+    for label in (told[1] if told else None, declared[1].decode() if declared else None):
+        encoding = webencodings.lookup(label) if label else None
+        if encoding and not encoding.name.startswith("utf-16"):  # the declaration was read as ASCII: it is none
+            return encoding.codec_info
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return codecs.lookup("cp1252")
+    return codecs.lookup("utf-8")

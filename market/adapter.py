@@ -1,0 +1,308 @@
+"""What an exchange is to this program: frames to trades, and whether their numbers leave a gap."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import orjson
+
+from market.trade import (
+    _PLAIN,
+    _QUOTES,
+    _SYMBOL,
+    AHEAD_NS,
+    EARLIEST_NS,
+    BadFrame,
+    Parsed,
+    Side,
+    Trade,
+    _new,
+    decimal,
+    gunzip,
+    short,
+)
+
+HEARTBEAT = Parsed([], "heartbeat")  # these are shared: nobody appends to their lists
+
+
+ACK = Parsed([], "ack")
+
+
+IGNORED = Parsed([], "ignored")
+
+
+class Adapter(ABC):
+    """What all have in common. An exchange is a subclass with `_subscriptions` and `_message`."""
+
+    name: str
+    url: str
+    key_env: str | None = None  # the environment's variable without which the exchange says nothing
+    ping_every: float | None = None  # seconds between the pings that the exchange wants as messages
+    silent_after: float = 60.0  # seconds without any frame after which the feed is dead
+    most: int = 1000  # symbols of one connection
+    pace: float = 0.0  # seconds between two messages of a subscription
+    dollar: str = "USD"  # the quote currency that stands in for USD
+    words: frozenset[object] = frozenset()  # frames that are not JSON: heartbeats
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._asked: dict[str, str] = {}  # native -> ours
+
+    def fresh(self) -> Self:
+        """Another one, for another connection."""
+        return type(self)(clock=self._clock)
+
+    def with_keys(self, environment: Mapping[str, str]) -> Self:
+        """Another one with its key, if it needs any; `ValueError` if the variable is not set."""
+        return self.fresh()
+
+    def context(self) -> str:
+        """What `parse` knows of the connection, as JSON: with it a dead letter can be read again elsewhere."""
+        return orjson.dumps({"asked": self._asked}).decode()
+
+    def within(self, context: str | bytes) -> Self:
+        """Another one that knows what the one with this `context` knew; `ValueError` if it is none."""
+        other, found = self.fresh(), orjson.loads(context)
+        asked = found.get("asked") if type(found) is dict else None
+        if type(asked) is not dict or not all(type(symbol) is str for symbol in asked.values()):
+            raise ValueError(f"not a context: {short(context)}")
+        other._asked = asked
+        return other
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {' '.join(self._asked.values()) or 'nothing asked'}>"
+
+    def native(self, symbol: str) -> str:
+        """ "BTC-USD" as the exchange writes it; `ValueError` if it is not BASE-QUOTE."""
+        if not _SYMBOL(symbol):
+            raise ValueError(f"not a symbol such as BTC-USD: {symbol!r}")
+        base, _, currency = symbol.partition("-")
+        return self._join(base, self.dollar if currency == "USD" else currency)
+
+    def _join(self, base: str, currency: str) -> str:
+        return base + currency
+
+    def symbol(self, native: object) -> str:
+        """The other way: as it was asked for, else as the name says. `BadFrame` if it is neither."""
+        found = self._asked.get(native)  # type: ignore[call-overload]
+        if found is None:
+            if self._asked or type(native) is not str:
+                raise BadFrame(f"a symbol that was not asked for: {short(native)}")
+            found = self._split(native)
+            if not _SYMBOL(found):
+                raise BadFrame(f"not a symbol: {short(native)}")
+        return str(found)
+
+    def _split(self, native: str) -> str:
+        for currency in _QUOTES:
+            if native.endswith(currency) and native != currency:
+                return f"{native[: -len(currency)]}-{currency}"
+        raise BadFrame(f"not a symbol: {short(native)}")
+
+    def connect_url(self, symbols: Sequence[str], url: str | None = None) -> str:
+        """Where to connect; `url` replaces the exchange's own address."""
+        return url or self.url
+
+    def check(self, symbols: Sequence[str]) -> int:
+        """How many these are for the exchange; `ValueError` if a connection cannot have them."""
+        found = len({self.native(symbol) for symbol in symbols})
+        if not found:
+            raise ValueError("no symbols")
+        if found > self.most:
+            raise ValueError(f"{found} symbols; a connection has {self.most} at most")
+        return found
+
+    def subscribe(self, symbols: Sequence[str]) -> list[str | bytes]:
+        """What to send after connecting. Forgets the connection before this one."""
+        self.check(symbols)
+        stand_ins = {self.native(symbol): symbol for symbol in symbols}
+        exact = {self.native(symbol): symbol for symbol in symbols if not symbol.endswith("-USD")}
+        self._asked = stand_ins | exact
+        return [orjson.dumps(message).decode() for message in self._subscriptions(list(self._asked))]
+
+    @abstractmethod
+    def _subscriptions(self, natives: list[str]) -> list[object]:
+        """The messages that subscribe to the trades of these symbols, as the exchange writes them."""
+
+    def acks(self, messages: int, symbols: int) -> int:
+        """How many acknowledgements `subscribe`'s so many messages for so many symbols bring; 0 if it brings none."""
+        return messages
+
+    def ping(self) -> str | bytes | None:
+        """The message to send every `ping_every` seconds."""
+        return None
+
+    def parse(self, frame: str | bytes, received_ns: int) -> Parsed:
+        """What a frame means. `received_ns`: Unix time in nanoseconds. `BadFrame` is all that it raises."""
+        try:
+            if self.words and frame in self.words:
+                return HEARTBEAT
+            if type(frame) is bytes and frame[:2] == b"\x1f\x8b":
+                frame = gunzip(frame)
+            return self._message(orjson.loads(frame), received_ns)
+        except BadFrame:
+            raise
+        except Exception as error:  # a missing key, a wrong type, a number out of range: all are the frame's fault
+            raise BadFrame(f"{type(error).__name__}: {short(error)}") from None
+
+    @abstractmethod
+    def _message(self, message: Any, received: int) -> Parsed:
+        """What a decoded message means. Whatever it raises makes the frame a `BadFrame`."""
+
+    def _trade(
+        self,
+        symbol: str,
+        price: object,
+        size: object,
+        side: Side,
+        trade_id: str,
+        when: int,
+        received: int,
+        sequence: int | None = None,
+        flags: str = "",
+    ) -> Trade:
+        if not (type(price) is str and _PLAIN(price)):
+            price = decimal(price)
+        if not (type(size) is str and _PLAIN(size)):
+            size = decimal(size)
+        price_value, size_value = float(price), float(size)
+        if not (price_value > 0.0 and size_value > 0.0):
+            raise BadFrame(f"not positive: price {price}, size {size}")
+        if not EARLIEST_NS <= when <= received + AHEAD_NS:
+            raise BadFrame(f"not a plausible time: {when} ns, received at {received} ns")
+        return _new(
+            Trade,
+            (
+                *(self.name, symbol, price, size, price_value, size_value),
+                *(side, trade_id, when, received, sequence, flags),
+            ),
+        )
+
+
+class SequenceStats(NamedTuple):
+    """Counts since the beginning."""
+
+    trades: int
+    gaps: int  # places where something is missing
+    missed: int  # how many are missing there, as the numbers tell (late ones are not taken off again)
+    duplicates: int
+    disorder: int
+    restarts: int  # times that a sequence began again below where it was
+
+
+class _Seen:
+    """What is known of one symbol."""
+
+    __slots__ = ("high", "ids", "latest", "order", "run")
+
+    def __init__(self) -> None:
+        self.high: int | None = None  # of the sequence
+        self.run = 0  # how many came one after the other below `high`
+        self.latest = 0  # exchange's time, ns
+        self.ids: set[str] = set()
+        self.order: deque[str] = deque()
+
+
+class SequenceCheck:
+    """Labels what one exchange's trades lack, repeat or mix up. Keep it over reconnects, and tell it of them.
+
+    `check(parsed)` is the whole of it; `label(trade)` is the part for one trade. A trade is
+
+    * a "duplicate" if its id is among the symbol's last `remembered`,
+    * after a "gap" if its sequence left numbers out (so the trades missed while a connection was away show as a gap),
+      or if it is the first after a frame number that did,
+    * in "disorder" if its sequence is below one that came before; without sequences, if its time is.
+
+    A duplicate is labelled that and nothing else, and moves nothing. What is older than `remembered` trades cannot be
+    told from a late one and is called disorder. A sequence that runs on for 16 numbers below its height began again.
+    """
+
+    RESTARTED = 16
+
+    def __init__(self, *, remembered: int = 4096) -> None:
+        if remembered < 1:
+            raise ValueError("remembered is at least 1")
+        self._remembered = remembered
+        self._seen: dict[str, _Seen] = {}
+        self._frame: int | None = None
+        self._frames_missing = False
+        self._trades = self._gaps = self._missed = self._duplicates = self._disorder = self._restarts = 0
+
+    def stats(self) -> SequenceStats:
+        return SequenceStats(
+            *(self._trades, self._gaps, self._missed),
+            *(self._duplicates, self._disorder, self._restarts),
+        )
+
+    def __repr__(self) -> str:
+        return f"<SequenceCheck {' '.join(f'{name}={value}' for name, value in self.stats()._asdict().items())}>"
+
+    def reconnected(self) -> None:
+        """Frames are counted from anew; the trades' ids and sequences go on."""
+        self._frame, self._frames_missing = None, False
+
+    def check(self, parsed: Parsed) -> list[Trade]:
+        """The frame's trades, labelled. Give it every frame, those without trades too."""
+        if parsed.sequence is not None:
+            last = self._frame
+            if last is not None and parsed.sequence > last + 1:
+                self._gaps += 1
+                self._missed += parsed.sequence - last - 1
+                self._frames_missing = True
+            if last is None or parsed.sequence > last:
+                self._frame = parsed.sequence
+        return [self.label(trade) for trade in parsed.trades]
+
+    def label(self, trade: Trade) -> Trade:
+        """The same trade, with what is found added to its flags."""
+        self._trades += 1
+        seen = self._seen.get(trade.symbol)
+        if seen is None:
+            seen = self._seen[trade.symbol] = _Seen()
+        number = trade.trade_id
+        if number:
+            if number in seen.ids:
+                self._duplicates += 1
+                return _flagged(trade, "duplicate")
+            seen.ids.add(number)
+            seen.order.append(number)
+            if len(seen.order) > self._remembered:
+                seen.ids.discard(seen.order.popleft())
+        found = ""
+        sequence = trade.sequence
+        if sequence is None:
+            if trade.exchange_ts_ns < seen.latest:
+                self._disorder += 1
+                found = "disorder"
+            else:
+                seen.latest = trade.exchange_ts_ns
+        elif seen.high is None or sequence == seen.high + 1:
+            seen.high, seen.run = sequence, 0
+        elif sequence > seen.high:
+            self._gaps += 1
+            self._missed += sequence - seen.high - 1
+            seen.high, seen.run = sequence, 0
+            found = "gap"
+        else:
+            self._disorder += 1
+            found = "disorder"
+            self._below(seen, sequence)
+        if self._frames_missing:
+            self._frames_missing = False
+            found = f"gap,{found}" if found and found != "gap" else "gap"
+        return _flagged(trade, found) if found else trade
+
+    def _below(self, seen: _Seen, sequence: int) -> None:
+        seen.run = seen.run + 1 if sequence == seen.latest + 1 else 1
+        seen.latest = sequence
+        if seen.run >= self.RESTARTED:
+            self._restarts += 1
+            seen.high, seen.run = sequence, 0
+
+
+def _flagged(trade: Trade, found: str) -> Trade:
+    return trade._replace(flags=f"{trade.flags},{found}" if trade.flags else found)

@@ -1,0 +1,162 @@
+"""The figures as a member of a consumer group: trades from Kafka, windows in processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from market.display import lost
+from market.flow import Base, Options, log
+from market.link import Closed
+from market.stats import Row
+from market.topics import Group, Taken
+from market.trade import Trade
+from market.workers import MOST, Uncomputed
+from runtime.processes import PoolClosed, WorkerDied
+from runtime.serving import CannotStart
+
+
+class Analyser(Base):
+    """A member of the consumer group that computes what is in ``trades``. ``run`` once."""
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        group_options: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(options, environ=environ, **more)
+        assert options.kafka is not None
+        self.workers = self.make_workers()
+        self.group = Group(
+            options.kafka,
+            options.group,
+            prefix=options.prefix,
+            look_back=options.windows[-1] + options.lateness,
+            revoked=self._revoked,
+            security=self._security,
+            rng=self._rng,
+            **(group_options or {}),
+        )
+        self._batch = asyncio.Lock()
+        """Held from when trades are taken until they are committed."""
+        self._queued = self._skipped = 0
+
+    async def _revoked(self, _: frozenset[int]) -> None:
+        """The batch in hand is committed, and its rows told, before its partition is another's."""
+        async with self._batch:
+            await self._tell_all()
+
+    async def _work(self) -> None:
+        try:
+            await self._read()
+        except Exception:  # what was taken is not to be committed with what comes next: read again
+            await self.group.stop()
+            await self.group.start()
+            raise
+
+    async def _read(self) -> None:
+        told = True
+        while True:
+            taken = await self.group.take()
+            async with self._batch:
+                if taken.trades or taken.again or taken.dead:
+                    await self._batch_of(taken)
+                    told = False
+                elif not told:
+                    await self._tell_all()
+                    told = True
+
+    async def _batch_of(self, taken: Taken) -> None:
+        self._trades += len(taken.trades)
+        self._queued = len(taken.trades)
+        try:
+            for letter in taken.dead:
+                await self._bury(letter)
+            for at in range(0, len(taken.again), MOST):
+                await self._computed_rows(taken.again[at : at + MOST])
+            if taken.trades:
+                rows = await self._computed_rows(taken.trades, count=True)
+                self.board.count(taken.trades)
+                await self._tell(rows)
+        finally:
+            self._skipped += self._queued
+            self._queued = 0
+        await self.publisher.flush()
+        await self.group.commit()
+
+    async def _computed_rows(self, trades: list[Trade], *, count: bool = False, flush: bool = False) -> list[Row]:
+        try:
+            rows, failed = await (self.workers.flush() if flush else self.workers.submit(trades)), 0
+        except Uncomputed as error:
+            log.warning("%d trades could not be computed: %s", len(error.trades), error.__cause__)
+            rows, failed = error.rows, len(error.trades)
+        if count:
+            self._computed += len(trades) - failed
+            self._uncomputed += failed
+            self._queued = 0
+        return rows
+
+    async def _tell_all(self) -> None:
+        """The rows that were not due yet."""
+        with contextlib.suppress(Closed, PoolClosed):
+            await self._tell(await self._computed_rows([], flush=True))
+
+    async def run(self) -> int:
+        async with contextlib.AsyncExitStack() as stack:
+            await self._open_publisher(stack)
+            stack.push_async_callback(self.workers.close, 0.0)
+            self._start("watch", self._watch)
+            stack.push_async_callback(self._end_tasks)
+            joining = asyncio.create_task(self._join(), name="joining")
+            stopped = asyncio.create_task(self._stopped.wait())
+            try:
+                await asyncio.wait((joining, stopped), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stopped.cancel()
+                if not joining.done():
+                    joining.cancel()
+                (error, _) = await asyncio.gather(joining, stopped, return_exceptions=True)
+            if isinstance(error, TimeoutError | WorkerDied):
+                raise CannotStart(str(error))
+            if isinstance(error, Exception):
+                raise error
+            if error is None:
+                stack.push_async_callback(self.group.stop)
+                self._start("analytics", self._work)
+                await self._stopped.wait()
+                self._deadline = self._clock() + self.options.stop_limit
+                await self._unless_forced(self._finish(), self.options.stop_limit * 0.6)
+                await self._end_tasks()
+        return int(lost(self.snapshot()) > 0)
+
+    async def _join(self) -> None:
+        """Ready to compute before there is anything: a member that is slow holds up the group's rebalancing."""
+        await self.workers.start()
+        await self.group.start()
+
+    async def _finish(self) -> None:
+        """The batch in hand is published and committed, and all rows are told; no further one is begun."""
+        async with self._batch:
+            self._tasks["analytics"].cancel()
+            await self._tell_all()
+
+    def _more(self) -> dict[str, Any]:
+        workers, found, group = self.workers.stats(), self.workers.analytics(), self.group.stats()
+        return {
+            "offered": self._trades,
+            "skipped": self._skipped,
+            "queued": self._queued,
+            "late": found.late,
+            "repeated": found.repeated,
+            "worker_deaths": workers.died,
+            "workers": workers.pids,
+            "partitions": group.partitions,
+            "rebalances": group.rebalances,
+            "commits": group.commits,
+        }

@@ -1,0 +1,124 @@
+"""Dead letters once more, by a mended parser."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from market.adapter import Adapter
+from market.display import columns, lost
+from market.feeds import ADAPTERS
+from market.flow import Base, Options
+from market.topics import DeadLetter, dead_letters, decode
+from market.trade import BadFrame, Trade
+from runtime.serving import CannotStart
+
+
+class Reader:
+    """Dead letters -> trades, by the adapters as they are now."""
+
+    def __init__(self) -> None:
+        self._adapters: dict[tuple[str, str], Adapter] = {}
+
+    def read(self, letter: DeadLetter) -> list[Trade]:
+        """``BadFrame`` if it still cannot be parsed."""
+        if letter.kind == "trade":
+            try:
+                return [decode(letter.raw)]
+            except ValueError as error:
+                raise BadFrame(str(error)) from None
+        key = letter.exchange, letter.context
+        adapter = self._adapters.get(key)
+        if adapter is None:
+            known = ADAPTERS.get(letter.exchange)
+            if known is None:
+                raise BadFrame(f"there is no exchange {letter.exchange!r}")
+            try:
+                adapter = known.within(letter.context) if letter.context else known.fresh()
+            except ValueError as error:
+                raise BadFrame(str(error)) from None
+            if len(self._adapters) >= 100:
+                self._adapters.clear()
+            self._adapters[key] = adapter
+        return adapter.parse(letter.raw, letter.at_ns).trades
+
+
+class Replayer(Base):
+    """The dead letters that are there now, once more. ``run`` once."""
+
+    def __init__(self, options: Options, *, environ: Mapping[str, str] = os.environ, **more: Any) -> None:
+        super().__init__(options, environ=environ, **more)
+        self.reader = Reader()
+        self.seen: Counter[tuple[str, str, str]] = Counter()
+        """By exchange, outcome, reason; the rarest reasons are put together."""
+        self.read = self.failed = self.found = 0
+        self.early = False
+
+    async def run(self) -> int:
+        async with contextlib.AsyncExitStack() as stack:
+            if not self.options.dry_run:
+                await self._open_publisher(stack)
+            self._start("watch", self._watch)
+            stack.push_async_callback(self._end_tasks)
+            work = asyncio.create_task(self._replay(), name="replay")
+            stopped = asyncio.create_task(self._stopped.wait())
+            try:
+                await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stopped.cancel()
+                if not work.done():
+                    work.cancel()
+                (error, _) = await asyncio.gather(work, stopped, return_exceptions=True)
+            if isinstance(error, TimeoutError):
+                raise CannotStart(str(error))
+            if isinstance(error, Exception):
+                raise error
+            self._deadline = self._clock() + self.options.stop_limit
+        self.early = isinstance(error, BaseException)
+        return int(lost(self.snapshot()) > 0 or self.early)
+
+    async def _replay(self) -> None:
+        dry, kafka = self.options.dry_run, self.options.kafka
+        assert kafka is not None
+        letters = dead_letters(
+            kafka,
+            prefix=self.options.prefix,
+            group=None if dry else self.options.group,
+            before_commit=None if dry else self.publisher.flush,
+            security=self._security,
+            rng=self._rng,
+        )
+        async with contextlib.aclosing(letters) as every:  # type: ignore[type-var]
+            async for letter in every:
+                await self._one(letter, dry)
+
+    async def _one(self, letter: DeadLetter, dry: bool) -> None:
+        self.read += 1
+        try:
+            trades = self.reader.read(letter)
+        except BadFrame as error:
+            self.failed += 1
+            self._note(letter.exchange, "still bad", str(error))
+            if not dry:
+                await self._bury(letter._replace(error=str(error)))
+            return
+        self._note(letter.exchange, "parsed", letter.error)
+        self.found += len(trades)
+        if trades and not dry:
+            self._trades += len(trades)
+            await self._handed_over(len(trades), lambda: self.publisher.trades(trades))
+
+    def _note(self, exchange: str, outcome: str, reason: str) -> None:
+        key = exchange, outcome, reason[:60]
+        self.seen[key if key in self.seen or len(self.seen) < 1000 else (exchange, outcome, "…")] += 1
+
+    def report(self) -> str:
+        lines = [("exchange", "outcome", "letters", "reason")]
+        lines += [(name, outcome, f"{count:,}", why) for (name, outcome, why), count in self.seen.most_common(50)]
+        early = "; stopped early: some will come again" if self.early else ""
+        total = f"{self.read:,} dead letters: {self.read - self.failed:,} parsed, with {self.found:,} trades;"
+        return f"{columns(lines, right={2})}\n\n{total} {self.failed:,} still bad{early}"
