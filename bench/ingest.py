@@ -56,7 +56,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import asyncpg
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 HERE = Path(__file__).resolve().parents[1]
 Row = dict[str, object]

@@ -55,7 +55,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
-import psutil  # type: ignore[import-untyped]
+import psutil
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 

@@ -316,7 +316,7 @@ class Embedded:
         The number that it left is that of any process now, or of itself where no init buries it; or it is about to end,
         or of the version before, which listened elsewhere.
         """
-        import psutil  # type: ignore[import-untyped]
+        import psutil
 
         with contextlib.suppress(ValueError, psutil.Error):
             process = psutil.Process(int(self._read("postmaster.pid").partition("\n")[0]))

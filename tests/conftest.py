@@ -1,0 +1,35 @@
+"""Settings that hold for every test."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+
+import aiohttp.connector
+import pytest
+from hypothesis import HealthCheck, settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+aiohttp.connector.DefaultResolver = aiohttp.ThreadedResolver  # type: ignore[attr-defined]  # c-ares closes sockets later
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+
+LOGGERS = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error", "uvicorn.access")]
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A program that ran inside of a test leaves its handlers of signals and of log lines; uvicorn sets up its loggers."""
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    logs = [(logger.level, logger.propagate, logger.handlers[:]) for logger in LOGGERS]
+    yield
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    for logger, (level, propagate, writers) in zip(LOGGERS, logs, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:] = propagate, writers

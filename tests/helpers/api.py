@@ -1,0 +1,179 @@
+"""Upstreams and a running API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import http.client
+import http.server
+import json
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import IO, Any
+
+import aiohttp
+import pytest
+
+import aggregate_app
+import coordination as co
+from api import service as service_module
+from api import upstreams
+from sandbox.sites import Sandbox
+from tests.helpers.base import PRIM_PATIENCE, PrimWorld
+
+AggregateCase = Callable[[Callable[..., upstreams.Source], PrimWorld], Coroutine[Any, Any, None]]
+
+
+def aggregate_play(web: Sandbox, case: AggregateCase) -> None:
+    """A coroutine over sources of real upstreams and a fake clock."""
+
+    async def main() -> None:
+        async with aiohttp.ClientSession() as session:
+            sources: list[upstreams.Source] = []
+
+            def source(path: str, **options: Any) -> upstreams.Source:
+                upstream = upstreams.Upstream(name="a", url=web.url(path), **options)
+                sources.append(upstreams.Source(upstream, session, co.Semaphore(99), clock=world.clock))
+                return sources[-1]
+
+            world = PrimWorld()
+            await case(source, world)
+            for one in sources:
+                for load in list(one.running):
+                    load.cancel()
+                    await asyncio.gather(load, return_exceptions=True)
+                assert not one.running and not one.loads
+
+    asyncio.run(main())
+
+
+async def aggregate_ask(source: upstreams.Source, deadline: float = 20.0) -> tuple[str, Any, float | None]:
+    part = (await aggregate_app.gather({"a": source}, {}, deadline))["a"]
+    return part.state, part.data and part.data.value.get("serial", part.data.value), part.age
+
+
+async def aggregate_settled(source: upstreams.Source) -> None:
+    while source.running:
+        await asyncio.wait(source.running)
+        await asyncio.sleep(0)
+
+
+def aggregate_http(
+    port: int, path: str, method: str = "GET", headers: dict[str, str] | None = None
+) -> tuple[int, Any, dict[str, str]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PRIM_PATIENCE)
+    with contextlib.closing(connection):
+        connection.request(method, path, headers=headers or {})
+        response = connection.getresponse()
+        body = response.read()
+        found = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, json.loads(body) if body else None, found
+
+
+AppHandler = Callable[[str, bytes], Awaitable[Any]]
+
+
+@contextlib.asynccontextmanager
+async def app_upstream(handler: AppHandler) -> AsyncIterator[str]:
+    """The URL of an upstream in this loop: ``handler`` makes its JSON (None: no answer) of the path and the body."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            length = re.search(r"(?i)content-length: (\d+)", head)
+            body = await reader.readexactly(int(length[1])) if length else b""
+            said = await handler(head, body)
+            if said is not None:
+                text = json.dumps(said).encode()
+                status = 404 if said == 404 else 200
+                writer.write(b"HTTP/1.1 %d X\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (status, len(text)))
+                writer.write(text)
+                await writer.drain()
+            else:
+                await reader.read()  # until the client goes
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def app_ticks() -> None:
+    """Let what is ready in this loop run, sockets included."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def app_ask(
+    app: Any,
+    path: str,
+    method: str = "GET",
+    headers: dict[str, str] | None = None,
+    client: tuple[str, int] | None = ("127.0.0.1", 5000),
+    sent: list[bytes] | None = None,
+    leave: asyncio.Event | None = None,
+) -> tuple[int, dict[str, str], bytes]:
+    """A request, without a socket. ``sent`` gets the parts of the body, ``leave`` has the client go away."""
+    parts: list[bytes] = [] if sent is None else sent
+    start: dict[str, Any] = {}
+
+    async def receive() -> Any:
+        await (leave or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            start.update(message)
+        else:
+            parts.append(message.get("body", b""))
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    path, _, query = path.partition("?")
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "query_string": query.encode(),
+        "client": client,
+        "server": ("127.0.0.1", 8000),
+        "scheme": "http",
+        "headers": raw,
+    }
+    await app(scope, receive, send)
+    found = {name.decode().lower(): value.decode() for name, value in start["headers"]}
+    return start["status"], found, b"".join(parts)
+
+
+@contextlib.asynccontextmanager
+async def app_living(table: dict[str, upstreams.Upstream], output: IO[bytes] | None = None) -> AsyncIterator[Any]:
+    app = aggregate_app.create_app(table, 0, output=output)
+    async with aggregate_app.lifespan(app):
+        yield app
+
+
+def app_run(main: Awaitable[Any]) -> Any:
+    """In debug mode; nothing may be complained of."""
+    complaints: list[Any] = []
+
+    async def watched() -> Any:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        return await main
+
+    result = asyncio.run(watched(), debug=True)
+    assert complaints == []
+    return result
+
+
+@pytest.fixture
+def app_world(monkeypatch: pytest.MonkeyPatch) -> PrimWorld:
+    """The sources of an application get this clock; kept answers stay for ever, so that only a change can end them."""
+    world = PrimWorld()
+    monkeypatch.setattr(aggregate_app, "Source", functools.partial(upstreams.Source, clock=world.clock))
+    monkeypatch.setattr(aggregate_app, "KEPT", 1e9)
+    monkeypatch.setattr(service_module, "RENEW_EVERY", 1e6)
+    access = logging.getLogger("uvicorn.access")
+    monkeypatch.setattr(access, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(access, "propagate", False)
+    return world

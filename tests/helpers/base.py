@@ -1,0 +1,164 @@
+"""Time, patience, and what every test file may need."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import Phase, settings
+
+PRIM_PATIENCE = 60.0  # seconds for what must come; reached only by a failing test
+
+
+PRIM_SETTINGS = settings(
+    max_examples=60,
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    report_multiple_bugs=False,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+)
+
+
+PRIM_HUNT = settings(PRIM_SETTINGS, max_examples=3000, phases=(Phase.generate,))  # for planted bugs: found is enough
+
+
+def prim_until(predicate: Callable[[], bool]) -> None:
+    """Let the other threads run until the predicate holds."""
+    deadline, nap = time.monotonic() + PRIM_PATIENCE, threading.Event()
+    while not predicate():
+        assert time.monotonic() < deadline, "it never came"
+        nap.wait(0.0005)
+
+
+async def prim_until_async(predicate: Callable[[], bool]) -> None:
+    """Let other processes, and this loop, run until the predicate holds."""
+    deadline = time.monotonic() + PRIM_PATIENCE
+    while not predicate():
+        assert time.monotonic() < deadline, "it never came"
+        await asyncio.sleep(0.002)
+
+
+def of_asyncpg(context: dict[str, Any]) -> bool:
+    """A future of asyncpg's own that nobody awaits: cancelled while it connects, or cut off in a transaction."""
+    error = context.get("exception")
+    its = type(error).__module__.startswith("asyncpg") or str(error) == "unexpected connection_lost() call"
+    return its and context["message"] == "Future exception was never retrieved"
+
+
+WATCH = """if True:
+    import asyncio, resource, sys, time
+    from asyncio.base_events import _format_handle
+
+    def timed(handle, run=asyncio.Handle._run):
+        slept = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        began, computed = time.monotonic(), time.thread_time()
+        run(handle)
+        held = time.thread_time() - computed
+        if resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw > slept:
+            held = time.monotonic() - began
+        if held >= 0.05:
+            print("Held by", _format_handle(handle), file=sys.stderr)
+
+    def watch_the_loop():
+        asyncio.Handle._run = timed
+"""
+
+
+def holds_the_loop(program: str, says: str, given: str = "") -> set[tuple[str, ...]]:
+    """Tasks and handles that, in each of six runs of ``program``, held its loop once it had called ``watch_the_loop``.
+
+    50 ms of computing hold it, or as long a call in which the thread slept; not that others had the processor. What
+    blocks does so each time; a lock may be waited for now here, now there.
+    """
+    found: set[tuple[str, ...]] | None = None
+    for _ in range(6):
+        command = [sys.executable, "-c", WATCH + program]
+        child = subprocess.run(command, input=given, capture_output=True, text=True, cwd=HERE, timeout=100)
+        assert child.stdout.strip() == says, child.stderr
+        held = [line for line in child.stderr.splitlines() if line.startswith("Held by")]
+        these: set[tuple[str, ...]] = set()
+        for line in held:
+            name, task = re.search(r"name='(?!Task-)([^']*)'", line), re.search(r"coro=<([^ >]*)", line)
+            these.add((name[1] if name else "", task[1] if task else re.sub(r"0x\w+|created at.*", "", line)))
+        found = these if found is None else found & these
+        if not found:
+            break
+    return found or set()
+
+
+def prim_run(main: Coroutine[Any, Any, Any]) -> Any:
+    """``asyncio.run`` in debug mode; fails if the loop had anything to complain of."""
+    complaints: list[dict[str, Any]] = []
+
+    async def watched() -> Any:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        return await main
+
+    result = asyncio.run(watched(), debug=True)
+    assert [each for each in complaints if not of_asyncpg(each)] == []
+    return result
+
+
+async def prim_ticks(n: int = 8) -> None:
+    for _ in range(n):
+        await asyncio.sleep(0)
+
+
+@contextlib.contextmanager
+def prim_limits(seconds: float) -> Iterator[Callable[[], None]]:
+    """What waits in ``asyncio.timeout(seconds)`` meanwhile is told that its time is up by what this gives."""
+    timeout, scopes = asyncio.timeout, list[asyncio.Timeout]()
+
+    def scope(given: float | None) -> asyncio.Timeout:
+        scopes.append(timeout(PRIM_PATIENCE if given == seconds else given))
+        return scopes.pop() if given != seconds else scopes[-1]
+
+    def up() -> None:
+        for each in scopes:
+            with contextlib.suppress(RuntimeError):  # it is over
+                each.reschedule(asyncio.get_running_loop().time())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "timeout", scope)
+        yield up
+
+
+class PrimWorld:
+    """A clock that moves when somebody sleeps, and a record of the sleeps."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+        self.naps: list[float] = []
+        self.interrupt: BaseException | None = None
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.naps.append(seconds)
+        if self.interrupt is not None:
+            raise self.interrupt
+        self.now += seconds
+
+    async def asleep(self, seconds: float) -> None:
+        self.sleep(seconds)
+
+
+HERE = Path(__file__).resolve().parents[2]
+"""The project."""
+
+
+def texts(svg: str) -> list[str]:
+    return [part.text or "" for part in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]

@@ -1,0 +1,217 @@
+"""A PostgreSQL for the tests, and a proxy before it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import psutil
+import pytest
+
+import primitives as pr
+from api.history import UPSTREAM_RESULTS, History, Result
+from runtime import postgres as db
+from runtime.embedded import Account, Embedded, find_programs
+from tests.helpers.base import PRIM_PATIENCE, prim_until, prim_until_async
+
+
+class PgServer:
+    """PostgreSQL of the wheel in a folder of its own, on loopback: a child of this process, to be done anything to."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="pg-test-"))
+        self.fresh = self.folder / "fresh"  # what initdb made, for a server of another test
+        embedded, password = Embedded(self.fresh), secrets.token_hex()
+        try:  # few iterations: many connections are made
+            asyncio.run(
+                pg_do(embedded.start(), "SET scram_iterations = 1", f"ALTER USER postgres PASSWORD '{password}'")
+            )
+        finally:
+            embedded.stop()
+        owner = self.fresh.stat()
+        self.account = Account(owner.st_uid, owner.st_gid)
+        self.bin = find_programs(None, self.account)
+        self.data = self.folder / "data"
+        self.copy_fresh(self.data)
+        (self.data / "pg_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n")
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"postgresql://postgres:{password}@127.0.0.1:{self.port}/postgres"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def copy_fresh(self, folder: Path) -> None:
+        shutil.copytree(self.fresh, folder)
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, *self.account)
+
+    def start(self) -> None:
+        """Start, as often as it takes: after a kill, the backends that are left keep the next out for a while."""
+        here = str(self.data) if os.geteuid() else "/proc/self/cwd"  # whoever it is then need not be able to go there
+        command = [
+            str(self.bin / "postgres"), "-D", here, "-h", "127.0.0.1", "-p", str(self.port), "-k", "",
+            "-c", "fsync=off", "-c", "full_page_writes=off", "-c", "shared_buffers=16MB", "-c", "max_connections=40",
+            "-c", "wal_level=minimal", "-c", "max_wal_senders=0", "-c", "autovacuum=off", "-c", "io_method=sync",
+        ]  # fmt: skip
+        pid_file = self.data / "postmaster.pid"
+
+        def ready() -> bool:
+            if self.process is None or self.process.poll() is not None:
+                options = {"cwd": self.data, **self.account.options()}
+                silent = subprocess.DEVNULL
+                self.process = subprocess.Popen(command, stdout=silent, stderr=silent, **options)
+            with contextlib.suppress(OSError):
+                lines = pid_file.read_text().split()
+                return lines[:1] == [str(self.process.pid)] and lines[-1:] == ["ready"]
+            return False
+
+        prim_until(ready)
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """SIGINT: fast; SIGQUIT: immediate; SIGKILL: of the postmaster only."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(PRIM_PATIENCE)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """All its processes stand still; the kernel goes on to accept for them."""
+        assert self.process is not None
+        postmaster = psutil.Process(self.process.pid)
+        postmaster.suspend()
+        processes = [postmaster, *postmaster.children()]
+        for process in processes[1:]:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+    async def do(self, *statements: str) -> Any:
+        """Execute; the value of the last statement."""
+        return await pg_do(self.url, *statements)
+
+
+async def pg_do(url: str, *statements: str) -> Any:
+    connection = await asyncpg.connect(url)
+    try:
+        value = None
+        for statement in statements:
+            value = await connection.fetchval(statement)
+        return value
+    finally:
+        await connection.close()
+
+
+PG_LET_GO = (
+    "SELECT count(pg_terminate_backend(pid)) FROM pg_locks JOIN pg_stat_activity USING (pid)"
+    " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+)
+"""Whoever holds a lock, left by a test that failed: the next one's DROP would wait for it without end."""
+
+
+@pytest.fixture(scope="session")
+def pg_module() -> Iterator[PgServer]:
+    server = PgServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        if server.process is not None and server.process.poll() is None:
+            server.stop(signal.SIGQUIT)
+        shutil.rmtree(server.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def pg(pg_module: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
+    """The server, which runs and holds nothing; checks come quickly."""
+    assert pg_module.process is not None
+    if pg_module.process.poll() is not None:
+        pg_module.start()
+    asyncio.run(pg_module.do("DROP TABLE IF EXISTS upstream_results"))
+    monkeypatch.setattr(db, "CHECK_EVERY", 0.05)
+    monkeypatch.setattr(db, "CHECK_LIMIT", 0.5)
+    monkeypatch.setattr(db, "CLOSE_LIMIT", 0.2)
+    monkeypatch.setattr(db, "BACK_OFF", PG_AT_ONCE)
+    return pg_module
+
+
+PG_AT_ONCE = pr.RetryPolicy(attempts=sys.maxsize, base=0.02, cap=0.02, total=math.inf)
+
+
+@contextlib.asynccontextmanager
+async def pg_open(url: str, size: int = 4) -> AsyncIterator[db.Database]:
+    """A database, connected; at the end nothing of it is left."""
+    before = asyncio.all_tasks()
+    database = db.Database(url, UPSTREAM_RESULTS, size=size)
+    try:
+        await database.open(PRIM_PATIENCE)
+        assert database.state == "connected"
+        yield database
+    finally:
+        await database.close()
+    await database.close()
+    await prim_until_async(lambda: asyncio.all_tasks() <= before)
+    assert database.stats().state == "none"
+
+
+@contextlib.asynccontextmanager
+async def pg_history(url: str, **options: Any) -> AsyncIterator[History]:
+    async with pg_open(url) as database:
+        history = History(database)
+        if options:
+            history.writer = db.Writer(database, history._insert, **options)
+        writing = asyncio.create_task(history.writer.run())
+        yield history
+        await history.writer.close(writing, PRIM_PATIENCE)
+        assert writing.exception() is None
+
+
+def pg_result(n: int, source: str = "a", payload: str | None = "{}", status: str = "ok", **parameters: str) -> Result:
+    """The ``n``-th result, a second after the one before, an hour ago."""
+    return Result(source, json.dumps(parameters), PG_BEGUN + timedelta(seconds=n), n / 1000, status, payload)
+
+
+PG_BEGUN = datetime.now(UTC) - timedelta(hours=1)
+
+
+class PgProxy:
+    """Between a client and the server. ``cut`` says of what the server sent whether to cut the connection instead."""
+
+    def __init__(self, port: int, cut: Callable[[bytes], bool]) -> None:
+        self.port, self.cut, self.cuts = port, cut, 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self.port)
+
+        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, watched: bool) -> None:
+            with contextlib.suppress(ConnectionError):
+                while data := await source.read(1 << 16):
+                    if watched and self.cut(data):
+                        self.cuts += 1
+                        break
+                    target.write(data)
+                    await target.drain()
+            for end in (writer, inner_writer):
+                end.close()
+
+        await asyncio.gather(pump(reader, inner_writer, False), pump(inner_reader, writer, True))
+        for end in (writer, inner_writer):
+            with contextlib.suppress(ConnectionError):
+                await end.wait_closed()

@@ -1,0 +1,571 @@
+"""TTLCache: rows, a model, loading through it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import primitives as pr
+from tests.helpers.base import PRIM_HUNT, PRIM_SETTINGS, PrimWorld, prim_run
+from tests.helpers.mechanisms import FlightDesk, FlightError, FlightLoad, PrimShell
+
+CacheLoad = Callable[[pr.TTLCache[Any, Any], Any, Callable[[], Any]], Any]
+
+
+CACHE_TICK = 2.0**-20  # exact at these times
+
+
+CACHE_BOTH = {"ttl": 10.0, "stale": 5.0, "stale_if_error": 20.0}
+
+
+CACHE_WINDOWS: dict[str, tuple[dict[str, float], dict[str, Any], list[tuple[float, str | None]]]] = {
+    # what the cache is made with, how the value is put at 0, then (time, state)
+    "plain": ({"ttl": 10.0}, {}, [(0.0, "fresh"), (10 - CACHE_TICK, "fresh"), (10.0, None)]),
+    "stale": (
+        {"ttl": 10.0, "stale": 5.0},
+        {},
+        [(10 - CACHE_TICK, "fresh"), (10.0, "stale"), (15 - CACHE_TICK, "stale"), (15.0, None)],
+    ),
+    "expired": (
+        {"ttl": 10.0, "stale_if_error": 5.0},
+        {},
+        [(10 - CACHE_TICK, "fresh"), (10.0, "expired"), (15 - CACHE_TICK, "expired"), (15.0, None)],
+    ),
+    "both begin at ttl": (
+        CACHE_BOTH,
+        {},
+        [(10.0, "stale"), (15 - CACHE_TICK, "stale"), (15.0, "expired"), (30 - CACHE_TICK, "expired"), (30.0, None)],
+    ),
+    "an error window within the other": (
+        {"ttl": 10.0, "stale": 5.0, "stale_if_error": 3.0},
+        {},
+        [(13.0, "stale"), (15 - CACHE_TICK, "stale"), (15.0, None)],
+    ),
+    "ttl of its own": (
+        CACHE_BOTH,
+        {"ttl": 1.0},
+        [(1 - CACHE_TICK, "fresh"), (1.0, "stale"), (6.0, "expired"), (21 - CACHE_TICK, "expired"), (21.0, None)],
+    ),
+    "negative": (CACHE_BOTH | {"negative_ttl": 3.0}, {"negative": True}, [(3 - CACHE_TICK, "fresh"), (3.0, None)]),
+    "negative, 5 s": (CACHE_BOTH, {"negative": True}, [(5 - CACHE_TICK, "fresh"), (5.0, None)]),
+    "negative, its own": (CACHE_BOTH, {"negative": True, "ttl": 7.0}, [(7 - CACHE_TICK, "fresh"), (7.0, None)]),
+    "for ever": ({"ttl": math.inf}, {}, [(1e12, "fresh")]),
+}
+
+
+@pytest.mark.parametrize("row", CACHE_WINDOWS)
+def test_cache_windows_to_the_tick(row: str) -> None:
+    options, how, states = CACHE_WINDOWS[row]
+    world = PrimWorld(0.0)
+    cache: pr.TTLCache[str, str] = pr.TTLCache(**options, clock=world.clock)  # type: ignore[arg-type]
+    assert cache.put("key", "value", **how) is True
+    for world.now, state in states:
+        assert cache.get("key", "none") == ("value" if state == "fresh" else "none")
+        hit = pr.Hit("value", world.now, state, state != "fresh") if state else None  # type: ignore[arg-type]
+        assert cache.lookup("key", world.now) == cache.lookup("key") == hit
+    assert len(cache) == (states[-1][1] is not None)
+
+
+CACHE_EVENTS: dict[str, tuple[int, float, list[tuple[str, Any]]]] = {
+    # maxsize, maxweight, then (event, expected); "keys" tells what is left, the least recently used first
+    "least recently used goes": (2, math.inf, [("put a", True), ("put b", True), ("put c", True), ("keys", "bc")]),
+    "get refreshes": (2, math.inf, [("put a", True), ("put b", True), ("get a", "a"), ("put c", True), ("keys", "ac")]),
+    "lookup refreshes": (2, 9.0, [("put a", True), ("put b", True), ("look a", "a"), ("put c", True), ("keys", "ac")]),
+    "put refreshes": (2, 9.0, [("put a", True), ("put b", True), ("put a", True), ("put c", True), ("keys", "ac")]),
+    "a miss does not": (2, 9.0, [("put a", True), ("put b", True), ("get c", None), ("look c", None), ("keys", "ab")]),
+    "evicted until it fits": (9, 5.0, [("put a 2", True), ("put b 2", True), ("put c 1", True), ("weight", 5.0),
+        ("put d 3", True), ("keys", "cd"), ("weight", 4.0), ("evicted", 2)]),
+    "as heavy as the cache": (9, 5.0, [("put a 2", True), ("put b 5", True), ("keys", "b"), ("weight", 5.0)]),
+    "too heavy": (9, 5.0, [("put a 2", True), ("put b 3", True), ("put a 6", False), ("get a", None), ("keys", "b"),
+        ("weight", 3.0), ("put c 2", True), ("keys", "bc")]),
+    "too heavy for a full cache": (1, 5.0, [("put a 2", True), ("put b 6", False), ("keys", "a"), ("weight", 2.0)]),
+    "a replacement changes the weight": (9, 5.0, [("put a 4", True), ("put b 1", True), ("put a 1", True),
+        ("weight", 2.0), ("put c 3", True), ("keys", "bac"), ("weight", 5.0)]),
+    "infinitely heavy": (9, 5.0, [("put a 2", True), ("put b inf", False), ("weight", 2.0), ("put c 4", True),
+        ("keys", "c"), ("weight", 4.0)]),
+    "too heavy for floats": (9, 5.0, [("put a 3", True), ("put b 1e17", False), ("weight", 3.0)]),
+    "fits, but for rounding": (9, 0.3, [("put a 0.1", True), ("put b 0.3", True), ("keys", "b"), ("weight", 0.3)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", CACHE_EVENTS)
+def test_cache_keeps_what_was_used_last_within_its_bounds(row: str) -> None:
+    maxsize, maxweight, events = CACHE_EVENTS[row]
+    cache: pr.TTLCache[str, str] = pr.TTLCache(maxsize, maxweight=maxweight, clock=lambda: 0.0)
+    for event, expected in events:
+        verb, key, weight = event.split() + ["", "1"][event.count(" ") :]
+        if verb == "put":
+            assert cache.put(key, key, weight=float(weight)) is expected, event
+        elif verb in ("get", "look"):
+            hit = cache.lookup(key) if verb == "look" else None
+            assert (hit.value if hit else cache.get(key)) == expected, event
+        else:
+            assert ("".join(cache._entries) if verb == "keys" else getattr(cache.stats(), verb)) == expected, event
+        assert cache.stats().weight <= maxweight and len(cache) == cache.stats().entries <= maxsize
+
+
+@pytest.mark.parametrize("number", [0.0, 0.25, 0.5, 0.9, 1 - 2.0**-53])
+@pytest.mark.parametrize(("beta", "cost"), [(1.0, 2.0), (2.0, 0.5), (0.0, 2.0), (1.0, 0.0)])
+def test_cache_xfetch_asks_early_by_chance(number: float, beta: float, cost: float) -> None:
+    """Vattani et al., definition 1: at time - cost * beta * log(random) >= expiry, and not a moment sooner."""
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=100.0, beta=beta, clock=lambda: 0.0, rng=lambda: number)
+    cache.put("key", 1, cost=cost)
+    early = min(99.0, -math.log(1.0 - number) * beta * cost)
+    for now, refresh in [(100 - early - 1e-6, False), (100 - early + 1e-6, True)][: 2 if early else 1]:
+        assert cache.lookup("key", now) == pr.Hit(1, now, "fresh", refresh)
+    assert cache.lookup("key", 100.0) is None
+
+
+def test_cache_defer_asks_for_no_refresh_meanwhile() -> None:
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale=20.0, clock=lambda: 12.0)
+    cache.put("key", 1, now=0.0)
+    cache.defer("key", 5.0)
+    cache.defer("other", 5.0)
+    hits = [cache.lookup("key", now) for now in (12.0, 17 - CACHE_TICK, 17.0)]
+    assert [(hit.state, hit.refresh) for hit in hits if hit] == [("stale", False), ("stale", False), ("stale", True)]
+    cache.defer("key", 100.0, now=17.0)
+    assert cache.lookup("key", 30.0) is None, "deferred is not kept for longer"
+
+
+def test_cache_defer_brings_no_refresh_forward() -> None:
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=100.0, clock=lambda: 0.0)
+    cache.put("key", 1)
+    cache.defer("key", 5.0)
+    assert cache.lookup("key", 5.0) == pr.Hit(1, 5.0, "fresh", False)
+
+
+def test_cache_defer_holds_back_an_early_refresh_too() -> None:
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=100.0, beta=1.0, clock=lambda: 90.0, rng=lambda: 1 - math.exp(-20))
+    cache.put("key", 1, cost=1.0, now=0.0)
+    assert cache.lookup("key") == pr.Hit(1, 90.0, "fresh", True)
+    cache.defer("key", 5.0)
+    assert [hit and hit.refresh for hit in (cache.lookup("key", now) for now in (90.0, 94.0, 95.0))] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_cache_what_was_loaded_before_invalidate_is_not_kept() -> None:
+    cache: pr.TTLCache[int, str] = pr.TTLCache(clock=lambda: 0.0)
+    begun = cache.generation(1), cache.generation(2), cache.generation(65)
+    cache.put(1, "old")
+    assert [cache.invalidate(1), cache.invalidate(1), cache.get(1)] == [True, False, None]
+    assert cache.put(1, "old", generation=begun[0]) is False and cache.get(1) is None
+    assert cache.put(2, "other", generation=begun[1]) is True and cache.put(1, "new", generation=cache.generation(1))
+    assert cache.put(65, "shares the number of 1", generation=begun[2]) is False
+    assert (cache.get(1), cache.get(2), cache.get(65)) == ("new", "other", None)
+
+
+class CacheBomb:
+    """Its destructor uses the cache, unless that would wait for ever. Equal to its like, as keys are."""
+
+    def __init__(self, cache: pr.TTLCache[Any, Any], log: list[bool]) -> None:
+        self.cache, self.log = cache, log
+
+    def __del__(self) -> None:
+        self.log.append(not self.cache._lock.locked() and self.cache.put("by", "destructor"))
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CacheBomb)
+
+
+@pytest.mark.parametrize("place", ["value", "key"])
+@pytest.mark.parametrize("way", ["replaced", "evicted", "invalidated", "gone"])
+def test_cache_destructors_may_use_the_cache(way: str, place: str) -> None:
+    world, log = PrimWorld(), list[bool]()
+    cache: pr.TTLCache[Any, Any] = pr.TTLCache(2, 10.0, clock=world.clock)
+    cache.put(*((CacheBomb(cache, log), 0) if place == "key" else (1, CacheBomb(cache, log))))
+    key = CacheBomb(cache, []) if place == "key" else 1
+    assert log == []
+    if way == "gone":
+        world.now += 10.0
+    if way == "evicted":
+        cache.put(2, 2)
+        cache.put(3, 3)
+    elif way == "replaced":
+        cache.put(key, 2)
+    else:
+        (cache.invalidate if way == "invalidated" else cache.lookup)(key)
+    assert log == [True] and cache.get("by") == "destructor"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"maxsize": 0}, {"maxsize": -1}, {"maxweight": 0.0}, {"maxweight": math.nan}]
+    + [{name: bad} for name in ("ttl", "negative_ttl") for bad in (0.0, -1.0, math.nan)]
+    + [{name: bad} for name in ("stale", "stale_if_error", "beta") for bad in (-1.0, math.nan)],
+    ids=str,
+)
+def test_cache_refuses_nonsense(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        pr.TTLCache(**options)
+
+
+@pytest.mark.parametrize("how", [{"ttl": 0.0}, {"ttl": math.nan}, {"weight": -1.0}, {"weight": math.nan}], ids=str)
+def test_cache_put_refuses_nonsense(how: dict[str, Any]) -> None:
+    cache: pr.TTLCache[int, int] = pr.TTLCache()
+    cache.put(1, 1)
+    with pytest.raises(ValueError, match="ttl must be above 0 s, weight not below 0"):
+        cache.put(1, 2, **how)
+    assert cache.get(1) == 1
+
+
+def test_cache_and_flight_tell_of_themselves() -> None:
+    cache: pr.TTLCache[str, int] = pr.TTLCache(1)  # the clock is the system's
+    cache.put("a", 1, weight=2.5)
+    before = cache.stats()
+    assert (cache.get("a"), cache.get("b", 7), cache.lookup("c"), cache.put("b", 2)) == (1, 7, None, True)
+    assert (before, cache.stats()) == (pr.TTLCacheStats(1, 2.5, 0, 0, 0, 0), pr.TTLCacheStats(1, 1.0, 1, 2, 1, 0))
+    with pytest.raises(AttributeError):
+        before.hits = 5  # type: ignore[misc]
+    assert repr(cache) == "<TTLCache entries=1 weight=1 hits=1 misses=2 evicted=1 failed=0>"
+    flights = pr.SingleFlight()
+    assert flights.do("key", flights.stats) == pr.SingleFlightStats(1, 0, 1, 0)
+    assert repr(flights) == "<SingleFlight flights=0 waiting=0 loads=1 shared=0>"
+
+
+# ---------------------------------------------------------------------------------------------- cache: against a model
+
+CACHE_KEYS, CACHE_NUMBERS = st.integers(0, 2), st.sampled_from([0.9, 0.5, 0.0])
+
+
+CACHE_QUARTERS = st.sampled_from([0, 0, 1, 4, 8])
+
+
+CACHE_PUT: dict[str, Any] = {
+    "key": CACHE_KEYS,
+    "ttl": st.sampled_from([None, None, 1.0]),
+    "weight": st.sampled_from([1.0, 1.0, 5.0, 2.0]),
+    "cost": st.sampled_from([1.0, 0.0]),
+    "negative": st.sampled_from([False, False, True]),
+    "age": st.sampled_from([0.0, 3.0, 4.0, 5.0, 6.0]),
+}
+
+
+class CacheFact(NamedTuple):
+    """One ``put``, as it was said."""
+
+    key: int
+    value: int
+    at: float
+    ttl: float
+    stale: float
+    error: float
+    weight: float
+    cost: float
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """A cache and a list of facts, the least recently used first, from which each answer is worked out anew."""
+
+    cache_type: ClassVar[type[pr.TTLCache[int, int]]] = pr.TTLCache
+
+    @initialize(
+        maxsize=st.integers(1, 3),
+        maxweight=st.sampled_from([math.inf, 4.0, 6.0]),
+        windows=st.sampled_from([(0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (1.0, 3.0), (3.0, 1.0)]),
+        beta=st.sampled_from([0.0, 1.0]),
+    )
+    def start(self, maxsize: int, maxweight: float, windows: tuple[float, float], beta: float) -> None:
+        self.now, self.number, self.beta, self.windows, self.values = 0.0, 0.0, beta, windows, itertools.count()
+        self.cache = self.cache_type(
+            maxsize,
+            4.0,
+            stale=windows[0],
+            stale_if_error=windows[1],
+            negative_ttl=2.0,
+            maxweight=maxweight,
+            beta=beta,
+            clock=lambda: self.now,
+            rng=lambda: self.number,
+        )
+        self.facts: list[CacheFact] = []
+        self.deferred: dict[int, float] = {}  # value: until
+        self.invalidated, self.begun = list[int](), list[tuple[int, int, int]]()
+        self.hits = self.misses = 0
+
+    def find(self, key: int) -> CacheFact | None:
+        return next((fact for fact in self.facts if fact.key == key), None)
+
+    def use(self, fact: CacheFact) -> None:
+        self.hits += 1
+        self.facts.remove(fact)
+        self.facts.append(fact)
+
+    @rule(**CACHE_PUT)
+    def put(
+        self, key: int, ttl: float | None, weight: float, cost: float, negative: bool, age: float, **begun: int
+    ) -> None:
+        value, windows = next(self.values), (0.0, 0.0) if negative else self.windows
+        how: dict[str, Any] = {"weight": weight, "cost": cost, "negative": negative, "now": self.now - age, **begun}
+        kept = self.cache.put(key, value, ttl=ttl, **how)
+        assert kept is (weight <= self.cache.maxweight)
+        ttl = ttl if ttl is not None else 2.0 if negative else 4.0
+        self.facts = [other for other in self.facts if other.key != key]
+        self.facts += [CacheFact(key, value, self.now - age, ttl, *windows, weight, cost)] * kept
+        while len(self.facts) > self.cache.maxsize or sum(fact.weight for fact in self.facts) > self.cache.maxweight:
+            del self.facts[0]
+
+    @rule(key=CACHE_KEYS)
+    def begin(self, key: int) -> None:
+        self.begun.append((key, self.cache.generation(key), self.invalidated.count(key)))
+
+    @precondition(lambda self: self.begun)
+    @rule()
+    def fill(self) -> None:
+        key, generation, invalidated = self.begun.pop()
+        if self.invalidated.count(key) == invalidated:
+            self.put(key, None, 1.0, 0.0, False, 0.0, generation=generation)
+        else:
+            how: dict[str, Any] = {"ttl": None, "weight": 1.0, "cost": 0.0, "negative": False}
+            assert self.cache.put(key, -1, **how, generation=generation) is False
+
+    @rule(key=CACHE_KEYS, quarters=CACHE_QUARTERS)
+    def get(self, key: int, quarters: int) -> None:
+        self.now += quarters / 4
+        fact = self.find(key)
+        if fact is not None and self.now < fact.at + fact.ttl:
+            assert self.cache.get(key) == fact.value
+            self.use(fact)
+        else:
+            assert self.cache.get(key) is None
+            self.misses += 1
+
+    @rule(key=CACHE_KEYS, quarters=CACHE_QUARTERS, number=CACHE_NUMBERS)
+    def lookup(self, key: int, quarters: int, number: float) -> None:
+        self.now, self.number = self.now + quarters / 4, number
+        fact, hit = self.find(key), self.cache.lookup(key)
+        if fact is None or self.now >= fact.at + fact.ttl + max(fact.stale, fact.error):
+            assert hit is None
+            self.misses += 1
+            self.facts = [other for other in self.facts if other.key != key]
+            return
+        self.use(fact)
+        over = self.now - fact.at - fact.ttl
+        state = "fresh" if over < 0 else "stale" if over < fact.stale else "expired"
+        early = math.log(1.0 / (1.0 - number)) * self.beta * fact.cost
+        refresh = over + early >= 0 and self.now >= self.deferred.get(fact.value, 0.0)
+        assert hit == (fact.value, self.now - fact.at, state, refresh)
+
+    @rule(key=CACHE_KEYS)
+    def invalidate(self, key: int) -> None:
+        assert self.cache.invalidate(key) is (self.find(key) is not None)
+        self.facts = [other for other in self.facts if other.key != key]
+        self.invalidated.append(key)
+
+    @rule(**CACHE_PUT, seconds=st.sampled_from([0.0, 1.0, 3.0]), quarters=CACHE_QUARTERS, number=CACHE_NUMBERS)
+    def put_and_defer(self, seconds: float, quarters: int, number: float, **how: Any) -> None:
+        self.put(**how)
+        self.lookup(how["key"], 0, number)
+        self.cache.defer(how["key"], seconds)
+        if (fact := self.find(how["key"])) is not None:
+            self.deferred[fact.value] = self.now + seconds
+        self.lookup(how["key"], quarters, number)
+
+    @invariant()
+    def adds_up(self) -> None:
+        if hasattr(self, "facts"):
+            assert [*self.cache._entries] == [fact.key for fact in self.facts]
+            weight = sum(fact.weight for fact in self.facts)
+            assert self.cache.stats()[:4] == (len(self.facts), weight, self.hits, self.misses)
+
+
+def cache_check_model(cache_type: type[pr.TTLCache[int, int]], effort: settings = PRIM_SETTINGS) -> None:
+    run_state_machine_as_test(type("Machine", (CacheMachine,), {"cache_type": cache_type}), settings=effort)
+
+
+def cache_tick_late(self: Any, key: int, value: int, **how: Any) -> bool:
+    kept = CACHE_PUTS(self, key, value, **how)
+    for entry in self._entries.values():
+        entry.fresh_until = math.nextafter(entry.put_at + (how["ttl"] or 4.0), math.inf)
+    return kept
+
+
+def cache_fifo(self: Any, key: int, now: float | None = None) -> Any:
+    order, hit = [*self._entries], CACHE_LOOKUP(self, key, now)
+    for other in filter(self._entries.__contains__, order):
+        self._entries.move_to_end(other)
+    return hit
+
+
+CACHE_PUTS, CACHE_LOOKUP = pr.TTLCache.put, pr.TTLCache.lookup
+
+
+CACHE_PLANTED: dict[str, dict[str, Any]] = {
+    "<= at ttl": {"put": cache_tick_late},
+    "a lookup refreshes nothing": {"lookup": cache_fifo},
+    "the weight of what goes is not subtracted": {"_remove": lambda self, key: self._entries.pop(key, None)},
+    "stale served as fresh": {"lookup": lambda *a: (hit := CACHE_LOOKUP(*a)) and hit._replace(state="fresh")},
+    "invalidate leaves the generation": {"invalidate": lambda self, key: self._remove(key) is not None},
+    "the refused leaves the old value": {
+        "put": lambda self, key, value, **how: how["weight"] <= self.maxweight and CACHE_PUTS(self, key, value, **how)
+    },
+    "a negative entry has windows": {
+        "put": lambda *a, negative, ttl, **how: CACHE_PUTS(*a, ttl=2.0 if negative and ttl is None else ttl, **how)
+    },
+    "defer does nothing": {"defer": lambda *_: None},
+    "XFetch forgets the cost": {"put": lambda *a, cost, **how: CACHE_PUTS(*a, **how)},
+}
+
+
+def test_cache_does_as_its_model() -> None:
+    cache_check_model(pr.TTLCache)
+
+
+@pytest.mark.parametrize("planted", CACHE_PLANTED)
+def test_cache_a_planted_bug_is_found(planted: str) -> None:
+    with pytest.raises(AssertionError):
+        cache_check_model(type("Planted", (pr.TTLCache,), CACHE_PLANTED[planted]), PRIM_HUNT)
+
+
+# ------------------------------------------------------------------------------------------- cache: loading through it
+
+
+def test_cache_one_loads_while_the_others_go_on_with_what_is_stale(prim_shell: PrimShell) -> None:
+    desk, loads = FlightDesk(prim_shell, "cache"), [FlightLoad(), FlightLoad()]
+    desk.cache.put("key", "old")
+    desk.world.now = 10.0
+    first = desk.ask(loads[0])
+    gate = loads[0].begun(1)
+    assert [desk.ask(loads[1]).result() for _ in range(5)] == ["old"] * 5
+    gate.set_result("new")
+    assert [first.result(), desk.ask(loads[1]).result()] == ["new", "new"] and loads[1].gates == []
+
+
+def test_cache_what_is_expired_waits_for_the_load(prim_shell: PrimShell) -> None:
+    desk, load = FlightDesk(prim_shell, "cache"), FlightLoad()
+    desk.cache.stale, desk.cache.stale_if_error = 0.0, 5.0
+    desk.cache.put("key", "old")
+    desk.world.now = 10.0
+    workers = desk.crowd(load, 3)
+    load.begun(1).set_exception(FlightError())
+    assert [worker.result() for worker in workers] == ["old"] * 4
+    assert desk.ask(load).result() == "old" and load.begun(1), "deferred"
+
+
+@pytest.fixture(params=["threads", "tasks"])
+def cache_load(request: pytest.FixtureRequest) -> CacheLoad:
+    """``get_or_load``, or its twin."""
+
+    def load_async(cache: pr.TTLCache[Any, Any], key: Any, load: Callable[[], Any]) -> Any:
+        async def aload() -> Any:
+            return load()
+
+        return prim_run(cache.get_or_load_async(key, aload))
+
+    return pr.TTLCache.get_or_load if request.param == "threads" else load_async
+
+
+CACHE_LOADS: dict[str, tuple[dict[str, float], list[tuple[float, Any, Any, int]]]] = {
+    # options, then (time, what the load does, the answer, how often was loaded until then)
+    "a hit loads nothing": ({}, [(0, 1, 1, 1), (9, 2, 1, 1), (10, 3, 3, 2)]),
+    "a failure without a value": ({}, [(0, None, None, 1), (0, 1, 1, 2), (10, None, None, 3)]),
+    "failed, stale": (
+        {"stale": 20},
+        [(0, 1, 1, 1), (10, None, 1, 2), (14.5, 2, 1, 2), (15, None, 1, 3), (20, 3, 3, 4), (29, 4, 3, 4)],
+    ),
+    "failed, expired": ({"stale_if_error": 7}, [(0, 1, 1, 1), (10, None, 1, 2), (15, None, 1, 3), (17, None, None, 4)]),
+    "failed early": (
+        {"beta": 1.0},  # the rng says 0.9 and each load takes 1 s: 2.3 s before the end of an entry put at 1
+        [(0, 1, 1, 1), (8, 2, 1, 1), (9, None, 1, 2), (10, 3, 1, 2), (11, 4, 4, 3)],
+    ),
+    "refreshed early": ({"beta": 1.0}, [(0, 1, 1, 1), (8, 2, 1, 1), (9, 3, 3, 2), (17, 4, 3, 2), (20, 5, 5, 3)]),
+}
+
+
+@pytest.mark.parametrize("row", CACHE_LOADS)
+def test_cache_loads_when_it_must(cache_load: CacheLoad, row: str) -> None:
+    options, events = CACHE_LOADS[row]
+    world, loads, does = PrimWorld(0.0), list[float](), [None]
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, **options, clock=world.clock, rng=lambda: 0.9)  # type: ignore
+
+    def load() -> int:
+        loads.append(world.now)
+        assert not cache._lock.locked() and not cache._flights._lock.locked() and cache.stats() and repr(cache._flights)
+        world.now += options.get("beta", 0.0)
+        if does[0] is None:
+            raise FlightError
+        return int(does[0])
+
+    for world.now, does[0], answer, loaded in events:
+        if answer is None:
+            with pytest.raises(FlightError):
+                cache_load(cache, "key", load)
+        else:
+            assert cache_load(cache, "key", load) == answer
+        assert len(loads) == loaded
+
+
+class CacheGap(pr.SingleFlight):
+    """Lets something happen between a caller's lookup and its load."""
+
+    def __init__(self, meanwhile: Callable[[], Any]) -> None:
+        super().__init__()
+        self.meanwhile = [meanwhile]
+
+    def _board(self, key: Any, loop: Any) -> Any:
+        while self.meanwhile:
+            self.meanwhile.pop()()
+        return super()._board(key, loop)
+
+
+def flight_failing() -> Any:
+    raise FlightError
+
+
+@pytest.mark.parametrize(("beta", "now"), [(0.0, 0.0), (0.0, 10.0), (0.0, 12.0), (1.0, 9.0)])
+def test_cache_nobody_loads_again_in_the_gap(cache_load: CacheLoad, beta: float, now: float) -> None:
+    world = PrimWorld(0.0)
+    options: dict[str, Any] = {"stale": 1.0, "stale_if_error": 5.0, "beta": beta, "rng": lambda: 0.9}
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, **options, clock=world.clock)
+    if now:
+        cache.put("key", 1, cost=1.0)
+    world.now = now
+    cache._flights = CacheGap(lambda: cache.get_or_load("key", lambda: 2))
+    assert cache_load(cache, "key", flight_failing) == 2
+
+
+def test_cache_nobody_tries_again_what_failed_in_the_gap(cache_load: CacheLoad) -> None:
+    world, loads = PrimWorld(0.0), []
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale=5.0, clock=world.clock)
+    cache.put("key", 1)
+    world.now = 10.0
+    cache._flights = CacheGap(lambda: cache.get_or_load("key", flight_failing))
+    assert cache_load(cache, "key", lambda: loads.append(1)) == 1 and loads == []
+
+
+def test_cache_serves_nothing_that_went_in_the_gap(cache_load: CacheLoad) -> None:
+    world = PrimWorld(0.0)
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale_if_error=1.0, clock=world.clock)
+    cache.put("key", 1)
+
+    def fails_and_takes_long() -> None:
+        cache.get_or_load("key", flight_failing)
+        world.now = 11.0
+
+    world.now = 10.5
+    cache._flights = CacheGap(fails_and_takes_long)
+    assert cache_load(cache, "key", lambda: 2) == 2
+
+
+def test_cache_a_load_that_began_before_invalidate_fills_nothing(cache_load: CacheLoad) -> None:
+    cache: pr.TTLCache[str, int] = pr.TTLCache(clock=lambda: 0.0)
+    assert cache_load(cache, "key", lambda: [7, cache.invalidate("key")][0]) == 7 and len(cache) == 0

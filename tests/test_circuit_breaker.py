@@ -1,0 +1,747 @@
+"""CircuitBreaker: rows, a model, both shells, many threads."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import itertools
+import logging
+import math
+import re
+import sys
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import primitives as pr
+from tests.helpers.base import PRIM_HUNT, PRIM_PATIENCE, PRIM_SETTINGS, PrimWorld, prim_run, prim_ticks, prim_until
+from tests.helpers.mechanisms import prim_error_of, prim_error_of_task
+
+# ----------------------------------------------------------------------------------------- circuit breaker: row by row
+#
+# A table is its options, and rows of "time event expected". The events ok, fail and ignore ask for a permit and settle
+# it at once; "ask a" keeps it for a later "ok a". Expected is the state afterwards, or the exact retry_after.
+
+BREAKER_ROWS = """
+five of six stay closed: failures=6
+  0 fail closed | 0 fail closed | 0 fail closed | 0 fail closed | 0 fail closed | 0 ok closed | 0 fail open
+to the edge of the window: failures=3 window=10
+  0 fail closed | 5 fail closed | 10 fail closed | 14.75 fail open
+exactly a window apart: failures=2 window=5
+  0 fail closed | 5 fail closed | 10 fail closed | 14.75 fail open
+a success clears nothing: failures=3
+  0 fail closed | 1 ok closed | 2 fail closed | 3 ok closed | 4 fail open
+shut to the tick:
+  0 fail open | 0 ok 30 | 29.75 ok .25 | 30 ask a half_open | 40 ok a closed
+the reset doubles up to its cap, and closing starts anew: max_reset=100
+  0 fail open | 0 ok 30 | 30 fail open | 30 ok 60 | 89.75 ok .25 | 90 fail open | 90 ok 100 | 190 fail open
+  190 ok 100 | 290 ok closed | 290 fail open | 290 ok 30
+jitter comes after the cap: max_reset=40 jitter=.5
+  0 fail open | 0 ok 37.5 | 37.5 fail open | 37.5 ok 50 | 87.25 ok .25
+an earlier generation reports: probes=2
+  0 ask a closed | 0 ask b closed | 0 ask c closed | 0 ask d closed | 0 ask e closed | 0 ask f closed | 1 fail open
+  2 fail a open | 2 ok b open | 2 ok 29 | 31 ok half_open | 31 ok c half_open | 31 fail d half_open | 31 ask p half_open
+  32 ok p closed | 32 fail e closed | 32 ok f closed
+a probe of an earlier half-open circuit reports: probes=3
+  0 fail open | 30 ask a half_open | 30 ask b half_open | 30 fail open | 90 ok half_open | 90 ok a half_open
+  90 ok half_open | 90 fail b half_open | 90 ok closed
+the fourth call of three probes: probes=3
+  0 fail open | 30 ask a half_open | 31 ask b half_open | 32 ask c half_open | 33 ok 27 | 34 ok a half_open | 34 ok 27
+  35 ok b half_open | 35 ok 27 | 36 ok c closed | 36 ok closed
+a probe that never reports: probe_timeout=5
+  0 fail open | 30 ask a half_open | 34.75 ok .25 | 35 ask b half_open | 36 ok a half_open | 36 ok 4 | 39.75 ok b closed
+a report at the end of the probe's time: probe_timeout=5
+  0 fail open | 30 ask a half_open | 35 ok a half_open | 35 ask b half_open | 40 fail b half_open | 40 ask c half_open
+  44.75 fail c open | 44.75 ok 60
+expiry leaves alone who passed: probes=2
+  0 fail open | 30 ask a half_open | 31 ok half_open | 60 ok closed
+ignored:
+  0 ignore closed | 0 fail open | 30 ask a half_open | 31 ok 29 | 31 ignore a half_open | 31 ok closed
+settled twice: failures=2 probes=2
+  0 ask a closed | 0 fail a closed | 0 fail a closed | 0 fail open | 30 ask b half_open | 30 ok b half_open
+  30 ok b half_open | 30 fail b half_open | 30 ok closed
+the ratio is enough: failures=99 ratio=.5 minimum=4
+  0 fail closed | 0 ok closed | 0 ok closed | 0 fail open | 30 ok closed
+a success may complete the minimum, and each generation has its own: failures=99 ratio=.75 minimum=4
+  0 fail closed | 0 fail closed | 0 fail closed | 0 ignore closed | 0 ok open | 30 ok closed
+  30 fail closed | 30 fail closed | 30 fail closed | 30 ok open
+calls slide out by tenths of the window: failures=99 ratio=.5 minimum=4 window=8
+  0 fail closed | .75 fail closed | .75 fail closed | 8 ok closed | 8 ok closed | 8 fail closed | 15.75 fail open
+calls count until their tenth is gone: failures=99 ratio=.5 minimum=4 window=8
+  0 fail closed | 0 fail closed | 0 fail closed | 7.75 ok open
+the ratio does not replace the number: failures=2 ratio=1
+  0 fail closed | 0 fail open
+slow: failures=2 slow=2
+  0 ask a closed | 2 ok a closed | 2 ask b closed | 3.75 ok b closed | 4 ask c closed | 7 ask d closed
+  9 ignore c closed | 9 ok d open | 39 ask e half_open | 41 ok e open | 41 ok 60 | 101 ask f half_open
+  102.75 ok f closed
+slow with a ratio: failures=99 slow=2 ratio=.5 minimum=2
+  0 ask a closed | 2 ok a closed | 2 ok open
+"""
+
+
+BREAKER_TABLES = re.findall(r"^(\w.*):(.*)\n((?:  .*\n)+)", BREAKER_ROWS, re.M)
+
+
+def breaker_new(world: PrimWorld, **options: Any) -> pr.CircuitBreaker:
+    return pr.CircuitBreaker("b", **{"failures": 1, "jitter": 0.0, "rng": lambda: 0.5, "clock": world.clock, **options})
+
+
+def breaker_settle(permit: pr.Permit, verb: str) -> None:
+    {"ok": permit.success, "fail": permit.failure, "ignore": permit.ignore}[verb]()
+
+
+@pytest.mark.parametrize(("name", "options", "rows"), BREAKER_TABLES, ids=[name for name, _, _ in BREAKER_TABLES])
+def test_breaker_row_by_row(name: str, options: str, rows: str) -> None:
+    numbers = (option.split("=") for option in options.split())
+    world, permits, refused = PrimWorld(), dict[str, pr.Permit](), 0
+    breaker = breaker_new(world, **{key: int(value) if value.isdigit() else float(value) for key, value in numbers})
+    for number, row in enumerate(re.split(r"[|\n]", rows.strip())):
+        time, verb, *key, expected = row.split()
+        world.now = float(time)
+        try:
+            permit = permits[key[0]] if key and verb != "ask" else breaker.permit()
+        except pr.CircuitOpen as error:
+            refused += 1
+            assert (number, error.name, error.retry_after) == (number, "b", float(expected))
+            continue
+        if verb == "ask":
+            permits[key[0]] = permit
+        else:
+            breaker_settle(permit, verb)
+        assert (number, breaker.state) == (number, expected)
+    assert breaker.stats().refused == refused
+
+
+def test_breaker_tells_of_itself() -> None:
+    breaker = breaker_new(PrimWorld(0.0), failures=2)
+    assert repr(breaker) == "<CircuitBreaker name=b state=closed failures=0 refused=0 opened=0 retry_after=0>"
+    breaker.permit().failure()
+    assert [breaker.stats(now).failures for now in (9.75, 10.0)] == [1, 0]
+    breaker.permit().failure()
+    with pytest.raises(pr.CircuitOpen, match=r"^circuit b is open for another 29\.8 s$"):
+        breaker.permit(0.25)
+    assert breaker.stats(29.0) == ("b", "open", 0, 1, 1, 1.0)
+    assert breaker.stats(31.0) == ("b", "open", 0, 1, 1, 0.0)  # until somebody asks
+    assert breaker.permit(30.0).generation == 2
+    assert breaker.stats() == ("b", "half_open", 0, 1, 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[{"failures": 0}, {"probes": 0}, {"minimum": 0}, {"ratio": 0.0}, {"ratio": 1.5}, {"ratio": math.nan}],
+        *[{"window": 0.0}, {"window": math.nan}, {"reset": 0.0}, {"reset": 30.0, "max_reset": 29.0}, {"jitter": -0.1}],
+        *[{"slow": 0.0}, {"slow": math.nan}, {"probe_timeout": 0.0}, {"probe_timeout": math.nan}],
+    ],
+    ids=str,
+)
+def test_breaker_refuses_nonsense(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r" must be | is a share "):
+        pr.CircuitBreaker("b", **options)
+
+
+breaker_both_paths = pytest.mark.parametrize("path", [{}, {"slow": 1e9}], ids=["simple", "recorded"])
+
+
+@breaker_both_paths
+@pytest.mark.parametrize(
+    ("on", "error", "counts"),
+    [
+        *[(OSError, ConnectionResetError(), 1), (OSError, ValueError(), 0), (Exception, pr.CircuitOpen("c", 1.0), 1)],
+        *[((KeyError, OSError), KeyError(), 1), ((KeyError, OSError), ValueError(), 0)],
+        *[(lambda error: error.args == (503,), ValueError(status), status == 503) for status in (404, 503)],
+        *[(BaseException, error(), 0) for error in (KeyboardInterrupt, asyncio.CancelledError, SystemExit)],
+        (lambda error: True, KeyboardInterrupt(), 0),
+    ],
+)
+def test_breaker_what_is_a_failure(on: pr.RetryOn, error: BaseException, counts: int, path: dict[str, float]) -> None:
+    breaker = breaker_new(PrimWorld(), failures=9, on=on, **path)
+
+    def fail() -> None:
+        raise error
+
+    assert prim_error_of(lambda: breaker.call(fail)) is error
+    assert breaker.stats().failures == counts
+
+
+# --------------------------------------------------------------------------------------------- circuit breaker: shells
+
+BreakerBody = Callable[..., Any]
+
+
+def breaker_async(body: BreakerBody) -> BreakerBody:
+    async def slowly(*args: Any, **options: Any) -> Any:
+        await asyncio.sleep(0)
+        return body(*args, **options)
+
+    return slowly
+
+
+class BreakerAwaited:
+    def __init__(self, body: BreakerBody) -> None:
+        self.body = body
+
+    async def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.body(*args, **options)
+
+
+def breaker_with_permit(breaker: pr.CircuitBreaker, body: BreakerBody) -> BreakerBody:
+    def call(*args: Any, **options: Any) -> Any:
+        with breaker.permit():
+            return body(*args, **options)
+
+    return call
+
+
+def breaker_run(function: BreakerBody) -> BreakerBody:
+    return lambda *args, **options: asyncio.run(function(*args, **options))
+
+
+BREAKER_SHELLS: dict[str, Callable[[pr.CircuitBreaker, BreakerBody], BreakerBody]] = {
+    "call": lambda breaker, body: functools.partial(breaker.call, body),
+    "permit": breaker_with_permit,
+    "def": lambda breaker, body: breaker(body),
+    "call_async": lambda breaker, body: breaker_run(functools.partial(breaker.call_async, breaker_async(body))),
+    "async def": lambda breaker, body: breaker_run(breaker(breaker_async(body))),
+    "partial": lambda breaker, body: breaker_run(breaker(functools.partial(breaker_async(body)))),
+    "object": lambda breaker, body: breaker_run(breaker(BreakerAwaited(body))),
+}
+
+
+@breaker_both_paths
+@pytest.mark.parametrize("shell", BREAKER_SHELLS)
+def test_breaker_every_shell(shell: str, path: dict[str, float]) -> None:
+    world, values = PrimWorld(), list[Any]()
+
+    def body(value: Any, *, times: int = 1) -> Any:
+        values.append(value)
+        if isinstance(value, Exception):
+            raise value
+        return value * times
+
+    breaker = breaker_new(world, failures=2, **path)
+    call, error = BREAKER_SHELLS[shell](breaker, body), OSError()
+    assert call(21, times=2) == 42
+    assert [prim_error_of(lambda: call(error)) for _ in "12"] == [error, error]
+    assert isinstance(prim_error_of(lambda: call(1)), pr.CircuitOpen)
+    assert values == [21, error, error]
+    world.now += 30
+    assert prim_error_of(lambda: call(error)) is error
+    world.now += 60
+    assert (call(3), breaker.stats()) == (3, ("b", "closed", 0, 1, 2, 0.0))
+
+
+def test_breaker_decorates_functions_and_methods() -> None:
+    breaker = breaker_new(PrimWorld())
+
+    class Client:
+        @breaker
+        def get(self, function: int) -> tuple[object, int]:
+            return self, function
+
+        @breaker
+        async def aget(self, function: int) -> tuple[object, int]:
+            return self, function
+
+    client = Client()
+    assert [(f.__name__, inspect.iscoroutinefunction(f)) for f in (Client.get, Client.aget)] == [
+        ("get", False),
+        ("aget", True),
+    ]
+    assert (client.get(2), asyncio.run(client.aget(3))) == ((client, 2), (client, 3))
+
+
+def test_breaker_leaves_every_argument_name_to_the_call() -> None:
+    for shell in ("call", "def", "call_async", "async def"):
+        call = BREAKER_SHELLS[shell](breaker_new(PrimWorld()), dict)
+        assert call(self=1, function=2) == {"self": 1, "function": 2}
+
+
+@breaker_both_paths
+def test_breaker_calls_overlap(path: dict[str, float]) -> None:
+    breaker, barrier = breaker_new(PrimWorld(), **path), threading.Barrier(5)
+    with ThreadPoolExecutor(5) as pool:
+        assert sorted(pool.map(lambda _: breaker.call(barrier.wait, PRIM_PATIENCE), range(5))) == [0, 1, 2, 3, 4]
+
+    async def main() -> list[int]:
+        barrier = asyncio.Barrier(5)
+        return sorted(await asyncio.gather(*(breaker.call_async(barrier.wait) for _ in range(5))))
+
+    assert prim_run(main()) == [0, 1, 2, 3, 4]
+
+
+@breaker_both_paths
+def test_breaker_cancelled(path: dict[str, float]) -> None:
+    world = PrimWorld()
+    breaker = breaker_new(world, **path)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(breaker.call_async(asyncio.Event().wait))
+        await prim_ticks()
+        task.cancel()
+        assert isinstance(await prim_error_of_task(task), asyncio.CancelledError)
+
+    prim_run(cancelled())
+    assert breaker.state == "closed"
+    breaker.permit().failure()
+    world.now += 30
+    prim_run(cancelled())
+    assert (breaker.stats().state, breaker.call(int), breaker.stats().state) == ("half_open", 0, "closed")
+
+
+class BreakerNoLock:
+    def __enter__(self) -> None:
+        raise AssertionError("locked")
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def test_breaker_a_success_on_the_simple_path_takes_no_lock() -> None:
+    for options in ({}, {"slow": 1.0}, {"ratio": 0.5}):
+        for shell in ("call", "async def"):
+            breaker = breaker_new(PrimWorld(), **options)
+            breaker._lock = BreakerNoLock()  # type: ignore[assignment]
+            assert str(prim_error_of(BREAKER_SHELLS[shell](breaker, int))) == ("locked" if options else "None")
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("shell", ["call", "async def"])
+def test_breaker_a_failure_admitted_before_a_transition_is_dropped(shell: str, back: bool) -> None:
+    world = PrimWorld()
+    breaker = breaker_new(world)
+
+    def body() -> None:
+        breaker.permit().failure()
+        if back:
+            world.now += 30
+            breaker.permit().success()
+        raise OSError
+
+    assert isinstance(prim_error_of(BREAKER_SHELLS[shell](breaker, body)), OSError)
+    assert breaker.stats() == ("b", "closed" if back else "open", 0, 0, 1, 0.0 if back else 30.0)
+
+
+@pytest.mark.parametrize("shell", ["call", "async def"])
+@PRIM_SETTINGS
+@example(opened=0.3, reset=7.0, later=0.8)  # where rounding makes now + retry_after less than the end of the reset
+@given(opened=st.floats(0.0, 100.0), reset=st.floats(1.0, 300.0), later=st.floats(0.0, 0.9))
+def test_breaker_retry_waits_once_and_exactly(shell: str, opened: float, reset: float, later: float) -> None:
+    world, times = PrimWorld(opened), list[float]()
+    breaker, policy = breaker_new(world, reset=reset), pr.RetryPolicy(attempts=2, total=math.inf)
+    breaker.permit().failure()
+    world.now = asked = opened + later
+    retry_after = breaker.stats().retry_after
+    body = functools.partial(lambda: times.append(world.now))
+    if shell == "call":
+        pr.retry(breaker(body), on=pr.CircuitOpen, policy=policy, clock=world.clock, sleep=world.sleep)
+    else:
+        call = breaker(breaker_async(body))
+        asyncio.run(pr.retry_async(call, on=pr.CircuitOpen, policy=policy, clock=world.clock, sleep=world.asleep))
+    assert (world.naps, times, breaker.state) == ([retry_after], [asked + retry_after], "closed")
+
+
+def test_breaker_listeners(caplog: pytest.LogCaptureFixture) -> None:
+    world, told = PrimWorld(), list[Any]()
+    breaker = breaker_new(world)
+
+    def faulty(*transition: object) -> None:
+        raise RuntimeError("the listener's own")
+
+    def nosy(name: str, before: str, after: str, generation: int) -> None:
+        refusal = prim_error_of(lambda: breaker.permit().ignore())
+        told.append((name, before, after, generation, breaker.stats().state, getattr(refusal, "retry_after", None)))
+
+    for listener in (faulty, nosy, lambda *transition: told.append(transition)):
+        breaker.listen(listener)
+    assert isinstance(prim_error_of(lambda: breaker.call(int, "x")), ValueError)
+    world.now += 30
+    assert asyncio.run(breaker(breaker_async(int))()) == 0
+    turns = [("closed", "open", 1, 30.0), ("open", "half_open", 2, 30.0), ("half_open", "closed", 3, None)]
+    assert told[::2] == [("b", before, after, number, after, wait) for before, after, number, wait in turns]
+    assert told[1::2] == [("b", *turn[:3]) for turn in turns]
+    records = [(record.levelno, record.getMessage(), record.exc_info is not None) for record in caplog.records]
+    assert records == [(logging.ERROR, "listener of circuit b", True)] * 3
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["by the listener", "in another thread"])
+def test_breaker_a_transition_while_another_is_told_waits_its_turn(elsewhere: bool) -> None:
+    world, told = PrimWorld(), list[int]()
+    breaker = breaker_new(world)
+
+    def meddle(name: str, before: str, after: str, generation: int) -> None:
+        if after == "open":
+            world.now += 30
+            with ThreadPoolExecutor(1) as pool:
+                (pool.submit(breaker.call, int).result if elsewhere else functools.partial(breaker.call, int))()
+
+    breaker.listen(meddle)
+    breaker.listen(lambda *transition: told.append(transition[3]))
+    breaker.permit().failure()
+    assert (breaker.state, told) == ("closed", [1, 2, 3])
+
+
+# ------------------------------------------------------------------------------------ circuit breaker: against a model
+
+
+def breaker_rng(number: int) -> float:
+    return number % 4 / 4
+
+
+class BreakerModel:
+    """The definition itself: nothing is ever forgotten, and every answer is computed from the whole past."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.o = SimpleNamespace(**options)
+        self.turns: list[tuple[str, float]] = [("closed", 0.0)]
+        self.permits: list[SimpleNamespace] = []  # generation, started, verb, counted: (time, failed)
+        self.refused = 0
+
+    @property
+    def state(self) -> str:
+        return self.turns[-1][0]
+
+    def mine(self) -> list[SimpleNamespace]:
+        return [permit for permit in self.permits if permit.generation == len(self.turns) - 1]
+
+    def counted(self) -> list[tuple[float, bool]]:
+        return [permit.counted for permit in self.mine() if permit.counted]
+
+    def until(self) -> float:
+        states = [state for state, _ in self.turns]
+        in_a_row = states[len(states) - states[::-1].index("closed") :].count("open")
+        pause = min(self.o.max_reset, self.o.reset * 2 ** (in_a_row - 1))
+        return float(self.turns[-1][1] + pause * (1 + self.o.jitter * breaker_rng(states.count("open") - 1)))
+
+    def recent(self, now: float) -> int:
+        """Failures of the closed circuit in the window."""
+        return sum(failed and now - t < self.o.window for t, failed in self.counted())
+
+    def ask(self, now: float) -> float | None:
+        """The retry_after of a refusal, or None."""
+        if self.state == "open" and now >= self.until():
+            self.turns.append(("half_open", now))
+        wait = self.until() - now if self.state == "open" else None
+        if self.state == "half_open":
+            ends = [permit.started + self.o.probe_timeout for permit in self.mine() if permit.verb is None]
+            ends = [end for end in ends if end > now]
+            if len(ends) + len(self.counted()) >= self.o.probes:
+                wait = min(ends) - now
+        if wait is None:
+            self.permits.append(SimpleNamespace(generation=len(self.turns) - 1, started=now, verb=None, counted=None))
+        self.refused += wait is not None
+        return wait
+
+    def settle(self, permit: SimpleNamespace, verb: str, now: float) -> None:
+        if permit.verb is not None:
+            return
+        permit.verb, took = verb, now - permit.started
+        expired = self.state == "half_open" and took >= self.o.probe_timeout
+        if permit.generation != len(self.turns) - 1 or verb == "ignore" or expired:
+            return
+        failed = verb == "fail" or (self.o.slow is not None and took >= self.o.slow)
+        permit.counted = now, failed
+        if self.state == "half_open":
+            if failed or len(self.counted()) == self.o.probes:
+                self.turns.append(("open" if failed else "closed", now))
+            return
+        results = [f for t, f in self.counted() if t * 10 // self.o.window > now * 10 // self.o.window - 10]
+        many = self.o.ratio is not None and sum(results) >= self.o.ratio * len(results)
+        if self.recent(now) >= self.o.failures or (many and len(results) >= self.o.minimum):
+            self.turns.append(("open", now))
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    """A breaker and the model, side by side; every time is a whole number of quarters of a second."""
+
+    kind: ClassVar[type[pr.CircuitBreaker]] = pr.CircuitBreaker
+
+    @initialize(
+        failures=st.integers(1, 3),
+        probes=st.integers(1, 3),
+        ratio=st.sampled_from([None, None, 0.5, 1.0]),
+        slow=st.sampled_from([None, 2.0]),
+        probe_timeout=st.sampled_from([2.0, 6.0]),
+    )
+    def start(self, failures: int, ratio: float | None, **drawn: Any) -> None:
+        options = {"failures": failures if ratio is None else failures + 3, "ratio": ratio, "minimum": 3, **drawn}
+        options |= {"window": 8.0, "reset": 4.0, "max_reset": 12.0, "jitter": 0.5}
+        numbers = itertools.count()
+        self.now, self.model = 0.0, BreakerModel(options)
+        self.breaker = self.kind("b", clock=lambda: self.now, rng=lambda: breaker_rng(next(numbers)), **options)
+        self.permits: list[pr.Permit] = []
+
+    @rule(quarters=st.sampled_from([0, 1, 3, 7, 8, 16, 24, 31, 32]))
+    def step(self, quarters: int) -> None:
+        self.now += quarters / 4
+
+    @rule()
+    def ask(self) -> None:
+        wait = self.model.ask(self.now)
+        try:
+            self.permits.append(self.breaker.permit())
+        except pr.CircuitOpen as error:
+            assert (error.name, error.retry_after) == ("b", wait)
+        else:
+            assert wait is None
+
+    @precondition(lambda self: self.permits)
+    @rule(back=st.sampled_from([0, 0, 0, 1, 2, 5]), verb=st.sampled_from(["ok", "fail", "ignore"]))
+    def settle(self, back: int, verb: str) -> None:
+        which = max(0, len(self.permits) - 1 - back)
+        self.model.settle(self.model.permits[which], verb, self.now)
+        breaker_settle(self.permits[which], verb)
+
+    @rule(verbs=st.lists(st.sampled_from(["ok", "fail"]), min_size=1, max_size=3))
+    def ask_and_settle(self, verbs: list[str]) -> None:
+        for verb in verbs:
+            self.ask()
+            if self.permits:
+                self.settle(0, verb)
+
+    @precondition(lambda self: self.model.state == "open")
+    @rule(early=st.sampled_from([0.0, 0.0, 0.25]), verb=st.sampled_from(["ok", "ok", "fail", "ignore"]))
+    def ask_at_the_reset(self, early: float, verb: str) -> None:
+        self.now = max(self.now, self.model.until() - early)
+        self.ask_and_settle([verb] * self.model.o.probes)
+        self.ask()
+
+    @precondition(lambda self: self.model.state == "half_open")
+    @rule(early=st.sampled_from([0.0, 0.25]), verb=st.sampled_from(["ok", "fail", "ignore", "ask"]))
+    def when_a_probe_expires(self, early: float, verb: str) -> None:
+        self.now = max(self.now, self.model.mine()[-1].started + self.model.o.probe_timeout - early)
+        if verb == "ask":
+            self.ask()
+        else:
+            self.settle(0, verb)
+
+    @invariant()
+    def agree(self) -> None:
+        model, states = self.model, [state for state, _ in self.model.turns]
+        wait = max(0.0, model.until() - self.now) if model.state == "open" else 0.0
+        failures = model.recent(self.now) if model.state == "closed" else 0
+        assert self.breaker.stats() == ("b", model.state, failures, model.refused, states.count("open"), wait)
+        assert [permit.generation for permit in self.permits] == [permit.generation for permit in model.permits]
+
+
+def breaker_check(kind: type[pr.CircuitBreaker], effort: settings = PRIM_SETTINGS) -> None:
+    run_state_machine_as_test(type("Machine", (BreakerMachine,), {"kind": kind}), settings=effort)
+
+
+def test_breaker_is_its_model() -> None:
+    breaker_check(pr.CircuitBreaker, settings(PRIM_SETTINGS, max_examples=80, stateful_step_count=40))
+
+
+def breaker_put(target: object, **fields: Any) -> bool:
+    for name, value in fields.items():
+        setattr(target, name, value)
+    return True
+
+
+BREAKER_PLANTED: dict[
+    str, tuple[str, Callable[..., Any]]
+] = {  # the method that is replaced, and by what: do is the real
+    "generation ignored": ("_settle", lambda b, do, p, f: (breaker_put(p, generation=b._generation), do(p, f))),
+    "a new probe ousts the others": ("permit", lambda b, do: (b._probing.clear(), do())[1]),
+    "expired probes wedge": ("permit", lambda b, do: (do(), b._probing.update(dict.fromkeys(b._probing, 9e9)))[0]),
+    "a late report counts": (
+        "_settle",
+        lambda b, do, p, f: (p in b._probing and b._probing.update({p: 9e9}), do(p, f)),
+    ),
+    "an ignored probe stays": ("_settle", lambda b, do, p, f: (f is None and b._state == "half_open") or do(p, f)),
+    "one success closes": ("_settle", lambda b, do, p, f: (do(p, f), b._passed and b._turn("closed"))),
+    "the window too wide": ("_record", lambda b, do, f, now: (breaker_put(b, window=math.nextafter(8, 9)), do(f, now))),
+    "the minimum too low": ("_record", lambda b, do, f, now: (breaker_put(b, minimum=2), do(f, now))),
+    "a success clears": ("_settle", lambda b, do, p, f: (do(p, f), f is False and b._failures.clear())),
+    "ignored is failed": ("_settle", lambda b, do, p, f: do(p, f is not False)),
+    "settled again": ("_settle", lambda b, do, p, f: (breaker_put(p, settled=False), do(p, f))),
+    "slow is fast": ("_settle", lambda b, do, p, f: (breaker_put(p, started=math.inf), do(p, f))),
+    "the reset never lengthens": ("_open", lambda b, do, now: (breaker_put(b, _openings=0), do(now))),
+    "the reset never shortens": ("_turn", lambda b, do, to: (n := b._openings, do(to), breaker_put(b, _openings=n))),
+    "jitter within the cap": (
+        "_open",
+        lambda b, do, t: (do(t), breaker_put(b, _open_until=min(b._open_until, t + 12))),
+    ),
+    "closing forgives nothing": ("_turn", lambda b, do, to: (n := list(b._failures), do(to), b._failures.extend(n))),
+}
+
+
+@pytest.mark.parametrize("name", BREAKER_PLANTED)
+def test_breaker_a_planted_bug_is_found(name: str) -> None:
+    method, replacement = BREAKER_PLANTED[name]
+
+    def planted(self: pr.CircuitBreaker, *args: Any, **options: Any) -> Any:
+        real = functools.partial(getattr(pr.CircuitBreaker, method), self)
+        options.pop("now", None)  # not given here
+        return replacement(self, real, *args, *options.values())
+
+    with pytest.raises(AssertionError):
+        breaker_check(type("Planted", (pr.CircuitBreaker,), {method: planted}), PRIM_HUNT)
+
+
+def test_breaker_takes_the_callers_clock_all_the_way() -> None:
+    breaker = pr.CircuitBreaker("b", failures=1, slow=5.0, reset=30, rng=lambda: 0.0)
+    breaker.permit(now=1.0).success(now=5.75)
+    assert breaker.state == "closed"
+    breaker.permit(now=1.0).failure(now=2.0)
+    assert breaker.stats(now=3.0).retry_after == 29.0
+
+
+def test_breaker_opens_by_ratio_alone_and_remembers_no_longer_than_its_window() -> None:
+    breaker = pr.CircuitBreaker("b", failures=None, ratio=0.5, minimum=4, window=10)
+    for now in range(0, 100, 5):
+        breaker.permit(now).failure(now)
+    assert breaker.stats(95.0)[:3] == ("b", "closed", 0)  # never four calls in ten seconds
+    assert not breaker._failures
+    for _ in range(3):
+        breaker.permit(100.0).failure(100.0)
+    assert breaker.stats(100.0).state == "open"
+    breaker = pr.CircuitBreaker("b", failures=1000, window=10)
+    for now in range(100):
+        breaker.permit(now).failure(now)
+    assert len(breaker._failures) == 10
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_breaker_does_not_take_the_making_of_a_coroutine_for_success(recorded: bool) -> None:
+    breaker = pr.CircuitBreaker("b", failures=1, ratio=0.5 if recorded else None)
+
+    async def fetch() -> None:
+        raise AssertionError("never run")
+
+    @breaker
+    @functools.wraps(fetch)
+    def traced() -> Any:
+        return fetch()
+
+    with pytest.raises(TypeError, match="call_async"):
+        asyncio.run(traced())
+    assert breaker.state == "open"
+    for generator in (lambda: (yield), breaker_generator):
+        with pytest.raises(TypeError, match="generator"):
+            breaker(generator)
+
+
+async def breaker_generator() -> AsyncIterator[None]:
+    yield
+
+
+def test_breaker_probe_whose_predicate_raises_gives_its_place_back() -> None:
+    world = PrimWorld()
+
+    def on(error: BaseException) -> bool:
+        if world.now > 1005:
+            raise ZeroDivisionError
+        return True
+
+    breaker = pr.CircuitBreaker("b", failures=1, reset=10, on=on, clock=world.clock, rng=lambda: 0.0)
+    for expected in (OSError, ZeroDivisionError, ZeroDivisionError):
+        with pytest.raises(expected), breaker.permit():
+            raise OSError
+        world.now = 1010.0
+    assert breaker.state == "half_open" and breaker.stats().refused == 0
+
+
+# --------------------------------------------------------------------------------------- circuit breaker: many threads
+
+
+def breaker_in_threads(call: Callable[[int], object]) -> Counter[str]:
+    """``call(0)`` to ``call(199)`` in each of eight threads that start together: how often each error came."""
+    together, interval = threading.Barrier(8), sys.getswitchinterval()
+
+    def work(_: int) -> list[str]:
+        together.wait(PRIM_PATIENCE)
+        return [type(prim_error_of(functools.partial(call, number))).__name__ for number in range(200)]
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            return Counter(itertools.chain.from_iterable(pool.map(work, range(8))))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def breaker_every_other(number: int) -> None:
+    if number % 2:
+        raise OSError
+
+
+@pytest.mark.parametrize("options", [{}, {"slow": 1.0}, {"ratio": 0.51, "minimum": 1600}], ids=str)
+def test_breaker_threads_lose_no_failure(options: dict[str, Any]) -> None:
+    breaker = breaker_new(PrimWorld(), failures=801, **options)
+    assert breaker_in_threads(functools.partial(breaker.call, breaker_every_other)) == {"NoneType": 800, "OSError": 800}
+    assert breaker.stats() == ("b", "closed", 800, 0, 0, 0.0)
+    breaker.permit().failure()
+    assert breaker.state == "open"
+
+
+def test_breaker_threads_lose_no_result() -> None:
+    breaker = breaker_new(PrimWorld(), failures=9999, ratio=0.5, minimum=1600)
+    assert breaker_in_threads(functools.partial(breaker.call, breaker_every_other)) == {"NoneType": 800, "OSError": 800}
+    assert breaker.stats() == ("b", "open", 0, 0, 1, 30.0)
+
+
+@breaker_both_paths
+def test_breaker_threads_open_it_once(path: dict[str, float]) -> None:
+    """All eight are inside before any fails: one failure opens, seven come late, and nobody else gets in."""
+    breaker, inside, told = breaker_new(PrimWorld(), **path), threading.Barrier(8), list[Any]()
+    breaker.listen(lambda *transition: told.append(transition))
+
+    def fail(_: int) -> None:
+        inside.wait(PRIM_PATIENCE)
+        raise OSError
+
+    assert breaker_in_threads(functools.partial(breaker.call, fail)) == {"OSError": 8, "CircuitOpen": 1592}
+    assert (breaker.stats(), told) == (("b", "open", 0, 1592, 1, 30.0), [("b", "closed", "open", 1)])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_breaker_threads_probe_within_the_limit(gated: bool) -> None:
+    """Gated, three probes stay inside until the other five threads were refused every call: the counts are exact.
+
+    Else how many get in is chance; that there are never more than three at once is not.
+    """
+    world, gate, lock, inside, peaks = PrimWorld(), threading.Event(), threading.Lock(), set[int](), list[int]()
+    breaker = breaker_new(world, probes=3, on=OSError)
+    breaker.permit().failure()
+    world.now += 30
+
+    def probe(_: int) -> None:
+        with lock:
+            inside.add(threading.get_ident())
+            peaks.append(len(inside))
+        if gated:
+            assert gate.wait(PRIM_PATIENCE)
+        with lock:
+            inside.remove(threading.get_ident())
+        raise KeyError  # not what `on` names: the place is free again
+
+    def open_the_gate() -> None:
+        prim_until(lambda: not gated or (breaker.stats().refused, len(inside)) == (1000, 3))
+        gate.set()
+
+    with ThreadPoolExecutor(1) as opener:
+        opened = opener.submit(open_the_gate)
+        calls = breaker_in_threads(functools.partial(breaker.call, probe))
+        opened.result(PRIM_PATIENCE)
+    assert (max(peaks) <= 3, calls["KeyError"], calls.total()) == (True, len(peaks), 1600)
+    assert (calls["CircuitOpen"], 1, "half_open") == (*breaker.stats()[3:5], breaker.state)
+    assert not gated or (max(peaks), len(peaks)) == (3, 600)
+    assert [breaker.call(int) for _ in range(3)] == [0, 0, 0]
+    assert breaker.state == "closed"

@@ -1,0 +1,412 @@
+"""Every schedule of two threads in a small case: by stepping, and by DPOR over bytecode."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import coordination as co
+import primitives as pr
+from tests.helpers.base import HERE
+from tests.helpers.mechanisms import Turns, TurnsThread
+
+
+def turns_lock(turns: Callable[[], Turns | None]) -> type:
+    class Lock:
+        def __init__(self) -> None:
+            self.taken = False
+
+        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+            patient = blocking and timeout < 0
+            if (scheduler := turns()) is not None:
+                scheduler.pause(lambda: not (patient and self.taken))
+            if self.taken and not (scheduler is not None and scheduler.over):
+                return False
+            self.taken = True
+            return True
+
+        def release(self) -> None:
+            self.taken = False
+
+        __enter__ = acquire
+
+        def __exit__(self, *_: object) -> None:
+            self.release()
+
+    return Lock
+
+
+class TurnsCase(abc.ABC):
+    """A few threads over fresh objects, and what must be true when all of them have ended."""
+
+    threads: list[Callable[[], object]]
+
+    @abc.abstractmethod
+    def holds(self) -> bool: ...
+
+
+def turns_explore(
+    make: Callable[[], TurnsCase], monkeypatch: pytest.MonkeyPatch, preemptions: int = 2
+) -> tuple[int, str | None]:
+    """How many schedules there are, or up to the first that fails; and what failed there."""
+    now: list[Turns] = []
+    lock = turns_lock(lambda: now[-1] if now else None)
+    names = {name: getattr(threading, name) for name in ("TIMEOUT_MAX", "local", "Thread")}
+    monkeypatch.setattr(co, "threading", SimpleNamespace(Lock=lock, **names))
+    choices: list[int] = []
+    for explored in range(1, 100_000):
+        now.clear()
+        case = make()
+        now.append(turns := Turns(choices, preemptions))
+        turns.threads = [TurnsThread(turns, work, f"thread {n}") for n, work in enumerate(case.threads)]
+        for thread in turns.threads:
+            thread.start()
+        failure = turns.run()
+        for thread in turns.threads:
+            thread.join()
+        now.clear()
+        if failure or not case.holds():
+            return explored, failure or "wrong result"
+        made = turns.made
+        while made and made[-1][0] + 1 == made[-1][1]:
+            made.pop()
+        if not made:
+            return explored, None
+        choices = [*(choice for choice, _ in made[:-1]), made[-1][0] + 1]
+    raise AssertionError("too many schedules")
+
+
+class TurnsSemaphore(TurnsCase):
+    """Three threads, one permit; the last one may lose patience."""
+
+    kind: type[co.Semaphore] = co.Semaphore
+
+    def __init__(self) -> None:
+        self.semaphore = self.kind(1)
+        self.inside = self.most = self.entered = 0
+        self.threads = [lambda: self.enter(None), lambda: self.enter(None), lambda: self.enter(1.0)]
+
+    def enter(self, timeout: float | None) -> None:
+        if self.semaphore.acquire(timeout):
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            self.entered += 1
+            assert self.semaphore.stats().available == 0
+            self.inside -= 1
+            self.semaphore.release()
+
+    def holds(self) -> bool:
+        return self.most == 1 and self.entered >= 2 and self.semaphore.stats() == (1, 1, 0)
+
+
+class TurnsChannel(TurnsCase):
+    """Two putters and a getter over one place; what was accepted is received, once, in the order of each putter."""
+
+    kind: type[co.Channel[Any]] = co.Channel
+
+    def __init__(self) -> None:
+        self.channel: co.Channel[Any] = self.kind(1)
+        self.got: list[Any] = []
+        self.threads = [
+            lambda: self.put(("a", 0), ("a", 1)),
+            lambda: self.put(("b", 0)),
+            lambda: self.got.extend(self.channel.get() for _ in range(3)),
+        ]
+
+    def put(self, *items: tuple[str, int]) -> None:
+        for item in items:
+            self.channel.put(item)
+
+    def holds(self) -> bool:
+        return len(self.got) == 3 and [item for item in self.got if item != ("b", 0)] == [("a", 0), ("a", 1)]
+
+
+class TurnsClose(TurnsCase):
+    """A putter, an impatient getter and a close: what ``put`` accepted is got or still there, nobody stays behind."""
+
+    kind: type[co.Channel[Any]] = co.Channel
+
+    def __init__(self) -> None:
+        self.channel: co.Channel[Any] = self.kind(1)
+        self.accepted: list[int] = []
+        self.got: list[int] = []
+        self.threads = [self.put, self.get, self.channel.close]
+
+    def put(self) -> None:
+        try:
+            for n in range(2):
+                self.channel.put(n)
+                self.accepted.append(n)
+        except co.ChannelClosed:
+            pass
+
+    def get(self) -> None:
+        with contextlib.suppress(co.ChannelClosed, TimeoutError):
+            self.got.append(self.channel.get(1.0))
+
+    def holds(self) -> bool:
+        rest = list(self.channel)
+        stats = self.channel.stats()
+        return self.got + rest == self.accepted and (stats.putters, stats.getters) == (0, 0)
+
+
+class TurnsFlight(TurnsCase):
+    """Three callers of one key; the first load ends like a killed thread, so another one must load."""
+
+    kind: type[pr.SingleFlight] = pr.SingleFlight
+    kills = 1
+
+    def __init__(self) -> None:
+        self.flight = self.kind()
+        self.loading = self.most = self.loads = 0
+        self.answers: list[int] = []
+        self.threads = [self.ask, self.ask, self.ask]
+
+    def load(self) -> int:
+        self.loading += 1
+        self.most = max(self.most, self.loading)
+        self.loads += 1
+        self.flight.stats()  # a turn for the others
+        self.loading -= 1
+        if self.loads <= self.kills:
+            raise GeneratorExit
+        return 7
+
+    def ask(self) -> None:
+        with contextlib.suppress(GeneratorExit):
+            self.answers.append(self.flight.do("key", self.load))
+
+    def holds(self) -> bool:
+        return self.most == 1 and self.answers == [7] * (3 - self.kills) and self.flight.stats()[:2] == (0, 0)
+
+
+class TurnsCache(TurnsCase):
+    """Three callers of one key of a cache: one load, whenever each of them looks."""
+
+    kind: type[pr.TTLCache[Any, Any]] = pr.TTLCache
+
+    def __init__(self) -> None:
+        self.cache = self.kind(clock=lambda: 0.0)
+        self.loads = 0
+        self.answers: list[int] = []
+        self.threads = [lambda: self.answers.append(self.cache.get_or_load("key", self.load))] * 3
+
+    def load(self) -> int:
+        self.loads += 1
+        return self.loads
+
+    def holds(self) -> bool:
+        return self.answers == [1, 1, 1]
+
+
+TURNS_CASES = [TurnsSemaphore, TurnsChannel, TurnsClose, TurnsFlight, TurnsCache]
+
+
+@pytest.mark.parametrize("case", TURNS_CASES)
+def test_turns_every_schedule_holds(case: type[TurnsCase], monkeypatch: pytest.MonkeyPatch) -> None:
+    explored, failure = turns_explore(case, monkeypatch)
+    assert failure is None
+    assert explored > 50
+
+
+class TurnsLostWakeUp(co.Semaphore):
+    """Looks, and parks in a second step: a release between the two wakes nobody."""
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        if self.try_acquire():
+            return True
+        with self._lock:
+            waiter = self._released.park(None)
+        waiter.block(None)
+        return True
+
+
+class TurnsLostGrant(co.Semaphore):
+    """A waiter that lost patience does not look whether it had been granted meanwhile."""
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        with self._lock:
+            if self._available:
+                self._available -= 1
+                return True
+            waiter = self._released.park(None)
+        if timeout is None:
+            waiter.block(None)
+            return True
+        waiter.block(timeout)
+        granted = waiter.granted
+        with self._lock:
+            self._released.leave(waiter)
+        return granted
+
+
+class TurnsItemLost(co.Channel[Any]):
+    def _offer(self, item: Any) -> bool:
+        if self._closed:
+            raise co.ChannelClosed("closed")
+        self._items.append(item)
+        return len(self._items) <= self.capacity or bool(self._items.popleft())
+
+
+class TurnsPoisoned(pr.SingleFlight):
+    """A killed leader takes its followers with it."""
+
+    def _land(self, key: Any, flight: co._FairCondition, answer: Any) -> None:
+        with self._lock:
+            self._flights.pop(key, None)
+            while answer is not None and flight.grant_oldest(answer):
+                pass
+
+
+class TurnsLoadsAgain(pr.TTLCache[Any, Any]):
+    """Does not look again once it leads."""
+
+    def _loaded_meanwhile(self, key: Any, seen: Any) -> None:
+        return None
+
+
+def turns_planted(case: type[Any], planted: type) -> type[TurnsCase]:
+    return type(planted.__name__, (case,), {"kind": planted})
+
+
+class TurnsTwoOrders(TurnsCase):
+    def __init__(self) -> None:
+        one, two = co.new_lock("one"), co.new_lock("two")
+        self.threads = [lambda: self.both(one, two), lambda: self.both(two, one)]
+
+    def both(self, first: Any, second: Any) -> None:
+        with first, second:
+            pass
+
+    def holds(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        turns_planted(TurnsSemaphore, TurnsLostWakeUp),
+        turns_planted(TurnsSemaphore, TurnsLostGrant),
+        turns_planted(TurnsChannel, TurnsItemLost),
+        turns_planted(TurnsFlight, TurnsPoisoned),
+        turns_planted(TurnsCache, TurnsLoadsAgain),
+        TurnsTwoOrders,
+    ],
+    ids=lambda case: case.__name__,
+)
+def test_turns_a_planted_bug_is_found(planted: type[TurnsCase], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert turns_explore(planted, monkeypatch)[1] is not None
+
+
+# ------------------------------------------------------------------- interleavings: every bytecode, by frontrun's DPOR
+
+
+class FrontrunNoLock:
+    """A lock removed."""
+
+    def acquire(self) -> None:
+        pass
+
+    release = acquire
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class FrontrunCheckThenAct(co.Visited[int]):
+    def add(self, key: int) -> bool:
+        with self._lock:
+            known = key in self._keys
+        with self._lock:
+            self._keys.add(key)
+        return not known
+
+
+def frontrun_half_open() -> pr.CircuitBreaker:
+    breaker = pr.CircuitBreaker("b", failures=1, reset=1, clock=lambda: 5.0, rng=lambda: 0.0)
+    breaker._open(0.0)
+    return breaker
+
+
+def frontrun_permit(breaker: pr.CircuitBreaker) -> bool:
+    try:
+        breaker.permit(5.0)
+    except pr.CircuitOpen:
+        return False
+    return True
+
+
+def frontrun_both(locks: tuple[Any, Any], who: int) -> bool:
+    with locks[who], locks[1 - who]:
+        return True
+
+
+FRONTRUN_CASES: dict[str, tuple[Callable[[], Any], Callable[[Any, int], Any], list[Any]]] = {
+    # name: what both threads work on, what they do with it, what comes out
+    "bucket": (lambda: pr.TokenBucket(1, 1, clock=lambda: 0.0), lambda o, _: o.try_acquire(), [False, True]),
+    "budget": (lambda: pr.RetryBudget(0, 1), lambda o, _: o.try_retry(), [False, True]),
+    "visited": (co.Visited, lambda o, _: o.add(1), [False, True]),
+    "semaphore": (lambda: co.Semaphore(1), lambda o, _: o.try_acquire(), [False, True]),
+    "batch": (lambda: pr.Batch(2, 1, clock=lambda: 0.0), lambda o, _: len(o.add(1) or []), [0, 2]),
+    "breaker": (frontrun_half_open, lambda o, _: frontrun_permit(o), [False, True]),
+    "planted: check then act": (FrontrunCheckThenAct, lambda o, _: o.add(1), [False, True]),
+    "planted: two orders": (lambda: (threading.Lock(), threading.Lock()), frontrun_both, [True, True]),
+}
+
+
+for frontrun_name in ("bucket", "budget", "visited", "semaphore", "breaker"):
+    frontrun_make, frontrun_work, frontrun_out = FRONTRUN_CASES[frontrun_name]
+
+    def frontrun_unlocked(make: Callable[[], Any] = frontrun_make) -> Any:
+        thing = make()
+        thing._lock = FrontrunNoLock()
+        return thing
+
+    FRONTRUN_CASES[f"planted: {frontrun_name} without its lock"] = frontrun_unlocked, frontrun_work, frontrun_out
+
+
+def frontrun_main() -> None:
+    """Runs in a process of its own, under frontrun: it replaces the locks of the whole interpreter."""
+    import frontrun
+
+    found: dict[str, str | None] = {}
+    for name, (make, work, expected) in FRONTRUN_CASES.items():
+
+        def thread(state: tuple[Any, list[Any]], who: int, work: Callable[[Any, int], Any] = work) -> None:
+            state[1].append(work(state[0], who))
+
+        result = frontrun.explore(
+            setup=lambda make=make: (make(), []),
+            workers=[lambda state, thread=thread: thread(state, 0), lambda state, thread=thread: thread(state, 1)],
+            invariant=lambda state, expected=expected: sorted(state[1]) == expected,
+        )
+        found[name] = None if result.property_holds else "race" if "Race" in str(result.explanation) else "deadlock"
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def frontrun_found() -> Iterator[dict[str, str | None]]:
+    program = Path(sys.executable).with_name("frontrun")
+    code = f"import {__name__}; {__name__}.frontrun_main()"
+    done = subprocess.run([program, sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    yield json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", FRONTRUN_CASES)
+def test_frontrun_proves_the_decisions_and_finds_the_planted(name: str, frontrun_found: dict[str, str | None]) -> None:
+    expected = ("deadlock" if "orders" in name else "race") if name.startswith("planted") else None
+    assert frontrun_found[name] == expected

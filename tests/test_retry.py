@@ -1,0 +1,451 @@
+"""retry, RetryPolicy, RetryBudget: rows, properties, both shells."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import weakref
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import primitives as pr
+from tests.helpers.base import PRIM_SETTINGS, PrimWorld, prim_run, prim_ticks
+from tests.helpers.mechanisms import prim_error_of, prim_in_threads
+
+
+@pytest.mark.parametrize(
+    ("policy", "attempt", "rng", "retry_after", "elapsed", "delay"),
+    [
+        (pr.RetryPolicy(4, 1.0, 30.0, 100.0), 1, 0.5, None, 0.0, 0.5),
+        (pr.RetryPolicy(4, 1.0, 30.0, 100.0), 2, 0.5, None, 0.0, 1.0),
+        (pr.RetryPolicy(4, 1.0, 30.0, 100.0), 3, 0.5, None, 0.0, 2.0),
+        (pr.RetryPolicy(4, 1.0, 30.0, 100.0), 4, 0.5, None, 0.0, None),  # attempts
+        (pr.RetryPolicy(4, 1.0, 30.0, 100.0), 5, 0.5, None, 0.0, None),
+        (pr.RetryPolicy(1), 1, 0.5, None, 0.0, None),
+        (pr.RetryPolicy(1), 1, 0.5, 0.0, 0.0, None),  # attempts bound Retry-After too
+        (pr.RetryPolicy(99, 1.0, 3.0, 100.0), 3, 0.5, None, 0.0, 1.5),  # cap, then jitter
+        (pr.RetryPolicy(99, 1.0, 3.0, 100.0), 98, 0.25, None, 0.0, 0.75),
+        (pr.RetryPolicy(10**9, 1.0, 3.0, 100.0), 10**8, 0.5, None, 0.0, 1.5),  # no overflow
+        (pr.RetryPolicy(10**9, 1e300, 3.0, 100.0), 10**8, 0.5, None, 0.0, 1.5),
+        (pr.RetryPolicy(10**9, 0.0, 3.0, 100.0), 10**8, 0.5, None, 0.0, 0.0),
+        (pr.RetryPolicy(10**9, 1.0, 0.0, 100.0), 7, 0.5, None, 0.0, 0.0),
+        (pr.RetryPolicy(9, 8.0, 30.0, 10.0), 1, 0.5, None, 6.0, 4.0),  # total, to the second
+        (pr.RetryPolicy(9, 8.0, 30.0, 10.0), 1, 0.5, None, 6.001, None),
+        (pr.RetryPolicy(9, 8.0, 30.0, 10.0), 1, 0.0, None, 10.0, 0.0),
+        (pr.RetryPolicy(9, 8.0, 30.0, 10.0), 1, 0.0, None, 10.1, None),
+        (pr.RetryPolicy(9, 8.0, 30.0, 0.0), 1, 0.0, None, 0.0, 0.0),
+        (pr.RetryPolicy(9, 8.0, 30.0, 100.0), 1, 0.5, 50.0, 0.0, 50.0),  # Retry-After wins, over the cap too
+        (pr.RetryPolicy(9, 8.0, 30.0, 100.0), 1, 0.5, 0.0, 0.0, 0.0),
+        (pr.RetryPolicy(9, 8.0, 30.0, 100.0), 1, 0.5, -5.0, 0.0, 0.0),
+        (pr.RetryPolicy(9, 8.0, 30.0, 100.0), 1, 0.5, 100.0, 0.0, 100.0),
+        (pr.RetryPolicy(9, 8.0, 30.0, 100.0), 1, 0.5, 100.1, 0.0, None),  # but never past total
+        (pr.RetryPolicy(9, 8.0, 30.0, 100.0), 1, 0.5, float("inf"), 0.0, None),
+    ],
+)
+def test_prim_policy_rows(
+    policy: pr.RetryPolicy, attempt: int, rng: float, retry_after: float | None, elapsed: float, delay: float | None
+) -> None:
+    assert policy.delay(attempt, lambda: rng, retry_after, elapsed) == delay
+
+
+def test_prim_policy_defaults_and_refusals() -> None:
+    policy = pr.RetryPolicy()
+    assert (policy.attempts, policy.base, policy.cap, policy.total) == (3, 0.5, 30.0, 120.0)
+    assert 0.0 <= (policy.delay(1) or 0.0) <= 0.5
+    assert pr.RetryPolicy(total=0.0).delay(1, lambda: 0.0) == 0.0
+    with pytest.raises(AttributeError):
+        policy.attempts = 9  # type: ignore[misc]
+    for attempts in (0, -1):
+        with pytest.raises(ValueError, match="attempts must be at least 1"):
+            pr.RetryPolicy(attempts)
+    for wrong in ({"base": -0.1}, {"cap": -1.0}, {"total": -1.0}, {"base": float("nan")}, {"total": float("nan")}):
+        with pytest.raises(ValueError, match="are seconds, not below 0"):
+            pr.RetryPolicy(**wrong)  # type: ignore[arg-type]
+
+
+def prim_check_delays(policy_type: type[pr.RetryPolicy], effort: settings = PRIM_SETTINGS) -> None:
+    """In [0, cap], never past total, a number for every attempt but the last, and Retry-After as it was asked for."""
+    seconds = st.floats(0.0, 1e4)
+
+    @settings(effort, max_examples=2 * effort.max_examples)
+    @given(
+        st.integers(1, 80), seconds, seconds, seconds, st.integers(1, 10**6), st.none() | seconds, seconds, st.randoms()
+    )
+    def check(
+        attempts: int,
+        base: float,
+        cap: float,
+        total: float,
+        attempt: int,
+        retry_after: float | None,
+        elapsed: float,
+        rng: random.Random,
+    ) -> None:
+        policy = policy_type(attempts, base, cap, total)
+        for number in (attempt, attempts - 1, attempts, 1):
+            delay = policy.delay(number, rng.random, retry_after, elapsed)
+            wanted = cap if retry_after is None else retry_after
+            if delay is None:
+                assert number >= attempts or elapsed + wanted > total
+                continue
+            assert number < attempts
+            assert elapsed + delay <= total
+            assert 0.0 <= delay <= wanted
+            assert retry_after is None or delay == retry_after
+
+    check()
+
+
+def prim_check_spread(policy_type: type[pr.RetryPolicy], effort: settings = PRIM_SETTINGS) -> None:
+    """Waits at the cap are uniform in [0, cap]: a herd that failed together does not come back together."""
+    rng = random.Random(5).random
+    policy = policy_type(attempts=1000, base=0.5, cap=30.0, total=1e9)
+    for attempt in (8, 20, 62, 63, 64, 500):
+        delays = sorted(policy.delay(attempt, rng) or 0.0 for _ in range(400))
+        assert len(set(delays)) >= 399
+        assert delays[-1] <= 30.0
+        for quarter in range(4):
+            inside = sum(7.5 * quarter <= delay < 7.5 * (quarter + 1) for delay in delays)
+            assert 60 <= inside <= 140
+
+
+def prim_check_budget(budget_type: type[pr.RetryBudget], effort: settings = PRIM_SETTINGS) -> None:
+    """retries <= reserve + ratio * requests at every step, and no retry refused that the budget could pay."""
+
+    @effort
+    @given(st.integers(0, 1000), st.integers(0, 5), st.lists(st.integers(0, 30)))
+    def check(thousandths: int, reserve: int, runs: list[int]) -> None:
+        budget = budget_type(thousandths / 1000, reserve)
+        saved = Fraction(reserve)
+        requests = retries = refused = 0
+        for length in runs:
+            for turn in range(length):
+                if turn % 3 == 0:
+                    budget.request()
+                    requests += 1
+                    saved = min(Fraction(max(reserve, 1)), saved + Fraction(thousandths, 1000))
+                elif budget.try_retry():
+                    retries += 1
+                    saved -= 1
+                else:
+                    refused += 1
+                    assert saved < 1
+                assert 1000 * retries <= 1000 * reserve + thousandths * requests
+                assert budget.stats() == pr.RetryBudgetStats(requests, retries, refused, float(saved))
+
+    check()
+
+
+PRIM_RETRY_PROPERTIES: list[tuple[Callable[..., None], type]] = [
+    (prim_check_delays, pr.RetryPolicy),
+    (prim_check_spread, pr.RetryPolicy),
+    (prim_check_budget, pr.RetryBudget),
+]
+
+
+@pytest.mark.parametrize(("check", "kind"), PRIM_RETRY_PROPERTIES, ids=lambda x: x.__name__)
+def test_prim_retry_keeps_its_promises(check: Callable[..., None], kind: type) -> None:
+    check(kind)
+
+
+def test_prim_budget_says_what_it_does_and_refuses() -> None:
+    budget = pr.RetryBudget(0.25, 2)
+    assert [budget.try_retry() for _ in range(3)] == [True, True, False]
+    for _ in range(6):
+        budget.request()
+    assert repr(budget) == "<RetryBudget requests=6 retries=2 refused=1 saved=1.5>"
+    stats = budget.stats()
+    assert stats == pr.RetryBudgetStats(requests=6, retries=2, refused=1, saved=1.5)
+    with pytest.raises(AttributeError):
+        stats.saved = 9.0  # type: ignore[misc]
+    assert pr.RetryBudget().stats().saved == 10.0
+    assert pr.RetryBudget(0, 0).try_retry() is pr.RetryBudget(1, 0).try_retry() is False
+    for ratio, reserve in ((-0.1, 1), (1.1, 1), (float("nan"), 1), (0.1, -1)):
+        with pytest.raises(ValueError, match="ratio is a share between 0 and 1"):
+            pr.RetryBudget(ratio, reserve)
+
+
+def test_prim_budget_holds_for_many_threads() -> None:
+    budget = pr.RetryBudget(0.1, 5)
+
+    def worker() -> None:
+        for _ in range(300):
+            budget.request()
+            budget.try_retry()
+
+    prim_in_threads([worker] * 6)
+    stats = budget.stats()
+    assert (stats.requests, stats.retries + stats.refused) == (1800, 1800)
+    assert 1 <= stats.retries <= 5 + 180
+
+
+class PrimFlaky:
+    """Fails with the given errors, one a call, then answers."""
+
+    def __init__(self, *errors: BaseException, world: PrimWorld | None = None, seconds: float = 0.0) -> None:
+        self.errors = list(errors)
+        self.calls = 0
+        self.world, self.seconds = world, seconds
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.world is not None:
+            self.world.now += self.seconds
+        if self.errors:
+            raise self.errors.pop(0)
+        return "done"
+
+
+PrimOutcome = tuple[str | None, BaseException | None]
+
+
+PrimRetry = Callable[..., PrimOutcome]
+
+
+def prim_retry_in_thread(flaky: PrimFlaky, world: PrimWorld, **options: Any) -> PrimOutcome:
+    result: list[str] = []
+    error = prim_error_of(lambda: result.append(pr.retry(flaky, clock=world.clock, sleep=world.sleep, **options)))
+    return (result or [None])[0], error  # type: ignore[list-item]
+
+
+def prim_retry_in_task(flaky: PrimFlaky, world: PrimWorld, **options: Any) -> PrimOutcome:
+    async def call() -> str:
+        await asyncio.sleep(0)
+        return flaky()
+
+    async def main() -> PrimOutcome:
+        try:
+            return await pr.retry_async(call, clock=world.clock, sleep=world.asleep, **options), None
+        except BaseException as error:
+            return None, error
+
+    outcome: PrimOutcome = prim_run(main())
+    return outcome
+
+
+@pytest.fixture(params=[prim_retry_in_thread, prim_retry_in_task], ids=["threads", "tasks"])
+def prim_retry(request: pytest.FixtureRequest) -> PrimRetry:
+    shell: PrimRetry = request.param
+    return shell
+
+
+def test_prim_retry_success_at_once(prim_retry: PrimRetry) -> None:
+    flaky, world, budget = PrimFlaky(), PrimWorld(), pr.RetryBudget()
+    assert prim_retry(flaky, world, on=OSError, budget=budget) == ("done", None)
+    assert (flaky.calls, world.naps) == (1, [])
+    assert (budget.stats().requests, budget.stats().retries) == (1, 0)
+
+
+@pytest.mark.parametrize("failures", [1, 2, 5, 9])
+def test_prim_retry_success_after_failures(prim_retry: PrimRetry, failures: int) -> None:
+    flaky = PrimFlaky(*(OSError(k) for k in range(failures)))
+    world, budget = PrimWorld(), pr.RetryBudget(0.0, 20)
+    policy = pr.RetryPolicy(attempts=10, base=0.5, cap=4.0, total=1000.0)
+    assert prim_retry(flaky, world, on=OSError, policy=policy, budget=budget, rng=random.Random(7).random) == (
+        "done",
+        None,
+    )
+    again = random.Random(7)
+    assert world.naps == [again.random() * min(4.0, 0.5 * 2**k) for k in range(failures)]
+    assert flaky.calls == failures + 1
+    assert (budget.stats().requests, budget.stats().retries) == (1, failures)
+
+
+def test_prim_retry_gives_up_with_the_users_own_error_and_its_history(prim_retry: PrimRetry) -> None:
+    errors = [OSError("one"), TimeoutError("two"), OSError("three")]
+    flaky, world = PrimFlaky(*errors), PrimWorld()
+    result, error = prim_retry(flaky, world, on=OSError, rng=lambda: 0.5)
+    assert error is errors[2]
+    assert result is None
+    assert world.naps == [0.25, 0.5]
+    assert error.__notes__ == ["retry: gave up after 3 attempts: OSError: one; TimeoutError: two; OSError: three"]
+    assert not any(hasattr(earlier, "__notes__") for earlier in errors[:2])
+    assert error.__cause__ is None
+
+
+def test_prim_retry_survives_an_error_that_cannot_be_shown(prim_retry: PrimRetry) -> None:
+    class Mute(OSError):
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    _, error = prim_retry(PrimFlaky(Mute(), Mute()), PrimWorld(), on=OSError, policy=pr.RetryPolicy(2))
+    assert type(error) is Mute and error.__notes__ == ["retry: gave up after 2 attempts: Mute; Mute"]
+
+
+def test_prim_retry_history_is_bounded(prim_retry: PrimRetry) -> None:
+    flaky = PrimFlaky(*(OSError(str(k)) for k in range(40)))
+    _, error = prim_retry(flaky, PrimWorld(), on=OSError, policy=pr.RetryPolicy(attempts=30, base=0.0))
+    assert error is not None
+    (note,) = error.__notes__
+    assert note == "retry: gave up after 30 attempts: " + "; ".join(f"OSError: {k}" for k in range(20, 30))
+
+
+def test_prim_retry_with_one_attempt_is_a_plain_call(prim_retry: PrimRetry) -> None:
+    mine = OSError("mine")
+    flaky, world, budget = PrimFlaky(mine), PrimWorld(), pr.RetryBudget()
+    assert prim_retry(flaky, world, on=OSError, policy=pr.RetryPolicy(attempts=1), budget=budget) == (None, mine)
+    assert (flaky.calls, world.naps, hasattr(mine, "__notes__")) == (1, [], False)
+    assert (budget.stats().retries, budget.stats().refused) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("on", "error", "calls"),
+    [
+        (OSError, OSError(), 2),
+        (OSError, ConnectionResetError(), 2),
+        (OSError, ValueError(), 1),
+        ((OSError, ValueError), ValueError(), 2),
+        ((OSError, ValueError), KeyError(), 1),
+        ((), OSError(), 1),
+        (lambda error: "again" in str(error), ValueError("again"), 2),
+        (lambda error: "again" in str(error), ValueError("no"), 1),
+        (Exception, ValueError(), 2),
+    ],
+)
+def test_prim_retry_on(prim_retry: PrimRetry, on: Any, error: Exception, calls: int) -> None:
+    error = error.with_traceback(None)
+    flaky, world = PrimFlaky(error), PrimWorld()
+    outcome = prim_retry(flaky, world, on=on)
+    assert flaky.calls == calls
+    assert outcome == (("done", None) if calls == 2 else (None, error))
+    assert len(world.naps) == calls - 1
+
+
+def test_prim_retry_stops_at_an_unwanted_error(prim_retry: PrimRetry) -> None:
+    unwanted = KeyError("k")
+    flaky, world = PrimFlaky(OSError("one"), unwanted), PrimWorld()
+    assert prim_retry(flaky, world, on=OSError) == (None, unwanted)
+    assert flaky.calls == 2
+    assert unwanted.__notes__ == ["retry: gave up after 2 attempts: OSError: one; KeyError: 'k'"]
+
+
+def test_prim_retry_lets_a_failing_predicate_be_seen(prim_retry: PrimRetry) -> None:
+    def on(error: BaseException) -> bool:
+        raise LookupError("the predicate")
+
+    mine = OSError()
+    _, error = prim_retry(PrimFlaky(mine), PrimWorld(), on=on)
+    assert isinstance(error, LookupError)
+    assert error.__context__ is mine
+
+
+def test_prim_retry_budget_exhausted(prim_retry: PrimRetry) -> None:
+    budget, world = pr.RetryBudget(0.0, 3), PrimWorld()
+    policy = pr.RetryPolicy(attempts=3, base=0.0)
+    calls = []
+    for _ in range(4):
+        flaky = PrimFlaky(*(OSError() for _ in range(9)))
+        _, error = prim_retry(flaky, world, on=OSError, policy=policy, budget=budget)
+        assert isinstance(error, OSError)
+        calls.append(flaky.calls)
+    assert calls == [3, 2, 1, 1]
+    assert budget.stats() == pr.RetryBudgetStats(requests=4, retries=3, refused=3, saved=0.0)
+
+
+def test_prim_retry_after_attribute_wins(prim_retry: PrimRetry) -> None:
+    def error(seconds: float | None) -> OSError:
+        busy = OSError("busy")
+        busy.retry_after = seconds  # type: ignore[attr-defined]
+        return busy
+
+    world = PrimWorld()
+    flaky = PrimFlaky(error(7.0), error(None), error(0.0), error(61.0))
+    policy = pr.RetryPolicy(attempts=9, base=1.0, cap=5.0, total=60.0)
+    _, last = prim_retry(flaky, world, on=OSError, policy=policy, rng=lambda: 0.5)
+    assert world.naps == [7.0, 1.0, 0.0]
+    assert getattr(last, "retry_after", None) == 61.0
+
+
+def test_prim_retry_counts_the_time_of_the_calls(prim_retry: PrimRetry) -> None:
+    world = PrimWorld()
+    flaky = PrimFlaky(*(OSError() for _ in range(9)), world=world, seconds=4.0)
+    policy = pr.RetryPolicy(attempts=9, base=1.0, cap=1.0, total=11.0)
+    assert isinstance(prim_retry(flaky, world, on=OSError, policy=policy, rng=lambda: 0.5)[1], OSError)
+    assert world.naps == [0.5, 0.5]  # starts at 0, 4.5, 9; at 13 the total is over
+    assert flaky.calls == 3
+
+
+def prim_check_never_retried(retry: PrimRetry) -> None:
+    for error in (KeyboardInterrupt(), asyncio.CancelledError(), SystemExit(), GeneratorExit()):
+        flaky, world, budget = PrimFlaky(error), PrimWorld(), pr.RetryBudget()
+        assert retry(flaky, world, on=BaseException, budget=budget) == (None, error)
+        assert (flaky.calls, world.naps, budget.stats().retries) == (1, [], 0)
+        assert not hasattr(error, "__notes__")
+
+
+def test_prim_retry_never_retries_what_ends_a_program(prim_retry: PrimRetry) -> None:
+    prim_check_never_retried(prim_retry)
+
+
+@pytest.mark.parametrize("shell", ["threads", "tasks"])
+def test_prim_retry_leaves_no_reference_cycle(shell: str) -> None:
+    """An error keeps its frames, and what they hold, alive: a cycle would do so until the collector comes."""
+
+    class Mine(Exception):
+        pass
+
+    policy = pr.RetryPolicy(attempts=2, base=0.0)
+
+    def fail() -> weakref.ref[BaseException] | None:
+        try:
+            pr.retry(PrimFlaky(Mine(), Mine()), on=Mine, policy=policy)
+        except Mine as error:
+            return weakref.ref(error)
+        return None
+
+    async def afail() -> weakref.ref[BaseException] | None:
+        async def call() -> None:
+            raise Mine
+
+        try:
+            await pr.retry_async(call, on=Mine, policy=policy)
+        except Mine as error:
+            return weakref.ref(error)
+        return None
+
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        left = fail() if shell == "threads" else prim_run(afail())
+        assert left is not None
+        assert left() is None
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def test_prim_retry_async_cancelled_at_every_step() -> None:
+    async def scenario(step: int) -> bool:
+        calls, budget = [0], pr.RetryBudget(0.0, 5)
+
+        async def call() -> str:
+            calls[0] += 1
+            await prim_ticks(2)
+            if calls[0] < 3:
+                raise OSError
+            return "done"
+
+        async def nap(seconds: float) -> None:
+            await prim_ticks(2)
+
+        policy = pr.RetryPolicy(attempts=5)
+        task = asyncio.create_task(pr.retry_async(call, on=BaseException, policy=policy, budget=budget, sleep=nap))
+        await prim_ticks(step)
+        finished = not task.cancel()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        made = calls[0]
+        await prim_ticks()
+        assert calls[0] == made
+        assert budget.stats().retries in ({2} if finished else {max(0, made - 1), made})
+        assert outcome == "done" if finished else isinstance(outcome, asyncio.CancelledError)
+        return finished
+
+    outcomes = [prim_run(scenario(step)) for step in range(20)]
+    assert outcomes == sorted(outcomes)
+    assert (outcomes[0], outcomes[-1]) == (False, True)

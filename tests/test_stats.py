@@ -1,0 +1,427 @@
+"""market/stats.py: against formulas."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import random
+import time
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from market import stats as mst
+from market import workers as mw
+from market.trade import Trade
+from tests.helpers.market import MARKET_STATS_EXCHANGES, MARKET_STATS_T0, market_stats_stream, market_stats_trade
+
+MARKET_STATS_SMALL: dict[str, Any] = {"windows": (5, 20, 60), "half_life": 7.0, "every": 0.0}
+
+
+class MarketStatsTaken(NamedTuple):
+    series: dict[tuple[str, str], list[Trade]]
+    counts: dict[str, int]
+
+
+def market_stats_taken(trades: Iterable[Trade], lateness: int = 2 * 10**9) -> MarketStatsTaken:
+    """Which trades count, by the definition."""
+    counts = dict.fromkeys(("taken", "late", "late_for_all", "repeated", "ahead"), 0)
+    series: dict[tuple[str, str], list[Trade]] = {}
+    newest: dict[tuple[str, str], int] = {}
+    seen = set[tuple[str, str, str]]()
+    for trade in trades:
+        own, every = (trade.symbol, trade.exchange), (trade.symbol, "*")
+        identity = (*own, trade.trade_id)
+        at = trade.exchange_ts_ns
+        if at > trade.received_ts_ns + 2 * 10**9:
+            counts["ahead"] += 1
+        elif "duplicate" in trade.flags:
+            counts["repeated"] += 1
+        elif at < newest.get(own, 0) - lateness:
+            counts["late"] += 1
+        elif trade.trade_id and identity in seen:
+            counts["repeated"] += 1
+        else:
+            seen.add(identity)
+            counts["taken"] += 1
+            for key in (own, every):
+                if at < newest.get(key, 0) - lateness:
+                    counts["late_for_all"] += 1
+                else:
+                    newest[key] = max(at, newest.get(key, 0))
+                    series.setdefault(key, []).append(trade)
+    return MarketStatsTaken(series, counts)
+
+
+def market_stats_numpy(
+    trades: Sequence[Trade], now_ns: int, windows: Sequence[int], half_life: float
+) -> dict[str, Any]:
+    """The figures of a series, from all its trades at once."""
+    trades = sorted(
+        trades, key=lambda t: (t.exchange_ts_ns, t.exchange, len(t.trade_id), t.trade_id, t.price_value, t.size_value)
+    )
+    bars = np.array([trade.exchange_ts_ns // 10**9 for trade in trades])
+    price, size = (np.array([getattr(trade, field) for trade in trades]) for field in ("price_value", "size_value"))
+    now = now_ns // 10**9
+    grid = np.arange(bars[0], now + 1)
+    closes = price[np.searchsorted(bars, grid, side="right") - 1]
+    squares = np.log(closes[1:] / closes[:-1]) ** 2
+    weights = 2.0 ** (-np.arange(len(squares))[::-1] / half_life)
+    found: dict[str, Any] = {"last": price[-1], "vwap": [], "volatility": [], "trades": [], "volume": []}
+    found["ewma"] = math.sqrt((weights * squares).sum() / weights.sum() * mst.YEAR) if len(squares) else None
+    for window in windows:
+        inside = bars > now - window
+        volume = size[inside].sum()
+        found["trades"].append(int(inside.sum()))
+        found["volume"].append(volume)
+        found["vwap"].append((price * size)[inside].sum() / volume if volume else None)
+        found["volatility"].append(math.sqrt(squares[-window:].mean() * mst.YEAR) if len(squares) else None)
+    return found
+
+
+def market_stats_agrees(row: mst.Row, expected: dict[str, Any]) -> None:
+    for field, value in expected.items():
+        got = getattr(row, field)
+        if isinstance(value, list):
+            assert len(got) == len(value)
+        for one, other in zip(got, value, strict=True) if isinstance(value, list) else [(got, value)]:
+            assert one == other or one == pytest.approx(other, rel=1e-9, abs=0.0), (field, row)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_market_stats_agree_with_numpy(seed: int) -> None:
+    """Late, repeated, labelled, ahead and out of order; asked at the newest trade and long after it."""
+    stream = market_stats_stream(seed, seconds=90.0 if seed < 2 else 400.0)
+    analytics = mst.Analytics(**MARKET_STATS_SMALL)
+    asked = set(random.Random(seed).sample(range(100, len(stream)), 12)) | {0, 1, len(stream) - 1}
+    checked = 0
+    for n, trade in enumerate(stream):
+        analytics.add(trade)
+        if n not in asked:
+            continue
+        series, counts = market_stats_taken(stream[: n + 1])
+        got = analytics.stats()._asdict()
+        assert {name: got[name] for name in counts} == counts
+        assert got["offered"] == n + 1 == sum(counts.values()) - counts["late_for_all"]
+        for (symbol, exchange), trades in series.items():
+            newest = max(trade.exchange_ts_ns for trade in trades)
+            for now in (newest, newest + 3 * 10**9, newest + 200 * 10**9):
+                row = analytics.row(symbol, exchange, now)
+                assert row is not None
+                assert row[:3] == (symbol, exchange, now)
+                market_stats_agrees(row, market_stats_numpy(trades, now, (5, 20, 60), 7.0))
+                checked += 1
+    assert checked > 200
+    assert min(counts["late"], counts["late_for_all"], counts["repeated"], counts["ahead"]) > 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_market_stats_any_order_within_the_lateness_gives_the_same_rows(data: st.DataObject) -> None:
+    """To the last bit; repeats wherever they come."""
+    trades = data.draw(
+        st.lists(
+            st.builds(
+                market_stats_trade,
+                st.integers(0, 80).map(lambda tenths: tenths / 10) | st.floats(0, 40),
+                st.floats(1e-3, 1e6),
+                st.floats(0, 1e9),
+                st.sampled_from(MARKET_STATS_EXCHANGES),
+                st.sampled_from(("BTC-USD", "ETH-USD")),
+            ),
+            min_size=1,
+            max_size=60,
+        )
+    )
+    trades = [
+        trade._replace(trade_id=str(n), received_ts_ns=MARKET_STATS_T0 + 10**11) for n, trade in enumerate(trades)
+    ]
+    trades += data.draw(st.lists(st.sampled_from(trades), max_size=20))
+    results = []
+    for _ in range(3):
+        delays = data.draw(st.lists(st.integers(0, 2 * 10**9), min_size=len(trades), max_size=len(trades)))
+        arrivals = sorted(zip(delays, trades, strict=True), key=lambda each: each[1].exchange_ts_ns + each[0])
+        analytics = mst.Analytics(**MARKET_STATS_SMALL)
+        for _, trade in arrivals:
+            analytics.add(trade)
+        stats = analytics.stats()
+        assert stats.late_for_all == 0
+        assert stats.taken == len({trade.trade_id for trade in trades})
+        results.append((sorted(analytics.due(everything=True)), stats._replace(late=0, repeated=0)))
+    assert results[0] == results[1] == results[2]
+
+
+def test_market_stats_thousands_of_trades_in_any_order_give_the_same_bits() -> None:
+    rng = random.Random(8)
+    trades = [
+        market_stats_trade(rng.uniform(0, 20), rng.uniform(1, 2), 10 ** rng.uniform(-6, 6), rng.choice("abc"))
+        for _ in range(6_000)
+    ]
+    found = []
+    for _ in range(3):
+        analytics = mst.Analytics(**MARKET_STATS_SMALL)
+        for _, trade in sorted((trade.exchange_ts_ns + rng.uniform(0, 2e9), trade) for trade in trades):
+            analytics.add(trade)
+        assert analytics.stats()[1:4] == (6_000, 0, 0)
+        found.append(analytics.due())
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 4
+
+
+def test_market_stats_lateness_is_exact_and_each_series_has_its_own() -> None:
+    analytics = mst.Analytics()
+    assert analytics.add(market_stats_trade(10.5))
+    assert analytics.add(market_stats_trade(8.5))
+    assert not analytics.add(market_stats_trade(8.499999999))
+    assert analytics.add(market_stats_trade(7.0, exchange="okx"))  # its clock, or its way, is behind
+    assert not analytics.add(market_stats_trade(4.9, exchange="okx"))
+    assert analytics.add(market_stats_trade(8.5, exchange="okx"))
+    stats = analytics.stats()
+    assert (stats.taken, stats.late, stats.late_for_all) == (4, 2, 1)
+    counts = {name: cast(mst.Row, analytics.row("BTC-USD", name)).trades[0] for name in ("*", "kraken", "okx")}
+    assert counts == {"*": 3, "kraken": 2, "okx": 2}
+    assert analytics.row("BTC-USD", "gemini") is None
+    assert analytics.row("ETH-USD") is None
+
+
+def test_market_stats_a_repeated_id_counts_once() -> None:
+    analytics = mst.Analytics()
+    long = "x" * 1000
+    taken = [
+        analytics.add(trade)
+        for trade in (
+            market_stats_trade(1.0, trade_id="7"),
+            market_stats_trade(1.0, trade_id="7"),
+            market_stats_trade(2.5, trade_id="7"),  # with another time
+            market_stats_trade(1.0, trade_id="7", exchange="okx"),
+            market_stats_trade(1.0, trade_id="7", symbol="ETH-USD"),
+            market_stats_trade(1.0, trade_id="8", flags="disorder,duplicate"),
+            market_stats_trade(1.0, trade_id="8", flags="gap"),
+            market_stats_trade(1.0),
+            market_stats_trade(1.0),
+            market_stats_trade(1.0, trade_id=long + "a"),
+            market_stats_trade(1.0, trade_id=long + "a"),
+            market_stats_trade(1.0, trade_id=long + "b"),
+        )
+    ]
+    assert taken == [True, False, False, True, True, False, True, True, True, True, False, True]
+    assert analytics.stats()[:5] == (12, 8, 0, 0, 4)
+    assert analytics.stats().ids == 6
+    analytics.add(market_stats_trade(3.9, trade_id="9"))
+    assert analytics.stats().ids == 7
+    analytics.add(market_stats_trade(4.0, trade_id="10"))  # closes the bar of 1.0 on this exchange
+    assert analytics.stats().ids == 4
+    assert not analytics.add(market_stats_trade(1.0, trade_id="7"))
+    assert analytics.stats().late == 1
+
+
+def test_market_stats_a_tie_in_time_is_decided_by_the_id_as_a_number() -> None:
+    for ids in (("9", "10"), ("10", "9")):
+        analytics = mst.Analytics()
+        for trade_id in ids:
+            analytics.add(market_stats_trade(1.0, float(trade_id), trade_id=trade_id))
+        assert cast(mst.Row, analytics.row("BTC-USD")).last == 10.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"price_value": math.nan}, "absurd"),
+        ({"price_value": math.inf}, "absurd"),
+        ({"price_value": 0.0}, "absurd"),
+        ({"price_value": -1.0}, "absurd"),
+        ({"price_value": 5e-324}, "absurd"),
+        ({"size_value": math.nan}, "absurd"),
+        ({"size_value": math.inf}, "absurd"),
+        ({"size_value": -1e-9}, "absurd"),
+        ({"exchange_ts_ns": -1}, "absurd"),
+        ({"exchange_ts_ns": 10**30, "received_ts_ns": 10**30}, "absurd"),
+        ({"exchange": "*"}, "absurd"),
+        ({"exchange_ts_ns": MARKET_STATS_T0 + 2 * 10**9 + 1}, "ahead"),
+    ],
+)
+def test_market_stats_what_cannot_be_is_counted_and_changes_nothing(fields: dict[str, Any], reason: str) -> None:
+    analytics = mst.Analytics()
+    good = market_stats_trade(0.0)
+    analytics.add(good)
+    before = analytics.row("BTC-USD")
+    assert not analytics.add(good._replace(**fields))
+    assert analytics.stats()._asdict()[reason] == 1
+    assert analytics.row("BTC-USD") == before
+    assert analytics.add(good._replace(exchange_ts_ns=MARKET_STATS_T0 + 2 * 10**9, size_value=0.0))
+
+
+def test_market_stats_the_first_trades_and_the_silence_after() -> None:
+    analytics = mst.Analytics()
+    analytics.add(market_stats_trade(0.0, 100.0, 2.0))
+    one = cast(mst.Row, analytics.row("BTC-USD"))
+    assert one == mst.Row(
+        "BTC-USD", "*", MARKET_STATS_T0, 100.0, (10, 60, 300), (100.0,) * 3, (None,) * 3, (1,) * 3, (2.0,) * 3,
+        None, None, "", "",
+    )  # fmt: skip
+    analytics.add(market_stats_trade(1.0, 110.0, 0.0))
+    square = math.log(1.1) ** 2
+    two = cast(mst.Row, analytics.row("BTC-USD"))
+    assert two.volatility == pytest.approx((math.sqrt(square * mst.YEAR),) * 3, rel=1e-12)
+    assert two.ewma == pytest.approx(math.sqrt(square * mst.YEAR), rel=1e-12)
+    idle = cast(mst.Row, analytics.row("BTC-USD", now_ns=MARKET_STATS_T0 + 100 * 10**9))
+    assert (idle.vwap, idle.trades, idle.last) == ((None, None, 100.0), (0, 0, 2), 110.0)
+    assert idle.volatility == pytest.approx((0.0, 0.0, math.sqrt(square / 100 * mst.YEAR)), rel=1e-12)
+    began = time.process_time()
+    analytics.add(market_stats_trade(1e9, 121.0))  # thirty years: no bar is made for what was not
+    late = cast(mst.Row, analytics.row("BTC-USD"))
+    assert time.process_time() - began < 0.1
+    assert late.volatility[0] == pytest.approx(math.sqrt(square / 10 * mst.YEAR), rel=1e-12)
+    assert late.ewma == pytest.approx(math.sqrt(square * (1 - 2 ** (-1 / 60)) * mst.YEAR), rel=1e-12)
+    assert orjson.loads(orjson.dumps(late.record()))["volatility"]["10"] == late.volatility[0]
+    assert set(late.record()) == {*mst.Row._fields} - {"windows"}
+
+
+def test_market_stats_the_same_instant_asked_again_has_what_came_since() -> None:
+    """Also of the bars that were closed since."""
+    analytics = mst.Analytics(lateness=1.5)
+    now = MARKET_STATS_T0 + 9 * 10**9
+    for n in range(18):
+        analytics.add(market_stats_trade(n / 2))
+        row = cast(mst.Row, analytics.row("BTC-USD", now_ns=now))
+        assert (row.trades, row.volume) == ((n + 1,) * 3, (n + 1.0,) * 3)
+
+
+def test_market_stats_spread_is_between_exchanges_that_trade() -> None:
+    analytics = mst.Analytics()
+    for at, price, exchange in (
+        (0.0, 90.0, "okx"),
+        (5.0, 101.0, "kraken"),
+        (9.0, 99.5, "gemini"),
+        (9.5, 100.0, "bybit"),
+    ):
+        analytics.add(market_stats_trade(at, price, exchange=exchange))
+        if exchange == "okx":
+            assert cast(mst.Row, analytics.row("BTC-USD")).spread is None
+    row = cast(mst.Row, analytics.row("BTC-USD"))
+    assert (row.spread, row.low, row.high) == (11.0, "okx", "kraken")
+    analytics.add(market_stats_trade(10.0, 100.0, exchange="bybit"))  # okx has been silent for ten seconds
+    row = cast(mst.Row, analytics.row("BTC-USD"))
+    assert (row.spread, row.low, row.high) == (1.5, "gemini", "kraken")
+    assert cast(mst.Row, analytics.row("BTC-USD", "okx")).spread is None
+
+
+def test_market_stats_rows_are_due_when_they_changed_and_not_too_often() -> None:
+    analytics = mst.Analytics(every=0.25)
+
+    def told(everything: bool = False) -> list[tuple[str, str]]:
+        return [row[:2] for row in analytics.due(everything)]
+
+    analytics.add(market_stats_trade(0.0))
+    assert told() == [("BTC-USD", "*"), ("BTC-USD", "kraken")]
+    analytics.add(market_stats_trade(0.1, exchange="okx"))
+    analytics.add(market_stats_trade(0.1, symbol="ETH-USD"))
+    assert told() == [("ETH-USD", "*"), ("ETH-USD", "kraken")]
+    analytics.add(market_stats_trade(0.249, exchange="bybit"))
+    assert told() == []
+    analytics.add(market_stats_trade(0.2, symbol="ETH-USD", received=0.25))
+    assert told() == [("BTC-USD", "*"), ("BTC-USD", "bybit"), ("BTC-USD", "okx")]
+    assert told() == []
+    assert told(everything=True) == [("ETH-USD", "*"), ("ETH-USD", "kraken")]
+    assert told(everything=True) == []
+    analytics.add(market_stats_trade(-1.0, symbol="ETH-USD"))  # our clock was put back
+    assert told() == [("ETH-USD", "*"), ("ETH-USD", "kraken")]
+
+
+def test_market_stats_sums_are_exact_and_leave_no_trace() -> None:
+    """30,000 trades of sizes from 1e-9 to 1e9 against fractions; then they are out of the windows, without a rest."""
+    rng = random.Random(5)
+    analytics = mst.Analytics(MARKET_STATS_SMALL["windows"])
+    trades = [market_stats_trade(n / 8_000, rng.uniform(1, 2), 10 ** rng.uniform(-9, 9)) for n in range(30_000)]
+    for trade in trades:
+        analytics.add(trade)
+    row = cast(mst.Row, analytics.row("BTC-USD"))
+    volume = sum(Fraction(trade.size_value) for trade in trades)
+    turnover = sum(Fraction(trade.price_value * trade.size_value) for trade in trades)
+    assert row.volume[1] == pytest.approx(float(volume), rel=1e-15)
+    assert row.vwap[1] == pytest.approx(float(turnover / volume), rel=1e-15)
+    for second in range(70, 80):
+        analytics.add(market_stats_trade(second, 0.001, 1e-9))
+    row = cast(mst.Row, analytics.row("BTC-USD"))
+    assert row.vwap == pytest.approx((0.001,) * 3, rel=1e-15)
+    assert row.volatility[0] == 0.0
+
+
+def market_stats_terms(analytics: mst.Analytics) -> int:
+    """Everything that is held per trade or per bar, counted."""
+    held = 0
+    for book in analytics._books.values():
+        for series in (book.all, *book.exchanges.values()):
+            held += len(series.ids) + len(series.bars)
+            held += sum(len(bar.sizes) + len(bar.turnovers) + len(bar.ids) for bar in series.open.values())
+    return held
+
+
+def test_market_stats_memory_is_bounded_whatever_comes() -> None:
+    analytics = mst.Analytics((5, 20), series=7, ids=100, lateness=2.0)
+    for n in range(20_000):  # at one instant
+        analytics.add(market_stats_trade(0.0, trade_id=str(n)))
+    stats = analytics.stats()
+    assert (stats.taken, stats.ids, stats.unchecked) == (20_000, 100, 19_900)
+    assert market_stats_terms(analytics) <= 2 * 2 * mst.TERMS + 200
+    for n in range(20_000):  # everywhere in time
+        analytics.add(market_stats_trade(n * 0.37, trade_id=str(n)))
+    assert market_stats_terms(analytics) <= 2 * (4 * 2 * mst.TERMS + 2 * 20) + 200
+    assert analytics.stats().ids <= 100
+    for n in range(1000):  # from anywhere
+        analytics.add(market_stats_trade(n * 0.37, symbol=f"S{n}", trade_id="1"))
+    stats = analytics.stats()
+    assert (stats.symbols, stats.series, stats.refused) == (3, 6, 998)
+    assert analytics.add(market_stats_trade(7400.0, exchange="okx"))
+    assert not analytics.add(market_stats_trade(7400.0, exchange="gemini"))
+    assert analytics.stats().offered == sum(analytics.stats()[i] for i in (1, 2, 4, 5, 6, 7))
+
+
+def test_market_stats_go_on_from_a_pickle_as_if_nothing_had_been() -> None:
+    stream = market_stats_stream(9, 2000)
+    analytics = mst.Analytics()
+    for trade in stream[:1000]:
+        analytics.add(trade)
+    copy = pickle.loads(pickle.dumps(analytics))
+    for each in (analytics, copy):
+        for trade in stream[1000:]:
+            each.add(trade)
+    assert copy.due() == analytics.due() != []
+    assert copy.stats() == analytics.stats()
+    assert repr(copy).startswith("<Analytics offered=")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"windows": ()}, {"windows": (60, 10)}, {"windows": (0, 10)}, {"windows": (1, 1)}, {"step": 0.0}, {"step": 0.7},
+        {"lateness": -1.0}, {"ahead": -1.0}, {"half_life": 0.0}, {"half_life": math.inf}, {"half_life": math.nan},
+        {"windows": (200_000,)}, {"lateness": 2000.0},
+    ],
+)  # fmt: skip
+def test_market_stats_misuse(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="="):
+        mst.Analytics(**bad)
+
+
+def test_market_stats_cost_is_well_under_half_a_core() -> None:
+    """Three seconds at 15,000 a second, packed, unpacked, taken and told, in CPU seconds."""
+    rng = random.Random(1)
+    trades = [
+        market_stats_trade(n / 15_000, 100 + rng.random(), rng.random(), f"e{n % 10}", f"S{rng.randrange(3)}", str(n))
+        for n in range(45_000)
+    ]
+    analytics, rows = mst.Analytics(), 0
+    began = time.process_time()
+    for begin in range(0, len(trades), 750):
+        for fields in pickle.loads(pickle.dumps(list(map(mw._fields, trades[begin : begin + 750])), 5)):
+            analytics.take(*fields)
+        rows += len(analytics.due())
+    assert time.process_time() - began < 0.5 * 3.0
+    assert rows == 3 * 12 * 11

@@ -1,0 +1,425 @@
+"""crawl/lease.py, tables.py: hosts leased from PostgreSQL, by several workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import crawl_async
+from crawl import cli as crawl_cli
+from crawl import lease as cs
+from crawl import tables as ct
+from crawl.frontier import Frontier
+from crawl.model import Options, Request, ScrapeResult
+from runtime import postgres as db
+from sandbox.sites import Sandbox
+from tests.helpers.base import HERE, PRIM_PATIENCE, prim_until_async
+from tests.helpers.postgres import PG_LET_GO, PgServer
+
+
+@pytest.fixture
+def shared_pg(pg: PgServer) -> PgServer:
+    """Without a crawl in it."""
+    tables = ["settings", "workers", "hosts", "seen", "queue", "results", "robots", "scope"]
+    asyncio.run(pg.do(PG_LET_GO, f"DROP TABLE IF EXISTS {', '.join('crawl_' + name for name in tables)}"))
+    return pg
+
+
+@contextlib.asynccontextmanager
+async def shared_store(server: PgServer) -> AsyncIterator[ct.PgStore]:
+    database = db.Database(server.url, ct.SCHEMA, size=4)
+    await database.open(PRIM_PATIENCE)
+    try:
+        yield ct.PgStore(database)
+    finally:
+        await database.close()
+
+
+def shared_link(host: str, path: str = "/") -> cs.Link:
+    url = f"http://{host}{path}"
+    return cs.Link(cs.hashed(url), host, url, url)
+
+
+def shared_row(url: str) -> ScrapeResult:
+    return ScrapeResult(url, 200, "a \0 title", 1, [], None, "2030-01-01T00:00:00Z", 1.0)
+
+
+def shared_done(queued: cs.Queued) -> cs.Done:
+    return cs.Done(queued.host, queued.id, queued.url, shared_row(queued.url))
+
+
+def shared_test(check: Callable[[PgServer, ct.PgStore], Coroutine[Any, Any, None]]) -> Callable[[PgServer], None]:
+    async def run(server: PgServer) -> None:
+        async with shared_store(server) as store:
+            await check(server, store)
+
+    def test(shared_pg: PgServer) -> None:
+        asyncio.run(run(shared_pg))
+
+    test.__name__, test.__doc__ = check.__name__, check.__doc__
+    return test
+
+
+@shared_test
+async def test_shared_claims_skip_what_is_leased_or_locked(server: PgServer, store: ct.PgStore) -> None:
+    hosts = [f"h{n}" for n in range(4)]
+    links = [shared_link(host, path) for host in hosts for path in ("/", "/a")]
+    first = await store.sync(cs.Batch(None, 1, 30.0, links=[*links, *links]))
+    second = await store.sync(cs.Batch(None, 1, 30.0, links=links))
+    assert await server.do("SELECT count(*) FROM crawl_queue") == 8, "each once, whoever finds it"
+    mine = await store.sync(cs.Batch(first.token, 1, 30.0, claim=2, limit=1))
+    assert len(mine.hosts) == 2 and {one.host for one in mine.urls} == {host for host, _ in mine.hosts}
+    assert len(mine.urls) == 2
+    left = sorted({*hosts} - {host for host, _ in mine.hosts})
+    async with store._database.connection() as other, other.transaction():
+        await other.execute("SELECT FROM crawl_hosts WHERE host = $1 FOR UPDATE", left[0])
+        theirs = await store.sync(cs.Batch(second.token, 1, 30.0, claim=9))
+        assert [host for host, _ in theirs.hosts] == left[1:]
+    again = await store.sync(
+        cs.Batch(second.token, 2, 30.0, claim=9, held=left[1:], notes={left[1]: cs.Note(0.0, 2.0, True)})
+    )
+    assert {host for host, _ in again.hosts} == {left[0], left[1]}, "what is no longer locked, and what was given back"
+
+
+@shared_test
+async def test_shared_host_goes_back_with_its_next_time(server: PgServer, store: ct.PgStore) -> None:
+    first = await store.sync(cs.Batch(None, 1, 30.0, links=[shared_link("a"), shared_link("b")]))
+    held = await store.sync(cs.Batch(first.token, 1, 30.0, claim=2))
+    assert dict(held.hosts) == {"a": None, "b": None}, "never sent anything"
+    notes = {"a": cs.Note(0.7, 2.0, True), "b": cs.Note(500.0, 2.0, True)}
+    answer = await store.sync(cs.Batch(first.token, 2, 30.0, claim=2, notes=notes))
+    (found,) = answer.hosts
+    assert found[0] == "a" and found[1] is not None and 0.6 < found[1] <= 0.7, "b has to wait"
+
+
+@shared_test
+async def test_shared_late_worker_is_fenced_off(server: PgServer, store: ct.PgStore) -> None:
+    late = await store.sync(cs.Batch(None, 1, 30.0, links=[shared_link("a")]))
+    held = await store.sync(cs.Batch(late.token, 1, 30.0, claim=1, spacing=100.0))
+    await server.do(
+        "UPDATE crawl_workers SET renewed_at = '-1 s'::interval + now(), lease_until = now() - '1 s'::interval"
+    )
+    next_one = await store.sync(cs.Batch(None, 1, 30.0))
+    assert next_one.dead and not next_one.finished
+    await store.reap()
+    await server.do("UPDATE crawl_hosts SET due = now()")
+    claimed = await store.sync(cs.Batch(next_one.token, 1, 30.0, claim=1))
+    ((host, wait),) = claimed.hosts
+    assert host == "a" and wait is not None and 95 < wait < 100, "one interval after the end of the lease"
+    done = [shared_done(held.urls[0])]
+    assert (await store.sync(cs.Batch(late.token, 2, 30.0, done=done))).token is None
+    assert await server.do("SELECT count(*) FROM crawl_results") == 0
+    ended = await store.sync(cs.Batch(next_one.token, 2, 30.0, done=done, held=["a"]))
+    assert [row.url for row in ended.stored] == ["http://a/"] and ended.finished
+    assert await server.do("SELECT row->>'title' FROM crawl_results") == "a \ufffd title"
+
+
+@shared_test
+async def test_shared_batch_sent_twice_is_applied_once(server: PgServer, store: ct.PgStore) -> None:
+    first = await store.sync(cs.Batch(None, 1, 30.0, links=[shared_link("a"), shared_link("b"), shared_link("c")]))
+    held = await store.sync(cs.Batch(first.token, 1, 30.0, claim=1))
+    host = held.hosts[0][0]
+    batch = cs.Batch(first.token, 2, 30.0, done=[shared_done(held.urls[0])], claim=1, held=[host])
+    batch.links = [shared_link(host, "/found")]
+    one = await store.sync(batch)
+    two = await store.sync(dataclasses.replace(batch, resync=True))
+    assert [row.url for row in one.stored] == [row.url for row in two.stored] == [held.urls[0].url]
+    assert {name for name, _ in one.hosts} < {name for name, _ in two.hosts} <= {"a", "b", "c"} - {host}
+    assert (
+        await server.do("SELECT sum(waiting) FROM crawl_hosts")
+        == 3
+        == await server.do("SELECT count(*) FROM crawl_queue")
+    )
+    assert await server.do("SELECT sum(done) FROM crawl_hosts") == 1
+
+
+@shared_test
+async def test_shared_redirects_meet_in_the_database(server: PgServer, store: ct.PgStore) -> None:
+    """One of two that lead to the same target goes there; a target that has a row of its own is a duplicate."""
+    first = await store.sync(cs.Batch(None, 1, 30.0, links=[shared_link("a", f"/{n}") for n in range(3)]))
+    held = await store.sync(cs.Batch(first.token, 1, 30.0, claim=1, limit=3))
+    moves = []
+    for one, target in zip(held.urls, ("http://b/x", "http://b/x", "http://a/0"), strict=True):
+        to = one._replace(host=target[7], target=target, hops=1)
+        moves.append(cs.Move(one.host, one.id, to, dataclasses.replace(shared_row(one.url), error="duplicate: it is")))
+    answer = await store.sync(cs.Batch(first.token, 2, 30.0, moves=moves, claim=1, held=["a"]))
+    assert [row.url for row in answer.stored] == ["http://a/1", "http://a/2"]
+    (left,) = answer.urls
+    assert (left.host, left.url, left.target, left.hops) == ("b", "http://a/0", "http://b/x", 1)
+    assert await server.do("SELECT sum(failed) FROM crawl_hosts WHERE host = 'a' AND waiting = 0") == 2
+
+
+def test_shared_workers_agree_on_options(shared_pg: PgServer) -> None:
+    crawl = ct.join(Options(depth=3, rate=7.0), shared_pg.url)
+    assert (crawl.options.depth, crawl.options.rate) == (3, 7.0)
+    assert ct.join(Options(concurrency=5), shared_pg.url).options == dataclasses.replace(crawl.options, concurrency=5)
+    with pytest.raises(ValueError, match="--rate: this crawl was started with 7"):
+        ct.join(Options(rate=9.0), shared_pg.url)
+    with pytest.raises(ValueError, match="not with --frontier: max-pages"):
+        ct.SharedCrawl(Options(max_pages=5), shared_pg.url)
+    with pytest.raises(ValueError, match="postgresql://"):
+        ct.server_of("mysql://user:secret@host/")
+
+
+# --------------------------------------------------------------------------------------------------------- the workers
+
+
+def shared_start(server: PgServer, **given: Any) -> tuple[ct.SharedCrawl, list[ScrapeResult]]:
+    length = given.pop("length", 30.0)
+    options = Options(**{"depth": 20, "rate": 40.0, "robots": False} | given)
+    return ct.SharedCrawl(options, server.url, length=length), []
+
+
+async def shared_work(crawl: ct.SharedCrawl, rows: list[ScrapeResult], urls: list[str]) -> None:
+    async def put(row: ScrapeResult) -> None:
+        rows.append(row)
+
+    async with crawl.joined(put) as keep:
+        await crawl_async.Tasks(crawl, keep).run(urls)
+    if crawl.failure:
+        raise crawl.failure
+
+
+@pytest.fixture(scope="module")
+def shared_site() -> Iterator[Sandbox]:
+    with Sandbox(hosts=4, pages=20, page_bytes=300) as site:
+        yield site
+
+
+async def shared_all_stored(server: PgServer, site: Sandbox) -> None:
+    count = "SELECT count(*) FROM crawl_results WHERE row->>'error' IS NULL AND (row->>'status') = '200'"
+    assert await server.do(count) == len(site.hosts) * site.pages
+    assert await server.do("SELECT count(*) FROM crawl_queue") == 0
+    assert await server.do("SELECT count(*) FROM crawl_hosts WHERE owner IS NOT NULL") == 0
+
+
+SHARED_NOTE = """if True:
+    import os, sys
+    from crawl import frontier
+    out, real = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND | os.O_CREAT), frontier.Frontier.clear_to_send
+
+    def clear_to_send(self, request, now):
+        wait = real(self, request, now)
+        if wait == 0.0:
+            os.write(out, f"{request.host} {now!r}\\n".encode())
+        return wait
+
+    frontier.Frontier.clear_to_send = clear_to_send
+"""
+"""Notes the moment of each sending, in a file."""
+
+
+def shared_rate_held(noted: Path, rate: float) -> int:
+    """Over all workers, at the moments of sending; how many there were."""
+    times: dict[str, list[float]] = {}
+    for line in noted.read_text().splitlines():
+        host, moment = line.split()
+        times.setdefault(host, []).append(float(moment))
+    for host, sent in times.items():
+        sent.sort()
+        for i, first in enumerate(sent):
+            for j, last in enumerate(sent[i:], 1):
+                assert j <= 1 + rate * (last - first) + 1e-6, host
+    return sum(map(len, times.values()))
+
+
+def shared_note(noted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``SHARED_NOTE`` in this process."""
+    monkeypatch.setattr(Frontier, "clear_to_send", Frontier.clear_to_send)  # and so undone
+    monkeypatch.setattr(sys, "argv", ["", str(noted)])
+    exec(SHARED_NOTE, {})
+
+
+def test_shared_two_workers_share_hosts_and_pages(
+    shared_pg: PgServer, shared_site: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(shared_site.log)
+    shared_note(tmp_path / "noted", monkeypatch)
+    (one, first), (two, second) = shared_start(shared_pg, rate=10.0), shared_start(shared_pg, rate=10.0)
+    take = one.frontier.take
+
+    def begun() -> bool:
+        return len(shared_site.log) - before >= 4
+
+    def take_some(now: float) -> Request | float | None:  # else it may be done before the other has connected
+        return 0.01 if begun() and not second else take(now)
+
+    async def both() -> None:
+        monkeypatch.setattr(one.frontier, "take", take_some)
+        urls = [shared_site.url("/", host) for host in range(4)]
+        work = asyncio.create_task(shared_work(one, first, urls))
+        await prim_until_async(begun)
+        await asyncio.gather(work, shared_work(two, second, []))
+        await shared_all_stored(shared_pg, shared_site)
+
+    asyncio.run(both())
+    urls = [row.url for row in first + second]
+    assert len(urls) == len(set(urls)) == 80
+    assert first and second, "the hosts were shared out"
+    assert len(shared_site.log) - before == 80, "each page was asked for once"
+    assert shared_rate_held(tmp_path / "noted", 10.0) == 80
+    assert ct.status(shared_pg.url).startswith(
+        "0 URLs waiting, 80 done, 0 failed · 1.3 rows/s in the last minute\n4 hosts"
+    )
+
+
+def test_shared_killed_worker_is_followed(
+    shared_pg: PgServer, shared_site: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(shared_site.log)
+    listed, noted = tmp_path / "urls.txt", tmp_path / "noted"
+    listed.write_text("".join(shared_site.url("/", host) + "\n" for host in range(4)))
+    options = ["--frontier", shared_pg.url, "--depth", "20", "--rate", "20", "--no-robots", "--lease", "1", "-q"]
+    program = SHARED_NOTE + "    import crawl_async\n    crawl_async.main('crawl_async.py', crawl_async.run)"
+    command = [sys.executable, "-c", program, str(noted), str(listed), *options]
+    shared_note(noted, monkeypatch)
+
+    async def run() -> None:
+        with subprocess.Popen(  # noqa: ASYNC220
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE
+        ) as worker:
+            try:
+                await prim_until_async(lambda: len(shared_site.log) - before >= 20)
+            finally:
+                worker.kill()
+        await shared_work(*shared_start(shared_pg, rate=20.0, length=1.0), [])
+        await shared_all_stored(shared_pg, shared_site)
+
+    asyncio.run(run())
+    assert shared_rate_held(noted, 20.0) >= 80
+
+
+def test_shared_crawl_outlives_a_restart_of_the_database(shared_pg: PgServer, shared_site: Sandbox) -> None:
+    before, rows = len(shared_site.log), list[ScrapeResult]()
+    crawl, _ = shared_start(shared_pg)
+
+    async def run() -> None:
+        urls = [shared_site.url("/", host) for host in range(4)]
+        work = asyncio.create_task(shared_work(crawl, rows, urls))
+        await prim_until_async(lambda: len(rows) >= 15)
+        await asyncio.to_thread(shared_pg.stop)
+        await asyncio.to_thread(shared_pg.start)
+        await work
+        await shared_all_stored(shared_pg, shared_site)
+
+    asyncio.run(run())
+    assert len(shared_site.log) - before == 80 == len({row.url for row in rows}) == len(rows), (
+        "nothing lost or done twice"
+    )
+
+
+def test_shared_stop_gives_all_back(shared_pg: PgServer, shared_site: Sandbox) -> None:
+    rows = list[ScrapeResult]()
+    crawl, _ = shared_start(shared_pg, rate=10.0)
+
+    async def stopped() -> None:
+        async def put(row: ScrapeResult) -> None:
+            rows.append(row)
+
+        async with crawl.joined(put) as keep:
+            driver = crawl_async.Tasks(crawl, keep)
+            work = asyncio.create_task(driver.run([shared_site.url("/", host) for host in range(4)]))
+            await prim_until_async(lambda: len(rows) >= 5)
+            driver.stop()
+            await work
+        held = (
+            "SELECT (SELECT count(*) FROM crawl_workers) + (SELECT count(*) FROM crawl_hosts WHERE owner IS NOT NULL)"
+        )
+        assert await shared_pg.do(held) == 0
+        stored = await shared_pg.do("SELECT count(*) FROM crawl_results")
+        assert stored == len(rows) < 80
+        await shared_work(*shared_start(shared_pg), [])
+        await shared_all_stored(shared_pg, shared_site)
+
+    asyncio.run(stopped())
+
+
+class SharedWeb:
+    """Two hosts: the first one's robots.txt, and one of its pages, are redirected to the second."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        path = head.split()[1]
+        host = head.lower().partition("host: ")[2].split(":")[0]
+        self.asked.append(host + path)
+        base = f"http://127.0.9.2:{self.port}"
+        if host == "127.0.9.1" and path in ("/robots.txt", "/moved"):
+            answer = f"HTTP/1.1 302 Found\r\nLocation: {base}{path}\r\nContent-Length: 0\r\n"
+        else:
+            body = (
+                "User-agent: *\nDisallow: /secret"
+                if path == "/robots.txt"
+                else "<a href=/moved>1</a><a href=/secret>2</a>"
+            )
+            answer = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: {len(body)}\r\n"
+        writer.write(f"{answer}Connection: close\r\n\r\n{'' if '302' in answer else body}".encode())
+        writer.close()
+
+    async def crawl(self, server: PgServer) -> None:
+        async with await asyncio.start_server(self.serve, ["127.0.9.1", "127.0.9.2"], 0) as site:
+            ports = {one.getsockname()[1] for one in site.sockets}
+            if len(ports) > 1:  # one port on both
+                site.close()
+                self.port = ports.pop()
+                site = await asyncio.start_server(self.serve, ["127.0.9.1", "127.0.9.2"], self.port)
+            async with site:
+                self.port = site.sockets[0].getsockname()[1]
+                urls = [f"http://127.0.9.{n}:{self.port}/" for n in (1, 2)]
+                await asyncio.gather(
+                    shared_work(*shared_start(server, robots=True), urls),
+                    shared_work(*shared_start(server, robots=True), []),
+                )
+
+
+def test_shared_redirects_to_hosts_of_others(shared_pg: PgServer) -> None:
+    web = SharedWeb()
+    asyncio.run(web.crawl(shared_pg))
+
+    async def rows() -> list[Any]:
+        text = await shared_pg.do(
+            "SELECT json_agg(json_build_array(url, row->>'final_url', row->>'error'))::text FROM crawl_results"
+        )
+        found: list[Any] = json.loads(text.replace(f":{web.port}", ""))
+        return sorted(found, key=lambda row: str(row[0]))
+
+    one, two = "http://127.0.9.1", "http://127.0.9.2"
+    forbidden = "robots: forbidden by robots.txt"
+    found = asyncio.run(rows())
+    assert [row for row in found if "moved" not in row[0]] == [
+        [f"{one}/", f"{one}/", None], [f"{one}/secret", None, forbidden],
+        [f"{two}/", f"{two}/", None], [f"{two}/secret", None, forbidden],
+    ]  # fmt: skip
+    moved = {row[0]: row[1:] for row in found if "moved" in row[0]}
+    # Whoever comes first has the page; the other one leads to it.
+    assert len(moved) in (1, 2) and [f"{two}/moved", None] in moved.values()
+    assert Counter(web.asked)["127.0.9.2/moved"] == 1
+    assert not any("secret" in path for path in web.asked)
+
+
+def test_shared_command_line(shared_pg: PgServer, capfd: pytest.CaptureFixture[str]) -> None:
+    run = functools.partial(crawl_cli.main, "crawl_async.py", crawl_async.run)
+    assert run(["--frontier", shared_pg.url, "--status"]) == 0
+    assert "0 hosts" in capfd.readouterr().out
+    with Sandbox(hosts=1, pages=5, page_bytes=100) as site:
+        assert run([site.url("/"), "gopher://a/", "--frontier", shared_pg.url, "--depth", "9", "--rate", "0"]) == 0
+    out, _ = capfd.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == 6 and sum(row["error"] is None for row in rows) == 5
+    assert run(["--frontier", "mysql://u:secret@h/"]) == 1
+    assert "secret" not in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        run(["--status"])

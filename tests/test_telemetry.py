@@ -1,0 +1,282 @@
+"""api/telemetry.py: events, log lines, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import re
+import threading
+from typing import IO, Any, cast
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import aggregate_app
+from api import telemetry, upstreams
+from tests.helpers.api import app_ask, app_living, app_run, app_ticks, app_upstream
+from tests.helpers.base import PRIM_PATIENCE, PrimWorld, prim_until_async
+
+
+def app_told(parts: list[bytes]) -> list[tuple[int, str, dict[str, Any]]]:
+    found = re.findall(rb"id: (\d+)\nevent: (\w+)\ndata: (.*)\n\n", b"".join(parts))
+    return [(int(number), kind.decode(), json.loads(data)) for number, kind, data in found]
+
+
+def test_events_in_order_again_and_to_the_end() -> None:
+    async def main() -> None:
+        events = telemetry.Events(keep=4)
+
+        async def listen(last: int | None = None) -> list[bytes]:
+            return [part async for part in events.stream(last)]
+
+        for i in (1, 2, 3):
+            events.publish("refresh", {"n": i})
+        tasks = [asyncio.create_task(listen(last)) for last in (None, 1, 0, 99)]
+        await app_ticks()
+        assert events.streams == 4
+        for i in (4, 5):
+            events.publish("breaker", {"n": i})
+            await app_ticks()
+        for i in range(6, 12):  # more than the ring holds, before anybody may run: the oldest are missed
+            events.publish("refresh", {"n": i})
+        await app_ticks()
+        events.end()
+        new = [4, 5, 8, 9, 10, 11]
+        for task, expected in zip(tasks, ([*new], [2, 3, *new], [1, 2, 3, *new], [*new]), strict=True):
+            parts = await task
+            told = app_told(parts)
+            assert parts[0] == b"retry: 2000\n\n"
+            assert [number for number, _, _ in told] == [data["n"] for _, _, data in told] == expected
+        assert events.streams == 0
+        assert app_told(await listen(8)) == []  # ended: so are those that come now
+
+    app_run(main())
+
+
+def test_app_tells_events_and_lets_go_of_those_who_left(app_world: PrimWorld) -> None:
+    async def handler(head: str, body: bytes) -> Any:
+        return 404 if "/gone" in head else None
+
+    async def main() -> None:
+        async with app_upstream(handler) as url:
+            table = {
+                "gone": upstreams.Upstream("gone", f"{url}/gone"),
+                "silent": upstreams.Upstream("silent", url, timeout=0.01, retries=0, failures=2, window=100.0),
+            }
+            async with app_living(table) as app:
+                service, leave, parts = app.service, asyncio.Event(), list[bytes]()
+                first = asyncio.create_task(app_ask(app, "/events", sent=parts, leave=leave))
+                second = asyncio.create_task(app_ask(app, "/events", sent=(rest := list[bytes]())))
+                await prim_until_async(lambda: service.events.streams == 2)
+                assert json.loads((await app_ask(app, "/health"))[2])["streams"] == 2
+                await app_ask(app, "/aggregate/gone?deadline_ms=20000")
+                for _ in range(2):
+                    await app_ask(app, "/aggregate/silent?deadline_ms=20000")
+                await app_ask(app, "/cache/invalidate", "POST")
+                await prim_until_async(lambda: b"invalidate" in b"".join(parts))
+                leave.set()
+                await first
+                assert service.events.streams == 1
+                told = app_told(parts)
+                assert sorted(kind for _, kind, _ in told) == ["breaker", "invalidate", "refresh", "refresh", "refresh"]
+                change = next(data for _, kind, data in told if kind == "breaker")
+                assert (change["source"], change["previous"], change["state"]) == ("silent", "closed", "open")
+                refreshes = [data for _, kind, data in told if kind == "refresh"]
+                assert refreshes[0]["error"] == "http: 404"
+                assert {data["state"] for data in refreshes} == {"error"}
+                assert told[-1][2]["sources"] == ["gone", "silent"]
+                parts.clear()
+                leave.clear()
+                again = asyncio.create_task(
+                    app_ask(app, "/events", headers={"Last-Event-ID": str(told[-2][0])}, sent=parts)
+                )
+                await prim_until_async(lambda: service.events.streams == 2)
+                await app_ticks()
+                service.stop()  # streams do not keep a server
+                for task in (second, again):
+                    assert (await task)[0] == 200
+                assert app_told(parts) == told[-1:] and app_told(rest) == told
+                assert service.events.streams == 0
+
+    app_run(main())
+
+
+def test_app_bounds_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate_app, "STREAMS", 1)
+
+    async def main() -> None:
+        async with app_living({}) as app:
+            first = asyncio.create_task(app_ask(app, "/events"))
+            await prim_until_async(lambda: app.service.events.streams == 1)
+            status, headers, _ = await app_ask(app, "/events")
+            assert (status, headers["retry-after"]) == (503, "5")
+            app.service.stop()
+            await first
+
+    app_run(main())
+
+
+def test_request_log_loses_only_what_is_too_much_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader pauses: 50 lines wait, the others are lost and counted; it goes on: all 50, in order."""
+    monkeypatch.setattr(telemetry, "WAITING", 50)
+
+    async def main() -> None:
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        filled = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filled += os.write(writing, b"x" * 4096)
+        os.set_blocking(writing, True)
+        lines: list[bytes] = []
+
+        def read() -> None:
+            with open(reading, "rb") as source:
+                source.read(filled)
+                lines.extend(source)
+
+        with os.fdopen(writing, "wb", buffering=0) as output:
+            log = telemetry.RequestLog(output, clock=lambda: 1e9 + 0.25)
+            task = asyncio.create_task(log.run())
+            for i in range(30):
+                log.note("request", f"r{i}", {"i": i})
+            await prim_until_async(lambda: not len(log._batch))  # handed over, and written by nobody
+            for i in range(30, 80):
+                log.note("request", f"r{i}", {"i": i})
+            assert log.lost == 30
+            reader = threading.Thread(target=read)
+            reader.start()
+            await prim_until_async(lambda: log._done == 50)
+            log.note("request", "last", {"i": 50})
+            task.cancel()
+            await log.close(PRIM_PATIENCE)
+            log.note("request", "too late", {})
+        await asyncio.to_thread(reader.join)
+        said = [json.loads(line) for line in lines]
+        assert [line["i"] for line in said] == list(range(51))
+        assert said[0] == {"time": "2001-09-09T01:46:40.250Z", "event": "request", "request_id": "r0", "i": 0}
+        assert log.lost == 30
+
+    app_run(main())
+
+
+def test_request_log_goes_on_when_nobody_reads() -> None:
+    class Full(io.RawIOBase):
+        """As a pipe that must not block and is full."""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> None:
+            return None
+
+    class Short(io.RawIOBase):
+        def __init__(self) -> None:
+            self.text = b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            self.text += bytes(data[:7])
+            return len(data[:7])
+
+    async def main() -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+        shut = io.BytesIO()
+        shut.close()
+        outputs: list[IO[bytes]] = [os.fdopen(writing, "wb", buffering=0), shut, cast("IO[bytes]", Full())]
+        for output in outputs:
+            log = telemetry.RequestLog(output)
+            task = asyncio.create_task(log.run())
+            for i in range(2):
+                log.note("request", str(i), {})
+                await prim_until_async(lambda: log._done > i)  # noqa: B023
+            log.note("request", "unlikely", {"what": object()})
+            task.cancel()
+            await log.close(PRIM_PATIENCE)
+            assert (log.lost, log._thread.is_alive()) == (3, False)
+            output.close()
+        short = Short()
+        log = telemetry.RequestLog(cast("IO[bytes]", short))
+        task = asyncio.create_task(log.run())
+        await app_ticks()
+        log.note("request", "x" * 100, {})
+        task.cancel()
+        await log.close(PRIM_PATIENCE)
+        assert json.loads(short.text)["request_id"] == "x" * 100 and log.lost == 0
+        none = telemetry.RequestLog(None)
+        none.note("request", "x", {})
+        assert (none.lost, len(none._batch)) == (0, 0)
+
+    app_run(main())
+
+
+def test_app_notes_every_request_once_and_the_loads_behind_it(app_world: PrimWorld) -> None:
+    asked = 0
+
+    async def handler(head: str, body: bytes) -> Any:
+        nonlocal asked
+        asked += 1
+        return {"serial": 1} if asked == 1 else 404
+
+    async def main() -> list[dict[str, Any]]:
+        async with app_upstream(handler) as url:
+            output = io.BytesIO()
+            output.close = lambda: None  # type: ignore[method-assign]
+            async with app_living({"a": upstreams.Upstream("a", url, ttl=10.0)}, output) as app:
+                for i in range(3):  # loaded, from the cache, kept
+                    path = "/aggregate/a?deadline_ms=20000"
+                    status, headers, _ = await app_ask(app, path, headers={"X-Request-ID": f"r{i}"})
+                    assert (status, headers["x-request-id"]) == (200, f"r{i}")
+                app_world.now += 10.0
+                app.service.settle()
+                await app_ask(app, "/aggregate/a?x=1", headers={"X-Request-ID": "wrong"})
+                await app_ask(app, "/aggregate/a", headers={"X-Request-ID": "stale"})
+                await prim_until_async(lambda: not app.service.sources["a"].running)
+            return [json.loads(line) for line in output.getvalue().splitlines()]
+
+    lines = app_run(main())
+    requests = [line for line in lines if line["event"] == "request"]
+    expected = [("r0", 200), ("r1", 200), ("r2", 200), ("wrong", 422), ("stale", 200)]
+    assert [(line["request_id"], line["status"]) for line in requests] == expected
+    assert [line["sources"] for line in requests] == [{"a": "fresh"}] * 3 + [None, {"a": "stale"}]
+    assert requests[0]["query"] == "deadline_ms=20000" and requests[0]["client"] == "127.0.0.1"
+    failed = [line for line in lines if line["event"] == "failed load"]
+    assert [(line["request_id"], line["error"]) for line in failed] == [("stale", "http: 404")]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines)
+
+
+def test_app_metrics_are_those_of_its_health(app_world: PrimWorld) -> None:
+    async def handler(head: str, body: bytes) -> Any:
+        return 404 if "/gone" in head else {}
+
+    async def main() -> None:
+        async with app_upstream(handler) as url:
+            table = {name: upstreams.Upstream(name, f"{url}/{name}") for name in ("good", "gone")}
+            async with app_living(table) as app:
+                for _ in range(4):
+                    await app_ask(app, "/aggregate?deadline_ms=20000")
+                text = (await app_ask(app, "/metrics"))[2].decode()
+                health = json.loads((await app_ask(app, "/health"))[2])
+        found: dict[str, dict[tuple[str, ...], float]] = {}
+        for family in text_string_to_metric_families(text):
+            assert family.documentation
+            for sample in family.samples:
+                assert found.setdefault(sample.name, {}).get(tuple(sample.labels.values())) is None
+                found[sample.name][tuple(sample.labels.values())] = sample.value
+        for name, source in health["sources"].items():
+            for state, count in source["answers"].items():
+                assert found["aggregate_answers_total"][name, state] == count == 4
+            assert found["aggregate_upstream_calls_total"][name,] == source["calls"] == 1
+            assert found["aggregate_failed_loads_total"][name,] == source["failed_loads"] == (name == "gone")
+            assert found["aggregate_cache_entries"][name,] == source["cache"]["entries"] == (name == "good")
+            assert found["aggregate_circuit_open"][name,] == 0.0
+        assert found["aggregate_rows_lost_total"][()] == found["aggregate_log_lines_lost_total"][()] == 0.0
+        assert found["aggregate_database_up"][()] == 0.0
+
+    app_run(main())
