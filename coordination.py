@@ -46,7 +46,7 @@ class ChannelClosed(Exception):
     """The channel was closed: nothing more can be put, or nothing is left to get."""
 
 
-def telling(self: Any) -> str:
+def stats_repr(self: Any) -> str:
     """The ``repr`` of every mechanism: its ``stats()``."""
     fields = self.stats()._asdict().items()
     shown = (f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in fields)
@@ -247,7 +247,7 @@ class Semaphore:
         with self._lock:
             return SemaphoreStats(self.permits, self._available, len(self._released))
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # -------------------------------------------------------------------------------------------- channel
@@ -417,7 +417,7 @@ class Channel(Generic[T]):
             putters, getters = len(self._not_full), len(self._not_empty)
             return ChannelStats(self.capacity, len(self._items), putters, getters, self._closed)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # -------------------------------------------------------------------------------------------- visited
@@ -456,7 +456,7 @@ class Visited(Generic[K]):
         with self._lock:
             return VisitedStats(len(self._keys), self._repeats)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # -------------------------------------------------------------------------------------------- fan-out
@@ -478,7 +478,7 @@ class Outcome(NamedTuple, Generic[T]):
     seconds: float
 
 
-async def arrives(event: asyncio.Event, seconds: float) -> bool:
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
     """Wait for ``event``, at most so many ``seconds`` (infinity: for ever). Whether it is set."""
     try:
         async with asyncio.timeout(None if seconds == math.inf else seconds):
@@ -711,4 +711,4 @@ class WorkerPool(Generic[T]):
         with self._lock:
             return WorkerPoolStats(self._workers, queued, self._handled, self._failed)
 
-    __repr__ = telling
+    __repr__ = stats_repr

@@ -9,10 +9,10 @@ of large robots.txt (in one thread), and that of feeds and articles (in other pr
 worker waits): sockets, TLS, decompression, parsing, encoding and writing of rows. What Python code computes does not
 run in parallel (one interpreter lock), only what waits or runs outside of it does.
 
-Waiting: workers with nothing to do block on one condition, ``_Turns``. Only one of them at a time, the timekeeper,
+Waiting: workers with nothing to do block on one condition, ``WorkQueue``. Only one of them at a time, the timekeeper,
 waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
 not all. The main thread waits for the workers and for signals, which a thread of their own reads. Locks:
-``_Turns._condition`` guards who keeps the time and is held around ``Frontier.step`` (order: condition -> frontier), so
+``WorkQueue._condition`` guards who keeps the time and is held around ``Frontier.step`` (condition -> frontier), so
 that no wake-up is missed; ``_Pool._lock`` guards the idle connections and the set of those in use, ``Threads._lock``
 the number of workers.
 
@@ -56,7 +56,7 @@ Emit = Callable[[ScrapeResult], None]
 # ------------------------------------------------------------------------------------------------------ workers
 
 
-class _Turns:
+class WorkQueue:
     """Who fetches next, and who waits. ``next`` blocks until there is something to do, or there will never be."""
 
     def __init__(self, crawl: Crawl) -> None:
@@ -107,7 +107,7 @@ class Threads:
     def __init__(self, crawl: Crawl, emit: Emit) -> None:
         self._crawl, self._emit = crawl, emit
         self._fetcher = Fetcher(crawl)
-        self._turns = _Turns(crawl)
+        self._turns = WorkQueue(crawl)
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")
         self._readers = Readers(crawl.processes)
         crawl.read = self._readers.read

@@ -54,7 +54,7 @@ from dataclasses import dataclass
 from types import CoroutineType, TracebackType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
-from coordination import Clock, K, Rng, T, _FairCondition, _Waiter, new_lock, telling
+from coordination import Clock, K, Rng, T, _FairCondition, _Waiter, new_lock, stats_repr
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -176,7 +176,7 @@ class RetryBudget:
         with self._lock:
             return RetryBudgetStats(self._requests, self._retries, self._refused, self._saved / self._UNIT)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 class _Attempts:
@@ -474,7 +474,7 @@ class TokenBucket:
             tokens = self.burst - max(0.0, self._full_at - now) * self.rate
         return TokenBucketStats(self.rate, self.burst, tokens)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # -------------------------------------------------------------------------------------- single flight
@@ -608,19 +608,19 @@ class SingleFlight:
             waiting = sum(map(len, self._flights.values()))
             return SingleFlightStats(len(self._flights), waiting, self._loads, self._shared)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # ---------------------------------------------------------------------------------------------- cache
 
 
 class Hit(NamedTuple, Generic[T]):
-    """What a cache knows: ``age`` in seconds; ``expired`` is for use only if loading fails; ``refresh``: load it."""
+    """What a cache knows: ``age`` in seconds; ``expired`` is for use only if loading fails."""
 
     value: T
     age: float
     state: Literal["fresh", "stale", "expired"]
-    refresh: bool
+    needs_refresh: bool
 
 
 class Keep(NamedTuple, Generic[T]):
@@ -633,20 +633,20 @@ class Keep(NamedTuple, Generic[T]):
 
 
 class _Entry:
-    __slots__ = ("cost", "fresh_until", "gone_at", "key", "put_at", "quiet_until", "stale_until", "value", "weight")
+    __slots__ = ("cost", "fresh_until", "expires_at", "key", "put_at", "quiet_until", "stale_until", "value", "weight")
 
     def __init__(self, key: Any, value: Any, put_at: float, fresh_until: float, weight: float, cost: float) -> None:
         self.key = key  # the object that is the key in the map: it is let go with the entry, after the lock
         self.value, self.put_at, self.weight, self.cost = value, put_at, weight, cost
-        self.fresh_until = self.stale_until = self.gone_at = fresh_until
+        self.fresh_until = self.stale_until = self.expires_at = fresh_until
         self.quiet_until = -math.inf
 
     def hit(self, now: float, early: float) -> Hit[Any]:
         state: Literal["fresh", "stale", "expired"] = "expired"
         if now < self.stale_until:
             state = "fresh" if now < self.fresh_until else "stale"
-        refresh = now >= self.quiet_until and now + early >= self.fresh_until
-        return Hit(self.value, now - self.put_at, state, refresh)
+        needs_refresh = now >= self.quiet_until and now + early >= self.fresh_until
+        return Hit(self.value, now - self.put_at, state, needs_refresh)
 
 
 class TTLCacheStats(NamedTuple):
@@ -721,7 +721,7 @@ class TTLCache(Generic[K, T]):
         with self._lock:
             now = self._clock() if now is None else now
             entry = self._entries.get(key)
-            if entry is None or now >= entry.gone_at:
+            if entry is None or now >= entry.expires_at:
                 self._misses += 1
                 dropped.append(self._remove(key))
                 return None
@@ -755,7 +755,7 @@ class TTLCache(Generic[K, T]):
             entry = _Entry(key, value, now, now + ttl, weight, cost)
             if not negative:
                 entry.stale_until += self.stale
-                entry.gone_at += max(self.stale, self.stale_if_error)
+                entry.expires_at += max(self.stale, self.stale_if_error)
             dropped.append(self._remove(key))
             if weight > self.maxweight:
                 return False
@@ -831,7 +831,7 @@ class TTLCache(Generic[K, T]):
         """What may be served now that loading failed: windows and ``invalidate`` went on while it ran."""
         with self._lock:
             entry, now = self._entries.get(key), self._clock()
-            if entry is None or now >= entry.gone_at:
+            if entry is None or now >= entry.expires_at:
                 return None
             entry.quiet_until = now + self.negative_ttl
             self._failed += 1
@@ -846,7 +846,7 @@ class TTLCache(Generic[K, T]):
                 self._hits += 1
                 return True, entry.value
         hit = self.lookup(key)
-        if hit is None or (hit.refresh and (hit.state == "expired" or not self._flights.loading(key))):
+        if hit is None or (hit.needs_refresh and (hit.state == "expired" or not self._flights.loading(key))):
             return False, entry
         return True, hit.value
 
@@ -854,7 +854,7 @@ class TTLCache(Generic[K, T]):
         """Between a caller's lookup and its own load another one may have come and gone, or failed."""
         with self._lock:
             entry, now = self._entries.get(key), self._clock()
-            if entry is None or now >= entry.gone_at:
+            if entry is None or now >= entry.expires_at:
                 return None
             return entry if now < entry.quiet_until or (entry is not seen and now < entry.fresh_until) else None
 
@@ -891,7 +891,7 @@ class TTLCache(Generic[K, T]):
             counts = self._hits, self._misses, self._evicted, self._failed
             return TTLCacheStats(len(self._entries), self._weight, *counts)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # ------------------------------------------------------------------------------------ circuit breaker
@@ -1187,7 +1187,7 @@ class CircuitBreaker:
             recent = sum(now - failure < self.window for failure in self._failures)
             return CircuitBreakerStats(self.name, self._state, recent, self._refused, self._opened, wait)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # ---------------------------------------------------------------------------------------------- batch
@@ -1248,4 +1248,4 @@ class Batch(Generic[T]):
             now = self._clock() if now is None else now
             return BatchStats(len(self._items), now - self._begun if self._items else 0.0)
 
-    __repr__ = telling
+    __repr__ = stats_repr

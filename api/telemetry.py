@@ -27,7 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from api.upstreams import Source, percentiles
-from coordination import Clock, arrives
+from coordination import Clock, wait_for_event
 from primitives import Batch
 from runtime.serving import Lag, lines_lost
 
@@ -126,7 +126,7 @@ class Events:
                 if text:
                     yield text
                     continue
-                if not await arrives(news, KEEP_ALIVE):
+                if not await wait_for_event(news, KEEP_ALIVE):
                     yield b": keep-alive\n\n"
         finally:
             self.streams -= 1
@@ -200,7 +200,7 @@ class RequestLog:
             self._wake.clear()
             if lines := self._batch.take():
                 self._handed.put(lines)
-            await arrives(self._wake, self._batch.due_in())
+            await wait_for_event(self._wake, self._batch.due_in())
 
     async def close(self, timeout: float = 1.0) -> None:
         """Write what is left, for at most ``timeout`` seconds."""

@@ -68,7 +68,7 @@ class UpstreamError(Exception):
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind = kind
         self.retry_after = retry_after
-        self.passes = kind in ("connect", "timeout") or detail in ("429", "500", "502", "503", "504")
+        self.is_transient = kind in ("connect", "timeout") or detail in ("429", "500", "502", "503", "504")
         """Whether to try again makes sense."""
 
 
@@ -375,7 +375,7 @@ class Source:
             window=upstream.window,
             reset=upstream.reset,
             max_reset=max(upstream.max_reset, upstream.reset),
-            on=lambda error: not isinstance(error, UpstreamError) or error.passes,
+            on=lambda error: not isinstance(error, UpstreamError) or error.is_transient,
             clock=clock,
         )
         self.breaker.listen(lambda *_: self.changed())
@@ -411,7 +411,7 @@ class Source:
         if hit is None or hit.state == "expired":
             refusal = self.refusals.get(key)
             return (None, self.refresh(key)) if refusal is None else (self._instead(key, "error", str(refusal)), None)
-        if hit.refresh:
+        if hit.needs_refresh:
             self.refresh(key)
         return self._part(hit.state, hit.value, hit.age), None
 
@@ -488,7 +488,7 @@ class Source:
             if current:
                 self.renewals.failed(key, self._clock())
                 self.cache.defer(key, min(REFUSED, self.upstream.ttl))
-                if isinstance(error, UpstreamError) and not error.passes:
+                if isinstance(error, UpstreamError) and not error.is_transient:
                     error.__traceback__ = error.__context__ = None  # they hold the frames, and in them the body
                     self.refusals.put(key, error)
             if not isinstance(error, (UpstreamError, CircuitOpen)):
@@ -525,7 +525,7 @@ class Source:
                 async with asyncio.timeout(self.upstream.timeout):
                     return await retry_async(
                         lambda: self._asked_twice(key) if self.upstream.hedge else self._fetch(key),
-                        on=lambda error: isinstance(error, UpstreamError) and error.passes,
+                        on=lambda error: isinstance(error, UpstreamError) and error.is_transient,
                         policy=self._policy,
                         budget=self._budget,
                     )

@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from coordination import new_lock, telling
+from coordination import new_lock, stats_repr
 from crawl.articles import read_article
 from crawl.errors import FetchError
 from crawl.feeds import bounds, feed_parsers
@@ -296,7 +296,7 @@ class Readers:
         with self._free:
             return ReadersStats(self.count, self._started, len(self._idle))
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # -------------------------------------------------------------------------------------- the template, and its copies

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import orjson
 
-from coordination import arrives
+from coordination import wait_for_event
 from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.hosts import host_of
@@ -494,7 +494,7 @@ class SharedCrawl(Crawl):
                 over = self._loop.time() + EVERY
                 await asyncio.sleep(0.02)
                 while not self._over and not self.mine.urgent() and (left := over - self._loop.time()) > 0:
-                    await arrives(self._wake, min(left, 0.05))
+                    await wait_for_event(self._wake, min(left, 0.05))
                     if self._wake.is_set():
                         break
             if self.mine.token is not None:

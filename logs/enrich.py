@@ -53,7 +53,7 @@ import aiohttp
 import orjson
 import yarl
 
-from coordination import Channel, ChannelClosed, Clock, Rng, telling
+from coordination import Channel, ChannelClosed, Clock, Rng, stats_repr
 from logs.parse import Metadata
 from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, SingleFlight, TTLCache, retry_async
 from runtime.http_dates import parse_retry_after
@@ -327,7 +327,7 @@ class Enricher:
         found: Found
         if (hit := self._known.lookup(service, now)) is not None:
             found = hit.value
-            if hit.refresh:
+            if hit.needs_refresh:
                 self._ask(service)
         else:
             found = self._unknown.get(service)
@@ -494,4 +494,4 @@ class Enricher:
             last_error=self._last_error,
         )
 
-    __repr__ = telling
+    __repr__ = stats_repr

@@ -40,7 +40,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from coordination import Clock, telling
+from coordination import Clock, stats_repr
 from logs.parse import Event
 from primitives import NANOSECOND
 
@@ -303,7 +303,7 @@ class EventQueue:
         age = max(0.0, self._clock() - self._marks[0][1]) if self._queued else 0.0
         return EventQueueStats(self._received, self._queued, self._bytes, self._taken, dict(self._dropped), age)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # ------------------------------------------------------------------------------------------------------------ socket
@@ -424,7 +424,7 @@ class KernelDrops:
         known = [count for count in self._counts if count is not None]
         return KernelDropsStats(len(self._sockets), sum(known) if len(known) == len(self._sockets) else None)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 def _socket_drops(sock: socket.socket) -> int | None:
@@ -611,7 +611,7 @@ class Receiver:
             *(self._truncated, self._errors, self._unhandled),
         )
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 def _unmapped(network: Network) -> Network:

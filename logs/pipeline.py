@@ -44,7 +44,7 @@ from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from coordination import Clock, Rng, arrives, telling
+from coordination import Clock, Rng, stats_repr, wait_for_event
 from logs.display import Snapshot, imbalance
 from logs.enrich import Enricher
 from logs.intake import EventQueue, Policy, Receiver
@@ -53,8 +53,8 @@ from logs.store import SCHEMA, Outcome, Store, seal
 from primitives import RetryPolicy
 from runtime.embedded import Embedded
 from runtime.postgres import Database
-from runtime.serving import CannotStart, Lasting, lines_lost
-from runtime.spool import Sealed, Spool
+from runtime.serving import CannotStart, TaskSupervisor, lines_lost
+from runtime.spool import EncodedBatch, Spool
 
 log = logging.getLogger("ingest")
 
@@ -109,7 +109,7 @@ class Options:
     zone: str = "UTC"
 
 
-def rows_in(batches: Sequence[Sealed] | deque[Sealed]) -> int:
+def rows_in(batches: Sequence[EncodedBatch] | deque[EncodedBatch]) -> int:
     return sum(batch.rows for batch in batches)
 
 
@@ -121,7 +121,7 @@ def database_of(options: Options) -> str | Embedded | None:
 # ------------------------------------------------------------------------------------------------------ one worker
 
 
-class Ingester(Lasting):
+class Ingester(TaskSupervisor):
     """One worker, with ``sock`` as its source. ``run`` once. ``CannotStart`` if the spool cannot be looked at."""
 
     workers = 1
@@ -160,9 +160,9 @@ class Ingester(Lasting):
         self._spooled_rows = 0
         """What this worker put into the spools, or found there, and did not remove: their own counts move earlier."""
         self._sealing = self._sealing_bytes = 0
-        self._sealed: deque[Sealed] = deque()
+        self._sealed: deque[EncodedBatch] = deque()
         self._writing = 0
-        self._to_spool: deque[Sealed] = deque()
+        self._to_spool: deque[EncodedBatch] = deque()
         """The first one is being put there."""
         self._lags: deque[float] = deque([0.0], maxlen=100)
         self._loop_lags: deque[float] = deque([0.0], maxlen=60)
@@ -225,7 +225,7 @@ class Ingester(Lasting):
             self._moved.set()
             due = queue.due_in()
             self._sleeping = due < math.inf
-            await arrives(self._due, due)
+            await wait_for_event(self._due, due)
             self._sleeping = False
 
     def _has_room(self) -> bool:
@@ -271,7 +271,7 @@ class Ingester(Lasting):
                     self._dropped["cannot be encoded"] += 1
         self._sealing -= len(events)
 
-    def _hand_on(self, batch: Sealed) -> None:
+    def _hand_on(self, batch: EncodedBatch) -> None:
         overflows = self.options.overload == "spool" and (self.queue.over() or not self._may_be_sealed())
         if self.options.durable or overflows or self._diverts():
             self._to_spool.append(batch)
@@ -302,7 +302,7 @@ class Ingester(Lasting):
             if self.database.state != "connected":
                 await self.database.ready(0.1)
                 continue
-            batches, size = list[Sealed](), 0
+            batches, size = list[EncodedBatch](), 0
             while self._sealed and len(batches) < TOGETHER and size < TOGETHER_BYTES:
                 batches.append(self._sealed.popleft())
                 size += len(batches[-1].data)
@@ -328,7 +328,7 @@ class Ingester(Lasting):
         self._sealed.clear()
         self._spoolable.set()
 
-    def _count(self, batches: Sequence[Sealed], outcomes: Sequence[Outcome]) -> None:
+    def _count(self, batches: Sequence[EncodedBatch], outcomes: Sequence[Outcome]) -> None:
         now = self._wall()
         for batch, outcome in zip(batches, outcomes, strict=True):
             self._stored += outcome.stored
@@ -373,7 +373,7 @@ class Ingester(Lasting):
                 self._sealed.extend(self._to_spool)
                 self._to_spool.clear()
                 self._work.set()
-            await arrives(self._forced, 0.2)
+            await wait_for_event(self._forced, 0.2)
 
     async def _replay(self) -> None:
         """Store what is in the spools, in their order, whenever there is a database."""
@@ -511,7 +511,7 @@ class Ingester(Lasting):
         self._due.set()
         while not self._forced.is_set() and not self._is_drained() and self._clock() < deadline:
             self._moved.clear()
-            await arrives(self._moved, min(1.0, deadline - self._clock()))
+            await wait_for_event(self._moved, min(1.0, deadline - self._clock()))
 
     def _is_drained(self) -> bool:
         if self._in_memory():
@@ -546,7 +546,7 @@ class Ingester(Lasting):
         deadline, self._full = self._clock() + FORCE_LIMIT, False
         while self._to_spool and not self._full and self._clock() < deadline:
             self._moved.clear()
-            await arrives(self._moved, deadline - self._clock())
+            await wait_for_event(self._moved, deadline - self._clock())
         await self._end_tasks()
         await self.spools[0].close()  # when what was being put there is done: is it there?
         if self._to_spool and sum(each.stats().rows for each in self.spools) > self._spooled_rows:
@@ -605,7 +605,7 @@ class Ingester(Lasting):
         return counts._replace(faults=self._faults)
 
     stats = snapshot
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 def unparsed(data: bytes, source: str, now: datetime, error: Exception) -> Event:

@@ -48,10 +48,10 @@ from uuid import UUID
 
 import asyncpg
 
-from coordination import Clock, telling
+from coordination import Clock, stats_repr
 from logs.parse import Event, Metadata
 from runtime.postgres import Database, is_a_rows_fault
-from runtime.spool import Sealed
+from runtime.spool import EncodedBatch
 
 if TYPE_CHECKING:
     from runtime.postgres import Connection
@@ -220,7 +220,7 @@ def new_id(now: float, randbits: Callable[[int], int] = secrets.randbits) -> UUI
 
 def seal(
     events: Sequence[Event], look: Callable[[str], Found], configured: bool = True, *, id: UUID | None = None
-) -> Sealed:
+) -> EncodedBatch:
     """A batch of ``events`` with the metadata that ``look(service)`` has at this moment.
 
     ``id``: None for a new one. ``ValueError`` without events. What UTF-8 cannot hold (a lone surrogate) is kept as
@@ -242,7 +242,7 @@ def seal(
             rest = columns[service] = metadata_columns(look(service), configured)
         lines.append(f"{_row(event, received)}\t{rest}\n")
     data = "".join(lines).encode(errors="surrogatepass")
-    return Sealed(id or new_id(time.time()), len(events), oldest.timestamp(), data)
+    return EncodedBatch(id or new_id(time.time()), len(events), oldest.timestamp(), data)
 
 
 # ---------------------------------------------------------------------------------------------------------- partitions
@@ -377,11 +377,11 @@ class Store:
             self._dropped,
         )
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
     # ------------------------------------------------------------------------------------------------------- writing
 
-    async def write(self, batches: Sequence[Sealed]) -> list[Outcome]:
+    async def write(self, batches: Sequence[EncodedBatch]) -> list[Outcome]:
         """Store ``batches``; the outcome of each, also of those that were stored before.
 
         All in one transaction as long as nothing is wrong with them, else one after the other. Raises ``Unavailable``
@@ -394,7 +394,7 @@ class Store:
             return [Outcome(batch.rows, 0) for batch in batches]
         return [await self._write_one(batch) for batch in batches]
 
-    async def _write_all(self, batches: Sequence[Sealed]) -> bool:
+    async def _write_all(self, batches: Sequence[EncodedBatch]) -> bool:
         """Write them, if they are new and good: the usual case."""
         rows = sum(batch.rows for batch in batches)
         # in one order everywhere, or two that write the same ids would wait for each other
@@ -411,7 +411,7 @@ class Store:
         self._add(len(batches), Outcome(rows, 0))
         return True
 
-    async def _write_one(self, batch: Sealed) -> Outcome:
+    async def _write_one(self, batch: EncodedBatch) -> Outcome:
         """Write a batch that has something wrong with it, or is there already."""
         lines = batch.data.split(b"\n")
         if not lines[-1]:

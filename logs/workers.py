@@ -35,7 +35,7 @@ from typing import Any, NamedTuple, Protocol
 
 import orjson
 
-from coordination import Clock, Rng, arrives, telling
+from coordination import Clock, Rng, stats_repr, wait_for_event
 from logs.display import LATE, LINE, Exporter, Snapshot, add_up, buried, health, status
 from primitives import RetryPolicy
 from runtime.serving import http, lines_lost, show_status, stopped_by_signals
@@ -180,7 +180,7 @@ class Supervisor:
         running = sum(worker.process is not None for worker in self.list)
         return SupervisorStats(self.workers, running, self.snapshot().deaths, self._stage)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
     async def run(self) -> int:
         """1 if a worker could not begin, or lost events at the stop."""
@@ -215,7 +215,7 @@ class Supervisor:
             deaths = 1 if self._clock() - began > HEALTHY else deaths + 1
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             log.error("worker %d died (%s); another one goes on", worker.number, how)
-            await arrives(self._stopped, AGAIN.delay(deaths, self._rng) or 0.0)
+            await wait_for_event(self._stopped, AGAIN.delay(deaths, self._rng) or 0.0)
             if self._stopped.is_set():
                 return
 

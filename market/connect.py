@@ -47,7 +47,7 @@ from typing import Any, Literal, NamedTuple
 import aiohttp
 from aiohttp import ClientWSTimeout, WSMsgType
 
-from coordination import Clock, Rng, telling
+from coordination import Clock, Rng, stats_repr
 from market.adapter import Adapter, SequenceCheck
 from market.trade import BadFrame, Parsed, Trade, short
 from primitives import CircuitBreaker, CircuitOpen, Permit, RetryPolicy
@@ -269,7 +269,7 @@ class Feed:
         newest, traded = max(self._traded.values()), self._traded.get
         return tuple(name for name in self.symbols if newest - max(traded(name, since), since) >= seconds)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
     # ------------------------------------------------------------------------------ attempts
 

@@ -57,7 +57,7 @@ from typing import Any
 
 import aiohttp
 
-from coordination import Clock, Rng, arrives, telling
+from coordination import Clock, Rng, stats_repr, wait_for_event
 from market.adapter import Adapter
 from market.connect import TURN, Feed, new_session
 from market.display import Board, FeedLine, Snapshot, imbalance, lost
@@ -68,7 +68,7 @@ from market.stats import WINDOWS, Row
 from market.topics import DeadLetter
 from market.trade import Trade
 from market.workers import MOST, Uncomputed, Workers
-from runtime.serving import CannotStart, Lasting, lines_lost
+from runtime.serving import CannotStart, TaskSupervisor, lines_lost
 
 log = logging.getLogger("market_pipeline")
 
@@ -163,7 +163,7 @@ def feeds_of(options: Options, environ: Mapping[str, str]) -> dict[str, tuple[Ad
 # ------------------------------------------------------------------------------------------- what all programs have
 
 
-class Base(Lasting, ABC):
+class Base(TaskSupervisor, ABC):
     """Publisher, stop, tasks that go on after an error, and counts."""
 
     def __init__(
@@ -350,7 +350,7 @@ class Base(Lasting, ABC):
         return counts._replace(faults=self._faults)
 
     stats = snapshot
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # ------------------------------------------------------------------------------------------------------------- run
@@ -424,7 +424,7 @@ class Pipeline(Base):
         while True:
             if not queue:
                 self._wake.clear()
-                if not await arrives(self._wake, float("inf") if told else IDLE):
+                if not await wait_for_event(self._wake, float("inf") if told else IDLE):
                     await self._tell_all()
                     told = True
                 continue

@@ -46,7 +46,7 @@ from uuid import uuid4
 
 import orjson
 
-from coordination import Clock, Rng, telling
+from coordination import Clock, Rng, stats_repr
 from market.link import (
     ASK_AGAIN,
     AT_ONCE,
@@ -81,7 +81,7 @@ from market.topics import (
     trade_row,
 )
 from market.trade import Trade
-from runtime.spool import Sealed, Spool
+from runtime.spool import EncodedBatch, Spool
 
 T = TypeVar("T")
 
@@ -555,9 +555,9 @@ class Publisher:
             await self._spool.remove([name])
         return True
 
-    async def _put(self, rows: Sequence[Row]) -> Sealed | None:
+    async def _put(self, rows: Sequence[Row]) -> EncodedBatch | None:
         assert self._spool is not None
-        sealed = Sealed(uuid4(), len(rows), time.time(), b"".join(to_line(row) + b"\n" for row in rows))
+        sealed = EncodedBatch(uuid4(), len(rows), time.time(), b"".join(to_line(row) + b"\n" for row in rows))
         return sealed if await self._spool.put(sealed) else None
 
     def stats(self) -> PublisherStats:
@@ -583,4 +583,4 @@ class Publisher:
             link.error,
         )
 
-    __repr__ = telling
+    __repr__ = stats_repr

@@ -44,7 +44,7 @@ from itertools import chain
 from operator import neg
 from typing import Any, NamedTuple
 
-from coordination import telling
+from coordination import stats_repr
 from market.trade import Trade
 
 WINDOWS = (10, 60, 300)
@@ -413,4 +413,4 @@ class Analytics:
             self._refused, self._unchecked, len(self._books), self._series, self._ids,
         )  # fmt: skip
 
-    __repr__ = telling
+    __repr__ = stats_repr

@@ -32,7 +32,7 @@ import orjson
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
-from coordination import Clock, Rng, telling
+from coordination import Clock, Rng, stats_repr
 from market.trade import Trade
 from primitives import RetryPolicy
 
@@ -485,7 +485,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
             self._rebalances,
         )
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # ---------------------------------------------------------------------------------------- the broker for development

@@ -44,7 +44,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from coordination import Semaphore, telling
+from coordination import Semaphore, stats_repr
 from market.stats import Analytics, AnalyticsStats, Row
 from market.trade import Trade
 from runtime.processes import PoolClosed, Processes, WorkerDied
@@ -312,4 +312,4 @@ class Workers:
             sum(slot.checkpoints for slot in slots), self._uncomputed, retained,
         )  # fmt: skip
 
-    __repr__ = telling
+    __repr__ = stats_repr

@@ -54,7 +54,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
-from coordination import Clock, Rng, arrives, telling
+from coordination import Clock, Rng, stats_repr, wait_for_event
 from primitives import Batch, RetryPolicy
 from runtime.embedded import CHECK_LIMIT, START_LIMIT, Embedded
 
@@ -182,7 +182,7 @@ class Database:
 
     async def ready(self, wait: float = math.inf) -> bool:
         """Wait until there is a connection, at most ``wait`` seconds."""
-        return await arrives(self._up, wait)
+        return await wait_for_event(self._up, wait)
 
     async def close(self) -> None:
         """Close the connections and stop the embedded server, if it is not used by others."""
@@ -235,7 +235,7 @@ class Database:
         kind = None if self.server is None else "embedded" if isinstance(self.server, Embedded) else "DATABASE_URL"
         return DatabaseStats(self.state, kind, self._since, self._connects, self._error or None)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
     def _enter(self, state: State, error: Exception | None) -> None:
         if error is not None:
@@ -269,7 +269,7 @@ class Database:
             else:
                 attempt = 0
                 self._enter("connected", None)
-                await arrives(self._look, CHECK_EVERY)
+                await wait_for_event(self._look, CHECK_EVERY)
 
     async def _check(self) -> None:
         """Ask on a connection of its own, which is not one of the pool: those may all be busy."""
@@ -374,7 +374,7 @@ class Writer(Generic[R]):
             elif self._closing:
                 return
             else:
-                await arrives(self._wake, self._batch.due_in())
+                await wait_for_event(self._wake, self._batch.due_in())
 
     async def _store(self, items: Sequence[tuple[R, int]]) -> None:
         """Write ``items``, however long that takes; halve what is refused until the row is found whose fault it is."""
@@ -422,7 +422,7 @@ class Writer(Generic[R]):
     def stats(self) -> WriterStats:
         return WriterStats(self._queued, self._written, self._lost, self._refused, self._batches)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 # ------------------------------------------------------------------------------- the history of the aggregation API

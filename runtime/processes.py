@@ -41,7 +41,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from coordination import Semaphore, T, telling
+from coordination import Semaphore, T, stats_repr
 from runtime.serving import queue_stderr
 
 BURIAL = 5.0
@@ -296,7 +296,7 @@ class Processes:
         running, counts = len(self._outcomes), (self._done, self._replaced, self._retried, self._failed)
         return ProcessesStats(self.workers, running, self._accepted - running, *counts)
 
-    __repr__ = telling
+    __repr__ = stats_repr
 
 
 async def in_daemon(function: Callable[..., T], *args: Any) -> T:

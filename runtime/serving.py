@@ -2,7 +2,7 @@
 
 ``Lag``                  how late the event loop wakes a sleeper, measured all the time.
 ``stopped_by_signals``   SIGINT and SIGTERM call the program's ``stop``: the first drains, the second forces.
-``Lasting``              tasks that go on after an error that nobody had foreseen; each is counted and shown.
+``TaskSupervisor``              tasks that go on after an error that nobody had foreseen; each is counted and shown.
 ``Stderr``               standard error, for the log and all else: who writes never waits for who reads. What waits is
                          bounded, what finds no room is counted, and said when there is a reader again.
 ``http``                 two routes on a socket that was bound before the program began, so that a port which is taken
@@ -61,7 +61,7 @@ class CannotStart(Exception):
     """One line for the user."""
 
 
-class Lasting:
+class TaskSupervisor:
     """What a program has of tasks that last as long as itself, and of its faults."""
 
     def __init__(self, log: logging.Logger) -> None:

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
-from coordination import Clock, telling
+from coordination import Clock, stats_repr
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ _NUMBER = re.compile(r"0\d{15}(?=\.)", re.A)
 """Of a file that this program named: no rubbish may use the numbers up."""
 
 
-class Sealed(NamedTuple):
+class EncodedBatch(NamedTuple):
     """A batch as it is written, spooled and replayed: unchanged."""
 
     id: UUID
@@ -98,18 +98,18 @@ class _File(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ one file
 
 
-def header(batch: Sealed) -> bytes:
+def header(batch: EncodedBatch) -> bytes:
     """The first line of the file of ``batch``, with its line end."""
     fields = {"id": str(batch.id), "rows": batch.rows, "received_at": batch.received_at, "bytes": len(batch.data)}
     crc = zlib.crc32(batch.data, zlib.crc32(json.dumps(fields).encode()))
     return json.dumps({**fields, "crc32": f"{crc:08x}"}).encode() + b"\n"
 
 
-def decoded(line: bytes, data: bytes) -> Sealed:
+def decoded(line: bytes, data: bytes) -> EncodedBatch:
     """The batch of a file. ``Damaged`` if these are not exactly the bytes that were written."""
     try:
         fields = json.loads(line)
-        batch = Sealed(UUID(fields["id"]), fields["rows"], fields["received_at"], data)
+        batch = EncodedBatch(UUID(fields["id"]), fields["rows"], fields["received_at"], data)
         if header(batch) == line and data.count(b"\n") == batch.rows:
             return batch
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
@@ -117,7 +117,7 @@ def decoded(line: bytes, data: bytes) -> Sealed:
     raise Damaged("not as it was written")
 
 
-def read(path: Path) -> Sealed:
+def read(path: Path) -> EncodedBatch:
     """The batch in a file. ``Damaged``, ``OSError``."""
     with open(path, "rb") as file:
         line = file.readline(LONGEST_HEADER)
@@ -229,7 +229,7 @@ class Spool:
 
     # ----------------------------------------------------------------------------------------------------------- verbs
 
-    async def put(self, batch: Sealed) -> bool:
+    async def put(self, batch: EncodedBatch) -> bool:
         """Write ``batch`` to the end. False if there is no room, or the disk refuses.
 
         Cancelled, it goes on nevertheless, and the batch may be there: ``stats`` counts it then, and its id tells.
@@ -239,7 +239,7 @@ class Spool:
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
 
-    async def _put(self, batch: Sealed) -> bool:
+    async def _put(self, batch: EncodedBatch) -> bool:
         line = header(batch)
         size = len(line) + len(batch.data)
         if self._bytes + self._coming + size > self.max_bytes or len(line) > LONGEST_HEADER:
@@ -281,7 +281,7 @@ class Spool:
                     each.unlink()
             raise
 
-    async def first(self, n: int, skip: int = 0) -> list[tuple[str, Sealed]]:
+    async def first(self, n: int, skip: int = 0) -> list[tuple[str, EncodedBatch]]:
         """The oldest but ``skip``, at most ``n``, in their order; none only if there are none. They stay until
         ``remove``.
 
@@ -292,7 +292,7 @@ class Spool:
             results = await self._in_thread(functools.partial(self._read, names))
             found = []
             for name, result in zip(names, results, strict=True):
-                if isinstance(result, Sealed):
+                if isinstance(result, EncodedBatch):
                     found.append((name, result))
                 elif (file := self._drop(name)) is not None:
                     self._lost += file.rows
@@ -301,8 +301,8 @@ class Spool:
                 return found
         return []
 
-    def _read(self, names: Sequence[str]) -> list[Sealed | Exception]:
-        results = list[Sealed | Exception]()
+    def _read(self, names: Sequence[str]) -> list[EncodedBatch | Exception]:
+        results = list[EncodedBatch | Exception]()
         for name in names:
             try:
                 results.append(read(self.folder / name))
@@ -406,4 +406,4 @@ class Spool:
             self._errors,
         )
 
-    __repr__ = telling
+    __repr__ = stats_repr

@@ -24,7 +24,7 @@ LOGGERS = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error", "uvi
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """A program that ran inside of a test leaves its handlers of signals and of log lines; uvicorn sets up its loggers."""
+    """A program that ran inside of a test has left its own, of signals and of log lines."""
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     logs = [(logger.level, logger.propagate, logger.handlers[:]) for logger in LOGGERS]
     yield

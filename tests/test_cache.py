@@ -136,7 +136,11 @@ def test_cache_defer_asks_for_no_refresh_meanwhile() -> None:
     cache.defer("key", 5.0)
     cache.defer("other", 5.0)
     hits = [cache.lookup("key", now) for now in (12.0, 17 - CACHE_TICK, 17.0)]
-    assert [(hit.state, hit.refresh) for hit in hits if hit] == [("stale", False), ("stale", False), ("stale", True)]
+    assert [(hit.state, hit.needs_refresh) for hit in hits if hit] == [
+        ("stale", False),
+        ("stale", False),
+        ("stale", True),
+    ]
     cache.defer("key", 100.0, now=17.0)
     assert cache.lookup("key", 30.0) is None, "deferred is not kept for longer"
 
@@ -153,7 +157,7 @@ def test_cache_defer_holds_back_an_early_refresh_too() -> None:
     cache.put("key", 1, cost=1.0, now=0.0)
     assert cache.lookup("key") == pr.Hit(1, 90.0, "fresh", True)
     cache.defer("key", 5.0)
-    assert [hit and hit.refresh for hit in (cache.lookup("key", now) for now in (90.0, 94.0, 95.0))] == [
+    assert [hit and hit.needs_refresh for hit in (cache.lookup("key", now) for now in (90.0, 94.0, 95.0))] == [
         False,
         False,
         True,

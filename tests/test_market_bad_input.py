@@ -26,7 +26,7 @@ from market.connect import Feed
 from market.feeds import ADAPTERS
 from market.stats import Analytics, Row
 from market.trade import Trade
-from runtime.spool import Sealed, Spool
+from runtime.spool import EncodedBatch, Spool
 from sandbox.broker import Broker
 from sandbox.markets import Exchanges
 from tests.helpers.base import PrimWorld, prim_run, prim_until_async
@@ -149,7 +149,7 @@ def test_market_kafka_a_spool_that_cannot_be_read_for_a_while_is_read_later(
     """Without a file descriptor left; that ended the publisher."""
     broker, first, refused = market_kafka_broker, Spool.first, 0
 
-    async def failing(self: Spool, n: int, skip: int = 0) -> list[tuple[str, Sealed]]:
+    async def failing(self: Spool, n: int, skip: int = 0) -> list[tuple[str, EncodedBatch]]:
         nonlocal refused
         if not refused:
             refused += 1
@@ -175,7 +175,7 @@ def test_market_kafka_what_comes_while_the_buffer_is_moved_does_not_keep_it_movi
     """On a busy machine it was refilled as fast as it went to the spool, and nothing was published for so long."""
     put, puts = Spool.put, 0
 
-    async def refilling(self: Spool, batch: Sealed) -> bool:
+    async def refilling(self: Spool, batch: EncodedBatch) -> bool:
         nonlocal puts
         puts += 1
         assert publisher.offer(market_kafka_trades(puts * 50, puts * 50 + 50))
@@ -214,7 +214,7 @@ def test_market_kafka_a_stop_that_is_cancelled_while_it_closes_loses_nothing(
     """As a second signal does it: the rest was on its way to the spool, and its task was left behind."""
     put, gate, putting = Spool.put, asyncio.Event(), asyncio.Event()
 
-    async def held(self: Spool, batch: Sealed) -> bool:
+    async def held(self: Spool, batch: EncodedBatch) -> bool:
         putting.set()
         await gate.wait()
         return await put(self, batch)
@@ -374,9 +374,9 @@ def test_market_flow_thousands_of_rows_do_not_hold_the_loop() -> None:
             board=SimpleNamespace(take=shown.extend),
             publisher=SimpleNamespace(analytics=lambda rows: told.append(len(rows))),
         )
-        telling = asyncio.ensure_future(market_flow.Base._tell(program, [row] * (3 * market_flow.ROWS + 1)))  # type: ignore[arg-type]
+        stats_repr = asyncio.ensure_future(market_flow.Base._tell(program, [row] * (3 * market_flow.ROWS + 1)))  # type: ignore[arg-type]
         turns = 0
-        while not telling.done():
+        while not stats_repr.done():
             turns += 1
             await asyncio.sleep(0)
         assert told == [market_flow.ROWS] * 3 + [1] and turns >= 4 and len(shown) == sum(told)

@@ -35,14 +35,14 @@ from tests.helpers.logs import (
 from tests.helpers.postgres import PgServer
 
 
-def logs_spool_batch(n: int, rows: int = 2) -> log_spool.Sealed:
-    return log_spool.Sealed(uuid.UUID(int=n), rows, 1000.5 + n, f"row of {n}\n".encode() * rows)
+def logs_spool_batch(n: int, rows: int = 2) -> log_spool.EncodedBatch:
+    return log_spool.EncodedBatch(uuid.UUID(int=n), rows, 1000.5 + n, f"row of {n}\n".encode() * rows)
 
 
 LOGS_SPOOL_SIZE = len(log_spool.header(logs_spool_batch(1)) + logs_spool_batch(1).data)
 
 
-async def logs_spool_all(spool: log_spool.Spool) -> list[log_spool.Sealed]:
+async def logs_spool_all(spool: log_spool.Spool) -> list[log_spool.EncodedBatch]:
     return [batch for _, batch in await spool.first(100_000)]
 
 
@@ -111,7 +111,7 @@ class LogsSpoolMachine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         for path in self.folder.iterdir():
             path.unlink()
-        self.wanted: list[log_spool.Sealed] = []
+        self.wanted: list[log_spool.EncodedBatch] = []
         self.refused = self.serial = 0
         self.spool = self.opened()
 
@@ -192,7 +192,7 @@ def logs_spool_program(folder: Path, body: str, **options: Any) -> subprocess.Co
     program = (
         "import asyncio, errno, os, resource, signal, sys, uuid\nfrom pathlib import Path\n"
         "from logs import store as log_store\nfrom runtime import spool as log_spool\n"
-        "def batch(n): return log_spool.Sealed(uuid.UUID(int=n), 2, 1000.5 + n, f'row of {n}\\n'.encode() * 2)\n"
+        "def batch(n): return log_spool.EncodedBatch(uuid.UUID(int=n), 2, 1000.5 + n, f'row of {n}\\n'.encode() * 2)\n"
         "async def main():\n"
         f"    spool = log_spool.Spool(Path(sys.argv[1]))\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
         "asyncio.run(main())\n"
@@ -309,7 +309,7 @@ def test_logs_spool_a_full_disk_is_an_answer(tmp_path: Path) -> None:
         spool.open()
         assert await spool.put(batch(1))
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        large = log_spool.Sealed(uuid.UUID(int=2), 1000, 1.0, b'ten bytes\\n' * 1000)
+        large = log_spool.EncodedBatch(uuid.UUID(int=2), 1000, 1.0, b'ten bytes\\n' * 1000)
         print(await spool.put(large), await spool.put(batch(3)), spool.stats()[:3], spool.stats().refused)
         await spool.close()
         """

@@ -40,7 +40,7 @@ class LogsStoreMarker(enum.Enum):
     UNKNOWN = "unknown"
 
 
-def logs_store_spoilt(batch: log_spool.Sealed, bad: dict[int, bytes]) -> log_spool.Sealed:
+def logs_store_spoilt(batch: log_spool.EncodedBatch, bad: dict[int, bytes]) -> log_spool.EncodedBatch:
     """With other lines in the place of some."""
     lines = batch.data.split(b"\n")[:-1]
     for position, line in bad.items():
@@ -261,7 +261,7 @@ def test_logs_store_many_batches_are_one_transaction(logs_pg: PgServer) -> None:
             batches = [logs_store_batch(n) for n in (1, 1000, 10)]
             assert await store.write(batches) == [(1, 0), (1000, 0), (10, 0)]
             assert await logs_pg.do("SELECT count(DISTINCT xmin::text) FROM logs") == 1
-            empty = log_spool.Sealed(uuid.UUID(int=0), 0, 0.0, b"")
+            empty = log_spool.EncodedBatch(uuid.UUID(int=0), 0, 0.0, b"")
             assert await store.write([empty]) == [(0, 0)] and await store.write([empty, empty]) == [(0, 0), (0, 0)]
             await logs_pg.do("DELETE FROM log_batches WHERE id = '00000000-0000-0000-0000-000000000000'")
             assert await store.write([empty, batches[0]]) == [(0, 0), (1, 0)]

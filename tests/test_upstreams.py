@@ -264,7 +264,7 @@ def test_upstream_starts_warm_with_what_is_stale(web: Sandbox) -> None:
     async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
         def state(source: upstreams.Source) -> Any:
             hit = source.cache.lookup(())
-            return hit and (hit.state, round(hit.age, 6), hit.refresh, hit.value.data.value)
+            return hit and (hit.state, round(hit.age, 6), hit.needs_refresh, hit.value.data.value)
 
         options: dict[str, Any] = {"ttl": 10.0, "stale": 20.0, "stale_if_error": 100.0}
         rows = [  # seconds old: never fresh, and no window is longer than it was

@@ -63,7 +63,7 @@ def logs_store_event(n: int = 0, at: datetime = LOGS_STORE_NOON, **fields: Any) 
 
 def logs_store_batch(
     n: int, at: datetime = LOGS_STORE_NOON, found: Any = LOGS_STORE_META, service: str | None = None
-) -> log_spool.Sealed:
+) -> log_spool.EncodedBatch:
     events = [logs_store_event(i, at, **({} if service is None else {"service": service})) for i in range(n)]
     return log_store.seal(events, lambda name: found)
 
