@@ -633,7 +633,7 @@ class Keep(NamedTuple, Generic[T]):
 
 
 class _Entry:
-    __slots__ = ("cost", "fresh_until", "expires_at", "key", "put_at", "quiet_until", "stale_until", "value", "weight")
+    __slots__ = ("cost", "expires_at", "fresh_until", "key", "put_at", "quiet_until", "stale_until", "value", "weight")
 
     def __init__(self, key: Any, value: Any, put_at: float, fresh_until: float, weight: float, cost: float) -> None:
         self.key = key  # the object that is the key in the map: it is let go with the entry, after the lock

@@ -14,19 +14,19 @@ from market.adapter import SequenceCheck
 from market.feeds import ADAPTERS
 from market.trade import AHEAD_NS, EARLIEST_NS, BadFrame, Parsed, Trade
 from sandbox.exchanges import WIRES
-from tests.helpers.market import MARKET_FEEDS_BITFINEX_ACK, MARKET_FEEDS_CASES, MARKET_FEEDS_NOW, market_feeds_connected
+from tests.helpers.market import BITFINEX_ACK, CASES, NOW, connected
 
-MARKET_FEEDS_STEP = {"binance": 10**6, "coinbase": 10**3, "kraken": 10**3, "bitstamp": 10**3, "gateio": 100}  # else ms
+STEP = {"binance": 10**6, "coinbase": 10**3, "kraken": 10**3, "bitstamp": 10**3, "gateio": 100}  # else ms
 
 
 @pytest.mark.parametrize("name", list(WIRES))
-def test_market_feeds_wires_and_adapters_agree(name: str) -> None:
+def test_wires_and_adapters_agree(name: str) -> None:
     symbols = ["BTC-USD", "ETH-USD", "DOGE-USDT"]
-    wire, adapter, begun = market_feeds_connected(name, symbols)
+    wire, adapter, begun = connected(name, symbols)
     assert {parsed.kind for parsed in begun} <= {"ack", "status", "ignored"}
     assert {parsed.kind for parsed in begun} & {"ack", "ignored"}
-    rng, step, check = random.Random(name), MARKET_FEEDS_STEP.get(name, 10**6), SequenceCheck()
-    number, when = 1000, MARKET_FEEDS_NOW - 10**12
+    rng, step, check = random.Random(name), STEP.get(name, 10**6), SequenceCheck()
+    number, when = 1000, NOW - 10**12
     for symbol, size in itertools.product(symbols, (1, 2, 7, 50)):
         native = adapter.native(symbol)
         assert wire.pair(native)[0] == symbol.split("-")[0]
@@ -38,18 +38,16 @@ def test_market_feeds_wires_and_adapters_agree(name: str) -> None:
             ticks.append((price, amount, rng.choice(("buy", "sell")), each, when))
         frames = wire.trades(native, ticks)
         assert len(frames) == (1 if wire.per_frame > 1 else 2 * size if name == "bitfinex" else size)
-        got = [trade for frame in frames for trade in check.check(adapter.parse(frame, MARKET_FEEDS_NOW))]
+        got = [trade for frame in frames for trade in check.check(adapter.parse(frame, NOW))]
         expected = [
             (symbol, side, wire.trade_id(each), at // step * step, price, amount)
             for price, amount, side, each, at in ticks
         ]
         assert [(t.symbol, t.side, t.trade_id, t.exchange_ts_ns, t.price, t.size) for t in got] == expected
         assert all(t.price_value == float(t.price) and t.size_value == float(t.size) for t in got)
-        assert all(t.exchange == name and t.received_ts_ns == MARKET_FEEDS_NOW for t in got)
+        assert all(t.exchange == name and t.received_ts_ns == NOW for t in got)
         assert all(t.sequence in (None, each) for t, each in zip(got, numbers, strict=True))
-        again = [
-            trade for frame in wire.snapshot(native, ticks) for trade in adapter.parse(frame, MARKET_FEEDS_NOW).trades
-        ]
+        again = [trade for frame in wire.snapshot(native, ticks) for trade in adapter.parse(frame, NOW).trades]
         assert all(t.flags == "snapshot" for t in again)
         assert [t._replace(flags="") for t in again] == [t._replace(flags="") for t in got[len(got) - len(again) :]]
     gaps = 2 if name in ("binance", "coinbase", "kraken") else 1 if name == "bitfinex" else 0
@@ -59,16 +57,16 @@ def test_market_feeds_wires_and_adapters_agree(name: str) -> None:
     assert counted.gaps == (11 if gaps == 1 else 0)  # Bitfinex: each snapshot's frame number was not told to the check
     for frames, kind in ((wire.heartbeat(), "heartbeat"), (wire.error("no"), "error"), (wire.maintenance(), "status")):
         for frame in frames:
-            parsed = adapter.parse(frame, MARKET_FEEDS_NOW)
+            parsed = adapter.parse(frame, NOW)
             assert parsed.kind == kind
             assert kind != "error" or "no" in parsed.note
     ping = adapter.ping()
     if ping is not None:
-        assert [adapter.parse(frame, MARKET_FEEDS_NOW).kind for frame in wire.acks(ping)] == ["heartbeat"]
+        assert [adapter.parse(frame, NOW).kind for frame in wire.acks(ping)] == ["heartbeat"]
 
 
 @pytest.mark.parametrize("name", list(WIRES))
-def test_market_feeds_wires_answer_rubbish(name: str) -> None:
+def test_wires_answer_rubbish(name: str) -> None:
     wire, adapter = WIRES[name](), ADAPTERS[name].fresh()
     for message in (
         "",
@@ -84,15 +82,13 @@ def test_market_feeds_wires_answer_rubbish(name: str) -> None:
         '"x"',
     ):
         assert wire.symbols_of(message) == []
-        assert [adapter.parse(frame, MARKET_FEEDS_NOW).kind for frame in wire.acks(message)] == ["error"]
+        assert [adapter.parse(frame, NOW).kind for frame in wire.acks(message)] == ["error"]
 
 
 # ------------------------------------------------------------------------------------------------------- SequenceCheck
 
 
-def market_feeds_sample(
-    number: int, *, symbol: str = "BTC-USD", sequence: bool = True, when: int = 0, flags: str = ""
-) -> Trade:
+def sample(number: int, *, symbol: str = "BTC-USD", sequence: bool = True, when: int = 0, flags: str = "") -> Trade:
     at = when or number
     return Trade("x", symbol, "1", "1", 1.0, 1.0, "buy", str(number), at, 10**6, number if sequence else None, flags)
 
@@ -109,9 +105,9 @@ def market_feeds_sample(
         ([5, 4, 6], ["", "disorder", ""], 0),
     ],
 )
-def test_market_feeds_sequences(numbers: list[int], flags: list[str], missed: int) -> None:
+def test_sequences(numbers: list[int], flags: list[str], missed: int) -> None:
     check = SequenceCheck()
-    given = [market_feeds_sample(number) for number in numbers]
+    given = [sample(number) for number in numbers]
     assert [check.label(trade) for trade in given] == [
         trade._replace(flags=flag) for trade, flag in zip(given, flags, strict=True)
     ]
@@ -120,59 +116,59 @@ def test_market_feeds_sequences(numbers: list[int], flags: list[str], missed: in
     assert f"missed={missed}" in repr(check)
 
 
-def test_market_feeds_sequences_are_per_symbol_and_flags_are_joined() -> None:
+def test_sequences_are_per_symbol_and_flags_are_joined() -> None:
     check = SequenceCheck()
     for number in (1, 2):
         for symbol in ("BTC-USD", "ETH-USD"):
-            assert check.label(market_feeds_sample(number, symbol=symbol)).flags == ""
-    assert check.label(market_feeds_sample(9, flags="snapshot")).flags == "snapshot,gap"
-    assert check.label(market_feeds_sample(9, flags="snapshot")).flags == "snapshot,duplicate"
+            assert check.label(sample(number, symbol=symbol)).flags == ""
+    assert check.label(sample(9, flags="snapshot")).flags == "snapshot,gap"
+    assert check.label(sample(9, flags="snapshot")).flags == "snapshot,duplicate"
     assert check.stats() == (6, 1, 6, 1, 0, 0)
 
 
-def test_market_feeds_without_sequences_time_tells_disorder() -> None:
+def test_without_sequences_time_tells_disorder() -> None:
     check = SequenceCheck()
     given = [(1, 100), (2, 100), (3, 99), (4, 100), (2, 100), (5, 101)]
-    found = [check.label(market_feeds_sample(number, sequence=False, when=when)).flags for number, when in given]
+    found = [check.label(sample(number, sequence=False, when=when)).flags for number, when in given]
     assert found == ["", "", "disorder", "", "duplicate", ""]
-    nameless = market_feeds_sample(1, sequence=False, when=200)._replace(trade_id="")
+    nameless = sample(1, sequence=False, when=200)._replace(trade_id="")
     assert [check.label(nameless).flags for _ in range(2)] == ["", ""]  # no id: nothing can be said
 
 
-def test_market_feeds_a_sequence_may_begin_again() -> None:
+def test_a_sequence_may_begin_again() -> None:
     check = SequenceCheck()
-    check.label(market_feeds_sample(2**62))
-    flags = [check.label(market_feeds_sample(number)).flags for number in range(1, 31)]
+    check.label(sample(2**62))
+    flags = [check.label(sample(number)).flags for number in range(1, 31)]
     assert flags == ["disorder"] * SequenceCheck.RESTARTED + [""] * (30 - SequenceCheck.RESTARTED)
     assert check.stats().restarts == 1
 
 
-def test_market_feeds_late_ones_do_not_begin_a_sequence_again() -> None:
+def test_late_ones_do_not_begin_a_sequence_again() -> None:
     check = SequenceCheck()
     for number in range(0, 200, 2):
-        check.label(market_feeds_sample(number))
-    assert {check.label(market_feeds_sample(number)).flags for number in range(1, 199, 2)} == {"disorder"}
+        check.label(sample(number))
+    assert {check.label(sample(number)).flags for number in range(1, 199, 2)} == {"disorder"}
     assert check.stats()[1:] == (99, 99, 0, 99, 0)
-    assert check.label(market_feeds_sample(199)).flags == ""
+    assert check.label(sample(199)).flags == ""
 
 
-def test_market_feeds_ids_are_forgotten_in_order() -> None:
+def test_ids_are_forgotten_in_order() -> None:
     check = SequenceCheck(remembered=100)
     for number in range(10_000):
-        check.label(market_feeds_sample(number))
+        check.label(sample(number))
     (seen,) = check._seen.values()
     assert len(seen.ids) == len(seen.order) == 100
-    assert check.label(market_feeds_sample(9_900)).flags == "duplicate"
-    assert check.label(market_feeds_sample(9_899)).flags == "disorder"  # too long ago to know
+    assert check.label(sample(9_900)).flags == "duplicate"
+    assert check.label(sample(9_899)).flags == "disorder"  # too long ago to know
     with pytest.raises(ValueError, match="at least 1"):
         SequenceCheck(remembered=0)
 
 
-def test_market_feeds_frame_numbers() -> None:
+def test_frame_numbers() -> None:
     check = SequenceCheck()
 
     def frame(sequence: int | None, *numbers: int) -> list[str]:
-        trades = [market_feeds_sample(number, sequence=False) for number in numbers]
+        trades = [sample(number, sequence=False) for number in numbers]
         return [trade.flags for trade in check.check(Parsed(trades, "trades", sequence=sequence))]
 
     assert [frame(1), frame(2, 10), frame(3), frame(4, 11)] == [[], [""], [], [""]]
@@ -189,22 +185,22 @@ def test_market_feeds_frame_numbers() -> None:
     assert check.stats()[1:] == (3, 2 + 10 + 1, 2, 1, 0)
 
 
-def test_market_feeds_sequence_counts_are_exact_on_a_lossy_feed() -> None:
+def test_sequence_counts_are_exact_on_a_lossy_feed() -> None:
     rng = random.Random(80)
     for _ in range(30):
         check, expected, present = SequenceCheck(), Counter[str](), [0]
-        check.label(market_feeds_sample(0))
+        check.label(sample(0))
         for number in range(1, 400):
             chance = rng.random()
             if chance < 0.1:
                 expected["missed"] += 1
                 continue
-            check.label(market_feeds_sample(number))
+            check.label(sample(number))
             expected["gap"] += number != present[-1] + 1
             present.append(number)
             if chance > 0.9:
                 expected["duplicate"] += 1
-                assert check.label(market_feeds_sample(rng.choice(present))).flags == "duplicate"
+                assert check.label(sample(rng.choice(present))).flags == "duplicate"
         missed = present[-1] - (len(present) - 1)
         assert check.stats() == (
             *(len(present) + expected["duplicate"], expected["gap"], missed),
@@ -214,7 +210,7 @@ def test_market_feeds_sequence_counts_are_exact_on_a_lossy_feed() -> None:
 
 # ---------------------------------------------------------------------------------------------- 100,000 mutated frames
 
-MARKET_FEEDS_VALUES = (
+VALUES = (
     *(
         "null",
         "true",
@@ -270,13 +266,13 @@ MARKET_FEEDS_VALUES = (
 )
 
 
-MARKET_FEEDS_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|true|false|null')
+TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|true|false|null')
 
 
-MARKET_FEEDS_DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
+DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
 
 
-def market_feeds_mutated(rng: random.Random, frame: str, spans: list[tuple[int, int]]) -> str | bytes:
+def mutated(rng: random.Random, frame: str, spans: list[tuple[int, int]]) -> str | bytes:
     """A frame with one to three wounds: of its bytes, of a value, of a key, of its structure."""
     way = rng.random()
     if way < 0.35 or not spans:
@@ -300,7 +296,7 @@ def market_feeds_mutated(rng: random.Random, frame: str, spans: list[tuple[int, 
         for _ in range(rng.choice((1, 1, 1, 2))):
             begin, end = spans[rng.randrange(len(spans))]
             if way < 0.8:
-                new = MARKET_FEEDS_VALUES[rng.randrange(len(MARKET_FEEDS_VALUES))]
+                new = VALUES[rng.randrange(len(VALUES))]
             elif way < 0.85:
                 new = f"[{frame[begin:end]}]"
             elif way < 0.9:
@@ -322,13 +318,13 @@ def market_feeds_mutated(rng: random.Random, frame: str, spans: list[tuple[int, 
     return bytes(packed)
 
 
-def test_market_feeds_100_000_mutated_frames() -> None:
+def test_feeds_100_000_mutated_frames() -> None:
     rng, outcomes = random.Random(8_8), {name: Counter[str]() for name in ADAPTERS}
     each = 100_000 // len(ADAPTERS) + 1
     for name, adapter in ADAPTERS.items():
-        cases = [case for case in MARKET_FEEDS_CASES if case.exchange == name]
+        cases = [case for case in CASES if case.exchange == name]
         frames = [case.frame for case in cases for _ in range(3 if case.kind == "trades" else 1)]
-        spans = [[match.span() for match in MARKET_FEEDS_TOKEN.finditer(frame)] for frame in frames]
+        spans = [[match.span() for match in TOKEN.finditer(frame)] for frame in frames]
         here = outcomes[name]
         asked = (
             ["AAPL-USD", "BRK.B-USD"] if adapter.key_env else ["BTC-USD", "MATIC-USD", "BNB-BTC", "GT-USD", "ETH-USDT"]
@@ -339,11 +335,11 @@ def test_market_feeds_100_000_mutated_frames() -> None:
                 adapter = adapter.fresh()
                 adapter.subscribe(asked)
                 if name == "bitfinex":
-                    adapter.parse(MARKET_FEEDS_BITFINEX_ACK, MARKET_FEEDS_NOW)
+                    adapter.parse(BITFINEX_ACK, NOW)
             which = rng.randrange(len(frames))
-            frame = market_feeds_mutated(rng, frames[which], spans[which])
+            frame = mutated(rng, frames[which], spans[which])
             try:
-                parsed = adapter.parse(frame, MARKET_FEEDS_NOW)
+                parsed = adapter.parse(frame, NOW)
             except BadFrame as error:
                 here["bad"] += 1
                 assert len(str(error)) < 500
@@ -357,11 +353,11 @@ def test_market_feeds_100_000_mutated_frames() -> None:
                 assert trade.side in ("buy", "sell", "")
                 assert 0 < trade.price_value < 1e18
                 assert 0 < trade.size_value < 1e18
-                assert MARKET_FEEDS_DECIMAL.fullmatch(trade.price) and MARKET_FEEDS_DECIMAL.fullmatch(trade.size)
+                assert DECIMAL.fullmatch(trade.price) and DECIMAL.fullmatch(trade.size)
                 assert float(trade.price) == trade.price_value
                 assert float(trade.size) == trade.size_value
                 assert type(trade.exchange_ts_ns) is int
-                assert EARLIEST_NS <= trade.exchange_ts_ns <= MARKET_FEEDS_NOW + AHEAD_NS
+                assert EARLIEST_NS <= trade.exchange_ts_ns <= NOW + AHEAD_NS
                 assert trade.sequence is None or 0 <= trade.sequence < 2**63
                 assert type(trade.trade_id) is str and trade.trade_id.isascii() and len(trade.trade_id) <= 64
                 assert trade.flags in ("", "snapshot")

@@ -18,7 +18,7 @@ from crawl.rules import normalise
 
 # The IANA special-purpose address registries of IPv4 and IPv6 (2025), multicast, and what else is not to be reached.
 # True: "globally reachable", and nothing speaks against it.
-GUARD_BLOCKS = {
+BLOCKS = {
     "0.0.0.0/8": False, "0.0.0.0/32": False, "10.0.0.0/8": False, "100.64.0.0/10": False, "127.0.0.0/8": False,
     "169.254.0.0/16": False, "172.16.0.0/12": False, "192.0.0.0/24": False, "192.0.0.0/29": False,
     "192.0.0.8/32": False, "192.0.0.9/32": False, "192.0.0.10/32": False, "192.0.0.170/31": False,
@@ -37,18 +37,18 @@ GUARD_BLOCKS = {
 }  # fmt: skip
 
 
-GUARD_NETWORKS = [(ipaddress.ip_network(block), public) for block, public in GUARD_BLOCKS.items()]
+NETWORKS = [(ipaddress.ip_network(block), public) for block, public in BLOCKS.items()]
 
 
-GUARD_OPEN = ["8.8.8.8", "1.1.1.1", "93.184.215.14", "100.63.255.255", "100.128.0.0", "172.15.255.255", "172.32.0.0",
+OPEN = ["8.8.8.8", "1.1.1.1", "93.184.215.14", "100.63.255.255", "100.128.0.0", "172.15.255.255", "172.32.0.0",
               "192.0.1.0", "223.255.255.255", "2606:4700::1111", "2a00:1450:4001::1", "2001:200::1", "2001:4860::8",
               "2003::1", "2000::1", "3ffe:ffff::1"]  # fmt: skip
 
 
 def guard_rows() -> Iterator[tuple[str, bool]]:
     """Of each block the first, the last and a middle address and both neighbours; of IPv4 also all embeddings."""
-    found: dict[str, bool] = dict.fromkeys(GUARD_OPEN, True)
-    for network, _ in GUARD_NETWORKS:
+    found: dict[str, bool] = dict.fromkeys(OPEN, True)
+    for network, _ in NETWORKS:
         first, last = int(network[0]), int(network[-1])
         make: Any = type(network[0])
         for value in (first, last, (first + last) // 2, first - 1, last + 1):
@@ -58,7 +58,7 @@ def guard_rows() -> Iterator[tuple[str, bool]]:
         address = ipaddress.ip_address(text)
         embedded = guard_embedded(address)
         inner = embedded or address
-        public = all(public for network, public in GUARD_NETWORKS if inner.version == network.version
+        public = all(public for network, public in NETWORKS if inner.version == network.version
                      and inner in network)  # fmt: skip
         if inner.version == 6:
             public = public and address in ipaddress.ip_network("2000::/3")
@@ -83,7 +83,7 @@ def guard_embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ip
     return address.ipv4_mapped or address.sixtofour
 
 
-def test_guard_the_registries_decide() -> None:
+def test_the_registries_decide() -> None:
     rows = list(guard_rows())
     wrong = [(text, public) for text, public in rows if is_public(text) is not public]
     assert wrong == []
@@ -106,7 +106,7 @@ def test_guard_the_registries_decide() -> None:
         "8.8.8.8/32",
     ],
 )  # fmt: skip
-def test_guard_what_is_closed_though_it_looks_open(address: str) -> None:
+def test_what_is_closed_though_it_looks_open(address: str) -> None:
     assert is_public(address) is False
 
 
@@ -130,7 +130,7 @@ def test_guard_what_is_closed_though_it_looks_open(address: str) -> None:
         )),
     ],
 )  # fmt: skip
-def test_guard_which_hosts_name_a_private_address(text: str, private: bool) -> None:
+def test_which_hosts_name_a_private_address(text: str, private: bool) -> None:
     url, host = normalise(text)
     assert names_private(host) is private
     again = normalise(url)
@@ -148,7 +148,7 @@ def test_guard_which_hosts_name_a_private_address(text: str, private: bool) -> N
 
 @pytest.mark.parametrize("text", ["http://[fe80::1%25eth0]/", "http://[fe80::1%eth0]/", "http://127.0.0.1%00.example/",
                                   "http://256.1/", "http://foo.127.0.0.1/", "http://a.0x7f/"])  # fmt: skip
-def test_guard_what_is_no_host_at_all(text: str) -> None:
+def test_what_is_no_host_at_all(text: str) -> None:
     with pytest.raises(FetchError, match="not a URL"):
         normalise(text)
 
@@ -162,11 +162,11 @@ def test_guard_what_is_no_host_at_all(text: str) -> None:
         (False, "localhost", False), (False, "example.com", False), (False, "[fd00::1]", False),
     ],
 )  # fmt: skip
-def test_guard_who_passes_trust_on(private: bool, found_on: str, leads: bool) -> None:
+def test_who_passes_trust_on(private: bool, found_on: str, leads: bool) -> None:
     assert leads_private(private, found_on) is leads
 
 
-def test_guard_the_addresses_that_may_be_connected_to() -> None:
+def test_the_addresses_that_may_be_connected_to() -> None:
     four, six = socket.AF_INET, socket.AF_INET6
     mixed = [(four, "10.0.0.1"), (four, "8.8.8.8"), (six, "::1"), (six, "2606:4700::1"), (six, "fe80::1%eth0")]
     assert crawl_net.allowed("a", mixed, anywhere=False) == [mixed[1], mixed[3]]
@@ -176,7 +176,7 @@ def test_guard_the_addresses_that_may_be_connected_to() -> None:
         crawl_net.allowed("a", [mixed[4], mixed[0]], anywhere=False)
 
 
-def test_guard_the_list_is_what_names() -> None:
+def test_the_list_is_what_names() -> None:
     crawl = Crawl(Options(rate=0))
     crawl.frontier.add_all(["http://127.0.0.1/", "http://a.example/", "http://localhost:1/", "http://[::1]/"], 0.0)
     found = {}

@@ -46,8 +46,8 @@ from api import service as service_module
 from api.history import History, Result
 from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
-from tests.helpers.api import aggregate_ask, aggregate_http, aggregate_play, aggregate_settled
-from tests.helpers.base import HERE, PRIM_PATIENCE, PRIM_SETTINGS, PrimWorld, prim_until
+from tests.helpers.api import aggregate_ask, aggregate_http, play, settled
+from tests.helpers.base import HANG_LIMIT, HERE, SETTINGS, World, wait_until
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ from tests.helpers.base import HERE, PRIM_PATIENCE, PRIM_SETTINGS, PrimWorld, pr
         ("[a]\nurl = 'http://h/'\nheaders = { X = '${NO_SUCH}' }", "a.headers.X: 'NO_SUCH'"),
     ],
 )
-def test_aggregate_refuses_a_wrong_configuration_by_its_key(text: str, message: str, tmp_path: Path) -> None:
+def test_refuses_a_wrong_configuration_by_its_key(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "upstreams.toml"
     path.write_text(text)
     with pytest.raises(SystemExit) as stop:
@@ -83,7 +83,7 @@ def test_aggregate_refuses_a_wrong_configuration_by_its_key(text: str, message: 
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
-def test_aggregate_reads_a_configuration(tmp_path: Path) -> None:
+def test_reads_a_configuration(tmp_path: Path) -> None:
     assert aggregate_app.configured({}) is None
     with pytest.raises(SystemExit, match="No such file"):
         aggregate_app.configured({"AGGREGATE_CONFIG": str(tmp_path / "none.toml")})
@@ -95,9 +95,9 @@ def test_aggregate_reads_a_configuration(tmp_path: Path) -> None:
     assert upstream.address(("a b", "&z=1#")) == "http://h/a%20b?y=%26z%3D1%23"
 
 
-@settings(PRIM_SETTINGS, max_examples=200)
+@settings(SETTINGS, max_examples=200)
 @given(st.text(min_size=1, max_size=30).filter(lambda value: value not in (".", "..")))
-def test_aggregate_a_parameter_changes_neither_host_nor_path(value: str) -> None:
+def test_a_parameter_changes_neither_host_nor_path(value: str) -> None:
     text = "[a]\nurl='http://h.example/v1/{x}/end?q={x}&z=1'\nparameters={x='1'}"
     upstream = upstreams.read_config(text, {})["a"]
     try:
@@ -109,10 +109,10 @@ def test_aggregate_a_parameter_changes_neither_host_nor_path(value: str) -> None
     assert url.search.count("&") == 1
 
 
-def test_aggregate_cache_row_by_row(web: Sandbox) -> None:
+def test_cache_row_by_row(web: Sandbox) -> None:
     """Ages to the tick: fresh, stale inside its window (and renewed behind the answer), past it, after invalidation."""
 
-    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         source = make("/api/weather?city=rows", ttl=10.0, stale=5.0, stale_if_error=100.0)
         rows = [  # seconds later, the answer, the calls that it led to in the end
             (0.0, ("fresh", 1, 0.0), 1),
@@ -125,20 +125,20 @@ def test_aggregate_cache_row_by_row(web: Sandbox) -> None:
         for later, answer, calls in rows:
             world.now += later
             assert (await aggregate_ask(source), source.calls) == (answer, source.calls)
-            await aggregate_settled(source)
+            await settled(source)
             assert source.calls == calls
         source.forget()
         assert await aggregate_ask(source) == ("fresh", 5, 0.0)
         source.forget(())
         assert await aggregate_ask(source) == ("fresh", 6, 0.0)
 
-    aggregate_play(web, case)
+    play(web, case)
 
 
-def test_aggregate_serves_old_data_in_an_outage_within_its_window(web: Sandbox) -> None:
+def test_serves_old_data_in_an_outage_within_its_window(web: Sandbox) -> None:
     """The flaky upstream: two good answers, two failures, by turns."""
 
-    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         source = make("/api/flaky?outage", ttl=10.0, stale=0.0, stale_if_error=50.0, retries=0)
         assert await aggregate_ask(source) == ("fresh", 1, 0.0)
         source.forget()
@@ -154,7 +154,7 @@ def test_aggregate_serves_old_data_in_an_outage_within_its_window(web: Sandbox) 
         fallback = make("/status/500", retries=0, fallback={"serial": "better than nothing"})
         assert await aggregate_ask(fallback) == ("fallback", "better than nothing", None)
 
-    aggregate_play(web, case)
+    play(web, case)
 
 
 @pytest.mark.parametrize(
@@ -171,30 +171,28 @@ def test_aggregate_serves_old_data_in_an_outage_within_its_window(web: Sandbox) 
         ("/fault/never_answers", {"timeout": 0.05}, "timeout: no answer within 0.05 s"),
     ],
 )
-def test_aggregate_names_what_is_wrong_with_an_upstream(
-    web: Sandbox, path: str, options: dict[str, Any], error: str
-) -> None:
-    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+def test_names_what_is_wrong_with_an_upstream(web: Sandbox, path: str, options: dict[str, Any], error: str) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         source = make(path, **{"timeout": 20.0, "retries": 0, **options})
         part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
         assert (part.state, part.error) == ("error", error)
 
-    aggregate_play(web, case)
+    play(web, case)
 
 
-def test_aggregate_every_fault_of_the_catalogue_is_an_answer(web: Sandbox) -> None:
-    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+def test_every_fault_of_the_catalogue_is_an_answer(web: Sandbox) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         faults = {name: make(fault.path, timeout=1.0, retries=0) for name, fault in FAULTS.items()}
-        parts = await aggregate_app.gather(faults, {}, PRIM_PATIENCE)
+        parts = await aggregate_app.gather(faults, {}, HANG_LIMIT)
         assert {part.state for part in parts.values()} == {"error"}
         for part in parts.values():
             assert str(part.error).partition(":")[0] in upstreams.UpstreamError.KINDS
 
-    aggregate_play(web, case)
+    play(web, case)
 
 
-def test_aggregate_a_silent_upstream_opens_its_circuit_and_recovers(web: Sandbox) -> None:
-    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+def test_a_silent_upstream_opens_its_circuit_and_recovers(web: Sandbox) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         source = make("/fault/never_answers", timeout=0.02, failures=5, reset=30.0, retries=0)
         for _ in range(5):
             assert (await aggregate_ask(source))[0] == "error"
@@ -203,27 +201,27 @@ def test_aggregate_a_silent_upstream_opens_its_circuit_and_recovers(web: Sandbox
         assert 30.0 <= part.retry_after <= 33.0
         world.now += 33.0
         source.upstream = dataclasses.replace(
-            source.upstream, url=web.url("/api/weather?city=recovered"), timeout=PRIM_PATIENCE
+            source.upstream, url=web.url("/api/weather?city=recovered"), timeout=HANG_LIMIT
         )
         assert (await aggregate_ask(source), source.health()["breaker"]) == (("fresh", 1, 0.0), "closed")
 
-    aggregate_play(web, case)
+    play(web, case)
 
 
-def test_aggregate_the_deadline_cuts_the_wait_and_not_the_load(web: Sandbox) -> None:
-    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
-        source = make("/api/weather?city=late", timeout=PRIM_PATIENCE)
+def test_the_deadline_cuts_the_wait_and_not_the_load(web: Sandbox) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: World) -> None:
+        source = make("/api/weather?city=late", timeout=HANG_LIMIT)
         parts = await asyncio.gather(*(aggregate_ask(source, 1e-9) for _ in range(3)))
         assert parts == [("timeout", None, None)] * 3
-        await aggregate_settled(source)
+        await settled(source)
         assert (await aggregate_ask(source), source.calls) == (("fresh", 1, 0.0), 1)
         source.forget()
         assert (await aggregate_ask(source, 1e-9))[0] == "timeout"
         source.forget()  # what is loaded now was asked for before
-        await aggregate_settled(source)
+        await settled(source)
         assert len(source.cache) == 0
 
-    aggregate_play(web, case)
+    play(web, case)
 
 
 @pytest.fixture(scope="module")
@@ -240,14 +238,14 @@ def aggregate_port(web: Sandbox) -> Iterator[int]:
     aggregate_app_grace, service_module.GRACE = service_module.GRACE, 0.0  # the silent one would take it
     thread = threading.Thread(target=server.run)
     thread.start()
-    prim_until(lambda: server.started)
+    wait_until(lambda: server.started)
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     thread.join()
     service_module.GRACE = aggregate_app_grace
 
 
-def test_aggregate_over_http(aggregate_port: int) -> None:
+def test_over_http(aggregate_port: int) -> None:
     status, body, headers = aggregate_http(aggregate_port, "/aggregate?sources=weather,news&city=Oslo")
     assert (status, body["partial"], body["sources"]["weather"]["data"]["city"]) == (200, False, "Oslo")
     assert headers["cache-control"] in ("max-age=599", "max-age=600") and len(body["sources"]["news"]["data"]) == 10
@@ -264,7 +262,7 @@ def test_aggregate_over_http(aggregate_port: int) -> None:
         assert aggregate_http(aggregate_port, path)[:2] == (200, {"status": "ok"})
 
 
-def test_aggregate_counts_what_it_answers(aggregate_port: int) -> None:
+def test_counts_what_it_answers(aggregate_port: int) -> None:
     def state(body: Any, name: str) -> int:
         return cast(int, body["sources"][name]["answers"].get("fresh", 0))
 
@@ -274,7 +272,7 @@ def test_aggregate_counts_what_it_answers(aggregate_port: int) -> None:
     after = aggregate_http(aggregate_port, "/health")[1]
     assert state(after, "news") - state(before, "news") == 3
     assert after["loop_lag_ms"] >= 0 and list(after["sources"]["news"]["latency_ms"]) == ["p50", "p95", "p99"]
-    connection = http.client.HTTPConnection("127.0.0.1", aggregate_port, timeout=PRIM_PATIENCE)
+    connection = http.client.HTTPConnection("127.0.0.1", aggregate_port, timeout=HANG_LIMIT)
     with contextlib.closing(connection):
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
@@ -304,13 +302,13 @@ def test_aggregate_counts_what_it_answers(aggregate_port: int) -> None:
         ("POST", "/cache/invalidate?source=news&city=Oslo", 422, {"parameters": []}),
     ],
 )
-def test_aggregate_problems(aggregate_port: int, method: str, path: str, status: int, member: dict[str, Any]) -> None:
+def test_problems(aggregate_port: int, method: str, path: str, status: int, member: dict[str, Any]) -> None:
     got, body, headers = aggregate_http(aggregate_port, path, method)
     assert (got, body["status"], headers["content-type"]) == (status, status, "application/problem+json")
     assert body.items() >= member.items()
 
 
-def test_aggregate_a_thousand_cold_requests_are_one_call(aggregate_port: int) -> None:
+def test_a_thousand_cold_requests_are_one_call(aggregate_port: int) -> None:
     async def main() -> list[int]:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
@@ -324,7 +322,7 @@ def test_aggregate_a_thousand_cold_requests_are_one_call(aggregate_port: int) ->
     assert set(asyncio.run(main())) == {1}
 
 
-def test_aggregate_invalidation_is_for_those_who_may(aggregate_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalidation_is_for_those_who_may(aggregate_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def serial() -> int:
         body = aggregate_http(aggregate_port, "/aggregate/weather?city=Rome&deadline_ms=20000")[1]
         return cast(int, body["sources"]["weather"]["data"]["serial"])
@@ -343,13 +341,13 @@ def test_aggregate_invalidation_is_for_those_who_may(aggregate_port: int, monkey
     assert serial() == 4
 
 
-def test_aggregate_what_cannot_be_mended_is_not_asked_for_again_at_once(web: Sandbox) -> None:
-    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+def test_what_cannot_be_mended_is_not_asked_for_again_at_once(web: Sandbox) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         source = make("/status/404", retries=3)
         for later, calls in ((0.0, 1), (0.75, 1), (0.25, 2), (0.0, 2)):
             world.now += later
             part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
-            await aggregate_settled(source)
+            await settled(source)
             assert (part.state, part.error, source.calls) == ("error", "http: 404", calls)
         source.forget()
         assert (await aggregate_ask(source), source.calls) == (("error", None, None), 3)
@@ -359,10 +357,10 @@ def test_aggregate_what_cannot_be_mended_is_not_asked_for_again_at_once(web: San
         kept = source.refusals.get(())
         assert kept is not None and kept.__traceback__ is None and kept.__context__ is None  # or it holds the body
 
-    aggregate_play(web, case)
+    play(web, case)
 
 
-def aggregate_asgi(app: Any, client: str, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str]]:
+def asgi(app: Any, client: str, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str]]:
     """A request of /health/live from any address."""
     sent: list[Any] = []
 
@@ -385,21 +383,21 @@ def aggregate_asgi(app: Any, client: str, headers: dict[str, str] | None = None)
     return sent[0]["status"], {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
 
 
-def test_aggregate_a_client_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregate_app, "CLIENT_BURST", 3)
     app = aggregate_app.create_app({}, client_rate=0.001)
-    assert [aggregate_asgi(app, "192.0.2.1")[0] for _ in range(5)] == [200, 200, 200, 429, 429]
-    status, headers = aggregate_asgi(app, "192.0.2.1")
+    assert [asgi(app, "192.0.2.1")[0] for _ in range(5)] == [200, 200, 200, 429, 429]
+    status, headers = asgi(app, "192.0.2.1")
     assert (status, headers["retry-after"], headers["content-type"]) == (429, "1000", "application/problem+json")
-    assert aggregate_asgi(app, "192.0.2.2")[0] == 200
+    assert asgi(app, "192.0.2.2")[0] == 200
     app = aggregate_app.create_app({}, client_rate=0)
-    assert {aggregate_asgi(app, "192.0.2.1")[0] for _ in range(9)} == {200}
+    assert {asgi(app, "192.0.2.1")[0] for _ in range(9)} == {200}
 
 
 @pytest.mark.parametrize(
     ("text", "rate"), [("", None), ("0", 0.0), ("2.5", 2.5), ("-1", "x"), ("fast", "x"), ("nan", "x")]
 )
-def test_aggregate_reads_the_rate(text: str, rate: float | str | None) -> None:
+def test_reads_the_rate(text: str, rate: float | str | None) -> None:
     if rate != "x":
         assert aggregate_app.configured_number({"AGGREGATE_RATE": text}, "AGGREGATE_RATE", "needed") == rate
         return
@@ -407,11 +405,11 @@ def test_aggregate_reads_the_rate(text: str, rate: float | str | None) -> None:
         aggregate_app.configured_app({"AGGREGATE_RATE": text, "DATABASE_URL": "none"})
 
 
-def test_aggregate_a_request_keeps_its_id() -> None:
+def test_a_request_keeps_its_id() -> None:
     app = aggregate_app.create_app({})
-    assert aggregate_asgi(app, "192.0.2.1", {"X-Request-ID": "abc-1"})[1]["x-request-id"] == "abc-1"
+    assert asgi(app, "192.0.2.1", {"X-Request-ID": "abc-1"})[1]["x-request-id"] == "abc-1"
     for bad in ("a b", "x" * 65, 'a"', ""):
-        made = aggregate_asgi(app, "192.0.2.1", {"X-Request-ID": bad})[1]["x-request-id"]
+        made = asgi(app, "192.0.2.1", {"X-Request-ID": bad})[1]["x-request-id"]
         assert re.fullmatch("[0-9a-f]{16}", made)
 
     async def main() -> None:
@@ -428,7 +426,7 @@ def test_aggregate_a_request_keeps_its_id() -> None:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         async with server, aiohttp.ClientSession() as session:
             upstream = upstreams.Upstream("a", url, headers={"X-Key": "secret"})
-            source = upstreams.Source(upstream, session, co.Semaphore(1), clock=PrimWorld().clock)
+            source = upstreams.Source(upstream, session, co.Semaphore(1), clock=World().clock)
             upstreams.request_id.set("id-of-the-request")
             assert await aggregate_ask(source) == ("fresh", {}, 0.0)
         assert b"X-Request-ID: id-of-the-request\r\n" in heads[0] and b"X-Key: secret\r\n" in heads[0]
@@ -436,7 +434,7 @@ def test_aggregate_a_request_keeps_its_id() -> None:
     asyncio.run(main())
 
 
-def test_aggregate_runs_with_nothing_configured(tmp_path: Path) -> None:
+def test_runs_with_nothing_configured(tmp_path: Path) -> None:
     """The promised command, on a fresh machine; and again, with what the first life left."""
     command = [sys.executable, "-W", "error::ResourceWarning", "-m", "uvicorn", "aggregate_app:app", "--port", "0"]
     ours = ("AGGREGATE_CONFIG", "AGGREGATE_RATE", "AGGREGATE_TOKEN", "DATABASE_URL")
@@ -452,10 +450,10 @@ def test_aggregate_runs_with_nothing_configured(tmp_path: Path) -> None:
                 said += line
             port = int(re.search(rb"running on http://127.0.0.1:(\d+)", said)[1])  # type: ignore[index]
             health = functools.partial(aggregate_http, port, "/health")
-            prim_until(lambda health=health: health()[1]["database"]["state"] == "connected")  # type: ignore[misc]
+            wait_until(lambda health=health: health()[1]["database"]["state"] == "connected")  # type: ignore[misc]
             given = {"X-Request-ID": "x-1"}
             status, body, headers = aggregate_http(port, "/aggregate?deadline_ms=20000", headers=given)
-            stream = http.client.HTTPConnection("127.0.0.1", port, timeout=PRIM_PATIENCE)
+            stream = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG_LIMIT)
             stream.request("GET", "/events")
             assert stream.getresponse().readline() == b"retry: 2000\n"  # which must not keep the server from ending
             server.send_signal(signal.SIGINT)
@@ -521,7 +519,7 @@ def openapi_port(web: Sandbox) -> Iterator[int]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    prim_until(lambda: server.started)
+    wait_until(lambda: server.started)
     assert app.service is not None
     app.service.history.__class__ = OpenapiHistory
     yield server.servers[0].sockets[0].getsockname()[1]

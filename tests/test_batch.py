@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import primitives as pr
-from tests.helpers.base import PRIM_SETTINGS, PrimWorld
-from tests.helpers.mechanisms import PRIM_STEPS, prim_in_threads
+from tests.helpers.base import SETTINGS, World
+from tests.helpers.mechanisms import STEPS, in_threads
 
 
-def test_batch_row_by_row() -> None:
-    batch, almost = pr.Batch[str](3, 10.0, clock=PrimWorld(500.0).clock), math.nextafter(110.0, 0.0)
+def test_row_by_row() -> None:
+    batch, almost = pr.Batch[str](3, 10.0, clock=World(500.0).clock), math.nextafter(110.0, 0.0)
     assert (batch.due_in(0.0), batch.take(999.0), batch.drain(), batch.stats(7.0)) == (math.inf, [], [], (0, 0.0))
     assert [batch.add("a", 100.0), batch.add("b", 104.0)] == [None, None]  # the age is that of the oldest
     assert (batch.due_in(104.0), batch.stats(104.0), batch.take(almost)) == (6.0, (2, 4.0), [])
@@ -31,7 +31,7 @@ def test_batch_row_by_row() -> None:
     assert (batch.drain(), len(batch)) == (["f"], 0)
 
 
-def test_batch_refuses_its_sizes_and_has_a_clock() -> None:
+def test_refuses_its_sizes_and_has_a_clock() -> None:
     for max_items, max_age in ((0, 1.0), (-1, 1.0), (1, 0.0), (1, -1.0), (1, math.nan)):
         with pytest.raises(ValueError, match="max_items must be"):
             pr.Batch(max_items, max_age)
@@ -39,14 +39,14 @@ def test_batch_refuses_its_sizes_and_has_a_clock() -> None:
     assert (batch.add(7), batch.take(), 0.0 < batch.due_in() <= 3600.0, batch.add(8)) == (None, [], True, [7, 8])
 
 
-class BatchMachine(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
     """A batch, and a list of what is in it since when."""
 
     batch_type: ClassVar[type[pr.Batch[int]]] = pr.Batch
 
     @initialize(max_items=st.integers(1, 5), max_age=st.sampled_from([1 / 64, 1.0, 5.0]))
     def start(self, max_items: int, max_age: float) -> None:
-        self.world, self.flushed = PrimWorld(), 0
+        self.world, self.flushed = World(), 0
         self.batch = self.batch_type(max_items, max_age, clock=self.world.clock)
         self.inside: list[tuple[int, float]] = []
 
@@ -56,7 +56,7 @@ class BatchMachine(RuleBasedStateMachine):
             self.flushed += len(self.inside)
             self.inside = []
 
-    @rule(seconds=PRIM_STEPS)
+    @rule(seconds=STEPS)
     def step(self, seconds: float) -> None:
         self.world.now += seconds
 
@@ -85,23 +85,23 @@ class BatchMachine(RuleBasedStateMachine):
         assert self.batch.due_in() == (max(0.0, self.batch.max_age - age) if self.inside else math.inf)
 
 
-def batch_check_machine(batch_type: type[pr.Batch[int]], effort: settings = PRIM_SETTINGS) -> None:
+def check_machine(batch_type: type[pr.Batch[int]], effort: settings = SETTINGS) -> None:
     """Nothing lost, nothing doubled, in order, when it is full or due."""
-    machine = type("Machine", (BatchMachine,), {"batch_type": batch_type})
+    machine = type("Machine", (Machine,), {"batch_type": batch_type})
     run_state_machine_as_test(machine, settings=effort)
 
 
-def test_batch_keeps_its_promises() -> None:
-    batch_check_machine(pr.Batch)
+def test_keeps_its_promises() -> None:
+    check_machine(pr.Batch)
 
 
-def test_batch_of_many_threads_has_each_item_in_one_batch() -> None:
+def test_of_many_threads_has_each_item_in_one_batch() -> None:
     batch, full = pr.Batch[tuple[int, int]](7, 3600.0), list[list[tuple[int, int]]]()
 
     def add(thread: int) -> None:
         full.extend(items for number in range(300) if (items := batch.add((thread, number))) is not None)
 
-    prim_in_threads([functools.partial(add, thread) for thread in range(8)])
+    in_threads([functools.partial(add, thread) for thread in range(8)])
     assert [len(items) for items in full] == [7] * (2400 // 7)
     assert Counter([*itertools.chain(*full), *batch.drain()]) == Counter(itertools.product(range(8), range(300)))
     for items in full:  # what a thread added earlier stands earlier

@@ -26,13 +26,13 @@ from sandbox import sites as sandbox
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1))
-def test_bench_spread_is_the_median_and_the_range(values: list[float]) -> None:
+def test_spread_is_the_median_and_the_range(values: list[float]) -> None:
     spread = bench.Spread.of(iter(values))
     assert spread.median == pytest.approx(statistics.median(values))
     assert (spread.low, spread.high) == (min(values), max(values))
 
 
-def test_bench_spread_of_nothing_is_refused() -> None:
+def test_spread_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no values"):
         bench.Spread.of([])
 
@@ -54,11 +54,11 @@ def test_bench_spread_of_nothing_is_refused() -> None:
         (bench.Spread(480.2, 469.6, 495.0), "480 (470-495)"),
     ],
 )
-def test_bench_cell(value: object, text: str) -> None:
+def test_cell(value: object, text: str) -> None:
     assert bench.cell(value) == text
 
 
-def test_bench_table_is_aligned() -> None:
+def test_table_is_aligned() -> None:
     rows: list[dict[str, Any]] = [
         {"": "crawl_async", "pages/s": 1234.0, "x Scrapy": 3.5},
         {"": "curl", "pages/s": bench.Spread(5.0, 4.0, 6.0), "x Scrapy": None},
@@ -71,13 +71,13 @@ def test_bench_table_is_aligned() -> None:
     ]
 
 
-def test_bench_rounds_are_interleaved() -> None:
+def test_rounds_are_interleaved() -> None:
     assert "".join(name for _, name in bench.interleaved("abc", 4)) == "abcbcacababc"
     assert [number for number, _ in bench.interleaved("ab", 2)] == [0, 0, 1, 1]
     assert list(bench.interleaved("", 3)) == []
 
 
-def test_bench_without_arguments_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_arguments_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main([]) == 0
     shown = capsys.readouterr().out
     for name, command in bench.COMMANDS.items():
@@ -86,7 +86,7 @@ def test_bench_without_arguments_lists_its_commands(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", bench.COMMANDS)
-def test_bench_command_help_has_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_help_has_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         bench.main([name, "--help"])
     assert end.value.code == 0
@@ -97,12 +97,12 @@ def test_bench_command_help_has_examples_that_parse(name: str, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("arguments", [["crawl", "--peers", "nobody"], ["million", "--driver", "nobody"]])
-def test_bench_refuses_unknown_names(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_refuses_unknown_names(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="'nobody' is none of crawl_async"):
         bench.main(arguments)
 
 
-def test_bench_parse_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parse_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = tmp_path / "figures.json"
     assert bench.main(["parse", "--pages", "3", "--size", "3000", "--repeat", "1", "--json", str(figures)]) == 0
     shown = capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_bench_parse_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert (row["titles"], row["links"], row["words +-2 %"]) == (3, 3, 3)
 
 
-def test_bench_parse_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parse_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"no \*\.html"):
         bench.main(["parse", str(tmp_path)])
     (tmp_path / "one.html").write_text("<title>One</title><body>two words <a href=/x>three</a>")
@@ -122,7 +122,7 @@ def test_bench_parse_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "1 pages, 0.0 MB" in capsys.readouterr().out
 
 
-def test_bench_primitives_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_primitives_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["primitives", "--calls", "4", "--repeat", "1", "--no-files"]) == 0
     shown = capsys.readouterr().out
     for name in ("primitives.retry", "primitives.retry_async", "TokenBucket.acquire_async", "Semaphore", "Channel",
@@ -130,22 +130,22 @@ def test_bench_primitives_runs(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n  {name} " in shown
 
 
-BENCH_PAGE = b"""<!doctype html><html><head><title> A
+PAGE = b"""<!doctype html><html><head><title> A
  title </title><style>p { color: red }</style></head><body><p>two wo<b>rds</b><script>let no = "<a href=/no>";</script>
 <noscript>not this</noscript><a href="../up#top">up</a> <a href=/up>again</a> <a href="mailto:a@b.example">mail</a>
 <a href="//other.example/x?y=1">other</a></body></html>"""
 
 
 @pytest.mark.parametrize("name", PARSERS)
-def test_bench_parsers_find_the_same(name: str) -> None:
+def test_parsers_find_the_same(name: str) -> None:
     if not bench.present(name):
         pytest.skip(f"{name} is not installed")
-    facts = PARSERS[name](BENCH_PAGE, "http://host.example/a/b")
+    facts = PARSERS[name](PAGE, "http://host.example/a/b")
     assert facts == ("A title", 7, ["http://host.example/up", "http://other.example/x?y=1"])
 
 
 @pytest.mark.parametrize("peer", ["textbook_async", "textbook_threads"])
-def test_bench_textbook_crawlers_write_every_row(peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_textbook_crawlers_write_every_row(peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     urls, rows = tmp_path / "urls.txt", tmp_path / "rows.jsonl"
     with sandbox.Sandbox(hosts=2, pages=3, page_bytes=3000) as site:
@@ -156,7 +156,7 @@ def test_bench_textbook_crawlers_write_every_row(peer: str, tmp_path: Path, monk
     assert all(row["title"] and row["word_count"] and row["links_found"] for row in found.values())
 
 
-def test_bench_site_is_the_sandboxs(tmp_path: Path) -> None:
+def test_site_is_the_sandboxs(tmp_path: Path) -> None:
     urls = tmp_path / "urls.txt"
     assert bench.main(["_site", str(tmp_path / "www"), str(urls), "5", "2", "3000", "8080"]) == 0
     expected = [(page, host) for page in range(3) for host in range(2)][:5]
@@ -169,11 +169,11 @@ def test_bench_site_is_the_sandboxs(tmp_path: Path) -> None:
         assert file.read_bytes() == sandbox.make_page(host, page, 3, 3000, base, hosts=2)
 
 
-def test_bench_counts_hosts_as_the_sandbox_does() -> None:
+def test_counts_hosts_as_the_sandbox_does() -> None:
     assert [bench.host_address(n) for n in range(600)] == [sandbox.address(n) for n in range(600)]
 
 
-def test_bench_tells_what_differs(tmp_path: Path) -> None:
+def test_tells_what_differs(tmp_path: Path) -> None:
     def rows(name: str, *found: tuple[str, str, int, list[str]]) -> bench.Digest:
         file = tmp_path / name
         keys = ("url", "title", "word_count", "links_found")
@@ -186,7 +186,7 @@ def test_bench_tells_what_differs(tmp_path: Path) -> None:
     assert bench.differences(ours, theirs) == {"pages": 3, "titles": 1, "words": 1, "links": 1, "in one only": 2}
 
 
-def test_bench_arrivals_are_counted_across_pieces() -> None:
+def test_arrivals_are_counted_across_pieces() -> None:
     data = b'{"url":"a\\n","error":null}\n' * 19 + b'{"error":"http: 404"}\n'
     arrivals = bench_scale.Arrivals(20)
     for second, start in enumerate(range(0, len(data), 7)):
@@ -196,13 +196,13 @@ def test_bench_arrivals_are_counted_across_pieces() -> None:
     assert arrivals.rates() == [2 / (b - a) for a, b in zip(arrivals.times, arrivals.times[1:], strict=False)]
 
 
-def test_bench_arrivals_all_at_once() -> None:
+def test_arrivals_all_at_once() -> None:
     arrivals = bench_scale.Arrivals(10)
     arrivals.take(b"\n" * 10, 1.0)
     assert arrivals.times == [1.0] * 11 and len(arrivals.rates()) == 10
 
 
-def test_bench_feeds_distinct_urls() -> None:
+def test_feeds_distinct_urls() -> None:
     reader, writer = os.pipe()
     with open(reader, "rb") as lines, open(writer, "wb", buffering=0) as stream:
         bench_scale.feed(stream, 1001, 7, 80)
@@ -211,14 +211,14 @@ def test_bench_feeds_distinct_urls() -> None:
     assert urls[1000] == b"http://127.0.1.7:80/tiny?n=1000"
 
 
-def test_bench_feed_ends_quietly_when_the_reader_left() -> None:
+def test_feed_ends_quietly_when_the_reader_left() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb", buffering=0) as stream:
         bench_scale.feed(stream, 10, 1, 80)
 
 
-def test_bench_children_are_measured_and_ended() -> None:
+def test_children_are_measured_and_ended() -> None:
     run = bench.run_child([sys.executable, "-c", "b'x' * 50_000_000"], "a child")
     assert run.seconds > 0 and run.cpu > 0 and run.peak_mb > 50
     with pytest.raises(SystemExit, match="a child failed with exit code 3"):
@@ -232,7 +232,7 @@ def test_bench_children_are_measured_and_ended() -> None:
     assert process.returncode == -15
 
 
-def test_bench_children_get_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_children_get_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9/")
     code = "import os; print(sorted(name for name in os.environ if 'proxy' in name.lower()))"
@@ -266,7 +266,7 @@ WRK_END = "Requests/sec:   6998.15\nTransfer/sec:      7.96MB\n"
         ("  Socket errors: connect 1, read 2, write 3, timeout 4\n  Non-2xx or 3xx responses: 12\n", 22),
     ],
 )
-def test_bench_reads_what_wrk_prints(lines: str, failed: int) -> None:
+def test_reads_what_wrk_prints(lines: str, failed: int) -> None:
     assert bench_aggregate.read_wrk(WRK + lines + WRK_END) == pytest.approx((7001, 6998.15, 0.95, 1050.0, failed))
 
 
@@ -292,23 +292,23 @@ def aggregate_answer(status: int = 200, state: str = "fresh", **changes: object)
         (bench_upstreams.Reply(0.1, 0, b"ClientOSError()"), "status 0, not the JSON"),
     ],
 )
-def test_bench_finds_wrong_answers(answer: bench_upstreams.Reply, mistake: str | None) -> None:
+def test_finds_wrong_answers(answer: bench_upstreams.Reply, mistake: str | None) -> None:
     found = bench_upstreams.wrong(answer, ["a"])
     assert found is None if mistake is None else found is not None and found.startswith(mistake)
 
 
-def test_bench_aggregate_without_wrk_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aggregate_without_wrk_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match="wrk is needed"):
         bench.main(["aggregate"])
 
 
-def bench_ingest_step(rate: float, lost: int = 0, *, drained: float | None = 0.5, sent: float = 1.0) -> Any:
+def ingest_step(rate: float, lost: int = 0, *, drained: float | None = 0.5, sent: float = 1.0) -> Any:
     told = bench_ingest.Sent(1000, rate * sent, 0.01)
     return bench_ingest.Step(rate, told, 1000 - lost, 0, 1.0, 0, drained, lost, 0.02, 0.01, 50.0, 0.1, 0.2)
 
 
-class BenchIngestCourse:
+class IngestCourse:
     """Loses what is above so many events a second; ``bad``: steps, by their number, that fail whatever the rate."""
 
     def __init__(self, most: float, bad: Sequence[int] = ()) -> None:
@@ -316,39 +316,37 @@ class BenchIngestCourse:
 
     def run(self, name: str, rate: float, seconds: float) -> Any:
         self.rates.append(rate)
-        return bench_ingest_step(rate, 10 if rate > self.most or len(self.rates) in self.bad else 0)
+        return ingest_step(rate, 10 if rate > self.most or len(self.rates) in self.bad else 0)
 
 
-def test_bench_ingest_lossless_is_sustained() -> None:
-    assert bench_ingest_step(100).lossless
-    assert not bench_ingest_step(100, 1).lossless
-    assert not bench_ingest_step(100, drained=None).lossless
-    assert bench_ingest_step(100, drained=bench_ingest.DRAIN).lossless
-    assert not bench_ingest_step(100, drained=bench_ingest.DRAIN + 0.01).lossless
-    assert bench_ingest_step(100, sent=0.89).held_back
-    assert not bench_ingest_step(100, sent=0.91).held_back
+def test_ingest_lossless_is_sustained() -> None:
+    assert ingest_step(100).lossless
+    assert not ingest_step(100, 1).lossless
+    assert not ingest_step(100, drained=None).lossless
+    assert ingest_step(100, drained=bench_ingest.DRAIN).lossless
+    assert not ingest_step(100, drained=bench_ingest.DRAIN + 0.01).lossless
+    assert ingest_step(100, sent=0.89).held_back
+    assert not ingest_step(100, sent=0.91).held_back
 
 
-def test_bench_ingest_climbs_and_halves() -> None:
-    course: Any = BenchIngestCourse(330)
+def test_ingest_climbs_and_halves() -> None:
+    course: Any = IngestCourse(330)
     (search,) = bench_ingest.climb(course, ["ingest_logs"], [100, 200, 400, 800, 1600], 3, 1)
     assert course.rates == [100, 200, 400, 400, 800, 300, 350, 350, 325]
     assert (search.low, search.high) == (325, 350)
     assert search.best and search.best.wanted == 325
 
 
-def test_bench_ingest_a_step_that_fails_has_a_second_chance() -> None:
-    course: Any = BenchIngestCourse(1000, bad=(2,))
+def test_ingest_a_step_that_fails_has_a_second_chance() -> None:
+    course: Any = IngestCourse(1000, bad=(2,))
     (search,) = bench_ingest.climb(course, ["ingest_logs"], [100, 200], 2, 1)
     assert course.rates == [100, 200, 200]
     assert (search.low, search.failures) == (200, 0)
 
 
-def test_bench_ingest_without_rsyslog_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ingest_without_rsyslog_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench_ingest, "rsyslogd", lambda: None)
-    monkeypatch.setattr(bench_ingest, "course", lambda _: contextlib.nullcontext(BenchIngestCourse(100)))
+    monkeypatch.setattr(bench_ingest, "course", lambda _: contextlib.nullcontext(IngestCourse(100)))
     assert bench.main(["ingest", "--peers", "ingest_logs,rsyslog", "--rates", "50,100", "--no-files"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert bench_ingest.INSTALL in shown
@@ -357,7 +355,7 @@ def test_bench_ingest_without_rsyslog_says_so(
         bench.main(["ingest", "--peers", "nobody"])
 
 
-def test_bench_ingest_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ingest_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = tmp_path / "found.json"
     peers = "ingest_logs" + (",rsyslog" if bench_ingest.rsyslogd() else "")
     words = ["--peers", peers, "--rates", "1000", "--seconds", "1", "--options=--flush=0.2 --enrich-wait=60"]

@@ -17,7 +17,7 @@ import pytest
 from bench import market as bench_market
 from bench import runner as bench
 from sandbox.markets import FIRST, Exchanges
-from tests.helpers.base import PRIM_PATIENCE
+from tests.helpers.base import HANG_LIMIT
 
 
 def test_markets_pace_tells_exactly_so_many_trades() -> None:
@@ -37,7 +37,7 @@ def test_markets_pace_tells_exactly_so_many_trades() -> None:
                 last = (await ws.receive_json())["data"] + (await ws.receive_json())["data"]
                 return [*ids, *(trade["tradeId"] for trade in last)]
 
-        found = asyncio.run(asyncio.wait_for(read(), PRIM_PATIENCE))
+        found = asyncio.run(asyncio.wait_for(read(), HANG_LIMIT))
         assert sorted(map(int, found)) == sorted([*range(FIRST + 1, FIRST + 52)] * 2)
         assert them.sent("okx") == {"BTC-USDT": 51, "ETH-USDT": 51}
 
@@ -59,7 +59,7 @@ def bench_market_step(wanted: float, *, missing: int = 0, repeated: int = 0, **m
     return step._replace(**more)
 
 
-class BenchMarketCourse:
+class Course:
     """Loses what is above so many trades a second; those of peers one tenth of it."""
 
     def __init__(self, most: float, **more: Any) -> None:
@@ -70,7 +70,7 @@ class BenchMarketCourse:
         return bench_market_step(rate, missing=5 if rate > most else 0, **self.more)
 
 
-def test_bench_market_a_rate_holds_if_each_is_there_once_and_in_time() -> None:
+def test_a_rate_holds_if_each_is_there_once_and_in_time() -> None:
     assert bench_market_step(100).lossless
     assert not bench_market_step(100, missing=1).lossless
     assert not bench_market_step(100, repeated=1).lossless
@@ -81,7 +81,7 @@ def test_bench_market_a_rate_holds_if_each_is_there_once_and_in_time() -> None:
     assert not bench_market_step(100, rate=91.0).held_back
 
 
-def test_bench_market_counts_each_trade_once() -> None:
+def test_counts_each_trade_once() -> None:
     ledger = bench_market.Ledger(3, 3)
     for exchange, numbers in (("okx", (1, 2, 2)), ("bitmex", (1, 3)), ("GEMINI", (-20, 0, 1, 2, 3, 4))):
         for number in numbers:
@@ -92,26 +92,26 @@ def test_bench_market_counts_each_trade_once() -> None:
     assert set(ledger.whole) == {0.5} and set(ledger.inside) == {0.25} and len(ledger.whole) == 7
 
 
-def test_bench_market_marks_tell_when_an_offset_could_be_read() -> None:
+def test_marks_tell_when_an_offset_could_be_read() -> None:
     marks = bench_market.Marks()
     for end, at in ((0, 1), (2, 5), (2, 6), (5, 9)):
         marks.note(end, at)
     assert [marks.readable(offset) for offset in range(5)] == [5, 5, 9, 9, 9]
 
 
-def test_bench_market_shares() -> None:
+def test_shares() -> None:
     assert bench_market.share([], 0.5) is None
     assert bench_market.share([1.0], 0.99) == 1.0
     assert bench_market.share([float(n) for n in range(100)], 0.5) == 50.0
     assert bench_market.share([float(n) for n in range(100)], 0.99) == 99.0
 
 
-def test_bench_market_compares_the_highest_rates(
+def test_compares_the_highest_rates(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     found = tmp_path / "found.json"
     monkeypatch.setattr(bench, "present", lambda _: True)
-    monkeypatch.setattr(bench_market, "course", lambda *_: contextlib.nullcontext(BenchMarketCourse(1000)))
+    monkeypatch.setattr(bench_market, "course", lambda *_: contextlib.nullcontext(Course(1000)))
     words = ["--peers", "market_pipeline,cryptofeed", "--rates", "100,800,1600", "--halvings", "1"]
     assert bench.main(["market", *words, "--json", str(found)]) == 0
     ours, theirs = json.loads(found.read_text())["results"][:2]
@@ -121,11 +121,9 @@ def test_bench_market_compares_the_highest_rates(
     assert "x cryptofeed" in capsys.readouterr().out
 
 
-def test_bench_market_without_cryptofeed_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_cryptofeed_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr(bench_market, "course", lambda *_: contextlib.nullcontext(BenchMarketCourse(1000)))
+    monkeypatch.setattr(bench_market, "course", lambda *_: contextlib.nullcontext(Course(1000)))
     assert bench.main(["market", "--peers", "market_pipeline,cryptofeed", "--rates", "50"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert "cryptofeed: not installed: pip install -r requirements-bench.txt" in shown
@@ -147,8 +145,8 @@ def test_bench_market_without_cryptofeed_says_so(
         ({"code": 1}, "it ended with 1"),
     ],
 )
-def test_bench_market_soak_says_what_did_not_hold(more: dict[str, Any], broken: str | None) -> None:
-    course: Any = BenchMarketCourse(1000)
+def test_soak_says_what_did_not_hold(more: dict[str, Any], broken: str | None) -> None:
+    course: Any = Course(1000)
     course.run = lambda *_: bench_market_step(100, **more)
     if broken is None:
         (row,) = bench_market.soak(course, "market_pipeline", 100, 20)
@@ -158,7 +156,7 @@ def test_bench_market_soak_says_what_did_not_hold(more: dict[str, Any], broken: 
             bench_market.soak(course, "market_pipeline", 100, 20)
 
 
-def test_bench_market_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     found, names = tmp_path / "found.json", ["market_pipeline"]
     if importlib.util.find_spec("cryptofeed") is not None:
         quick = tuple(name for name in bench_market.NATIVE if name != "bitstamp")  # where it sleeps for 5 s
@@ -174,6 +172,6 @@ def test_bench_market_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
     assert steps[0]["rows"] > 0 and steps[0]["left out"] == 0
 
 
-def test_bench_market_a_contestant_that_does_not_start_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contestant_that_does_not_start_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with bench_market.course(None, "--windows=nonsense") as track, pytest.raises(SystemExit, match="did not start"):
         track.run("market_pipeline", 100, 1)

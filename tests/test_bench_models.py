@@ -29,7 +29,7 @@ def late_connection(count: bench_models.Count) -> tuple[bench_models.Late, Recor
     return protocol, transport
 
 
-def test_bench_late_server_counts_what_waits() -> None:
+def test_late_server_counts_what_waits() -> None:
     asyncio.run(late_server_counts())
 
 
@@ -53,7 +53,7 @@ async def late_server_counts() -> None:
 
 
 @pytest.mark.parametrize("head", [b"GET / HTTP/1.1", b"GET /soon/1 HTTP/1.1", b"hello", b""])
-def test_bench_late_server_cuts_what_it_does_not_know(head: bytes) -> None:
+def test_late_server_cuts_what_it_does_not_know(head: bytes) -> None:
     async def cut() -> None:
         count = bench_models.Count()
         protocol, transport = late_connection(count)
@@ -64,7 +64,7 @@ def test_bench_late_server_cuts_what_it_does_not_know(head: bytes) -> None:
 
 
 @pytest.mark.parametrize("model", [bench_models.bare_threads, bench_models.bare_tasks])
-def test_bench_bare_units_ask_as_often_as_they_are_to(model: Any) -> None:
+def test_bare_units_ask_as_often_as_they_are_to(model: Any) -> None:
     with bench_models.late_server() as port:
         times, errors, there, memory = model(3, 2, port, 0.01)
         assert (len(times), errors, there) == (6, [], 3) and memory["VmRSS"] > 0
@@ -78,7 +78,7 @@ def test_bench_bare_units_ask_as_often_as_they_are_to(model: Any) -> None:
     )
 
 
-def test_bench_a_crawler_in_flight_and_one_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crawler_in_flight_and_one_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with bench_models.late_server() as port:
         cell = bench_models.crawl_cell("crawl_async", 2, 4, port, 0.01, tmp_path)
         assert (cell["requests"], cell["failed"], cell["errors"]) == (4, 0, []) and cell["cpu"] > 0
@@ -90,7 +90,7 @@ def test_bench_a_crawler_in_flight_and_one_that_takes_too_long(tmp_path: Path, m
     assert (row["x ideal"], row["first row s"], row["stops"]) == (0.0, None, "ended after 0.5 s with 0 of 4")
 
 
-def test_bench_flight_row_is_by_units_and_medians() -> None:
+def test_flight_row_is_by_units_and_medians() -> None:
     def cell(last: float) -> dict[str, Any]:
         known = {"requests": 40, "cpu": 0.2, "kb": 500, "virtual": 900, "peak": 2048, "errors": [], "failed": 0}
         return known | {"times": [1.0, last], "most": 10, "there": 10}
@@ -103,13 +103,13 @@ def test_bench_flight_row_is_by_units_and_medians() -> None:
 
 
 @pytest.mark.parametrize(("where", "workers"), [("nowhere", 1), ("loop", 1), ("thread", 2)])
-def test_bench_parsing_beside_a_loop(where: str, workers: int) -> None:
+def test_parsing_beside_a_loop(where: str, workers: int) -> None:
     found = bench_models.parsing(where, workers, 0.05)
     assert (found["pages/s"] > 0) == (found["MB/s"] > 0) == (where != "nowhere")
     assert found["lags"] and min(found["lags"]) >= 0
 
 
-def test_bench_a_call_that_blocks_the_loop_makes_all_wait() -> None:
+def test_a_call_that_blocks_the_loop_makes_all_wait() -> None:
     with bench_models.late_server() as port:
         latencies = bench_models.blocking("tasks", "loop", bench_models.BEFORE + 1.0, port)
         threads = bench_models.blocking("threads", "thread", bench_models.BEFORE + 0.2, port)
@@ -119,12 +119,12 @@ def test_bench_a_call_that_blocks_the_loop_makes_all_wait() -> None:
 
 
 @pytest.mark.parametrize("kind", ["threads", "tasks"])
-def test_bench_idle_units_are_counted(kind: str) -> None:
+def test_idle_units_are_counted(kind: str) -> None:
     found = bench_models.idle(kind, 20)
     assert found["units"] == 20 and found["error"] is None and found["us"] > 0
 
 
-def test_bench_usual_table_takes_what_was_measured() -> None:
+def test_usual_table_takes_what_was_measured() -> None:
     rows: list[dict[str, Any]] = [
         {
             "": name,
@@ -146,7 +146,7 @@ def test_bench_usual_table_takes_what_was_measured() -> None:
     assert told["allowed here, at most"]["task"] == "20,000 connections (RLIMIT_NOFILE)"
 
 
-def test_bench_models_limits_and_rounds() -> None:
+def test_models_limits_and_rounds() -> None:
     assert all(limit > 0 for limit in bench_models.thread_limits().values())
     assert [bench_models.rounds_of(units) for units in (1, 1000, 5000, 10_000, 1_000_000)] == [6, 6, 4, 2, 2]
     before, after = bench_models.allow_files()
@@ -156,6 +156,6 @@ def test_bench_models_limits_and_rounds() -> None:
         bench_models.percentile([], 0.5)
 
 
-def test_bench_models_unknown_contestants_are_refused() -> None:
+def test_models_unknown_contestants_are_refused() -> None:
     with pytest.raises(SystemExit, match="'nobody' is none of bare threads"):
         bench.main(["models", "--peers", "nobody"])

@@ -32,11 +32,11 @@ from tests.helpers.base import texts
         (1_000_000, [1000, 10_000, 100_000, 1_000_000]),
     ],
 )
-def test_bench_scale_sizes(largest: int, expected: list[int]) -> None:
+def test_scale_sizes(largest: int, expected: list[int]) -> None:
     assert bench_scale.sizes(largest) == expected
 
 
-def test_bench_scale_rows_are_above_what_starting_costs() -> None:
+def test_scale_rows_are_above_what_starting_costs() -> None:
     megabyte = 1 << 20
     runs = {1000: [bench.Run(3.0, 2.5, 41.0), bench.Run(1.0, 0.5, 41.0)], 10_000: [bench.Run(10.5, 5.5, 50.0)]}
     alone = bench_scale.least([bench.Run(0.5, 0.9, 41.0), bench.Run(0.7, 0.5, 40.0)])
@@ -51,7 +51,7 @@ def test_bench_scale_rows_are_above_what_starting_costs() -> None:
 @pytest.mark.skipif(
     not shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin"), reason="nginx is not installed"
 )
-def test_bench_scale_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_scale_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["--scale", "50", "--hosts", "3", "--repeat", "1", "--out", str(tmp_path)]
     assert bench.main(["crawl", *words]) == 0
     whole = json.loads((tmp_path / "crawl-scale.json").read_text())
@@ -59,7 +59,7 @@ def test_bench_scale_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert "\ncrawl_threads.py" in capfd.readouterr().out
 
 
-def test_bench_scale_may_stand_without_a_number() -> None:
+def test_scale_may_stand_without_a_number() -> None:
     parse = bench.make_parser().parse_args
     assert [parse(["crawl", *words.split()]).scale for words in ("", "--scale", "--scale 7")] == [None, 100_000, 7]
 
@@ -131,7 +131,7 @@ draws = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reaso
         ("market-soak", ["ms", "MB", "p99", "at 10 s"]),
     ],
 )
-def test_bench_plots_are_svg_with_units(name: str, units: list[str], tmp_path: Path) -> None:
+def test_plots_are_svg_with_units(name: str, units: list[str], tmp_path: Path) -> None:
     figures = {"name": name, "results": bench_rows(name)}
     files = bench_plot.draw(figures, tmp_path)
     assert [file.name for file in files] == [f"{name}-light.svg", f"{name}-dark.svg"]
@@ -144,18 +144,18 @@ def test_bench_plots_are_svg_with_units(name: str, units: list[str], tmp_path: P
 
 
 @draws
-def test_bench_plots_of_the_same_figures_are_the_same() -> None:
+def test_plots_of_the_same_figures_are_the_same() -> None:
     panels = bench_plot.panels_of("crawl-scale", bench_rows("crawl-scale"))
     first, second = (bench_plot.render("crawl-scale", "a title", panels, bench_plot.THEMES["dark"]) for _ in "ab")
     assert first == second
 
 
-def test_bench_plot_of_every_subcommand() -> None:
+def test_plot_of_every_subcommand() -> None:
     assert bench.COMMANDS.keys() - {"plot"} <= bench_plot.PLOTS.keys()
 
 
 @draws
-def test_bench_plot_names_of_lines_do_not_overlap() -> None:
+def test_plot_names_of_lines_do_not_overlap() -> None:
     lines = [bench_plot.Line(f"line {n}", [(1.0, 5.0), (10.0, 7.0 + n / 100)]) for n in range(6)]
     lines.append(bench_plot.Line("early", [(1.0, 5.0), (1.5, 100.0)]))
     panel = bench_plot.Lines("a title", "x, m", "y, s", lines)
@@ -170,7 +170,7 @@ def test_bench_plot_names_of_lines_do_not_overlap() -> None:
 
 
 @draws
-def test_bench_plot_names_of_lines_that_end_early_do_not_overlap() -> None:
+def test_plot_names_of_lines_that_end_early_do_not_overlap() -> None:
     ends = [("line a", 1.5, 0.0), ("line b", 1.6, 0.1), ("line c", 10.0, 0.0)]
     lines = [bench_plot.Line(name, [(1.0, 9.0), (x, y)]) for name, x, y in ends]
     panel = bench_plot.Lines("a title", "x, m", "y, s", lines, log_y=False)
@@ -183,7 +183,7 @@ def test_bench_plot_names_of_lines_that_end_early_do_not_overlap() -> None:
     assert len(heights) == 3 and all(b - a > 8 for a, b in itertools.pairwise(heights))
 
 
-def test_bench_plot_of_a_ladder_takes_the_better_try() -> None:
+def test_plot_of_a_ladder_takes_the_better_try() -> None:
     tries = [(10, 0, 0.1), (20, 5, 0.9), (20, 0, 0.4), (40, 9, 0.8)]
     rows = [{"": "ingest_logs", "wanted/s": rate, "sent": 10, "lost": lost, "p99 s": p99} for rate, lost, p99 in tries]
     lost, late = (panel for panel in bench_plot.panels_of("ingest", rows) if isinstance(panel, bench_plot.Lines))
@@ -191,7 +191,7 @@ def test_bench_plot_of_a_ladder_takes_the_better_try() -> None:
     assert [line.points for line in late.lines] == [[(10.0, 0.1), (20.0, 0.4), (40.0, 0.8)]]
 
 
-def test_bench_plot_of_nothing() -> None:
+def test_plot_of_nothing() -> None:
     assert bench_plot.draw({"name": "parse", "results": []}, Path("nowhere")) == []
     assert bench_plot.panels_of("anything", [{"": "a", "what": "text", "none": None}]) == []
     for figures in ({}, {"name": "parse"}, {"name": 1, "results": []}):
@@ -209,7 +209,7 @@ def test_bench_plot_of_nothing() -> None:
         (37_681, "37,681", "37681"),
     ],
 )
-def test_bench_plot_figures(value: float, text: str, ratio: str) -> None:
+def test_plot_figures(value: float, text: str, ratio: str) -> None:
     assert bench_plot.figure_text(value) == text
     assert bench_plot.ratio_text(value) == ratio + "\N{MULTIPLICATION SIGN}"
 
@@ -218,7 +218,7 @@ PARSE = ["parse", "--pages", "2", "--size", "3000", "--repeat", "2"]
 
 
 @draws
-def test_bench_a_run_leaves_figures_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_figures_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new" / "folder"
     assert bench.main([*PARSE, "--out", str(folder)]) == 0
     names = ["parse-dark.svg", "parse-light.svg", "parse.json"]
@@ -238,7 +238,7 @@ def test_bench_a_run_leaves_figures_and_plots(tmp_path: Path, capsys: pytest.Cap
 
 
 @draws
-def test_bench_plot_tells_what_is_not_there(tmp_path: Path) -> None:
+def test_plot_tells_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"plot: .*nothing\.json: "):
         bench.main(["plot", "nothing", "--out", str(tmp_path)])
     (tmp_path / "torn.json").write_text('{"name": ')
@@ -246,7 +246,7 @@ def test_bench_plot_tells_what_is_not_there(tmp_path: Path) -> None:
         bench.main(["plot", "--out", str(tmp_path)])
 
 
-def test_bench_without_matplotlib_has_its_figures(
+def test_without_matplotlib_has_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = importlib.util.find_spec
@@ -256,7 +256,7 @@ def test_bench_without_matplotlib_has_its_figures(
     assert "matplotlib: not installed: pip install -r requirements-bench.txt" in capsys.readouterr().out
 
 
-def test_bench_leaves_nothing_if_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaves_nothing_if_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LATEST", tmp_path / "latest")
     assert bench.main([*PARSE, "--no-files"]) == 0
     assert bench.main([*PARSE, "--json", str(tmp_path / "figures.json")]) == 0
@@ -273,13 +273,13 @@ def test_bench_leaves_nothing_if_not_asked(tmp_path: Path, monkeypatch: pytest.M
         ("simulate --seeds 2", "simulate-seeds"),
     ],
 )
-def test_bench_variants_have_files_of_their_own(words: str, name: str, tmp_path: Path) -> None:
+def test_variants_have_files_of_their_own(words: str, name: str, tmp_path: Path) -> None:
     args = bench.make_parser().parse_args([*words.split(), "--out", str(tmp_path)])
     bench.keep(args, words.split(), {"results": []})
     assert [file.name for file in tmp_path.iterdir()] == [f"{name}.json"]
 
 
-def test_bench_commit_is_of_the_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_commit_is_of_the_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert bench.describe_commit() or not (bench.HERE / ".git").exists()
     monkeypatch.setattr(bench, "HERE", tmp_path)
     assert bench.describe_commit() is None

@@ -20,57 +20,57 @@ from hypothesis.stateful import (
 )
 
 import primitives as pr
-from tests.helpers.base import PRIM_HUNT, PRIM_SETTINGS, PrimWorld, prim_run
-from tests.helpers.mechanisms import FlightDesk, FlightError, FlightLoad, PrimShell
+from tests.helpers.base import HUNT, SETTINGS, World, run_task
+from tests.helpers.mechanisms import FlightDesk, FlightError, FlightLoad, Shell
 
-CacheLoad = Callable[[pr.TTLCache[Any, Any], Any, Callable[[], Any]], Any]
-
-
-CACHE_TICK = 2.0**-20  # exact at these times
+Load = Callable[[pr.TTLCache[Any, Any], Any, Callable[[], Any]], Any]
 
 
-CACHE_BOTH = {"ttl": 10.0, "stale": 5.0, "stale_if_error": 20.0}
+TICK = 2.0**-20  # exact at these times
 
 
-CACHE_WINDOWS: dict[str, tuple[dict[str, float], dict[str, Any], list[tuple[float, str | None]]]] = {
+BOTH = {"ttl": 10.0, "stale": 5.0, "stale_if_error": 20.0}
+
+
+WINDOWS: dict[str, tuple[dict[str, float], dict[str, Any], list[tuple[float, str | None]]]] = {
     # what the cache is made with, how the value is put at 0, then (time, state)
-    "plain": ({"ttl": 10.0}, {}, [(0.0, "fresh"), (10 - CACHE_TICK, "fresh"), (10.0, None)]),
+    "plain": ({"ttl": 10.0}, {}, [(0.0, "fresh"), (10 - TICK, "fresh"), (10.0, None)]),
     "stale": (
         {"ttl": 10.0, "stale": 5.0},
         {},
-        [(10 - CACHE_TICK, "fresh"), (10.0, "stale"), (15 - CACHE_TICK, "stale"), (15.0, None)],
+        [(10 - TICK, "fresh"), (10.0, "stale"), (15 - TICK, "stale"), (15.0, None)],
     ),
     "expired": (
         {"ttl": 10.0, "stale_if_error": 5.0},
         {},
-        [(10 - CACHE_TICK, "fresh"), (10.0, "expired"), (15 - CACHE_TICK, "expired"), (15.0, None)],
+        [(10 - TICK, "fresh"), (10.0, "expired"), (15 - TICK, "expired"), (15.0, None)],
     ),
     "both begin at ttl": (
-        CACHE_BOTH,
+        BOTH,
         {},
-        [(10.0, "stale"), (15 - CACHE_TICK, "stale"), (15.0, "expired"), (30 - CACHE_TICK, "expired"), (30.0, None)],
+        [(10.0, "stale"), (15 - TICK, "stale"), (15.0, "expired"), (30 - TICK, "expired"), (30.0, None)],
     ),
     "an error window within the other": (
         {"ttl": 10.0, "stale": 5.0, "stale_if_error": 3.0},
         {},
-        [(13.0, "stale"), (15 - CACHE_TICK, "stale"), (15.0, None)],
+        [(13.0, "stale"), (15 - TICK, "stale"), (15.0, None)],
     ),
     "ttl of its own": (
-        CACHE_BOTH,
+        BOTH,
         {"ttl": 1.0},
-        [(1 - CACHE_TICK, "fresh"), (1.0, "stale"), (6.0, "expired"), (21 - CACHE_TICK, "expired"), (21.0, None)],
+        [(1 - TICK, "fresh"), (1.0, "stale"), (6.0, "expired"), (21 - TICK, "expired"), (21.0, None)],
     ),
-    "negative": (CACHE_BOTH | {"negative_ttl": 3.0}, {"negative": True}, [(3 - CACHE_TICK, "fresh"), (3.0, None)]),
-    "negative, 5 s": (CACHE_BOTH, {"negative": True}, [(5 - CACHE_TICK, "fresh"), (5.0, None)]),
-    "negative, its own": (CACHE_BOTH, {"negative": True, "ttl": 7.0}, [(7 - CACHE_TICK, "fresh"), (7.0, None)]),
+    "negative": (BOTH | {"negative_ttl": 3.0}, {"negative": True}, [(3 - TICK, "fresh"), (3.0, None)]),
+    "negative, 5 s": (BOTH, {"negative": True}, [(5 - TICK, "fresh"), (5.0, None)]),
+    "negative, its own": (BOTH, {"negative": True, "ttl": 7.0}, [(7 - TICK, "fresh"), (7.0, None)]),
     "for ever": ({"ttl": math.inf}, {}, [(1e12, "fresh")]),
 }
 
 
-@pytest.mark.parametrize("row", CACHE_WINDOWS)
-def test_cache_windows_to_the_tick(row: str) -> None:
-    options, how, states = CACHE_WINDOWS[row]
-    world = PrimWorld(0.0)
+@pytest.mark.parametrize("row", WINDOWS)
+def test_windows_to_the_tick(row: str) -> None:
+    options, how, states = WINDOWS[row]
+    world = World(0.0)
     cache: pr.TTLCache[str, str] = pr.TTLCache(**options, clock=world.clock)  # type: ignore[arg-type]
     assert cache.put("key", "value", **how) is True
     for world.now, state in states:
@@ -80,7 +80,7 @@ def test_cache_windows_to_the_tick(row: str) -> None:
     assert len(cache) == (states[-1][1] is not None)
 
 
-CACHE_EVENTS: dict[str, tuple[int, float, list[tuple[str, Any]]]] = {
+EVENTS: dict[str, tuple[int, float, list[tuple[str, Any]]]] = {
     # maxsize, maxweight, then (event, expected); "keys" tells what is left, the least recently used first
     "least recently used goes": (2, math.inf, [("put a", True), ("put b", True), ("put c", True), ("keys", "bc")]),
     "get refreshes": (2, math.inf, [("put a", True), ("put b", True), ("get a", "a"), ("put c", True), ("keys", "ac")]),
@@ -102,9 +102,9 @@ CACHE_EVENTS: dict[str, tuple[int, float, list[tuple[str, Any]]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("row", CACHE_EVENTS)
-def test_cache_keeps_what_was_used_last_within_its_bounds(row: str) -> None:
-    maxsize, maxweight, events = CACHE_EVENTS[row]
+@pytest.mark.parametrize("row", EVENTS)
+def test_keeps_what_was_used_last_within_its_bounds(row: str) -> None:
+    maxsize, maxweight, events = EVENTS[row]
     cache: pr.TTLCache[str, str] = pr.TTLCache(maxsize, maxweight=maxweight, clock=lambda: 0.0)
     for event, expected in events:
         verb, key, weight = event.split() + ["", "1"][event.count(" ") :]
@@ -120,7 +120,7 @@ def test_cache_keeps_what_was_used_last_within_its_bounds(row: str) -> None:
 
 @pytest.mark.parametrize("number", [0.0, 0.25, 0.5, 0.9, 1 - 2.0**-53])
 @pytest.mark.parametrize(("beta", "cost"), [(1.0, 2.0), (2.0, 0.5), (0.0, 2.0), (1.0, 0.0)])
-def test_cache_xfetch_asks_early_by_chance(number: float, beta: float, cost: float) -> None:
+def test_xfetch_asks_early_by_chance(number: float, beta: float, cost: float) -> None:
     """Vattani et al., definition 1: at time - cost * beta * log(random) >= expiry, and not a moment sooner."""
     cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=100.0, beta=beta, clock=lambda: 0.0, rng=lambda: number)
     cache.put("key", 1, cost=cost)
@@ -130,12 +130,12 @@ def test_cache_xfetch_asks_early_by_chance(number: float, beta: float, cost: flo
     assert cache.lookup("key", 100.0) is None
 
 
-def test_cache_defer_asks_for_no_refresh_meanwhile() -> None:
+def test_defer_asks_for_no_refresh_meanwhile() -> None:
     cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale=20.0, clock=lambda: 12.0)
     cache.put("key", 1, now=0.0)
     cache.defer("key", 5.0)
     cache.defer("other", 5.0)
-    hits = [cache.lookup("key", now) for now in (12.0, 17 - CACHE_TICK, 17.0)]
+    hits = [cache.lookup("key", now) for now in (12.0, 17 - TICK, 17.0)]
     assert [(hit.state, hit.needs_refresh) for hit in hits if hit] == [
         ("stale", False),
         ("stale", False),
@@ -145,14 +145,14 @@ def test_cache_defer_asks_for_no_refresh_meanwhile() -> None:
     assert cache.lookup("key", 30.0) is None, "deferred is not kept for longer"
 
 
-def test_cache_defer_brings_no_refresh_forward() -> None:
+def test_defer_brings_no_refresh_forward() -> None:
     cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=100.0, clock=lambda: 0.0)
     cache.put("key", 1)
     cache.defer("key", 5.0)
     assert cache.lookup("key", 5.0) == pr.Hit(1, 5.0, "fresh", False)
 
 
-def test_cache_defer_holds_back_an_early_refresh_too() -> None:
+def test_defer_holds_back_an_early_refresh_too() -> None:
     cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=100.0, beta=1.0, clock=lambda: 90.0, rng=lambda: 1 - math.exp(-20))
     cache.put("key", 1, cost=1.0, now=0.0)
     assert cache.lookup("key") == pr.Hit(1, 90.0, "fresh", True)
@@ -164,7 +164,7 @@ def test_cache_defer_holds_back_an_early_refresh_too() -> None:
     ]
 
 
-def test_cache_what_was_loaded_before_invalidate_is_not_kept() -> None:
+def test_what_was_loaded_before_invalidate_is_not_kept() -> None:
     cache: pr.TTLCache[int, str] = pr.TTLCache(clock=lambda: 0.0)
     begun = cache.generation(1), cache.generation(2), cache.generation(65)
     cache.put(1, "old")
@@ -175,7 +175,7 @@ def test_cache_what_was_loaded_before_invalidate_is_not_kept() -> None:
     assert (cache.get(1), cache.get(2), cache.get(65)) == ("new", "other", None)
 
 
-class CacheBomb:
+class Bomb:
     """Its destructor uses the cache, unless that would wait for ever. Equal to its like, as keys are."""
 
     def __init__(self, cache: pr.TTLCache[Any, Any], log: list[bool]) -> None:
@@ -188,16 +188,16 @@ class CacheBomb:
         return 1
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, CacheBomb)
+        return isinstance(other, Bomb)
 
 
 @pytest.mark.parametrize("place", ["value", "key"])
 @pytest.mark.parametrize("way", ["replaced", "evicted", "invalidated", "gone"])
-def test_cache_destructors_may_use_the_cache(way: str, place: str) -> None:
-    world, log = PrimWorld(), list[bool]()
+def test_destructors_may_use_the_cache(way: str, place: str) -> None:
+    world, log = World(), list[bool]()
     cache: pr.TTLCache[Any, Any] = pr.TTLCache(2, 10.0, clock=world.clock)
-    cache.put(*((CacheBomb(cache, log), 0) if place == "key" else (1, CacheBomb(cache, log))))
-    key = CacheBomb(cache, []) if place == "key" else 1
+    cache.put(*((Bomb(cache, log), 0) if place == "key" else (1, Bomb(cache, log))))
+    key = Bomb(cache, []) if place == "key" else 1
     assert log == []
     if way == "gone":
         world.now += 10.0
@@ -218,13 +218,13 @@ def test_cache_destructors_may_use_the_cache(way: str, place: str) -> None:
     + [{name: bad} for name in ("stale", "stale_if_error", "beta") for bad in (-1.0, math.nan)],
     ids=str,
 )
-def test_cache_refuses_nonsense(options: dict[str, Any]) -> None:
+def test_refuses_nonsense(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         pr.TTLCache(**options)
 
 
 @pytest.mark.parametrize("how", [{"ttl": 0.0}, {"ttl": math.nan}, {"weight": -1.0}, {"weight": math.nan}], ids=str)
-def test_cache_put_refuses_nonsense(how: dict[str, Any]) -> None:
+def test_put_refuses_nonsense(how: dict[str, Any]) -> None:
     cache: pr.TTLCache[int, int] = pr.TTLCache()
     cache.put(1, 1)
     with pytest.raises(ValueError, match="ttl must be above 0 s, weight not below 0"):
@@ -232,7 +232,7 @@ def test_cache_put_refuses_nonsense(how: dict[str, Any]) -> None:
     assert cache.get(1) == 1
 
 
-def test_cache_and_flight_tell_of_themselves() -> None:
+def test_and_flight_tell_of_themselves() -> None:
     cache: pr.TTLCache[str, int] = pr.TTLCache(1)  # the clock is the system's
     cache.put("a", 1, weight=2.5)
     before = cache.stats()
@@ -248,14 +248,14 @@ def test_cache_and_flight_tell_of_themselves() -> None:
 
 # ---------------------------------------------------------------------------------------------- cache: against a model
 
-CACHE_KEYS, CACHE_NUMBERS = st.integers(0, 2), st.sampled_from([0.9, 0.5, 0.0])
+KEYS, NUMBERS = st.integers(0, 2), st.sampled_from([0.9, 0.5, 0.0])
 
 
-CACHE_QUARTERS = st.sampled_from([0, 0, 1, 4, 8])
+QUARTERS = st.sampled_from([0, 0, 1, 4, 8])
 
 
-CACHE_PUT: dict[str, Any] = {
-    "key": CACHE_KEYS,
+PUT: dict[str, Any] = {
+    "key": KEYS,
     "ttl": st.sampled_from([None, None, 1.0]),
     "weight": st.sampled_from([1.0, 1.0, 5.0, 2.0]),
     "cost": st.sampled_from([1.0, 0.0]),
@@ -264,7 +264,7 @@ CACHE_PUT: dict[str, Any] = {
 }
 
 
-class CacheFact(NamedTuple):
+class Fact(NamedTuple):
     """One ``put``, as it was said."""
 
     key: int
@@ -277,7 +277,7 @@ class CacheFact(NamedTuple):
     cost: float
 
 
-class CacheMachine(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
     """A cache and a list of facts, the least recently used first, from which each answer is worked out anew."""
 
     cache_type: ClassVar[type[pr.TTLCache[int, int]]] = pr.TTLCache
@@ -301,20 +301,20 @@ class CacheMachine(RuleBasedStateMachine):
             clock=lambda: self.now,
             rng=lambda: self.number,
         )
-        self.facts: list[CacheFact] = []
+        self.facts: list[Fact] = []
         self.deferred: dict[int, float] = {}  # value: until
         self.invalidated, self.begun = list[int](), list[tuple[int, int, int]]()
         self.hits = self.misses = 0
 
-    def find(self, key: int) -> CacheFact | None:
+    def find(self, key: int) -> Fact | None:
         return next((fact for fact in self.facts if fact.key == key), None)
 
-    def use(self, fact: CacheFact) -> None:
+    def use(self, fact: Fact) -> None:
         self.hits += 1
         self.facts.remove(fact)
         self.facts.append(fact)
 
-    @rule(**CACHE_PUT)
+    @rule(**PUT)
     def put(
         self, key: int, ttl: float | None, weight: float, cost: float, negative: bool, age: float, **begun: int
     ) -> None:
@@ -324,11 +324,11 @@ class CacheMachine(RuleBasedStateMachine):
         assert kept is (weight <= self.cache.maxweight)
         ttl = ttl if ttl is not None else 2.0 if negative else 4.0
         self.facts = [other for other in self.facts if other.key != key]
-        self.facts += [CacheFact(key, value, self.now - age, ttl, *windows, weight, cost)] * kept
+        self.facts += [Fact(key, value, self.now - age, ttl, *windows, weight, cost)] * kept
         while len(self.facts) > self.cache.maxsize or sum(fact.weight for fact in self.facts) > self.cache.maxweight:
             del self.facts[0]
 
-    @rule(key=CACHE_KEYS)
+    @rule(key=KEYS)
     def begin(self, key: int) -> None:
         self.begun.append((key, self.cache.generation(key), self.invalidated.count(key)))
 
@@ -342,7 +342,7 @@ class CacheMachine(RuleBasedStateMachine):
             how: dict[str, Any] = {"ttl": None, "weight": 1.0, "cost": 0.0, "negative": False}
             assert self.cache.put(key, -1, **how, generation=generation) is False
 
-    @rule(key=CACHE_KEYS, quarters=CACHE_QUARTERS)
+    @rule(key=KEYS, quarters=QUARTERS)
     def get(self, key: int, quarters: int) -> None:
         self.now += quarters / 4
         fact = self.find(key)
@@ -353,7 +353,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.get(key) is None
             self.misses += 1
 
-    @rule(key=CACHE_KEYS, quarters=CACHE_QUARTERS, number=CACHE_NUMBERS)
+    @rule(key=KEYS, quarters=QUARTERS, number=NUMBERS)
     def lookup(self, key: int, quarters: int, number: float) -> None:
         self.now, self.number = self.now + quarters / 4, number
         fact, hit = self.find(key), self.cache.lookup(key)
@@ -369,13 +369,13 @@ class CacheMachine(RuleBasedStateMachine):
         refresh = over + early >= 0 and self.now >= self.deferred.get(fact.value, 0.0)
         assert hit == (fact.value, self.now - fact.at, state, refresh)
 
-    @rule(key=CACHE_KEYS)
+    @rule(key=KEYS)
     def invalidate(self, key: int) -> None:
         assert self.cache.invalidate(key) is (self.find(key) is not None)
         self.facts = [other for other in self.facts if other.key != key]
         self.invalidated.append(key)
 
-    @rule(**CACHE_PUT, seconds=st.sampled_from([0.0, 1.0, 3.0]), quarters=CACHE_QUARTERS, number=CACHE_NUMBERS)
+    @rule(**PUT, seconds=st.sampled_from([0.0, 1.0, 3.0]), quarters=QUARTERS, number=NUMBERS)
     def put_and_defer(self, seconds: float, quarters: int, number: float, **how: Any) -> None:
         self.put(**how)
         self.lookup(how["key"], 0, number)
@@ -392,58 +392,58 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.stats()[:4] == (len(self.facts), weight, self.hits, self.misses)
 
 
-def cache_check_model(cache_type: type[pr.TTLCache[int, int]], effort: settings = PRIM_SETTINGS) -> None:
-    run_state_machine_as_test(type("Machine", (CacheMachine,), {"cache_type": cache_type}), settings=effort)
+def check_model(cache_type: type[pr.TTLCache[int, int]], effort: settings = SETTINGS) -> None:
+    run_state_machine_as_test(type("Machine", (Machine,), {"cache_type": cache_type}), settings=effort)
 
 
-def cache_tick_late(self: Any, key: int, value: int, **how: Any) -> bool:
-    kept = CACHE_PUTS(self, key, value, **how)
+def tick_late(self: Any, key: int, value: int, **how: Any) -> bool:
+    kept = PUTS(self, key, value, **how)
     for entry in self._entries.values():
         entry.fresh_until = math.nextafter(entry.put_at + (how["ttl"] or 4.0), math.inf)
     return kept
 
 
-def cache_fifo(self: Any, key: int, now: float | None = None) -> Any:
-    order, hit = [*self._entries], CACHE_LOOKUP(self, key, now)
+def fifo(self: Any, key: int, now: float | None = None) -> Any:
+    order, hit = [*self._entries], LOOKUP(self, key, now)
     for other in filter(self._entries.__contains__, order):
         self._entries.move_to_end(other)
     return hit
 
 
-CACHE_PUTS, CACHE_LOOKUP = pr.TTLCache.put, pr.TTLCache.lookup
+PUTS, LOOKUP = pr.TTLCache.put, pr.TTLCache.lookup
 
 
-CACHE_PLANTED: dict[str, dict[str, Any]] = {
-    "<= at ttl": {"put": cache_tick_late},
-    "a lookup refreshes nothing": {"lookup": cache_fifo},
+PLANTED: dict[str, dict[str, Any]] = {
+    "<= at ttl": {"put": tick_late},
+    "a lookup refreshes nothing": {"lookup": fifo},
     "the weight of what goes is not subtracted": {"_remove": lambda self, key: self._entries.pop(key, None)},
-    "stale served as fresh": {"lookup": lambda *a: (hit := CACHE_LOOKUP(*a)) and hit._replace(state="fresh")},
+    "stale served as fresh": {"lookup": lambda *a: (hit := LOOKUP(*a)) and hit._replace(state="fresh")},
     "invalidate leaves the generation": {"invalidate": lambda self, key: self._remove(key) is not None},
     "the refused leaves the old value": {
-        "put": lambda self, key, value, **how: how["weight"] <= self.maxweight and CACHE_PUTS(self, key, value, **how)
+        "put": lambda self, key, value, **how: how["weight"] <= self.maxweight and PUTS(self, key, value, **how)
     },
     "a negative entry has windows": {
-        "put": lambda *a, negative, ttl, **how: CACHE_PUTS(*a, ttl=2.0 if negative and ttl is None else ttl, **how)
+        "put": lambda *a, negative, ttl, **how: PUTS(*a, ttl=2.0 if negative and ttl is None else ttl, **how)
     },
     "defer does nothing": {"defer": lambda *_: None},
-    "XFetch forgets the cost": {"put": lambda *a, cost, **how: CACHE_PUTS(*a, **how)},
+    "XFetch forgets the cost": {"put": lambda *a, cost, **how: PUTS(*a, **how)},
 }
 
 
-def test_cache_does_as_its_model() -> None:
-    cache_check_model(pr.TTLCache)
+def test_does_as_its_model() -> None:
+    check_model(pr.TTLCache)
 
 
-@pytest.mark.parametrize("planted", CACHE_PLANTED)
-def test_cache_a_planted_bug_is_found(planted: str) -> None:
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_bug_is_found(planted: str) -> None:
     with pytest.raises(AssertionError):
-        cache_check_model(type("Planted", (pr.TTLCache,), CACHE_PLANTED[planted]), PRIM_HUNT)
+        check_model(type("Planted", (pr.TTLCache,), PLANTED[planted]), HUNT)
 
 
 # ------------------------------------------------------------------------------------------- cache: loading through it
 
 
-def test_cache_one_loads_while_the_others_go_on_with_what_is_stale(prim_shell: PrimShell) -> None:
+def test_one_loads_while_the_others_go_on_with_what_is_stale(prim_shell: Shell) -> None:
     desk, loads = FlightDesk(prim_shell, "cache"), [FlightLoad(), FlightLoad()]
     desk.cache.put("key", "old")
     desk.world.now = 10.0
@@ -454,7 +454,7 @@ def test_cache_one_loads_while_the_others_go_on_with_what_is_stale(prim_shell: P
     assert [first.result(), desk.ask(loads[1]).result()] == ["new", "new"] and loads[1].gates == []
 
 
-def test_cache_what_is_expired_waits_for_the_load(prim_shell: PrimShell) -> None:
+def test_what_is_expired_waits_for_the_load(prim_shell: Shell) -> None:
     desk, load = FlightDesk(prim_shell, "cache"), FlightLoad()
     desk.cache.stale, desk.cache.stale_if_error = 0.0, 5.0
     desk.cache.put("key", "old")
@@ -466,19 +466,19 @@ def test_cache_what_is_expired_waits_for_the_load(prim_shell: PrimShell) -> None
 
 
 @pytest.fixture(params=["threads", "tasks"])
-def cache_load(request: pytest.FixtureRequest) -> CacheLoad:
+def cache_load(request: pytest.FixtureRequest) -> Load:
     """``get_or_load``, or its twin."""
 
     def load_async(cache: pr.TTLCache[Any, Any], key: Any, load: Callable[[], Any]) -> Any:
         async def aload() -> Any:
             return load()
 
-        return prim_run(cache.get_or_load_async(key, aload))
+        return run_task(cache.get_or_load_async(key, aload))
 
     return pr.TTLCache.get_or_load if request.param == "threads" else load_async
 
 
-CACHE_LOADS: dict[str, tuple[dict[str, float], list[tuple[float, Any, Any, int]]]] = {
+LOADS: dict[str, tuple[dict[str, float], list[tuple[float, Any, Any, int]]]] = {
     # options, then (time, what the load does, the answer, how often was loaded until then)
     "a hit loads nothing": ({}, [(0, 1, 1, 1), (9, 2, 1, 1), (10, 3, 3, 2)]),
     "a failure without a value": ({}, [(0, None, None, 1), (0, 1, 1, 2), (10, None, None, 3)]),
@@ -495,10 +495,10 @@ CACHE_LOADS: dict[str, tuple[dict[str, float], list[tuple[float, Any, Any, int]]
 }
 
 
-@pytest.mark.parametrize("row", CACHE_LOADS)
-def test_cache_loads_when_it_must(cache_load: CacheLoad, row: str) -> None:
-    options, events = CACHE_LOADS[row]
-    world, loads, does = PrimWorld(0.0), list[float](), [None]
+@pytest.mark.parametrize("row", LOADS)
+def test_loads_when_it_must(cache_load: Load, row: str) -> None:
+    options, events = LOADS[row]
+    world, loads, does = World(0.0), list[float](), [None]
     cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, **options, clock=world.clock, rng=lambda: 0.9)  # type: ignore
 
     def load() -> int:
@@ -518,7 +518,7 @@ def test_cache_loads_when_it_must(cache_load: CacheLoad, row: str) -> None:
         assert len(loads) == loaded
 
 
-class CacheGap(pr.SingleFlight):
+class Gap(pr.SingleFlight):
     """Lets something happen between a caller's lookup and its load."""
 
     def __init__(self, meanwhile: Callable[[], Any]) -> None:
@@ -536,28 +536,28 @@ def flight_failing() -> Any:
 
 
 @pytest.mark.parametrize(("beta", "now"), [(0.0, 0.0), (0.0, 10.0), (0.0, 12.0), (1.0, 9.0)])
-def test_cache_nobody_loads_again_in_the_gap(cache_load: CacheLoad, beta: float, now: float) -> None:
-    world = PrimWorld(0.0)
+def test_nobody_loads_again_in_the_gap(cache_load: Load, beta: float, now: float) -> None:
+    world = World(0.0)
     options: dict[str, Any] = {"stale": 1.0, "stale_if_error": 5.0, "beta": beta, "rng": lambda: 0.9}
     cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, **options, clock=world.clock)
     if now:
         cache.put("key", 1, cost=1.0)
     world.now = now
-    cache._flights = CacheGap(lambda: cache.get_or_load("key", lambda: 2))
+    cache._flights = Gap(lambda: cache.get_or_load("key", lambda: 2))
     assert cache_load(cache, "key", flight_failing) == 2
 
 
-def test_cache_nobody_tries_again_what_failed_in_the_gap(cache_load: CacheLoad) -> None:
-    world, loads = PrimWorld(0.0), []
+def test_nobody_tries_again_what_failed_in_the_gap(cache_load: Load) -> None:
+    world, loads = World(0.0), []
     cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale=5.0, clock=world.clock)
     cache.put("key", 1)
     world.now = 10.0
-    cache._flights = CacheGap(lambda: cache.get_or_load("key", flight_failing))
+    cache._flights = Gap(lambda: cache.get_or_load("key", flight_failing))
     assert cache_load(cache, "key", lambda: loads.append(1)) == 1 and loads == []
 
 
-def test_cache_serves_nothing_that_went_in_the_gap(cache_load: CacheLoad) -> None:
-    world = PrimWorld(0.0)
+def test_serves_nothing_that_went_in_the_gap(cache_load: Load) -> None:
+    world = World(0.0)
     cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale_if_error=1.0, clock=world.clock)
     cache.put("key", 1)
 
@@ -566,10 +566,10 @@ def test_cache_serves_nothing_that_went_in_the_gap(cache_load: CacheLoad) -> Non
         world.now = 11.0
 
     world.now = 10.5
-    cache._flights = CacheGap(fails_and_takes_long)
+    cache._flights = Gap(fails_and_takes_long)
     assert cache_load(cache, "key", lambda: 2) == 2
 
 
-def test_cache_a_load_that_began_before_invalidate_fills_nothing(cache_load: CacheLoad) -> None:
+def test_a_load_that_began_before_invalidate_fills_nothing(cache_load: Load) -> None:
     cache: pr.TTLCache[str, int] = pr.TTLCache(clock=lambda: 0.0)
     assert cache_load(cache, "key", lambda: [7, cache.invalidate("key")][0]) == 7 and len(cache) == 0

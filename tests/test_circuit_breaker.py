@@ -30,15 +30,15 @@ from hypothesis.stateful import (
 )
 
 import primitives as pr
-from tests.helpers.base import PRIM_HUNT, PRIM_PATIENCE, PRIM_SETTINGS, PrimWorld, prim_run, prim_ticks, prim_until
-from tests.helpers.mechanisms import prim_error_of, prim_error_of_task
+from tests.helpers.base import HANG_LIMIT, HUNT, SETTINGS, World, run_task, ticks, wait_until
+from tests.helpers.mechanisms import error_of, error_of_task
 
 # ----------------------------------------------------------------------------------------- circuit breaker: row by row
 #
 # A table is its options, and rows of "time event expected". The events ok, fail and ignore ask for a permit and settle
 # it at once; "ask a" keeps it for a later "ok a". Expected is the state afterwards, or the exact retry_after.
 
-BREAKER_ROWS = """
+ROWS = """
 five of six stay closed: failures=6
   0 fail closed | 0 fail closed | 0 fail closed | 0 fail closed | 0 fail closed | 0 ok closed | 0 fail open
 to the edge of the window: failures=3 window=10
@@ -96,10 +96,10 @@ slow with a ratio: failures=99 slow=2 ratio=.5 minimum=2
 """
 
 
-BREAKER_TABLES = re.findall(r"^(\w.*):(.*)\n((?:  .*\n)+)", BREAKER_ROWS, re.M)
+TABLES = re.findall(r"^(\w.*):(.*)\n((?:  .*\n)+)", ROWS, re.M)
 
 
-def breaker_new(world: PrimWorld, **options: Any) -> pr.CircuitBreaker:
+def breaker_new(world: World, **options: Any) -> pr.CircuitBreaker:
     return pr.CircuitBreaker("b", **{"failures": 1, "jitter": 0.0, "rng": lambda: 0.5, "clock": world.clock, **options})
 
 
@@ -107,10 +107,10 @@ def breaker_settle(permit: pr.Permit, verb: str) -> None:
     {"ok": permit.success, "fail": permit.failure, "ignore": permit.ignore}[verb]()
 
 
-@pytest.mark.parametrize(("name", "options", "rows"), BREAKER_TABLES, ids=[name for name, _, _ in BREAKER_TABLES])
-def test_breaker_row_by_row(name: str, options: str, rows: str) -> None:
+@pytest.mark.parametrize(("name", "options", "rows"), TABLES, ids=[name for name, _, _ in TABLES])
+def test_row_by_row(name: str, options: str, rows: str) -> None:
     numbers = (option.split("=") for option in options.split())
-    world, permits, refused = PrimWorld(), dict[str, pr.Permit](), 0
+    world, permits, refused = World(), dict[str, pr.Permit](), 0
     breaker = breaker_new(world, **{key: int(value) if value.isdigit() else float(value) for key, value in numbers})
     for number, row in enumerate(re.split(r"[|\n]", rows.strip())):
         time, verb, *key, expected = row.split()
@@ -129,8 +129,8 @@ def test_breaker_row_by_row(name: str, options: str, rows: str) -> None:
     assert breaker.stats().refused == refused
 
 
-def test_breaker_tells_of_itself() -> None:
-    breaker = breaker_new(PrimWorld(0.0), failures=2)
+def test_tells_of_itself() -> None:
+    breaker = breaker_new(World(0.0), failures=2)
     assert repr(breaker) == "<CircuitBreaker name=b state=closed failures=0 refused=0 opened=0 retry_after=0>"
     breaker.permit().failure()
     assert [breaker.stats(now).failures for now in (9.75, 10.0)] == [1, 0]
@@ -152,15 +152,15 @@ def test_breaker_tells_of_itself() -> None:
     ],
     ids=str,
 )
-def test_breaker_refuses_nonsense(options: dict[str, Any]) -> None:
+def test_refuses_nonsense(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r" must be | is a share "):
         pr.CircuitBreaker("b", **options)
 
 
-breaker_both_paths = pytest.mark.parametrize("path", [{}, {"slow": 1e9}], ids=["simple", "recorded"])
+both_paths = pytest.mark.parametrize("path", [{}, {"slow": 1e9}], ids=["simple", "recorded"])
 
 
-@breaker_both_paths
+@both_paths
 @pytest.mark.parametrize(
     ("on", "error", "counts"),
     [
@@ -171,22 +171,22 @@ breaker_both_paths = pytest.mark.parametrize("path", [{}, {"slow": 1e9}], ids=["
         (lambda error: True, KeyboardInterrupt(), 0),
     ],
 )
-def test_breaker_what_is_a_failure(on: pr.RetryOn, error: BaseException, counts: int, path: dict[str, float]) -> None:
-    breaker = breaker_new(PrimWorld(), failures=9, on=on, **path)
+def test_what_is_a_failure(on: pr.RetryOn, error: BaseException, counts: int, path: dict[str, float]) -> None:
+    breaker = breaker_new(World(), failures=9, on=on, **path)
 
     def fail() -> None:
         raise error
 
-    assert prim_error_of(lambda: breaker.call(fail)) is error
+    assert error_of(lambda: breaker.call(fail)) is error
     assert breaker.stats().failures == counts
 
 
 # --------------------------------------------------------------------------------------------- circuit breaker: shells
 
-BreakerBody = Callable[..., Any]
+Body = Callable[..., Any]
 
 
-def breaker_async(body: BreakerBody) -> BreakerBody:
+def breaker_async(body: Body) -> Body:
     async def slowly(*args: Any, **options: Any) -> Any:
         await asyncio.sleep(0)
         return body(*args, **options)
@@ -194,15 +194,15 @@ def breaker_async(body: BreakerBody) -> BreakerBody:
     return slowly
 
 
-class BreakerAwaited:
-    def __init__(self, body: BreakerBody) -> None:
+class Awaited:
+    def __init__(self, body: Body) -> None:
         self.body = body
 
     async def __call__(self, *args: Any, **options: Any) -> Any:
         return self.body(*args, **options)
 
 
-def breaker_with_permit(breaker: pr.CircuitBreaker, body: BreakerBody) -> BreakerBody:
+def with_permit(breaker: pr.CircuitBreaker, body: Body) -> Body:
     def call(*args: Any, **options: Any) -> Any:
         with breaker.permit():
             return body(*args, **options)
@@ -210,25 +210,25 @@ def breaker_with_permit(breaker: pr.CircuitBreaker, body: BreakerBody) -> Breake
     return call
 
 
-def breaker_run(function: BreakerBody) -> BreakerBody:
+def breaker_run(function: Body) -> Body:
     return lambda *args, **options: asyncio.run(function(*args, **options))
 
 
-BREAKER_SHELLS: dict[str, Callable[[pr.CircuitBreaker, BreakerBody], BreakerBody]] = {
+SHELLS: dict[str, Callable[[pr.CircuitBreaker, Body], Body]] = {
     "call": lambda breaker, body: functools.partial(breaker.call, body),
-    "permit": breaker_with_permit,
+    "permit": with_permit,
     "def": lambda breaker, body: breaker(body),
     "call_async": lambda breaker, body: breaker_run(functools.partial(breaker.call_async, breaker_async(body))),
     "async def": lambda breaker, body: breaker_run(breaker(breaker_async(body))),
     "partial": lambda breaker, body: breaker_run(breaker(functools.partial(breaker_async(body)))),
-    "object": lambda breaker, body: breaker_run(breaker(BreakerAwaited(body))),
+    "object": lambda breaker, body: breaker_run(breaker(Awaited(body))),
 }
 
 
-@breaker_both_paths
-@pytest.mark.parametrize("shell", BREAKER_SHELLS)
-def test_breaker_every_shell(shell: str, path: dict[str, float]) -> None:
-    world, values = PrimWorld(), list[Any]()
+@both_paths
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_shell(shell: str, path: dict[str, float]) -> None:
+    world, values = World(), list[Any]()
 
     def body(value: Any, *, times: int = 1) -> Any:
         values.append(value)
@@ -237,19 +237,19 @@ def test_breaker_every_shell(shell: str, path: dict[str, float]) -> None:
         return value * times
 
     breaker = breaker_new(world, failures=2, **path)
-    call, error = BREAKER_SHELLS[shell](breaker, body), OSError()
+    call, error = SHELLS[shell](breaker, body), OSError()
     assert call(21, times=2) == 42
-    assert [prim_error_of(lambda: call(error)) for _ in "12"] == [error, error]
-    assert isinstance(prim_error_of(lambda: call(1)), pr.CircuitOpen)
+    assert [error_of(lambda: call(error)) for _ in "12"] == [error, error]
+    assert isinstance(error_of(lambda: call(1)), pr.CircuitOpen)
     assert values == [21, error, error]
     world.now += 30
-    assert prim_error_of(lambda: call(error)) is error
+    assert error_of(lambda: call(error)) is error
     world.now += 60
     assert (call(3), breaker.stats()) == (3, ("b", "closed", 0, 1, 2, 0.0))
 
 
-def test_breaker_decorates_functions_and_methods() -> None:
-    breaker = breaker_new(PrimWorld())
+def test_decorates_functions_and_methods() -> None:
+    breaker = breaker_new(World())
 
     class Client:
         @breaker
@@ -268,63 +268,63 @@ def test_breaker_decorates_functions_and_methods() -> None:
     assert (client.get(2), asyncio.run(client.aget(3))) == ((client, 2), (client, 3))
 
 
-def test_breaker_leaves_every_argument_name_to_the_call() -> None:
+def test_leaves_every_argument_name_to_the_call() -> None:
     for shell in ("call", "def", "call_async", "async def"):
-        call = BREAKER_SHELLS[shell](breaker_new(PrimWorld()), dict)
+        call = SHELLS[shell](breaker_new(World()), dict)
         assert call(self=1, function=2) == {"self": 1, "function": 2}
 
 
-@breaker_both_paths
-def test_breaker_calls_overlap(path: dict[str, float]) -> None:
-    breaker, barrier = breaker_new(PrimWorld(), **path), threading.Barrier(5)
+@both_paths
+def test_calls_overlap(path: dict[str, float]) -> None:
+    breaker, barrier = breaker_new(World(), **path), threading.Barrier(5)
     with ThreadPoolExecutor(5) as pool:
-        assert sorted(pool.map(lambda _: breaker.call(barrier.wait, PRIM_PATIENCE), range(5))) == [0, 1, 2, 3, 4]
+        assert sorted(pool.map(lambda _: breaker.call(barrier.wait, HANG_LIMIT), range(5))) == [0, 1, 2, 3, 4]
 
     async def main() -> list[int]:
         barrier = asyncio.Barrier(5)
         return sorted(await asyncio.gather(*(breaker.call_async(barrier.wait) for _ in range(5))))
 
-    assert prim_run(main()) == [0, 1, 2, 3, 4]
+    assert run_task(main()) == [0, 1, 2, 3, 4]
 
 
-@breaker_both_paths
-def test_breaker_cancelled(path: dict[str, float]) -> None:
-    world = PrimWorld()
+@both_paths
+def test_cancelled(path: dict[str, float]) -> None:
+    world = World()
     breaker = breaker_new(world, **path)
 
     async def cancelled() -> None:
         task = asyncio.create_task(breaker.call_async(asyncio.Event().wait))
-        await prim_ticks()
+        await ticks()
         task.cancel()
-        assert isinstance(await prim_error_of_task(task), asyncio.CancelledError)
+        assert isinstance(await error_of_task(task), asyncio.CancelledError)
 
-    prim_run(cancelled())
+    run_task(cancelled())
     assert breaker.state == "closed"
     breaker.permit().failure()
     world.now += 30
-    prim_run(cancelled())
+    run_task(cancelled())
     assert (breaker.stats().state, breaker.call(int), breaker.stats().state) == ("half_open", 0, "closed")
 
 
-class BreakerNoLock:
+class NoLock:
     def __enter__(self) -> None:
         raise AssertionError("locked")
 
     def __exit__(self, *error: object) -> None: ...
 
 
-def test_breaker_a_success_on_the_simple_path_takes_no_lock() -> None:
+def test_a_success_on_the_simple_path_takes_no_lock() -> None:
     for options in ({}, {"slow": 1.0}, {"ratio": 0.5}):
         for shell in ("call", "async def"):
-            breaker = breaker_new(PrimWorld(), **options)
-            breaker._lock = BreakerNoLock()  # type: ignore[assignment]
-            assert str(prim_error_of(BREAKER_SHELLS[shell](breaker, int))) == ("locked" if options else "None")
+            breaker = breaker_new(World(), **options)
+            breaker._lock = NoLock()  # type: ignore[assignment]
+            assert str(error_of(SHELLS[shell](breaker, int))) == ("locked" if options else "None")
 
 
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("shell", ["call", "async def"])
-def test_breaker_a_failure_admitted_before_a_transition_is_dropped(shell: str, back: bool) -> None:
-    world = PrimWorld()
+def test_a_failure_admitted_before_a_transition_is_dropped(shell: str, back: bool) -> None:
+    world = World()
     breaker = breaker_new(world)
 
     def body() -> None:
@@ -334,16 +334,16 @@ def test_breaker_a_failure_admitted_before_a_transition_is_dropped(shell: str, b
             breaker.permit().success()
         raise OSError
 
-    assert isinstance(prim_error_of(BREAKER_SHELLS[shell](breaker, body)), OSError)
+    assert isinstance(error_of(SHELLS[shell](breaker, body)), OSError)
     assert breaker.stats() == ("b", "closed" if back else "open", 0, 0, 1, 0.0 if back else 30.0)
 
 
 @pytest.mark.parametrize("shell", ["call", "async def"])
-@PRIM_SETTINGS
+@SETTINGS
 @example(opened=0.3, reset=7.0, later=0.8)  # where rounding makes now + retry_after less than the end of the reset
 @given(opened=st.floats(0.0, 100.0), reset=st.floats(1.0, 300.0), later=st.floats(0.0, 0.9))
-def test_breaker_retry_waits_once_and_exactly(shell: str, opened: float, reset: float, later: float) -> None:
-    world, times = PrimWorld(opened), list[float]()
+def test_retry_waits_once_and_exactly(shell: str, opened: float, reset: float, later: float) -> None:
+    world, times = World(opened), list[float]()
     breaker, policy = breaker_new(world, reset=reset), pr.RetryPolicy(attempts=2, total=math.inf)
     breaker.permit().failure()
     world.now = asked = opened + later
@@ -357,20 +357,20 @@ def test_breaker_retry_waits_once_and_exactly(shell: str, opened: float, reset: 
     assert (world.naps, times, breaker.state) == ([retry_after], [asked + retry_after], "closed")
 
 
-def test_breaker_listeners(caplog: pytest.LogCaptureFixture) -> None:
-    world, told = PrimWorld(), list[Any]()
+def test_listeners(caplog: pytest.LogCaptureFixture) -> None:
+    world, told = World(), list[Any]()
     breaker = breaker_new(world)
 
     def faulty(*transition: object) -> None:
         raise RuntimeError("the listener's own")
 
     def nosy(name: str, before: str, after: str, generation: int) -> None:
-        refusal = prim_error_of(lambda: breaker.permit().ignore())
+        refusal = error_of(lambda: breaker.permit().ignore())
         told.append((name, before, after, generation, breaker.stats().state, getattr(refusal, "retry_after", None)))
 
     for listener in (faulty, nosy, lambda *transition: told.append(transition)):
         breaker.listen(listener)
-    assert isinstance(prim_error_of(lambda: breaker.call(int, "x")), ValueError)
+    assert isinstance(error_of(lambda: breaker.call(int, "x")), ValueError)
     world.now += 30
     assert asyncio.run(breaker(breaker_async(int))()) == 0
     turns = [("closed", "open", 1, 30.0), ("open", "half_open", 2, 30.0), ("half_open", "closed", 3, None)]
@@ -381,8 +381,8 @@ def test_breaker_listeners(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["by the listener", "in another thread"])
-def test_breaker_a_transition_while_another_is_told_waits_its_turn(elsewhere: bool) -> None:
-    world, told = PrimWorld(), list[int]()
+def test_a_transition_while_another_is_told_waits_its_turn(elsewhere: bool) -> None:
+    world, told = World(), list[int]()
     breaker = breaker_new(world)
 
     def meddle(name: str, before: str, after: str, generation: int) -> None:
@@ -404,7 +404,7 @@ def breaker_rng(number: int) -> float:
     return number % 4 / 4
 
 
-class BreakerModel:
+class Model:
     """The definition itself: nothing is ever forgotten, and every answer is computed from the whole past."""
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -467,7 +467,7 @@ class BreakerModel:
             self.turns.append(("open", now))
 
 
-class BreakerMachine(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
     """A breaker and the model, side by side; every time is a whole number of quarters of a second."""
 
     kind: ClassVar[type[pr.CircuitBreaker]] = pr.CircuitBreaker
@@ -483,7 +483,7 @@ class BreakerMachine(RuleBasedStateMachine):
         options = {"failures": failures if ratio is None else failures + 3, "ratio": ratio, "minimum": 3, **drawn}
         options |= {"window": 8.0, "reset": 4.0, "max_reset": 12.0, "jitter": 0.5}
         numbers = itertools.count()
-        self.now, self.model = 0.0, BreakerModel(options)
+        self.now, self.model = 0.0, Model(options)
         self.breaker = self.kind("b", clock=lambda: self.now, rng=lambda: breaker_rng(next(numbers)), **options)
         self.permits: list[pr.Permit] = []
 
@@ -540,24 +540,22 @@ class BreakerMachine(RuleBasedStateMachine):
         assert [permit.generation for permit in self.permits] == [permit.generation for permit in model.permits]
 
 
-def breaker_check(kind: type[pr.CircuitBreaker], effort: settings = PRIM_SETTINGS) -> None:
-    run_state_machine_as_test(type("Machine", (BreakerMachine,), {"kind": kind}), settings=effort)
+def check(kind: type[pr.CircuitBreaker], effort: settings = SETTINGS) -> None:
+    run_state_machine_as_test(type("Machine", (Machine,), {"kind": kind}), settings=effort)
 
 
-def test_breaker_is_its_model() -> None:
-    breaker_check(pr.CircuitBreaker, settings(PRIM_SETTINGS, max_examples=80, stateful_step_count=40))
+def test_is_its_model() -> None:
+    check(pr.CircuitBreaker, settings(SETTINGS, max_examples=80, stateful_step_count=40))
 
 
-def breaker_put(target: object, **fields: Any) -> bool:
+def put(target: object, **fields: Any) -> bool:
     for name, value in fields.items():
         setattr(target, name, value)
     return True
 
 
-BREAKER_PLANTED: dict[
-    str, tuple[str, Callable[..., Any]]
-] = {  # the method that is replaced, and by what: do is the real
-    "generation ignored": ("_settle", lambda b, do, p, f: (breaker_put(p, generation=b._generation), do(p, f))),
+PLANTED: dict[str, tuple[str, Callable[..., Any]]] = {  # the method that is replaced, and by what: do is the real
+    "generation ignored": ("_settle", lambda b, do, p, f: (put(p, generation=b._generation), do(p, f))),
     "a new probe ousts the others": ("permit", lambda b, do: (b._probing.clear(), do())[1]),
     "expired probes wedge": ("permit", lambda b, do: (do(), b._probing.update(dict.fromkeys(b._probing, 9e9)))[0]),
     "a late report counts": (
@@ -566,25 +564,25 @@ BREAKER_PLANTED: dict[
     ),
     "an ignored probe stays": ("_settle", lambda b, do, p, f: (f is None and b._state == "half_open") or do(p, f)),
     "one success closes": ("_settle", lambda b, do, p, f: (do(p, f), b._passed and b._turn("closed"))),
-    "the window too wide": ("_record", lambda b, do, f, now: (breaker_put(b, window=math.nextafter(8, 9)), do(f, now))),
-    "the minimum too low": ("_record", lambda b, do, f, now: (breaker_put(b, minimum=2), do(f, now))),
+    "the window too wide": ("_record", lambda b, do, f, now: (put(b, window=math.nextafter(8, 9)), do(f, now))),
+    "the minimum too low": ("_record", lambda b, do, f, now: (put(b, minimum=2), do(f, now))),
     "a success clears": ("_settle", lambda b, do, p, f: (do(p, f), f is False and b._failures.clear())),
     "ignored is failed": ("_settle", lambda b, do, p, f: do(p, f is not False)),
-    "settled again": ("_settle", lambda b, do, p, f: (breaker_put(p, settled=False), do(p, f))),
-    "slow is fast": ("_settle", lambda b, do, p, f: (breaker_put(p, started=math.inf), do(p, f))),
-    "the reset never lengthens": ("_open", lambda b, do, now: (breaker_put(b, _openings=0), do(now))),
-    "the reset never shortens": ("_turn", lambda b, do, to: (n := b._openings, do(to), breaker_put(b, _openings=n))),
+    "settled again": ("_settle", lambda b, do, p, f: (put(p, settled=False), do(p, f))),
+    "slow is fast": ("_settle", lambda b, do, p, f: (put(p, started=math.inf), do(p, f))),
+    "the reset never lengthens": ("_open", lambda b, do, now: (put(b, _openings=0), do(now))),
+    "the reset never shortens": ("_turn", lambda b, do, to: (n := b._openings, do(to), put(b, _openings=n))),
     "jitter within the cap": (
         "_open",
-        lambda b, do, t: (do(t), breaker_put(b, _open_until=min(b._open_until, t + 12))),
+        lambda b, do, t: (do(t), put(b, _open_until=min(b._open_until, t + 12))),
     ),
     "closing forgives nothing": ("_turn", lambda b, do, to: (n := list(b._failures), do(to), b._failures.extend(n))),
 }
 
 
-@pytest.mark.parametrize("name", BREAKER_PLANTED)
-def test_breaker_a_planted_bug_is_found(name: str) -> None:
-    method, replacement = BREAKER_PLANTED[name]
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_found(name: str) -> None:
+    method, replacement = PLANTED[name]
 
     def planted(self: pr.CircuitBreaker, *args: Any, **options: Any) -> Any:
         real = functools.partial(getattr(pr.CircuitBreaker, method), self)
@@ -592,10 +590,10 @@ def test_breaker_a_planted_bug_is_found(name: str) -> None:
         return replacement(self, real, *args, *options.values())
 
     with pytest.raises(AssertionError):
-        breaker_check(type("Planted", (pr.CircuitBreaker,), {method: planted}), PRIM_HUNT)
+        check(type("Planted", (pr.CircuitBreaker,), {method: planted}), HUNT)
 
 
-def test_breaker_takes_the_callers_clock_all_the_way() -> None:
+def test_takes_the_callers_clock_all_the_way() -> None:
     breaker = pr.CircuitBreaker("b", failures=1, slow=5.0, reset=30, rng=lambda: 0.0)
     breaker.permit(now=1.0).success(now=5.75)
     assert breaker.state == "closed"
@@ -603,7 +601,7 @@ def test_breaker_takes_the_callers_clock_all_the_way() -> None:
     assert breaker.stats(now=3.0).retry_after == 29.0
 
 
-def test_breaker_opens_by_ratio_alone_and_remembers_no_longer_than_its_window() -> None:
+def test_opens_by_ratio_alone_and_remembers_no_longer_than_its_window() -> None:
     breaker = pr.CircuitBreaker("b", failures=None, ratio=0.5, minimum=4, window=10)
     for now in range(0, 100, 5):
         breaker.permit(now).failure(now)
@@ -619,7 +617,7 @@ def test_breaker_opens_by_ratio_alone_and_remembers_no_longer_than_its_window() 
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_breaker_does_not_take_the_making_of_a_coroutine_for_success(recorded: bool) -> None:
+def test_does_not_take_the_making_of_a_coroutine_for_success(recorded: bool) -> None:
     breaker = pr.CircuitBreaker("b", failures=1, ratio=0.5 if recorded else None)
 
     async def fetch() -> None:
@@ -642,8 +640,8 @@ async def breaker_generator() -> AsyncIterator[None]:
     yield
 
 
-def test_breaker_probe_whose_predicate_raises_gives_its_place_back() -> None:
-    world = PrimWorld()
+def test_probe_whose_predicate_raises_gives_its_place_back() -> None:
+    world = World()
 
     def on(error: BaseException) -> bool:
         if world.now > 1005:
@@ -661,13 +659,13 @@ def test_breaker_probe_whose_predicate_raises_gives_its_place_back() -> None:
 # --------------------------------------------------------------------------------------- circuit breaker: many threads
 
 
-def breaker_in_threads(call: Callable[[int], object]) -> Counter[str]:
+def in_threads(call: Callable[[int], object]) -> Counter[str]:
     """``call(0)`` to ``call(199)`` in each of eight threads that start together: how often each error came."""
     together, interval = threading.Barrier(8), sys.getswitchinterval()
 
     def work(_: int) -> list[str]:
-        together.wait(PRIM_PATIENCE)
-        return [type(prim_error_of(functools.partial(call, number))).__name__ for number in range(200)]
+        together.wait(HANG_LIMIT)
+        return [type(error_of(functools.partial(call, number))).__name__ for number in range(200)]
 
     sys.setswitchinterval(1e-6)
     try:
@@ -677,47 +675,47 @@ def breaker_in_threads(call: Callable[[int], object]) -> Counter[str]:
         sys.setswitchinterval(interval)
 
 
-def breaker_every_other(number: int) -> None:
+def every_other(number: int) -> None:
     if number % 2:
         raise OSError
 
 
 @pytest.mark.parametrize("options", [{}, {"slow": 1.0}, {"ratio": 0.51, "minimum": 1600}], ids=str)
-def test_breaker_threads_lose_no_failure(options: dict[str, Any]) -> None:
-    breaker = breaker_new(PrimWorld(), failures=801, **options)
-    assert breaker_in_threads(functools.partial(breaker.call, breaker_every_other)) == {"NoneType": 800, "OSError": 800}
+def test_threads_lose_no_failure(options: dict[str, Any]) -> None:
+    breaker = breaker_new(World(), failures=801, **options)
+    assert in_threads(functools.partial(breaker.call, every_other)) == {"NoneType": 800, "OSError": 800}
     assert breaker.stats() == ("b", "closed", 800, 0, 0, 0.0)
     breaker.permit().failure()
     assert breaker.state == "open"
 
 
-def test_breaker_threads_lose_no_result() -> None:
-    breaker = breaker_new(PrimWorld(), failures=9999, ratio=0.5, minimum=1600)
-    assert breaker_in_threads(functools.partial(breaker.call, breaker_every_other)) == {"NoneType": 800, "OSError": 800}
+def test_threads_lose_no_result() -> None:
+    breaker = breaker_new(World(), failures=9999, ratio=0.5, minimum=1600)
+    assert in_threads(functools.partial(breaker.call, every_other)) == {"NoneType": 800, "OSError": 800}
     assert breaker.stats() == ("b", "open", 0, 0, 1, 30.0)
 
 
-@breaker_both_paths
-def test_breaker_threads_open_it_once(path: dict[str, float]) -> None:
+@both_paths
+def test_threads_open_it_once(path: dict[str, float]) -> None:
     """All eight are inside before any fails: one failure opens, seven come late, and nobody else gets in."""
-    breaker, inside, told = breaker_new(PrimWorld(), **path), threading.Barrier(8), list[Any]()
+    breaker, inside, told = breaker_new(World(), **path), threading.Barrier(8), list[Any]()
     breaker.listen(lambda *transition: told.append(transition))
 
     def fail(_: int) -> None:
-        inside.wait(PRIM_PATIENCE)
+        inside.wait(HANG_LIMIT)
         raise OSError
 
-    assert breaker_in_threads(functools.partial(breaker.call, fail)) == {"OSError": 8, "CircuitOpen": 1592}
+    assert in_threads(functools.partial(breaker.call, fail)) == {"OSError": 8, "CircuitOpen": 1592}
     assert (breaker.stats(), told) == (("b", "open", 0, 1592, 1, 30.0), [("b", "closed", "open", 1)])
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_breaker_threads_probe_within_the_limit(gated: bool) -> None:
+def test_threads_probe_within_the_limit(gated: bool) -> None:
     """Gated, three probes stay inside until the other five threads were refused every call: the counts are exact.
 
     Else how many get in is chance; that there are never more than three at once is not.
     """
-    world, gate, lock, inside, peaks = PrimWorld(), threading.Event(), threading.Lock(), set[int](), list[int]()
+    world, gate, lock, inside, peaks = World(), threading.Event(), threading.Lock(), set[int](), list[int]()
     breaker = breaker_new(world, probes=3, on=OSError)
     breaker.permit().failure()
     world.now += 30
@@ -727,19 +725,19 @@ def test_breaker_threads_probe_within_the_limit(gated: bool) -> None:
             inside.add(threading.get_ident())
             peaks.append(len(inside))
         if gated:
-            assert gate.wait(PRIM_PATIENCE)
+            assert gate.wait(HANG_LIMIT)
         with lock:
             inside.remove(threading.get_ident())
         raise KeyError  # not what `on` names: the place is free again
 
     def open_the_gate() -> None:
-        prim_until(lambda: not gated or (breaker.stats().refused, len(inside)) == (1000, 3))
+        wait_until(lambda: not gated or (breaker.stats().refused, len(inside)) == (1000, 3))
         gate.set()
 
     with ThreadPoolExecutor(1) as opener:
         opened = opener.submit(open_the_gate)
-        calls = breaker_in_threads(functools.partial(breaker.call, probe))
-        opened.result(PRIM_PATIENCE)
+        calls = in_threads(functools.partial(breaker.call, probe))
+        opened.result(HANG_LIMIT)
     assert (max(peaks) <= 3, calls["KeyError"], calls.total()) == (True, len(peaks), 1600)
     assert (calls["CircuitOpen"], 1, "half_open") == (*breaker.stats()[3:5], breaker.state)
     assert not gated or (max(peaks), len(peaks)) == (3, 600)

@@ -29,7 +29,7 @@ from crawl.output import EXIT_USAGE, Output, RowWriter
 from crawl.rows import build_row
 from crawl.rules import MAX_URL
 from runtime import serving
-from tests.helpers.base import PRIM_PATIENCE
+from tests.helpers.base import HANG_LIMIT
 from tests.helpers.crawl import a_row, until, written
 
 
@@ -129,7 +129,7 @@ class GatedStream(io.BytesIO):
 
     def write(self, data: Any) -> int:
         self.began.release()
-        assert self.gate.acquire(timeout=PRIM_PATIENCE)
+        assert self.gate.acquire(timeout=HANG_LIMIT)
         self.writes += 1
         if self.failure:
             raise self.failure
@@ -141,17 +141,17 @@ def test_rows_that_come_during_a_write_are_written_in_one_go() -> None:
     output = Output(crawl, RowWriter(stream, "jsonl"))
     threads = [threading.Thread(target=output.emit, args=(a_row(url=str(number)),)) for number in range(6)]
     threads[0].start()
-    assert stream.began.acquire(timeout=PRIM_PATIENCE)
+    assert stream.began.acquire(timeout=HANG_LIMIT)
     for number, thread in enumerate(threads[1:], 1):
         thread.start()
         until(lambda left=number: len(output._left) == left)  # type: ignore[misc]
     assert all(thread.is_alive() for thread in threads), "nobody goes on before its row is written"
     stream.gate.release()
-    threads[0].join(PRIM_PATIENCE)
-    assert stream.began.acquire(timeout=PRIM_PATIENCE) and all(thread.is_alive() for thread in threads[1:])
+    threads[0].join(HANG_LIMIT)
+    assert stream.began.acquire(timeout=HANG_LIMIT) and all(thread.is_alive() for thread in threads[1:])
     stream.gate.release()
     for thread in threads:
-        thread.join(PRIM_PATIENCE)
+        thread.join(HANG_LIMIT)
     assert [json.loads(line)["url"] for line in stream.getvalue().splitlines()] == list("012345")
     assert (stream.writes, crawl.stats.snapshot()["rows"]) == (2, 6)
 

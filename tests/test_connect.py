@@ -29,34 +29,34 @@ from primitives import CircuitBreaker
 from sandbox import markets as sandbox_markets
 from sandbox.exchanges import WIRES
 from sandbox.markets import Exchanges, Market
-from tests.helpers.base import HERE, PRIM_PATIENCE, PrimWorld, prim_run, prim_ticks, prim_until, prim_until_async
+from tests.helpers.base import HANG_LIMIT, HERE, World, run_task, ticks, until_async, wait_until
 from tests.helpers.market import (
-    MARKET_CONNECT_NAMES,
-    MARKET_CONNECT_SYMBOLS,
-    MarketConnectFakeSocket,
-    MarketConnectSink,
+    NAMES,
+    SYMBOLS,
+    FakeSocket,
     MarketConnectWorld,
+    Sink,
 )
 
-MARKET_CONNECT_NUMBERED = ("binance", "coinbase", "kraken", "bitfinex")  # their frames or trades have numbers
+NUMBERED = ("binance", "coinbase", "kraken", "bitfinex")  # their frames or trades have numbers
 
 
 @pytest.fixture
 def market_connect_them() -> Iterator[Exchanges]:
     gc.collect()  # what asyncio closes in a last turn that does not come any more ends as garbage
     descriptors = len(os.listdir("/proc/self/fd"))
-    with Exchanges(symbols=MARKET_CONNECT_SYMBOLS, heartbeat=0, ledger=True) as them:
+    with Exchanges(symbols=SYMBOLS, heartbeat=0, ledger=True) as them:
         yield them
 
     def closed() -> bool:
         gc.collect()
         return len(os.listdir("/proc/self/fd")) <= descriptors
 
-    prim_until(closed)
+    wait_until(closed)
     assert not any(thread.name == "exchanges" for thread in threading.enumerate())
 
 
-def test_market_connect_ten_exchanges_tell_every_trade_once_and_right(market_connect_them: Exchanges) -> None:
+def test_ten_exchanges_tell_every_trade_once_and_right(market_connect_them: Exchanges) -> None:
     them = market_connect_them
 
     async def main() -> None:
@@ -66,8 +66,8 @@ def test_market_connect_ten_exchanges_tell_every_trade_once_and_right(market_con
                 await world.settled(name)
             for name in world.names:
                 assert world.sink.ids(name) == them.sent_ids(name)
-                assert them.sent(name) == {ADAPTERS[name].native(symbol): 7 for symbol in MARKET_CONNECT_SYMBOLS}
-                for symbol in MARKET_CONNECT_SYMBOLS:
+                assert them.sent(name) == {ADAPTERS[name].native(symbol): 7 for symbol in SYMBOLS}
+                for symbol in SYMBOLS:
                     wire, native = WIRES[name](), ADAPTERS[name].native(symbol)
                     tape = Market(1).tape(name, *wire.pair(native))
                     made = [trade for trade in world.sink.live(name) if trade.symbol == symbol]
@@ -82,11 +82,11 @@ def test_market_connect_ten_exchanges_tell_every_trade_once_and_right(market_con
             assert world.sink.letters == []
         assert {name: each.closes for name, each in them.stats().items()} == dict.fromkeys(world.names, (1000,))
 
-    prim_run(main())
+    run_task(main())
 
 
 # What each fault that leaves the connection comes to: trades sent, dead letters, labels of the trade and of the next.
-MARKET_CONNECT_SMALL_FAULTS = {
+SMALL_FAULTS = {
     "unknown": (0, 1, (), ""),
     "not json": (0, 1, (), ""),
     "not utf-8": (0, 1, (), ""),
@@ -103,29 +103,29 @@ MARKET_CONNECT_SMALL_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", MARKET_CONNECT_SMALL_FAULTS)
-def test_market_connect_a_fault_that_leaves_the_connection(market_connect_them: Exchanges, fault: Any) -> None:
+@pytest.mark.parametrize("fault", SMALL_FAULTS)
+def test_a_fault_that_leaves_the_connection(market_connect_them: Exchanges, fault: Any) -> None:
     """On each exchange in turn: nothing is lost, what is missing is labelled, the connection stays, and the others'."""
-    them, (sent, letters, labels, after) = market_connect_them, MARKET_CONNECT_SMALL_FAULTS[fault]
+    them, (sent, letters, labels, after) = market_connect_them, SMALL_FAULTS[fault]
 
     async def main() -> None:
         async with MarketConnectWorld(them) as world:
             them.emit(2)
             for victim in world.names:
                 await world.settled(victim)
-                numbered = victim in MARKET_CONNECT_NUMBERED
+                numbered = victim in NUMBERED
                 before, told = them.sent(victim), len(world.sink.told[victim])
                 world.sink.letters.clear()
                 assert them.fault(victim, fault) == 1
                 assert sum(them.sent(victim).values()) - sum(before.values()) == sent
                 there = len(labels) + told
-                await prim_until_async(
+                await until_async(
                     lambda v=victim, n=there: (  # type: ignore[misc]
                         len(world.sink.told[v]) >= n and len(world.sink.letters) >= letters
                     )
                 )
                 them.emit(1, victim)
-                await prim_until_async(lambda v=victim, n=there + 2: len(world.sink.told[v]) >= n)  # type: ignore[misc]
+                await until_async(lambda v=victim, n=there + 2: len(world.sink.told[v]) >= n)  # type: ignore[misc]
                 flags = [trade.flags for trade in world.sink.told[victim][told:]]
                 if fault == "swap":
                     first = labels[0] if victim in ("binance", "coinbase", "kraken") else ""
@@ -150,17 +150,17 @@ def test_market_connect_a_fault_that_leaves_the_connection(market_connect_them: 
                     assert found.gaps == 1 and (fault == "gap") <= (found.missed == missed)
             them.emit(1)
             for name in world.names:
-                await prim_until_async(
+                await until_async(
                     lambda n=name: len(world.sink.live(n)) >= sum(them.sent(n).values()) - (fault == "wrong types")  # type: ignore[misc]
                 )
             if fault in ("ping", "fragments"):
                 pongs = {name: 2 if name == "bitfinex" and fault == "fragments" else 1 for name in world.names}
-                await prim_until_async(lambda: {name: each.pongs for name, each in them.stats().items()} == pongs)
+                await until_async(lambda: {name: each.pongs for name, each in them.stats().items()} == pongs)
 
-    prim_run(main())
+    run_task(main())
 
 
-MARKET_CONNECT_ENDS = {
+ENDS = {
     "close": "the exchange closed: 1001",
     "drop": "the connection ended without a close frame",
     "reset": "the connection ended without a close frame",
@@ -172,11 +172,11 @@ MARKET_CONNECT_ENDS = {
 }
 
 
-@pytest.mark.parametrize("fault", MARKET_CONNECT_ENDS)
-def test_market_connect_a_fault_that_ends_the_connection(market_connect_them: Exchanges, fault: Any) -> None:
+@pytest.mark.parametrize("fault", ENDS)
+def test_a_fault_that_ends_the_connection(market_connect_them: Exchanges, fault: Any) -> None:
     """On each exchange in turn: a new connection, what was missed is labelled, and the others notice nothing."""
     them = market_connect_them
-    time_of = {name: PrimWorld() for name in MARKET_CONNECT_NAMES[::2]}  # the time of those that are to stall
+    time_of = {name: World() for name in NAMES[::2]}  # the time of those that are to stall
     limits: dict[str, Any] = {"ping_every": 0.1, "pong_within": 1.0, "close_within": 0.1}
     own = {name: {**limits, "clock": its.clock} for name, its in time_of.items()} if fault == "stall" else {}
 
@@ -209,7 +209,7 @@ def test_market_connect_a_fault_that_ends_the_connection(market_connect_them: Ex
             them.emit(3)
             for name in world.names:
                 sent = sum(them.sent(name).values())
-                await prim_until_async(lambda n=name, s=sent: len(world.sink.live(n)) >= s)  # type: ignore[misc]
+                await until_async(lambda n=name, s=sent: len(world.sink.live(n)) >= s)  # type: ignore[misc]
             for name in world.names:
                 found = world.feeds[name].stats()
                 assert found.connects == ended[name].connects == (2 if name in victims else 1)
@@ -217,12 +217,12 @@ def test_market_connect_a_fault_that_ends_the_connection(market_connect_them: Ex
                 if name not in victims:
                     assert (found.gaps, found.outages, found.last_error) == (0, 0, "")
                     continue
-                assert ended[name].last_error.startswith(MARKET_CONNECT_ENDS[fault])
+                assert ended[name].last_error.startswith(ENDS[fault])
                 all_ids: dict[str, set[str]] = {}
                 for trade in world.sink.told[name]:
                     all_ids.setdefault(trade.symbol, set()).add(trade.trade_id)
                 happened = 5 if fault == "stall" else 8 if fault == "half" else 7
-                for symbol in MARKET_CONNECT_SYMBOLS:
+                for symbol in SYMBOLS:
                     wanted = {WIRES[name]().trade_id(1000 + n) for n in range(1, happened + 1 - (fault == "half"))}
                     wanted |= (
                         {WIRES[name]().trade_id(1000 + happened)} if symbol == "BTC-USD" and fault == "half" else set()
@@ -246,10 +246,10 @@ def test_market_connect_a_fault_that_ends_the_connection(market_connect_them: Ex
             world.names, int(fault == "half")
         )
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_silence_while_others_talk() -> None:
+def test_silence_while_others_talk() -> None:
     """Only protocol pongs come: the feed is dead by `silent_after`, though the link lives."""
 
     async def main() -> None:
@@ -263,11 +263,11 @@ def test_market_connect_silence_while_others_talk() -> None:
             assert [world.feeds[name].stats().connects for name in ("kraken", "okx")] == [1, 1]
             assert them.stats()["gateio"].closes[0] == 1001
 
-    with Exchanges(symbols=MARKET_CONNECT_SYMBOLS, heartbeat=0) as them:
-        prim_run(main())
+    with Exchanges(symbols=SYMBOLS, heartbeat=0) as them:
+        run_task(main())
 
 
-MARKET_CONNECT_DOORS = {
+DOORS = {
     "503": "the handshake was refused: HTTP 503",
     "429": "the handshake was refused: HTTP 429",
     "page": "the handshake was refused: HTTP 200",
@@ -279,12 +279,12 @@ MARKET_CONNECT_DOORS = {
 }
 
 
-@pytest.mark.parametrize("door", MARKET_CONNECT_DOORS)
-def test_market_connect_an_exchange_that_lets_nobody_in(market_connect_them: Exchanges, door: Any) -> None:
+@pytest.mark.parametrize("door", DOORS)
+def test_an_exchange_that_lets_nobody_in(market_connect_them: Exchanges, door: Any) -> None:
     them = market_connect_them
 
     async def main() -> None:
-        them.door("okx", door, seconds=PRIM_PATIENCE, retry_after=7 if door in ("503", "429") else None)
+        them.door("okx", door, seconds=HANG_LIMIT, retry_after=7 if door in ("503", "429") else None)
         naps: list[float] = []
 
         async def sleep(seconds: float) -> None:
@@ -297,46 +297,46 @@ def test_market_connect_an_exchange_that_lets_nobody_in(market_connect_them: Exc
             feed = world.feed("okx", sleep=sleep, rng=lambda: 0.5, base=1.0, cap=3.0, **limits)
             world.feeds["okx"], run = feed, asyncio.create_task(feed.run())
             world.runs.append(run)
-            await prim_until_async(lambda: len(naps) >= 3)
+            await until_async(lambda: len(naps) >= 3)
             them.emit(1, "kraken", "bybit")
             found = feed.stats()
-            assert found.last_error.startswith(MARKET_CONNECT_DOORS[door])
+            assert found.last_error.startswith(DOORS[door])
             assert found.failures >= 3 and found.trades == 0
             assert (found.connects > 0) == (door in ("mute", "deny", "close"))
             later = 7.0 if door in ("503", "429") else 0.0
             assert naps[:3] == [later + 0.5, later + 1.0, later + 1.5]
             them.door("okx", "open")
-            feed._connect_within = feed._ack_within = PRIM_PATIENCE
+            feed._connect_within = feed._ack_within = HANG_LIMIT
             await world.until("okx", "live")
             them.emit(1, "okx")
             for name in world.feeds:
                 await world.settled(name)
                 assert len(world.sink.live(name)) == 2
 
-    prim_run(main())
+    run_task(main())
 
 
-class MarketConnectFakeSession:
+class FakeSession:
     """A session whose connections go by a script: an error, or how long (s of the world's clock) it lives."""
 
-    def __init__(self, world: PrimWorld, script: Iterator[BaseException | float]) -> None:
+    def __init__(self, world: World, script: Iterator[BaseException | float]) -> None:
         self.world, self.script, self.times = world, script, list[float]()
 
-    async def ws_connect(self, url: str, **_: object) -> MarketConnectFakeSocket:
+    async def ws_connect(self, url: str, **_: object) -> FakeSocket:
         self.times.append(self.world.now)
         step = next(self.script)
         if isinstance(step, BaseException):
             raise step
-        return MarketConnectFakeSocket(self.world, step)
+        return FakeSocket(self.world, step)
 
 
 def market_connect_naps(script: list[BaseException | float], **options: Any) -> tuple[list[float], Feed]:
     """The waits that a script of attempts comes to; it ends with the script."""
-    world = PrimWorld()
+    world = World()
 
     async def main() -> Feed:
-        session: Any = MarketConnectFakeSession(world, iter([*script, KeyError("end of the script")]))
-        sink = MarketConnectSink()
+        session: Any = FakeSession(world, iter([*script, KeyError("end of the script")]))
+        sink = Sink()
         feed = Feed(
             *(ADAPTERS["binance"], ["BTC-USD"], sink.emit, sink.dead),
             **{"session": session, "clock": world.clock, "sleep": world.asleep, "rng": lambda: 0.5, **options},
@@ -345,11 +345,11 @@ def market_connect_naps(script: list[BaseException | float], **options: Any) -> 
             await feed.run()
         return feed
 
-    feed = prim_run(main())
+    feed = run_task(main())
     return world.naps, feed
 
 
-def test_market_connect_backoff_is_exact_and_begins_anew_after_health() -> None:
+def test_backoff_is_exact_and_begins_anew_after_health() -> None:
     never = CircuitBreaker("never", failures=None, reset=1.0)
     refused: list[BaseException | float] = [aiohttp.ClientConnectionError("no") for _ in range(8)]
     naps, _ = market_connect_naps(refused, breaker=never)
@@ -361,7 +361,7 @@ def test_market_connect_backoff_is_exact_and_begins_anew_after_health() -> None:
     assert naps == pytest.approx([2.997, 4.995, 4.995])
 
 
-def test_market_connect_breaker_waits_longer_and_closes_by_health() -> None:
+def test_breaker_waits_longer_and_closes_by_health() -> None:
     refused: list[BaseException | float] = [aiohttp.ClientConnectionError("no") for _ in range(8)]
     naps, feed = market_connect_naps([*refused[:5], refused[5], 31.0, refused[6]])
     # five failures in 7.5 s: 30 s and a quarter, less the wait that was due anyway; doubled; then the probe is healthy
@@ -372,13 +372,13 @@ def test_market_connect_breaker_waits_longer_and_closes_by_health() -> None:
     assert feed.breaker.stats().opened == 2
 
 
-def test_market_connect_ten_feeds_come_back_one_by_one(market_connect_them: Exchanges) -> None:
+def test_ten_feeds_come_back_one_by_one(market_connect_them: Exchanges) -> None:
     """All are closed in the same moment: no two wait for the same time, and none comes back before its own."""
     them, waits, closed = market_connect_them, dict[str, float](), dict[str, float]()
 
     async def main() -> None:
         async with MarketConnectWorld(them, names=()) as world:
-            for number, name in enumerate(MARKET_CONNECT_NAMES):
+            for number, name in enumerate(NAMES):
 
                 async def sleep(seconds: float, name: str = name) -> None:
                     waits[name] = seconds
@@ -386,24 +386,24 @@ def test_market_connect_ten_feeds_come_back_one_by_one(market_connect_them: Exch
 
                 world.feeds[name] = world.feed(name, sleep=sleep, rng=random.Random(number).random, base=1.0, cap=1.0)
                 world.runs.append(asyncio.create_task(world.feeds[name].run()))
-            for name in MARKET_CONNECT_NAMES:
+            for name in NAMES:
                 await world.until(name, "live")
-            for name in MARKET_CONNECT_NAMES:
+            for name in NAMES:
                 closed[name] = time.monotonic()
                 them.fault(name, "close")
-            for name in MARKET_CONNECT_NAMES:
+            for name in NAMES:
                 await world.until(name, "live", 2)
 
-    prim_run(main())
-    expected = {name: random.Random(number).random() for number, name in enumerate(MARKET_CONNECT_NAMES)}
+    run_task(main())
+    expected = {name: random.Random(number).random() for number, name in enumerate(NAMES)}
     assert waits == expected
     assert min(later - earlier for earlier, later in itertools.pairwise(sorted(waits.values()))) > 0.001
-    for name in MARKET_CONNECT_NAMES:
+    for name in NAMES:
         first, second = them.arrivals(name)
         assert first < closed[name] and second - closed[name] >= waits[name] - 0.01
 
 
-def test_market_connect_an_emit_that_waits_holds_the_exchange_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_emit_that_waits_holds_the_exchange_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing more is read, nothing is lost, and our own silence is not taken for the exchange's."""
     count = 6000
     monkeypatch.setattr(sandbox_markets, "BUFFER_LIMIT", 65_536)
@@ -424,10 +424,10 @@ def test_market_connect_an_emit_that_waits_holds_the_exchange_back(monkeypatch: 
             world.runs.append(asyncio.create_task(held.run()))
             await world.until("binance", "live")
             them.emit(count, "binance")
-            await prim_until_async(lambda: len(world.sink.told.get("binance", ())) == 1)
+            await until_async(lambda: len(world.sink.told.get("binance", ())) == 1)
             for _ in range(50):  # the server goes on offering what is due
                 them.emit(0)
-                await prim_ticks()
+                await ticks()
             assert len(world.sink.told["binance"]) == 1 and held.stats().frames == 2
             sent = sum(them.sent("binance").values())
             assert 600 < sent < count
@@ -437,26 +437,26 @@ def test_market_connect_an_emit_that_waits_holds_the_exchange_back(monkeypatch: 
                 them.emit(0)
                 return len(world.sink.told["binance"]) >= count
 
-            await prim_until_async(all_there)
+            await until_async(all_there)
             assert world.sink.ids("binance") == them.sent_ids("binance")
             assert held.stats().connects == 1 and held.stats().gaps == 0
 
-    with Exchanges(symbols=MARKET_CONNECT_SYMBOLS, heartbeat=0, ledger=True, send_buffer=32_768) as them:
-        prim_run(main())
+    with Exchanges(symbols=SYMBOLS, heartbeat=0, ledger=True, send_buffer=32_768) as them:
+        run_task(main())
 
 
-def test_market_connect_others_have_their_turn() -> None:
+def test_others_have_their_turn() -> None:
     """Frames that are there without waiting do not keep the loop."""
-    world, turns = PrimWorld(), 0
+    world, turns = World(), 0
     frames = [b'{"result":null,"id":1}', *([b'{"e":"serverShutdown2"}'] * 500)]
 
     async def main() -> None:
         nonlocal turns
-        sink = MarketConnectSink()
-        socket_ = MarketConnectFakeSocket(world, 1.0, frames)
+        sink = Sink()
+        socket_ = FakeSocket(world, 1.0, frames)
 
         class Session:
-            async def ws_connect(self, url: str, **_: object) -> MarketConnectFakeSocket:
+            async def ws_connect(self, url: str, **_: object) -> FakeSocket:
                 return socket_
 
         session: Any = Session()
@@ -470,16 +470,16 @@ def test_market_connect_others_have_their_turn() -> None:
         await run
         assert len(sink.letters) == 500
 
-    prim_run(main())
+    run_task(main())
     assert turns >= 250
 
 
-def test_market_connect_stop_tells_what_was_sent_before() -> None:
+def test_stop_tells_what_was_sent_before() -> None:
     """At full rate: to the last trade that was written before the exchange saw the close frame."""
 
     async def main() -> None:
         async with MarketConnectWorld(them) as world:
-            await prim_until_async(lambda: all(sum(them.sent(name).values()) > 100 for name in world.names))
+            await until_async(lambda: all(sum(them.sent(name).values()) > 100 for name in world.names))
         for name in world.names:
             assert world.sink.ids(name) == them.sent_ids(name)
             assert sum(them.sent(name).values()) > 20
@@ -487,12 +487,12 @@ def test_market_connect_stop_tells_what_was_sent_before() -> None:
         assert all(each.closes == (1000,) for each in them.stats().values())
         assert world.sink.letters == []
 
-    with Exchanges(rate=3000.0, symbols=MARKET_CONNECT_SYMBOLS, ledger=True) as them:
-        prim_run(main())
+    with Exchanges(rate=3000.0, symbols=SYMBOLS, ledger=True) as them:
+        run_task(main())
 
 
 @pytest.mark.parametrize("state", ["idle", "waiting", "refused", "connecting", "subscribing", "live"])
-def test_market_connect_stop_in_every_state(market_connect_them: Exchanges, state: str) -> None:
+def test_stop_in_every_state(market_connect_them: Exchanges, state: str) -> None:
     them = market_connect_them
 
     async def main() -> None:
@@ -508,11 +508,11 @@ def test_market_connect_stop_in_every_state(market_connect_them: Exchanges, stat
                 await feed.run()
             else:
                 run = asyncio.create_task(feed.run())
-                await prim_until_async(lambda: feed.stats().state == state)
+                await until_async(lambda: feed.stats().state == state)
                 if state in ("waiting", "refused"):
                     assert feed.stats().retry_in > 10
-                await asyncio.wait_for(asyncio.gather(feed.stop(3600.0), feed.stop(3600.0)), PRIM_PATIENCE)
-                await asyncio.wait_for(run, PRIM_PATIENCE)
+                await asyncio.wait_for(asyncio.gather(feed.stop(3600.0), feed.stop(3600.0)), HANG_LIMIT)
+                await asyncio.wait_for(run, HANG_LIMIT)
             await feed.stop()
             assert feed.stats().state == "stopped"
             with pytest.raises(RuntimeError) if state != "idle" else contextlib.nullcontext():
@@ -520,10 +520,10 @@ def test_market_connect_stop_in_every_state(market_connect_them: Exchanges, stat
         expected = (1000,) if state in ("subscribing", "live") else ()
         assert them.stats()["okx"].closes == expected
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_stop_does_not_wait_for_ever(market_connect_them: Exchanges) -> None:
+def test_stop_does_not_wait_for_ever(market_connect_them: Exchanges) -> None:
     """An emit that never returns, and an exchange that never answers the close frame; and a stop from within."""
     them = market_connect_them
 
@@ -531,12 +531,12 @@ def test_market_connect_stop_does_not_wait_for_ever(market_connect_them: Exchang
         async with MarketConnectWorld(them, ("okx", "gateio"), close_within=0.1) as world:
             world.sink.gate = asyncio.Event()
             them.emit(2, "okx")
-            await prim_until_async(lambda: bool(world.sink.live("okx")))
+            await until_async(lambda: bool(world.sink.live("okx")))
             await world.feeds["okx"].stop(0.1)
-            await asyncio.wait_for(world.runs[0], PRIM_PATIENCE)
+            await asyncio.wait_for(world.runs[0], HANG_LIMIT)
             them.fault("gateio", "stall")
-            await asyncio.wait_for(world.feeds["gateio"].stop(3600.0), PRIM_PATIENCE)
-            await asyncio.wait_for(world.runs[1], PRIM_PATIENCE)
+            await asyncio.wait_for(world.feeds["gateio"].stop(3600.0), HANG_LIMIT)
+            await asyncio.wait_for(world.runs[1], HANG_LIMIT)
             stopped: list[Feed] = []
 
             async def emit(exchange: str, trades: list[Trade]) -> None:
@@ -545,16 +545,16 @@ def test_market_connect_stop_does_not_wait_for_ever(market_connect_them: Exchang
 
             feed = Feed(ADAPTERS["bybit"], ["BTC-USD"], emit, world.sink.dead, url=them.urls["bybit"])
             run = asyncio.create_task(feed.run())
-            await prim_until_async(lambda: feed.stats().state == "live")
+            await until_async(lambda: feed.stats().state == "live")
             them.emit(1, "bybit")
-            await asyncio.wait_for(run, PRIM_PATIENCE)
+            await asyncio.wait_for(run, HANG_LIMIT)
             assert stopped == [feed] and feed.stats().state == "stopped"
         assert them.stats()["bybit"].closes == them.stats()["okx"].closes == (1000,)
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_cancelled_it_sends_a_close_frame_too(market_connect_them: Exchanges) -> None:
+def test_cancelled_it_sends_a_close_frame_too(market_connect_them: Exchanges) -> None:
     them = market_connect_them
 
     async def main() -> None:
@@ -562,15 +562,15 @@ def test_market_connect_cancelled_it_sends_a_close_frame_too(market_connect_them
             world.runs[0].cancel()
             with pytest.raises(asyncio.CancelledError):
                 await world.runs.pop()
-            await prim_until_async(lambda: them.stats()["kraken"].closes == (1001,))
+            await until_async(lambda: them.stats()["kraken"].closes == (1001,))
             assert world.feeds["kraken"].stats().state == "stopped"
 
-    prim_run(main())
+    run_task(main())
 
 
 @pytest.mark.parametrize("which", ["emit", "dead"])
 @pytest.mark.parametrize("how", ["at once", "later"])
-def test_market_connect_an_error_of_the_users_ends_it(market_connect_them: Exchanges, which: str, how: str) -> None:
+def test_an_error_of_the_users_ends_it(market_connect_them: Exchanges, which: str, how: str) -> None:
     them = market_connect_them
 
     async def later() -> None:
@@ -582,24 +582,24 @@ def test_market_connect_an_error_of_the_users_ends_it(market_connect_them: Excha
         raise ZeroDivisionError
 
     async def main() -> None:
-        sink = MarketConnectSink()
+        sink = Sink()
         emit, dead = (fail, sink.dead) if which == "emit" else (sink.emit, fail)
         feed = Feed(ADAPTERS["okx"], ["BTC-USD"], emit, dead, url=them.urls["okx"])
         run = asyncio.create_task(feed.run())
-        await prim_until_async(lambda: feed.stats().state == "live")
+        await until_async(lambda: feed.stats().state == "live")
         if which == "emit":
             them.emit(1)
         else:
             them.fault("okx", "unknown")
         with pytest.raises(ZeroDivisionError):
             await run
-        await prim_until_async(lambda: them.stats()["okx"].closes == (1001,))
+        await until_async(lambda: them.stats()["okx"].closes == (1001,))
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_pings_as_the_exchange_wants_them(market_connect_them: Exchanges) -> None:
+def test_pings_as_the_exchange_wants_them(market_connect_them: Exchanges) -> None:
     them = market_connect_them
 
     async def main() -> None:
@@ -614,14 +614,14 @@ def test_market_connect_pings_as_the_exchange_wants_them(market_connect_them: Ex
                 def pinged(name: str = name, ping: str = ping) -> int:
                     return sum(re.sub(r'"time":\d+', "", str(each)) == ping for each in them.heard(name))
 
-                await prim_until_async(lambda: pinged() >= 3)
-                await prim_until_async(lambda f=feed: f.stats().frames >= 4)  # type: ignore[misc]
+                await until_async(lambda: pinged() >= 3)
+                await until_async(lambda f=feed: f.stats().frames >= 4)  # type: ignore[misc]
                 assert feed.stats().errors == feed.stats().bad == 0
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_a_symbol_that_is_refused_does_not_keep_the_others(market_connect_them: Exchanges) -> None:
+def test_a_symbol_that_is_refused_does_not_keep_the_others(market_connect_them: Exchanges) -> None:
     them = market_connect_them
 
     async def main() -> None:
@@ -636,28 +636,28 @@ def test_market_connect_a_symbol_that_is_refused_does_not_keep_the_others(market
             with pytest.raises(ValueError, match="no symbols"):
                 world.feed("bitstamp", symbols=[])
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_a_key_in_the_address_is_not_told(market_connect_them: Exchanges) -> None:
+def test_a_key_in_the_address_is_not_told(market_connect_them: Exchanges) -> None:
     them = market_connect_them
 
     async def main() -> None:
-        sink = MarketConnectSink()
+        sink = Sink()
         adapter = ADAPTERS["finnhub"].with_keys({"FINNHUB_API_KEY": "sesame"})
         for url in (them.urls["okx"], "ws://[broken", "ws://127.0.0.1:1/x"):
             them.door("okx", "503")
             feed = Feed(adapter, ["AAPL-USD"], sink.emit, sink.dead, url=url, base=1000.0)
             run = asyncio.create_task(feed.run())
-            await prim_until_async(lambda f=feed: f.stats().state == "waiting")  # type: ignore[misc]
+            await until_async(lambda f=feed: f.stats().state == "waiting")  # type: ignore[misc]
             assert feed.stats().last_error and "sesame" not in repr(feed)
             await feed.stop()
             await run
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_the_market_is_the_seeds() -> None:
+def test_the_market_is_the_seeds() -> None:
     one, same, other = Market(5), Market(5), Market(6)
     tape = one.tape("kraken", "BTC", "USD")
     assert tape == same.tape("kraken", "BTC", "USD") != other.tape("kraken", "BTC", "USD")
@@ -677,7 +677,7 @@ def test_market_connect_the_market_is_the_seeds() -> None:
             Exchanges(**wrong)
 
 
-def test_market_connect_the_servers_as_a_program() -> None:
+def test_the_servers_as_a_program() -> None:
     """`python -m sandbox exchanges`: the addresses, trades at the rate asked for, the counts at the end."""
     command = [sys.executable, "-m", "sandbox", "exchanges", "--rate", "2000", "--symbols", "BTC-USD"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE) as program:
@@ -685,23 +685,23 @@ def test_market_connect_the_servers_as_a_program() -> None:
         urls = json.loads(program.stdout.readline())
 
         async def main() -> int:
-            sink = MarketConnectSink()
+            sink = Sink()
             feed = Feed(ADAPTERS["kraken"], ["BTC-USD"], sink.emit, sink.dead, url=urls["kraken"])
             run = asyncio.create_task(feed.run())
-            await prim_until_async(lambda: len(sink.live("kraken")) >= 100)
+            await until_async(lambda: len(sink.live("kraken")) >= 100)
             lag = feed.stats().lag
             await feed.stop()
             await run
             assert -60e6 < lag < 5e6
             return len(sink.live("kraken"))
 
-        told = prim_run(main())
+        told = run_task(main())
         program.send_signal(signal.SIGTERM)
         assert json.loads(program.stdout.readline())["kraken"] == told
-        assert program.wait(PRIM_PATIENCE) == 0
+        assert program.wait(HANG_LIMIT) == 0
 
 
-def test_market_connect_whatever_an_adapter_raises_the_frame_is_not_lost(market_connect_them: Exchanges) -> None:
+def test_whatever_an_adapter_raises_the_frame_is_not_lost(market_connect_them: Exchanges) -> None:
     them = market_connect_them
 
     class Broken(Okx):
@@ -717,33 +717,33 @@ def test_market_connect_whatever_an_adapter_raises_the_frame_is_not_lost(market_
             world.runs.append(asyncio.create_task(feed.run()))
             await world.until("okx", "live")
             them.emit(2)
-            await prim_until_async(lambda: bool(world.sink.letters))
+            await until_async(lambda: bool(world.sink.letters))
             assert [letter[:2] for letter in world.sink.letters] == [("okx", "ZeroDivisionError: oh")]
             assert b"tradeId" in world.sink.letters[0][2]
             assert feed.stats().state == "live" and feed.stats().bad == 1
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_an_exchange_that_never_stops_talking() -> None:
+def test_an_exchange_that_never_stops_talking() -> None:
     """No close frame comes, and trades go on: they are told for `close_within`, and then the connection is cut."""
 
     async def main() -> None:
         async with MarketConnectWorld(them, ("okx", "binance"), close_within=0.2) as world:
             for name in world.names:
                 assert them.fault(name, "deaf") == 1
-            await prim_until_async(lambda: all(world.sink.live(name) for name in world.names))
+            await until_async(lambda: all(world.sink.live(name) for name in world.names))
             told = len(world.sink.live("binance"))
             began = time.monotonic()
             await asyncio.gather(*(feed.stop(3600.0) for feed in world.feeds.values()))
-            assert time.monotonic() - began < PRIM_PATIENCE
+            assert time.monotonic() - began < HANG_LIMIT
             assert len(world.sink.live("binance")) > told
 
-    with Exchanges(rate=4000.0, symbols=MARKET_CONNECT_SYMBOLS, exchanges=("okx", "binance"), beat=0.01) as them:
-        prim_run(main())
+    with Exchanges(rate=4000.0, symbols=SYMBOLS, exchanges=("okx", "binance"), beat=0.01) as them:
+        run_task(main())
 
 
-def test_market_connect_what_an_exchange_announces(market_connect_them: Exchanges) -> None:
+def test_what_an_exchange_announces(market_connect_them: Exchanges) -> None:
     """Asked for a new connection, it goes by itself, and that is no failure; a status alone is noted."""
     them, asking = market_connect_them, ("binance", "bitstamp", "okx", "bitfinex")
 
@@ -753,27 +753,27 @@ def test_market_connect_what_an_exchange_announces(market_connect_them: Exchange
                 breaker = world.feeds[name].breaker = CircuitBreaker(name, failures=1)
                 them.fault(name, "maintenance", code=0)
                 if name == "kraken":
-                    await prim_until_async(lambda: world.feeds["kraken"].stats().note == "system: maintenance")
+                    await until_async(lambda: world.feeds["kraken"].stats().note == "system: maintenance")
                     assert world.feeds["kraken"].stats().connects == 1
                     continue
                 await world.until(name, "live", 2)
                 assert world.feeds[name].stats().last_error.startswith("the exchange asked for it: ")
                 assert breaker.stats().opened == 0 and world.feeds[name].stats().failures == 1
             them.emit(3, "bitfinex")  # its frames are counted anew
-            await prim_until_async(lambda: len(world.sink.live("bitfinex")) == 6)
+            await until_async(lambda: len(world.sink.live("bitfinex")) == 6)
             them.fault("bitfinex", "gap")
             them.emit(1, "bitfinex")
-            await prim_until_async(lambda: len(world.sink.live("bitfinex")) == 8)
+            await until_async(lambda: len(world.sink.live("bitfinex")) == 8)
             found = world.feeds["bitfinex"].stats()
             assert (found.gaps, found.missed) == (1, 2)
         assert {name: each.closes for name, each in them.stats().items() if name in asking} == dict.fromkeys(
             asking, (1001, 1000)
         )
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_frames_are_counted_anew(market_connect_them: Exchanges) -> None:
+def test_frames_are_counted_anew(market_connect_them: Exchanges) -> None:
     """A gap right at the beginning of a later connection is seen, though its numbers were there before."""
     them = market_connect_them
 
@@ -785,26 +785,26 @@ def test_market_connect_frames_are_counted_anew(market_connect_them: Exchanges) 
             await world.until("bitfinex", "live", 2)
             them.fault("bitfinex", "gap")
             them.emit(1)
-            await prim_until_async(lambda: len(world.sink.live("bitfinex")) == 42)
+            await until_async(lambda: len(world.sink.live("bitfinex")) == 42)
             found = world.feeds["bitfinex"].stats()
             assert (found.gaps, found.missed, found.outages) == (1, 2, 0)
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_after_a_wait_of_emit_silence_begins_anew(market_connect_them: Exchanges) -> None:
-    them, world_clock = market_connect_them, PrimWorld()
+def test_after_a_wait_of_emit_silence_begins_anew(market_connect_them: Exchanges) -> None:
+    them, world_clock = market_connect_them, World()
 
     async def main() -> None:
         async with MarketConnectWorld(them, ("binance",), clock=world_clock.clock, symbols=("BTC-USD",)) as world:
             world.sink.gate = asyncio.Event()
             them.emit(1)
-            await prim_until_async(lambda: bool(world.sink.live("binance")))
+            await until_async(lambda: bool(world.sink.live("binance")))
             await asyncio.sleep(0)
             world_clock.now += 1000.0
             world.sink.gate.set()
-            await prim_until_async(lambda: them.stats()["binance"].pings == 1)  # the watch has looked
+            await until_async(lambda: them.stats()["binance"].pings == 1)  # the watch has looked
             await asyncio.sleep(0.2)  # and looks again
             assert world.feeds["binance"].stats().connects == 1 and world.feeds["binance"].stats().state == "live"
 
-    prim_run(main())
+    run_task(main())

@@ -21,8 +21,8 @@ import pytest
 
 import coordination as co
 import primitives as pr
-from tests.helpers.base import PRIM_PATIENCE, prim_run, prim_ticks, prim_until
-from tests.helpers.mechanisms import PrimThread, prim_in_threads
+from tests.helpers.base import HANG_LIMIT, run_task, ticks, wait_until
+from tests.helpers.mechanisms import PrimThread, in_threads
 
 # ------------------------ coordination.py and primitives.py: fan-out, hedging, worker pool, batch, visited, lock order
 #
@@ -230,7 +230,7 @@ def test_fan_out_in_real_time() -> None:
         assert [outcome.status for outcome in outcomes.values()] == ["timeout", "ok"] * 4
         assert Counter(how for _, how, _ in calls.ends) == {"done": 4, "cancelled": 4}
 
-    prim_run(main())
+    run_task(main())
 
 
 # ------------------------------------------------------------------------------------------------------------- hedging
@@ -311,7 +311,7 @@ class PoolShell:
         self.ended: list[tuple[Any, str]] = []
 
     def run(self, main: Coroutine[Any, Any, None]) -> None:
-        (prim_run if self.threads else fan_run)(main)
+        (run_task if self.threads else fan_run)(main)
         assert [thread for thread in threading.enumerate() if thread.name.startswith("worker-")] == []
 
     @contextlib.asynccontextmanager
@@ -328,7 +328,7 @@ class PoolShell:
     async def gated(self, item: Any) -> None:
         self.begun.append(item)
         try:
-            assert self.gate.wait(PRIM_PATIENCE) if self.threads else await self.agate.wait()
+            assert self.gate.wait(HANG_LIMIT) if self.threads else await self.agate.wait()
             self.ended.append((item, "done"))
         except asyncio.CancelledError:
             self.ended.append((item, "cancelled"))
@@ -346,9 +346,9 @@ class PoolShell:
         return pool.close(timeout) if self.threads else await pool.close_async(timeout)
 
     async def until(self, predicate: Callable[[], bool]) -> None:
-        await prim_ticks()
+        await ticks()
         if self.threads:
-            prim_until(predicate)
+            wait_until(predicate)
         assert predicate()
 
 
@@ -575,7 +575,7 @@ def test_pool_refuses_its_sizes_and_need_not_begin() -> None:
 
 def test_visited_tells_one_of_many_threads() -> None:
     visited, told = co.Visited[int](), list[int]()
-    prim_in_threads([lambda: told.extend(key for key in range(300) if visited.add(key))] * 8)
+    in_threads([lambda: told.extend(key for key in range(300) if visited.add(key))] * 8)
     assert sorted(told) == list(range(300))
     assert (len(visited), visited.stats()) == (300, (300, 2100))
     assert repr(visited) == "<Visited keys=300 repeats=2100>"
@@ -603,7 +603,7 @@ def visited_check_one_step(visited_type: type[co.Visited[VisitedKey]]) -> None:
 
     def intrude() -> None:
         others.append(PrimThread(lambda: visited.add(VisitedKey())))
-        prim_until(lambda: others[0].done() or visited._lock.locked())
+        wait_until(lambda: others[0].done() or visited._lock.locked())
 
     assert visited.add(VisitedKey(intrude)) is True
     assert others[0].result() is False

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule, run_state_machine_as_test
 
 import coordination as co
-from tests.helpers.base import PRIM_HUNT, PRIM_PATIENCE, PRIM_SETTINGS, prim_run, prim_ticks
-from tests.helpers.mechanisms import PrimLoopMachine
+from tests.helpers.base import HANG_LIMIT, HUNT, SETTINGS, run_task, ticks
+from tests.helpers.mechanisms import LoopMachine
 
 
 async def prim_cancelled(
@@ -38,10 +38,10 @@ async def prim_cancelled(
     return (await asyncio.gather(task, return_exceptions=True))[0]
 
 
-PRIM_ORDERS = list(itertools.product(range(4), range(6), (True, False)))
+ORDERS = list(itertools.product(range(4), range(6), (True, False)))
 
 
-def prim_check_semaphore_cancel(semaphore_type: type[co.Semaphore], effort: settings | None = None) -> None:
+def check_semaphore_cancel(semaphore_type: type[co.Semaphore], effort: settings | None = None) -> None:
     """No permit is lost and no waiter left, whenever the victim is cancelled; those behind are served in order."""
 
     async def scenario(event_step: int, cancel_step: int, event_first: bool, how: str, behind: int) -> bool:
@@ -54,11 +54,11 @@ def prim_check_semaphore_cancel(semaphore_type: type[co.Semaphore], effort: sett
                 await semaphore.acquire_async()
                 semaphore.release()
             elif how == "timeout":
-                await asyncio.wait_for(semaphore.acquire_async(), PRIM_PATIENCE)
+                await asyncio.wait_for(semaphore.acquire_async(), HANG_LIMIT)
                 semaphore.release()
             else:
                 async with semaphore:
-                    await prim_ticks(2)
+                    await ticks(2)
             return "served"
 
         async def other(number: int) -> None:
@@ -69,7 +69,7 @@ def prim_check_semaphore_cancel(semaphore_type: type[co.Semaphore], effort: sett
         loop = asyncio.get_running_loop()
         loop.call_soon(lambda: others.extend(loop.create_task(other(number)) for number in range(behind)))
         outcome = await prim_cancelled(victim(), lambda _: semaphore.release(), event_step, cancel_step, event_first)
-        await prim_ticks()
+        await ticks()
         assert all(worker.done() for worker in others), "somebody waits for a permit that is lost"
         assert await asyncio.gather(*others, return_exceptions=True) == [None] * behind
         assert outcome == "served" or isinstance(outcome, asyncio.CancelledError)
@@ -80,15 +80,15 @@ def prim_check_semaphore_cancel(semaphore_type: type[co.Semaphore], effort: sett
     async def all_of_them() -> set[bool]:
         return {
             await scenario(*order, how, behind)
-            for order in PRIM_ORDERS
+            for order in ORDERS
             for how in ("plain", "timeout", "with")
             for behind in (0, 2)
         }
 
-    assert prim_run(all_of_them()) == {True, False}
+    assert run_task(all_of_them()) == {True, False}
 
 
-def prim_check_channel_get_cancel(channel_type: type[co.Channel[Any]], effort: settings | None = None) -> None:
+def check_channel_get_cancel(channel_type: type[co.Channel[Any]], effort: settings | None = None) -> None:
     """Every accepted item is delivered exactly once, whenever a getter is cancelled."""
 
     async def scenario(event_step: int, cancel_step: int, event_first: bool, how: str, behind: int) -> bool:
@@ -99,7 +99,7 @@ def prim_check_channel_get_cancel(channel_type: type[co.Channel[Any]], effort: s
             if how == "plain":
                 got.append(await channel.get_async())
             elif how == "timeout":
-                got.append(await asyncio.wait_for(channel.get_async(), PRIM_PATIENCE))
+                got.append(await asyncio.wait_for(channel.get_async(), HANG_LIMIT))
             else:
                 async for item in channel:
                     got.append(item)
@@ -122,7 +122,7 @@ def prim_check_channel_get_cancel(channel_type: type[co.Channel[Any]], effort: s
         while not all(worker.done() for worker in others):
             before = len(got)
             event()
-            await prim_ticks(4)
+            await ticks(4)
             assert len(got) == before + 1, "an item went to nobody"
         channel.close()
         got.extend([item async for item in channel])
@@ -133,15 +133,15 @@ def prim_check_channel_get_cancel(channel_type: type[co.Channel[Any]], effort: s
     async def all_of_them() -> set[bool]:
         return {
             await scenario(*order, how, behind)
-            for order in PRIM_ORDERS
+            for order in ORDERS
             for how in ("plain", "timeout", "for")
             for behind in (0, 2)
         }
 
-    assert prim_run(all_of_them()) == {True, False}
+    assert run_task(all_of_them()) == {True, False}
 
 
-def prim_check_channel_put_cancel(channel_type: type[co.Channel[Any]], effort: settings | None = None) -> None:
+def check_channel_put_cancel(channel_type: type[co.Channel[Any]], effort: settings | None = None) -> None:
     """A put that returned is delivered once, one that was cancelled at most once, and no putter stays behind."""
 
     async def scenario(event_step: int, cancel_step: int, event_first: bool, close: bool, behind: int) -> str:
@@ -163,7 +163,7 @@ def prim_check_channel_put_cancel(channel_type: type[co.Channel[Any]], effort: s
         outcome = await prim_cancelled(channel.put_async("victim"), event, event_step, cancel_step, event_first)
         while channel.stats().items and not close:
             got.append(channel.get_nowait())
-            await prim_ticks(4)
+            await ticks(4)
         channel.close()
         refused = await asyncio.gather(*others, return_exceptions=True)
         got.extend([item async for item in channel])
@@ -178,16 +178,13 @@ def prim_check_channel_put_cancel(channel_type: type[co.Channel[Any]], effort: s
 
     async def all_of_them() -> set[str]:
         return {
-            await scenario(*order, close, behind)
-            for order in PRIM_ORDERS
-            for close in (True, False)
-            for behind in (0, 2)
+            await scenario(*order, close, behind) for order in ORDERS for close in (True, False) for behind in (0, 2)
         }
 
-    assert prim_run(all_of_them()) == {"NoneType", "CancelledError", "ChannelClosed"}
+    assert run_task(all_of_them()) == {"NoneType", "CancelledError", "ChannelClosed"}
 
 
-class PrimSemaphoreMachine(PrimLoopMachine):
+class SemaphoreMachine(LoopMachine):
     semaphore_type: ClassVar[type[co.Semaphore]] = co.Semaphore
 
     @initialize(permits=st.integers(1, 3))
@@ -261,7 +258,7 @@ class PrimSemaphoreMachine(PrimLoopMachine):
         assert self.semaphore.stats() == co.SemaphoreStats(self.permits, self.permits, 0)
 
 
-class PrimChannelMachine(PrimLoopMachine):
+class ChannelMachine(LoopMachine):
     channel_type: ClassVar[type[co.Channel[Any]]] = co.Channel
 
     @initialize(capacity=st.integers(1, 3))
@@ -381,33 +378,31 @@ class PrimChannelMachine(PrimLoopMachine):
         assert self.channel.stats() == co.ChannelStats(self.channel.capacity, 0, 0, 0, True)
 
 
-def prim_check_semaphore_walk(semaphore_type: type[co.Semaphore], effort: settings = PRIM_SETTINGS) -> None:
-    machine = type(
-        "Machine", (PrimSemaphoreMachine,), {"semaphore_type": semaphore_type, "debug": effort is not PRIM_HUNT}
-    )
+def check_semaphore_walk(semaphore_type: type[co.Semaphore], effort: settings = SETTINGS) -> None:
+    machine = type("Machine", (SemaphoreMachine,), {"semaphore_type": semaphore_type, "debug": effort is not HUNT})
     run_state_machine_as_test(machine, settings=effort)
 
 
-def prim_check_channel_walk(channel_type: type[co.Channel[Any]], effort: settings = PRIM_SETTINGS) -> None:
-    machine = type("Machine", (PrimChannelMachine,), {"channel_type": channel_type, "debug": effort is not PRIM_HUNT})
+def check_channel_walk(channel_type: type[co.Channel[Any]], effort: settings = SETTINGS) -> None:
+    machine = type("Machine", (ChannelMachine,), {"channel_type": channel_type, "debug": effort is not HUNT})
     run_state_machine_as_test(machine, settings=effort)
 
 
-PRIM_WAITING_PROPERTIES: list[tuple[Callable[..., None], type]] = [
-    (prim_check_semaphore_cancel, co.Semaphore),
-    (prim_check_channel_get_cancel, co.Channel),
-    (prim_check_channel_put_cancel, co.Channel),
-    (prim_check_semaphore_walk, co.Semaphore),
-    (prim_check_channel_walk, co.Channel),
+WAITING_PROPERTIES: list[tuple[Callable[..., None], type]] = [
+    (check_semaphore_cancel, co.Semaphore),
+    (check_channel_get_cancel, co.Channel),
+    (check_channel_put_cancel, co.Channel),
+    (check_semaphore_walk, co.Semaphore),
+    (check_channel_walk, co.Channel),
 ]
 
 
-@pytest.mark.parametrize(("check", "kind"), PRIM_WAITING_PROPERTIES, ids=lambda x: x.__name__)
-def test_prim_waiting_keeps_its_promises(check: Callable[..., None], kind: type) -> None:
+@pytest.mark.parametrize(("check", "kind"), WAITING_PROPERTIES, ids=lambda x: x.__name__)
+def test_waiting_keeps_its_promises(check: Callable[..., None], kind: type) -> None:
     check(kind)
 
 
-def test_prim_a_coroutine_that_is_closed_leaves_too() -> None:
+def test_a_coroutine_that_is_closed_leaves_too() -> None:
     """Not every coroutine is run by a task to its end; one that is thrown away must not stay in a queue."""
 
     async def main() -> None:
@@ -423,4 +418,4 @@ def test_prim_a_coroutine_that_is_closed_leaves_too() -> None:
         assert semaphore.stats() == co.SemaphoreStats(1, 0, 0)
         assert channel.stats() == co.ChannelStats(1, 1, 0, 0, False)
 
-    prim_run(main())
+    run_task(main())

@@ -43,23 +43,23 @@ from crawl.robots import LARGE, rules_for
 from sandbox import faults as sf
 from sandbox import sites as sb
 from sandbox.sites import Sandbox
-from tests.helpers.base import HERE, PRIM_PATIENCE
+from tests.helpers.base import HANG_LIMIT, HERE
 from tests.helpers.crawl import (
     DRIVERS,
     ROBOTS_LARGE,
+    free_port,
     kind,
     robots_file,
     until,
     walk,
     walk_crawl,
-    walk_free_port,
     walk_row,
 )
 
-WALK_RUN: dict[str, Callable[..., None]] = {"crawl_threads": crawl_threads.run, "crawl_async": crawl_async.run}
+RUN: dict[str, Callable[..., None]] = {"crawl_threads": crawl_threads.run, "crawl_async": crawl_async.run}
 
 
-class WalkWeb:
+class Web:
     """A few hosts whose every answer a test sets: ``pages`` by host number and target, such as "0/a?b=c"."""
 
     def __init__(self, site: Sandbox) -> None:
@@ -120,19 +120,19 @@ class WalkWeb:
 def walk_main(driver: str, *argv: str) -> int:
     threshold = gc.get_threshold()
     try:
-        return crawl_cli.main(f"{driver}.py", WALK_RUN[driver], list(argv))
+        return crawl_cli.main(f"{driver}.py", RUN[driver], list(argv))
     finally:
         gc.set_threshold(*threshold)
 
 
-def walk_errors(rows: dict[str, CrawlResult]) -> dict[str, str | None]:
+def errors(rows: dict[str, CrawlResult]) -> dict[str, str | None]:
     return {key: row.error and row.error.partition(":")[0] for key, row in rows.items()}
 
 
 @pytest.fixture
-def walked(monkeypatch: pytest.MonkeyPatch) -> Iterator[WalkWeb]:
+def walked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     with Sandbox(hosts=4, pages=1) as site:
-        web = WalkWeb(site)
+        web = Web(site)
         monkeypatch.setattr(sb, "site", web)
         for path in list(sf.ROUTES):
             monkeypatch.delitem(sf.ROUTES, path)
@@ -143,7 +143,7 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> Iterator[WalkWeb]:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_finds_every_page_once_at_any_concurrency(driver: str) -> None:
+def test_finds_every_page_once_at_any_concurrency(driver: str) -> None:
     for concurrency in (1, 7, 64):
         with Sandbox(hosts=6, pages=50, page_bytes=3000) as site:
             rows: list[ScrapeResult] = []
@@ -158,7 +158,7 @@ def test_walk_finds_every_page_once_at_any_concurrency(driver: str) -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_goes_on_after_each_kill(driver: str, walked: WalkWeb, tmp_path: Path) -> None:
+def test_goes_on_after_each_kill(driver: str, walked: Web, tmp_path: Path) -> None:
     rng, out, concurrency = random.Random(11), tmp_path / "rows.jsonl", 5
     with Sandbox(hosts=2, pages=60, page_bytes=2800) as site:  # its pages, but from where a run can be held up
         every = {web_key: site._page(host, page) for host in (0, 1) for page in range(60)
@@ -203,7 +203,7 @@ def test_walk_goes_on_after_each_kill(driver: str, walked: WalkWeb, tmp_path: Pa
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_a_fault_of_its_own_is_one_row(driver: str, walked: WalkWeb, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_its_own_is_one_row(driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     walked.page("0/", "/a", "/b", "/c")
     for key in ("0/a", "0/b", "0/c"):
         walked.page(key)
@@ -216,14 +216,14 @@ def test_walk_a_fault_of_its_own_is_one_row(driver: str, walked: WalkWeb, monkey
     real = html_parse.parse_page
     monkeypatch.setattr("crawl.rows.parse_page", parse)
     rows = walked.crawl(driver, "0/", concurrency=2)
-    assert walk_errors(rows) == {"0/": None, "0/a": None, "0/b": "internal", "0/c": None}
+    assert errors(rows) == {"0/": None, "0/a": None, "0/b": "internal", "0/c": None}
     assert rows["0/b"].error == "internal: KeyError: 'planted'"
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("name", ["rules_for", "parse_sitemap", "page_directives", "Scope.why_not"])
-def test_walk_a_fault_where_there_is_no_row_to_tell(
-    driver: str, name: str, walked: WalkWeb, monkeypatch: pytest.MonkeyPatch
+def test_a_fault_where_there_is_no_row_to_tell(
+    driver: str, name: str, walked: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def planted(*args: Any) -> Any:
         raise MemoryError("planted")
@@ -243,12 +243,12 @@ def test_walk_a_fault_where_there_is_no_row_to_tell(
         "page_directives": dict.fromkeys(("0/", "0/c"), "internal"),
         "Scope.why_not": {"0/": "internal"},
     }
-    assert walk_errors(rows) == expected[name]
+    assert errors(rows) == expected[name]
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_a_full_disk_and_then_room_again(
-    driver: str, walked: WalkWeb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_full_disk_and_then_room_again(
+    driver: str, walked: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     walked.page("0/", *(f"/{n}" for n in range(60)))
     for n in range(60):
@@ -273,8 +273,8 @@ def test_walk_a_full_disk_and_then_room_again(
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_the_reader_of_the_rows_leaves(
-    driver: str, walked: WalkWeb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_reader_of_the_rows_leaves(
+    driver: str, walked: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -297,7 +297,7 @@ def test_walk_the_reader_of_the_rows_leaves(
     reader = threading.Thread(target=read)
     reader.start()
     assert walked.program(driver, "0/", "--depth", "3", "-o", str(pipe)) == 141
-    reader.join(PRIM_PATIENCE)
+    reader.join(HANG_LIMIT)
     assert walked.program(driver, "0/", "--depth", "3", "-o", str(pipe), "--resume") == 1
     assert "is no file, which could be read back" in capsys.readouterr().err
 
@@ -306,7 +306,7 @@ def test_walk_the_reader_of_the_rows_leaves(
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_obeys_robots(driver: str, walked: WalkWeb) -> None:
+def test_obeys_robots(driver: str, walked: Web) -> None:
     walked.robots(0, "User-agent: *", "Disallow: /", "User-agent: flatcrawl", "Disallow: /no", "Allow: /no/yes$")
     walked.page("0/", "/no", "/no/yes", "/yes")
     walked.redirect("0/yes", "/no/more")
@@ -319,7 +319,7 @@ def test_walk_obeys_robots(driver: str, walked: WalkWeb) -> None:
     walked.page("3/", "/a", "/b")
     walked.page("3/b")
     rows = walked.crawl(driver, "0/", "1/", "2/", "2/too", "3/", concurrency=4)
-    assert walk_errors(rows) == {
+    assert errors(rows) == {
         "0/": None, "0/no": "robots", "0/no/yes": None, "0/yes": "robots", "1/": None, "1/a": None, "2/": "robots",
         "2/too": "robots", "3/": None, "3/a": "robots", "3/b": None,
     }  # fmt: skip
@@ -328,13 +328,11 @@ def test_walk_obeys_robots(driver: str, walked: WalkWeb) -> None:
     asked = Counter(walked.asked(robots=True))
     assert {key for key, times in asked.items() if times > 1} == set()
     assert set(asked).isdisjoint({"0/no", "0/no/more", "2/", "2/too", "3/a"})
-    assert set(walk_errors(walked.crawl(driver, "0/", robots=False)).values()) == {None, "http"}
+    assert set(errors(walked.crawl(driver, "0/", robots=False)).values()) == {None, "http"}
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_is_not_held_up_by_the_rules_of_one_host(
-    driver: str, walked: WalkWeb, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_is_not_held_up_by_the_rules_of_one_host(driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rules of host 0 answer when the pages of host 1 are done."""
     done = threading.Event()
     waited: list[bool] = []
@@ -368,7 +366,7 @@ def test_walk_is_not_held_up_by_the_rules_of_one_host(
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_beside_hostile_robots(driver: str, walked: WalkWeb) -> None:
+def test_beside_hostile_robots(driver: str, walked: Web) -> None:
     """10,000 rules with wildcards; and few enough to be read, over long links."""
     walked.pages["0/robots.txt"] = sf.reply(robots_file(ROBOTS_LARGE["wildcards"]), kind="text/plain")
     walked.robots(1, "User-agent: *", *(f"Disallow: /x*{n:06}*{n:06}" for n in range(1_500)), "Disallow: /x/end")
@@ -391,8 +389,8 @@ def test_walk_beside_hostile_robots(driver: str, walked: WalkWeb) -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_reads_large_robots_one_at_a_time_and_not_once_it_is_stopped(
-    driver: str, walked: WalkWeb, monkeypatch: pytest.MonkeyPatch
+def test_reads_large_robots_one_at_a_time_and_not_once_it_is_stopped(
+    driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading: list[str] = []
     crawl = walk_crawl(concurrency=4)
@@ -416,9 +414,7 @@ def test_walk_reads_large_robots_one_at_a_time_and_not_once_it_is_stopped(
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_keeps_the_delay_that_robots_ask_for(
-    driver: str, walked: WalkWeb, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keeps_the_delay_that_robots_ask_for(driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[str, float]] = []
     real = Frontier.clear_to_send
 
@@ -442,7 +438,7 @@ def test_walk_keeps_the_delay_that_robots_ask_for(
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_sitemaps_seed(driver: str, walked: WalkWeb) -> None:
+def test_sitemaps_seed(driver: str, walked: Web) -> None:
     walked.robots(0, *(f"Sitemap: {walked.url(key)}" for key in ("0/index.xml", "0/index.xml", "1/for0.xml", "0/404")))
     walked.sitemap("0/index.xml", "0/a.xml.gz", "0/index.xml", "0/back.xml", "0/bomb.gz", "0/list.txt", index=True)
     walked.sitemap("0/back.xml", "0/index.xml", "0/a.xml.gz", index=True)
@@ -462,7 +458,7 @@ def test_walk_sitemaps_seed(driver: str, walked: WalkWeb) -> None:
     walked.redirect("0/away", "1/elsewhere")
     crawl = walk_crawl(depth=0, sitemaps=True, concurrency=4)
     rows = walked.crawl(driver, "0/", crawl=crawl)
-    assert walk_errors(rows) == {"0/": None, "0/a": None, "0/by1": None, "0/text": None, "0/away": "redirects"}
+    assert errors(rows) == {"0/": None, "0/a": None, "0/by1": None, "0/text": None, "0/away": "redirects"}
     assert {row.depth for row in rows.values()} == {0}
     asked = Counter(walked.asked(robots=True))
     assert {key for key, times in asked.items() if times > 1} == set()
@@ -473,7 +469,7 @@ def test_walk_sitemaps_seed(driver: str, walked: WalkWeb) -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_sitemaps_without_end_have_one(driver: str, walked: WalkWeb, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sitemaps_without_end_have_one(driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crawl_core, "MAX_SITEMAPS", 7)
     walked.robots(0, f"Sitemap: {walked.url('0/m1')}")
     for n in range(1, 40):
@@ -488,7 +484,7 @@ def test_walk_sitemaps_without_end_have_one(driver: str, walked: WalkWeb, monkey
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_honours_what_pages_ask(driver: str, walked: WalkWeb) -> None:
+def test_honours_what_pages_ask(driver: str, walked: Web) -> None:
     walked.page("0/", '<a rel="nofollow ugc" href="/rel">x</a>', "/meta", "/header", "/other", "/index")
     walked.page("0/meta", "/from-meta", head='<meta name="robots" content="nofollow">')
     headers = ["X-Robots-Tag: otherbot: noindex, nofollow", "X-Robots-Tag: none"]
@@ -507,7 +503,7 @@ def test_walk_honours_what_pages_ask(driver: str, walked: WalkWeb) -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_stays_where_it_is_told_to(driver: str, walked: WalkWeb) -> None:
+def test_stays_where_it_is_told_to(driver: str, walked: Web) -> None:
     walked.page(
         "0/", "/in?utm_source=a&q=1", "/in?q=1&UTM_Medium=b", "/in?q=1#c", "/out", "1/in", "mailto:a@b", "/x/in"
     )
@@ -523,7 +519,7 @@ def test_walk_stays_where_it_is_told_to(driver: str, walked: WalkWeb) -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_within_a_registrable_domain(driver: str, walked: WalkWeb, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_within_a_registrable_domain(driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     port = walked.site.port
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda *args, **more: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
@@ -538,7 +534,7 @@ def test_walk_within_a_registrable_domain(driver: str, walked: WalkWeb, monkeypa
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_redirects(driver: str, walked: WalkWeb) -> None:
+def test_redirects(driver: str, walked: Web) -> None:
     walked.page("0/", "/known", "/to-known", "/to-new", "/out", "/loop", "/twice")
     walked.page("0/known")
     walked.redirect("0/to-known", "/known")
@@ -562,7 +558,7 @@ def test_walk_redirects(driver: str, walked: WalkWeb) -> None:
         walked.url("0/new"),
         f"duplicate: redirects to {walked.url('0/new')}",
     )
-    assert walk_errors(rows) | {"0/to-new": None, "0/twice": None} == {
+    assert errors(rows) | {"0/to-new": None, "0/twice": None} == {
         "0/": None, "0/known": None, "0/to-known": "duplicate", "0/to-new": None, "0/out": "redirects", "0/twice": None,
         "0/loop": "duplicate", "0/deep": None, "2/": None, "2/more": None, "3/more": None,
     }  # fmt: skip
@@ -572,7 +568,7 @@ def test_walk_redirects(driver: str, walked: WalkWeb) -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_the_end_of_the_list_is_in_scope_from_the_beginning(driver: str, walked: WalkWeb) -> None:
+def test_the_end_of_the_list_is_in_scope_from_the_beginning(driver: str, walked: Web) -> None:
     fill = [f"0/{n}" for n in range(300)]
     walked.page("0/", "1/linked")
     walked.page("1/linked")
@@ -583,7 +579,7 @@ def test_walk_the_end_of_the_list_is_in_scope_from_the_beginning(driver: str, wa
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_equal_bodies_are_marked_and_their_links_followed_once(driver: str, walked: WalkWeb) -> None:
+def test_equal_bodies_are_marked_and_their_links_followed_once(driver: str, walked: Web) -> None:
     walked.page("0/", "/a/", "/b/")
     for key in ("0/a/", "0/b/"):
         walked.page(key, "next", tag="same")
@@ -598,7 +594,7 @@ def test_walk_equal_bodies_are_marked_and_their_links_followed_once(driver: str,
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_has_bounds(driver: str, walked: WalkWeb) -> None:
+def test_has_bounds(driver: str, walked: Web) -> None:
     walked.robots(1, "User-agent: *", "Disallow: /0", "Disallow: /1")
     for host in (0, 1):
         walked.page(f"{host}/", *(f"/{n}" for n in range(9)))
@@ -621,21 +617,21 @@ def test_walk_has_bounds(driver: str, walked: WalkWeb) -> None:
     assert (crawl.failure, crawl.interrupted, crawl.frontier.stats().waiting) == (None, False, 6)
 
 
-WALK_ROWS = walk_row("http://a.example/") + walk_row("http://a.example/b", error="http: 404 Not Found")
+ROWS = walk_row("http://a.example/") + walk_row("http://a.example/b", error="http: 404 Not Found")
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (b"", b""), (WALK_ROWS, WALK_ROWS), (WALK_ROWS + b'{"url":"http://a.exa', WALK_ROWS), (b'{"ur', b""),
-        (WALK_ROWS[:-1], walk_row("http://a.example/")), (WALK_ROWS + bytes(5000), WALK_ROWS),
-        (WALK_ROWS + b'{"url":"http' + bytes(50) + b'c":1}\n', WALK_ROWS), (WALK_ROWS[:100], b""),
-        (walk_row("http://c.example/", error="interrupted: x", status=None) + WALK_ROWS, WALK_ROWS),
-        (WALK_ROWS + walk_row("http://c.example/", error="interrupted: x") + b'{"url', WALK_ROWS),
-        (WALK_ROWS + walk_row("http://c.example/" + "x" * 3_000_000) + b"{", None),
+        (b"", b""), (ROWS, ROWS), (ROWS + b'{"url":"http://a.exa', ROWS), (b'{"ur', b""),
+        (ROWS[:-1], walk_row("http://a.example/")), (ROWS + bytes(5000), ROWS),
+        (ROWS + b'{"url":"http' + bytes(50) + b'c":1}\n', ROWS), (ROWS[:100], b""),
+        (walk_row("http://c.example/", error="interrupted: x", status=None) + ROWS, ROWS),
+        (ROWS + walk_row("http://c.example/", error="interrupted: x") + b'{"url', ROWS),
+        (ROWS + walk_row("http://c.example/" + "x" * 3_000_000) + b"{", None),
     ],
 )  # fmt: skip
-def test_walk_a_journal_is_mended(before: bytes, after: bytes | None, tmp_path: Path) -> None:
+def test_a_journal_is_mended(before: bytes, after: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(before)
     path.chmod(0o640)
@@ -661,13 +657,13 @@ def test_walk_a_journal_is_mended(before: bytes, after: bytes | None, tmp_path: 
 @pytest.mark.parametrize(
     "before",
     [
-        b"url,status,title\r\nhttp://a.example/,200,x\r\n", b"[\n" + WALK_ROWS[:-1] + b"\n]\n", b"[]\n", b"\n",
-        WALK_ROWS + b"a note of mine\n", b"a note of mine", bytes(100), b'{"url":"http://a/","error":null}\n',
-        b"\0" * 10 + WALK_ROWS, WALK_ROWS + b"torn\0" + WALK_ROWS, b"{}\n", b"x" * 5_000_000, b"\x89PNG\r\n\x1a\n\0\0",
-        walk_row("x", links_found=7), walk_row("x", url=7), b'{"url":"x",\n' + WALK_ROWS,
+        b"url,status,title\r\nhttp://a.example/,200,x\r\n", b"[\n" + ROWS[:-1] + b"\n]\n", b"[]\n", b"\n",
+        ROWS + b"a note of mine\n", b"a note of mine", bytes(100), b'{"url":"http://a/","error":null}\n',
+        b"\0" * 10 + ROWS, ROWS + b"torn\0" + ROWS, b"{}\n", b"x" * 5_000_000, b"\x89PNG\r\n\x1a\n\0\0",
+        walk_row("x", links_found=7), walk_row("x", url=7), b'{"url":"x",\n' + ROWS,
     ],
 )  # fmt: skip
-def test_walk_what_is_no_journal_is_refused_and_not_touched(
+def test_what_is_no_journal_is_refused_and_not_touched(
     before: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -680,8 +676,8 @@ def test_walk_what_is_no_journal_is_refused_and_not_touched(
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_resume_asks_for_what_is_left_and_nothing_else(
-    driver: str, walked: WalkWeb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_resume_asks_for_what_is_left_and_nothing_else(
+    driver: str, walked: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.jsonl"
     u = walked.url
@@ -718,7 +714,7 @@ def test_walk_resume_asks_for_what_is_left_and_nothing_else(
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_resume_knows_the_first_of_equal_bodies(driver: str, walked: WalkWeb, tmp_path: Path) -> None:
+def test_resume_knows_the_first_of_equal_bodies(driver: str, walked: Web, tmp_path: Path) -> None:
     walked.page("0/", "/a/", "/b/")
     for key in ("0/a/", "0/b/"):
         walked.page(key, "next", tag="same")
@@ -742,7 +738,7 @@ def test_walk_resume_knows_the_first_of_equal_bodies(driver: str, walked: WalkWe
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_explains(driver: str, walked: WalkWeb, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explains(driver: str, walked: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
     out.write_bytes(walk_row(walked.url("0/done")) + b'{"url":"to')
     walked.robots(0, "User-agent: *", "Disallow: /forbidden", "Crawl-delay: 4")
@@ -780,24 +776,24 @@ def test_walk_explains(driver: str, walked: WalkWeb, tmp_path: Path, capsys: pyt
 
 
 def walk_metrics(crawl: Crawl) -> str:
-    port = walk_free_port()
+    port = free_port()
     end = crawl_cli.serve_metrics(crawl, port)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PRIM_PATIENCE) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_LIMIT) as answer:
             return str(answer.read().decode())
     finally:
         end()
 
 
 @pytest.mark.parametrize(("driver", "told"), [(crawl_async, True), (crawl_threads, False)])
-def test_walk_loop_lag_is_told_where_there_is_a_loop(driver: Any, told: bool, walked: WalkWeb) -> None:
+def test_loop_lag_is_told_where_there_is_a_loop(driver: Any, told: bool, walked: Web) -> None:
     crawl = walk_crawl()
     driver.run(crawl, [walked.url("0/")], lambda *rows: None)
     assert ("crawl_loop_lag_seconds" in walk_metrics(crawl)) == told
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_counts_agree_and_nothing_is_kept(driver: str, walked: WalkWeb, tmp_path: Path) -> None:
+def test_counts_agree_and_nothing_is_kept(driver: str, walked: Web, tmp_path: Path) -> None:
     walked.robots(0, "User-agent: *", "Disallow: /no")
     walked.page("0/", "/no", "/404", "/moved", *(f"/{n}" for n in range(80)))
     walked.redirect("0/moved", "/0")
@@ -849,7 +845,7 @@ def test_walk_counts_agree_and_nothing_is_kept(driver: str, walked: WalkWeb, tmp
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_walk_as_a_table(driver: str, walked: WalkWeb, tmp_path: Path) -> None:
+def test_as_a_table(driver: str, walked: Web, tmp_path: Path) -> None:
     walked.page("0/", "/a", '<a rel=nofollow href="/b">x</a>')
     walked.page("0/a")
     out = tmp_path / "pages.csv"
@@ -882,11 +878,11 @@ def walk_csv(path: Path) -> Iterator[dict[str, str]]:
         (["-o", "/no/such/folder/x"], 1, "cannot write /no/such/folder/x: No such file"),
     ],
 )  # fmt: skip
-def test_walk_wrong_usage_is_one_line(
+def test_wrong_usage_is_one_line(
     argv: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.jsonl"
-    out.write_bytes(WALK_ROWS)
+    out.write_bytes(ROWS)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         words = {"OUT": str(out), "IN USE": str(taken.getsockname()[1])}
         argv = ["http://a.invalid/", *(words.get(arg, arg) for arg in argv)]
@@ -895,4 +891,4 @@ def test_walk_wrong_usage_is_one_line(
     err = capsys.readouterr().err
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
-    assert out.read_bytes() == WALK_ROWS
+    assert out.read_bytes() == ROWS

@@ -28,10 +28,10 @@ from crawl import process_worker as crawl_share
 from crawl import processes as cp
 from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
-from tests.helpers.base import HERE, PRIM_PATIENCE
+from tests.helpers.base import HANG_LIMIT, HERE
 
 
-class SharesWeb:
+class sWeb:
     """A web of `hosts` loopback addresses: pages are functions of (host, path); what was asked for, and when."""
 
     def __init__(self, page: Callable[[int, str], tuple[int, dict[str, str], str]]) -> None:
@@ -69,7 +69,7 @@ class SharesWeb:
     def url(self, host: int, path: str) -> str:
         return f"http://127.0.2.{host}:{self.port}{path}"
 
-    def __enter__(self) -> SharesWeb:
+    def __enter__(self) -> sWeb:
         self._thread.start()
         return self
 
@@ -101,7 +101,7 @@ def shares_rows(out: bytes) -> list[dict[str, Any]]:
 
 
 def shares_until(condition: Callable[[], object]) -> None:
-    gate, deadline = threading.Event(), time.monotonic() + PRIM_PATIENCE
+    gate, deadline = threading.Event(), time.monotonic() + HANG_LIMIT
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
         gate.wait(0.005)
@@ -202,7 +202,7 @@ PORT = [0]
 
 def test_shares_links_redirects_and_rules_go_over_to_the_worker_of_their_host() -> None:
     found = []
-    with SharesWeb(shares_site) as web:
+    with sWeb(shares_site) as web:
         PORT[0] = web.port
         for processes in (1, 2, 3):
             web.log.clear()
@@ -228,7 +228,7 @@ def test_shares_links_redirects_and_rules_go_over_to_the_worker_of_their_host() 
 
 def test_shares_bounds_hold_over_all_workers() -> None:
     """--rate for each host (gaps in the server's log), --max-pages in all, --json in one piece, redirects in rounds."""
-    with SharesWeb(shares_site) as web:
+    with sWeb(shares_site) as web:
         PORT[0] = web.port
         argv = (web.url(1, "/"), "--depth", 9, "--within", "any", "--rate", 20, "--max-pages", 31, "--json")
         code, out, err = shares_run(*argv, "--processes", 2)
@@ -254,7 +254,7 @@ def test_shares_a_killed_worker_costs_nothing_and_a_killed_parent_leaves_nothing
             open_.wait(30)  # in flight when the worker is killed
         return shares_site(host, path) if host < 20 else (200, {}, f"<title>{path}</title>")
 
-    with SharesWeb(page) as web:
+    with sWeb(page) as web:
         PORT[0] = web.port
         urls = [web.url(20 + n % 4, f"/{n}") for n in range(200)]
         command = (
@@ -279,7 +279,7 @@ def test_shares_a_killed_worker_costs_nothing_and_a_killed_parent_leaves_nothing
             victim.kill()
             shares_until(lambda: len({one.pid for one in shares_workers(program)} - {victim.pid}) == 2)
             open_.set()
-            _, err = program.communicate(timeout=PRIM_PATIENCE)
+            _, err = program.communicate(timeout=HANG_LIMIT)
         rows = shares_rows((tmp_path / "rows").read_bytes())
         assert program.returncode == 0 and b"died (signal 9)" in err
         assert Counter(row["url"] for row in rows) == Counter(urls)
@@ -312,7 +312,7 @@ def test_shares_stop_in_two_stages_and_worker_that_always_dies() -> None:
             gate.wait(30)
         return 200, {}, f"<title>{path}</title>"
 
-    with SharesWeb(page) as web:
+    with sWeb(page) as web:
         urls = [web.url(host, path) for host in range(1, 9) for path in ("/slow", "/quick")]
 
         def stopped(first: int) -> dict[str, Any]:
@@ -328,7 +328,7 @@ def test_shares_stop_in_two_stages_and_worker_that_always_dies() -> None:
                     gate.set()  # the grace time is enough
                 else:
                     os.kill(program.pid, signal.SIGINT)  # the second
-                out, err = program.communicate(timeout=PRIM_PATIENCE)
+                out, err = program.communicate(timeout=HANG_LIMIT)
             assert not any(worker.is_running() for worker in workers)
             assert program.returncode == 130 and b"interrupted; " in err and b"Traceback" not in err
             rows = json.loads(out)
@@ -349,7 +349,7 @@ def test_shares_stop_in_two_stages_and_worker_that_always_dies() -> None:
                     for worker in [worker for worker in found if worker.pid > max(dead, default=found[0].pid)]:
                         dead.add(worker.pid)
                         worker.kill()
-            _, err = program.communicate(timeout=PRIM_PATIENCE)
+            _, err = program.communicate(timeout=HANG_LIMIT)
         gate.set()
     assert program.returncode == 1 and b"died 3 times in a row" in err and b"Traceback" not in err
 
@@ -365,7 +365,7 @@ def test_shares_a_reader_that_leaves_ends_it() -> None:
             os.read(reading, 100)
             workers = shares_workers(program)
             os.close(reading)
-            _, err = program.communicate(timeout=PRIM_PATIENCE)
+            _, err = program.communicate(timeout=HANG_LIMIT)
     assert (program.returncode, err) == (141, b"") and len(workers) == 2
     assert not any(worker.is_running() for worker in workers)
 
@@ -373,7 +373,7 @@ def test_shares_a_reader_that_leaves_ends_it() -> None:
 # ------------------------------------------------------------------------------------------------------------- the end
 
 
-class SharesOpen(cp.Tally):
+class sOpen(cp.Tally):
     """Planted: who is idle is believed, whatever is on its way to it."""
 
     @property
@@ -453,7 +453,7 @@ def test_shares_the_end_is_seen_when_it_has_come_and_not_before(workers: int, da
     shares_model(cp.Tally, workers, data)
 
 
-@pytest.mark.parametrize("planted", [SharesOpen])
+@pytest.mark.parametrize("planted", [sOpen])
 def test_shares_the_model_refuses_an_end_that_is_seen_too_soon(planted: type[cp.Tally]) -> None:
     @settings(SHARES, max_examples=100, phases=(Phase.generate,))
     @given(st.integers(1, 3), st.data())

@@ -17,11 +17,11 @@ from crawl.model import Options, Request
 from crawl.rules import is_secret, normalise, split_credentials
 from tests.helpers.crawl import (
     DRIVERS,
-    GUARD_PUBLIC,
+    PUBLIC,
     RAW_OK,
-    GuardWeb,
     RawAnswer,
     RawWeb,
+    Web,
     guard_errors,
     guard_scrape,
     raw_answer,
@@ -30,7 +30,7 @@ from tests.helpers.crawl import (
     walk_row,
 )
 
-GUARD_SECRETS = (
+SECRETS = (
     ("Authorization", "Bearer t"), ("Cookie", "c=1"), ("X-Api-Key", "k"), ("X-JWT", "t"), ("Accept-Language", "cs"),
 )  # fmt: skip
 
@@ -56,12 +56,10 @@ GUARD_SECRETS = (
         ("http://b.example/robots.txt", "http://b.example/robots.txt", {"kind": "robots"}, False),
     ],
 )  # fmt: skip
-def test_guard_who_sees_the_credentials_of_the_command_line(
-    url: str, target: str, more: dict[str, Any], kept: bool
-) -> None:
+def test_who_sees_the_credentials_of_the_command_line(url: str, target: str, more: dict[str, Any], kept: bool) -> None:
     request = Request(url, target, normalise(target)[1], **more)
-    headers = request_headers(Options(headers=GUARD_SECRETS), request, {"http://a.example"})[1]
-    own = [name for name, _ in GUARD_SECRETS]
+    headers = request_headers(Options(headers=SECRETS), request, {"http://a.example"})[1]
+    own = [name for name, _ in SECRETS]
     expected = own if kept else ["Accept-Language"]
     if "@" in target:
         assert headers.pop("Authorization") == "Basic " + base64.b64encode(b"a.example:").decode()
@@ -69,7 +67,7 @@ def test_guard_who_sees_the_credentials_of_the_command_line(
     assert not {"Referer", "Origin"} & set(headers)
 
 
-def test_guard_which_headers_hold_secrets() -> None:
+def test_which_headers_hold_secrets() -> None:
     for name in ("Authorization", "Proxy-Authorization", "Cookie", "Cookie2", "X-API-Key", "PRIVATE-TOKEN", "X-CSRF",
                  "X-Amz-Security-Token", "X-Session-Id", "api_secret", "X-Password", "X-JWT", "X-Sig", "X-Pwd", "X-OTP",
                  "X-Other", "Referer", "Origin", "X-Accept", "Accept-X"):  # fmt: skip
@@ -78,8 +76,8 @@ def test_guard_which_headers_hold_secrets() -> None:
         assert not is_secret(name)
 
 
-def test_guard_the_list_names_the_origins() -> None:
-    crawl = Crawl(Options(headers=GUARD_SECRETS))
+def test_the_list_names_the_origins() -> None:
+    crawl = Crawl(Options(headers=SECRETS))
     crawl.feed(["http://A.example:80/x", "not a URL", "https://u:p@b.example:8443/"]).join()
     assert crawl.named == {"http://a.example", "https://b.example:8443"}
     crawl = Crawl(Options(headers=(("DNT", "1"),)))
@@ -88,8 +86,8 @@ def test_guard_the_list_names_the_origins() -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_credentials_on_the_wire(driver: str, guarded: GuardWeb) -> None:
-    guarded.names |= {name: [[GUARD_PUBLIC]] for name in ("a.example", "b.example", "c.example", "d.example")}
+def test_credentials_on_the_wire(driver: str, guarded: Web) -> None:
+    guarded.names |= {name: [[PUBLIC]] for name in ("a.example", "b.example", "c.example", "d.example")}
     other = f"http://a.example:{guarded.other_port}/port"
     urls = [
         "http://a.example/to/http://a.example/same",
@@ -99,9 +97,9 @@ def test_guard_credentials_on_the_wire(driver: str, guarded: GuardWeb) -> None:
         "http://u:p@c.example/to/http://d.example/host2",
         "http://u:p@c.example/to//home",
     ]
-    rows = guard_scrape(driver, urls, headers=GUARD_SECRETS)
+    rows = guard_scrape(driver, urls, headers=SECRETS)
     assert guard_errors(rows) == [None] * 6
-    own = {name.lower() for name, _ in GUARD_SECRETS}
+    own = {name.lower() for name, _ in SECRETS}
     seen = {path: own & set(head) for path, head in guarded.heads if not path.startswith("/to/")}
     harmless = {"accept-language"}
     assert seen == {
@@ -131,7 +129,7 @@ def test_guard_credentials_on_the_wire(driver: str, guarded: GuardWeb) -> None:
         ("u:s@http://h/x", "<password>http://h/x", ""), ("u:s#t@h", "<password>h", ""),
     ],
 )  # fmt: skip
-def test_guard_a_line_of_the_list_without_its_credentials(line: str, text: str, credentials: str) -> None:
+def test_a_line_of_the_list_without_its_credentials(line: str, text: str, credentials: str) -> None:
     assert split_credentials(line) == (text, credentials)
     if "<password>" in text:
         with pytest.raises(FetchError):
@@ -139,7 +137,7 @@ def test_guard_a_line_of_the_list_without_its_credentials(line: str, text: str, 
 
 
 @pytest.mark.parametrize("driver", ["crawl_threads", "crawl_async", "crawl_async --processes 2"])
-def test_guard_a_row_of_an_older_version_had_the_password_of_the_list(driver: str, tmp_path: Path) -> None:
+def test_a_row_of_an_older_version_had_the_password_of_the_list(driver: str, tmp_path: Path) -> None:
     name, *more = driver.split()
     html = "Content-Type: text/html"
     with RawWeb({}) as web:
@@ -162,7 +160,7 @@ def test_guard_a_row_of_an_older_version_had_the_password_of_the_list(driver: st
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_the_first_user_of_a_url_is_the_one(driver: str) -> None:
+def test_the_first_user_of_a_url_is_the_one(driver: str) -> None:
     with RawWeb({f"/{n}": [[RAW_OK]] for n in "xyz"}) as web:
         lines = [web.url(path).replace("//", f"//{user}@")
                  for path, user in (("/x", "a:1"), ("/x", "b:2"), ("/y", "b:2"), ("/z", "c:%E9%FF"))]  # fmt: skip
@@ -173,7 +171,7 @@ def test_guard_the_first_user_of_a_url_is_the_one(driver: str) -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_explain_sends_nothing_secret_to_others(driver: str) -> None:
+def test_explain_sends_nothing_secret_to_others(driver: str) -> None:
     robots: dict[str, list[RawAnswer]] = {"/robots.txt": [[raw_answer(b"User-agent: *\nDisallow: /q\n")]]}
     with RawWeb(dict(robots)) as ours, RawWeb(dict(robots)) as other:
         for web, secret in ((ours, True), (other, False)):
@@ -184,7 +182,7 @@ def test_guard_explain_sends_nothing_secret_to_others(driver: str) -> None:
 
 
 @pytest.mark.parametrize("driver", [*DRIVERS, "crawl_async --processes 2"])
-def test_guard_passwords_of_the_list_are_written_nowhere_and_good_for_their_origin(driver: str, tmp_path: Path) -> None:
+def test_passwords_of_the_list_are_written_nowhere_and_good_for_their_origin(driver: str, tmp_path: Path) -> None:
     html = "Content-Type: text/html"
     page = b"<title>t</title><a href=/deep>d</a><a href=two>2</a>"
     out, stats = tmp_path / "rows.jsonl", tmp_path / "stats.json"
@@ -218,6 +216,6 @@ def test_guard_passwords_of_the_list_are_written_nowhere_and_good_for_their_orig
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_a_cookie_that_is_set_is_not_sent(driver: str, guarded: GuardWeb) -> None:
+def test_a_cookie_that_is_set_is_not_sent(driver: str, guarded: Web) -> None:
     assert guard_errors(guard_scrape(driver, [f"http://public.example/{n}" for n in range(3)])) == [None] * 3
     assert not any("cookie" in head for _, head in guarded.heads)

@@ -17,7 +17,7 @@ import uvicorn
 import aggregate_app
 from api import upstreams
 from sandbox.sites import Sandbox
-from tests.helpers.base import PRIM_PATIENCE, prim_until
+from tests.helpers.base import HANG_LIMIT, wait_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Request as PageRequest
 
 
-DASHBOARD_ARGS = [
+ARGS = [
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -55,9 +55,9 @@ def dashboard_browser() -> Iterator[DashboardBrowser]:
         manager = api.sync_playwright()
 
         def launch() -> BrowserContext:
-            browser: Browser = manager.__enter__().chromium.launch(executable_path=path, args=DASHBOARD_ARGS)
+            browser: Browser = manager.__enter__().chromium.launch(executable_path=path, args=ARGS)
             context = browser.new_context(viewport={"width": 1280, "height": 800})
-            context.set_default_timeout(PRIM_PATIENCE * 1000)
+            context.set_default_timeout(HANG_LIMIT * 1000)
             return context
 
         def quit_browser() -> None:
@@ -81,7 +81,7 @@ class DashboardServer:
         self._server = uvicorn.Server(uvicorn.Config(self._app, port=self.port, log_level="error"))
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        prim_until(lambda: self._server.started)
+        wait_until(lambda: self._server.started)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
 
     def _run(self) -> None:
@@ -163,7 +163,7 @@ def dashboard_card(name: str) -> str:
     return f"#cards li:has(h3:text-is('{name}'))"
 
 
-def test_dashboard_tells_every_source_and_state_in_words(dashboard_page: DashboardPage) -> None:
+def test_tells_every_source_and_state_in_words(dashboard_page: DashboardPage) -> None:
     def steps(page: BrowserPage) -> None:
         dashboard_page.aggregate(page, "weather")
         page.wait_for_selector(dashboard_card("weather") + " .answers:has-text('fresh')")
@@ -189,7 +189,7 @@ def test_dashboard_tells_every_source_and_state_in_words(dashboard_page: Dashboa
     dashboard_page.play(steps)
 
 
-def test_dashboard_shows_a_breaker_that_opens_without_a_reload(dashboard_page: DashboardPage) -> None:
+def test_shows_a_breaker_that_opens_without_a_reload(dashboard_page: DashboardPage) -> None:
     """And the time to the next probe goes down between two updates."""
 
     def steps(page: BrowserPage) -> None:
@@ -213,7 +213,7 @@ def test_dashboard_shows_a_breaker_that_opens_without_a_reload(dashboard_page: D
     dashboard_page.play(steps)
 
 
-def test_dashboard_invalidates_and_says_so(dashboard_page: DashboardPage) -> None:
+def test_invalidates_and_says_so(dashboard_page: DashboardPage) -> None:
     def steps(page: BrowserPage) -> None:
         def serials() -> list[int]:
             return [dashboard_page.aggregate(page, "weather")["data"]["serial"] for _ in range(2)]
@@ -234,7 +234,7 @@ def test_dashboard_invalidates_and_says_so(dashboard_page: DashboardPage) -> Non
     dashboard_page.play(steps)
 
 
-def test_dashboard_asks_for_a_token(dashboard_page: DashboardPage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asks_for_a_token(dashboard_page: DashboardPage, monkeypatch: pytest.MonkeyPatch) -> None:
     """None, a wrong one, the right one; it is kept for the tab, and a wrong one is not."""
     monkeypatch.setenv("AGGREGATE_TOKEN", "right")
 
@@ -265,7 +265,7 @@ def test_dashboard_asks_for_a_token(dashboard_page: DashboardPage, monkeypatch: 
     dashboard_page.complaints[:] = [text for text in dashboard_page.complaints if "401" not in text]
 
 
-def test_dashboard_fits_a_phone_and_the_dark(dashboard_page: DashboardPage) -> None:
+def test_fits_a_phone_and_the_dark(dashboard_page: DashboardPage) -> None:
     def steps(page: BrowserPage) -> None:
         def style(selector: str, name: str) -> str:
             return str(page.evaluate(f"getComputedStyle(document.querySelector('{selector}')).{name}"))
@@ -284,7 +284,7 @@ def test_dashboard_fits_a_phone_and_the_dark(dashboard_page: DashboardPage) -> N
     dashboard_page.play(steps)
 
 
-def test_dashboard_shows_what_a_server_says_as_text(dashboard_page: DashboardPage) -> None:
+def test_shows_what_a_server_says_as_text(dashboard_page: DashboardPage) -> None:
     """Whatever it says: a name, an error or an event that is markup; states that are not known to the page."""
     evil = "<img src=x onerror=alert(1)>"
     source = {"breaker": evil, "last_error": evil, "answers": {evil: 1}, "recent_ms": [1], "ttl_s": 1}
@@ -311,7 +311,7 @@ def test_dashboard_shows_what_a_server_says_as_text(dashboard_page: DashboardPag
     dashboard_page.complaints[:] = [text for text in dashboard_page.complaints if "503" not in text]
 
 
-def test_dashboard_survives_a_restart_of_its_server(dashboard_page: DashboardPage) -> None:
+def test_survives_a_restart_of_its_server(dashboard_page: DashboardPage) -> None:
     """It says that the server is gone, keeps what it has, marked as old, and is live again without a reload."""
 
     def steps(page: BrowserPage) -> None:
@@ -337,7 +337,7 @@ def test_dashboard_survives_a_restart_of_its_server(dashboard_page: DashboardPag
     ]
 
 
-def test_dashboard_leaves_the_main_thread_alone(dashboard_browser: DashboardBrowser) -> None:
+def test_leaves_the_main_thread_alone(dashboard_browser: DashboardBrowser) -> None:
     """The browser's loop is of its thread: here another one runs, beside it and after it."""
 
     async def main() -> bool:

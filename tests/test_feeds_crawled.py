@@ -18,12 +18,12 @@ import pytest
 
 from crawl import readers as crawl_readers
 from crawl.model import FeedResult
-from tests.helpers.base import HERE, prim_until
-from tests.helpers.crawl import FEEDS_DRIVERS, FeedsAnswer, FeedsSite, feeds_article, feeds_rows, feeds_rss, feeds_run
+from tests.helpers.base import HERE, wait_until
+from tests.helpers.crawl import FEEDS_DRIVERS, Answer, Site, feeds_article, feeds_rows, feeds_rss, feeds_run
 
 
 @pytest.mark.parametrize("driver", FEEDS_DRIVERS)
-def test_feeds_end_to_end(driver: str, feeds_site: FeedsSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_to_end(driver: str, feeds_site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site, url = feeds_site, feeds_site.url
     parsed_in: set[tuple[str, str]] = set()
     read = crawl_readers.Readers.read
@@ -42,18 +42,18 @@ def test_feeds_end_to_end(driver: str, feeds_site: FeedsSite, tmp_path: Path, mo
     )
     page_says = "<meta name='author' content='Bob Smith'><meta property='article:published_time' content='2024-02-03'>"
     site.routes = {
-        "/rss": FeedsAnswer(feeds_rss(url("/both"), "/gone", more=dated), "text/html"),
-        "/atom": FeedsAnswer(atom, "application/atom+xml"),
-        "/old": FeedsAnswer(status="301", Location="/new"),
-        "/new": FeedsAnswer(feeds_rss("/far"), "application/rss+xml", ETag='"n"'),
-        "/empty": FeedsAnswer("<?xml version='1.0'?><rss version='2.0'><channel></channel></rss>", "text/xml"),
-        "/page": FeedsAnswer("<link rel=alternate type='application/rss+xml' href='/rss'><a href=/x>x</a>"),
-        "/unasked": FeedsAnswer(status="304"),
-        "/both": FeedsAnswer(feeds_article("both", page_says)),
-        "/plain": FeedsAnswer(feeds_article("plain", page_says)),
-        "/far": FeedsAnswer(feeds_article("far")),
-        "/moved": FeedsAnswer(status="302", Location="/both"),
-        "/cyrillic": FeedsAnswer(feeds_article("Привет").encode("cp1251"), "text/html; charset=windows-1251"),
+        "/rss": Answer(feeds_rss(url("/both"), "/gone", more=dated), "text/html"),
+        "/atom": Answer(atom, "application/atom+xml"),
+        "/old": Answer(status="301", Location="/new"),
+        "/new": Answer(feeds_rss("/far"), "application/rss+xml", ETag='"n"'),
+        "/empty": Answer("<?xml version='1.0'?><rss version='2.0'><channel></channel></rss>", "text/xml"),
+        "/page": Answer("<link rel=alternate type='application/rss+xml' href='/rss'><a href=/x>x</a>"),
+        "/unasked": Answer(status="304"),
+        "/both": Answer(feeds_article("both", page_says)),
+        "/plain": Answer(feeds_article("plain", page_says)),
+        "/far": Answer(feeds_article("far")),
+        "/moved": Answer(status="302", Location="/both"),
+        "/cyrillic": Answer(feeds_article("Привет").encode("cp1251"), "text/html; charset=windows-1251"),
     }
     listed = [url(path) for path in ("/rss", "/atom", "/old", "/empty", "/page", "/missing", "/unasked")]
     feeds_run(driver, tmp_path, [*listed, "not a URL"], "--drop-params", "utm_*")
@@ -95,17 +95,17 @@ def test_feeds_end_to_end(driver: str, feeds_site: FeedsSite, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("driver", FEEDS_DRIVERS)
-def test_feeds_of_later_runs(driver: str, feeds_site: FeedsSite, tmp_path: Path) -> None:
+def test_of_later_runs(driver: str, feeds_site: Site, tmp_path: Path) -> None:
     site, url = feeds_site, feeds_site.url
     date = "Mon, 06 May 2024 10:00:00 GMT"
     site.routes = {
-        "/etag": FeedsAnswer(feeds_rss("/1"), "text/xml", ETag='W/"1"'),
-        "/date": FeedsAnswer(feeds_rss("/2"), "text/xml", Last_Modified=date),
-        "/bare": FeedsAnswer(feeds_rss("/3"), "text/xml"),
-        "/odd": FeedsAnswer(feeds_rss("/4"), "text/xml", ETag='"Zoë"'),
-        "/old": FeedsAnswer(status="301", Location="/new", ETag='"not the feed\'s"'),
-        "/new": FeedsAnswer(feeds_rss("/5"), "text/xml", ETag='"5"'),
-        **{f"/{n}": FeedsAnswer(feeds_article(str(n))) for n in range(1, 8)},
+        "/etag": Answer(feeds_rss("/1"), "text/xml", ETag='W/"1"'),
+        "/date": Answer(feeds_rss("/2"), "text/xml", Last_Modified=date),
+        "/bare": Answer(feeds_rss("/3"), "text/xml"),
+        "/odd": Answer(feeds_rss("/4"), "text/xml", ETag='"Zoë"'),
+        "/old": Answer(status="301", Location="/new", ETag='"not the feed\'s"'),
+        "/new": Answer(feeds_rss("/5"), "text/xml", ETag='"5"'),
+        **{f"/{n}": Answer(feeds_article(str(n))) for n in range(1, 8)},
     }
     listed = [url(path) for path in ("/etag", "/date", "/bare", "/odd", "/old")]
 
@@ -130,26 +130,26 @@ def test_feeds_of_later_runs(driver: str, feeds_site: FeedsSite, tmp_path: Path)
         "/new": ('"5"', None),
         **dict.fromkeys(("/bare", "/odd", "/old"), (None, None)),
     }
-    site.routes["/etag"] = FeedsAnswer(feeds_rss("/6", "/1"), "text/xml", ETag='W/"2"')
-    site.routes["/bare"] = FeedsAnswer(feeds_rss("/7", "/3"), "text/xml")
+    site.routes["/etag"] = Answer(feeds_rss("/6", "/1"), "text/xml", ETag='W/"2"')
+    site.routes["/bare"] = Answer(feeds_rss("/7", "/3"), "text/xml")
     assert again("--max-pages", "2") == (
         3,
         quiet | {"/etag": 200, "/6": 200, "/7": 200},
         ["/6", "/7", "/bare", "/etag"],
     )
-    feed, site.routes["/etag"] = site.routes["/etag"], FeedsAnswer("down", status="500")
+    feed, site.routes["/etag"] = site.routes["/etag"], Answer("down", status="500")
     assert again() == (4, quiet | {"/etag": 500}, ["/etag"])
     site.routes["/etag"] = feed
     assert again() == (5, quiet, [])
 
 
 @pytest.mark.parametrize("driver", FEEDS_DRIVERS)
-def test_feeds_resumed_after_a_kill(driver: str, feeds_site: FeedsSite, tmp_path: Path) -> None:
+def test_resumed_after_a_kill(driver: str, feeds_site: Site, tmp_path: Path) -> None:
     """Killed with one article written, one in flight and one waiting: the feed says 304, and yet none is lost."""
     site, url = feeds_site, feeds_site.url
     gate = threading.Event()
-    site.routes = {"/feed": FeedsAnswer(feeds_rss("/1", "/2", "/3"), "text/xml", ETag='"1"')}
-    site.routes |= {f"/{n}": FeedsAnswer(feeds_article(str(n))) for n in (1, 2, 3)}
+    site.routes = {"/feed": Answer(feeds_rss("/1", "/2", "/3"), "text/xml", ETag='"1"')}
+    site.routes |= {f"/{n}": Answer(feeds_article(str(n))) for n in (1, 2, 3)}
     site.routes["/2"].gate = gate
     urls, rows = tmp_path / "feeds.txt", tmp_path / "news.jsonl"
     urls.write_text(url("/feed") + "\n")
@@ -157,7 +157,7 @@ def test_feeds_resumed_after_a_kill(driver: str, feeds_site: FeedsSite, tmp_path
     words = [sys.executable, program, str(urls), "--feeds", "-q", "-o", str(rows), "--rate", "0", "--per-host", "1"]
     with subprocess.Popen(words, env=os.environ | {"NO_PROXY": "*"}) as process:
         try:
-            prim_until(lambda: bool(site.paths()["/2"]) and rows.read_bytes().count(b"\n") == 2)
+            wait_until(lambda: bool(site.paths()["/2"]) and rows.read_bytes().count(b"\n") == 2)
             assert process.poll() is None
         finally:
             process.send_signal(signal.SIGKILL)
@@ -174,9 +174,9 @@ def test_feeds_resumed_after_a_kill(driver: str, feeds_site: FeedsSite, tmp_path
     ]
 
 
-def test_feeds_as_a_table_and_as_an_array(feeds_site: FeedsSite, tmp_path: Path) -> None:
+def test_as_a_table_and_as_an_array(feeds_site: Site, tmp_path: Path) -> None:
     site, url = feeds_site, feeds_site.url
-    site.routes = {"/feed": FeedsAnswer(feeds_rss("/1"), "text/xml", ETag='"1"'), "/1": FeedsAnswer(feeds_article("1"))}
+    site.routes = {"/feed": Answer(feeds_rss("/1"), "text/xml", ETag='"1"'), "/1": Answer(feeds_article("1"))}
     feeds_run("crawl_threads", tmp_path, [url("/feed")], "--csv", name="news.csv")
     feeds_run("crawl_threads", tmp_path, [url("/feed")], "--json", name="news.json")
     table = list(csv.DictReader(io.StringIO((tmp_path / "news.csv").read_text())))

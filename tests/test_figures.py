@@ -11,27 +11,27 @@ from bench import plot as bench_plot
 from bench import runner as bench
 from tests.helpers.base import HERE, texts
 
-README_TEXT = (HERE / "README.md").read_text()
+TEXT = (HERE / "README.md").read_text()
 
 
 PUBLISHED = {path.stem: json.loads(path.read_text()) for path in (HERE / "bench/results").glob("*.json")}
 """What was measured: the files that git keeps."""
 
 
-def test_readme_figures_are_of_one_commit() -> None:
+def test_figures_are_of_one_commit() -> None:
     (commit,) = {figures["commit"] for figures in PUBLISHED.values()}
-    assert re.fullmatch("[0-9a-f]{7,}", commit) and f"commit `{commit}`" in README_TEXT
+    assert re.fullmatch("[0-9a-f]{7,}", commit) and f"commit `{commit}`" in TEXT
     assert bench.COMMANDS.keys() - {"plot", "million"} <= PUBLISHED.keys()
     assert all(figures["name"] == name for name, figures in PUBLISHED.items())
 
 
-def test_readme_pictures_are_there_for_light_and_dark_pages() -> None:
-    shown = re.findall(r'"(bench/results/[^"]*)"', README_TEXT)
+def test_pictures_are_there_for_light_and_dark_pages() -> None:
+    shown = re.findall(r'"(bench/results/[^"]*)"', TEXT)
     assert len(shown) > 20 and all((HERE / path).is_file() for path in shown)
     assert [path.replace("-dark", "-light") for path in shown[::2]] == shown[1::2]
 
 
-def test_readme_pictures_are_those_of_the_figures() -> None:
+def test_pictures_are_those_of_the_figures() -> None:
     for name, figures in PUBLISHED.items():
         for panel in bench_plot.panels_of(name, figures["results"]):
             wanted = {panel.title}
@@ -44,8 +44,8 @@ def test_readme_pictures_are_those_of_the_figures() -> None:
             assert wanted <= set(texts((HERE / "bench/results" / f"{name}-light.svg").read_text())), name
 
 
-def test_readme_commands_of_the_bench_parse() -> None:
-    commands = re.findall(r"python -m bench ([a-z][^`\n]*)`", README_TEXT)
+def test_commands_of_the_bench_parse() -> None:
+    commands = re.findall(r"python -m bench ([a-z][^`\n]*)`", TEXT)
     assert {command.split()[0] for command in commands} >= PUBLISHED.keys() & bench.COMMANDS.keys()
     for command in commands:
         assert bench.make_parser().parse_args(command.split()).command == command.split()[0]
@@ -84,7 +84,7 @@ def test_readme_commands_of_the_bench_parse() -> None:
         ("primitives", "cachetools.TTLCache[key] = value, locked", "ours / theirs", "`TTLCache.put` ({:.2f})"),
     ],
 )
-def test_readme_says_what_was_measured(name: str, row: str, column: str, said: str) -> None:
+def test_says_what_was_measured(name: str, row: str, column: str, said: str) -> None:
     (value,) = (line[column] for line in PUBLISHED[name]["results"] if str(line[""]).strip() == row and column in line)
     middle = value[0] if isinstance(value, list) else value
-    assert said.format(middle) in " ".join(README_TEXT.split())
+    assert said.format(middle) in " ".join(TEXT.split())

@@ -20,7 +20,7 @@ from simulator.checker import Rules
 from tests.helpers.crawl import taken
 
 
-def test_frontier_links_keep_their_depth_and_flags_at_no_cost_for_each() -> None:
+def test_links_keep_their_depth_and_flags_at_no_cost_for_each() -> None:
     frontier = Frontier(rate=0, private=lambda host: host == "10.0.0.1")
     assert frontier.add_all(["http://a/", "http://10.0.0.1/", "HTTP://A/x"], 0.0) == 3
     assert frontier.add_links(["http://a/1", "http://a/2", "http://a/"], 1, 0.0) == 2
@@ -55,7 +55,7 @@ def test_frontier_links_keep_their_depth_and_flags_at_no_cost_for_each() -> None
     assert 10 < size / len(urls) < 75  # beside the text itself, of some 70 bytes
 
 
-def test_frontier_takes_links_after_the_list_is_closed_while_something_is_in_flight() -> None:
+def test_takes_links_after_the_list_is_closed_while_something_is_in_flight() -> None:
     frontier = Frontier(rate=0)
     frontier.add_all(["http://a/"], 0.0)
     frontier.close()
@@ -71,7 +71,7 @@ def test_frontier_takes_links_after_the_list_is_closed_while_something_is_in_fli
         frontier.add_links(["http://b/2"], 1, 2.0)
 
 
-def test_frontier_mark_takes_a_url_for_visited() -> None:
+def test_mark_takes_a_url_for_visited() -> None:
     frontier = Frontier(rate=0, host_pages=2)
     assert [frontier.mark("http://a/1", counts=True), frontier.mark("http://a/1", counts=True)] == [True, False]
     assert frontier.mark("http://a/target")
@@ -81,7 +81,7 @@ def test_frontier_mark_takes_a_url_for_visited() -> None:
     assert (stats.seen, stats.capped, stats.waiting) == (3, 1, 0)
 
 
-def test_frontier_wakes_a_host_that_had_only_a_retry_or_nothing_left() -> None:
+def test_wakes_a_host_that_had_only_a_retry_or_nothing_left() -> None:
     """Its entry in the heap may say when the retry is due, or when the host can be forgotten."""
     frontier = Frontier(rate=1.0, burst=5)
     frontier.add_all(["http://a/1"], 0.0)
@@ -115,7 +115,7 @@ def robots_frontier(*urls: str, **options: Any) -> Frontier:
     return frontier
 
 
-def test_frontier_asks_for_robots_txt_first_and_once_per_origin_within_its_time() -> None:
+def test_asks_for_robots_txt_first_and_once_per_origin_within_its_time() -> None:
     frontier = robots_frontier("http://u:p@a/1", "http://a/2", "http://a:81/3", "http://b/1", rate=0, robots_ttl=100.0)
     asked = [taken(frontier.take(0.0)) for _ in range(2)]
     assert {(request.kind, request.target, request.host) for request in asked} == {
@@ -135,7 +135,7 @@ def test_frontier_asks_for_robots_txt_first_and_once_per_origin_within_its_time(
     assert taken(frontier.take(101.0)).kind == "robots"
 
 
-def test_frontier_robots_that_are_not_known_in_the_end_were_unreachable() -> None:
+def test_robots_that_are_not_known_in_the_end_were_unreachable() -> None:
     frontier = robots_frontier("http://a/1", rate=0)
     frontier.finish(taken(frontier.take(0.0)), 5.0)  # its worker died
     page = taken(frontier.take(5.0))
@@ -149,7 +149,7 @@ def test_frontier_robots_that_are_not_known_in_the_end_were_unreachable() -> Non
     assert taken(frontier.take(5.0 + ROBOTS_AGAIN)).kind == "robots"
 
 
-def test_frontier_robots_go_round_by_other_hosts_while_their_own_waits() -> None:
+def test_robots_go_round_by_other_hosts_while_their_own_waits() -> None:
     frontier = robots_frontier("http://a/1", "http://b/1", rate=0, per_host=1)
     a, b = taken(frontier.take(0.0)), taken(frontier.take(0.0))
     frontier.put_back(a, 0.0, 0.0, "http://b/robots.txt", "b")  # each redirects to the other: nobody waits for ever
@@ -165,7 +165,7 @@ def test_frontier_robots_go_round_by_other_hosts_while_their_own_waits() -> None
     assert {taken(frontier.take(9.5)).url, taken(frontier.take(9.5)).url} == {"http://a/1", "http://b/1"}
 
 
-def test_frontier_what_robots_forbid_comes_out_as_refused_at_no_cost() -> None:
+def test_what_robots_forbid_comes_out_as_refused_at_no_cost() -> None:
     frontier = robots_frontier(
         *(f"http://a/{n}" for n in range(200)), "http://b/1", rate=1.0, per_host=1, host_pages=200
     )
@@ -185,7 +185,7 @@ def test_frontier_what_robots_forbid_comes_out_as_refused_at_no_cost() -> None:
     assert taken(frontier.take(1.0)).url == "http://a/301"
 
 
-def test_frontier_a_redirect_to_a_forbidden_page_and_a_sitemap() -> None:
+def test_a_redirect_to_a_forbidden_page_and_a_sitemap() -> None:
     frontier = robots_frontier("http://a/1", rate=0)
     frontier.robots_known("http://a", Rules(0, None), 0.0)
     frontier.robots_known("http://b", Rules(3, None), 0.0)
@@ -198,7 +198,7 @@ def test_frontier_a_redirect_to_a_forbidden_page_and_a_sitemap() -> None:
     assert (frontier.stats().in_flight, frontier.stats().hosts) == (1, 1)
 
 
-def test_frontier_other_hosts_go_on_while_long_rules_are_asked() -> None:
+def test_other_hosts_go_on_while_long_rules_are_asked() -> None:
     frontier = robots_frontier(*(f"http://{host}/{n}" for n in (3, 1) for host in "ab"), rate=0, host_pages=2)
     for asked in [taken(frontier.take(0.0)) for _ in range(2)]:
         frontier.robots_known(f"http://{asked.host}", Rules(3, None, quick=asked.host == "b"), 0.0)
@@ -219,7 +219,7 @@ def test_frontier_other_hosts_go_on_while_long_rules_are_asked() -> None:
     assert frontier.add_links(["http://a/2"], 1, 0.0) == 1  # the refused one gave its place back
 
 
-def test_frontier_an_answer_counts_only_for_the_rules_that_hold() -> None:
+def test_an_answer_counts_only_for_the_rules_that_hold() -> None:
     frontier = robots_frontier("http://a/1", rate=0)
     asked = taken(frontier.take(0.0))
     frontier.robots_known("http://a", Rules(1, None, quick=False), 0.0)
@@ -232,7 +232,7 @@ def test_frontier_an_answer_counts_only_for_the_rules_that_hold() -> None:
     assert taken(frontier.take(1.0)).error is None
 
 
-def test_frontier_what_costs_too_much_to_match_is_not_allowed() -> None:
+def test_what_costs_too_much_to_match_is_not_allowed() -> None:
     class Costly(Rules):
         def allows(self, url: str, /) -> bool | None:
             return None
@@ -246,7 +246,7 @@ def test_frontier_what_costs_too_much_to_match_is_not_allowed() -> None:
         assert frontier.add_links(["http://a/2"], 1, 0.0) == 1
 
 
-def test_frontier_rules_have_a_bound_in_bytes_and_what_was_freed_is_asked_for_again() -> None:
+def test_rules_have_a_bound_in_bytes_and_what_was_freed_is_asked_for_again() -> None:
     frontier = robots_frontier(*(f"http://{host}/{n}" for host in "abc" for n in range(2)), rate=0, rules_bytes=100)
     first = {request.host: request for request in (taken(frontier.take(0.0)) for _ in range(3))}
     for host in "abac":  # of a and b, those of a were asked last
@@ -262,7 +262,7 @@ def test_frontier_rules_have_a_bound_in_bytes_and_what_was_freed_is_asked_for_ag
     assert str(taken(frontier.take(0.0)).error) == FORBIDDEN
 
 
-def test_frontier_large_rules_are_freed_with_their_host_and_small_ones_stay() -> None:
+def test_large_rules_are_freed_with_their_host_and_small_ones_stay() -> None:
     frontier = robots_frontier("http://a/1", "http://b/1", rate=0)
     sizes = {"a": KEPT_BYTES + 1, "b": KEPT_BYTES}
     for asked in [taken(frontier.take(0.0)) for _ in range(2)]:
@@ -279,7 +279,7 @@ def test_frontier_large_rules_are_freed_with_their_host_and_small_ones_stay() ->
     assert found == {"a": "robots", "b": "page"}
 
 
-def test_frontier_crawl_delay_row_by_row() -> None:
+def test_crawl_delay_row_by_row() -> None:
     frontier = robots_frontier(*(f"http://a/{n}" for n in (1, 2, 4, 5, 7, 8)), rate=4.0, burst=2)
     asked = taken(frontier.take(0.0))
     assert frontier.clear_to_send(asked, 0.0) == 0.0
@@ -301,7 +301,7 @@ def test_frontier_crawl_delay_row_by_row() -> None:
     assert taken(free.take(1.0)).url == "http://a/1"
 
 
-def test_frontier_caps_of_pages() -> None:
+def test_caps_of_pages() -> None:
     frontier = Frontier(rate=0, host_pages=2, max_pages=3)
     assert frontier.add_all([f"http://a/{n}" for n in range(5)], 0.0) == 2
     assert frontier.add_links(["http://a/9", "http://b/1", "http://c/1"], 1, 0.0) == 1
@@ -311,14 +311,14 @@ def test_frontier_caps_of_pages() -> None:
     assert frontier.stats().seen == 4
 
 
-def test_frontier_stats_say_who_waits_for_what() -> None:
+def test_stats_say_who_waits_for_what() -> None:
     frontier = Frontier(rate=1.0)
     frontier.add_all([f"http://{host}/{n}" for host in "abc" for n in range(2)], 0.0)
     taken(frontier.take(0.0))
     assert frontier.stats() == FrontierStats(5, 1, 3, 6, 0, False, hosts_ready=2)
 
 
-def test_frontier_adaptive_rate_row_by_row() -> None:
+def test_adaptive_rate_row_by_row() -> None:
     frontier = Frontier(rate=10.0, adaptive=True)
     assert (frontier.rate("a"), Pace(math.inf).rate) == (5.0, 10.0)
     request = Request("http://a/", "http://a/", "a")
@@ -345,7 +345,7 @@ def test_frontier_adaptive_rate_row_by_row() -> None:
     assert fixed.rate("a") == 10.0
 
 
-def test_frontier_adaptive_rate_falls_when_the_latency_rises() -> None:
+def test_adaptive_rate_falls_when_the_latency_rises() -> None:
     pace = Pace(10.0)
     for n in range(20):
         pace.report("ok", 0.1, n * 0.5, 10.0)
@@ -367,7 +367,7 @@ def test_frontier_adaptive_rate_falls_when_the_latency_rises() -> None:
     assert settled.rate == 10.0  # after two minutes this is how long it takes
 
 
-def test_frontier_adaptive_obeys_robots_and_spaces_at_the_rate_found() -> None:
+def test_adaptive_obeys_robots_and_spaces_at_the_rate_found() -> None:
     frontier = robots_frontier("http://a/1", "http://a/2", "http://a/4", rate=10.0, adaptive=True)
     asked = taken(frontier.take(0.0))
     assert frontier.clear_to_send(asked, 0.0) == 0.0
@@ -382,7 +382,7 @@ def test_frontier_adaptive_obeys_robots_and_spaces_at_the_rate_found() -> None:
     assert frontier.rate("a") == 1.0
 
 
-def test_frontier_the_longest_work_goes_first_and_nobody_is_passed_over_for_ever() -> None:
+def test_the_longest_work_goes_first_and_nobody_is_passed_over_for_ever() -> None:
     frontier = Frontier(rate=1.0, per_host=1000)
     big = [f"http://big{h}/{n}" for h in range(20) for n in range(200)]
     frontier.add_all([*(f"http://small/{n}" for n in range(3)), *big, *(f"http://huge/{n}" for n in range(500))], 0.0)
@@ -396,7 +396,7 @@ def test_frontier_the_longest_work_goes_first_and_nobody_is_passed_over_for_ever
     assert frontier.stats().hosts_ready > 0
 
 
-def test_frontier_gives_the_critical_host_its_worker_early_only_where_workers_are_scarce() -> None:
+def test_gives_the_critical_host_its_worker_early_only_where_workers_are_scarce() -> None:
     frontier = Frontier(rate=10.0)
     frontier.add_all([f"http://big/{n}" for n in range(500)] + [f"http://h{n}/1" for n in range(400)], 0.0)
     early, now, at = 0, 0.0, list[float]()
@@ -418,7 +418,7 @@ def test_frontier_gives_the_critical_host_its_worker_early_only_where_workers_ar
     assert alone.take(0.01) == pytest.approx(0.09)
 
 
-def test_frontier_explains_itself() -> None:
+def test_explains_itself() -> None:
     frontier = Frontier(rate=2.0, per_host=2, robots=True, host_pages=4, private=lambda host: False)
     assert frontier.explain("ftp://a/", 0.0) == "no: only http and https are fetched, not ftp"
     assert frontier.explain("http://a/1", 0.0) == "later: http://a/robots.txt is read first; not found yet"
@@ -451,7 +451,7 @@ def test_frontier_explains_itself() -> None:
     assert Frontier(rate=0).explain("http://a/", 0.0) == "now; not found yet"
 
 
-def test_frontier_host_of() -> None:
+def test_host_of() -> None:
     for url, host in {
         "http://a.example/x": "a.example", "https://a:8443": "a", "http://u:p@a/": "a", "http://[::1]:81/": "[::1]",
     }.items():  # fmt: skip

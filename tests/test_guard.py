@@ -13,13 +13,13 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.model import Options, Request, Response
 from crawl.rules import normalise
-from tests.helpers.crawl import DRIVERS, GUARD_PUBLIC, GuardWeb, guard_errors, guard_scrape
+from tests.helpers.crawl import DRIVERS, PUBLIC, Web, guard_errors, guard_scrape
 
 
 @pytest.mark.parametrize("driver", [*DRIVERS, "crawl_async on uvloop"])
-def test_guard_a_public_page_leads_nowhere_private(driver: str, guarded: GuardWeb) -> None:
+def test_a_public_page_leads_nowhere_private(driver: str, guarded: Web) -> None:
     guarded.names |= {
-        "rebind.example": [[GUARD_PUBLIC], ["10.0.0.1"]],
+        "rebind.example": [[PUBLIC], ["10.0.0.1"]],
         "localtest.me": [["127.0.0.1"]],
         "six.example": [["::1", "fe80::1%eth0"]],
         "localhost": [["127.0.0.1"]],
@@ -45,33 +45,33 @@ def test_guard_a_public_page_leads_nowhere_private(driver: str, guarded: GuardWe
     found = guard_scrape(driver, rows, retries=3)
     assert {url: row.error for url, row in found.items()} == {url: f"blocked: {text}" for url, text in rows.items()}
     assert {(row.status, row.attempts, row.final_url) for row in found.values()} == {(None, 1, None)}
-    assert set(guarded.connects) == {GUARD_PUBLIC}
+    assert set(guarded.connects) == {PUBLIC}
     assert len(guarded.heads) == len(rows) - 1
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_a_name_is_judged_each_time_it_is_connected_to(driver: str, guarded: GuardWeb) -> None:
-    guarded.names["rebind.example"] = [[GUARD_PUBLIC], ["10.0.0.1"], [GUARD_PUBLIC], ["::1"]]
+def test_a_name_is_judged_each_time_it_is_connected_to(driver: str, guarded: Web) -> None:
+    guarded.names["rebind.example"] = [[PUBLIC], ["10.0.0.1"], [PUBLIC], ["::1"]]
     rows = guard_scrape(driver, [f"http://rebind.example/close/{n}" for n in range(4)])
     assert guard_errors(rows) == [None, "blocked: rebind.example -> 10.0.0.1", None, "blocked: rebind.example -> ::1"]
-    assert guarded.connects == [GUARD_PUBLIC] * 2
+    assert guarded.connects == [PUBLIC] * 2
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_of_several_addresses_the_public_ones_are_used(driver: str, guarded: GuardWeb) -> None:
+def test_of_several_addresses_the_public_ones_are_used(driver: str, guarded: Web) -> None:
     guarded.names |= {
-        "mixed.example": [["10.0.0.1", "::1", GUARD_PUBLIC, "169.254.169.254"]],
+        "mixed.example": [["10.0.0.1", "::1", PUBLIC, "169.254.169.254"]],
         "down.example": [["127.0.0.1", "93.184.215.15", "10.0.0.2"]],
     }
     guarded.refusing = {"93.184.215.15"}
     rows = guard_scrape(driver, ["http://mixed.example/", "http://down.example/"], retries=0)
     assert guard_errors(rows) == [None, "connect: Connection refused"]
-    assert guarded.connects == [GUARD_PUBLIC, "93.184.215.15"]
+    assert guarded.connects == [PUBLIC, "93.184.215.15"]
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_an_address_in_the_url_is_judged_when_it_is_connected_to(
-    driver: str, guarded: GuardWeb, monkeypatch: pytest.MonkeyPatch
+def test_an_address_in_the_url_is_judged_when_it_is_connected_to(
+    driver: str, guarded: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("crawl.addresses.names_private", lambda host: False)
     crawl = Crawl(Options(rate=0))
@@ -100,7 +100,7 @@ def guard_fetch(driver: str, crawl: Crawl, request: Request) -> Response | Fetch
 
 @pytest.mark.parametrize("kind", ["page", "robots", "sitemap", "feed"])
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_every_kind_of_request_is_judged(driver: str, kind: str, guarded: GuardWeb) -> None:
+def test_every_kind_of_request_is_judged(driver: str, kind: str, guarded: Web) -> None:
     guarded.names["inside.example"] = [["172.16.0.1"]]
     of_kind = cast(Literal["page", "robots", "sitemap", "feed"], kind)
     for host, where in (("inside.example", "172.16.0.1"), ("127.0.0.1", "127.0.0.1")):
@@ -111,7 +111,7 @@ def test_guard_every_kind_of_request_is_judged(driver: str, kind: str, guarded: 
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_a_kept_connection_serves_only_those_who_might_have_opened_it(driver: str, guarded: GuardWeb) -> None:
+def test_a_kept_connection_serves_only_those_who_might_have_opened_it(driver: str, guarded: Web) -> None:
     guarded.names["inside.example"] = [["10.0.0.7"]]
     rows = guard_scrape(
         driver,
@@ -125,8 +125,8 @@ def test_guard_a_kept_connection_serves_only_those_who_might_have_opened_it(driv
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_kept_connections_to_a_proxy_are_for_the_proxy(
-    driver: str, guarded: GuardWeb, monkeypatch: pytest.MonkeyPatch
+def test_kept_connections_to_a_proxy_are_for_the_proxy(
+    driver: str, guarded: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = f"proxy.example:{guarded.port}"
     guarded.names["proxy.example"] = [["10.0.0.5"]]
@@ -138,7 +138,7 @@ def test_guard_kept_connections_to_a_proxy_are_for_the_proxy(
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_no_proxy_is_asked_for_a_private_address(driver: str, guarded: GuardWeb) -> None:
+def test_no_proxy_is_asked_for_a_private_address(driver: str, guarded: Web) -> None:
     guarded.names["proxy.example"] = [["10.0.0.5"]]
     targets = ["http://169.254.169.254/", "http://localhost/", "https://10.0.0.1/", "http://[::1]/", "http://0/"]
     listed = "http://10.0.0.9/listed"
@@ -151,7 +151,7 @@ def test_guard_no_proxy_is_asked_for_a_private_address(driver: str, guarded: Gua
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_the_trust_of_the_list_goes_as_far_as_private_hosts_reach(driver: str, guarded: GuardWeb) -> None:
+def test_the_trust_of_the_list_goes_as_far_as_private_hosts_reach(driver: str, guarded: Web) -> None:
     guarded.names |= {"localhost": [["127.0.0.1"]], "inside.example": [["10.0.0.7"]]}
     rows = {
         "http://127.0.0.1/": None,
@@ -171,7 +171,7 @@ def test_guard_the_trust_of_the_list_goes_as_far_as_private_hosts_reach(driver: 
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_allow_private_opens_it_for_all(driver: str, guarded: GuardWeb) -> None:
+def test_allow_private_opens_it_for_all(driver: str, guarded: Web) -> None:
     guarded.names["inside.example"] = [["10.0.0.7"]]
     rows = guard_scrape(
         driver,
@@ -180,11 +180,11 @@ def test_guard_allow_private_opens_it_for_all(driver: str, guarded: GuardWeb) ->
         allow_private=True,
     )  # fmt: skip
     assert guard_errors(rows) == [None] * 3
-    assert set(guarded.connects) == {GUARD_PUBLIC, "10.0.0.1", "10.0.0.7"}
+    assert set(guarded.connects) == {PUBLIC, "10.0.0.1", "10.0.0.7"}
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_guard_public_connections_are_kept(driver: str, guarded: GuardWeb) -> None:
+def test_public_connections_are_kept(driver: str, guarded: Web) -> None:
     rows = guard_scrape(driver, [f"http://public.example/{n}" for n in range(50)])
     assert guard_errors(rows) == [None] * 50
-    assert guarded.connects == [GUARD_PUBLIC]
+    assert guarded.connects == [PUBLIC]

@@ -25,29 +25,29 @@ from api.history import UPSTREAM_RESULTS, History, Result
 from runtime import postgres as db
 from sandbox.sites import Sandbox
 from tests.helpers.api import aggregate_http
-from tests.helpers.base import prim_run, prim_until, prim_until_async
-from tests.helpers.postgres import PG_BEGUN, PgServer, pg_history, pg_result
+from tests.helpers.base import run_task, until_async, wait_until
+from tests.helpers.postgres import BEGUN, PgServer, pg_history, pg_result
 
-PG_ROW = "INSERT INTO upstream_results VALUES"
+ROW = "INSERT INTO upstream_results VALUES"
 
 
 # --------------------------------------------------------------------------------------------------------- the history
 
 
-async def pg_filled(pg: PgServer, history: History, results: Sequence[Result]) -> None:
+async def filled(pg: PgServer, history: History, results: Sequence[Result]) -> None:
     for result in results:
         history.keep(result)
     written = history.writer.stats().written + len(results)
-    await prim_until_async(lambda: history.writer.stats().written == written)
+    await until_async(lambda: history.writer.stats().written == written)
 
 
-def test_history_pages_have_each_row_once(pg: PgServer) -> None:
+def test_pages_have_each_row_once(pg: PgServer) -> None:
     async def main() -> None:
         async with pg_history(pg.url, max_items=5, max_age=0.001) as history:
             results = [
                 pg_result(n // 3, city="Oslo" if n % 2 else "Rome", unit="C") for n in range(40)
             ]  # three at a time
-            await pg_filled(pg, history, [*results, pg_result(3, source="b")])
+            await filled(pg, history, [*results, pg_result(3, source="b")])
             for wanted, limit in (
                 ({}, 7),
                 ({"city": "Oslo"}, 1),
@@ -68,30 +68,30 @@ def test_history_pages_have_each_row_once(pg: PgServer) -> None:
                 assert Counter((r.fetched_at, r.latency) for r in seen) == Counter(
                     (r.fetched_at, r.latency) for r in expected
                 )
-            assert await history.page("a", "{}", PG_BEGUN, 5, 100) == ([], False)
+            assert await history.page("a", "{}", BEGUN, 5, 100) == ([], False)
             assert await history.page("nobody", "{}", datetime.now(UTC), 5, 100) == ([], False)
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_history_a_page_ends_at_its_bytes(pg: PgServer) -> None:
+def test_a_page_ends_at_its_bytes(pg: PgServer) -> None:
     async def main() -> None:
         async with pg_history(pg.url, max_age=0.001) as history:
-            await pg_filled(pg, history, [pg_result(n, payload=json.dumps("x" * 98)) for n in range(10)])
+            await filled(pg, history, [pg_result(n, payload=json.dumps("x" * 98)) for n in range(10)])
             now = datetime.now(UTC)
             for most, rows in ((0, 1), (99, 1), (100, 2), (250, 3), (999, 10)):
                 page, more = await history.page("a", "{}", now, 100, most)
                 assert (len(page), more) == (rows, rows < 10)
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_history_outcomes_are_the_last_ones_oldest_first(pg: PgServer) -> None:
+def test_outcomes_are_the_last_ones_oldest_first(pg: PgServer) -> None:
     async def main() -> None:
         async with pg_history(pg.url) as history:
             count = 2500
             await pg.do(
-                f"{PG_ROW.removesuffix(' VALUES')} SELECT 1, n, 'a', '{{}}', to_timestamp(n), n, CASE n % 2 WHEN 0 THEN"
+                f"{ROW.removesuffix(' VALUES')} SELECT 1, n, 'a', '{{}}', to_timestamp(n), n, CASE n % 2 WHEN 0 THEN"
                 f" 'ok' ELSE 'timeout' END, NULL FROM generate_series(1, {count}) AS n"
             )
             times, latencies, statuses = await history.outcomes("a", datetime.fromtimestamp(3, UTC), 2100)
@@ -100,16 +100,16 @@ def test_history_outcomes_are_the_last_ones_oldest_first(pg: PgServer) -> None:
             assert list((await history.outcomes("a", datetime.fromtimestamp(2499, UTC), 2100))[0]) == [2499.0, 2500.0]
             assert [len(c) for c in await history.outcomes("b", datetime.fromtimestamp(0, UTC), 9)] == [0, 0, 0]
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_history_latest_is_one_for_each_combination(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latest_is_one_for_each_combination(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with pg_history(pg.url, max_age=0.001) as history:
             results = [
                 pg_result(n, city=f"c{n % 5}", payload=str(n), status="ok" if n < 45 else "http") for n in range(50)
             ]
-            await pg_filled(pg, history, [*results, pg_result(99, source="b", city="c0")])
+            await filled(pg, history, [*results, pg_result(99, source="b", city="c0")])
 
             async def latest(within: float = 7200.0, limit: int = 99, max_bytes: int = 999) -> list[int]:
                 return [int(r.payload or "") for r in await history.latest("a", within, limit, max_bytes)]
@@ -122,22 +122,22 @@ def test_history_latest_is_one_for_each_combination(pg: PgServer, monkeypatch: p
             monkeypatch.setattr(history_module, "RECENT", 3)
             assert await latest() == [44, 43, 42]
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_history_forgets_in_batches(pg: PgServer) -> None:
+def test_forgets_in_batches(pg: PgServer) -> None:
     async def main() -> None:
         async with pg_history(pg.url, max_age=0.001) as history:
-            await pg_filled(pg, history, [pg_result(n) for n in range(25)])
-            older = (datetime.now(UTC) - PG_BEGUN).total_seconds() - 19.5  # the first twenty
+            await filled(pg, history, [pg_result(n) for n in range(25)])
+            older = (datetime.now(UTC) - BEGUN).total_seconds() - 19.5  # the first twenty
             assert await history.forget(older, batch=6) == 20
             assert await history.forget(older, batch=6) == 0
-            assert [len(c) for c in await history.outcomes("a", PG_BEGUN, 99)] == [5, 5, 5]
+            assert [len(c) for c in await history.outcomes("a", BEGUN, 99)] == [5, 5, 5]
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_history_scans_no_table(pg: PgServer) -> None:
+def test_scans_no_table(pg: PgServer) -> None:
     """With 20,000 rows of four sources, every statement of the history finds what it wants by an index."""
     plans: dict[str, str] = {}
 
@@ -172,7 +172,7 @@ def test_history_scans_no_table(pg: PgServer) -> None:
                 @contextlib.asynccontextmanager
                 async def watched(inner: Any = inner, spy: Spy = spy) -> AsyncIterator[Any]:
                     async with inner() as held:
-                        yield PgSpied(held, spy.explain)
+                        yield Spied(held, spy.explain)
 
                 database.connection = watched  # type: ignore[method-assign, assignment]
                 try:
@@ -187,7 +187,7 @@ def test_history_scans_no_table(pg: PgServer) -> None:
         assert "Seq Scan" not in plan and "upstream_results_by_" in plan, f"{name}:\n{plan}"
 
 
-class PgSpied:
+class Spied:
     """A connection that tells of its queries before it makes them."""
 
     def __init__(self, connection: Any, told: Callable[..., Any]) -> None:
@@ -223,7 +223,7 @@ class PgSpied:
 
 
 @contextlib.contextmanager
-def pg_service(url: str | None, upstream: upstreams.Upstream) -> Iterator[int]:
+def service(url: str | None, upstream: upstreams.Upstream) -> Iterator[int]:
     """The API before one upstream, and its port."""
     app = aggregate_app.create_app(
         {upstream.name: upstream}, database=lambda: db.Database(url, UPSTREAM_RESULTS), client_rate=0
@@ -232,7 +232,7 @@ def pg_service(url: str | None, upstream: upstreams.Upstream) -> Iterator[int]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        prim_until(lambda: server.started or not thread.is_alive())
+        wait_until(lambda: server.started or not thread.is_alive())
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
@@ -250,8 +250,8 @@ def pg_weather(web: Sandbox, **options: Any) -> upstreams.Upstream:
 
 
 def test_aggregate_keeps_what_it_loaded_over_an_outage_and_a_restart(pg: PgServer, web: Sandbox) -> None:
-    with pg_service(pg.url, pg_weather(web)) as port:
-        prim_until(lambda: pg_health(port)["state"] == "connected")
+    with service(pg.url, pg_weather(web)) as port:
+        wait_until(lambda: pg_health(port)["state"] == "connected")
         cities = [f"c{n}" for n in range(60)]
 
         def ask(city: str) -> int:
@@ -262,7 +262,7 @@ def test_aggregate_keeps_what_it_loaded_over_an_outage_and_a_restart(pg: PgServe
             asking = [threads.submit(ask, city) for city in cities[20:40]]
             pg.stop(signal.SIGQUIT)
             assert {one.result() for one in asking} == {200}
-        prim_until(lambda: pg_health(port)["state"] == "down")
+        wait_until(lambda: pg_health(port)["state"] == "down")
         assert {ask(city) for city in cities[40:]} == {200}
         health = pg_health(port)
         assert (health["status"], health["lost"]) == ("degraded", 0) and health["queued"] >= 20
@@ -270,7 +270,7 @@ def test_aggregate_keeps_what_it_loaded_over_an_outage_and_a_restart(pg: PgServe
         assert (status, headers["retry-after"], headers["content-type"]) == (503, "2", "application/problem+json")
         assert aggregate_http(port, "/health/ready")[0] == 200
         pg.start()
-        prim_until(lambda: pg_health(port)["queued"] == 0)
+        wait_until(lambda: pg_health(port)["queued"] == 0)
         health = pg_health(port)
         assert (health["status"], health["state"], health["written"], health["lost"]) == ("ok", "connected", 60, 0)
         assert asyncio.run(pg.do("SELECT count(*) FROM upstream_results")) == 60
@@ -293,14 +293,14 @@ def test_aggregate_keeps_what_it_loaded_over_an_outage_and_a_restart(pg: PgServe
 
 
 def test_aggregate_begins_with_what_the_last_life_knew(pg: PgServer, web: Sandbox) -> None:
-    with pg_service(pg.url, pg_weather(web)) as port:
+    with service(pg.url, pg_weather(web)) as port:
         data = aggregate_http(port, "/aggregate/weather?city=Oslo&deadline_ms=20000")[1]["sources"]["weather"]["data"]
     assert asyncio.run(pg.do("SELECT count(*) FROM upstream_results")) == 1  # the last rows are written at the end
     free = socket.create_server(("127.0.0.1", 0))
     gone = f"http://127.0.0.1:{free.getsockname()[1]}/"
     free.close()
     upstream = upstreams.Upstream("weather", gone + "{city}", {"city": "Berlin"}, ttl=600.0, retries=0)
-    with pg_service(pg.url, upstream) as port:
+    with service(pg.url, upstream) as port:
         status, body, _ = aggregate_http(port, "/aggregate/weather?city=Oslo&deadline_ms=20000")
         part = body["sources"]["weather"]
         assert (status, part["state"], part["data"]) == (200, "stale", data)
@@ -310,16 +310,16 @@ def test_aggregate_begins_with_what_the_last_life_knew(pg: PgServer, web: Sandbo
 def test_aggregate_the_database_may_come_later(pg: PgServer, web: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregate_app, "WARM", 0.0)
     pg.stop()
-    with pg_service(pg.url, pg_weather(web)) as port:
-        prim_until(lambda: pg_health(port)["state"] == "down")
+    with service(pg.url, pg_weather(web)) as port:
+        wait_until(lambda: pg_health(port)["state"] == "down")
         assert aggregate_http(port, "/aggregate/weather?deadline_ms=20000")[0] == 200
         pg.start()
-        prim_until(lambda: pg_health(port)["written"] == 1)
+        wait_until(lambda: pg_health(port)["written"] == 1)
         assert len(aggregate_http(port, "/history/weather")[1]["results"]) == 1
 
 
 def test_aggregate_without_a_database_has_no_history(web: Sandbox) -> None:
-    with pg_service(None, pg_weather(web)) as port:
+    with service(None, pg_weather(web)) as port:
         assert aggregate_http(port, "/aggregate/weather?deadline_ms=20000")[0] == 200
         assert {"status": "ok", "state": "none", "kind": None, "queued": 0}.items() <= pg_health(port).items()
         for path in ("/history/weather", "/report"):

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import html_parse
 from html_parse import Page, parse_page
 
-HTML_URL = "http://site.example/dir/page.html?q=1#top"
+URL = "http://site.example/dir/page.html?q=1#top"
 
 
-def html_page(markup: str, content_type: str | None = "text/html; charset=utf-8", url: str = HTML_URL) -> Page:
+def html_page(markup: str, content_type: str | None = "text/html; charset=utf-8", url: str = URL) -> Page:
     return parse_page(markup.encode(), url, content_type)
 
 
@@ -71,8 +71,8 @@ def html_page(markup: str, content_type: str | None = "text/html; charset=utf-8"
         (b"<title>\x81</title>", "text/html; charset=shift_jis", "shift_jis", "\ufffd"),
     ],
 )
-def test_html_encoding(body: bytes, content_type: str | None, encoding: str, title: str | None) -> None:
-    page = parse_page(body, HTML_URL, content_type)
+def test_encoding(body: bytes, content_type: str | None, encoding: str, title: str | None) -> None:
+    page = parse_page(body, URL, content_type)
     assert (page.encoding, page.title) == (encoding, title)
 
 
@@ -115,7 +115,7 @@ def test_html_encoding(body: bytes, content_type: str | None, encoding: str, tit
         ("<title>&#" + "9" * 5000 + ";&#" + "0" * 5000 + "65;&#0;</title>", "\ufffdA\ufffd"),
     ],
 )
-def test_html_title(markup: str, title: str | None) -> None:
+def test_title(markup: str, title: str | None) -> None:
     assert html_page(markup).title == title
 
 
@@ -185,7 +185,7 @@ def test_html_title(markup: str, title: str | None) -> None:
         ('<p>1 < 2 <a href="/yes">', ["http://site.example/yes"]),
     ],
 )
-def test_html_links(markup: str, links: list[str]) -> None:
+def test_links(markup: str, links: list[str]) -> None:
     assert html_page(markup).links == links
 
 
@@ -201,17 +201,17 @@ def test_html_links(markup: str, links: list[str]) -> None:
         ('<base href="/a?b/c#d/e"><a href="x"><a href="#f">', ["http://site.example/x", "http://site.example/a?b/c"]),
     ],
 )
-def test_html_base(markup: str, links: list[str]) -> None:
+def test_base(markup: str, links: list[str]) -> None:
     assert html_page(markup).links == links
 
 
-def test_html_url_of_the_page_may_be_anything() -> None:
+def test_url_of_the_page_may_be_anything() -> None:
     for url in ("", "nonsense", "file:///x", "about:blank", "http://", "\ud800"):
         assert html_page('<a href="/x"><a href="http://h.example/y">', url=url).links == ["http://h.example/y"]
     assert html_page('<a href="x">', url="HTTP://User@Site.example:80").links == ["http://User@site.example/x"]
 
 
-def test_html_nofollow_is_what_no_anchor_follows() -> None:
+def test_nofollow_is_what_no_anchor_follows() -> None:
     page = html_page(
         '<a rel="nofollow" href="/1"><a href="/2" rel="NoFollow noopener"><a rel=nofollow href="/3"><a href="/3#x">'
         "<a rel='nofollow' href='/4'><a href='/4'><a href=\"/5\" rel=\"nofollowing\"><a href=/6 rel='ugc nofollow'>"
@@ -268,13 +268,13 @@ def test_html_nofollow_is_what_no_anchor_follows() -> None:
         ("<div title=\"x > y\">a</div><div title='>'>b</div><div title=>>c", "a\nb\n>c"),
     ],
 )
-def test_html_words(markup: str, text: str) -> None:
+def test_words(markup: str, text: str) -> None:
     page = html_page(markup)
     assert page.text == text
     assert page.word_count == len(text.split())
 
 
-def test_html_text_is_made_when_asked_for_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_made_when_asked_for_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     scans: list[bytes] = []
 
     class Counted(html_parse._Scan):
@@ -284,7 +284,7 @@ def test_html_text_is_made_when_asked_for_and_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(html_parse, "_Scan", Counted)
     body = b"<p>caf\xe9"
-    page = parse_page(body, HTML_URL)
+    page = parse_page(body, URL)
     assert page._body is body
     assert len(scans) == 1
     assert page.text == "café"
@@ -293,7 +293,7 @@ def test_html_text_is_made_when_asked_for_and_once(monkeypatch: pytest.MonkeyPat
     assert page._body == b""
 
 
-def test_html_page_compares_and_pickles() -> None:
+def test_page_compares_and_pickles() -> None:
     page = html_page("<title>t</title><a href=x rel=nofollow>y z")
     copy = pickle.loads(pickle.dumps(page))
     assert copy == page
@@ -304,7 +304,7 @@ def test_html_page_compares_and_pickles() -> None:
 # ------------------------------------------------------------------------------------------------------------ metadata
 
 
-def test_html_metadata() -> None:
+def test_metadata() -> None:
     page = html_page(
         """<!DOCTYPE html><HTML class=no-js LANG=" de-AT "><head>
         <meta property="og:description" content="not this">
@@ -331,7 +331,7 @@ def test_html_metadata() -> None:
     assert page.links == []
 
 
-def test_html_metadata_absent() -> None:
+def test_metadata_absent() -> None:
     page = html_page('<html lang=""><meta name=description content=" "><link rel=canonical href="javascript:x">')
     assert (page.language, page.description, page.canonical) == (None, None, None)
     assert (page.robots, page.feeds, page.nofollow, page.encoding) == ((), [], frozenset(), "utf-8")
@@ -340,12 +340,12 @@ def test_html_metadata_absent() -> None:
 # -------------------------------------------------------------------------------------------------- whatever the bytes
 
 
-def html_units(*lines: str) -> list[str]:
+def units(*lines: str) -> list[str]:
     """What stands between the bars."""
     return [unit for line in lines for unit in line.split("|")]
 
 
-HTML_FRAGMENTS = html_units(
+FRAGMENTS = units(
     '<a href=/1>|<a href=\'/2\'>|<a href="/3#x">|<A HREF = /4>|<a href="?&amp;&copy=&#1114112;">|</a>',
     "<a rel=nofollow href=5>",
     "word |x|é|日本|\u00a0|\u3000| |\n|<b>|</b>|<p>|</p>|<br/>|<div title='>'>|<div title=\"<a href=no>\">|</div>",
@@ -357,7 +357,7 @@ HTML_FRAGMENTS = html_units(
 )
 
 
-def html_check_invariants(page: Page) -> None:
+def check_invariants(page: Page) -> None:
     assert len(set(page.links)) == len(page.links)
     assert page.nofollow <= set(page.links)
     for url in [*page.links, *page.feeds, *([page.canonical] if page.canonical else [])]:
@@ -370,20 +370,20 @@ def html_check_invariants(page: Page) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300), st.none() | st.text(max_size=40), st.text(max_size=30))
-def test_html_any_bytes(body: bytes, content_type: str | None, url: str) -> None:
+def test_any_bytes(body: bytes, content_type: str | None, url: str) -> None:
     parse_page(body, url, content_type)
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.sampled_from(HTML_FRAGMENTS), max_size=40).map("".join))
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join))
 @example("<svg><svg></svg><title>x</svg><a href=/1>")
 @example("<template><noscript></template>x</noscript>y")
-def test_html_any_soup(markup: str) -> None:
-    html_check_invariants(html_page(markup))
-    html_check_invariants(html_page(markup, content_type=None))
+def test_any_soup(markup: str) -> None:
+    check_invariants(html_page(markup))
+    check_invariants(html_page(markup, content_type=None))
 
 
-def test_html_long_soup_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_soup_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the pieces end is not to be seen in the result."""
     markup = "<p title='a > b'>one &amp; two <a href=/{0}>three</a> <script>'<a href=/no>' + '</p>'</script></p>\n"
     markup += (
@@ -403,7 +403,7 @@ def test_html_long_soup_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ------------------------------------------------------------------------------------------------------- hostile pages
 
-HTML_HOSTILE = html_units(
+HOSTILE = units(
     "<|</|</a|<a|<a |<a href=\"|<a href='x|<a x=\"'|<a b=='|<!--|<!-- -|<!--<|<!-|<!|<?|-->|<script>|<script></script>",
     "<script><!--|<script><!--<script>|<style>|<title>|<title></title>|<textarea>|<xmp>x</xmp>|<iframe>|<plaintext>|<svg>",
     "<svg>x</svg>|<svg><svg></svg>|<svg><title>|<svg><!--|<svg><style>|<template>|<template></template>|<noscript>",
@@ -414,7 +414,7 @@ HTML_HOSTILE = html_units(
 )
 
 
-HTML_GIANTS = {
+GIANTS = {
     "an attribute": b'<a title="%b" href=/x>',
     "an attribute in single quotes": b"<a title='%b' href='/x'>",
     "an href": b'<a href="/%b">',
@@ -431,8 +431,8 @@ HTML_GIANTS = {
 }
 
 
-@pytest.mark.parametrize("unit", HTML_HOSTILE)
-def test_html_hostile_repetition_is_read_a_few_times(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_hostile_repetition_is_read_a_few_times(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work is counted in bytes handed to the tokenizer, whose patterns cannot backtrack."""
     handed = 0
 
@@ -452,18 +452,18 @@ def test_html_hostile_repetition_is_read_a_few_times(unit: str, monkeypatch: pyt
     for prefix in (b"", b"<p>x</p> "):
         body = prefix + unit.encode("utf-8", "surrogateescape") * (40_000 // len(unit))
         handed = 0
-        page = parse_page(body, HTML_URL, "text/html; charset=utf-8")
+        page = parse_page(body, URL, "text/html; charset=utf-8")
         assert handed < 6 * len(body)
-        html_check_invariants(page)
+        check_invariants(page)
 
 
-@pytest.mark.parametrize("what", HTML_GIANTS)
+@pytest.mark.parametrize("what", GIANTS)
 @pytest.mark.parametrize("filling", [b"x", b"9", b"<", b"&", b"' ", b"- ", b"a=b "])
-def test_html_giant_constructs(what: str, filling: bytes) -> None:
-    html_check_invariants(parse_page(HTML_GIANTS[what].replace(b"%b", filling * (200_000 // len(filling))), HTML_URL))
+def test_giant_constructs(what: str, filling: bytes) -> None:
+    check_invariants(parse_page(GIANTS[what].replace(b"%b", filling * (200_000 // len(filling))), URL))
 
 
-def test_html_deep_and_wide_pages() -> None:
+def test_deep_and_wide_pages() -> None:
     deep = html_page("<div>" * 100_000 + "x" + "</div>" * 100_000)
     assert deep.word_count == 1
     wide = html_page("".join(f'<p><a href="/{n}">word {n}</a></p>\n' for n in range(20_000)))
@@ -473,17 +473,17 @@ def test_html_deep_and_wide_pages() -> None:
 
 # -------------------------------------------------------------------------- the fast ways give what the slow ones give
 
-html_names = st.sampled_from(["href", "HREF", "rel", "class", "data-x", "xml:lang", "hidden", "title"])
+names = st.sampled_from(["href", "HREF", "rel", "class", "data-x", "xml:lang", "hidden", "title"])
 
 
-html_values = st.text(alphabet="ab/?=&;#.:% \n'<>éamp38", max_size=12)
+values = st.text(alphabet="ab/?=&;#.:% \n'<>éamp38", max_size=12)
 
 
 @st.composite
-def html_tags(draw: st.DrawFn) -> str:
+def tags(draw: st.DrawFn) -> str:
     """An <a> with attributes in any spelling."""
     tag = draw(st.sampled_from(["a", "A"]))
-    for name, value in draw(st.lists(st.tuples(html_names, html_values), max_size=4)):
+    for name, value in draw(st.lists(st.tuples(names, values), max_size=4)):
         bare = "".join(c for c in value if c not in " \n'<>=") or "x"
         spelling = st.sampled_from(
             [f'="{value}"', "='" + value.replace("'", "") + "'", f"={bare}", f' = "{value}"', ""]
@@ -493,24 +493,24 @@ def html_tags(draw: st.DrawFn) -> str:
 
 
 @settings(max_examples=500, deadline=None)
-@given(html_tags())
-def test_html_plain_attributes_equal_those_of_html_parser(tag: str) -> None:
+@given(tags())
+def test_plain_attributes_equal_those_of_html_parser(tag: str) -> None:
     plain = html_parse._plain_attributes(tag.encode())
     assert plain is None or plain == html_parse._read_attributes(tag.encode())
 
 
 @settings(max_examples=500, deadline=None)
-@given(html_tags())
-def test_html_ordinary_anchors_equal_unusual_ones(tag: str) -> None:
+@given(tags())
+def test_ordinary_anchors_equal_unusual_ones(tag: str) -> None:
     attributes = html_parse._attributes(tag.encode())
     href = attributes.get("href")
-    url = html_parse._join(HTML_URL, href) if href is not None else None
+    url = html_parse._join(URL, href) if href is not None else None
     page = html_page(f"<{tag}")
     assert page.links == ([url.partition("#")[0]] if url else [])
     assert bool(page.nofollow) == (bool(page.links) and "nofollow" in attributes.get("rel", "").lower().split())
 
 
-html_bases = st.sampled_from(
+bases = st.sampled_from(
     [
         "http://h.example/",
         "http://h.example/a/b?c/d",
@@ -521,9 +521,9 @@ html_bases = st.sampled_from(
 )
 
 
-html_addresses = st.lists(
+addresses = st.lists(
     st.sampled_from(
-        html_units(
+        units(
             "/|//|.|..|:|?|#|%|%2e|%2E|%41|@|;|=|&|+|~|!|$|(|)|*|,|'|\"|<|>|\\|^|`|{|}|[|]|a|b|Z|0|1|é|-|_",
             "http:|https://|http://h.example|http://H.example|http://1.2|http://0x7f.1|http://xn--a|http://h.example:80",
             "https://h.example:8080|http://a_b|http://a..b|http://u@h|http://h%41|javascript:|mailto:| |\t|\n|\u00a0",
@@ -534,7 +534,7 @@ html_addresses = st.lists(
 
 
 @settings(max_examples=1000, deadline=None)
-@given(html_bases, st.lists(html_addresses, max_size=5))
+@given(bases, st.lists(addresses, max_size=5))
 @example("http://h.example/", ["http://h.example/a/%2e%2e/b"])
 @example("http://h.example/a/b", ["c/.%2e/d"])
 @example("http://h.example/a/b", ["a:b"])
@@ -548,7 +548,7 @@ html_addresses = st.lists(
 @example("https://h.example/a/b?c/d", ["../"])
 @example("https://h.example/a/b", ["//h.example:443/c"])
 @example("http://h.example/a/b", ["x", "", "\0/y", "#\0", "../z"])
-def test_html_resolving_all_equals_joining_each(base: str, hrefs: list[str]) -> None:
+def test_resolving_all_equals_joining_each(base: str, hrefs: list[str]) -> None:
     base = ada_url.normalize_url(base)
     for start in (base, None):
         joined = [html_parse._join(start, href.replace("\0", "\ufffd")) for href in hrefs]
@@ -582,11 +582,11 @@ def test_html_resolving_all_equals_joining_each(base: str, hrefs: list[str]) -> 
         max_size=20,
     ).map("".join)
 )
-def test_html_words_are_those_of_split(text: str) -> None:
+def test_words_are_those_of_split(text: str) -> None:
     assert html_parse._count_words(text.encode()) == len(html.unescape(text).split())
 
 
-class HtmlReference(HTMLParser):
+class Reference(HTMLParser):
     """The textbook: every tag and every text through html.parser."""
 
     def __init__(self, url: str) -> None:
@@ -617,7 +617,7 @@ class HtmlReference(HTMLParser):
             self.words += len(data.split())
 
 
-html_texts = st.lists(
+texts = st.lists(
     st.sampled_from(
         [
             "word",
@@ -641,13 +641,13 @@ html_texts = st.lists(
 ).map("".join)
 
 
-html_paths = st.sampled_from(
+paths = st.sampled_from(
     ["/", "/a/b?c=d", "x.html", "../up", "#f", "https://h.example/x", "mailto:a", "?q=1&amp;r=2", "é", "//n.example"]
 )
 
 
-html_leaves = st.one_of(
-    html_texts,
+leaves = st.one_of(
+    texts,
     st.sampled_from(
         [
             "<br>",
@@ -658,18 +658,18 @@ html_leaves = st.one_of(
             "<style>p > a {}</style>",
         ]
     ),
-    st.builds("<a class='x' href='{}'>{}</a>".format, html_paths, html_texts),
-    st.builds('<a data-x="1" href="{}" rel="nofollow">{}</a>'.format, html_paths, html_texts),
-    st.builds('<a href="{}" class="y">{}</a>'.format, html_paths, html_texts),
+    st.builds("<a class='x' href='{}'>{}</a>".format, paths, texts),
+    st.builds('<a data-x="1" href="{}" rel="nofollow">{}</a>'.format, paths, texts),
+    st.builds('<a href="{}" class="y">{}</a>'.format, paths, texts),
     st.builds("<svg viewBox='0 0 1 1'><title>{}</title><path d='M0'/></svg>".format, st.just("icon one")),
 )
 
 
-html_documents = st.builds(
+documents = st.builds(
     "<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8><title>{}</title></head><body>{}</body></html>\n".format,
-    html_texts,
+    texts,
     st.recursive(
-        html_leaves,
+        leaves,
         lambda inner: st.builds(
             "<{0} id='i' title=\"<a href='/no'>\">{1}</{0}>".format,
             st.sampled_from(["div", "p", "b", "SPAN", "noscript", "section"]),
@@ -681,9 +681,9 @@ html_documents = st.builds(
 
 
 @settings(max_examples=200, deadline=None)
-@given(html_documents)
-def test_html_well_formed_pages_as_the_textbook_reads_them(markup: str) -> None:
-    reference = HtmlReference(HTML_URL)
+@given(documents)
+def test_well_formed_pages_as_the_textbook_reads_them(markup: str) -> None:
+    reference = Reference(URL)
     reference.feed(markup)
     reference.close()
     page = html_page(markup)

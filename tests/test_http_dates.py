@@ -16,19 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import http_dates
-from tests.helpers.base import PRIM_SETTINGS
+from tests.helpers.base import SETTINGS
 
-PRIM_NOW = float(calendar.timegm((2026, 1, 1, 0, 0, 0)))
-
-
-PRIM_WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+NOW = float(calendar.timegm((2026, 1, 1, 0, 0, 0)))
 
 
-PRIM_MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
+WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+
+
+MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
 
 
 @pytest.fixture(params=["UTC0", "EST5EDT,M3.2.0,M11.1.0", "<+0545>-5:45"], ids=["UTC", "New York", "Kathmandu"])
-def prim_zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The rules of the zones themselves, so that no time zone database is needed."""
     monkeypatch.setenv("TZ", request.param)
     time.tzset()
@@ -38,22 +38,22 @@ def prim_zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     time.tzset()
 
 
-def prim_imf(date: time.struct_time) -> str:
-    day, month = PRIM_WEEKDAYS[date.tm_wday][:3], PRIM_MONTHS[date.tm_mon - 1]
-    return f"{day}, {date.tm_mday:02} {month} {date.tm_year:04} {prim_clock_time(date)} GMT"
+def imf(date: time.struct_time) -> str:
+    day, month = WEEKDAYS[date.tm_wday][:3], MONTHS[date.tm_mon - 1]
+    return f"{day}, {date.tm_mday:02} {month} {date.tm_year:04} {clock_time(date)} GMT"
 
 
-def prim_rfc850(date: time.struct_time) -> str:
-    day, month = PRIM_WEEKDAYS[date.tm_wday], PRIM_MONTHS[date.tm_mon - 1]
-    return f"{day}, {date.tm_mday:02}-{month}-{date.tm_year % 100:02} {prim_clock_time(date)} GMT"
+def rfc850(date: time.struct_time) -> str:
+    day, month = WEEKDAYS[date.tm_wday], MONTHS[date.tm_mon - 1]
+    return f"{day}, {date.tm_mday:02}-{month}-{date.tm_year % 100:02} {clock_time(date)} GMT"
 
 
 def prim_asctime(date: time.struct_time) -> str:
-    day, month = PRIM_WEEKDAYS[date.tm_wday][:3], PRIM_MONTHS[date.tm_mon - 1]
-    return f"{day} {month} {date.tm_mday:2} {prim_clock_time(date)} {date.tm_year:04}"
+    day, month = WEEKDAYS[date.tm_wday][:3], MONTHS[date.tm_mon - 1]
+    return f"{day} {month} {date.tm_mday:2} {clock_time(date)} {date.tm_year:04}"
 
 
-def prim_clock_time(date: time.struct_time) -> str:
+def clock_time(date: time.struct_time) -> str:
     return f"{date.tm_hour:02}:{date.tm_min:02}:{date.tm_sec:02}"
 
 
@@ -75,8 +75,8 @@ def prim_clock_time(date: time.struct_time) -> str:
         ("Mon, 01 Jan 0001 00:00:00 GMT", (1, 1, 1, 0, 0, 0)),
     ],
 )
-def test_prim_http_date(value: str, utc: tuple[int, ...], prim_zone: str) -> None:
-    assert http_dates.parse_http_date(value, PRIM_NOW) == calendar.timegm(utc)
+def test_http_date(value: str, utc: tuple[int, ...], zone: str) -> None:
+    assert http_dates.parse_http_date(value, NOW) == calendar.timegm(utc)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_prim_http_date(value: str, utc: tuple[int, ...], prim_zone: str) -> Non
         ((2100, 1, 1), "Thursday, 31-Dec-99 00:00:00 GMT", 2099),  # yesterday
     ],
 )
-def test_prim_two_digit_years_are_the_nearest(today: tuple[int, int, int], value: str, year: int) -> None:
+def test_two_digit_years_are_the_nearest(today: tuple[int, int, int], value: str, year: int) -> None:
     now = calendar.timegm((*today, 0, 0, 0))
     date = http_dates.parse_http_date(value, now)
     assert date is not None
     assert time.gmtime(date).tm_year == year
 
 
-PRIM_NOT_DATES = [
+NOT_DATES = [
     "Fri, 32 Jan 2026 00:00:00 GMT",
     "Fri, 00 Jan 2026 00:00:00 GMT",
     "Sun, 29 Feb 2026 00:00:00 GMT",
@@ -136,42 +136,42 @@ PRIM_NOT_DATES = [
 ]
 
 
-@pytest.mark.parametrize("value", PRIM_NOT_DATES)
-def test_prim_http_date_refuses(value: str) -> None:
-    assert http_dates.parse_http_date(value, PRIM_NOW) is None
-    assert http_dates.parse_retry_after(value.strip(), PRIM_NOW) is None or value.endswith("\n")
+@pytest.mark.parametrize("value", NOT_DATES)
+def test_http_date_refuses(value: str) -> None:
+    assert http_dates.parse_http_date(value, NOW) is None
+    assert http_dates.parse_retry_after(value.strip(), NOW) is None or value.endswith("\n")
 
 
-PRIM_INSTANTS = st.integers(calendar.timegm((1, 1, 1, 0, 0, 0)), calendar.timegm((9999, 12, 31, 23, 59, 59)))
+INSTANTS = st.integers(calendar.timegm((1, 1, 1, 0, 0, 0)), calendar.timegm((9999, 12, 31, 23, 59, 59)))
 
 
-@settings(PRIM_SETTINGS, max_examples=150)
-@given(PRIM_INSTANTS, PRIM_INSTANTS)
-def test_prim_http_date_round_trip_of_the_four_digit_forms(instant: int, now: int) -> None:
+@settings(SETTINGS, max_examples=150)
+@given(INSTANTS, INSTANTS)
+def test_http_date_round_trip_of_the_four_digit_forms(instant: int, now: int) -> None:
     date = time.gmtime(instant)
-    assert http_dates.parse_http_date(prim_imf(date), now) == instant
+    assert http_dates.parse_http_date(imf(date), now) == instant
     assert http_dates.parse_http_date(prim_asctime(date), now) == instant
     if date.tm_year >= 1900:
         assert time.asctime(date) == prim_asctime(date)  # the form that C writes
 
 
-@settings(PRIM_SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=150)
 @given(st.integers(calendar.timegm((1980, 1, 1, 0, 0, 0)), calendar.timegm((2150, 1, 1, 0, 0, 0))), st.data())
-def test_prim_http_date_round_trip_of_the_two_digit_form(now: int, data: st.DataObject) -> None:
+def test_http_date_round_trip_of_the_two_digit_form(now: int, data: st.DataObject) -> None:
     years = 49 * 365 * 86400
     instant = now + data.draw(st.integers(-years, years))
-    assert http_dates.parse_http_date(prim_rfc850(time.gmtime(instant)), now) == instant
+    assert http_dates.parse_http_date(rfc850(time.gmtime(instant)), now) == instant
 
 
-def test_prim_http_date_does_not_depend_on_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_http_date_does_not_depend_on_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
     """``calendar.month_abbr`` speaks the language that the program chose; HTTP speaks English."""
-    monkeypatch.setattr(calendar, "month_abbr", ["", *(f"{name}." for name in PRIM_MONTHS)])
+    monkeypatch.setattr(calendar, "month_abbr", ["", *(f"{name}." for name in MONTHS)])
     spec = importlib.util.spec_from_file_location("prim_elsewhere", http_dates.__file__)
     assert spec is not None and spec.loader is not None
     elsewhere = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, elsewhere)
     spec.loader.exec_module(elsewhere)
-    assert elsewhere.parse_http_date("Thu, 01 Jan 2026 00:00:00 GMT", 0.0) == PRIM_NOW
+    assert elsewhere.parse_http_date("Thu, 01 Jan 2026 00:00:00 GMT", 0.0) == NOW
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_prim_http_date_does_not_depend_on_the_locale(monkeypatch: pytest.Monkey
         ("Fri, 31 Dec 9999 23:59:59 GMT", 3600.0),
     ],
 )
-def test_prim_retry_after(value: str, seconds: float, prim_zone: str) -> None:
-    assert http_dates.parse_retry_after(value, PRIM_NOW) == seconds
+def test_retry_after(value: str, seconds: float, zone: str) -> None:
+    assert http_dates.parse_retry_after(value, NOW) == seconds
 
 
 @pytest.mark.parametrize(
@@ -231,20 +231,20 @@ def test_prim_retry_after(value: str, seconds: float, prim_zone: str) -> None:
         *("٣", "５", "²", "1٣", "\xa05", "Thu, 01 Jan 2026", "Thu, 01 Jan 2026 00:02:00 GMT, 5"),
     ],
 )
-def test_prim_retry_after_refuses(value: str | None) -> None:
-    assert http_dates.parse_retry_after(value, PRIM_NOW) is None
+def test_retry_after_refuses(value: str | None) -> None:
+    assert http_dates.parse_retry_after(value, NOW) is None
 
 
-def test_prim_retry_after_takes_its_own_maximum_and_the_clock_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert http_dates.parse_retry_after("61", PRIM_NOW, maximum=60.0) == 60.0
-    assert http_dates.parse_retry_after("Thu, 01 Jan 2026 00:02:00 GMT", PRIM_NOW, maximum=60.0) == 60.0
-    assert http_dates.parse_retry_after("86400", PRIM_NOW, maximum=1e6) == 86400.0
-    monkeypatch.setattr(http_dates, "time", SimpleNamespace(time=lambda: PRIM_NOW + 30.0, gmtime=time.gmtime))
+def test_retry_after_takes_its_own_maximum_and_the_clock_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert http_dates.parse_retry_after("61", NOW, maximum=60.0) == 60.0
+    assert http_dates.parse_retry_after("Thu, 01 Jan 2026 00:02:00 GMT", NOW, maximum=60.0) == 60.0
+    assert http_dates.parse_retry_after("86400", NOW, maximum=1e6) == 86400.0
+    monkeypatch.setattr(http_dates, "time", SimpleNamespace(time=lambda: NOW + 30.0, gmtime=time.gmtime))
     assert http_dates.parse_retry_after("Thu, 01 Jan 2026 00:02:00 GMT") == 90.0
 
 
-@PRIM_SETTINGS
+@SETTINGS
 @given(st.text(alphabet="0123456789+-., :GMTJanFebSunday٣５\xa0\n\x00"))
-def test_prim_retry_after_never_raises(value: str) -> None:
-    wait = http_dates.parse_retry_after(value, PRIM_NOW)
+def test_retry_after_never_raises(value: str) -> None:
+    wait = http_dates.parse_retry_after(value, NOW)
     assert wait is None or 0.0 <= wait <= 3600.0

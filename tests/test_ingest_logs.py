@@ -39,13 +39,13 @@ from primitives import RetryPolicy
 from runtime import postgres as db
 from runtime import spool as log_spool
 from sandbox.logs import MetadataApi
-from tests.helpers.base import HERE, PRIM_PATIENCE, prim_run, prim_until, prim_until_async
-from tests.helpers.logs import logs_ingest_files, logs_ingest_serials, logs_ingest_up, logs_spool_open
+from tests.helpers.base import HANG_LIMIT, HERE, run_task, until_async, wait_until
+from tests.helpers.logs import files, logs_ingest_serials, logs_ingest_up, logs_spool_open
 from tests.helpers.postgres import PgServer
-from tests.helpers.processes import serving_answers_besieged, serving_unread
+from tests.helpers.processes import answers_besieged, unread
 
 
-class LogsIngestProcess:
+class IngestProcess:
     """``python ingest_logs.py`` with these arguments, and what it says on stderr."""
 
     def __init__(self, *arguments: str, **environ: str) -> None:
@@ -69,14 +69,14 @@ class LogsIngestProcess:
 
     def said(self, pattern: str) -> str:
         """Wait for a line; its group."""
-        prim_until(lambda: any(re.search(pattern, line) for line in self.lines) or self.process.poll() is not None)
+        wait_until(lambda: any(re.search(pattern, line) for line in self.lines) or self.process.poll() is not None)
         found = next((match for line in self.lines if (match := re.search(pattern, line))), None)
         assert found is not None, self.lines
         return found[1] if found.groups() else found[0]
 
     def end(self) -> int:
         try:
-            code = self.process.wait(PRIM_PATIENCE)
+            code = self.process.wait(HANG_LIMIT)
         except subprocess.TimeoutExpired:
             raise AssertionError(self.lines) from None
         self._reading.join()
@@ -101,7 +101,7 @@ class LogsIngestProcess:
     def health(self) -> dict[str, Any]:
         url = self.said(r"(http://\S+)/metrics")
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=PRIM_PATIENCE) as answer:
+            with urllib.request.urlopen(f"{url}/health", timeout=HANG_LIMIT) as answer:
                 found: dict[str, Any] = json.load(answer)
         except urllib.error.HTTPError as error:
             with error:
@@ -117,13 +117,13 @@ class LogsIngestProcess:
             assert found["imbalance"] == found["faults"] == 0, found
             return predicate(found)
 
-        prim_until(looked)
+        wait_until(looked)
         return found
 
 
 @contextlib.contextmanager
-def logs_ingest_process(*arguments: str, **environ: str) -> Iterator[LogsIngestProcess]:
-    process = LogsIngestProcess(*arguments, **environ)
+def ingest_process(*arguments: str, **environ: str) -> Iterator[IngestProcess]:
+    process = IngestProcess(*arguments, **environ)
     try:
         yield process
     finally:
@@ -133,17 +133,17 @@ def logs_ingest_process(*arguments: str, **environ: str) -> Iterator[LogsIngestP
             process.kill()
 
 
-def logs_ingest_send(to: tuple[str, int], first: int, count: int, sockets: int = 1) -> None:
+def ingest_send(to: tuple[str, int], first: int, count: int, sockets: int = 1) -> None:
     with contextlib.ExitStack() as stack:
         senders = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(sockets)]
         for n in range(first, first + count):
             senders[n % sockets].sendto(f"<14>1 - host svc - - - serial={n}".encode(), to)
 
 
-LOGS_INGEST_ARGUMENTS = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
+INGEST_ARGUMENTS = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
 
 
-def test_logs_ingest_demo() -> None:
+def test_ingest_demo() -> None:
     """On a terminal: with a status line."""
     ours, theirs = pty.openpty()
     temporary = Path(tempfile.mkdtemp(prefix="ingest-test-"))
@@ -153,7 +153,7 @@ def test_logs_ingest_demo() -> None:
         environ = {**os.environ, "TMPDIR": str(temporary), "COLUMNS": "200"}
         environ.pop("DATABASE_URL", None)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, cwd=folder, env=environ) as process:
-            output = process.communicate(timeout=PRIM_PATIENCE)[0].decode()
+            output = process.communicate(timeout=HANG_LIMIT)[0].decode()
         os.set_blocking(ours, False)
         said = os.read(ours, 1 << 20).decode()
     finally:
@@ -171,73 +171,71 @@ def test_logs_ingest_demo() -> None:
     assert left in ([], [".lockfile"])  # that one is of the wheel's
 
 
-def test_logs_ingest_killed_with_durable_loses_nothing_that_was_sealed(
-    logs_ingest_pg: PgServer, tmp_path: Path
-) -> None:
+def test_ingest_killed_with_durable_loses_nothing_that_was_sealed(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     more = ("--durable", "--spool", str(tmp_path), "--database", logs_ingest_pg.url, "--batch", "10", "--flush", "0.05")
-    with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as first:
+    with ingest_process(*INGEST_ARGUMENTS, *more) as first:
         to = first.address()
         first.until(lambda found: found["database"] == "connected")
-        logs_ingest_send(to, 0, 3000)
+        ingest_send(to, 0, 3000)
         found = first.until(lambda found: found["stored"] > 0)
         least = found["stored"] + found["held"]["spool"]
         first.kill()  # in the middle of writing
     logs_ingest_pg.stop()
-    with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as second:
+    with ingest_process(*INGEST_ARGUMENTS, *more) as second:
         to = second.address()
-        logs_ingest_send(to, 3000, 500)
+        ingest_send(to, 3000, 500)
         found = second.until(lambda found: found["held"]["spool"] == 500 + found["recovered"])
         assert least - 3000 <= found["recovered"] <= 3000
         second.kill()
     logs_ingest_pg.start()
-    with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as third:
+    with ingest_process(*INGEST_ARGUMENTS, *more) as third:
         found = third.until(lambda found: 0 < found["recovered"] == found["stored"])
         assert found["recovered"] >= 500
         assert third.stop() == 0
     serials = asyncio.run(logs_ingest_serials(logs_ingest_pg))
     assert len(serials) == len(set(serials)) >= least + 500
     assert set(range(3000, 3500)) <= set(serials)
-    assert logs_ingest_files(tmp_path) == []
+    assert files(tmp_path) == []
 
 
-def test_logs_ingest_second_sigterm_forces(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
+def test_ingest_second_sigterm_forces(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     more = ("--spool", str(tmp_path), "--database", logs_ingest_pg.url, "--flush", "0.05", "--stop-limit", "3600")
-    with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as process:
+    with ingest_process(*INGEST_ARGUMENTS, *more) as process:
         to = process.address()
         process.until(lambda found: found["database"] == "connected")
         with logs_ingest_pg.frozen():
-            logs_ingest_send(to, 0, 100)
+            ingest_send(to, 0, 100)
             process.until(lambda found: found["held"]["writing"] + found["held"]["spool"] == 100)
             process.process.send_signal(signal.SIGTERM)
             process.until(lambda found: found["status"] == "stopping")
             assert process.stop() == 0
     process.said(r"received 100 = stored 0 \+ dead 0 \+ dropped 0 \+ left in the spool 100$")
-    with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as process:
+    with ingest_process(*INGEST_ARGUMENTS, *more) as process:
         process.until(lambda found: found["stored"] == 100)
         assert process.stop() == 0
     assert asyncio.run(logs_ingest_serials(logs_ingest_pg)) == list(range(100))
 
 
-def test_logs_ingest_a_worker_that_dies_is_replaced_and_loses_nothing_in_the_kernel(
+def test_ingest_a_worker_that_dies_is_replaced_and_loses_nothing_in_the_kernel(
     logs_ingest_pg: PgServer, tmp_path: Path
 ) -> None:
     more = ("--spool", str(tmp_path), "--database", logs_ingest_pg.url, "--flush", "0.05", "--receivers", "2")
-    with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as process:
+    with ingest_process(*INGEST_ARGUMENTS, *more) as process:
         to = process.address()
         process.until(lambda found: found["workers"] == 2 and found["database"] == "connected")
-        logs_ingest_send(to, 0, 400, sockets=40)
+        ingest_send(to, 0, 400, sockets=40)
         process.until(lambda found: found["stored"] == 400)
         workers = psutil.Process(process.process.pid).children()
         assert len(workers) == 2
         workers[1].suspend()
-        logs_ingest_send(to, 400, 400, sockets=40)
+        ingest_send(to, 400, 400, sockets=40)
         found = process.until(lambda found: found["stored"] > 400)
         workers[1].kill()
         found = process.until(lambda found: found["stored"] == 800 and found["workers"] == 2)
         assert found["deaths"] == 1 and found["handed"] == sum(found["dropped"].values()) == 0
         process.said(r"worker \d died \(signal 9\)")
         url = process.said(r"(http://\S+)/metrics")
-        with urllib.request.urlopen(f"{url}/metrics", timeout=PRIM_PATIENCE) as answer:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=HANG_LIMIT) as answer:
             families = {each.name: each for each in text_string_to_metric_families(answer.read().decode())}
         values = {name: family.samples[0].value for name, family in families.items() if family.samples}
         assert values["ingest_received"] == values["ingest_stored"] == 800 and values["ingest_imbalance"] == 0
@@ -248,57 +246,55 @@ def test_logs_ingest_a_worker_that_dies_is_replaced_and_loses_nothing_in_the_ker
 
 
 @pytest.mark.parametrize(("receivers", "terminal"), [(1, False), (2, False), (1, True)])
-def test_logs_ingest_nobody_reads_stderr(
-    receivers: int, terminal: bool, logs_ingest_pg: PgServer, tmp_path: Path
-) -> None:
+def test_ingest_nobody_reads_stderr(receivers: int, terminal: bool, logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     """All is stored, and it stops in two stages as ever."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
         free.bind(("127.0.0.1", 0))
         to = free.getsockname()
     command = ("ingest_logs.py", "--listen", f"127.0.0.1:{to[1]}", "--spool", str(tmp_path), "--flush", "0.05")
     more = ("--database", logs_ingest_pg.url, "--receivers", str(receivers), "--stop-limit", "60")
-    with serving_unread(*command, *more, terminal=terminal) as program:
+    with unread(*command, *more, terminal=terminal) as program:
         program.until(lambda found: found["workers"] == receivers and found["database"] == "connected")
         for n in range(10):
-            logs_ingest_send(to, n * 100, 100, sockets=20)
+            ingest_send(to, n * 100, 100, sockets=20)
             program.until(lambda found, n=n: found["stored"] == n * 100 + 100)  # type: ignore[misc]
         with logs_ingest_pg.frozen():
-            logs_ingest_send(to, 1000, 100, sockets=20)
+            ingest_send(to, 1000, 100, sockets=20)
             program.until(lambda found: found["held"]["writing"] + found["held"]["spool"] == 100)
             program.term()
             program.until(lambda found: found["status"] == "stopping")
             program.term()
-            assert program.process.wait(PRIM_PATIENCE) == 0
-    with serving_unread(*command, *more, terminal=terminal) as program:
+            assert program.process.wait(HANG_LIMIT) == 0
+    with unread(*command, *more, terminal=terminal) as program:
         program.until(lambda found: found["stored"] == found["recovered"] == 100)
         program.term()
-        assert program.process.wait(PRIM_PATIENCE) == 0
+        assert program.process.wait(HANG_LIMIT) == 0
     assert asyncio.run(logs_ingest_serials(logs_ingest_pg)) == list(range(1100))
 
 
 @pytest.mark.parametrize("receivers", ["1", "2"])
-def test_logs_ingest_health_is_told_while_200_connections_stand(receivers: str, tmp_path: Path) -> None:
+def test_ingest_health_is_told_while_200_connections_stand(receivers: str, tmp_path: Path) -> None:
     more = ("--spool", str(tmp_path), "--database", "postgresql://nobody@127.0.0.1:1/none", "--receivers", receivers)
-    with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as process:
+    with ingest_process(*INGEST_ARGUMENTS, *more) as process:
         process.until(lambda found: found["workers"] == int(receivers) and found["database"] == "down")
-        serving_answers_besieged(process.said(r"(http://\S+)/metrics"), process.process.pid)
+        answers_besieged(process.said(r"(http://\S+)/metrics"), process.process.pid)
         assert process.stop() == 0
 
 
-def test_logs_ingest_workers_end_with_their_parent(tmp_path: Path) -> None:
+def test_ingest_workers_end_with_their_parent(tmp_path: Path) -> None:
     more = ("--spool", str(tmp_path), "--database", "postgresql://nobody@127.0.0.1:1/none", "--receivers", "2")
-    with logs_ingest_process(*LOGS_INGEST_ARGUMENTS, *more) as process:
+    with ingest_process(*INGEST_ARGUMENTS, *more) as process:
         to = process.address()
         process.until(lambda found: found["workers"] == 2)
         workers = psutil.Process(process.process.pid).children()
-        logs_ingest_send(to, 0, 100, sockets=10)
+        ingest_send(to, 0, 100, sockets=10)
         process.until(lambda found: found["received"] == 100)
         process.kill()
-        prim_until(lambda: not any(worker.is_running() for worker in workers))
-    assert len(logs_ingest_files(tmp_path)) >= 2
+        wait_until(lambda: not any(worker.is_running() for worker in workers))
+    assert len(files(tmp_path)) >= 2
 
 
-def logs_ingest_main(*arguments: str) -> int:
+def ingest_main(*arguments: str) -> int:
     try:
         return ingest_logs.main(arguments)
     except SystemExit as error:
@@ -323,7 +319,7 @@ def logs_ingest_main(*arguments: str) -> int:
         (("--demo", "--demo-rate", "0"), "--demo-seconds and --demo-rate must be above 0"),
     ],
 )
-def test_logs_ingest_wrong_usage_is_one_line(
+def test_ingest_wrong_usage_is_one_line(
     arguments: tuple[str, ...],
     complaint: str,
     capsys: pytest.CaptureFixture[str],
@@ -332,33 +328,33 @@ def test_logs_ingest_wrong_usage_is_one_line(
     monkeypatch.delenv("DATABASE_URL", raising=False)
     if arguments and "--database" not in arguments and "--demo" not in arguments:
         arguments = ("--database", "postgresql://h/d", *arguments)
-    assert logs_ingest_main(*arguments) == 2
+    assert ingest_main(*arguments) == 2
     said = capsys.readouterr().err
     assert complaint in said.splitlines()[-1] and "secret" not in said
 
 
-def test_logs_ingest_says_in_one_line_why_it_cannot_start(tmp_path: Path) -> None:
+def test_ingest_says_in_one_line_why_it_cannot_start(tmp_path: Path) -> None:
     other = ("--database", "postgresql://nobody@127.0.0.1:1/none", "--spool", str(tmp_path / "spool"))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as busy, socket.create_server(("127.0.0.1", 0)) as served:
         busy.bind(("127.0.0.1", 0))
         port, http = busy.getsockname()[1], served.getsockname()[1]
-        with logs_ingest_process("--listen", f"127.0.0.1:{port}", *other) as process:
+        with ingest_process("--listen", f"127.0.0.1:{port}", *other) as process:
             assert process.end() == 1
         assert process.lines == [
             f"ingest_logs: cannot receive UDP on 127.0.0.1 port {port}: Address already in use",
         ]
-        with logs_ingest_process("--listen", "127.0.0.1:0", "--http", f"127.0.0.1:{http}", *other) as process:
+        with ingest_process("--listen", "127.0.0.1:0", "--http", f"127.0.0.1:{http}", *other) as process:
             assert process.end() == 1
         assert process.lines == [f"ingest_logs: cannot serve HTTP on 127.0.0.1:{http}: Address already in use"]
     (tmp_path / "spool").write_text("a file")
     for more in ((), ("--receivers", "2")):
-        with logs_ingest_process("--listen", "127.0.0.1:0", *other, *more) as process:
+        with ingest_process("--listen", "127.0.0.1:0", *other, *more) as process:
             assert process.end() == 1
         assert process.said(r"the spool .* cannot be used: ") and "Traceback" not in "".join(process.lines)
 
 
-def test_logs_ingest_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    assert logs_ingest_main("--help") == 0
+def test_ingest_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ingest_main("--help") == 0
     said = " ".join(capsys.readouterr().out.split())
     for text in ("(default 0.0.0.0:5514)", "(default 32M)", "(default 1000)", "--demo", "exit codes: 0", "examples:"):
         assert text in said
@@ -368,7 +364,7 @@ def test_logs_ingest_help_shows_the_defaults(capsys: pytest.CaptureFixture[str])
 # --------------------------------------------------------------------------------------------- ingest_logs: the counts
 
 
-def test_logs_ingest_counts_add_up_over_workers_and_their_deaths() -> None:
+def test_ingest_counts_add_up_over_workers_and_their_deaths() -> None:
     one = Snapshot(
         received=100, recovered=5, stored=60, dead=1, dropped={"queue full": 4}, held={"queue": 10, "spool": 30}
     )
@@ -391,7 +387,7 @@ def test_logs_ingest_counts_add_up_over_workers_and_their_deaths() -> None:
     assert display.add_up([]) == Snapshot(workers=0)
 
 
-def test_logs_ingest_status_and_last_word() -> None:
+def test_ingest_status_and_last_word() -> None:
     before = Snapshot(received=1000, stored=500)
     now = Snapshot(
         received=3000, stored=2000, dead=2, dropped={"queue full": 5, "less severe": 0},
@@ -421,7 +417,7 @@ def test_logs_ingest_status_and_last_word() -> None:
         (Snapshot(database="connected", received=1), 503, "error"),
     ],
 )
-def test_logs_ingest_health(counts: Snapshot, code: int, state: str) -> None:
+def test_ingest_health(counts: Snapshot, code: int, state: str) -> None:
     found = display.health(counts, 1)
     assert (found[0], found[1]["status"]) == (code, state)
 
@@ -440,12 +436,12 @@ def test_logs_ingest_health(counts: Snapshot, code: int, state: str) -> None:
     ],
 )
 @pytest.mark.parametrize("by", ["argument", "environment"])
-def test_logs_review_a_database_url_that_cannot_be_read_is_refused_without_showing_it(
+def test_a_database_url_that_cannot_be_read_is_refused_without_showing_it(
     url: str, by: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", url if by == "environment" else "")
     arguments = ("--database", url) if by == "argument" else ()
-    assert logs_ingest_main("--listen", "127.0.0.1:0", *arguments) == 2
+    assert ingest_main("--listen", "127.0.0.1:0", *arguments) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "error: --database: " in said or (by == "environment" and not url and "error: where to?" in said)
     assert "cret" not in said
@@ -464,11 +460,11 @@ def test_logs_review_a_database_url_that_cannot_be_read_is_refused_without_showi
         "postgresql:///d",
     ],
 )
-def test_logs_review_a_database_url_that_can_be_read_is_taken(url: str) -> None:
+def test_a_database_url_that_can_be_read_is_taken(url: str) -> None:
     db.check_url("--database", url, "embedded")
 
 
-def test_logs_review_a_stop_while_replayed_files_are_removed_keeps_the_counts(
+def test_a_stop_while_replayed_files_are_removed_keeps_the_counts(
     logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is in PostgreSQL is counted as stored, not as left in the spool."""
@@ -479,7 +475,7 @@ def test_logs_review_a_stop_while_replayed_files_are_removed_keeps_the_counts(
 
         def slowly(spool: log_spool.Spool, names: Sequence[str]) -> int:
             removing.set()
-            assert go_on.wait(PRIM_PATIENCE)
+            assert go_on.wait(HANG_LIMIT)
             return unlink(spool, names)
 
         monkeypatch.setattr(log_spool.Spool, "_unlink", slowly)
@@ -499,19 +495,19 @@ def test_logs_review_a_stop_while_replayed_files_are_removed_keeps_the_counts(
             await asyncio.to_thread(removing.wait, 10.0)
             up.ingester.stop()
             up.ingester.stop()
-            async with asyncio.timeout(PRIM_PATIENCE):
+            async with asyncio.timeout(HANG_LIMIT):
                 await cancelled.wait()
             go_on.set()
         counts = up.ingester.snapshot()
         assert (counts.stored, counts.held["spool"], counts.faults) == (10, 0, 0)
         assert await logs_ingest_serials(logs_ingest_pg) == list(range(10))
-        await prim_until_async(lambda: logs_ingest_files(tmp_path) == [])
+        await until_async(lambda: files(tmp_path) == [])
 
-    prim_run(main())
+    run_task(main())
 
 
 @pytest.mark.parametrize("refused", [False, True])
-def test_logs_review_a_disk_too_slow_for_the_stop_leaves_no_batch_both_dropped_and_spooled(
+def test_a_disk_too_slow_for_the_stop_leaves_no_batch_both_dropped_and_spooled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
     monkeypatch.setattr(log_pipeline, "FORCE_LIMIT", 0.1)
@@ -523,7 +519,7 @@ def test_logs_review_a_disk_too_slow_for_the_stop_leaves_no_batch_both_dropped_a
 
         def slowly(spool: log_spool.Spool, name: str, line: bytes, data: bytes) -> None:
             writing.set()
-            assert go_on.wait(PRIM_PATIENCE)
+            assert go_on.wait(HANG_LIMIT)
             if refused:
                 raise OSError("full")
             write(spool, name, line, data)
@@ -541,12 +537,12 @@ def test_logs_review_a_disk_too_slow_for_the_stop_leaves_no_batch_both_dropped_a
         counts = up.ingester.snapshot()
         there = 0 if refused else 10
         assert (counts.held["spool"], counts.dropped["stopped"], counts.faults) == (there, 30 - there, 0)
-        assert len(logs_ingest_files(tmp_path)) == there / 10
+        assert len(files(tmp_path)) == there / 10
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_review_rows_set_aside_before_a_failure_to_read_are_counted(
+def test_rows_set_aside_before_a_failure_to_read_are_counted(
     logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
@@ -573,12 +569,10 @@ def test_logs_review_rows_set_aside_before_a_failure_to_read_are_counted(
             assert (counts.recovered, counts.dropped, counts.faults) == (50, {"spool unreadable": 20}, 1)
             up.faults = 1  # the failure itself
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_review_what_the_kernel_drops_until_the_socket_is_closed_is_counted(
-    logs_ingest_pg: PgServer, tmp_path: Path
-) -> None:
+def test_what_the_kernel_drops_until_the_socket_is_closed_is_counted(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     async def main() -> None:
         drops = told = 0
 
@@ -603,10 +597,10 @@ def test_logs_review_what_the_kernel_drops_until_the_socket_is_closed_is_counted
             await up.stored()
         assert up.ingester.snapshot().kernel_drops == drops >= 7
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_review_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """And costs the others nothing."""
 
     async def main() -> None:
@@ -631,15 +625,15 @@ def test_logs_review_a_worker_that_cannot_be_started_is_tried_again(monkeypatch:
             sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2)]
             supervisor = Supervisor([sys.executable, "-c", worker], lambda number: {}, sockets, stop_limit=5.0)
             running = asyncio.create_task(supervisor.run())
-            await prim_until_async(lambda: running.done() or supervisor.snapshot().workers == 2)
+            await until_async(lambda: running.done() or supervisor.snapshot().workers == 2)
             assert failures < 0 and supervisor.snapshot().deaths == 3
             supervisor.stop()
             assert await running == 0
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_review_services_that_the_api_refuses_do_not_keep_others_from_being_filled_in(
+def test_services_that_the_api_refuses_do_not_keep_others_from_being_filled_in(
     logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_pipeline, "FILL_SERVICES", 2)
@@ -662,24 +656,22 @@ def test_logs_review_services_that_the_api_refuses_do_not_keep_others_from_being
                 await up.until(lambda counts: counts.filled == 3)
         assert await logs_ingest_pg.do("SELECT count(*) FROM logs WHERE enrichment = 'missing'") == 5
 
-    prim_run(main())
+    run_task(main())
 
 
 @pytest.mark.parametrize("receivers", ["1", "2"])
-def test_logs_review_a_spool_that_cannot_be_looked_at_is_one_line(receivers: str) -> None:
+def test_a_spool_that_cannot_be_looked_at_is_one_line(receivers: str) -> None:
     """Not a traceback; and no worker is started again and again."""
     other = ("--database", "postgresql://nobody@127.0.0.1:1/none", "--listen", "127.0.0.1:0")
-    with logs_ingest_process(*other, "--spool", "x" * 300, "--receivers", receivers) as process:
+    with ingest_process(*other, "--spool", "x" * 300, "--receivers", receivers) as process:
         assert process.end() == 1
     assert "Traceback" not in "".join(process.lines)
     assert any(line.endswith("x cannot be used: File name too long") for line in process.lines)
 
 
-def test_logs_review_a_name_that_nobody_knows_is_said_of_http(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_name_that_nobody_knows_is_said_of_http(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("--database", "postgresql://nobody@127.0.0.1:1/none", "--listen", "127.0.0.1:0", "--spool", str(tmp_path))
-    with logs_ingest_process(*more, "--http", "no.such.host.invalid:80") as process:
+    with ingest_process(*more, "--http", "no.such.host.invalid:80") as process:
         assert process.end() == 1
     (line,) = [line for line in process.lines if "cannot serve HTTP" in line]
     assert "Unknown error" not in line and line.startswith(
@@ -687,15 +679,15 @@ def test_logs_review_a_name_that_nobody_knows_is_said_of_http(
     )
 
 
-def test_logs_review_demo_with_a_database_that_has_rows_already(logs_ingest_pg: PgServer) -> None:
+def test_demo_with_a_database_that_has_rows_already(logs_ingest_pg: PgServer) -> None:
     for rows in (300, 600):
         more = ("--demo-seconds", "0.3", "--demo-rate", "1000", "--database", logs_ingest_pg.url)
-        with logs_ingest_process("--demo", *more) as process:
+        with ingest_process("--demo", *more) as process:
             assert process.end() == 0, process.lines
         assert re.search(rf"sent +300\nrows +{rows}\n", process.output)
 
 
-def test_logs_review_demo_in_the_embedded_database(tmp_path: Path) -> None:
+def test_demo_in_the_embedded_database(tmp_path: Path) -> None:
     """A copy of the program, so that the folder beside it is nobody's."""
     temporary = Path(tempfile.mkdtemp(prefix="ingest-test-"))
     try:
@@ -715,12 +707,12 @@ def test_logs_review_demo_in_the_embedded_database(tmp_path: Path) -> None:
     assert re.search(r"sent +300\nrows +300\n", found.stdout)
 
 
-def test_logs_review_demo_ended_while_postgresql_starts_leaves_nothing() -> None:
+def test_demo_ended_while_postgresql_starts_leaves_nothing() -> None:
     temporary = Path(tempfile.mkdtemp(prefix="ingest-test-"))
     try:
-        with logs_ingest_process("--demo", TMPDIR=str(temporary)) as process:
+        with ingest_process("--demo", TMPDIR=str(temporary)) as process:
             process.said("starting PostgreSQL")
-            prim_until(lambda: any(temporary.glob("ingest-demo-*/postgres/**/PG_VERSION")))
+            wait_until(lambda: any(temporary.glob("ingest-demo-*/postgres/**/PG_VERSION")))
             assert process.stop() == 130, process.lines
         assert [*temporary.glob("ingest-demo-*")] == []
         assert not any(str(temporary) in (each.info["cwd"] or "") for each in psutil.process_iter(["cwd"]))
@@ -728,7 +720,7 @@ def test_logs_review_demo_ended_while_postgresql_starts_leaves_nothing() -> None
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def test_logs_review_the_spool_is_for_its_owner_only(tmp_path: Path) -> None:
+def test_the_spool_is_for_its_owner_only(tmp_path: Path) -> None:
     async def main() -> None:
         async with logs_spool_open(tmp_path / "a" / "0") as spool:
             assert spool.folder.stat().st_mode & 0o077 == 0

@@ -27,7 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from logs import intake as li
 from logs.parse import Event
 from runtime import serving
-from tests.helpers.base import PRIM_HUNT, PRIM_SETTINGS, PrimWorld, prim_run, prim_until_async
+from tests.helpers.base import HUNT, SETTINGS, World, run_task, until_async
 
 INTAKE_EPOCH = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -46,8 +46,8 @@ def intake_counts(queue: li.EventQueue) -> None:
     assert set(stats.dropped) == set(li.CAUSES)
 
 
-def test_logs_intake_queue_row_by_row() -> None:
-    world = PrimWorld(100.0)
+def test_queue_row_by_row() -> None:
+    world = World(100.0)
     queue = li.EventQueue(4, 100_000, max_items=3, max_age=5.0, batch_bytes=50_000, clock=world.clock)
     assert (queue.take(), queue.drain(), queue.due_in(), len(queue)) == (None, [], math.inf, 0)
     queue.put([])
@@ -69,8 +69,8 @@ def test_logs_intake_queue_row_by_row() -> None:
     assert repr(queue).startswith("<EventQueue received=12 queued=0 bytes=0 taken=11 dropped={'queue full': 1,")
 
 
-def test_logs_intake_queue_is_bounded_in_bytes() -> None:
-    queue = li.EventQueue(10, 20_000, max_items=10, batch_bytes=10_000, clock=PrimWorld().clock)
+def test_queue_is_bounded_in_bytes() -> None:
+    queue = li.EventQueue(10, 20_000, max_items=10, batch_bytes=10_000, clock=World().clock)
     queue.put([intake_event(1, message="x" * 6000), intake_event(2, attributes="x" * 6000), intake_event(3)])
     assert (queue.stats().bytes, queue.due_in()) == (12_000 + 3 * li.EVENT_BYTES, 0.0)
     queue.put(
@@ -92,7 +92,7 @@ def test_logs_intake_queue_is_bounded_in_bytes() -> None:
 
 
 @pytest.mark.parametrize("policy", li.POLICIES)
-def test_logs_intake_queue_what_goes_when_it_is_full(policy: li.Policy) -> None:
+def test_queue_what_goes_when_it_is_full(policy: li.Policy) -> None:
     queue = li.EventQueue(4, 1_000_000, policy, max_items=4, batch_bytes=100_000)
     queue.put([intake_event(n, severity) for n, severity in enumerate((6, 7, 3, 7))])
     queue.put([intake_event(4, 6), intake_event(5, 7), intake_event(6, 6), intake_event(7, 0), intake_event(8, 0)])
@@ -105,7 +105,7 @@ def test_logs_intake_queue_what_goes_when_it_is_full(policy: li.Policy) -> None:
     intake_counts(queue)
 
 
-def test_logs_intake_queue_nothing_gives_way_in_vain() -> None:
+def test_queue_nothing_gives_way_in_vain() -> None:
     queue = li.EventQueue(9, 10_000, "drop-lowest-severity", max_items=9, batch_bytes=5000)
     queue.put([intake_event(1, 7, "x" * 2000), intake_event(2, 7, "x" * 2000), intake_event(3, 4, "x" * 4000)])
     queue.put([intake_event(4, 6, "x" * 6000)])  # would not fit though both went
@@ -118,7 +118,7 @@ def test_logs_intake_queue_nothing_gives_way_in_vain() -> None:
     intake_counts(queue)
 
 
-def test_logs_intake_queue_the_places_of_those_who_went_are_taken_along() -> None:
+def test_queue_the_places_of_those_who_went_are_taken_along() -> None:
     queue = li.EventQueue(4, 1_000_000, "drop-lowest-severity", max_items=4, batch_bytes=400_000)
     queue.put([intake_event(0, 0), *(intake_event(n, 7, "x" * 100) for n in (1, 2, 3))])
     queue.put([intake_event(4, 5), intake_event(5, 5)])
@@ -127,7 +127,7 @@ def test_logs_intake_queue_the_places_of_those_who_went_are_taken_along() -> Non
     intake_counts(queue)
 
 
-def test_logs_intake_queue_says_when_to_spool() -> None:
+def test_queue_says_when_to_spool() -> None:
     for policy, count, size, over in (
         ("spool", 5, 0, False), ("spool", 6, 0, True), ("spool", 2, 5000, True), ("spool", 2, 4000, False),
         ("drop-newest", 10, 0, False), ("drop-lowest-severity", 10, 0, False),
@@ -137,8 +137,8 @@ def test_logs_intake_queue_says_when_to_spool() -> None:
         assert queue.over() is over, (policy, count, size)
 
 
-def test_logs_intake_queue_times_that_are_close_are_one() -> None:
-    world = PrimWorld(0.0)
+def test_queue_times_that_are_close_are_one() -> None:
+    world = World(0.0)
     queue = li.EventQueue(max_age=5.0, clock=world.clock)
     for serial in range(10_000):  # ten seconds, a put each ms, and nobody takes
         world.now = serial / 1000
@@ -149,7 +149,7 @@ def test_logs_intake_queue_times_that_are_close_are_one() -> None:
     assert world.now - 5.0 <= queue.stats().age <= world.now - 5.0 + 0.005  # never younger than it is
 
 
-def test_logs_intake_queue_refuses_its_sizes() -> None:
+def test_queue_refuses_its_sizes() -> None:
     for options in (
         {"capacity": 0}, {"capacity": 999}, {"max_items": 0}, {"max_age": 0.0}, {"max_age": math.nan},
         {"batch_bytes": 0}, {"max_bytes": 7_999_999}, {"policy": "drop"},
@@ -182,7 +182,7 @@ class IntakeQueueMachine(RuleBasedStateMachine):
         data=st.data(),
     )
     def start(self, capacity: int, max_bytes: int, policy: li.Policy, data: st.DataObject) -> None:
-        self.world = PrimWorld()
+        self.world = World()
         self.capacity, self.max_bytes, self.policy = capacity, max_bytes, policy
         self.max_items = data.draw(st.integers(1, capacity), label="max_items")
         self.batch_bytes = data.draw(st.integers(1, max_bytes // 2), label="batch_bytes")
@@ -302,14 +302,14 @@ class IntakeQueueMachine(RuleBasedStateMachine):
         assert len(self.queue._marks) <= len(self.queue._items) + 1
 
 
-def intake_check_queue(queue_type: type[li.EventQueue], effort: settings = PRIM_SETTINGS) -> None:
+def intake_check_queue(queue_type: type[li.EventQueue], effort: settings = SETTINGS) -> None:
     """In order, within its bounds, what is dropped is what the policy says, and all of it is counted."""
     machine = type("Machine", (IntakeQueueMachine,), {"queue_type": queue_type})
     run_state_machine_as_test(machine, settings=effort)
 
 
-def test_logs_intake_queue_keeps_its_promises() -> None:
-    intake_check_queue(li.EventQueue, settings(PRIM_SETTINGS, max_examples=150, stateful_step_count=30))
+def test_queue_keeps_its_promises() -> None:
+    intake_check_queue(li.EventQueue, settings(SETTINGS, max_examples=150, stateful_step_count=30))
 
 
 class IntakeQueueForgets(li.EventQueue):
@@ -415,9 +415,9 @@ class IntakeQueueOneMore(li.EventQueue):
         IntakeQueueOneMore,
     ],
 )
-def test_logs_intake_queue_the_checker_finds_planted_bugs(queue_type: type[li.EventQueue]) -> None:
+def test_queue_the_checker_finds_planted_bugs(queue_type: type[li.EventQueue]) -> None:
     with pytest.raises((AssertionError, IndexError)):
-        intake_check_queue(queue_type, PRIM_HUNT)
+        intake_check_queue(queue_type, HUNT)
 
 
 INTAKE_IPV6 = any(
@@ -477,7 +477,7 @@ class IntakeWorld:
 def intake_run(loop: str, main: Any) -> None:
     """In the one event loop or the other; neither may complain."""
     if loop == "asyncio":
-        prim_run(main)
+        run_task(main)
         return
     complaints: list[Any] = []
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -491,7 +491,7 @@ intake_loops = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 
 @intake_loops
 @pytest.mark.parametrize("address", INTAKE_LOOPBACKS)
-def test_logs_intake_datagrams_come_whole_and_in_order(address: str, loop: str) -> None:
+def test_datagrams_come_whole_and_in_order(address: str, loop: str) -> None:
     sent = [b"", b"a", b"\0\xff\n", b"", b"z" * 65_507, *(str(n).encode() for n in range(1000))]
 
     async def main() -> None:
@@ -499,7 +499,7 @@ def test_logs_intake_datagrams_come_whole_and_in_order(address: str, loop: str) 
             world.receiver.start()
             world.receiver.start()  # nothing more
             intake_send((address, intake_port(sock)), sent)
-            await prim_until_async(lambda: len(world.got) == len(sent))
+            await until_async(lambda: len(world.got) == len(sent))
             assert world.got == [(datagram, address) for datagram in sent]
             stats = world.receiver.stats()
             assert stats._replace(wakeups=0) == (len(sent), sum(map(len, sent)), 0, 0, 0, 0, 0)
@@ -522,7 +522,7 @@ def test_logs_intake_datagrams_come_whole_and_in_order(address: str, loop: str) 
         (["10.0.0.0/8"], []),
     ],
 )
-def test_logs_intake_both_families_and_who_is_allowed(allow: list[str], expected: list[str]) -> None:
+def test_both_families_and_who_is_allowed(allow: list[str], expected: list[str]) -> None:
     sources = ["127.0.0.1", "127.0.2.9", "::1", "127.0.0.1"]
     with (
         intake_socket("::") as sock,
@@ -538,7 +538,7 @@ def test_logs_intake_both_families_and_who_is_allowed(allow: list[str], expected
         assert stats.bytes == sum(map(len, sources))
 
 
-def test_logs_intake_allow_list_of_an_ipv4_socket() -> None:
+def test_allow_list_of_an_ipv4_socket() -> None:
     with intake_socket("0.0.0.0") as sock, IntakeWorld(sock, allow=[ipaddress.ip_network("127.0.2.0/24")]) as world:
         for number in range(6):
             intake_send(("127.0.0.1", intake_port(sock)), [b"a", b"b"], f"127.0.{number % 3}.7")
@@ -547,7 +547,7 @@ def test_logs_intake_allow_list_of_an_ipv4_socket() -> None:
         assert world.receiver.stats().refused == 8
 
 
-def test_logs_intake_sources_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(li, "MAX_SOURCES", 3)
     sources = [f"127.0.3.{number}" for number in (1, 2, 3, 4, 5, 1, 2, 6, 7, 1)]
     with intake_socket("0.0.0.0") as sock, IntakeWorld(sock, allow=[ipaddress.ip_network("127.0.3.0/30")]) as world:
@@ -558,14 +558,14 @@ def test_logs_intake_sources_are_forgotten_when_there_are_too_many(monkeypatch: 
         assert [source for _, source in world.got] == [source for source in sources if source[-1] in "123"]
 
 
-def test_logs_intake_a_source_keeps_one_string() -> None:
+def test_a_source_keeps_one_string() -> None:
     with intake_socket() as sock, IntakeWorld(sock) as world:
         intake_send(("127.0.0.1", intake_port(sock)), [b"a", b"b", b"c"])
         world.receiver.drain()
         assert len({id(source) for _, source in world.got}) == 1
 
 
-def test_logs_intake_what_is_too_long_is_cut_and_counted() -> None:
+def test_what_is_too_long_is_cut_and_counted() -> None:
     with intake_socket() as sock, IntakeWorld(sock, largest=10) as world:
         intake_send(("127.0.0.1", intake_port(sock)), [b"x" * 9, b"x" * 10, b"x" * 11, b"x" * 60_000, b""])
         assert world.receiver.drain() == 5
@@ -574,7 +574,7 @@ def test_logs_intake_what_is_too_long_is_cut_and_counted() -> None:
 
 
 @pytest.mark.parametrize("address", INTAKE_LOOPBACKS)
-def test_logs_intake_the_kernels_drops_are_exact(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_drops_are_exact(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with intake_socket(address, receive_buffer=20_000) as sock, IntakeWorld(sock) as world:
         drops, there, sent = li.KernelDrops([sock]), sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF), 0
         assert drops.total() == 0
@@ -593,7 +593,7 @@ def test_logs_intake_the_kernels_drops_are_exact(address: str, monkeypatch: pyte
         assert li.KernelDrops([sock]).total() == sent - len(world.got)
 
 
-def test_logs_intake_sent_is_read_and_dropped_while_both_go_on() -> None:
+def test_sent_is_read_and_dropped_while_both_go_on() -> None:
     """A thread sends as fast as it can, the loop reads: what is missing is what the kernel counted."""
 
     async def main() -> None:
@@ -603,7 +603,7 @@ def test_logs_intake_sent_is_read_and_dropped_while_both_go_on() -> None:
             to = ("127.0.0.1", intake_port(sock))
             sender = threading.Thread(target=intake_send, args=(to, [b"%d" % n for n in range(sent)]))
             sender.start()
-            await prim_until_async(lambda: not sender.is_alive())
+            await until_async(lambda: not sender.is_alive())
             sender.join()
             while world.receiver.drain():
                 pass
@@ -611,10 +611,10 @@ def test_logs_intake_sent_is_read_and_dropped_while_both_go_on() -> None:
             numbers = [int(datagram) for datagram, _ in world.got]
             assert numbers == sorted(set(numbers))
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_intake_drops_are_of_each_socket() -> None:
+def test_drops_are_of_each_socket() -> None:
     with intake_socket(receive_buffer=2000) as one, intake_socket(receive_buffer=2000) as other:
         drops = li.KernelDrops([one, other])
         assert (repr(drops), drops.total()) == ("<KernelDrops sockets=2 dropped=None>", 0)
@@ -628,7 +628,7 @@ def test_logs_intake_drops_are_of_each_socket() -> None:
         assert drops.by_socket() == [0, second]  # the last that was known
 
 
-def test_logs_intake_drops_counter_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drops_counter_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
     counters = iter([5, 2**32 - 1, 3, 3, 2])
     monkeypatch.setattr(li, "_socket_drops", lambda _: next(counters))
     with intake_socket() as sock:
@@ -636,7 +636,7 @@ def test_logs_intake_drops_counter_begins_again(monkeypatch: pytest.MonkeyPatch)
         assert [drops.total() for _ in range(5)] == [5, 2**32 - 1, 2**32 + 3, 2**32 + 3, 2**33 + 2]
 
 
-def test_logs_intake_drops_where_nothing_tells_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_drops_where_nothing_tells_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(li, "SO_MEMINFO", 9999)
     with intake_socket() as one, intake_socket() as other:
         drops = li.KernelDrops([one, other], tmp_path)
@@ -653,7 +653,7 @@ def test_logs_intake_drops_where_nothing_tells_of_them(monkeypatch: pytest.Monke
 
 
 @intake_loops
-def test_logs_intake_other_callbacks_have_their_turn(loop: str) -> None:
+def test_other_callbacks_have_their_turn(loop: str) -> None:
     """At full load, at most ``at_once`` datagrams come between two rounds of the loop."""
 
     async def main() -> None:
@@ -670,7 +670,7 @@ def test_logs_intake_other_callbacks_have_their_turn(loop: str) -> None:
 
                 world.receiver.start()
                 tick()
-                await prim_until_async(lambda: len(world.got) == sent)
+                await until_async(lambda: len(world.got) == sent)
                 runs = [sum(run) for some, run in itertools.groupby(diary, bool) if some]
                 assert runs == [250] * 12
                 assert world.portions == [100, 100, 50] * 12
@@ -679,8 +679,8 @@ def test_logs_intake_other_callbacks_have_their_turn(loop: str) -> None:
     intake_run(loop, main())
 
 
-def test_logs_intake_a_slow_handler_ends_the_wakeup() -> None:
-    clock = PrimWorld()
+def test_a_slow_handler_ends_the_wakeup() -> None:
+    clock = World()
 
     def work() -> None:
         clock.now += 0.006
@@ -691,14 +691,14 @@ def test_logs_intake_a_slow_handler_ends_the_wakeup() -> None:
         assert world.portions == [100, 100, 100, 100, 50]
 
 
-def test_logs_intake_large_datagrams_are_handed_on_a_few_at_a_time() -> None:
+def test_large_datagrams_are_handed_on_a_few_at_a_time() -> None:
     with intake_socket() as sock, IntakeWorld(sock) as world:
         intake_send(("127.0.0.1", intake_port(sock)), [b"x" * 30_000] * 8 + [b"x" * 65_507] * 2)
         assert world.receiver.drain() == 10
         assert world.portions == [3, 3, 3, 1]
 
 
-def test_logs_intake_drain_reads_what_is_there_and_ends() -> None:
+def test_drain_reads_what_is_there_and_ends() -> None:
     with intake_socket(receive_buffer=8 << 20) as sock, IntakeWorld(sock, at_once=400) as world:
         intake_send(("127.0.0.1", intake_port(sock)), [b"x"] * 1000)
         assert [world.receiver.drain() for _ in range(4)] == [400, 400, 200, 0]
@@ -706,7 +706,7 @@ def test_logs_intake_drain_reads_what_is_there_and_ends() -> None:
         assert world.receiver.stats().wakeups == 0
 
 
-def test_logs_intake_drain_ends_though_more_comes() -> None:
+def test_drain_ends_though_more_comes() -> None:
     """For each datagram another one is sent: no end but the bound."""
     with intake_socket(receive_buffer=10_000) as sock:
         to = ("127.0.0.1", intake_port(sock))
@@ -720,7 +720,7 @@ def test_logs_intake_drain_ends_though_more_comes() -> None:
             assert world.receiver.drain() == 0
 
 
-def test_logs_intake_drain_stops_listening_and_start_begins_again() -> None:
+def test_drain_stops_listening_and_start_begins_again() -> None:
     async def main() -> None:
         with intake_socket() as sock, IntakeWorld(sock) as world:
             to = ("127.0.0.1", intake_port(sock))
@@ -732,14 +732,14 @@ def test_logs_intake_drain_stops_listening_and_start_begins_again() -> None:
             assert (world.got, world.receiver._left is None) == ([], False)
             world.receiver.start()
             assert world.receiver._left is None  # the next stop may read as much again
-            await prim_until_async(lambda: len(world.got) == 1)
+            await until_async(lambda: len(world.got) == 1)
             intake_send(to, [b"x"] * 3)
             assert world.receiver.drain() == 3
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_intake_an_icmp_error_ends_nothing() -> None:
+def test_an_icmp_error_ends_nothing() -> None:
     """Only a connected socket is told of them on Linux: nobody listens where it sent to, so its next read fails."""
 
     async def main() -> None:
@@ -751,12 +751,12 @@ def test_logs_intake_an_icmp_error_ends_nothing() -> None:
             with IntakeWorld(sock) as world:
                 sock.send(b"is anybody there?")
                 world.receiver.start()
-                await prim_until_async(lambda: world.receiver.stats().errors == 1)
+                await until_async(lambda: world.receiver.stats().errors == 1)
                 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
                     again.bind(there)
                     again.connect(sock.getsockname())
                     again.send(b"now")
-                    await prim_until_async(lambda: len(world.got) == 1)
+                    await until_async(lambda: len(world.got) == 1)
                 sock.send(b"and now?")
                 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:  # the error stands before it
                     again.bind(there)
@@ -767,7 +767,7 @@ def test_logs_intake_an_icmp_error_ends_nothing() -> None:
                 assert world.receiver.stats().errors == 2
                 assert world.receiver.stats().datagrams == 2
 
-    prim_run(main())
+    run_task(main())
 
 
 class IntakeBroken(socket.socket):
@@ -781,7 +781,7 @@ class IntakeBroken(socket.socket):
         return super().recvfrom(*arguments)
 
 
-def test_logs_intake_a_socket_that_only_fails_does_not_take_the_loop() -> None:
+def test_a_socket_that_only_fails_does_not_take_the_loop() -> None:
     async def main() -> None:
         loop, pauses, timers = asyncio.get_running_loop(), list[float](), list[asyncio.TimerHandle]()
         later = loop.call_later
@@ -802,21 +802,21 @@ def test_logs_intake_a_socket_that_only_fails_does_not_take_the_loop() -> None:
             sock.bind(("127.0.0.1", 0))
             intake_send(sock.getsockname(), [b"x"])
             world.receiver.start()
-            await prim_until_async(lambda: world.receiver.stats().wakeups == 3)
+            await until_async(lambda: world.receiver.stats().wakeups == 3)
             assert world.receiver.stats().errors == 3 * li.MAX_ERRORS
             assert pauses == [li.ERROR_PAUSE] * 3
             sock.fails = False
-            await prim_until_async(lambda: len(world.got) == 1)
+            await until_async(lambda: len(world.got) == 1)
             sock.fails = True
             intake_send(sock.getsockname(), [b"y"])
-            await prim_until_async(lambda: len(pauses) == 4)
+            await until_async(lambda: len(pauses) == 4)
             assert world.receiver.drain() == 0  # in the pause, which it ends
             assert timers[-1].cancelled() and not any(timer.cancelled() for timer in timers[:-1])
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_intake_a_handler_that_raises_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_handler_that_raises_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with intake_socket() as sock:
         faults: list[Exception | None] = [ValueError("one"), None, ValueError("two")]
 
@@ -833,30 +833,30 @@ def test_logs_intake_a_handler_that_raises_is_counted_and_said_once(caplog: pyte
             assert [record.getMessage() for record in caplog.records] == ["datagrams could not be handled (said once)"]
 
 
-def test_logs_intake_closing() -> None:
+def test_closing() -> None:
     async def main() -> None:
         sock = li.udp_socket("127.0.0.1", 0).sock
         with IntakeWorld(sock, lambda: world.receiver.close()) as world:
             intake_send(("127.0.0.1", intake_port(sock)), [b"x"] * 250)
             world.receiver.start()
-            await prim_until_async(lambda: sock.fileno() == -1)  # by its own handler, in the middle of a wake-up
+            await until_async(lambda: sock.fileno() == -1)  # by its own handler, in the middle of a wake-up
             world.receiver.close()
             assert (len(world.got), world.receiver.drain()) == (100, 0)
             assert repr(world.receiver) == (
                 "<Receiver datagrams=100 bytes=100 wakeups=1 refused=0 truncated=0 errors=0 unhandled=0>"
             )
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_intake_receiver_refuses_its_sizes() -> None:
+def test_receiver_refuses_its_sizes() -> None:
     with intake_socket() as sock:
         for options in ({"at_once": 0}, {"seconds": 0.0}, {"seconds": math.nan}, {"largest": -1}, {"largest": 65_536}):
             with pytest.raises(ValueError, match="at_once must be"):
                 li.Receiver(sock, print, **options)
 
 
-def test_logs_intake_buffer_that_the_kernel_clamps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffer_that_the_kernel_clamps(monkeypatch: pytest.MonkeyPatch) -> None:
     most = int(Path("/proc/sys/net/core/rmem_max").read_text())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
@@ -900,7 +900,7 @@ def test_logs_intake_buffer_that_the_kernel_clamps(monkeypatch: pytest.MonkeyPat
         *((text, None) for text in ("::1:5514", "[::1]", "[1.2.3.4]:1", "a:1 ", "[::1:5", "::1]:5", "5514")),
     ],
 )
-def test_logs_intake_addresses(text: str, expected: tuple[str, int] | None) -> None:
+def test_addresses(text: str, expected: tuple[str, int] | None) -> None:
     if expected is None:
         with pytest.raises(ValueError, match="expected"):
             serving.split_address(text)
@@ -908,7 +908,7 @@ def test_logs_intake_addresses(text: str, expected: tuple[str, int] | None) -> N
         assert serving.split_address(text) == expected
 
 
-def test_logs_intake_what_cannot_be_bound_is_said() -> None:
+def test_what_cannot_be_bound_is_said() -> None:
     with intake_socket() as sock:
         port = intake_port(sock)
         with pytest.raises(
@@ -927,7 +927,7 @@ def test_logs_intake_what_cannot_be_bound_is_said() -> None:
             li.udp_socket("127.0.0.1", port, receive_buffer=size)
 
 
-def test_logs_intake_several_sockets_share_a_port() -> None:
+def test_several_sockets_share_a_port() -> None:
     with (
         intake_socket(reuse_port=True) as one,
         li.udp_socket("127.0.0.1", intake_port(one), reuse_port=True).sock as two,

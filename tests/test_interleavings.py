@@ -311,7 +311,7 @@ def test_turns_a_planted_bug_is_found(planted: type[TurnsCase], monkeypatch: pyt
 # ------------------------------------------------------------------- interleavings: every bytecode, by frontrun's DPOR
 
 
-class FrontrunNoLock:
+class NoLock:
     """A lock removed."""
 
     def acquire(self) -> None:
@@ -326,7 +326,7 @@ class FrontrunNoLock:
         pass
 
 
-class FrontrunCheckThenAct(co.Visited[int]):
+class CheckThenAct(co.Visited[int]):
     def add(self, key: int) -> bool:
         with self._lock:
             known = key in self._keys
@@ -335,7 +335,7 @@ class FrontrunCheckThenAct(co.Visited[int]):
         return not known
 
 
-def frontrun_half_open() -> pr.CircuitBreaker:
+def half_open() -> pr.CircuitBreaker:
     breaker = pr.CircuitBreaker("b", failures=1, reset=1, clock=lambda: 5.0, rng=lambda: 0.0)
     breaker._open(0.0)
     return breaker
@@ -354,28 +354,28 @@ def frontrun_both(locks: tuple[Any, Any], who: int) -> bool:
         return True
 
 
-FRONTRUN_CASES: dict[str, tuple[Callable[[], Any], Callable[[Any, int], Any], list[Any]]] = {
+CASES: dict[str, tuple[Callable[[], Any], Callable[[Any, int], Any], list[Any]]] = {
     # name: what both threads work on, what they do with it, what comes out
     "bucket": (lambda: pr.TokenBucket(1, 1, clock=lambda: 0.0), lambda o, _: o.try_acquire(), [False, True]),
     "budget": (lambda: pr.RetryBudget(0, 1), lambda o, _: o.try_retry(), [False, True]),
     "visited": (co.Visited, lambda o, _: o.add(1), [False, True]),
     "semaphore": (lambda: co.Semaphore(1), lambda o, _: o.try_acquire(), [False, True]),
     "batch": (lambda: pr.Batch(2, 1, clock=lambda: 0.0), lambda o, _: len(o.add(1) or []), [0, 2]),
-    "breaker": (frontrun_half_open, lambda o, _: frontrun_permit(o), [False, True]),
-    "planted: check then act": (FrontrunCheckThenAct, lambda o, _: o.add(1), [False, True]),
+    "breaker": (half_open, lambda o, _: frontrun_permit(o), [False, True]),
+    "planted: check then act": (CheckThenAct, lambda o, _: o.add(1), [False, True]),
     "planted: two orders": (lambda: (threading.Lock(), threading.Lock()), frontrun_both, [True, True]),
 }
 
 
 for frontrun_name in ("bucket", "budget", "visited", "semaphore", "breaker"):
-    frontrun_make, frontrun_work, frontrun_out = FRONTRUN_CASES[frontrun_name]
+    frontrun_make, frontrun_work, frontrun_out = CASES[frontrun_name]
 
     def frontrun_unlocked(make: Callable[[], Any] = frontrun_make) -> Any:
         thing = make()
-        thing._lock = FrontrunNoLock()
+        thing._lock = NoLock()
         return thing
 
-    FRONTRUN_CASES[f"planted: {frontrun_name} without its lock"] = frontrun_unlocked, frontrun_work, frontrun_out
+    CASES[f"planted: {frontrun_name} without its lock"] = frontrun_unlocked, frontrun_work, frontrun_out
 
 
 def frontrun_main() -> None:
@@ -383,7 +383,7 @@ def frontrun_main() -> None:
     import frontrun
 
     found: dict[str, str | None] = {}
-    for name, (make, work, expected) in FRONTRUN_CASES.items():
+    for name, (make, work, expected) in CASES.items():
 
         def thread(state: tuple[Any, list[Any]], who: int, work: Callable[[Any, int], Any] = work) -> None:
             state[1].append(work(state[0], who))
@@ -406,7 +406,7 @@ def frontrun_found() -> Iterator[dict[str, str | None]]:
     yield json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", FRONTRUN_CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_frontrun_proves_the_decisions_and_finds_the_planted(name: str, frontrun_found: dict[str, str | None]) -> None:
     expected = ("deadlock" if "orders" in name else "race") if name.startswith("planted") else None
     assert frontrun_found[name] == expected

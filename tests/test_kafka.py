@@ -29,42 +29,42 @@ from market import topics as mt
 from market.trade import Trade
 from runtime.spool import Spool, SpoolInUse
 from sandbox.broker import Broker
-from tests.helpers.base import HERE, PRIM_PATIENCE, prim_run, prim_until_async
+from tests.helpers.base import HANG_LIMIT, HERE, run_task, until_async
 from tests.helpers.market import (
     MARKET_KAFKA_NOW,
-    market_kafka_balanced,
+    balanced,
     market_kafka_ids,
     market_kafka_open,
-    market_kafka_read,
     market_kafka_trade,
     market_kafka_trades,
+    read,
 )
 
 
 @pytest.fixture(scope="module")
-def market_kafka_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     with Broker(tmp_path_factory.mktemp("kafka")) as broker:
         yield broker
 
 
-def test_market_kafka_every_record_is_where_its_symbol_belongs_once_and_in_order(
-    market_kafka_module: Broker,
+def test_every_record_is_where_its_symbol_belongs_once_and_in_order(
+    module: Broker,
 ) -> None:
-    address, trades = market_kafka_module.address, market_kafka_trades(0, 5000, 20)
+    address, trades = module.address, market_kafka_trades(0, 5000, 20)
 
     async def main() -> None:
         async with market_kafka_open(address, prefix="a.") as publisher:
             for n in range(0, 5000, 50):
                 await publisher.trades(trades[n : n + 50])
-                market_kafka_balanced(publisher)
+                balanced(publisher)
                 if n % 1000 == 0:
                     await asyncio.sleep(0.002)
             publisher.analytics([{"symbol": f"S{n % 20}-USD", "vwap": n} for n in range(100)])
             await publisher.flush()
-            stats = market_kafka_balanced(publisher)
+            stats = balanced(publisher)
             assert stats.trades.published == 5000 and stats.analytics.published == 100
             assert stats.state == "connected" and stats.connects == 1 and stats.dead == 0
-        found = await market_kafka_read(address, "a.trades")
+        found = await read(address, "a.trades")
         assert len(found) == 3
         assert sum(len(records) for records in found.values()) == 5000
         for partition, records in found.items():
@@ -75,14 +75,14 @@ def test_market_kafka_every_record_is_where_its_symbol_belongs_once_and_in_order
                 assert record.timestamp == trade.received_ts_ns // 1_000_000
                 assert partition == DefaultPartitioner()(record.key, [0, 1, 2], [0, 1, 2])
         assert await market_kafka_ids(address, "a.trades") == list(range(5000))
-        rows = [record for records in (await market_kafka_read(address, "a.analytics")).values() for record in records]
+        rows = [record for records in (await read(address, "a.analytics")).values() for record in records]
         assert sorted(orjson.loads(row.value)["vwap"] for row in rows) == list(range(100))
         assert {row.key for row in rows} == {f"S{n}-USD".encode() for n in range(20)}
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_json_of_a_trade_is_its_fields_by_name() -> None:
+def test_json_of_a_trade_is_its_fields_by_name() -> None:
     trade = market_kafka_trade(7, sequence=None, flags="gap,snapshot")
     assert json.loads(mt.encode(trade)) == trade._asdict()
     assert mt.decode(mt.encode(trade)) == trade
@@ -91,7 +91,7 @@ def test_market_kafka_json_of_a_trade_is_its_fields_by_name() -> None:
             mt.decode(bad)
 
 
-def test_market_kafka_a_line_of_the_spool_gives_back_what_it_was_made_of() -> None:
+def test_a_line_of_the_spool_gives_back_what_it_was_made_of() -> None:
     odd = market_kafka_trade(1, symbol="Ünï\n\x00\t-USD", trade_id='"{\t')
     for row in (
         mt.trade_row(market_kafka_trade(1), "p-trades"),
@@ -110,10 +110,10 @@ def test_market_kafka_a_line_of_the_spool_gives_back_what_it_was_made_of() -> No
         assert row.topic == "p-dead" and "another version" in letter.error and letter.raw == line
 
 
-def test_market_kafka_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
-    market_kafka_module: Broker,
+def test_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
+    module: Broker,
 ) -> None:
-    address = market_kafka_module.address
+    address = module.address
     bad: list[Any] = [
         market_kafka_trade(0, price="\ud800"),
         market_kafka_trade(0, symbol="\udfff"),
@@ -136,7 +136,7 @@ def test_market_kafka_what_cannot_be_published_is_a_dead_letter_and_holds_up_nob
             await publisher.dead("bybit", "text", "frame \ud800 ü", MARKET_KAFKA_NOW + 5)
             await publisher.dead("gateio", "huge", b"y" * 3_000_000, MARKET_KAFKA_NOW)
             await publisher.flush()
-            stats = market_kafka_balanced(publisher)
+            stats = balanced(publisher)
             assert stats.trades.published == stats.trades.accepted == 3 * len(bad) + 3
             assert stats.dead == len(bad) + 3 and stats.connects == 1
         assert await market_kafka_ids(address, "b.trades") == list(range(2 * len(bad)))
@@ -158,13 +158,13 @@ def test_market_kafka_what_cannot_be_published_is_a_dead_letter_and_holds_up_nob
         assert gateio.raw == b"y" * mt.LARGEST_RECORD and "3000000 bytes" in gateio.error
         assert [letter async for letter in mt.dead_letters(address, prefix="none.")] == []
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes_on_in_order(
-    market_kafka_module: Broker,
+def test_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes_on_in_order(
+    module: Broker,
 ) -> None:
-    address, culprits = market_kafka_module.address, {0, 13, 14, 700, 999}
+    address, culprits = module.address, {0, 13, 14, 700, 999}
 
     async def main() -> None:
         admin = AIOKafkaAdminClient(bootstrap_servers=address)
@@ -178,24 +178,24 @@ def test_market_kafka_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes
         async with market_kafka_open(address, prefix="c.", compression=None) as publisher:
             await publisher.trades(trades)
             await publisher.flush()
-            stats = market_kafka_balanced(publisher)
+            stats = balanced(publisher)
             assert stats.trades.published == 1000 and stats.dead == len(culprits) and stats.connects > 1
             assert "MessageSizeTooLarge" in stats.error
             await publisher.dead("okx", "huge", os.urandom(400_000), MARKET_KAFKA_NOW)
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades[2:] == (1000, 0, 0, 1, 0)
+            assert balanced(publisher).trades[2:] == (1000, 0, 0, 1, 0)
         assert await market_kafka_ids(address, "c.trades") == [n for n in range(1000) if n not in culprits]
         letters = [letter async for letter in mt.dead_letters(address, prefix="c.")]
         assert {int(mt.decode(letter.raw).trade_id) for letter in letters} == culprits and len(letters) == len(culprits)
         assert {(letter.exchange, letter.error) for letter in letters} == {("kraken", "MessageSizeTooLargeError")}
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
-    market_kafka_module: Broker,
+def test_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
+    module: Broker,
 ) -> None:
-    address = market_kafka_module.address
+    address = module.address
 
     async def main() -> None:
         admin = AIOKafkaAdminClient(bootstrap_servers=address)
@@ -222,10 +222,10 @@ def test_market_kafka_the_producer_is_idempotent_and_begins_anew_when_the_broker
             assert publisher.stats().connects == 3
         assert await market_kafka_ids(address, "d.trades") == list(range(30))
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broker: Broker) -> None:
+def test_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broker: Broker) -> None:
     broker = market_kafka_broker
     broker.stop()
 
@@ -233,11 +233,9 @@ def test_market_kafka_without_a_spool_callers_wait_for_room_in_their_order(marke
         async with market_kafka_open(broker.address, buffer=100, spool_after=0.05) as publisher:
             await publisher.trades(market_kafka_trades(0, 100, 1))
             waiting = [asyncio.create_task(publisher.trades(market_kafka_trades(100, 350, 1)))]
-            await prim_until_async(lambda: len(publisher._buffer) == 100 and publisher.stats().trades.accepted == 200)
-            await prim_until_async(
-                lambda: publisher.stats().state == "away" and "Connection" in publisher.stats().error
-            )
-            stats = market_kafka_balanced(publisher)
+            await until_async(lambda: len(publisher._buffer) == 100 and publisher.stats().trades.accepted == 200)
+            await until_async(lambda: publisher.stats().state == "away" and "Connection" in publisher.stats().error)
+            stats = balanced(publisher)
             assert stats.trades.held == 200
             assert not publisher.offer(market_kafka_trades(350, 351, 1)) and not waiting[0].done()
             waiting.append(asyncio.create_task(publisher.trades(market_kafka_trades(350, 400, 1))))
@@ -245,21 +243,21 @@ def test_market_kafka_without_a_spool_callers_wait_for_room_in_their_order(marke
             waiting.append(asyncio.create_task(publisher.dead("x", "y", b"z", 1)))
             await asyncio.sleep(0.01)
             gone.cancel()
-            assert market_kafka_balanced(publisher).trades.held == 200
+            assert balanced(publisher).trades.held == 200
             broker.start()
             await asyncio.gather(*waiting)
             async with publisher._turn:  # somebody waits: nobody passes
-                await prim_until_async(lambda: not publisher._buffer)
+                await until_async(lambda: not publisher._buffer)
                 assert not publisher.offer(market_kafka_trades(350, 351, 1))
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades.published == 401
+            assert balanced(publisher).trades.published == 401
             assert publisher.stats().state == "connected"
         assert await market_kafka_ids(broker.address) == list(range(400))
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(
+def test_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(
     market_kafka_broker: Broker,
 ) -> None:
     broker = market_kafka_broker
@@ -268,24 +266,24 @@ def test_market_kafka_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(
     async def main() -> None:
         async with market_kafka_open(broker.address, analytics_buffer=50) as publisher:
             publisher.analytics([{"symbol": "A", "n": 0}])
-            await prim_until_async(lambda: publisher._rows_flying == 1)
+            await until_async(lambda: publisher._rows_flying == 1)
             for n in range(1, 200):
                 publisher.analytics([{"symbol": "A", "n": n}])
-            stats = market_kafka_balanced(publisher)
+            stats = balanced(publisher)
             assert stats.analytics == link.Counts(200, 0, 0, 51, 0, 149, 0) and stats.trades.held == 0
             with pytest.raises((LookupError, AttributeError, TypeError)):
                 publisher.analytics([{"n": 1}])
             await publisher.trades([market_kafka_trade(1)])
             broker.start()
             await publisher.flush()
-            assert market_kafka_balanced(publisher).analytics == link.Counts(200, 0, 51, 0, 0, 149, 0)
-        records = [each for lot in (await market_kafka_read(broker.address, "analytics")).values() for each in lot]
+            assert balanced(publisher).analytics == link.Counts(200, 0, 51, 0, 0, 149, 0)
+        records = [each for lot in (await read(broker.address, "analytics")).values() for each in lot]
         assert [orjson.loads(record.value)["n"] for record in records] == [0, *range(150, 200)]
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_absent_at_the_start_the_buffer_fills_then_the_spool_and_all_comes_in_order(
+def test_absent_at_the_start_the_buffer_fills_then_the_spool_and_all_comes_in_order(
     market_kafka_broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = market_kafka_broker
@@ -296,38 +294,38 @@ def test_market_kafka_absent_at_the_start_the_buffer_fills_then_the_spool_and_al
             for n in range(0, 500, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
             await asyncio.sleep(0.05)
-            assert market_kafka_balanced(publisher).trades == link.Counts(500, 0, 0, 500, 0, 0, 0)
+            assert balanced(publisher).trades == link.Counts(500, 0, 0, 500, 0, 0, 0)
             for n in range(500, 3000, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
-                market_kafka_balanced(publisher)
-            await prim_until_async(lambda: not publisher._spilling)
-            counts = market_kafka_balanced(publisher).trades
+                balanced(publisher)
+            await until_async(lambda: not publisher._spilling)
+            counts = balanced(publisher).trades
             assert counts.spooled >= 2000 and counts.held <= 500 and counts.accepted == 3000
             assert Spool.stats(publisher._spool).rows == counts.spooled  # type: ignore[arg-type]
             broker.start()
             for n in range(3000, 4000, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
-                market_kafka_balanced(publisher)
+                balanced(publisher)
                 await asyncio.sleep(0)
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades == link.Counts(4000, 0, 4000, 0, 0, 0, 0)
+            assert balanced(publisher).trades == link.Counts(4000, 0, 4000, 0, 0, 0, 0)
             assert list((tmp_path / "spool").glob("*.batch")) == []
         assert await market_kafka_ids(broker.address) == list(range(4000))
 
     with caplog.at_level(logging.INFO):
-        prim_run(main())
+        run_task(main())
     lines = [(record.name, record.levelname) for record in caplog.records if record.name == "market_pipeline"]
     assert lines == [("market_pipeline", "WARNING"), ("market_pipeline", "INFO")]
     assert [each for each in caplog.records if "aiokafka" in each.name and each.levelno >= logging.WARNING] == []
 
 
-def test_market_kafka_what_is_on_its_way_to_the_spool_is_not_overtaken(
-    market_kafka_module: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_on_its_way_to_the_spool_is_not_overtaken(
+    module: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, go, write = market_kafka_module.address, threading.Event(), Spool._write
+    address, go, write = module.address, threading.Event(), Spool._write
 
     def slow(self: Spool, name: str, line: bytes, data: bytes) -> None:
-        assert go.wait(PRIM_PATIENCE)
+        assert go.wait(HANG_LIMIT)
         write(self, name, line, data)
 
     monkeypatch.setattr(Spool, "_write", slow)
@@ -338,25 +336,23 @@ def test_market_kafka_what_is_on_its_way_to_the_spool_is_not_overtaken(
         ) as publisher:
             await publisher.trades(market_kafka_trades(0, 100, 1))
             task = asyncio.create_task(publisher.trades(market_kafka_trades(100, 200, 1)))
-            await prim_until_async(lambda: publisher._moving == 100)
+            await until_async(lambda: publisher._moving == 100)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await publisher.trades(market_kafka_trades(100, 200, 1))
             await asyncio.sleep(0.3)
-            assert market_kafka_balanced(publisher).trades == link.Counts(200, 0, 0, 200, 0, 0, 0)
+            assert balanced(publisher).trades == link.Counts(200, 0, 0, 200, 0, 0, 0)
             go.set()
             await publisher.flush()
         assert await market_kafka_ids(address, "h.trades") == list(range(200))
 
     try:
-        prim_run(main())
+        run_task(main())
     finally:
         go.set()
 
 
-def test_market_kafka_frozen_for_longer_than_its_limits_each_record_comes_once(
-    market_kafka_broker: Broker, tmp_path: Path
-) -> None:
+def test_frozen_for_longer_than_its_limits_each_record_comes_once(market_kafka_broker: Broker, tmp_path: Path) -> None:
     broker = market_kafka_broker
 
     async def main() -> None:
@@ -368,20 +364,20 @@ def test_market_kafka_frozen_for_longer_than_its_limits_each_record_comes_once(
             broker.freeze()
             for n in range(100, 1500, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
-                market_kafka_balanced(publisher)
+                balanced(publisher)
                 await asyncio.sleep(0.003)
-            stats = market_kafka_balanced(publisher)
+            stats = balanced(publisher)
             assert stats.state == "away" and stats.trades.published == 100 and stats.trades.spooled > 900
             broker.thaw()
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades == link.Counts(1500, 0, 1500, 0, 0, 0, 0)
+            assert balanced(publisher).trades == link.Counts(1500, 0, 1500, 0, 0, 0, 0)
             assert publisher.stats().connects == 1
         assert await market_kafka_ids(broker.address) == list(range(1500))
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_stopped_and_restarted_under_load_each_record_comes_once(
+def test_stopped_and_restarted_under_load_each_record_comes_once(
     market_kafka_broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for what this broker acknowledges after it has saved its data: it gives the same offsets again."""
@@ -421,26 +417,26 @@ def test_market_kafka_stopped_and_restarted_under_load_each_record_comes_once(
             async def load() -> None:
                 for n in range(0, 3000, 10):
                     await publisher.trades(market_kafka_trades(n, n + 10))
-                    market_kafka_balanced(publisher)
+                    balanced(publisher)
                     await asyncio.sleep(0.001)
 
             task = asyncio.create_task(load())
             for at in (500, 1500):
-                await prim_until_async(lambda at=at: publisher.stats().trades.accepted >= at)  # type: ignore[misc]
+                await until_async(lambda at=at: publisher.stats().trades.accepted >= at)  # type: ignore[misc]
                 await asyncio.to_thread(broker.stop)
                 await asyncio.sleep(0.2)
                 await asyncio.to_thread(broker.start)
             await task
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades == link.Counts(3000, 0, 3000, 0, 0, 0, 0)
+            assert balanced(publisher).trades == link.Counts(3000, 0, 3000, 0, 0, 0, 0)
         ids = await market_kafka_ids(broker.address)
         assert len(ids) == len(set(ids)) and set(range(3000)) - set(ids) <= forgotten and len(owners) >= len(ids)
 
-    prim_run(main())
+    run_task(main())
 
 
 @pytest.mark.parametrize("how", ["absent", "frozen"])
-def test_market_kafka_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
+def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
     market_kafka_broker: Broker, tmp_path: Path, how: str
 ) -> None:
     broker, spool = market_kafka_broker, tmp_path / "spool"
@@ -451,14 +447,14 @@ def test_market_kafka_a_stop_without_an_answer_ends_in_time_and_the_next_life_go
             await publisher.flush()
             broker.freeze() if how == "frozen" else broker.stop()
             await publisher.trades(market_kafka_trades(100, 200))
-            await prim_until_async(lambda: len(publisher._flying) == 100)
+            await until_async(lambda: len(publisher._flying) == 100)
             await asyncio.sleep(0.05)
             await publisher.trades(market_kafka_trades(200, 5200))
             publisher.analytics([{"symbol": "A"}])
             begun = time.monotonic()
             assert await publisher.stop(0.2) == 0
-            assert time.monotonic() - begun < PRIM_PATIENCE
-            stats = market_kafka_balanced(publisher)
+            assert time.monotonic() - begun < HANG_LIMIT
+            stats = balanced(publisher)
             assert stats.trades == link.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
             with pytest.raises(link.Closed):
                 await publisher.trades(market_kafka_trades(1, 2))
@@ -466,24 +462,24 @@ def test_market_kafka_a_stop_without_an_answer_ends_in_time_and_the_next_life_go
                 await publisher.flush()
         broker.thaw() if how == "frozen" else broker.start()
         async with market_kafka_open(broker.address, spool=spool) as publisher:
-            assert market_kafka_balanced(publisher).trades[:2] == (0, 5100)
+            assert balanced(publisher).trades[:2] == (0, 5100)
             other = mk.Publisher(broker.address, spool=spool)
             with pytest.raises(SpoolInUse):
                 await other.start()
             await publisher.trades(market_kafka_trades(5200, 5300))
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades == link.Counts(100, 5100, 5200, 0, 0, 0, 0)
+            assert balanced(publisher).trades == link.Counts(100, 5100, 5200, 0, 0, 0, 0)
         if how == "absent":
             assert await market_kafka_ids(broker.address) == list(range(5300))
         else:  # what was under way when it was left may come twice
-            found = await market_kafka_read(broker.address, "trades")
+            found = await read(broker.address, "trades")
             ids = [int(mt.decode(each.value).trade_id) for records in found.values() for each in records]
             assert set(ids) == set(range(5300)) and len(ids) <= 5400
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_a_stop_with_nowhere_to_go_says_what_is_lost(
+def test_a_stop_with_nowhere_to_go_says_what_is_lost(
     market_kafka_broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = market_kafka_broker
@@ -494,23 +490,23 @@ def test_market_kafka_a_stop_with_nowhere_to_go_says_what_is_lost(
             await publisher.trades(market_kafka_trades(0, 3000))
             await asyncio.sleep(0.05)
             stop = asyncio.create_task(publisher.stop(3600))
-            await prim_until_async(lambda: publisher._state == "stopping")
+            await until_async(lambda: publisher._state == "stopping")
             stop.cancel()
             begun = time.monotonic()
             with pytest.raises(asyncio.CancelledError):
                 await stop
-            await prim_until_async(lambda: publisher.stats().state == "closed")
-            assert time.monotonic() - begun < PRIM_PATIENCE
-            assert market_kafka_balanced(publisher).trades == link.Counts(3000, 0, 0, 0, 0, 3000, 0)
+            await until_async(lambda: publisher.stats().state == "closed")
+            assert time.monotonic() - begun < HANG_LIMIT
+            assert balanced(publisher).trades == link.Counts(3000, 0, 0, 0, 0, 3000, 0)
         never = mk.Publisher(broker.address)
         assert never.offer(market_kafka_trades(0, 5)) and await never.stop() == 5
-        market_kafka_balanced(never)
+        balanced(never)
 
-    prim_run(main())
+    run_task(main())
     assert "3000 trades and dead letters could be neither published nor spooled" in caplog.text
 
 
-MARKET_KAFKA_PROGRAM = """
+PROGRAM = """
 import asyncio, sys
 from pathlib import Path
 from market import kafka as mk
@@ -520,7 +516,7 @@ async def main():
     publisher = mk.Publisher(sys.argv[1], buffer=200, spool=Path(sys.argv[2]), partitions=3, spool_after=0.05)
     await publisher.start()
     await publisher.trades(t.market_kafka_trades(0, 2000))
-    await t.prim_until_async(lambda: publisher.stats().trades.spooled == 2000)
+    await t.until_async(lambda: publisher.stats().trades.spooled == 2000)
     print("spooled", flush=True)
     await asyncio.sleep(60)
 
@@ -528,12 +524,10 @@ asyncio.run(main())
 """
 
 
-def test_market_kafka_what_a_killed_process_had_spooled_the_next_one_publishes(
-    market_kafka_broker: Broker, tmp_path: Path
-) -> None:
+def test_what_a_killed_process_had_spooled_the_next_one_publishes(market_kafka_broker: Broker, tmp_path: Path) -> None:
     broker, spool = market_kafka_broker, tmp_path / "spool"
     broker.stop()
-    program = MARKET_KAFKA_PROGRAM.replace("test_part", __name__)
+    program = PROGRAM.replace("test_part", __name__)
     command = [sys.executable, "-c", program, broker.address, str(spool)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=HERE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"spooled\n"
@@ -545,15 +539,13 @@ def test_market_kafka_what_a_killed_process_had_spooled_the_next_one_publishes(
             assert publisher.stats().trades.recovered == 2000
             await publisher.trades(market_kafka_trades(2000, 2100))
             await publisher.flush()
-            assert market_kafka_balanced(publisher).trades == link.Counts(100, 2000, 2100, 0, 0, 0, 0)
+            assert balanced(publisher).trades == link.Counts(100, 2000, 2100, 0, 0, 0, 0)
         assert await market_kafka_ids(broker.address) == list(range(2100))
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_a_full_spool_blocks_and_a_damaged_one_is_counted(
-    market_kafka_broker: Broker, tmp_path: Path
-) -> None:
+def test_a_full_spool_blocks_and_a_damaged_one_is_counted(market_kafka_broker: Broker, tmp_path: Path) -> None:
     broker, spool = market_kafka_broker, tmp_path / "spool"
     broker.stop()
 
@@ -561,29 +553,29 @@ def test_market_kafka_a_full_spool_blocks_and_a_damaged_one_is_counted(
         options: dict[str, Any] = {"spool": spool, "buffer": 100, "spool_after": 0.05}
         async with market_kafka_open(broker.address, 0.1, spool_bytes=100_000, **options) as publisher:
             task = asyncio.create_task(publisher.trades(market_kafka_trades(0, 1000)))
-            await prim_until_async(lambda: Spool.stats(publisher._spool).refused > 0)  # type: ignore[arg-type]
-            counts = market_kafka_balanced(publisher).trades
+            await until_async(lambda: Spool.stats(publisher._spool).refused > 0)  # type: ignore[arg-type]
+            counts = balanced(publisher).trades
             assert 0 < counts.spooled < 500 and counts.held == 100 and not task.done()
             task.cancel()
             accepted = counts.accepted
-        assert 0 < market_kafka_balanced(publisher).trades.dropped <= 100
+        assert 0 < balanced(publisher).trades.dropped <= 100
         files = sorted(spool.glob("*.batch"))
         rows = [json.loads(file.read_bytes().split(b"\n")[0])["rows"] for file in files]
         async with market_kafka_open(broker.address, **options) as publisher:
             files[1].write_bytes(b"rubbish")
             broker.start()
             await publisher.flush()
-            counts = market_kafka_balanced(publisher).trades
+            counts = balanced(publisher).trades
             assert counts == link.Counts(0, sum(rows), sum(rows) - rows[1], 0, 0, 0, rows[1])
         first = sum(rows[:1])
         assert await market_kafka_ids(broker.address) == [*range(first), *range(first + rows[1], sum(rows))]
         assert sum(rows) <= accepted
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_dead_letters_are_committed_after_what_came_of_them(market_kafka_module: Broker) -> None:
-    address = market_kafka_module.address
+def test_dead_letters_are_committed_after_what_came_of_them(module: Broker) -> None:
+    address = module.address
 
     async def main() -> None:
         tasks = asyncio.all_tasks()
@@ -619,17 +611,17 @@ def test_market_kafka_dead_letters_are_committed_after_what_came_of_them(market_
             _ = [letter async for letter in mt.dead_letters("127.0.0.1:1", limit=0.2)]
         assert logging.getLogger("aiokafka").handlers == []
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
-    market_kafka_module: Broker,
+def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
+    module: Broker,
 ) -> None:
-    address = market_kafka_module.address
+    address = module.address
 
     async def take(group: mt.Group, n: int) -> mt.Taken:
         trades, again, dead = list[Trade](), list[Trade](), list[mt.DeadLetter]()
-        deadline = time.monotonic() + PRIM_PATIENCE
+        deadline = time.monotonic() + HANG_LIMIT
         while len(trades) + len(dead) < n:
             assert time.monotonic() < deadline
             taken = await group.take(0.05, 100)
@@ -671,13 +663,13 @@ def test_market_kafka_a_group_shares_the_symbols_commits_what_was_done_and_looks
         await asyncio.sleep(0)
         assert asyncio.all_tasks() == tasks and psutil.Process().num_fds() <= files
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_a_member_that_leaves_hands_its_partitions_over_with_all_done(
-    market_kafka_module: Broker,
+def test_a_member_that_leaves_hands_its_partitions_over_with_all_done(
+    module: Broker,
 ) -> None:
-    address = market_kafka_module.address
+    address = module.address
 
     async def main() -> None:
         async with market_kafka_open(address, prefix="g.", partitions=4) as publisher:
@@ -698,14 +690,14 @@ def test_market_kafka_a_member_that_leaves_hands_its_partitions_over_with_all_do
             await publisher.trades(market_kafka_trades(0, 1000, 20))
             await a.start()
             members = [asyncio.create_task(member("a", a))]
-            await prim_until_async(lambda: len(seen["a"]) == 1000)
+            await until_async(lambda: len(seen["a"]) == 1000)
             assert await a.commit() and not revoked
             await b.start()
             members.append(asyncio.create_task(member("b", b)))
-            await prim_until_async(lambda: len(a.stats().partitions) == len(b.stats().partitions) == 2)
+            await until_async(lambda: len(a.stats().partitions) == len(b.stats().partitions) == 2)
             assert revoked == [{0, 1, 2, 3}]
             await publisher.trades(market_kafka_trades(1000, 2000, 20))
-            await prim_until_async(lambda: len(seen["a"]) + len(seen["b"]) == 2000)
+            await until_async(lambda: len(seen["a"]) + len(seen["b"]) == 2000)
             assert len(seen["b"]) > 100 and sorted(seen["a"] + seen["b"]) == list(range(2000))
             assert await a.commit() and await b.commit()
             for task in members:
@@ -714,10 +706,10 @@ def test_market_kafka_a_member_that_leaves_hands_its_partitions_over_with_all_do
             await a.stop()
             await b.stop()
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_aiokafka_is_heard_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
+def test_aiokafka_is_heard_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
     now = [1000.0]
     quiet = mt.Quiet(lambda: now[0])
     noise = logging.getLogger("aiokafka.conn")
@@ -741,7 +733,7 @@ def test_market_kafka_aiokafka_is_heard_once_in_a_while(caplog: pytest.LogCaptur
     ]
 
 
-def test_market_kafka_the_broker_for_development_keeps_its_port_and_data_and_follows_a_killed_life(
+def test_the_broker_for_development_keeps_its_port_and_data_and_follows_a_killed_life(
     tmp_path: Path,
 ) -> None:
     broker = Broker(tmp_path)

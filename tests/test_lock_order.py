@@ -13,7 +13,7 @@ import pytest
 import coordination as co
 import primitives as pr
 from tests.helpers import lock_order
-from tests.helpers.base import PRIM_PATIENCE, PrimWorld, prim_run
+from tests.helpers.base import HANG_LIMIT, World, run_task
 from tests.helpers.mechanisms import PrimThread
 
 
@@ -72,7 +72,7 @@ def test_order_serves_a_condition() -> None:
 
         def wait() -> bool:
             with condition:
-                return condition.wait_for(lambda: told, PRIM_PATIENCE) == [1]
+                return condition.wait_for(lambda: told, HANG_LIMIT) == [1]
 
         waiting = PrimThread(wait)
         with outer, condition:
@@ -88,7 +88,7 @@ def order_check_nothing_nests(pool_type: type[co.WorkerPool[Any]] = co.WorkerPoo
     """Every mechanism at work, for threads and tasks that wait for one another: no lock is taken under another."""
 
     async def main() -> None:
-        world, semaphore, channel, flight = PrimWorld(), co.Semaphore(1), co.Channel[int](1), pr.SingleFlight()
+        world, semaphore, channel, flight = World(), co.Semaphore(1), co.Channel[int](1), pr.SingleFlight()
         cache, bucket, budget = pr.TTLCache[int, Any](4, clock=world.clock), pr.TokenBucket(1e6), pr.RetryBudget(1.0)
         breaker = pr.CircuitBreaker("b", failures=1, reset=1.0, clock=world.clock)
         batch, visited = pr.Batch[int](2, 1.0), co.Visited[int]()
@@ -129,7 +129,7 @@ def order_check_nothing_nests(pool_type: type[co.WorkerPool[Any]] = co.WorkerPoo
         assert (batch.take(), len(batch.drain()), breaker.state, threads.stats()) == ([], 1, "closed", (3, 0, 9, 0))
 
     with lock_order.LockOrder() as order:
-        prim_run(main())
+        run_task(main())
     assert order.stats() == {}
 
 

@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 from logs import parse as log_parse
 from tests.helpers.postgres import PgServer
 
-LOGS_PARSE_NOW = datetime(2026, 11, 21, 20, 0, 0, tzinfo=UTC)
+NOW = datetime(2026, 11, 21, 20, 0, 0, tzinfo=UTC)
 
 
-LOGS_PARSE_SOURCE = "192.0.2.7"
+SOURCE = "192.0.2.7"
 
 
-def logs_parse_all(datagram: bytes | str, zone: tzinfo = UTC, now: datetime = LOGS_PARSE_NOW) -> list[log_parse.Event]:
-    return log_parse.parse(datagram.encode() if isinstance(datagram, str) else datagram, LOGS_PARSE_SOURCE, now, zone)
+def logs_parse_all(datagram: bytes | str, zone: tzinfo = UTC, now: datetime = NOW) -> list[log_parse.Event]:
+    return log_parse.parse(datagram.encode() if isinstance(datagram, str) else datagram, SOURCE, now, zone)
 
 
-def logs_parse_one(datagram: bytes | str, zone: tzinfo = UTC, now: datetime = LOGS_PARSE_NOW) -> log_parse.Event:
+def one(datagram: bytes | str, zone: tzinfo = UTC, now: datetime = NOW) -> log_parse.Event:
     (event,) = logs_parse_all(datagram, zone, now)
     return event
 
@@ -38,11 +38,11 @@ def logs_parse_one(datagram: bytes | str, zone: tzinfo = UTC, now: datetime = LO
 def logs_parse_is(event: log_parse.Event, **expected: Any) -> None:
     """What is not named must be as if the sender had said nothing. Times: ISO, attributes: a dict."""
     nothing = {
-        "event_at": LOGS_PARSE_NOW.isoformat(), "service": "unknown", "host": LOGS_PARSE_SOURCE, "severity": 6,
+        "event_at": NOW.isoformat(), "service": "unknown", "host": SOURCE, "severity": 6,
         "attributes": {}, "parse_error": None,
     }  # fmt: skip
     said = event._asdict() | {"event_at": event.event_at.isoformat(), "attributes": json.loads(event.attributes)}
-    assert said == nothing | {"received_at": LOGS_PARSE_NOW} | expected
+    assert said == nothing | {"received_at": NOW} | expected
 
 
 @pytest.mark.parametrize(
@@ -113,32 +113,30 @@ def logs_parse_is(event: log_parse.Event, **expected: Any) -> None:
         ("<٣>1 - - - - - - m", {"message": "<٣>1 - - - - - - m"}),
     ],
 )  # fmt: skip
-def test_logs_parse_rfc5424(line: str, expected: dict[str, Any]) -> None:
-    logs_parse_is(logs_parse_one(line), **expected)
+def test_rfc5424(line: str, expected: dict[str, Any]) -> None:
+    logs_parse_is(one(line), **expected)
 
 
 logs_parse_names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=12)
 
 
-logs_parse_sd_names = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters='="]'), min_size=1)
+sd_names = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters='="]'), min_size=1)
 
 
-logs_parse_texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 
 
 @given(
     st.integers(0, 191),
     st.timedeltas(timedelta(days=-365), timedelta(days=1)),
     st.lists(logs_parse_names, min_size=4, max_size=4),
-    st.dictionaries(
-        logs_parse_sd_names, st.dictionaries(logs_parse_sd_names, logs_parse_texts, max_size=3), max_size=3
-    ),
-    logs_parse_texts,
+    st.dictionaries(sd_names, st.dictionaries(sd_names, texts, max_size=3), max_size=3),
+    texts,
 )
-def test_logs_parse_rfc5424_gives_back_what_was_sent(
+def test_rfc5424_gives_back_what_was_sent(
     priority: int, age: timedelta, names: list[str], data: dict[str, dict[str, str]], message: str
 ) -> None:
-    at = LOGS_PARSE_NOW + age
+    at = NOW + age
     escaped = str.maketrans({c: "\\" + c for c in '"\\]'})
     structured = ""
     for name, values in data.items():
@@ -147,10 +145,10 @@ def test_logs_parse_rfc5424_gives_back_what_was_sent(
     line = f"<{priority}>1 {at.isoformat()} {' '.join(names)} {structured or '-'} {message}."
     if "\n<" in line:
         return  # may begin another
-    event = logs_parse_one(line)
+    event = one(line)
     host, service, procid, msgid = ("" if name == "-" else name for name in names)
     assert (event.severity, event.event_at, event.parse_error) == (priority % 8, at, None)
-    assert (event.host, event.service) == (host or LOGS_PARSE_SOURCE, service or "unknown")
+    assert (event.host, event.service) == (host or SOURCE, service or "unknown")
     assert event.message == f"{message}.".removeprefix("\ufeff")
     expected = {"facility": priority // 8, "procid": procid, "msgid": msgid, "structured_data": data}
     assert json.loads(event.attributes) == {key: value for key, value in expected.items() if value not in ("", {})}
@@ -227,7 +225,7 @@ def test_logs_parse_rfc5424_gives_back_what_was_sent(
          "message": "<34>Feb 29 22:14:15 h a: m", "error": log_parse.BAD_TIME}),
     ],
 )  # fmt: skip
-def test_logs_parse_rfc3164_and_devices(line: str, expected: dict[str, str]) -> None:
+def test_rfc3164_and_devices(line: str, expected: dict[str, str]) -> None:
     expected = dict(expected)
     at = f"{expected.pop('at', '2026-11-21T20:00:00')}+00:00"
     attributes: dict[str, Any] = {"facility": 4}
@@ -240,17 +238,17 @@ def test_logs_parse_rfc3164_and_devices(line: str, expected: dict[str, str]) -> 
         if key in expected:
             attributes[name] = expected.pop(key)
     error = expected.pop("error", None)
-    event = logs_parse_one(line)
+    event = one(line)
     logs_parse_is(event, event_at=at, severity=2, attributes=attributes, parse_error=error, **expected)
 
 
-def test_logs_parse_syslog_without_priority() -> None:
+def test_syslog_without_priority() -> None:
     logs_parse_is(
-        logs_parse_one("Nov 11 22:14:15 h a[1]: m"),
+        one("Nov 11 22:14:15 h a[1]: m"),
         event_at="2026-11-11T22:14:15+00:00", host="h", service="a", attributes={"procid": "1"}, message="m",
     )  # fmt: skip
     for text in ("error: m", "29: m", "2026-11-11 22:14:15 ERROR app: m", "Nov 11", " <34>m", "[a] b", "m" * 60_000):
-        logs_parse_is(logs_parse_one(text), message=text)
+        logs_parse_is(one(text), message=text)
 
 
 @pytest.mark.parametrize(
@@ -267,9 +265,9 @@ def test_logs_parse_syslog_without_priority() -> None:
         ("0001-01-01T00:00:05", "Jan  1 00:00:04", "0001-01-01T00:00:04"),
     ],
 )
-def test_logs_parse_the_year_is_the_nearest(now: str, said: str, at: str | None) -> None:
+def test_the_year_is_the_nearest(now: str, said: str, at: str | None) -> None:
     received_at = datetime.fromisoformat(f"{now}+00:00")
-    event = logs_parse_one(f"<34>{said} h a: m", now=received_at)
+    event = one(f"<34>{said} h a: m", now=received_at)
     assert event.event_at == (received_at if at is None else datetime.fromisoformat(f"{at}+00:00"))
     assert json.loads(event.attributes).get("claimed_event_at") == (said if at is None else None)
 
@@ -279,23 +277,23 @@ def test_logs_parse_the_year_is_the_nearest(now: str, said: str, at: str | None)
     st.integers(-180 * 86400, 86400),
     st.integers(-12 * 60, 14 * 60),
 )
-def test_logs_parse_a_time_without_year_or_zone(now: datetime, ahead: int, minutes: int) -> None:
+def test_a_time_without_year_or_zone(now: datetime, ahead: int, minutes: int) -> None:
     received_at = now.replace(tzinfo=UTC, microsecond=0)
     zone = timezone(timedelta(minutes=minutes))
     sent = (received_at + timedelta(seconds=ahead)).astimezone(zone)
-    event = logs_parse_one(f"<34>{sent:%b} {sent.day:2d} {sent:%H:%M:%S} h a: m", zone, received_at)
+    event = one(f"<34>{sent:%b} {sent.day:2d} {sent:%H:%M:%S} h a: m", zone, received_at)
     assert event.event_at == sent
     assert event.event_at.tzinfo is UTC
-    with_offset = logs_parse_one(f"<34>1 {sent.isoformat()} h a - - - m", UTC, received_at)
-    without = logs_parse_one(f"<34>1 {sent.replace(tzinfo=None).isoformat()} h a - - - m", zone, received_at)
+    with_offset = one(f"<34>1 {sent.isoformat()} h a - - - m", UTC, received_at)
+    without = one(f"<34>1 {sent.replace(tzinfo=None).isoformat()} h a - - - m", zone, received_at)
     assert with_offset == without
     assert with_offset.event_at == sent
 
 
-def test_logs_parse_a_time_that_names_utc_is_not_in_the_zone() -> None:
+def test_a_time_that_names_utc_is_not_in_the_zone() -> None:
     zone = timezone(timedelta(hours=5))
     for name, hour in (("", 14), (" UTC", 19), (" GMT", 19), (" CET", 14)):
-        event = logs_parse_one(f"<34>Nov 21 19:00:00{name}: %SYS-5-A: m", zone)
+        event = one(f"<34>Nov 21 19:00:00{name}: %SYS-5-A: m", zone)
         assert event.event_at == datetime(2026, 11, 21, hour, tzinfo=UTC)
         assert ("claimed_event_at" in event.attributes) == (name == " CET")
 
@@ -308,15 +306,15 @@ def test_logs_parse_a_time_that_names_utc_is_not_in_the_zone() -> None:
         (log_parse.AHEAD + timedelta(microseconds=1), False),
         (-log_parse.BEHIND, True),
         (-log_parse.BEHIND - timedelta(microseconds=1), False),
-        (datetime.max.replace(tzinfo=UTC) - LOGS_PARSE_NOW, False),
-        (datetime.min.replace(tzinfo=UTC) - LOGS_PARSE_NOW, False),
+        (datetime.max.replace(tzinfo=UTC) - NOW, False),
+        (datetime.min.replace(tzinfo=UTC) - NOW, False),
     ],
 )
-def test_logs_parse_absurd_times_are_kept_as_claims(line: str, ahead: timedelta, believed: bool) -> None:
-    said = (LOGS_PARSE_NOW + ahead).isoformat()
-    event = logs_parse_one(line.format(said))
+def test_absurd_times_are_kept_as_claims(line: str, ahead: timedelta, believed: bool) -> None:
+    said = (NOW + ahead).isoformat()
+    event = one(line.format(said))
     assert (event.service, event.host, event.message, event.parse_error) == ("a", "h", "m", None)
-    assert event.event_at == (LOGS_PARSE_NOW + ahead if believed else LOGS_PARSE_NOW)
+    assert event.event_at == (NOW + ahead if believed else NOW)
     attributes = json.loads(event.attributes)
     attributes.pop("facility", None)
     assert attributes == ({} if believed else {"claimed_event_at": said})
@@ -363,12 +361,12 @@ def test_logs_parse_absurd_times_are_kept_as_claims(line: str, ahead: timedelta,
                          "e": "\\u0000 \u2028 \x7f \U0001f600"}}),
     ],
 )  # fmt: skip
-def test_logs_parse_json(record: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_json(record: dict[str, Any], expected: dict[str, Any]) -> None:
     expected = {"message": ""} | expected
     for indent, ascii_only in itertools.product((None, 2), (False, True)):
         text = json.dumps(record, ensure_ascii=ascii_only, indent=indent)
-        logs_parse_is(logs_parse_one(text), **expected)
-        logs_parse_is(logs_parse_one(f"\r\n\ufeff{text}\r\n"), **expected)
+        logs_parse_is(one(text), **expected)
+        logs_parse_is(one(f"\r\n\ufeff{text}\r\n"), **expected)
 
 
 @pytest.mark.parametrize(
@@ -384,19 +382,19 @@ def test_logs_parse_json(record: dict[str, Any], expected: dict[str, Any]) -> No
         ),
     ],
 )
-def test_logs_parse_json_that_is_kept_raw(text: str, expected: dict[str, Any]) -> None:
-    logs_parse_is(logs_parse_one(text), message=text, **expected)
+def test_json_that_is_kept_raw(text: str, expected: dict[str, Any]) -> None:
+    logs_parse_is(one(text), message=text, **expected)
 
 
 @pytest.mark.parametrize("text", ["{", "{}}", "{a}", '{"a": NaN}', '{\n "a": 1,\n "b"', '{"a": 1} {"a": 2}'])
-def test_logs_parse_broken_json_is_one_event(text: str) -> None:
-    event = logs_parse_one(text)
+def test_broken_json_is_one_event(text: str) -> None:
+    event = one(text)
     assert (event.parse_error or "").startswith("JSON: ")
     logs_parse_is(event, message=text, parse_error=event.parse_error)
 
 
-def test_logs_parse_json_and_bytes_that_are_no_text() -> None:
-    event = logs_parse_one(b'{"app": "a\xff", "msg": "m\0"}')
+def test_json_and_bytes_that_are_no_text() -> None:
+    event = one(b'{"app": "a\xff", "msg": "m\0"}')
     assert (event.message, event.attributes) == (r'{"app": "a\xff", "msg": "m\x00"}', "{}")
     assert event.parse_error == "not UTF-8; contains NUL; JSON: invalid escaped sequence in string"
 
@@ -421,7 +419,7 @@ def test_logs_parse_json_and_bytes_that_are_no_text() -> None:
         (b"<14>a\0\r\n\0", ["a"]),
     ],
 )
-def test_logs_parse_lines(datagram: bytes, messages: list[str]) -> None:
+def test_lines(datagram: bytes, messages: list[str]) -> None:
     events = logs_parse_all(datagram)
     assert [event.message for event in events] == messages
     for event in events:
@@ -429,10 +427,10 @@ def test_logs_parse_lines(datagram: bytes, messages: list[str]) -> None:
 
 
 @pytest.mark.parametrize("line", [b"m", b"<14>m", b'{"msg":"m"}'])
-def test_logs_parse_a_datagram_gives_so_many_events_and_no_more(line: bytes) -> None:
+def test_a_datagram_gives_so_many_events_and_no_more(line: bytes) -> None:
     limit = log_parse.MAX_LINES
     exact = logs_parse_all(b"\n".join([line] * limit))
-    assert {event[1:] for event in exact} == {logs_parse_one(line)[1:]}
+    assert {event[1:] for event in exact} == {one(line)[1:]}
     assert len(exact) == limit
     more = logs_parse_all(b"\n".join([line] * (limit + 2)))
     assert (len(more), more[:-1]) == (limit, exact[:-1])
@@ -450,11 +448,11 @@ def test_logs_parse_a_datagram_gives_so_many_events_and_no_more(line: bytes) -> 
         (b"\xc0\x80", r"\xc0\x80", "not UTF-8"),
     ],
 )
-def test_logs_parse_bytes_that_are_no_text_are_shown(datagram: bytes, message: str, error: str) -> None:
-    event = logs_parse_one(datagram)
+def test_bytes_that_are_no_text_are_shown(datagram: bytes, message: str, error: str) -> None:
+    event = one(datagram)
     assert (event.message, event.parse_error) == (message, error)
     if datagram.startswith(b"<14>Nov"):
-        assert (event.host, event.service, event.event_at) == (r"h\xf4te", "a", LOGS_PARSE_NOW)
+        assert (event.host, event.service, event.event_at) == (r"h\xf4te", "a", NOW)
     good, bad = logs_parse_all(b"good\n" + datagram.lstrip(b"<"))
     assert (good.parse_error, bad.parse_error) == (None, error)
 
@@ -462,19 +460,19 @@ def test_logs_parse_bytes_that_are_no_text_are_shown(datagram: bytes, message: s
 @pytest.mark.parametrize(
     "line", ["<14>1 - {h} {s} - - - m", "<14>Nov 21 20:00:00 {h} {s}: m", '{{"host":"{h}","app":"{s}","msg":"m"}}']
 )
-def test_logs_parse_long_names_are_cut_and_said_so(line: str) -> None:
+def test_long_names_are_cut_and_said_so(line: str) -> None:
     limit = log_parse.MAX_NAME
-    fits = logs_parse_one(line.format(h="h" * limit, s="ü" * limit))
+    fits = one(line.format(h="h" * limit, s="ü" * limit))
     assert (fits.host, fits.service, fits.message, fits.parse_error) == ("h" * limit, "ü" * limit, "m", None)
     text = line.format(h="h" * (limit + 1), s="\U0001f600" * (limit + 1))
-    cut = logs_parse_one(text)
+    cut = one(text)
     assert (cut.host, cut.service, cut.message) == ("h" * limit, "\U0001f600" * limit, text)
     assert cut.parse_error == "service longer than 255 characters; host longer than 255 characters"
 
 
 # ----------------------------------------------------------------------------------------------------------- any bytes
 
-LOGS_PARSE_SEEDS = [
+SEEDS = [
     b"<165>1 2026-11-11T22:14:15.003Z mymachine.example.com evntslog 12 ID47 "
     b'[exampleSDID@32473 iut="3" src="A\\"\\]"][p@1 c="high" c="low"] \xef\xbb\xbfAn entry\n at x',
     b"<34>1 2026-08-24T05:14:15.000003-07:00 192.0.2.1 myproc 8710 - - %% It's time\n<13>1 - - - - - -",
@@ -490,7 +488,7 @@ LOGS_PARSE_SEEDS = [
 ]
 
 
-LOGS_PARSE_PIECES = [
+PIECES = [
     b"\0", b"\xff", b"\xed\xa0\x80", b"\n", b"\r\n", b" ", b"<", b">", b"<191>", b"<192>1 ", b"\n<34>1 - - - - - ",
     b"[", b"]",
     b'"', b"\\", b"=", b":", b"-", b"{", b"}", b"\\u0000", b"\\ud800", b"1e999", b"9" * 30,
@@ -500,7 +498,7 @@ LOGS_PARSE_PIECES = [
 ]  # fmt: skip
 
 
-def logs_parse_mutants(seed: int, count: int) -> Iterator[bytes]:
+def mutants(seed: int, count: int) -> Iterator[bytes]:
     """One in eight is noise, the others are a datagram of the corpus with one to four wounds."""
     rng = random.Random(seed)
     random_, choice = rng.random, rng.choice
@@ -508,27 +506,27 @@ def logs_parse_mutants(seed: int, count: int) -> Iterator[bytes]:
         if number % 8 == 0:
             yield rng.randbytes(int(random_() * 60))
             continue
-        data = choice(LOGS_PARSE_SEEDS)
+        data = choice(SEEDS)
         for _ in range(1 + int(random_() * 4)):
             at = int(random_() * (len(data) + 1))
             kind = random_()
             if kind < 0.3:
-                data = data[:at] + choice(LOGS_PARSE_PIECES) + data[at:]
+                data = data[:at] + choice(PIECES) + data[at:]
             elif kind < 0.6:
                 data = data[:at] + bytes((int(random_() * 256),)) + data[at + 1 :]
             elif kind < 0.8:
                 data = data[:at] + data[at + int(random_() * 20) :]
             else:
-                data = data[:at] + choice(LOGS_PARSE_SEEDS)[-at:]
+                data = data[:at] + choice(SEEDS)[-at:]
         yield data
 
 
-def logs_parse_check(datagram: bytes, events: list[log_parse.Event]) -> None:
+def check(datagram: bytes, events: list[log_parse.Event]) -> None:
     """What is promised of any datagram."""
     assert events
     for event in events:
         received_at, at, service, host, severity, message, attributes, error = event
-        assert received_at is LOGS_PARSE_NOW
+        assert received_at is NOW
         assert at.tzinfo is UTC and -log_parse.BEHIND <= at - received_at <= log_parse.AHEAD
         assert 0 <= severity <= 7
         assert 0 < len(service) <= 255 and 0 < len(host) <= 255
@@ -540,26 +538,26 @@ def logs_parse_check(datagram: bytes, events: list[log_parse.Event]) -> None:
             assert message in datagram.decode()
 
 
-def test_logs_parse_100_000_mutated_datagrams() -> None:
+def test_parse_100_000_mutated_datagrams() -> None:
     events = errors = 0
-    for datagram in logs_parse_mutants(7, 100_000):
-        parsed = log_parse.parse(datagram, LOGS_PARSE_SOURCE, LOGS_PARSE_NOW)
-        logs_parse_check(datagram, parsed)
+    for datagram in mutants(7, 100_000):
+        parsed = log_parse.parse(datagram, SOURCE, NOW)
+        check(datagram, parsed)
         events += len(parsed)
         errors += sum(event.parse_error is not None for event in parsed)
     assert 20_000 < errors < events - 20_000  # both sorts were there
 
 
 @settings(max_examples=1000)
-@given(st.lists(st.binary(max_size=20) | st.sampled_from(LOGS_PARSE_PIECES + LOGS_PARSE_SEEDS), max_size=12))
+@given(st.lists(st.binary(max_size=20) | st.sampled_from(PIECES + SEEDS), max_size=12))
 @example([b"<34>1 0001-01-01T00:00:00+23:59 h a - - - m"])
-def test_logs_parse_any_bytes(pieces: list[bytes]) -> None:
+def test_any_bytes(pieces: list[bytes]) -> None:
     datagram = b"".join(pieces)
-    logs_parse_check(datagram, logs_parse_all(datagram))
+    check(datagram, logs_parse_all(datagram))
 
 
 @functools.cache
-def logs_parse_heavy() -> list[bytes]:
+def heavy() -> list[bytes]:
     """As long as a datagram can be, of what makes a pattern go back or a parser go deep."""
     repeated = [
         b"a", b" ", b"\r", b"\n", b"\r\n", b":", b"[", b"]", b"a[", b"a:", b"a[]", b'"', b"\\", b"=", b"a=", b"\0",
@@ -578,9 +576,9 @@ def logs_parse_heavy() -> list[bytes]:
     return [(begin + again * 65507)[:65507] for begin in begins for again in repeated]
 
 
-def test_logs_parse_the_longest_datagrams_cost_little() -> None:
+def test_the_longest_datagrams_cost_little() -> None:
     """Linear: going back over 64 KiB at each byte would take seconds. What it costs is the least of some tries."""
-    for datagram in logs_parse_heavy():
+    for datagram in heavy():
         cost = float("inf")
         for _ in range(5):
             begun = time.process_time()
@@ -589,22 +587,22 @@ def test_logs_parse_the_longest_datagrams_cost_little() -> None:
             if cost < 0.25:
                 break
         assert cost < 0.25
-        logs_parse_check(datagram, events)
+        check(datagram, events)
         assert len(events) <= log_parse.MAX_LINES
 
 
-def test_logs_parse_postgresql_stores_whatever_comes_of_any_bytes(pg: PgServer) -> None:
+def test_postgresql_stores_whatever_comes_of_any_bytes(pg: PgServer) -> None:
     nasty = [
-        *logs_parse_heavy()[::7],
-        *(b'<34>1 - - - - - [s x="%s"][t%s x="%s"]%s' % ((piece,) * 4) for piece in LOGS_PARSE_PIECES),
-        *(b'{"a":"' + piece + b'","' + piece + b'":[' + piece + b"]}" for piece in LOGS_PARSE_PIECES),
+        *heavy()[::7],
+        *(b'<34>1 - - - - - [s x="%s"][t%s x="%s"]%s' % ((piece,) * 4) for piece in PIECES),
+        *(b'{"a":"' + piece + b'","' + piece + b'":[' + piece + b"]}" for piece in PIECES),
         *(b'{"a":' + b"[" * depth + b"]" * depth + b"}" for depth in (200, 252, 253, 254, 255, 1022, 30_000)),
         *(b'{"a":' + b'{"a":' * depth + b"1" + b"}" * depth + b"}" for depth in (252, 253, 254, 255, 1022, 9_000)),
         *(b'{"a":%s,"ts":%s}' % (n, n) for n in (b"1e308", b"-1e308", b"5e-324", b"18446744073709551616", b"9" * 300)),
         *(b'{"a":"' + chr(n).encode() + b'","b":"\\u%04x"}' % n for n in (*range(1, 0xD800, 211), 0xFFFE, 0xFFFF)),
         bytes(range(256)) * 255,
     ]  # fmt: skip
-    datagrams = [*nasty, *itertools.islice(logs_parse_mutants(8, 20_000), 0, None, 5)]
+    datagrams = [*nasty, *itertools.islice(mutants(8, 20_000), 0, None, 5)]
     events = [event for datagram in datagrams for event in logs_parse_all(datagram)]
     assert len(events) > 5_000
 

@@ -29,14 +29,14 @@ from market.trade import Trade
 from runtime.spool import EncodedBatch, Spool
 from sandbox.broker import Broker
 from sandbox.markets import Exchanges
-from tests.helpers.base import PrimWorld, prim_run, prim_until_async
+from tests.helpers.base import World, run_task, until_async
 from tests.helpers.market import (
     ABSENT,
     MARKET_KAFKA_NOW,
-    MarketConnectFakeSocket,
-    MarketConnectSink,
+    FakeSocket,
     MarketConnectWorld,
-    market_kafka_balanced,
+    Sink,
+    balanced,
     market_kafka_ids,
     market_kafka_open,
     market_kafka_trade,
@@ -62,7 +62,7 @@ def restored_sigterm() -> Iterator[None]:
         *({"sequence": True}, {"trade_id": 1}),
     ],
 )
-def test_market_kafka_a_record_with_wrong_types_is_no_trade(field: dict[str, Any]) -> None:
+def test_kafka_a_record_with_wrong_types_is_no_trade(field: dict[str, Any]) -> None:
     """One that was taken for a trade had the analysers read its partition again, for ever."""
     good = market_kafka_trade(1)
     assert mt.decode(mt.encode(good)) == good and mt.decode(mt.encode(good._replace(sequence=None))).sequence is None
@@ -70,14 +70,14 @@ def test_market_kafka_a_record_with_wrong_types_is_no_trade(field: dict[str, Any
         mt.decode(json.dumps({**good._asdict(), **field}).encode())
 
 
-def test_market_kafka_rounds_are_bounded_and_in_order() -> None:
+def test_kafka_rounds_are_bounded_and_in_order() -> None:
     rows = [mt.Row("t", b"k", b"x" * size, 0, []) for size in (40, 40, 40, 100, 1, 300, 5)]
     found = [[len(row.value) for row in each] for each in link.rounds(rows, 100)]
     assert found == [[40, 40, 40], [100], [1, 300], [5]]
     assert list(link.rounds([], 100)) == []
 
 
-def test_market_kafka_encoding_gives_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kafka_encoding_gives_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = 0
     most = 0
 
@@ -99,13 +99,13 @@ def test_market_kafka_encoding_gives_others_their_turn(monkeypatch: pytest.Monke
         assert publisher.stats().trades.accepted == begun == 5000 and most == link.AT_ONCE
         assert await publisher.stop() == 5000
 
-    prim_run(main())
+    run_task(main())
 
 
 # ----------------------------------------------------------------------------------------------------------- the spool
 
 
-def test_market_kafka_what_the_spool_gives_back_is_not_encoded_again(
+def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
     market_kafka_broker: Broker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -134,14 +134,14 @@ def test_market_kafka_what_the_spool_gives_back_is_not_encoded_again(
             async with market_kafka_open(broker.address, spool=tmp_path / "spool") as publisher:
                 await publisher.trades(market_kafka_trades(4200, 4300))
                 await publisher.flush()
-                assert market_kafka_balanced(publisher).trades == link.Counts(100, 4201, 4301, 0, 0, 0, 0)
+                assert balanced(publisher).trades == link.Counts(100, 4201, 4301, 0, 0, 0, 0)
                 assert list((tmp_path / "spool").glob("*.batch")) == []
         assert encoded == 4300 and await market_kafka_ids(broker.address) == list(range(4300))
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_a_spool_that_cannot_be_read_for_a_while_is_read_later(
+def test_kafka_a_spool_that_cannot_be_read_for_a_while_is_read_later(
     market_kafka_broker: Broker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -166,10 +166,10 @@ def test_market_kafka_a_spool_that_cannot_be_read_for_a_while_is_read_later(
             assert refused == 1 and publisher.stats().state == "connected"
         assert await market_kafka_ids(broker.address) == list(range(50))
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_what_comes_while_the_buffer_is_moved_does_not_keep_it_moving(
+def test_kafka_what_comes_while_the_buffer_is_moved_does_not_keep_it_moving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a busy machine it was refilled as fast as it went to the spool, and nothing was published for so long."""
@@ -189,15 +189,15 @@ def test_market_kafka_what_comes_while_the_buffer_is_moved_does_not_keep_it_movi
         monkeypatch.setattr(Spool, "put", refilling)
         assert await publisher._spill()
         monkeypatch.setattr(Spool, "put", put)
-        counts = market_kafka_balanced(publisher).trades
+        counts = balanced(publisher).trades
         assert (puts, counts.spooled, counts.held) == (1, 50, 50)
         await publisher.stop(0.0)
-        assert market_kafka_balanced(publisher).trades.spooled == 100
+        assert balanced(publisher).trades.spooled == 100
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_dead_letters_go_to_the_spool_in_files_of_bounded_size(tmp_path: Path) -> None:
+def test_kafka_dead_letters_go_to_the_spool_in_files_of_bounded_size(tmp_path: Path) -> None:
     async def main() -> None:
         async with market_kafka_open(ABSENT, spool=tmp_path / "spool", limit=0.0) as publisher:
             for _ in range(6):
@@ -205,10 +205,10 @@ def test_market_kafka_dead_letters_go_to_the_spool_in_files_of_bounded_size(tmp_
         assert [Spool(tmp_path / "spool").open()] == [6]
         assert len(list((tmp_path / "spool").glob("*.batch"))) == 3  # beyond FLIGHT_BYTES no further one
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_kafka_a_stop_that_is_cancelled_while_it_closes_loses_nothing(
+def test_kafka_a_stop_that_is_cancelled_while_it_closes_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a second signal does it: the rest was on its way to the spool, and its task was left behind."""
@@ -234,18 +234,18 @@ def test_market_kafka_a_stop_that_is_cancelled_while_it_closes_loses_nothing(
             gate.set()
             await asyncio.wait((stopping,))
             assert stopping.cancelled() and publisher.stats().state == "closed"
-            assert market_kafka_balanced(publisher).trades == link.Counts(50, 0, 0, 0, 50, 0, 0)
+            assert balanced(publisher).trades == link.Counts(50, 0, 0, 0, 50, 0, 0)
         spool = Spool(tmp_path / "spool")
         assert spool.open() == 50
         await spool.close()
 
-    prim_run(main())
+    run_task(main())
 
 
 # ----------------------------------------------------------------------------------------------------------- exchanges
 
 
-def test_market_feeds_no_more_symbols_than_a_connection_may_have() -> None:
+def test_feeds_no_more_symbols_than_a_connection_may_have() -> None:
     symbols = [f"S{n}-USD" for n in range(1025)]
     for name, most in (("bitfinex", 25), ("binance", 1024)):
         adapter = ADAPTERS[name].fresh()
@@ -260,14 +260,14 @@ def test_market_feeds_no_more_symbols_than_a_connection_may_have() -> None:
         market_flow.feeds_of(market_flow.Options(symbols=tuple(symbols[:26]), exchanges=("kraken", "bitfinex")), {})
 
 
-def test_market_connect_subscriptions_are_as_slow_as_the_exchange_wants_them() -> None:
+def test_connect_subscriptions_are_as_slow_as_the_exchange_wants_them() -> None:
     slept: list[float] = []
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
 
     async def main() -> None:
-        sink, ws = MarketConnectSink(), MarketConnectFakeSocket(PrimWorld(), 1.0)
+        sink, ws = Sink(), FakeSocket(World(), 1.0)
         symbols = [f"S{n}-USD" for n in range(750)]
         for name, messages, pauses in (("binance", 8, 7), ("bybit", 75, 0)):
             slept.clear()
@@ -277,10 +277,10 @@ def test_market_connect_subscriptions_are_as_slow_as_the_exchange_wants_them() -
             assert len(ws.sent) == messages and len(slept) == pauses
             assert all(4 * pause >= 1.0 for pause in slept)  # four of them and a pong are five in a second
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_asked_for_again() -> None:
+def test_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_asked_for_again() -> None:
     """By the clock of the test; each symbol's silence is that of this connection, until another's last trade."""
 
     def frame(symbol: str, number: int, now: float) -> bytes:
@@ -289,8 +289,8 @@ def test_market_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_a
         return json.dumps(fields).encode()
 
     async def main() -> None:
-        world, sink = PrimWorld(1.8e9), MarketConnectSink()
-        ws: Any = MarketConnectFakeSocket(world, 1.0)
+        world, sink = World(1.8e9), Sink()
+        ws: Any = FakeSocket(world, 1.0)
         symbols = ["BTC-USD", "SOL-USD"]
         feed = Feed(
             *(ADAPTERS["binance"], symbols, sink.emit, sink.dead),
@@ -333,10 +333,10 @@ def test_market_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_a
         assert feed._renewal() == "" and feed._patience == 1800.0  # it helped
         assert len(sink.told["binance"]) == 8 and sink.letters == []
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_connect_a_connection_is_left_for_a_silent_symbols_sake() -> None:
+def test_connect_a_connection_is_left_for_a_silent_symbols_sake() -> None:
     """One symbol is refused: nothing of it ever comes. Bitstamp is asked for each by a message."""
 
     async def main() -> None:
@@ -351,18 +351,18 @@ def test_market_connect_a_connection_is_left_for_a_silent_symbols_sake() -> None
                 ends.add(feed.stats().last_error)
                 return feed.stats().connects >= 3 and feed.stats().state == "live"
 
-            await prim_until_async(renewed)
+            await until_async(renewed)
             assert "nothing of XRP-USD" in ends and feed.stats().breaker == "closed"
             assert [world.feeds[name].stats().connects for name in ("bitstamp", "okx")] == [1, 1]
 
     with Exchanges(symbols=("BTC-USD", "ETH-USD"), heartbeat=0) as them:
-        prim_run(main())
+        run_task(main())
 
 
 # -------------------------------------------------------------------------------------------------------- the programs
 
 
-def test_market_flow_thousands_of_rows_do_not_hold_the_loop() -> None:
+def test_flow_thousands_of_rows_do_not_hold_the_loop() -> None:
     analytics = Analytics()
     analytics.add(market_kafka_trade(1))
     row = analytics.due(everything=True)[0]
@@ -381,11 +381,11 @@ def test_market_flow_thousands_of_rows_do_not_hold_the_loop() -> None:
             await asyncio.sleep(0)
         assert told == [market_flow.ROWS] * 3 + [1] and turns >= 4 and len(shown) == sum(told)
 
-    prim_run(main())
+    run_task(main())
 
 
 @pytest.mark.usefixtures("restored_sigterm")
-def test_market_pipeline_sigterm_before_and_after_the_loop_is_as_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_sigterm_before_and_after_the_loop_is_as_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the demo's broker would live on."""
     closed: list[str] = []
 
@@ -422,7 +422,7 @@ def test_market_pipeline_sigterm_before_and_after_the_loop_is_as_ctrl_c(monkeypa
     assert market_pipeline.main(["--demo"]) == market_pipeline.EXIT_INTERRUPTED and closed == ["demo"] * 2
 
 
-def test_market_pipeline_a_publisher_is_closed_before_the_program_ends(tmp_path: Path) -> None:
+def test_pipeline_a_publisher_is_closed_before_the_program_ends(tmp_path: Path) -> None:
     """Forced: what waits is in the spool when `run` returns, and no task is left."""
 
     async def main() -> None:
@@ -430,7 +430,7 @@ def test_market_pipeline_a_publisher_is_closed_before_the_program_ends(tmp_path:
         options = market_flow.Options(kafka=ABSENT, exchanges=("kraken",), urls=urls, workers=1)
         program = market_flow.Pipeline(dataclasses.replace(options, spool=str(tmp_path / "spool")))
         running = asyncio.create_task(program.run())
-        await prim_until_async(lambda: program.publisher.stats().state == "connecting")
+        await until_async(lambda: program.publisher.stats().state == "connecting")
         program.emit("kraken", market_kafka_trades(0, 500))
         program.stop()
         program.stop()
@@ -438,10 +438,10 @@ def test_market_pipeline_a_publisher_is_closed_before_the_program_ends(tmp_path:
         assert program.snapshot().published.spooled == 500 and program.snapshot().kafka == "closed"
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_display_silent_symbols_are_shown() -> None:
+def test_display_silent_symbols_are_shown() -> None:
     from prometheus_client import CollectorRegistry, generate_latest
     from rich.console import Console
 
@@ -458,7 +458,7 @@ def test_market_display_silent_symbols_are_shown() -> None:
     assert console.export_text().count("silent: SOL-USD ADA-USD") == 1
 
 
-def test_market_pipeline_windows_that_are_no_numbers_are_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipeline_windows_that_are_no_numbers_are_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         market_pipeline.parse_arguments(["--demo", "--windows", "10,x"], {})
     told = capsys.readouterr().err.splitlines()[-1]

@@ -29,35 +29,35 @@ from market.trade import (
 )
 from sandbox.exchanges import WIRES
 from tests.helpers.market import (
-    MARKET_FEEDS_BITFINEX_ACK,
-    MARKET_FEEDS_CASES,
-    MARKET_FEEDS_NOW,
-    MarketFeedsCase,
-    market_feeds_connected,
+    BITFINEX_ACK,
+    CASES,
+    NOW,
+    Case,
+    connected,
     market_feeds_ns,
 )
 
-MARKET_FEEDS_CRYPTO = tuple(name for name, adapter in ADAPTERS.items() if adapter.key_env is None)
+CRYPTO = tuple(name for name, adapter in ADAPTERS.items() if adapter.key_env is None)
 
 
-@pytest.mark.parametrize("case", MARKET_FEEDS_CASES, ids=lambda case: f"{case.exchange}-{case.kind}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.exchange}-{case.kind}")
 @pytest.mark.parametrize("as_bytes", [False, True])
-def test_market_feeds_documented_frames(case: MarketFeedsCase, as_bytes: bool) -> None:
+def test_documented_frames(case: Case, as_bytes: bool) -> None:
     adapter = ADAPTERS[case.exchange].fresh()
     for frame in case.before:
-        adapter.parse(frame, MARKET_FEEDS_NOW)
-    parsed = adapter.parse(case.frame.encode() if as_bytes else case.frame, MARKET_FEEDS_NOW)
+        adapter.parse(frame, NOW)
+    parsed = adapter.parse(case.frame.encode() if as_bytes else case.frame, NOW)
     expected = [
-        Trade._make((case.exchange, *row[:3], float(row[1]), float(row[2]), *row[3:6], MARKET_FEEDS_NOW, *row[6:]))
+        Trade._make((case.exchange, *row[:3], float(row[1]), float(row[2]), *row[3:6], NOW, *row[6:]))
         for row in case.trades
     ]
     assert parsed == Parsed(expected, case.kind, case.note, None, case.sequence, case.reconnect)  # type: ignore[arg-type]
     if not as_bytes and case.frame[0] in "[{":
-        assert adapter.parse(gzip.compress(case.frame.encode()), MARKET_FEEDS_NOW) == parsed
+        assert adapter.parse(gzip.compress(case.frame.encode()), NOW) == parsed
 
 
-def test_market_feeds_every_kind_is_covered() -> None:
-    kinds = {name: {case.kind for case in MARKET_FEEDS_CASES if case.exchange == name} for name in ADAPTERS}
+def test_every_kind_is_covered() -> None:
+    kinds = {name: {case.kind for case in CASES if case.exchange == name} for name in ADAPTERS}
     for name, adapter in ADAPTERS.items():
         wanted = {"trades", "error"} | (set() if name in ("gemini", "finnhub") else {"ack"})  # these two send none
         wanted |= (
@@ -83,7 +83,7 @@ def test_market_feeds_every_kind_is_covered() -> None:
         ("finnhub", "BTC", "BTC-USD"),
     ],
 )
-def test_market_feeds_symbols(name: str, native: str, back: str) -> None:
+def test_symbols(name: str, native: str, back: str) -> None:
     adapter = ADAPTERS[name].fresh()
     assert adapter.native("BTC-USD") == native
     assert adapter.symbol(native) == back  # nothing asked: what the name itself says
@@ -118,7 +118,7 @@ def test_market_feeds_symbols(name: str, native: str, back: str) -> None:
         adapter.symbol(native)
 
 
-def test_market_feeds_an_exact_symbol_is_not_stood_in_for() -> None:
+def test_an_exact_symbol_is_not_stood_in_for() -> None:
     for symbols in (["BTC-USD", "BTC-USDT"], ["BTC-USDT", "BTC-USD"]):
         adapter = ADAPTERS["binance"].fresh()
         (message,) = adapter.subscribe(symbols)
@@ -126,7 +126,7 @@ def test_market_feeds_an_exact_symbol_is_not_stood_in_for() -> None:
         assert adapter.symbol("BTCUSDT") == "BTC-USDT"
 
 
-def test_market_feeds_what_is_sent() -> None:
+def test_what_is_sent() -> None:
     symbols = ["BTC-USD", "DOGE-USDT"]
     sent = {}
     for name, adapter in ADAPTERS.items():
@@ -213,7 +213,7 @@ def test_market_feeds_what_is_sent() -> None:
     ]
 
 
-def test_market_feeds_keys() -> None:
+def test_keys() -> None:
     with pytest.raises(ValueError, match="APCA_API_KEY_ID"):
         ADAPTERS["alpaca"].with_keys({})
     with pytest.raises(ValueError, match="APCA_API_SECRET_KEY"):
@@ -226,14 +226,14 @@ def test_market_feeds_keys() -> None:
     assert finnhub.connect_url(["AAPL-USD"]) == "wss://ws.finnhub.io?token=a%20b%26c"
     assert finnhub.connect_url(["AAPL-USD"], "ws://127.0.0.1:1/x") == "ws://127.0.0.1:1/x?token=a%20b%26c"
     assert "a b" not in repr(finnhub) and "'s'" not in repr(alpaca)
-    for name in MARKET_FEEDS_CRYPTO:
+    for name in CRYPTO:
         adapter = ADAPTERS[name].with_keys({})
         assert adapter is not ADAPTERS[name]
         assert adapter.connect_url(["BTC-USD"]) == adapter.url
         assert adapter.connect_url(["BTC-USD"], "ws://127.0.0.1:1/") == "ws://127.0.0.1:1/"
 
 
-MARKET_FEEDS_NO_NUMBERS: tuple[Any, ...] = (
+NO_NUMBERS: tuple[Any, ...] = (
     *("", ".", "e5", "-1", " 1", "1 ", "1_000", "1,5", "nan", "inf", "0x10", "１", "1e", "1\n"),
     *(-1.5, -1, True, None, [], {}, math.inf, math.nan, 10**18, 1e19, "1e30", "1e-40", 5e-324),
     *("1" * 19, "0." + "1" * 37, "1e999", "9" * 10_000),
@@ -258,11 +258,11 @@ MARKET_FEEDS_NO_NUMBERS: tuple[Any, ...] = (
         ("5.", "5"),
         ("0", "0"),
         ("1.23e1", "12.3"),
-        *((value, None) for value in MARKET_FEEDS_NO_NUMBERS),
+        *((value, None) for value in NO_NUMBERS),
     ],
     ids=lambda value: repr(value)[:20],
 )
-def test_market_feeds_decimals(value: object, text: str | None) -> None:
+def test_decimals(value: object, text: str | None) -> None:
     if text is None:
         with pytest.raises(BadFrame):
             decimal(value)
@@ -270,7 +270,7 @@ def test_market_feeds_decimals(value: object, text: str | None) -> None:
         assert decimal(value) == text
 
 
-def test_market_feeds_decimals_are_the_doubles_that_were_sent() -> None:
+def test_decimals_are_the_doubles_that_were_sent() -> None:
     rng = random.Random(8)
     for _ in range(2000):
         number = 10 ** rng.uniform(-9, 12) * rng.random()
@@ -278,7 +278,7 @@ def test_market_feeds_decimals_are_the_doubles_that_were_sent() -> None:
         assert "e" not in decimal(number)
 
 
-def test_market_feeds_times() -> None:
+def test_times() -> None:
     assert iso("2014-11-07T08:19:27.028459Z") == market_feeds_ns("2014-11-07T08:19:27.028459Z")
     assert iso("2021-02-22T15:51:44.208123456+00:00") == 1614009104208123456
     assert iso("2021-02-22T15:51:44Z") == 1614009104000000000
@@ -304,16 +304,16 @@ def test_market_feeds_times() -> None:
 
 
 def market_feeds_trade(adapter: Adapter, **changed: object) -> Parsed:
-    item = {"e": "trade", "s": "BTCUSDT", "t": 1, "p": "1", "q": "1", "T": MARKET_FEEDS_NOW // 10**6, "m": True}
-    return adapter.parse(json.dumps(item | changed), MARKET_FEEDS_NOW)
+    item = {"e": "trade", "s": "BTCUSDT", "t": 1, "p": "1", "q": "1", "T": NOW // 10**6, "m": True}
+    return adapter.parse(json.dumps(item | changed), NOW)
 
 
-def test_market_feeds_implausible_trades_are_bad_frames() -> None:
+def test_implausible_trades_are_bad_frames() -> None:
     adapter = ADAPTERS["binance"].fresh()
-    borders = (EARLIEST_NS // 10**6, (MARKET_FEEDS_NOW + AHEAD_NS) // 10**6)
+    borders = (EARLIEST_NS // 10**6, (NOW + AHEAD_NS) // 10**6)
     for when in borders:
         assert market_feeds_trade(adapter, T=when).trades[0].exchange_ts_ns == when * 10**6
-    for when in (borders[0] - 1, borders[1] + 1, 0, -1, 10**30, MARKET_FEEDS_NOW):
+    for when in (borders[0] - 1, borders[1] + 1, 0, -1, 10**30, NOW):
         with pytest.raises(BadFrame, match=r"plausible time|time in milliseconds"):
             market_feeds_trade(adapter, T=when)
     for field in ("p", "q"):
@@ -354,24 +354,24 @@ def test_market_feeds_implausible_trades_are_bad_frames() -> None:
         [b"x"],
     ):
         with pytest.raises(BadFrame):
-            adapter.parse(frame, MARKET_FEEDS_NOW)  # type: ignore[arg-type]
+            adapter.parse(frame, NOW)  # type: ignore[arg-type]
     with pytest.raises(BadFrame, match="unknown message: kline"):
-        adapter.parse('{"e":"kline"}', MARKET_FEEDS_NOW)
+        adapter.parse('{"e":"kline"}', NOW)
 
 
-def test_market_feeds_one_bad_trade_makes_a_bad_frame() -> None:
+def test_one_bad_trade_makes_a_bad_frame() -> None:
     wire, adapter = WIRES["bybit"](), ADAPTERS["bybit"].fresh()
-    ticks = [("1", "1", "buy", number, MARKET_FEEDS_NOW) for number in range(3)]
+    ticks = [("1", "1", "buy", number, NOW) for number in range(3)]
     (frame,) = wire.trades("BTCUSDT", ticks)
-    assert len(adapter.parse(frame, MARKET_FEEDS_NOW).trades) == 3
+    assert len(adapter.parse(frame, NOW).trades) == 3
     with pytest.raises(BadFrame):
-        adapter.parse(frame[::-1].replace('"1":"p"', '"0":"p"', 1)[::-1], MARKET_FEEDS_NOW)
+        adapter.parse(frame[::-1].replace('"1":"p"', '"0":"p"', 1)[::-1], NOW)
 
 
-def test_market_feeds_gzip_is_bounded() -> None:
+def test_gzip_is_bounded() -> None:
     adapter = ADAPTERS["gateio"].fresh()
     frame = b'{"time":1,"channel":"spot.pong","event":"","error":null,"result":null}'
-    assert adapter.parse(gzip.compress(frame), MARKET_FEEDS_NOW).kind == "heartbeat"
+    assert adapter.parse(gzip.compress(frame), NOW).kind == "heartbeat"
     for wrong in (
         gzip.compress(frame)[:-5],
         gzip.compress(frame) + b"x",
@@ -381,42 +381,42 @@ def test_market_feeds_gzip_is_bounded() -> None:
         zlib.compress(frame),
     ):
         with pytest.raises(BadFrame):
-            adapter.parse(wrong, MARKET_FEEDS_NOW)
+            adapter.parse(wrong, NOW)
 
 
-def test_market_feeds_bitfinex_channels_are_of_one_connection() -> None:
+def test_bitfinex_channels_are_of_one_connection() -> None:
     adapter = ADAPTERS["bitfinex"].fresh()
     frame = '[17470,"te",[1,1574694478809,-0.005,7245]]'
     with pytest.raises(BadFrame, match="channel"):
-        adapter.parse(frame, MARKET_FEEDS_NOW)
+        adapter.parse(frame, NOW)
     adapter.subscribe(["BTC-USD"])
-    adapter.parse(MARKET_FEEDS_BITFINEX_ACK, MARKET_FEEDS_NOW)
-    assert adapter.parse(frame, MARKET_FEEDS_NOW).trades[0].symbol == "BTC-USD"
+    adapter.parse(BITFINEX_ACK, NOW)
+    assert adapter.parse(frame, NOW).trades[0].symbol == "BTC-USD"
     with pytest.raises(BadFrame, match="channel"):
-        adapter.fresh().parse(frame, MARKET_FEEDS_NOW)
+        adapter.fresh().parse(frame, NOW)
     adapter.subscribe(["BTC-USD"])
     with pytest.raises(BadFrame, match="channel"):
-        adapter.parse(frame, MARKET_FEEDS_NOW)
+        adapter.parse(frame, NOW)
 
 
-def test_market_feeds_snapshots_come_oldest_first_where_times_are_equal() -> None:
+def test_snapshots_come_oldest_first_where_times_are_equal() -> None:
     for name in ("kraken", "bitfinex", "gemini"):
-        wire, adapter, _ = market_feeds_connected(name, ["BTC-USD"])
-        ticks = [("1", "1", "buy", number, MARKET_FEEDS_NOW) for number in range(1, 6)]
+        wire, adapter, _ = connected(name, ["BTC-USD"])
+        ticks = [("1", "1", "buy", number, NOW) for number in range(1, 6)]
         (frame,) = wire.snapshot(adapter.native("BTC-USD"), ticks)
-        assert [trade.trade_id for trade in adapter.parse(frame, MARKET_FEEDS_NOW).trades] == ["1", "2", "3", "4", "5"]
+        assert [trade.trade_id for trade in adapter.parse(frame, NOW).trades] == ["1", "2", "3", "4", "5"]
 
 
-def test_market_feeds_the_state_of_a_connection_goes_with_a_dead_letter() -> None:
+def test_the_state_of_a_connection_goes_with_a_dead_letter() -> None:
     for name in ADAPTERS:
         adapter = ADAPTERS[name].fresh()
         adapter.subscribe(["BTC-USD"])
         native, context = adapter.native("BTC-USD"), adapter.context()
         if name == "bitfinex":
-            adapter.parse(MARKET_FEEDS_BITFINEX_ACK, MARKET_FEEDS_NOW)
+            adapter.parse(BITFINEX_ACK, NOW)
             frame, context = '[17470,"te",[1,1574694478809,-0.005,7245]]', adapter.context()
             later = ADAPTERS[name].within(context)
-            assert later.parse(frame, MARKET_FEEDS_NOW) == adapter.parse(frame, MARKET_FEEDS_NOW)
+            assert later.parse(frame, NOW) == adapter.parse(frame, NOW)
         later = ADAPTERS[name].within(context.encode())
         assert later is not ADAPTERS[name]
         assert later.symbol(native) == "BTC-USD"
@@ -429,7 +429,7 @@ def test_market_feeds_the_state_of_a_connection_goes_with_a_dead_letter() -> Non
             ADAPTERS["bitfinex"].within(wrong)
 
 
-def test_market_feeds_types_are_not_mixed_up() -> None:
+def test_types_are_not_mixed_up() -> None:
     assert (identity(5), identity("a-5"), whole("7"), whole(2**63 - 1)) == ("5", "a-5", 7, 2**63 - 1)
     wrong: tuple[Any, ...] = (True, False, -1, 1.0, None, "", "a b", "x" * 65, "é", [], {})
     for value in wrong:
@@ -438,13 +438,13 @@ def test_market_feeds_types_are_not_mixed_up() -> None:
     for value in (*wrong, 2**63, "1" * 19, "-1", "x"):
         with pytest.raises(BadFrame):
             whole(value)
-    frame = next(case.frame for case in MARKET_FEEDS_CASES if case.exchange == "bitstamp" and case.trades)
-    assert ADAPTERS["bitstamp"].fresh().parse(frame, MARKET_FEEDS_NOW).trades[0].side == "buy"
+    frame = next(case.frame for case in CASES if case.exchange == "bitstamp" and case.trades)
+    assert ADAPTERS["bitstamp"].fresh().parse(frame, NOW).trades[0].side == "buy"
     for kind in ("false", "0.0", '"0"', "2", "-1", "null", "[]"):
         with pytest.raises(BadFrame):
-            ADAPTERS["bitstamp"].fresh().parse(frame.replace('"type":0', f'"type":{kind}'), MARKET_FEEDS_NOW)
-    frame = next(case.frame for case in MARKET_FEEDS_CASES if case.exchange == "bitmex" and case.trades)
+            ADAPTERS["bitstamp"].fresh().parse(frame.replace('"type":0', f'"type":{kind}'), NOW)
+    frame = next(case.frame for case in CASES if case.exchange == "bitmex" and case.trades)
     for kind, side in (('"Buy"', "buy"), ('"Sell"', "sell"), ('""', ""), ("null", "")):
-        parsed = ADAPTERS["bitmex"].fresh().parse(frame.replace('"Sell"', kind), MARKET_FEEDS_NOW)
+        parsed = ADAPTERS["bitmex"].fresh().parse(frame.replace('"Sell"', kind), NOW)
         assert [trade.side for trade in parsed.trades] == [side]
     assert short("a\ud800" + "b" * 300) == "a\\ud800" + "b" * 198

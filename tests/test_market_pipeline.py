@@ -41,14 +41,14 @@ from market.replay import Replayer
 from market.topics import decode
 from sandbox.broker import Broker
 from sandbox.markets import Exchanges, Fault
-from tests.helpers.base import HERE, PRIM_PATIENCE, prim_run, prim_until, prim_until_async
+from tests.helpers.base import HANG_LIMIT, HERE, run_task, until_async, wait_until
 from tests.helpers.market import ABSENT, MarketPipelineBase, market_pipeline_metrics, market_pipeline_options
-from tests.helpers.processes import serving_answers_besieged, serving_unread
+from tests.helpers.processes import answers_besieged, unread
 
-MARKET_PIPELINE_SYMBOLS = ("BTC-USD", "ETH-USD", "SOL-USD")
+SYMBOLS = ("BTC-USD", "ETH-USD", "SOL-USD")
 
 
-MARKET_PIPELINE_FEEDS = {"base": 0.02, "cap": 0.05, "healthy_after": 0.2, "ping_every": 0.3}
+FEEDS = {"base": 0.02, "cap": 0.05, "healthy_after": 0.2, "ping_every": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,14 @@ def market_pipeline_broker() -> Iterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def market_pipeline_running(program: Base, code: int = 0) -> AsyncIterator[None]:
+async def running(program: Base, code: int = 0) -> AsyncIterator[None]:
     """While it runs, its counts balance; afterwards it is stopped, and nothing is left of it."""
     task = asyncio.create_task(program.run())
     try:
         yield
         assert not task.done(), task
         program.stop()
-        assert await asyncio.wait_for(task, PRIM_PATIENCE) == code
+        assert await asyncio.wait_for(task, HANG_LIMIT) == code
         counts = program.snapshot()
         assert md.imbalance(counts) == counts.faults == counts.queued == counts.waiting == 0, counts
     finally:
@@ -98,7 +98,7 @@ async def market_pipeline_trades(kafka: str, prefix: str) -> list[mf.Trade]:
     return [decode(record.value) for record in records]
 
 
-def market_pipeline_live(trades: list[mf.Trade], exchange: str) -> dict[str, list[str]]:
+def live(trades: list[mf.Trade], exchange: str) -> dict[str, list[str]]:
     """The ids of the trades that were not in a snapshot, by symbol."""
     found = dict[str, list[str]]()
     for trade in trades:
@@ -109,11 +109,11 @@ def market_pipeline_live(trades: list[mf.Trade], exchange: str) -> dict[str, lis
 
 def market_pipeline_sent(them: Exchanges, exchange: str) -> dict[str, list[str]]:
     """What it sent, by our symbols."""
-    ours = {mf.ADAPTERS[exchange].native(symbol): symbol for symbol in MARKET_PIPELINE_SYMBOLS}
+    ours = {mf.ADAPTERS[exchange].native(symbol): symbol for symbol in SYMBOLS}
     return {ours[native]: ids for native, ids in them.sent_ids(exchange).items() if ids}
 
 
-async def market_pipeline_arrived(them: Exchanges, program: Base, kafka: Callable[[Any], bool] | None = None) -> None:
+async def arrived(them: Exchanges, program: Base, kafka: Callable[[Any], bool] | None = None) -> None:
     """All that was sent is with us, and, unless ``kafka`` says otherwise, published."""
 
     def there() -> bool:
@@ -122,32 +122,30 @@ async def market_pipeline_arrived(them: Exchanges, program: Base, kafka: Callabl
         sent = sum(each.sent for each in them.stats().values())
         return counts.trades >= sent and (kafka or market_pipeline_published)(counts)
 
-    await prim_until_async(there)
+    await until_async(there)
 
 
 def market_pipeline_published(counts: Any) -> bool:
     return bool(counts.published.published == counts.trades + counts.letters and not counts.queued)
 
 
-async def market_pipeline_live_feeds(program: Base, *but: str) -> None:
+async def live_feeds(program: Base, *but: str) -> None:
     def all_live() -> bool:
         feeds = program.snapshot().feeds
         return all(feed.state == "live" for name, feed in feeds.items() if name not in but)
 
-    await prim_until_async(all_live)
+    await until_async(all_live)
 
 
-def test_market_pipeline_every_trade_of_ten_exchanges_is_in_kafka_once(
-    market_pipeline_broker: str, tmp_path: Path
-) -> None:
+def test_every_trade_of_ten_exchanges_is_in_kafka_once(market_pipeline_broker: str, tmp_path: Path) -> None:
     async def main() -> None:
         with Exchanges(ledger=True, history=5) as them:
             pipeline = Pipeline(market_pipeline_options(market_pipeline_broker, "once", tmp_path, them=them))
-            async with market_pipeline_running(pipeline):
-                await market_pipeline_live_feeds(pipeline)
+            async with running(pipeline):
+                await live_feeds(pipeline)
                 for _ in range(5):
                     await asyncio.to_thread(them.emit, 4)
-                await market_pipeline_arrived(them, pipeline)
+                await arrived(them, pipeline)
                 counts = pipeline.snapshot()
                 assert counts.offered == counts.computed == counts.trades and not counts.letters
                 await asyncio.to_thread(them.emit, 1)  # is on its way when the stop comes
@@ -155,7 +153,7 @@ def test_market_pipeline_every_trade_of_ten_exchanges_is_in_kafka_once(
             trades = await market_pipeline_trades(market_pipeline_broker, "once")
             assert len(trades) == pipeline.snapshot().trades
             for name, ids in sent.items():
-                assert market_pipeline_live(trades, name) == ids and all(len(each) == 21 for each in ids.values())
+                assert live(trades, name) == ids and all(len(each) == 21 for each in ids.values())
             assert all(stats.closes == (1000,) and not stats.open for stats in them.stats().values())
         rows = await market_pipeline_read(market_pipeline_broker, "once-analytics")
         assert len(rows) == pipeline.snapshot().rows.published
@@ -170,25 +168,23 @@ def test_market_pipeline_every_trade_of_ten_exchanges_is_in_kafka_once(
         everything = last["BTC-USD", "*"]
         assert everything["volatility"].keys() == {"10", "60", "300"} and everything["spread"] > 0
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_pipeline_an_exchange_that_fails_does_not_hold_up_the_others(
-    market_pipeline_broker: str, tmp_path: Path
-) -> None:
+def test_an_exchange_that_fails_does_not_hold_up_the_others(market_pipeline_broker: str, tmp_path: Path) -> None:
     async def main() -> None:
         with Exchanges(ledger=True, history=0) as them:
             options = market_pipeline_options(market_pipeline_broker, "fails", tmp_path, them=them)
-            pipeline = Pipeline(options, feed_options=MARKET_PIPELINE_FEEDS)
-            async with market_pipeline_running(pipeline):
-                await market_pipeline_live_feeds(pipeline)
+            pipeline = Pipeline(options, feed_options=FEEDS)
+            async with running(pipeline):
+                await live_feeds(pipeline)
                 await asyncio.to_thread(them.emit, 2)
-                await market_pipeline_arrived(them, pipeline)
+                await arrived(them, pipeline)
                 stalled = pipeline.feeds["gemini"]
 
                 async def left_soon() -> None:
                     patience, stalled._pong_within = stalled._pong_within, 0.6
-                    await prim_until_async(lambda: pipeline.snapshot().feeds["gemini"].reconnects == 1)
+                    await until_async(lambda: pipeline.snapshot().feeds["gemini"].reconnects == 1)
                     stalled._pong_within = patience
 
                 faults: list[tuple[str, Fault]] = [("kraken", "close"), ("okx", "reset"), ("gemini", "stall")]
@@ -205,23 +201,23 @@ def test_market_pipeline_an_exchange_that_fails_does_not_hold_up_the_others(
                     feeds = pipeline.snapshot().feeds
                     return all(feeds[name].trades >= 15 for name in others) and feeds["binance"].bad == 3
 
-                await prim_until_async(on)
-                await prim_until_async(lambda: md.health(pipeline.snapshot())[1]["status"] == "degraded")
+                await until_async(on)
+                await until_async(lambda: md.health(pipeline.snapshot())[1]["status"] == "degraded")
                 counts = pipeline.snapshot()
                 assert counts.letters >= 3
                 assert counts.feeds["binance"].gaps >= 1
                 them.door("kraken", "open")
-                await market_pipeline_live_feeds(pipeline)
+                await live_feeds(pipeline)
                 assert all(pipeline.snapshot().feeds[name].reconnects >= 1 for name in away - {"gemini"})
                 await leaving
-                await market_pipeline_live_feeds(pipeline)
+                await live_feeds(pipeline)
                 await asyncio.to_thread(them.emit, 1)
-                await prim_until_async(lambda: market_pipeline_published(pipeline.snapshot()))
+                await until_async(lambda: market_pipeline_published(pipeline.snapshot()))
             trades = await market_pipeline_trades(market_pipeline_broker, "fails")
             for name in others - {"binance"}:
-                assert market_pipeline_live(trades, name) == market_pipeline_sent(them, name)
+                assert live(trades, name) == market_pipeline_sent(them, name)
             for name in away:
-                found = market_pipeline_live(trades, name)
+                found = live(trades, name)
                 assert all(len(ids) == len(set(ids)) for ids in found.values())
                 assert {ids[-1] for ids in found.values()} <= {
                     ids[-1] for ids in market_pipeline_sent(them, name).values()
@@ -230,10 +226,10 @@ def test_market_pipeline_an_exchange_that_fails_does_not_hold_up_the_others(
         said = [dict(record.headers) for record in letters if dict(record.headers)["exchange"] == b"binance"]
         assert len(said) == 3 and all(head["error"] and head["at_ns"] and b"asked" in head["context"] for head in said)
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_pipeline_broker_frozen_stopped_and_started_again(tmp_path: Path) -> None:
+def test_broker_frozen_stopped_and_started_again(tmp_path: Path) -> None:
     broker = Broker(tmp_path / "broker")
 
     async def main() -> None:
@@ -244,10 +240,10 @@ def test_market_pipeline_broker_frozen_stopped_and_started_again(tmp_path: Path)
             async def more(n: int, kafka: Callable[[Any], bool] | None = None) -> None:
                 for _ in range(n):
                     await asyncio.to_thread(them.emit, 3)
-                await market_pipeline_arrived(them, pipeline, kafka)
+                await arrived(them, pipeline, kafka)
 
-            async with market_pipeline_running(pipeline):
-                await market_pipeline_live_feeds(pipeline)
+            async with running(pipeline):
+                await live_feeds(pipeline)
                 await more(2)
                 broker.freeze()
                 try:
@@ -260,39 +256,39 @@ def test_market_pipeline_broker_frozen_stopped_and_started_again(tmp_path: Path)
                 await more(3, lambda counts: counts.published.spooled > 0 and not counts.queued)
                 await asyncio.to_thread(broker.start)
                 await more(1)
-                await prim_until_async(lambda: md.health(pipeline.snapshot())[1]["status"] == "ok")
+                await until_async(lambda: md.health(pipeline.snapshot())[1]["status"] == "ok")
             trades = await market_pipeline_trades(broker.address, "away")
             for name in them.urls:
-                assert market_pipeline_live(trades, name) == market_pipeline_sent(them, name)
+                assert live(trades, name) == market_pipeline_sent(them, name)
             assert pipeline.snapshot().published.spooled == 0
 
     broker.start()
     try:
-        prim_run(main())
+        run_task(main())
     finally:
         broker.stop()
 
 
-def test_market_pipeline_a_worker_that_is_killed_costs_nothing(market_pipeline_broker: str, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_costs_nothing(market_pipeline_broker: str, tmp_path: Path) -> None:
     async def main() -> None:
         with Exchanges(rate=500, history=0) as them:
             options = market_pipeline_options(market_pipeline_broker, "worker", tmp_path, them=them)
             pipeline = Pipeline(options)
-            async with market_pipeline_running(pipeline):
-                await prim_until_async(lambda: pipeline.snapshot().computed > 100)
+            async with running(pipeline):
+                await until_async(lambda: pipeline.snapshot().computed > 100)
                 (worker,) = pipeline.snapshot().workers
                 os.kill(worker, signal.SIGKILL)
                 before = pipeline.snapshot().computed
-                await prim_until_async(lambda: pipeline.snapshot().computed > before + 200)
+                await until_async(lambda: pipeline.snapshot().computed > before + 200)
             counts = pipeline.snapshot()
             assert counts.worker_deaths == 1 and counts.workers != (worker,)
             assert counts.offered == counts.computed == counts.trades == counts.published.published
             assert not psutil.pid_exists(worker)
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_pipeline_dead_letters_are_replayed_by_the_mended_parser(
+def test_dead_letters_are_replayed_by_the_mended_parser(
     market_pipeline_broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Any:
@@ -308,7 +304,7 @@ def test_market_pipeline_dead_letters_are_replayed_by_the_mended_parser(
             flushed.append(replayer.publisher.stats().trades.published)
 
         monkeypatch.setattr(replayer.publisher, "flush", flushing)
-        assert await asyncio.wait_for(replayer.run(), PRIM_PATIENCE) == 0
+        assert await asyncio.wait_for(replayer.run(), HANG_LIMIT) == 0
         counts = replayer.snapshot()
         assert md.imbalance(counts) == 0
         if not options.dry_run:  # before the offsets are committed
@@ -318,17 +314,17 @@ def test_market_pipeline_dead_letters_are_replayed_by_the_mended_parser(
     async def main() -> None:
         with Exchanges(ledger=True, history=0, exchanges=("bitfinex", "okx")) as them:
             pipeline = Pipeline(market_pipeline_options(market_pipeline_broker, "dead", tmp_path, them=them))
-            async with market_pipeline_running(pipeline):
-                await market_pipeline_live_feeds(pipeline)
+            async with running(pipeline):
+                await live_feeds(pipeline)
                 with monkeypatch.context() as patch:
                     patch.setattr(mf.ADAPTERS["bitfinex"].__class__, "_item", broken)
                     await asyncio.to_thread(them.emit, 3)
-                    await prim_until_async(lambda: pipeline.snapshot().letters == 9)
+                    await until_async(lambda: pipeline.snapshot().letters == 9)
                 await asyncio.to_thread(them.fault, "okx", "not json")
-                await prim_until_async(lambda: pipeline.snapshot().letters == 10)
+                await until_async(lambda: pipeline.snapshot().letters == 10)
                 sent = market_pipeline_sent(them, "bitfinex")
         trades = await market_pipeline_trades(market_pipeline_broker, "dead")
-        assert len(trades) == 9 and market_pipeline_live(trades, "bitfinex") == {}
+        assert len(trades) == 9 and live(trades, "bitfinex") == {}
         dry = await replayed(dry_run=True)
         assert (dry.read, dry.found, dry.failed) == (10, 9, 1)
         first = await replayed()
@@ -336,12 +332,12 @@ def test_market_pipeline_dead_letters_are_replayed_by_the_mended_parser(
         assert re.search(r"bitfinex +parsed +9 +a fault of ours\n", first.report() + "\n")
         assert first.report().endswith("10 dead letters: 9 parsed, with 9 trades; 1 still bad")
         trades = await market_pipeline_trades(market_pipeline_broker, "dead")
-        found = {symbol: sorted(ids) for symbol, ids in market_pipeline_live(trades, "bitfinex").items()}
+        found = {symbol: sorted(ids) for symbol, ids in live(trades, "bitfinex").items()}
         assert found == {symbol: sorted(ids) for symbol, ids in sent.items()} and len(trades) == 18
         again = await replayed()
         assert (again.read, again.found, again.failed) == (1, 0, 1)  # the one that is still bad, for the next time
 
-    prim_run(main())
+    run_task(main())
 
 
 def market_pipeline_trade(n: int, symbol: str) -> mf.Trade:
@@ -349,7 +345,7 @@ def market_pipeline_trade(n: int, symbol: str) -> mf.Trade:
     return mf.Trade("kraken", symbol, "100.5", "1", 100.5 + n % 7, 1.0, "buy", str(n), now, now, n, "")
 
 
-def test_market_pipeline_two_analysers_share_the_symbols(market_pipeline_broker: str, tmp_path: Path) -> None:
+def test_two_analysers_share_the_symbols(market_pipeline_broker: str, tmp_path: Path) -> None:
     symbols = [f"S{n}-USD" for n in range(8)]
 
     async def main() -> None:
@@ -367,21 +363,21 @@ def test_market_pipeline_two_analysers_share_the_symbols(market_pipeline_broker:
         try:
             await publish(80)
             first, second = (Analyser(options, group_options={"heartbeat": 0.1}) for _ in range(2))
-            async with market_pipeline_running(first):
-                await prim_until_async(lambda: first.snapshot().computed == 80 and first.snapshot().commits > 0)
-                async with market_pipeline_running(second):
+            async with running(first):
+                await until_async(lambda: first.snapshot().computed == 80 and first.snapshot().commits > 0)
+                async with running(second):
 
                     def shared() -> bool:
                         owned = [each.snapshot().partitions or () for each in (first, second)]
                         return all(owned) and sorted(owned[0] + owned[1]) == [0, 1, 2, 3]
 
-                    await prim_until_async(shared)
+                    await until_async(shared)
                     await publish(160)
-                    await prim_until_async(lambda: first.snapshot().computed + second.snapshot().computed >= 240)
+                    await until_async(lambda: first.snapshot().computed + second.snapshot().computed >= 240)
                     assert second.snapshot().computed > 0 and first.snapshot().computed > 80
-                await prim_until_async(lambda: first.snapshot().partitions == (0, 1, 2, 3))
+                await until_async(lambda: first.snapshot().partitions == (0, 1, 2, 3))
                 await publish(80)
-                await prim_until_async(lambda: first.snapshot().computed + second.snapshot().computed >= 320)
+                await until_async(lambda: first.snapshot().computed + second.snapshot().computed >= 320)
             assert first.snapshot().computed + second.snapshot().computed == 320  # each once, as nobody died
             rows = [
                 orjson.loads(r.value) for r in await market_pipeline_read(market_pipeline_broker, "share-analytics")
@@ -392,18 +388,18 @@ def test_market_pipeline_two_analysers_share_the_symbols(market_pipeline_broker:
             totals = {symbol: row["trades"]["300"] for symbol, row in last.items()}
             assert totals == dict.fromkeys(symbols, 40)  # what the one before had taken is in the windows
             third = Analyser(options)
-            async with market_pipeline_running(third):
-                await prim_until_async(lambda: third.snapshot().partitions == (0, 1, 2, 3))
+            async with running(third):
+                await until_async(lambda: third.snapshot().partitions == (0, 1, 2, 3))
                 await publish(8)
-                await prim_until_async(lambda: third.snapshot().computed >= 8)
+                await until_async(lambda: third.snapshot().computed >= 8)
             assert third.snapshot().trades == 8
         finally:
             await publisher.stop()
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_pipeline_loop_is_never_held_for_50_ms(market_pipeline_broker: str, tmp_path: Path) -> None:
+def test_loop_is_never_held_for_50_ms(market_pipeline_broker: str, tmp_path: Path) -> None:
     longest = [0.0]
 
     async def measure() -> None:
@@ -417,9 +413,9 @@ def test_market_pipeline_loop_is_never_held_for_50_ms(market_pipeline_broker: st
     async def main() -> None:
         with Exchanges(rate=4000, history=50) as them:
             pipeline = Pipeline(market_pipeline_options(market_pipeline_broker, "loop", tmp_path, them=them))
-            async with market_pipeline_running(pipeline):
+            async with running(pipeline):
                 measuring = asyncio.create_task(measure())
-                await prim_until_async(lambda: pipeline.snapshot().computed > 4000)
+                await until_async(lambda: pipeline.snapshot().computed > 4000)
                 assert b"market_trades_total" in market_pipeline_metrics(pipeline)  # in the loop, as it is served
                 measuring.cancel()
             assert pipeline.snapshot().published.published == pipeline.snapshot().trades
@@ -462,7 +458,7 @@ class MarketPipelineProcess:
             assert found or self.process.poll() is None or self._thread.is_alive(), self._lines
             return found is not None
 
-        prim_until(looked)
+        wait_until(looked)
         assert found is not None
         return found
 
@@ -470,7 +466,7 @@ class MarketPipelineProcess:
         if not self.http:
             self.http = self.said(r"(http://127\.0\.0\.1:[0-9]+)/metrics")[1]
         try:
-            with urllib.request.urlopen(self.http + path, timeout=PRIM_PATIENCE) as answer:
+            with urllib.request.urlopen(self.http + path, timeout=HANG_LIMIT) as answer:
                 return str(answer.read().decode())
         except urllib.error.HTTPError as error:
             with error:
@@ -485,12 +481,12 @@ class MarketPipelineProcess:
             assert found["imbalance"] == found["faults"] == 0, found
             return predicate(found)
 
-        prim_until(looked)
+        wait_until(looked)
         return found
 
     def wait(self) -> int:
-        code = self.process.wait(PRIM_PATIENCE)
-        self._thread.join(PRIM_PATIENCE)
+        code = self.process.wait(HANG_LIMIT)
+        self._thread.join(HANG_LIMIT)
         return code
 
     def close(self) -> None:
@@ -526,7 +522,7 @@ def market_pipeline_all_live(found: dict[str, Any]) -> bool:
     return all(feed["state"] == "live" for feed in found["feeds"].values())
 
 
-def test_market_pipeline_sigterm_publishes_all_and_a_second_one_spools_it(tmp_path: Path) -> None:
+def test_sigterm_publishes_all_and_a_second_one_spools_it(tmp_path: Path) -> None:
     names = ("kraken", "okx", "bitfinex")
     with Broker(tmp_path / "broker") as broker, Exchanges(ledger=True, history=0, exchanges=names) as them:
         arguments = market_pipeline_arguments(them, broker.address, "term", tmp_path)
@@ -542,7 +538,7 @@ def test_market_pipeline_sigterm_publishes_all_and_a_second_one_spools_it(tmp_pa
             process.process.send_signal(signal.SIGTERM)
             assert process.wait() == 0
             process.said(r"trades 99 \+ dead letters 0 = published 99 \+ left in the spool 0 \+ lost 0; analytics")
-            prim_until(lambda: not any(child.is_running() for child in children))  # one only sees that we are gone
+            wait_until(lambda: not any(child.is_running() for child in children))  # one only sees that we are gone
             assert [stats.closes for stats in them.stats().values()] == [(1000,)] * 3
         with market_pipeline_process(*arguments, "--stop-limit", "3600", "--spool-after", "0.2") as process:
             process.until(market_pipeline_all_live)
@@ -566,11 +562,11 @@ def test_market_pipeline_sigterm_publishes_all_and_a_second_one_spools_it(tmp_pa
             process.said(r"trades 0 \+ dead letters 0 \+ recovered 90 = published 90")
         trades = asyncio.run(market_pipeline_trades(broker.address, "term"))
         for name in names:  # what was under way at the second stop may be there twice
-            sent, found = market_pipeline_sent(them, name), market_pipeline_live(trades, name)
+            sent, found = market_pipeline_sent(them, name), live(trades, name)
             assert {symbol: set(ids) for symbol, ids in found.items()} == {s: set(ids) for s, ids in sent.items()}
 
 
-def test_market_pipeline_analyse_and_replay_as_commands(market_pipeline_broker: str) -> None:
+def test_analyse_and_replay_as_commands(market_pipeline_broker: str) -> None:
     async def fill() -> None:
         publisher = Publisher(market_pipeline_broker, prefix="commands-", partitions=2)
         await publisher.start()
@@ -599,7 +595,7 @@ def test_market_pipeline_analyse_and_replay_as_commands(market_pipeline_broker: 
     assert said.endswith("2 dead letters: 1 parsed, with 0 trades; 1 still bad\n")
 
 
-def test_market_pipeline_demo_on_a_terminal() -> None:
+def test_demo_on_a_terminal() -> None:
     ours, theirs = pty.openpty()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "market_pipeline.py", "--demo", "--demo-seconds", "3", "--demo-rate", "600"]
@@ -623,8 +619,8 @@ def test_market_pipeline_demo_on_a_terminal() -> None:
             ) as process:
                 os.close(theirs)
                 looking.start()
-                output = process.communicate(timeout=2 * PRIM_PATIENCE)[0].decode()
-            looking.join(PRIM_PATIENCE)
+                output = process.communicate(timeout=2 * HANG_LIMIT)[0].decode()
+            looking.join(HANG_LIMIT)
         finally:
             os.close(ours)
         assert process.returncode == 0, output
@@ -643,7 +639,7 @@ def test_market_pipeline_demo_on_a_terminal() -> None:
     )
 
 
-def test_market_pipeline_items_that_wait_are_counted_and_those_of_a_cancelled_call_too(tmp_path: Path) -> None:
+def test_items_that_wait_are_counted_and_those_of_a_cancelled_call_too(tmp_path: Path) -> None:
     async def main() -> None:
         program = MarketPipelineBase(market_pipeline_options("127.0.0.1:1", "full", tmp_path, buffer=10))
         trades = [market_pipeline_trade(n, "BTC-USD") for n in range(25)]
@@ -668,10 +664,10 @@ def test_market_pipeline_items_that_wait_are_counted_and_those_of_a_cancelled_ca
         program._trades += 1
         assert md.imbalance(program.snapshot()) == 1 and program.snapshot().faults == 1
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_pipeline_a_second_stop_cuts_the_publishing_short(tmp_path: Path) -> None:
+def test_a_second_stop_cuts_the_publishing_short(tmp_path: Path) -> None:
     async def main() -> None:
         program = MarketPipelineBase(
             market_pipeline_options("127.0.0.1:1", "cut", tmp_path, spool_after=60.0), spool=True
@@ -683,18 +679,16 @@ def test_market_pipeline_a_second_stop_cuts_the_publishing_short(tmp_path: Path)
         program.stop()
         program._deadline = time.monotonic() + 3600.0
         closing = asyncio.create_task(program._close_publisher())
-        await prim_until_async(lambda: program.publisher._state == "stopping")
+        await until_async(lambda: program.publisher._state == "stopping")
         program.stop()
-        await asyncio.wait_for(closing, PRIM_PATIENCE)
+        await asyncio.wait_for(closing, HANG_LIMIT)
         counts = program.snapshot()
         assert (counts.published.spooled, counts.kafka, counts.faults, md.lost(counts)) == (25, "closed", 0, 0)
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_market_pipeline_computing_that_is_slow_leaves_out_the_oldest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_computing_that_is_slow_leaves_out_the_oldest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(market_flow, "QUEUE", 100)
 
     async def main() -> None:
@@ -712,7 +706,7 @@ def test_market_pipeline_computing_that_is_slow_leaves_out_the_oldest(
         assert (counts.given_up, md.imbalance(counts)) == (50, 0)
         await pipeline.workers.close()
 
-    prim_run(main())
+    run_task(main())
 
 
 @pytest.mark.parametrize(
@@ -737,14 +731,14 @@ def test_market_pipeline_computing_that_is_slow_leaves_out_the_oldest(
         (["analyse", "--kafka", "a:1", "--exchanges", "kraken"], "has no feeds"),
     ],
 )
-def test_market_pipeline_wrong_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         market_pipeline.parse_arguments(arguments, {})
     assert ended.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_market_pipeline_options() -> None:
+def test_options() -> None:
     parse = market_pipeline.parse_arguments
     _, options = parse(
         ["--symbols", "btc-usd,ETH-EUR", "--spool-bytes", "2GiB", "--windows", "5,60"], {"KAFKA_BROKERS": "a:1,b:2"}
@@ -766,43 +760,43 @@ def test_market_pipeline_options() -> None:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_market_pipeline_nobody_reads_stderr(terminal: bool, tmp_path: Path) -> None:
+def test_nobody_reads_stderr(terminal: bool, tmp_path: Path) -> None:
     names = ("kraken", "okx", "bitfinex")
     with Broker(tmp_path / "broker") as broker, Exchanges(ledger=True, history=0, exchanges=names) as them:
         arguments = market_pipeline_arguments(them, broker.address, "unread", tmp_path)
-        with serving_unread("market_pipeline.py", *arguments, terminal=terminal) as program:
+        with unread("market_pipeline.py", *arguments, terminal=terminal) as program:
             program.until(market_pipeline_all_live)
             for n in range(1, 11):
                 them.emit(1)
                 program.until(lambda found, n=n: found["published"]["published"] == found["computed"] == 9 * n)  # type: ignore[misc]
             children = psutil.Process(program.process.pid).children(True)
             program.term()
-            assert program.process.wait(PRIM_PATIENCE) == 0
-            prim_until(lambda: not any(child.is_running() for child in children))
+            assert program.process.wait(HANG_LIMIT) == 0
+            wait_until(lambda: not any(child.is_running() for child in children))
         trades = asyncio.run(market_pipeline_trades(broker.address, "unread"))
         for name in names:
-            assert market_pipeline_live(trades, name) == market_pipeline_sent(them, name)
+            assert live(trades, name) == market_pipeline_sent(them, name)
 
 
-def test_market_pipeline_health_is_told_while_200_connections_stand(tmp_path: Path) -> None:
+def test_health_is_told_while_200_connections_stand(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         them = stack.enter_context(Exchanges(history=0, exchanges=("kraken", "okx")))
         arguments = market_pipeline_arguments(them, ABSENT, "many", tmp_path)
         process = stack.enter_context(market_pipeline_process(*arguments))
         process.until(market_pipeline_all_live)
-        serving_answers_besieged(process.http, process.process.pid)
+        answers_besieged(process.http, process.process.pid)
         process.process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
 
 
-def test_market_pipeline_what_cannot_start_says_so_in_one_line(tmp_path: Path) -> None:
+def test_what_cannot_start_says_so_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with market_pipeline_process("--kafka", "127.0.0.1:1", "--spool", str(tmp_path / "file")) as process:
         assert process.wait() == 1
         assert re.fullmatch(r"market_pipeline: the spool .* cannot be used: .*\n", "".join(process._lines))
 
 
-def test_market_pipeline_pictures() -> None:
+def test_pictures() -> None:
     assert md.sparkline([]) == "" and md.sparkline([5.0, 5.0]) == "▁▁" and md.sparkline([1, 2, 3]) == "▁▅█"
     assert md.price(64000.126) == "64,000.13" and md.price(0.0000123456789) == "1.23457e-05" and md.price(None) == "–"
     assert md.latency(0.0123) == "12 ms" and md.latency(None) == "–"

@@ -18,15 +18,15 @@ from market import stats as mst
 from market import workers as mw
 from market.trade import Trade
 from runtime import processes
-from tests.helpers.base import prim_until_async
+from tests.helpers.base import until_async
 from tests.helpers.market import market_stats_stream, market_stats_trade
 from tests.helpers.processes import PROC_PATIENCE, proc_children, proc_gone, proc_open, proc_writer
 
 
-class MarketWorkersReduced(str):
+class Reduced(str):
     """As what it comes to when a worker unpickles it."""
 
-    def __new__(cls, shown: str, *call: Any) -> MarketWorkersReduced:
+    def __new__(cls, shown: str, *call: Any) -> Reduced:
         made = super().__new__(cls, shown)
         made.call = call  # type: ignore[attr-defined]
         return made
@@ -63,7 +63,7 @@ def market_workers_batches(seed: int, batches: int = 12, size: int = 60) -> list
     return [stream[begin : begin + size] for begin in range(0, batches * size, size)]
 
 
-class MarketWorkersControl:
+class Control:
     """What no death happens to: an ``Analytics`` per symbol, so that one symbol's times are not another one's."""
 
     def __init__(self, options: dict[str, Any] | None = None) -> None:
@@ -75,8 +75,8 @@ class MarketWorkersControl:
         return sorted(row for each in self.symbols.values() for row in each.due(everything))
 
 
-def test_market_workers_rows_are_those_of_one_process_and_a_symbol_stays_in_one_worker() -> None:
-    control = MarketWorkersControl({"every": 20.0})
+def test_rows_are_those_of_one_process_and_a_symbol_stays_in_one_worker() -> None:
+    control = Control({"every": 20.0})
 
     async def main(pool: mw.Workers) -> None:
         told = 0
@@ -99,16 +99,16 @@ def test_market_workers_rows_are_those_of_one_process_and_a_symbol_stays_in_one_
 
 
 @pytest.mark.parametrize("retained", [1, 2_000_000])
-def test_market_workers_a_kill_between_batches_changes_no_row(retained: int) -> None:
+def test_a_kill_between_batches_changes_no_row(retained: int) -> None:
     """With checkpoints and without."""
-    control = MarketWorkersControl({"every": 30.0})
+    control = Control({"every": 30.0})
 
     async def main(pool: mw.Workers) -> None:
         flushed = 0
         for n, batch in enumerate(market_workers_batches(2, 9)):
             if n % 3 == 2:
                 os.kill(victim := pool.stats().pids[n % 2], signal.SIGKILL)
-                await prim_until_async(lambda pid=victim: proc_gone(pid))  # type: ignore[misc]
+                await until_async(lambda pid=victim: proc_gone(pid))  # type: ignore[misc]
             assert sorted(await pool.submit(batch)) == control.submit(batch)
             if n % 3 == 1:
                 rows = control.submit([], everything=True)
@@ -125,15 +125,15 @@ def test_market_workers_a_kill_between_batches_changes_no_row(retained: int) -> 
     market_workers_run(main, retained=retained, options=control.options)
 
 
-def test_market_workers_a_kill_in_a_batch_has_it_begun_again(tmp_path: Path) -> None:
+def test_a_kill_in_a_batch_has_it_begun_again(tmp_path: Path) -> None:
     os.mkfifo(gate := tmp_path / "gate")
-    control = MarketWorkersControl()
+    control = Control()
 
     async def main(pool: mw.Workers) -> None:
         first, second, third = market_workers_batches(3, 3)
         assert sorted(await pool.submit(first)) == control.submit(first)
         at = next(n for n, trade in enumerate(second) if trade.symbol == "XRP-USD")
-        held = second[at]._replace(trade_id=cast(Any, MarketWorkersReduced("gate", Path.read_text, gate)))
+        held = second[at]._replace(trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
         job = asyncio.create_task(pool.submit([*second[:at], held, *second[at + 1 :]]))
         writer = await proc_writer(gate)  # the worker is in the batch
         pids = pool.stats().pids
@@ -154,9 +154,9 @@ def test_market_workers_a_kill_in_a_batch_has_it_begun_again(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("how", ["kills", "raises"])
-def test_market_workers_a_batch_that_cannot_be_computed_is_told_and_left_out(how: str) -> None:
+def test_a_batch_that_cannot_be_computed_is_told_and_left_out(how: str) -> None:
     """The first half of it had been taken already where it raises."""
-    control = MarketWorkersControl()
+    control = Control()
 
     async def main(pool: mw.Workers) -> None:
         first, second, third = market_workers_batches(4, 3)
@@ -164,7 +164,7 @@ def test_market_workers_a_batch_that_cannot_be_computed_is_told_and_left_out(how
         at = next(n for n, trade in enumerate(second) if trade.symbol == "XRP-USD" and n > 20)
         poison: dict[str, Any] = {"price_value": "much"}
         if how == "kills":
-            poison = {"trade_id": MarketWorkersReduced("bad", os._exit, 9)}
+            poison = {"trade_id": Reduced("bad", os._exit, 9)}
         with pytest.raises(mw.Uncomputed) as caught:
             await pool.submit([*second[:at], second[at]._replace(**poison), *second[at:]])
         assert type(caught.value.__cause__) is {"kills": processes.WorkerDied, "raises": TypeError}[how]
@@ -180,7 +180,7 @@ def test_market_workers_a_batch_that_cannot_be_computed_is_told_and_left_out(how
     market_workers_run(main, attempts=2)
 
 
-def test_market_workers_a_process_computes_nothing_from_another_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_computes_nothing_from_another_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here, what runs in a worker."""
     for name in ("analytics", "number"):
         monkeypatch.setattr(mw._Here, name, getattr(mw._Here, name))
@@ -205,8 +205,8 @@ def test_market_workers_a_process_computes_nothing_from_another_state(monkeypatc
     assert again.counts[:2] == (8, 8)
 
 
-def test_market_workers_one_that_hangs_is_replaced() -> None:
-    control = MarketWorkersControl()
+def test_one_that_hangs_is_replaced() -> None:
+    control = Control()
 
     async def main(pool: mw.Workers) -> None:
         first, second = market_workers_batches(5, 2)
@@ -214,23 +214,23 @@ def test_market_workers_one_that_hangs_is_replaced() -> None:
         pool._slots[0].timeout = 0.1
         os.kill(victim := pool.stats().pids[0], signal.SIGSTOP)
         job = asyncio.create_task(pool.submit(second))
-        await prim_until_async(lambda: pool.stats().died == 1)
+        await until_async(lambda: pool.stats().died == 1)
         pool._slots[0].timeout = PROC_PATIENCE
         assert sorted(await job) == control.submit(second)
-        await prim_until_async(lambda: proc_gone(victim))
+        await until_async(lambda: proc_gone(victim))
         assert pool.stats().rebuilt == 1
 
     market_workers_run(main, attempts=100)
 
 
-def test_market_workers_a_cancelled_batch_is_not_in_the_state(tmp_path: Path) -> None:
+def test_a_cancelled_batch_is_not_in_the_state(tmp_path: Path) -> None:
     os.mkfifo(gate := tmp_path / "gate")
-    control = MarketWorkersControl()
+    control = Control()
 
     async def main(pool: mw.Workers) -> None:
         first, second, third = market_workers_batches(6, 3)
         assert sorted(await pool.submit(first)) == control.submit(first)
-        held = second[30]._replace(trade_id=cast(Any, MarketWorkersReduced("gate", Path.read_text, gate)))
+        held = second[30]._replace(trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
         job = asyncio.create_task(pool.submit([*second[:30], held, *second[30:]]))
         writer = await proc_writer(gate)
         job.cancel()
@@ -244,11 +244,11 @@ def test_market_workers_a_cancelled_batch_is_not_in_the_state(tmp_path: Path) ->
     market_workers_run(main, workers=1)
 
 
-def test_market_workers_calls_wait_their_turn(tmp_path: Path) -> None:
+def test_calls_wait_their_turn(tmp_path: Path) -> None:
     os.mkfifo(gate := tmp_path / "gate")
 
     async def main(pool: mw.Workers) -> None:
-        held = market_stats_trade(1.0, trade_id=cast(Any, MarketWorkersReduced("gate", Path.read_text, gate)))
+        held = market_stats_trade(1.0, trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
         ended = list[int]()
 
         async def call(n: int) -> None:
@@ -268,11 +268,11 @@ def test_market_workers_calls_wait_their_turn(tmp_path: Path) -> None:
     market_workers_run(main, workers=1, waiting=2)
 
 
-def test_market_workers_close_tells_what_it_leaves(tmp_path: Path) -> None:
+def test_close_tells_what_it_leaves(tmp_path: Path) -> None:
     os.mkfifo(gate := tmp_path / "gate")
 
     async def main(pool: mw.Workers) -> None:
-        held = market_stats_trade(1.0, trade_id=cast(Any, MarketWorkersReduced("gate", Path.read_text, gate)))
+        held = market_stats_trade(1.0, trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
         jobs = [asyncio.create_task(pool.submit([held])) for _ in range(3)]
         writer = await proc_writer(gate)
         await pool.close(0.0)
@@ -292,12 +292,12 @@ def test_market_workers_close_tells_what_it_leaves(tmp_path: Path) -> None:
     market_workers_run(main, workers=1, waiting=2)
 
 
-def test_market_workers_close_lets_a_call_end(tmp_path: Path) -> None:
+def test_close_lets_a_call_end(tmp_path: Path) -> None:
     """All of it: its second job had not begun."""
     os.mkfifo(gate := tmp_path / "gate")
 
     async def main(pool: mw.Workers) -> None:
-        held = market_stats_trade(1.0, trade_id=cast(Any, MarketWorkersReduced("gate", Path.read_text, gate)))
+        held = market_stats_trade(1.0, trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
         job = asyncio.create_task(pool.submit([held] + [market_stats_trade(2.0)] * mw.MOST))
         writer = await proc_writer(gate)
         closing = asyncio.create_task(pool.close(PROC_PATIENCE))
@@ -312,7 +312,7 @@ def test_market_workers_close_lets_a_call_end(tmp_path: Path) -> None:
     market_workers_run(main, workers=1)
 
 
-def test_market_workers_what_is_retained_is_bounded() -> None:
+def test_what_is_retained_is_bounded() -> None:
     async def main(pool: mw.Workers) -> None:
         (slot,) = pool._slots
         for n in range(2 * mw.LOG + 3):
@@ -330,7 +330,7 @@ def test_market_workers_what_is_retained_is_bounded() -> None:
     market_workers_run(main, workers=1, retained=100_000)
 
 
-def test_market_workers_symbols_are_shared_out_evenly_and_remembered_boundedly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_symbols_are_shared_out_evenly_and_remembered_boundedly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mw, "SYMBOLS", 6)
     pool = mw.Workers(3)
     homes = [pool._home(f"S{n}") for n in range(6)]
@@ -342,7 +342,7 @@ def test_market_workers_symbols_are_shared_out_evenly_and_remembered_boundedly(m
 
 
 @pytest.mark.parametrize("bad", [{"workers": 0}, {"waiting": 0}, {"attempts": 0}, {"retained": 0}, {"timeout": 0.0}])
-def test_market_workers_misuse(bad: dict[str, Any]) -> None:
+def test_misuse(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be above 0"):
         mw.Workers(**bad)
     with pytest.raises(ValueError, match="ascending"):

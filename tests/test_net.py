@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from crawl.errors import FetchError
 from crawl.net import ProxyRule, Resolver, TimeLimit
-from tests.helpers.base import PRIM_PATIENCE, PrimWorld
+from tests.helpers.base import HANG_LIMIT, World
 from tests.helpers.crawl import pack, unpack, until
 
 CODINGS = ["gzip", "deflate", "raw deflate", "br", "zstd"]
@@ -63,7 +63,7 @@ def test_rubbish_is_decoded_or_refused(coding: str, data: bytes) -> None:
 
 
 def test_a_time_limit_counts_a_step_that_took_long_as_one() -> None:
-    world = PrimWorld(0.0)
+    world = World(0.0)
     limit = TimeLimit(20.0, clock=world.clock)
     assert (limit.step, limit.next_step()) == (1.0, 1.0)
     world.now += 0.5
@@ -93,7 +93,7 @@ def test_a_name_is_looked_up_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatc
 
     def getaddrinfo(name: str, *args: Any, **more: Any) -> Any:
         asked.append(name)
-        assert gate.wait(PRIM_PATIENCE)
+        assert gate.wait(HANG_LIMIT)
         if name == "no.example":
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [(socket.AF_INET, 1, 6, "", ("192.0.2.1", 0)), (socket.AF_INET6, 1, 6, "", ("2001:db8::1", 0, 0, 0))]
@@ -112,10 +112,10 @@ def test_a_name_is_looked_up_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatc
         return await asyncio.gather(*waiting)
 
     assert asyncio.run(many()) == [found] * 20
-    assert resolver.lookup("a.example", TimeLimit(PRIM_PATIENCE)) == found
+    assert resolver.lookup("a.example", TimeLimit(HANG_LIMIT)) == found
     for _ in range(2):
         with pytest.raises(FetchError, match="not known") as caught:
-            resolver.lookup("no.example", TimeLimit(PRIM_PATIENCE))
+            resolver.lookup("no.example", TimeLimit(HANG_LIMIT))
         assert caught.value.kind == "dns"
     assert asked == ["a.example", "no.example"]
     assert resolver.lookup("127.0.0.1", TimeLimit(0.0)) == [(socket.AF_INET, "127.0.0.1")]
@@ -125,12 +125,12 @@ def test_a_name_is_looked_up_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatc
 
 def test_a_closed_resolver_lets_go_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: gate.wait(PRIM_PATIENCE) and [])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: gate.wait(HANG_LIMIT) and [])
     resolver = Resolver()
     future = resolver.submit("slow.example")
     resolver.close()
     with pytest.raises(FetchError, match="interrupted"):
-        future.result(PRIM_PATIENCE)
+        future.result(HANG_LIMIT)
     gate.set()
 
 

@@ -21,17 +21,15 @@ from logs.enrich import Enricher
 from logs.pipeline import Ingester
 from runtime.postgres import Unavailable
 from sandbox.logs import MetadataApi, Senders
-from tests.helpers.base import PRIM_PATIENCE, prim_run, prim_until_async
-from tests.helpers.logs import logs_ingest_files, logs_ingest_serials, logs_ingest_up
+from tests.helpers.base import HANG_LIMIT, run_task, until_async
+from tests.helpers.logs import files, logs_ingest_serials, logs_ingest_up
 from tests.helpers.postgres import PgServer
 
-LOGS_INGEST_ROWS = "SELECT {} FROM logs"
+ROWS = "SELECT {} FROM logs"
 
 
 @pytest.mark.parametrize("durable", [False, True])
-def test_logs_ingest_stores_each_event_once_and_enriched(
-    logs_ingest_pg: PgServer, tmp_path: Path, durable: bool
-) -> None:
+def test_stores_each_event_once_and_enriched(logs_ingest_pg: PgServer, tmp_path: Path, durable: bool) -> None:
     slowest, run = 0.0, asyncio.Handle._run
     gc.collect()
     gc.freeze()  # as the program does; the tests are a larger heap
@@ -45,13 +43,13 @@ def test_logs_ingest_stores_each_event_once_and_enriched(
     async def main() -> None:
         with MetadataApi() as api:
             more: dict[str, Any] = {"metadata": api.url(), "durable": durable, "batch": 500}
-            more["enrich_wait"] = PRIM_PATIENCE
+            more["enrich_wait"] = HANG_LIMIT
             async with logs_ingest_up(tmp_path, logs_ingest_pg.url, **more) as up:
-                up.ingester.enricher.timeout = PRIM_PATIENCE
+                up.ingester.enricher.timeout = HANG_LIMIT
                 await up.ingester.database.ready()
                 patch.setattr(asyncio.Handle, "_run", timed)
                 with Senders(up.address, rate=5000, total=3000, services=50) as senders:
-                    await asyncio.to_thread(senders.wait, PRIM_PATIENCE)
+                    await asyncio.to_thread(senders.wait, HANG_LIMIT)
                 up.sent = senders.stats().events
                 counts = await up.stored()
         assert (up.sent, counts.received, counts.datagrams, sum(counts.dropped.values())) == (3000,) * 3 + (0,)
@@ -61,18 +59,18 @@ def test_logs_ingest_stores_each_event_once_and_enriched(
         )
         assert found == ["done true"]
         assert await logs_ingest_pg.do("SELECT count(DISTINCT service) FROM logs") == 50
-        await prim_until_async(lambda: logs_ingest_files(tmp_path) == [])
+        await until_async(lambda: files(tmp_path) == [])
         assert up.snapshots > 20
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            prim_run(main())
+            run_task(main())
     finally:
         gc.unfreeze()
     assert 0 < slowest < 0.05
 
 
-def test_logs_ingest_survives_a_database_that_comes_and_goes(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
+def test_survives_a_database_that_comes_and_goes(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         complain = loop.get_exception_handler()
@@ -101,13 +99,13 @@ def test_logs_ingest_survives_a_database_that_comes_and_goes(logs_ingest_pg: PgS
                     up.send(7)
                     await asyncio.sleep(0.002)
                 await up.stored()
-            await prim_until_async(lambda: logs_ingest_files(tmp_path) == [])
+            await until_async(lambda: files(tmp_path) == [])
         assert await logs_ingest_serials(logs_ingest_pg) == list(range(up.sent))
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_ingest_stores_once_what_was_committed_unseen(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
+def test_stores_once_what_was_committed_unseen(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     async def main() -> None:
         failures = 3
 
@@ -130,10 +128,10 @@ def test_logs_ingest_stores_once_what_was_committed_unseen(logs_ingest_pg: PgSer
         assert failures == 0
         assert await logs_ingest_serials(logs_ingest_pg) == list(range(25))
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_ingest_stopped_without_a_database_leaves_all_to_the_next(
+def test_stopped_without_a_database_leaves_all_to_the_next(
     logs_ingest_pg: PgServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_pipeline, "PATIENCE", 0.05)
@@ -142,7 +140,7 @@ def test_logs_ingest_stopped_without_a_database_leaves_all_to_the_next(
         async with logs_ingest_up(tmp_path, "postgresql://nobody@127.0.0.1:1/none", flush=60.0, batch=100) as up:
             up.send(250)
             await up.received()
-            await prim_until_async(lambda: "database: not there yet" in caplog.text)
+            await until_async(lambda: "database: not there yet" in caplog.text)
         counts = up.ingester.snapshot()
         assert (up.code, counts.held["spool"], counts.stored) == (0, 250, 0)
         assert display.last_word(counts).endswith("dropped 0 + left in the spool 250")
@@ -152,10 +150,10 @@ def test_logs_ingest_stopped_without_a_database_leaves_all_to_the_next(
             assert (counts.recovered, counts.stored, counts.held["spool"]) == (250, 260, 0)
         assert await logs_ingest_serials(logs_ingest_pg) == sorted([*range(250), *range(10)])
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_ingest_replays_what_a_run_with_more_workers_left(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
+def test_replays_what_a_run_with_more_workers_left(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     async def main() -> None:
         def third(ingester: Ingester) -> None:
             ingester.number = 2
@@ -165,24 +163,22 @@ def test_logs_ingest_replays_what_a_run_with_more_workers_left(logs_ingest_pg: P
         async with logs_ingest_up(tmp_path, away, change=third) as up:
             up.send(30)
             await up.received()
-        assert logs_ingest_files(tmp_path / "spool" / "2") != []
+        assert files(tmp_path / "spool" / "2") != []
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url) as up:
             await up.until(lambda counts: (counts.recovered, counts.stored) == (30, 30))
         assert await logs_ingest_serials(logs_ingest_pg) == list(range(30))
 
-    prim_run(main())
+    run_task(main())
 
 
 @pytest.mark.parametrize("mode", ["down", "silent", "rubbish", "error"])
-def test_logs_ingest_goes_on_without_metadata_and_fills_them_in(
-    logs_ingest_pg: PgServer, tmp_path: Path, mode: Any
-) -> None:
+def test_goes_on_without_metadata_and_fills_them_in(logs_ingest_pg: PgServer, tmp_path: Path, mode: Any) -> None:
     async def main() -> None:
         with MetadataApi() as api:
             api.mode = mode
 
             def change(ingester: Ingester) -> None:
-                limit = 0.1 if mode == "silent" else PRIM_PATIENCE
+                limit = 0.1 if mode == "silent" else HANG_LIMIT
                 ingester.enricher = Enricher(api.url(), timeout=limit, failed_for=0.05, reset=0.05, unknown_ttl=0.1)
 
             more: dict[str, Any] = {"metadata": api.url(), "enrich_wait": 0.05, "change": change}
@@ -193,31 +189,31 @@ def test_logs_ingest_goes_on_without_metadata_and_fills_them_in(
                 up.send(10, service="unknown-1")
                 begun = time.monotonic()
                 counts = await up.stored()
-                assert time.monotonic() - begun < PRIM_PATIENCE / 2
+                assert time.monotonic() - begun < HANG_LIMIT / 2
                 look = "SELECT array_agg(DISTINCT enrichment) FROM logs"
                 assert await logs_ingest_pg.do(look) == ["missing"] and counts.filled == 0
                 if mode == "down":
                     await up.until(lambda counts: counts.metadata == "open")
-                up.ingester.enricher.timeout = PRIM_PATIENCE
+                up.ingester.enricher.timeout = HANG_LIMIT
                 api.mode = "ok"
                 await up.until(lambda counts: counts.filled > 0)
                 await up.until(lambda counts: counts.metadata == "closed")
                 missing = "SELECT count(*) FROM logs WHERE enrichment = 'missing'"
-                async with asyncio.timeout(PRIM_PATIENCE):
+                async with asyncio.timeout(HANG_LIMIT):
                     while await logs_ingest_pg.do(missing):
                         pass
                 assert await logs_ingest_pg.do(look) == ["done", "unknown"]
                 up.send(10, service="orders-11")
                 await up.stored()
-                async with asyncio.timeout(PRIM_PATIENCE):
+                async with asyncio.timeout(HANG_LIMIT):
                     while await logs_ingest_pg.do(missing):  # its metadata may be later than `enrich_wait`
                         pass
         assert await logs_ingest_pg.do("SELECT count(*) FROM logs WHERE team = 'team-orders'") == 110
 
-    prim_run(main())
+    run_task(main())
 
 
-class LogsIngestGate:
+class Gate:
     """Before what is written to the database."""
 
     def __init__(self, ingester: Ingester) -> None:
@@ -233,19 +229,17 @@ class LogsIngestGate:
 
 
 @pytest.mark.parametrize("policy", ["drop-newest", "drop-lowest-severity", "spool"])
-def test_logs_ingest_overload(
-    logs_ingest_pg: PgServer, tmp_path: Path, policy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overload(logs_ingest_pg: PgServer, tmp_path: Path, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_pipeline, "SEALED", 3)
 
     async def main() -> None:
-        gates: list[LogsIngestGate] = []
-        more: dict[str, Any] = {"overload": policy, "queue": 50, "change": lambda it: gates.append(LogsIngestGate(it))}
+        gates: list[Gate] = []
+        more: dict[str, Any] = {"overload": policy, "queue": 50, "change": lambda it: gates.append(Gate(it))}
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url, **more) as up:
             await up.ingester.database.ready()
             for n in (1, 2):
                 up.send(10)
-                await prim_until_async(lambda n=n: gates[0].waiting == n)  # type: ignore[misc]
+                await until_async(lambda n=n: gates[0].waiting == n)  # type: ignore[misc]
             for n in (10, 20, 30):
                 up.send(10)
                 await up.until(lambda counts, n=n: counts.held["sealed"] == n)  # type: ignore[misc]
@@ -278,10 +272,10 @@ def test_logs_ingest_overload(
             }[policy]
         )
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_ingest_waits_in_memory_when_the_spool_is_full(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
+def test_waits_in_memory_when_the_spool_is_full(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     async def main() -> None:
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url, spool_bytes=2000) as up:
             up.ingester._begun = -1e9
@@ -294,12 +288,12 @@ def test_logs_ingest_waits_in_memory_when_the_spool_is_full(logs_ingest_pg: PgSe
 
     logs_ingest_pg.stop()
     try:
-        prim_run(main())
+        run_task(main())
     finally:
         logs_ingest_pg.start()
 
 
-def test_logs_ingest_without_room_in_the_spool_durable_batches_are_written_all_the_same(
+def test_without_room_in_the_spool_durable_batches_are_written_all_the_same(
     logs_ingest_pg: PgServer, tmp_path: Path
 ) -> None:
     async def main() -> None:
@@ -309,25 +303,25 @@ def test_logs_ingest_without_room_in_the_spool_durable_batches_are_written_all_t
             counts = await up.stored()
             assert counts.spool_refused > 0 and counts.dropped == {}
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_ingest_reads_what_the_socket_holds_before_it_stops(
+def test_reads_what_the_socket_holds_before_it_stops(
     logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_pipeline, "DRAIN_LIMIT", PRIM_PATIENCE)
+    monkeypatch.setattr(log_pipeline, "DRAIN_LIMIT", HANG_LIMIT)
 
     async def main() -> None:
-        async with logs_ingest_up(tmp_path, logs_ingest_pg.url, batch=500, stop_limit=PRIM_PATIENCE) as up:
+        async with logs_ingest_up(tmp_path, logs_ingest_pg.url, batch=500, stop_limit=HANG_LIMIT) as up:
             await up.ingester.database.ready()
             up.send(3000)
             up.ingester.stop()
         assert up.ingester.snapshot().stored == 3000
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_ingest_owns_up_to_what_it_could_not_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_owns_up_to_what_it_could_not_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_pipeline, "PATIENCE", 0.01)
 
     async def main() -> None:
@@ -339,31 +333,29 @@ def test_logs_ingest_owns_up_to_what_it_could_not_save(tmp_path: Path, monkeypat
         assert 0 < counts.dropped["stopped"] == 100 - counts.held["spool"] < 100
         assert (up.code, counts.stored) == (1, 0)
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_ingest_durable_batches_are_on_disk_before_they_are_written(
-    logs_ingest_pg: PgServer, tmp_path: Path
-) -> None:
+def test_durable_batches_are_on_disk_before_they_are_written(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     async def main() -> None:
-        gates: list[LogsIngestGate] = []
-        more: dict[str, Any] = {"durable": True, "change": lambda it: gates.append(LogsIngestGate(it))}
+        gates: list[Gate] = []
+        more: dict[str, Any] = {"durable": True, "change": lambda it: gates.append(Gate(it))}
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url, **more) as up:
             up.send(30)
-            await prim_until_async(lambda: gates[0].waiting == 1)
+            await until_async(lambda: gates[0].waiting == 1)
             counts = await up.until(lambda counts: counts.held["spool"] == 30)
-            assert len(logs_ingest_files(tmp_path)) >= 3 and counts.stored == 0
+            assert len(files(tmp_path)) >= 3 and counts.stored == 0
             gates[0].open.set()
             await up.stored()
-            await prim_until_async(lambda: logs_ingest_files(tmp_path) == [])
+            await until_async(lambda: files(tmp_path) == [])
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_ingest_forced_stop_saves_what_is_in_memory(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
+def test_forced_stop_saves_what_is_in_memory(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     async def main() -> None:
-        gates: list[LogsIngestGate] = []
-        more: dict[str, Any] = {"batch": 20, "flush": 60.0, "change": lambda it: gates.append(LogsIngestGate(it))}
+        gates: list[Gate] = []
+        more: dict[str, Any] = {"batch": 20, "flush": 60.0, "change": lambda it: gates.append(Gate(it))}
         more["stop_limit"] = 3600.0
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url, **more) as up:
             await up.ingester.database.ready()
@@ -379,10 +371,10 @@ def test_logs_ingest_forced_stop_saves_what_is_in_memory(logs_ingest_pg: PgServe
             await up.until(lambda counts: counts.stored == 55)
         assert await logs_ingest_serials(logs_ingest_pg) == list(range(55))
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_ingest_ends_though_its_cancellation_is_swallowed(
+def test_ends_though_its_cancellation_is_swallowed(
     logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As asyncpg does, when a rollback fails."""
@@ -409,10 +401,10 @@ def test_logs_ingest_ends_though_its_cancellation_is_swallowed(
         assert swallowed == 7
 
     monkeypatch.setattr(log_pipeline, "FILL_EVERY", 60.0)
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_ingest_a_fault_costs_the_event_that_causes_it(
+def test_a_fault_costs_the_event_that_causes_it(
     logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parse, seal = log_parse.parse, log_store.seal
@@ -439,10 +431,10 @@ def test_logs_ingest_a_fault_costs_the_event_that_causes_it(
         look = "SELECT parse_error FROM logs WHERE message LIKE '%serial=3%'"
         assert await logs_ingest_pg.do(look) == "the parser failed: KeyError"
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_ingest_an_imbalance_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_imbalance_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with logs_ingest_up(tmp_path, "postgresql://nobody@127.0.0.1:1/none") as up:
             up.faults = 1
@@ -454,4 +446,4 @@ def test_logs_ingest_an_imbalance_is_an_error(tmp_path: Path, caplog: pytest.Log
             assert display.last_word(counts).endswith("THE COUNTS DO NOT BALANCE: 2")
             up.ingester._received -= 2
 
-    prim_run(main())
+    run_task(main())

@@ -13,37 +13,37 @@ import pytest
 
 import coordination as co
 import primitives as pr
-from tests.helpers.base import PRIM_HUNT, PrimWorld
-from tests.helpers.mechanisms import prim_error_of
-from tests.test_batch import batch_check_machine
+from tests.helpers.base import HUNT, World
+from tests.helpers.mechanisms import error_of
+from tests.test_batch import check_machine
 from tests.test_coordination import VisitedKey, fan_check_stragglers, pool_check_exactly_once, visited_check_one_step
 from tests.test_coordination_walks import (
-    prim_check_channel_get_cancel,
-    prim_check_channel_put_cancel,
-    prim_check_channel_walk,
-    prim_check_semaphore_cancel,
-    prim_check_semaphore_walk,
+    check_channel_get_cancel,
+    check_channel_put_cancel,
+    check_channel_walk,
+    check_semaphore_cancel,
+    check_semaphore_walk,
 )
 from tests.test_lock_order import order_check_nothing_nests
 from tests.test_retry import (
-    PrimFlaky,
-    PrimOutcome,
-    prim_check_budget,
-    prim_check_delays,
-    prim_check_never_retried,
-    prim_check_spread,
+    Flaky,
+    Outcome,
+    check_budget,
+    check_delays,
+    check_never_retried,
+    check_spread,
 )
 from tests.test_token_bucket import (
-    prim_check_any_window,
-    prim_check_bucket_machine,
-    prim_check_cancel_is_never_booked,
-    prim_check_debt,
-    prim_check_fifo,
-    prim_check_pause,
+    check_any_window,
+    check_bucket_machine,
+    check_cancel_is_never_booked,
+    check_debt,
+    check_fifo,
+    check_pause,
 )
 
 
-class PrimBucketOneTooMany(pr.TokenBucket):
+class BucketOneTooMany(pr.TokenBucket):
     """Burst and refill off by one: "N per period" that lets N + 1 through."""
 
     def __init__(self, rate: float, burst: float = 1, **options: Any) -> None:
@@ -51,7 +51,7 @@ class PrimBucketOneTooMany(pr.TokenBucket):
         self._depth = (burst + 1) * self._interval
 
 
-class PrimBucketWindow(pr.TokenBucket):
+class BucketWindow(pr.TokenBucket):
     """Counts per fixed window: twice the burst around its edge."""
 
     def book(self, n: float = 1, now: float | None = None) -> pr.Reservation:
@@ -67,7 +67,7 @@ class PrimBucketWindow(pr.TokenBucket):
         return pr.Reservation(wait, now + wait, start, start)
 
 
-class PrimBucketStarves(pr.TokenBucket):
+class BucketStarves(pr.TokenBucket):
     """A large request that has to wait books nothing, so small ones go first."""
 
     def book(self, n: float = 1, now: float | None = None) -> pr.Reservation:
@@ -78,7 +78,7 @@ class PrimBucketStarves(pr.TokenBucket):
         return reservation
 
 
-class PrimBucketRewinds(pr.TokenBucket):
+class BucketRewinds(pr.TokenBucket):
     """Believes a clock that steps back, and forgets the debt."""
 
     __slots__ = ("_last",)
@@ -91,7 +91,7 @@ class PrimBucketRewinds(pr.TokenBucket):
         return super().book(n, now)
 
 
-class PrimBucketGivesBackTwice(pr.TokenBucket):
+class BucketGivesBackTwice(pr.TokenBucket):
     """Gives back although others were booked behind."""
 
     def cancel(self, reservation: pr.Reservation) -> bool:
@@ -99,21 +99,21 @@ class PrimBucketGivesBackTwice(pr.TokenBucket):
         return True
 
 
-class PrimBucketKeeps(pr.TokenBucket):
+class BucketKeeps(pr.TokenBucket):
     """Never gives back."""
 
     def cancel(self, reservation: pr.Reservation) -> bool:
         return self._full_at == reservation.after
 
 
-class PrimBucketPausesShort(pr.TokenBucket):
+class BucketPausesShort(pr.TokenBucket):
     """Forgets that a pause has to swallow the burst too."""
 
     def pause(self, until: float) -> None:
         self._full_at = max(self._full_at, until)
 
 
-class PrimBucketPeeks(pr.TokenBucket):
+class BucketPeeks(pr.TokenBucket):
     """``wait_for`` that books."""
 
     def wait_for(self, n: float = 1, now: float | None = None) -> float:
@@ -122,7 +122,7 @@ class PrimBucketPeeks(pr.TokenBucket):
         return wait
 
 
-class PrimPolicyHerd(pr.RetryPolicy):
+class PolicyHerd(pr.RetryPolicy):
     """Jitter before the cap: the capped waits are all equal."""
 
     def delay(
@@ -134,7 +134,7 @@ class PrimPolicyHerd(pr.RetryPolicy):
         return delay if elapsed + delay <= self.total else None
 
 
-class PrimPolicyPastTotal(pr.RetryPolicy):
+class PolicyPastTotal(pr.RetryPolicy):
     """Looks at the time before the wait only."""
 
     def delay(
@@ -145,7 +145,7 @@ class PrimPolicyPastTotal(pr.RetryPolicy):
         return rng() * min(self.cap, self.base * 2.0 ** min(attempt - 1, 62)) if retry_after is None else retry_after
 
 
-class PrimPolicyUncapped(pr.RetryPolicy):
+class PolicyUncapped(pr.RetryPolicy):
     """Equal jitter that forgets the cap."""
 
     def delay(
@@ -155,7 +155,7 @@ class PrimPolicyUncapped(pr.RetryPolicy):
         return delay if delay is None or retry_after is not None else min(delay + self.cap / 2, self.total - elapsed)
 
 
-class PrimBudgetHoards(pr.RetryBudget):
+class BudgetHoards(pr.RetryBudget):
     """Earns more than it was told to."""
 
     def request(self) -> None:
@@ -163,17 +163,17 @@ class PrimBudgetHoards(pr.RetryBudget):
         self._saved += 1
 
 
-class PrimBudgetForgets(pr.RetryBudget):
+class BudgetForgets(pr.RetryBudget):
     """Pays from an empty purse."""
 
     def try_retry(self) -> bool:
         return super().try_retry() or bool(self._requests)
 
 
-def prim_retry_too_eager(flaky: PrimFlaky, world: PrimWorld, on: Any, **options: Any) -> PrimOutcome:
+def retry_too_eager(flaky: Flaky, world: World, on: Any, **options: Any) -> Outcome:
     """Retries whatever ``on`` names, Ctrl-C included."""
     for _ in range(3):
-        error = prim_error_of(flaky)
+        error = error_of(flaky)
         if error is None:
             return "done", None
         if not isinstance(error, on):
@@ -181,7 +181,7 @@ def prim_retry_too_eager(flaky: PrimFlaky, world: PrimWorld, on: Any, **options:
     return None, error
 
 
-class PrimSemaphoreLoses(co.Semaphore):
+class SemaphoreLoses(co.Semaphore):
     """Cancelled after the grant: the permit is gone."""
 
     def _abandon(self, waiter: co._Waiter) -> None:
@@ -189,7 +189,7 @@ class PrimSemaphoreLoses(co.Semaphore):
             self._released.leave(waiter)
 
 
-class PrimSemaphoreGhosts(co.Semaphore):
+class SemaphoreGhosts(co.Semaphore):
     """A cancelled waiter stays in the queue and is granted a permit that it will never use."""
 
     def _abandon(self, waiter: co._Waiter) -> None:
@@ -197,7 +197,7 @@ class PrimSemaphoreGhosts(co.Semaphore):
             super()._abandon(waiter)
 
 
-class PrimSemaphoreDoubles(co.Semaphore):
+class SemaphoreDoubles(co.Semaphore):
     """Cancelled before the grant: a permit out of nothing."""
 
     def _abandon(self, waiter: co._Waiter) -> None:
@@ -205,7 +205,7 @@ class PrimSemaphoreDoubles(co.Semaphore):
         self._available = min(self.permits, self._available + 1)
 
 
-class PrimSemaphoreBarges(co.Semaphore):
+class SemaphoreBarges(co.Semaphore):
     """A permit passes through the count, so whoever comes first takes it."""
 
     async def acquire_async(self) -> bool:
@@ -229,7 +229,7 @@ class PrimSemaphoreBarges(co.Semaphore):
                 self._released.grant_oldest()
 
 
-class PrimSemaphoreStack(co.Semaphore):
+class SemaphoreStack(co.Semaphore):
     """Last come, first served."""
 
     def release(self) -> None:
@@ -238,14 +238,14 @@ class PrimSemaphoreStack(co.Semaphore):
         self._released._waiters.reverse()
 
 
-class PrimChannelLoses(co.Channel[Any]):
+class ChannelLoses(co.Channel[Any]):
     """Cancelled after it was handed an item: the item is gone."""
 
     def _give_back(self, waiter: co._Waiter) -> None:
         self._leave(self._not_empty, waiter)
 
 
-class PrimChannelGhosts(co.Channel[Any]):
+class ChannelGhosts(co.Channel[Any]):
     """A cancelled getter stays in the queue and is handed the next item."""
 
     def _give_back(self, waiter: co._Waiter) -> None:
@@ -253,7 +253,7 @@ class PrimChannelGhosts(co.Channel[Any]):
             super()._give_back(waiter)
 
 
-class PrimChannelDoubles(co.Channel[Any]):
+class ChannelDoubles(co.Channel[Any]):
     """Cancelled after it was handed an item: one to the next getter, and one into the buffer."""
 
     def _give_back(self, waiter: co._Waiter) -> None:
@@ -262,7 +262,7 @@ class PrimChannelDoubles(co.Channel[Any]):
             self._items.append(waiter.value)
 
 
-class PrimChannelGhostPutter(co.Channel[Any]):
+class ChannelGhostPutter(co.Channel[Any]):
     """A cancelled putter stays in the queue, and its place in the buffer with it."""
 
     def _leave(self, condition: co._FairCondition, waiter: co._Waiter) -> None:
@@ -270,7 +270,7 @@ class PrimChannelGhostPutter(co.Channel[Any]):
             super()._leave(condition, waiter)
 
 
-class PrimChannelOverfull(co.Channel[Any]):
+class ChannelOverfull(co.Channel[Any]):
     """One more than it can hold."""
 
     def _offer(self, item: Any) -> bool:
@@ -281,7 +281,7 @@ class PrimChannelOverfull(co.Channel[Any]):
         return accepted
 
 
-class PrimChannelForgetful(co.Channel[Any]):
+class ChannelForgetful(co.Channel[Any]):
     """Closing drops what is in the buffer."""
 
     def close(self) -> None:
@@ -289,7 +289,7 @@ class PrimChannelForgetful(co.Channel[Any]):
         self._items.clear()
 
 
-class PrimChannelStack(co.Channel[Any]):
+class ChannelStack(co.Channel[Any]):
     """Last in, first out."""
 
     def _take(self) -> Any:
@@ -297,14 +297,14 @@ class PrimChannelStack(co.Channel[Any]):
         return super()._take()
 
 
-class PrimChannelForgetsPutters(co.Channel[Any]):
+class ChannelForgetsPutters(co.Channel[Any]):
     """A place that is freed is given to nobody."""
 
     def _take(self) -> Any:
         return self._items.popleft()
 
 
-class PrimChannelLeavesGetters(co.Channel[Any]):
+class ChannelLeavesGetters(co.Channel[Any]):
     """Closing wakes the putters only."""
 
     def close(self) -> None:
@@ -315,59 +315,59 @@ class PrimChannelLeavesGetters(co.Channel[Any]):
 @pytest.mark.parametrize(
     ("check", "planted"),
     [
-        (prim_check_any_window, PrimBucketOneTooMany),
-        (prim_check_debt, PrimBucketOneTooMany),
-        (prim_check_bucket_machine, PrimBucketOneTooMany),
-        (prim_check_any_window, PrimBucketWindow),
-        (prim_check_any_window, PrimBucketStarves),
-        (prim_check_fifo, PrimBucketStarves),
-        (prim_check_debt, PrimBucketStarves),
-        (prim_check_any_window, PrimBucketRewinds),
-        (prim_check_any_window, PrimBucketGivesBackTwice),
-        (prim_check_bucket_machine, PrimBucketGivesBackTwice),
-        (prim_check_cancel_is_never_booked, PrimBucketKeeps),
-        (prim_check_bucket_machine, PrimBucketKeeps),
-        (prim_check_pause, PrimBucketPausesShort),
-        (prim_check_bucket_machine, PrimBucketPausesShort),
-        (prim_check_bucket_machine, PrimBucketPeeks),
-        (prim_check_spread, PrimPolicyHerd),
-        (prim_check_delays, PrimPolicyPastTotal),
-        (prim_check_delays, PrimPolicyUncapped),
-        (prim_check_spread, PrimPolicyUncapped),
-        (prim_check_budget, PrimBudgetHoards),
-        (prim_check_budget, PrimBudgetForgets),
-        (prim_check_semaphore_cancel, PrimSemaphoreLoses),
-        (prim_check_semaphore_walk, PrimSemaphoreLoses),
-        (prim_check_semaphore_cancel, PrimSemaphoreGhosts),
-        (prim_check_semaphore_walk, PrimSemaphoreGhosts),
-        (prim_check_semaphore_cancel, PrimSemaphoreDoubles),
-        (prim_check_semaphore_walk, PrimSemaphoreDoubles),
-        (prim_check_semaphore_walk, PrimSemaphoreBarges),
-        (prim_check_semaphore_walk, PrimSemaphoreStack),
-        (prim_check_channel_get_cancel, PrimChannelLoses),
-        (prim_check_channel_walk, PrimChannelLoses),
-        (prim_check_channel_get_cancel, PrimChannelGhosts),
-        (prim_check_channel_walk, PrimChannelGhosts),
-        (prim_check_channel_get_cancel, PrimChannelDoubles),
-        (prim_check_channel_walk, PrimChannelDoubles),
-        (prim_check_channel_put_cancel, PrimChannelGhostPutter),
-        (prim_check_channel_walk, PrimChannelGhostPutter),
-        (prim_check_channel_walk, PrimChannelOverfull),
-        (prim_check_channel_walk, PrimChannelForgetful),
-        (prim_check_channel_walk, PrimChannelStack),
-        (prim_check_channel_walk, PrimChannelForgetsPutters),
-        (prim_check_channel_walk, PrimChannelLeavesGetters),
+        (check_any_window, BucketOneTooMany),
+        (check_debt, BucketOneTooMany),
+        (check_bucket_machine, BucketOneTooMany),
+        (check_any_window, BucketWindow),
+        (check_any_window, BucketStarves),
+        (check_fifo, BucketStarves),
+        (check_debt, BucketStarves),
+        (check_any_window, BucketRewinds),
+        (check_any_window, BucketGivesBackTwice),
+        (check_bucket_machine, BucketGivesBackTwice),
+        (check_cancel_is_never_booked, BucketKeeps),
+        (check_bucket_machine, BucketKeeps),
+        (check_pause, BucketPausesShort),
+        (check_bucket_machine, BucketPausesShort),
+        (check_bucket_machine, BucketPeeks),
+        (check_spread, PolicyHerd),
+        (check_delays, PolicyPastTotal),
+        (check_delays, PolicyUncapped),
+        (check_spread, PolicyUncapped),
+        (check_budget, BudgetHoards),
+        (check_budget, BudgetForgets),
+        (check_semaphore_cancel, SemaphoreLoses),
+        (check_semaphore_walk, SemaphoreLoses),
+        (check_semaphore_cancel, SemaphoreGhosts),
+        (check_semaphore_walk, SemaphoreGhosts),
+        (check_semaphore_cancel, SemaphoreDoubles),
+        (check_semaphore_walk, SemaphoreDoubles),
+        (check_semaphore_walk, SemaphoreBarges),
+        (check_semaphore_walk, SemaphoreStack),
+        (check_channel_get_cancel, ChannelLoses),
+        (check_channel_walk, ChannelLoses),
+        (check_channel_get_cancel, ChannelGhosts),
+        (check_channel_walk, ChannelGhosts),
+        (check_channel_get_cancel, ChannelDoubles),
+        (check_channel_walk, ChannelDoubles),
+        (check_channel_put_cancel, ChannelGhostPutter),
+        (check_channel_walk, ChannelGhostPutter),
+        (check_channel_walk, ChannelOverfull),
+        (check_channel_walk, ChannelForgetful),
+        (check_channel_walk, ChannelStack),
+        (check_channel_walk, ChannelForgetsPutters),
+        (check_channel_walk, ChannelLeavesGetters),
     ],
     ids=lambda x: x.__name__,
 )
-def test_prim_a_planted_bug_is_found(check: Callable[..., None], planted: type) -> None:
+def test_a_planted_bug_is_found(check: Callable[..., None], planted: type) -> None:
     with pytest.raises(AssertionError):
-        check(planted, PRIM_HUNT)
+        check(planted, HUNT)
 
 
-def test_prim_a_planted_retry_is_found() -> None:
+def test_a_planted_retry_is_found() -> None:
     with pytest.raises(AssertionError):
-        prim_check_never_retried(prim_retry_too_eager)
+        check_never_retried(retry_too_eager)
 
 
 # ------------------------------------------------------------------------------------------ the tests, tested: planted
@@ -427,8 +427,8 @@ class VisitedChecksThenActs(co.Visited[VisitedKey]):
         functools.partial(pool_check_exactly_once, "threads", PoolDies),
         functools.partial(pool_check_exactly_once, "tasks", PoolDies),
         functools.partial(order_check_nothing_nests, PoolNests),
-        functools.partial(batch_check_machine, BatchDoubles, PRIM_HUNT),
-        functools.partial(batch_check_machine, BatchAgesAnew, PRIM_HUNT),
+        functools.partial(check_machine, BatchDoubles, HUNT),
+        functools.partial(check_machine, BatchAgesAnew, HUNT),
         functools.partial(visited_check_one_step, VisitedChecksThenActs),
     ],
 )

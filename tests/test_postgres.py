@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 import primitives as pr
 from api.history import History
 from runtime import postgres as db
-from tests.helpers.base import PRIM_PATIENCE, PRIM_SETTINGS, PrimWorld, prim_run, prim_ticks, prim_until_async
-from tests.helpers.postgres import PG_AT_ONCE, PgProxy, PgServer, pg_history, pg_open, pg_result
+from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, ticks, until_async
+from tests.helpers.postgres import AT_ONCE, PgServer, Proxy, pg_history, pg_open, pg_result
 
 
-class PgFake:
+class Fake:
     """Rows by their number. ``gate`` stands before an insert; ``before`` and ``after`` its effect there are errors."""
 
     def __init__(self) -> None:
@@ -69,76 +69,76 @@ class PgFake:
 
 def test_writer_batches_by_count_and_by_age() -> None:
     async def main() -> None:
-        world, looks = PrimWorld(), 0
+        world, looks = World(), 0
 
         def clock() -> float:
             nonlocal looks
             looks += 1
             return world.now
 
-        fake = PgFake()
+        fake = Fake()
         writer = fake.writer(max_items=3, max_age=0.001, clock=clock)
         writing = asyncio.create_task(writer.run())
         for n in range(7):
             assert writer.offer(n)
-        await prim_until_async(lambda: writer.stats().written == 6)
+        await until_async(lambda: writer.stats().written == 6)
         looked = looks
-        await prim_until_async(lambda: looks > looked + 6)  # it looked thrice, and the last row is not due
+        await until_async(lambda: looks > looked + 6)  # it looked thrice, and the last row is not due
         assert (fake.batches, writer.stats()) == ([[0, 1, 2], [3, 4, 5]], db.WriterStats(1, 6, 0, 0, 2))
         world.now += 0.001
-        await prim_until_async(lambda: writer.stats().written == 7)
+        await until_async(lambda: writer.stats().written == 7)
         assert writer.offer(7)
-        assert (await writer.close(writing, PRIM_PATIENCE), writer.stats()) == (0, db.WriterStats(0, 8, 0, 0, 4))
+        assert (await writer.close(writing, HANG_LIMIT), writer.stats()) == (0, db.WriterStats(0, 8, 0, 0, 4))
         assert not writer.offer(8) and writer.stats().lost == 1
 
-    prim_run(main())
+    run_task(main())
 
 
 def test_writer_is_bounded_in_rows_and_bytes() -> None:
     async def main() -> None:
-        fake = PgFake()
+        fake = Fake()
         fake.up.clear()
         writer = fake.writer(capacity=3, max_bytes=100, max_items=2)
         assert [writer.offer(n, size) for n, size in enumerate((50, 51, 50, 0, 0))] == [True, False, True, True, False]
         assert (writer.stats().queued, writer.stats().lost) == (3, 2)
         writing = asyncio.create_task(writer.run())
         fake.up.set()
-        await prim_until_async(lambda: writer.stats().written == 3)
+        await until_async(lambda: writer.stats().written == 3)
         assert writer.offer(9, 100) and not writer.offer(10, 1)  # what is written takes no room any more
-        assert await writer.close(writing, PRIM_PATIENCE) == 0
+        assert await writer.close(writing, HANG_LIMIT) == 0
         assert sorted(fake.rows) == [0, 2, 3, 9]
 
-    prim_run(main())
+    run_task(main())
 
 
 def test_writer_writes_no_more_than_a_portion_at_a_time() -> None:
     async def main() -> None:
-        fake = PgFake()
+        fake = Fake()
         writer = fake.writer(max_items=6, portion=10)
         writing = asyncio.create_task(writer.run())
         for n, size in enumerate((4, 6, 1, 30, 9, 1)):
             writer.offer(n, size)
-        await writer.close(writing, PRIM_PATIENCE)
+        await writer.close(writing, HANG_LIMIT)
         assert fake.batches == [[0, 1], [2], [3], [4, 5]]
 
-    prim_run(main())
+    run_task(main())
 
 
 @pytest.mark.parametrize("bad", [set(), {0}, {7}, {3, 4}, {0, 2, 4, 6}, set(range(8))])
 def test_writer_finds_the_rows_that_are_refused(bad: set[int]) -> None:
     async def main() -> None:
-        fake = PgFake()
+        fake = Fake()
         fake.bad = bad
         writer = fake.writer(max_items=8)
         writing = asyncio.create_task(writer.run())
         for n in range(8):
             writer.offer(n)
-        assert await writer.close(writing, PRIM_PATIENCE) == 0
+        assert await writer.close(writing, HANG_LIMIT) == 0
         stats = writer.stats()
         assert (stats.written, stats.refused, stats.queued, stats.lost) == (8 - len(bad), len(bad), 0, 0)
         assert fake.rows == Counter(set(range(8)) - bad)
 
-    prim_run(main())
+    run_task(main())
 
 
 @pytest.mark.parametrize(
@@ -154,61 +154,61 @@ def test_writer_finds_the_rows_that_are_refused(bad: set[int]) -> None:
 )
 def test_writer_sends_the_same_rows_again(error: Exception) -> None:
     async def main() -> None:
-        fake = PgFake()
+        fake = Fake()
         fake.before.extend([error] * 3)
         fake.after.append(error)
         writer = fake.writer(max_items=2)
         writing = asyncio.create_task(writer.run())
         writer.offer(1)
         writer.offer(2)
-        assert await writer.close(writing, PRIM_PATIENCE) == 0
+        assert await writer.close(writing, HANG_LIMIT) == 0
         assert (fake.batches, fake.rows) == ([[1, 2]] * 5, Counter((1, 2)))
         assert writer.stats() == db.WriterStats(0, 2, 0, 0, 1)
 
-    prim_run(main())
+    run_task(main())
 
 
 def test_writer_cut_off_while_halving_counts_each_row_once() -> None:
     async def main() -> None:
-        fake = PgFake()
+        fake = Fake()
         fake.bad, fake.shut_at = {3}, 3
         writer = fake.writer(max_items=4)
         writing = asyncio.create_task(writer.run())
         for n in range(4):
             writer.offer(n)
-        await prim_until_async(lambda: not fake.gate.is_set())
+        await until_async(lambda: not fake.gate.is_set())
         assert (fake.batches, writer.stats().queued) == ([[0, 1, 2, 3], [0, 1], [2, 3]], 2)
         assert (await writer.close(writing, 0.0), fake.rows) == (2, Counter((0, 1)))
         assert writer.stats() == db.WriterStats(0, 2, 2, 0, 1)
 
-    prim_run(main())
+    run_task(main())
 
 
 def test_writer_close_waits_so_long_and_no_longer() -> None:
     async def main() -> None:
-        fake = PgFake()
+        fake = Fake()
         fake.up.clear()
         writer = fake.writer()
         writing = asyncio.create_task(writer.run())
         writer.offer(1)
         assert (await writer.close(writing, 0.01), writing.cancelled()) == (1, True)
         assert writer.stats() == db.WriterStats(0, 0, 1, 0, 0)
-        fake = PgFake()
+        fake = Fake()
         fake.gate.clear()
         writer = fake.writer()
         writing = asyncio.create_task(writer.run())
         writer.offer(1)
-        closing = asyncio.create_task(writer.close(writing, PRIM_PATIENCE))
-        await prim_until_async(lambda: fake.batches == [[1]])
+        closing = asyncio.create_task(writer.close(writing, HANG_LIMIT))
+        await until_async(lambda: fake.batches == [[1]])
         closing.cancel()  # a second signal
         await asyncio.wait([closing])
-        await asyncio.wait([writing], timeout=PRIM_PATIENCE)
+        await asyncio.wait([writing], timeout=HANG_LIMIT)
         assert writing.cancelled() and closing.cancelled()
 
-    prim_run(main())
+    run_task(main())
 
 
-@settings(PRIM_SETTINGS)
+@settings(SETTINGS)
 @given(
     st.lists(
         st.one_of(
@@ -223,7 +223,7 @@ def test_writer_close_waits_so_long_and_no_longer() -> None:
 )
 def test_writer_every_row_ends_exactly_once(steps: list[tuple[str, int]], patient: bool) -> None:
     async def main() -> None:
-        world, fake, offered = PrimWorld(), PgFake(), 0
+        world, fake, offered = World(), Fake(), 0
         writer = fake.writer(capacity=12, max_bytes=200, max_items=4, max_age=5.0, portion=50, clock=world.clock)
         writing = asyncio.create_task(writer.run())
         for step, size in steps:
@@ -240,7 +240,7 @@ def test_writer_every_row_ends_exactly_once(steps: list[tuple[str, int]], patien
                 getattr(fake, step).append(db.Unavailable("cut"))
             elif step == "time":
                 world.now += 5.0
-            await prim_ticks(3 if step == "ticks" else 0)
+            await ticks(3 if step == "ticks" else 0)
             stats = writer.stats()
             assert stats.queued + stats.written + stats.refused + stats.lost == offered
             assert stats.queued <= 12 and stats.written <= len(fake.rows)
@@ -248,7 +248,7 @@ def test_writer_every_row_ends_exactly_once(steps: list[tuple[str, int]], patien
             fake.up.set()
             fake.gate.set()
         before = writer.stats().lost
-        lost = await writer.close(writing, PRIM_PATIENCE if patient else 0.0)
+        lost = await writer.close(writing, HANG_LIMIT if patient else 0.0)
         stats = writer.stats()
         assert (
             stats.queued == 0 and stats.written + stats.refused + stats.lost == offered and stats.lost == before + lost
@@ -277,24 +277,24 @@ def test_database_goes_and_comes_back(pg: PgServer, number: int) -> None:
             async with database.connection() as connection:
                 assert await connection.fetchval("SELECT count(*) FROM upstream_results") == 0
             using = asyncio.create_task(use())
-            await prim_until_async(lambda: len(database._held) == 1)
+            await until_async(lambda: len(database._held) == 1)
             await pg.do("DROP TABLE upstream_results")
             await asyncio.to_thread(pg.stop, number)
             with pytest.raises(db.Unavailable):
                 await using
-            await prim_until_async(lambda: database.state == "down")
+            await until_async(lambda: database.state == "down")
             with pytest.raises(db.Unavailable, match="database away"):
                 async with database.connection(wait=math.inf):
                     raise AssertionError("there is none")
             assert database.stats().error and not await database.ready(0.0)
             starting = asyncio.create_task(asyncio.to_thread(pg.start))
-            assert await database.ready(PRIM_PATIENCE), (starting.done(), database)
+            assert await database.ready(HANG_LIMIT), (starting.done(), database)
             await starting
             async with database.connection() as connection:  # the schema is there again, the pool is not of the dead
                 assert await connection.fetchval("SELECT count(*) FROM upstream_results") == 0
             assert (database.stats().connects, database.stats().error) == (2, None)
 
-    prim_run(main())
+    run_task(main())
 
 
 def test_database_comes_back_though_a_connection_cannot_be_cut_off(pg: PgServer) -> None:
@@ -313,10 +313,10 @@ def test_database_comes_back_though_a_connection_cannot_be_cut_off(pg: PgServer)
             database._held.add(stubborn)  # type: ignore[arg-type]
             assert database._probe is not None
             database._probe.terminate()
-            await prim_until_async(lambda: stubborn.cuts > 0)
-            await prim_until_async(lambda: database.state == "connected" and database.stats().connects == 2)
+            await until_async(lambda: stubborn.cuts > 0)
+            await until_async(lambda: database.state == "connected" and database.stats().connects == 2)
 
-    prim_run(main())
+    run_task(main())
 
 
 def test_database_that_stands_still_is_noticed_and_nobody_hangs(pg: PgServer) -> None:
@@ -336,18 +336,18 @@ def test_database_that_stands_still_is_noticed_and_nobody_hangs(pg: PgServer) ->
             await entered.wait()
             with pg.frozen():
                 going.set()
-                await prim_until_async(lambda: database.state == "down")
+                await until_async(lambda: database.state == "down")
                 with pytest.raises((db.Unavailable, TimeoutError)):
                     await using
                 with pytest.raises(db.Unavailable, match="database away"):
                     async with database.connection():
                         raise AssertionError("there is none")
                 assert database.stats().error == "TimeoutError"
-            assert await database.ready(PRIM_PATIENCE)
+            assert await database.ready(HANG_LIMIT)
             async with database.connection() as connection:
                 assert await connection.fetchval("SELECT 1") == 1
 
-    prim_run(main())
+    run_task(main())
 
 
 def test_database_closes_while_it_stands_still(pg: PgServer) -> None:
@@ -357,7 +357,7 @@ def test_database_closes_while_it_stands_still(pg: PgServer) -> None:
                 await connection.execute("SELECT 1")
             with pg.frozen():
                 task = asyncio.create_task(database._check())
-                await prim_ticks()
+                await ticks()
                 task.cancel()
                 await asyncio.wait([task])
                 await database.close()
@@ -382,7 +382,7 @@ def test_database_a_connection_is_broken_off_at_its_limit(pg: PgServer, monkeypa
                     await connection.execute("SELECT * FROM nowhere")
             assert database.state == "connected"
 
-    prim_run(main())
+    run_task(main())
 
 
 def test_database_a_connection_that_is_given_back_late_was_used_all_the_same(
@@ -427,7 +427,7 @@ def test_database_that_cannot_be_used_says_why_without_its_secrets(pg: PgServer)
             for database in databases.values():
                 await database.open(0.0)
                 assert database.state in ("connecting", "down")
-            await prim_until_async(lambda: all(database.state == "down" for database in databases.values()))
+            await until_async(lambda: all(database.state == "down" for database in databases.values()))
             for url, database in databases.items():
                 assert database.stats().error == cases[url]
                 assert "hidden" not in repr(database) + repr(database.stats())
@@ -436,9 +436,9 @@ def test_database_that_cannot_be_used_says_why_without_its_secrets(pg: PgServer)
                         raise AssertionError("there is none")
                 assert "hidden" not in str(caught.value)
                 await database.close()
-            await prim_until_async(lambda: len(asyncio.all_tasks()) == 1)
+            await until_async(lambda: len(asyncio.all_tasks()) == 1)
 
-        prim_run(main())
+        run_task(main())
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ def test_database_url_is_not_repeated(url: str) -> None:
 def test_database_none_is_none() -> None:
     async def main() -> None:
         database = db.Database.configured({"DATABASE_URL": "none"}, "")
-        await database.open(PRIM_PATIENCE)
+        await database.open(HANG_LIMIT)
         assert database.stats()[:2] == ("none", None)
         with pytest.raises(db.Unavailable, match="not configured"):
             async with database.connection():
@@ -468,7 +468,7 @@ def test_database_none_is_none() -> None:
         assert history.writer.stats() == db.WriterStats(0, 0, 0, 0, 0)
         await database.close()
 
-    prim_run(main())
+    run_task(main())
 
 
 def test_history_a_batch_whose_answer_is_lost_is_there_once(pg: PgServer) -> None:
@@ -480,14 +480,14 @@ def test_history_a_batch_whose_answer_is_lost_is_there_once(pg: PgServer) -> Non
             left -= b"INSERT 0 " in data and b"Z\x00\x00\x00\x05I" in data
             return left >= 0 and b"INSERT 0 " in data
 
-        proxy = PgProxy(pg.port, cut)
+        proxy = Proxy(pg.port, cut)
         server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
         url = pg.url.replace(f":{pg.port}/", f":{server.sockets[0].getsockname()[1]}/")
         async with server:
-            async with pg_history(url, max_items=10, retry=PG_AT_ONCE) as history:
+            async with pg_history(url, max_items=10, retry=AT_ONCE) as history:
                 for n in range(50):
                     history.keep(pg_result(n))
-                await prim_until_async(lambda: history.writer.stats().written == 50)
+                await until_async(lambda: history.writer.stats().written == 50)
             assert proxy.cuts == 3
         assert await pg.do("SELECT count(*) FROM upstream_results") == 50
         assert await pg.do("SELECT count(DISTINCT fetched_at) FROM upstream_results") == 50
@@ -506,7 +506,7 @@ def test_history_a_batch_whose_backend_dies_before_the_commit_is_there_once(pg: 
     waiting = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND NOT granted"
 
     async def main() -> None:
-        async with pg_history(pg.url, max_items=10, retry=PG_AT_ONCE) as history:
+        async with pg_history(pg.url, max_items=10, retry=AT_ONCE) as history:
             await pg.do(*hold)
             blocker = await asyncpg.connect(pg.url)
             await blocker.execute("SELECT pg_advisory_lock(42)")
@@ -521,7 +521,7 @@ def test_history_a_batch_whose_backend_dies_before_the_commit_is_there_once(pg: 
                     killed.add(pid)
             assert history.writer.stats()[:4] == (10, 0, 0, 0)
             await blocker.close()
-            await prim_until_async(lambda: history.writer.stats().written == 10)
+            await until_async(lambda: history.writer.stats().written == 10)
         assert await pg.do("SELECT count(*) FROM upstream_results") == 10
 
     asyncio.run(main())
@@ -530,7 +530,7 @@ def test_history_a_batch_whose_backend_dies_before_the_commit_is_there_once(pg: 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["fast", "kill"])
 def test_history_counts_are_exact_over_a_restart(pg: PgServer, number: int) -> None:
     async def main() -> None:
-        async with pg_history(pg.url, max_items=7, max_age=0.001, retry=PG_AT_ONCE) as history:
+        async with pg_history(pg.url, max_items=7, max_age=0.001, retry=AT_ONCE) as history:
             going, n = True, 0
 
             async def feed() -> None:
@@ -541,15 +541,15 @@ def test_history_counts_are_exact_over_a_restart(pg: PgServer, number: int) -> N
                     await asyncio.sleep(0)
 
             feeding = asyncio.create_task(feed())
-            await prim_until_async(lambda: history.writer.stats().written > 20)
+            await until_async(lambda: history.writer.stats().written > 20)
             await asyncio.to_thread(pg.stop, number)
-            await prim_until_async(lambda: history._database.state == "down")
+            await until_async(lambda: history._database.state == "down")
             going = False
             await feeding
             stats = history.writer.stats()
             assert stats.queued > 0 and stats.queued + stats.written + stats.lost == n
             await asyncio.to_thread(pg.start)
-            await prim_until_async(lambda: history.writer.stats().queued == 0)
+            await until_async(lambda: history.writer.stats().queued == 0)
             stats = history.writer.stats()
             assert (stats.written + stats.lost, stats.refused) == (n, 0)
         assert await pg.do("SELECT count(*) FROM upstream_results") == stats.written
@@ -571,13 +571,13 @@ def test_history_refuses_rows_that_the_database_does_not_take(pg: PgServer) -> N
     ]
 
     async def main() -> None:
-        async with pg_history(pg.url, max_items=100, retry=PG_AT_ONCE) as history:
+        async with pg_history(pg.url, max_items=100, retry=AT_ONCE) as history:
             for n, payload in enumerate(bad + good):
                 history.keep(pg_result(n, payload=payload))
             history.keep(pg_result(100)._replace(latency=math.inf))
             history.keep(pg_result(101)._replace(latency=math.nan))
             history.keep(pg_result(102)._replace(parameters="none"))
-            await prim_until_async(lambda: history.writer.stats().queued == 0)
+            await until_async(lambda: history.writer.stats().queued == 0)
             stats = history.writer.stats()
             assert (stats.written, stats.refused, stats.lost) == (len(good) + 2, len(bad) + 1, 0)
             shown, more = await history.page("a", "{}", datetime.now(UTC), 1000, 1 << 30)
@@ -590,14 +590,14 @@ def test_history_waits_for_what_may_be_mended(pg: PgServer) -> None:
     """A database that must not be written to refuses every row, and none is lost."""
 
     async def main() -> None:
-        async with pg_history(pg.url, max_items=5, max_age=0.001, retry=PG_AT_ONCE) as history:
+        async with pg_history(pg.url, max_items=5, max_age=0.001, retry=AT_ONCE) as history:
             readers = history._database
             await pg.do("ALTER DATABASE postgres SET default_transaction_read_only = on")
             try:
                 for n in range(5):
                     history.keep(pg_result(n))
-                tried = asyncio.create_task(prim_until_async(lambda: history.writer.stats().written > 0))
-                await prim_ticks(20)
+                tried = asyncio.create_task(until_async(lambda: history.writer.stats().written > 0))
+                await ticks(20)
                 assert history.writer.stats()[:4] == (5, 0, 0, 0) and readers.state == "connected"
             finally:
                 await pg.do("SET default_transaction_read_only = off", "ALTER DATABASE postgres RESET ALL")

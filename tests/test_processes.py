@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from runtime import processes
-from tests.helpers.base import HERE, prim_limits, prim_until_async
+from tests.helpers.base import HERE, limits, until_async
 from tests.helpers.processes import PROC_PATIENCE, proc_gone, proc_run, proc_ticks, proc_writer
 
 
@@ -53,7 +53,7 @@ def test_proc_a_killed_worker_is_replaced_once_and_only_its_job_begun_again(tmp_
         waiting = [asyncio.create_task(pool.run(operator.neg, n)) for n in range(10)]
         first = await proc_writer(gate)
         os.kill(pid, signal.SIGKILL)
-        await prim_until_async(lambda: proc_gone(pid))
+        await until_async(lambda: proc_gone(pid))
         os.close(first)
         second = await proc_writer(gate)  # another process has it open
         assert pool.stats() == (2, 2, 10, 1, 1, 1, 0)
@@ -83,7 +83,7 @@ def test_proc_an_idle_worker_that_was_killed_costs_no_attempt() -> None:
     async def main(pool: processes.Processes) -> None:
         pid = await pool.run(os.getpid)
         os.kill(pid, signal.SIGKILL)
-        await prim_until_async(lambda: proc_gone(pid))
+        await until_async(lambda: proc_gone(pid))
         assert await pool.run(os.getpid) != pid
         assert pool.stats() == (1, 0, 0, 2, 1, 0, 0)
 
@@ -93,7 +93,7 @@ def test_proc_an_idle_worker_that_was_killed_costs_no_attempt() -> None:
 def test_proc_timeout_kills_the_worker_and_the_pool_goes_on(tmp_path: Path) -> None:
     async def main(pool: processes.Processes) -> None:
         pid = await pool.run(os.getpid)
-        with prim_limits(0.3) as up:
+        with limits(0.3) as up:
             beside = asyncio.create_task(pool.run(time.sleep, 1000, timeout=0.3))
             await asyncio.sleep(0)
             with pytest.raises(TimeoutError):  # it waits for the only worker
@@ -102,7 +102,7 @@ def test_proc_timeout_kills_the_worker_and_the_pool_goes_on(tmp_path: Path) -> N
             up()
             with pytest.raises(TimeoutError):
                 await beside
-        await prim_until_async(lambda: proc_gone(pid))
+        await until_async(lambda: proc_gone(pid))
         assert await pool.run(operator.add, 1, 2) == 3
         assert pool.stats() == (1, 0, 0, 2, 1, 0, 2)
 
@@ -117,7 +117,7 @@ def test_proc_a_worker_that_takes_nothing_is_ended_with_a_job_half_sent() -> Non
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(TimeoutError):
             await pool.run(len, bytes(4_000_000), timeout=0.1)
-        await prim_until_async(lambda: proc_gone(pid))
+        await until_async(lambda: proc_gone(pid))
         assert await pool.run(len, bytes(4_000_000)) == 4_000_000
 
     proc_run(main)
@@ -128,7 +128,7 @@ def test_proc_cancellation_gives_the_places_back() -> None:
         pid = await pool.run(os.getpid)
         running = asyncio.create_task(pool.run(time.sleep, 1000))
         waiting = asyncio.create_task(pool.run(time.sleep, 1000))
-        await prim_until_async(lambda: pool.stats()[1:3] == (1, 1))
+        await until_async(lambda: pool.stats()[1:3] == (1, 1))
         with pytest.raises(processes.PoolFull) as full:
             await pool.run(os.getpid)
         assert 0.1 <= full.value.retry_after <= 1.0
@@ -139,7 +139,7 @@ def test_proc_cancellation_gives_the_places_back() -> None:
         running.cancel()
         await asyncio.wait([running])
         assert running.cancelled() and waiting.cancelled()
-        await prim_until_async(lambda: proc_gone(pid))
+        await until_async(lambda: proc_gone(pid))
         assert await pool.run(os.getpid) != pid
         assert pool.stats() == (1, 0, 0, 2, 1, 0, 2)
 
@@ -246,9 +246,9 @@ def test_proc_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
             assert len(pids) == 2
 
             async def watch() -> None:
-                await prim_until_async(lambda: any(proc_ticks(pid) > 20 for pid in pids))  # the match is under way
+                await until_async(lambda: any(proc_ticks(pid) > 20 for pid in pids))  # the match is under way
                 parent.kill()
-                await prim_until_async(lambda: all(proc_gone(pid) for pid in pids))
+                await until_async(lambda: all(proc_gone(pid) for pid in pids))
 
             asyncio.run(watch())
         finally:

@@ -30,12 +30,12 @@ from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
 from crawl.output import EXIT_INTERRUPTED, encode_json
 from crawl.rows import build_article, validator
 from crawl.rules import normalise
-from tests.helpers.base import HERE, prim_until
+from tests.helpers.base import HERE, wait_until
 from tests.helpers.crawl import (
     FEEDS_DRIVERS,
     FEEDS_PATIENCE,
-    FeedsAnswer,
-    FeedsSite,
+    Answer,
+    Site,
     feeds_article,
     feeds_rows,
     feeds_rss,
@@ -44,7 +44,7 @@ from tests.helpers.crawl import (
 from tests.helpers.processes import proc_children, proc_gone, proc_open, proc_ticks
 
 
-def feeds_answer(crawl: Crawl, url: str, body: str, **headers: str) -> ScrapeResult | None:
+def answer(crawl: Crawl, url: str, body: str, **headers: str) -> ScrapeResult | None:
     """What becomes of the answer of the feed at ``url``."""
     request = Request(url, *normalise(url), kind="feed")
     crawl.frontier.add_all([url], 0.0, kind="feed")
@@ -72,20 +72,20 @@ def feeds_entries(*dates: str | None) -> str:
         ("2024-05-07T06:00:00+01:00", "3"),
     ],
 )
-def test_feeds_since(since: str | None, left: str) -> None:
+def test_since(since: str | None, left: str) -> None:
     crawl = Crawl(Options(feeds=True, since=since))
     dates = ("Sun, 05 May 2024 23:59:59 GMT", "2024-05-06T12:00:00+02:00", "2024-05-07T04:59:00Z", None)
-    row = feeds_answer(crawl, "http://a.example/feed", feeds_entries(*dates))
+    row = answer(crawl, "http://a.example/feed", feeds_entries(*dates))
     assert row and [link[-1] for link in row.links_found] == list(left)
 
 
-def test_feeds_options() -> None:
+def test_options() -> None:
     for wrong in ({"since": "2024-05-06"}, {"feeds": True, "since": "May"}, {"feeds": True, "depth": 1}):
         with pytest.raises(ValueError, match=r"since|depth"):
             Options(**cast(Any, wrong))
 
 
-def test_feeds_of_one_host_share_its_rate() -> None:
+def test_of_one_host_share_its_rate() -> None:
     """The feed, its articles there and a retry: one request in two seconds; on another host at once."""
     now = 100.0
     crawl = Crawl(Options(feeds=True, rate=0.5), clock=lambda: now, rng=lambda: 0.0)
@@ -111,10 +111,10 @@ def test_feeds_of_one_host_share_its_rate() -> None:
     assert at == {"a.example": [0.0, 2.0, 4.0, 6.0], "b.example": [0.0]}
 
 
-def test_feeds_what_a_cap_left_out_is_asked_for_again() -> None:
+def test_what_a_cap_left_out_is_asked_for_again() -> None:
     crawl = Crawl(Options(feeds=True, max_pages=1))
     first, second = (
-        feeds_answer(crawl, f"http://a.example/{name}", feeds_rss(*links), ETag='"1"')
+        answer(crawl, f"http://a.example/{name}", feeds_rss(*links), ETag='"1"')
         for name, links in (("f", ("/1", "/2")), ("g", ("/1",)))
     )
     assert isinstance(first, FeedResult) and isinstance(second, FeedResult)
@@ -122,11 +122,11 @@ def test_feeds_what_a_cap_left_out_is_asked_for_again() -> None:
     assert (second.links_found, second.etag) == ([], '"1"')
 
 
-def test_feeds_that_were_articles_are_polled() -> None:
+def test_that_were_articles_are_polled() -> None:
     """An article of another feed, now or in an earlier run: the list names it, so it is a feed."""
     crawl = Crawl(Options(feeds=True, rate=0))
     crawl.frontier.mark("http://b.example/feed")
-    feeds_answer(crawl, "http://a.example/feed", feeds_rss("http://c.example/feed"))
+    answer(crawl, "http://a.example/feed", feeds_rss("http://c.example/feed"))
     crawl.feed(["http://a.example/feed", "http://b.example/feed", "http://c.example/feed"]).join()
     taken = [crawl.frontier.take(1e9) for _ in range(4)]
     assert sorted((one.target[7], one.kind) for one in taken if isinstance(one, Request)) == [
@@ -135,7 +135,7 @@ def test_feeds_that_were_articles_are_polled() -> None:
         ("c", "feed"),
         ("c", "page"),
     ]
-    row = feeds_answer(crawl, "http://a.example/feed", feeds_rss("http://b.example/feed"))
+    row = answer(crawl, "http://a.example/feed", feeds_rss("http://b.example/feed"))
     assert row and row.links_found == []
 
 
@@ -146,7 +146,7 @@ def feeds_journal(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]
         return list(crawl_journal.rows(file))
 
 
-def test_feeds_journal_grows_with_the_articles_only(tmp_path: Path) -> None:
+def test_journal_grows_with_the_articles_only(tmp_path: Path) -> None:
     def feed(n: int, error: str | None = None, *links: str) -> dict[str, Any]:
         entries = [FeedEntry(link, None, None, None, None)._asdict() for link in links]
         url = f"http://a.example/{n}"
@@ -178,7 +178,7 @@ def test_feeds_journal_grows_with_the_articles_only(tmp_path: Path) -> None:
     assert crawl.frontier.waiting == 4 and set(crawl.validators) == {f"http://a.example/{n}" for n in (1, 3, 4)}
 
 
-def test_feeds_validators_of_a_strange_journal_are_not_sent() -> None:
+def test_validators_of_a_strange_journal_are_not_sent() -> None:
     assert [validator(text) for text in ('"a"', "", None, 5, '"é"', "a\nb", '"\ud800"')] == [
         '"a"',
         "",
@@ -186,7 +186,7 @@ def test_feeds_validators_of_a_strange_journal_are_not_sent() -> None:
     ]
 
 
-FEEDS_HOSTILE: dict[str, Callable[[], str]] = {
+HOSTILE: dict[str, Callable[[], str]] = {
     "attributes": lambda: "<p " + " ".join(f"a{n}=x" for n in range(50_000)) + ">The text of it all",
     "tables": lambda: "<table><tr><td>x y z</table>" * 3_000,
     "long": lambda: feeds_article("a long page") + "<script>x</script>" * 300_000,
@@ -197,8 +197,8 @@ FEEDS_HOSTILE: dict[str, Callable[[], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FEEDS_HOSTILE)
-def test_feeds_article_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", HOSTILE)
+def test_article_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes trafilatura minutes by itself (attributes, tables), or is too much, is not handed to it."""
     handed: list[tuple[str, bool]] = []
     extract = articles.extractor()
@@ -208,7 +208,7 @@ def test_feeds_article_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) ->
         return extract(html, include_tables=include_tables, **more)
 
     monkeypatch.setattr(articles, "extractor", lambda: watched)
-    text, author, published = read_article(FEEDS_HOSTILE[name]().encode("utf-8", "replace"), "http://a.example/")
+    text, author, published = read_article(HOSTILE[name]().encode("utf-8", "replace"), "http://a.example/")
     [(html, with_tables)] = handed
     assert len(html) <= articles.MAX_ARTICLE and html.count("<") <= articles.MAX_TAGS == 50_000
     assert max(map(len, html.split("<")), default=0) < 10_000
@@ -217,7 +217,7 @@ def test_feeds_article_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert published is None
 
 
-def test_feeds_article_says_nothing_that_the_page_does_not(
+def test_article_says_nothing_that_the_page_does_not(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     page = "<html><body><article><p>In 1995, on 12/05/2001, there was much to tell, and more.</p></article>"
@@ -243,11 +243,11 @@ def test_feeds_article_says_nothing_that_the_page_does_not(
         ("<meta " * 50_000 + "<time " * 50_000, None),
     ],
 )
-def test_feeds_article_says_when(markup: str, published: str | None) -> None:
+def test_article_says_when(markup: str, published: str | None) -> None:
     assert read_article(markup.encode(), "http://a.example/x").published == published
 
 
-def test_feeds_of_a_failed_article_keep_what_the_feed_says() -> None:
+def test_of_a_failed_article_keep_what_the_feed_says() -> None:
     entry = FeedEntry("http://a.example/1", "Title", "Ann", "2024-05-06T00:00:00Z", None)
     request = Request(entry.url, entry.url, "a.example")
     row = build_article(request, FetchError("timeout", "x"), "http://a.example/f", entry)
@@ -255,11 +255,11 @@ def test_feeds_of_a_failed_article_keep_what_the_feed_says() -> None:
     assert row.kind == "article" and row.feed == "http://a.example/f" and row.text is None
 
 
-def test_feeds_a_fault_is_in_the_row_and_its_articles_are_followed(tmp_path: Path) -> None:
+def test_a_fault_is_in_the_row_and_its_articles_are_followed(tmp_path: Path) -> None:
     """Torn: its articles are, the row says that there may be more, and nothing that a 304 could answer is kept."""
     body, url = feeds_rss("http://a.example/1", "http://a.example/2"), "http://a.example/feed"
     crawl = Crawl(Options(feeds=True))
-    row = feeds_answer(crawl, url, body[: -len("</channel></rss>")], ETag='"1"')
+    row = answer(crawl, url, body[: -len("</channel></rss>")], ETag='"1"')
     assert isinstance(row, FeedResult) and row.error == "decode: it ends too soon"
     assert row.links_found == ["http://a.example/1", "http://a.example/2"] == [entry["url"] for entry in row.entries]
     assert (row.etag, row.last_modified, row.status) == (None, None, 200)
@@ -268,13 +268,13 @@ def test_feeds_a_fault_is_in_the_row_and_its_articles_are_followed(tmp_path: Pat
     with crawl_journal.open_journal(str(tmp_path / "news.jsonl")) as file:
         assert crawl_journal.recall(again, file) == 1
     assert again.frontier.waiting == 2 and again.validators == {}
-    row = feeds_answer(again, url, body[: -len("</channel></rss>")], ETag='"1"')  # the same fault: a row each time
+    row = answer(again, url, body[: -len("</channel></rss>")], ETag='"1"')  # the same fault: a row each time
     assert isinstance(row, FeedResult) and (row.error, row.entries) == ("decode: it ends too soon", [])
-    row = feeds_answer(again, url, body, ETag='"1"')
+    row = answer(again, url, body, ETag='"1"')
     assert isinstance(row, FeedResult) and (row.error, row.etag) == (None, '"1"')
 
 
-def test_feeds_what_was_not_read_says_so_and_keeps_the_rest() -> None:
+def test_what_was_not_read_says_so_and_keeps_the_rest() -> None:
     def read(function: Callable[..., Any], body: bytes, *more: Any) -> Any:
         if b"hostile" in body:
             raise FetchError("decode", "reading it takes more than 1 s")
@@ -282,10 +282,10 @@ def test_feeds_what_was_not_read_says_so_and_keeps_the_rest() -> None:
 
     crawl = Crawl(Options(feeds=True))
     crawl.read = read
-    row = feeds_answer(crawl, "http://a.example/feed", feeds_rss("/hostile"), ETag='"1"')
+    row = answer(crawl, "http://a.example/feed", feeds_rss("/hostile"), ETag='"1"')
     assert isinstance(row, FeedResult) and row.error == "decode: reading it takes more than 1 s"
     assert (row.status, row.kind, row.etag, row.entries) == (200, "feed", None, [])
-    feeds_answer(crawl, "http://a.example/feed", feeds_rss("/1"))
+    answer(crawl, "http://a.example/feed", feeds_rss("/1"))
     request = Request("http://a.example/1", *normalise("http://a.example/1"))
     page = Response(200, {"Content-Type": "text/html"}, b"<title>hostile</title>")
     assert crawl.judge(request, page) is page
@@ -306,7 +306,7 @@ def feeds_readers() -> Iterator[crawl_readers.Readers]:
         readers.close()
     assert readers.stats()[1:] == (0, 0)
     assert proc_children() - children == set()
-    prim_until(lambda: not set(threading.enumerate()) - threads)
+    wait_until(lambda: not set(threading.enumerate()) - threads)
     assert proc_open() - before == set()
 
 
@@ -358,9 +358,9 @@ def test_readers_nobody_waits_behind_a_slow_document_and_all_end_at_once(tmp_pat
         for n in range(1, readers.count):
             threads.append(feeds_held(readers, tmp_path / str(n), found))
             held.append(os.open(tmp_path / str(n), os.O_WRONLY))
-        threads.append(threading.Thread(target=lambda: feeds_ask(readers, found)))  # waits for a reader
+        threads.append(threading.Thread(target=lambda: ask(readers, found)))  # waits for a reader
         threads[-1].start()
-        prim_until(lambda: bool(readers._free._waiters))  # type: ignore[attr-defined]
+        wait_until(lambda: bool(readers._free._waiters))  # type: ignore[attr-defined]
         readers.kill()
         for thread in threads:
             thread.join(FEEDS_PATIENCE)
@@ -371,7 +371,7 @@ def test_readers_nobody_waits_behind_a_slow_document_and_all_end_at_once(tmp_pat
             os.close(one)
 
 
-def feeds_ask(readers: crawl_readers.Readers, found: list[object]) -> None:
+def ask(readers: crawl_readers.Readers, found: list[object]) -> None:
     try:
         found.append(readers.read(bytes.upper, b"x"))
     except FetchError as error:
@@ -382,7 +382,7 @@ def test_readers_one_that_died_idle_or_kept_much_costs_nothing() -> None:
     with feeds_readers() as readers:
         first = readers.read(eval, b"__import__('os').getpid()")
         os.kill(first, signal.SIGKILL)
-        prim_until(lambda: proc_gone(first))
+        wait_until(lambda: proc_gone(first))
         pid = readers.read(eval, b"__import__('os').getpid()")
         assert pid != first
         keep = b"[__import__('sys').modules.setdefault('kept', bytearray(30 << 20)), __import__('os').getpid()][1]"
@@ -392,7 +392,7 @@ def test_readers_one_that_died_idle_or_kept_much_costs_nothing() -> None:
         template = readers._template
         assert template is not None
         template.process.kill()
-        prim_until(lambda: proc_gone(template.process.pid) and proc_gone(last))
+        wait_until(lambda: proc_gone(template.process.pid) and proc_gone(last))
         assert readers.read(bytes.upper, b"x") == b"X" and readers.stats().started == 1
 
 
@@ -420,13 +420,13 @@ def test_readers_end_with_their_program_which_they_do_not_import(tmp_path: Path)
         assert parent.stdout is not None and parent.stderr is not None
         pids = [int(parent.stderr.readline()) for _ in range(2)]
         try:
-            prim_until(lambda: any(proc_ticks(pid) > 20 for pid in pids))  # the match is under way
+            wait_until(lambda: any(proc_ticks(pid) > 20 for pid in pids))  # the match is under way
             for pid in pids:
                 os.kill(pid, signal.SIGINT)
                 os.kill(pid, signal.SIGTERM)
             assert not any(map(proc_gone, pids))
             parent.kill()
-            prim_until(lambda: all(map(proc_gone, pids)))
+            wait_until(lambda: all(map(proc_gone, pids)))
             assert parent.stdout.read() == b"once\n"
         finally:
             parent.kill()
@@ -436,14 +436,14 @@ def test_readers_end_with_their_program_which_they_do_not_import(tmp_path: Path)
 
 
 @pytest.mark.parametrize("driver", FEEDS_DRIVERS)
-def test_feeds_a_hostile_article_costs_its_own_text(
-    driver: str, feeds_site: FeedsSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_hostile_article_costs_its_own_text(
+    driver: str, feeds_site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, url = feeds_site, feeds_site.url
     monkeypatch.setattr(crawl_readers, "bounds", lambda _, size: (0.05 if size > 100_000 else 100.0, 1 << 28))
-    site.routes = {"/feed": FeedsAnswer(feeds_rss("/1", "/hostile", "/2"), "text/xml")}
-    site.routes |= {f"/{n}": FeedsAnswer(feeds_article(str(n))) for n in (1, 2)}
-    site.routes["/hostile"] = FeedsAnswer("<title>Hostile</title>" + "<h1>x</h1>" * 20_000)
+    site.routes = {"/feed": Answer(feeds_rss("/1", "/hostile", "/2"), "text/xml")}
+    site.routes |= {f"/{n}": Answer(feeds_article(str(n))) for n in (1, 2)}
+    site.routes["/hostile"] = Answer("<title>Hostile</title>" + "<h1>x</h1>" * 20_000)
     children = proc_children()
     stats = feeds_run(driver, tmp_path, [url("/feed")])
     rows = {row["url"].removeprefix(url("")): row for row in feeds_rows(tmp_path)}
@@ -458,11 +458,11 @@ def test_feeds_a_hostile_article_costs_its_own_text(
 @pytest.mark.parametrize(
     "program", [("crawl_async.py",), ("crawl_async.py", "--processes", "2"), ("crawl_threads.py",)]
 )
-def test_feeds_the_end_waits_for_no_reader(program: tuple[str, ...], feeds_site: FeedsSite, tmp_path: Path) -> None:
+def test_the_end_waits_for_no_reader(program: tuple[str, ...], feeds_site: Site, tmp_path: Path) -> None:
     """The reader stands still with a feed in hand. Another feed has its row, and the signal ends all."""
     site, url = feeds_site, feeds_site.url
-    site.routes = {f"/{name}": FeedsAnswer(feeds_rss("/1"), "text/xml", ETag='"1"') for name in ("first", "slow")}
-    site.routes |= {"/1": FeedsAnswer(feeds_article("1")), "/missing": FeedsAnswer("nothing", status="404")}
+    site.routes = {f"/{name}": Answer(feeds_rss("/1"), "text/xml", ETag='"1"') for name in ("first", "slow")}
+    site.routes |= {"/1": Answer(feeds_article("1")), "/missing": Answer("nothing", status="404")}
     site.routes["/slow"].gate = site.routes["/missing"].gate = gate = threading.Event()
     script, *options = program
     words = [sys.executable, str(HERE / script), "-", "--feeds", "-q", "--rate", "0"]
@@ -474,16 +474,16 @@ def test_feeds_the_end_waits_for_no_reader(program: tuple[str, ...], feeds_site:
             assert process.stdin is not None
             process.stdin.write(f"{url('/first')}\n{url('/slow')}\n{url('/missing')}\n".encode())
             process.stdin.close()
-            prim_until(lambda: site.paths().keys() >= {"/slow", "/missing"} and out.read_bytes().count(b"\n") == 2)
+            wait_until(lambda: site.paths().keys() >= {"/slow", "/missing"} and out.read_bytes().count(b"\n") == 2)
             readers += feeds_children(process)
             assert len(readers) > (2 if options else 1)  # templates, and what read the first feed and its article
             for reader in readers:
                 reader.suspend()
             gate.set()
-            prim_until(lambda: b"/missing" in out.read_bytes())
+            wait_until(lambda: b"/missing" in out.read_bytes())
             process.terminate()
             assert process.wait(FEEDS_PATIENCE) == EXIT_INTERRUPTED
-            prim_until(lambda: all(proc_gone(reader.pid) for reader in readers))
+            wait_until(lambda: all(proc_gone(reader.pid) for reader in readers))
         finally:
             gate.set()
             process.kill()
@@ -502,7 +502,7 @@ def feeds_children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return []
 
 
-def test_feeds_bench_has_what_it_says() -> None:
+def test_bench_has_what_it_says() -> None:
     assert sum(map(bench_feeds.articles_of, range(bench_feeds.HOSTS))) == 36
     waits = {bench_feeds.latency(1, host, path) for host in range(26) for path in ("/feed.xml", "/article/0")}
     assert len(waits) == 52 and min(waits) >= 0.3 and max(waits) <= 1.5 and bench_feeds.latency(1, 0, "/log") == 0.0

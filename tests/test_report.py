@@ -45,9 +45,7 @@ def report_levels(*levels: tuple[int, float], seed: int = 1, noise: float = 0.3,
         ([(30, 0.1), (30, 1.0)], 2),
     ],
 )
-def test_report_change_points_are_where_they_were_planted(
-    levels: list[tuple[int, float]], slack: int, seed: int
-) -> None:
+def test_change_points_are_where_they_were_planted(levels: list[tuple[int, float]], slack: int, seed: int) -> None:
     found = report.changes(report_levels(*levels, seed=seed))
     planted = [sum(n for n, _ in levels[: i + 1]) for i in range(len(levels) - 1)]
     assert len(found) == len(planted)
@@ -58,11 +56,11 @@ def test_report_change_points_are_where_they_were_planted(
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_report_noise_is_no_change(seed: int) -> None:
+def test_noise_is_no_change(seed: int) -> None:
     assert report.changes(report_levels((2000, 0.05), seed=seed, outliers=0.05)) == []
 
 
-def test_report_changes_of_special_series() -> None:
+def test_changes_of_special_series() -> None:
     assert report.changes([0.1] * 500 + [0.2] * 500) == [(500, 0.1, 0.2)]
     assert report.changes([0.1] * 500 + [0.1005] * 500) == []
     assert [report.changes([0.1] * n) for n in (0, 1, 2, 15, 16, 1000)] == [[]] * 6
@@ -80,7 +78,7 @@ def report_columns(seconds: list[float], statuses: list[str] | None = None, star
     return report.Columns(times, array("d", seconds), statuses or ["ok"] * len(seconds))
 
 
-def test_report_summary() -> None:
+def test_summary() -> None:
     nothing: dict[str, Any] = {"results": 0, "availability": None, "latency_ms": {}, "errors": {}, "change_points": []}
     columns = report_columns([0.1] * 20 + [0.2] * 20, ["ok"] * 30 + ["timeout"] * 9 + ["http"], start=1_700_000_000.0)
     sources = {"none": report_columns([]), "some": pickle.loads(pickle.dumps(columns))}
@@ -101,17 +99,17 @@ def test_report_summary() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 19, 20, 21, 99, 100, 101, 200])
-def test_report_percentiles_are_those_of_the_upstreams(n: int) -> None:
+def test_percentiles_are_those_of_the_upstreams(n: int) -> None:
     values = [float(value) for value in random.Random(n).sample(range(1000), n)]
     assert report.ranks(values) == upstreams.percentiles(values) | {"max": max(values)}
 
 
-REPORT_FLOATS = st.floats() | st.floats(0.001, 10) | st.sampled_from([0.1, 5.0])
+FLOATS = st.floats() | st.floats(0.001, 10) | st.sampled_from([0.1, 5.0])
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(st.floats(), REPORT_FLOATS, st.sampled_from(["ok", "ok", "timeout", "http"])), max_size=120))
-def test_report_never_raises_and_counts_add_up(rows: list[tuple[float, float, str]]) -> None:
+@given(st.lists(st.tuples(st.floats(), FLOATS, st.sampled_from(["ok", "ok", "timeout", "http"])), max_size=120))
+def test_never_raises_and_counts_add_up(rows: list[tuple[float, float, str]]) -> None:
     times, seconds, statuses = ([row[i] for row in rows] for i in range(3))
     columns = report.Columns(array("d", times), array("d", seconds), statuses)  # type: ignore[arg-type]
     (shown,) = report.summarise({"a": columns}).values()
@@ -124,7 +122,7 @@ def test_report_never_raises_and_counts_add_up(rows: list[tuple[float, float, st
     assert all(math.isfinite(value) for value in shown["latency_ms"].values())
 
 
-def test_report_in_a_worker() -> None:
+def test_in_a_worker() -> None:
     async def main(pool: processes.Processes) -> None:
         rows = {"a": report_columns(report_levels((500, 0.1), (500, 0.3)))}
         assert await pool.run(report.summarise, rows) == report.summarise(rows)
@@ -132,7 +130,7 @@ def test_report_in_a_worker() -> None:
     proc_run(main)
 
 
-class ReportHost:
+class Host:
     """A host that shakes hands over TLS with whoever comes, as ``issue`` says, or without ``context`` says nothing."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
@@ -141,7 +139,7 @@ class ReportHost:
         self.port = self._listener.getsockname()[1]
         self._thread = threading.Thread(target=self._serve)
 
-    def __enter__(self) -> ReportHost:
+    def __enter__(self) -> Host:
         if self._context is not None:
             self._thread.start()
         return self
@@ -165,7 +163,7 @@ class ReportHost:
 
 
 @pytest.fixture(scope="module")
-def report_authority() -> trustme.CA:
+def authority() -> trustme.CA:
     return trustme.CA()
 
 
@@ -179,15 +177,15 @@ def report_authority() -> trustme.CA:
         ("other.example", 30, True, "certificate_name"),
     ],
 )
-def test_report_certificates(name: str, days: int, trusted: bool, error: str | None, report_authority: Any) -> None:
+def test_certificates(name: str, days: int, trusted: bool, error: str | None, authority: Any) -> None:
     until = datetime.now(UTC) + timedelta(days=days)
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    report_authority.issue_cert(name, not_before=until - timedelta(days=90), not_after=until).configure_cert(server)
+    authority.issue_cert(name, not_before=until - timedelta(days=90), not_after=until).configure_cert(server)
     client = ssl.create_default_context()
     if trusted:
-        report_authority.configure_trust(client)
+        authority.configure_trust(client)
     host = name if name == "localhost" else "127.0.0.1"
-    with ReportHost(server) as served:
+    with Host(server) as served:
         shown = report.inspect_host(f"https://{host}:{served.port}/secret", 10.0, context=client)
     assert shown["error"] == error
     assert error is None or error in report.HOST_ERRORS
@@ -197,8 +195,8 @@ def test_report_certificates(name: str, days: int, trusted: bool, error: str | N
     assert shown["certificate_days"] == (None if error else pytest.approx(days, abs=0.1))
 
 
-def test_report_hosts_that_do_not_answer() -> None:
-    with ReportHost() as silent:
+def test_hosts_that_do_not_answer() -> None:
+    with Host() as silent:
         shown = report.inspect_host(f"https://127.0.0.1:{silent.port}", 0.05)
         assert (shown["error"], shown["connect_ms"] is None) == ("timeout", False)
         assert report.inspect_host(f"http://127.0.0.1:{silent.port}", 0.0)["error"] == "timeout"
@@ -222,6 +220,6 @@ def test_report_hosts_that_do_not_answer() -> None:
         ("http://a..b/", "dns"),
     ],
 )
-def test_report_urls_that_are_none(url: str, error: str) -> None:
+def test_urls_that_are_none(url: str, error: str) -> None:
     assert report.inspect_host(url)["error"] == error
     assert error in report.HOST_ERRORS

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import primitives as pr
-from tests.helpers.base import PRIM_SETTINGS, PrimWorld, prim_run, prim_ticks
-from tests.helpers.mechanisms import prim_error_of, prim_in_threads
+from tests.helpers.base import SETTINGS, World, run_task, ticks
+from tests.helpers.mechanisms import error_of, in_threads
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,13 @@ from tests.helpers.mechanisms import prim_error_of, prim_in_threads
         (pr.RetryPolicy(9, 8.0, 30.0, 100.0), 1, 0.5, float("inf"), 0.0, None),
     ],
 )
-def test_prim_policy_rows(
+def test_policy_rows(
     policy: pr.RetryPolicy, attempt: int, rng: float, retry_after: float | None, elapsed: float, delay: float | None
 ) -> None:
     assert policy.delay(attempt, lambda: rng, retry_after, elapsed) == delay
 
 
-def test_prim_policy_defaults_and_refusals() -> None:
+def test_policy_defaults_and_refusals() -> None:
     policy = pr.RetryPolicy()
     assert (policy.attempts, policy.base, policy.cap, policy.total) == (3, 0.5, 30.0, 120.0)
     assert 0.0 <= (policy.delay(1) or 0.0) <= 0.5
@@ -69,7 +69,7 @@ def test_prim_policy_defaults_and_refusals() -> None:
             pr.RetryPolicy(**wrong)  # type: ignore[arg-type]
 
 
-def prim_check_delays(policy_type: type[pr.RetryPolicy], effort: settings = PRIM_SETTINGS) -> None:
+def check_delays(policy_type: type[pr.RetryPolicy], effort: settings = SETTINGS) -> None:
     """In [0, cap], never past total, a number for every attempt but the last, and Retry-After as it was asked for."""
     seconds = st.floats(0.0, 1e4)
 
@@ -102,7 +102,7 @@ def prim_check_delays(policy_type: type[pr.RetryPolicy], effort: settings = PRIM
     check()
 
 
-def prim_check_spread(policy_type: type[pr.RetryPolicy], effort: settings = PRIM_SETTINGS) -> None:
+def check_spread(policy_type: type[pr.RetryPolicy], effort: settings = SETTINGS) -> None:
     """Waits at the cap are uniform in [0, cap]: a herd that failed together does not come back together."""
     rng = random.Random(5).random
     policy = policy_type(attempts=1000, base=0.5, cap=30.0, total=1e9)
@@ -115,7 +115,7 @@ def prim_check_spread(policy_type: type[pr.RetryPolicy], effort: settings = PRIM
             assert 60 <= inside <= 140
 
 
-def prim_check_budget(budget_type: type[pr.RetryBudget], effort: settings = PRIM_SETTINGS) -> None:
+def check_budget(budget_type: type[pr.RetryBudget], effort: settings = SETTINGS) -> None:
     """retries <= reserve + ratio * requests at every step, and no retry refused that the budget could pay."""
 
     @effort
@@ -142,19 +142,19 @@ def prim_check_budget(budget_type: type[pr.RetryBudget], effort: settings = PRIM
     check()
 
 
-PRIM_RETRY_PROPERTIES: list[tuple[Callable[..., None], type]] = [
-    (prim_check_delays, pr.RetryPolicy),
-    (prim_check_spread, pr.RetryPolicy),
-    (prim_check_budget, pr.RetryBudget),
+PROPERTIES: list[tuple[Callable[..., None], type]] = [
+    (check_delays, pr.RetryPolicy),
+    (check_spread, pr.RetryPolicy),
+    (check_budget, pr.RetryBudget),
 ]
 
 
-@pytest.mark.parametrize(("check", "kind"), PRIM_RETRY_PROPERTIES, ids=lambda x: x.__name__)
-def test_prim_retry_keeps_its_promises(check: Callable[..., None], kind: type) -> None:
+@pytest.mark.parametrize(("check", "kind"), PROPERTIES, ids=lambda x: x.__name__)
+def test_keeps_its_promises(check: Callable[..., None], kind: type) -> None:
     check(kind)
 
 
-def test_prim_budget_says_what_it_does_and_refuses() -> None:
+def test_budget_says_what_it_does_and_refuses() -> None:
     budget = pr.RetryBudget(0.25, 2)
     assert [budget.try_retry() for _ in range(3)] == [True, True, False]
     for _ in range(6):
@@ -171,7 +171,7 @@ def test_prim_budget_says_what_it_does_and_refuses() -> None:
             pr.RetryBudget(ratio, reserve)
 
 
-def test_prim_budget_holds_for_many_threads() -> None:
+def test_budget_holds_for_many_threads() -> None:
     budget = pr.RetryBudget(0.1, 5)
 
     def worker() -> None:
@@ -179,16 +179,16 @@ def test_prim_budget_holds_for_many_threads() -> None:
             budget.request()
             budget.try_retry()
 
-    prim_in_threads([worker] * 6)
+    in_threads([worker] * 6)
     stats = budget.stats()
     assert (stats.requests, stats.retries + stats.refused) == (1800, 1800)
     assert 1 <= stats.retries <= 5 + 180
 
 
-class PrimFlaky:
+class Flaky:
     """Fails with the given errors, one a call, then answers."""
 
-    def __init__(self, *errors: BaseException, world: PrimWorld | None = None, seconds: float = 0.0) -> None:
+    def __init__(self, *errors: BaseException, world: World | None = None, seconds: float = 0.0) -> None:
         self.errors = list(errors)
         self.calls = 0
         self.world, self.seconds = world, seconds
@@ -202,50 +202,50 @@ class PrimFlaky:
         return "done"
 
 
-PrimOutcome = tuple[str | None, BaseException | None]
+Outcome = tuple[str | None, BaseException | None]
 
 
-PrimRetry = Callable[..., PrimOutcome]
+Retry = Callable[..., Outcome]
 
 
-def prim_retry_in_thread(flaky: PrimFlaky, world: PrimWorld, **options: Any) -> PrimOutcome:
+def in_thread(flaky: Flaky, world: World, **options: Any) -> Outcome:
     result: list[str] = []
-    error = prim_error_of(lambda: result.append(pr.retry(flaky, clock=world.clock, sleep=world.sleep, **options)))
+    error = error_of(lambda: result.append(pr.retry(flaky, clock=world.clock, sleep=world.sleep, **options)))
     return (result or [None])[0], error  # type: ignore[list-item]
 
 
-def prim_retry_in_task(flaky: PrimFlaky, world: PrimWorld, **options: Any) -> PrimOutcome:
+def in_task(flaky: Flaky, world: World, **options: Any) -> Outcome:
     async def call() -> str:
         await asyncio.sleep(0)
         return flaky()
 
-    async def main() -> PrimOutcome:
+    async def main() -> Outcome:
         try:
             return await pr.retry_async(call, clock=world.clock, sleep=world.asleep, **options), None
         except BaseException as error:
             return None, error
 
-    outcome: PrimOutcome = prim_run(main())
+    outcome: Outcome = run_task(main())
     return outcome
 
 
-@pytest.fixture(params=[prim_retry_in_thread, prim_retry_in_task], ids=["threads", "tasks"])
-def prim_retry(request: pytest.FixtureRequest) -> PrimRetry:
-    shell: PrimRetry = request.param
+@pytest.fixture(params=[in_thread, in_task], ids=["threads", "tasks"])
+def prim_retry(request: pytest.FixtureRequest) -> Retry:
+    shell: Retry = request.param
     return shell
 
 
-def test_prim_retry_success_at_once(prim_retry: PrimRetry) -> None:
-    flaky, world, budget = PrimFlaky(), PrimWorld(), pr.RetryBudget()
+def test_success_at_once(prim_retry: Retry) -> None:
+    flaky, world, budget = Flaky(), World(), pr.RetryBudget()
     assert prim_retry(flaky, world, on=OSError, budget=budget) == ("done", None)
     assert (flaky.calls, world.naps) == (1, [])
     assert (budget.stats().requests, budget.stats().retries) == (1, 0)
 
 
 @pytest.mark.parametrize("failures", [1, 2, 5, 9])
-def test_prim_retry_success_after_failures(prim_retry: PrimRetry, failures: int) -> None:
-    flaky = PrimFlaky(*(OSError(k) for k in range(failures)))
-    world, budget = PrimWorld(), pr.RetryBudget(0.0, 20)
+def test_success_after_failures(prim_retry: Retry, failures: int) -> None:
+    flaky = Flaky(*(OSError(k) for k in range(failures)))
+    world, budget = World(), pr.RetryBudget(0.0, 20)
     policy = pr.RetryPolicy(attempts=10, base=0.5, cap=4.0, total=1000.0)
     assert prim_retry(flaky, world, on=OSError, policy=policy, budget=budget, rng=random.Random(7).random) == (
         "done",
@@ -257,9 +257,9 @@ def test_prim_retry_success_after_failures(prim_retry: PrimRetry, failures: int)
     assert (budget.stats().requests, budget.stats().retries) == (1, failures)
 
 
-def test_prim_retry_gives_up_with_the_users_own_error_and_its_history(prim_retry: PrimRetry) -> None:
+def test_gives_up_with_the_users_own_error_and_its_history(prim_retry: Retry) -> None:
     errors = [OSError("one"), TimeoutError("two"), OSError("three")]
-    flaky, world = PrimFlaky(*errors), PrimWorld()
+    flaky, world = Flaky(*errors), World()
     result, error = prim_retry(flaky, world, on=OSError, rng=lambda: 0.5)
     assert error is errors[2]
     assert result is None
@@ -269,26 +269,26 @@ def test_prim_retry_gives_up_with_the_users_own_error_and_its_history(prim_retry
     assert error.__cause__ is None
 
 
-def test_prim_retry_survives_an_error_that_cannot_be_shown(prim_retry: PrimRetry) -> None:
+def test_survives_an_error_that_cannot_be_shown(prim_retry: Retry) -> None:
     class Mute(OSError):
         def __str__(self) -> str:
             raise ZeroDivisionError
 
-    _, error = prim_retry(PrimFlaky(Mute(), Mute()), PrimWorld(), on=OSError, policy=pr.RetryPolicy(2))
+    _, error = prim_retry(Flaky(Mute(), Mute()), World(), on=OSError, policy=pr.RetryPolicy(2))
     assert type(error) is Mute and error.__notes__ == ["retry: gave up after 2 attempts: Mute; Mute"]
 
 
-def test_prim_retry_history_is_bounded(prim_retry: PrimRetry) -> None:
-    flaky = PrimFlaky(*(OSError(str(k)) for k in range(40)))
-    _, error = prim_retry(flaky, PrimWorld(), on=OSError, policy=pr.RetryPolicy(attempts=30, base=0.0))
+def test_history_is_bounded(prim_retry: Retry) -> None:
+    flaky = Flaky(*(OSError(str(k)) for k in range(40)))
+    _, error = prim_retry(flaky, World(), on=OSError, policy=pr.RetryPolicy(attempts=30, base=0.0))
     assert error is not None
     (note,) = error.__notes__
     assert note == "retry: gave up after 30 attempts: " + "; ".join(f"OSError: {k}" for k in range(20, 30))
 
 
-def test_prim_retry_with_one_attempt_is_a_plain_call(prim_retry: PrimRetry) -> None:
+def test_with_one_attempt_is_a_plain_call(prim_retry: Retry) -> None:
     mine = OSError("mine")
-    flaky, world, budget = PrimFlaky(mine), PrimWorld(), pr.RetryBudget()
+    flaky, world, budget = Flaky(mine), World(), pr.RetryBudget()
     assert prim_retry(flaky, world, on=OSError, policy=pr.RetryPolicy(attempts=1), budget=budget) == (None, mine)
     assert (flaky.calls, world.naps, hasattr(mine, "__notes__")) == (1, [], False)
     assert (budget.stats().retries, budget.stats().refused) == (0, 0)
@@ -308,39 +308,39 @@ def test_prim_retry_with_one_attempt_is_a_plain_call(prim_retry: PrimRetry) -> N
         (Exception, ValueError(), 2),
     ],
 )
-def test_prim_retry_on(prim_retry: PrimRetry, on: Any, error: Exception, calls: int) -> None:
+def test_on(prim_retry: Retry, on: Any, error: Exception, calls: int) -> None:
     error = error.with_traceback(None)
-    flaky, world = PrimFlaky(error), PrimWorld()
+    flaky, world = Flaky(error), World()
     outcome = prim_retry(flaky, world, on=on)
     assert flaky.calls == calls
     assert outcome == (("done", None) if calls == 2 else (None, error))
     assert len(world.naps) == calls - 1
 
 
-def test_prim_retry_stops_at_an_unwanted_error(prim_retry: PrimRetry) -> None:
+def test_stops_at_an_unwanted_error(prim_retry: Retry) -> None:
     unwanted = KeyError("k")
-    flaky, world = PrimFlaky(OSError("one"), unwanted), PrimWorld()
+    flaky, world = Flaky(OSError("one"), unwanted), World()
     assert prim_retry(flaky, world, on=OSError) == (None, unwanted)
     assert flaky.calls == 2
     assert unwanted.__notes__ == ["retry: gave up after 2 attempts: OSError: one; KeyError: 'k'"]
 
 
-def test_prim_retry_lets_a_failing_predicate_be_seen(prim_retry: PrimRetry) -> None:
+def test_lets_a_failing_predicate_be_seen(prim_retry: Retry) -> None:
     def on(error: BaseException) -> bool:
         raise LookupError("the predicate")
 
     mine = OSError()
-    _, error = prim_retry(PrimFlaky(mine), PrimWorld(), on=on)
+    _, error = prim_retry(Flaky(mine), World(), on=on)
     assert isinstance(error, LookupError)
     assert error.__context__ is mine
 
 
-def test_prim_retry_budget_exhausted(prim_retry: PrimRetry) -> None:
-    budget, world = pr.RetryBudget(0.0, 3), PrimWorld()
+def test_budget_exhausted(prim_retry: Retry) -> None:
+    budget, world = pr.RetryBudget(0.0, 3), World()
     policy = pr.RetryPolicy(attempts=3, base=0.0)
     calls = []
     for _ in range(4):
-        flaky = PrimFlaky(*(OSError() for _ in range(9)))
+        flaky = Flaky(*(OSError() for _ in range(9)))
         _, error = prim_retry(flaky, world, on=OSError, policy=policy, budget=budget)
         assert isinstance(error, OSError)
         calls.append(flaky.calls)
@@ -348,43 +348,43 @@ def test_prim_retry_budget_exhausted(prim_retry: PrimRetry) -> None:
     assert budget.stats() == pr.RetryBudgetStats(requests=4, retries=3, refused=3, saved=0.0)
 
 
-def test_prim_retry_after_attribute_wins(prim_retry: PrimRetry) -> None:
+def test_after_attribute_wins(prim_retry: Retry) -> None:
     def error(seconds: float | None) -> OSError:
         busy = OSError("busy")
         busy.retry_after = seconds  # type: ignore[attr-defined]
         return busy
 
-    world = PrimWorld()
-    flaky = PrimFlaky(error(7.0), error(None), error(0.0), error(61.0))
+    world = World()
+    flaky = Flaky(error(7.0), error(None), error(0.0), error(61.0))
     policy = pr.RetryPolicy(attempts=9, base=1.0, cap=5.0, total=60.0)
     _, last = prim_retry(flaky, world, on=OSError, policy=policy, rng=lambda: 0.5)
     assert world.naps == [7.0, 1.0, 0.0]
     assert getattr(last, "retry_after", None) == 61.0
 
 
-def test_prim_retry_counts_the_time_of_the_calls(prim_retry: PrimRetry) -> None:
-    world = PrimWorld()
-    flaky = PrimFlaky(*(OSError() for _ in range(9)), world=world, seconds=4.0)
+def test_counts_the_time_of_the_calls(prim_retry: Retry) -> None:
+    world = World()
+    flaky = Flaky(*(OSError() for _ in range(9)), world=world, seconds=4.0)
     policy = pr.RetryPolicy(attempts=9, base=1.0, cap=1.0, total=11.0)
     assert isinstance(prim_retry(flaky, world, on=OSError, policy=policy, rng=lambda: 0.5)[1], OSError)
     assert world.naps == [0.5, 0.5]  # starts at 0, 4.5, 9; at 13 the total is over
     assert flaky.calls == 3
 
 
-def prim_check_never_retried(retry: PrimRetry) -> None:
+def check_never_retried(retry: Retry) -> None:
     for error in (KeyboardInterrupt(), asyncio.CancelledError(), SystemExit(), GeneratorExit()):
-        flaky, world, budget = PrimFlaky(error), PrimWorld(), pr.RetryBudget()
+        flaky, world, budget = Flaky(error), World(), pr.RetryBudget()
         assert retry(flaky, world, on=BaseException, budget=budget) == (None, error)
         assert (flaky.calls, world.naps, budget.stats().retries) == (1, [], 0)
         assert not hasattr(error, "__notes__")
 
 
-def test_prim_retry_never_retries_what_ends_a_program(prim_retry: PrimRetry) -> None:
-    prim_check_never_retried(prim_retry)
+def test_never_retries_what_ends_a_program(prim_retry: Retry) -> None:
+    check_never_retried(prim_retry)
 
 
 @pytest.mark.parametrize("shell", ["threads", "tasks"])
-def test_prim_retry_leaves_no_reference_cycle(shell: str) -> None:
+def test_leaves_no_reference_cycle(shell: str) -> None:
     """An error keeps its frames, and what they hold, alive: a cycle would do so until the collector comes."""
 
     class Mine(Exception):
@@ -394,7 +394,7 @@ def test_prim_retry_leaves_no_reference_cycle(shell: str) -> None:
 
     def fail() -> weakref.ref[BaseException] | None:
         try:
-            pr.retry(PrimFlaky(Mine(), Mine()), on=Mine, policy=policy)
+            pr.retry(Flaky(Mine(), Mine()), on=Mine, policy=policy)
         except Mine as error:
             return weakref.ref(error)
         return None
@@ -412,7 +412,7 @@ def test_prim_retry_leaves_no_reference_cycle(shell: str) -> None:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        left = fail() if shell == "threads" else prim_run(afail())
+        left = fail() if shell == "threads" else run_task(afail())
         assert left is not None
         assert left() is None
     finally:
@@ -420,32 +420,32 @@ def test_prim_retry_leaves_no_reference_cycle(shell: str) -> None:
             gc.enable()
 
 
-def test_prim_retry_async_cancelled_at_every_step() -> None:
+def test_async_cancelled_at_every_step() -> None:
     async def scenario(step: int) -> bool:
         calls, budget = [0], pr.RetryBudget(0.0, 5)
 
         async def call() -> str:
             calls[0] += 1
-            await prim_ticks(2)
+            await ticks(2)
             if calls[0] < 3:
                 raise OSError
             return "done"
 
         async def nap(seconds: float) -> None:
-            await prim_ticks(2)
+            await ticks(2)
 
         policy = pr.RetryPolicy(attempts=5)
         task = asyncio.create_task(pr.retry_async(call, on=BaseException, policy=policy, budget=budget, sleep=nap))
-        await prim_ticks(step)
+        await ticks(step)
         finished = not task.cancel()
         (outcome,) = await asyncio.gather(task, return_exceptions=True)
         made = calls[0]
-        await prim_ticks()
+        await ticks()
         assert calls[0] == made
         assert budget.stats().retries in ({2} if finished else {max(0, made - 1), made})
         assert outcome == "done" if finished else isinstance(outcome, asyncio.CancelledError)
         return finished
 
-    outcomes = [prim_run(scenario(step)) for step in range(20)]
+    outcomes = [run_task(scenario(step)) for step in range(20)]
     assert outcomes == sorted(outcomes)
     assert (outcomes[0], outcomes[-1]) == (False, True)

@@ -39,11 +39,11 @@ from tests.helpers.crawl import ROBOTS_LARGE, robots_file
         ("/(!)", "flatcrawl"),
     ],
 )
-def test_robots_product_token(user_agent: str, token: str) -> None:
+def test_product_token(user_agent: str, token: str) -> None:
     assert product_token(user_agent) == token
 
 
-ROBOTS_RFC_5_1 = b"""User-Agent: *
+RFC_5_1 = b"""User-Agent: *
 Disallow: *.gif$
 Disallow: /example/
 Allow: /publications/
@@ -63,27 +63,27 @@ EOF
 """
 
 
-ROBOTS_RFC_5_2 = b"User-Agent: foobot\nAllow: /example/page/\nDisallow: /example/page/disallowed.gif\n"
+RFC_5_2 = b"User-Agent: foobot\nAllow: /example/page/\nDisallow: /example/page/disallowed.gif\n"
 
 
 @pytest.mark.parametrize(
     ("body", "agent", "path", "allowed"),
     [
         # RFC 9309, section 5.1
-        (ROBOTS_RFC_5_1, "other", "/x.gif", False),
-        (ROBOTS_RFC_5_1, "other", "/x.gif?y", True),
-        (ROBOTS_RFC_5_1, "other", "/example/x", False),
-        (ROBOTS_RFC_5_1, "other", "/publications/x", True),
-        (ROBOTS_RFC_5_1, "foobot", "/x", False),
-        (ROBOTS_RFC_5_1, "foobot", "/example/page.html", True),
-        (ROBOTS_RFC_5_1, "FooBot/3.2", "/example/allowed.gif", True),
-        (ROBOTS_RFC_5_1, "barbot", "/example/page.html", False),
-        (ROBOTS_RFC_5_1, "bazbot", "/example/page.html", False),
-        (ROBOTS_RFC_5_1, "bazbot", "/example/", True),
-        (ROBOTS_RFC_5_1, "quxbot", "/x.gif", True),
+        (RFC_5_1, "other", "/x.gif", False),
+        (RFC_5_1, "other", "/x.gif?y", True),
+        (RFC_5_1, "other", "/example/x", False),
+        (RFC_5_1, "other", "/publications/x", True),
+        (RFC_5_1, "foobot", "/x", False),
+        (RFC_5_1, "foobot", "/example/page.html", True),
+        (RFC_5_1, "FooBot/3.2", "/example/allowed.gif", True),
+        (RFC_5_1, "barbot", "/example/page.html", False),
+        (RFC_5_1, "bazbot", "/example/page.html", False),
+        (RFC_5_1, "bazbot", "/example/", True),
+        (RFC_5_1, "quxbot", "/x.gif", True),
         # section 5.2, the longest match
-        (ROBOTS_RFC_5_2, "foobot", "/example/page/x", True),
-        (ROBOTS_RFC_5_2, "foobot", "/example/page/disallowed.gif", False),
+        (RFC_5_2, "foobot", "/example/page/x", True),
+        (RFC_5_2, "foobot", "/example/page/disallowed.gif", False),
         # section 2.2.2, encodings
         ("User-agent: *\nDisallow: /foo/bar/ツ".encode(), "b", "/foo/bar/%E3%83%84", False),
         (b"User-agent: *\nDisallow: /foo/bar/%E3%83%84", "b", "/foo/bar/%E3%83%84", False),
@@ -127,11 +127,11 @@ ROBOTS_RFC_5_2 = b"User-Agent: foobot\nAllow: /example/page/\nDisallow: /example
         (b"User-agent: *\nDisallow: /", "b", "/x/robots.txt", False),
     ],
 )  # fmt: skip
-def test_robots_rules(body: bytes, agent: str, path: str, allowed: bool) -> None:
+def test_rules(body: bytes, agent: str, path: str, allowed: bool) -> None:
     assert parse_robots(body, agent).allows(f"https://site.example{path}") is allowed
 
 
-robots_names = st.sampled_from(["*", "flatcrawl", "FlatCrawl", "otherbot", "other-bot-2", "Googlebot"])
+names = st.sampled_from(["*", "flatcrawl", "FlatCrawl", "otherbot", "other-bot-2", "Googlebot"])
 
 
 robots_paths = st.one_of(
@@ -143,7 +143,7 @@ robots_paths = st.one_of(
 
 
 robots_lines = st.one_of(
-    st.builds("{}: {}".format, st.sampled_from(["User-agent", "user-agent", "User-Agent "]), robots_names),
+    st.builds("{}: {}".format, st.sampled_from(["User-agent", "user-agent", "User-Agent "]), names),
     st.builds("{}:{}".format, st.sampled_from(["Disallow", "Allow", "disallow ", "Disalow"]), robots_paths),
     st.builds("Crawl-delay: {}".format, st.sampled_from(["1", "0.5", "x", "-1", "20"])),
     st.sampled_from(
@@ -154,7 +154,7 @@ robots_lines = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(robots_lines, max_size=25), st.lists(robots_paths, min_size=1, max_size=8))
-def test_robots_agrees_with_protego(lines: list[str], paths: list[str]) -> None:
+def test_agrees_with_protego(lines: list[str], paths: list[str]) -> None:
     text = "\n".join(lines)
     theirs, ours = Protego.parse(text), parse_robots(text.encode(), USER_AGENT)
     for path in [*paths, *(line.partition(":")[2] for line in lines if "llow" in line), "/robots.txt"]:
@@ -167,14 +167,14 @@ def test_robots_agrees_with_protego(lines: list[str], paths: list[str]) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300) | st.text("user-agent:\n *sitemap/%$[]?#@\x00\x85\ud800", max_size=200).map(
     lambda text: text.encode("utf-8", "surrogatepass")), st.text(max_size=30))  # fmt: skip
-def test_robots_never_raises(body: bytes, text: str) -> None:
+def test_never_raises(body: bytes, text: str) -> None:
     rules = parse_robots(b"User-agent: *\n" + body, text, text)
     for url in ("https://site.example/a", f"http://site.example/{text}", text, "http://[::1"):
         assert rules.allows(url) in (True, False)
     assert page_directives(text, [text], text) <= {"noindex", "nofollow"}
 
 
-def test_robots_of_many_agents_is_not_their_product_with_the_rules() -> None:
+def test_of_many_agents_is_not_their_product_with_the_rules() -> None:
     """Without rewriting, 20,000 agents times 20,000 rules."""
     agents = b"".join(b"User-agent: a%d\n" % i for i in range(20_000))
     rules = parse_robots(b"".join((agents, b"User-agent: flatcrawl\n", b"Disallow: /x\n" * 9_000)), USER_AGENT)
@@ -182,7 +182,7 @@ def test_robots_of_many_agents_is_not_their_product_with_the_rules() -> None:
 
 
 @pytest.mark.parametrize("kind", ROBOTS_LARGE)
-def test_robots_of_a_large_file_little_is_kept(kind: str) -> None:
+def test_of_a_large_file_little_is_kept(kind: str) -> None:
     body = robots_file(ROBOTS_LARGE[kind])
     tracemalloc.start()
     try:
@@ -194,7 +194,7 @@ def test_robots_of_a_large_file_little_is_kept(kind: str) -> None:
     assert kept < 1.5 * rules.size + 20_000  # which is what the frontier counts with
 
 
-def test_robots_of_a_large_file_counts_to_its_last_line() -> None:
+def test_of_a_large_file_counts_to_its_last_line() -> None:
     rules = parse_robots(robots_file(lambda n: f"Disallow: /{n:019}"), USER_AGENT)
     answers = [rules.allows(f"https://site.example/{n:019}/x") for n in (0, 1, 9_000, 16_500, 18_000)]
     assert answers == [True, False, False, False, True]
@@ -213,7 +213,7 @@ def test_robots_of_a_large_file_counts_to_its_last_line() -> None:
         (b"User-agent: other\n" + b"".join(b"Disallow: /x*%d\n" % n for n in range(9_000)), True),
     ],
 )
-def test_robots_with_more_rules_than_there_is_room_for_allow_nothing(body: bytes, known: bool) -> None:
+def test_with_more_rules_than_there_is_room_for_allow_nothing(body: bytes, known: bool) -> None:
     rules = parse_robots(body, USER_AGENT)
     assert (rules is TOO_COSTLY) is not known
     assert rules.allows("https://site.example/z") is (True if known else None)
@@ -221,7 +221,7 @@ def test_robots_with_more_rules_than_there_is_room_for_allow_nothing(body: bytes
     assert rules.is_quick("https://site.example/robots.txt") or known
 
 
-def test_robots_work_for_a_url_and_for_an_origin_is_bounded() -> None:
+def test_work_for_a_url_and_for_an_origin_is_bounded() -> None:
     lines = [f"Disallow: /x*{n:06}*{n:06}" for n in range(1_500)] + ["Disallow: /x/end", "Allow: /x/*ok"]
     body = "\n".join(["User-agent: *", *lines]).encode()
     rules = parse_robots(body, USER_AGENT)
@@ -240,7 +240,7 @@ def test_robots_work_for_a_url_and_for_an_origin_is_bounded() -> None:
     assert {few.allows(f"https://site.example/x/private/{n}") for n in range(2_000)} == {False}
 
 
-def test_robots_is_cut_at_a_line_end() -> None:
+def test_is_cut_at_a_line_end() -> None:
     start = b"User-agent: *\nDisallow: /a\n"
     for filler in (b"#\n", b"#\r"):
         body = start + filler * ((MAX_ROBOTS - len(start)) // 2 - 50)
@@ -256,11 +256,11 @@ def test_robots_is_cut_at_a_line_end() -> None:
     [("2", 2.0), ("0.5", 0.5), ("1e9", 300.0), ("86400", 300.0), ("0", None), ("-3", None), ("nan", None),
      ("inf", None), ("ten", None), ("", None), ("10 # s", 10.0)],
 )  # fmt: skip
-def test_robots_crawl_delay(value: str, delay: float | None) -> None:
+def test_crawl_delay(value: str, delay: float | None) -> None:
     assert parse_robots(f"User-agent: *\nCrawl-delay: {value}".encode(), USER_AGENT).delay == delay
 
 
-def test_robots_delay_of_another_and_sitemaps() -> None:
+def test_delay_of_another_and_sitemaps() -> None:
     body = b"""User-agent: other
 Crawl-delay: 7
 Sitemap: https://site.example/a.xml
@@ -292,7 +292,7 @@ Sitemap: http://[bad
         (FetchError("redirects", "no Location", status=301), "all"),
     ],
 )  # fmt: skip
-def test_robots_by_outcome(outcome: Response | FetchError, expected: str) -> None:
+def test_by_outcome(outcome: Response | FetchError, expected: str) -> None:
     rules = rules_for(outcome, USER_AGENT)
     page = "https://site.example/x"
     assert rules.allows(page) is (expected in ("all", "parsed empty"))
@@ -303,7 +303,7 @@ def test_robots_by_outcome(outcome: Response | FetchError, expected: str) -> Non
     assert rules.why and (rules.delay, rules.sitemaps) == (None, ())
 
 
-ROBOTS_BOTH = {"noindex", "nofollow"}
+BOTH = {"noindex", "nofollow"}
 
 
 @pytest.mark.parametrize(
@@ -312,32 +312,32 @@ ROBOTS_BOTH = {"noindex", "nofollow"}
         (None, (), set()),
         ("NoFollow", (), {"nofollow"}),
         ("noarchive, noindex", (), {"noindex"}),
-        ("none", (), ROBOTS_BOTH),
+        ("none", (), BOTH),
         ("all", ("follow", "index"), set()),
         ("index", ("noindex",), {"noindex"}),
         ("otherbot: noindex, nofollow", (), set()),
         ("otherbot: noindex\nnofollow", (), {"nofollow"}),
         ("otherbot: noindex, FlatCrawl: nofollow", (), {"nofollow"}),
-        ("flatcrawl: none", (), ROBOTS_BOTH),
+        ("flatcrawl: none", (), BOTH),
         ("max-snippet: 20, nofollow", (), {"nofollow"}),
         ("unavailable_after: 25 Jun 2010 15:00:00 PST, noindex", (), {"noindex"}),
         ("nofollowing", ("no index",), set()),
         (None, ("googlebot: noindex", "flatcrawl: nofollow"), {"nofollow"}),
-        (None, ("max-image-preview:large", "none"), ROBOTS_BOTH),
+        (None, ("max-image-preview:large", "none"), BOTH),
         ("a: b: c,, :noindex", (), set()),
     ],
 )
-def test_robots_page_directives(header: str | None, meta: tuple[str, ...], found: set[str]) -> None:
+def test_page_directives(header: str | None, meta: tuple[str, ...], found: set[str]) -> None:
     assert page_directives(header, meta, USER_AGENT) == found
 
 
 @pytest.mark.parametrize(
     ("tags", "robots", "found"),
     [
-        ("<meta name=robots content='noindex,NoFollow'>", ("noindex", "nofollow"), ROBOTS_BOTH),
+        ("<meta name=robots content='noindex,NoFollow'>", ("noindex", "nofollow"), BOTH),
         ("<meta name=FlatCrawl content='noarchive, NOFOLLOW'>", ("flatcrawl: nofollow",), {"nofollow"}),
         ("<meta content=none name=googlebot>", ("googlebot: none",), set()),
-        ("<meta name=robots content=none><meta name=googlebot content=all>", ("none",), ROBOTS_BOTH),
+        ("<meta name=robots content=none><meta name=googlebot content=all>", ("none",), BOTH),
         ("<meta name=keywords content='seo, how nofollow works'><meta property=og:x content=none>", (), set()),
         ("<meta name=twitter:title content=none><meta content=noindex><meta name='' content=none>", (), set()),
         ("<template><meta name=flatcrawl content=noindex></template>", (), set()),

@@ -41,7 +41,7 @@ from tests.helpers.crawl import PATIENCE
 SILENCE = 0.25  # seconds for what must not
 
 
-class SandboxPage(HTMLParser):
+class Page(HTMLParser):
     """What the tests want to know of a page."""
 
     def __init__(self, page: bytes) -> None:
@@ -66,7 +66,7 @@ class SandboxPage(HTMLParser):
         self.title += data if self.inside == "title" else ""
 
 
-def sandbox_talk(
+def talk(
     sandbox: sb.Sandbox,
     target: str,
     host: int = 0,
@@ -110,10 +110,10 @@ def internet() -> Iterator[sb.Sandbox]:
 # --------------------------------------------------------------------------------------------------------------- pages
 
 
-def test_sandbox_page_is_a_function_of_its_arguments() -> None:
+def test_page_is_a_function_of_its_arguments() -> None:
     pages = {(h, n, seed): sb.make_page(h, n, 9, seed=seed) for h in (0, 1) for n in range(9) for seed in (1, 2)}
     assert pages == {(h, n, seed): sb.make_page(h, n, 9, seed=seed) for h, n, seed in pages}
-    titles = {SandboxPage(page).title for page in pages.values()}
+    titles = {Page(page).title for page in pages.values()}
     assert len(set(pages.values())) == len(titles) == len(pages)
     for n in (-1, 9):
         with pytest.raises(ValueError, match="is not one of 9"):
@@ -122,17 +122,17 @@ def test_sandbox_page_is_a_function_of_its_arguments() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 60_000), st.integers(0, 400), st.integers(1, 400), st.integers(1, 9))
-def test_sandbox_page_has_its_size_or_is_tiny(size: int, page: int, pages: int, hosts: int) -> None:
+def test_page_has_its_size_or_is_tiny(size: int, page: int, pages: int, hosts: int) -> None:
     page %= pages
     html = sb.make_page(hosts - 1, page, pages, size, hosts=hosts)
     assert len(html) == size or (len(html) < 500 and size < 3_500)
-    found = {urlsplit(urljoin(f"http://h{sb.page_path(page)}", a)).path for a in SandboxPage(html).links}
+    found = {urlsplit(urljoin(f"http://h{sb.page_path(page)}", a)).path for a in Page(html).links}
     assert found >= {sb.page_path(n) for n in range(8 * page + 1, 8 * page + 9) if n < pages}
 
 
-def test_sandbox_page_is_made_like_an_article() -> None:
+def test_page_is_made_like_an_article() -> None:
     for n in range(5):
-        page = SandboxPage(sb.make_page(3, n, 200, base="http://{host}:99", hosts=8))
+        page = Page(sb.make_page(3, n, 200, base="http://{host}:99", hosts=8))
         assert 0.28 < page.sizes["text"] / 20_000 < 0.40
         assert 0.12 < page.sizes["code"] / 20_000 < 0.18
         assert 55 <= len(page.links) <= 70 and len(set(page.links)) < len(page.links)
@@ -146,7 +146,7 @@ def test_sandbox_page_is_made_like_an_article() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 4_000])
-def test_sandbox_walk_from_the_root_reaches_every_page(size: int) -> None:
+def test_walk_from_the_root_reaches_every_page(size: int) -> None:
     pages = 300
     with sb.Sandbox(hosts=2, pages=pages, page_bytes=size) as sandbox:
         connection = http.client.HTTPConnection(sandbox.hosts[1], sandbox.port, timeout=PATIENCE)
@@ -156,7 +156,7 @@ def test_sandbox_walk_from_the_root_reaches_every_page(size: int) -> None:
             connection.request("GET", url.removeprefix(base))
             response = connection.getresponse()
             assert response.status == 200
-            for link in SandboxPage(response.read()).links:
+            for link in Page(response.read()).links:
                 to = urljoin(url, link).partition("#")[0]
                 if to.startswith(base) and to not in depth:
                     depth[to] = depth[url] + 1
@@ -170,14 +170,14 @@ def test_sandbox_walk_from_the_root_reaches_every_page(size: int) -> None:
 # ----------------------------------------------------------------------------------------------------- the sites' HTTP
 
 
-def test_sandbox_site_paths(internet: sb.Sandbox) -> None:
+def test_site_paths(internet: sb.Sandbox) -> None:
     urls = list(internet.site_urls())
     assert len(urls) == len(set(urls)) == 90
     assert urls[:4] == [internet.url("/", 0), internet.url("/", 1), internet.url("/", 2), internet.url("/p/1.html", 0)]
     assert internet.url("/x", 4) == f"http://127.0.1.2:{internet.port}/x"
     base = f"http://{{host}}:{internet.port}"
     for target, page in {"/": 0, "/?q=1": 0, "/p/7.html": 7, "http://127.0.1.2/p/7.html": 7, "http://other": 0}.items():
-        status, headers, body = sandbox_split(sandbox_talk(internet, target, host=1)[0])
+        status, headers, body = sandbox_split(talk(internet, target, host=1)[0])
         assert (status, int(headers["content-length"])) == (200, len(body))
         assert body == sb.make_page(1, page, 30, base=base, hosts=3)
     for target in (
@@ -190,18 +190,18 @@ def test_sandbox_site_paths(internet: sb.Sandbox) -> None:
         "/fault/",
         "/x",
     ):
-        assert sandbox_split(sandbox_talk(internet, target)[0])[0] == 404, target
-    assert sandbox_split(sandbox_talk(internet, "/robots.txt")[0])[2] == b"User-agent: *\nAllow: /\n"
+        assert sandbox_split(talk(internet, target)[0])[0] == 404, target
+    assert sandbox_split(talk(internet, "/robots.txt")[0])[2] == b"User-agent: *\nAllow: /\n"
 
 
-def test_sandbox_head_has_the_headers_of_get(internet: sb.Sandbox) -> None:
+def test_head_has_the_headers_of_get(internet: sb.Sandbox) -> None:
     for target in ("/", "/nowhere", "/fault/gzip", "/status/404", "/status/204", "/fault/image"):
-        whole, head = sandbox_talk(internet, target)[0], sandbox_talk(internet, target, method="HEAD")[0]
+        whole, head = talk(internet, target)[0], talk(internet, target, method="HEAD")[0]
         assert head == sf.only_head(whole)
-    assert sandbox_talk(internet, "/status/103", method="HEAD")[0].count(b"\r\n\r\n") == 2
+    assert talk(internet, "/status/103", method="HEAD")[0].count(b"\r\n\r\n") == 2
 
 
-def test_sandbox_keeps_connections_and_answers_pipelined_requests_in_order(internet: sb.Sandbox) -> None:
+def test_keeps_connections_and_answers_pipelined_requests_in_order(internet: sb.Sandbox) -> None:
     with socket.create_connection((internet.hosts[0], internet.port), PATIENCE) as sock, sock.makefile("rb") as file:
         targets = ["/", "/fault/chunked", "/status/404", "/p/3.html", "/fault/ok", "/p/4.html", "/robots.txt"]
         sent = b"".join(b"GET %b?pipe HTTP/1.1\r\nHost: x\r\n\r\n" % target.encode() for target in targets) * 20
@@ -238,7 +238,7 @@ def test_sandbox_keeps_connections_and_answers_pipelined_requests_in_order(inter
         (b"y" * 400_000, 431),
     ],
 )
-def test_sandbox_refuses_what_is_no_request(internet: sb.Sandbox, head: bytes, status: int) -> None:
+def test_refuses_what_is_no_request(internet: sb.Sandbox, head: bytes, status: int) -> None:
     with socket.create_connection((internet.hosts[0], internet.port), PATIENCE) as sock, sock.makefile("rb") as file:
         sock.sendall(head)
         answer = file.read()
@@ -246,7 +246,7 @@ def test_sandbox_refuses_what_is_no_request(internet: sb.Sandbox, head: bytes, s
     assert internet.log[-1].status == status
 
 
-def test_sandbox_latency_delays_one_host_and_not_another() -> None:
+def test_latency_delays_one_host_and_not_another() -> None:
     asked: list[tuple[int, str]] = []
 
     def latency(host: int, path: str) -> float:
@@ -254,29 +254,29 @@ def test_sandbox_latency_delays_one_host_and_not_another() -> None:
         return 3600.0 if host == 1 else 0.001
 
     with sb.Sandbox(hosts=2, latency=latency) as sandbox:
-        assert sandbox_talk(sandbox, "/p/1.html?q", host=1, promised=0) == (b"", "silence")
-        assert sandbox_split(sandbox_talk(sandbox, "/fault/ok")[0])[0] == 200
+        assert talk(sandbox, "/p/1.html?q", host=1, promised=0) == (b"", "silence")
+        assert sandbox_split(talk(sandbox, "/fault/ok")[0])[0] == 200
         assert asked == [(1, "/p/1.html"), (0, "/fault/ok")]
         assert [entry.status for entry in sandbox.log] == [200, 200]
 
 
 # ------------------------------------------------------------------------------------------------------- the catalogue
 
-SANDBOX_HEAD = len(sf.HTML)
+HEAD = len(sf.HTML)
 
 
 # How each entry ends on the wire (for "silence": after how many bytes at least), and what its bytes look like.
-SANDBOX_WIRE: dict[str, tuple[str | int, str]] = {
+WIRE: dict[str, tuple[str | int, str]] = {
     "ok": ("eof", r"HTTP/1.1 200 OK\r\n.*<title>ok</title>.*</a>"),
     "never_answers": (0, ""),
     "closes": ("eof", ""),
     "resets": ("reset", ""),
     "resets_in_body": ("reset", r"HTTP/1.1 200 OK\r\n.*<title>resets_in_body</title>.*"),
     "head_drip": (1, "HT?T?P?"),
-    "body_drip": (SANDBOX_HEAD, r"HTTP/1.1 200 OK\r\n.*\r\n\r\n<.*"),
+    "body_drip": (HEAD, r"HTTP/1.1 200 OK\r\n.*\r\n\r\n<.*"),
     "head_cut": ("eof", r"HTTP/1.1 200 OK\r\n.*\r\nX-Cu"),
-    "hangs_in_head": (SANDBOX_HEAD, r"HTTP/1.1 200 OK\r\n.*\r\nX-Cu"),
-    "hangs_in_body": (SANDBOX_HEAD + 50, r"HTTP/1.1 200 OK\r\n.*\r\n\r\n<.*"),
+    "hangs_in_head": (HEAD, r"HTTP/1.1 200 OK\r\n.*\r\nX-Cu"),
+    "hangs_in_body": (HEAD + 50, r"HTTP/1.1 200 OK\r\n.*\r\n\r\n<.*"),
     "closes_keepalive": ("eof", r"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\n.*<title>closes_keepalive<.*</a>"),
     "closes_on_reuse": ("eof", r"HTTP/1.1 200 OK\r\n.*<title>closes_on_reuse<.*</a>"),
     "junk_after": ("eof", r"HTTP/1.1 200 OK\r\n.*<title>junk_after<.*</a>HTTP/1.1 200 OK\r\n.*<title>forged<.*"),
@@ -316,22 +316,20 @@ SANDBOX_WIRE: dict[str, tuple[str | int, str]] = {
 }
 
 
-SANDBOX_KINDS = "ok invalid_url dns connect tls timeout reset protocol truncated too_large redirects decode http"
+KINDS = "ok invalid_url dns connect tls timeout reset protocol truncated too_large redirects decode http"
 
 
-SANDBOX_ELSEWHERE = "gzip deflate brotli zstd plain_as_gzip unknown_encoding redirect retry flaky charset"
+ELSEWHERE = "gzip deflate brotli zstd plain_as_gzip unknown_encoding redirect retry flaky charset"
 
 
 # Entries with a Content-Length that is wrong, or whose body is not the length that they were cut to.
-SANDBOX_BAD_LENGTH = {"resets_in_body", "junk_after", "short_body", "extra_bytes", "bad_length", "gzip_short_body"}
+BAD_LENGTH = {"resets_in_body", "junk_after", "short_body", "extra_bytes", "bad_length", "gzip_short_body"}
 
 
-def test_sandbox_every_entry_is_tested() -> None:
-    others = {
-        name for name in sf.FAULTS if name not in SANDBOX_WIRE and not name.startswith(tuple(SANDBOX_ELSEWHERE.split()))
-    }
-    assert others == set() and SANDBOX_WIRE.keys() <= sf.FAULTS.keys()
-    kinds = set(SANDBOX_KINDS.split())
+def test_every_entry_is_tested() -> None:
+    others = {name for name in sf.FAULTS if name not in WIRE and not name.startswith(tuple(ELSEWHERE.split()))}
+    assert others == set() and WIRE.keys() <= sf.FAULTS.keys()
+    kinds = set(KINDS.split())
     for name, entry in sf.FAULTS.items():
         assert entry.name == name and entry.about and set(entry.expect) <= kinds and entry.expect
         assert entry.path == (f"/fault/{name}" if name != "status" else "/status/404")
@@ -339,35 +337,35 @@ def test_sandbox_every_entry_is_tested() -> None:
         assert f"\n{name} " in sf.catalogue()
 
 
-def test_sandbox_entries_on_the_wire(internet: sb.Sandbox) -> None:
+def test_entries_on_the_wire(internet: sb.Sandbox) -> None:
     def ask(name: str) -> tuple[bytes, str]:
-        end = SANDBOX_WIRE[name][0]
+        end = WIRE[name][0]
         promised = end if isinstance(end, int) else 1 << 60
         limit = 3_000_000 if end == "limit" else 1 << 60
-        return sandbox_talk(internet, sf.FAULTS[name].path, promised=promised, limit=limit)
+        return talk(internet, sf.FAULTS[name].path, promised=promised, limit=limit)
 
     with ThreadPoolExecutor(8) as pool:
-        for name, (data, end) in zip(SANDBOX_WIRE, pool.map(ask, SANDBOX_WIRE), strict=True):
-            wanted, pattern = SANDBOX_WIRE[name]
+        for name, (data, end) in zip(WIRE, pool.map(ask, WIRE), strict=True):
+            wanted, pattern = WIRE[name]
             assert end == ("silence" if isinstance(wanted, int) else wanted), name
             assert re.fullmatch(pattern.encode("latin-1"), data.replace(b"Connection: close\r\n", b""), re.S), name
             if end == "eof" and b"Content-Length" in data and name != "bad_status_line":
                 _, headers, body = sandbox_split(data)
                 right = headers["content-length"] == str(len(body))
-                assert right != (name in SANDBOX_BAD_LENGTH), name
-    short = {name: sandbox_split(sandbox_talk(internet, f"/fault/{name}")[0]) for name in ("short_body", "extra_bytes")}
+                assert right != (name in BAD_LENGTH), name
+    short = {name: sandbox_split(talk(internet, f"/fault/{name}")[0]) for name in ("short_body", "extra_bytes")}
     assert int(short["short_body"][1]["content-length"]) - 40 == len(short["short_body"][2])
     assert int(short["extra_bytes"][1]["content-length"]) < len(short["extra_bytes"][2])
 
 
-def test_sandbox_drips_byte_by_byte() -> None:
+def test_drips_byte_by_byte() -> None:
     good = sf.reply(sf.simple("x"))
     steps = list(sf.drip(good))
     assert b"".join(step for step in steps if isinstance(step, bytes)) == good
     assert steps[1::2] == [1.0] * len(good) and {len(step) for step in steps[::2] if isinstance(step, bytes)} == {1}
 
 
-def test_sandbox_kept_connections_that_go_bad(internet: sb.Sandbox) -> None:
+def test_kept_connections_that_go_bad(internet: sb.Sandbox) -> None:
     def twice(name: str) -> tuple[bytes, int]:
         """The bytes up to the end, of two requests, the second one sent when the first answer is complete."""
         request = f"GET /fault/{name}?reused HTTP/1.1\r\nHost: x\r\n\r\n".encode()
@@ -389,7 +387,7 @@ def test_sandbox_kept_connections_that_go_bad(internet: sb.Sandbox) -> None:
     assert asked == 1 and sandbox_split(data)[1]["connection"] == "keep-alive"
 
 
-def test_sandbox_content_encodings(internet: sb.Sandbox) -> None:
+def test_content_encodings(internet: sb.Sandbox) -> None:
     unpack: dict[str, Any] = {"gzip": gzip.decompress, "deflate": zlib.decompress}
     for label, name, modules in (
         ("br", "brotli", ["brotli"]),
@@ -403,7 +401,7 @@ def test_sandbox_content_encodings(internet: sb.Sandbox) -> None:
         assert (name in sf.FAULTS) == (label in unpack) == (f"{name}_bomb" in sf.FAULTS)
 
     def body(name: str) -> tuple[str, bytes]:
-        status, headers, data = sandbox_split(sandbox_talk(internet, f"/fault/{name}")[0])
+        status, headers, data = sandbox_split(talk(internet, f"/fault/{name}")[0])
         assert status == 200 and headers["content-length"] == str(len(data))
         return headers["content-encoding"], data
 
@@ -435,15 +433,15 @@ def test_sandbox_content_encodings(internet: sb.Sandbox) -> None:
     assert stream.eof and stream.unused_data == b"garbage"
 
 
-def test_sandbox_gzip_bomb_is_a_valid_gzip(internet: sb.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gzip_bomb_is_a_valid_gzip(internet: sb.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sf, "BOMB_BYTES", 64 << 20)
-    _, headers, data = sandbox_split(sandbox_talk(internet, "/fault/gzip_bomb")[0])
+    _, headers, data = sandbox_split(talk(internet, "/fault/gzip_bomb")[0])
     assert gzip.decompress(data) == bytes(64 << 20) and headers["content-length"] == str(len(data))
 
 
-def test_sandbox_redirects(internet: sb.Sandbox) -> None:
+def test_redirects(internet: sb.Sandbox) -> None:
     def hop(target: str) -> tuple[int, str]:
-        status, headers, _ = sandbox_split(sandbox_talk(internet, target)[0])
+        status, headers, _ = sandbox_split(talk(internet, target)[0])
         return status, headers.get("location", "")
 
     def walk(target: str, limit: int = 50) -> list[str]:
@@ -460,26 +458,26 @@ def test_sandbox_redirects(internet: sb.Sandbox) -> None:
     assert hop("/fault/redirect_unresolvable")[1] == "http://x.invalid/"
     assert hop("/fault/redirect_relative") == (301, "../fault/ok")
     assert hop("/fault/redirect_other_host") == (308, internet.url("/fault/ok", 1))
-    raw, _ = sandbox_talk(internet, "/fault/redirect_raw_bytes")
+    raw, _ = talk(internet, "/fault/redirect_raw_bytes")
     assert b"\r\nLocation: /fault/ok?caf\xc3\xa9 au lait\r\n" in raw
     closed = urlsplit(hop("/fault/redirect_nowhere")[1])
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((closed.hostname, closed.port), PATIENCE)
 
 
-def test_sandbox_entries_that_fail_at_first(internet: sb.Sandbox) -> None:
+def test_entries_that_fail_at_first(internet: sb.Sandbox) -> None:
     ago = time.time()
     for name, entry in sf.FAULTS.items():
         if not entry.needs_retry:
             continue
         url = internet.fault_url(name, key="a").removeprefix(internet.url(""))
-        fails = [sandbox_split(sandbox_talk(internet, url)[0]) for _ in range(entry.needs_retry)]
-        status, _, body = sandbox_split(sandbox_talk(internet, url)[0])
-        assert status == 200 and SandboxPage(body).title == entry.title == name
+        fails = [sandbox_split(talk(internet, url)[0]) for _ in range(entry.needs_retry)]
+        status, _, body = sandbox_split(talk(internet, url)[0])
+        assert status == 200 and Page(body).title == entry.title == name
         assert {s for s, _, _ in fails} == {int(name.split("_")[1]) if "retry" in name else 500}
         for other in (url + "b", f"/fault/{name}"):
-            assert sandbox_split(sandbox_talk(internet, other)[0])[0] >= 400
-        assert sandbox_split(sandbox_talk(internet, url, host=1)[0])[0] >= 400
+            assert sandbox_split(talk(internet, other)[0])[0] >= 400
+        assert sandbox_split(talk(internet, url, host=1)[0])[0] >= 400
         after = fails[0][1].get("retry-after", "")
         if name.endswith(("imf", "rfc850", "asctime")):
             parsed = email.utils.parsedate_tz(after)
@@ -487,15 +485,15 @@ def test_sandbox_entries_that_fail_at_first(internet: sb.Sandbox) -> None:
         else:
             wanted = {"seconds": "1", "garbage": "soon", "negative": "-5", "absurd": "1000000000", "flaky": ""}
             assert after == wanted[name.rpartition("_")[2]]
-    assert b"Retry-After: 7\r\n" in sandbox_talk(internet, "/fault/retry_503_seconds?seconds=6.5")[0]
-    statuses = [sandbox_split(sandbox_talk(internet, "/fault/flaky?n=4")[0])[0] for _ in range(5)]
+    assert b"Retry-After: 7\r\n" in talk(internet, "/fault/retry_503_seconds?seconds=6.5")[0]
+    statuses = [sandbox_split(talk(internet, "/fault/flaky?n=4")[0])[0] for _ in range(5)]
     assert statuses == [500] * 4 + [200]
     for value in ("nan", "inf", "-1", "x", "", "9" * 5000):
-        assert sandbox_split(sandbox_talk(internet, f"/fault/retry_503_imf?seconds={value}")[0])[0] == 503
+        assert sandbox_split(talk(internet, f"/fault/retry_503_imf?seconds={value}")[0])[0] == 503
 
 
 @given(st.integers(0, 4_000_000_000))
-def test_sandbox_http_dates_are_those_of_the_rfc(t: int) -> None:
+def test_http_dates_are_those_of_the_rfc(t: int) -> None:
     weekday, day, month, year, clock, _ = email.utils.formatdate(t, usegmt=True).split()
     full = {"Tue,": "Tuesday,", "Wed,": "Wednesday,", "Thu,": "Thursday,", "Sat,": "Saturday,"}
     assert sf.http_date("imf", t) == f"{weekday} {day} {month} {year} {clock} GMT"
@@ -505,9 +503,9 @@ def test_sandbox_http_dates_are_those_of_the_rfc(t: int) -> None:
     assert sf.http_date("asctime", t) == f"{weekday[:-1]} {month} {int(day):2} {clock} {year}"
 
 
-def test_sandbox_every_status(internet: sb.Sandbox) -> None:
+def test_every_status(internet: sb.Sandbox) -> None:
     def ask(code: int) -> tuple[bytes, str]:
-        return sandbox_talk(internet, f"/status/{code}")
+        return talk(internet, f"/status/{code}")
 
     with ThreadPoolExecutor(4) as pool:
         answers = dict(zip(range(100, 600), pool.map(ask, range(100, 600)), strict=True))
@@ -525,15 +523,15 @@ def test_sandbox_every_status(internet: sb.Sandbox) -> None:
             assert headers["content-length"] == str(len(body)) and bool(body) == (code != 205)
         assert ("http" in sf.status_expect(code)) == (code >= 300 or code == 101)
     for bad in ("99", "600", "999", "abc", "2000", "²00", ""):
-        assert sandbox_split(sandbox_talk(internet, f"/status/{bad}")[0])[0] == 404
+        assert sandbox_split(talk(internet, f"/status/{bad}")[0])[0] == 404
 
 
-def test_sandbox_charsets(internet: sb.Sandbox) -> None:
+def test_charsets(internet: sb.Sandbox) -> None:
     codecs = {"windows_1251": "cp1251", "shift_jis": "shift_jis", "gb18030": "gb18030", "utf_16": "utf-16"}
     codecs |= {"missing": "cp1252", "unknown": "ascii", "wrong": "cp1252"}
     assert {f"charset_{name}" for name in codecs} == {name for name in sf.FAULTS if name.startswith("charset")}
     for name, codec in codecs.items():
-        _, headers, body = sandbox_split(sandbox_talk(internet, f"/fault/charset_{name}")[0])
+        _, headers, body = sandbox_split(talk(internet, f"/fault/charset_{name}")[0])
         title = body.decode(codec).removeprefix("<title>").removesuffix("</title>")
         assert title == (sf.FAULTS[f"charset_{name}"].title or "Café")
         label = headers["content-type"].partition("charset=")[2].replace("-", "_")
@@ -571,7 +569,7 @@ class SandboxTransport(asyncio.Transport):
 
 
 @pytest.mark.parametrize("target", ["/fault/endless_body", "/fault/endless_headers", "/fault/huge_page", "/"])
-def test_sandbox_stops_writing_when_the_peer_stops_reading(target: str) -> None:
+def test_stops_writing_when_the_peer_stops_reading(target: str) -> None:
     async def scenario() -> None:
         transport = SandboxTransport()
         transport.protocol = connection = sb.Connection(sb.Sandbox(), 0)
@@ -590,7 +588,7 @@ def test_sandbox_stops_writing_when_the_peer_stops_reading(target: str) -> None:
     asyncio.run(scenario())
 
 
-def test_sandbox_holds_back_what_comes_before_tls_is_ready() -> None:
+def test_holds_back_what_comes_before_tls_is_ready() -> None:
     async def scenario() -> None:
         plain, encrypted = SandboxTransport(), SandboxTransport()
         connection = sb.Connection(sb.Sandbox(), 0)
@@ -610,7 +608,7 @@ def test_sandbox_holds_back_what_comes_before_tls_is_ready() -> None:
     asyncio.run(scenario())
 
 
-def test_sandbox_gives_others_their_turn() -> None:
+def test_gives_others_their_turn() -> None:
     async def scenario() -> None:
         transport = SandboxTransport()  # takes everything, never full
         connection = sb.Connection(sb.Sandbox(), 0)
@@ -624,7 +622,7 @@ def test_sandbox_gives_others_their_turn() -> None:
     asyncio.run(scenario())
 
 
-def test_sandbox_no_first_answer_takes_longer_than_packing_a_bomb_once_does() -> None:
+def test_no_first_answer_takes_longer_than_packing_a_bomb_once_does() -> None:
     program = """if True:
         import time, zlib
         from sandbox import faults, sites
@@ -648,18 +646,18 @@ def test_sandbox_no_first_answer_takes_longer_than_packing_a_bomb_once_does() ->
 
 
 @given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 30))
-def test_sandbox_window_count_equals_the_plain_definition(times: list[int], seconds: int) -> None:
+def test_window_count_equals_the_plain_definition(times: list[int], seconds: int) -> None:
     times.sort()
     slow = max((sum(1 for t in times if start <= t < start + seconds) for start in times), default=0)
     assert sb.max_in_window(times, seconds) == slow
 
 
-def test_sandbox_log() -> None:
+def test_log() -> None:
     before = time.monotonic()
     with sb.Sandbox(hosts=2, pages=3, page_bytes=0) as sandbox:
         for target in ("/", "/x?a", "/fault/closes", "/x?b", "/fault/not_http"):
-            sandbox_talk(sandbox, target, promised=20 if "not_http" in target else 1 << 60)
-        sandbox_talk(sandbox, "/p/1.html", host=1)
+            talk(sandbox, target, promised=20 if "not_http" in target else 1 << 60)
+        talk(sandbox, "/p/1.html", host=1)
         log = sandbox.log
         assert [entry[1:] for entry in log] == [
             ("127.0.1.1", "/", 200, 1),
@@ -679,11 +677,11 @@ def test_sandbox_log() -> None:
     for keep, left in ((2, ["/b", "/c"]), (False, []), (True, ["/a", "/b", "/c"])):
         with sb.Sandbox(hosts=1, log=keep) as sandbox:
             for target in ("/a", "/b", "/c"):
-                sandbox_talk(sandbox, target)
+                talk(sandbox, target)
             assert [entry.path for entry in sandbox.log] == left and sandbox.stats().requests == 3
 
 
-def test_sandbox_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sb, "CACHE_BYTES", 12_000)
     monkeypatch.setattr(sb, "COUNTS_LIMIT", 3)
     sandbox = sb.Sandbox(hosts=2, pages=9, page_bytes=5_000)
@@ -694,8 +692,8 @@ def test_sandbox_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("encrypted", [False, True])
-def test_sandbox_stops_whatever_hangs(encrypted: bool, caplog: pytest.LogCaptureFixture) -> None:
-    contexts = SandboxTls.contexts() if encrypted else None
+def test_stops_whatever_hangs(encrypted: bool, caplog: pytest.LogCaptureFixture) -> None:
+    contexts = Tls.contexts() if encrypted else None
     threads = set(threading.enumerate())
     names = [
         "never_answers",
@@ -718,7 +716,7 @@ def test_sandbox_stops_whatever_hangs(encrypted: bool, caplog: pytest.LogCapture
         # Connected, but silent: idle, or in the middle of a handshake.
         sockets += [socket.create_connection((host, sandbox.port), PATIENCE) for host in sandbox.hosts * 3]
         sockets[-1].sendall(b"GET / HT")
-        assert sandbox_tls_get(sandbox, contexts, "/robots.txt").endswith(b"Allow: /\n")
+        assert tls_get(sandbox, contexts, "/robots.txt").endswith(b"Allow: /\n")
     assert set(threading.enumerate()) == threads and sandbox.stats().open == 0
     for sock in sockets:
         with sock:
@@ -734,7 +732,7 @@ def test_sandbox_stops_whatever_hangs(encrypted: bool, caplog: pytest.LogCapture
     assert caplog.records == []
 
 
-class SandboxTls:
+class Tls:
     """A server and a client context that trust each other, made once."""
 
     made: ClassVar[list[tuple[ssl.SSLContext, ssl.SSLContext]]] = []
@@ -750,9 +748,9 @@ class SandboxTls:
         return cls.made[0]
 
 
-def sandbox_tls_get(sandbox: sb.Sandbox, contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None, path: str) -> bytes:
+def tls_get(sandbox: sb.Sandbox, contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None, path: str) -> bytes:
     if contexts is None:
-        return sandbox_talk(sandbox, path)[0]
+        return talk(sandbox, path)[0]
     connection = http.client.HTTPSConnection(sandbox.hosts[0], sandbox.port, timeout=PATIENCE, context=contexts[1])
     connection.request("GET", path)
     body = connection.getresponse().read()
@@ -760,21 +758,21 @@ def sandbox_tls_get(sandbox: sb.Sandbox, contexts: tuple[ssl.SSLContext, ssl.SSL
     return body
 
 
-def test_sandbox_tls_serves_the_same_site() -> None:
-    contexts = SandboxTls.contexts()
+def test_tls_serves_the_same_site() -> None:
+    contexts = Tls.contexts()
     with sb.Sandbox(hosts=1, pages=3, tls=contexts[0]) as sandbox:
         assert sandbox.url("/") == f"https://127.0.1.1:{sandbox.port}/"
         for page in range(3):
             wanted = sb.make_page(0, page, 3, base=f"https://{{host}}:{sandbox.port}")
-            assert sandbox_tls_get(sandbox, contexts, sb.page_path(page)) == wanted
-        assert len(sandbox_tls_get(sandbox, contexts, "/fault/huge_page")) == 50_000_000
+            assert tls_get(sandbox, contexts, sb.page_path(page)) == wanted
+        assert len(tls_get(sandbox, contexts, "/fault/huge_page")) == 50_000_000
         with socket.create_connection((sandbox.hosts[0], sandbox.port), PATIENCE) as sock:
             sock.sendall(b"GET / HTTP/1.1\r\n\r\n")  # no TLS at all: refused, and nothing is served
             assert b"HTTP" not in sock.recv(1 << 16)
         assert sandbox.stats().requests == 4
 
 
-def test_sandbox_misuse() -> None:
+def test_misuse() -> None:
     for bad in ({"hosts": 0}, {"pages": 0}, {"page_bytes": -1}, {"port": 70_000}, {"hosts": 10**6}):
         with pytest.raises(ValueError, match="needed"):
             sb.Sandbox(**bad)  # type: ignore[arg-type]
@@ -786,7 +784,7 @@ def test_sandbox_misuse() -> None:
         with pytest.raises(KeyError):
             sandbox.fault_url("no such")
     sandbox.start()
-    assert sandbox_split(sandbox_talk(sandbox, "/")[0])[0] == 200
+    assert sandbox_split(talk(sandbox, "/")[0])[0] == 200
     sandbox.stop()
     gc.collect()
 
@@ -798,7 +796,7 @@ def sandbox_command(*args: str) -> subprocess.Popen[str]:
     )
 
 
-def test_sandbox_command_serves_until_ctrl_c(tmp_path: Path) -> None:
+def test_command_serves_until_ctrl_c(tmp_path: Path) -> None:
     for number, urls in ((signal.SIGINT, "-"), (signal.SIGTERM, str(tmp_path / "urls.txt"))):
         with sandbox_command("--hosts", "2", "--pages", "3", "--size", "0", "--port", "0", "--urls", urls) as process:
             assert process.stdout is not None and process.stderr is not None
@@ -819,7 +817,7 @@ def test_sandbox_command_serves_until_ctrl_c(tmp_path: Path) -> None:
             assert len(lines) == 6 and lines[5] == f"http://127.0.1.2:{target.port}/p/2.html"
 
 
-def test_sandbox_command_explains_itself(tmp_path: Path) -> None:
+def test_command_explains_itself(tmp_path: Path) -> None:
     with sandbox_command("--list") as listing, sandbox_command("--help") as about:
         table = listing.communicate(timeout=PATIENCE)[0].splitlines()
         text = about.communicate(timeout=PATIENCE)[0]

@@ -36,7 +36,7 @@ from tests.helpers.base import HERE
         ("any", "nonsense", "not a URL; write https:// before it"),
     ],
 )
-def test_scope_within(within: Any, url: str, why: str | None) -> None:
+def test_within(within: Any, url: str, why: str | None) -> None:
     seeds = [
         "https://www.site.co.uk/a",
         "http://blog.github.io",
@@ -47,7 +47,7 @@ def test_scope_within(within: Any, url: str, why: str | None) -> None:
     assert Scope([*seeds, "not a URL"], within=within).why_not(url) == why
 
 
-def test_scope_grows_and_refuses_nonsense() -> None:
+def test_grows_and_refuses_nonsense() -> None:
     scope = Scope(["https://site.example/"])
     assert scope.why_not("https://www.site.example/") is not None
     scope.add("https://www.site.example/")
@@ -75,13 +75,13 @@ def test_scope_grows_and_refuses_nonsense() -> None:
         (["re:^https:"], [], "http://site.example/", "included by no pattern"),
     ],
 )
-def test_scope_patterns(include: list[str], exclude: list[str], url: str, why: str | None) -> None:
+def test_patterns(include: list[str], exclude: list[str], url: str, why: str | None) -> None:
     assert Scope([], within="any", include=include, exclude=exclude).why_not(url) == why
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text("a*/", max_size=8), st.text("a/", max_size=10))
-def test_scope_glob_is_that_of_fnmatch(pattern: str, path: str) -> None:
+def test_glob_is_that_of_fnmatch(pattern: str, path: str) -> None:
     import fnmatch
 
     url = f"https://s/{path}"
@@ -89,7 +89,7 @@ def test_scope_glob_is_that_of_fnmatch(pattern: str, path: str) -> None:
     assert matched == fnmatch.fnmatchcase(url, "*/" + pattern)
 
 
-def test_scope_glob_does_not_backtrack() -> None:
+def test_glob_does_not_backtrack() -> None:
     scope = Scope([], within="any", exclude=["*a" * 500 + "*b"])
     assert scope.why_not("https://site.example/" + "a" * 8000) is None
 
@@ -106,12 +106,12 @@ def test_scope_glob_does_not_backtrack() -> None:
         ([], "https://s/p?utm_a=1", "https://s/p?utm_a=1"),
     ],
 )
-def test_scope_drops_parameters(drop: list[str], url: str, clean: str) -> None:
+def test_drops_parameters(drop: list[str], url: str, clean: str) -> None:
     scope = Scope([], drop_params=drop)
     assert scope.clean(url) == clean == scope.clean(clean)
 
 
-def test_scope_touches_neither_network_nor_home(tmp_path: Path) -> None:
+def test_touches_neither_network_nor_home(tmp_path: Path) -> None:
     script = """
 import sys
 def watch(event, args):
@@ -140,7 +140,7 @@ assert scope.registrable("a.b.example.co.uk") == "example.co.uk" and "publicsuff
      ("www.xn--85x722f.xn--55qx5d.cn", "xn--85x722f.xn--55qx5d.cn"), ("a.b.unlisted", "b.unlisted"),
      ("www.example.com.", "example.com"), ("..", ".."), ("", "")],
 )  # fmt: skip
-def test_scope_registrable(host: str, domain: str) -> None:
+def test_registrable(host: str, domain: str) -> None:
     assert registrable(host) == (domain if host != ".." else "")
 
 

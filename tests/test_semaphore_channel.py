@@ -16,31 +16,31 @@ from typing import Any
 import pytest
 
 import coordination as co
-from tests.helpers.base import PRIM_PATIENCE, prim_ticks, prim_until
+from tests.helpers.base import HANG_LIMIT, ticks, wait_until
 from tests.helpers.mechanisms import (
-    PRIM_BLOCK,
-    PrimLoop,
-    PrimShell,
+    BLOCK,
+    Loop,
     PrimTask,
     PrimThread,
-    prim_gated_block,
+    Shell,
+    gated_block,
     prim_stranded,
 )
 
 
-def prim_waiting(semaphore: co.Semaphore, n: int) -> None:
-    prim_until(lambda: semaphore.stats().waiting == n)
+def waiting_on(semaphore: co.Semaphore, n: int) -> None:
+    wait_until(lambda: semaphore.stats().waiting == n)
 
 
-def prim_putters(channel: co.Channel[Any], n: int) -> None:
-    prim_until(lambda: channel.stats().putters == n)
+def putters_of(channel: co.Channel[Any], n: int) -> None:
+    wait_until(lambda: channel.stats().putters == n)
 
 
-def prim_getters(channel: co.Channel[Any], n: int) -> None:
-    prim_until(lambda: channel.stats().getters == n)
+def getters_of(channel: co.Channel[Any], n: int) -> None:
+    wait_until(lambda: channel.stats().getters == n)
 
 
-def test_prim_semaphore_free_permits_are_taken_at_once(prim_shell: PrimShell) -> None:
+def test_semaphore_free_permits_are_taken_at_once(prim_shell: Shell) -> None:
     semaphore = co.Semaphore(3)
     for taken in range(1, 4):
         assert prim_shell.acquire(semaphore).result() is True
@@ -50,13 +50,13 @@ def test_prim_semaphore_free_permits_are_taken_at_once(prim_shell: PrimShell) ->
     assert prim_shell.do(semaphore.try_acquire) is True
 
 
-def test_prim_semaphore_is_fifo(prim_shell: PrimShell) -> None:
+def test_semaphore_is_fifo(prim_shell: Shell) -> None:
     semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
     workers = []
     for number in range(12):
         workers.append(prim_shell.acquire(semaphore))
-        prim_waiting(semaphore, number + 1)
+        waiting_on(semaphore, number + 1)
     for number, worker in enumerate(workers):
         prim_shell.do(semaphore.release)
         assert worker.result() is True
@@ -64,13 +64,13 @@ def test_prim_semaphore_is_fifo(prim_shell: PrimShell) -> None:
         assert semaphore.stats() == co.SemaphoreStats(1, 0, 11 - number)
 
 
-def test_prim_semaphore_nobody_barges(prim_shell: PrimShell) -> None:
+def test_semaphore_nobody_barges(prim_shell: Shell) -> None:
     semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
     first, second = prim_shell.acquire(semaphore), None
-    prim_waiting(semaphore, 1)
+    waiting_on(semaphore, 1)
     second = prim_shell.acquire(semaphore)
-    prim_waiting(semaphore, 2)
+    waiting_on(semaphore, 2)
 
     def release_and_try() -> bool:
         semaphore.release()
@@ -84,16 +84,16 @@ def test_prim_semaphore_nobody_barges(prim_shell: PrimShell) -> None:
     assert prim_shell.do(semaphore.try_acquire) is True
 
 
-def test_prim_semaphore_a_cancelled_waiter_leaves(prim_shell: PrimShell) -> None:
+def test_semaphore_a_cancelled_waiter_leaves(prim_shell: Shell) -> None:
     semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
     workers = []
     for number in range(6):
         workers.append(prim_shell.acquire(semaphore, gated=number in (0, 2, 5)))
-        prim_waiting(semaphore, number + 1)
+        waiting_on(semaphore, number + 1)
     for left, number in ((5, 2), (4, 0), (3, 5)):
         workers[number].cancel()
-        prim_waiting(semaphore, left)
+        waiting_on(semaphore, left)
     for number in (1, 3, 4):
         prim_shell.do(semaphore.release)
         assert workers[number].result() is True
@@ -101,16 +101,16 @@ def test_prim_semaphore_a_cancelled_waiter_leaves(prim_shell: PrimShell) -> None
     assert semaphore.stats() == co.SemaphoreStats(1, 1, 0)
 
 
-def test_prim_semaphore_cancelled_after_the_grant_hands_it_on(prim_shell: PrimShell) -> None:
+def test_semaphore_cancelled_after_the_grant_hands_it_on(prim_shell: Shell) -> None:
     for behind in (0, 2):
         semaphore = co.Semaphore(1)
         assert semaphore.try_acquire()
         victim = prim_shell.acquire(semaphore, gated=True)
-        prim_waiting(semaphore, 1)
+        waiting_on(semaphore, 1)
         workers = []
         for number in range(behind):
             workers.append(prim_shell.acquire(semaphore))
-            prim_waiting(semaphore, number + 2)
+            waiting_on(semaphore, number + 2)
         victim.cancel(after=semaphore.release)
         for worker in workers:
             assert worker.result() is True
@@ -118,7 +118,7 @@ def test_prim_semaphore_cancelled_after_the_grant_hands_it_on(prim_shell: PrimSh
         assert semaphore.stats() == co.SemaphoreStats(1, 1, 0)
 
 
-def test_prim_semaphore_time_outs(prim_shell: PrimShell) -> None:
+def test_semaphore_time_outs(prim_shell: Shell) -> None:
     async def acquire_now(semaphore: co.Semaphore) -> bool:
         try:
             async with asyncio.timeout(0):
@@ -136,17 +136,17 @@ def test_prim_semaphore_time_outs(prim_shell: PrimShell) -> None:
     assert prim_shell.start(lambda: semaphore.acquire(1e12), lambda: acquire_now(semaphore)).result() is True
 
 
-def test_prim_semaphore_a_grant_at_the_last_moment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(co._Waiter, "block", prim_gated_block)
+def test_semaphore_a_grant_at_the_last_moment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(co._Waiter, "block", gated_block)
     semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
     late, later = PrimThread(semaphore.acquire, gated=True), PrimThread(semaphore.acquire, gated=True)
-    prim_waiting(semaphore, 2)
+    waiting_on(semaphore, 2)
     assert late.expire(after=semaphore.release) is (not later.expire())
     assert semaphore.stats() == co.SemaphoreStats(1, 0, 0)
 
 
-def test_prim_semaphore_context_managers(prim_shell: PrimShell) -> None:
+def test_semaphore_context_managers(prim_shell: Shell) -> None:
     semaphore = co.Semaphore(1)
 
     def hold() -> co.SemaphoreStats:
@@ -174,7 +174,7 @@ def test_prim_semaphore_context_managers(prim_shell: PrimShell) -> None:
         assert semaphore.stats() == co.SemaphoreStats(1, 1, 0)
 
 
-def test_prim_semaphore_refuses_misuse_and_says_what_it_does() -> None:
+def test_semaphore_refuses_misuse_and_says_what_it_does() -> None:
     for permits in (0, -1):
         with pytest.raises(ValueError, match="permits must be at least 1"):
             co.Semaphore(permits)
@@ -192,7 +192,7 @@ def test_prim_semaphore_refuses_misuse_and_says_what_it_does() -> None:
         semaphore.stats().available = 2  # type: ignore[misc]
 
 
-def test_prim_semaphore_never_more_holders_than_permits(prim_shell: PrimShell) -> None:
+def test_semaphore_never_more_holders_than_permits(prim_shell: Shell) -> None:
     semaphore, holders, most, lock = co.Semaphore(3), [0], [0], threading.Lock()
 
     def enter() -> None:
@@ -226,7 +226,7 @@ def test_prim_semaphore_never_more_holders_than_permits(prim_shell: PrimShell) -
     assert (holders, 1 <= most[0] <= 3) == ([0], True)
 
 
-def test_prim_semaphore_loses_no_permit_to_a_loop_that_is_gone(caplog: pytest.LogCaptureFixture) -> None:
+def test_semaphore_loses_no_permit_to_a_loop_that_is_gone(caplog: pytest.LogCaptureFixture) -> None:
     """A waiter whose loop was closed without cancelling it can never be woken; the permit goes to the next."""
     semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
@@ -237,14 +237,14 @@ def test_prim_semaphore_loses_no_permit_to_a_loop_that_is_gone(caplog: pytest.Lo
     del task
 
 
-def test_prim_channel_is_fifo_and_bounded(prim_shell: PrimShell) -> None:
+def test_channel_is_fifo_and_bounded(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(3)
     for item in (0, None, 2):
         assert prim_shell.put(channel, item).result() is None
     putters = []
     for number in range(5):
         putters.append(prim_shell.put(channel, 3 + number))
-        prim_putters(channel, number + 1)
+        putters_of(channel, number + 1)
     assert (len(channel), channel.stats()) == (3, co.ChannelStats(3, 3, 5, 0, False))
     for number, item in enumerate((0, None, 2, 3, 4, 5, 6, 7)):
         assert prim_shell.get(channel).result() == item
@@ -254,12 +254,12 @@ def test_prim_channel_is_fifo_and_bounded(prim_shell: PrimShell) -> None:
     assert channel.stats() == co.ChannelStats(3, 0, 0, 0, False)
 
 
-def test_prim_channel_getters_wait_in_line(prim_shell: PrimShell) -> None:
+def test_channel_getters_wait_in_line(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(2)
     getters = []
     for number in range(6):
         getters.append(prim_shell.get(channel))
-        prim_getters(channel, number + 1)
+        getters_of(channel, number + 1)
     for number, getter in enumerate(getters):
         if number % 2:
             prim_shell.do(lambda n=number: channel.put_nowait(n))  # type: ignore[misc]
@@ -269,10 +269,10 @@ def test_prim_channel_getters_wait_in_line(prim_shell: PrimShell) -> None:
         assert not any(later.done() for later in getters[number + 1 :])
 
 
-def test_prim_channel_nobody_barges(prim_shell: PrimShell) -> None:
+def test_channel_nobody_barges(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(1)
     getter = prim_shell.get(channel)
-    prim_getters(channel, 1)
+    getters_of(channel, 1)
 
     def put_and_get() -> Any:
         channel.put_nowait("mine")
@@ -284,7 +284,7 @@ def test_prim_channel_nobody_barges(prim_shell: PrimShell) -> None:
 
     channel.put_nowait(1)
     putter = prim_shell.put(channel, 2)
-    prim_putters(channel, 1)
+    putters_of(channel, 1)
 
     def get_and_put() -> None:
         assert channel.get_nowait() == 1
@@ -296,12 +296,12 @@ def test_prim_channel_nobody_barges(prim_shell: PrimShell) -> None:
     assert channel.get_nowait() == 2
 
 
-def test_prim_channel_close_refuses_putters_and_drains_to_getters(prim_shell: PrimShell) -> None:
+def test_channel_close_refuses_putters_and_drains_to_getters(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(2)
     channel.put_nowait(0)
     channel.put_nowait(None)
     putters = [prim_shell.put(channel, "never"), prim_shell.put(channel, "never")]
-    prim_putters(channel, 2)
+    putters_of(channel, 2)
     prim_shell.do(channel.close)
     for putter in [*putters, prim_shell.put(channel, "late")]:
         with pytest.raises(co.ChannelClosed):
@@ -320,16 +320,16 @@ def test_prim_channel_close_refuses_putters_and_drains_to_getters(prim_shell: Pr
     assert channel.stats() == co.ChannelStats(2, 0, 0, 0, True)
 
 
-def test_prim_channel_close_ends_waiting_getters_and_iteration(prim_shell: PrimShell) -> None:
+def test_channel_close_ends_waiting_getters_and_iteration(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(2)
     drains, getters = [], []
     for number in range(3):
         drains.append(prim_shell.drain(channel))
-        prim_getters(channel, 2 * number + 1)
+        getters_of(channel, 2 * number + 1)
         getters.append(prim_shell.get(channel))
-        prim_getters(channel, 2 * number + 2)
+        getters_of(channel, 2 * number + 2)
     prim_shell.do(lambda: channel.put_nowait("one"))
-    prim_until(lambda: channel.stats().getters == 6)
+    wait_until(lambda: channel.stats().getters == 6)
     prim_shell.do(channel.close)
     assert [drain.result() for drain in drains] == [["one"], [], []]
     for getter in getters:
@@ -337,12 +337,12 @@ def test_prim_channel_close_ends_waiting_getters_and_iteration(prim_shell: PrimS
             getter.result()
 
 
-def test_prim_channel_accepted_before_the_close_is_delivered(prim_shell: PrimShell) -> None:
+def test_channel_accepted_before_the_close_is_delivered(prim_shell: Shell) -> None:
     """The place in the buffer, and the item, were handed over before the channel closed."""
     channel: co.Channel[Any] = co.Channel(1)
     channel.put_nowait(0)
     putter = prim_shell.put(channel, 1)
-    prim_putters(channel, 1)
+    putters_of(channel, 1)
 
     def take_and_close() -> None:
         assert channel.get_nowait() == 0
@@ -354,7 +354,7 @@ def test_prim_channel_accepted_before_the_close_is_delivered(prim_shell: PrimShe
 
     channel = co.Channel(1)
     getter = prim_shell.get(channel)
-    prim_getters(channel, 1)
+    getters_of(channel, 1)
 
     def put_and_close() -> None:
         channel.put_nowait(2)
@@ -364,16 +364,16 @@ def test_prim_channel_accepted_before_the_close_is_delivered(prim_shell: PrimShe
     assert getter.result() == 2
 
 
-def test_prim_channel_a_cancelled_getter_leaves_or_gives_back(prim_shell: PrimShell) -> None:
+def test_channel_a_cancelled_getter_leaves_or_gives_back(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(2)
     victims, getters = [], []
     for number in range(3):
         victims.append(prim_shell.get(channel, gated=True))
-        prim_getters(channel, 2 * number + 1)
+        getters_of(channel, 2 * number + 1)
         getters.append(prim_shell.get(channel))
-        prim_getters(channel, 2 * number + 2)
+        getters_of(channel, 2 * number + 2)
     victims[1].cancel()
-    prim_getters(channel, 5)
+    getters_of(channel, 5)
     victims[0].cancel(after=lambda: channel.put_nowait("a"))  # to the next
     assert getters[0].result() == "a"
     channel.put_nowait("b")
@@ -389,10 +389,10 @@ def test_prim_channel_a_cancelled_getter_leaves_or_gives_back(prim_shell: PrimSh
     assert channel.stats() == co.ChannelStats(2, 0, 0, 0, False)
 
 
-def test_prim_channel_a_returned_item_goes_to_the_front(prim_shell: PrimShell) -> None:
+def test_channel_a_returned_item_goes_to_the_front(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(2)
     victim = prim_shell.get(channel, gated=True)
-    prim_getters(channel, 1)
+    getters_of(channel, 1)
 
     def put_three() -> None:
         for item in range(3):
@@ -400,7 +400,7 @@ def test_prim_channel_a_returned_item_goes_to_the_front(prim_shell: PrimShell) -
 
     victim.cancel(after=put_three)
     putter = prim_shell.put(channel, 3)
-    prim_putters(channel, 1)
+    putters_of(channel, 1)
     assert prim_shell.get(channel).result() == 0
     assert prim_shell.get(channel).result() == 1
     assert putter.result() is None
@@ -408,10 +408,10 @@ def test_prim_channel_a_returned_item_goes_to_the_front(prim_shell: PrimShell) -
     assert prim_shell.drain(channel).result() == [2, 3]
 
 
-def test_prim_channel_an_item_returned_after_the_close_is_still_there(prim_shell: PrimShell) -> None:
+def test_channel_an_item_returned_after_the_close_is_still_there(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(1)
     victim = prim_shell.get(channel, gated=True)
-    prim_getters(channel, 1)
+    getters_of(channel, 1)
 
     def put_and_close() -> None:
         channel.put_nowait("mine")
@@ -421,16 +421,16 @@ def test_prim_channel_an_item_returned_after_the_close_is_still_there(prim_shell
     assert prim_shell.drain(channel).result() == ["mine"]
 
 
-def test_prim_channel_a_cancelled_putter_leaves(prim_shell: PrimShell) -> None:
+def test_channel_a_cancelled_putter_leaves(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(1)
     channel.put_nowait(0)
     putters = []
     for number in range(4):
         putters.append(prim_shell.put(channel, number + 1, gated=number in (0, 2)))
-        prim_putters(channel, number + 1)
+        putters_of(channel, number + 1)
     putters[2].cancel()
     putters[0].cancel()
-    prim_putters(channel, 2)
+    putters_of(channel, 2)
     assert prim_shell.get(channel).result() == 0
     assert putters[1].result() is None
     assert prim_shell.get(channel).result() == 2
@@ -439,17 +439,17 @@ def test_prim_channel_a_cancelled_putter_leaves(prim_shell: PrimShell) -> None:
     assert channel.stats() == co.ChannelStats(1, 0, 0, 0, False)
 
 
-def test_prim_channel_a_putter_cancelled_after_it_was_accepted_delivers_once(prim_shell: PrimShell) -> None:
+def test_channel_a_putter_cancelled_after_it_was_accepted_delivers_once(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(1)
     channel.put_nowait(0)
     victim = prim_shell.put(channel, 1, gated=True)
-    prim_putters(channel, 1)
+    putters_of(channel, 1)
     victim.cancel(after=channel.get_nowait)
     channel.close()
     assert prim_shell.drain(channel).result() == [1]
 
 
-def test_prim_channel_time_outs(prim_shell: PrimShell) -> None:
+def test_channel_time_outs(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(1)
 
     async def now(awaitable: Awaitable[Any]) -> Any:
@@ -468,26 +468,26 @@ def test_prim_channel_time_outs(prim_shell: PrimShell) -> None:
     assert prim_shell.start(lambda: channel.get(0), lambda: now(channel.get_async())).result() == 1
 
 
-def test_prim_channel_a_hand_over_at_the_last_moment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(co._Waiter, "block", prim_gated_block)
+def test_channel_a_hand_over_at_the_last_moment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(co._Waiter, "block", gated_block)
     channel: co.Channel[Any] = co.Channel(1)
     getter = PrimThread(channel.get, gated=True)
-    prim_getters(channel, 1)
+    getters_of(channel, 1)
     assert getter.expire(after=lambda: channel.put_nowait(None)) is None
     channel.put_nowait(0)
     putter = PrimThread(lambda: channel.put(1), gated=True)
-    prim_putters(channel, 1)
+    putters_of(channel, 1)
     assert putter.expire(after=channel.get_nowait) is None
     assert channel.get_nowait() == 1
 
     getter = PrimThread(channel.get, gated=True)
-    prim_getters(channel, 1)
+    getters_of(channel, 1)
     with pytest.raises(co.ChannelClosed):
         getter.expire(after=channel.close)
     assert channel.stats() == co.ChannelStats(1, 0, 0, 0, True)
 
 
-def test_prim_channel_delivers_each_item_once(prim_shell: PrimShell) -> None:
+def test_channel_delivers_each_item_once(prim_shell: Shell) -> None:
     channel: co.Channel[tuple[int, int]] = co.Channel(2)
 
     def produce(name: int) -> None:
@@ -510,18 +510,18 @@ def test_prim_channel_delivers_each_item_once(prim_shell: PrimShell) -> None:
         assert mine == sorted(mine)
 
 
-def test_prim_channel_loses_nothing_in_a_storm_of_time_outs_and_cancellations() -> None:
+def test_channel_loses_nothing_in_a_storm_of_time_outs_and_cancellations() -> None:
     """Threads that time out and tasks that are cancelled, of two loops: what was accepted is delivered once."""
     channel: co.Channel[tuple[str, int]] = co.Channel(2)
     accepted: list[tuple[str, int]] = []
     delivered: list[tuple[str, int]] = []
     unsure: list[tuple[str, int]] = []
-    loops = [PrimLoop(), PrimLoop()]
+    loops = [Loop(), Loop()]
 
     def produce(name: str) -> None:
         for number in range(80):
             try:
-                channel.put((name, number), timeout=0 if number % 3 else PRIM_PATIENCE)
+                channel.put((name, number), timeout=0 if number % 3 else HANG_LIMIT)
                 accepted.append((name, number))
             except TimeoutError:
                 pass
@@ -529,7 +529,7 @@ def test_prim_channel_loses_nothing_in_a_storm_of_time_outs_and_cancellations() 
     async def aproduce(name: str, rng: random.Random) -> None:
         for number in range(80):
             put = asyncio.create_task(channel.put_async((name, number)))
-            await prim_ticks(rng.randrange(4))
+            await ticks(rng.randrange(4))
             if rng.random() < 0.3:
                 put.cancel()
             (outcome,) = await asyncio.gather(put, return_exceptions=True)
@@ -540,7 +540,7 @@ def test_prim_channel_loses_nothing_in_a_storm_of_time_outs_and_cancellations() 
             while True:
                 with_time = number % 2 == 0
                 try:
-                    delivered.append(channel.get(timeout=0 if with_time else PRIM_PATIENCE))
+                    delivered.append(channel.get(timeout=0 if with_time else HANG_LIMIT))
                 except TimeoutError:
                     os.sched_yield()
         except co.ChannelClosed:
@@ -549,7 +549,7 @@ def test_prim_channel_loses_nothing_in_a_storm_of_time_outs_and_cancellations() 
     async def aconsume(rng: random.Random) -> None:
         while True:
             get = asyncio.create_task(channel.get_async())
-            await prim_ticks(rng.randrange(4))
+            await ticks(rng.randrange(4))
             if rng.random() < 0.3:
                 get.cancel()
             (outcome,) = await asyncio.gather(get, return_exceptions=True)
@@ -577,7 +577,7 @@ def test_prim_channel_loses_nothing_in_a_storm_of_time_outs_and_cancellations() 
     assert channel.stats() == co.ChannelStats(2, 0, 0, 0, True)
 
 
-def test_prim_channel_loses_no_item_to_a_loop_that_is_gone() -> None:
+def test_channel_loses_no_item_to_a_loop_that_is_gone() -> None:
     channel: co.Channel[str] = co.Channel(1)
     getter = prim_stranded(channel.get_async())
     channel.put_nowait("item")
@@ -593,7 +593,7 @@ def test_prim_channel_loses_no_item_to_a_loop_that_is_gone() -> None:
     del getter, putter
 
 
-def test_prim_channel_refuses_misuse_and_says_what_it_does() -> None:
+def test_channel_refuses_misuse_and_says_what_it_does() -> None:
     for capacity in (0, -1):
         with pytest.raises(ValueError, match="capacity must be at least 1"):
             co.Channel(capacity)
@@ -614,7 +614,7 @@ def test_prim_channel_refuses_misuse_and_says_what_it_does() -> None:
 
 
 @pytest.mark.parametrize("what", ["acquire", "put", "get"])
-def test_prim_ctrl_c_ends_a_blocked_thread_and_leaves_no_waiter(what: str) -> None:
+def test_ctrl_c_ends_a_blocked_thread_and_leaves_no_waiter(what: str) -> None:
     """A real signal, sent once the main thread is inside the blocking call."""
     semaphore, channel = co.Semaphore(1), co.Channel[int](1)
     assert semaphore.try_acquire()
@@ -625,7 +625,7 @@ def test_prim_ctrl_c_ends_a_blocked_thread_and_leaves_no_waiter(what: str) -> No
 
     def interrupt() -> None:
         frames = sys._current_frames
-        prim_until(lambda: frames()[main].f_code is PRIM_BLOCK.__code__)
+        wait_until(lambda: frames()[main].f_code is BLOCK.__code__)
         signal.pthread_kill(main, signal.SIGINT)
 
     helper = PrimThread(interrupt)

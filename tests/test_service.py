@@ -18,17 +18,15 @@ import pytest
 import aggregate_app
 from api import service as service_module
 from api import upstreams
-from tests.helpers.api import app_ask, app_living, app_run, app_ticks, app_upstream
-from tests.helpers.base import PRIM_PATIENCE, PrimWorld, holds_the_loop, prim_until_async
+from tests.helpers.api import app_run, app_upstream, ask, living, ticks
+from tests.helpers.base import HANG_LIMIT, World, holds_the_loop, until_async
 
 
-def app_counts(body: bytes, name: str) -> dict[str, int]:
+def counts(body: bytes, name: str) -> dict[str, int]:
     return cast("dict[str, int]", json.loads(body)["sources"][name]["answers"])
 
 
-def test_app_kept_answers_are_counted_and_end_with_any_change(
-    app_world: PrimWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kept_answers_are_counted_and_end_with_any_change(app_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: Counter[str] = Counter()
 
     async def handler(head: str, body: bytes) -> Any:
@@ -39,11 +37,11 @@ def test_app_kept_answers_are_counted_and_end_with_any_change(
     async def main() -> None:
         async with app_upstream(handler) as url:
             table = {name: upstreams.Upstream(name, f"{url}/{name}", ttl=10.0) for name in ("a", "b", "silent")}
-            async with app_living(table) as app:
+            async with living(table) as app:
                 service, path = app.service, "/aggregate?sources=a,b"
 
                 async def serials(**options: Any) -> list[Any]:
-                    status, _, body = await app_ask(app, path, **options)
+                    status, _, body = await ask(app, path, **options)
                     if status == 304 or options.get("method") == "HEAD":
                         return [status]
                     return [part["data"]["serial"] for part in json.loads(body)["sources"].values()]
@@ -57,7 +55,7 @@ def test_app_kept_answers_are_counted_and_end_with_any_change(
                 assert await serials(method="HEAD") == [200]
                 assert await serials(headers={"If-None-Match": "*"}) == [304]
                 assert kept.hits == 2
-                assert app_counts((await app_ask(app, "/health"))[2], "a") == {"fresh": 6}
+                assert counts((await ask(app, "/health"))[2], "a") == {"fresh": 6}
                 assert not service.kept and service.kept_bytes == 0
                 # one that is over is counted when the next one takes its place
                 await serials()
@@ -65,12 +63,12 @@ def test_app_kept_answers_are_counted_and_end_with_any_change(
                 service.kept[("/aggregate", b"sources=a,b")].until = 0.0
                 await serials()
                 await serials()
-                metrics = (await app_ask(app, "/metrics"))[2].decode()
+                metrics = (await ask(app, "/metrics"))[2].decode()
                 assert 'aggregate_answers_total{source="a",state="fresh"} 10.0' in metrics
                 # an invalidation ends it at once, whosever; so does a load's end
                 await serials()
                 assert service.kept
-                status, _, body = await app_ask(app, "/cache/invalidate?source=b", "POST")
+                status, _, body = await ask(app, "/cache/invalidate?source=b", "POST")
                 assert (status, json.loads(body), len(service.kept)) == (200, {"invalidated": ["b"]}, 0)
                 assert await serials() == [1, 2]
                 await serials()
@@ -80,29 +78,29 @@ def test_app_kept_answers_are_counted_and_end_with_any_change(
                 service.settle()
                 assert await serials() == [1, 2]  # stale, and two loads begun
                 assert service.kept
-                await prim_until_async(lambda: not any(source.running for source in service.sources.values()))
-                await app_ticks()
+                await until_async(lambda: not any(source.running for source in service.sources.values()))
+                await ticks()
                 assert not service.kept
                 assert await serials() == [2, 3]
                 # a part that is missing: nothing is kept
                 service.settle()
-                status, headers, _ = await app_ask(app, "/aggregate?sources=a,silent&deadline_ms=1")
+                status, headers, _ = await ask(app, "/aggregate?sources=a,silent&deadline_ms=1")
                 assert (status, headers["cache-control"], service.kept) == (200, "no-cache", {})
                 service.cancel_loads()
                 # bounds: in number and in bytes
                 monkeypatch.setattr(service_module, "KEPT_MOST", 3)
                 for i in range(1, 9):
-                    await app_ask(app, f"/aggregate/a?deadline_ms={i}")
+                    await ask(app, f"/aggregate/a?deadline_ms={i}")
                     assert len(service.kept) <= 3
                     assert service.kept_bytes == sum(len(one.body) for one in service.kept.values())
                 monkeypatch.setattr(service_module, "KEPT_BYTES", 10)
-                await app_ask(app, "/aggregate/a?deadline_ms=99")
+                await ask(app, "/aggregate/a?deadline_ms=99")
                 assert (len(service.kept), service.kept_bytes) == (0, 0)
 
     app_run(main())
 
 
-def test_app_keeps_no_answer_from_before_an_invalidation(app_world: PrimWorld) -> None:
+def test_keeps_no_answer_from_before_an_invalidation(app_world: World) -> None:
     async def main() -> None:
         gates, asked = [asyncio.Event(), asyncio.Event()], 0
         gates[1].set()
@@ -115,19 +113,19 @@ def test_app_keeps_no_answer_from_before_an_invalidation(app_world: PrimWorld) -
             return {"serial": number}
 
         async with app_upstream(handler) as url:
-            table = {"a": upstreams.Upstream("a", url, timeout=PRIM_PATIENCE)}
-            async with app_living(table) as app:
-                first = asyncio.create_task(app_ask(app, "/aggregate?deadline_ms=20000"))
-                await prim_until_async(lambda: asked == 1)
-                await app_ask(app, "/cache/invalidate", "POST")
+            table = {"a": upstreams.Upstream("a", url, timeout=HANG_LIMIT)}
+            async with living(table) as app:
+                first = asyncio.create_task(ask(app, "/aggregate?deadline_ms=20000"))
+                await until_async(lambda: asked == 1)
+                await ask(app, "/cache/invalidate", "POST")
                 gates[0].set()
                 assert b'"serial":1' in (await first)[2]
-                assert b'"serial":2' in (await app_ask(app, "/aggregate?deadline_ms=20000"))[2]
+                assert b'"serial":2' in (await ask(app, "/aggregate?deadline_ms=20000"))[2]
 
     app_run(main())
 
 
-def test_app_says_how_old_its_answers_are(app_world: PrimWorld) -> None:
+def test_says_how_old_its_answers_are(app_world: World) -> None:
     """RFC 9111: what is left of max-age after Age is how long the answer stays fresh; a 304 says the same."""
 
     async def handler(head: str, body: bytes) -> Any:
@@ -137,7 +135,7 @@ def test_app_says_how_old_its_answers_are(app_world: PrimWorld) -> None:
         async with app_upstream(handler) as url:
             ttls = {"a": 10.0, "b": 20.0, "silent": 5.0}
             table = {name: upstreams.Upstream(name, f"{url}/{name}", ttl=ttl) for name, ttl in ttls.items()}
-            async with app_living(table) as app:
+            async with living(table) as app:
                 rows = [  # seconds later, the path, Age, Cache-Control
                     (0.0, "/aggregate/a?deadline_ms=20000", "0", "max-age=10"),
                     (3.25, "/aggregate/a", "4", "max-age=10"),  # 6.75 s left, said as 6
@@ -151,7 +149,7 @@ def test_app_says_how_old_its_answers_are(app_world: PrimWorld) -> None:
                 for later, path, age, control in rows:
                     app_world.now += later
                     app.service.settle()
-                    status, headers, body = await app_ask(app, path)
+                    status, headers, body = await ask(app, path)
                     assert (status, path, headers["age"], headers["cache-control"]) == (200, path, age, control)
                     etag = headers["etag"]
                     assert re.fullmatch('W/"[0-9a-f]{24}"', etag)
@@ -167,18 +165,18 @@ def test_app_says_how_old_its_answers_are(app_world: PrimWorld) -> None:
                         (etag[2:-1], 200),
                         ("", 200),
                     ]:
-                        again, said, body = await app_ask(app, path, headers={"If-None-Match": tags})
+                        again, said, body = await ask(app, path, headers={"If-None-Match": tags})
                         assert (again, tags) == (expected, tags)
                         if again == 304:
                             assert body == b""
                             names = ("etag", "age", "cache-control")
                             assert [said[name] for name in names] == [headers[name] for name in names]
-                    await prim_until_async(lambda: not app.service.sources["a"].running)
+                    await until_async(lambda: not app.service.sources["a"].running)
 
     app_run(main())
 
 
-def test_app_what_came_early_has_its_age_when_the_last_one_came(app_world: PrimWorld) -> None:
+def test_what_came_early_has_its_age_when_the_last_one_came(app_world: World) -> None:
     async def main() -> None:
         gate = asyncio.Event()
 
@@ -189,17 +187,17 @@ def test_app_what_came_early_has_its_age_when_the_last_one_came(app_world: PrimW
 
         async with app_upstream(handler) as url:
             table = {
-                "quick": upstreams.Upstream("quick", f"{url}/quick", ttl=10.0, timeout=PRIM_PATIENCE),
-                "slow": upstreams.Upstream("slow", f"{url}/slow", ttl=60.0, timeout=PRIM_PATIENCE),
+                "quick": upstreams.Upstream("quick", f"{url}/quick", ttl=10.0, timeout=HANG_LIMIT),
+                "slow": upstreams.Upstream("slow", f"{url}/slow", ttl=60.0, timeout=HANG_LIMIT),
             }
-            async with app_living(table) as app:
+            async with living(table) as app:
                 for later, age, state, control in (
                     (4.0, 4.0, "fresh", "max-age=10"),
                     (11.0, 11.0, "stale", "no-cache"),
                 ):
-                    answer = asyncio.create_task(app_ask(app, "/aggregate?deadline_ms=20000"))
-                    await prim_until_async(lambda: app.service.sources["quick"].last_success is not None)
-                    await prim_until_async(lambda: not app.service.sources["quick"].running)
+                    answer = asyncio.create_task(ask(app, "/aggregate?deadline_ms=20000"))
+                    await until_async(lambda: app.service.sources["quick"].last_success is not None)
+                    await until_async(lambda: not app.service.sources["quick"].running)
                     app_world.now += later
                     gate.set()
                     _, headers, body = await answer
@@ -236,19 +234,19 @@ def test_app_what_came_early_has_its_age_when_the_last_one_came(app_world: PrimW
         ({"Sec-Fetch-Site": "same-origin", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 200),
     ],
 )
-def test_app_knows_who_is_on_this_machine(
+def test_knows_who_is_on_this_machine(
     headers: dict[str, str], client: tuple[str, int] | None, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AGGREGATE_TOKEN", raising=False)
 
     async def main() -> None:
-        async with app_living({}) as app:
-            got, _, body = await app_ask(app, "/cache/invalidate", "POST", headers, client)
+        async with living({}) as app:
+            got, _, body = await ask(app, "/cache/invalidate", "POST", headers, client)
             assert got == status, body
             monkeypatch.setenv("AGGREGATE_TOKEN", "secret")
-            got, _, body = await app_ask(app, "/cache/invalidate", "POST", headers, client)
+            got, _, body = await ask(app, "/cache/invalidate", "POST", headers, client)
             assert got == 401 and b"secret" not in body
-            got, _, _ = await app_ask(
+            got, _, _ = await ask(
                 app, "/cache/invalidate", "POST", {"Authorization": "Bearer secret"}, ("192.0.2.1", 0)
             )
             assert got == 200
@@ -259,7 +257,7 @@ def test_app_knows_who_is_on_this_machine(
 # ------------------------------------------------------------------------------------------------------- reports, stop
 
 
-def app_dying(flag: str) -> Any:
+def dying(flag: str) -> Any:
     """``summarise`` in a worker that is killed in the middle of it, if there is no file ``flag`` yet."""
     return functools.partial(
         eval,
@@ -269,37 +267,37 @@ def app_dying(flag: str) -> Any:
     )
 
 
-def test_app_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     async def outcomes(*_: object) -> Any:
         return array("d", range(100)), array("d", [0.1] * 100), ["ok"] * 99 + ["timeout"]
 
     async def main() -> None:
         async with (
             app_upstream(lambda *_: asyncio.sleep(0, {})) as url,
-            app_living({"a": upstreams.Upstream("a", url)}) as app,
+            living({"a": upstreams.Upstream("a", url)}) as app,
         ):
-            status, headers, body = await app_ask(app, "/report")
+            status, headers, body = await ask(app, "/report")
             assert (status, headers["content-type"]) == (503, "application/problem+json")  # no database
             service = app.service
             assert (len(service.tasks), service.reports) == (2, 0)  # and no host was looked at for nothing
             service.history.outcomes = outcomes
-            monkeypatch.setattr(aggregate_app, "summarise", app_dying(str(tmp_path / "flag")))
-            status, _, body = await app_ask(app, "/report?hours=1")
+            monkeypatch.setattr(aggregate_app, "summarise", dying(str(tmp_path / "flag")))
+            status, _, body = await ask(app, "/report?hours=1")
             said = json.loads(body)["sources"]["a"]
             assert (status, said["results"], said["availability"], said["errors"]) == (200, 100, 0.99, {"timeout": 1})
             assert (said["host"]["name"], said["host"]["error"]) == ("127.0.0.1", None)
             assert (service.processes.stats().retried, service.processes.stats().failed) == (1, 0)
             for worker in service.processes._idle:  # and one that dies while it has nothing to do
                 os.kill(worker._started[0].pid, signal.SIGKILL)
-            answers = await asyncio.gather(*(app_ask(app, "/report?hours=1") for _ in range(8)))
+            answers = await asyncio.gather(*(ask(app, "/report?hours=1") for _ in range(8)))
             assert [status for status, _, _ in answers] == [200] * 8
             assert all(json.loads(body)["sources"]["a"]["results"] == 100 for _, _, body in answers)
             monkeypatch.setattr(aggregate_app, "REPORTS", 0)
-            status, headers, _ = await app_ask(app, "/report")
+            status, headers, _ = await ask(app, "/report")
             assert (status, headers["retry-after"]) == (503, "2")
             monkeypatch.setattr(aggregate_app, "REPORTS", 16)
             await service.processes.close(0.0)
-            status, headers, body = await app_ask(app, "/report")
+            status, headers, body = await ask(app, "/report")
             assert (status, headers["retry-after"], json.loads(body)["title"]) == (
                 503,
                 "2",
@@ -310,7 +308,7 @@ def test_app_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_pat
     app_run(main())
 
 
-def test_app_stops_though_an_upstream_and_a_resolver_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stops_though_an_upstream_and_a_resolver_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "GRACE", 0.01)
     gate = threading.Event()
 
@@ -323,21 +321,21 @@ def test_app_stops_though_an_upstream_and_a_resolver_hang(monkeypatch: pytest.Mo
     async def main() -> None:
         async with app_upstream(lambda *_: asyncio.sleep(0)) as url:
             table = {"silent": upstreams.Upstream("silent", url, timeout=60.0, retries=0)}
-            async with app_living(table) as app:
+            async with living(table) as app:
                 service = app.service
                 source = service.sources["silent"]
                 look = service.look("silent")
                 assert service.look("silent") is look
-                waiting = asyncio.create_task(app_ask(app, "/aggregate/silent?deadline_ms=30000"))
-                await prim_until_async(lambda: source.calls == 1)
-                assert (await app_ask(app, "/health/ready"))[0] == 200
+                waiting = asyncio.create_task(ask(app, "/aggregate/silent?deadline_ms=30000"))
+                await until_async(lambda: source.calls == 1)
+                assert (await ask(app, "/health/ready"))[0] == 200
                 service.stop()
                 service.stop()
-                assert (await app_ask(app, "/health/ready"))[0] == 503
+                assert (await ask(app, "/health/ready"))[0] == 503
                 status, _, body = await waiting
                 assert (status, json.loads(body)["sources"]["silent"]["state"]) == (503, "timeout")
                 source.refresh(())  # begun after that
-                await prim_until_async(lambda: source.calls == 2)
+                await until_async(lambda: source.calls == 2)
             assert look.cancelled() and not source.running and not service.tasks
 
     try:
@@ -346,7 +344,7 @@ def test_app_stops_though_an_upstream_and_a_resolver_hang(monkeypatch: pytest.Mo
         gate.set()
 
 
-def test_app_is_told_of_signals_before_the_server() -> None:
+def test_is_told_of_signals_before_the_server() -> None:
     heard: list[Any] = []
 
     def server(number: int, frame: object) -> None:
@@ -357,7 +355,7 @@ def test_app_is_told_of_signals_before_the_server() -> None:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
                 signal.raise_signal(number)
             assert heard == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
-            await app_ticks()
+            await ticks()
             assert heard[3:] == ["told"] * 3
             force()
             assert heard[6:] == [signal.SIGINT]
@@ -381,7 +379,7 @@ def test_app_is_told_of_signals_before_the_server() -> None:
             signal.signal(number, handler)
 
 
-def test_app_never_blocks_its_loop() -> None:
+def test_never_blocks_its_loop() -> None:
     program = """if True:
         import asyncio, sys
         import aggregate_app

@@ -38,16 +38,16 @@ from logs.pipeline import Ingester
 from logs.workers import Supervisor
 from runtime import serving
 from tests.helpers.api import aggregate_http
-from tests.helpers.base import HERE, PRIM_PATIENCE, prim_run, prim_until
-from tests.helpers.crawl import walk_crawl, walk_free_port
+from tests.helpers.base import HANG_LIMIT, HERE, run_task, wait_until
+from tests.helpers.crawl import free_port, walk_crawl
 from tests.helpers.market import MarketPipelineBase, market_pipeline_metrics, market_pipeline_options
-from tests.helpers.processes import SERVING_HEALTH, SERVING_IDLERS, serving_besiege, serving_fill
+from tests.helpers.processes import HEALTH, IDLERS, besiege, fill
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
 
-class ServingMetrics:
+class Metrics:
     """A metric whose text is longer than what the sockets of these tests hold."""
 
     def collect(self) -> Iterator[Any]:
@@ -67,21 +67,21 @@ def serving_up(
     loop.set_exception_handler(lambda _, context: complaints.append(context))
 
     async def serve() -> None:
-        async with serving.http(sock, cast("Collector", ServingMetrics()), health):
+        async with serving.http(sock, cast("Collector", Metrics()), health):
             started.set()
             await over.wait()
 
     def connect() -> socket.socket:
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.settimeout(PRIM_PATIENCE)
+        client.settimeout(HANG_LIMIT)
         client.connect(address)
         return client
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
     try:
-        assert started.wait(PRIM_PATIENCE)
+        assert started.wait(HANG_LIMIT)
         yield connect
     finally:
         loop.call_soon_threadsafe(over.set)
@@ -90,7 +90,7 @@ def serving_up(
     assert complaints == []
 
 
-def serving_rest(client: socket.socket) -> bytes:
+def rest(client: socket.socket) -> bytes:
     """What comes until the server ends the connection."""
     found = b""
     with contextlib.suppress(ConnectionResetError):
@@ -99,21 +99,19 @@ def serving_rest(client: socket.socket) -> bytes:
     return found
 
 
-def serving_ask(connect: Callable[[], socket.socket], request: bytes) -> tuple[int, dict[str, str], bytes]:
+def ask(connect: Callable[[], socket.socket], request: bytes) -> tuple[int, dict[str, str], bytes]:
     with connect() as client:
         client.sendall(request)
-        head, _, body = serving_rest(client).partition(b"\r\n\r\n")
+        head, _, body = rest(client).partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     return int(first.split()[1]), {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}, body
 
 
-serving_loops = pytest.mark.parametrize(
-    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
-)
+loops = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 
 
-@serving_loops
-def test_serving_answers(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+@loops
+def test_answers(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     def health() -> tuple[int, dict[str, Any]]:
         if broken:
             raise RuntimeError("a fault of ours")
@@ -122,7 +120,7 @@ def test_serving_answers(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> N
     broken = False
     with serving_up(new_loop, health) as connect:
         for request, status, more in (
-            (SERVING_HEALTH, 503, {"content-type": "application/json", "content-length": "21"}),
+            (HEALTH, 503, {"content-type": "application/json", "content-length": "21"}),
             (b"HEAD /health HTTP/1.1\r\n\r\n", 503, {"content-length": "21"}),
             (b"GET /health?a=/metrics HTTP/1.0\r\n\r\n", 503, {}),
             (b"GET http://x:1/health HTTP/1.1\r\nHost: x\r\n\r\n", 503, {}),
@@ -140,24 +138,24 @@ def test_serving_answers(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> N
             (b"GET /health HTTP/1.1\r\nX: " + b"x" * 8192, 431, {}),
             (b"GET /health HTTP/1.1\r\nX: " + b"x" * 8192 + b"\r\n\r\n", 431, {}),
         ):
-            found, headers, body = serving_ask(connect, request)
+            found, headers, body = ask(connect, request)
             assert (found, headers["connection"]) == (status, "close"), request[:50]
             assert headers.items() >= more.items() and parsedate_to_datetime(headers["date"])
             assert len(body) == (0 if request.startswith(b"HEAD") else int(headers["content-length"])), request[:50]
-        assert serving_ask(connect, SERVING_HEALTH)[2] == b'{"status":"stopping"}'
+        assert ask(connect, HEALTH)[2] == b'{"status":"stopping"}'
         with connect() as client:
-            client.sendall(SERVING_HEALTH)
+            client.sendall(HEALTH)
             client.shutdown(socket.SHUT_WR)
-            assert serving_rest(client).endswith(b'{"status":"stopping"}')
+            assert rest(client).endswith(b'{"status":"stopping"}')
         broken = True
-        assert serving_ask(connect, SERVING_HEALTH)[0] == 500
+        assert ask(connect, HEALTH)[0] == 500
         broken = False
-        assert serving_ask(connect, SERVING_HEALTH)[0] == 503
+        assert ask(connect, HEALTH)[0] == 503
 
 
-@serving_loops
-@pytest.mark.parametrize("kind", SERVING_IDLERS)
-def test_serving_idle_connections_keep_nobody_out(
+@loops
+@pytest.mark.parametrize("kind", IDLERS)
+def test_idle_connections_keep_nobody_out(
     kind: str, new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 60 there are the last eight; who asks takes the place of the oldest."""
@@ -169,16 +167,16 @@ def test_serving_idle_connections_keep_nobody_out(
         clients = [stack.enter_context(connect()) for _ in range(60)]
         for client in clients:
             with contextlib.suppress(ConnectionError):  # it is dropped already
-                client.sendall(SERVING_IDLERS[kind])
+                client.sendall(IDLERS[kind])
         for _ in range(3):
-            assert serving_ask(connect, SERVING_HEALTH)[0] == 200
-        prim_until(lambda: ours.num_fds() == before + 60 + 7)
+            assert ask(connect, HEALTH)[0] == 200
+        wait_until(lambda: ours.num_fds() == before + 60 + 7)
         for client in clients[:53]:
-            serving_rest(client)  # it ends
+            rest(client)  # it ends
 
 
-@serving_loops
-def test_serving_a_connection_ends_in_time(
+@loops
+def test_a_connection_ends_in_time(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever its client does."""
@@ -186,9 +184,9 @@ def test_serving_a_connection_ends_in_time(
     with serving_up(new_loop, lambda: (200, {})) as connect, contextlib.ExitStack() as stack:
         ours = psutil.Process()
         before = ours.num_fds()
-        clients = {kind: stack.enter_context(connect()) for kind in (*SERVING_IDLERS, "a drop at a time", "endless")}
+        clients = {kind: stack.enter_context(connect()) for kind in (*IDLERS, "a drop at a time", "endless")}
         for kind, client in clients.items():
-            client.sendall(SERVING_IDLERS.get(kind, b"GET /health HTTP/1.1\r\n"))
+            client.sendall(IDLERS.get(kind, b"GET /health HTTP/1.1\r\n"))
         with pytest.raises(ConnectionError):
             for _ in range(2000):  # far less than a head may have
                 clients["a drop at a time"].send(b"x")
@@ -198,11 +196,11 @@ def test_serving_a_connection_ends_in_time(
                 clients["endless"].send(b"x" * 1000)
         for kind, client in clients.items():
             if kind != "an answer that is not read":
-                serving_rest(client)
-        prim_until(lambda: ours.num_fds() == before + len(clients))
+                rest(client)
+        wait_until(lambda: ours.num_fds() == before + len(clients))
 
 
-def test_serving_a_long_request_line_does_not_hold_the_loop() -> None:
+def test_a_long_request_line_does_not_hold_the_loop() -> None:
     """A pattern that tries all ways to divide it takes seconds for this."""
     begun = time.thread_time()
     for target in (b"/" + b"a" * 8000, b"/" + b"?" * 8000, b"http://" + b"a" * 8000, b"/a?/" * 2000, b"a" * 8000):
@@ -211,10 +209,10 @@ def test_serving_a_long_request_line_does_not_hold_the_loop() -> None:
     assert time.thread_time() - begun < 1.0
 
 
-def serving_full_pipe() -> tuple[int, int, int]:
+def full_pipe() -> tuple[int, int, int]:
     """Its two ends, and how many bytes are in it: as many as it holds."""
     reading, writing = os.pipe()
-    return reading, writing, serving_fill(writing)
+    return reading, writing, fill(writing)
 
 
 def serving_read(reading: int, count: int) -> bytes:
@@ -224,19 +222,19 @@ def serving_read(reading: int, count: int) -> bytes:
     return found
 
 
-def serving_read_all(reading: int) -> bytes:
+def read_all(reading: int) -> bytes:
     found = b""
     while data := os.read(reading, 1 << 16):
         found += data
     return found
 
 
-def test_serving_stderr_loses_what_nobody_reads_and_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stderr_loses_what_nobody_reads_and_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "UNREAD", 100)
-    reading, writing, filled = serving_full_pipe()
+    reading, writing, filled = full_pipe()
     out = serving.Stderr(writing, "program")
     print("first", file=out)
-    prim_until(lambda: not out._waiting)  # in the hands of the thread
+    wait_until(lambda: not out._waiting)  # in the hands of the thread
     for n in range(30):
         assert out.write(f"line {n:04}\n") == 10 and out.lost == max(0, n - 9)
     print("one more", file=out)  # where less than a line would fit, nothing goes in between
@@ -248,11 +246,11 @@ def test_serving_stderr_loses_what_nobody_reads_and_says_how_much(monkeypatch: p
     out.write("next é \ud800\n")
     assert out.finish() and not out._thread.is_alive() and out.lost == 21
     os.close(writing)
-    assert serving_read_all(reading) == "next é \\ud800\n".encode()
+    assert read_all(reading) == "next é \\ud800\n".encode()
     os.close(reading)
 
 
-def test_serving_stderr_status_stays_below_the_lines_and_only_the_newest_waits() -> None:
+def test_stderr_status_stays_below_the_lines_and_only_the_newest_waits() -> None:
     reading, writing = os.pipe()
     out = serving.Stderr(writing, "program")
 
@@ -269,7 +267,7 @@ def test_serving_stderr_status_stays_below_the_lines_and_only_the_newest_waits()
     while not found.endswith(b"three\na\nb"):
         found += os.read(reading, 1 << 16)
     assert found.replace(b"\r\x1b[1A\x1b[J", b"").replace(b"a\nb", b"") == b"one\ntwo\nthree\n"
-    filled = serving_fill(writing)
+    filled = fill(writing)
     for n in range(100):
         out.status(f"s{n}")
     serving_read(reading, filled)
@@ -280,11 +278,11 @@ def test_serving_stderr_status_stays_below_the_lines_and_only_the_newest_waits()
     out.write("an end")
     assert out.finish()
     os.close(writing)
-    assert serving_read_all(reading) == b"\r\x1b[Jan end"
+    assert read_all(reading) == b"\r\x1b[Jan end"
     os.close(reading)
 
 
-def test_serving_stderr_is_written_in_whole_lines_whoever_else_writes_there() -> None:
+def test_stderr_is_written_in_whole_lines_whoever_else_writes_there() -> None:
     """Where it may not block, too."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
@@ -300,21 +298,21 @@ def test_serving_stderr_is_written_in_whole_lines_whoever_else_writes_there() ->
         assert out.finish() and out.lost == 0
 
 
-def test_serving_stderr_goes_on_when_its_reader_is_gone() -> None:
-    reading, writing, _ = serving_full_pipe()
+def test_stderr_goes_on_when_its_reader_is_gone() -> None:
+    reading, writing, _ = full_pipe()
     out = serving.Stderr(writing, "program")
     out.write("one\ntwo\n")
     os.close(reading)
-    prim_until(lambda: out.lost == 2)
+    wait_until(lambda: out.lost == 2)
     out.write("three\n")
-    prim_until(lambda: out.lost == 3)
+    wait_until(lambda: out.lost == 3)
     assert out.finish()
     os.close(writing)
 
 
-def test_serving_all_that_goes_to_stderr_is_queued_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_that_goes_to_stderr_is_queued_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the log has, too. A reader that stalls at the end is not waited for."""
-    monkeypatch.setattr(serving, "LAST", PRIM_PATIENCE)
+    monkeypatch.setattr(serving, "LAST", HANG_LIMIT)
     monkeypatch.setattr(serving, "_stderr", None)
 
     def now() -> Any:
@@ -337,7 +335,7 @@ def test_serving_all_that_goes_to_stderr_is_queued_until_the_end(monkeypatch: py
         assert serving_read(reading, 6) == b"a\nb\nc\n"
         finish = serving.queue_stderr("program")
         ours = now()
-        filled = serving_fill(writing)
+        filled = fill(writing)
         log.error("d")
         monkeypatch.setattr(serving, "LAST", 0.05)
         finish()
@@ -345,7 +343,7 @@ def test_serving_all_that_goes_to_stderr_is_queued_until_the_end(monkeypatch: py
         log.error("e")
         serving_read(reading, filled)
         assert serving_read(reading, 4) == b"d\ne\n"
-        prim_until(lambda: not cast("Any", ours)._thread.is_alive())
+        wait_until(lambda: not cast("Any", ours)._thread.is_alive())
         assert serving.lines_lost() == 0
         for other in (io.StringIO(), None):  # in memory; there is none
             monkeypatch.setattr(sys, "stderr", other)
@@ -354,8 +352,8 @@ def test_serving_all_that_goes_to_stderr_is_queued_until_the_end(monkeypatch: py
     os.close(reading)
 
 
-def test_serving_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    reading, writing, _ = serving_full_pipe()
+def test_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reading, writing, _ = full_pipe()
     out = serving.Stderr(writing, "program")
     monkeypatch.setattr(serving, "_stderr", out)
     out.write("x\n" * serving.UNREAD)
@@ -380,13 +378,13 @@ def test_serving_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pyte
         lost = {each.name: each for each in exporter.collect()}["aggregate_log_lines_lost"]
         assert lost.samples[0].value == serving.UNREAD
 
-    prim_run(main())
+    run_task(main())
     os.close(reading)
     assert out.finish()
     os.close(writing)
 
 
-def test_serving_a_worker_writes_to_a_stderr_that_nobody_reads() -> None:
+def test_a_worker_writes_to_a_stderr_that_nobody_reads() -> None:
     program = """if True:
         import asyncio
         from runtime.processes import Processes
@@ -397,15 +395,15 @@ def test_serving_a_worker_writes_to_a_stderr_that_nobody_reads() -> None:
             print("done")
         asyncio.run(main())
     """
-    reading, writing, _ = serving_full_pipe()
-    command = [sys.executable, "-c", program % PRIM_PATIENCE]
-    child = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, cwd=HERE, timeout=5 * PRIM_PATIENCE)
+    reading, writing, _ = full_pipe()
+    command = [sys.executable, "-c", program % HANG_LIMIT]
+    child = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, cwd=HERE, timeout=5 * HANG_LIMIT)
     os.close(reading)
     os.close(writing)
     assert child.stdout == b"done\n"
 
 
-def test_serving_the_api_ends_while_nobody_reads_its_stderr(tmp_path: Path) -> None:
+def test_the_api_ends_while_nobody_reads_its_stderr(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     environ = {**os.environ, "DATA_FOLDER": str(tmp_path), "DATABASE_URL": "", "AGGREGATE_CONFIG": ""}
     command = [sys.executable, "-m", "uvicorn", "aggregate_app:app", "--port", "0"]
@@ -414,26 +412,26 @@ def test_serving_the_api_ends_while_nobody_reads_its_stderr(tmp_path: Path) -> N
             said = b""
             while not (found := re.search(rb"running on http://127.0.0.1:(\d+)", said)):
                 said += os.read(reading, 1 << 16)
-            serving_fill(writing)
+            fill(writing)
             assert aggregate_http(int(found[1]), "/health/live")[0] == 200
             server.send_signal(signal.SIGTERM)
-            assert server.wait(PRIM_PATIENCE) in (0, -signal.SIGTERM)
+            assert server.wait(HANG_LIMIT) in (0, -signal.SIGTERM)
         finally:
             server.kill()
             os.close(reading)
             os.close(writing)
 
 
-def test_serving_silent_connections_to_a_crawl_cost_no_threads() -> None:
-    port, crawl = walk_free_port(), walk_crawl()
+def test_silent_connections_to_a_crawl_cost_no_threads() -> None:
+    port, crawl = free_port(), walk_crawl()
     end = crawl_cli.serve_metrics(crawl, port)
     try:
         threads, before = threading.active_count(), psutil.Process().num_fds()
         with contextlib.ExitStack() as stack:
-            serving_besiege(port, stack)
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PRIM_PATIENCE) as answer:
+            besiege(port, stack)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_LIMIT) as answer:
                 assert b"crawl_rows_total" in answer.read()
             assert threading.active_count() <= threads
-            prim_until(lambda: psutil.Process().num_fds() <= before + 200 + 128)
+            wait_until(lambda: psutil.Process().num_fds() <= before + 200 + 128)
     finally:
         end()

@@ -321,7 +321,7 @@ def test_shared_rules_of_others_are_read_outside_of_the_loop() -> None:
     assert crawl.mine.explain("http://a/no", crawl.clock()) == "no: forbidden by robots.txt"
 
 
-class SharedLateLinks(cs.SharedFrontier):
+class LateLinks(cs.SharedFrontier):
     """Tells of what it found after it told that the page is done."""
 
     late: tuple[cs.Link, ...] = ()
@@ -342,7 +342,7 @@ class SharedLateLinks(cs.SharedFrontier):
         (cs.SharedFrontier, {"fence": False}, {}),
         (cs.SharedFrontier, {"keeps_next": False}, {}),
         (cs.SharedFrontier, {}, {"margin": -1.0}),
-        (SharedLateLinks, {}, {}),
+        (LateLinks, {}, {}),
     ],
     ids=["no fence", "no next_at", "no margin", "links lost"],
 )

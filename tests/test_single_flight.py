@@ -16,91 +16,91 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule, run_state_machine_as_test
 
 import primitives as pr
-from tests.helpers.base import PRIM_HUNT, PRIM_PATIENCE, PRIM_SETTINGS, PrimWorld, prim_run, prim_until
+from tests.helpers.base import HANG_LIMIT, HUNT, SETTINGS, World, run_task, wait_until
 from tests.helpers.mechanisms import (
     FlightDesk,
     FlightError,
     FlightLoad,
-    PrimLoopMachine,
-    PrimShell,
+    LoopMachine,
     PrimTask,
     PrimThread,
+    Shell,
     prim_stranded,
 )
 
 
 @pytest.fixture(params=["flight", "cache"])
-def flight_desk(request: pytest.FixtureRequest, prim_shell: PrimShell) -> Iterator[FlightDesk]:
+def desk(request: pytest.FixtureRequest, prim_shell: Shell) -> Iterator[FlightDesk]:
     size = threading.stack_size(256 * 1024)
     yield FlightDesk(prim_shell, request.param)
     threading.stack_size(size)
 
 
 def flight_error(worker: PrimThread | PrimTask) -> BaseException | None:
-    return worker.outcome.exception(PRIM_PATIENCE)
+    return worker.outcome.exception(HANG_LIMIT)
 
 
-def test_flight_a_thousand_misses_are_one_load(flight_desk: FlightDesk) -> None:
+def test_a_thousand_misses_are_one_load(desk: FlightDesk) -> None:
     load = FlightLoad()
-    workers = flight_desk.crowd(load, flight_desk.many)
+    workers = desk.crowd(load, desk.many)
     load.begun(1).set_result(answer := object())
     assert [worker.result() for worker in workers] == [answer] * len(workers) and load.begun(1)
-    assert flight_desk.flights.stats() == pr.SingleFlightStats(0, 0, 1, flight_desk.many)
+    assert desk.flights.stats() == pr.SingleFlightStats(0, 0, 1, desk.many)
 
 
-def test_flight_a_failure_is_one_load_and_everybodys(flight_desk: FlightDesk) -> None:
+def test_a_failure_is_one_load_and_everybodys(desk: FlightDesk) -> None:
     load, error = FlightLoad(), FlightError()
-    workers = flight_desk.crowd(load, flight_desk.many)
+    workers = desk.crowd(load, desk.many)
     load.begun(1).set_exception(error)
     assert all(flight_error(worker) is error for worker in workers) and load.begun(1)
-    assert flight_desk.flights.stats() == pr.SingleFlightStats(0, 0, 1, flight_desk.many)
-    if flight_desk.shell.kind == "tasks":  # threads that raise one error at the same moment lengthen each other's
+    assert desk.flights.stats() == pr.SingleFlightStats(0, 0, 1, desk.many)
+    if desk.shell.kind == "tasks":  # threads that raise one error at the same moment lengthen each other's
         assert len(traceback.extract_tb(error.__traceback__)) < 20
-    again = flight_desk.ask(load)
+    again = desk.ask(load)
     load.begun(2).set_result(2)
     assert again.result() == 2, "a failure is not kept"
 
 
-def test_flight_a_killed_leader_is_replaced_once(flight_desk: FlightDesk) -> None:
+def test_a_killed_leader_is_replaced_once(desk: FlightDesk) -> None:
     load = FlightLoad()
-    workers = flight_desk.crowd(load, flight_desk.many)
-    flight_desk.kill(workers[0], load.begun(1))
+    workers = desk.crowd(load, desk.many)
+    desk.kill(workers[0], load.begun(1))
     load.begun(2).set_result("answer")
-    assert [worker.result() for worker in workers[1:]] == ["answer"] * flight_desk.many and load.begun(2)
+    assert [worker.result() for worker in workers[1:]] == ["answer"] * desk.many and load.begun(2)
     assert isinstance(flight_error(workers[0]), (KeyboardInterrupt, asyncio.CancelledError))
-    assert flight_desk.flights.stats() == pr.SingleFlightStats(0, 0, 2, flight_desk.many - 1)
+    assert desk.flights.stats() == pr.SingleFlightStats(0, 0, 2, desk.many - 1)
 
 
-def test_flight_a_cancelled_follower_only_leaves(flight_desk: FlightDesk) -> None:
+def test_a_cancelled_follower_only_leaves(desk: FlightDesk) -> None:
     load = FlightLoad()
-    workers = flight_desk.crowd(load, 3, gated=True)
+    workers = desk.crowd(load, 3, gated=True)
     workers[2].cancel()
-    flight_desk.waiting(2)
+    desk.waiting(2)
     load.begun(1).set_result("answer")
     workers[0].result()
     for worker in workers:
         if isinstance(worker, PrimThread):
             worker.gate.set()
-    assert [workers[n].result() for n in (0, 1, 3)] == ["answer"] * 3 and flight_desk.idle()
+    assert [workers[n].result() for n in (0, 1, 3)] == ["answer"] * 3 and desk.idle()
 
 
 @pytest.mark.parametrize("followers", [1, 2])
-def test_flight_a_follower_cancelled_right_after_its_grant_hands_on(flight_desk: FlightDesk, followers: int) -> None:
+def test_a_follower_cancelled_right_after_its_grant_hands_on(desk: FlightDesk, followers: int) -> None:
     load = FlightLoad()
-    leader, heir = flight_desk.crowd(load, 1, gated=True)
-    others = [flight_desk.ask(load) for _ in range(followers - 1)]
-    flight_desk.waiting(followers)
-    heir.cancel(after=lambda: flight_desk.kill(leader, load.gates[0]))
+    leader, heir = desk.crowd(load, 1, gated=True)
+    others = [desk.ask(load) for _ in range(followers - 1)]
+    desk.waiting(followers)
+    heir.cancel(after=lambda: desk.kill(leader, load.gates[0]))
     if others:
         load.begun(2).set_result("answer")
         assert others[0].result() == "answer"
-    assert flight_desk.idle() and len(load.gates) == followers
-    assert flight_desk.flights.stats().loads == followers, "a lead that was handed on is no load"
+    assert desk.idle() and len(load.gates) == followers
+    assert desk.flights.stats().loads == followers, "a lead that was handed on is no load"
 
 
-def test_flight_a_follower_cancelled_right_after_the_answer_only_leaves(flight_desk: FlightDesk) -> None:
+def test_a_follower_cancelled_right_after_the_answer_only_leaves(desk: FlightDesk) -> None:
     load = FlightLoad()
-    workers = flight_desk.crowd(load, 1, gated=True)
+    workers = desk.crowd(load, 1, gated=True)
 
     def answer() -> None:
         load.gates[0].set_result("answer")
@@ -108,40 +108,40 @@ def test_flight_a_follower_cancelled_right_after_the_answer_only_leaves(flight_d
             workers[0].result()
 
     workers[1].cancel(after=answer)
-    assert workers[0].result() == "answer" and flight_desk.idle()
+    assert workers[0].result() == "answer" and desk.idle()
 
 
-def test_flight_forgotten_keys_are_loaded_anew(flight_desk: FlightDesk) -> None:
+def test_forgotten_keys_are_loaded_anew(desk: FlightDesk) -> None:
     load = FlightLoad()
-    old = flight_desk.crowd(load, 1)
-    if flight_desk.kind == "cache":
-        flight_desk.cache.invalidate("key")
+    old = desk.crowd(load, 1)
+    if desk.kind == "cache":
+        desk.cache.invalidate("key")
     else:
-        flight_desk.flights.forget("key")
-    assert not flight_desk.flights.loading("key")
-    flight_desk.flights.forget("never was")
-    new = [flight_desk.ask(load)]
+        desk.flights.forget("key")
+    assert not desk.flights.loading("key")
+    desk.flights.forget("never was")
+    new = [desk.ask(load)]
     load.begun(2)
-    new.append(flight_desk.ask(load))
-    flight_desk.waiting(1)
+    new.append(desk.ask(load))
+    desk.waiting(1)
     load.gates[0].set_result("old")
-    assert [worker.result() for worker in old] == ["old"] * 2 and flight_desk.flights.loading("key")
+    assert [worker.result() for worker in old] == ["old"] * 2 and desk.flights.loading("key")
     load.gates[1].set_result("new")
-    assert [worker.result() for worker in new] == ["new"] * 2 and flight_desk.idle()
-    assert flight_desk.kind == "flight" or flight_desk.cache.get("key") == "new"
+    assert [worker.result() for worker in new] == ["new"] * 2 and desk.idle()
+    assert desk.kind == "flight" or desk.cache.get("key") == "new"
 
 
-def test_flight_keys_do_not_wait_for_one_another(flight_desk: FlightDesk) -> None:
+def test_keys_do_not_wait_for_one_another(desk: FlightDesk) -> None:
     loads = {key: FlightLoad() for key in "abc"}
-    workers = {key: flight_desk.ask(load, key) for key, load in loads.items()}
+    workers = {key: desk.ask(load, key) for key, load in loads.items()}
     for key in "cab":
         loads[key].begun(1).set_result(key)
         assert workers[key].result() == key
 
 
-def test_flight_a_failure_leaves_no_cycle(flight_desk: FlightDesk) -> None:
+def test_a_failure_leaves_no_cycle(desk: FlightDesk) -> None:
     """The error's traceback has the frames of all who raised it: none of them may lead back to the error."""
-    load, seen, flights = FlightLoad(), list[weakref.ref[FlightError]](), flight_desk.flights
+    load, seen, flights = FlightLoad(), list[weakref.ref[FlightError]](), desk.flights
 
     def fail(_: Any) -> None:
         error = FlightError()
@@ -173,24 +173,24 @@ def test_flight_a_failure_leaves_no_cycle(flight_desk: FlightDesk) -> None:
     try:
         workers = []
         for number in range(40):
-            workers.append(flight_desk.shell.start(depth, depth_async))
-            flight_desk.waiting(number)
+            workers.append(desk.shell.start(depth, depth_async))
+            desk.waiting(number)
         load.begun(1).set_result(None)
         assert all(2 < worker.result() < 12 for worker in workers)
-        prim_until(lambda: seen[0]() is None)
+        wait_until(lambda: seen[0]() is None)
         assert len(seen) == 1
     finally:
         gc.enable()
 
 
 @pytest.mark.parametrize("live", [True, False])
-def test_flight_followers_of_a_closed_loop_are_passed_over(live: bool) -> None:
+def test_followers_of_a_closed_loop_are_passed_over(live: bool) -> None:
     flights, load = pr.SingleFlight(), FlightLoad()
     leader = PrimThread(lambda: flights.do("key", load))
     load.begun(1)
     stranded = [prim_stranded(flights.do_async("key", load.aload)) for _ in range(2)]
     followers = [PrimThread(lambda: flights.do("key", load))] if live else []
-    prim_until(lambda: flights.stats().waiting == 2 + live)
+    wait_until(lambda: flights.stats().waiting == 2 + live)
     load.gates[0].set_exception(KeyboardInterrupt())
     assert isinstance(flight_error(leader), KeyboardInterrupt)
     if not live:
@@ -204,7 +204,7 @@ def test_flight_followers_of_a_closed_loop_are_passed_over(live: bool) -> None:
 # ---------------------------------------------------------------------- single flight: a walk, cancelled at every step
 
 
-class FlightMachine(PrimLoopMachine):
+class Machine(LoopMachine):
     """Tasks that ask for two keys. The model of a flight is its passengers, the leader first."""
 
     flight_type: ClassVar[type[pr.SingleFlight]] = pr.SingleFlight
@@ -293,45 +293,45 @@ class FlightMachine(PrimLoopMachine):
             assert self.flights.stats()[:3] == (len(self.known), waiting, len(self.gates))
 
 
-def flight_check_walk(flight_type: type[pr.SingleFlight], effort: settings = PRIM_SETTINGS) -> None:
-    machine = type("Machine", (FlightMachine,), {"flight_type": flight_type, "debug": effort is not PRIM_HUNT})
+def check_walk(flight_type: type[pr.SingleFlight], effort: settings = SETTINGS) -> None:
+    machine = type("Machine", (Machine,), {"flight_type": flight_type, "debug": effort is not HUNT})
     run_state_machine_as_test(machine, settings=effort)
 
 
-def flight_lands(answer_for: Callable[[Any], Any]) -> dict[str, Any]:
+def lands(answer_for: Callable[[Any], Any]) -> dict[str, Any]:
     land = pr.SingleFlight._land
     return {"_land": lambda self, key, flight, answer: land(self, key, flight, answer_for(answer))}
 
 
-def flight_lands_another(self: Any, key: Any, flight: Any, answer: Any) -> None:
+def lands_another(self: Any, key: Any, flight: Any, answer: Any) -> None:
     pr.SingleFlight._land(self, key, flight, answer)
     if not len(flight):
         self._flights.pop(key, None)
 
 
-FLIGHT_PLANTED: dict[str, dict[str, Any]] = {
-    "a failure is not shared": flight_lands(lambda answer: None if answer and answer.error else answer),
-    "a cancelled leader poisons": flight_lands(lambda answer: answer or pr._Answer(None, FlightError("cancelled"))),
+PLANTED: dict[str, dict[str, Any]] = {
+    "a failure is not shared": lands(lambda answer: None if answer and answer.error else answer),
+    "a cancelled leader poisons": lands(lambda answer: answer or pr._Answer(None, FlightError("cancelled"))),
     "a granted follower takes the lead along": {"_desert": lambda self, key, flight, waiter: flight.leave(waiter)},
     "a cancelled follower stays in the queue": {"_desert": lambda *_: None},
-    "a forgotten flight ends its successor": {"_land": flight_lands_another},
+    "a forgotten flight ends its successor": {"_land": lands_another},
     "forget does nothing": {"forget": lambda *_: None},
 }
 
 
-def test_flight_does_as_its_model() -> None:
-    flight_check_walk(pr.SingleFlight)
+def test_does_as_its_model() -> None:
+    check_walk(pr.SingleFlight)
 
 
-@pytest.mark.parametrize("planted", FLIGHT_PLANTED)
-def test_flight_a_planted_bug_is_found(planted: str) -> None:
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_bug_is_found(planted: str) -> None:
     with pytest.raises(AssertionError):
-        flight_check_walk(type("Planted", (pr.SingleFlight,), FLIGHT_PLANTED[planted]), PRIM_HUNT)
+        check_walk(type("Planted", (pr.SingleFlight,), PLANTED[planted]), HUNT)
 
 
 @pytest.mark.parametrize("shell", ["threads", "tasks"])
 def test_cache_serves_no_value_whose_window_ended_while_loading(shell: str) -> None:
-    world = PrimWorld(0.0)
+    world = World(0.0)
     cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10, stale_if_error=10, negative_ttl=3, clock=world.clock)
 
     def ask(load: Callable[[], Any]) -> Any:
@@ -340,7 +340,7 @@ def test_cache_serves_no_value_whose_window_ended_while_loading(shell: str) -> N
 
         if shell == "threads":
             return cache.get_or_load("key", load)
-        return prim_run(cache.get_or_load_async("key", load_async))
+        return run_task(cache.get_or_load_async("key", load_async))
 
     def fail(seconds: float, then: Callable[[str], object] = bool) -> Callable[[], int]:
         def load() -> int:
@@ -364,7 +364,7 @@ def test_cache_serves_no_value_whose_window_ended_while_loading(shell: str) -> N
 
 @pytest.mark.parametrize("shell", ["threads", "tasks"])
 def test_cache_keeps_what_is_loaded_as_the_load_says(shell: str) -> None:
-    world = PrimWorld(0.0)
+    world = World(0.0)
     cache: pr.TTLCache[str, str | None] = pr.TTLCache(ttl=10, negative_ttl=3, maxweight=5, clock=world.clock)
 
     def ask(key: str, kept: Any) -> str | None:
@@ -372,7 +372,7 @@ def test_cache_keeps_what_is_loaded_as_the_load_says(shell: str) -> None:
             return kept
 
         return (
-            cache.get_or_load(key, lambda: kept) if shell == "threads" else prim_run(cache.get_or_load_async(key, load))
+            cache.get_or_load(key, lambda: kept) if shell == "threads" else run_task(cache.get_or_load_async(key, load))
         )
 
     assert ask("a", pr.Keep(None, negative=True)) is None

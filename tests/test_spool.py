@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from runtime import spool as log_spool
-from tests.helpers.base import HERE, PRIM_PATIENCE, PRIM_SETTINGS, PrimWorld, prim_run, prim_until_async
+from tests.helpers.base import HANG_LIMIT, HERE, SETTINGS, World, run_task, until_async
 from tests.helpers.logs import (
-    LOGS_STORE_NOON,
+    NOON,
     logs_spool_open,
     logs_store_batch,
     logs_store_counts,
@@ -39,7 +39,7 @@ def logs_spool_batch(n: int, rows: int = 2) -> log_spool.EncodedBatch:
     return log_spool.EncodedBatch(uuid.UUID(int=n), rows, 1000.5 + n, f"row of {n}\n".encode() * rows)
 
 
-LOGS_SPOOL_SIZE = len(log_spool.header(logs_spool_batch(1)) + logs_spool_batch(1).data)
+SIZE = len(log_spool.header(logs_spool_batch(1)) + logs_spool_batch(1).data)
 
 
 async def logs_spool_all(spool: log_spool.Spool) -> list[log_spool.EncodedBatch]:
@@ -50,7 +50,7 @@ def logs_spool_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_logs_spool_gives_back_in_order_what_was_put(tmp_path: Path) -> None:
+def test_gives_back_in_order_what_was_put(tmp_path: Path) -> None:
     async def main() -> None:
         folder = tmp_path / "not" / "yet"
         batches = [logs_spool_batch(n, n + 1) for n in range(50)]
@@ -81,27 +81,27 @@ def test_logs_spool_gives_back_in_order_what_was_put(tmp_path: Path) -> None:
         assert spool.open() == 0 and spool.stats().batches == 0, "another life"
         await spool.close()
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_spool_holds_no_more_than_its_bytes(tmp_path: Path) -> None:
+def test_holds_no_more_than_its_bytes(tmp_path: Path) -> None:
     async def main() -> None:
-        async with logs_spool_open(tmp_path, max_bytes=3 * LOGS_SPOOL_SIZE) as spool:
+        async with logs_spool_open(tmp_path, max_bytes=3 * SIZE) as spool:
             done = await asyncio.gather(*(spool.put(logs_spool_batch(n)) for n in range(9)))
             assert done == [True] * 3 + [False] * 6
-            assert spool.stats()[:3] == (3, 6, 3 * LOGS_SPOOL_SIZE) and spool.stats().refused == 6
+            assert spool.stats()[:3] == (3, 6, 3 * SIZE) and spool.stats().refused == 6
             await spool.remove([(await spool.first(1))[0][0]])
             assert not await spool.put(logs_spool_batch(8, 3)), "a larger one"
             assert await spool.put(logs_spool_batch(9))
             assert [batch.id.int for batch in await logs_spool_all(spool)] == [1, 2, 9]
-        async with logs_spool_open(tmp_path, max_bytes=LOGS_SPOOL_SIZE) as spool:
-            assert spool.stats()[:3] == (3, 6, 3 * LOGS_SPOOL_SIZE), "less is allowed now, and nothing is thrown away"
+        async with logs_spool_open(tmp_path, max_bytes=SIZE) as spool:
+            assert spool.stats()[:3] == (3, 6, 3 * SIZE), "less is allowed now, and nothing is thrown away"
             assert not await spool.put(logs_spool_batch(11))
 
-    prim_run(main())
+    run_task(main())
 
 
-class LogsSpoolMachine(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
     """A spool beside a list, over any number of lives."""
 
     folder: Path
@@ -116,7 +116,7 @@ class LogsSpoolMachine(RuleBasedStateMachine):
         self.spool = self.opened()
 
     def opened(self) -> log_spool.Spool:
-        spool = log_spool.Spool(self.folder, max_bytes=8 * LOGS_SPOOL_SIZE, fsync_every=60.0)
+        spool = log_spool.Spool(self.folder, max_bytes=8 * SIZE, fsync_every=60.0)
         assert spool.open() == sum(batch.rows for batch in self.wanted)
         return spool
 
@@ -182,10 +182,10 @@ class LogsSpoolMachine(RuleBasedStateMachine):
         self.runner.close()
 
 
-def test_logs_spool_is_a_list_that_outlives_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_a_list_that_outlives_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    LogsSpoolMachine.folder = tmp_path
-    run_state_machine_as_test(LogsSpoolMachine, settings=settings(PRIM_SETTINGS, max_examples=25))
+    Machine.folder = tmp_path
+    run_state_machine_as_test(Machine, settings=settings(SETTINGS, max_examples=25))
 
 
 def logs_spool_program(folder: Path, body: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -211,7 +211,7 @@ def logs_spool_program(folder: Path, body: str, **options: Any) -> subprocess.Co
     ],
     ids=["before the name", "in the text", "anywhere"],
 )
-def test_logs_spool_what_was_put_outlives_a_kill(tmp_path: Path, dies: str) -> None:
+def test_what_was_put_outlives_a_kill(tmp_path: Path, dies: str) -> None:
     body = f"""
         spool.open()
         for n in range(100000):
@@ -236,7 +236,7 @@ def test_logs_spool_what_was_put_outlives_a_kill(tmp_path: Path, dies: str) -> N
     asyncio.run(main())
 
 
-def test_logs_spool_no_bit_can_turn_unseen(tmp_path: Path) -> None:
+def test_no_bit_can_turn_unseen(tmp_path: Path) -> None:
     """Nor can a byte be missing, or added, anywhere; what is damaged is set aside and the rest goes on."""
     batch = logs_spool_batch(7)
     good = log_spool.header(batch) + batch.data
@@ -281,7 +281,7 @@ def logs_spool_refuses(number: int) -> Callable[..., Any]:
     return refuses
 
 
-def test_logs_spool_a_file_that_goes_bad_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_goes_bad_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with logs_spool_open(tmp_path) as spool:
             for n in range(6):
@@ -303,7 +303,7 @@ def test_logs_spool_a_file_that_goes_bad_is_passed_over(tmp_path: Path, monkeypa
     asyncio.run(main())
 
 
-def test_logs_spool_a_full_disk_is_an_answer(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_answer(tmp_path: Path) -> None:
     """A real limit on the size of files in a process of its own; it leaves nothing half behind."""
     body = """
         spool.open()
@@ -320,7 +320,7 @@ def test_logs_spool_a_full_disk_is_an_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["fsync", "rename", "open"])
-def test_logs_spool_a_disk_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_disk_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     refuses = logs_spool_refuses(errno.ENOSPC)
 
     async def main() -> None:
@@ -340,7 +340,7 @@ def test_logs_spool_a_disk_that_refuses(tmp_path: Path, monkeypatch: pytest.Monk
     asyncio.run(main())
 
 
-def test_logs_spool_a_disk_that_refuses_later_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_refuses_later_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuses = logs_spool_refuses(errno.EIO)
 
     async def main() -> None:
@@ -359,7 +359,7 @@ def test_logs_spool_a_disk_that_refuses_later_is_counted(tmp_path: Path, monkeyp
     asyncio.run(main())
 
 
-def test_logs_spool_is_made_safe_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_made_safe_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     fsync = os.fsync
 
@@ -369,7 +369,7 @@ def test_logs_spool_is_made_safe_in_time(tmp_path: Path, monkeypatch: pytest.Mon
 
     async def main() -> None:
         monkeypatch.setattr(os, "fsync", watched)
-        clock = PrimWorld()
+        clock = World()
         names = [f"{n:016d}.batch" for n in range(9)]
         async with logs_spool_open(tmp_path, fsync_every=5.0, clock=clock.clock) as spool:
             for n, later in enumerate([0.0, 4.0, 0.5]):
@@ -388,9 +388,9 @@ def test_logs_spool_is_made_safe_in_time(tmp_path: Path, monkeypatch: pytest.Mon
         synced.clear()
         async with logs_spool_open(tmp_path, fsync_every=0.01) as spool:  # nobody puts any more
             assert await spool.put(logs_spool_batch(5))
-            await prim_until_async(lambda: spool.stats().unsynced == 0 and spool._timer is None)
+            await until_async(lambda: spool.stats().unsynced == 0 and spool._timer is None)
             assert await spool.put(logs_spool_batch(6))
-            await prim_until_async(lambda: spool.stats().unsynced == 0 and spool._timer is None)
+            await until_async(lambda: spool.stats().unsynced == 0 and spool._timer is None)
             assert synced == [names[5], tmp_path.name, names[6], tmp_path.name]
         synced.clear()
         async with logs_spool_open(tmp_path, fsync_every=0) as spool:
@@ -401,7 +401,7 @@ def test_logs_spool_is_made_safe_in_time(tmp_path: Path, monkeypatch: pytest.Mon
     asyncio.run(main())
 
 
-def test_logs_spool_one_process_has_a_folder(tmp_path: Path) -> None:
+def test_one_process_has_a_folder(tmp_path: Path) -> None:
     async def main() -> None:
         body = """
             try:
@@ -424,7 +424,7 @@ def test_logs_spool_one_process_has_a_folder(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_logs_spool_thousands_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thousands_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a disk takes its time to forget
 
@@ -445,32 +445,30 @@ def test_logs_spool_thousands_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
         asyncio.run(main(Path(folder)))
 
 
-def test_logs_spool_a_cancelled_put_is_counted_as_what_it_became(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cancelled_put_is_counted_as_what_it_became(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, rename = threading.Event(), Path.rename
 
     def gated(self: Path, target: Path) -> Path:
-        gate.wait(PRIM_PATIENCE)
+        gate.wait(HANG_LIMIT)
         return rename(self, target)
 
     async def main() -> None:
         monkeypatch.setattr(Path, "rename", gated)
         async with logs_spool_open(tmp_path) as spool:
             putting = asyncio.create_task(spool.put(logs_spool_batch(1)))
-            await prim_until_async(lambda: any(tmp_path.glob("*.part")))
+            await until_async(lambda: any(tmp_path.glob("*.part")))
             putting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await putting
             assert spool.stats()[:3] == (0, 0, 0)
             gate.set()
-            await prim_until_async(lambda: spool.stats().batches == 1)
+            await until_async(lambda: spool.stats().batches == 1)
             assert await logs_spool_all(spool) == [logs_spool_batch(1)]
 
     asyncio.run(main())
 
 
-def test_logs_spool_and_store_nothing_lost_nothing_doubled(logs_pg: PgServer, tmp_path: Path) -> None:
+def test_and_store_nothing_lost_nothing_doubled(logs_pg: PgServer, tmp_path: Path) -> None:
     """A life that dies between the commit and the removal; the next one writes the same again."""
 
     async def main() -> None:
@@ -492,10 +490,10 @@ def test_logs_spool_and_store_nothing_lost_nothing_doubled(logs_pg: PgServer, tm
     asyncio.run(main())
 
 
-def test_logs_store_a_partition_that_others_need_holds_back_no_other(logs_pg: PgServer) -> None:
+def test_store_a_partition_that_others_need_holds_back_no_other(logs_pg: PgServer) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url, retain_days=1, ahead_days=0) as store:
-            await store.write([logs_store_batch(1, LOGS_STORE_NOON - timedelta(days=n)) for n in (8, 9)])
+            await store.write([logs_store_batch(1, NOON - timedelta(days=n)) for n in (8, 9)])
             await logs_pg.do("CREATE VIEW logs_viewed AS SELECT * FROM logs_2024_02_19")
             await store.maintain()
             assert await logs_store_days(logs_pg) == ["2024_02_19", "2024_02_28"]

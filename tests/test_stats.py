@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 from market import stats as mst
 from market import workers as mw
 from market.trade import Trade
-from tests.helpers.market import MARKET_STATS_EXCHANGES, MARKET_STATS_T0, market_stats_stream, market_stats_trade
+from tests.helpers.market import EXCHANGES, STATS_T0, market_stats_stream, market_stats_trade
 
-MARKET_STATS_SMALL: dict[str, Any] = {"windows": (5, 20, 60), "half_life": 7.0, "every": 0.0}
+SMALL: dict[str, Any] = {"windows": (5, 20, 60), "half_life": 7.0, "every": 0.0}
 
 
-class MarketStatsTaken(NamedTuple):
+class Taken(NamedTuple):
     series: dict[tuple[str, str], list[Trade]]
     counts: dict[str, int]
 
 
-def market_stats_taken(trades: Iterable[Trade], lateness: int = 2 * 10**9) -> MarketStatsTaken:
+def market_stats_taken(trades: Iterable[Trade], lateness: int = 2 * 10**9) -> Taken:
     """Which trades count, by the definition."""
     counts = dict.fromkeys(("taken", "late", "late_for_all", "repeated", "ahead"), 0)
     series: dict[tuple[str, str], list[Trade]] = {}
@@ -56,7 +56,7 @@ def market_stats_taken(trades: Iterable[Trade], lateness: int = 2 * 10**9) -> Ma
                 else:
                     newest[key] = max(at, newest.get(key, 0))
                     series.setdefault(key, []).append(trade)
-    return MarketStatsTaken(series, counts)
+    return Taken(series, counts)
 
 
 def market_stats_numpy(
@@ -85,7 +85,7 @@ def market_stats_numpy(
     return found
 
 
-def market_stats_agrees(row: mst.Row, expected: dict[str, Any]) -> None:
+def agrees(row: mst.Row, expected: dict[str, Any]) -> None:
     for field, value in expected.items():
         got = getattr(row, field)
         if isinstance(value, list):
@@ -95,10 +95,10 @@ def market_stats_agrees(row: mst.Row, expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_market_stats_agree_with_numpy(seed: int) -> None:
+def test_agree_with_numpy(seed: int) -> None:
     """Late, repeated, labelled, ahead and out of order; asked at the newest trade and long after it."""
     stream = market_stats_stream(seed, seconds=90.0 if seed < 2 else 400.0)
-    analytics = mst.Analytics(**MARKET_STATS_SMALL)
+    analytics = mst.Analytics(**SMALL)
     asked = set(random.Random(seed).sample(range(100, len(stream)), 12)) | {0, 1, len(stream) - 1}
     checked = 0
     for n, trade in enumerate(stream):
@@ -115,7 +115,7 @@ def test_market_stats_agree_with_numpy(seed: int) -> None:
                 row = analytics.row(symbol, exchange, now)
                 assert row is not None
                 assert row[:3] == (symbol, exchange, now)
-                market_stats_agrees(row, market_stats_numpy(trades, now, (5, 20, 60), 7.0))
+                agrees(row, market_stats_numpy(trades, now, (5, 20, 60), 7.0))
                 checked += 1
     assert checked > 200
     assert min(counts["late"], counts["late_for_all"], counts["repeated"], counts["ahead"]) > 5
@@ -123,7 +123,7 @@ def test_market_stats_agree_with_numpy(seed: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_market_stats_any_order_within_the_lateness_gives_the_same_rows(data: st.DataObject) -> None:
+def test_any_order_within_the_lateness_gives_the_same_rows(data: st.DataObject) -> None:
     """To the last bit; repeats wherever they come."""
     trades = data.draw(
         st.lists(
@@ -132,22 +132,20 @@ def test_market_stats_any_order_within_the_lateness_gives_the_same_rows(data: st
                 st.integers(0, 80).map(lambda tenths: tenths / 10) | st.floats(0, 40),
                 st.floats(1e-3, 1e6),
                 st.floats(0, 1e9),
-                st.sampled_from(MARKET_STATS_EXCHANGES),
+                st.sampled_from(EXCHANGES),
                 st.sampled_from(("BTC-USD", "ETH-USD")),
             ),
             min_size=1,
             max_size=60,
         )
     )
-    trades = [
-        trade._replace(trade_id=str(n), received_ts_ns=MARKET_STATS_T0 + 10**11) for n, trade in enumerate(trades)
-    ]
+    trades = [trade._replace(trade_id=str(n), received_ts_ns=STATS_T0 + 10**11) for n, trade in enumerate(trades)]
     trades += data.draw(st.lists(st.sampled_from(trades), max_size=20))
     results = []
     for _ in range(3):
         delays = data.draw(st.lists(st.integers(0, 2 * 10**9), min_size=len(trades), max_size=len(trades)))
         arrivals = sorted(zip(delays, trades, strict=True), key=lambda each: each[1].exchange_ts_ns + each[0])
-        analytics = mst.Analytics(**MARKET_STATS_SMALL)
+        analytics = mst.Analytics(**SMALL)
         for _, trade in arrivals:
             analytics.add(trade)
         stats = analytics.stats()
@@ -157,7 +155,7 @@ def test_market_stats_any_order_within_the_lateness_gives_the_same_rows(data: st
     assert results[0] == results[1] == results[2]
 
 
-def test_market_stats_thousands_of_trades_in_any_order_give_the_same_bits() -> None:
+def test_thousands_of_trades_in_any_order_give_the_same_bits() -> None:
     rng = random.Random(8)
     trades = [
         market_stats_trade(rng.uniform(0, 20), rng.uniform(1, 2), 10 ** rng.uniform(-6, 6), rng.choice("abc"))
@@ -165,7 +163,7 @@ def test_market_stats_thousands_of_trades_in_any_order_give_the_same_bits() -> N
     ]
     found = []
     for _ in range(3):
-        analytics = mst.Analytics(**MARKET_STATS_SMALL)
+        analytics = mst.Analytics(**SMALL)
         for _, trade in sorted((trade.exchange_ts_ns + rng.uniform(0, 2e9), trade) for trade in trades):
             analytics.add(trade)
         assert analytics.stats()[1:4] == (6_000, 0, 0)
@@ -174,7 +172,7 @@ def test_market_stats_thousands_of_trades_in_any_order_give_the_same_bits() -> N
     assert len(found[0]) == 4
 
 
-def test_market_stats_lateness_is_exact_and_each_series_has_its_own() -> None:
+def test_lateness_is_exact_and_each_series_has_its_own() -> None:
     analytics = mst.Analytics()
     assert analytics.add(market_stats_trade(10.5))
     assert analytics.add(market_stats_trade(8.5))
@@ -190,7 +188,7 @@ def test_market_stats_lateness_is_exact_and_each_series_has_its_own() -> None:
     assert analytics.row("ETH-USD") is None
 
 
-def test_market_stats_a_repeated_id_counts_once() -> None:
+def test_a_repeated_id_counts_once() -> None:
     analytics = mst.Analytics()
     long = "x" * 1000
     taken = [
@@ -221,7 +219,7 @@ def test_market_stats_a_repeated_id_counts_once() -> None:
     assert analytics.stats().late == 1
 
 
-def test_market_stats_a_tie_in_time_is_decided_by_the_id_as_a_number() -> None:
+def test_a_tie_in_time_is_decided_by_the_id_as_a_number() -> None:
     for ids in (("9", "10"), ("10", "9")):
         analytics = mst.Analytics()
         for trade_id in ids:
@@ -243,10 +241,10 @@ def test_market_stats_a_tie_in_time_is_decided_by_the_id_as_a_number() -> None:
         ({"exchange_ts_ns": -1}, "absurd"),
         ({"exchange_ts_ns": 10**30, "received_ts_ns": 10**30}, "absurd"),
         ({"exchange": "*"}, "absurd"),
-        ({"exchange_ts_ns": MARKET_STATS_T0 + 2 * 10**9 + 1}, "ahead"),
+        ({"exchange_ts_ns": STATS_T0 + 2 * 10**9 + 1}, "ahead"),
     ],
 )
-def test_market_stats_what_cannot_be_is_counted_and_changes_nothing(fields: dict[str, Any], reason: str) -> None:
+def test_what_cannot_be_is_counted_and_changes_nothing(fields: dict[str, Any], reason: str) -> None:
     analytics = mst.Analytics()
     good = market_stats_trade(0.0)
     analytics.add(good)
@@ -254,15 +252,15 @@ def test_market_stats_what_cannot_be_is_counted_and_changes_nothing(fields: dict
     assert not analytics.add(good._replace(**fields))
     assert analytics.stats()._asdict()[reason] == 1
     assert analytics.row("BTC-USD") == before
-    assert analytics.add(good._replace(exchange_ts_ns=MARKET_STATS_T0 + 2 * 10**9, size_value=0.0))
+    assert analytics.add(good._replace(exchange_ts_ns=STATS_T0 + 2 * 10**9, size_value=0.0))
 
 
-def test_market_stats_the_first_trades_and_the_silence_after() -> None:
+def test_the_first_trades_and_the_silence_after() -> None:
     analytics = mst.Analytics()
     analytics.add(market_stats_trade(0.0, 100.0, 2.0))
     one = cast(mst.Row, analytics.row("BTC-USD"))
     assert one == mst.Row(
-        "BTC-USD", "*", MARKET_STATS_T0, 100.0, (10, 60, 300), (100.0,) * 3, (None,) * 3, (1,) * 3, (2.0,) * 3,
+        "BTC-USD", "*", STATS_T0, 100.0, (10, 60, 300), (100.0,) * 3, (None,) * 3, (1,) * 3, (2.0,) * 3,
         None, None, "", "",
     )  # fmt: skip
     analytics.add(market_stats_trade(1.0, 110.0, 0.0))
@@ -270,7 +268,7 @@ def test_market_stats_the_first_trades_and_the_silence_after() -> None:
     two = cast(mst.Row, analytics.row("BTC-USD"))
     assert two.volatility == pytest.approx((math.sqrt(square * mst.YEAR),) * 3, rel=1e-12)
     assert two.ewma == pytest.approx(math.sqrt(square * mst.YEAR), rel=1e-12)
-    idle = cast(mst.Row, analytics.row("BTC-USD", now_ns=MARKET_STATS_T0 + 100 * 10**9))
+    idle = cast(mst.Row, analytics.row("BTC-USD", now_ns=STATS_T0 + 100 * 10**9))
     assert (idle.vwap, idle.trades, idle.last) == ((None, None, 100.0), (0, 0, 2), 110.0)
     assert idle.volatility == pytest.approx((0.0, 0.0, math.sqrt(square / 100 * mst.YEAR)), rel=1e-12)
     began = time.process_time()
@@ -283,17 +281,17 @@ def test_market_stats_the_first_trades_and_the_silence_after() -> None:
     assert set(late.record()) == {*mst.Row._fields} - {"windows"}
 
 
-def test_market_stats_the_same_instant_asked_again_has_what_came_since() -> None:
+def test_the_same_instant_asked_again_has_what_came_since() -> None:
     """Also of the bars that were closed since."""
     analytics = mst.Analytics(lateness=1.5)
-    now = MARKET_STATS_T0 + 9 * 10**9
+    now = STATS_T0 + 9 * 10**9
     for n in range(18):
         analytics.add(market_stats_trade(n / 2))
         row = cast(mst.Row, analytics.row("BTC-USD", now_ns=now))
         assert (row.trades, row.volume) == ((n + 1,) * 3, (n + 1.0,) * 3)
 
 
-def test_market_stats_spread_is_between_exchanges_that_trade() -> None:
+def test_spread_is_between_exchanges_that_trade() -> None:
     analytics = mst.Analytics()
     for at, price, exchange in (
         (0.0, 90.0, "okx"),
@@ -312,7 +310,7 @@ def test_market_stats_spread_is_between_exchanges_that_trade() -> None:
     assert cast(mst.Row, analytics.row("BTC-USD", "okx")).spread is None
 
 
-def test_market_stats_rows_are_due_when_they_changed_and_not_too_often() -> None:
+def test_rows_are_due_when_they_changed_and_not_too_often() -> None:
     analytics = mst.Analytics(every=0.25)
 
     def told(everything: bool = False) -> list[tuple[str, str]]:
@@ -334,10 +332,10 @@ def test_market_stats_rows_are_due_when_they_changed_and_not_too_often() -> None
     assert told() == [("ETH-USD", "*"), ("ETH-USD", "kraken")]
 
 
-def test_market_stats_sums_are_exact_and_leave_no_trace() -> None:
+def test_sums_are_exact_and_leave_no_trace() -> None:
     """30,000 trades of sizes from 1e-9 to 1e9 against fractions; then they are out of the windows, without a rest."""
     rng = random.Random(5)
-    analytics = mst.Analytics(MARKET_STATS_SMALL["windows"])
+    analytics = mst.Analytics(SMALL["windows"])
     trades = [market_stats_trade(n / 8_000, rng.uniform(1, 2), 10 ** rng.uniform(-9, 9)) for n in range(30_000)]
     for trade in trades:
         analytics.add(trade)
@@ -353,7 +351,7 @@ def test_market_stats_sums_are_exact_and_leave_no_trace() -> None:
     assert row.volatility[0] == 0.0
 
 
-def market_stats_terms(analytics: mst.Analytics) -> int:
+def terms(analytics: mst.Analytics) -> int:
     """Everything that is held per trade or per bar, counted."""
     held = 0
     for book in analytics._books.values():
@@ -363,16 +361,16 @@ def market_stats_terms(analytics: mst.Analytics) -> int:
     return held
 
 
-def test_market_stats_memory_is_bounded_whatever_comes() -> None:
+def test_memory_is_bounded_whatever_comes() -> None:
     analytics = mst.Analytics((5, 20), series=7, ids=100, lateness=2.0)
     for n in range(20_000):  # at one instant
         analytics.add(market_stats_trade(0.0, trade_id=str(n)))
     stats = analytics.stats()
     assert (stats.taken, stats.ids, stats.unchecked) == (20_000, 100, 19_900)
-    assert market_stats_terms(analytics) <= 2 * 2 * mst.TERMS + 200
+    assert terms(analytics) <= 2 * 2 * mst.TERMS + 200
     for n in range(20_000):  # everywhere in time
         analytics.add(market_stats_trade(n * 0.37, trade_id=str(n)))
-    assert market_stats_terms(analytics) <= 2 * (4 * 2 * mst.TERMS + 2 * 20) + 200
+    assert terms(analytics) <= 2 * (4 * 2 * mst.TERMS + 2 * 20) + 200
     assert analytics.stats().ids <= 100
     for n in range(1000):  # from anywhere
         analytics.add(market_stats_trade(n * 0.37, symbol=f"S{n}", trade_id="1"))
@@ -383,7 +381,7 @@ def test_market_stats_memory_is_bounded_whatever_comes() -> None:
     assert analytics.stats().offered == sum(analytics.stats()[i] for i in (1, 2, 4, 5, 6, 7))
 
 
-def test_market_stats_go_on_from_a_pickle_as_if_nothing_had_been() -> None:
+def test_go_on_from_a_pickle_as_if_nothing_had_been() -> None:
     stream = market_stats_stream(9, 2000)
     analytics = mst.Analytics()
     for trade in stream[:1000]:
@@ -405,12 +403,12 @@ def test_market_stats_go_on_from_a_pickle_as_if_nothing_had_been() -> None:
         {"windows": (200_000,)}, {"lateness": 2000.0},
     ],
 )  # fmt: skip
-def test_market_stats_misuse(bad: dict[str, Any]) -> None:
+def test_misuse(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="="):
         mst.Analytics(**bad)
 
 
-def test_market_stats_cost_is_well_under_half_a_core() -> None:
+def test_cost_is_well_under_half_a_core() -> None:
     """Three seconds at 15,000 a second, packed, unpacked, taken and told, in CPU seconds."""
     rng = random.Random(1)
     trades = [

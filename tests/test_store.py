@@ -23,24 +23,24 @@ from logs import store as log_store
 from logs.parse import Event, Metadata
 from runtime import postgres as db
 from runtime import spool as log_spool
-from tests.helpers.base import PRIM_PATIENCE, PRIM_SETTINGS, PrimWorld, prim_run, prim_until_async
+from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, until_async
 from tests.helpers.logs import (
-    LOGS_STORE_META,
-    LOGS_STORE_NOON,
+    META,
+    NOON,
     logs_store_batch,
     logs_store_counts,
     logs_store_days,
     logs_store_event,
     logs_store_open,
 )
-from tests.helpers.postgres import PgProxy, PgServer
+from tests.helpers.postgres import PgServer, Proxy
 
 
-class LogsStoreMarker(enum.Enum):
+class Marker(enum.Enum):
     UNKNOWN = "unknown"
 
 
-def logs_store_spoilt(batch: log_spool.EncodedBatch, bad: dict[int, bytes]) -> log_spool.EncodedBatch:
+def spoilt(batch: log_spool.EncodedBatch, bad: dict[int, bytes]) -> log_spool.EncodedBatch:
     """With other lines in the place of some."""
     lines = batch.data.split(b"\n")[:-1]
     for position, line in bad.items():
@@ -57,43 +57,43 @@ def logs_store_line(**columns: str) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
-LOGS_STORE_TEXT = st.text(
+TEXT = st.text(
     st.one_of(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), st.sampled_from("\\\t\n\r.N\x08\x0b")),
     max_size=12,
 )
 
 
-LOGS_STORE_TIME = st.datetimes(
+TIME = st.datetimes(
     datetime(1, 1, 2), datetime(9999, 12, 30), timezones=st.sampled_from([UTC, timezone(timedelta(hours=5.5))])
 )
 
 
-LOGS_STORE_EVENT = st.builds(
+EVENT = st.builds(
     Event,
     st.datetimes(datetime(2024, 2, 28), datetime(2024, 2, 28, 23, 59, 59, 999_999), timezones=st.just(UTC)),
-    LOGS_STORE_TIME,
-    LOGS_STORE_TEXT,
-    LOGS_STORE_TEXT,
+    TIME,
+    TEXT,
+    TEXT,
     st.integers(0, 7),
-    LOGS_STORE_TEXT,
-    st.dictionaries(LOGS_STORE_TEXT, LOGS_STORE_TEXT, max_size=2).map(json.dumps),
-    st.none() | LOGS_STORE_TEXT,
+    TEXT,
+    st.dictionaries(TEXT, TEXT, max_size=2).map(json.dumps),
+    st.none() | TEXT,
 )
 
 
-def test_logs_store_what_was_sealed_is_what_is_read(logs_pg: PgServer) -> None:
+def test_what_was_sealed_is_what_is_read(logs_pg: PgServer) -> None:
     """Any text that PostgreSQL can hold comes back as it was, be it an escape, the end of data, or a null."""
     samples: list[tuple[Event, Any]] = []
 
-    @PRIM_SETTINGS
-    @given(st.lists(st.tuples(LOGS_STORE_EVENT, st.none() | st.builds(Metadata, *[LOGS_STORE_TEXT] * 4)), max_size=8))
+    @SETTINGS
+    @given(st.lists(st.tuples(EVENT, st.none() | st.builds(Metadata, *[TEXT] * 4)), max_size=8))
     def gather(some: list[tuple[Event, Any]]) -> None:
         samples.extend(some)
 
     gather()
     hard = ["\\.", "a\rb", "a\nb", "a\tb", "\\N", "", "\\", "\t", "a\rb\nc\\nd\\\\", "\x7f\x01", "\U0001f600é\u2028"]
     samples += [(logs_store_event(service=x, host=x, message=x, parse_error=x), Metadata(x, x, x, x)) for x in hard]
-    samples += [(logs_store_event(message=x), LogsStoreMarker.UNKNOWN) for x in hard]
+    samples += [(logs_store_event(message=x), Marker.UNKNOWN) for x in hard]
     names = {event.service: found for event, found in samples}
 
     async def main() -> None:
@@ -127,10 +127,10 @@ def test_logs_store_what_was_sealed_is_what_is_read(logs_pg: PgServer) -> None:
     asyncio.run(main())
 
 
-def test_logs_store_row_is_the_beginning_of_a_line() -> None:
+def test_row_is_the_beginning_of_a_line() -> None:
     event = logs_store_event(message="a\tb", attributes="{}")
-    whole = log_store.row(event) + "\t" + log_store.metadata_columns(LOGS_STORE_META) + "\n"
-    assert log_store.seal([event], lambda _: LOGS_STORE_META).data.decode() == whole
+    whole = log_store.row(event) + "\t" + log_store.metadata_columns(META) + "\n"
+    assert log_store.seal([event], lambda _: META).data.decode() == whole
     assert whole == (
         "2024-02-28T12:00:00+00:00\t2024-02-28T12:00:00+00:00\tservice-0\thost\t6\ta\\tb\t{}\t\\N\t"
         "payments\tproduction\teu-west-1\t1.2.3\tdone\n"
@@ -140,7 +140,7 @@ def test_logs_store_row_is_the_beginning_of_a_line() -> None:
         for found, configured in [
             (None, True),
             (None, False),
-            (LogsStoreMarker.UNKNOWN, True),
+            (Marker.UNKNOWN, True),
             (Metadata(*"    "), True),
         ]
     }
@@ -149,7 +149,7 @@ def test_logs_store_row_is_the_beginning_of_a_line() -> None:
         log_store.seal([], lambda _: None)
 
 
-def test_logs_store_ids_are_of_version_7_and_sort_by_time() -> None:
+def test_ids_are_of_version_7_and_sort_by_time() -> None:
     ids = [log_store.new_id(now, lambda bits: (1 << bits) - 1) for now in (1.0, 1.001, 1e9, 4e9)]
     assert ids == sorted(ids) and {(id.version, id.variant) for id in ids} == {(7, uuid.RFC_4122)}
     assert ids[2].int >> 80 == 10**12 and log_store.new_id(1.0, lambda _: 0) != ids[0]
@@ -158,7 +158,7 @@ def test_logs_store_ids_are_of_version_7_and_sort_by_time() -> None:
 
 # ----------------------------------------------------------------------------------------------- batches, good and bad
 
-LOGS_STORE_BAD = {
+BAD = {
     b"\\.": "Miscounted",
     b"": "22P04",
     b"\x00": "22021",
@@ -187,12 +187,12 @@ LOGS_STORE_BAD = {
 
 
 @pytest.mark.parametrize("position", [0, 437, 999])
-def test_logs_store_one_bad_row_among_a_thousand(logs_pg: PgServer, position: int) -> None:
+def test_one_bad_row_among_a_thousand(logs_pg: PgServer, position: int) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
-            for n, (line, code) in enumerate(list(LOGS_STORE_BAD.items())[position % 3 :: 3]):
+            for n, (line, code) in enumerate(list(BAD.items())[position % 3 :: 3]):
                 size, place = (100, position // 10) if n else (1000, position)
-                batch = logs_store_spoilt(logs_store_batch(size), {place: line})
+                batch = spoilt(logs_store_batch(size), {place: line})
                 assert await store.write([batch]) == [log_store.Outcome(size - 1, 1)], line[:300]
                 async with store._database.connection() as connection:
                     letter = await connection.fetchrow("DELETE FROM dead_letter RETURNING *")
@@ -200,7 +200,7 @@ def test_logs_store_one_bad_row_among_a_thousand(logs_pg: PgServer, position: in
                     assert letter["error"].startswith(f"{code}: "), (line[:300], letter["error"])
                     assert (letter["batch"], letter["position"], letter["line"]) == (batch.id, place, line)
                     dated = line.startswith(b"2024-02-28T12:00:00+00:00\t")
-                    assert letter["received_at"] == (LOGS_STORE_NOON if dated else None)
+                    assert letter["received_at"] == (NOON if dated else None)
                     counts = await connection.fetch("DELETE FROM log_batches RETURNING stored, dead")
                     assert [tuple(each) for each in counts] == [(size - 1, 1)]
                     messages = await connection.fetch("DELETE FROM logs RETURNING message")
@@ -212,11 +212,11 @@ def test_logs_store_one_bad_row_among_a_thousand(logs_pg: PgServer, position: in
     asyncio.run(main())
 
 
-def test_logs_store_all_rows_bad(logs_pg: PgServer) -> None:
+def test_all_rows_bad(logs_pg: PgServer) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
-            kinds = itertools.cycle(line for line in LOGS_STORE_BAD if len(line) < 1000)
-            batch = logs_store_spoilt(logs_store_batch(60), {n: next(kinds) for n in range(60)})
+            kinds = itertools.cycle(line for line in BAD if len(line) < 1000)
+            batch = spoilt(logs_store_batch(60), {n: next(kinds) for n in range(60)})
             good = logs_store_batch(3)
             assert await store.write([batch, good]) == [(0, 60), (3, 0)]
             assert await store.write([good, batch]) == [(3, 0), (0, 60)]
@@ -227,7 +227,7 @@ def test_logs_store_all_rows_bad(logs_pg: PgServer) -> None:
     asyncio.run(main())
 
 
-def test_logs_store_text_that_nothing_can_hold_costs_its_row_only(logs_pg: PgServer) -> None:
+def test_text_that_nothing_can_hold_costs_its_row_only(logs_pg: PgServer) -> None:
     """No parser lets it through; a lone surrogate or a NUL is kept as bytes nevertheless."""
 
     async def main() -> None:
@@ -242,7 +242,7 @@ def test_logs_store_text_that_nothing_can_hold_costs_its_row_only(logs_pg: PgSer
     asyncio.run(main())
 
 
-def test_logs_store_a_last_line_without_its_end_is_a_row(logs_pg: PgServer) -> None:
+def test_a_last_line_without_its_end_is_a_row(logs_pg: PgServer) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
             batch = logs_store_batch(5)
@@ -251,10 +251,10 @@ def test_logs_store_a_last_line_without_its_end_is_a_row(logs_pg: PgServer) -> N
             assert [sum(outcome) for outcome in await store.write(short)] == [5, 2]
             assert await logs_store_counts(logs_pg) == (7, 2, 0)
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_store_many_batches_are_one_transaction(logs_pg: PgServer) -> None:
+def test_many_batches_are_one_transaction(logs_pg: PgServer) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
             await store.maintain()
@@ -272,10 +272,10 @@ def test_logs_store_many_batches_are_one_transaction(logs_pg: PgServer) -> None:
             assert await logs_store_counts(logs_pg) == (1015, 4, 0)
             assert store.stats()[:5] == (6, 1015, 0, 6, 0) and "stored=1015" in repr(store)
 
-    prim_run(main())
+    run_task(main())
 
 
-def test_logs_store_large_data_goes_in_pieces(logs_pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_data_goes_in_pieces(logs_pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_store, "PIECE", 1000)
 
     async def main() -> None:
@@ -284,10 +284,10 @@ def test_logs_store_large_data_goes_in_pieces(logs_pg: PgServer, monkeypatch: py
             wanted = {f"message {n}" for n in range(1000)}
             assert {*await logs_pg.do("SELECT array_agg(message) FROM logs")} == wanted
 
-    prim_run(main())
+    run_task(main())
 
 
-LOGS_STORE_FAILS = (
+FAILS = (
     "CREATE OR REPLACE FUNCTION logs_failing() RETURNS trigger LANGUAGE plpgsql AS"
     " $$BEGIN IF NEW.message = 'message 7' THEN RAISE 'it is %' , 'so' USING ERRCODE = '{}'; END IF;"
     " RETURN NEW; END$$",
@@ -295,31 +295,29 @@ LOGS_STORE_FAILS = (
 )
 
 
-def test_logs_store_what_is_nobodys_fault_writes_nothing(logs_pg: PgServer) -> None:
+def test_what_is_nobodys_fault_writes_nothing(logs_pg: PgServer) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
-            good, bad = logs_store_batch(9), logs_store_spoilt(logs_store_batch(9), {1: b"nonsense"})
+            good, bad = logs_store_batch(9), spoilt(logs_store_batch(9), {1: b"nonsense"})
             for code, error in [("53100", asyncpg.DiskFullError), ("25006", asyncpg.ReadOnlySQLTransactionError)]:
-                await logs_pg.do(*(each.format(code) for each in LOGS_STORE_FAILS))
+                await logs_pg.do(*(each.format(code) for each in FAILS))
                 for batches in ([good], [bad], [good, bad]):
                     with pytest.raises(error):
                         await store.write(batches)
                     assert await logs_store_counts(logs_pg) == (0, 0, 0)
-            await logs_pg.do(
-                *(each.format("P0001") for each in LOGS_STORE_FAILS)
-            )  # a rule of somebody's is the row's fault
+            await logs_pg.do(*(each.format("P0001") for each in FAILS))  # a rule of somebody's is the row's fault
             assert await store.write([good, bad]) == [(8, 1), (7, 2)]
             assert await logs_pg.do("SELECT max(error) FROM dead_letter") == "P0001: it is so"
             assert store.stats()[:5] == (2, 15, 3, 0, 2)
 
-    prim_run(main())
+    run_task(main())
 
 
 # ---------------------------------------------------------------------------------------------------------------- torn
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_logs_store_a_batch_whose_answer_is_lost_is_there_once(logs_pg: PgServer, bad: bool) -> None:
+def test_a_batch_whose_answer_is_lost_is_there_once(logs_pg: PgServer, bad: bool) -> None:
     async def main() -> None:
         left = 3
 
@@ -329,7 +327,7 @@ def test_logs_store_a_batch_whose_answer_is_lost_is_there_once(logs_pg: PgServer
             return armed and left >= 0 and b"COMMIT\0" in data
 
         armed = False
-        proxy = PgProxy(logs_pg.port, cut)
+        proxy = Proxy(logs_pg.port, cut)
         server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
         url = logs_pg.url.replace(f":{logs_pg.port}/", f":{server.sockets[0].getsockname()[1]}/")
         async with server, logs_store_open(url) as store:
@@ -337,11 +335,11 @@ def test_logs_store_a_batch_whose_answer_is_lost_is_there_once(logs_pg: PgServer
             batches = [logs_store_batch(n) for n in (10, 20)]
             outcomes = [log_store.Outcome(10, 0), log_store.Outcome(20, 0)]
             if bad:
-                batches[1] = logs_store_spoilt(batches[1], {3: b"", 19: b"x"})
+                batches[1] = spoilt(batches[1], {3: b"", 19: b"x"})
                 outcomes[1] = log_store.Outcome(18, 2)
             armed, failures = True, 0
             while True:
-                await store._database.ready(PRIM_PATIENCE)
+                await store._database.ready(HANG_LIMIT)
                 with contextlib.suppress(db.Unavailable):
                     assert await store.write(batches) == outcomes
                     break
@@ -352,32 +350,32 @@ def test_logs_store_a_batch_whose_answer_is_lost_is_there_once(logs_pg: PgServer
     asyncio.run(main())
 
 
-LOGS_STORE_HOLD = (
+HOLD = (
     "CREATE OR REPLACE FUNCTION logs_held() RETURNS trigger LANGUAGE plpgsql AS"
     " 'BEGIN PERFORM pg_advisory_xact_lock_shared(42); RETURN NEW; END'"
 )
 
 
-LOGS_STORE_AT_COMMIT = (
+AT_COMMIT = (
     "CREATE CONSTRAINT TRIGGER held AFTER INSERT ON log_batches DEFERRABLE INITIALLY DEFERRED"
     " FOR EACH ROW EXECUTE FUNCTION logs_held()"
 )
 
 
-LOGS_STORE_IN_COPY = (
+IN_COPY = (
     "CREATE TRIGGER held BEFORE INSERT ON logs FOR EACH ROW WHEN (NEW.message = 'message 500')"
     " EXECUTE FUNCTION logs_held()"
 )
 
 
-LOGS_STORE_HELD = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND NOT granted"
+HELD = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND NOT granted"
 
 
-LOGS_STORE_QUEUED = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+QUEUED = "SELECT count(*) FROM pg_locks WHERE NOT granted"
 
 
-async def logs_store_waits(blocker: Any, query: str, wanted: Callable[[Any], object]) -> Any:
-    deadline = time.monotonic() + PRIM_PATIENCE
+async def waits(blocker: Any, query: str, wanted: Callable[[Any], object]) -> Any:
+    deadline = time.monotonic() + HANG_LIMIT
     while not wanted(value := await blocker.fetchval(query)):
         assert time.monotonic() < deadline, "it never came"
         await asyncio.sleep(0.002)
@@ -385,24 +383,24 @@ async def logs_store_waits(blocker: Any, query: str, wanted: Callable[[Any], obj
 
 
 @pytest.mark.parametrize("where", ["in COPY", "before the commit"])
-def test_logs_store_a_batch_whose_backend_dies_is_there_once(logs_pg: PgServer, where: str) -> None:
+def test_a_batch_whose_backend_dies_is_there_once(logs_pg: PgServer, where: str) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
             await store.maintain()
-            await logs_pg.do(LOGS_STORE_HOLD, LOGS_STORE_IN_COPY if where == "in COPY" else LOGS_STORE_AT_COMMIT)
+            await logs_pg.do(HOLD, IN_COPY if where == "in COPY" else AT_COMMIT)
             blocker = await asyncpg.connect(logs_pg.url)
             await blocker.execute("SELECT pg_advisory_lock(42)")
             batches = [logs_store_batch(1000), logs_store_batch(10)]
             for _ in range(3):
-                assert await store._database.ready(PRIM_PATIENCE)
+                assert await store._database.ready(HANG_LIMIT)
                 writing = asyncio.create_task(store.write(batches))
-                pid = await logs_store_waits(blocker, LOGS_STORE_HELD, lambda value: value is not None)
+                pid = await waits(blocker, HELD, lambda value: value is not None)
                 assert await logs_store_counts(logs_pg) == (0, 0, 0)
                 await blocker.execute("SELECT pg_terminate_backend($1)", pid)
                 with pytest.raises(db.Unavailable):
                     await writing
             await blocker.close()
-            assert await store._database.ready(PRIM_PATIENCE)
+            assert await store._database.ready(HANG_LIMIT)
             assert await store.write(batches) == [(1000, 0), (10, 0)]
             assert await logs_store_counts(logs_pg) == (1010, 2, 0)
             assert store.stats()[:5] == (2, 1010, 0, 0, 0)
@@ -410,7 +408,7 @@ def test_logs_store_a_batch_whose_backend_dies_is_there_once(logs_pg: PgServer, 
     asyncio.run(main())
 
 
-def test_logs_store_a_server_killed_in_mid_copy(logs_pg: PgServer) -> None:
+def test_a_server_killed_in_mid_copy(logs_pg: PgServer) -> None:
     """Some batches are committed by then, one waits in its COPY, one before its commit; then all come again."""
 
     async def main() -> None:
@@ -418,22 +416,22 @@ def test_logs_store_a_server_killed_in_mid_copy(logs_pg: PgServer) -> None:
             await store.maintain()
             batches = [logs_store_batch(n) for n in (100, 1000, 501, 50)]
             await store.write(batches[:1])
-            await logs_pg.do(LOGS_STORE_HOLD, LOGS_STORE_IN_COPY)
+            await logs_pg.do(HOLD, IN_COPY)
             blocker = await asyncpg.connect(logs_pg.url)
             await blocker.execute("SELECT pg_advisory_lock(42)")
             writing = [asyncio.create_task(store.write([batch])) for batch in batches[1:3]]
-            await logs_store_waits(blocker, LOGS_STORE_QUEUED, lambda value: value == 2)
+            await waits(blocker, QUEUED, lambda value: value == 2)
             await store.write(batches[3:])
             await asyncio.to_thread(logs_pg.stop, signal.SIGKILL)
             blocker.terminate()
             for each in writing:
                 with pytest.raises(db.Unavailable):
                     await each
-            await prim_until_async(lambda: store._database.state == "down")
+            await until_async(lambda: store._database.state == "down")
             with pytest.raises(db.Unavailable):
                 await store.write(batches)
             await asyncio.to_thread(logs_pg.start)
-            assert await store._database.ready(PRIM_PATIENCE)
+            assert await store._database.ready(HANG_LIMIT)
             assert await store.write(batches) == [(100, 0), (1000, 0), (501, 0), (50, 0)]
         assert await logs_store_counts(logs_pg) == (1651, 4, 0)
 
@@ -441,19 +439,19 @@ def test_logs_store_a_server_killed_in_mid_copy(logs_pg: PgServer) -> None:
 
 
 @pytest.mark.parametrize("first_dies", [False, True])
-def test_logs_store_one_id_by_two_connections_at_once(logs_pg: PgServer, first_dies: bool) -> None:
+def test_one_id_by_two_connections_at_once(logs_pg: PgServer, first_dies: bool) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as one, logs_store_open(logs_pg.url) as two:
             for store in (one, two):
                 await store.maintain()  # and so connect
-            await logs_pg.do(LOGS_STORE_HOLD, LOGS_STORE_AT_COMMIT)
+            await logs_pg.do(HOLD, AT_COMMIT)
             blocker = await asyncpg.connect(logs_pg.url)
             await blocker.execute("SELECT pg_advisory_lock(42)")
             batches = [logs_store_batch(n) for n in (10, 20, 30)]
             first = asyncio.create_task(one.write(batches))
-            pid = await logs_store_waits(blocker, LOGS_STORE_HELD, lambda value: value is not None)
+            pid = await waits(blocker, HELD, lambda value: value is not None)
             second = asyncio.create_task(two.write(batches[::-1]))  # in whatever order they come
-            await logs_store_waits(blocker, LOGS_STORE_QUEUED, lambda value: value == 2)
+            await waits(blocker, QUEUED, lambda value: value == 2)
             if first_dies:
                 await blocker.execute("SELECT pg_terminate_backend($1)", pid)
                 with pytest.raises(db.Unavailable):
@@ -468,7 +466,7 @@ def test_logs_store_one_id_by_two_connections_at_once(logs_pg: PgServer, first_d
     asyncio.run(main())
 
 
-def test_logs_store_the_same_ids_in_opposite_orders_do_not_wait_for_each_other(logs_pg: PgServer) -> None:
+def test_the_same_ids_in_opposite_orders_do_not_wait_for_each_other(logs_pg: PgServer) -> None:
     in_the_middle = (
         "CREATE TRIGGER held BEFORE INSERT ON log_batches FOR EACH ROW WHEN (NEW.stored = 20)"
         " EXECUTE FUNCTION logs_held()"
@@ -478,14 +476,14 @@ def test_logs_store_the_same_ids_in_opposite_orders_do_not_wait_for_each_other(l
         async with logs_store_open(logs_pg.url) as one, logs_store_open(logs_pg.url) as two:
             for store in (one, two):
                 await store.maintain()  # and so connect
-            await logs_pg.do(LOGS_STORE_HOLD, in_the_middle)
+            await logs_pg.do(HOLD, in_the_middle)
             blocker = await asyncpg.connect(logs_pg.url)
             await blocker.execute("SELECT pg_advisory_lock(42)")
             batches = [logs_store_batch(n)._replace(id=uuid.UUID(int=n)) for n in (10, 20, 30)]
             first = asyncio.create_task(one.write(batches))
-            await logs_store_waits(blocker, LOGS_STORE_QUEUED, lambda value: value == 1)
+            await waits(blocker, QUEUED, lambda value: value == 1)
             second = asyncio.create_task(two.write(batches[::-1]))
-            await logs_store_waits(blocker, LOGS_STORE_QUEUED, lambda value: value == 2)
+            await waits(blocker, QUEUED, lambda value: value == 2)
             await blocker.close()
             assert await first == [(10, 0), (20, 0), (30, 0)] and await second == [(30, 0), (20, 0), (10, 0)]
         assert await logs_store_counts(logs_pg) == (60, 3, 0)
@@ -493,13 +491,13 @@ def test_logs_store_the_same_ids_in_opposite_orders_do_not_wait_for_each_other(l
     asyncio.run(main())
 
 
-def test_logs_store_many_at_once_with_overlapping_batches(logs_pg: PgServer) -> None:
+def test_many_at_once_with_overlapping_batches(logs_pg: PgServer) -> None:
     """Each batch is written by two of four tasks, in opposite orders: once, and nobody waits for ever."""
 
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as one, logs_store_open(logs_pg.url) as two:
             batches = [logs_store_batch(20) for _ in range(40)]
-            batches[5] = logs_store_spoilt(batches[5], {0: b"", 7: b"x"})
+            batches[5] = spoilt(batches[5], {0: b"", 7: b"x"})
             wanted = [log_store.Outcome(18, 2) if n == 5 else log_store.Outcome(20, 0) for n in range(40)]
 
             async def write(store: log_store.Store, step: int, size: int) -> None:
@@ -515,16 +513,16 @@ def test_logs_store_many_at_once_with_overlapping_batches(logs_pg: PgServer) -> 
     asyncio.run(main())
 
 
-def test_logs_store_a_cancelled_write_leaves_nothing_half(logs_pg: PgServer) -> None:
+def test_a_cancelled_write_leaves_nothing_half(logs_pg: PgServer) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
             await store.maintain()
-            await logs_pg.do(LOGS_STORE_HOLD, LOGS_STORE_IN_COPY)
+            await logs_pg.do(HOLD, IN_COPY)
             blocker = await asyncpg.connect(logs_pg.url)
             await blocker.execute("SELECT pg_advisory_lock(42)")
             batch = logs_store_batch(1000)
             writing = asyncio.create_task(store.write([batch]))
-            await logs_store_waits(blocker, LOGS_STORE_HELD, lambda value: value is not None)
+            await waits(blocker, HELD, lambda value: value is not None)
             writing.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await writing
@@ -546,9 +544,9 @@ def test_logs_store_a_cancelled_write_leaves_nothing_half(logs_pg: PgServer) -> 
         ("2023-12-31T12:00:00", ["2023_12_31", "2024_01_01", "2024_01_02"]),
     ],
 )
-def test_logs_store_partitions_are_made_ahead(logs_pg: PgServer, now: str, days: list[str]) -> None:
+def test_partitions_are_made_ahead(logs_pg: PgServer, now: str, days: list[str]) -> None:
     async def main() -> None:
-        clock = PrimWorld(datetime.fromisoformat(f"{now}+00:00").timestamp())
+        clock = World(datetime.fromisoformat(f"{now}+00:00").timestamp())
         async with logs_store_open(logs_pg.url, ahead_days=2, clock=clock.clock) as store:
             await store.maintain()
             await store.maintain()
@@ -568,13 +566,13 @@ def test_logs_store_partitions_are_made_ahead(logs_pg: PgServer, now: str, days:
     asyncio.run(main())
 
 
-def test_logs_store_days_without_a_partition_get_one(logs_pg: PgServer) -> None:
+def test_days_without_a_partition_get_one(logs_pg: PgServer) -> None:
     """A batch that comes days later, or over midnight, or by a clock that was never set, costs no row."""
 
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
-            late = logs_store_batch(10, LOGS_STORE_NOON - timedelta(days=40))
-            early = logs_store_batch(10, LOGS_STORE_NOON + timedelta(days=40))
+            late = logs_store_batch(10, NOON - timedelta(days=40))
+            early = logs_store_batch(10, NOON + timedelta(days=40))
             unset = logs_store_batch(10, datetime(1970, 1, 1, tzinfo=UTC))
             midnight = datetime(2024, 3, 1, tzinfo=UTC)
             events = [logs_store_event(n, midnight + timedelta(seconds=n - 500)) for n in range(1000)]
@@ -588,10 +586,10 @@ def test_logs_store_days_without_a_partition_get_one(logs_pg: PgServer) -> None:
     asyncio.run(main())
 
 
-def test_logs_store_rubbish_makes_no_more_partitions_than_it_may(logs_pg: PgServer) -> None:
+def test_rubbish_makes_no_more_partitions_than_it_may(logs_pg: PgServer) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
-            events = [logs_store_event(n, LOGS_STORE_NOON + timedelta(days=n % 50)) for n in range(100)]
+            events = [logs_store_event(n, NOON + timedelta(days=n % 50)) for n in range(100)]
             events += [logs_store_event(n) for n in range(100)]
             outcome = (await store.write([log_store.seal(events, lambda _: None)]))[0]
             assert len(await logs_store_days(logs_pg)) == log_store.DAYS_AT_ONCE
@@ -600,9 +598,9 @@ def test_logs_store_rubbish_makes_no_more_partitions_than_it_may(logs_pg: PgServ
     asyncio.run(main())
 
 
-def test_logs_store_retention_drops_whole_days(logs_pg: PgServer) -> None:
+def test_retention_drops_whole_days(logs_pg: PgServer) -> None:
     async def main() -> None:
-        clock = PrimWorld(LOGS_STORE_NOON.timestamp())
+        clock = World(NOON.timestamp())
         async with logs_store_open(logs_pg.url, retain_days=2, ahead_days=0, clock=clock.clock) as store:
             await store.maintain()
             await logs_pg.do(
@@ -613,7 +611,7 @@ def test_logs_store_retention_drops_whole_days(logs_pg: PgServer) -> None:
                 "INSERT INTO log_batches SELECT gen_random_uuid(), 1, 0, now() - n * '6 hours'::interval"
                 " FROM generate_series(1, 40) AS n",
             )
-            await store.write([logs_store_batch(10, LOGS_STORE_NOON - timedelta(days=n)) for n in range(1, 5)])
+            await store.write([logs_store_batch(10, NOON - timedelta(days=n)) for n in range(1, 5)])
             seen = []
             for _ in range(4):
                 await store.maintain()
@@ -633,14 +631,12 @@ def test_logs_store_retention_drops_whole_days(logs_pg: PgServer) -> None:
     asyncio.run(main())
 
 
-def test_logs_store_a_long_query_holds_a_partition_back_and_no_writer(
-    logs_pg: PgServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_query_holds_a_partition_back_and_no_writer(logs_pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_store, "DROP_LIMIT", 0.02)
 
     async def main() -> None:
         async with logs_store_open(logs_pg.url, retain_days=1, ahead_days=0) as store:
-            await store.write([logs_store_batch(5, LOGS_STORE_NOON - timedelta(days=9))])
+            await store.write([logs_store_batch(5, NOON - timedelta(days=9))])
             reader = await asyncpg.connect(logs_pg.url)
             async with reader.transaction():
                 assert await reader.fetchval("SELECT count(*) FROM logs") == 5
@@ -654,7 +650,7 @@ def test_logs_store_a_long_query_holds_a_partition_back_and_no_writer(
     asyncio.run(main())
 
 
-def test_logs_store_a_clock_that_runs_ahead_drops_nothing(logs_pg: PgServer) -> None:
+def test_a_clock_that_runs_ahead_drops_nothing(logs_pg: PgServer) -> None:
     async def main() -> None:
         now = datetime.now(UTC)
         async with logs_store_open(logs_pg.url, now + timedelta(days=999), retain_days=2, ahead_days=0) as store:
@@ -665,18 +661,18 @@ def test_logs_store_a_clock_that_runs_ahead_drops_nothing(logs_pg: PgServer) -> 
     asyncio.run(main())
 
 
-def test_logs_store_two_maintain_at_once(logs_pg: PgServer) -> None:
+def test_two_maintain_at_once(logs_pg: PgServer) -> None:
     """Both find that partitions are missing, and that others are too old, and come to the lock."""
 
     async def main() -> None:
-        clock = PrimWorld(LOGS_STORE_NOON.timestamp())
+        clock = World(NOON.timestamp())
         options: dict[str, Any] = {"retain_days": 1, "ahead_days": 3, "clock": clock.clock}
         async with logs_store_open(logs_pg.url, **options) as one, logs_store_open(logs_pg.url, **options) as two:
             for made, dropped in [(4, 0), (8, 4)]:
                 blocker = await asyncpg.connect(logs_pg.url)
                 await blocker.execute(f"SELECT pg_advisory_lock({log_store.PARTITIONS_LOCK})")
                 both = asyncio.gather(one.maintain(), two.maintain())
-                await logs_store_waits(blocker, LOGS_STORE_QUEUED, lambda value: value == 2)
+                await waits(blocker, QUEUED, lambda value: value == 2)
                 await blocker.close()
                 await both
                 assert one.stats().partitions_made + two.stats().partitions_made == made
@@ -687,16 +683,16 @@ def test_logs_store_two_maintain_at_once(logs_pg: PgServer) -> None:
     asyncio.run(main())
 
 
-def test_logs_store_two_drop_at_once(logs_pg: PgServer) -> None:
+def test_two_drop_at_once(logs_pg: PgServer) -> None:
     async def main() -> None:
         options: dict[str, Any] = {"retain_days": 1, "ahead_days": 0}
         async with logs_store_open(logs_pg.url, **options) as one, logs_store_open(logs_pg.url, **options) as two:
             await one.maintain()
-            await one.write([logs_store_batch(1, LOGS_STORE_NOON - timedelta(days=n)) for n in range(5, 8)])
+            await one.write([logs_store_batch(1, NOON - timedelta(days=n)) for n in range(5, 8)])
             blocker = await asyncpg.connect(logs_pg.url)
             await blocker.execute(f"SELECT pg_advisory_lock({log_store.PARTITIONS_LOCK})")
             both = asyncio.gather(one.maintain(), two.maintain())
-            await logs_store_waits(blocker, LOGS_STORE_QUEUED, lambda value: value == 2)
+            await waits(blocker, QUEUED, lambda value: value == 2)
             await blocker.close()
             await both
             assert one.stats().partitions_dropped + two.stats().partitions_dropped == 3
@@ -705,7 +701,7 @@ def test_logs_store_two_drop_at_once(logs_pg: PgServer) -> None:
     asyncio.run(main())
 
 
-def test_logs_store_a_partition_that_goes_while_a_batch_asks_for_it(logs_pg: PgServer) -> None:
+def test_a_partition_that_goes_while_a_batch_asks_for_it(logs_pg: PgServer) -> None:
     """It is old enough to be dropped, again and again; the rows are stored nevertheless, and none is a dead letter."""
 
     async def main() -> None:
@@ -721,11 +717,11 @@ def test_logs_store_a_partition_that_goes_while_a_batch_asks_for_it(logs_pg: PgS
                     await logs_pg.do(f"DROP TABLE {log_store.partition_name(days[0])}")
 
             store._make = make_and_drop  # type: ignore[method-assign]
-            batch = logs_store_batch(10, LOGS_STORE_NOON - timedelta(days=40))
+            batch = logs_store_batch(10, NOON - timedelta(days=40))
             assert await store.write([batch]) == [(10, 0)] and drops == 4
             drops = -99
             with pytest.raises(RuntimeError, match="as often"):
-                await store.write([logs_store_batch(10, LOGS_STORE_NOON - timedelta(days=41))])
+                await store.write([logs_store_batch(10, NOON - timedelta(days=41))])
             assert await logs_store_counts(logs_pg) == (10, 1, 0)
 
     asyncio.run(main())
@@ -734,17 +730,17 @@ def test_logs_store_a_partition_that_goes_while_a_batch_asks_for_it(logs_pg: PgS
 # ---------------------------------------------------------------------------------------------------- what comes later
 
 
-def test_logs_store_missing_metadata_is_filled_in(logs_pg: PgServer) -> None:
+def test_missing_metadata_is_filled_in(logs_pg: PgServer) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
-            days = [LOGS_STORE_NOON, LOGS_STORE_NOON - timedelta(days=1)]
+            days = [NOON, NOON - timedelta(days=1)]
             await store.write([logs_store_batch(17, day, None, name) for day in days for name in ("b", "a", "c")])
             await store.write([logs_store_batch(5, found=Metadata("t", "", "", ""), service="a")])
             assert await store.missing(10) == ["a", "b", "c"] and await store.missing(2) == ["a", "b"]
             assert (await store.totals())[3:] == (107, 3, {"missing": 102, "done": 5})
-            assert await store.fill_in("a", LOGS_STORE_META, at_once=5) == 34
+            assert await store.fill_in("a", META, at_once=5) == 34
             assert await store.fill_in("a", Metadata("x", "x", "x", "x")) == 0, "once"
-            assert await store.fill_in("b", LogsStoreMarker.UNKNOWN, at_once=17) == 34
+            assert await store.fill_in("b", Marker.UNKNOWN, at_once=17) == 34
             assert await store.missing(10) == ["c"] and store.stats().filled == 68
             kinds = {"missing": 34, "done": 39, "unknown": 34}
             assert await store.totals() == (7, 107, 0, 107, 3, kinds)
@@ -758,7 +754,7 @@ def test_logs_store_missing_metadata_is_filled_in(logs_pg: PgServer) -> None:
     asyncio.run(main())
 
 
-def test_logs_store_filling_in_while_rows_come_and_others_fill(logs_pg: PgServer) -> None:
+def test_filling_in_while_rows_come_and_others_fill(logs_pg: PgServer) -> None:
     """Rows that another holds are passed over; those that come in the middle are found by the next."""
 
     async def main() -> None:
@@ -770,33 +766,33 @@ def test_logs_store_filling_in_while_rows_come_and_others_fill(logs_pg: PgServer
                 late = other.transaction()
                 async with late:
                     await other.execute("INSERT INTO logs SELECT * FROM logs WHERE message = 'message 7'")
-                assert await store.fill_in("a", LOGS_STORE_META, at_once=4) == 28
+                assert await store.fill_in("a", META, at_once=4) == 28
                 assert await store.missing(10) == ["a"]
             await other.close()
-            assert await store.fill_in("a", LOGS_STORE_META, at_once=4) == 3
+            assert await store.fill_in("a", META, at_once=4) == 3
             assert await store.missing(10) == []
             await store.write([logs_store_batch(500, found=None, service="a")])
-            both = await asyncio.gather(*(store.fill_in("a", LOGS_STORE_META, at_once=20) for _ in range(3)))
-            assert sum(both) + await store.fill_in("a", LOGS_STORE_META) == 500
+            both = await asyncio.gather(*(store.fill_in("a", META, at_once=20) for _ in range(3)))
+            assert sum(both) + await store.fill_in("a", META) == 500
             assert (await store.totals()).enrichment == {"done": 531}
 
     asyncio.run(main())
 
 
-def test_logs_store_filling_in_goes_on_though_a_partition_goes(logs_pg: PgServer) -> None:
+def test_filling_in_goes_on_though_a_partition_goes(logs_pg: PgServer) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
-            days = [LOGS_STORE_NOON - timedelta(days=n) for n in range(3)]
+            days = [NOON - timedelta(days=n) for n in range(3)]
             await store.write([logs_store_batch(5, day, None, "a") for day in days])
             await logs_pg.do(
-                LOGS_STORE_HOLD,
+                HOLD,
                 "CREATE TRIGGER held BEFORE UPDATE ON logs FOR EACH ROW EXECUTE FUNCTION logs_held()",
             )
             blocker = await asyncpg.connect(logs_pg.url)
             await blocker.execute("SELECT pg_advisory_lock(42)")
             names = [name for (name,) in await blocker.fetch(log_store._LEAVES)]
-            filling = asyncio.create_task(store.fill_in("a", LOGS_STORE_META))
-            await logs_store_waits(blocker, LOGS_STORE_QUEUED, lambda value: value == 1)
+            filling = asyncio.create_task(store.fill_in("a", META))
+            await waits(blocker, QUEUED, lambda value: value == 1)
             await blocker.execute(f"DROP TABLE {names[1]}")
             await blocker.close()
             assert await filling == 10 and await store.missing(1) == []
@@ -804,7 +800,7 @@ def test_logs_store_filling_in_goes_on_though_a_partition_goes(logs_pg: PgServer
     asyncio.run(main())
 
 
-def test_logs_store_totals_give_up_in_time(logs_pg: PgServer) -> None:
+def test_totals_give_up_in_time(logs_pg: PgServer) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
             await store.write([logs_store_batch(5)])
@@ -819,7 +815,7 @@ def test_logs_store_totals_give_up_in_time(logs_pg: PgServer) -> None:
     asyncio.run(main())
 
 
-def test_logs_store_looks_for_missing_without_reading_the_table(logs_pg: PgServer) -> None:
+def test_looks_for_missing_without_reading_the_table(logs_pg: PgServer) -> None:
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
             await store.write([logs_store_batch(1000, found=None)])
@@ -827,7 +823,7 @@ def test_logs_store_looks_for_missing_without_reading_the_table(logs_pg: PgServe
                 await connection.execute(log_store._PLANS)
                 for query, arguments in [
                     (log_store._MISSING, (10, "")),
-                    (log_store._FILL.format("logs_2024_02_28", "logs_2024_02_28"), ("a", *LOGS_STORE_META, "done", 10)),
+                    (log_store._FILL.format("logs_2024_02_28", "logs_2024_02_28"), ("a", *META, "done", 10)),
                 ]:
                     plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {query}", *arguments))
                     assert "logs_2024_02_28_service_idx" in plan and "Seq Scan" not in plan, plan
@@ -835,11 +831,11 @@ def test_logs_store_looks_for_missing_without_reading_the_table(logs_pg: PgServe
     asyncio.run(main())
 
 
-def test_logs_store_without_a_database_says_so_at_once() -> None:
+def test_without_a_database_says_so_at_once() -> None:
     async def main() -> None:
         store = log_store.Store(db.Database(None))
         for call in (store.write([logs_store_batch(1)]), store.maintain(), store.missing(1), store.totals()):
             with pytest.raises(db.Unavailable):
                 await call
 
-    prim_run(main())
+    run_task(main())

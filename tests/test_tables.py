@@ -24,29 +24,29 @@ from crawl.frontier import Frontier
 from crawl.model import Options, Request, ScrapeResult
 from runtime import postgres as db
 from sandbox.sites import Sandbox
-from tests.helpers.base import HERE, PRIM_PATIENCE, prim_until_async
-from tests.helpers.postgres import PG_LET_GO, PgServer
+from tests.helpers.base import HANG_LIMIT, HERE, until_async
+from tests.helpers.postgres import LET_GO, PgServer
 
 
 @pytest.fixture
 def shared_pg(pg: PgServer) -> PgServer:
     """Without a crawl in it."""
     tables = ["settings", "workers", "hosts", "seen", "queue", "results", "robots", "scope"]
-    asyncio.run(pg.do(PG_LET_GO, f"DROP TABLE IF EXISTS {', '.join('crawl_' + name for name in tables)}"))
+    asyncio.run(pg.do(LET_GO, f"DROP TABLE IF EXISTS {', '.join('crawl_' + name for name in tables)}"))
     return pg
 
 
 @contextlib.asynccontextmanager
 async def shared_store(server: PgServer) -> AsyncIterator[ct.PgStore]:
     database = db.Database(server.url, ct.SCHEMA, size=4)
-    await database.open(PRIM_PATIENCE)
+    await database.open(HANG_LIMIT)
     try:
         yield ct.PgStore(database)
     finally:
         await database.close()
 
 
-def shared_link(host: str, path: str = "/") -> cs.Link:
+def link(host: str, path: str = "/") -> cs.Link:
     url = f"http://{host}{path}"
     return cs.Link(cs.hashed(url), host, url, url)
 
@@ -72,9 +72,9 @@ def shared_test(check: Callable[[PgServer, ct.PgStore], Coroutine[Any, Any, None
 
 
 @shared_test
-async def test_shared_claims_skip_what_is_leased_or_locked(server: PgServer, store: ct.PgStore) -> None:
+async def test_claims_skip_what_is_leased_or_locked(server: PgServer, store: ct.PgStore) -> None:
     hosts = [f"h{n}" for n in range(4)]
-    links = [shared_link(host, path) for host in hosts for path in ("/", "/a")]
+    links = [link(host, path) for host in hosts for path in ("/", "/a")]
     first = await store.sync(cs.Batch(None, 1, 30.0, links=[*links, *links]))
     second = await store.sync(cs.Batch(None, 1, 30.0, links=links))
     assert await server.do("SELECT count(*) FROM crawl_queue") == 8, "each once, whoever finds it"
@@ -93,8 +93,8 @@ async def test_shared_claims_skip_what_is_leased_or_locked(server: PgServer, sto
 
 
 @shared_test
-async def test_shared_host_goes_back_with_its_next_time(server: PgServer, store: ct.PgStore) -> None:
-    first = await store.sync(cs.Batch(None, 1, 30.0, links=[shared_link("a"), shared_link("b")]))
+async def test_host_goes_back_with_its_next_time(server: PgServer, store: ct.PgStore) -> None:
+    first = await store.sync(cs.Batch(None, 1, 30.0, links=[link("a"), link("b")]))
     held = await store.sync(cs.Batch(first.token, 1, 30.0, claim=2))
     assert dict(held.hosts) == {"a": None, "b": None}, "never sent anything"
     notes = {"a": cs.Note(0.7, 2.0, True), "b": cs.Note(500.0, 2.0, True)}
@@ -104,8 +104,8 @@ async def test_shared_host_goes_back_with_its_next_time(server: PgServer, store:
 
 
 @shared_test
-async def test_shared_late_worker_is_fenced_off(server: PgServer, store: ct.PgStore) -> None:
-    late = await store.sync(cs.Batch(None, 1, 30.0, links=[shared_link("a")]))
+async def test_late_worker_is_fenced_off(server: PgServer, store: ct.PgStore) -> None:
+    late = await store.sync(cs.Batch(None, 1, 30.0, links=[link("a")]))
     held = await store.sync(cs.Batch(late.token, 1, 30.0, claim=1, spacing=100.0))
     await server.do(
         "UPDATE crawl_workers SET renewed_at = '-1 s'::interval + now(), lease_until = now() - '1 s'::interval"
@@ -126,12 +126,12 @@ async def test_shared_late_worker_is_fenced_off(server: PgServer, store: ct.PgSt
 
 
 @shared_test
-async def test_shared_batch_sent_twice_is_applied_once(server: PgServer, store: ct.PgStore) -> None:
-    first = await store.sync(cs.Batch(None, 1, 30.0, links=[shared_link("a"), shared_link("b"), shared_link("c")]))
+async def test_batch_sent_twice_is_applied_once(server: PgServer, store: ct.PgStore) -> None:
+    first = await store.sync(cs.Batch(None, 1, 30.0, links=[link("a"), link("b"), link("c")]))
     held = await store.sync(cs.Batch(first.token, 1, 30.0, claim=1))
     host = held.hosts[0][0]
     batch = cs.Batch(first.token, 2, 30.0, done=[shared_done(held.urls[0])], claim=1, held=[host])
-    batch.links = [shared_link(host, "/found")]
+    batch.links = [link(host, "/found")]
     one = await store.sync(batch)
     two = await store.sync(dataclasses.replace(batch, resync=True))
     assert [row.url for row in one.stored] == [row.url for row in two.stored] == [held.urls[0].url]
@@ -145,9 +145,9 @@ async def test_shared_batch_sent_twice_is_applied_once(server: PgServer, store: 
 
 
 @shared_test
-async def test_shared_redirects_meet_in_the_database(server: PgServer, store: ct.PgStore) -> None:
+async def test_redirects_meet_in_the_database(server: PgServer, store: ct.PgStore) -> None:
     """One of two that lead to the same target goes there; a target that has a row of its own is a duplicate."""
-    first = await store.sync(cs.Batch(None, 1, 30.0, links=[shared_link("a", f"/{n}") for n in range(3)]))
+    first = await store.sync(cs.Batch(None, 1, 30.0, links=[link("a", f"/{n}") for n in range(3)]))
     held = await store.sync(cs.Batch(first.token, 1, 30.0, claim=1, limit=3))
     moves = []
     for one, target in zip(held.urls, ("http://b/x", "http://b/x", "http://a/0"), strict=True):
@@ -160,7 +160,7 @@ async def test_shared_redirects_meet_in_the_database(server: PgServer, store: ct
     assert await server.do("SELECT sum(failed) FROM crawl_hosts WHERE host = 'a' AND waiting = 0") == 2
 
 
-def test_shared_workers_agree_on_options(shared_pg: PgServer) -> None:
+def test_workers_agree_on_options(shared_pg: PgServer) -> None:
     crawl = ct.join(Options(depth=3, rate=7.0), shared_pg.url)
     assert (crawl.options.depth, crawl.options.rate) == (3, 7.0)
     assert ct.join(Options(concurrency=5), shared_pg.url).options == dataclasses.replace(crawl.options, concurrency=5)
@@ -197,14 +197,14 @@ def shared_site() -> Iterator[Sandbox]:
         yield site
 
 
-async def shared_all_stored(server: PgServer, site: Sandbox) -> None:
+async def all_stored(server: PgServer, site: Sandbox) -> None:
     count = "SELECT count(*) FROM crawl_results WHERE row->>'error' IS NULL AND (row->>'status') = '200'"
     assert await server.do(count) == len(site.hosts) * site.pages
     assert await server.do("SELECT count(*) FROM crawl_queue") == 0
     assert await server.do("SELECT count(*) FROM crawl_hosts WHERE owner IS NOT NULL") == 0
 
 
-SHARED_NOTE = """if True:
+NOTE = """if True:
     import os, sys
     from crawl import frontier
     out, real = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND | os.O_CREAT), frontier.Frontier.clear_to_send
@@ -220,7 +220,7 @@ SHARED_NOTE = """if True:
 """Notes the moment of each sending, in a file."""
 
 
-def shared_rate_held(noted: Path, rate: float) -> int:
+def rate_held(noted: Path, rate: float) -> int:
     """Over all workers, at the moments of sending; how many there were."""
     times: dict[str, list[float]] = {}
     for line in noted.read_text().splitlines():
@@ -234,18 +234,18 @@ def shared_rate_held(noted: Path, rate: float) -> int:
     return sum(map(len, times.values()))
 
 
-def shared_note(noted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``SHARED_NOTE`` in this process."""
+def note(noted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``NOTE`` in this process."""
     monkeypatch.setattr(Frontier, "clear_to_send", Frontier.clear_to_send)  # and so undone
     monkeypatch.setattr(sys, "argv", ["", str(noted)])
-    exec(SHARED_NOTE, {})
+    exec(NOTE, {})
 
 
-def test_shared_two_workers_share_hosts_and_pages(
+def test_two_workers_share_hosts_and_pages(
     shared_pg: PgServer, shared_site: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = len(shared_site.log)
-    shared_note(tmp_path / "noted", monkeypatch)
+    note(tmp_path / "noted", monkeypatch)
     (one, first), (two, second) = shared_start(shared_pg, rate=10.0), shared_start(shared_pg, rate=10.0)
     take = one.frontier.take
 
@@ -259,59 +259,59 @@ def test_shared_two_workers_share_hosts_and_pages(
         monkeypatch.setattr(one.frontier, "take", take_some)
         urls = [shared_site.url("/", host) for host in range(4)]
         work = asyncio.create_task(shared_work(one, first, urls))
-        await prim_until_async(begun)
+        await until_async(begun)
         await asyncio.gather(work, shared_work(two, second, []))
-        await shared_all_stored(shared_pg, shared_site)
+        await all_stored(shared_pg, shared_site)
 
     asyncio.run(both())
     urls = [row.url for row in first + second]
     assert len(urls) == len(set(urls)) == 80
     assert first and second, "the hosts were shared out"
     assert len(shared_site.log) - before == 80, "each page was asked for once"
-    assert shared_rate_held(tmp_path / "noted", 10.0) == 80
+    assert rate_held(tmp_path / "noted", 10.0) == 80
     assert ct.status(shared_pg.url).startswith(
         "0 URLs waiting, 80 done, 0 failed · 1.3 rows/s in the last minute\n4 hosts"
     )
 
 
-def test_shared_killed_worker_is_followed(
+def test_killed_worker_is_followed(
     shared_pg: PgServer, shared_site: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = len(shared_site.log)
     listed, noted = tmp_path / "urls.txt", tmp_path / "noted"
     listed.write_text("".join(shared_site.url("/", host) + "\n" for host in range(4)))
     options = ["--frontier", shared_pg.url, "--depth", "20", "--rate", "20", "--no-robots", "--lease", "1", "-q"]
-    program = SHARED_NOTE + "    import crawl_async\n    crawl_async.main('crawl_async.py', crawl_async.run)"
+    program = NOTE + "    import crawl_async\n    crawl_async.main('crawl_async.py', crawl_async.run)"
     command = [sys.executable, "-c", program, str(noted), str(listed), *options]
-    shared_note(noted, monkeypatch)
+    note(noted, monkeypatch)
 
     async def run() -> None:
         with subprocess.Popen(  # noqa: ASYNC220
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE
         ) as worker:
             try:
-                await prim_until_async(lambda: len(shared_site.log) - before >= 20)
+                await until_async(lambda: len(shared_site.log) - before >= 20)
             finally:
                 worker.kill()
         await shared_work(*shared_start(shared_pg, rate=20.0, length=1.0), [])
-        await shared_all_stored(shared_pg, shared_site)
+        await all_stored(shared_pg, shared_site)
 
     asyncio.run(run())
-    assert shared_rate_held(noted, 20.0) >= 80
+    assert rate_held(noted, 20.0) >= 80
 
 
-def test_shared_crawl_outlives_a_restart_of_the_database(shared_pg: PgServer, shared_site: Sandbox) -> None:
+def test_crawl_outlives_a_restart_of_the_database(shared_pg: PgServer, shared_site: Sandbox) -> None:
     before, rows = len(shared_site.log), list[ScrapeResult]()
     crawl, _ = shared_start(shared_pg)
 
     async def run() -> None:
         urls = [shared_site.url("/", host) for host in range(4)]
         work = asyncio.create_task(shared_work(crawl, rows, urls))
-        await prim_until_async(lambda: len(rows) >= 15)
+        await until_async(lambda: len(rows) >= 15)
         await asyncio.to_thread(shared_pg.stop)
         await asyncio.to_thread(shared_pg.start)
         await work
-        await shared_all_stored(shared_pg, shared_site)
+        await all_stored(shared_pg, shared_site)
 
     asyncio.run(run())
     assert len(shared_site.log) - before == 80 == len({row.url for row in rows}) == len(rows), (
@@ -319,7 +319,7 @@ def test_shared_crawl_outlives_a_restart_of_the_database(shared_pg: PgServer, sh
     )
 
 
-def test_shared_stop_gives_all_back(shared_pg: PgServer, shared_site: Sandbox) -> None:
+def test_stop_gives_all_back(shared_pg: PgServer, shared_site: Sandbox) -> None:
     rows = list[ScrapeResult]()
     crawl, _ = shared_start(shared_pg, rate=10.0)
 
@@ -330,7 +330,7 @@ def test_shared_stop_gives_all_back(shared_pg: PgServer, shared_site: Sandbox) -
         async with crawl.joined(put) as keep:
             driver = crawl_async.Tasks(crawl, keep)
             work = asyncio.create_task(driver.run([shared_site.url("/", host) for host in range(4)]))
-            await prim_until_async(lambda: len(rows) >= 5)
+            await until_async(lambda: len(rows) >= 5)
             driver.stop()
             await work
         held = (
@@ -340,12 +340,12 @@ def test_shared_stop_gives_all_back(shared_pg: PgServer, shared_site: Sandbox) -
         stored = await shared_pg.do("SELECT count(*) FROM crawl_results")
         assert stored == len(rows) < 80
         await shared_work(*shared_start(shared_pg), [])
-        await shared_all_stored(shared_pg, shared_site)
+        await all_stored(shared_pg, shared_site)
 
     asyncio.run(stopped())
 
 
-class SharedWeb:
+class Web:
     """Two hosts: the first one's robots.txt, and one of its pages, are redirected to the second."""
 
     def __init__(self) -> None:
@@ -385,8 +385,8 @@ class SharedWeb:
                 )
 
 
-def test_shared_redirects_to_hosts_of_others(shared_pg: PgServer) -> None:
-    web = SharedWeb()
+def test_redirects_to_hosts_of_others(shared_pg: PgServer) -> None:
+    web = Web()
     asyncio.run(web.crawl(shared_pg))
 
     async def rows() -> list[Any]:
@@ -410,7 +410,7 @@ def test_shared_redirects_to_hosts_of_others(shared_pg: PgServer) -> None:
     assert not any("secret" in path for path in web.asked)
 
 
-def test_shared_command_line(shared_pg: PgServer, capfd: pytest.CaptureFixture[str]) -> None:
+def test_command_line(shared_pg: PgServer, capfd: pytest.CaptureFixture[str]) -> None:
     run = functools.partial(crawl_cli.main, "crawl_async.py", crawl_async.run)
     assert run(["--frontier", shared_pg.url, "--status"]) == 0
     assert "0 hosts" in capfd.readouterr().out

@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import aggregate_app
 from api import telemetry, upstreams
-from tests.helpers.api import app_ask, app_living, app_run, app_ticks, app_upstream
-from tests.helpers.base import PRIM_PATIENCE, PrimWorld, prim_until_async
+from tests.helpers.api import app_run, app_upstream, ask, living, ticks
+from tests.helpers.base import HANG_LIMIT, World, until_async
 
 
 def app_told(parts: list[bytes]) -> list[tuple[int, str, dict[str, Any]]]:
@@ -35,14 +35,14 @@ def test_events_in_order_again_and_to_the_end() -> None:
         for i in (1, 2, 3):
             events.publish("refresh", {"n": i})
         tasks = [asyncio.create_task(listen(last)) for last in (None, 1, 0, 99)]
-        await app_ticks()
+        await ticks()
         assert events.streams == 4
         for i in (4, 5):
             events.publish("breaker", {"n": i})
-            await app_ticks()
+            await ticks()
         for i in range(6, 12):  # more than the ring holds, before anybody may run: the oldest are missed
             events.publish("refresh", {"n": i})
-        await app_ticks()
+        await ticks()
         events.end()
         new = [4, 5, 8, 9, 10, 11]
         for task, expected in zip(tasks, ([*new], [2, 3, *new], [1, 2, 3, *new], [*new]), strict=True):
@@ -56,7 +56,7 @@ def test_events_in_order_again_and_to_the_end() -> None:
     app_run(main())
 
 
-def test_app_tells_events_and_lets_go_of_those_who_left(app_world: PrimWorld) -> None:
+def test_tells_events_and_lets_go_of_those_who_left(app_world: World) -> None:
     async def handler(head: str, body: bytes) -> Any:
         return 404 if "/gone" in head else None
 
@@ -66,17 +66,17 @@ def test_app_tells_events_and_lets_go_of_those_who_left(app_world: PrimWorld) ->
                 "gone": upstreams.Upstream("gone", f"{url}/gone"),
                 "silent": upstreams.Upstream("silent", url, timeout=0.01, retries=0, failures=2, window=100.0),
             }
-            async with app_living(table) as app:
+            async with living(table) as app:
                 service, leave, parts = app.service, asyncio.Event(), list[bytes]()
-                first = asyncio.create_task(app_ask(app, "/events", sent=parts, leave=leave))
-                second = asyncio.create_task(app_ask(app, "/events", sent=(rest := list[bytes]())))
-                await prim_until_async(lambda: service.events.streams == 2)
-                assert json.loads((await app_ask(app, "/health"))[2])["streams"] == 2
-                await app_ask(app, "/aggregate/gone?deadline_ms=20000")
+                first = asyncio.create_task(ask(app, "/events", sent=parts, leave=leave))
+                second = asyncio.create_task(ask(app, "/events", sent=(rest := list[bytes]())))
+                await until_async(lambda: service.events.streams == 2)
+                assert json.loads((await ask(app, "/health"))[2])["streams"] == 2
+                await ask(app, "/aggregate/gone?deadline_ms=20000")
                 for _ in range(2):
-                    await app_ask(app, "/aggregate/silent?deadline_ms=20000")
-                await app_ask(app, "/cache/invalidate", "POST")
-                await prim_until_async(lambda: b"invalidate" in b"".join(parts))
+                    await ask(app, "/aggregate/silent?deadline_ms=20000")
+                await ask(app, "/cache/invalidate", "POST")
+                await until_async(lambda: b"invalidate" in b"".join(parts))
                 leave.set()
                 await first
                 assert service.events.streams == 1
@@ -91,10 +91,10 @@ def test_app_tells_events_and_lets_go_of_those_who_left(app_world: PrimWorld) ->
                 parts.clear()
                 leave.clear()
                 again = asyncio.create_task(
-                    app_ask(app, "/events", headers={"Last-Event-ID": str(told[-2][0])}, sent=parts)
+                    ask(app, "/events", headers={"Last-Event-ID": str(told[-2][0])}, sent=parts)
                 )
-                await prim_until_async(lambda: service.events.streams == 2)
-                await app_ticks()
+                await until_async(lambda: service.events.streams == 2)
+                await ticks()
                 service.stop()  # streams do not keep a server
                 for task in (second, again):
                     assert (await task)[0] == 200
@@ -104,14 +104,14 @@ def test_app_tells_events_and_lets_go_of_those_who_left(app_world: PrimWorld) ->
     app_run(main())
 
 
-def test_app_bounds_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregate_app, "STREAMS", 1)
 
     async def main() -> None:
-        async with app_living({}) as app:
-            first = asyncio.create_task(app_ask(app, "/events"))
-            await prim_until_async(lambda: app.service.events.streams == 1)
-            status, headers, _ = await app_ask(app, "/events")
+        async with living({}) as app:
+            first = asyncio.create_task(ask(app, "/events"))
+            await until_async(lambda: app.service.events.streams == 1)
+            status, headers, _ = await ask(app, "/events")
             assert (status, headers["retry-after"]) == (503, "5")
             app.service.stop()
             await first
@@ -143,16 +143,16 @@ def test_request_log_loses_only_what_is_too_much_and_counts_it(monkeypatch: pyte
             task = asyncio.create_task(log.run())
             for i in range(30):
                 log.note("request", f"r{i}", {"i": i})
-            await prim_until_async(lambda: not len(log._batch))  # handed over, and written by nobody
+            await until_async(lambda: not len(log._batch))  # handed over, and written by nobody
             for i in range(30, 80):
                 log.note("request", f"r{i}", {"i": i})
             assert log.lost == 30
             reader = threading.Thread(target=read)
             reader.start()
-            await prim_until_async(lambda: log._done == 50)
+            await until_async(lambda: log._done == 50)
             log.note("request", "last", {"i": 50})
             task.cancel()
-            await log.close(PRIM_PATIENCE)
+            await log.close(HANG_LIMIT)
             log.note("request", "too late", {})
         await asyncio.to_thread(reader.join)
         said = [json.loads(line) for line in lines]
@@ -195,19 +195,19 @@ def test_request_log_goes_on_when_nobody_reads() -> None:
             task = asyncio.create_task(log.run())
             for i in range(2):
                 log.note("request", str(i), {})
-                await prim_until_async(lambda: log._done > i)  # noqa: B023
+                await until_async(lambda: log._done > i)  # noqa: B023
             log.note("request", "unlikely", {"what": object()})
             task.cancel()
-            await log.close(PRIM_PATIENCE)
+            await log.close(HANG_LIMIT)
             assert (log.lost, log._thread.is_alive()) == (3, False)
             output.close()
         short = Short()
         log = telemetry.RequestLog(cast("IO[bytes]", short))
         task = asyncio.create_task(log.run())
-        await app_ticks()
+        await ticks()
         log.note("request", "x" * 100, {})
         task.cancel()
-        await log.close(PRIM_PATIENCE)
+        await log.close(HANG_LIMIT)
         assert json.loads(short.text)["request_id"] == "x" * 100 and log.lost == 0
         none = telemetry.RequestLog(None)
         none.note("request", "x", {})
@@ -216,7 +216,7 @@ def test_request_log_goes_on_when_nobody_reads() -> None:
     app_run(main())
 
 
-def test_app_notes_every_request_once_and_the_loads_behind_it(app_world: PrimWorld) -> None:
+def test_notes_every_request_once_and_the_loads_behind_it(app_world: World) -> None:
     asked = 0
 
     async def handler(head: str, body: bytes) -> Any:
@@ -228,16 +228,16 @@ def test_app_notes_every_request_once_and_the_loads_behind_it(app_world: PrimWor
         async with app_upstream(handler) as url:
             output = io.BytesIO()
             output.close = lambda: None  # type: ignore[method-assign]
-            async with app_living({"a": upstreams.Upstream("a", url, ttl=10.0)}, output) as app:
+            async with living({"a": upstreams.Upstream("a", url, ttl=10.0)}, output) as app:
                 for i in range(3):  # loaded, from the cache, kept
                     path = "/aggregate/a?deadline_ms=20000"
-                    status, headers, _ = await app_ask(app, path, headers={"X-Request-ID": f"r{i}"})
+                    status, headers, _ = await ask(app, path, headers={"X-Request-ID": f"r{i}"})
                     assert (status, headers["x-request-id"]) == (200, f"r{i}")
                 app_world.now += 10.0
                 app.service.settle()
-                await app_ask(app, "/aggregate/a?x=1", headers={"X-Request-ID": "wrong"})
-                await app_ask(app, "/aggregate/a", headers={"X-Request-ID": "stale"})
-                await prim_until_async(lambda: not app.service.sources["a"].running)
+                await ask(app, "/aggregate/a?x=1", headers={"X-Request-ID": "wrong"})
+                await ask(app, "/aggregate/a", headers={"X-Request-ID": "stale"})
+                await until_async(lambda: not app.service.sources["a"].running)
             return [json.loads(line) for line in output.getvalue().splitlines()]
 
     lines = app_run(main())
@@ -251,18 +251,18 @@ def test_app_notes_every_request_once_and_the_loads_behind_it(app_world: PrimWor
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines)
 
 
-def test_app_metrics_are_those_of_its_health(app_world: PrimWorld) -> None:
+def test_metrics_are_those_of_its_health(app_world: World) -> None:
     async def handler(head: str, body: bytes) -> Any:
         return 404 if "/gone" in head else {}
 
     async def main() -> None:
         async with app_upstream(handler) as url:
             table = {name: upstreams.Upstream(name, f"{url}/{name}") for name in ("good", "gone")}
-            async with app_living(table) as app:
+            async with living(table) as app:
                 for _ in range(4):
-                    await app_ask(app, "/aggregate?deadline_ms=20000")
-                text = (await app_ask(app, "/metrics"))[2].decode()
-                health = json.loads((await app_ask(app, "/health"))[2])
+                    await ask(app, "/aggregate?deadline_ms=20000")
+                text = (await ask(app, "/metrics"))[2].decode()
+                health = json.loads((await ask(app, "/health"))[2])
         found: dict[str, dict[tuple[str, ...], float]] = {}
         for family in text_string_to_metric_families(text):
             assert family.documentation

@@ -25,11 +25,11 @@ from hypothesis.stateful import (
 )
 
 import primitives as pr
-from tests.helpers.base import PRIM_PATIENCE, PRIM_SETTINGS, PrimWorld, prim_run
-from tests.helpers.mechanisms import PRIM_STEPS, prim_error_of, prim_error_of_task, prim_in_threads
+from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task
+from tests.helpers.mechanisms import STEPS, error_of, error_of_task, in_threads
 
 # rate, burst, and what happens: "time event = answer; ..."; "book" and "cancel" name their reservation
-PRIM_BUCKET_ROWS: dict[str, tuple[float, float, str]] = {
+ROWS: dict[str, tuple[float, float, str]] = {
     "burst, then one by one": (
         10,
         3,
@@ -116,10 +116,10 @@ PRIM_BUCKET_ROWS: dict[str, tuple[float, float, str]] = {
 
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["now=", "clock"])
-@pytest.mark.parametrize("name", PRIM_BUCKET_ROWS)
-def test_prim_bucket_rows(name: str, explicit: bool) -> None:
-    rate, burst, rows = PRIM_BUCKET_ROWS[name]
-    world = PrimWorld()
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name: str, explicit: bool) -> None:
+    rate, burst, rows = ROWS[name]
+    world = World()
     bucket = pr.TokenBucket(rate, burst, clock=(lambda: pytest.fail("the time was given")) if explicit else world.clock)
     booked: dict[str, pr.Reservation] = {}
     for row in rows.split(";"):
@@ -146,29 +146,29 @@ def test_prim_bucket_rows(name: str, explicit: bool) -> None:
 
 
 @pytest.mark.parametrize("rate", [0, -1.0, float("inf"), float("nan"), float("-inf")])
-def test_prim_bucket_refuses_rates(rate: float) -> None:
+def test_refuses_rates(rate: float) -> None:
     with pytest.raises(ValueError, match="rate must be a positive number of tokens per second"):
         pr.TokenBucket(rate)
 
 
 @pytest.mark.parametrize("burst", [0, 0.99, -1, float("inf"), float("nan")])
-def test_prim_bucket_refuses_bursts(burst: float) -> None:
+def test_refuses_bursts(burst: float) -> None:
     with pytest.raises(ValueError, match="burst must be a number of tokens >= 1"):
         pr.TokenBucket(1.0, burst)
 
 
 @pytest.mark.parametrize("n", [0, -1, 3.001, float("inf"), float("nan")])
-def test_prim_bucket_refuses_sizes_and_changes_nothing(n: float) -> None:
+def test_refuses_sizes_and_changes_nothing(n: float) -> None:
     bucket = pr.TokenBucket(1.0, 3.0, clock=lambda: 0.0)
     for verb in (bucket.book, bucket.reserve, bucket.try_acquire, bucket.acquire):
         with pytest.raises(ValueError, match=r"can grant between 0 and 3.0 tokens at once"):
             verb(n)
     with pytest.raises(ValueError):
-        prim_run(bucket.acquire_async(n))
+        run_task(bucket.acquire_async(n))
     assert bucket.stats().tokens == 3.0
 
 
-def test_prim_bucket_says_what_it_does() -> None:
+def test_says_what_it_does() -> None:
     bucket = pr.TokenBucket(2.5, 10, clock=lambda: 0.0)
     bucket.reserve(4)
     assert bucket.stats() == pr.TokenBucketStats(rate=2.5, burst=10, tokens=6.0)
@@ -179,13 +179,13 @@ def test_prim_bucket_says_what_it_does() -> None:
         bucket.typo = 1  # type: ignore[attr-defined]
 
 
-def test_prim_bucket_reads_the_monotonic_clock_by_default() -> None:
+def test_reads_the_monotonic_clock_by_default() -> None:
     bucket = pr.TokenBucket(1e-4, 2.0)
     assert (bucket.reserve(2.0), bucket.try_acquire()) == (0.0, False)
     assert 0.0 < bucket.wait_for() <= 1e4 + 1e-6
 
 
-class PrimIntrudingLock:
+class IntrudingLock:
     """Lets somebody else have the object as soon as its lock is first released."""
 
     def __init__(self, intruder: Callable[[], Any]) -> None:
@@ -206,12 +206,12 @@ class PrimIntrudingLock:
         self.release()
 
 
-def test_prim_bucket_refused_try_acquire_delays_nobody() -> None:
+def test_refused_try_acquire_delays_nobody() -> None:
     """One that books first and cancels afterwards lets a thread in between pay for what was never granted."""
     waits: list[float] = []
     bucket = pr.TokenBucket(1.0, 1.0, clock=lambda: 0.0)
     bucket.reserve()
-    bucket._lock = PrimIntrudingLock(lambda: waits.append(bucket.reserve()))  # type: ignore[assignment]
+    bucket._lock = IntrudingLock(lambda: waits.append(bucket.reserve()))  # type: ignore[assignment]
     assert bucket.try_acquire() is False
     assert waits == [1.0]
     assert bucket.stats().tokens == -1.0
@@ -219,16 +219,16 @@ def test_prim_bucket_refused_try_acquire_delays_nobody() -> None:
 
 # --------------------------------------------------------------------------------------- token bucket: against a model
 
-PRIM_RATES = st.sampled_from([0.1, 1 / 3, 0.5, 1.0, 2.0, 7.0, 10.0, 100.0])
+RATES = st.sampled_from([0.1, 1 / 3, 0.5, 1.0, 2.0, 7.0, 10.0, 100.0])
 
 
-PRIM_BURSTS = st.sampled_from([1.0, 1.5, 2.0, 3.0, 10.0])
+BURSTS = st.sampled_from([1.0, 1.5, 2.0, 3.0, 10.0])
 
 
-PRIM_PARTS = st.one_of(st.sampled_from([1.0, 1.0, 0.5, 0.1]), st.integers(1, 64).map(lambda k: k / 64))
+PARTS = st.one_of(st.sampled_from([1.0, 1.0, 0.5, 0.1]), st.integers(1, 64).map(lambda k: k / 64))
 
 
-class PrimLedger:
+class Ledger:
     """The definition itself, slow and exact: every booking kept, every window looked at.
 
     A grant of n is due at the first moment when, for each earlier grant, what was granted from that one on is at
@@ -269,34 +269,34 @@ class PrimLedger:
         self.entries = [entry for entry in self.entries if entry[0] != number]
 
 
-def prim_close(answer: float, exact: Fraction) -> bool:
+def close(answer: float, exact: Fraction) -> bool:
     return abs(Fraction(answer) - exact) <= Fraction(1, 10**6)
 
 
-class PrimBucketMachine(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
     """A bucket and the ledger, side by side."""
 
     bucket_type: ClassVar[type[pr.TokenBucket]] = pr.TokenBucket
 
-    @initialize(rate=PRIM_RATES, burst=PRIM_BURSTS)
+    @initialize(rate=RATES, burst=BURSTS)
     def start(self, rate: float, burst: float) -> None:
         self.now = 1000.0
         self.bucket = self.bucket_type(rate, burst, clock=lambda: self.now)
-        self.ledger = PrimLedger(rate, burst)
+        self.ledger = Ledger(rate, burst)
         self.open: dict[int, tuple[pr.Reservation, Fraction]] = {}  # booked, and not cancelled
         self.numbers = itertools.count(1)
 
-    @rule(seconds=PRIM_STEPS)
+    @rule(seconds=STEPS)
     def step(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(part=PRIM_PARTS)
+    @rule(part=PARTS)
     def book(self, part: float) -> None:
         n, number = part * self.bucket.burst, next(self.numbers)
         reservation = self.bucket.book(n)
         wait = self.ledger.book(number, n, self.now)
         self.open[number] = (reservation, Fraction(self.now) + wait)
-        assert prim_close(reservation.wait, wait)
+        assert close(reservation.wait, wait)
 
     @rule()
     def book_one(self) -> None:
@@ -316,17 +316,17 @@ class PrimBucketMachine(RuleBasedStateMachine):
         if position != "middle":
             self.ledger.forget(number)
 
-    @rule(seconds=PRIM_STEPS)
+    @rule(seconds=STEPS)
     def pause(self, seconds: float) -> None:
         self.bucket.pause(self.now + seconds)
         self.ledger.pause(self.now + seconds)
 
-    @rule(part=PRIM_PARTS)
+    @rule(part=PARTS)
     def try_acquire(self, part: float) -> None:
         n = part * self.bucket.burst
         wait = self.ledger.due(n, self.now) - Fraction(self.now)
         if self.bucket.try_acquire(n):
-            assert prim_close(0.0, wait)
+            assert close(0.0, wait)
             self.ledger.book(next(self.numbers), n, self.now)
         else:
             assert wait > 0
@@ -334,7 +334,7 @@ class PrimBucketMachine(RuleBasedStateMachine):
     @rule(times=st.sampled_from([0.25, 1.0, 1.5, 40.0]))
     def wait_for(self, times: float) -> None:
         n = times * self.bucket.burst
-        assert prim_close(self.bucket.wait_for(n), self.ledger.due(n, self.now) - Fraction(self.now))
+        assert close(self.bucket.wait_for(n), self.ledger.due(n, self.now) - Fraction(self.now))
 
     @invariant()
     def nothing_before_the_end_of_a_pause(self) -> None:
@@ -351,20 +351,20 @@ class PrimBucketMachine(RuleBasedStateMachine):
         return self.ledger.due(self.bucket.burst, -(10.0**8))
 
 
-def prim_check_bucket_machine(bucket_type: type[pr.TokenBucket], effort: settings = PRIM_SETTINGS) -> None:
-    machine = type("Machine", (PrimBucketMachine,), {"bucket_type": bucket_type})
+def check_bucket_machine(bucket_type: type[pr.TokenBucket], effort: settings = SETTINGS) -> None:
+    machine = type("Machine", (Machine,), {"bucket_type": bucket_type})
     run_state_machine_as_test(machine, settings=effort)
 
 
-PRIM_EVENTS = st.lists(
+EVENTS = st.lists(
     st.one_of(
-        st.tuples(st.just("step"), PRIM_STEPS),
-        st.tuples(st.just("book"), PRIM_PARTS),
-        st.tuples(st.just("book"), PRIM_PARTS),
-        st.tuples(st.just("try"), PRIM_PARTS),
+        st.tuples(st.just("step"), STEPS),
+        st.tuples(st.just("book"), PARTS),
+        st.tuples(st.just("book"), PARTS),
+        st.tuples(st.just("try"), PARTS),
         st.tuples(st.just("cancel"), st.integers(0, 3).map(float)),
-        st.tuples(st.just("pause"), PRIM_STEPS),
-        st.tuples(st.just("back"), PRIM_STEPS),
+        st.tuples(st.just("pause"), STEPS),
+        st.tuples(st.just("back"), STEPS),
     ),
     max_size=40,
 )
@@ -407,11 +407,11 @@ def prim_grants(
         yield by_clock, in_truth, n, pause
 
 
-def prim_check_any_window(bucket_type: type[pr.TokenBucket], effort: settings = PRIM_SETTINGS) -> None:
+def check_any_window(bucket_type: type[pr.TokenBucket], effort: settings = SETTINGS) -> None:
     """At most burst + rate * t in the window between any two grants, whatever the clock, cancellation or a pause do."""
 
     @settings(effort, max_examples=2 * effort.max_examples)
-    @given(PRIM_RATES, PRIM_BURSTS, PRIM_EVENTS)
+    @given(RATES, BURSTS, EVENTS)
     def check(rate: float, burst: float, events: list[tuple[str, float]]) -> None:
         grants = list(prim_grants(bucket_type(rate, burst), events))
         slack = Fraction(2, 10**6) * (1 + Fraction(rate))
@@ -426,11 +426,11 @@ def prim_check_any_window(bucket_type: type[pr.TokenBucket], effort: settings = 
     check()
 
 
-def prim_check_fifo(bucket_type: type[pr.TokenBucket], effort: settings = PRIM_SETTINGS) -> None:
+def check_fifo(bucket_type: type[pr.TokenBucket], effort: settings = SETTINGS) -> None:
     """Grants are due in the order in which they were booked, in truth, whatever their sizes."""
 
     @effort
-    @given(PRIM_RATES, PRIM_BURSTS, PRIM_EVENTS)
+    @given(RATES, BURSTS, EVENTS)
     def check(rate: float, burst: float, events: list[tuple[str, float]]) -> None:
         due = [in_truth for _, in_truth, _, _ in prim_grants(bucket_type(rate, burst), events)]
         assert all(later - earlier >= -Fraction(1, 10**6) for earlier, later in itertools.pairwise(due))
@@ -438,11 +438,11 @@ def prim_check_fifo(bucket_type: type[pr.TokenBucket], effort: settings = PRIM_S
     check()
 
 
-def prim_check_pause(bucket_type: type[pr.TokenBucket], effort: settings = PRIM_SETTINGS) -> None:
+def check_pause(bucket_type: type[pr.TokenBucket], effort: settings = SETTINGS) -> None:
     """What is booked after ``pause(until)`` is not due before ``until``."""
 
     @effort
-    @given(PRIM_RATES, PRIM_BURSTS, PRIM_EVENTS)
+    @given(RATES, BURSTS, EVENTS)
     def check(rate: float, burst: float, events: list[tuple[str, float]]) -> None:
         for by_clock, _, _, paused in prim_grants(bucket_type(rate, burst), events):
             assert by_clock >= paused - Fraction(1, 10**6)
@@ -450,11 +450,11 @@ def prim_check_pause(bucket_type: type[pr.TokenBucket], effort: settings = PRIM_
     check()
 
 
-def prim_check_debt(bucket_type: type[pr.TokenBucket], effort: settings = PRIM_SETTINGS) -> None:
+def check_debt(bucket_type: type[pr.TokenBucket], effort: settings = SETTINGS) -> None:
     """The waits are those of the textbook's bucket, which counts tokens and goes into debt."""
 
     @effort
-    @given(PRIM_RATES, PRIM_BURSTS, st.lists(st.tuples(PRIM_STEPS, PRIM_PARTS), max_size=40))
+    @given(RATES, BURSTS, st.lists(st.tuples(STEPS, PARTS), max_size=40))
     def check(rate: float, burst: float, requests: list[tuple[float, float]]) -> None:
         bucket = bucket_type(rate, burst)
         now = read = 1000.0
@@ -464,16 +464,16 @@ def prim_check_debt(bucket_type: type[pr.TokenBucket], effort: settings = PRIM_S
             n = part * burst
             tokens = min(Fraction(burst), tokens + Fraction(now - read) * Fraction(rate)) - Fraction(n)
             read = now
-            assert prim_close(bucket.reserve(n, now), max(Fraction(0), -tokens / Fraction(rate)))
+            assert close(bucket.reserve(n, now), max(Fraction(0), -tokens / Fraction(rate)))
 
     check()
 
 
-def prim_check_whole_burst(bucket_type: type[pr.TokenBucket], effort: settings = PRIM_SETTINGS) -> None:
+def check_whole_burst(bucket_type: type[pr.TokenBucket], effort: settings = SETTINGS) -> None:
     """A full bucket grants its burst at one instant, at once or in parts, and nothing more; rounding is no wait."""
 
     @effort
-    @given(PRIM_RATES, st.integers(1, 20), st.floats(0.0, 1e6))
+    @given(RATES, st.integers(1, 20), st.floats(0.0, 1e6))
     def check(rate: float, burst: int, now: float) -> None:
         for parts in (1, burst):
             bucket = bucket_type(rate, burst)
@@ -486,11 +486,11 @@ def prim_check_whole_burst(bucket_type: type[pr.TokenBucket], effort: settings =
     check()
 
 
-def prim_check_cancel_is_never_booked(bucket_type: type[pr.TokenBucket], effort: settings = PRIM_SETTINGS) -> None:
+def check_cancel_is_never_booked(bucket_type: type[pr.TokenBucket], effort: settings = SETTINGS) -> None:
     """A bucket whose last bookings were cancelled answers, to the bit, as one in which they were never made."""
 
     @effort
-    @given(PRIM_RATES, PRIM_BURSTS, st.lists(st.tuples(PRIM_STEPS, PRIM_PARTS, st.lists(PRIM_PARTS, max_size=3))))
+    @given(RATES, BURSTS, st.lists(st.tuples(STEPS, PARTS, st.lists(PARTS, max_size=3))))
     def check(rate: float, burst: float, requests: list[tuple[float, float, list[float]]]) -> None:
         disturbed, undisturbed = bucket_type(rate, burst), bucket_type(rate, burst)
         now = 1000.0
@@ -504,19 +504,19 @@ def prim_check_cancel_is_never_booked(bucket_type: type[pr.TokenBucket], effort:
     check()
 
 
-PRIM_BUCKET_PROPERTIES: list[Callable[..., None]] = [
-    prim_check_any_window,
-    prim_check_fifo,
-    prim_check_pause,
-    prim_check_debt,
-    prim_check_whole_burst,
-    prim_check_cancel_is_never_booked,
-    prim_check_bucket_machine,
+PROPERTIES: list[Callable[..., None]] = [
+    check_any_window,
+    check_fifo,
+    check_pause,
+    check_debt,
+    check_whole_burst,
+    check_cancel_is_never_booked,
+    check_bucket_machine,
 ]
 
 
-@pytest.mark.parametrize("check", PRIM_BUCKET_PROPERTIES, ids=lambda check: check.__name__)
-def test_prim_bucket_keeps_its_promises(check: Callable[..., None]) -> None:
+@pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
+def test_keeps_its_promises(check: Callable[..., None]) -> None:
     check(pr.TokenBucket)
 
 
@@ -526,26 +526,26 @@ def test_prim_bucket_keeps_its_promises(check: Callable[..., None]) -> None:
 @pytest.fixture(params=["threads", "tasks"])
 def prim_acquire(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[pr.TokenBucket, PrimWorld, float], BaseException | None]:
+) -> Callable[[pr.TokenBucket, World, float], BaseException | None]:
     """Acquire in a world of its own; the error that ended the waiting, if one did."""
 
-    def acquire(bucket: pr.TokenBucket, world: PrimWorld, n: float) -> BaseException | None:
+    def acquire(bucket: pr.TokenBucket, world: World, n: float) -> BaseException | None:
         with monkeypatch.context() as patch:
             patch.setattr(pr, "time", SimpleNamespace(sleep=world.sleep))
             patch.setattr(pr, "asyncio", SimpleNamespace(sleep=world.asleep))
             if request.param == "threads":
-                return prim_error_of(lambda: bucket.acquire(n))
-            error: BaseException | None = prim_run(prim_error_of_task(bucket.acquire_async(n)))
+                return error_of(lambda: bucket.acquire(n))
+            error: BaseException | None = run_task(error_of_task(bucket.acquire_async(n)))
             return error
 
     return acquire
 
 
-PrimAcquire = Callable[[pr.TokenBucket, PrimWorld, float], BaseException | None]
+Acquire = Callable[[pr.TokenBucket, World, float], BaseException | None]
 
 
-def test_prim_bucket_shells_sleep_until_due(prim_acquire: PrimAcquire) -> None:
-    world = PrimWorld()
+def test_shells_sleep_until_due(prim_acquire: Acquire) -> None:
+    world = World()
     bucket = pr.TokenBucket(4.0, 2.0, clock=world.clock)
     granted = []
     for n in (1, 1, 1, 2, 1):
@@ -556,8 +556,8 @@ def test_prim_bucket_shells_sleep_until_due(prim_acquire: PrimAcquire) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), asyncio.CancelledError(), OSError("woken up")], ids=repr)
-def test_prim_bucket_shells_give_back_when_interrupted(prim_acquire: PrimAcquire, error: BaseException) -> None:
-    world = PrimWorld()
+def test_shells_give_back_when_interrupted(prim_acquire: Acquire, error: BaseException) -> None:
+    world = World()
     bucket = pr.TokenBucket(4.0, 2.0, clock=world.clock)
     bucket.reserve(2)
     world.interrupt = error
@@ -568,8 +568,8 @@ def test_prim_bucket_shells_give_back_when_interrupted(prim_acquire: PrimAcquire
     assert world.now == 1000.25
 
 
-def test_prim_bucket_verbs_are_about_one_token_by_default() -> None:
-    world = PrimWorld()
+def test_verbs_are_about_one_token_by_default() -> None:
+    world = World()
     bucket = pr.TokenBucket(1.0, 9.0, clock=world.clock)
     taken: list[float] = []
     for verb in (
@@ -577,7 +577,7 @@ def test_prim_bucket_verbs_are_about_one_token_by_default() -> None:
         bucket.reserve,
         bucket.try_acquire,
         bucket.acquire,
-        lambda: prim_run(bucket.acquire_async()),
+        lambda: run_task(bucket.acquire_async()),
     ):
         before = bucket.stats().tokens
         verb()
@@ -587,13 +587,13 @@ def test_prim_bucket_verbs_are_about_one_token_by_default() -> None:
     assert bucket.wait_for() == 1.0
 
 
-def test_prim_bucket_shells_do_not_give_back_what_others_wait_behind(prim_acquire: PrimAcquire) -> None:
-    world = PrimWorld()
+def test_shells_do_not_give_back_what_others_wait_behind(prim_acquire: Acquire) -> None:
+    world = World()
     bucket = pr.TokenBucket(4.0, 2.0, clock=world.clock)
     bucket.reserve(2)
     behind: list[float] = []
 
-    class Interrupting(PrimWorld):
+    class Interrupting(World):
         def sleep(self, seconds: float) -> None:
             behind.append(bucket.reserve(1))
             raise KeyboardInterrupt
@@ -603,10 +603,10 @@ def test_prim_bucket_shells_do_not_give_back_what_others_wait_behind(prim_acquir
     assert bucket.stats().tokens == -3.0
 
 
-def test_prim_bucket_shells_are_not_early_when_their_sleep_is(prim_acquire: PrimAcquire) -> None:
+def test_shells_are_not_early_when_their_sleep_is(prim_acquire: Acquire) -> None:
     """uvloop counts milliseconds: its sleeps end up to one too soon, and the bound is about the moment of sending."""
 
-    class Rounding(PrimWorld):
+    class Rounding(World):
         def sleep(self, seconds: float) -> None:
             self.naps.append(seconds)
             self.now += seconds if seconds < 0.001 else seconds - 0.0007
@@ -618,11 +618,11 @@ def test_prim_bucket_shells_are_not_early_when_their_sleep_is(prim_acquire: Prim
         assert world.now >= 1000.0 + number / 100 - 1e-9
 
 
-def test_prim_bucket_tasks_are_granted_in_order_and_cancelled_at_any_point() -> None:
+def test_tasks_are_granted_in_order_and_cancelled_at_any_point() -> None:
     """Five tasks of unequal size; for each of them and each step, that one is cancelled at that step."""
 
     async def scenario(victim: int, step: int) -> list[tuple[int, float]]:
-        world = PrimWorld(0.0)
+        world = World(0.0)
         timers: list[tuple[float, asyncio.Future[None]]] = []
 
         async def sleep(seconds: float) -> None:
@@ -655,9 +655,9 @@ def test_prim_bucket_tasks_are_granted_in_order_and_cancelled_at_any_point() -> 
         return granted
 
     whole = [(0, 0.0), (1, 3.0), (2, 4.0), (3, 8.0), (4, 9.0)]
-    assert prim_run(scenario(0, 10**6)) == whole
+    assert run_task(scenario(0, 10**6)) == whole
     for victim, step in itertools.product(range(5), range(18)):
-        granted = prim_run(scenario(victim, step))
+        granted = run_task(scenario(victim, step))
         kept = [grant for grant in whole if grant[0] != victim]
         if step == 0:  # it never started, so it never asked
             assert [name for name, _ in granted] == [name for name, _ in kept]
@@ -668,18 +668,18 @@ def test_prim_bucket_tasks_are_granted_in_order_and_cancelled_at_any_point() -> 
             assert granted == kept  # those behind keep the times they were told
 
 
-def test_prim_bucket_serves_many_threads_exactly() -> None:
+def test_serves_many_threads_exactly() -> None:
     bucket = pr.TokenBucket(8.0, 16.0, clock=lambda: 0.0)
     waits: list[float] = []
     start = threading.Barrier(6)
 
     def worker() -> None:
-        start.wait(PRIM_PATIENCE)
+        start.wait(HANG_LIMIT)
         mine = [bucket.reserve() for _ in range(200)]
         waits.extend(mine)
         assert mine == sorted(mine)
 
-    prim_in_threads([worker] * 6)
+    in_threads([worker] * 6)
     assert sorted(waits) == [max(0, k - 15) / 8 for k in range(1200)]
 
 
@@ -710,7 +710,7 @@ BUCKET_RATE_ROWS: dict[str, tuple[float, float, list[tuple[Any, ...]]]] = {
 
 
 @pytest.mark.parametrize("name", BUCKET_RATE_ROWS)
-def test_prim_bucket_set_rate_rows(name: str) -> None:
+def test_set_rate_rows(name: str) -> None:
     rate, burst, rows = BUCKET_RATE_ROWS[name]
     bucket = pr.TokenBucket(rate, burst, clock=lambda: pytest.fail("the time was given"))
     for now, verb, *words in rows:
@@ -726,7 +726,7 @@ def test_prim_bucket_set_rate_rows(name: str) -> None:
             assert bucket.wait_for(1, now) == pytest.approx(words[0])
 
 
-def test_prim_bucket_set_rate_reads_the_clock_and_refuses_nonsense() -> None:
+def test_set_rate_reads_the_clock_and_refuses_nonsense() -> None:
     bucket = pr.TokenBucket(1.0, 2.0, clock=lambda: 7.0)
     bucket.reserve(2)
     bucket.set_rate(4.0)
@@ -742,7 +742,7 @@ def test_prim_bucket_set_rate_reads_the_clock_and_refuses_nonsense() -> None:
 
 
 @pytest.mark.parametrize("block", range(4))
-def test_prim_bucket_set_rate_keeps_the_bound_in_any_window(block: int) -> None:
+def test_set_rate_keeps_the_bound_in_any_window(block: int) -> None:
     """Grants in any window: at most the largest burst in it, and the integral of the rate that is in force."""
     for seed in range(block * 100, block * 100 + 100):
         rng = random.Random(seed)

@@ -19,12 +19,12 @@ import aggregate_app
 import coordination as co
 from api import upstreams
 from sandbox.sites import Sandbox
-from tests.helpers.api import aggregate_ask, aggregate_play, aggregate_settled, app_run, app_ticks, app_upstream
-from tests.helpers.base import PRIM_PATIENCE, PRIM_SETTINGS, PrimWorld, prim_limits, prim_until_async
+from tests.helpers.api import aggregate_ask, app_run, app_upstream, play, settled, ticks
+from tests.helpers.base import HANG_LIMIT, SETTINGS, World, limits, until_async
 
 
-def app_source(url: str, world: PrimWorld, session: aiohttp.ClientSession, **options: Any) -> upstreams.Source:
-    upstream = upstreams.Upstream(name="a", url=url, **{"timeout": PRIM_PATIENCE, **options})
+def app_source(url: str, world: World, session: aiohttp.ClientSession, **options: Any) -> upstreams.Source:
+    upstream = upstreams.Upstream(name="a", url=url, **{"timeout": HANG_LIMIT, **options})
     return upstreams.Source(upstream, session, co.Semaphore(99), clock=world.clock)
 
 
@@ -150,7 +150,7 @@ class AppRenewals(RuleBasedStateMachine):
 
 
 def test_renewals_against_a_model() -> None:
-    run_state_machine_as_test(AppRenewals, settings=PRIM_SETTINGS)
+    run_state_machine_as_test(AppRenewals, settings=SETTINGS)
 
 
 def test_renewals_of_many_loads_keep_their_heap_small() -> None:
@@ -161,7 +161,7 @@ def test_renewals_of_many_loads_keep_their_heap_small() -> None:
 
 
 def test_renewals_keep_a_source_fresh(web: Sandbox) -> None:
-    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         source = make("/api/weather?city=renewed", ttl=10.0)
         source.renewals = upstreams.Renewals(10.0, 5, lambda: 0.5)
         assert await aggregate_ask(source) == ("fresh", 1, 0.0)
@@ -171,17 +171,17 @@ def test_renewals_keep_a_source_fresh(web: Sandbox) -> None:
             assert source.renew() == 0
             world.now += 0.5
             assert (source.renew(), source.renew()) == (1, 0)
-            await aggregate_settled(source)
+            await settled(source)
         world.now += 8.0
         assert (source.renew(), source.calls, len(source.renewals)) == (0, 4, 0)  # nobody asked any more
 
-    aggregate_play(web, case)
+    play(web, case)
 
 
 # --------------------------------------------------------------------------------------------------- the way of a call
 
 
-def test_upstream_hedges_within_its_budget() -> None:
+def test_hedges_within_its_budget() -> None:
     async def main() -> None:
         heads: list[str] = []
 
@@ -190,16 +190,16 @@ def test_upstream_hedges_within_its_budget() -> None:
             return None if len(heads) in (1, 3) else {"asked": len(heads)}
 
         async with app_upstream(handler) as url, aiohttp.ClientSession() as session:
-            source = app_source(url, PrimWorld(), session, hedge=0.01, retries=0)
+            source = app_source(url, World(), session, hedge=0.01, retries=0)
             assert await aggregate_ask(source) == ("fresh", {"asked": 2}, 0.0)
             assert (source.calls, source._hedges.stats().retries) == (2, 1)
             while source._hedges.try_retry():
                 pass
             source.upstream = dataclasses.replace(source.upstream, timeout=0.1)
             source.forget()
-            with prim_limits(0.1) as up:
+            with limits(0.1) as up:
                 asking = asyncio.create_task(aggregate_ask(source))
-                await prim_until_async(lambda: len(heads) == 3)
+                await until_async(lambda: len(heads) == 3)
                 up()
                 assert (await asking)[0] == "error"
             assert (source.calls, len(heads)) == (3, 3)  # nothing saved: nobody is asked twice
@@ -207,7 +207,7 @@ def test_upstream_hedges_within_its_budget() -> None:
     app_run(main())
 
 
-def test_upstream_posts_json_in_which_values_stay_text() -> None:
+def test_posts_json_in_which_values_stay_text() -> None:
     async def main() -> None:
         async def handler(head: str, body: bytes) -> Any:
             return {"line": head.partition(" HTTP")[0], "kind": "application/json" in head, "body": body.decode()}
@@ -215,15 +215,15 @@ def test_upstream_posts_json_in_which_values_stay_text() -> None:
         async with app_upstream(handler) as url, aiohttp.ClientSession() as session:
             body = {"q": "{x} and {x}{y}", "all": ["{y}", 5, None, {"{x}": "{unknown}"}]}
             parameters = {"x": "1", "y": "2"}
-            source = app_source(url + "/s/{x}", PrimWorld(), session, method="POST", body=body, parameters=parameters)
+            source = app_source(url + "/s/{x}", World(), session, method="POST", body=body, parameters=parameters)
             for x, y in (("1", "2"), ('"},{"', "{x}\\ü")):
-                part = (await aggregate_app.gather({"a": source}, {"x": x, "y": y}, PRIM_PATIENCE))["a"]
+                part = (await aggregate_app.gather({"a": source}, {"x": x, "y": y}, HANG_LIMIT))["a"]
                 assert part.data is not None
                 assert part.data.value["line"].startswith("POST /s/") and part.data.value["kind"]
                 expected = {"q": f"{x} and {x}{y}", "all": [y, 5, None, {"{x}": "{unknown}"}]}
                 assert json.loads(part.data.value["body"]) == expected
-            plain = app_source(url + "/none", PrimWorld(), session, method="POST")
-            part = (await aggregate_app.gather({"a": plain}, {}, PRIM_PATIENCE))["a"]
+            plain = app_source(url + "/none", World(), session, method="POST")
+            part = (await aggregate_app.gather({"a": plain}, {}, HANG_LIMIT))["a"]
             assert part.data is not None and part.data.value == {"line": "POST /none", "kind": False, "body": ""}
 
     app_run(main())
@@ -247,12 +247,12 @@ def test_upstream_posts_json_in_which_values_stay_text() -> None:
         *((f"parameters = {{ {name} = 'x' }}", f"a.parameters: {name} means") for name in sorted(upstreams.RESERVED)),
     ],
 )
-def test_upstream_configuration_refused(line: str, message: str) -> None:
+def test_configuration_refused(line: str, message: str) -> None:
     with pytest.raises(upstreams.ConfigError, match=re.escape(message)):
         upstreams.read_config(f"[a]\nurl = 'http://h/'\n{line}", {})
 
 
-def test_upstream_configuration_read() -> None:
+def test_configuration_read() -> None:
     text = "[a]\nurl='http://h/'\nmethod='POST'\nbody={q='{x}'}\nparameters={x='1'}\nhedge=0.5\nmax_bytes=5000000"
     upstream = upstreams.read_config(text, {})["a"]
     assert (upstream.method, upstream.hedge, upstream.max_bytes) == ("POST", 0.5, 5_000_000)
@@ -260,8 +260,8 @@ def test_upstream_configuration_read() -> None:
     assert upstreams.read_config("[a]\nurl='http://h/'\nmethod='POST'", {})["a"].content(()) is None
 
 
-def test_upstream_starts_warm_with_what_is_stale(web: Sandbox) -> None:
-    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+def test_starts_warm_with_what_is_stale(web: Sandbox) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         def state(source: upstreams.Source) -> Any:
             hit = source.cache.lookup(())
             return hit and (hit.state, round(hit.age, 6), hit.needs_refresh, hit.value.data.value)
@@ -295,11 +295,11 @@ def test_upstream_starts_warm_with_what_is_stale(web: Sandbox) -> None:
         source.warm((), "old", 16.0, 0.1)
         assert state(source) is None  # it was invalidated since
 
-    aggregate_play(web, case)
+    play(web, case)
 
 
-def test_upstream_a_listener_that_raises_costs_nothing(web: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
-    async def case(make: Callable[..., upstreams.Source], world: PrimWorld) -> None:
+def test_a_listener_that_raises_costs_nothing(web: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         source, heard = make("/api/news?heard"), list[upstreams.Load]()
 
         def broken(load: upstreams.Load) -> None:
@@ -310,11 +310,11 @@ def test_upstream_a_listener_that_raises_costs_nothing(web: Sandbox, caplog: pyt
         assert (source.failures, len(heard), heard[0].error) == (0, 1, None)
         assert (await aggregate_ask(source), source.calls)[1] == 1
 
-    aggregate_play(web, case)
+    play(web, case)
     assert "a listener failed" in caplog.text
 
 
-def test_upstream_what_was_invalidated_says_nothing_later() -> None:
+def test_what_was_invalidated_says_nothing_later() -> None:
     """A load from before an invalidation fails after it: whoever asks joins the new load, and is not refused."""
 
     async def main() -> None:
@@ -329,16 +329,16 @@ def test_upstream_what_was_invalidated_says_nothing_later() -> None:
             return 404 if number == 1 else {"asked": number}
 
         async with app_upstream(handler) as url, aiohttp.ClientSession() as session:
-            source = app_source(url, PrimWorld(), session)
+            source = app_source(url, World(), session)
             first = asyncio.create_task(aggregate_ask(source))
-            await prim_until_async(lambda: asked == 1)
+            await until_async(lambda: asked == 1)
             source.forget(())
             second = asyncio.create_task(aggregate_ask(source))
-            await prim_until_async(lambda: asked == 2)
+            await until_async(lambda: asked == 2)
             gates[0].set()
             assert (await first)[0] == "error"
             third = asyncio.create_task(aggregate_ask(source))
-            await app_ticks()
+            await ticks()
             assert not third.done() and len(source.renewals) == 0
             gates[1].set()
             assert await second == await third == ("fresh", {"asked": 2}, 0.0)

@@ -21,12 +21,12 @@ import coordination as co
 from api import service as service_module
 from api import upstreams
 from sandbox.sites import Sandbox
-from tests.helpers.base import PRIM_PATIENCE, PrimWorld
+from tests.helpers.base import HANG_LIMIT, World
 
-AggregateCase = Callable[[Callable[..., upstreams.Source], PrimWorld], Coroutine[Any, Any, None]]
+Case = Callable[[Callable[..., upstreams.Source], World], Coroutine[Any, Any, None]]
 
 
-def aggregate_play(web: Sandbox, case: AggregateCase) -> None:
+def play(web: Sandbox, case: Case) -> None:
     """A coroutine over sources of real upstreams and a fake clock."""
 
     async def main() -> None:
@@ -38,7 +38,7 @@ def aggregate_play(web: Sandbox, case: AggregateCase) -> None:
                 sources.append(upstreams.Source(upstream, session, co.Semaphore(99), clock=world.clock))
                 return sources[-1]
 
-            world = PrimWorld()
+            world = World()
             await case(source, world)
             for one in sources:
                 for load in list(one.running):
@@ -54,7 +54,7 @@ async def aggregate_ask(source: upstreams.Source, deadline: float = 20.0) -> tup
     return part.state, part.data and part.data.value.get("serial", part.data.value), part.age
 
 
-async def aggregate_settled(source: upstreams.Source) -> None:
+async def settled(source: upstreams.Source) -> None:
     while source.running:
         await asyncio.wait(source.running)
         await asyncio.sleep(0)
@@ -63,7 +63,7 @@ async def aggregate_settled(source: upstreams.Source) -> None:
 def aggregate_http(
     port: int, path: str, method: str = "GET", headers: dict[str, str] | None = None
 ) -> tuple[int, Any, dict[str, str]]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PRIM_PATIENCE)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG_LIMIT)
     with contextlib.closing(connection):
         connection.request(method, path, headers=headers or {})
         response = connection.getresponse()
@@ -72,11 +72,11 @@ def aggregate_http(
         return response.status, json.loads(body) if body else None, found
 
 
-AppHandler = Callable[[str, bytes], Awaitable[Any]]
+Handler = Callable[[str, bytes], Awaitable[Any]]
 
 
 @contextlib.asynccontextmanager
-async def app_upstream(handler: AppHandler) -> AsyncIterator[str]:
+async def app_upstream(handler: Handler) -> AsyncIterator[str]:
     """The URL of an upstream in this loop: ``handler`` makes its JSON (None: no answer) of the path and the body."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -100,13 +100,13 @@ async def app_upstream(handler: AppHandler) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-async def app_ticks() -> None:
+async def ticks() -> None:
     """Let what is ready in this loop run, sockets included."""
     for _ in range(50):
         await asyncio.sleep(0)
 
 
-async def app_ask(
+async def ask(
     app: Any,
     path: str,
     method: str = "GET",
@@ -147,7 +147,7 @@ async def app_ask(
 
 
 @contextlib.asynccontextmanager
-async def app_living(table: dict[str, upstreams.Upstream], output: IO[bytes] | None = None) -> AsyncIterator[Any]:
+async def living(table: dict[str, upstreams.Upstream], output: IO[bytes] | None = None) -> AsyncIterator[Any]:
     app = aggregate_app.create_app(table, 0, output=output)
     async with aggregate_app.lifespan(app):
         yield app
@@ -167,9 +167,9 @@ def app_run(main: Awaitable[Any]) -> Any:
 
 
 @pytest.fixture
-def app_world(monkeypatch: pytest.MonkeyPatch) -> PrimWorld:
+def app_world(monkeypatch: pytest.MonkeyPatch) -> World:
     """The sources of an application get this clock; kept answers stay for ever, so that only a change can end them."""
-    world = PrimWorld()
+    world = World()
     monkeypatch.setattr(aggregate_app, "Source", functools.partial(upstreams.Source, clock=world.clock))
     monkeypatch.setattr(aggregate_app, "KEPT", 1e9)
     monkeypatch.setattr(service_module, "RENEW_EVERY", 1e6)

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 
-PRIM_PATIENCE = 60.0  # seconds for what must come; reached only by a failing test
+HANG_LIMIT = 60.0  # seconds for what must come; reached only by a failing test
 
 
-PRIM_SETTINGS = settings(
+SETTINGS = settings(
     max_examples=60,
     stateful_step_count=25,
     deadline=None,
@@ -31,20 +31,20 @@ PRIM_SETTINGS = settings(
 )
 
 
-PRIM_HUNT = settings(PRIM_SETTINGS, max_examples=3000, phases=(Phase.generate,))  # for planted bugs: found is enough
+HUNT = settings(SETTINGS, max_examples=3000, phases=(Phase.generate,))  # for planted bugs: found is enough
 
 
-def prim_until(predicate: Callable[[], bool]) -> None:
+def wait_until(predicate: Callable[[], bool]) -> None:
     """Let the other threads run until the predicate holds."""
-    deadline, nap = time.monotonic() + PRIM_PATIENCE, threading.Event()
+    deadline, nap = time.monotonic() + HANG_LIMIT, threading.Event()
     while not predicate():
         assert time.monotonic() < deadline, "it never came"
         nap.wait(0.0005)
 
 
-async def prim_until_async(predicate: Callable[[], bool]) -> None:
+async def until_async(predicate: Callable[[], bool]) -> None:
     """Let other processes, and this loop, run until the predicate holds."""
-    deadline = time.monotonic() + PRIM_PATIENCE
+    deadline = time.monotonic() + HANG_LIMIT
     while not predicate():
         assert time.monotonic() < deadline, "it never came"
         await asyncio.sleep(0.002)
@@ -98,7 +98,7 @@ def holds_the_loop(program: str, says: str, given: str = "") -> set[tuple[str, .
     return found or set()
 
 
-def prim_run(main: Coroutine[Any, Any, Any]) -> Any:
+def run_task(main: Coroutine[Any, Any, Any]) -> Any:
     """``asyncio.run`` in debug mode; fails if the loop had anything to complain of."""
     complaints: list[dict[str, Any]] = []
 
@@ -111,18 +111,18 @@ def prim_run(main: Coroutine[Any, Any, Any]) -> Any:
     return result
 
 
-async def prim_ticks(n: int = 8) -> None:
+async def ticks(n: int = 8) -> None:
     for _ in range(n):
         await asyncio.sleep(0)
 
 
 @contextlib.contextmanager
-def prim_limits(seconds: float) -> Iterator[Callable[[], None]]:
+def limits(seconds: float) -> Iterator[Callable[[], None]]:
     """What waits in ``asyncio.timeout(seconds)`` meanwhile is told that its time is up by what this gives."""
     timeout, scopes = asyncio.timeout, list[asyncio.Timeout]()
 
     def scope(given: float | None) -> asyncio.Timeout:
-        scopes.append(timeout(PRIM_PATIENCE if given == seconds else given))
+        scopes.append(timeout(HANG_LIMIT if given == seconds else given))
         return scopes.pop() if given != seconds else scopes[-1]
 
     def up() -> None:
@@ -135,7 +135,7 @@ def prim_limits(seconds: float) -> Iterator[Callable[[], None]]:
         yield up
 
 
-class PrimWorld:
+class World:
     """A clock that moves when somebody sleeps, and a record of the sleeps."""
 
     def __init__(self, now: float = 1000.0) -> None:

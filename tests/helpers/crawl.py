@@ -45,7 +45,7 @@ from crawl.output import RowWriter
 from crawl.robots import MAX_ROBOTS
 from runtime import serving
 from sandbox.sites import Sandbox
-from tests.helpers.base import HERE, PRIM_PATIENCE
+from tests.helpers.base import HANG_LIMIT, HERE
 
 
 def taken(decision: Request | float | None) -> Request:
@@ -229,10 +229,10 @@ def raw_answer(body: bytes = b"", status: str = "200 OK", *lines: str | bytes, l
 RAW_OK = raw_answer(b"<title>ok</title><p>one two<a href=/x>x</a>", "200 OK", "Content-Type: text/html")
 
 
-GUARD_PUBLIC = "93.184.215.14"
+PUBLIC = "93.184.215.14"
 
 
-class GuardWeb:
+class Web:
     """A world for one test: names resolve as ``names`` says, every connection ends at one server on loopback.
 
     ``connects`` holds the addresses that were to be connected to; a path that begins with ``/to/`` redirects to what
@@ -240,7 +240,7 @@ class GuardWeb:
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.names: dict[str, list[list[str]]] = {"public.example": [[GUARD_PUBLIC]]}
+        self.names: dict[str, list[list[str]]] = {"public.example": [[PUBLIC]]}
         self.connects: list[str] = []
         self.heads: list[tuple[str, dict[str, str]]] = []
         self.refusing: set[str] = set()
@@ -309,8 +309,8 @@ class GuardWeb:
 
 
 @pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardWeb]:
-    web = GuardWeb(monkeypatch)
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    web = Web(monkeypatch)
     try:
         yield web
     finally:
@@ -370,10 +370,10 @@ ROBOTS_LARGE = {
 FEEDS_DRIVERS = ("crawl_async", "crawl_threads")
 
 
-FEEDS_PATIENCE = PRIM_PATIENCE
+FEEDS_PATIENCE = HANG_LIMIT
 
 
-class FeedsAnswer:
+class Answer:
     """A route: its body, and what it is conditional on. ``gate``: answered when that is set."""
 
     def __init__(self, body: str | bytes = "", kind: str = "text/html; charset=utf-8", **headers: str) -> None:
@@ -383,11 +383,11 @@ class FeedsAnswer:
         self.gate: threading.Event | None = None
 
 
-class FeedsSite:
+class Site:
     """Servers on loopback addresses, one for each host, with the same routes, and a log of what was asked."""
 
     def __init__(self, hosts: int) -> None:
-        self.routes: dict[str, FeedsAnswer] = {}
+        self.routes: dict[str, Answer] = {}
         self.log: list[tuple[str, int, str | None, str | None]] = []
         """(path, status, If-None-Match, If-Modified-Since)"""
         site = self
@@ -396,7 +396,7 @@ class FeedsSite:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                answer = site.routes.get(self.path) or FeedsAnswer("nothing", status="404")
+                answer = site.routes.get(self.path) or Answer("nothing", status="404")
                 status = int(answer.headers.get("status", 200))
                 asked, since = self.headers["If-None-Match"], self.headers["If-Modified-Since"]
                 known = asked is not None and asked == answer.headers.get("ETag")
@@ -437,8 +437,8 @@ class FeedsSite:
 
 
 @pytest.fixture
-def feeds_site() -> Iterator[FeedsSite]:
-    site, thresholds = FeedsSite(2), gc.get_threshold()
+def feeds_site() -> Iterator[Site]:
+    site, thresholds = Site(2), gc.get_threshold()
     try:
         yield site
     finally:
@@ -498,9 +498,9 @@ def walk_row(url: str, /, *links: str, **more: Any) -> bytes:
     return json.dumps(dataclasses.asdict(row) | more).encode().replace(b'{"url": ', b'{"url":') + b"\n"
 
 
-def walk_free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         return int(sock.getsockname()[1])
 
 
-PATIENCE = PRIM_PATIENCE  # seconds for what must come
+PATIENCE = HANG_LIMIT  # seconds for what must come

@@ -21,13 +21,13 @@ from logs.parse import Event, Metadata
 from logs.pipeline import Ingester
 from runtime import postgres as db
 from runtime import spool as log_spool
-from tests.helpers.base import PRIM_PATIENCE, prim_until_async
-from tests.helpers.postgres import PG_LET_GO, PgServer
+from tests.helpers.base import HANG_LIMIT, until_async
+from tests.helpers.postgres import LET_GO, PgServer
 
-LOGS_STORE_NOON = datetime(2024, 2, 28, 12, tzinfo=UTC)
+NOON = datetime(2024, 2, 28, 12, tzinfo=UTC)
 
 
-LOGS_STORE_META = Metadata("payments", "production", "eu-west-1", "1.2.3")
+META = Metadata("payments", "production", "eu-west-1", "1.2.3")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def logs_pg(pg: PgServer) -> PgServer:
     """Without logs in it."""
     asyncio.run(
         pg.do(
-            PG_LET_GO,
+            LET_GO,
             "DROP TABLE IF EXISTS logs, log_batches, dead_letter",
             "DROP FUNCTION IF EXISTS logs_held, logs_failing CASCADE",
         )
@@ -44,11 +44,11 @@ def logs_pg(pg: PgServer) -> PgServer:
 
 
 @contextlib.asynccontextmanager
-async def logs_store_open(url: str, now: datetime = LOGS_STORE_NOON, **options: Any) -> AsyncIterator[log_store.Store]:
+async def logs_store_open(url: str, now: datetime = NOON, **options: Any) -> AsyncIterator[log_store.Store]:
     """A store whose clock stands at ``now``; ``clock=`` for another."""
     options.setdefault("clock", now.timestamp)
     database = db.Database(url, log_store.SCHEMA, size=4)
-    await database.open(PRIM_PATIENCE)
+    await database.open(HANG_LIMIT)
     try:
         assert database.state == "connected"
         yield log_store.Store(database, **options)
@@ -56,13 +56,13 @@ async def logs_store_open(url: str, now: datetime = LOGS_STORE_NOON, **options: 
         await database.close()
 
 
-def logs_store_event(n: int = 0, at: datetime = LOGS_STORE_NOON, **fields: Any) -> Event:
+def logs_store_event(n: int = 0, at: datetime = NOON, **fields: Any) -> Event:
     event = Event(at, at, f"service-{n % 7}", "host", 6, f"message {n}", '{"n": 1}', None)
     return event._replace(**fields)
 
 
 def logs_store_batch(
-    n: int, at: datetime = LOGS_STORE_NOON, found: Any = LOGS_STORE_META, service: str | None = None
+    n: int, at: datetime = NOON, found: Any = META, service: str | None = None
 ) -> log_spool.EncodedBatch:
     events = [logs_store_event(i, at, **({} if service is None else {"service": service})) for i in range(n)]
     return log_store.seal(events, lambda name: found)
@@ -97,13 +97,13 @@ async def logs_spool_open(folder: Path, **options: Any) -> AsyncIterator[log_spo
 @pytest.fixture
 def logs_ingest_pg(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
     """The server without tables of logs; what is waited for comes quickly."""
-    asyncio.run(pg.do(PG_LET_GO, "DROP TABLE IF EXISTS logs, log_batches, dead_letter CASCADE"))
+    asyncio.run(pg.do(LET_GO, "DROP TABLE IF EXISTS logs, log_batches, dead_letter CASCADE"))
     monkeypatch.setattr(log_pipeline, "FILL_EVERY", 0.02)
     monkeypatch.setattr(log_pipeline, "DISTRUST", 0.02)
     return pg
 
 
-LOGS_INGEST_SERIALS = r"SELECT array_agg(substring(message from 'serial=(\d+)')::int) FROM logs"
+SERIALS = r"SELECT array_agg(substring(message from 'serial=(\d+)')::int) FROM logs"
 
 
 class LogsIngestUp:
@@ -124,7 +124,7 @@ class LogsIngestUp:
         self.sent += count
 
     async def until(self, predicate: Callable[[Snapshot], bool]) -> Snapshot:
-        await prim_until_async(lambda: predicate(self.ingester.snapshot()))
+        await until_async(lambda: predicate(self.ingester.snapshot()))
         return self.ingester.snapshot()
 
     async def received(self) -> Snapshot:
@@ -154,7 +154,7 @@ async def logs_ingest_up(
             "database": database,
             "batch": 10,
             "flush": 0.05,
-            "stop_limit": PRIM_PATIENCE / 2,
+            "stop_limit": HANG_LIMIT / 2,
             **more,
         }
     )
@@ -171,7 +171,7 @@ async def logs_ingest_up(
             if not ingester.snapshot().stopping:
                 ingester.stop()
             try:
-                async with asyncio.timeout(PRIM_PATIENCE):
+                async with asyncio.timeout(HANG_LIMIT):
                     up.code = await running
             finally:
                 watching.cancel()
@@ -181,13 +181,13 @@ async def logs_ingest_up(
     assert {place: n for place, n in counts.held.items() if n and place != "spool"} == {}
     assert counts.received == up.sent or not up.sent
     assert up.code == (1 if counts.dropped.get("stopped") else 0)
-    await prim_until_async(lambda: asyncio.all_tasks() <= before)
+    await until_async(lambda: asyncio.all_tasks() <= before)
     assert sock.fileno() == -1 and ingester.database.state == "none"
 
 
 async def logs_ingest_serials(server: PgServer) -> list[int]:
-    return sorted(await server.do(LOGS_INGEST_SERIALS) or [])
+    return sorted(await server.do(SERIALS) or [])
 
 
-def logs_ingest_files(folder: Path) -> list[str]:
+def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*.batch"))

@@ -36,9 +36,9 @@ from primitives import CircuitBreaker
 from sandbox.broker import Broker
 from sandbox.exchanges import WIRES, Wire
 from sandbox.markets import Exchanges
-from tests.helpers.base import PRIM_PATIENCE, PrimWorld, prim_until_async
+from tests.helpers.base import HANG_LIMIT, World, until_async
 
-MARKET_FEEDS_NOW = 1_790_000_000_000_000_000
+NOW = 1_790_000_000_000_000_000
 
 
 def market_feeds_ns(text: str) -> int:
@@ -49,7 +49,7 @@ def market_feeds_ns(text: str) -> int:
 
 
 @dataclasses.dataclass
-class MarketFeedsCase:
+class Case:
     """A frame as the exchange's documentation writes it, and what it means."""
 
     exchange: str
@@ -62,97 +62,93 @@ class MarketFeedsCase:
     before: tuple[str, ...] = ()  # frames of the same connection
 
 
-MARKET_FEEDS_BITFINEX_ACK = (
-    '{"event":"subscribed","channel":"trades","chanId":17470,"symbol":"tBTCUSD","pair":"BTCUSD"}'
-)
+BITFINEX_ACK = '{"event":"subscribed","channel":"trades","chanId":17470,"symbol":"tBTCUSD","pair":"BTCUSD"}'
 
 
-MARKET_FEEDS_CASES = [
-    MarketFeedsCase("binance", '{"result":null,"id":1}', "ack"),
-    MarketFeedsCase(
+CASES = [
+    Case("binance", '{"result":null,"id":1}', "ack"),
+    Case(
         "binance",
         '{"e":"trade","E":1672515782136,"s":"BNBBTC","t":12345,"p":"0.00100000","q":"100.00000000","T":1672515782136,'
         '"m":true,"M":true}',
         trades=(("BNB-BTC", "0.00100000", "100.00000000", "sell", "12345", 1672515782136000000, 12345, ""),),
     ),
-    MarketFeedsCase(
+    Case(
         "binance",
         '{"stream":"bnbbtc@trade","data":{"e":"trade","E":1672515782136,"s":"BNBBTC","t":12346,"p":"0.001","q":"100",'
         '"T":1672515782137,"m":false,"M":true}}',
         trades=(("BNB-BTC", "0.001", "100", "buy", "12346", 1672515782137000000, 12346, ""),),
     ),
-    MarketFeedsCase(
+    Case(
         "binance",
         '{"error":{"code":3,"msg":"Invalid JSON: expected value at line 1 column 1"},"id":null}',
         "error",
         note="3 Invalid JSON: expected value at line 1 column 1",
     ),
-    MarketFeedsCase(
+    Case(
         "binance",
         '{"code":2,"msg":"Invalid request: unknown variant"}',
         "error",
         note="2 Invalid request: unknown variant",
     ),
-    MarketFeedsCase(
-        "binance", '{"e":"serverShutdown","E":1770123456789}', "status", note="server shutdown", reconnect=True
-    ),
-    MarketFeedsCase(
+    Case("binance", '{"e":"serverShutdown","E":1770123456789}', "status", note="server shutdown", reconnect=True),
+    Case(
         "coinbase",
         '{"type":"subscriptions","channels":[{"name":"matches","product_ids":["BTC-USD"],"account_ids":null},'
         '{"name":"heartbeat","product_ids":["BTC-USD"],"account_ids":null}]}',
         "ack",
     ),
-    MarketFeedsCase(
+    Case(
         "coinbase",
         '{"type":"heartbeat","sequence":90,"last_trade_id":20,"product_id":"BTC-USD","time":"2014-11-07T08:19:28.464459Z"}',
         "heartbeat",
     ),
-    MarketFeedsCase(
+    Case(
         "coinbase",
         '{"type":"last_match","trade_id":9,"maker_order_id":"ac928c66-ca53-498f-9c13-a110027a60e8","taker_order_id":'
         '"132fb6ae-456b-4654-b4e0-d681ac05cea1","side":"buy","size":"5","price":"400.20","product_id":"BTC-USD",'
         '"sequence":49,"time":"2014-11-07T08:19:26Z"}',
         trades=(("BTC-USD", "400.20", "5", "sell", "9", market_feeds_ns("2014-11-07T08:19:26Z"), 9, "snapshot"),),
     ),
-    MarketFeedsCase(
+    Case(
         "coinbase",
         '{"type":"match","trade_id":10,"sequence":50,"maker_order_id":"ac928c66-ca53-498f-9c13-a110027a60e8",'
         '"taker_order_id":"132fb6ae-456b-4654-b4e0-d681ac05cea1","time":"2014-11-07T08:19:27.028459Z","product_id":'
         '"BTC-USD","size":"5.23512","price":"400.23","side":"sell"}',
         trades=(("BTC-USD", "400.23", "5.23512", "buy", "10", market_feeds_ns("2014-11-07T08:19:27.028459Z"), 10, ""),),
     ),
-    MarketFeedsCase(
+    Case(
         "coinbase",
         '{"type":"error","message":"Failed to subscribe","reason":"FOO-USD is not a valid product"}',
         "error",
         note="Failed to subscribe: FOO-USD is not a valid product",
     ),
-    MarketFeedsCase(
+    Case(
         "kraken",
         '{"channel":"status","data":[{"api_version":"v2","connection_id":13834774380200032777,"system":"online",'
         '"version":"2.0.0"}],"type":"update"}',
         "status",
     ),
-    MarketFeedsCase(
+    Case(
         "kraken",
         '{"channel":"status","data":[{"api_version":"v2","connection_id":13834774380200032777,"system":"maintenance",'
         '"version":"2.0.0"}],"type":"update"}',
         "status",
         note="system: maintenance",
     ),
-    MarketFeedsCase(
+    Case(
         "kraken",
         '{"method":"subscribe","result":{"channel":"trade","snapshot":true,"symbol":"MATIC/USD"},"success":true,'
         '"time_in":"2023-09-25T09:21:10.428340Z","time_out":"2023-09-25T09:21:10.428375Z"}',
         "ack",
     ),
-    MarketFeedsCase("kraken", '{"channel":"heartbeat"}', "heartbeat"),
-    MarketFeedsCase(
+    Case("kraken", '{"channel":"heartbeat"}', "heartbeat"),
+    Case(
         "kraken",
         '{"method":"pong","req_id":101,"time_in":"2023-09-24T14:10:23.799685Z","time_out":"2023-09-24T14:10:23.799703Z"}',
         "heartbeat",
     ),
-    MarketFeedsCase(
+    Case(
         "kraken",
         '{"channel":"trade","type":"snapshot","data":[{"symbol":"MATIC/USD","side":"buy","price":0.5147,"qty":6423.46326,'
         '"ord_type":"limit","trade_id":4665846,"timestamp":"2023-09-25T07:48:36.925533Z"},{"symbol":"MATIC/USD","side":'
@@ -168,7 +164,7 @@ MARKET_FEEDS_CASES = [
             ),
         ),
     ),
-    MarketFeedsCase(
+    Case(
         "kraken",
         '{"channel":"trade","type":"update","data":[{"symbol":"MATIC/USD","side":"sell","price":0.5117,"qty":40.0,'
         '"ord_type":"market","trade_id":4665906,"timestamp":"2023-09-25T07:49:37.708706Z"}]}',
@@ -179,54 +175,50 @@ MARKET_FEEDS_CASES = [
             ),
         ),
     ),
-    MarketFeedsCase(
+    Case(
         "kraken",
         '{"error":"Currency pair not supported FOO/USD","method":"subscribe","success":false,"symbol":"FOO/USD",'
         '"time_in":"2023-09-25T09:21:10.428340Z","time_out":"2023-09-25T09:21:10.428375Z"}',
         "error",
         note="Currency pair not supported FOO/USD",
     ),
-    MarketFeedsCase(
-        "bitstamp", '{"event":"bts:subscription_succeeded","channel":"live_trades_btcusd","data":{}}', "ack"
-    ),
-    MarketFeedsCase("bitstamp", '{"event":"bts:heartbeat","channel":"","data":{"status":"success"}}', "heartbeat"),
-    MarketFeedsCase(
+    Case("bitstamp", '{"event":"bts:subscription_succeeded","channel":"live_trades_btcusd","data":{}}', "ack"),
+    Case("bitstamp", '{"event":"bts:heartbeat","channel":"","data":{"status":"success"}}', "heartbeat"),
+    Case(
         "bitstamp",
         '{"data":{"id":212337562,"timestamp":"1643643584","amount":0.0028,"amount_str":"0.00280000","price":38416,'
         '"price_str":"38416.00","type":0,"microtimestamp":"1643643584587000","buy_order_id":1453282316578816,'
         '"sell_order_id":1453282315493376},"channel":"live_trades_btcusd","event":"trade"}',
         trades=(("BTC-USD", "38416.00", "0.00280000", "buy", "212337562", 1643643584587000000, None, ""),),
     ),
-    MarketFeedsCase(
+    Case(
         "bitstamp",
         '{"data":{"id":212337563,"timestamp":"1643643584","amount":0.0028,"price":38416.5,"type":1,"microtimestamp":'
         '"1643643584587001","buy_order_id":1,"sell_order_id":2},"channel":"live_trades_ethusdt","event":"trade"}',
         trades=(("ETH-USDT", "38416.5", "0.0028", "sell", "212337563", 1643643584587001000, None, ""),),
     ),
-    MarketFeedsCase(
+    Case(
         "bitstamp",
         '{"event":"bts:error","channel":"","data":{"code":4009,"message":"Connection is unauthorized."}}',
         "error",
         note="Connection is unauthorized.",
     ),
-    MarketFeedsCase(
+    Case(
         "bitstamp",
         '{"event":"bts:request_reconnect","channel":"","data":""}',
         "status",
         note="the exchange asks for a new connection",
         reconnect=True,
     ),
-    MarketFeedsCase(
-        "okx", '{"event":"subscribe","arg":{"channel":"trades","instId":"BTC-USDT"},"connId":"a4d3ae55"}', "ack"
-    ),
-    MarketFeedsCase("okx", "pong", "heartbeat"),
-    MarketFeedsCase(
+    Case("okx", '{"event":"subscribe","arg":{"channel":"trades","instId":"BTC-USDT"},"connId":"a4d3ae55"}', "ack"),
+    Case("okx", "pong", "heartbeat"),
+    Case(
         "okx",
         '{"arg":{"channel":"trades","instId":"BTC-USDT"},"data":[{"instId":"BTC-USDT","tradeId":"130639474","px":"42219.9",'
         '"sz":"0.12060306","side":"buy","ts":"1630048897897","count":"3","source":"0","seqId":1234}]}',
         trades=(("BTC-USDT", "42219.9", "0.12060306", "buy", "130639474", 1630048897897000000, None, ""),),
     ),
-    MarketFeedsCase(
+    Case(
         "okx",
         '{"arg":{"channel":"trades","instId":"BTC-USDT"},"data":[{"instId":"BTC-USDT","tradeId":"1","px":"1","sz":"2","side":'
         '"sell","ts":"1630048897897"},{"instId":"BTC-USDT","tradeId":"2","px":"3","sz":"4","side":"buy","ts":"1630048897898"}]}',
@@ -235,13 +227,13 @@ MARKET_FEEDS_CASES = [
             ("BTC-USDT", "3", "4", "buy", "2", 1630048897898000000, None, ""),
         ),
     ),
-    MarketFeedsCase(
+    Case(
         "okx",
         '{"event":"error","code":"60012","msg":"Invalid request","connId":"a4d3ae55"}',
         "error",
         note="60012 Invalid request",
     ),
-    MarketFeedsCase(
+    Case(
         "okx",
         '{"event":"notice","code":"64008","msg":"The connection will soon be closed for a service upgrade. Please '
         'reconnect.",'
@@ -250,19 +242,11 @@ MARKET_FEEDS_CASES = [
         note="The connection will soon be closed for a service upgrade. Please reconnect.",
         reconnect=True,
     ),
-    MarketFeedsCase(
-        "okx", '{"event":"channel-conn-count","channel":"trades","connCount":"1","connId":"abcd1234"}', "ignored"
-    ),
-    MarketFeedsCase(
-        "bybit", '{"success":true,"ret_msg":"subscribe","conn_id":"2324d924-aa4d","op":"subscribe"}', "ack"
-    ),
-    MarketFeedsCase(
-        "bybit", '{"success":true,"ret_msg":"pong","conn_id":"0970e817-426e","req_id":"","op":"ping"}', "heartbeat"
-    ),
-    MarketFeedsCase(
-        "bybit", '{"req_id":"test","op":"pong","args":["1675418560633"],"conn_id":"cfcb4ocs"}', "heartbeat"
-    ),
-    MarketFeedsCase(
+    Case("okx", '{"event":"channel-conn-count","channel":"trades","connCount":"1","connId":"abcd1234"}', "ignored"),
+    Case("bybit", '{"success":true,"ret_msg":"subscribe","conn_id":"2324d924-aa4d","op":"subscribe"}', "ack"),
+    Case("bybit", '{"success":true,"ret_msg":"pong","conn_id":"0970e817-426e","req_id":"","op":"ping"}', "heartbeat"),
+    Case("bybit", '{"req_id":"test","op":"pong","args":["1675418560633"],"conn_id":"cfcb4ocs"}', "heartbeat"),
+    Case(
         "bybit",
         '{"topic":"publicTrade.BTCUSDT","type":"snapshot","ts":1672304486868,"data":[{"T":1672304486865,"s":"BTCUSDT","S":'
         '"Buy","v":"0.001","p":"16578.50","L":"PlusTick","i":"20f43950-d8dd-5b31-9112-a178eb6023af","BT":false,"seq":'
@@ -276,22 +260,22 @@ MARKET_FEEDS_CASES = [
             ("BTC-USDT", "16578.40", "0.002", "sell", "2290000000007764263", 1672304486866000000, None, ""),
         ),
     ),
-    MarketFeedsCase(
+    Case(
         "bybit",
         '{"success":false,"ret_msg":"error:handler not found,topic:publicTrade.FOO","conn_id":"7bf2","op":"subscribe"}',
         "error",
         note="error:handler not found,topic:publicTrade.FOO",
     ),
-    MarketFeedsCase("bitfinex", '{"event":"info","version":2,"serverId":"cfa1bd5b","platform":{"status":1}}', "status"),
-    MarketFeedsCase(
+    Case("bitfinex", '{"event":"info","version":2,"serverId":"cfa1bd5b","platform":{"status":1}}', "status"),
+    Case(
         "bitfinex",
         '{"event":"info","version":2,"serverId":"cfa1bd5b","platform":{"status":0}}',
         "status",
         note="maintenance",
     ),
-    MarketFeedsCase("bitfinex", '{"event":"conf","status":"OK","flags":65536}', "ack"),
-    MarketFeedsCase("bitfinex", MARKET_FEEDS_BITFINEX_ACK, "ack"),
-    MarketFeedsCase(
+    Case("bitfinex", '{"event":"conf","status":"OK","flags":65536}', "ack"),
+    Case("bitfinex", BITFINEX_ACK, "ack"),
+    Case(
         "bitfinex",
         "[17470,[[401597395,1574694478808,0.005,7245.3],[401597394,1574694478808,-0.5,7245.3],"
         "[401597393,1574694475039,1e-7,7244.9]],1]",
@@ -301,39 +285,37 @@ MARKET_FEEDS_CASES = [
             ("BTC-USD", "7245.3", "0.005", "buy", "401597395", 1574694478808000000, None, "snapshot"),
         ),
         sequence=1,
-        before=(MARKET_FEEDS_BITFINEX_ACK,),
+        before=(BITFINEX_ACK,),
     ),
-    MarketFeedsCase(
+    Case(
         "bitfinex",
         '[17470,"te",[401597396,1574694478809,-0.005,7245]]',
         trades=(("BTC-USD", "7245", "0.005", "sell", "401597396", 1574694478809000000, None, ""),),
-        before=(MARKET_FEEDS_BITFINEX_ACK,),
+        before=(BITFINEX_ACK,),
     ),
-    MarketFeedsCase(
+    Case(
         "bitfinex",
         '[17470,"tu",[401597396,1574694478809,-0.005,7245],7]',
         "ignored",
         sequence=7,
-        before=(MARKET_FEEDS_BITFINEX_ACK,),
+        before=(BITFINEX_ACK,),
     ),
-    MarketFeedsCase("bitfinex", '[17470,"hb",8]', "heartbeat", sequence=8, before=(MARKET_FEEDS_BITFINEX_ACK,)),
-    MarketFeedsCase(
-        "bitfinex", '{"event":"error","msg":"symbol: invalid","code":10300}', "error", note="10300 symbol: invalid"
-    ),
-    MarketFeedsCase(
+    Case("bitfinex", '[17470,"hb",8]', "heartbeat", sequence=8, before=(BITFINEX_ACK,)),
+    Case("bitfinex", '{"event":"error","msg":"symbol: invalid","code":10300}', "error", note="10300 symbol: invalid"),
+    Case(
         "bitfinex",
         '{"event":"info","code":20051,"msg":"Stopping. Please try to reconnect"}',
         "status",
         note="20051 Stopping. Please try to reconnect",
         reconnect=True,
     ),
-    MarketFeedsCase(
+    Case(
         "bitfinex",
         '{"event":"info","code":20060,"msg":"Entering in Maintenance mode."}',
         "status",
         note="20060 Entering in Maintenance mode.",
     ),
-    MarketFeedsCase(
+    Case(
         "gemini",
         '{"type":"l2_updates","symbol":"BTCUSD","changes":[["buy","9122.04","0.00121425"],["sell","9122.07","0.98942292"]],'
         '"trades":[{"type":"trade","symbol":"BTCUSD","eventid":169841459,"timestamp":1560976400429,"price":"9122.05",'
@@ -344,54 +326,50 @@ MARKET_FEEDS_CASES = [
             ("BTC-USD", "9122.05", "0.1", "buy", "169841459", 1560976400429000000, None, "snapshot"),
         ),
     ),
-    MarketFeedsCase(
-        "gemini", '{"type":"l2_updates","symbol":"BTCUSD","changes":[["sell","9160.20","0.1921229751"]]}', "ignored"
-    ),
-    MarketFeedsCase(
+    Case("gemini", '{"type":"l2_updates","symbol":"BTCUSD","changes":[["sell","9160.20","0.1921229751"]]}', "ignored"),
+    Case(
         "gemini",
         '{"type":"trade","symbol":"BTCUSD","event_id":3575573053,"timestamp":1512314110000,"price":"9004.21000000","quantity":'
         '"0.09110000","side":"buy","tid":2840140800042677}',
         trades=(("BTC-USD", "9004.21000000", "0.09110000", "buy", "2840140800042677", 1512314110000000000, None, ""),),
     ),
-    MarketFeedsCase("gemini", '{"type":"heartbeat","timestamp":1512314110000}', "heartbeat"),
-    MarketFeedsCase("gemini", '{"result":"error","reason":"InvalidJson"}', "error", note="InvalidJson "),
-    MarketFeedsCase(
+    Case("gemini", '{"type":"heartbeat","timestamp":1512314110000}', "heartbeat"),
+    Case("gemini", '{"result":"error","reason":"InvalidJson"}', "error", note="InvalidJson "),
+    Case(
         "gateio",
         '{"time":1611541000,"time_ms":1611541000001,"channel":"spot.trades","event":"subscribe","error":null,"result":'
         '{"status":"success"}}',
         "ack",
     ),
-    MarketFeedsCase(
-        "gateio", '{"time":1545404023,"channel":"spot.pong","event":"","error":null,"result":null}', "heartbeat"
-    ),
-    MarketFeedsCase(
+    Case("gateio", '{"time":1545404023,"channel":"spot.pong","event":"","error":null,"result":null}', "heartbeat"),
+    Case(
         "gateio",
         '{"time":1606292218,"time_ms":1606292218231,"channel":"spot.trades","event":"update","result":{"id":309143071,'
         '"create_time":1606292218,"create_time_ms":"1606292218213.4578","side":"sell","currency_pair":"GT_USDT","amount":'
         '"16.4700000000","price":"0.4705000000","range":"2390902-2390902"}}',
         trades=(("GT-USDT", "0.4705000000", "16.4700000000", "sell", "309143071", 1606292218213457800, None, ""),),
     ),
-    MarketFeedsCase(
+    Case(
         "gateio",
         '{"time":1611541000,"channel":"spot.trades","event":"subscribe","error":{"code":2,"message":"unknown '
         'currency pair GT_USDTX"},"result":null}',
         "error",
         note="2 unknown currency pair GT_USDTX",
     ),
-    MarketFeedsCase(
+    Case(
         "bitmex",
         '{"info":"Welcome to the BitMEX Realtime API.","version":"2024","timestamp":"2015-01-18T10:14:06.802Z","docs":'
         '"https://www.bitmex.com/app/wsAPI","limit":{"remaining":39}}',
         "status",
         note="Welcome to the BitMEX Realtime API.",
     ),
-    MarketFeedsCase(
+    Case(
         "bitmex",
         '{"success":true,"subscribe":"trade:XBTUSD","request":{"op":"subscribe","args":["trade:XBTUSD"]}}',
         "ack",
     ),
-    MarketFeedsCase("bitmex", "pong", "heartbeat"),
-    MarketFeedsCase(
+    Case("bitmex", "pong", "heartbeat"),
+    Case(
         "bitmex",
         '{"table":"trade","action":"partial","keys":[],"types":{"timestamp":"timestamp"},"filter":{"symbol":"XBTUSD"},"data":'
         '[{"timestamp":"2020-01-24T15:30:27.621Z","symbol":"XBTUSD","side":"Sell","size":500,"price":8479.5,"tickDirection":'
@@ -404,7 +382,7 @@ MARKET_FEEDS_CASES = [
             ),
         ),
     ),
-    MarketFeedsCase(
+    Case(
         "bitmex",
         '{"table":"trade","action":"insert","data":[{"timestamp":"2020-01-24T15:30:29.366Z","symbol":"XBTUSD","side":"Buy",'
         '"size":2100,"price":8479.5,"tickDirection":"ZeroMinusTick","trdMatchID":"c2d665a3-bb51-f45f-6ce7-40f732f0609f",'
@@ -416,17 +394,17 @@ MARKET_FEEDS_CASES = [
             ),
         ),
     ),
-    MarketFeedsCase(
+    Case(
         "bitmex",
         '{"status":400,"error":"Unknown or expired symbol.","meta":{},"request":{"op":"subscribe",'
         '"args":["trade:FOO"]}}',
         "error",
         note="400 Unknown or expired symbol.",
     ),
-    MarketFeedsCase("alpaca", '[{"T":"success","msg":"connected"}]', "ack"),
-    MarketFeedsCase("alpaca", '[{"T":"success","msg":"authenticated"}]', "ack"),
-    MarketFeedsCase("alpaca", '[{"T":"subscription","trades":["AAPL"],"quotes":[],"bars":[]}]', "ack"),
-    MarketFeedsCase(
+    Case("alpaca", '[{"T":"success","msg":"connected"}]', "ack"),
+    Case("alpaca", '[{"T":"success","msg":"authenticated"}]', "ack"),
+    Case("alpaca", '[{"T":"subscription","trades":["AAPL"],"quotes":[],"bars":[]}]', "ack"),
+    Case(
         "alpaca",
         '[{"T":"t","i":96921,"S":"AAPL","x":"D","p":126.55,"s":1,"t":"2021-02-22T15:51:44.208123456Z","c":["@","I"],"z":"C"},'
         '{"T":"t","i":96922,"S":"BRK.B","x":"V","p":240,"s":0.5,"t":"2021-02-22T15:51:44Z","c":["@"],"z":"A"}]',
@@ -438,21 +416,21 @@ MARKET_FEEDS_CASES = [
             ("BRK.B-USD", "240", "0.5", "", "V-96922", market_feeds_ns("2021-02-22T15:51:44Z"), None, ""),
         ),
     ),
-    MarketFeedsCase(
+    Case(
         "alpaca",
         '[{"T":"error","code":406,"msg":"connection limit exceeded"}]',
         "error",
         note="406 connection limit exceeded",
     ),
-    MarketFeedsCase(
+    Case(
         "alpaca",
         '[{"T":"s","S":"AAPL","sc":"H","sm":"Trading Halt","rc":"T12","rm":"x","t":"2021-02-22T19:15:00Z","z":"C"}]',
         "status",
         note="AAPL: Trading Halt",
     ),
-    MarketFeedsCase("alpaca", '[{"T":"c","S":"EEM","x":"M","oi":52983525033527,"op":39.1582,"os":440000}]', "ignored"),
-    MarketFeedsCase("finnhub", '{"type":"ping"}', "heartbeat"),
-    MarketFeedsCase(
+    Case("alpaca", '[{"T":"c","S":"EEM","x":"M","oi":52983525033527,"op":39.1582,"os":440000}]', "ignored"),
+    Case("finnhub", '{"type":"ping"}', "heartbeat"),
+    Case(
         "finnhub",
         '{"data":[{"c":["1","8"],"p":7296.89,"s":"AAPL","t":1575526691134,"v":0.011467},{"p":7297,"s":"AAPL","t":1575526691135,'
         '"v":3}],"type":"trade"}',
@@ -461,7 +439,7 @@ MARKET_FEEDS_CASES = [
             ("AAPL-USD", "7297", "3", "", "", 1575526691135000000, None, ""),
         ),
     ),
-    MarketFeedsCase(
+    Case(
         "finnhub",
         '{"type":"error","msg":"Subscribing to too many symbols"}',
         "error",
@@ -470,24 +448,24 @@ MARKET_FEEDS_CASES = [
 ]
 
 
-def market_feeds_connected(name: str, symbols: list[str]) -> tuple[Wire, Adapter, list[Parsed]]:
+def connected(name: str, symbols: list[str]) -> tuple[Wire, Adapter, list[Parsed]]:
     """A wire and an adapter after the subscription, and what the frames until then came to."""
-    wire, adapter = WIRES[name](clock=lambda: MARKET_FEEDS_NOW / 1e9), ADAPTERS[name].fresh()
+    wire, adapter = WIRES[name](clock=lambda: NOW / 1e9), ADAPTERS[name].fresh()
     frames, natives = wire.welcome(), []
     for message in adapter.subscribe(symbols):
         natives += wire.symbols_of(message)
         frames += wire.acks(message)
     assert natives == [adapter.native(symbol) for symbol in symbols]
-    return wire, adapter, [adapter.parse(frame, MARKET_FEEDS_NOW) for frame in frames]
+    return wire, adapter, [adapter.parse(frame, NOW) for frame in frames]
 
 
-MARKET_CONNECT_SYMBOLS = ("BTC-USD", "ETH-USD")
+SYMBOLS = ("BTC-USD", "ETH-USD")
 
 
-MARKET_CONNECT_NAMES = tuple(WIRES)
+NAMES = tuple(WIRES)
 
 
-class MarketConnectSink:
+class Sink:
     """Takes what feeds tell."""
 
     def __init__(self) -> None:
@@ -521,10 +499,10 @@ class MarketConnectWorld:
     def __init__(
         self,
         them: Exchanges,
-        names: Sequence[str] = MARKET_CONNECT_NAMES,
+        names: Sequence[str] = NAMES,
         **options: Any,
     ) -> None:
-        self.them, self.names, self.sink = them, names, MarketConnectSink()
+        self.them, self.names, self.sink = them, names, Sink()
         self.own: dict[str, dict[str, Any]] = options.pop("own", {})  # options of single feeds
         self.options: dict[str, Any] = {"base": 0.02, "cap": 0.1, "breaker": None, **options}
         self.feeds: dict[str, Feed] = {}
@@ -534,7 +512,7 @@ class MarketConnectWorld:
         breaker = CircuitBreaker(name, failures=None, reset=0.01, max_reset=0.01)  # never opens
         chosen = {"breaker": breaker, "session": self.session, **{k: v for k, v in self.options.items() if v}}
         adapter, url = ADAPTERS[name], self.them.urls[name]
-        options = {"url": url, "symbols": MARKET_CONNECT_SYMBOLS, **chosen, **options}
+        options = {"url": url, "symbols": SYMBOLS, **chosen, **options}
         return Feed(adapter, options.pop("symbols"), self.sink.emit, self.sink.dead, **options)
 
     async def __aenter__(self) -> MarketConnectWorld:
@@ -551,14 +529,14 @@ class MarketConnectWorld:
         await self.session.close()
         if kind is None:
             assert asyncio.all_tasks() == {asyncio.current_task()}
-            await prim_until_async(lambda: not any(each.open for each in self.them.stats().values()))
+            await until_async(lambda: not any(each.open for each in self.them.stats().values()))
 
     async def until(self, name: str, state: str, connects: int = 1) -> None:
         def there() -> bool:
             found = self.feeds[name].stats()
             return found.state == state and found.connects >= connects
 
-        await prim_until_async(there)
+        await until_async(there)
 
     async def settled(self, name: str) -> None:
         """Every trade that was sent has been told, or stands in a dead letter."""
@@ -567,11 +545,11 @@ class MarketConnectWorld:
             letters = sum(letter[0] == name and b'"tu"' not in letter[2] for letter in self.sink.letters)
             return len(self.sink.live(name)) + letters >= sum(self.them.sent(name).values())
 
-        await prim_until_async(there)
+        await until_async(there)
 
 
-class MarketConnectFakeSocket:
-    def __init__(self, world: PrimWorld, lasts: float, frames: Sequence[bytes] = (b'{"result":null,"id":1}',)) -> None:
+class FakeSocket:
+    def __init__(self, world: World, lasts: float, frames: Sequence[bytes] = (b'{"result":null,"id":1}',)) -> None:
         self.world, self.lasts, self.frames, self.sent = world, lasts, deque(frames), list[str]()
 
     async def receive(self) -> aiohttp.WSMessage:
@@ -593,10 +571,10 @@ class MarketConnectFakeSocket:
         return None
 
 
-MARKET_STATS_T0 = 1_700_000_000_000_000_000
+STATS_T0 = 1_700_000_000_000_000_000
 
 
-MARKET_STATS_EXCHANGES = ("kraken", "okx", "binance")
+EXCHANGES = ("kraken", "okx", "binance")
 
 
 def market_stats_trade(
@@ -604,7 +582,7 @@ def market_stats_trade(
     trade_id: str = "", flags: str = "", received: float | None = None,
 ) -> Trade:  # fmt: skip
     """``at``, ``received``: seconds after T0; received as it happened if not given."""
-    ts, got = (MARKET_STATS_T0 + round(1e9 * seconds) for seconds in (at, at if received is None else received))
+    ts, got = (STATS_T0 + round(1e9 * seconds) for seconds in (at, at if received is None else received))
     return Trade(exchange, symbol, repr(price), repr(size), price, size, "", trade_id, ts, got, None, flags)
 
 
@@ -614,7 +592,7 @@ def market_stats_stream(seed: int, n: int = 3000, seconds: float = 90.0) -> list
     price, at, arrivals = {"BTC-USD": 60_000.0, "XRP-USD": 0.5}, 0.0, list[tuple[float, Trade]]()
     for n_th in range(n):
         at += rng.expovariate(n / seconds) if rng.random() > 0.002 else rng.choice((4.0, 25.0))
-        symbol, exchange = rng.choice(sorted(price)), rng.choice(MARKET_STATS_EXCHANGES)
+        symbol, exchange = rng.choice(sorted(price)), rng.choice(EXCHANGES)
         price[symbol] *= math.exp(rng.gauss(0, 1e-3))
         trade_id = str(n_th) if exchange != "okx" else ""
         trade = market_stats_trade(
@@ -637,7 +615,7 @@ MARKET_KAFKA_NOW = (time.time_ns() // 10**9 - 3600) * 10**9
 """Of late: brokers delete what is older than their retention."""
 
 
-MARKET_KAFKA_AT_ONCE = pr.RetryPolicy(attempts=1 << 30, base=0.02, cap=0.02, total=float("inf"))
+AT_ONCE = pr.RetryPolicy(attempts=1 << 30, base=0.02, cap=0.02, total=float("inf"))
 
 
 def market_kafka_trade(n: int, symbol: Any = "BTC-USD", **changes: Any) -> Trade:
@@ -652,7 +630,7 @@ def market_kafka_trades(first: int, last: int, symbols: int = 5) -> list[Trade]:
     return [market_kafka_trade(n, f"S{n % symbols}-USD") for n in range(first, last)]
 
 
-async def market_kafka_read(address: str, topic: str) -> dict[int, list[Any]]:
+async def read(address: str, topic: str) -> dict[int, list[Any]]:
     """All that is in a topic: the records of each partition, in order."""
     consumer = AIOKafkaConsumer(bootstrap_servers=address, auto_offset_reset="earliest")
     await consumer.start()
@@ -663,7 +641,7 @@ async def market_kafka_read(address: str, topic: str) -> dict[int, list[Any]]:
         consumer.assign(places)
         ends = await consumer.end_offsets(places)
         found: dict[int, list[Any]] = {}
-        deadline = time.monotonic() + PRIM_PATIENCE
+        deadline = time.monotonic() + HANG_LIMIT
         while [await consumer.position(place) for place in places] != [ends[place] for place in places]:
             assert time.monotonic() < deadline
             for place, records in (await consumer.getmany(timeout_ms=50)).items():
@@ -676,7 +654,7 @@ async def market_kafka_read(address: str, topic: str) -> dict[int, list[Any]]:
 async def market_kafka_ids(address: str, topic: str = "trades") -> list[int]:
     """The trades of a topic; each symbol's have to be in one partition, in their order, without a repetition."""
     ids, places = list[int](), dict[str, int]()
-    for partition, records in (await market_kafka_read(address, topic)).items():
+    for partition, records in (await read(address, topic)).items():
         last = dict[str, int]()
         for record in records:
             trade = mt.decode(record.value)
@@ -687,7 +665,7 @@ async def market_kafka_ids(address: str, topic: str = "trades") -> list[int]:
     return sorted(ids)
 
 
-def market_kafka_balanced(publisher: mk.Publisher) -> mk.PublisherStats:
+def balanced(publisher: mk.Publisher) -> mk.PublisherStats:
     """What was accepted is somewhere, once."""
     stats = publisher.stats()
     for counts in (stats.trades, stats.analytics):
@@ -698,14 +676,14 @@ def market_kafka_balanced(publisher: mk.Publisher) -> mk.PublisherStats:
 @pytest.fixture
 def market_kafka_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
     """One of the test's own: it may be frozen, stopped, killed."""
-    monkeypatch.setattr(link, "BACK_OFF", MARKET_KAFKA_AT_ONCE)
-    monkeypatch.setattr(mt, "BACK_OFF", MARKET_KAFKA_AT_ONCE)
+    monkeypatch.setattr(link, "BACK_OFF", AT_ONCE)
+    monkeypatch.setattr(mt, "BACK_OFF", AT_ONCE)
     with Broker(tmp_path / "broker") as broker:
         yield broker
 
 
 @contextlib.asynccontextmanager
-async def market_kafka_open(address: str, limit: float = PRIM_PATIENCE, **options: Any) -> AsyncIterator[mk.Publisher]:
+async def market_kafka_open(address: str, limit: float = HANG_LIMIT, **options: Any) -> AsyncIterator[mk.Publisher]:
     """A publisher; at the end nothing is left of it: no task, thread, descriptor, log handler."""
     tasks, threads, files = asyncio.all_tasks(), set(threading.enumerate()), psutil.Process().num_fds()
     options = {"linger": 0.005, "request_timeout": 0.5, "partitions": 3, **options}
@@ -715,7 +693,7 @@ async def market_kafka_open(address: str, limit: float = PRIM_PATIENCE, **option
         yield publisher
     finally:
         await publisher.stop(limit)
-        market_kafka_balanced(publisher)
+        balanced(publisher)
         assert publisher.stats().trades.held == publisher.stats().analytics.held == 0
         for _ in range(5):
             await asyncio.sleep(0)

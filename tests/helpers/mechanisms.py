@@ -16,12 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 import coordination as co
 import primitives as pr
-from tests.helpers.base import PRIM_PATIENCE, PrimWorld, prim_until
+from tests.helpers.base import HANG_LIMIT, World, wait_until
 
-PRIM_STEPS = st.integers(0, 320).map(lambda k: k / 64)
+STEPS = st.integers(0, 320).map(lambda k: k / 64)
 
 
-def prim_error_of(call: Callable[[], Any]) -> BaseException | None:
+def error_of(call: Callable[[], Any]) -> BaseException | None:
     try:
         call()
     except BaseException as error:
@@ -29,7 +29,7 @@ def prim_error_of(call: Callable[[], Any]) -> BaseException | None:
     return None
 
 
-async def prim_error_of_task(awaitable: Awaitable[Any]) -> BaseException | None:
+async def error_of_task(awaitable: Awaitable[Any]) -> BaseException | None:
     try:
         await awaitable
     except BaseException as error:
@@ -37,14 +37,14 @@ async def prim_error_of_task(awaitable: Awaitable[Any]) -> BaseException | None:
     return None
 
 
-def prim_in_threads(calls: list[Callable[[], Any]]) -> None:
+def in_threads(calls: list[Callable[[], Any]]) -> None:
     """Run all at once with the smallest time slices; the first error of theirs is raised."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
             for future in [pool.submit(call) for call in calls]:
-                future.result(PRIM_PATIENCE)
+                future.result(HANG_LIMIT)
     finally:
         sys.setswitchinterval(interval)
 
@@ -52,15 +52,15 @@ def prim_in_threads(calls: list[Callable[[], Any]]) -> None:
 prim_local = threading.local()
 
 
-PRIM_BLOCK = co._Waiter.block
+BLOCK = co._Waiter.block
 
 
-def prim_gated_block(waiter: co._Waiter, timeout: float | None) -> None:
+def gated_block(waiter: co._Waiter, timeout: float | None) -> None:
     """Block as told: a worker that is to be interrupted or to time out does so when the test says, not the clock."""
     worker: PrimThread | None = getattr(prim_local, "worker", None)
     if worker is None or not worker.gated:
-        return PRIM_BLOCK(waiter, timeout)
-    assert worker.gate.wait(PRIM_PATIENCE)
+        return BLOCK(waiter, timeout)
+    assert worker.gate.wait(HANG_LIMIT)
     if worker.interrupt is not None:
         raise worker.interrupt
     return None
@@ -88,15 +88,15 @@ class PrimThread:
         return self.outcome.done()
 
     def result(self) -> Any:
-        self.thread.join(PRIM_PATIENCE)
-        return self.outcome.result(PRIM_PATIENCE)
+        self.thread.join(HANG_LIMIT)
+        return self.outcome.result(HANG_LIMIT)
 
     def cancel(self, after: Callable[[], Any] = lambda: None) -> None:
         """Interrupt the wait, as Ctrl-C does, right after the given call."""
         after()
         self.interrupt = KeyboardInterrupt()
         self.gate.set()
-        assert isinstance(self.outcome.exception(PRIM_PATIENCE), KeyboardInterrupt)
+        assert isinstance(self.outcome.exception(HANG_LIMIT), KeyboardInterrupt)
 
     def expire(self, after: Callable[[], Any] = lambda: None) -> Any:
         """Let the wait time out right after the given call."""
@@ -108,7 +108,7 @@ class PrimThread:
 class PrimTask:
     """An awaited call in a task of a loop that runs in another thread."""
 
-    def __init__(self, loop: PrimLoop, call: Callable[[], Awaitable[Any]]) -> None:
+    def __init__(self, loop: Loop, call: Callable[[], Awaitable[Any]]) -> None:
         self.loop = loop
         self.outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self.task = loop.do(lambda: loop.loop.create_task(self._run(call)))
@@ -123,7 +123,7 @@ class PrimTask:
         return self.outcome.done()
 
     def result(self) -> Any:
-        return self.outcome.result(PRIM_PATIENCE)
+        return self.outcome.result(HANG_LIMIT)
 
     def cancel(self, after: Callable[[], Any] = lambda: None) -> None:
         def both() -> None:
@@ -131,17 +131,17 @@ class PrimTask:
             self.task.cancel()
 
         self.loop.do(both)
-        assert isinstance(self.outcome.exception(PRIM_PATIENCE), asyncio.CancelledError)
+        assert isinstance(self.outcome.exception(HANG_LIMIT), asyncio.CancelledError)
 
 
-class PrimLoop:
+class Loop:
     """An event loop in debug mode in a thread of its own."""
 
     def __init__(self) -> None:
         self.complaints: list[dict[str, Any]] = []
         self.loop = asyncio.new_event_loop()
         self.loop.set_debug(True)
-        self.loop.slow_callback_duration = PRIM_PATIENCE
+        self.loop.slow_callback_duration = HANG_LIMIT
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(context))
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -157,25 +157,25 @@ class PrimLoop:
                 outcome.set_exception(error)
 
         self.loop.call_soon_threadsafe(run)
-        return outcome.result(PRIM_PATIENCE)
+        return outcome.result(HANG_LIMIT)
 
     def close(self) -> None:
         for task in self.do(lambda: asyncio.all_tasks(self.loop)):
             self.do(task.cancel)
-        prim_until(lambda: not self.do(lambda: asyncio.all_tasks(self.loop)))
+        wait_until(lambda: not self.do(lambda: asyncio.all_tasks(self.loop)))
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(PRIM_PATIENCE)
+        self.thread.join(HANG_LIMIT)
         self.loop.close()
         assert self.complaints == []
 
 
-class PrimShell:
+class Shell:
     """Starts each call in a thread, in a task, or in turns in a thread and in tasks of two loops."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.loops = [PrimLoop() for _ in range({"threads": 0, "tasks": 1, "mixed": 2}[kind])]
-        homes: list[PrimLoop | None] = [*self.loops] if kind == "tasks" else [None, *self.loops]
+        self.loops = [Loop() for _ in range({"threads": 0, "tasks": 1, "mixed": 2}[kind])]
+        homes: list[Loop | None] = [*self.loops] if kind == "tasks" else [None, *self.loops]
         self.homes = itertools.cycle(homes)
 
     def start(
@@ -205,9 +205,9 @@ class PrimShell:
 
 
 @pytest.fixture(params=["threads", "tasks", "mixed"])
-def prim_shell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PrimShell]:
-    monkeypatch.setattr(co._Waiter, "block", prim_gated_block)
-    shell = PrimShell(request.param)
+def prim_shell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
+    monkeypatch.setattr(co._Waiter, "block", gated_block)
+    shell = Shell(request.param)
     yield shell
     for loop in shell.loops:
         loop.close()
@@ -224,7 +224,7 @@ def prim_stranded(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     return task
 
 
-class PrimLoopMachine(RuleBasedStateMachine):
+class LoopMachine(RuleBasedStateMachine):
     """Tasks of a loop that takes one step at a time."""
 
     debug: ClassVar[bool] = True
@@ -312,7 +312,7 @@ class FlightLoad:
 
     def __call__(self) -> Any:
         self.gates.append(concurrent.futures.Future())
-        return self.gates[-1].result(PRIM_PATIENCE)
+        return self.gates[-1].result(HANG_LIMIT)
 
     async def aload(self) -> Any:
         self.gates.append(concurrent.futures.Future())
@@ -320,7 +320,7 @@ class FlightLoad:
 
     def begun(self, n: int) -> concurrent.futures.Future[Any]:
         """The gate of the n-th call, once it is made; there must be no further one."""
-        prim_until(lambda: len(self.gates) >= n)
+        wait_until(lambda: len(self.gates) >= n)
         assert len(self.gates) == n
         return self.gates[-1]
 
@@ -328,8 +328,8 @@ class FlightLoad:
 class FlightDesk:
     """Asks a ``SingleFlight``, or a ``TTLCache`` that has one, in the workers of a shell."""
 
-    def __init__(self, shell: PrimShell, kind: str) -> None:
-        self.shell, self.kind, self.world = shell, kind, PrimWorld(0.0)
+    def __init__(self, shell: Shell, kind: str) -> None:
+        self.shell, self.kind, self.world = shell, kind, World(0.0)
         self.cache: pr.TTLCache[Any, Any] = pr.TTLCache(16, 10.0, stale=5.0, clock=self.world.clock)
         self.flights = self.cache._flights
         self.many = 99 if shell.kind == "mixed" else 999
@@ -353,18 +353,18 @@ class FlightDesk:
         return workers
 
     def waiting(self, n: int) -> None:
-        prim_until(lambda: self.flights.stats().waiting == n)
+        wait_until(lambda: self.flights.stats().waiting == n)
 
     def kill(self, leader: PrimThread | PrimTask, gate: concurrent.futures.Future[Any]) -> None:
         """End the leader as Ctrl-C or a cancellation does; a task of the same loop ends a little later."""
         if isinstance(leader, PrimThread):
             gate.set_exception(KeyboardInterrupt())
-            assert isinstance(leader.outcome.exception(PRIM_PATIENCE), KeyboardInterrupt)
+            assert isinstance(leader.outcome.exception(HANG_LIMIT), KeyboardInterrupt)
         else:
             leader.loop.loop.call_soon_threadsafe(leader.task.cancel)
 
     def idle(self) -> bool:
-        prim_until(lambda: self.flights.stats().flights == 0)
+        wait_until(lambda: self.flights.stats().flights == 0)
         return self.flights.stats().waiting == 0
 
 

@@ -27,7 +27,7 @@ import primitives as pr
 from api.history import UPSTREAM_RESULTS, History, Result
 from runtime import postgres as db
 from runtime.embedded import Account, Embedded, find_programs
-from tests.helpers.base import PRIM_PATIENCE, prim_until, prim_until_async
+from tests.helpers.base import HANG_LIMIT, until_async, wait_until
 
 
 class PgServer:
@@ -79,13 +79,13 @@ class PgServer:
                 return lines[:1] == [str(self.process.pid)] and lines[-1:] == ["ready"]
             return False
 
-        prim_until(ready)
+        wait_until(ready)
 
     def stop(self, number: int = signal.SIGINT) -> None:
         """SIGINT: fast; SIGQUIT: immediate; SIGKILL: of the postmaster only."""
         assert self.process is not None
         self.process.send_signal(number)
-        self.process.wait(PRIM_PATIENCE)
+        self.process.wait(HANG_LIMIT)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -119,7 +119,7 @@ async def pg_do(url: str, *statements: str) -> Any:
         await connection.close()
 
 
-PG_LET_GO = (
+LET_GO = (
     "SELECT count(pg_terminate_backend(pid)) FROM pg_locks JOIN pg_stat_activity USING (pid)"
     " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
 )
@@ -127,7 +127,7 @@ PG_LET_GO = (
 
 
 @pytest.fixture(scope="session")
-def pg_module() -> Iterator[PgServer]:
+def module() -> Iterator[PgServer]:
     server = PgServer()
     try:
         server.start()
@@ -139,20 +139,20 @@ def pg_module() -> Iterator[PgServer]:
 
 
 @pytest.fixture
-def pg(pg_module: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
+def pg(module: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
     """The server, which runs and holds nothing; checks come quickly."""
-    assert pg_module.process is not None
-    if pg_module.process.poll() is not None:
-        pg_module.start()
-    asyncio.run(pg_module.do("DROP TABLE IF EXISTS upstream_results"))
+    assert module.process is not None
+    if module.process.poll() is not None:
+        module.start()
+    asyncio.run(module.do("DROP TABLE IF EXISTS upstream_results"))
     monkeypatch.setattr(db, "CHECK_EVERY", 0.05)
     monkeypatch.setattr(db, "CHECK_LIMIT", 0.5)
     monkeypatch.setattr(db, "CLOSE_LIMIT", 0.2)
-    monkeypatch.setattr(db, "BACK_OFF", PG_AT_ONCE)
-    return pg_module
+    monkeypatch.setattr(db, "BACK_OFF", AT_ONCE)
+    return module
 
 
-PG_AT_ONCE = pr.RetryPolicy(attempts=sys.maxsize, base=0.02, cap=0.02, total=math.inf)
+AT_ONCE = pr.RetryPolicy(attempts=sys.maxsize, base=0.02, cap=0.02, total=math.inf)
 
 
 @contextlib.asynccontextmanager
@@ -161,13 +161,13 @@ async def pg_open(url: str, size: int = 4) -> AsyncIterator[db.Database]:
     before = asyncio.all_tasks()
     database = db.Database(url, UPSTREAM_RESULTS, size=size)
     try:
-        await database.open(PRIM_PATIENCE)
+        await database.open(HANG_LIMIT)
         assert database.state == "connected"
         yield database
     finally:
         await database.close()
     await database.close()
-    await prim_until_async(lambda: asyncio.all_tasks() <= before)
+    await until_async(lambda: asyncio.all_tasks() <= before)
     assert database.stats().state == "none"
 
 
@@ -179,19 +179,19 @@ async def pg_history(url: str, **options: Any) -> AsyncIterator[History]:
             history.writer = db.Writer(database, history._insert, **options)
         writing = asyncio.create_task(history.writer.run())
         yield history
-        await history.writer.close(writing, PRIM_PATIENCE)
+        await history.writer.close(writing, HANG_LIMIT)
         assert writing.exception() is None
 
 
 def pg_result(n: int, source: str = "a", payload: str | None = "{}", status: str = "ok", **parameters: str) -> Result:
     """The ``n``-th result, a second after the one before, an hour ago."""
-    return Result(source, json.dumps(parameters), PG_BEGUN + timedelta(seconds=n), n / 1000, status, payload)
+    return Result(source, json.dumps(parameters), BEGUN + timedelta(seconds=n), n / 1000, status, payload)
 
 
-PG_BEGUN = datetime.now(UTC) - timedelta(hours=1)
+BEGUN = datetime.now(UTC) - timedelta(hours=1)
 
 
-class PgProxy:
+class Proxy:
     """Between a client and the server. ``cut`` says of what the server sent whether to cut the connection instead."""
 
     def __init__(self, port: int, cut: Callable[[bytes], bool]) -> None:

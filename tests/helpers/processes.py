@@ -24,10 +24,10 @@ import psutil
 
 from runtime import processes
 from tests.helpers.api import aggregate_http
-from tests.helpers.base import HERE, PRIM_PATIENCE, prim_until
-from tests.helpers.crawl import walk_free_port
+from tests.helpers.base import HANG_LIMIT, HERE, wait_until
+from tests.helpers.crawl import free_port
 
-PROC_PATIENCE = PRIM_PATIENCE
+PROC_PATIENCE = HANG_LIMIT
 
 
 def proc_gone(pid: int) -> bool:
@@ -96,20 +96,20 @@ def proc_ticks(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11])
 
 
-SERVING_HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-SERVING_IDLERS = {
+IDLERS = {
     "silent": b"",
     "half a request line": b"GET /hea",
-    "half a head": SERVING_HEALTH[:-2],
-    "answered": SERVING_HEALTH,
+    "half a head": HEALTH[:-2],
+    "answered": HEALTH,
     "a body that does not come": b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n",
     "an answer that is not read": b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n",
 }
 
 
-def serving_fill(writing: int) -> int:
+def fill(writing: int) -> int:
     os.set_blocking(writing, False)
     filled = 0
     for piece in (b"x" * 4096, b"x"):
@@ -120,13 +120,13 @@ def serving_fill(writing: int) -> int:
     return filled
 
 
-class ServingUnread:
+class Unread:
     """A program whose stderr, a pipe or a terminal, is full from the beginning: nobody reads it."""
 
     def __init__(self, *command: str, terminal: bool, **environ: str) -> None:
         self.reading, writing = pty.openpty() if terminal else os.pipe()
-        serving_fill(writing)
-        self._port = walk_free_port()
+        fill(writing)
+        self._port = free_port()
         command = (*command, "--http", f"127.0.0.1:{self._port}")
         environ = {**os.environ, "DATABASE_URL": "", **environ}
         self.process = subprocess.Popen(
@@ -146,15 +146,15 @@ class ServingUnread:
             return False
 
         assert self.process.poll() is None
-        prim_until(looked)
+        wait_until(looked)
 
     def term(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def serving_unread(*command: str, terminal: bool = False) -> Iterator[ServingUnread]:
-    program = ServingUnread(*command, terminal=terminal, TERM="xterm-256color")
+def unread(*command: str, terminal: bool = False) -> Iterator[Unread]:
+    program = Unread(*command, terminal=terminal, TERM="xterm-256color")
     try:
         yield program
     finally:
@@ -166,31 +166,31 @@ def serving_unread(*command: str, terminal: bool = False) -> Iterator[ServingUnr
         os.close(program.reading)
 
 
-def serving_besiege(port: int, stack: contextlib.ExitStack) -> None:
+def besiege(port: int, stack: contextlib.ExitStack) -> None:
     """200 connections of all kinds that do nothing any more."""
-    kinds = list(SERVING_IDLERS.values())
+    kinds = list(IDLERS.values())
     for n in range(200):
-        client = stack.enter_context(socket.create_connection(("127.0.0.1", port), PRIM_PATIENCE))
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", port), HANG_LIMIT))
         with contextlib.suppress(ConnectionError):
             client.sendall(kinds[n % len(kinds)])
 
 
-def serving_curl(*arguments: str) -> str:
+def curl(*arguments: str) -> str:
     """The status, as another client sees it."""
-    command = ("curl", "-sS", "-m", str(int(PRIM_PATIENCE)), "-o", "/dev/null", "-w", "%{http_code}", *arguments)
+    command = ("curl", "-sS", "-m", str(int(HANG_LIMIT)), "-o", "/dev/null", "-w", "%{http_code}", *arguments)
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def serving_answers_besieged(url: str, process: int) -> None:
+def answers_besieged(url: str, process: int) -> None:
     """Also after ``PATIENCE``: as fast as the first connections go, others come."""
     port, before = urlsplit(url).port or 0, psutil.Process(process).num_fds()
     with contextlib.ExitStack() as stack:
         for _ in range(3):
-            serving_besiege(port, stack)
+            besiege(port, stack)
             for _ in range(5):
                 assert aggregate_http(port, "/health")[0] == 200
             assert psutil.Process(process).num_fds() <= before + 128 + 20  # and what the program opens meanwhile
         if shutil.which("curl"):
-            assert serving_curl(f"{url}/health") == serving_curl("-I", f"{url}/health") == "200"
-            assert serving_curl("--http1.0", f"{url}/metrics") == "200"
-            assert serving_curl("-d", "x", f"{url}/metrics") == "405" and serving_curl(f"{url}/x") == "404"
+            assert curl(f"{url}/health") == curl("-I", f"{url}/health") == "200"
+            assert curl("--http1.0", f"{url}/metrics") == "200"
+            assert curl("-d", "x", f"{url}/metrics") == "405" and curl(f"{url}/x") == "404"
