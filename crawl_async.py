@@ -1,4 +1,4 @@
-"""The crawler on asyncio: one event loop and aiohttp over the decisions of crawl_core.
+"""The crawler on asyncio: one event loop and aiohttp over the decisions of crawl.core.
 
     python crawl_async.py urls.txt --csv
 
@@ -47,12 +47,6 @@ INLINE_PARSE = 256 * 1024
 
 Emit = Callable[[ScrapeResult], Awaitable[object]]
 """Takes a row; True: it says later when it is written (``Rows``)."""
-
-# -------------------------------------------------------------------------------------------------- connections
-
-
-# -------------------------------------------------------------------------------------------------------- fetch
-
 
 # -------------------------------------------------------------------------------------------------------- tasks
 

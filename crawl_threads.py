@@ -1,4 +1,4 @@
-"""The crawler on threads: ThreadPoolExecutor, urllib and html.parser over the decisions of crawl_core.
+"""The crawler on threads: ThreadPoolExecutor, urllib and html.parser over the decisions of crawl.core.
 
     python crawl_threads.py urls.txt
 
@@ -46,12 +46,6 @@ from crawl.readers import Readers
 from crawl.robots import LARGE
 
 Emit = Callable[[ScrapeResult], None]
-
-# -------------------------------------------------------------------------------------------------- connections
-
-
-# -------------------------------------------------------------------------------------------------------- fetch
-
 
 # ------------------------------------------------------------------------------------------------------ workers
 

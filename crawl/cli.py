@@ -40,8 +40,8 @@ from crawl.output import (
     peak_memory_mb,
 )
 from crawl.robots import Rules
-from crawl.rules import MAX_URL
 from crawl.scope import Scope
+from crawl.urls import MAX_URL
 from runtime.serving import SIZES, http_in_thread, size
 
 Run = Callable[[Crawl, Iterable[str], Emit], None]
@@ -80,9 +80,6 @@ def read_urls(sources: Iterable[str]) -> Iterator[str]:
                 url = line.partition(" #")[0].partition("\t#")[0].strip()
                 if url and not url.startswith("#"):
                     yield url[: MAX_URL + 1]
-
-
-# --------------------------------------------------------------------------------------------------------- rows
 
 
 # ----------------------------------------------------------------------------------------------------- progress

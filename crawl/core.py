@@ -48,10 +48,10 @@ from crawl.headers import request_headers
 from crawl.model import CrawlResult, FeedResult, Options, Request, Response, ScrapeResult
 from crawl.robots import DISALLOW_ALL, LARGE, MAX_HOPS, MAX_ROBOTS, MAX_SITEMAPS, Rules, rules_for
 from crawl.rows import Read, build_article, build_row, in_place, validator
-from crawl.rules import is_secret, normalise, origin, split_credentials
 from crawl.scope import Scope, Traps
 from crawl.sitemaps import MAX_SITEMAP, parse_sitemap
 from crawl.stats import Stats
+from crawl.urls import is_secret, normalise, origin, split_credentials
 from html_parse import parse_page
 from primitives import RetryPolicy
 from runtime.http_dates import parse_retry_after

@@ -36,19 +36,19 @@ from crawl.errors import FetchError, Postponed
 from crawl.hosts import (
     EARLY,
     FrontierStats,
+    HostQueue,
+    HostRecord,
     Kind,
+    OriginRules,
     Outcome,
     Pace,
     Question,
     RobotRules,
-    _Host,
-    _Origin,
-    _Run,
-    _Site,
+    UrlRun,
     host_of,
 )
 from crawl.model import Request
-from crawl.rules import normalise, origin
+from crawl.urls import normalise, origin
 from primitives import NANOSECOND, TokenBucket
 
 FAIR = 8
@@ -112,16 +112,16 @@ class Frontier:
         self._total_schedule = TokenBucket(total_rate) if total_rate else None
         self._total_gate = TokenBucket(total_rate) if total_rate else None
         self._lock = new_lock("Frontier")
-        self._hosts: dict[str, _Host] = {}
-        self._sites: dict[str, _Site] = {}
-        self._origins: dict[str, _Origin] = {}
+        self._hosts: dict[str, HostQueue] = {}
+        self._sites: dict[str, HostRecord] = {}
+        self._origins: dict[str, OriginRules] = {}
         self._sizes: OrderedDict[str, int] = OrderedDict()
         """Bytes of the rules of each origin that has any; those asked last come last."""
         self._size, self._most = 0, rules_bytes
-        self._heap: list[tuple[float, int, _Host]] = []
-        self._ready: list[tuple[float, int, _Host]] = []
+        self._heap: list[tuple[float, int, HostQueue]] = []
+        self._ready: list[tuple[float, int, HostQueue]] = []
         """By the work that is left; some of another time."""
-        self._oldest: deque[tuple[int, _Host]] = deque()
+        self._oldest: deque[tuple[int, HostQueue]] = deque()
         """The same hosts by age; some of another time."""
         self._ready_hosts = self._picked = 0
         self._gap, self._handed_at = 0.0, -math.inf
@@ -129,7 +129,7 @@ class Frontier:
         self._serial = 0
         self._visited: Visited[str] = Visited()
         self._refused: deque[Request] = deque()
-        self._sifting: deque[_Host] = deque()
+        self._sifting: deque[HostQueue] = deque()
         self._questions: deque[Question] = deque()
         self._waiting = self._in_flight = self._pages = self._capped = self._forbidden = self._blocked = 0
         self._closed = self._stopped = self._grows = False
@@ -137,9 +137,9 @@ class Frontier:
 
     def add_all(self, texts: Iterable[str], now: float, *, kind: Kind = "page") -> int:
         """Add URLs as they stand in a list; each distinct one once. Returns how many were new."""
-        known: list[tuple[str, str, str, _Run]] = []
+        known: list[tuple[str, str, str, UrlRun]] = []
         refused: list[Request] = []
-        open_run, private_run = _Run(0, False, kind, listed=True), _Run(0, True, kind, listed=True)
+        open_run, private_run = UrlRun(0, False, kind, listed=True), UrlRun(0, True, kind, listed=True)
         for text in texts:
             try:
                 target, host_name = normalise(text)
@@ -165,7 +165,7 @@ class Frontier:
         Also after ``close``, while the request that found them is still in flight; ``ValueError`` when all is over.
         """
         found = [(target, host_of(target)) for target in targets]
-        run = _Run(depth, private, kind)
+        run = UrlRun(depth, private, kind)
         with self._lock:
             if self._closed and not self._waiting and not self._in_flight:
                 raise ValueError("links were added after the end of the crawl")
@@ -269,14 +269,14 @@ class Frontier:
                     bucket.pause(until)
 
     def robots_known(self, origin_: str, rules: RobotRules, now: float, *, ttl: float | None = None) -> None:
-        """The rules of an origin (``crawl_rules.origin``), good for ``ttl`` seconds (None: ``robots_ttl``).
+        """The rules of an origin (``crawl.urls.origin``), good for ``ttl`` seconds (None: ``robots_ttl``).
 
         Told before the request is finished. A delay lowers the rate of the host, to a burst of 1.
         """
         name = host_of(origin_)
         delay = rules.delay
         with self._lock:
-            known = self._origins.setdefault(origin_, _Origin(name))
+            known = self._origins.setdefault(origin_, OriginRules(name))
             self._free(origin_)
             known.rules, known.until = rules, now + (self._robots_ttl if ttl is None else ttl)
             site = self._site(name)
@@ -329,7 +329,7 @@ class Frontier:
             self._waiting += 1
             self._schedule(host, now)
 
-    # Where hosts are leased (crawl_shared), they come and go with what waits on them.
+    # Where hosts are leased (crawl.lease), they come and go with what waits on them.
 
     def adopt(self, request: Request, now: float, not_before: float = -math.inf) -> None:
         """Take in a request that somebody else knows too: whether its URL was seen is not asked here."""
@@ -461,7 +461,7 @@ class Frontier:
         self._serial += 1
         return self._serial
 
-    def _add(self, text: str, target: str, host_name: str, run: _Run, now: float) -> bool:
+    def _add(self, text: str, target: str, host_name: str, run: UrlRun, now: float) -> bool:
         page = run.kind == "page"
         if page and self._is_capped(host_name):
             self._capped += target not in self._visited
@@ -491,34 +491,34 @@ class Frontier:
         if self._host_pages < math.inf:
             self._site(host_name).pages += n
 
-    def _site(self, name: str) -> _Site:
+    def _site(self, name: str) -> HostRecord:
         site = self._sites.get(name)
         if site is None:
-            site = self._sites[name] = _Site()
+            site = self._sites[name] = HostRecord()
         return site
 
-    def _host(self, name: str) -> _Host:
+    def _host(self, name: str) -> HostQueue:
         host = self._hosts.get(name)
         if host is None:
             rate, burst = self._limits(self._sites.get(name))
             schedule, gate = (TokenBucket(rate, burst) if rate < math.inf else None for _ in range(2))
-            host = self._hosts[name] = _Host(name, schedule, gate)
+            host = self._hosts[name] = HostQueue(name, schedule, gate)
         return host
 
-    def _ceiling(self, site: _Site | None) -> float:
+    def _ceiling(self, site: HostRecord | None) -> float:
         ceiling = self._rate or math.inf
         if site and site.delays:
             ceiling = min(ceiling, 1 / max(site.delays.values()))
         return ceiling
 
-    def _limits(self, site: _Site | None) -> tuple[float, int]:
+    def _limits(self, site: HostRecord | None) -> tuple[float, int]:
         """(requests per second, burst) of a host."""
         rate = self._ceiling(site)
         if self._adaptive:
             rate = min(rate, ((site and site.pace) or Pace(rate)).rate)
         return rate, 1 if site and site.delays else self._burst
 
-    def _set_rate(self, host: _Host, now: float) -> None:
+    def _set_rate(self, host: HostQueue, now: float) -> None:
         rate, burst = self._limits(self._sites.get(host.name))
         if rate == math.inf:
             host.schedule = host.gate = None
@@ -532,7 +532,7 @@ class Frontier:
                 bucket.reserve(burst, now)
                 bucket.pause(host.paused_until)
 
-    def _due(self, host: _Host, now: float) -> float:
+    def _due(self, host: HostQueue, now: float) -> float:
         """When the host's next request may leave the frontier; inf if it has none, or enough in flight."""
         due = host.urgent[0][0] if host.urgent else math.inf
         if not host.asking:
@@ -550,16 +550,16 @@ class Frontier:
             due = max(due, now + host.schedule.wait_for(1, now), now + host.gate.wait_for(1, now))
         return max(due, host.paused_until)
 
-    def _push(self, host: _Host, due: float) -> None:
+    def _push(self, host: HostQueue, due: float) -> None:
         if due < host.due:
             host.due = due
             heapq.heappush(self._heap, (due, self._next_serial(), host))
 
-    def _schedule(self, host: _Host, now: float) -> None:
+    def _schedule(self, host: HostQueue, now: float) -> None:
         if host.due > -math.inf:
             self._push(host, self._due(host, now) - self._early(host, now))
 
-    def _early(self, host: _Host, now: float) -> float:
+    def _early(self, host: HostQueue, now: float) -> float:
         """How much before its time the host's next request is handed out: so that a worker is surely there when the
         host is due, if the crawl as a whole will take no longer than its URLs do."""
         if (
@@ -574,14 +574,14 @@ class Frontier:
             return 0.0
         return min(EARLY, 3 * self._gap)
 
-    def _make_ready(self, host: _Host) -> None:
+    def _make_ready(self, host: HostQueue) -> None:
         host.due = -math.inf
         host.since = self._next_serial()
         self._oldest.append((host.since, host))
         self._ready_hosts += 1
         self._rank(host)
 
-    def _rank(self, host: _Host) -> None:
+    def _rank(self, host: HostQueue) -> None:
         """Enter a ready host by the seconds that its waiting URLs will take."""
         host.ready = self._next_serial()
         work = host.work()
@@ -592,7 +592,7 @@ class Frontier:
         if len(self._oldest) > 2 * self._ready_hosts + 64:
             self._oldest = deque(entry for entry in self._oldest if entry[1].since == entry[0])
 
-    def _pick(self) -> tuple[_Host, int]:
+    def _pick(self) -> tuple[HostQueue, int]:
         """The ready host with the longest work before it; at times the one that has been ready for longest. And the
         serial number of when it became ready."""
         while True:
@@ -607,7 +607,7 @@ class Frontier:
                 self._ready_hosts -= 1
                 return host, since
 
-    def _hand_out(self, host: _Host, now: float) -> Request:
+    def _hand_out(self, host: HostQueue, now: float) -> Request:
         self._picked += 1
         if not self._ready_hosts:
             self._gap, self._handed_at = 0.0, -math.inf
@@ -634,7 +634,7 @@ class Frontier:
         self._schedule(host, now)
         return request
 
-    def _next_target(self, host: _Host, ripe: float) -> tuple[str, Kind, bool] | None:
+    def _next_target(self, host: HostQueue, ripe: float) -> tuple[str, Kind, bool] | None:
         """(target, kind, private) of the request that the host would hand out."""
         if host.delayed_first(ripe):
             at, _, request = host.delayed[0]
@@ -644,13 +644,13 @@ class Frontier:
         target = host.first()[1]
         return target, host.run.kind, host.run.private
 
-    def _ask(self, host: _Host, now: float) -> Request | None:
+    def _ask(self, host: HostQueue, now: float) -> Request | None:
         """The request for robots.txt, if the host's next URL needs it."""
         found = self._next_target(host, now + self._lead + NANOSECOND)
         if found is None:
             return None
         name = origin(found[0])
-        known = self._origins.setdefault(name, _Origin(host.name))
+        known = self._origins.setdefault(name, OriginRules(host.name))
         if known.until > now:
             return None
         known.asking = host.asking = True
@@ -658,7 +658,7 @@ class Frontier:
         url = f"{name}/robots.txt"
         return Request(url, url, host.name, started=now, kind="robots", private=found[2])
 
-    def _answered(self, known: _Origin, now: float) -> None:
+    def _answered(self, known: OriginRules, now: float) -> None:
         """Let go the host that waited for these rules."""
         host = self._hosts.get(known.host)
         if known.asking:
@@ -677,7 +677,7 @@ class Frontier:
             known.rules, known.until = None, now + ROBOTS_AGAIN
             self._answered(known, now)
 
-    def _sift(self, host: _Host, now: float) -> bool:
+    def _sift(self, host: HostQueue, now: float) -> bool:
         """Move what is forbidden from the head of the host's queues to what is handed out as refused. True if that is
         not done yet: it is gone on with at the next step, or when a question is answered."""
         if host.question:
@@ -712,7 +712,7 @@ class Frontier:
             self._sifting.append(host)
         return True
 
-    def _refuse(self, host: _Host, known: _Origin, allowed: bool | None, ripe: float, now: float) -> None:
+    def _refuse(self, host: HostQueue, known: OriginRules, allowed: bool | None, ripe: float, now: float) -> None:
         """What the host would be asked for next is not allowed."""
         if host.delayed_first(ripe):
             request = heapq.heappop(host.delayed)[2]
@@ -724,7 +724,7 @@ class Frontier:
         self._refused.append(request)
         self._forbidden += 1
 
-    def _keep(self, name: str, site: _Site, size: int) -> None:
+    def _keep(self, name: str, site: HostRecord, size: int) -> None:
         """Of these rules, just read; and not of others if there is no room."""
         self._sizes[name] = size
         self._size += size
@@ -757,7 +757,7 @@ class Frontier:
         else:
             self._forget_idle(host, now)
 
-    def _forget_idle(self, host: _Host, now: float) -> None:
+    def _forget_idle(self, host: HostQueue, now: float) -> None:
         """Drop a host with nothing to do once its bucket is full again: the memory follows the hosts at work."""
         if host.in_flight or host.asking or host.due == -math.inf or host.has_work():
             return
@@ -808,14 +808,14 @@ class Frontier:
         when = f"in {wait:.3g} s" if wait > NANOSECOND else "later" if reasons else "now"
         return (f"{when}: {', '.join(reasons)}" if reasons else when) + seen
 
-    def _ahead(self, host: _Host, target: str) -> tuple[int, float] | None:
+    def _ahead(self, host: HostQueue, target: str) -> tuple[int, float] | None:
         """(How many of the host go first, not before) of a URL that waits, or None."""
         for at, _, request in host.delayed:
             if request.target == target:
                 return 0, at
         ahead = 0
         for entry in host.waiting[host.head :]:
-            if isinstance(entry, _Run):
+            if isinstance(entry, UrlRun):
                 continue
             if (entry if isinstance(entry, str) else entry[1]) == target:
                 return ahead, 0.0

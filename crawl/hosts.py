@@ -12,11 +12,7 @@ from primitives import TokenBucket
 EARLY = 0.25
 """Longest time in seconds that a worker is given a request before it may be sent, where the whole crawl waits for its
 host. The others may keep the workers busy just when such a host is due, and time that a host loses never comes back."""
-
-
 Kind = Literal["page", "robots", "sitemap", "feed"]
-
-
 Outcome = Literal["ok", "refused", "timeout"]
 
 
@@ -93,7 +89,7 @@ class Pace:
             self.rate = min(ceiling, self.rate + self._scale(ceiling) / 100)
 
 
-class _Site:
+class HostRecord:
     """What is remembered of a host also while it has nothing to do. Guarded by the frontier's lock."""
 
     __slots__ = ("delays", "origins", "pace", "pages")
@@ -107,7 +103,7 @@ class _Site:
         """Crawl-delay of each origin that has one."""
 
 
-class _Origin:
+class OriginRules:
     """The rules of an origin, good until ``until``; None: they could not be read. ``asking``: they are being read."""
 
     __slots__ = ("asking", "host", "rules", "until")
@@ -127,7 +123,7 @@ class Question(NamedTuple):
     rules: RobotRules
 
 
-class _Run(NamedTuple):
+class UrlRun(NamedTuple):
     """Stands in a host's queue before the URLs that it describes: so they cost no more than their text."""
 
     depth: int
@@ -136,14 +132,12 @@ class _Run(NamedTuple):
     listed: bool = False
 
 
-_Entry = str | tuple[str, str] | _Run
+Entry = str | tuple[str, str] | UrlRun
 """A target; a line of the list and its target, where they differ; or what the ones that follow have in common."""
+_LISTED = UrlRun(0, False, "page", listed=True)
 
 
-_LISTED = _Run(0, False, "page", listed=True)
-
-
-class _Host:
+class HostQueue:
     """What is known of one host. Guarded by the frontier's lock."""
 
     __slots__ = (
@@ -154,7 +148,7 @@ class _Host:
     def __init__(self, name: str, schedule: TokenBucket | None, gate: TokenBucket | None) -> None:
         self.name = name
         self.schedule, self.gate = schedule, gate
-        self.waiting: list[_Entry] = []
+        self.waiting: list[Entry] = []
         self.head = 0
         self.run = self.last_run = _LISTED
         self.delayed: list[tuple[float, int, Request]] = []
@@ -180,7 +174,7 @@ class _Host:
     def work(self) -> int:
         return len(self.waiting) - self.head + len(self.delayed) + len(self.urgent)
 
-    def append(self, entry: _Entry, run: _Run) -> None:
+    def append(self, entry: Entry, run: UrlRun) -> None:
         if run != self.last_run:
             self.waiting.append(run)
             self.last_run = run
@@ -189,7 +183,7 @@ class _Host:
     def first(self) -> tuple[str, str]:
         """(URL, target) of the first that waits."""
         entry = self.waiting[self.head]
-        while isinstance(entry, _Run):
+        while isinstance(entry, UrlRun):
             self.run = entry
             self.head += 1
             entry = self.waiting[self.head]

@@ -36,7 +36,7 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.model import CrawlResult, FeedResult
 from crawl.rows import validator
-from crawl.rules import normalise, origin, split_credentials
+from crawl.urls import normalise, origin, split_credentials
 
 Row = dict[str, Any]
 

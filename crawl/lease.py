@@ -26,7 +26,7 @@ Promised
 - What a dead worker held waits for a lease at most, and what was in flight there is asked for again.
 - The end is exact: no URL waits, and nobody reads a list.
 
-Not promised: that all workers start with the same options; the first one's count (``crawl_tables.SHARED``).
+Not promised: that all workers start with the same options; the first one's count (``crawl.tables.SHARED``).
 ``--total-rate`` and ``--adaptive`` are each worker's own.
 A Crawl-delay or Retry-After that came within the last moment before a kill -9 is learnt again. Traps are counted by
 each worker for itself.
@@ -51,8 +51,8 @@ from crawl.hosts import Kind, RobotRules, host_of
 from crawl.model import Request, Response, ScrapeResult
 from crawl.robots import DISALLOW_ALL, rules_for
 from crawl.rows import build_row
-from crawl.rules import normalise
-from crawl.rules import origin as origin_of
+from crawl.urls import normalise
+from crawl.urls import origin as origin_of
 
 LEASE = 30.0
 """Seconds."""

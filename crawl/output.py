@@ -1,4 +1,11 @@
-"""Rows on their way out: JSON lines or CSV, to a file or a pipe, and what is said of them."""
+"""Rows on their way out: JSON lines, JSON or CSV, to a file or a pipe.
+
+Promised: a row is one piece in the output, and written when ``Output.emit`` returns, so a ``kill -9`` costs only what
+is in flight. What cannot be written ends the run. No cell of a CSV is taken for a formula.
+
+Threads: any may emit; one of them writes for those that came meanwhile. ``Output._lock`` guards who writes, and what
+others have left; it is not held while writing.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +28,7 @@ from crawl.core import Crawl
 from crawl.model import ScrapeResult
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
-
-
 Emit = Callable[[ScrapeResult], None]
-
-
 FIELDS = [field.name for field in dataclasses.fields(ScrapeResult)]
 
 

@@ -42,12 +42,12 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.feeds import FeedEntry
 from crawl.frontier import Frontier
-from crawl.hosts import Kind, Question, _Run, host_of
+from crawl.hosts import Kind, Question, UrlRun, host_of
 from crawl.journal import target as as_known
 from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
 from crawl.output import RowWriter, peak_memory_mb
 from crawl.robots import LARGE
-from crawl.rules import normalise, origin
+from crawl.urls import normalise, origin
 from runtime.serving import new_loop
 
 BUCKETS = 4096
@@ -159,7 +159,7 @@ class Share(Frontier):
             texts = [text for text in texts if key_of(text) not in self.done or place(text)[2]]
         return super().add_all(texts, now, kind=kind)
 
-    def _add(self, text: str, target: str, host_name: str, run: _Run, now: float) -> bool:
+    def _add(self, text: str, target: str, host_name: str, run: UrlRun, now: float) -> bool:
         self.own[bucket_of(host_name)] = 1
         if self.done and key_of(target if run.kind != "feed" else f"feed {target}") in self.done:
             if self._visited.add(target) and run.kind == "page":

@@ -61,11 +61,11 @@ from coordination import new_lock
 from crawl import process_worker
 from crawl.core import Crawl
 from crawl.frontier import Frontier
-from crawl.hosts import FrontierStats, _Run
+from crawl.hosts import FrontierStats, UrlRun
 from crawl.output import EXIT_INTERRUPTED, Output, peak_memory_mb
 from crawl.process_worker import AGE, BUCKETS, ME, bucket_of, exactly, key_of, place, section, sections
-from crawl.rules import is_secret, origin
 from crawl.stats import Stats
+from crawl.urls import is_secret, origin
 from runtime.processes import module_command
 
 LINES = 500
@@ -157,7 +157,7 @@ class WholeFrontier(Frontier):
 
 
 class Forked:
-    """A copy of this process, which runs ``crawl_share.worker``: as much of ``Popen`` as is needed here.
+    """A copy of this process, which runs ``crawl.process_worker.worker``: as much of ``Popen`` as is needed here.
 
     Only while there is no other thread: one could hold a lock, which nobody would release in the copy.
     """
@@ -559,7 +559,7 @@ class Parent:
                 lines.clear()
 
     def _hand_out_recalled(self, frontier: Frontier) -> None:
-        """What an earlier run left: ``crawl_journal.recall`` has put it into ``frontier``, it goes to its workers."""
+        """What an earlier run left: ``crawl.journal.recall`` has put it into ``frontier``, it goes to its workers."""
         crawl = self._crawl
         known = set(frontier._visited._keys)
         self._budget -= frontier._pages
@@ -569,10 +569,10 @@ class Parent:
                 self._send(worker, b"H", orjson.dumps(f"http://{home}/"))
         pages = {name: site.pages for name, site in frontier._sites.items() if site.pages}
         for name, host in frontier._hosts.items():
-            found: dict[_Run, list[str]] = {}
+            found: dict[UrlRun, list[str]] = {}
             run = host.run
             for entry in host.waiting[host.head :]:
-                if isinstance(entry, _Run):
+                if isinstance(entry, UrlRun):
                     run = entry
                 else:
                     found.setdefault(run, []).append(entry if isinstance(entry, str) else entry[1])

@@ -1,6 +1,6 @@
 """Which of the links that a crawl finds belong to it: the scope that the user set, and the traps that the web sets.
 
-Both answer None, or why a URL is left out, in words for --explain.  URLs are normalised ones (crawl_rules.normalise).
+Both answer None, or why a URL is left out, in words for --explain.  URLs are normalised ones (crawl.urls.normalise).
 
 Patterns (`--include`, `--exclude`) are globs over the whole URL, in which "*" stands for any run of characters, "/"
 and none included, and each other character for itself, "?" and "[" too: they are common in URLs.  They are matched in
@@ -25,7 +25,7 @@ from urllib.parse import unquote_plus
 
 from coordination import new_lock
 from crawl.errors import FetchError
-from crawl.rules import normalise
+from crawl.urls import normalise
 
 MAX_QUERIES = 100_000
 """Query strings that Traps keeps in mind."""

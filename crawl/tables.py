@@ -1,4 +1,4 @@
-"""The tables of a shared crawl in PostgreSQL, and its workers' side of them: the protocol is ``crawl_shared``'s.
+"""The tables of a shared crawl in PostgreSQL, and its workers' side of them: the protocol is ``crawl.lease``'s.
 
 Tables: ``crawl_seen`` only grows (16 bytes a URL: the primary key is the duplicate detection). ``crawl_queue`` holds
 what waits; a row is inserted once and deleted once, and a claim does not touch it. ``crawl_hosts.due`` is when a host
@@ -35,7 +35,7 @@ from crawl.hosts import host_of
 from crawl.lease import AT_ONCE, LEASE, Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, clean, hashed
 from crawl.model import Options, Request, Response, ScrapeResult
 from crawl.rows import build_row
-from crawl.rules import origin as origin_of
+from crawl.urls import origin as origin_of
 from runtime.embedded import Embedded
 from runtime.postgres import BACK_OFF, Database, Unavailable, check_url, is_away
 

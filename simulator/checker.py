@@ -23,7 +23,7 @@ from typing import Any
 from crawl.frontier import FAIR, ROBOTS_AGAIN
 from crawl.hosts import EARLY, host_of
 from crawl.model import Request
-from crawl.rules import origin
+from crawl.urls import origin
 
 EPSILON = 1e-6
 

@@ -27,7 +27,7 @@ from crawl.headers import read_headers
 from crawl.model import CrawlResult, Options, Request, Response
 from crawl.output import EXIT_USAGE, Output, RowWriter
 from crawl.rows import build_row
-from crawl.rules import MAX_URL
+from crawl.urls import MAX_URL
 from runtime import serving
 from tests.helpers.base import HANG_LIMIT
 from tests.helpers.crawl import a_row, until, written

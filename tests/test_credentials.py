@@ -14,7 +14,7 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.headers import request_headers
 from crawl.model import Options, Request
-from crawl.rules import is_secret, normalise, split_credentials
+from crawl.urls import is_secret, normalise, split_credentials
 from tests.helpers.crawl import (
     DRIVERS,
     PUBLIC,

@@ -33,7 +33,7 @@ from crawl.errors import ERROR_KINDS, FetchError
 from crawl.frontier import Frontier
 from crawl.model import Options, Request, ScrapeResult
 from crawl.output import EXIT_INTERRUPTED, EXIT_PIPE
-from crawl.rules import normalise
+from crawl.urls import normalise
 from html_parse import Page, parse_page
 from sandbox.faults import FAULTS, status_expect
 from sandbox.sites import Sandbox

@@ -29,7 +29,7 @@ from crawl.feeds import FeedEntry
 from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
 from crawl.output import EXIT_INTERRUPTED, encode_json
 from crawl.rows import build_article, validator
-from crawl.rules import normalise
+from crawl.urls import normalise
 from tests.helpers.base import HERE, wait_until
 from tests.helpers.crawl import (
     FEEDS_DRIVERS,
