@@ -21,7 +21,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO
 
 from crawl.core import Crawl
 from crawl.errors import ERROR_KINDS
@@ -43,6 +43,9 @@ from crawl.robots import Rules
 from crawl.scope import Scope
 from crawl.urls import MAX_URL
 from runtime.serving import SIZES, http_in_thread, size
+
+if TYPE_CHECKING:
+    from crawl.process_worker import MakeDriver
 
 Run = Callable[[Crawl, Iterable[str], Emit], None]
 
@@ -161,7 +164,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (--help tells more)\n")
 
 
-def make_parser(program: str) -> argparse.ArgumentParser:
+def make_parser(program: str, *, spreads: bool = False) -> argparse.ArgumentParser:
+    """``spreads``: the program's driver can run in many processes."""
     default = Options()
     kinds = "\n".join(f"  {kind:12} {text}" for kind, text in ERROR_KINDS.items())
     parser = Parser(
@@ -215,7 +219,7 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     option(load, "--rate", float, "requests per second to one host; 0: no limit")
     option(load, "--burst", int, "requests to one host that may go at once after a rest")
     option(load, "--total-rate", float, "requests per second to all hosts together; 0: no limit")
-    if program == "crawl_async.py":
+    if spreads:
         text = "side by side, each with a share of the hosts; 0 or auto: one for each processor (default 1)"
         load.add_argument("--processes", type=processes, default=1, metavar="N", help=text)
     else:
@@ -273,8 +277,10 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     return parser
 
 
-def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Namespace, Options]:
-    parser = make_parser(program)
+def parse_arguments(
+    program: str, argv: list[str] | None, *, spreads: bool = False
+) -> tuple[argparse.Namespace, Options]:
+    parser = make_parser(program, spreads=spreads)
     args = parser.parse_intermixed_args(argv)
     args.sources = [source.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for source in args.sources]
     given = {
@@ -287,7 +293,7 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
     elif not args.sources and not args.frontier:
         parser.error("no URLs: name a file, a URL, or - for stdin; or try --demo")
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    if args.frontier and (args.resume or args.explain or program != "crawl_async.py"):
+    if args.frontier and (args.resume or args.explain or not spreads):
         parser.error("--frontier is for crawl_async.py, without --resume (each worker goes on) and --explain")
     if args.frontier and (getattr(args, "processes", None) or 1) > 1:
         parser.error("--frontier and --processes do not go together: start several workers instead")
@@ -328,25 +334,21 @@ def more_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
 
 
-def main(program: str, run: Run, argv: list[str] | None = None) -> int:
-    """A crawler's whole program around its driver ``run``. Returns the exit code."""
+def main(program: str, run: Run, argv: list[str] | None = None, *, driver: MakeDriver | None = None) -> int:
+    """A crawler's whole program around ``run``, which crawls in this process, and ``driver``, which does in others if
+    there is one (--processes). Returns the exit code."""
     try:
-        return _main(program, run, argv)
+        return _main(program, run, argv, driver)
     except KeyboardInterrupt:  # before the driver listens to signals, or after
         return EXIT_INTERRUPTED
 
 
-def _main(program: str, run: Run, argv: list[str] | None) -> int:
-    args, options = parse_arguments(program, argv)
+def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | None) -> int:
+    args, options = parse_arguments(program, argv, spreads=driver is not None)
     more_open_files()
     gc.set_threshold(10_000, 20, 50)  # of the thousands of objects that a page takes, hardly any are cyclic
     with contextlib.ExitStack() as stack:
-        urls: Iterable[str] = read_urls(args.sources)
-        if args.demo:
-            from sandbox.sites import Sandbox
-
-            site = stack.enter_context(Sandbox(hosts=4, pages=12))
-            urls = demo_urls(site)
+        urls = demo_urls(stack) if args.demo else read_urls(args.sources)
         try:
             if args.status:
                 print(shared_status(args.frontier))
@@ -388,10 +390,10 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
         output = Output(crawl, writer)
         rows_on_screen = args.output is None and sys.stdout.isatty()
         with progress(crawl, sys.stderr.isatty() and not args.quiet and not rows_on_screen):
-            if args.processes > 1:
+            if args.processes > 1 and driver is not None:
                 from crawl.processes import run_processes
 
-                run_processes(crawl, urls, output, args.processes)
+                run_processes(crawl, urls, output, args.processes, driver, program)
             else:
                 run(crawl, urls, output.emit)
         output.close()
@@ -513,8 +515,11 @@ def explain(program: str, crawl: Crawl, urls: Iterable[str], args: argparse.Name
     return EXIT_OK
 
 
-def demo_urls(site: Any) -> list[str]:
-    """The demo's list: every page of the site, and a few of the ways in which the web misbehaves."""
+def demo_urls(stack: contextlib.ExitStack) -> Iterable[str]:
+    """Serve the demo's site; its list: every page, and a few of the ways in which the web misbehaves."""
+    from sandbox.sites import Sandbox
+
+    site = stack.enter_context(Sandbox(hosts=4, pages=12))
     faults = [
         "flaky", "retry_429_seconds", "redirect_3", "redirect_loop", "never_answers", "closes", "short_body",
         "gzip_bomb", "gzip_broken", "body_drip", "charset_windows_1251", "not_http",

@@ -1,8 +1,9 @@
 """One worker of a crawl in several processes: its frontier, its end of the wire. crawl/processes.py has the whole.
 
-A worker is ``crawl_async.Tasks`` over a crawl whose frontier has a share of the hosts. What it finds for other hosts
-(links, articles, redirects) goes out; what others find for its hosts comes in. It hears nothing of signals but the
-parent's two (SIGUSR1: stop, SIGUSR2: cut off), and ends at once when its socket does.
+A worker is the program's own driver over a crawl whose frontier has a share of the hosts. Nothing here knows the
+driver: a forked worker is given its class, a fresh interpreter the name of the module that has it as ``Driver``. What
+it finds for other hosts (links, articles, redirects) goes out; what others find for its hosts comes in. It hears
+nothing of signals but the parent's two (SIGUSR1: stop, SIGUSR2: cut off), and ends at once when its socket does.
 
 The wire: frames (a length, then sections: a type, a bucket or ``ME``, a length, bytes). A frame has effect as a whole,
 so it brings the rows, the links of their pages, their keys and the counts together.
@@ -21,6 +22,7 @@ import asyncio
 import functools
 import gc
 import hashlib
+import importlib
 import io
 import os
 import pickle
@@ -32,9 +34,9 @@ import sys
 import threading
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import asdict, astuple
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -60,6 +62,17 @@ PULSE = 0.25
 
 _SECTION = struct.Struct("<cHI")
 Section = tuple[bytes, int, memoryview]
+
+
+class Driver(Protocol):
+    """What fetches, in an event loop."""
+
+    async def run(self, urls: Iterable[str], /) -> None: ...
+    def stop(self) -> None: ...
+    def cut_off(self) -> None: ...
+
+
+MakeDriver = Callable[[Crawl, Callable[[ScrapeResult], Awaitable[object]]], Driver]
 
 # ----------------------------------------------------------------------------------------------------- the wire
 
@@ -471,16 +484,14 @@ class Downlink:
             self._share.refuse(request, FetchError("duplicate", f"redirects to {target}", status=status))
 
 
-async def _worker_program(sock: socket.socket, config: dict[str, Any]) -> None:
-    from crawl_async import Tasks
-
+async def _worker_program(sock: socket.socket, config: dict[str, Any], make_driver: MakeDriver) -> None:
     crawl = ShareCrawl(config["options"])
     crawl.share.central, crawl.share.held = config["central"], crawl.knows_first
     crawl.processes, crawl.credentials = config["processes"], config["credentials"]
     if config["until"]:
         crawl.share.stop_at(config["until"])
     link = Downlink(sock, crawl, config["form"])
-    driver = Tasks(crawl, link.put)
+    driver = make_driver(crawl, link.put)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGUSR1, lambda: None if crawl.interrupted else driver.stop())
     loop.add_signal_handler(signal.SIGUSR2, driver.cut_off)  # which may come first
@@ -502,16 +513,16 @@ def _fatal(task: asyncio.Task[None]) -> None:
         os._exit(1)
 
 
-def worker(descriptor: int) -> None:
+def worker(descriptor: int, make_driver: MakeDriver) -> None:
     """What a worker process runs. SIGINT and SIGTERM are blocked since before it began."""
     gc.set_threshold(10_000, 20, 50)
     with socket.socket(fileno=descriptor) as sock:
         config = pickle.loads(exactly(sock, struct.unpack("<I", exactly(sock, 4))[0]))
         sock.setblocking(False)
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(_worker_program(sock, config))
+            runner.run(_worker_program(sock, config, make_driver))
     os._exit(0)  # a thread may wait for a name server
 
 
 def main() -> None:
-    worker(int(sys.argv[1]))
+    worker(int(sys.argv[1]), importlib.import_module(sys.argv[2]).Driver)

@@ -63,7 +63,7 @@ from crawl.core import Crawl
 from crawl.frontier import Frontier
 from crawl.hosts import FrontierStats, UrlRun
 from crawl.output import EXIT_INTERRUPTED, Output, peak_memory_mb
-from crawl.process_worker import AGE, BUCKETS, ME, bucket_of, exactly, key_of, place, section, sections
+from crawl.process_worker import AGE, BUCKETS, ME, MakeDriver, bucket_of, exactly, key_of, place, section, sections
 from crawl.stats import Stats
 from crawl.urls import is_secret, origin
 from runtime.processes import module_command
@@ -162,7 +162,7 @@ class Forked:
     Only while there is no other thread: one could hold a lock, which nobody would release in the copy.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, make_driver: MakeDriver) -> None:
         self.returncode: int | None = None
         self._lock = new_lock("Forked")  # a number is not signalled after its process was reaped: it may be another's
         self.pid = os.fork()
@@ -173,7 +173,7 @@ class Forked:
                 os.dup2(nothing, 1)
                 os.closerange(3, descriptor)  # the other workers' sockets would never be seen to end
                 os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
-                process_worker.worker(descriptor)
+                process_worker.worker(descriptor, make_driver)
             except BaseException:
                 sys.excepthook(*cast(Any, sys.exc_info()))
             finally:
@@ -196,11 +196,11 @@ class Forked:
 Process = Forked | subprocess.Popen[bytes]
 
 
-def start_worker(descriptor: int) -> Process:
+def start_worker(descriptor: int, make_driver: MakeDriver, module: str) -> Process:
     """A copy has everything imported: it begins a quarter of a second sooner, on each core. Not with other threads."""
     if threading.active_count() == 1 and sys.platform == "linux":
-        return Forked(descriptor)
-    program, pipe = module_command("crawl.process_worker", descriptor), subprocess.DEVNULL
+        return Forked(descriptor, make_driver)
+    program, pipe = module_command("crawl.process_worker", descriptor, module), subprocess.DEVNULL
     return subprocess.Popen(program, stdin=pipe, stdout=pipe, pass_fds=(descriptor,))
 
 
@@ -256,8 +256,9 @@ class Worker:
 class Parent:
     """The parent of a crawl in processes. ``run`` once."""
 
-    def __init__(self, crawl: Crawl, output: Output, count: int) -> None:
+    def __init__(self, crawl: Crawl, output: Output, count: int, make_driver: MakeDriver, program: str) -> None:
         self._crawl, self._into, options = crawl, output, crawl.options
+        self._make_driver, self._program = make_driver, program
         count = min(count, options.concurrency)
         self.workers = [Worker(number) for number in range(count)]
         self.events: queue.SimpleQueue[str | int] = queue.SimpleQueue()
@@ -357,7 +358,7 @@ class Parent:
                 signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
             )
             try:
-                worker.process = start_worker(theirs.fileno())
+                worker.process = start_worker(theirs.fileno(), self._make_driver, self._program.removesuffix(".py"))
             except BaseException:
                 ours.close()
                 raise
@@ -398,7 +399,7 @@ class Parent:
                 how = f"signal {-code}" if code < 0 else f"exit code {code}"
                 if worker.in_a_row >= DEATHS:
                     raise RuntimeError(f"a worker process died {DEATHS} times in a row ({how})")
-                message = f"crawl_async.py: worker process {worker.number + 1} died ({how}); another one goes on"
+                message = f"{self._program}: worker process {worker.number + 1} died ({how}); another one goes on"
                 print(message, file=sys.stderr, flush=True)
                 process, sock = self._start(worker)
         except Exception as error:
@@ -602,6 +603,9 @@ class Parent:
             self._send(self._owner(place(url)[1], 0), b"B", orjson.dumps((digest, url)))
 
 
-def run_processes(crawl: Crawl, urls: Iterable[str], output: Output, count: int) -> None:
-    """Crawl ``urls`` in ``count`` worker processes."""
-    Parent(crawl, output, count).run(urls)
+def run_processes(
+    crawl: Crawl, urls: Iterable[str], output: Output, count: int, make_driver: MakeDriver, program: str
+) -> None:
+    """Crawl ``urls`` in ``count`` worker processes, each with a driver of its own. A fresh interpreter finds it as
+    ``Driver`` in the module ``program``."""
+    Parent(crawl, output, count, make_driver, program).run(urls)

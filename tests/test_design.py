@@ -68,8 +68,8 @@ def test_imports_go_down_only() -> None:
         if room in PROGRAMS:
             assert not imported & (PROGRAMS | BESIDE - {"sandbox"}), name
             assert len(imported & ROOMS) == 1, name
-        elif room == "crawl" or name == "market.topics":
-            assert imported <= BELOW[room] | {"sandbox", "crawl_async"}, name
+        elif name in ("crawl.cli", "market.topics"):
+            assert imported <= BELOW[room] | {"sandbox"}, name
         else:
             assert imported <= BELOW[room], name
 

@@ -16,7 +16,6 @@ import importlib.util
 import io
 import itertools
 import json
-import queue
 import socket
 import socketserver
 import subprocess
@@ -483,10 +482,10 @@ def walk(driver: str, crawl: Crawl, urls: Iterable[str], emit: Callable[[ScrapeR
         count(row)
 
     async def tasks() -> None:
-        await crawl_async.Tasks(crawl, put).run(urls)
+        await crawl_async.Driver(crawl, put).run(urls)
 
     if driver == "crawl_threads":
-        crawl_threads.Threads(crawl, count).run(urls, queue.SimpleQueue())
+        crawl_threads.Driver(crawl, count).run(urls)
     else:
         asyncio.run(tasks())
     if crawl.failure:
