@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 from coordination import new_lock
 from crawl.addresses import names_private
 from crawl.errors import FetchError
-from crawl.frontier import Frontier
+from crawl.handover import HandoverFrontier
 from crawl.hosts import Kind, RobotRules, host_of
 from crawl.model import Request, Response, ScrapeResult
 from crawl.robots import DISALLOW_ALL, rules_for
@@ -226,7 +226,7 @@ class _Held:
 # ---------------------------------------------------------------------------------------------- the pure protocol
 
 
-class SharedFrontier(Frontier):
+class SharedFrontier(HandoverFrontier):
     """A ``Frontier`` over the hosts that this worker holds, and what it has to tell the database.
 
     ``plan(now)`` makes the next batch; ``answered`` takes what came back. One batch at a time.

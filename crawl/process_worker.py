@@ -43,7 +43,7 @@ import orjson
 from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.feeds import FeedEntry
-from crawl.frontier import Frontier
+from crawl.handover import HandoverFrontier
 from crawl.hosts import Kind, Question, UrlRun, host_of
 from crawl.journal import target as as_known
 from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
@@ -125,7 +125,7 @@ def exactly(sock: socket.socket, size: int) -> bytearray:
 # ------------------------------------------------------------------------------------------------------- worker
 
 
-class Share(Frontier):
+class Share(HandoverFrontier):
     """The frontier of one worker. ``outbox`` is for the others; what a dead worker did is not done."""
 
     def __init__(self, **options: Any) -> None:
@@ -161,7 +161,7 @@ class Share(Frontier):
         if self.held and not self._stopped and now < self._until:
             return self._until - now
         decision = super().step(now)
-        if isinstance(decision, float) and not self._waiting and not self._in_flight and received != self._told:
+        if isinstance(decision, float) and not self.waiting and not self._in_flight and received != self._told:
             self.idle_at = self._told = received
             self.wake.set()
         return decision
@@ -176,7 +176,7 @@ class Share(Frontier):
         self.own[bucket_of(host_name)] = 1
         if self.done and key_of(target if run.kind != "feed" else f"feed {target}") in self.done:
             if self._visited.add(target) and run.kind == "page":
-                self._count_page(host_name, 1)
+                self._limits.count_page(host_name, 1)
             return False
         return super()._add(text, target, host_name, run, now)
 
@@ -238,8 +238,7 @@ class Share(Frontier):
             return
         fields = asdict(request)
         self.send(b"Q", bucket_of(host_name), (fields, target, host_name, self.status))
-        with self._lock:
-            self._leave(request, now)
+        self.pass_on(request, now)
 
     def take_over(self, request: Request, target: str, host_name: str, now: float, *, only: bool) -> bool:
         """Go on with another worker's request, unless that was done before. ``only``: False if its target is known."""
@@ -250,11 +249,8 @@ class Share(Frontier):
             self._asked.add(again)
         if only and not self.mark(target):
             return False
-        request.host = host_name
-        with self._lock:
-            self._host(host_name).in_flight += 1
-            self._in_flight += 1
-        super().put_back(request, now, now, target, host_name)
+        request.target, request.host = target, host_name
+        self.adopt(request, now, now)
         return True
 
     def _name(self, request: Request) -> str:
@@ -270,7 +266,7 @@ class Share(Frontier):
 
     def know_pages(self, pages: dict[str, int]) -> None:
         for host, count in pages.items():
-            self._site(host).pages = count
+            self._limits.record(host).pages = count
 
     def is_new(self, target: str) -> bool:
         """Whether a page of another worker's was not sent there before, as far as is known here."""
@@ -278,12 +274,6 @@ class Share(Frontier):
         new = key not in self._asked and key not in self.done
         self._asked.add(key)
         return new
-
-    def refuse(self, request: Request, error: FetchError) -> None:
-        request.error = error
-        with self._lock:
-            self._refused.append(request)
-            self._waiting += 1
 
 
 class ShareCrawl(Crawl):
@@ -481,7 +471,8 @@ class Downlink:
         if not self._share.take_over(request, target, host, now, only=page):
             request.hops -= 1
             crawl.stats.count(redirects=-1)
-            self._share.refuse(request, FetchError("duplicate", f"redirects to {target}", status=status))
+            request.error = FetchError("duplicate", f"redirects to {target}", status=status)
+            self._share.adopt(request, now)
 
 
 async def _worker_program(sock: socket.socket, config: dict[str, Any], make_driver: MakeDriver) -> None:

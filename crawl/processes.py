@@ -61,7 +61,7 @@ from coordination import new_lock
 from crawl import process_worker
 from crawl.core import Crawl
 from crawl.frontier import Frontier
-from crawl.hosts import FrontierStats, UrlRun
+from crawl.hosts import FrontierStats
 from crawl.output import EXIT_INTERRUPTED, Output, peak_memory_mb
 from crawl.process_worker import AGE, BUCKETS, ME, MakeDriver, bucket_of, exactly, key_of, place, section, sections
 from crawl.stats import Stats
@@ -562,21 +562,13 @@ class Parent:
     def _hand_out_recalled(self, frontier: Frontier) -> None:
         """What an earlier run left: ``crawl.journal.recall`` has put it into ``frontier``, it goes to its workers."""
         crawl = self._crawl
-        known = set(frontier._visited._keys)
-        self._budget -= frontier._pages
+        known, counted, pages, queues = frontier.contents()
+        self._budget -= counted
         self._taken.update(map(key_of, known) if self._counts() else ())
         for home in sorted(crawl.scope._homes):
             for worker in self.workers:
                 self._send(worker, b"H", orjson.dumps(f"http://{home}/"))
-        pages = {name: site.pages for name, site in frontier._sites.items() if site.pages}
-        for name, host in frontier._hosts.items():
-            found: dict[UrlRun, list[str]] = {}
-            run = host.run
-            for entry in host.waiting[host.head :]:
-                if isinstance(entry, UrlRun):
-                    run = entry
-                else:
-                    found.setdefault(run, []).append(entry if isinstance(entry, str) else entry[1])
+        for name, found in queues.items():
             for run, targets in found.items():
                 known.difference_update(targets)
                 pages[name] = pages.get(name, 0) - len(targets) * (run.kind == "page")

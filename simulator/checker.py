@@ -20,9 +20,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from crawl.frontier import FAIR, ROBOTS_AGAIN
-from crawl.hosts import EARLY, host_of
+from crawl.hosts import host_of
 from crawl.model import Request
+from crawl.robots_gate import ROBOTS_AGAIN
+from crawl.scheduler import EARLY, FAIR
 from crawl.urls import origin
 
 EPSILON = 1e-6

@@ -23,6 +23,7 @@ from crawl.headers import request_headers
 from crawl.hosts import FrontierStats
 from crawl.model import Options, Request, Response, ScrapeResult
 from crawl.rows import build_row
+from crawl.scheduler import Scheduler
 from crawl.urls import normalise
 from tests.helpers.crawl import answer, judged, taken
 
@@ -320,12 +321,18 @@ class ForgetfulFrontier(Frontier):
         self._visited = ForgetfulVisited()
 
 
+class LosingScheduler(Scheduler):
+    def schedule(self, host: Any, now: float) -> None:
+        if not (host.delayed and host.head >= len(host.waiting)):
+            super().schedule(host, now)
+
+
 class LosingFrontier(Frontier):
     """Planted: a request that is put back is forgotten if its host was idle."""
 
-    def _schedule(self, host: Any, now: float) -> None:
-        if not (host.delayed and host.head >= len(host.waiting)):
-            super()._schedule(host, now)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._scheduler.__class__ = LosingScheduler
 
 
 @pytest.mark.parametrize("planted", [CarelessFrontier, ForgetfulFrontier, LosingFrontier])
