@@ -1,30 +1,28 @@
-"""The command line of both crawlers: options, the URL list, the rows, the progress display, the exit code.
+"""The command line of both crawlers: options, what is wrong with them, and one run from its list to its exit code.
 
 Data goes to stdout (or ``-o``), everything else to stderr; progress only where stderr is a terminal and the rows do
-not go there too. Rows are written as they complete, each flushed: what was printed is there, also after a crash.
+not go there too. What is wrong is said in one line. Rows are written as they complete, each flushed: what was printed
+is there, also after a crash.
 
-Locks: ``Output._lock`` makes a row one piece in the output. Threads: the progress display has one.
+A program gives its driver as arguments of ``main``; nothing here knows which programs there are.
 """
 
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import dataclasses
 import gc
-import json
 import os
 import resource
-import socket
 import stat
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from crawl.core import Crawl
 from crawl.errors import ERROR_KINDS
+from crawl.explain import print_explanation
 from crawl.journal import JournalError, open_anew, open_journal, recall
 from crawl.model import Options
 from crawl.net import ProxyRule
@@ -34,112 +32,17 @@ from crawl.output import (
     EXIT_OK,
     EXIT_PIPE,
     EXIT_USAGE,
-    Emit,
     Output,
     RowWriter,
-    peak_memory_mb,
+    Run,
 )
-from crawl.robots import Rules
+from crawl.progress import describe, progress, serve_metrics, write_stats
 from crawl.scope import Scope
-from crawl.urls import MAX_URL
-from runtime.serving import SIZES, http_in_thread, size
+from crawl.url_list import read_urls
+from runtime.serving import SIZES, size
 
 if TYPE_CHECKING:
     from crawl.process_worker import MakeDriver
-
-Run = Callable[[Crawl, Iterable[str], Emit], None]
-
-# ----------------------------------------------------------------------------------------------------- URL list
-
-
-def read_lines(stream: BinaryIO) -> Iterator[str]:
-    """The lines of a list as they come: any line ending, UTF-8 or (by its BOM) UTF-16, never more than a piece held.
-
-    ``stream`` is read raw, so that a thread blocked in it does not hold a buffer's lock when the program exits.
-    A line longer than any URL can be is cut: it is an invalid URL either way.
-    """
-    data = stream.read(1 << 16) or b""
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    decoder = codecs.getincrementaldecoder("utf-16" if utf16 else "utf-8-sig")(errors="replace")
-    rest = ""
-    while data:
-        text = rest + decoder.decode(data)
-        *lines, rest = text.replace("\r", "\n").split("\n")
-        yield from lines
-        rest = rest[: MAX_URL + 1]
-        data = stream.read(1 << 16)
-    yield rest + decoder.decode(b"", True)
-
-
-def read_urls(sources: Iterable[str]) -> Iterator[str]:
-    """The URLs of files, of ``-`` (stdin), and of arguments that are URLs themselves; comments and blanks left out."""
-    for source in sources:
-        if "://" in source:
-            yield source
-            continue
-        is_stdin = source == "-"
-        with open(0 if is_stdin else source, "rb", buffering=0, closefd=not is_stdin) as stream:
-            for line in read_lines(stream):
-                url = line.partition(" #")[0].partition("\t#")[0].strip()
-                if url and not url.startswith("#"):
-                    yield url[: MAX_URL + 1]
-
-
-# ----------------------------------------------------------------------------------------------------- progress
-
-
-def describe(crawl: Crawl) -> str:
-    """One line on where the run stands."""
-    stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
-    left = f"{frontier.waiting:,} waiting on {frontier.hosts:,} hosts" if frontier.waiting else "none waiting"
-    errors = ", ".join(f"{kind} {n:,}" for kind, n in list(stats["errors"].items())[:4])
-    timed = frontier.waiting and stats["rows_per_second"] and not crawl.follows and not crawl.interrupted
-    return (
-        f"{stats['rows']:,} rows, {stats['rows_per_second']:,.0f}/s, {stats['ok']:,} ok, {stats['failed']:,} failed"
-        + (f" ({errors})" if errors else "")
-        + (f", {stats['unchanged']:,} feeds unchanged" if stats["unchanged"] else "")
-        + (
-            f", {bad:,} of {stats['sitemaps']:,} sitemaps not read to the end"
-            if (bad := stats["sitemap_errors"])
-            else ""
-        )
-        + f" · {frontier.in_flight:,} in flight, {left}"
-        + (f", {frontier.hosts_blocked:,} hosts wait for robots.txt" if frontier.hosts_blocked else "")
-        + (f", about {duration(frontier.waiting / stats['rows_per_second'])} left" if timed else "")
-    )
-
-
-def duration(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-@contextlib.contextmanager
-def progress(crawl: Crawl, wanted: bool) -> Iterator[None]:
-    if not wanted:
-        yield
-        return
-    from rich.console import Console
-
-    over = threading.Event()
-    with Console(stderr=True).status(describe(crawl)) as line:
-
-        def show() -> None:
-            while not over.wait(0.25):
-                line.update(describe(crawl))
-
-        thread = threading.Thread(target=show, name="progress")
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-
-# ------------------------------------------------------------------------------------------------- command line
 
 
 def processes(text: str) -> int:
@@ -357,7 +260,13 @@ def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | N
         except (ValueError, RuntimeError) as error:
             return fail(program, str(error), error)
         if args.explain:
-            return explain(program, crawl, urls, args, run)
+            try:
+                print_explanation(args.explain, crawl, urls, args.output if args.resume else None, run)
+                return EXIT_OK
+            except JournalError as error:
+                return fail(program, str(error), error)
+            except OSError as error:
+                return fail(program, f"cannot read {error.filename or 'the list'}: {error.strerror}", error)
         try:
             stats = stack.enter_context(open(args.stats, "a", encoding="utf-8")) if args.stats else None
         except OSError as error:
@@ -370,7 +279,7 @@ def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | N
                 return fail(program, f"cannot listen on port {args.metrics_port}: {why}", error)
         try:
             if args.resume and crawl.knows_first:
-                urls = crawl.know_list(urls)
+                urls = crawl.listed.know_all(urls)
         except OSError as error:
             return fail(program, f"cannot read the list: {error.strerror}", error)
         try:
@@ -431,88 +340,6 @@ def fail(program: str, message: str, error: BaseException) -> int:
         return EXIT_PIPE
     print(f"{program}: {message}", file=sys.stderr)
     return EXIT_FAILED
-
-
-def write_stats(crawl: Crawl, file: TextIO) -> None:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    frontier = crawl.frontier.stats()
-    counts = (
-        crawl.stats.snapshot()
-        | {
-            "duplicates": frontier.duplicates,
-            "seen": frontier.seen,
-            "capped": frontier.capped,
-            "forbidden": frontier.forbidden,
-            "not_fetched": frontier.waiting,
-            "interrupted": crawl.interrupted,
-            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
-            "peak_memory_mb": peak_memory_mb(),
-        }
-        | crawl.stats.processes()
-    )
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.truncate(0)
-    file.write(json.dumps(counts, indent=2) + "\n")
-    file.flush()
-
-
-def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
-    """Serve the run's counts to Prometheus, from a thread. Returns what ends that."""
-    from prometheus_client import Metric
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-    from prometheus_client.registry import Collector
-
-    class Counts(Collector):
-        def collect(self) -> Iterator[Metric]:
-            stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
-            for name in (
-                *("rows", "ok", "retries", "redirects", "pauses", "bytes"),
-                *("robots", "sitemaps", "sitemap_errors", "unchanged"),
-            ):
-                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", stats[name])
-            for name, label in (("errors", "kind"), ("statuses", "status")):
-                family = CounterMetricFamily(f"crawl_{name}", f"Rows by {label}", labels=(label,))
-                for value, count in stats[name].items():
-                    family.add_metric((value,), count)
-                yield family
-            for name in ("waiting", "in_flight", "hosts", "hosts_ready", "hosts_blocked", "seen"):
-                yield GaugeMetricFamily(f"crawl_{name}", f"In the frontier: {name}", getattr(frontier, name))
-            for name in ("duplicates", "capped", "forbidden"):
-                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", getattr(frontier, name))
-            if lags := tuple(crawl.loop_lags):
-                yield GaugeMetricFamily("crawl_loop_lag_seconds", "Longest of the last minute", max(lags))
-
-    if not 0 <= port < 65_536:
-        raise OverflowError  # which ``create_server`` would raise, without closing its socket
-    stack = contextlib.ExitStack()
-    stack.enter_context(http_in_thread(socket.create_server(("127.0.0.1", port)), Counts()))
-    return stack.close
-
-
-def explain(program: str, crawl: Crawl, urls: Iterable[str], args: argparse.Namespace, run: Run) -> int:
-    """Print whether and when a URL would be fetched, and why (not). Asks its host for robots.txt, nothing else; of
-    the output of an earlier run, should there be one to go on with, it reads only."""
-
-    def ask(url: str) -> Rules | None:
-        probe = Crawl(dataclasses.replace(crawl.options, robots=True, max_time=0.0, feeds=False))
-        probe.ask_robots_only = True
-        probe.credentials, probe.named = crawl.credentials, crawl.named  # the URL asked for is not of the list
-        run(probe, [url], lambda *rows: None)
-        return probe.asked
-
-    try:
-        listed = list(urls)
-        if args.resume and os.path.isfile(args.output):
-            crawl.know_list(listed)
-            with open(args.output, "rb") as file:
-                recall(crawl, file)
-        for line in crawl.explain(args.explain, listed, ask):
-            print(line)
-    except JournalError as error:
-        return fail(program, str(error), error)
-    except OSError as error:
-        return fail(program, f"cannot read {error.filename or 'the list'}: {error.strerror}", error)
-    return EXIT_OK
 
 
 def demo_urls(stack: contextlib.ExitStack) -> Iterable[str]:

@@ -30,7 +30,10 @@ from crawl.core import Crawl
 from crawl.model import ScrapeResult
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
-Emit = Callable[[ScrapeResult], None]
+Emit = Callable[..., None]
+"""Takes rows; returns when they are written."""
+Run = Callable[[Crawl, Iterable[str], Emit], None]
+"""Crawls a list in this process, with signals."""
 FIELDS = [field.name for field in dataclasses.fields(ScrapeResult)]
 
 

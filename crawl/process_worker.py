@@ -283,25 +283,25 @@ class ShareCrawl(Crawl):
         super().__init__(options, frontier=Share)
         assert isinstance(self.frontier, Share)
         self.share = self.frontier
-        self.share.homes = self._sitemaps
+        self.share.homes = self.sitemaps.homes
         if options.feeds:
-            self.share.articles = self._entries
+            self.share.articles = self.feeds.entries
 
     def feed(self, urls: Iterable[str]) -> threading.Thread:
         return threading.main_thread()  # the list comes from the parent
 
-    def _follow(self, request: Request, response: Response, now: float) -> FetchError | None:
-        homes = len(self.scope._homes)
+    def _redirect(self, request: Request, response: Response, now: float) -> FetchError | None:
+        homes = len(self.scope.homes)
         self.share.status, self.share.led_to = response.status, ""
-        error = super()._follow(request, response, now)
-        if len(self.scope._homes) > homes:
+        error = super()._redirect(request, response, now)
+        if len(self.scope.homes) > homes:
             self.share.send(b"H", ME, self.share.led_to)
         return error
 
-    def _obey(self, request: Request, outcome: Response | FetchError) -> None:
+    def learn_robots(self, request: Request, outcome: Response | FetchError) -> None:
         bucket = bucket_of(host_of(request.url))
         if self.share.own[bucket]:
-            super()._obey(request, outcome)
+            super().learn_robots(request, outcome)
         elif isinstance(outcome, Response):
             said = (outcome.status, outcome.headers, outcome.body.decode("latin-1"))
             self.share.send(b"A", bucket, (asdict(request), said))
@@ -405,9 +405,9 @@ class Downlink:
                 self._share.received += kind != b"Z"
             self._crawl.changed()
 
-    def _obey(self, request: Request, outcome: Response | FetchError) -> None:
+    def learn_robots(self, request: Request, outcome: Response | FetchError) -> None:
         """What another worker was answered about a robots.txt."""
-        self._crawl._obey(request, outcome)
+        self._crawl.learn_robots(request, outcome)
         self._share.no_rules(origin(request.url), self._crawl.clock())
         self._crawl.changed()
 
@@ -424,7 +424,7 @@ class Downlink:
         content = orjson.loads(data)
         if kind == b"L":
             depth, private, link_kind, targets, homes = content
-            crawl._sitemaps.update((target, home) for target, home in zip(targets, homes, strict=True) if home)
+            crawl.sitemaps.homes.update((target, home) for target, home in zip(targets, homes, strict=True) if home)
             share.take_links(targets, depth, now, private=private, kind=link_kind)
         elif kind == b"Q":
             self._go_on(content, now)
@@ -433,26 +433,26 @@ class Downlink:
             answer = FetchError(said[0], said[1], status=said[2])
             outcome = Response(said[0], said[1], said[2].encode("latin-1")) if isinstance(said[0], int) else answer
             if len(data) > LARGE:
-                self._loop.run_in_executor(None, self._obey, Request(**fields), outcome)
+                self._loop.run_in_executor(None, self.learn_robots, Request(**fields), outcome)
             else:
-                self._obey(Request(**fields), outcome)
+                self.learn_robots(Request(**fields), outcome)
         elif kind == b"E":
             target, feed, entry, private = content
-            if target not in crawl._feeds:
-                known = crawl._entries.setdefault(target, article := (feed, FeedEntry(**entry)))
+            if target not in crawl.feeds.listed:
+                known = crawl.feeds.entries.setdefault(target, article := (feed, FeedEntry(**entry)))
                 if not share.take_links([target], 1, now, private=private, kind="page") and known is article:
-                    del crawl._entries[target]
+                    del crawl.feeds.entries[target]
         elif kind == b"H":
             crawl.scope.add(content)
         elif kind == b"O":
             for url in content:
-                crawl.know_origin(url)
+                crawl.listed.know(url)
             if crawl.options.feeds:
-                crawl._feeds.update(content)
+                crawl.feeds.listed.update(content)
         elif kind == b"U":
-            crawl.credentials |= content
+            crawl.listed.credentials |= content
         elif kind == b"V":
-            crawl.validators |= {url: tuple(known) for url, known in content.items()}
+            crawl.feeds.validators |= {url: tuple(known) for url, known in content.items()}
         elif kind == b"B":
             crawl.know_body(*content)
         elif kind == b"P":
@@ -478,7 +478,7 @@ class Downlink:
 async def _worker_program(sock: socket.socket, config: dict[str, Any], make_driver: MakeDriver) -> None:
     crawl = ShareCrawl(config["options"])
     crawl.share.central, crawl.share.held = config["central"], crawl.knows_first
-    crawl.processes, crawl.credentials = config["processes"], config["credentials"]
+    crawl.processes, crawl.listed.credentials = config["processes"], config["credentials"]
     if config["until"]:
         crawl.share.stop_at(config["until"])
     link = Downlink(sock, crawl, config["form"])

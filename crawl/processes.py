@@ -350,7 +350,7 @@ class Parent:
             "until": self._until,
             "central": self._counts(),
             "processes": count,
-            "credentials": dict(self._crawl.credentials),
+            "credentials": dict(self._crawl.listed.credentials),
         }
         with worker.lock:
             ours, theirs = socket.socketpair()
@@ -500,13 +500,13 @@ class Parent:
         """The list's thread."""
         try:
             if self._crawl.knows_first:
-                urls = self._crawl.know_list(urls)
+                urls = self._crawl.listed.know_all(urls)
                 with self._lines:
                     for url in urls:
                         self._announce(url)
                     self._flush()
             for line in urls:
-                url = self._crawl.keep_credentials(line)
+                url = self._crawl.listed.keep_credentials(line)
                 known, bucket, good = place(url)
                 if self._stopping:
                     return
@@ -550,7 +550,7 @@ class Parent:
             for worker in self.workers:
                 self._send(worker, b"O", orjson.dumps(self._new_origins))
             self._new_origins = []
-        if len(credentials := self._crawl.credentials) > self._credentials_sent:
+        if len(credentials := self._crawl.listed.credentials) > self._credentials_sent:
             self._credentials_sent = len(credentials)
             for worker in self.workers:
                 self._send(worker, b"U", orjson.dumps(credentials))
@@ -565,7 +565,7 @@ class Parent:
         known, counted, pages, queues = frontier.contents()
         self._budget -= counted
         self._taken.update(map(key_of, known) if self._counts() else ())
-        for home in sorted(crawl.scope._homes):
+        for home in sorted(crawl.scope.homes):
             for worker in self.workers:
                 self._send(worker, b"H", orjson.dumps(f"http://{home}/"))
         for name, found in queues.items():
@@ -574,24 +574,19 @@ class Parent:
                 pages[name] = pages.get(name, 0) - len(targets) * (run.kind == "page")
                 owner = self._owner(bucket_of(name), len(targets))
                 for target in targets if crawl.options.feeds else ():
-                    feed, article = crawl._entries[target]
+                    feed, article = crawl.feeds.entries[target]
                     self._send(owner, b"E", orjson.dumps((target, feed, article._asdict(), run.private)))
                 if not crawl.options.feeds:
-                    self._send(
-                        owner,
-                        b"L",
-                        orjson.dumps(
-                            (run.depth, run.private, run.kind, targets, [crawl._sitemaps.get(one) for one in targets])
-                        ),
-                    )
+                    homes = [crawl.sitemaps.homes.get(target) for target in targets]
+                    self._send(owner, b"L", orjson.dumps((run.depth, run.private, run.kind, targets, homes)))
         for url in known:
             for worker in self.workers if crawl.options.feeds else [self._owner(place(url)[1], 0)]:
                 worker.done.append(key_of(url))
         for name, count in pages.items() if crawl.options.host_pages else ():
             self._send(self._owner(bucket_of(name), 0), b"P", orjson.dumps({name: max(0, count)}))
-        for url, validators in crawl.validators.items():
+        for url, validators in crawl.feeds.validators.items():
             self._send(self._owner(place(url)[1], 0), b"V", orjson.dumps({url: validators}))
-        for digest, url in crawl._bodies.items():
+        for digest, url in crawl.bodies.items():
             self._send(self._owner(place(url)[1], 0), b"B", orjson.dumps((digest, url)))
 
 

@@ -93,18 +93,18 @@ class Scope:
         self._include = [(text, _pattern(text)) for text in include]
         self._exclude = [(text, _pattern(text)) for text in exclude]
         self._drop = [glob(text, ignore_case=True) for text in drop_params]
-        self._homes: set[str] = set()
+        self.homes: set[str] = set()
         for seed in seeds:
             self.add(seed)
 
     def add(self, seed: str) -> None:
         """Where else the crawl is at home: a further seed, or where one redirects to. No URL: without effect."""
         with contextlib.suppress(FetchError):
-            self._homes.add(self._home(normalise(seed)[1]))
+            self.homes.add(self._home(normalise(seed)[1]))
 
     def has(self, host: str) -> bool:
         """Whether the crawl may go to this host, as ``normalise`` gives it."""
-        return self.within == "any" or self._home(host) in self._homes
+        return self.within == "any" or self._home(host) in self.homes
 
     def _home(self, host: str) -> str:
         return registrable(host) if self.within == "domain" else host
@@ -137,7 +137,7 @@ class Scope:
         return bool(name) and any(matches(name) for matches in self._drop)
 
     def __repr__(self) -> str:
-        return f"<Scope {self.within} of {len(self._homes)}, {len(self._include)} in, {len(self._exclude)} out>"
+        return f"<Scope {self.within} of {len(self.homes)}, {len(self._include)} in, {len(self._exclude)} out>"
 
 
 class Traps:

@@ -20,13 +20,14 @@ import ingest_logs
 import market_pipeline
 from crawl import cli as crawl_cli
 from crawl import journal as crawl_journal
-from crawl.cli import make_parser, parse_arguments, read_lines, read_urls
+from crawl.cli import make_parser, parse_arguments
 from crawl.core import Crawl
 from crawl.errors import ERROR_KINDS
 from crawl.headers import read_headers
 from crawl.model import CrawlResult, Options, Request, Response
 from crawl.output import EXIT_USAGE, Output, RowWriter
 from crawl.rows import build_row
+from crawl.url_list import read_lines, read_urls
 from crawl.urls import MAX_URL
 from runtime import serving
 from tests.helpers.base import HANG_LIMIT

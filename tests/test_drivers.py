@@ -27,12 +27,12 @@ import trustme
 import crawl_async
 import crawl_threads
 from crawl import http_urllib
-from crawl.cli import read_urls
 from crawl.core import Crawl
 from crawl.errors import ERROR_KINDS, FetchError
 from crawl.frontier import Frontier
 from crawl.model import Options, Request, ScrapeResult
 from crawl.output import EXIT_INTERRUPTED, EXIT_PIPE
+from crawl.url_list import read_urls
 from crawl.urls import normalise
 from html_parse import Page, parse_page
 from sandbox.faults import FAULTS, status_expect
