@@ -113,8 +113,6 @@ class Book:
     """The hand-out at which it has to have had its turn; 0 while it is not due."""
     due: float = math.inf
     sent: int = 0
-    served: float = 0.0
-    first: float = math.inf
 
 
 class Rules:
@@ -251,7 +249,6 @@ class Checker:
         demand(book.sends.spend(now), "more than burst + rate * t", request.host, now)
         demand(self.total_sends.spend(now), "more than the total rate", now)
         book.sent += 1
-        book.first = min(book.first, now)
 
     def left(self, request: Request, host: str) -> None:
         """It was finished or put back, from ``host``."""
