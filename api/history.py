@@ -1,4 +1,11 @@
-"""What the aggregation API keeps of its upstreams: each result, written in batches, and read page by page."""
+"""What the aggregation API keeps of its upstreams: the result of each load, in PostgreSQL.
+
+``keep`` returns at once: rows go through a ``Writer``, whose promises hold here (bounded; what was taken is written
+once; while there is no database, what finds the queue full is counted as lost). ``latest``, ``page``, ``outcomes`` and
+``forget`` ask the database, and raise ``Unavailable`` while it is away; what they read is bounded in rows and bytes.
+
+Everything runs in the event loop; there is no lock.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +37,6 @@ CREATE TABLE IF NOT EXISTS upstream_results (
 CREATE INDEX IF NOT EXISTS upstream_results_by_time ON upstream_results (source, fetched_at DESC);
 CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results (fetched_at);
 """
-
-
 RECENT = 20_000
 """Results of one source among which a start looks for the last of each combination of parameters."""
 
