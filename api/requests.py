@@ -1,4 +1,7 @@
-"""What a request may ask for: each parameter is checked, and a refusal is a problem document (RFC 9457)."""
+"""What a request may ask for, and the answers that say no: problem documents (RFC 9457).
+
+Each parameter is checked before anything is done. Nothing here waits, and nothing is kept.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import ipaddress
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 from urllib.parse import parse_qsl
@@ -17,6 +20,9 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+
+from api.service import Service
+from api.upstreams import Source
 
 MAX_PARAMETER = 200
 """Characters of a parameter's value."""
@@ -111,3 +117,29 @@ def is_here(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     return False
+
+
+def reply(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), status, headers, "application/json")
+
+
+def service_of(request: Request) -> Service:
+    return cast(Service, request.app.state.service)
+
+
+def sources_of(request: Request) -> dict[str, Source]:
+    return service_of(request).sources
+
+
+def names_in(query: dict[str, str], request: Request) -> list[str]:
+    """What ``sources`` in the query names, which is taken out of it; without it, all sources."""
+    return query.pop("sources").split(",") if "sources" in query else list(sources_of(request))
+
+
+def known_sources(request: Request, names: Sequence[str]) -> dict[str, Source]:
+    """The sources of these names. ``Problem`` if there is none of some name."""
+    sources = sources_of(request)
+    for name in names:
+        if name not in sources:
+            raise Problem(404, f"unknown source {name[:50]}", sources=sorted(sources))
+    return {name: sources[name] for name in names}

@@ -15,9 +15,8 @@ from typing import Any, cast
 
 import pytest
 
-import aggregate_app
+from api import pages, upstreams
 from api import service as service_module
-from api import upstreams
 from tests.helpers.api import app_run, app_upstream, ask, living, ticks
 from tests.helpers.base import HANG_LIMIT, World, holds_the_loop, until_async
 
@@ -281,7 +280,7 @@ def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: A
             service = app.service
             assert (len(service.tasks), service.reports) == (2, 0)  # and no host was looked at for nothing
             service.history.outcomes = outcomes
-            monkeypatch.setattr(aggregate_app, "summarise", dying(str(tmp_path / "flag")))
+            monkeypatch.setattr(pages, "summarise", dying(str(tmp_path / "flag")))
             status, _, body = await ask(app, "/report?hours=1")
             said = json.loads(body)["sources"]["a"]
             assert (status, said["results"], said["availability"], said["errors"]) == (200, 100, 0.99, {"timeout": 1})
@@ -292,10 +291,10 @@ def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: A
             answers = await asyncio.gather(*(ask(app, "/report?hours=1") for _ in range(8)))
             assert [status for status, _, _ in answers] == [200] * 8
             assert all(json.loads(body)["sources"]["a"]["results"] == 100 for _, _, body in answers)
-            monkeypatch.setattr(aggregate_app, "REPORTS", 0)
+            monkeypatch.setattr(pages, "REPORTS", 0)
             status, headers, _ = await ask(app, "/report")
             assert (status, headers["retry-after"]) == (503, "2")
-            monkeypatch.setattr(aggregate_app, "REPORTS", 16)
+            monkeypatch.setattr(pages, "REPORTS", 16)
             await service.processes.close(0.0)
             status, headers, body = await ask(app, "/report")
             assert (status, headers["retry-after"], json.loads(body)["title"]) == (
@@ -351,7 +350,7 @@ def test_is_told_of_signals_before_the_server() -> None:
         heard.append(number)
 
     async def main() -> None:
-        with aggregate_app.told_of_signals(lambda: heard.append("told")) as force:
+        with service_module.call_on_signals(lambda: heard.append("told")) as force:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
                 signal.raise_signal(number)
             assert heard == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
@@ -362,7 +361,7 @@ def test_is_told_of_signals_before_the_server() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is server
 
     async def beside() -> None:
-        with aggregate_app.told_of_signals(lambda: heard.append("never")) as force:
+        with service_module.call_on_signals(lambda: heard.append("never")) as force:
             assert signal.getsignal(signal.SIGINT) is server
             force()
 

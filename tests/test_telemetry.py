@@ -14,8 +14,7 @@ from typing import IO, Any, cast
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-import aggregate_app
-from api import telemetry, upstreams
+from api import pages, telemetry, upstreams
 from tests.helpers.api import app_run, app_upstream, ask, living, ticks
 from tests.helpers.base import HANG_LIMIT, World, until_async
 
@@ -105,7 +104,7 @@ def test_tells_events_and_lets_go_of_those_who_left(app_world: World) -> None:
 
 
 def test_bounds_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aggregate_app, "STREAMS", 1)
+    monkeypatch.setattr(pages, "STREAMS", 1)
 
     async def main() -> None:
         async with living({}) as app:

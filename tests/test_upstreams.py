@@ -15,9 +15,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-import aggregate_app
 import coordination as co
-from api import upstreams
+from api import aggregate, upstreams
 from sandbox.sites import Sandbox
 from tests.helpers.api import aggregate_ask, app_run, app_upstream, play, settled, ticks
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, limits, until_async
@@ -217,13 +216,13 @@ def test_posts_json_in_which_values_stay_text() -> None:
             parameters = {"x": "1", "y": "2"}
             source = app_source(url + "/s/{x}", World(), session, method="POST", body=body, parameters=parameters)
             for x, y in (("1", "2"), ('"},{"', "{x}\\ü")):
-                part = (await aggregate_app.gather({"a": source}, {"x": x, "y": y}, HANG_LIMIT))["a"]
+                part = (await aggregate.gather({"a": source}, {"x": x, "y": y}, HANG_LIMIT))["a"]
                 assert part.data is not None
                 assert part.data.value["line"].startswith("POST /s/") and part.data.value["kind"]
                 expected = {"q": f"{x} and {x}{y}", "all": [y, 5, None, {"{x}": "{unknown}"}]}
                 assert json.loads(part.data.value["body"]) == expected
             plain = app_source(url + "/none", World(), session, method="POST")
-            part = (await aggregate_app.gather({"a": plain}, {}, HANG_LIMIT))["a"]
+            part = (await aggregate.gather({"a": plain}, {}, HANG_LIMIT))["a"]
             assert part.data is not None and part.data.value == {"line": "POST /none", "kind": False, "body": ""}
 
     app_run(main())

@@ -18,8 +18,8 @@ import pytest
 
 import aggregate_app
 import coordination as co
+from api import aggregate, upstreams
 from api import service as service_module
-from api import upstreams
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, World
 
@@ -50,7 +50,7 @@ def play(web: Sandbox, case: Case) -> None:
 
 
 async def aggregate_ask(source: upstreams.Source, deadline: float = 20.0) -> tuple[str, Any, float | None]:
-    part = (await aggregate_app.gather({"a": source}, {}, deadline))["a"]
+    part = (await aggregate.gather({"a": source}, {}, deadline))["a"]
     return part.state, part.data and part.data.value.get("serial", part.data.value), part.age
 
 
@@ -171,7 +171,7 @@ def app_world(monkeypatch: pytest.MonkeyPatch) -> World:
     """The sources of an application get this clock; kept answers stay for ever, so that only a change can end them."""
     world = World()
     monkeypatch.setattr(aggregate_app, "Source", functools.partial(upstreams.Source, clock=world.clock))
-    monkeypatch.setattr(aggregate_app, "KEPT", 1e9)
+    monkeypatch.setattr(aggregate, "KEPT", 1e9)
     monkeypatch.setattr(service_module, "RENEW_EVERY", 1e6)
     access = logging.getLogger("uvicorn.access")
     monkeypatch.setattr(access, "handlers", [logging.NullHandler()])
