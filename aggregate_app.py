@@ -43,6 +43,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from api.aggregate import aggregate, invalidate
+from api.config import DEMO, ConfigError, Upstream, read_config
 from api.history import UPSTREAM_RESULTS
 from api.middleware import CLIENT_RATE, Aggregator
 from api.openapi import document
@@ -50,7 +51,7 @@ from api.pages import alive, dashboard_page, events, health, history, metrics, o
 from api.requests import failed, problem
 from api.service import PLACES, WARM, Service, call_on_signals, log
 from api.telemetry import standard_output
-from api.upstreams import DEMO, ConfigError, Source, Upstream, read_config
+from api.upstreams import Source
 from coordination import Semaphore
 from runtime.postgres import Database
 from runtime.serving import queue_stderr

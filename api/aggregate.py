@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.config import Key
 from api.requests import (
     Problem,
     authorised,
@@ -30,7 +31,7 @@ from api.requests import (
     whole,
 )
 from api.service import KEPT, Kept
-from api.upstreams import Key, Loaded, Part, Source
+from api.upstreams import Loaded, Part, Source
 
 DEADLINE_MS = 1, 1000, 30_000
 """The least, usual and greatest ``deadline_ms``."""

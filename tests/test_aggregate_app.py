@@ -41,7 +41,7 @@ from starlette.routing import Route
 
 import aggregate_app
 import coordination as co
-from api import aggregate, middleware, openapi, upstreams
+from api import aggregate, config, middleware, openapi, upstreams
 from api import service as service_module
 from api.history import History, Result
 from sandbox.faults import FAULTS
@@ -90,7 +90,7 @@ def test_reads_a_configuration(tmp_path: Path) -> None:
     text = "[a]\nurl='http://h/{x}?y={y}'\nparameters={x='1', y=2}\nheaders={Authorization='Bearer ${KEY}'}\nttl=3"
     shipped = aggregate_app.configured({"AGGREGATE_CONFIG": str(HERE / "upstreams.toml")})
     assert shipped is not None and list(shipped) == ["weather", "rates", "quakes", "stories"]
-    upstream = upstreams.read_config(text, {"KEY": "secret"})["a"]
+    upstream = config.read_config(text, {"KEY": "secret"})["a"]
     assert (upstream.ttl, upstream.headers) == (3, {"Authorization": "Bearer secret"})
     assert upstream.address(("a b", "&z=1#")) == "http://h/a%20b?y=%26z%3D1%23"
 
@@ -99,7 +99,7 @@ def test_reads_a_configuration(tmp_path: Path) -> None:
 @given(st.text(min_size=1, max_size=30).filter(lambda value: value not in (".", "..")))
 def test_a_parameter_changes_neither_host_nor_path(value: str) -> None:
     text = "[a]\nurl='http://h.example/v1/{x}/end?q={x}&z=1'\nparameters={x='1'}"
-    upstream = upstreams.read_config(text, {})["a"]
+    upstream = config.read_config(text, {})["a"]
     try:
         url = ada_url.URL(upstream.address((value,)))
     except UnicodeEncodeError:
@@ -227,7 +227,7 @@ def test_the_deadline_cuts_the_wait_and_not_the_load(web: Sandbox) -> None:
 @pytest.fixture(scope="module")
 def aggregate_port(web: Sandbox) -> Iterator[int]:
     table = {
-        name: upstreams.Upstream(name, web.url(path), parameters, timeout=20.0, ttl=600.0, keep=keep)
+        name: config.Upstream(name, web.url(path), parameters, timeout=20.0, ttl=600.0, keep=keep)
         for name, path, parameters, keep in [
             ("weather", "/api/weather?city={city}", {"city": "Berlin"}, ""),
             ("news", "/api/news?served", {}, "items"),
@@ -425,7 +425,7 @@ def test_a_request_keeps_its_id() -> None:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         async with server, aiohttp.ClientSession() as session:
-            upstream = upstreams.Upstream("a", url, headers={"X-Key": "secret"})
+            upstream = config.Upstream("a", url, headers={"X-Key": "secret"})
             source = upstreams.Source(upstream, session, co.Semaphore(1), clock=World().clock)
             upstreams.request_id.set("id-of-the-request")
             assert await aggregate_ask(source) == ("fresh", {}, 0.0)
@@ -493,8 +493,8 @@ negative_data_rejection.expected-statuses = ["401", "404", "405", "414", "422", 
 """
 
 
-def openapi_table(base: str) -> dict[str, upstreams.Upstream]:
-    return upstreams.read_config(upstreams.DEMO.format(base=base), {})
+def openapi_table(base: str) -> dict[str, config.Upstream]:
+    return config.read_config(config.DEMO.format(base=base), {})
 
 
 class OpenapiHistory(History):
@@ -634,7 +634,7 @@ def test_openapi_is_valid_and_so_are_its_examples(openapi_port: int) -> None:
     assert len(examples) > 20
     for each, shown in examples:
         jsonschema_rs.validate({**each, "components": document["components"]}, shown, validate_formats=True)
-    alone = openapi.document({"a": upstreams.Upstream("a", "http://x/{q}", {"q": ""})}, "1")  # "" is no valid value
+    alone = openapi.document({"a": config.Upstream("a", "http://x/{q}", {"q": ""})}, "1")  # "" is no valid value
     assert "default" not in alone["paths"]["/aggregate/a"]["get"]["parameters"][-2]["schema"]
 
 
@@ -714,5 +714,5 @@ def test_openapi_an_error_of_our_own_is_a_problem_too(monkeypatch: pytest.Monkey
 
 
 def test_openapi_a_parameter_cannot_hide_one_of_the_api() -> None:
-    with pytest.raises(upstreams.ConfigError, match=r"a\.parameters: limit, source means something to the API itself"):
-        upstreams.read_config('[a]\nurl = "http://x/"\nparameters = { source = "b", limit = "1" }', {})
+    with pytest.raises(config.ConfigError, match=r"a\.parameters: limit, source means something to the API itself"):
+        config.read_config('[a]\nurl = "http://x/"\nparameters = { source = "b", limit = "1" }', {})

@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 import aggregate_app
-from api import upstreams
+from api import config
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, wait_until
 
@@ -72,7 +72,7 @@ def dashboard_browser() -> Iterator[DashboardBrowser]:
 class DashboardServer:
     """The application in a thread, to be stopped and started again on its port."""
 
-    def __init__(self, table: dict[str, upstreams.Upstream]) -> None:
+    def __init__(self, table: dict[str, config.Upstream]) -> None:
         self._table, self.port = table, 0
         self.start()
 
@@ -106,7 +106,7 @@ def dashboard_server(web: Sandbox) -> Iterator[DashboardServer]:
         ("idle", "/api/news?idle", {}),
     ]
     server = DashboardServer(
-        {name: upstreams.Upstream(name, web.url(path), timeout=20.0, **more) for name, path, more in rows}
+        {name: config.Upstream(name, web.url(path), timeout=20.0, **more) for name, path, more in rows}
     )
     yield server
     server.stop()

@@ -18,7 +18,7 @@ import pytest
 
 import aggregate_app
 import coordination as co
-from api import aggregate, upstreams
+from api import aggregate, config, upstreams
 from api import service as service_module
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, World
@@ -34,7 +34,7 @@ def play(web: Sandbox, case: Case) -> None:
             sources: list[upstreams.Source] = []
 
             def source(path: str, **options: Any) -> upstreams.Source:
-                upstream = upstreams.Upstream(name="a", url=web.url(path), **options)
+                upstream = config.Upstream(name="a", url=web.url(path), **options)
                 sources.append(upstreams.Source(upstream, session, co.Semaphore(99), clock=world.clock))
                 return sources[-1]
 
@@ -147,7 +147,7 @@ async def ask(
 
 
 @contextlib.asynccontextmanager
-async def living(table: dict[str, upstreams.Upstream], output: IO[bytes] | None = None) -> AsyncIterator[Any]:
+async def living(table: dict[str, config.Upstream], output: IO[bytes] | None = None) -> AsyncIterator[Any]:
     app = aggregate_app.create_app(table, 0, output=output)
     async with aggregate_app.lifespan(app):
         yield app
