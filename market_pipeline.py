@@ -6,7 +6,7 @@
     python market_pipeline.py replay --kafka broker:9092      dead letters once more, by a mended parser
 
 This file is the command line and the demo. What is promised, the way of a trade, every queue and its bound are told in
-``market_flow``; what is shown of it, in ``market_display``.
+``market.flow``; what is shown of it, in ``market.display``.
 
 Threads: that of the demo's exchanges, and that which writes to stderr. All else is in the event loop.
 """
@@ -38,7 +38,7 @@ from aiokafka import AIOKafkaConsumer
 from market.analyse import Analyser
 from market.display import Snapshot, columns, last_word, latency, number, price, serve
 from market.feeds import ADAPTERS
-from market.flow import Base, Options, Pipeline, feeds_of, security
+from market.flow import MarketOptions, MarketProgram, Pipeline, feeds_of, security
 from market.replay import Replayer
 from market.stats import ALL
 from market.topics import ANALYTICS, DEAD_LETTERS, TRADES, decode
@@ -79,7 +79,7 @@ def seconds_of(text: str) -> tuple[int, ...]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    default = Options()
+    default = MarketOptions()
     parser = argparse.ArgumentParser(
         prog="python market_pipeline.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -163,18 +163,18 @@ exit codes: 0 nothing was lost; 1 something was, or it could not start; 2 wrong 
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[argparse.Namespace, Options]:
+def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[argparse.Namespace, MarketOptions]:
     """The options. Ends the program with one line if something is wrong with them."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    names = [field.name for field in dataclasses.fields(Options)]
+    names = [field.name for field in dataclasses.fields(MarketOptions)]
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     given.setdefault("group", f"market-{'replay' if args.command == 'replay' else 'analyse'}")
     if "kafka" not in given and environ.get("KAFKA_BROKERS") and not args.demo:
         given["kafka"] = environ["KAFKA_BROKERS"]
     try:
         given["urls"] = addresses(args.url or ())
-        options = Options(**given)
+        options = MarketOptions(**given)
         check(options, args, environ)
         if not (args.demo_seconds > 0 and 0 < args.demo_rate <= 100_000):
             raise ValueError("--demo-seconds must be above 0, --demo-rate above 0 and at most 100000")
@@ -193,7 +193,7 @@ def addresses(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def check(options: Options, args: argparse.Namespace, environ: Mapping[str, str]) -> None:
+def check(options: MarketOptions, args: argparse.Namespace, environ: Mapping[str, str]) -> None:
     """``ValueError`` with one line if an option is wrong."""
     if options.kafka is not None:
         for each in options.kafka.split(","):
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finish()
 
 
-def run(args: argparse.Namespace, options: Options) -> int:
+def run(args: argparse.Namespace, options: MarketOptions) -> int:
     """The program, once what it was told is checked. Returns the exit code."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)  # thousands of trades wait at any time, and hardly any garbage is cyclic
@@ -275,9 +275,9 @@ def run(args: argparse.Namespace, options: Options) -> int:
 
 
 async def run_program(
-    command: str, options: Options, http_sock: socket.socket | None, demo: Demo | None = None
-) -> tuple[int, Base]:
-    kinds: dict[str, type[Base]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
+    command: str, options: MarketOptions, http_sock: socket.socket | None, demo: Demo | None = None
+) -> tuple[int, MarketProgram]:
+    kinds: dict[str, type[MarketProgram]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
     program = kinds[command](options)
     playing = None if demo is None else asyncio.create_task(demo.play(program), name="demo")
     try:
@@ -294,7 +294,7 @@ async def run_program(
 class Demo:
     """Simulated exchanges that trade for some seconds, one of which fails, and, unless one is named, a broker."""
 
-    def __init__(self, options: Options, seconds: float, rate: float) -> None:
+    def __init__(self, options: MarketOptions, seconds: float, rate: float) -> None:
         self.options, self._seconds, self._rate = options, seconds, rate
         self._stack = contextlib.ExitStack()
         self._exchanges: Any = None
@@ -307,7 +307,7 @@ class Demo:
             folder = Path(tempfile.mkdtemp(prefix="market-demo-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             more: dict[str, Any] = {}
-            if self.options.spool == Options.spool:
+            if self.options.spool == MarketOptions.spool:
                 more["spool"] = str(folder / "spool")
             if self.options.kafka is not None and not self.options.prefix:
                 more["prefix"] = f"demo-{os.urandom(4).hex()}-"  # simulated trades are not to be among real ones
@@ -332,7 +332,7 @@ class Demo:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    async def play(self, program: Base) -> None:
+    async def play(self, program: MarketProgram) -> None:
         """Some faults in passing; after the time, stop."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._seconds

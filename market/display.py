@@ -27,8 +27,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from coordination import Clock
-from market.link import Counts
-from market.stats import ALL, Row
+from market.backlog import Counts
+from market.stats import ALL, AnalyticsRow
 from market.trade import Trade
 from runtime.serving import http, show_status, stopped_by_signals
 
@@ -146,7 +146,7 @@ class Board:
             if trade.symbol in counts or len(counts) < MOST_SYMBOLS:
                 counts[trade.symbol] += 1
 
-    def take(self, rows: Iterable[Row]) -> None:
+    def take(self, rows: Iterable[AnalyticsRow]) -> None:
         for row in rows:
             symbol = row.symbol
             if row.exchange != ALL or (symbol not in self._lines and len(self._lines) >= MOST_SYMBOLS):

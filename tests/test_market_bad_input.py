@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 
 import market_pipeline
+from market import backlog, overflow
 from market import display as md
 from market import flow as market_flow
 from market import kafka as mk
-from market import link
+from market import producer as producer_module
 from market import topics as mt
 from market.connect import Feed
 from market.feeds import ADAPTERS
-from market.stats import Analytics, Row
+from market.stats import Analytics, AnalyticsRow
 from market.trade import Trade
 from runtime.spool import EncodedBatch, Spool
 from sandbox.broker import Broker
@@ -41,6 +42,7 @@ from tests.helpers.market import (
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
+    overflow_of,
 )
 
 
@@ -71,22 +73,24 @@ def test_kafka_a_record_with_wrong_types_is_no_trade(field: dict[str, Any]) -> N
 
 
 def test_kafka_rounds_are_bounded_and_in_order() -> None:
-    rows = [mt.Row("t", b"k", b"x" * size, 0, []) for size in (40, 40, 40, 100, 1, 300, 5)]
-    found = [[len(row.value) for row in each] for each in link.rounds(rows, 100)]
+    rows = [mt.Record("t", b"k", b"x" * size, 0, []) for size in (40, 40, 40, 100, 1, 300, 5)]
+    found = [[len(row.value) for row in each] for each in producer_module.rounds(rows, 100)]
     assert found == [[40, 40, 40], [100], [1, 300], [5]]
-    assert list(link.rounds([], 100)) == []
+    assert list(producer_module.rounds([], 100)) == []
 
 
 def test_kafka_encoding_gives_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = 0
     most = 0
 
-    def counted(trade: Trade, topic: str) -> mt.Row:
+    trade_record = mt.trade_record
+
+    def counted(trade: Trade, topic: str) -> mt.Record:
         nonlocal begun
         begun += 1
-        return mt.trade_row(trade, topic)
+        return trade_record(trade, topic)
 
-    monkeypatch.setattr(mk, "trade_row", counted)
+    monkeypatch.setattr(mt, "trade_record", counted)
 
     async def main() -> None:
         nonlocal most
@@ -96,7 +100,7 @@ def test_kafka_encoding_gives_others_their_turn(monkeypatch: pytest.MonkeyPatch)
             before = begun
             await asyncio.sleep(0)
             most = max(most, begun - before)
-        assert publisher.stats().trades.accepted == begun == 5000 and most == link.AT_ONCE
+        assert publisher.stats().trades.accepted == begun == 5000 and most == producer_module.AT_ONCE
         assert await publisher.stop() == 5000
 
     run_task(main())
@@ -112,13 +116,15 @@ def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
 ) -> None:
     encoded = 0
 
-    def counted(trade: Trade, topic: str) -> mt.Row:
+    trade_record = mt.trade_record
+
+    def counted(trade: Trade, topic: str) -> mt.Record:
         nonlocal encoded
         encoded += 1
-        return mt.trade_row(trade, topic)
+        return trade_record(trade, topic)
 
-    monkeypatch.setattr(mk, "trade_row", counted)
-    monkeypatch.setattr(mk, "FILE", 500)
+    monkeypatch.setattr(mt, "trade_record", counted)
+    monkeypatch.setattr(overflow, "FILE", 500)
     monkeypatch.setattr(mk, "FLIGHT", 1000)
     broker = market_kafka_broker
     broker.stop()
@@ -134,7 +140,7 @@ def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
             async with market_kafka_open(broker.address, spool=tmp_path / "spool") as publisher:
                 await publisher.trades(market_kafka_trades(4200, 4300))
                 await publisher.flush()
-                assert balanced(publisher).trades == link.Counts(100, 4201, 4301, 0, 0, 0, 0)
+                assert balanced(publisher).trades == backlog.Counts(100, 4201, 4301, 0, 0, 0, 0)
                 assert list((tmp_path / "spool").glob("*.batch")) == []
         assert encoded == 4300 and await market_kafka_ids(broker.address) == list(range(4300))
 
@@ -187,7 +193,7 @@ def test_kafka_what_comes_while_the_buffer_is_moved_does_not_keep_it_moving(
         await publisher.start()
         assert publisher.offer(market_kafka_trades(0, 50))
         monkeypatch.setattr(Spool, "put", refilling)
-        assert await publisher._spill()
+        assert await overflow_of(publisher).spill()
         monkeypatch.setattr(Spool, "put", put)
         counts = balanced(publisher).trades
         assert (puts, counts.spooled, counts.held) == (1, 50, 50)
@@ -234,7 +240,7 @@ def test_kafka_a_stop_that_is_cancelled_while_it_closes_loses_nothing(
             gate.set()
             await asyncio.wait((stopping,))
             assert stopping.cancelled() and publisher.stats().state == "closed"
-            assert balanced(publisher).trades == link.Counts(50, 0, 0, 0, 50, 0, 0)
+            assert balanced(publisher).trades == backlog.Counts(50, 0, 0, 0, 50, 0, 0)
         spool = Spool(tmp_path / "spool")
         assert spool.open() == 50
         await spool.close()
@@ -257,7 +263,9 @@ def test_feeds_no_more_symbols_than_a_connection_may_have() -> None:
             with pytest.raises(ValueError, match=why):
                 Feed(adapter, wrong, print, print)
     with pytest.raises(ValueError, match="bitfinex: 26 symbols"):
-        market_flow.feeds_of(market_flow.Options(symbols=tuple(symbols[:26]), exchanges=("kraken", "bitfinex")), {})
+        market_flow.feeds_of(
+            market_flow.MarketOptions(symbols=tuple(symbols[:26]), exchanges=("kraken", "bitfinex")), {}
+        )
 
 
 def test_connect_subscriptions_are_as_slow_as_the_exchange_wants_them() -> None:
@@ -367,14 +375,14 @@ def test_flow_thousands_of_rows_do_not_hold_the_loop() -> None:
     analytics.add(market_kafka_trade(1))
     row = analytics.due(everything=True)[0]
     told: list[int] = []
-    shown: list[Row] = []
+    shown: list[AnalyticsRow] = []
 
     async def main() -> None:
         program = SimpleNamespace(
             board=SimpleNamespace(take=shown.extend),
             publisher=SimpleNamespace(analytics=lambda rows: told.append(len(rows))),
         )
-        stats_repr = asyncio.ensure_future(market_flow.Base._tell(program, [row] * (3 * market_flow.ROWS + 1)))  # type: ignore[arg-type]
+        stats_repr = asyncio.ensure_future(market_flow.MarketProgram._tell(program, [row] * (3 * market_flow.ROWS + 1)))  # type: ignore[arg-type]
         turns = 0
         while not stats_repr.done():
             turns += 1
@@ -390,7 +398,7 @@ def test_pipeline_sigterm_before_and_after_the_loop_is_as_ctrl_c(monkeypatch: py
     closed: list[str] = []
 
     class Demo:
-        options = market_flow.Options(kafka=ABSENT)
+        options = market_flow.MarketOptions(kafka=ABSENT)
 
         def __init__(self, *_: object) -> None: ...
 
@@ -427,7 +435,7 @@ def test_pipeline_a_publisher_is_closed_before_the_program_ends(tmp_path: Path) 
 
     async def main() -> None:
         urls = {"kraken": "ws://127.0.0.1:9/"}
-        options = market_flow.Options(kafka=ABSENT, exchanges=("kraken",), urls=urls, workers=1)
+        options = market_flow.MarketOptions(kafka=ABSENT, exchanges=("kraken",), urls=urls, workers=1)
         program = market_flow.Pipeline(dataclasses.replace(options, spool=str(tmp_path / "spool")))
         running = asyncio.create_task(program.run())
         await until_async(lambda: program.publisher.stats().state == "connecting")
