@@ -54,7 +54,7 @@ from dataclasses import dataclass
 from types import CoroutineType, TracebackType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
-from coordination import Clock, K, Rng, T, _FairCondition, _Waiter, new_lock, stats_repr
+from coordination import Clock, FairCondition, K, Rng, T, Waiter, new_lock, stats_repr
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -508,19 +508,19 @@ class SingleFlight:
 
     def __init__(self) -> None:
         self._lock = new_lock("SingleFlight")
-        self._flights: dict[Hashable, _FairCondition] = {}
+        self._flights: dict[Hashable, FairCondition] = {}
         self._loads = self._shared = 0
 
-    def _board(self, key: Hashable, loop: asyncio.AbstractEventLoop | None) -> tuple[_FairCondition, _Waiter | None]:
+    def _board(self, key: Hashable, loop: asyncio.AbstractEventLoop | None) -> tuple[FairCondition, Waiter | None]:
         with self._lock:
             flight = self._flights.get(key)
             if flight is not None:
                 return flight, flight.park(loop)
             self._loads += 1
-            flight = self._flights[key] = _FairCondition()
+            flight = self._flights[key] = FairCondition()
             return flight, None
 
-    def _land(self, key: Hashable, flight: _FairCondition, answer: _Answer | None) -> None:
+    def _land(self, key: Hashable, flight: FairCondition, answer: _Answer | None) -> None:
         """The leader ends: with an answer for all, or without one, and then the oldest follower leads."""
         with self._lock:
             if answer is None and flight.grant_oldest(_LEAD):
@@ -531,7 +531,7 @@ class SingleFlight:
             while flight.grant_oldest(answer):
                 self._shared += 1
 
-    def _desert(self, key: Hashable, flight: _FairCondition, waiter: _Waiter) -> None:
+    def _desert(self, key: Hashable, flight: FairCondition, waiter: Waiter) -> None:
         with self._lock:
             flight.leave(waiter)
             leads = waiter.granted and waiter.value is _LEAD
@@ -539,7 +539,7 @@ class SingleFlight:
         if leads:
             self._land(key, flight, None)
 
-    def _answer(self, waiter: _Waiter) -> Any:
+    def _answer(self, waiter: Waiter) -> Any:
         answer, waiter.value = waiter.value, None
         if answer.error is None:
             return answer.value

@@ -1,8 +1,6 @@
-"""What ``ingest_logs.py`` shows of itself, and its worker processes.
+"""The worker processes of ``ingest_logs.py``, and the shell around one worker or many.
 
-``Snapshot``     the counts of one worker, or the sums of all. ``imbalance`` is 0 in every one of them:
-                 received + recovered = stored + dead + dropped + held + handed on.
-``serve``        signals, ``/metrics`` and ``/health``, the status line, around a ``Program``: one worker or many.
+``serve``        signals, ``/metrics`` and ``/health``, the status line, around a ``Program``.
 ``Supervisor``   N worker processes. The parent makes the N sockets (SO_REUSEPORT: the kernel deals the senders out by
                  their addresses) and keeps them open, so that what waits in the kernel outlives a worker; the next one
                  reads on. A worker that ends without having been asked to is replaced, with back-off.
@@ -10,10 +8,6 @@
 A worker and its parent have a socketpair: first the configuration, as a line of JSON, then to the worker single bytes
 (stop, force), to the parent a line of JSON now and then, and a last one. Workers do not listen to signals: the parent
 tells them. A worker whose parent is gone stops as if it had been told to.
-
-The counts of a dead worker are those of its last line, at most ``REPORT_EVERY`` seconds old: what it received after
-that is in no count. What it held in memory is dropped (``worker died``); what it held on disk is ``handed on``: the
-next one counts it as recovered.
 
 Where what runs: all in one event loop.
 """
@@ -36,7 +30,7 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 
 from coordination import Clock, Rng, stats_repr, wait_for_event
-from logs.display import LATE, LINE, Exporter, Snapshot, add_up, buried, health, status
+from logs.display import Exporter, Snapshot, add_up, counts_after_death, health, status
 from primitives import RetryPolicy
 from runtime.serving import http, lines_lost, show_status, stopped_by_signals
 
@@ -48,12 +42,11 @@ AGAIN = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=10.0, total=float("inf")
 """How long to wait before a dead worker is replaced."""
 HEALTHY = 30.0
 """Seconds that a worker must have lived for the next wait to be short again."""
+LATE = 5.0
+"""Seconds beyond the limit of a stop after which a worker is killed."""
+LINE = 1 << 20
+"""Bytes of a line between a worker and its parent, at most."""
 STOP, FORCE = b"s", b"f"
-
-# ------------------------------------------------------------------------------------------------------ snapshots
-
-
-# ---------------------------------------------------------------------------------------------- around a program
 
 
 class Program(Protocol):
@@ -221,7 +214,7 @@ class Supervisor:
 
     @staticmethod
     def _bury(worker: Worker) -> None:
-        worker.past = add_up([worker.past, buried(worker.last or Snapshot())])
+        worker.past = add_up([worker.past, counts_after_death(worker.last or Snapshot())])
         worker.last = None
 
     async def _spawn(self, *sockets: socket.socket) -> asyncio.subprocess.Process:

@@ -378,7 +378,7 @@ def test_ingest_counts_add_up_over_workers_and_their_deaths() -> None:
         {"queue": 10, "spool": 30},
     )
     assert (both.lag, both.database, both.metadata, both.workers, both.deaths) == (2.0, "down", "open", 2, 1)
-    gone = display.buried(one)
+    gone = display.counts_after_death(one)
     assert (gone.dropped, gone.handed, gone.held) == ({"queue full": 4, "worker died": 10}, 30, {})
     assert display.imbalance(gone) == 0 and (gone.workers, gone.deaths) == (0, 1)
     again = display.add_up([gone, Snapshot(recovered=30, stored=30, database="connected")])
