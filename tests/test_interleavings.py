@@ -261,7 +261,7 @@ class TurnsItemLost(co.Channel[Any]):
 class TurnsPoisoned(pr.SingleFlight):
     """A killed leader takes its followers with it."""
 
-    def _land(self, key: Any, flight: co.FairCondition, answer: Any) -> None:
+    def _finish(self, key: Any, flight: co.FairCondition, answer: Any) -> None:
         with self._lock:
             self._flights.pop(key, None)
             while answer is not None and flight.grant_oldest(answer):
