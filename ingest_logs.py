@@ -31,7 +31,8 @@ from logs.demo import Demo
 from logs.display import Snapshot, last_word
 from logs.enrich import make_template
 from logs.intake import KernelDrops, Policy, udp_socket
-from logs.pipeline import FORCE_LIMIT, Ingester, Options
+from logs.options import IngestOptions
+from logs.pipeline import FORCE_LIMIT, Ingester
 from logs.workers import Link, Supervisor, serve
 from runtime.embedded import Embedded
 from runtime.postgres import check_url
@@ -43,7 +44,7 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def make_parser() -> argparse.ArgumentParser:
-    default = Options()
+    default = IngestOptions()
     parser = argparse.ArgumentParser(
         prog="python ingest_logs.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -106,11 +107,11 @@ exit codes: 0 nothing was lost at the stop; 1 something was, or it could not sta
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[argparse.Namespace, Options]:
+def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[argparse.Namespace, IngestOptions]:
     """The options. Ends the program with one line if something is wrong with them."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    names = [field.name for field in dataclasses.fields(Options)]
+    names = [field.name for field in dataclasses.fields(IngestOptions)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "allow" in given:
         given["allow"] = tuple(given["allow"])
@@ -118,7 +119,7 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
         given["database"] = environ["DATABASE_URL"]
     if args.demo:
         given = {"listen": "127.0.0.1:0", "flush": 1.0} | given
-    options = Options(**given)
+    options = IngestOptions(**given)
     try:
         if args.worker is None:
             check(options, args.demo)
@@ -132,7 +133,7 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
     return args, options
 
 
-def check(options: Options, demo: bool) -> None:
+def check(options: IngestOptions, demo: bool) -> None:
     """``ValueError`` with one line if an option is wrong. It does not hold the database's URL, which has a password."""
     for name in ("listen", "http"):
         try:
@@ -174,7 +175,7 @@ def check(options: Options, demo: bool) -> None:
         raise ValueError("--fsync must be 0 to 3600 s")
 
 
-def open_sockets(options: Options, stack: contextlib.ExitStack) -> list[socket.socket]:
+def open_sockets(options: IngestOptions, stack: contextlib.ExitStack) -> list[socket.socket]:
     """A socket for each receiver. ``CannotStart``."""
     host, port = split_address(options.listen)
     found: list[socket.socket] = []
@@ -192,7 +193,7 @@ def open_sockets(options: Options, stack: contextlib.ExitStack) -> list[socket.s
     return found
 
 
-def make_program(options: Options, sockets: list[socket.socket]) -> Ingester | Supervisor:
+def make_program(options: IngestOptions, sockets: list[socket.socket]) -> Ingester | Supervisor:
     kernel_drops = KernelDrops(sockets).total
     if len(sockets) == 1:
         return Ingester(options, sockets[0], kernel_drops=kernel_drops)
@@ -217,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finish()
 
 
-def run(args: argparse.Namespace, options: Options) -> int:
+def run(args: argparse.Namespace, options: IngestOptions) -> int:
     """The program, once what it was told is checked. Returns the exit code."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)  # thousands of events wait at any time, and hardly any garbage is cyclic
@@ -248,7 +249,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
 
 
 async def run_program(
-    options: Options, sockets: list[socket.socket], http_sock: socket.socket | None, demo: Demo | None = None
+    options: IngestOptions, sockets: list[socket.socket], http_sock: socket.socket | None, demo: Demo | None = None
 ) -> tuple[int, Snapshot]:
     program = make_program(options, sockets)
     playing = None if demo is None else asyncio.create_task(demo.play(program, sockets[0].getsockname()), name="demo")
@@ -271,7 +272,7 @@ def run_worker(link: int) -> int:
 
 async def _worker(link: Link) -> int:
     told = await link.open()
-    options = Options(**{**told["options"], "allow": tuple(told["options"]["allow"])})
+    options = IngestOptions(**{**told["options"], "allow": tuple(told["options"]["allow"])})
     sock = socket.socket(fileno=told["socket"])
     tasks: list[asyncio.Task[None]] = []
     try:

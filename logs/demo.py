@@ -23,7 +23,7 @@ from typing import Any
 import asyncpg
 
 from logs.display import Snapshot
-from logs.pipeline import Options, database_of
+from logs.options import IngestOptions, database_of
 from logs.workers import Program
 from runtime.embedded import Embedded
 from runtime.serving import CannotStart
@@ -52,7 +52,7 @@ def signals_held_back() -> Iterator[None]:
 class Demo:
     """Simulated services that log for some seconds, their metadata API, and, unless one is named, a database."""
 
-    def __init__(self, options: Options, seconds: float, rate: float) -> None:
+    def __init__(self, options: IngestOptions, seconds: float, rate: float) -> None:
         self.options, self._rate, self._total = options, rate, max(1, round(seconds * rate))
         self._stack = contextlib.ExitStack()
         self._fresh = options.database is None
@@ -65,7 +65,7 @@ class Demo:
             folder = Path(tempfile.mkdtemp(prefix="ingest-demo-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             more: dict[str, Any] = {}
-            if self.options.spool == Options.spool:
+            if self.options.spool == IngestOptions.spool:
                 more["spool"] = str(folder / "spool")
             server = Embedded(folder / "postgres") if self._fresh else database_of(self.options)
             if isinstance(server, Embedded):

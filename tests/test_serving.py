@@ -31,9 +31,9 @@ from prometheus_client.core import GaugeMetricFamily
 from api import telemetry
 from crawl import cli as crawl_cli
 from logs import display
-from logs import pipeline as log_pipeline
 from logs.display import Snapshot
 from logs.intake import udp_socket
+from logs.options import IngestOptions
 from logs.pipeline import Ingester
 from logs.workers import Supervisor
 from runtime import serving
@@ -363,7 +363,7 @@ def test_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pytest.Monke
         program = MarketPipelineBase(market_pipeline_options("127.0.0.1:1", "lost", tmp_path))
         assert b"market_lines_lost_total %.1f\n" % serving.UNREAD in market_pipeline_metrics(program)
         with udp_socket("127.0.0.1", 0, receive_buffer=4096).sock as sock:
-            ingester = Ingester(log_pipeline.Options(spool=str(tmp_path / "logs"), database=None), sock)
+            ingester = Ingester(IngestOptions(spool=str(tmp_path / "logs"), database=None), sock)
             assert ingester.snapshot().lines_lost == serving.UNREAD
             several = Supervisor(["unused"], lambda _: {}, [sock], stop_limit=1.0)
             several.list[0].last = Snapshot(lines_lost=3)
