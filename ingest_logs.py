@@ -30,7 +30,8 @@ from zoneinfo import ZoneInfo
 from logs.demo import Demo
 from logs.display import Snapshot, last_word
 from logs.enrich import make_template
-from logs.intake import KernelDrops, Policy, udp_socket
+from logs.event_queue import Policy
+from logs.intake import KernelDrops, udp_socket
 from logs.options import IngestOptions
 from logs.pipeline import FORCE_LIMIT, Ingester
 from logs.workers import Link, Supervisor, serve

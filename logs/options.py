@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from logs.intake import Policy
+from logs.event_queue import Policy
 from runtime.embedded import Embedded
 
 

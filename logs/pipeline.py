@@ -46,11 +46,13 @@ from zoneinfo import ZoneInfo
 from coordination import Clock, Rng, stats_repr, wait_for_event
 from logs.display import Snapshot, imbalance
 from logs.enrich import Enricher
-from logs.intake import EventQueue, Receiver
+from logs.event_queue import EventQueue
+from logs.intake import Receiver
 from logs.options import IngestOptions, database_of
 from logs.outlet import Outlet, rows_in
 from logs.parse import Event, parse
-from logs.store import SCHEMA, Store, seal
+from logs.seal import seal
+from logs.store import SCHEMA, Store
 from runtime.postgres import Database
 from runtime.serving import CannotStart, TaskSupervisor, lines_lost
 from runtime.spool import Spool

@@ -1,7 +1,7 @@
 """Batches of log events in PostgreSQL: each is stored once, whatever breaks; what no row can hold is a dead letter.
 
-A batch is sealed once: its rows as the text that COPY reads, and an id. What happens to it afterwards (written,
-spooled, replayed days later, written again because nobody saw the commit) never changes either.
+A batch comes sealed (``logs.seal``): what happens to it afterwards (written, spooled, replayed days later, written
+again because nobody saw the commit) never changes its rows or its id.
 
 Promised by ``Store``
 - A batch is stored once: its id goes to ``log_batches`` in the transaction of its rows. An id that is there already
@@ -28,19 +28,17 @@ Of each day (UTC, by the time of receipt) there is one partition, ``logs_YYYY_MM
 and attached to it, which makes no writer wait. To drop one the whole table has to stand still for a moment; that is
 waited for ``DROP_LIMIT`` seconds at the most, for the writers wait behind it.
 
-Where what runs: all in the event loop; ``seal`` takes about 2 ms for 1,000 events. There is no lock in this process.
+Where what runs: all in the event loop. There is no lock in this process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import re
-import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,7 +47,7 @@ from uuid import UUID
 import asyncpg
 
 from coordination import Clock, stats_repr
-from logs.parse import Event, Metadata
+from logs.parse import Metadata
 from runtime.postgres import Database, is_a_rows_fault
 from runtime.spool import EncodedBatch
 
@@ -124,11 +122,6 @@ END IF; END $do$;
 """
 
 
-Found = Metadata | Enum | None
-"""What is known of a service: its metadata; a marker (``log_enrich.UNKNOWN``) if the API does not know it; None if
-nothing is known yet."""
-
-
 class Outcome(NamedTuple):
     stored: int
     dead: int
@@ -163,86 +156,6 @@ class StoreStats(NamedTuple):
 
 class Miscounted(ValueError):
     """COPY took another number of rows than there are lines: one of them ends the data, or is two."""
-
-
-# --------------------------------------------------------------------------------------------------- rows as COPY text
-
-_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-
-
-def escaped(text: str) -> str:
-    """``text`` as a field of COPY's text format."""
-    if "\\" in text or "\t" in text or "\n" in text or "\r" in text:
-        return text.translate(_ESCAPES)
-    return text
-
-
-def row(event: Event) -> str:
-    """The columns of ``event`` up to ``parse_error`` as COPY text, without a tab after it or a line end."""
-    return _row(event, event.received_at.isoformat())
-
-
-def _row(event: Event, received: str) -> str:
-    received_at, event_at, service, host, severity, message, attributes, parse_error = event
-    when = received if event_at is received_at else event_at.isoformat()
-    line = f"{received}\t{when}\t{service}\t{host}\t{severity}\t{message}\t{attributes}"
-    if "\\" in line or "\n" in line or "\r" in line or line.count("\t") != 6:
-        texts = "\t".join([escaped(service), escaped(host), str(severity), escaped(message), escaped(attributes)])
-        line = f"{received}\t{when}\t{texts}"
-    return f"{line}\t\\N" if parse_error is None else f"{line}\t{escaped(parse_error)}"
-
-
-_NO_METADATA = "\\N\t\\N\t\\N\t\\N\t"
-
-
-@functools.lru_cache(10_000)
-def _done(found: Metadata) -> str:
-    return "\t".join([*map(escaped, found), "done"])
-
-
-def metadata_columns(found: Found, configured: bool = True) -> str:
-    """The columns from ``team`` on, as COPY text without a line end. ``configured``: whether there is an API at all."""
-    if isinstance(found, Metadata):
-        return _done(found)
-    if found is not None:
-        return f"{_NO_METADATA}unknown"
-    return _NO_METADATA + ("missing" if configured else "none")
-
-
-def new_id(now: float, randbits: Callable[[int], int] = secrets.randbits) -> UUID:
-    """An id for a batch, made of the Unix time ``now`` (seconds) and 74 random bits (UUID version 7, RFC 9562).
-
-    Its beginning is the time, so that the index of the ids grows at one end.
-    """
-    milliseconds = int(now * 1000) & (1 << 48) - 1
-    return UUID(int=milliseconds << 80 | 7 << 76 | randbits(12) << 64 | 2 << 62 | randbits(62))
-
-
-def seal(
-    events: Sequence[Event], look: Callable[[str], Found], configured: bool = True, *, id: UUID | None = None
-) -> EncodedBatch:
-    """A batch of ``events`` with the metadata that ``look(service)`` has at this moment.
-
-    ``id``: None for a new one. ``ValueError`` without events. What UTF-8 cannot hold (a lone surrogate) is kept as
-    bytes that the database will refuse: that costs its row, not the batch.
-    """
-    if not events:
-        raise ValueError("a batch has at least one event")
-    lines, columns = [], dict[str, str]()
-    oldest = last = events[0].received_at
-    received = last.isoformat()
-    for event in events:
-        if event.received_at is not last:
-            last = event.received_at
-            received = last.isoformat()
-            oldest = min(oldest, last)
-        service = event.service
-        rest = columns.get(service)
-        if rest is None:
-            rest = columns[service] = metadata_columns(look(service), configured)
-        lines.append(f"{_row(event, received)}\t{rest}\n")
-    data = "".join(lines).encode(errors="surrogatepass")
-    return EncodedBatch(id or new_id(time.time()), len(events), oldest.timestamp(), data)
 
 
 # ---------------------------------------------------------------------------------------------------------- partitions

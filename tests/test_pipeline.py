@@ -16,7 +16,7 @@ import pytest
 from logs import display, outlet
 from logs import parse as log_parse
 from logs import pipeline as log_pipeline
-from logs import store as log_store
+from logs import seal as seal_module
 from logs.enrich import Enricher
 from logs.pipeline import Ingester
 from runtime.postgres import Unavailable
@@ -407,7 +407,7 @@ def test_ends_though_its_cancellation_is_swallowed(
 def test_a_fault_costs_the_event_that_causes_it(
     logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parse, seal = log_parse.parse, log_store.seal
+    parse, seal = log_parse.parse, seal_module.seal
 
     def bad_parse(data: bytes, *more: Any) -> Any:
         return [] if b"serial=3" in data and {}["no"] else parse(data, *more)  # type: ignore[index]

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from logs import seal
 from logs import store as log_store
 from logs.parse import Event, Metadata
 from runtime import postgres as db
@@ -98,7 +99,7 @@ def test_what_was_sealed_is_what_is_read(logs_pg: PgServer) -> None:
 
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
-            batch = log_store.seal([event for event, _ in samples], names.__getitem__)
+            batch = seal.seal([event for event, _ in samples], names.__getitem__)
             assert batch.received_at == min(event.received_at for event, _ in samples).timestamp()
             assert await store.write([batch]) == [log_store.Outcome(len(samples), 0)]
             async with store._database.connection() as connection:
@@ -129,14 +130,14 @@ def test_what_was_sealed_is_what_is_read(logs_pg: PgServer) -> None:
 
 def test_row_is_the_beginning_of_a_line() -> None:
     event = logs_store_event(message="a\tb", attributes="{}")
-    whole = log_store.row(event) + "\t" + log_store.metadata_columns(META) + "\n"
-    assert log_store.seal([event], lambda _: META).data.decode() == whole
+    whole = seal.row(event) + "\t" + seal.metadata_columns(META) + "\n"
+    assert seal.seal([event], lambda _: META).data.decode() == whole
     assert whole == (
         "2024-02-28T12:00:00+00:00\t2024-02-28T12:00:00+00:00\tservice-0\thost\t6\ta\\tb\t{}\t\\N\t"
         "payments\tproduction\teu-west-1\t1.2.3\tdone\n"
     )
     ends = {
-        log_store.metadata_columns(found, configured).split("\t")[-1]
+        seal.metadata_columns(found, configured).split("\t")[-1]
         for found, configured in [
             (None, True),
             (None, False),
@@ -146,14 +147,14 @@ def test_row_is_the_beginning_of_a_line() -> None:
     }
     assert ends == {"missing", "none", "unknown", "done"}
     with pytest.raises(ValueError, match="at least one"):
-        log_store.seal([], lambda _: None)
+        seal.seal([], lambda _: None)
 
 
 def test_ids_are_of_version_7_and_sort_by_time() -> None:
-    ids = [log_store.new_id(now, lambda bits: (1 << bits) - 1) for now in (1.0, 1.001, 1e9, 4e9)]
+    ids = [seal.new_id(now, lambda bits: (1 << bits) - 1) for now in (1.0, 1.001, 1e9, 4e9)]
     assert ids == sorted(ids) and {(id.version, id.variant) for id in ids} == {(7, uuid.RFC_4122)}
-    assert ids[2].int >> 80 == 10**12 and log_store.new_id(1.0, lambda _: 0) != ids[0]
-    assert len({log_store.new_id(1.0) for _ in range(1000)}) == 1000
+    assert ids[2].int >> 80 == 10**12 and seal.new_id(1.0, lambda _: 0) != ids[0]
+    assert len({seal.new_id(1.0) for _ in range(1000)}) == 1000
 
 
 # ----------------------------------------------------------------------------------------------- batches, good and bad
@@ -235,7 +236,7 @@ def test_text_that_nothing_can_hold_costs_its_row_only(logs_pg: PgServer) -> Non
             events = [logs_store_event(n) for n in range(9)]
             events[2] = logs_store_event(message="\ud800 x")
             events[4] = logs_store_event(host="a\0b")
-            assert await store.write([log_store.seal(events, lambda _: None)]) == [(7, 2)]
+            assert await store.write([seal.seal(events, lambda _: None)]) == [(7, 2)]
             letters = await logs_pg.do("SELECT array_agg(line ORDER BY position) FROM dead_letter")
             assert [b"\xed\xa0\x80 x" in letters[0], b"a\0b" in letters[1]] == [True, True]
 
@@ -553,7 +554,7 @@ def test_partitions_are_made_ahead(logs_pg: PgServer, now: str, days: list[str])
             assert await logs_store_days(logs_pg) == days and store.stats().partitions_made == 3
             midnight = datetime.strptime(f"{days[1]}+0000", "%Y_%m_%d%z")
             events = [logs_store_event(n, midnight + timedelta(microseconds=n - 1)) for n in range(2)]
-            assert await store.write([log_store.seal(events, lambda _: None)]) == [(2, 0)]
+            assert await store.write([seal.seal(events, lambda _: None)]) == [(2, 0)]
             assert store.stats().partitions_made == 3, "nothing had to be made"
             for day, n in zip(days, (1, 1, 0), strict=True):
                 assert await logs_pg.do(f"SELECT count(*) FROM logs_{day}") == n
@@ -576,7 +577,7 @@ def test_days_without_a_partition_get_one(logs_pg: PgServer) -> None:
             unset = logs_store_batch(10, datetime(1970, 1, 1, tzinfo=UTC))
             midnight = datetime(2024, 3, 1, tzinfo=UTC)
             events = [logs_store_event(n, midnight + timedelta(seconds=n - 500)) for n in range(1000)]
-            over = log_store.seal(events, lambda _: None)
+            over = seal.seal(events, lambda _: None)
             assert await store.write([late, over, early, unset]) == [(10, 0), (1000, 0), (10, 0), (10, 0)]
             wanted = ["1970_01_01", "2024_01_19", "2024_02_29", "2024_03_01", "2024_04_08"]
             assert await logs_store_days(logs_pg) == wanted
@@ -591,7 +592,7 @@ def test_rubbish_makes_no_more_partitions_than_it_may(logs_pg: PgServer) -> None
         async with logs_store_open(logs_pg.url) as store:
             events = [logs_store_event(n, NOON + timedelta(days=n % 50)) for n in range(100)]
             events += [logs_store_event(n) for n in range(100)]
-            outcome = (await store.write([log_store.seal(events, lambda _: None)]))[0]
+            outcome = (await store.write([seal.seal(events, lambda _: None)]))[0]
             assert len(await logs_store_days(logs_pg)) == log_store.DAYS_AT_ONCE
             assert outcome == (100 + 2 * log_store.DAYS_AT_ONCE, 100 - 2 * log_store.DAYS_AT_ONCE)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from logs import display, outlet
+from logs import display, outlet, seal
 from logs import pipeline as log_pipeline
 from logs import store as log_store
 from logs.display import Snapshot
@@ -66,7 +66,7 @@ def logs_store_batch(
     n: int, at: datetime = NOON, found: Any = META, service: str | None = None
 ) -> log_spool.EncodedBatch:
     events = [logs_store_event(i, at, **({} if service is None else {"service": service})) for i in range(n)]
-    return log_store.seal(events, lambda name: found)
+    return seal.seal(events, lambda name: found)
 
 
 async def logs_store_counts(server: PgServer) -> tuple[int, int, int]:
