@@ -275,13 +275,14 @@ def test_connect_subscriptions_are_as_slow_as_the_exchange_wants_them() -> None:
         slept.append(seconds)
 
     async def main() -> None:
-        sink, ws = Sink(), FakeSocket(World(), 1.0)
+        sink = Sink()
+        ws: Any = FakeSocket(World(), 1.0)
         symbols = [f"S{n}-USD" for n in range(750)]
         for name, messages, pauses in (("binance", 8, 7), ("bybit", 75, 0)):
             slept.clear()
             ws.sent.clear()
             feed = Feed(ADAPTERS[name], symbols, sink.emit, sink.dead, sleep=sleep)
-            assert await feed._subscribe(ws)  # type: ignore[arg-type]
+            assert await feed._subscribe(feed._begin(ws))
             assert len(ws.sent) == messages and len(slept) == pauses
             assert all(4 * pause >= 1.0 for pause in slept)  # four of them and a pong are five in a second
 
@@ -309,36 +310,38 @@ def test_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_asked_fo
         )
 
         async def connect() -> None:
-            feed._begin(ws)
-            await feed._subscribe(ws)
-            await feed._other(ws, feed.adapter.parse(b'{"result":null,"id":1}', 0), [])
+            connection = feed._begin(ws)
+            await feed._subscribe(connection)
+            await feed._other(connection, feed.adapter.parse(b'{"result":null,"id":1}', 0), [])
             assert feed.stats().state == "live" and feed.stats().stale == ()
 
         def trade(symbol: str, after: float) -> None:
             world.now += after
-            feed._told = world.now
-            feed._take(ws, frame(symbol, int(world.now), world.now))
+            connection = feed._connection
+            assert connection is not None
+            connection.told = world.now
+            feed._take(connection, frame(symbol, int(world.now), world.now))
 
         await connect()
         trade("BTCUSDT", 299.0)
         assert feed.stats().stale == ()
         trade("BTCUSDT", 1.0)
-        assert feed.stats().stale == ("SOL-USD",) and feed._renewal() == ""
+        assert feed.stats().stale == ("SOL-USD",) and feed._silence.renewal(feed._since) == ""
         trade("SOLUSDT", 1.0)
         assert feed.stats().stale == ()
         world.now += 5000.0  # all are silent: that is not one symbol's
-        assert feed.stats().stale == () and feed._renewal() == ""
+        assert feed.stats().stale == () and feed._silence.renewal(feed._since) == ""
         trade("BTCUSDT", 1.0)
-        assert feed._renewal() == "nothing of SOL-USD"
+        assert feed._silence.renewal(feed._since) == "nothing of SOL-USD"
         await connect()
         trade("BTCUSDT", 1800.0)
-        assert feed.stats().stale == ("SOL-USD",) and feed._renewal() == ""  # twice as long now
+        assert feed.stats().stale == ("SOL-USD",) and feed._silence.renewal(feed._since) == ""  # twice as long now
         trade("BTCUSDT", 1800.0)
-        assert feed._renewal() == "nothing of SOL-USD"
+        assert feed._silence.renewal(feed._since) == "nothing of SOL-USD"
         await connect()
         trade("SOLUSDT", 1000.0)
         trade("BTCUSDT", 1000.0)
-        assert feed._renewal() == "" and feed._patience == 1800.0  # it helped
+        assert feed._silence.renewal(feed._since) == "" and feed._silence.patience == 1800.0  # it helped
         assert len(sink.told["binance"]) == 8 and sink.letters == []
 
     run_task(main())
