@@ -578,7 +578,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   python -m sandbox --latency 0.2 & curl -s --compressed http://127.0.1.1:8080/fault/gzip
   python -m sandbox --urls - | python crawl_async.py -
 
-The other simulations have options of their own: python -m sandbox logs --help, and exchanges.
+other simulations, with options of their own (python -m sandbox WORD --help):
+  sites       this one; without a word too
+  logs        services that send log lines by UDP, and the API of their metadata
+  exchanges   ten simulated exchanges by WebSocket
+  broker      a broker that speaks Kafka
 
 Every host serves / and /p/N.html (its pages), /robots.txt, /status/N for N from 100 to 599, and /fault/NAME for each
 name below. "right result" is what a client should make of it without retries; so many "retries" make it succeed.
