@@ -34,7 +34,7 @@ from logs.event_queue import Policy
 from logs.intake import KernelDrops, udp_socket
 from logs.options import IngestOptions
 from logs.pipeline import FORCE_LIMIT, Ingester
-from logs.workers import Link, Supervisor, serve
+from logs.workers import ParentConnection, Supervisor, serve
 from runtime.embedded import Embedded
 from runtime.postgres import check_url
 from runtime.serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, shown_address, size, split_address
@@ -268,10 +268,10 @@ def run_worker(link: int) -> int:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(_worker(Link(socket.socket(fileno=link))))
+        return runner.run(_worker(ParentConnection(socket.socket(fileno=link))))
 
 
-async def _worker(link: Link) -> int:
+async def _worker(link: ParentConnection) -> int:
     told = await link.open()
     options = IngestOptions(**{**told["options"], "allow": tuple(told["options"]["allow"])})
     sock = socket.socket(fileno=told["socket"])

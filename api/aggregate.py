@@ -28,9 +28,9 @@ from api.requests import (
     reply,
     service_of,
     sources_of,
-    whole,
+    whole_number,
 )
-from api.service import KEPT, Kept
+from api.service import KEPT, KeptAnswer
 from api.upstreams import Loaded, Part, Source
 
 DEADLINE_MS = 1, 1000, 30_000
@@ -46,7 +46,7 @@ def wanted(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Sou
         allowed.add("sources")
     chosen = known_sources(request, names)
     check(query, allowed.union(*(source.upstream.parameters for source in chosen.values())))
-    return chosen, query, whole(query, "deadline_ms", *DEADLINE_MS) / 1000
+    return chosen, query, whole_number(query, "deadline_ms", *DEADLINE_MS) / 1000
 
 
 async def gather(sources: Mapping[str, Source], given: Mapping[str, str], deadline: float) -> dict[str, Part]:
@@ -100,7 +100,7 @@ async def aggregate(request: Request) -> Response:
     unchanged = changes == service.changes
     if unchanged and set(states.values()) <= {"fresh", "stale"} and request.method == "GET":
         until = started + min(KEPT, *(part.expires_in for part in parts.values()))
-        kept = Kept(until, response.raw_headers, bytes(response.body), states)
+        kept = KeptAnswer(until, response.raw_headers, bytes(response.body), states)
         service.keep((request.scope["path"], request.scope["query_string"]), kept)
     return response
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from runtime.postgres import Database, Writer
 
 if TYPE_CHECKING:
-    from runtime.postgres import Connection
+    from runtime.postgres import PooledConnection
 
 UPSTREAM_RESULTS = """
 CREATE TABLE IF NOT EXISTS upstream_results (
@@ -69,7 +69,7 @@ class History:
             size = sys.getsizeof(result.payload) + sys.getsizeof(result.parameters) + 200
             self.writer.offer((next(self._serial), result), size)
 
-    async def _insert(self, connection: Connection, rows: Sequence[tuple[int, Result]]) -> None:
+    async def _insert(self, connection: PooledConnection, rows: Sequence[tuple[int, Result]]) -> None:
         columns = [list(column) for column in zip(*((serial, *result) for serial, result in rows), strict=True)]
         await connection.execute(
             "INSERT INTO upstream_results SELECT $1, serial, source, parameters::jsonb, fetched_at, latency, status,"

@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from api.report import Columns, summarise
-from api.requests import Problem, check, known_sources, moment, names_in, query_of, reply, service_of, whole
+from api.requests import Problem, check, known_sources, names_in, parse_time, query_of, reply, service_of, whole_number
 from api.service import REPORTS, log
 from runtime.postgres import Unavailable
 from runtime.processes import PoolClosed, WorkerDied
@@ -118,9 +118,9 @@ async def history(request: Request) -> Response:
     name = request.path_params["source"]
     source, query = known_sources(request, [name])[name], query_of(request)
     check(query, {"limit", "before", *source.upstream.parameters})
-    limit = whole(query, "limit", *HISTORY)
+    limit = whole_number(query, "limit", *HISTORY)
     given = {key: value for key, value in query.items() if key in source.upstream.parameters}
-    before = moment(query.get("before", "9999-01-01T00:00:00Z"), "before")
+    before = parse_time(query.get("before", "9999-01-01T00:00:00Z"), "before")
     with history_or_503():
         async with asyncio.timeout(HISTORY_LIMIT):
             kept = service_of(request).history
@@ -147,7 +147,7 @@ async def report(request: Request) -> Response:
     service, query = service_of(request), query_of(request)
     names = list(known_sources(request, names_in(query, request)))
     check(query, ("hours", "sources"))
-    hours = whole(query, "hours", *HOURS)
+    hours = whole_number(query, "hours", *HOURS)
     since, until = datetime.now(UTC) - timedelta(hours=hours), time.monotonic() + REPORT_LIMIT
     if service.reports >= REPORTS:
         raise Problem(503, "too many reports", {"Retry-After": "2"})

@@ -72,7 +72,7 @@ def check(query: Mapping[str, str], allowed: Iterable[str]) -> None:
             raise Problem(422, what, parameter=name)
 
 
-def whole(query: Mapping[str, str], name: str, least: int, usual: int, most: int) -> int:
+def whole_number(query: Mapping[str, str], name: str, least: int, usual: int, most: int) -> int:
     """A whole number among the parameters. ``Problem`` if it is none, or out of its bounds."""
     text = query.get(name, str(usual))
     if not re.fullmatch(r"[0-9]{1,6}", text, re.A) or not least <= int(text) <= most:
@@ -80,7 +80,7 @@ def whole(query: Mapping[str, str], name: str, least: int, usual: int, most: int
     return int(text)
 
 
-def moment(text: str, name: str) -> datetime:
+def parse_time(text: str, name: str) -> datetime:
     """A time as RFC 3339 has it. ``Problem`` if it is none."""
     form = r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)"
     with contextlib.suppress(ValueError, OverflowError):

@@ -50,7 +50,7 @@ PLACES = 256
 """Calls under way to all upstreams together."""
 
 
-class Kept:
+class KeptAnswer:
     """An answer as it was sent, to be sent again."""
 
     __slots__ = ("body", "headers", "hits", "states", "until")
@@ -74,7 +74,7 @@ class Service:
         self.force: Callable[[], object] = lambda: None
         self.timers: list[asyncio.TimerHandle] = []
         self.tasks: dict[str, asyncio.Task[Any]] = {}
-        self.kept: dict[tuple[str, bytes], Kept] = {}
+        self.kept: dict[tuple[str, bytes], KeptAnswer] = {}
         self.kept_bytes = self.changes = 0
         for source in sources.values():
             source.listeners.append(self.loaded)
@@ -110,7 +110,7 @@ class Service:
         self.events.publish("breaker", told)
         self.log.note("breaker", request_id.get(), told)
 
-    def keep(self, asked: tuple[str, bytes], kept: Kept) -> None:
+    def keep(self, asked: tuple[str, bytes], kept: KeptAnswer) -> None:
         self.drop(asked)
         if len(self.kept) >= KEPT_MOST or self.kept_bytes + len(kept.body) > KEPT_BYTES:
             self.settle()

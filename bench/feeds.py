@@ -67,17 +67,17 @@ def latency(seed: int, host: int, path: str) -> float:
 def serve(port: int, seed: int) -> None:
     """The sandbox with feeds, articles, and /log: what was asked for them, [time, host, path, status, latency]."""
     from sandbox import sites
-    from sandbox.faults import Answer, Request, reply, route
+    from sandbox.faults import Answer, SiteRequest, reply, route
 
     asked: dict[int, float] = collections.defaultdict(lambda: -TOO_SOON)
 
-    def slowly(request: Request, body: bytes, kind: str) -> Answer:
+    def slowly(request: SiteRequest, body: bytes, kind: str) -> Answer:
         now = time.monotonic()
         gap, asked[request.host] = now - asked[request.host], now
         return reply(body, 200, kind=kind) if gap >= TOO_SOON else reply(b"too soon", 429, "Retry-After: 2")
 
     @route("/feed.xml")
-    def feed(request: Request) -> Answer:
+    def feed(request: SiteRequest) -> Answer:
         items = "".join(
             f"<item><title>Story {n} of {request.host}</title><link>/article/{n}</link><dc:creator>Ann</dc:creator>"
             f"<pubDate>Mon, 06 May 2024 10:0{n}:00 GMT</pubDate><description>{'words ' * 50}</description></item>"
@@ -87,11 +87,11 @@ def serve(port: int, seed: int) -> None:
         return slowly(request, f"{head}{items}</channel></rss>".encode(), "application/rss+xml")
 
     @route("/article/")
-    def article(request: Request) -> Answer:
+    def article(request: SiteRequest) -> Answer:
         return slowly(request, sites.make_page(request.host, int(request.name), 25), "text/html; charset=utf-8")
 
     @route("/log")
-    def log(request: Request) -> Answer:
+    def log(request: SiteRequest) -> Answer:
         entries = [
             (entry.t, entry.host, entry.path, entry.status, pause)
             for entry in request.sandbox.log

@@ -29,7 +29,7 @@ import aiohttp
 from bench import runner
 from bench.aggregate import Row, Server, Stage
 from sandbox import sites
-from sandbox.faults import CHUNKED, CLOSE, FOREVER, RESET, Answer, Request, reply, route
+from sandbox.faults import CHUNKED, CLOSE, FOREVER, RESET, Answer, SiteRequest, reply, route
 
 SILENT = """
 [silent]
@@ -64,7 +64,7 @@ def serve_upstreams(port: int) -> None:
     weights = {"good": 8, "slow": 3}
 
     @route("/chaos/")
-    def chaos(request: Request) -> Answer:
+    def chaos(request: SiteRequest) -> Answer:
         body = json.dumps({"name": request.name, "text": "x" * random.choice((10, 1_000, 50_000))}).encode()
         good = reply(body, kind="application/json")
         answers: dict[str, Answer] = {
@@ -83,7 +83,7 @@ def serve_upstreams(port: int) -> None:
         return answers[random.choices(list(answers), [weights.get(kind, 1) for kind in answers])[0]]
 
     @route("/calls")
-    def calls(request: Request) -> Answer:
+    def calls(request: SiteRequest) -> Answer:
         paths = collections.Counter(entry.path for entry in request.sandbox.log)
         return reply(json.dumps(paths).encode(), kind="application/json")
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 from coordination import Clock, Rng, wait_for_event
 from logs.options import IngestOptions
-from logs.store import Outcome, Store
+from logs.store import BatchOutcome, Store
 from primitives import RetryPolicy
 from runtime.postgres import Database
 from runtime.spool import EncodedBatch, Spool
@@ -174,7 +174,7 @@ class Outlet:
         self.sealed.clear()
         self._spoolable.set()
 
-    def _count(self, batches: Sequence[EncodedBatch], outcomes: Sequence[Outcome]) -> None:
+    def _count(self, batches: Sequence[EncodedBatch], outcomes: Sequence[BatchOutcome]) -> None:
         now = self._wall()
         for batch, outcome in zip(batches, outcomes, strict=True):
             self.stored += outcome.stored

@@ -52,7 +52,7 @@ from runtime.postgres import Database, is_a_rows_fault
 from runtime.spool import EncodedBatch
 
 if TYPE_CHECKING:
-    from runtime.postgres import Connection
+    from runtime.postgres import PooledConnection
 
 log = logging.getLogger("uvicorn.error")
 
@@ -122,7 +122,7 @@ END IF; END $do$;
 """
 
 
-class Outcome(NamedTuple):
+class BatchOutcome(NamedTuple):
     stored: int
     dead: int
 
@@ -199,7 +199,7 @@ SELECT child.relname FROM pg_inherits JOIN pg_class AS child ON child.oid = inhr
 _LEAVES = "SELECT relid::regclass::text FROM pg_partition_tree('logs') WHERE isleaf AND relid <> 'logs'::regclass"
 
 
-async def _partitions(connection: Connection) -> dict[date, str]:
+async def _partitions(connection: PooledConnection) -> dict[date, str]:
     names = [name for (name,) in await connection.fetch(_ATTACHED)]
     return {day: name for name in names if (day := partition_day(name)) is not None}
 
@@ -246,7 +246,7 @@ class _Dropped(Exception):
     """A partition has gone since it was made."""
 
 
-class Letter(NamedTuple):
+class RefusedRow(NamedTuple):
     """A row that was refused."""
 
     position: int
@@ -294,7 +294,7 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------------- writing
 
-    async def write(self, batches: Sequence[EncodedBatch]) -> list[Outcome]:
+    async def write(self, batches: Sequence[EncodedBatch]) -> list[BatchOutcome]:
         """Store ``batches``; the outcome of each, also of those that were stored before.
 
         All in one transaction as long as nothing is wrong with them, else one after the other. Raises ``Unavailable``
@@ -304,7 +304,7 @@ class Store:
         if not batches:
             return []
         if await self._write_all(batches):
-            return [Outcome(batch.rows, 0) for batch in batches]
+            return [BatchOutcome(batch.rows, 0) for batch in batches]
         return [await self._write_one(batch) for batch in batches]
 
     async def _write_all(self, batches: Sequence[EncodedBatch]) -> bool:
@@ -321,10 +321,10 @@ class Store:
             if refuses(error) or isinstance(error, _Repeated):
                 return False
             raise
-        self._add(len(batches), Outcome(rows, 0))
+        self._add(len(batches), BatchOutcome(rows, 0))
         return True
 
-    async def _write_one(self, batch: EncodedBatch) -> Outcome:
+    async def _write_one(self, batch: EncodedBatch) -> BatchOutcome:
         """Write a batch that has something wrong with it, or is there already."""
         lines = batch.data.split(b"\n")
         if not lines[-1]:
@@ -344,7 +344,7 @@ class Store:
                     return outcome
         raise RuntimeError("the partitions of a batch are dropped as often as they are made")
 
-    def _add(self, batches: int, outcome: Outcome) -> None:
+    def _add(self, batches: int, outcome: BatchOutcome) -> None:
         self._batches += batches
         self._stored += outcome.stored
         self._dead += outcome.dead
@@ -366,7 +366,7 @@ class Store:
             await self._forget("dead_letter", self.retain_days)
         await self._forget("log_batches", KEEP_IDS_DAYS)
 
-    async def _make(self, connection: Connection, days: Sequence[date]) -> None:
+    async def _make(self, connection: PooledConnection, days: Sequence[date]) -> None:
         """Make those partitions of ``days`` that are not there."""
         if {*days} <= {*await _partitions(connection)}:
             return
@@ -466,19 +466,19 @@ class Store:
 
 
 async def _settle(
-    connection: Connection, id: UUID, lines: Sequence[bytes], days: Sequence[date]
-) -> tuple[Outcome, bool]:
+    connection: PooledConnection, id: UUID, lines: Sequence[bytes], days: Sequence[date]
+) -> tuple[BatchOutcome, bool]:
     """Within a transaction: store what can be stored. The outcome, and whether it is new."""
     if not _count(await connection.execute(_RECORD.format(f"('{id}', 0, 0)"))):
         record = await connection.fetchrow("SELECT stored, dead FROM log_batches WHERE id = $1", id)
         assert record is not None, "it was kept for days, and forgotten in this moment"
-        return Outcome(*record), False
+        return BatchOutcome(*record), False
     await connection.execute(f"SELECT pg_advisory_xact_lock_shared({PARTITIONS_LOCK})")
     if not {*days} <= {*await _partitions(connection)}:  # and nobody drops one from here on
         raise _Dropped
-    letters = list[Letter]()
+    letters = list[RefusedRow]()
     await _halve(connection, lines, 0, letters)
-    outcome = Outcome(len(lines) - len(letters), len(letters))
+    outcome = BatchOutcome(len(lines) - len(letters), len(letters))
     await connection.execute("UPDATE log_batches SET stored = $2, dead = $3 WHERE id = $1", id, *outcome)
     if letters:
         times = [received(letter.line) for letter in letters]
@@ -486,7 +486,7 @@ async def _settle(
     return outcome, True
 
 
-async def _copy(connection: Connection, texts: Sequence[bytes], rows: int) -> None:
+async def _copy(connection: PooledConnection, texts: Sequence[bytes], rows: int) -> None:
     """COPY ``texts``, which are ``rows`` lines. Raises what PostgreSQL says, and ``Miscounted``."""
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -500,7 +500,9 @@ async def _copy(connection: Connection, texts: Sequence[bytes], rows: int) -> No
         raise Miscounted(f"COPY took {_count(status)} rows of {rows}")
 
 
-async def _halve(connection: Connection, lines: Sequence[bytes], position: int, letters: list[Letter]) -> None:
+async def _halve(
+    connection: PooledConnection, lines: Sequence[bytes], position: int, letters: list[RefusedRow]
+) -> None:
     """Store the good ones of ``lines``, the first of which is the ``position``-th of its batch; collect the others."""
     if not lines:
         return
@@ -513,7 +515,7 @@ async def _halve(connection: Connection, lines: Sequence[bytes], position: int, 
             raise
         if len(lines) == 1:
             code = getattr(error, "sqlstate", None) or type(error).__name__
-            letters.append(Letter(position, lines[0], f"{code}: {error}".replace("\0", "\\0")[:1000]))
+            letters.append(RefusedRow(position, lines[0], f"{code}: {error}".replace("\0", "\\0")[:1000]))
             return
     middle = len(lines) // 2
     await _halve(connection, lines[:middle], position, letters)

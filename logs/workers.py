@@ -93,7 +93,7 @@ async def serve(program: Program, http_sock: socket.socket | None, *, clock: Clo
 # ------------------------------------------------------------------------------------------------- many workers
 
 
-class Worker:
+class WorkerProcess:
     """What the parent knows of one."""
 
     def __init__(self, number: int) -> None:
@@ -135,7 +135,7 @@ class Supervisor:
     ) -> None:
         self._command, self._config, self._sockets = list(command), config, list(sockets)
         self._stop_limit, self._kernel_drops, self._clock, self._rng = stop_limit, kernel_drops, clock, rng
-        self.list = [Worker(number) for number in range(len(sockets))]
+        self.list = [WorkerProcess(number) for number in range(len(sockets))]
         self.workers = len(sockets)
         self.failure: str | None = None
         """Why a worker could not begin at all: there is no use in trying again."""
@@ -154,7 +154,7 @@ class Supervisor:
             later = LATE + (self._stop_limit if self._stage == 1 else 0.0)
             self._timers += [asyncio.get_running_loop().call_later(later, self._kill, each) for each in self.list]
 
-    def _kill(self, worker: Worker) -> None:
+    def _kill(self, worker: WorkerProcess) -> None:
         if worker.process is not None and worker.process.returncode is None:
             log.error("worker %d is late: killed", worker.number)
             worker.process.kill()
@@ -190,7 +190,7 @@ class Supervisor:
             await asyncio.gather(*tasks, return_exceptions=True)
         return 1 if self.failure or any(worker.code for worker in self.list) else 0
 
-    async def _keep(self, worker: Worker) -> None:
+    async def _keep(self, worker: WorkerProcess) -> None:
         """Have the worker live, again and again."""
         deaths = 0
         while True:
@@ -213,7 +213,7 @@ class Supervisor:
                 return
 
     @staticmethod
-    def _bury(worker: Worker) -> None:
+    def _bury(worker: WorkerProcess) -> None:
         worker.past = add_up([worker.past, counts_after_death(worker.last or Snapshot())])
         worker.last = None
 
@@ -231,7 +231,7 @@ class Supervisor:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    async def _live(self, worker: Worker) -> int:
+    async def _live(self, worker: WorkerProcess) -> int:
         """One life; how it ended."""
         ours, theirs = socket.socketpair()
         udp = self._sockets[worker.number]
@@ -268,7 +268,7 @@ class Supervisor:
             worker.process = None
 
 
-class Link:
+class ParentConnection:
     """A worker's side: tells its parent where it stands, and hears from it."""
 
     def __init__(self, sock: socket.socket) -> None:

@@ -46,7 +46,7 @@ from runtime.embedded import CHECK_LIMIT, START_LIMIT, Embedded
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
-    Connection = PoolConnectionProxy[asyncpg.Record]
+    PooledConnection = PoolConnectionProxy[asyncpg.Record]
 
 R = TypeVar("R")
 
@@ -104,11 +104,11 @@ def cut(connection: Any) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- the pool
 
-State = Literal["none", "connecting", "connected", "down"]
+DatabaseState = Literal["none", "connecting", "connected", "down"]
 
 
 class DatabaseStats(NamedTuple):
-    state: State
+    state: DatabaseState
     kind: str | None
     """``embedded`` or ``DATABASE_URL``."""
     since: datetime
@@ -127,7 +127,7 @@ class Database:
         self, server: str | Embedded | None, schema: str = "", *, size: int = 4, rng: Rng = random.random
     ) -> None:
         self.server, self.schema, self.size = server, schema, size
-        self.state: State = "none" if server is None else "connecting"
+        self.state: DatabaseState = "none" if server is None else "connecting"
         self._since, self._connects, self._error = datetime.now(UTC), 0, ""
         self._rng = rng
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
@@ -135,7 +135,7 @@ class Database:
         self._look = asyncio.Event()
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._held: set[Connection] = set()
+        self._held: set[PooledConnection] = set()
         """Those of the pool that are in use: broken off when the database is found away."""
 
     @classmethod
@@ -185,7 +185,7 @@ class Database:
             await asyncio.to_thread(self.server.stop)
 
     @contextlib.asynccontextmanager
-    async def connection(self, wait: float = 5.0, limit: float = 10.0) -> AsyncIterator[Connection]:
+    async def connection(self, wait: float = 5.0, limit: float = 10.0) -> AsyncIterator[PooledConnection]:
         """A connection of the pool, after ``wait`` seconds at the latest, for ``limit`` seconds at the most.
 
         ``Unavailable``: at once if the database is away. What breaks the connection inside comes out as that too, and
@@ -219,7 +219,7 @@ class Database:
 
     __repr__ = stats_repr
 
-    def _enter(self, state: State, error: Exception | None) -> None:
+    def _enter(self, state: DatabaseState, error: Exception | None) -> None:
         if error is not None:
             self._error = type(error).__name__
         if state == self.state:
@@ -307,7 +307,7 @@ class Writer(Generic[R]):
     def __init__(
         self,
         database: Database,
-        insert: Callable[[Connection, Sequence[R]], Awaitable[object]],
+        insert: Callable[[PooledConnection, Sequence[R]], Awaitable[object]],
         *,
         capacity: int = 10_000,
         max_bytes: int = 64_000_000,

@@ -101,7 +101,7 @@ def test_what_was_sealed_is_what_is_read(logs_pg: PgServer) -> None:
         async with logs_store_open(logs_pg.url) as store:
             batch = seal.seal([event for event, _ in samples], names.__getitem__)
             assert batch.received_at == min(event.received_at for event, _ in samples).timestamp()
-            assert await store.write([batch]) == [log_store.Outcome(len(samples), 0)]
+            assert await store.write([batch]) == [log_store.BatchOutcome(len(samples), 0)]
             async with store._database.connection() as connection:
                 rows = await connection.fetch("SELECT *, attributes::text AS text FROM logs")
         wanted = []
@@ -194,7 +194,7 @@ def test_one_bad_row_among_a_thousand(logs_pg: PgServer, position: int) -> None:
             for n, (line, code) in enumerate(list(BAD.items())[position % 3 :: 3]):
                 size, place = (100, position // 10) if n else (1000, position)
                 batch = spoilt(logs_store_batch(size), {place: line})
-                assert await store.write([batch]) == [log_store.Outcome(size - 1, 1)], line[:300]
+                assert await store.write([batch]) == [log_store.BatchOutcome(size - 1, 1)], line[:300]
                 async with store._database.connection() as connection:
                     letter = await connection.fetchrow("DELETE FROM dead_letter RETURNING *")
                     assert letter is not None
@@ -334,10 +334,10 @@ def test_a_batch_whose_answer_is_lost_is_there_once(logs_pg: PgServer, bad: bool
         async with server, logs_store_open(url) as store:
             await store.maintain()
             batches = [logs_store_batch(n) for n in (10, 20)]
-            outcomes = [log_store.Outcome(10, 0), log_store.Outcome(20, 0)]
+            outcomes = [log_store.BatchOutcome(10, 0), log_store.BatchOutcome(20, 0)]
             if bad:
                 batches[1] = spoilt(batches[1], {3: b"", 19: b"x"})
-                outcomes[1] = log_store.Outcome(18, 2)
+                outcomes[1] = log_store.BatchOutcome(18, 2)
             armed, failures = True, 0
             while True:
                 await store._database.ready(HANG_LIMIT)
@@ -499,7 +499,7 @@ def test_many_at_once_with_overlapping_batches(logs_pg: PgServer) -> None:
         async with logs_store_open(logs_pg.url) as one, logs_store_open(logs_pg.url) as two:
             batches = [logs_store_batch(20) for _ in range(40)]
             batches[5] = spoilt(batches[5], {0: b"", 7: b"x"})
-            wanted = [log_store.Outcome(18, 2) if n == 5 else log_store.Outcome(20, 0) for n in range(40)]
+            wanted = [log_store.BatchOutcome(18, 2) if n == 5 else log_store.BatchOutcome(20, 0) for n in range(40)]
 
             async def write(store: log_store.Store, step: int, size: int) -> None:
                 order = list(range(40))[::step]
