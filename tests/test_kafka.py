@@ -23,7 +23,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.partitioner import DefaultPartitioner
 
-from market import backlog, consumers, kafka
+from market import backlog, consumers
 from market import kafka as mk
 from market import producer as producer_module
 from market import topics as mt
@@ -462,9 +462,9 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
             assert time.monotonic() - begun < HANG_LIMIT
             stats = balanced(publisher)
             assert stats.trades == backlog.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
-            with pytest.raises(kafka.PublisherClosed):
+            with pytest.raises(mk.PublisherClosed):
                 await publisher.trades(market_kafka_trades(1, 2))
-            with pytest.raises(kafka.PublisherClosed):
+            with pytest.raises(mk.PublisherClosed):
                 await publisher.flush()
         broker.thaw() if how == "frozen" else broker.start()
         async with market_kafka_open(broker.address, spool=spool) as publisher:
@@ -759,3 +759,14 @@ def test_the_broker_for_development_keeps_its_port_and_data_and_follows_a_killed
         with pytest.raises(OSError, match="exit code"):
             busy.start()
         assert not busy.running
+
+
+def test_the_broker_runs_by_itself_until_it_is_told_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sandbox", "broker", "--folder", str(tmp_path)]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        host, port = process.stdout.readline().split(":")
+        socket.create_connection((host, int(port)), HANG_LIMIT).close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(HANG_LIMIT) == 130
+    assert (tmp_path / "broker.log").exists()
