@@ -1,4 +1,4 @@
-"""market/kafka.py, producer_module.py: a broker that stops, freezes, refuses."""
+"""market/kafka.py, producer.py: a broker that stops, freezes, refuses."""
 
 from __future__ import annotations
 
