@@ -125,7 +125,7 @@ END IF; END $do$;
 
 
 Found = Metadata | Enum | None
-"""What is known of a service: its metadata; a marker (``log_enrich.UNKNOWN``) if the API does not know it; None if
+"""What is known of a service: its metadata; a marker (``enrich.UNKNOWN``) if the API does not know it; None if
 nothing is known yet."""
 
 

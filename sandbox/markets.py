@@ -1,4 +1,4 @@
-"""The exchanges of `sandbox_exchanges` as servers on loopback: one port, a path for each, with faults on demand.
+"""The exchanges of `sandbox.exchanges` as servers on loopback: one port, a path for each, with faults on demand.
 
 Theory
 ------
