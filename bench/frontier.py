@@ -4,7 +4,7 @@ An embedded server in a temporary folder, with its usual settings, is filled wit
 has nothing to do with their hosts. Measured, at a tenth of the rows and at all of them:
 
 - ``claim``: the statement that claims 100 hosts, and its commit: milliseconds, p50 and p99;
-- ``batch``: a worker's whole transaction of crawl/tables.py: it claims 100 hosts and reads up to 10 URLs of each;
+- ``batch``: a worker's whole transaction of ``crawl_tables``: it claims 100 hosts and reads up to 10 URLs of each;
 - then so many workers at a time, each a process of its own: they claim, and finish what they claimed with rows and
   found links; hosts claimed and URLs finished per second, all together;
 - what that left behind: dead rows, and the size of the index that claims look at, with autovacuum as it comes.

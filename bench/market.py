@@ -6,7 +6,7 @@ Theory
   fresh contestant, which connects to all of them and waits; then so many trades at one rate for some seconds. The n-th
   trade of a symbol has number n in its id, so which of them are in Kafka, and how often, is counted exactly.
 * **A rate holds** if each trade is in Kafka once, and all of them by `DRAIN` seconds after the last: a lag that grows
-  does not end with the sending. The ladder and the halvings are those of bench/ingest.py.
+  does not end with the sending. The ladder and the halvings are those of ``bench_ingest``.
 * **End to end** is from the time that the exchange wrote into the trade, when it was due, until a consumer can read it.
   That is seen from the partitions' high watermarks, every `LOOK` seconds, so it is at most that much too long; the
   records themselves are read when all is over, for a consumer of 15,000 records/s would need a processor of its own.

