@@ -1,4 +1,4 @@
-"""The crawler on asyncio: one event loop and aiohttp over the decisions of crawl/core.py.
+"""The crawler on asyncio: one event loop and aiohttp over the decisions of crawl_core.
 
     python crawl_async.py urls.txt --csv
 

@@ -1,4 +1,4 @@
-"""The crawler on threads: ThreadPoolExecutor, urllib and html.parser over the decisions of crawl/core.py.
+"""The crawler on threads: ThreadPoolExecutor, urllib and html.parser over the decisions of crawl_core.
 
     python crawl_threads.py urls.txt
 
@@ -13,8 +13,8 @@ Waiting: workers with nothing to do block on one condition, ``WorkQueue``. Only 
 waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
 not all. The main thread waits for the workers and for signals, which a thread of their own reads. Locks:
 ``WorkQueue._condition`` guards who keeps the time and is held around ``Frontier.step`` (condition -> frontier), so
-that no wake-up is missed; ``Threads._lock`` guards the number of workers, and ``_Pool._lock`` of crawl/http_urllib.py
-the idle connections and the set of those in use.
+that no wake-up is missed; ``_Pool._lock`` guards the idle connections and the set of those in use, ``Threads._lock``
+the number of workers.
 
 Time limits: a blocking socket's time limit holds for one system call, so a server that drips a byte a second would
 never meet it. ``_DeadlineSocket`` gives every call only what is left of the attempt, by a ``TimeLimit``: while the

@@ -3,9 +3,8 @@
     python ingest_logs.py --database postgresql://logs@db/logs --metadata http://meta:8500/services/{service}
     python ingest_logs.py --demo
 
-This file is the command line and the demo. What is promised, and the way of an event, is told in ``logs/pipeline.py``;
-what is shown of it in ``logs/display.py``, and ``--receivers N`` (so many processes, each of which does all of it by
-itself) in ``logs/workers.py``.
+This file is the command line and the demo. What is promised, and the way of an event, is told in ``log_pipeline``; what
+is shown of it, and ``--receivers N`` (so many processes, each of which does all of it by itself), in ``log_workers``.
 
 Threads: those of the demo's services and metadata API, and that which writes to stderr. All else is in the event loop.
 """

@@ -6,7 +6,7 @@
     python market_pipeline.py replay --kafka broker:9092      dead letters once more, by a mended parser
 
 This file is the command line and the demo. What is promised, the way of a trade, every queue and its bound are told in
-``market/flow.py``; what is shown of it, in ``market/display.py``.
+``market_flow``; what is shown of it, in ``market_display``.
 
 Threads: that of the demo's exchanges, and that which writes to stderr. All else is in the event loop.
 """

@@ -269,7 +269,7 @@ class Frontier:
                     bucket.pause(until)
 
     def robots_known(self, origin_: str, rules: RobotRules, now: float, *, ttl: float | None = None) -> None:
-        """The rules of an origin (``rules.origin``), good for ``ttl`` seconds (None: ``robots_ttl``).
+        """The rules of an origin (``crawl_rules.origin``), good for ``ttl`` seconds (None: ``robots_ttl``).
 
         Told before the request is finished. A delay lowers the rate of the host, to a burst of 1.
         """
@@ -329,7 +329,7 @@ class Frontier:
             self._waiting += 1
             self._schedule(host, now)
 
-    # Where hosts are leased (lease.py), they come and go with what waits on them.
+    # Where hosts are leased (crawl_shared), they come and go with what waits on them.
 
     def adopt(self, request: Request, now: float, not_before: float = -math.inf) -> None:
         """Take in a request that somebody else knows too: whether its URL was seen is not asked here."""

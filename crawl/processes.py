@@ -157,7 +157,7 @@ class WholeFrontier(Frontier):
 
 
 class Forked:
-    """A copy of this process, which runs ``process_worker.worker``: as much of ``Popen`` as is needed here.
+    """A copy of this process, which runs ``crawl_share.worker``: as much of ``Popen`` as is needed here.
 
     Only while there is no other thread: one could hold a lock, which nobody would release in the copy.
     """
@@ -559,7 +559,7 @@ class Parent:
                 lines.clear()
 
     def _hand_out_recalled(self, frontier: Frontier) -> None:
-        """What an earlier run left: ``journal.recall`` has put it into ``frontier``, it goes to its workers."""
+        """What an earlier run left: ``crawl_journal.recall`` has put it into ``frontier``, it goes to its workers."""
         crawl = self._crawl
         known = set(frontier._visited._keys)
         self._budget -= frontier._pages

@@ -1,4 +1,4 @@
-"""The rules of URLs that all of the crawl agrees on: the normalised form, the origin, credentials, what is secret.
+"""What the crawlers agree on: the records that pass between the files, the kinds of errors, the options, the URL rules.
 
 Nothing here has a state, waits, or does I/O.
 """

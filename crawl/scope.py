@@ -1,6 +1,6 @@
 """Which of the links that a crawl finds belong to it: the scope that the user set, and the traps that the web sets.
 
-Both answer None, or why a URL is left out, in words for --explain.  URLs are normalised ones (``rules.normalise``).
+Both answer None, or why a URL is left out, in words for --explain.  URLs are normalised ones (crawl_rules.normalise).
 
 Patterns (`--include`, `--exclude`) are globs over the whole URL, in which "*" stands for any run of characters, "/"
 and none included, and each other character for itself, "?" and "[" too: they are common in URLs.  They are matched in

@@ -1,4 +1,4 @@
-"""The tables of a shared crawl in PostgreSQL, and its workers' side of them: the protocol is in lease.py.
+"""The tables of a shared crawl in PostgreSQL, and its workers' side of them: the protocol is ``crawl_shared``'s.
 
 Tables: ``crawl_seen`` only grows (16 bytes a URL: the primary key is the duplicate detection). ``crawl_queue`` holds
 what waits; a row is inserted once and deleted once, and a claim does not touch it. ``crawl_hosts.due`` is when a host

@@ -1,8 +1,4 @@
-"""What ``ingest_logs.py`` shows of itself: the counts, a status line, ``/metrics``, ``/health``.
-
-``Snapshot``   the counts of one worker, or the sums of all. ``imbalance`` is 0 in every one of them:
-               received + recovered = stored + dead + dropped + held + handed on.
-"""
+"""What ``ingest_logs.py`` shows of itself: the counts and their equation, a status line, ``/metrics``, ``/health``."""
 
 from __future__ import annotations
 

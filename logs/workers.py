@@ -1,5 +1,7 @@
-"""A program that runs until it is stopped, and its worker processes.
+"""What ``ingest_logs.py`` shows of itself, and its worker processes.
 
+``Snapshot``     the counts of one worker, or the sums of all. ``imbalance`` is 0 in every one of them:
+                 received + recovered = stored + dead + dropped + held + handed on.
 ``serve``        signals, ``/metrics`` and ``/health``, the status line, around a ``Program``: one worker or many.
 ``Supervisor``   N worker processes. The parent makes the N sockets (SO_REUSEPORT: the kernel deals the senders out by
                  their addresses) and keeps them open, so that what waits in the kernel outlives a worker; the next one

@@ -3,7 +3,7 @@
 Theory
 ------
 Each class says where its exchange is, how its trades are asked for, and what its frames mean; what all have in common,
-and what is promised of a trade, is in adapter.py and trade.py. A further exchange is
+and what is promised of a trade, is in `market_trade`, whose names can be imported from here too. A further exchange is
 one more class and its name in `ADAPTERS`.
 
 Each states how its exchange tells the taker's side, the one convention of `Trade.side`, and where that is written: in

@@ -31,8 +31,8 @@ Promised
 - The first SIGTERM or Ctrl-C: close frames, what the exchanges had sent by then is taken, computed and published, in at
   most ``stop_limit`` seconds; the rest goes to the spool. The second: there at once.
 
-Not promised: that a trade is in the topic once over a ``kill -9`` (see kafka.py); the order of trades of two
-exchanges. Figures of the analytics: see stats.py.
+Not promised: that a trade is in the topic once over a ``kill -9`` (see ``market_kafka``); the order of trades of two
+exchanges. Figures of the analytics: see ``market_stats``.
 
 Where what runs: all in one event loop, but the figures (processes), the spool's files and the table (threads).
 """

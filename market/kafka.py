@@ -1,4 +1,4 @@
-"""The publisher: trades, analytics and dead letters into the topics of Kafka that topics.py describes.
+"""The publisher: trades, analytics and dead letters into the topics of Kafka that ``market_topics`` describes.
 
 The way of a record: encoded when it is taken -> buffer -> batches, one for each partition (``create_batch``: a quarter
 of what ``send`` costs) -> acknowledged by all replicas. One round of batches is under way at a time; the next is filled

@@ -1,4 +1,4 @@
-"""What is in the topics of Kafka, and the readers of it.
+"""What is in the topics of Kafka, the readers of it, and the broker for development.
 
 Topics (behind a prefix of the user's): ``trades`` (key: the symbol; value: the fields of ``Trade`` by name, JSON),
 ``analytics`` (key: the symbol; value: the row's fields, JSON) and ``dead-letter`` (no key; value: the raw frame as it
@@ -14,7 +14,7 @@ Promised by ``Group``
 Not promised: that a trade is computed once (a death between publishing and committing); that a member which was away
 for longer than Kafka's session learns of it before its ``commit`` (which then does nothing, and says so).
 
-All is for one event loop, without locks.
+All is for one event loop, without locks, but ``Broker``: its methods block, they are for threads.
 """
 
 from __future__ import annotations

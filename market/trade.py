@@ -3,7 +3,7 @@
 Theory
 ------
 An adapter says how to ask an exchange for its trades (`connect_url`, `subscribe`, `ping`) and what a frame means
-(`parse`). It opens nothing, waits for nothing and logs nothing: the connection belongs to connect.py. Time is an
+(`parse`). It opens nothing, waits for nothing and logs nothing: the connection belongs to `market_connect`. Time is an
 argument (`received_ns`, Unix time; Gate.io's ping, which must carry a time, takes it from `clock`).
 
 Promised:

@@ -47,8 +47,8 @@ BESIDE = {"simulator", "bench", "tests", "test_all", "conftest"}
 """These may import all of the above, which import none of them."""
 
 
-DEMO = {("crawl.cli", "sandbox")}
-"""What is allowed all the same: both crawlers have the same command line, and so the same demo."""
+DEMO = {("crawl.cli", "sandbox"), ("logs.demo", "sandbox"), ("market.demo", "sandbox")}
+"""What is allowed all the same. (Both crawlers have the same command line, and so the same demo.)"""
 
 
 @functools.cache
