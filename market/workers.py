@@ -1,6 +1,6 @@
 """Analytics in processes: every symbol has one worker, which keeps its state; one that dies takes nothing with it.
 
-A worker is a pool of ``runtime.processes`` with one process (a ``ProcessPoolExecutor``): a death costs that worker
+A worker is a ``processes.Processes`` of one process (a ``ProcessPoolExecutor``), so that a death costs that worker
 alone; how one is started, found dead, killed and buried is done there. What is added here is state, which a pool
 whose jobs go to any worker cannot have. Jobs have numbers: a process does n + 1 only after n, so a fresh one (after a
 kill, out of memory, a time-out) computes nothing from nothing. It is rebuilt first, from the *retained window*: a
