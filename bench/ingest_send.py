@@ -49,7 +49,7 @@ def send_all(
         children = [
             stack.enter_context(
                 child(
-                    [*module("bench.ingest_send"), "send", port, rate / count, total, n * total, formats],
+                    [*module("bench.ingest_send"), port, rate / count, total, n * total, formats],
                     stdout=subprocess.PIPE,
                 )
             )

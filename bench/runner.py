@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import bench
-from bench import plot
-from bench.measure import COMMANDS, HERE, OrNone, find_program, present
+from bench import measure, plot
+from bench.measure import HERE, Command, OrNone, find_program, present
 
 LIBRARIES = "aiohttp uvloop ada-url orjson scrapy twisted parsel lxml selectolax tenacity stamina aiolimiter cryptofeed"
 """Those whose versions are printed; the figures keep those of all that the requirements name."""
@@ -39,9 +39,16 @@ LATEST = HERE / "bench" / "latest"
 VARIANTS = ["scale", "soak", "shared", "seeds", "only"]
 """Options that make something else of a subcommand: its files have a name of their own."""
 
-for part in pkgutil.iter_modules(bench.__path__):
-    if "_" not in part.name:
-        importlib.import_module(f"bench.{part.name}")
+
+def find_commands() -> dict[str, Command]:
+    """All that the files of the room register."""
+    for file in pkgutil.iter_modules(bench.__path__):
+        if "_" not in file.name:
+            importlib.import_module(f"bench.{file.name}")
+    return dict(sorted(measure.COMMANDS.items()))
+
+
+COMMANDS = find_commands()
 
 
 def describe_machine() -> dict[str, Any]:
@@ -82,9 +89,14 @@ def describe_commit() -> str | None:
     return None
 
 
+def name_of(args: argparse.Namespace) -> str:
+    """What the files of a run are called."""
+    return "-".join((args.command, *(word for word in VARIANTS if getattr(args, word, None))))
+
+
 def keep(args: argparse.Namespace, argv: Sequence[str], whole: dict[str, Any]) -> None:
     """Write the figures, and their plot if matplotlib is there, as the command line says."""
-    name = "-".join((args.command, *(word for word in VARIANTS if getattr(args, word, None))))
+    name = name_of(args)
     whole = {"name": name, "command": shlex.join(("python", "-m", "bench", *argv))} | whole
     text = json.dumps(whole, indent=1) + "\n"
     if args.json:
@@ -108,9 +120,8 @@ def positive(text: str) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    found = dict(sorted(COMMANDS.items()))
-    listing = "\n".join(f"  {name:12} {command.about}" for name, command in found.items())
-    examples = "\n".join(f"  python -m bench {command.examples[0]}" for command in found.values())
+    listing = "\n".join(f"  {name:12} {command.about}" for name, command in COMMANDS.items())
+    examples = "\n".join(f"  python -m bench {command.examples[0]}" for command in COMMANDS.values())
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         formatter_class=form,
@@ -119,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
         "The peers: pip install -r requirements-bench.txt; nginx, which serves the pages: from the system's packages.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
-    for name, command in found.items():
+    for name, command in COMMANDS.items():
         examples = "examples:\n" + "\n".join(f"  python -m bench {example}" for example in command.examples)
         sub = commands.add_parser(name, description=command.about, epilog=examples, formatter_class=form)
         for option, (default, about) in command.options.items():
