@@ -1,8 +1,9 @@
 """``python -m bench COMMAND``: finds the commands of this room, runs one, and keeps what it measured.
 
-* **Commands are found, not listed**: each file of the room is imported whose name has no underscore, and registers its
-  own with `@command`. ``NAME_MORE.py`` is what NAME needs when it runs, and is free to import what is large; the other
-  files import the standard library only, so that this process stays small, and ``--help`` is quick.
+* **Commands are found, not listed**: the files of the room whose names have no underscore are imported, and register
+  theirs with `@command`. ``NAME_MORE.py`` is what NAME needs when it runs, and is free to import what is large; the
+  other files import the standard library only, and no more of them are imported than it takes to find the command: so
+  this process stays small, and ``--help`` is quick.
 * **Each run leaves its rows and a plot** in bench/latest/, which git ignores: ``NAME.json`` holds the command line, the
   machine, all versions and the commit beside them. The published ones are in bench/results/, and are replaced by
   ``--out bench/results`` only.
@@ -28,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import bench
-from bench import measure, plot
-from bench.measure import HERE, Command, OrNone, find_program, present
+from bench import plot
+from bench.measure import COMMANDS, HERE, Command, OrNone, find_program, present
 
 LIBRARIES = "aiohttp uvloop ada-url orjson scrapy twisted parsel lxml selectolax tenacity stamina aiolimiter cryptofeed"
 """Those whose versions are printed; the figures keep those of all that the requirements name."""
@@ -40,15 +41,14 @@ VARIANTS = ["scale", "soak", "shared", "seeds", "only"]
 """Options that make something else of a subcommand: its files have a name of their own."""
 
 
-def find_commands() -> dict[str, Command]:
-    """All that the files of the room register."""
-    for file in pkgutil.iter_modules(bench.__path__):
-        if "_" not in file.name:
-            importlib.import_module(f"bench.{file.name}")
-    return dict(sorted(measure.COMMANDS.items()))
-
-
-COMMANDS = find_commands()
+def find_commands(name: str = "") -> dict[str, Command]:
+    """All that the files of the room register; or what is known when the one of this name is there."""
+    files = [file.name for file in pkgutil.iter_modules(bench.__path__) if "_" not in file.name]
+    for file in sorted(files, key=lambda file: file != name):
+        importlib.import_module(f"bench.{file}")
+        if name in COMMANDS:
+            break
+    return dict(sorted(COMMANDS.items()))
 
 
 def describe_machine() -> dict[str, Any]:
@@ -118,10 +118,12 @@ def positive(text: str) -> int:
     return number
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(name: str = "") -> argparse.ArgumentParser:
+    """Of all commands; or, if only that of this name will be used, of no more than are known then."""
+    found = find_commands(name)
     form = argparse.RawDescriptionHelpFormatter
-    listing = "\n".join(f"  {name:12} {command.about}" for name, command in COMMANDS.items())
-    examples = "\n".join(f"  python -m bench {command.examples[0]}" for command in COMMANDS.values())
+    listing = "\n".join(f"  {name:12} {command.about}" for name, command in found.items())
+    examples = "\n".join(f"  python -m bench {command.examples[0]}" for command in found.values())
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         formatter_class=form,
@@ -130,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         "The peers: pip install -r requirements-bench.txt; nginx, which serves the pages: from the system's packages.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
-    for name, command in COMMANDS.items():
+    for name, command in found.items():
         examples = "examples:\n" + "\n".join(f"  python -m bench {example}" for example in command.examples)
         sub = commands.add_parser(name, description=command.about, epilog=examples, formatter_class=form)
         for option, (default, about) in command.options.items():
@@ -159,7 +161,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser()
+    parser = make_parser(argv[0] if argv else "")
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()

@@ -103,7 +103,7 @@ def test_plots_of_the_same_figures_are_the_same() -> None:
 
 
 def test_plot_of_every_subcommand() -> None:
-    assert runner.COMMANDS.keys() - {"plot"} <= panels.PLOTS.keys()
+    assert runner.find_commands().keys() - {"plot"} <= panels.PLOTS.keys()
 
 
 @draws
