@@ -7,7 +7,7 @@
 * **A command** is a function with `@command`, named as the user calls it; the runner finds it in any file of the room.
 
 Promised: all traffic stays on 127.0.0.0/8; every child is ended, by its id, when its block is left or after
-`CHILD_LIMIT` seconds. This file imports nothing of the room, and each other file imports it. The only threads are the
+`CHILD_LIMIT` seconds. This file is below all others of the room, and imports none of them. The only threads are the
 timers that end children; there are no locks.
 """
 

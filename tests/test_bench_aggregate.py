@@ -6,11 +6,7 @@ import json
 
 import pytest
 
-from bench import (
-    aggregate,
-    aggregate_upstreams,
-    runner,
-)
+from bench import aggregate, aggregate_upstreams, runner
 
 WRK = """Running 1s test @ http://127.0.1.1:80/aggregate
   1 threads and 32 connections

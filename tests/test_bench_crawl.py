@@ -9,12 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import (
-    crawl,
-    measure,
-    runner,
-    scale,
-)
+from bench import crawl, measure, runner, scale
 from bench.peers import PARSERS, PEERS
 from sandbox import sites
 

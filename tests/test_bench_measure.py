@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import (
-    measure,
-)
+from bench import measure
 from bench.measure import Spread
 from sandbox import sites
 

@@ -11,11 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import (
-    panels,
-    plot,
-    runner,
-)
+from bench import panels, plot, runner
 from tests.helpers.base import texts
 
 
