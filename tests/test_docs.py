@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import itertools
 import json
 import re
+import runpy
 import shlex
+import sys
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from uvicorn.main import main as uvicorn_command
 
-import ingest_logs
-import market_pipeline
-from bench import runner as bench
-from crawl import cli as crawl_cli
 from crawl.errors import ERROR_KINDS
 from tests.helpers.base import HERE
 
@@ -33,15 +31,6 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
 
 PUBLISHED = {path.stem: json.loads(path.read_text()) for path in (HERE / "bench/results").glob("*.json")}
-
-
-PARSERS: dict[str, Callable[[], ArgumentParser]] = {
-    "crawl_async.py": lambda: crawl_cli.make_parser("crawl_async.py"),
-    "crawl_threads.py": lambda: crawl_cli.make_parser("crawl_threads.py"),
-    "ingest_logs.py": ingest_logs.make_parser,
-    "market_pipeline.py": market_pipeline.make_parser,
-    "bench": bench.make_parser,
-}
 
 
 def prose(path: Path) -> str:
@@ -103,53 +92,44 @@ def commands(path: Path) -> list[list[str]]:
     return found
 
 
-def parse_with(parser: ArgumentParser, words: Sequence[str]) -> None:
-    try:
-        parser.parse_intermixed_args(words)
-    except TypeError:  # a parser of commands
-        parser.parse_args(words)
+class Caught(BaseException):
+    """A program was about to read its command line."""
 
 
-class Parsed(BaseException):
-    """A program has read its command line, and is not to go on."""
+@functools.cache
+def parser_of(*words: str) -> ArgumentParser:
+    """The parser of ``python FILE``, or of ``python -m ROOM [PART]``, as the program itself makes it."""
+
+    def caught(parser: ArgumentParser, *_: Any) -> None:
+        raise Caught(parser)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Caught) as program:
+        patch.setattr(ArgumentParser, "parse_args", caught)
+        patch.setattr(ArgumentParser, "parse_intermixed_args", caught)
+        patch.setattr(sys, "argv", list(words))
+        if words[0].endswith(".py"):
+            runpy.run_path(str(HERE / words[0]), run_name="__main__")
+        runpy.run_module(words[0], run_name="__main__")
+    (parser,) = program.value.args
+    assert isinstance(parser, ArgumentParser)
+    return parser
 
 
-def parse_sandbox(words: list[str]) -> None:
-    part = {"logs": "logs", "exchanges": "markets"}.get(words[0] if words else "", "sites")
-    parse = ArgumentParser.parse_args
-
-    def stop(parser: ArgumentParser, *given: Any) -> None:
-        parse(parser, *given)
-        raise Parsed
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
-        patch.setattr(ArgumentParser, "parse_args", stop)
-        importlib.import_module(f"sandbox.{part}").main(words[1:] if part != "sites" else words)
-
-
-def check_python(words: list[str]) -> bool:
-    """Whether ``python`` with these words runs a program of ours; if so, its own parser has to take them."""
+def check_python(words: list[str]) -> None:
+    """If ``python`` with these words runs a program of ours, its own parser has to take them."""
     words = ["2" if word == "N" else word for word in words]
-    if words[0] == "-m":
-        program, *words = words[1:]
-        if program == "yappi":
-            return check_python(words[words.index("-o") + 2 :])
-        if program == "pstats":
-            return False
-        assert (HERE / program / "__main__.py").is_file(), program
-    else:
-        program, *words = words
-        if program == "…":
-            return False
-        assert (HERE / program).is_file(), program
+    if words[:2] == ["-m", "yappi"]:
+        words = words[words.index("-o") + 2 :]
+    if words[0] == "…" or words[:2] == ["-m", "pstats"]:
+        return
+    program, *given = words[1:] if words[0] == "-m" else words
+    assert (HERE / program / "__main__.py" if words[0] == "-m" else HERE / program).is_file(), words
+    part = given[:1] if program == "sandbox" and given[:1] in (["logs"], ["exchanges"]) else []
+    parser = parser_of(program, *part)
     try:
-        if program == "sandbox":
-            parse_sandbox(words)
-        else:
-            parse_with(PARSERS[program](), words)
+        (parser.parse_args if program == "bench" else parser.parse_intermixed_args)(given[len(part) :])
     except SystemExit as end:
-        assert end.code == 0 and "--help" in words, (program, words)
-    return True
+        assert end.code == 0 and "--help" in given, words
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -175,7 +155,7 @@ def test_the_promised_commands_are_there() -> None:
         "python crawl_async.py urls.txt --csv",
         "uvicorn aggregate_app:app",
         "pytest test_all.py",
-        *(f"python -m bench {name}" for name in PUBLISHED.keys() & bench.COMMANDS.keys()),
+        *(re.sub(r".*bench(\.py)? (\w+) .*", r"python -m bench \2", made["command"]) for made in PUBLISHED.values()),
     ):
         assert any(f"{each} ".startswith(f"{command} ") for each in said), command
 
@@ -185,7 +165,7 @@ def test_the_promised_commands_are_there() -> None:
 )
 def test_the_page_of_a_program_names_its_options(program: str, page: str) -> None:
     text = TEXTS[HERE / f"docs/{page}.md"]
-    actions = [action for action in PARSERS[program]()._actions if action.help != SUPPRESS and action.dest != "help"]
+    actions = [action for action in parser_of(program)._actions if action.help != SUPPRESS and action.dest != "help"]
     there = {name for action in actions for name in action.option_strings}
     flags = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
     assert there <= set(flags.findall(text))
