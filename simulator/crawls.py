@@ -5,7 +5,7 @@
 
 A heap of events stands for the workers: each asks ``take``, connects, asks ``clear_to_send``, sends, and has an answer
 after a random latency, a failure to be tried again, a 429 with Retry-After, a redirect to another host, or it dies.
-All randomness comes from the seed: a run that fails fails again. ``crawl_checker`` watches every step.
+All randomness comes from the seed: a run that fails fails again. ``simulator.checker`` watches every step.
 
 The makespan is compared with what no schedule can beat: the busiest host's requests at its rate, or within its places
 in flight; or all service times over all workers.

@@ -12,7 +12,7 @@ pauses, name each other; robots.txt is redirected to other hosts. What is checke
 - the crawl ends.
 
 To be given leave to send and to send are one event here: a process that stands still between the two is the overlap
-that ``crawl_shared`` does not promise away.
+that ``crawl.lease`` does not promise away.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Member:
 
 
 class Tables:
-    """What ``crawl_tables`` does in SQL; the faults that tests plant are arguments."""
+    """What ``crawl.tables`` does in SQL; the faults that tests plant are arguments."""
 
     def __init__(self, *, fence: bool = True, keeps_next: bool = True) -> None:
         self.fence, self.keeps_next = fence, keeps_next

@@ -58,7 +58,7 @@ class Metrics:
 def serving_up(
     new_loop: Callable[[], asyncio.AbstractEventLoop], health: Callable[[], tuple[int, dict[str, Any]]]
 ) -> Iterator[Callable[[], socket.socket]]:
-    """``serving.http`` in a thread; what is given connects to it. At the end the loop has nothing to complain of."""
+    """``http`` in a thread; what is given connects to it. At the end the loop has nothing to complain of."""
     sock = socket.create_server(("127.0.0.1", 0))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     address, complaints = sock.getsockname(), list[dict[str, Any]]()
