@@ -124,7 +124,7 @@ def check_python(words: list[str]) -> None:
         return
     program, *given = words[1:] if words[0] == "-m" else words
     assert (HERE / program / "__main__.py" if words[0] == "-m" else HERE / program).is_file(), words
-    part = given[:1] if program == "sandbox" and given[:1] in (["logs"], ["exchanges"]) else []
+    part = given[:1] if program == "sandbox" and given[:1] in (["logs"], ["exchanges"], ["broker"]) else []
     parser = parser_of(program, *part)
     try:
         (parser.parse_args if program == "bench" else parser.parse_intermixed_args)(given[len(part) :])
