@@ -23,8 +23,8 @@ import pytest
 
 from tests.helpers.base import HANG_LIMIT, wait_until
 
-SWITCHES = """--headless=new --disable-gpu --remote-debugging-port=0 --window-size=1280,800 --hide-scrollbars --no-sandbox
- --disable-quic --no-first-run --disable-background-networking --disable-sync --disable-component-update about:blank"""
+SWITCHES = """--headless=new --remote-debugging-port=0 --window-size=1280,800 --hide-scrollbars --disable-gpu
+ --no-sandbox --disable-quic --disable-background-networking --disable-sync --disable-component-update about:blank"""
 SEEN = """[...document.querySelectorAll({css})].some((node) => node.checkVisibility({{ visibilityProperty: true }})
     && ((text) => {exact} ? text === {text} : text.includes({text}))(node.innerText.replace(/\\s+/g, " ").trim()))"""
 KEYS = {"Enter": ("\r", 13), "Escape": ("", 27)}
@@ -51,7 +51,7 @@ def chromium() -> Iterator[str]:
 
 
 class Tab:
-    """``asked``: the URLs of its requests; ``complaints``: its console's warnings and errors, and what nobody caught."""
+    """``asked``: the URLs of its requests; ``complaints``: the console's warnings and errors, what nobody caught."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.asked: list[str] = []
