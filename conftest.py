@@ -1,11 +1,17 @@
-"""``pytest test_all.py`` runs all of tests/; ``test_all.py::NAME`` the tests of that name, in whichever file it is."""
+"""``pytest test_all.py`` runs all of tests/; ``test_all.py::NAME`` the tests of that name, in whichever file it is.
+
+What needs a package that is not installed is skipped, and said once at the end; with ``--complete`` the run has failed.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from tests import absent  # the first of ours: it stands in for what others import
 
 HERE = Path(__file__).resolve().parent
 
@@ -27,5 +33,32 @@ def meant(argument: str) -> list[str]:
     return [f"{path}::{name}" for path in found] or [argument]
 
 
+def wanting(config: pytest.Config) -> Counter[str]:
+    """How many tests were skipped for want of what."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = [] if reporter is None else reporter.stats.get("skipped", [])
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in skipped]
+    return Counter(reason.removeprefix("needs ") for reason in reasons if reason.startswith("needs "))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--complete", action="store_true", help="fail if a test was skipped for want of a package")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.args[:] = [each for argument in config.args for each in meant(argument)]
+
+
+def pytest_runtestloop() -> None:
+    absent.testing = True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--complete") and not session.exitstatus and wanting(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if found := wanting(config):
+        names = ", ".join(f"{name} ({count})" for name, count in sorted(found.items()))
+        terminalreporter.write_line(f"skipped for want of {names}: pip install -r requirements-test.txt")

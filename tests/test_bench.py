@@ -139,7 +139,7 @@ PAGE = b"""<!doctype html><html><head><title> A
 @pytest.mark.parametrize("name", PARSERS)
 def test_parsers_find_the_same(name: str) -> None:
     if not bench.present(name):
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"needs {name}")
     facts = PARSERS[name](PAGE, "http://host.example/a/b")
     assert facts == ("A title", 7, ["http://host.example/up", "http://other.example/x?y=1"])
 

@@ -36,7 +36,7 @@ def chromium() -> Iterator[str]:
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
-        pytest.skip(f"none of {', '.join(names)} is in PATH")
+        pytest.skip(f"needs {' or '.join(names)}")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command, null = [program, f"--user-data-dir={profile}", *SWITCHES.split()], subprocess.DEVNULL
         process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
