@@ -5,6 +5,7 @@ What needs a package that is not installed is skipped, and said once at the end;
 
 from __future__ import annotations
 
+import gc
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from tests import absent  # the first of ours: it stands in for what others import
 
 HERE = Path(__file__).resolve().parent
+
+gc.disable()  # until all is collected: thousands of items, and none is garbage
 
 pytest_plugins = [f"tests.helpers.{path.stem}" for path in sorted((HERE / "tests/helpers").glob("[a-z]*.py"))]
 pytest.register_assert_rewrite(*pytest_plugins)  # some import others before pytest does
@@ -33,12 +36,14 @@ def meant(argument: str) -> list[str]:
     return [f"{path}::{name}" for path in found] or [argument]
 
 
-def wanting(config: pytest.Config) -> Counter[str]:
-    """How many tests were skipped for want of what."""
+def wanting(config: pytest.Config) -> dict[str, Counter[str]]:
+    """How to get it -> what tests were skipped for want of, and how many."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    skipped = [] if reporter is None else reporter.stats.get("skipped", [])
-    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in skipped]
-    return Counter(reason.removeprefix("needs ") for reason in reasons if reason.startswith("needs "))
+    found = dict[str, Counter[str]]()
+    for report in [] if reporter is None else reporter.stats.get("skipped", []):
+        if match := re.match("Skipped: needs ([^:]*): (.*)", report.longrepr[2]):
+            found.setdefault(match[2], Counter())[match[1]] += 1
+    return found
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtestloop() -> None:
     absent.testing = True
+    gc.enable()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -59,6 +65,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if found := wanting(config):
-        names = ", ".join(f"{name} ({count})" for name, count in sorted(found.items()))
-        terminalreporter.write_line(f"skipped for want of {names}: pip install -r requirements-test.txt")
+    for how, counts in wanting(config).items():
+        names = ", ".join(sorted(counts))
+        terminalreporter.write_line(f"{counts.total()} skipped for want of {names}: {how}")

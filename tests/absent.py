@@ -19,10 +19,14 @@ testing = False
 STOOD_IN = ("hypothesis", "jsonschema_rs", "protego", "schemathesis", "trustme")
 
 
+def reason(*names: str, how: str = "pip install -r requirements-test.txt") -> str:
+    return f"needs {', '.join(names)}: {how}"
+
+
 def needs(*modules: str) -> pytest.MarkDecorator:
     """The mark of tests that need these packages."""
     absent = [module.replace("_", "-") for module in modules if importlib.util.find_spec(module) is None]
-    return pytest.mark.skipif(bool(absent), reason=f"needs {', '.join(absent)}")
+    return pytest.mark.skipif(bool(absent), reason=reason(*absent))
 
 
 class StandIn:
@@ -37,11 +41,11 @@ class StandIn:
         return StandIn(f"{self._path}.{name}")
 
     def __call__(self, *given: Any, **_: Any) -> Any:
-        reason = f"needs {OF.get(self._package, self._package)}"
+        why = reason(OF.get(self._package, self._package))
         if testing:
-            pytest.skip(reason)
+            pytest.skip(why)
         if self._path.endswith("()") and len(given) == 1 and isinstance(given[0], FunctionType):  # it decorates
-            return pytest.mark.skip(reason)(given[0])
+            return pytest.mark.skip(reason=why)(given[0])
         return StandIn(f"{self._path}()")
 
     def __or__(self, _: object) -> StandIn:

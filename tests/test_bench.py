@@ -23,6 +23,7 @@ from bench import scale as bench_scale
 from bench import upstreams as bench_upstreams
 from bench.peers import PARSERS
 from sandbox import sites as sandbox
+from tests.absent import reason
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1))
@@ -139,7 +140,7 @@ PAGE = b"""<!doctype html><html><head><title> A
 @pytest.mark.parametrize("name", PARSERS)
 def test_parsers_find_the_same(name: str) -> None:
     if not bench.present(name):
-        pytest.skip(f"needs {name}")
+        pytest.skip(reason(name, how="pip install -r requirements-bench.txt"))
     facts = PARSERS[name](PAGE, "http://host.example/a/b")
     assert facts == ("A title", 7, ["http://host.example/up", "http://other.example/x?y=1"])
 

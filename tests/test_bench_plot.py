@@ -18,6 +18,7 @@ import pytest
 from bench import plot as bench_plot
 from bench import runner as bench
 from bench import scale as bench_scale
+from tests.absent import reason
 from tests.helpers.base import texts
 
 
@@ -108,7 +109,10 @@ def bench_rows(name: str) -> list[dict[str, Any]]:
     return made[name]
 
 
-draws = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="no matplotlib: no plots")
+draws = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None,
+    reason=reason("matplotlib", how="pip install -r requirements-bench.txt"),
+)
 
 
 @draws

@@ -21,6 +21,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.absent import reason
 from tests.helpers.base import HANG_LIMIT, wait_until
 
 SWITCHES = """--headless=new --remote-debugging-port=0 --window-size=1280,800 --hide-scrollbars --disable-gpu
@@ -36,7 +37,7 @@ def chromium() -> Iterator[str]:
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
-        pytest.skip(f"needs {' or '.join(names)}")
+        pytest.skip(reason("a Chromium", how="apt-get install chromium"))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command, null = [program, f"--user-data-dir={profile}", *SWITCHES.split()], subprocess.DEVNULL
         process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
