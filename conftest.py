@@ -54,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.args[:] = [each for argument in config.args for each in meant(argument)]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, after whose answer nobody is asked
 def pytest_runtestloop() -> None:
     absent.testing = True
     gc.enable()
