@@ -29,9 +29,8 @@ def meant(argument: str) -> list[str]:
         return [argument]
     if not name:
         return [str(HERE / "tests")]
-    defines = re.compile(
-        rf"^(?:(?:async )?def|class) {re.escape(re.split('::|[[]', name)[0])}\b|^{re.escape(name)} = ", re.M
-    )
+    outer = re.escape(name.partition("::")[0].partition("[")[0])
+    defines = re.compile(rf"^(?:(?:async )?def|class) {outer}\b|^{outer} = ", re.M)
     found = [path for path in sorted((HERE / "tests").glob("test_*.py")) if defines.search(path.read_text())]
     return [f"{path}::{name}" for path in found] or [argument]
 
