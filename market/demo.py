@@ -55,12 +55,14 @@ class Demo:
             if self.options.kafka is not None and not self.options.prefix:
                 more["prefix"] = f"demo-{os.urandom(4).hex()}-"  # simulated trades are not to be among real ones
             if self.options.kafka is None:
+                if Broker.program() is None:
+                    raise CannotStart("--demo needs a broker: pip install noida-db, or --kafka HOST:PORT")
                 print("market_pipeline: starting the broker for development in a temporary folder", file=sys.stderr)
                 broker = Broker(folder / "broker")
                 try:
                     more["kafka"] = broker.start()
                 except OSError as error:
-                    raise CannotStart(f"the demo needs --kafka, or the package noida-db: {error}") from None
+                    raise CannotStart(f"the broker for development did not start: {error}") from None
                 stack.callback(broker.stop)
             names = [name for name in self.options.exchanges if name in WIRES]
             if not names:

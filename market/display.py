@@ -30,6 +30,7 @@ from coordination import Clock
 from market.backlog import Counts
 from market.stats import ALL, AnalyticsRow
 from market.trade import Trade
+from runtime.packages import missing
 from runtime.serving import http, show_status, stopped_by_signals
 
 EVERY = 0.5
@@ -434,7 +435,7 @@ async def serve(program: Program, http_sock: socket.socket | None) -> int:
     """Run ``program``: SIGINT and SIGTERM stop it, the second forces. Returns the exit code."""
     with stopped_by_signals(program.stop):
         async with http(http_sock, Exporter(program.snapshot), lambda: health(program.snapshot())):
-            if not sys.stderr.isatty():
+            if not sys.stderr.isatty() or missing("the table", "rich"):
                 return await program.run()
             with Screen(program.snapshot) as screen:
                 looking = asyncio.create_task(screen.look(), name="screen")

@@ -22,21 +22,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ada_url
 import aiohttp
-import jsonschema_rs
 import pytest
-import schemathesis
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schemathesis.config import SchemathesisConfig
-from schemathesis.engine import from_schema
-from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
-from schemathesis.hooks import HookContext
-from schemathesis.specs.openapi.schemas import OpenApiSchema
 from starlette.routing import Route
 
 import aggregate_app
@@ -48,6 +41,11 @@ from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
 from tests.helpers.api import aggregate_ask, aggregate_http, play, settled
 from tests.helpers.base import HANG_LIMIT, HERE, SETTINGS, World, wait_until
+
+if TYPE_CHECKING:  # imported where it is used: it takes half a second
+    import schemathesis
+    from schemathesis.hooks import HookContext
+    from schemathesis.specs.openapi.schemas import OpenApiSchema
 
 
 @pytest.mark.parametrize(
@@ -538,6 +536,9 @@ def openapi_paths(routes: Iterable[str], names: Iterable[str]) -> set[str]:
 
 def openapi_load(port: int) -> OpenApiSchema:
     """Not from its URL: schemathesis would leave out /openapi.json then."""
+    import schemathesis
+    from schemathesis.config import SchemathesisConfig
+
     config = SchemathesisConfig.from_str(OPENAPI_FUZZ)
     status, document, _ = aggregate_http(port, "/openapi.json")
     assert status == 200
@@ -547,6 +548,9 @@ def openapi_load(port: int) -> OpenApiSchema:
 
 
 def test_openapi_says_what_the_server_does(openapi_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from schemathesis.engine import from_schema
+    from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
+
     monkeypatch.setenv("AGGREGATE_TOKEN", "secret")
     own = {name: each.parameters for name, each in openapi_table("http://x").items()}
     skipped = {"/events"}  # it streams for ever
@@ -588,6 +592,8 @@ def test_openapi_says_what_the_server_does(openapi_port: int, monkeypatch: pytes
 
 def test_openapi_history_and_report_are_as_described(openapi_port: int) -> None:
     """In full: not even their 503 may hide them from the test above."""
+    import jsonschema_rs
+
     document = aggregate_http(openapi_port, "/openapi.json")[1]
     for path, name in (("/history/weather?city=Oslo&limit=2", "History"), ("/report?sources=weather,news", "Report")):
         status, body, headers = aggregate_http(openapi_port, path)
@@ -616,6 +622,8 @@ def test_openapi_has_the_routes_and_no_others(openapi_port: int) -> None:
 
 
 def test_openapi_is_valid_and_so_are_its_examples(openapi_port: int) -> None:
+    import jsonschema_rs
+
     schema = openapi_load(openapi_port)
     schema.validate()
     document = schema.raw_schema

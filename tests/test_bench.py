@@ -15,6 +15,7 @@ import pytest
 
 from bench import runner
 from bench.measure import HERE, module
+from tests.absent import reason
 
 COMMANDS = runner.find_commands()
 
@@ -74,7 +75,10 @@ def test_primitives_runs(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n  {name} " in shown
 
 
-draws = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="no matplotlib: no plots")
+draws = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None,
+    reason=reason("matplotlib", how="pip install -r requirements-bench.txt"),
+)
 PARSE = ["parse", "--pages", "2", "--size", "3000", "--repeat", "2"]
 
 

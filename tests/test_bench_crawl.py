@@ -12,6 +12,7 @@ import pytest
 from bench import crawl, measure, runner, scale
 from bench.peers import PARSERS, PEERS
 from sandbox import sites
+from tests.absent import reason
 
 
 def test_parse_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +44,7 @@ PAGE = b"""<!doctype html><html><head><title> A
 @pytest.mark.parametrize("name", PARSERS)
 def test_parsers_find_the_same(name: str) -> None:
     if not measure.present(name):
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(reason(name, how="pip install -r requirements-bench.txt"))
     facts = PARSERS[name](PAGE, "http://host.example/a/b")
     assert facts == ("A title", 7, ["http://host.example/up", "http://other.example/x?y=1"])
 

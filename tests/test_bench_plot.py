@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench import panels, plot, runner
+from tests.absent import reason
 from tests.helpers.base import texts
 
 
@@ -56,7 +57,10 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     return made[name]
 
 
-draws = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="no matplotlib: no plots")
+draws = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None,
+    reason=reason("matplotlib", how="pip install -r requirements-bench.txt"),
+)
 
 
 @draws

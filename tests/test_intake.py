@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import uvloop
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -28,6 +27,7 @@ from logs import event_queue
 from logs import intake as li
 from logs.parse import Event
 from runtime import serving
+from tests.absent import needs
 from tests.helpers.base import HUNT, SETTINGS, World, run_task, until_async
 
 INTAKE_EPOCH = datetime(2026, 3, 1, tzinfo=UTC)
@@ -481,13 +481,13 @@ def intake_run(loop: str, main: Any) -> None:
         run_task(main)
         return
     complaints: list[Any] = []
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=serving.new_loop) as runner:
         runner.get_loop().set_exception_handler(lambda _, context: complaints.append(context))
         runner.run(main)
     assert complaints == []
 
 
-intake_loops = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+intake_loops = pytest.mark.parametrize("loop", ["asyncio", pytest.param("uvloop", marks=needs("uvloop"))])
 
 
 @intake_loops

@@ -17,6 +17,7 @@ import pytest
 
 import coordination as co
 import primitives as pr
+from tests.absent import needs
 from tests.helpers.base import HERE
 from tests.helpers.mechanisms import Turns, TurnsThread
 
@@ -406,6 +407,7 @@ def frontrun_found() -> Iterator[dict[str, str | None]]:
     yield json.loads(done.stdout.splitlines()[-1])
 
 
+@needs("frontrun")
 @pytest.mark.parametrize("name", CASES)
 def test_frontrun_proves_the_decisions_and_finds_the_planted(name: str, frontrun_found: dict[str, str | None]) -> None:
     expected = ("deadlock" if "orders" in name else "race") if name.startswith("planted") else None

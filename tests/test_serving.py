@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import pytest
-import uvloop
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.core import GaugeMetricFamily
 
@@ -37,6 +36,7 @@ from logs.options import IngestOptions
 from logs.pipeline import Ingester
 from logs.workers import Supervisor
 from runtime import serving
+from tests.absent import needs
 from tests.helpers.api import aggregate_http
 from tests.helpers.base import HANG_LIMIT, HERE, run_task, wait_until
 from tests.helpers.crawl import free_port, walk_crawl
@@ -107,7 +107,13 @@ def ask(connect: Callable[[], socket.socket], request: bytes) -> tuple[int, dict
     return int(first.split()[1]), {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}, body
 
 
-loops = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+loops = pytest.mark.parametrize(
+    "new_loop",
+    [
+        pytest.param(asyncio.new_event_loop, id="asyncio"),
+        pytest.param(serving.new_loop, marks=needs("uvloop"), id="uvloop"),
+    ],
+)
 
 
 @loops
