@@ -53,18 +53,23 @@ def stats_repr(self: Any) -> str:
     return f"<{type(self).__name__} {' '.join(shown)}>"
 
 
-make_lock: Callable[[str], threading.Lock] = lambda _: threading.Lock()  # noqa: E731  -- replaced to record their order
+def plain_lock(_: str) -> threading.Lock:
+    return threading.Lock()
+
+
+make_lock: Callable[[str], threading.Lock] = plain_lock
+"""Makes every lock of the project. Replaced by whoever records in which order locks are taken."""
 
 
 def new_lock(name: str) -> threading.Lock:
-    """A ``threading.Lock``; the name is for whoever records in which order locks are taken."""
+    """A lock that is known by this name."""
     return make_lock(name)
 
 
 # -------------------------------------------------------------------------------------------- waiting
 
 
-class _Waiter:
+class Waiter:
     """One parked thread or task. ``granted`` and ``value`` belong to whoever holds the owner's lock."""
 
     __slots__ = ("_future", "_lock", "_loop", "granted", "value")
@@ -106,7 +111,7 @@ class _Waiter:
         await self._future
 
 
-class _FairCondition:
+class FairCondition:
     """A condition variable for threads and tasks that hands over in the order of arrival.
 
     What ``threading.Condition`` is inside (a queue of locks), with one difference: a notification goes to the oldest
@@ -117,17 +122,17 @@ class _FairCondition:
     __slots__ = ("_waiters",)
 
     def __init__(self) -> None:
-        self._waiters: deque[_Waiter] = deque()
+        self._waiters: deque[Waiter] = deque()
 
     def __len__(self) -> int:
         return len(self._waiters)
 
-    def park(self, loop: asyncio.AbstractEventLoop | None, value: Any = None) -> _Waiter:
-        waiter = _Waiter(loop, value)
+    def park(self, loop: asyncio.AbstractEventLoop | None, value: Any = None) -> Waiter:
+        waiter = Waiter(loop, value)
         self._waiters.append(waiter)
         return waiter
 
-    def grant_oldest(self, value: Any = None) -> _Waiter | None:
+    def grant_oldest(self, value: Any = None) -> Waiter | None:
         """Hand ``value`` (if it is not None, it takes the place of what the waiter brought) to the oldest waiter."""
         while self._waiters:
             waiter = self._waiters.popleft()
@@ -143,7 +148,7 @@ class _FairCondition:
         while self._waiters:
             self._waiters.popleft().wake()
 
-    def leave(self, waiter: _Waiter) -> None:
+    def leave(self, waiter: Waiter) -> None:
         if not waiter.granted:
             with contextlib.suppress(ValueError):
                 self._waiters.remove(waiter)
@@ -173,7 +178,7 @@ class Semaphore:
         self.permits = permits
         self._available = permits
         self._lock = new_lock("Semaphore")
-        self._released = _FairCondition()
+        self._released = FairCondition()
 
     def try_acquire(self) -> bool:
         """Take a permit if one is free and nobody waits for it."""
@@ -222,7 +227,7 @@ class Semaphore:
                 raise ValueError("released more often than acquired")
             self._available += 1
 
-    def _abandon(self, waiter: _Waiter) -> None:
+    def _abandon(self, waiter: Waiter) -> None:
         with self._lock:
             self._released.leave(waiter)
             granted = waiter.granted
@@ -280,8 +285,8 @@ class Channel(Generic[T]):
         self._items: deque[T] = deque()
         self._closed = False
         self._lock = new_lock("Channel")
-        self._not_empty = _FairCondition()
-        self._not_full = _FairCondition()
+        self._not_empty = FairCondition()
+        self._not_full = FairCondition()
 
     def _offer(self, item: T) -> bool:
         if self._closed:
@@ -378,15 +383,15 @@ class Channel(Generic[T]):
         self._check(waiter)
         return waiter.value  # type: ignore[no-any-return]
 
-    def _leave(self, condition: _FairCondition, waiter: _Waiter) -> None:
+    def _leave(self, condition: FairCondition, waiter: Waiter) -> None:
         with self._lock:
             condition.leave(waiter)
 
-    def _check(self, waiter: _Waiter) -> None:
+    def _check(self, waiter: Waiter) -> None:
         if not waiter.granted:
             raise (ChannelClosed("the channel is closed") if self._closed else TimeoutError("the channel did not move"))
 
-    def _give_back(self, waiter: _Waiter) -> None:
+    def _give_back(self, waiter: Waiter) -> None:
         with self._lock:
             self._not_empty.leave(waiter)
             if not waiter.granted:

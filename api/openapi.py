@@ -18,7 +18,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from api.upstreams import Upstream, UpstreamError
+from api.config import Upstream
+from api.upstreams import UpstreamError
 from primitives import TTLCacheStats
 
 Json = dict[str, Any]

@@ -1,4 +1,7 @@
-"""What a request may ask for: each parameter is checked, and a refusal is a problem document (RFC 9457)."""
+"""What a request may ask for, and the answers that say no: problem documents (RFC 9457).
+
+Each parameter is checked before anything is done. Nothing here waits, and nothing is kept.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import ipaddress
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 from urllib.parse import parse_qsl
@@ -17,6 +20,9 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+
+from api.service import Service
+from api.upstreams import Source
 
 MAX_PARAMETER = 200
 """Characters of a parameter's value."""
@@ -66,7 +72,7 @@ def check(query: Mapping[str, str], allowed: Iterable[str]) -> None:
             raise Problem(422, what, parameter=name)
 
 
-def whole(query: Mapping[str, str], name: str, least: int, usual: int, most: int) -> int:
+def whole_number(query: Mapping[str, str], name: str, least: int, usual: int, most: int) -> int:
     """A whole number among the parameters. ``Problem`` if it is none, or out of its bounds."""
     text = query.get(name, str(usual))
     if not re.fullmatch(r"[0-9]{1,6}", text, re.A) or not least <= int(text) <= most:
@@ -74,7 +80,7 @@ def whole(query: Mapping[str, str], name: str, least: int, usual: int, most: int
     return int(text)
 
 
-def moment(text: str, name: str) -> datetime:
+def parse_time(text: str, name: str) -> datetime:
     """A time as RFC 3339 has it. ``Problem`` if it is none."""
     form = r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)"
     with contextlib.suppress(ValueError, OverflowError):
@@ -111,3 +117,29 @@ def is_here(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     return False
+
+
+def reply(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), status, headers, "application/json")
+
+
+def service_of(request: Request) -> Service:
+    return cast(Service, request.app.state.service)
+
+
+def sources_of(request: Request) -> dict[str, Source]:
+    return service_of(request).sources
+
+
+def names_in(query: dict[str, str], request: Request) -> list[str]:
+    """What ``sources`` in the query names, which is taken out of it; without it, all sources."""
+    return query.pop("sources").split(",") if "sources" in query else list(sources_of(request))
+
+
+def known_sources(request: Request, names: Sequence[str]) -> dict[str, Source]:
+    """The sources of these names. ``Problem`` if there is none of some name."""
+    sources = sources_of(request)
+    for name in names:
+        if name not in sources:
+            raise Problem(404, f"unknown source {name[:50]}", sources=sorted(sources))
+    return {name: sources[name] for name in names}

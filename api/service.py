@@ -1,4 +1,10 @@
-"""One running API: its sources, what it keeps, its tasks; how it starts and ends."""
+"""One running API: its sources, the answers that it keeps, its tasks; how it ends.
+
+The end has two limits: at the signal streams end, and loads and reports that requests may wait for get ``GRACE``
+seconds; a second later a client that does not read its answer is let go.
+
+Everything is the event loop's and needs no lock. Hosts are looked at in threads, figures computed in processes.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,12 @@ import asyncio
 import contextlib
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime
+from types import FrameType
 from typing import IO, Any
 
 import asyncpg
@@ -27,32 +36,21 @@ from runtime.serving import Lag
 
 log = logging.getLogger("uvicorn.error")
 
-
 GRACE = 5.0
 """Seconds that loads under way get when the server stops."""
-
-
 KEPT, KEPT_MOST, KEPT_BYTES = 0.05, 1000, 16_000_000
 """Seconds for which an assembled answer is handed out again; how many there may be, and of how many bytes in sum."""
-
-
 RENEW_EVERY, RETAIN_EVERY = 0.1, 600.0
 """Seconds between two looks for what is to be renewed, and for what is too old to be kept."""
-
-
 WARM = 3.0
 """Seconds that the start waits for the database and what it knows."""
-
-
 REPORTS, LOOKS = 16, 4
 """Reports, and looks at hosts for them, at a time."""
-
-
 PLACES = 256
 """Calls under way to all upstreams together."""
 
 
-class Kept:
+class KeptAnswer:
     """An answer as it was sent, to be sent again."""
 
     __slots__ = ("body", "headers", "hits", "states", "until")
@@ -76,7 +74,7 @@ class Service:
         self.force: Callable[[], object] = lambda: None
         self.timers: list[asyncio.TimerHandle] = []
         self.tasks: dict[str, asyncio.Task[Any]] = {}
-        self.kept: dict[tuple[str, bytes], Kept] = {}
+        self.kept: dict[tuple[str, bytes], KeptAnswer] = {}
         self.kept_bytes = self.changes = 0
         for source in sources.values():
             source.listeners.append(self.loaded)
@@ -112,7 +110,7 @@ class Service:
         self.events.publish("breaker", told)
         self.log.note("breaker", request_id.get(), told)
 
-    def keep(self, asked: tuple[str, bytes], kept: Kept) -> None:
+    def keep(self, asked: tuple[str, bytes], kept: KeptAnswer) -> None:
         self.drop(asked)
         if len(self.kept) >= KEPT_MOST or self.kept_bytes + len(kept.body) > KEPT_BYTES:
             self.settle()
@@ -206,3 +204,33 @@ class Service:
         while loads := [load for source in self.sources.values() for load in source.running]:
             await asyncio.wait(loads, timeout=max(0.0, self.patience - time.monotonic()))
             await asyncio.wait(self.cancel_loads() or loads)
+
+
+@contextlib.contextmanager
+def call_on_signals(call: Callable[[], object]) -> Iterator[Callable[[], object]]:
+    """Have ``call`` called in the event loop at SIGINT and SIGTERM, before whoever else waits for them. What is given
+    is for the server as one more SIGINT, after which it waits for nobody.
+
+    The server ends the lifespan only when the last response has ended, and a stream of events does not end by itself.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(call)
+        following = before[signal.Signals(number)]
+        if callable(following):
+            following(number, frame)
+
+    for number in before:
+        signal.signal(number, handle)
+    forced = before[signal.SIGINT]
+    try:
+        yield lambda: forced(signal.SIGINT, None) if callable(forced) else None
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is handle:
+                signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""One upstream of the aggregation API: its configuration, and the way of a call to it.
+"""One upstream of the aggregation API: the way of a call to it, and what is said of it at the deadline.
 
 Cache -> one load for all who ask (``Source.refresh``) -> circuit breaker -> places, of this upstream and of all ->
 time limit -> retries, under a budget -> size limit and JSON check -> cache.
@@ -6,7 +6,6 @@ time limit -> retries, under a budget -> size limit and JSON check -> cache.
 Promised
 - However many ask, an upstream gets one call for a key at a time, and none while its circuit is open, but for probes.
 - A load is a task of its own: whoever waits for it may leave, what comes late still fills the cache.
-- A parameter is part of a path segment or of a query value; it can change neither the host nor the path.
 - What an upstream says when it fails reaches no client: errors are of the closed list in ``UpstreamError``.
 
 Everything runs in one event loop, and nothing in it blocks. All state is the loop's, so nothing here needs a lock; the
@@ -17,26 +16,21 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import dataclasses
 import hashlib
-import heapq
 import logging
 import math
-import random
-import re
-import string
 import time
-import tomllib
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlsplit
 
 import aiohttp
 import orjson
 
-from coordination import Clock, Rng, Semaphore, hedged
+from api.config import Key, Upstream
+from api.renewals import Renewals
+from coordination import Clock, Semaphore, hedged
 from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, TTLCache, retry_async
 from runtime.http_dates import parse_retry_after
 
@@ -44,19 +38,8 @@ log = logging.getLogger("uvicorn.error")
 
 REFUSED = 1.0
 """Seconds for which a key is left alone after its load failed."""
-RESERVED = frozenset(("source", "sources", "deadline_ms", "limit", "before", "hours"))
-"""Parameters of the API itself, which those of an upstream would hide."""
-MOST = {"max_bytes": 5e6, "timeout": 60.0, "keys": 1e5, "retries": 10, "concurrency": 1000, "failures": 1000}
-"""The greatest values in a configuration. To read 5 MB of JSON keeps the event loop for about 25 ms."""
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="none")
-
-Key = tuple[str, ...]
-"""The values of an upstream's parameters, in their order."""
-
-
-class ConfigError(ValueError):
-    """One line that names what is wrong in the configuration."""
 
 
 class UpstreamError(Exception):
@@ -70,168 +53,6 @@ class UpstreamError(Exception):
         self.retry_after = retry_after
         self.is_transient = kind in ("connect", "timeout") or detail in ("429", "500", "502", "503", "504")
         """Whether to try again makes sense."""
-
-
-# ------------------------------------------------------------------------------------------------- configuration
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Upstream:
-    """What the configuration says of an upstream; times are in seconds, ``parameters`` are names and defaults.
-
-    ``body`` is sent as JSON; its texts may hold placeholders too. ``hedge``: ask a second time when the first has not
-    answered after so long (0: never), for at most a tenth of the calls. An open circuit lets a probe through after
-    ``reset``, and if that fails, after twice as long, up to ``max_reset``: the shorter, the sooner all is well again.
-    """
-
-    name: str
-    url: str
-    parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    method: str = "GET"
-    body: Any = None
-    timeout: float = 2.0
-    hedge: float = 0.0
-    ttl: float = 10.0
-    stale: float = 60.0
-    stale_if_error: float = 600.0
-    retries: int = 1
-    failures: int = 5
-    window: float = 10.0
-    reset: float = 2.0
-    max_reset: float = 3.0
-    concurrency: int = 16
-    max_bytes: int = 1_000_000
-    keys: int = 1000
-    keep: str = ""
-    fallback: Any = None
-
-    def address(self, key: Key) -> str:
-        """The URL for these values of the parameters."""
-        values = zip(self.parameters, key, strict=True)
-        return self.url.format_map({name: quote(value, safe="") for name, value in values})
-
-    def content(self, key: Key) -> bytes | None:
-        """The body for these values of the parameters: JSON, in which a value stays a part of its text."""
-        if self.body is None:
-            return None
-        values = dict(zip(self.parameters, key, strict=True))
-
-        def filled(part: Any) -> Any:
-            if isinstance(part, str):
-                return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), part)
-            if isinstance(part, list):
-                return [filled(inner) for inner in part]
-            return {name: filled(inner) for name, inner in part.items()} if isinstance(part, dict) else part
-
-        return orjson.dumps(filled(self.body))
-
-
-def read_config(text: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
-    """The upstreams of a TOML configuration, by name: a table ``[name]`` each. Raises ``ConfigError``.
-
-    ``${NAME}`` in a header's value stands for a variable of the environment: secrets need not be in the file.
-    """
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not TOML: {error}") from None
-    if not tables:
-        raise ConfigError("no upstream: a table [name] with a url is needed for each")
-    return {name: _upstream(name, table, environ) for name, table in tables.items()}
-
-
-def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
-    if not isinstance(table, dict):
-        raise ConfigError(f"{name}: not a table; an upstream is [{name}] with a url")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,40}", name):
-        raise ConfigError(f"{name!r}: a name is made of up to 41 letters, digits, _ and -, and begins with a letter")
-    known = {field.name for field in dataclasses.fields(Upstream)} - {"name"}
-    whole = dict.fromkeys(("retries", "failures", "concurrency", "max_bytes", "keys"), int)
-    given: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in known:
-            raise ConfigError(f"{name}.{key}: no such key; there are {', '.join(sorted(known))}")
-        if key in ("parameters", "headers"):
-            if not isinstance(value, dict) or not all(isinstance(v, (str, int, float)) for v in value.values()):
-                raise ConfigError(f"{name}.{key}: a table of names and texts is needed")
-            reserved = RESERVED.intersection(value) if key == "parameters" else ()
-            if reserved:
-                raise ConfigError(f"{name}.parameters: {', '.join(sorted(reserved))} means something to the API itself")
-            given[key] = {inner: str(text) for inner, text in value.items()}
-            continue
-        if key in ("url", "keep", "method"):
-            if not isinstance(value, str):
-                raise ConfigError(f"{name}.{key}: a text is needed, not {value!r}")
-            if key == "method" and value not in ("GET", "POST"):
-                raise ConfigError(f"{name}.method: GET or POST is needed, not {value!r}")
-        elif key in ("fallback", "body"):
-            try:
-                orjson.dumps(value)
-            except TypeError as error:  # a whole number of more than 64 bits, say
-                raise ConfigError(f"{name}.{key}: no JSON: {error}") from None
-        else:
-            number = isinstance(value, int if key in whole else (int, float)) and not isinstance(value, bool)
-            if not number:
-                raise ConfigError(f"{name}.{key}: a {'whole ' * (key in whole)}number is needed, not {value!r}")
-            least = 0 if key in ("retries", "stale", "stale_if_error", "hedge") else 1 if key in whole else 0.001
-            most = MOST.get(key, 1e9)
-            if not least <= float(value) <= most:
-                raise ConfigError(f"{name}.{key}: a number from {least} to {most:g} is needed, not {value!r}")
-        given[key] = value
-    if "url" not in given:
-        raise ConfigError(f"{name}.url: missing")
-    if "body" in given and given.get("method") != "POST":
-        raise ConfigError(f"{name}.body: only a POST has one")
-    for header, value in given.get("headers", {}).items():
-        try:
-            given["headers"][header] = string.Template(value).substitute(environ)
-        except (KeyError, ValueError) as error:
-            raise ConfigError(f"{name}.headers.{header}: {error} is not in the environment") from None
-    upstream = Upstream(name=name, **given)
-    _check_url(upstream)
-    return upstream
-
-
-def _check_url(upstream: Upstream) -> None:
-    """A placeholder may stand in a path segment or in the query only, where it can change nothing else."""
-    try:
-        placeholders = [field for _, field, _, _ in string.Formatter().parse(upstream.url) if field is not None]
-    except ValueError as error:
-        raise ConfigError(f"{upstream.name}.url: {error}") from None
-    for placeholder in placeholders:
-        if placeholder not in upstream.parameters:
-            raise ConfigError(f"{upstream.name}.url: {{{placeholder}}} is not among its parameters")
-    parts = urlsplit(upstream.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "{" in parts.netloc or "@" in parts.netloc:
-        raise ConfigError(f"{upstream.name}.url: http:// or https:// and a fixed host are needed")
-
-
-DEMO = """
-[weather]
-url = "{base}/api/weather?city={{city}}"
-parameters = {{ city = "Berlin" }}
-ttl = 5
-
-[rates]
-url = "{base}/api/rates/{{currency}}"
-parameters = {{ currency = "EUR" }}
-keep = "rates"
-
-[news]
-url = "{base}/api/news"
-keep = "items"
-ttl = 20
-
-[flaky]
-url = "{base}/api/flaky"
-ttl = 2
-retries = 0
-fallback = {{ note = "nothing better is known" }}
-"""
-
-
-# ------------------------------------------------------------------------------------------------------- sources
 
 
 class Data:
@@ -283,75 +104,6 @@ class Load(NamedTuple):
     latency: float
     data: Data | None
     error: UpstreamError | None
-
-
-class Renewals:
-    """Which keys are to be loaded before they expire: those that somebody asked for since their last load.
-
-    It decides only; somebody asks it now and then. A key is due when most of its ``ttl`` is over, at a point drawn
-    for each load, so that keys loaded together are not renewed together. If loading fails, the wait doubles each
-    time, up to ``CAP`` seconds (or ``ttl``, if that is longer). There are never more renewals than requests; at most
-    ``maxsize`` keys are known. All times are of the caller's clock.
-    """
-
-    EARLY = 0.7, 0.9
-    CAP = 60.0
-
-    def __init__(self, ttl: float, maxsize: int, rng: Rng = random.random) -> None:
-        self.ttl, self.maxsize, self._rng = ttl, maxsize, rng
-        self._when: dict[Key, float] = {}
-        self._heap: list[tuple[float, Key]] = []
-        """What is in ``_when``, and what was there before it was planned anew: to be skipped."""
-        self._asked: set[Key] = set()
-        self._failed: dict[Key, int] = {}
-
-    def asked(self, key: Key) -> None:
-        if key in self._when:
-            self._asked.add(key)
-
-    def loaded(self, key: Key, now: float) -> None:
-        self._failed.pop(key, None)
-        low, high = self.EARLY
-        self._plan(key, now + self.ttl * (low + (high - low) * self._rng()))
-
-    def failed(self, key: Key, now: float) -> None:
-        times = self._failed.get(key, 0) + 1
-        wait = min(max(self.CAP, self.ttl), self.ttl * 2.0 ** min(times, 30))
-        if self._plan(key, now + wait * (0.5 + self._rng() / 2)):
-            self._failed[key] = times
-
-    def due(self, now: float) -> list[Key]:
-        """The keys to load now. Each is known again when ``loaded`` or ``failed`` is called."""
-        keys = []
-        while self._heap and self._heap[0][0] <= now:
-            when, key = heapq.heappop(self._heap)
-            if self._when.get(key) != when:
-                continue
-            del self._when[key]
-            if key in self._asked:
-                self._asked.discard(key)
-                keys.append(key)
-            else:
-                self._failed.pop(key, None)
-        return keys
-
-    def forget(self) -> None:
-        for known in (self._when, self._heap, self._asked, self._failed):
-            known.clear()
-
-    def __len__(self) -> int:
-        return len(self._when)
-
-    def _plan(self, key: Key, when: float) -> bool:
-        self._asked.discard(key)
-        if key not in self._when and len(self._when) >= self.maxsize:
-            return False
-        self._when[key] = when
-        heapq.heappush(self._heap, (when, key))
-        if len(self._heap) > 2 * len(self._when) + 64:
-            self._heap = [(when, key) for key, when in self._when.items()]
-            heapq.heapify(self._heap)
-        return True
 
 
 class Source:

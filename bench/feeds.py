@@ -1,7 +1,5 @@
-"""``python -m bench feeds``: the feeds of 26 hosts and their 36 articles, against a loop that takes one by one.
+"""`bench feeds`: the feeds of 26 hosts and their 36 articles, against a loop that takes one by one.
 
-Theory
-------
 * **Each answer has a latency of its own**, 0.3 to 1.5 s, seeded: the same for all contestants. So what is compared is
   how well they wait. Nobody knows a latency beforehand, so 10 workers do not end together, and the loop is not beaten
   by 10: `s at best` is what the crawlers' own frontier takes under a simulated clock, where nothing costs any time.
@@ -34,9 +32,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.aggregate import Row, Server, serving
+from bench.measure import (
+    HERE,
+    Row,
+    Spread,
+    command,
+    free_port,
+    host_address,
+    interleaved,
+    module,
+    note,
+    run_child,
+    table,
+)
+from bench.servers import Server, serving
 
-HERE = Path(__file__).resolve().parents[1]
 HOSTS, TWICE = 26, 10
 """The hosts, and how many of them have two articles."""
 FAST, SLOW = 0.3, 1.5
@@ -67,17 +77,17 @@ def latency(seed: int, host: int, path: str) -> float:
 def serve(port: int, seed: int) -> None:
     """The sandbox with feeds, articles, and /log: what was asked for them, [time, host, path, status, latency]."""
     from sandbox import sites
-    from sandbox.faults import Answer, Request, reply, route
+    from sandbox.faults import Answer, SiteRequest, reply, route
 
     asked: dict[int, float] = collections.defaultdict(lambda: -TOO_SOON)
 
-    def slowly(request: Request, body: bytes, kind: str) -> Answer:
+    def slowly(request: SiteRequest, body: bytes, kind: str) -> Answer:
         now = time.monotonic()
         gap, asked[request.host] = now - asked[request.host], now
         return reply(body, 200, kind=kind) if gap >= TOO_SOON else reply(b"too soon", 429, "Retry-After: 2")
 
     @route("/feed.xml")
-    def feed(request: Request) -> Answer:
+    def feed(request: SiteRequest) -> Answer:
         items = "".join(
             f"<item><title>Story {n} of {request.host}</title><link>/article/{n}</link><dc:creator>Ann</dc:creator>"
             f"<pubDate>Mon, 06 May 2024 10:0{n}:00 GMT</pubDate><description>{'words ' * 50}</description></item>"
@@ -87,11 +97,11 @@ def serve(port: int, seed: int) -> None:
         return slowly(request, f"{head}{items}</channel></rss>".encode(), "application/rss+xml")
 
     @route("/article/")
-    def article(request: Request) -> Answer:
+    def article(request: SiteRequest) -> Answer:
         return slowly(request, sites.make_page(request.host, int(request.name), 25), "text/html; charset=utf-8")
 
     @route("/log")
-    def log(request: Request) -> Answer:
+    def log(request: SiteRequest) -> Answer:
         entries = [
             (entry.t, entry.host, entry.path, entry.status, pause)
             for entry in request.sandbox.log
@@ -137,10 +147,8 @@ class Course:
     """The server, its log so far, and the files that the contestants read and write."""
 
     def __init__(self, server: Server, port: int, folder: Path) -> None:
-        from bench import runner
-
         self._server, self._folder, self._known = server, folder, 0
-        self.feeds = [f"http://{runner.host_address(host)}:{port}/feed.xml" for host in range(HOSTS)]
+        self.feeds = [f"http://{host_address(host)}:{port}/feed.xml" for host in range(HOSTS)]
         self.entries = {
             feed: [
                 {"url": feed.replace("feed.xml", f"article/{n}"), "title": f"Story {n}", "author": "Ann"}
@@ -156,9 +164,7 @@ class Course:
         self.rows = folder / "rows.jsonl"
 
     def loop(self, part: str) -> list[object]:
-        from bench import runner
-
-        return [*runner.module("bench.feeds"), "loop", part[:-1], self._folder / part, self.rows]
+        return [*module("bench.feeds"), "loop", part[:-1], self._folder / part, self.rows]
 
     def crawl(self, part: str, program: str, *options: object) -> list[object]:
         more: tuple[object, ...] = ()
@@ -189,11 +195,10 @@ class Course:
 
     def measure(self, part: str, name: str, words: Sequence[object]) -> Row:
         """Run a contestant; what it took, by the clock and by the server's log."""
-        from bench import runner
         from sandbox.sites import max_in_window
 
         time.sleep(TOO_SOON)
-        run = runner.run_child(words, name)
+        run = run_child(words, name)
         self.check(part)
         log: list[tuple[float, str, str, int, float]] = json.loads(self._server.get("/log")[2])
         log, self._known = log[self._known :], len(log)
@@ -201,7 +206,7 @@ class Course:
         for t, host, *_ in log:
             times[host].append(t)
         gaps = [b - a for asked in times.values() for a, b in itertools.pairwise(asked)]
-        runner.note(f"{part}, {name}: {run.seconds:.2f} s")
+        note(f"{part}, {name}: {run.seconds:.2f} s")
         return {
             "": f"{part}: {name}",
             "requests": len(log),
@@ -247,41 +252,44 @@ def at_best(seed: int, part: str, workers: int) -> float:
 
 @contextlib.contextmanager
 def course(seed: int) -> Iterator[Course]:
-    from bench import runner
-
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        folder, port = Path(temporary), runner.free_port()
-        words = [*runner.module("bench.feeds"), "serve", port, seed]
+        folder, port = Path(temporary), free_port()
+        words = [*module("bench.feeds"), "serve", port, seed]
         with serving("the server of feeds", words, port, folder / "server.log") as server:
             yield Course(server, port, folder)
 
 
-def run(args: argparse.Namespace) -> list[Row]:
+@command(
+    "26 feeds and their 36 articles, each answer with its own latency: seconds, ratio to one after the other, pauses",
+    "feeds",
+    "feeds --repeat 3 --seed 2",
+    repeat=(1, "runs of each contestant; the loop runs once"),
+    seed=(1, "of the latencies"),
+)
+def feeds(args: argparse.Namespace) -> list[Row]:
     """The table's rows. Raises SystemExit if something was wrong."""
-    from bench import runner
-
     results: list[Row] = []
     with course(args.seed) as track:
         alone = {part: track.measure(part, "one after the other", track.loop(part)) for part in PARTS[:2]}
         alone["whole"] = dict(alone["articles"]) | {"": "whole: one after the other"}
         for key in ("requests", "s", "s by the log", "CPU s", "429"):
-            alone["whole"][key] += alone["feeds"][key]  # type: ignore[operator]
+            alone["whole"][key] += alone["feeds"][key]
         for part in PARTS:
             runs: dict[str, list[Row]] = collections.defaultdict(list)
-            for _, name in runner.interleaved(CONTESTANTS, args.repeat):
+            for _, name in interleaved(CONTESTANTS, args.repeat):
                 runs[name].append(track.measure(part, name, track.crawl(part, *map(str, CONTESTANTS[name]))))
             for made in ([alone[part]], *runs.values()):
                 name = str(made[0][""]).partition(": ")[2]
                 workers = 1 if made[0] is alone[part] else 10 if "10" in name else 64
                 row = dict(made[0])
-                row |= {key: runner.Spread.of(one[key] for one in made) for key in ("s", "s by the log", "CPU s")}  # type: ignore[misc]
-                row |= {key: max(one[key] for one in made) for key in ("429", "most in 2 s")}  # type: ignore[type-var]
-                row |= {"closest s": min((one["closest s"] for one in made if one["closest s"]), default=None)}  # type: ignore[type-var]
-                ratios = {f"x, {key}": alone[part][key] / row[key].median for key in ("s", "s by the log")}  # type: ignore[attr-defined]
+                row |= {key: Spread.of(one[key] for one in made) for key in ("s", "s by the log", "CPU s")}
+                row |= {key: max(one[key] for one in made) for key in ("429", "most in 2 s")}
+                row |= {"closest s": min((one["closest s"] for one in made if one["closest s"]), default=None)}
+                ratios = {f"x, {key}": alone[part][key] / row[key].median for key in ("s", "s by the log")}
                 row = {"": row[""]} | ratios | row
                 row["s at best"] = None if workers == 1 else at_best(args.seed, part, workers)
                 results.append(row)
-    print(runner.table(results))
+    print(table(results))
     hasty = [row[""] for row in results if row["429"] or row["most in 2 s"] != 1]
     if hasty:
         raise SystemExit(f"bench: feeds: a host was asked too soon: {hasty}")

@@ -1,10 +1,10 @@
-"""The tables of a shared crawl under load: how long a claim takes, and how much one PostgreSQL bears.
+"""`bench frontier`: the tables of a shared crawl under load: how long a claim takes, and how much one PostgreSQL bears.
 
 An embedded server in a temporary folder, with its usual settings, is filled with URLs that wait, in an order that
 has nothing to do with their hosts. Measured, at a tenth of the rows and at all of them:
 
 - ``claim``: the statement that claims 100 hosts, and its commit: milliseconds, p50 and p99;
-- ``batch``: a worker's whole transaction of ``crawl_tables``: it claims 100 hosts and reads up to 10 URLs of each;
+- ``batch``: a worker's whole transaction of crawl/tables.py: it claims 100 hosts and reads up to 10 URLs of each;
 - then so many workers at a time, each a process of its own: they claim, and finish what they claimed with rows and
   found links; hosts claimed and URLs finished per second, all together;
 - what that left behind: dead rows, and the size of the index that claims look at, with autovacuum as it comes.
@@ -21,18 +21,12 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import asyncpg
+from bench.measure import Row, command, table
 
-from crawl.lease import Batch, Done, Link, Note, hashed
-from crawl.model import CrawlResult
-from crawl.tables import CLAIM, SCHEMA, PgStore
-from runtime.embedded import Embedded
-from runtime.postgres import Database
-
-Row = dict[str, Any]
-
+if TYPE_CHECKING:
+    import asyncpg
 
 FILL = """
 INSERT INTO crawl_queue (host, url, depth, kind, private)
@@ -70,6 +64,10 @@ def at(times: list[float], share: float) -> float:
 
 async def claims(url: str, count: int) -> list[float]:
     """Seconds of claims of 100 hosts, each given back untimed."""
+    import asyncpg
+
+    from crawl.tables import CLAIM
+
     connection = await asyncpg.connect(url)
     times = []
     for _ in range(count):
@@ -87,6 +85,11 @@ async def claims(url: str, count: int) -> list[float]:
 
 
 async def _work(url: str, seconds: float, finishes: bool) -> tuple[int, int, list[float]]:
+    from crawl.lease import Batch, Done, Link, Note, hashed
+    from crawl.model import CrawlResult
+    from crawl.tables import PgStore
+    from runtime.postgres import Database
+
     database = Database(url, size=1)
     await database.open(10)
     store, rng = PgStore(database, "bench"), random.Random()
@@ -121,6 +124,8 @@ def work(url: str, seconds: float, finishes: bool = True) -> tuple[int, int, lis
 
 
 async def _behind(url: str) -> Row:
+    import asyncpg
+
     connection = await asyncpg.connect(url)
     sizes = await connection.fetchrow(
         "SELECT pg_relation_size('crawl_hosts_due'), (pg_total_relation_size('crawl_queue') / 1e6)::float8,"
@@ -133,6 +138,10 @@ async def _behind(url: str) -> Row:
 
 
 async def _fill(url: str, first: int, last: int, hosts: int) -> None:
+    import asyncpg
+
+    from crawl.tables import SCHEMA
+
     connection = await asyncpg.connect(url)
     if not first:
         await connection.execute(SCHEMA)
@@ -140,7 +149,18 @@ async def _fill(url: str, first: int, last: int, hosts: int) -> None:
     await connection.close()
 
 
-def run(arguments: argparse.Namespace) -> list[Row]:
+@command(
+    "the tables of a shared crawl: what a claim takes at 1 and 10 million URLs, and what 1 to 8 workers get done",
+    "frontier",
+    "frontier --rows 100000 --hosts 10000 --seconds 1",
+    rows=(10_000_000, "URLs that wait; first a tenth of them"),
+    hosts=(100_000, "hosts"),
+    seconds=(5, "of each run of the workers"),
+    claims=(300, "claims timed"),
+)
+def frontier(args: argparse.Namespace) -> list[Row]:
+    from runtime.embedded import Embedded
+
     folder = Path(tempfile.mkdtemp(prefix="bench-frontier-"))
     server = Embedded(folder / "postgres")
     results: list[Row] = []
@@ -148,12 +168,12 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         url = server.start()
         spawn = multiprocessing.get_context("spawn")
         filled = 0
-        for rows in (arguments.rows // 10, arguments.rows):
+        for rows in (args.rows // 10, args.rows):
             started = time.perf_counter()
-            asyncio.run(_fill(url, filled, rows, arguments.hosts))
+            asyncio.run(_fill(url, filled, rows, args.hosts))
             filled, seconds = rows, time.perf_counter() - started
-            times = asyncio.run(claims(url, arguments.claims))
-            _, _, batches = work(url, arguments.seconds, finishes=False)
+            times = asyncio.run(claims(url, args.claims))
+            _, _, batches = work(url, args.seconds, finishes=False)
             more = {"batch p50 ms": at(batches, 0.5), "batch p99 ms": at(batches, 0.99), "fill s": seconds}
             claim = {"claim p50 ms": at(times, 0.5), "claim p99 ms": at(times, 0.99)}
             first = results[0]["claim p50 ms"] if results else claim["claim p50 ms"]
@@ -161,18 +181,20 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         alone = 0.0
         for workers in (1, 2, 4, 8):
             with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-                parts = list(pool.map(work, [url] * workers, [arguments.seconds] * workers))
-            hosts = sum(part[0] for part in parts) / arguments.seconds
-            urls = sum(part[1] for part in parts) / arguments.seconds
+                parts = list(pool.map(work, [url] * workers, [args.seconds] * workers))
+            hosts = sum(part[0] for part in parts) / args.seconds
+            urls = sum(part[1] for part in parts) / args.seconds
             times = [one for part in parts for one in part[2]]
             counts = {"hosts/s": hosts, "URLs/s": urls, "batch p50 ms": at(times, 0.5), "batch p99 ms": at(times, 0.99)}
             if workers == 1:
                 alone = urls
             results.append({"": f"{workers} worker{'s' * (workers > 1)}", "x 1 worker": urls / alone} | counts)
-        times = asyncio.run(claims(url, arguments.claims))
+        times = asyncio.run(claims(url, args.claims))
         after = {"claim p50 ms": at(times, 0.5), "claim p99 ms": at(times, 0.99)}
         results.append({"": "afterwards"} | after | asyncio.run(_behind(url)))
     finally:
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
+    for columns in dict.fromkeys(tuple(row) for row in results):
+        print(table(row for row in results if tuple(row) == columns), end="\n\n")
     return results

@@ -1,7 +1,7 @@
 """The peers of the crawlers and of the parser: what a user would take instead, as programs that write the same rows.
 
 A parser of pages takes bytes and their URL and returns ``Facts``; a crawler takes a file of URLs, a file for its rows
-(JSON lines) and a concurrency, and runs as a process of its own (``python -m bench _peer NAME URLS ROWS CONCURRENCY``).
+(JSON lines) and a concurrency, and runs as a process of its own (``bench/peers.py NAME URLS ROWS CONCURRENCY``).
 Where the name says textbook they are written as everyone does at first. Scrapy is here twice: as its documentation
 teaches it, and stripped of all that it can do without, which is faster, and what its documentation advises against.
 Third-party libraries are imported where they are used: one that is missing costs its own row only.
@@ -14,15 +14,13 @@ import functools
 import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
-
-Row = dict[str, Any]
-"""A line of a table, and of the JSON: what a column is called, to text, a number, a `Spread`, or None."""
 
 # ----------------------------------------------------------------------- peers of `parse`: bytes, URL -> the facts
 
@@ -147,7 +145,7 @@ PARSERS: dict[str, Callable[[bytes, str], Facts]] = {
 # --------------------------------------------------------- peers of `crawl`: URL list, rows, concurrency -> a file
 
 
-def as_row(url: str, facts: Facts) -> Row:
+def as_row(url: str, facts: Facts) -> dict[str, Any]:
     return {"url": url, **facts._asdict()}
 
 
@@ -230,7 +228,7 @@ def crawl_textbook_async(urls: str, rows: str, concurrency: int) -> None:
 def crawl_textbook_threads(urls: str, rows: str, concurrency: int) -> None:
     from urllib.request import urlopen
 
-    def scrape(url: str) -> Row:
+    def scrape(url: str) -> dict[str, Any]:
         with urlopen(url, timeout=30) as response:
             return as_row(url, parse_textbook(response.read(), url))
 
@@ -245,3 +243,7 @@ PEERS: dict[str, Callable[[str, str, int], None]] = {
     "textbook_async": crawl_textbook_async,
     "textbook_threads": crawl_textbook_threads,
 }
+
+
+if __name__ == "__main__":
+    PEERS[sys.argv[1]](sys.argv[2], sys.argv[3], int(sys.argv[4]))

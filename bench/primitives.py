@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
-from bench.peers import Row
-from bench.runner import Spread, interleaved, present, table
+from bench.measure import Row, Spread, command, interleaved, present, table
 
 Timed = Callable[[int], float]
 """Makes so many calls and returns the seconds that they took."""
@@ -213,7 +212,14 @@ def gathering_cases() -> Iterator[Case]:
     yield "eight calls at once", {"fan_out": ours, "asyncio.wait_for(gather)": theirs}
 
 
-def run(args: argparse.Namespace) -> list[Row]:
+@command(
+    "a call of each mechanism, against the library that it replaces: nanoseconds",
+    "primitives",
+    "primitives --calls 100000 --repeat 5",
+    calls=(20_000, "calls in a run"),
+    repeat=(15, "runs of each"),
+)
+def primitives(args: argparse.Namespace) -> list[Row]:
     """Print the table of all cases, and return its rows."""
     results: list[Row] = []
     cases = retry_cases, bucket_cases, cache_cases, breaker_cases, waiting_cases, gathering_cases

@@ -25,12 +25,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
-from bench.peers import Row
-from bench.runner import (
+from bench.measure import (
+    DRIVER,
     HERE,
+    Row,
     Run,
     Spread,
     child,
+    command,
     drivers,
     free_port,
     host_address,
@@ -115,6 +117,15 @@ def million_row(driver: str, run: Run, arrivals: Arrivals) -> Row:
     }
 
 
+@command(
+    "a stream of distinct URLs of a tiny page through stdin: peak memory, and whether the speed holds",
+    "million --driver crawl_async.py",
+    "million --urls 100000",
+    urls=(1_000_000, "URLs"),
+    hosts=(50, "hosts that they are spread over"),
+    concurrency=(None, "requests in flight; default: the crawler's"),
+    driver=DRIVER,
+)
 def million(args: argparse.Namespace) -> list[Row]:
     """Print the table of one crawl for each driver, and return its rows."""
     port, who = free_port(), drivers(args.driver)

@@ -39,6 +39,7 @@ from crawl.output import (
 from crawl.progress import describe, progress, serve_metrics, write_stats
 from crawl.scope import Scope
 from crawl.url_list import read_urls
+from runtime.packages import missing
 from runtime.serving import SIZES, size
 
 if TYPE_CHECKING:
@@ -253,6 +254,7 @@ def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | N
     with contextlib.ExitStack() as stack:
         urls = demo_urls(stack) if args.demo else read_urls(args.sources)
         try:
+            needs(args, options)
             if args.status:
                 print(shared_status(args.frontier))
                 return EXIT_OK
@@ -321,6 +323,18 @@ def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | N
             print(f"{program}: interrupted; {left:,} URLs not fetched", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def needs(args: argparse.Namespace, options: Options) -> None:
+    """RuntimeError with one line if a package is not there that only some options need."""
+    for wanted, option, *modules in (
+        (options.feeds, "--feeds", "feedparser", "trafilatura", "lxml_html_clean"),
+        (options.within == "domain", "--within domain", "publicsuffixlist"),
+        (args.frontier, "--frontier", "asyncpg"),
+        (args.metrics_port is not None, "--metrics-port", "prometheus_client"),
+    ):
+        if wanted and (line := missing(option, *modules)):
+            raise RuntimeError(line)
 
 
 def join_shared(options: Options, frontier: str, lease: float | None) -> Crawl:

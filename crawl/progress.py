@@ -54,7 +54,11 @@ def progress(crawl: Crawl, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    from rich.console import Console
+    try:
+        from rich.console import Console
+    except ImportError:  # no display
+        yield
+        return
 
     over = threading.Event()
     with Console(stderr=True).status(describe(crawl)) as line:

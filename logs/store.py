@@ -1,7 +1,7 @@
 """Batches of log events in PostgreSQL: each is stored once, whatever breaks; what no row can hold is a dead letter.
 
-A batch is sealed once: its rows as the text that COPY reads, and an id. What happens to it afterwards (written,
-spooled, replayed days later, written again because nobody saw the commit) never changes either.
+A batch comes sealed (``logs.seal``): what happens to it afterwards (written, spooled, replayed days later, written
+again because nobody saw the commit) never changes its rows or its id.
 
 Promised by ``Store``
 - A batch is stored once: its id goes to ``log_batches`` in the transaction of its rows. An id that is there already
@@ -28,19 +28,17 @@ Of each day (UTC, by the time of receipt) there is one partition, ``logs_YYYY_MM
 and attached to it, which makes no writer wait. To drop one the whole table has to stand still for a moment; that is
 waited for ``DROP_LIMIT`` seconds at the most, for the writers wait behind it.
 
-Where what runs: all in the event loop; ``seal`` takes about 2 ms for 1,000 events. There is no lock in this process.
+Where what runs: all in the event loop. There is no lock in this process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import re
-import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,12 +47,12 @@ from uuid import UUID
 import asyncpg
 
 from coordination import Clock, stats_repr
-from logs.parse import Event, Metadata
+from logs.parse import Metadata
 from runtime.postgres import Database, is_a_rows_fault
 from runtime.spool import EncodedBatch
 
 if TYPE_CHECKING:
-    from runtime.postgres import Connection
+    from runtime.postgres import PooledConnection
 
 log = logging.getLogger("uvicorn.error")
 
@@ -124,12 +122,7 @@ END IF; END $do$;
 """
 
 
-Found = Metadata | Enum | None
-"""What is known of a service: its metadata; a marker (``log_enrich.UNKNOWN``) if the API does not know it; None if
-nothing is known yet."""
-
-
-class Outcome(NamedTuple):
+class BatchOutcome(NamedTuple):
     stored: int
     dead: int
 
@@ -163,86 +156,6 @@ class StoreStats(NamedTuple):
 
 class Miscounted(ValueError):
     """COPY took another number of rows than there are lines: one of them ends the data, or is two."""
-
-
-# --------------------------------------------------------------------------------------------------- rows as COPY text
-
-_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-
-
-def escaped(text: str) -> str:
-    """``text`` as a field of COPY's text format."""
-    if "\\" in text or "\t" in text or "\n" in text or "\r" in text:
-        return text.translate(_ESCAPES)
-    return text
-
-
-def row(event: Event) -> str:
-    """The columns of ``event`` up to ``parse_error`` as COPY text, without a tab after it or a line end."""
-    return _row(event, event.received_at.isoformat())
-
-
-def _row(event: Event, received: str) -> str:
-    received_at, event_at, service, host, severity, message, attributes, parse_error = event
-    when = received if event_at is received_at else event_at.isoformat()
-    line = f"{received}\t{when}\t{service}\t{host}\t{severity}\t{message}\t{attributes}"
-    if "\\" in line or "\n" in line or "\r" in line or line.count("\t") != 6:
-        texts = "\t".join([escaped(service), escaped(host), str(severity), escaped(message), escaped(attributes)])
-        line = f"{received}\t{when}\t{texts}"
-    return f"{line}\t\\N" if parse_error is None else f"{line}\t{escaped(parse_error)}"
-
-
-_NO_METADATA = "\\N\t\\N\t\\N\t\\N\t"
-
-
-@functools.lru_cache(10_000)
-def _done(found: Metadata) -> str:
-    return "\t".join([*map(escaped, found), "done"])
-
-
-def metadata_columns(found: Found, configured: bool = True) -> str:
-    """The columns from ``team`` on, as COPY text without a line end. ``configured``: whether there is an API at all."""
-    if isinstance(found, Metadata):
-        return _done(found)
-    if found is not None:
-        return f"{_NO_METADATA}unknown"
-    return _NO_METADATA + ("missing" if configured else "none")
-
-
-def new_id(now: float, randbits: Callable[[int], int] = secrets.randbits) -> UUID:
-    """An id for a batch, made of the Unix time ``now`` (seconds) and 74 random bits (UUID version 7, RFC 9562).
-
-    Its beginning is the time, so that the index of the ids grows at one end.
-    """
-    milliseconds = int(now * 1000) & (1 << 48) - 1
-    return UUID(int=milliseconds << 80 | 7 << 76 | randbits(12) << 64 | 2 << 62 | randbits(62))
-
-
-def seal(
-    events: Sequence[Event], look: Callable[[str], Found], configured: bool = True, *, id: UUID | None = None
-) -> EncodedBatch:
-    """A batch of ``events`` with the metadata that ``look(service)`` has at this moment.
-
-    ``id``: None for a new one. ``ValueError`` without events. What UTF-8 cannot hold (a lone surrogate) is kept as
-    bytes that the database will refuse: that costs its row, not the batch.
-    """
-    if not events:
-        raise ValueError("a batch has at least one event")
-    lines, columns = [], dict[str, str]()
-    oldest = last = events[0].received_at
-    received = last.isoformat()
-    for event in events:
-        if event.received_at is not last:
-            last = event.received_at
-            received = last.isoformat()
-            oldest = min(oldest, last)
-        service = event.service
-        rest = columns.get(service)
-        if rest is None:
-            rest = columns[service] = metadata_columns(look(service), configured)
-        lines.append(f"{_row(event, received)}\t{rest}\n")
-    data = "".join(lines).encode(errors="surrogatepass")
-    return EncodedBatch(id or new_id(time.time()), len(events), oldest.timestamp(), data)
 
 
 # ---------------------------------------------------------------------------------------------------------- partitions
@@ -286,7 +199,7 @@ SELECT child.relname FROM pg_inherits JOIN pg_class AS child ON child.oid = inhr
 _LEAVES = "SELECT relid::regclass::text FROM pg_partition_tree('logs') WHERE isleaf AND relid <> 'logs'::regclass"
 
 
-async def _partitions(connection: Connection) -> dict[date, str]:
+async def _partitions(connection: PooledConnection) -> dict[date, str]:
     names = [name for (name,) in await connection.fetch(_ATTACHED)]
     return {day: name for name in names if (day := partition_day(name)) is not None}
 
@@ -333,7 +246,7 @@ class _Dropped(Exception):
     """A partition has gone since it was made."""
 
 
-class Letter(NamedTuple):
+class RefusedRow(NamedTuple):
     """A row that was refused."""
 
     position: int
@@ -381,7 +294,7 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------------- writing
 
-    async def write(self, batches: Sequence[EncodedBatch]) -> list[Outcome]:
+    async def write(self, batches: Sequence[EncodedBatch]) -> list[BatchOutcome]:
         """Store ``batches``; the outcome of each, also of those that were stored before.
 
         All in one transaction as long as nothing is wrong with them, else one after the other. Raises ``Unavailable``
@@ -391,7 +304,7 @@ class Store:
         if not batches:
             return []
         if await self._write_all(batches):
-            return [Outcome(batch.rows, 0) for batch in batches]
+            return [BatchOutcome(batch.rows, 0) for batch in batches]
         return [await self._write_one(batch) for batch in batches]
 
     async def _write_all(self, batches: Sequence[EncodedBatch]) -> bool:
@@ -408,10 +321,10 @@ class Store:
             if refuses(error) or isinstance(error, _Repeated):
                 return False
             raise
-        self._add(len(batches), Outcome(rows, 0))
+        self._add(len(batches), BatchOutcome(rows, 0))
         return True
 
-    async def _write_one(self, batch: EncodedBatch) -> Outcome:
+    async def _write_one(self, batch: EncodedBatch) -> BatchOutcome:
         """Write a batch that has something wrong with it, or is there already."""
         lines = batch.data.split(b"\n")
         if not lines[-1]:
@@ -431,7 +344,7 @@ class Store:
                     return outcome
         raise RuntimeError("the partitions of a batch are dropped as often as they are made")
 
-    def _add(self, batches: int, outcome: Outcome) -> None:
+    def _add(self, batches: int, outcome: BatchOutcome) -> None:
         self._batches += batches
         self._stored += outcome.stored
         self._dead += outcome.dead
@@ -453,7 +366,7 @@ class Store:
             await self._forget("dead_letter", self.retain_days)
         await self._forget("log_batches", KEEP_IDS_DAYS)
 
-    async def _make(self, connection: Connection, days: Sequence[date]) -> None:
+    async def _make(self, connection: PooledConnection, days: Sequence[date]) -> None:
         """Make those partitions of ``days`` that are not there."""
         if {*days} <= {*await _partitions(connection)}:
             return
@@ -553,19 +466,19 @@ class Store:
 
 
 async def _settle(
-    connection: Connection, id: UUID, lines: Sequence[bytes], days: Sequence[date]
-) -> tuple[Outcome, bool]:
+    connection: PooledConnection, id: UUID, lines: Sequence[bytes], days: Sequence[date]
+) -> tuple[BatchOutcome, bool]:
     """Within a transaction: store what can be stored. The outcome, and whether it is new."""
     if not _count(await connection.execute(_RECORD.format(f"('{id}', 0, 0)"))):
         record = await connection.fetchrow("SELECT stored, dead FROM log_batches WHERE id = $1", id)
         assert record is not None, "it was kept for days, and forgotten in this moment"
-        return Outcome(*record), False
+        return BatchOutcome(*record), False
     await connection.execute(f"SELECT pg_advisory_xact_lock_shared({PARTITIONS_LOCK})")
     if not {*days} <= {*await _partitions(connection)}:  # and nobody drops one from here on
         raise _Dropped
-    letters = list[Letter]()
+    letters = list[RefusedRow]()
     await _halve(connection, lines, 0, letters)
-    outcome = Outcome(len(lines) - len(letters), len(letters))
+    outcome = BatchOutcome(len(lines) - len(letters), len(letters))
     await connection.execute("UPDATE log_batches SET stored = $2, dead = $3 WHERE id = $1", id, *outcome)
     if letters:
         times = [received(letter.line) for letter in letters]
@@ -573,7 +486,7 @@ async def _settle(
     return outcome, True
 
 
-async def _copy(connection: Connection, texts: Sequence[bytes], rows: int) -> None:
+async def _copy(connection: PooledConnection, texts: Sequence[bytes], rows: int) -> None:
     """COPY ``texts``, which are ``rows`` lines. Raises what PostgreSQL says, and ``Miscounted``."""
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -587,7 +500,9 @@ async def _copy(connection: Connection, texts: Sequence[bytes], rows: int) -> No
         raise Miscounted(f"COPY took {_count(status)} rows of {rows}")
 
 
-async def _halve(connection: Connection, lines: Sequence[bytes], position: int, letters: list[Letter]) -> None:
+async def _halve(
+    connection: PooledConnection, lines: Sequence[bytes], position: int, letters: list[RefusedRow]
+) -> None:
     """Store the good ones of ``lines``, the first of which is the ``position``-th of its batch; collect the others."""
     if not lines:
         return
@@ -600,7 +515,7 @@ async def _halve(connection: Connection, lines: Sequence[bytes], position: int, 
             raise
         if len(lines) == 1:
             code = getattr(error, "sqlstate", None) or type(error).__name__
-            letters.append(Letter(position, lines[0], f"{code}: {error}".replace("\0", "\\0")[:1000]))
+            letters.append(RefusedRow(position, lines[0], f"{code}: {error}".replace("\0", "\\0")[:1000]))
             return
     middle = len(lines) // 2
     await _halve(connection, lines[:middle], position, letters)

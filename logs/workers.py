@@ -1,8 +1,6 @@
-"""What ``ingest_logs.py`` shows of itself, and its worker processes.
+"""The worker processes of ``ingest_logs.py``, and the shell around one worker or many.
 
-``Snapshot``     the counts of one worker, or the sums of all. ``imbalance`` is 0 in every one of them:
-                 received + recovered = stored + dead + dropped + held + handed on.
-``serve``        signals, ``/metrics`` and ``/health``, the status line, around a ``Program``: one worker or many.
+``serve``        signals, ``/metrics`` and ``/health``, the status line, around a ``Program``.
 ``Supervisor``   N worker processes. The parent makes the N sockets (SO_REUSEPORT: the kernel deals the senders out by
                  their addresses) and keeps them open, so that what waits in the kernel outlives a worker; the next one
                  reads on. A worker that ends without having been asked to is replaced, with back-off.
@@ -10,10 +8,6 @@
 A worker and its parent have a socketpair: first the configuration, as a line of JSON, then to the worker single bytes
 (stop, force), to the parent a line of JSON now and then, and a last one. Workers do not listen to signals: the parent
 tells them. A worker whose parent is gone stops as if it had been told to.
-
-The counts of a dead worker are those of its last line, at most ``REPORT_EVERY`` seconds old: what it received after
-that is in no count. What it held in memory is dropped (``worker died``); what it held on disk is ``handed on``: the
-next one counts it as recovered.
 
 Where what runs: all in one event loop.
 """
@@ -36,7 +30,7 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 
 from coordination import Clock, Rng, stats_repr, wait_for_event
-from logs.display import LATE, LINE, Exporter, Snapshot, add_up, buried, health, status
+from logs.display import Exporter, Snapshot, add_up, counts_after_death, health, status
 from primitives import RetryPolicy
 from runtime.serving import http, lines_lost, show_status, stopped_by_signals
 
@@ -48,12 +42,11 @@ AGAIN = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=10.0, total=float("inf")
 """How long to wait before a dead worker is replaced."""
 HEALTHY = 30.0
 """Seconds that a worker must have lived for the next wait to be short again."""
+LATE = 5.0
+"""Seconds beyond the limit of a stop after which a worker is killed."""
+LINE = 1 << 20
+"""Bytes of a line between a worker and its parent, at most."""
 STOP, FORCE = b"s", b"f"
-
-# ------------------------------------------------------------------------------------------------------ snapshots
-
-
-# ---------------------------------------------------------------------------------------------- around a program
 
 
 class Program(Protocol):
@@ -100,7 +93,7 @@ async def serve(program: Program, http_sock: socket.socket | None, *, clock: Clo
 # ------------------------------------------------------------------------------------------------- many workers
 
 
-class Worker:
+class WorkerProcess:
     """What the parent knows of one."""
 
     def __init__(self, number: int) -> None:
@@ -142,7 +135,7 @@ class Supervisor:
     ) -> None:
         self._command, self._config, self._sockets = list(command), config, list(sockets)
         self._stop_limit, self._kernel_drops, self._clock, self._rng = stop_limit, kernel_drops, clock, rng
-        self.list = [Worker(number) for number in range(len(sockets))]
+        self.list = [WorkerProcess(number) for number in range(len(sockets))]
         self.workers = len(sockets)
         self.failure: str | None = None
         """Why a worker could not begin at all: there is no use in trying again."""
@@ -161,7 +154,7 @@ class Supervisor:
             later = LATE + (self._stop_limit if self._stage == 1 else 0.0)
             self._timers += [asyncio.get_running_loop().call_later(later, self._kill, each) for each in self.list]
 
-    def _kill(self, worker: Worker) -> None:
+    def _kill(self, worker: WorkerProcess) -> None:
         if worker.process is not None and worker.process.returncode is None:
             log.error("worker %d is late: killed", worker.number)
             worker.process.kill()
@@ -197,7 +190,7 @@ class Supervisor:
             await asyncio.gather(*tasks, return_exceptions=True)
         return 1 if self.failure or any(worker.code for worker in self.list) else 0
 
-    async def _keep(self, worker: Worker) -> None:
+    async def _keep(self, worker: WorkerProcess) -> None:
         """Have the worker live, again and again."""
         deaths = 0
         while True:
@@ -220,8 +213,8 @@ class Supervisor:
                 return
 
     @staticmethod
-    def _bury(worker: Worker) -> None:
-        worker.past = add_up([worker.past, buried(worker.last or Snapshot())])
+    def _bury(worker: WorkerProcess) -> None:
+        worker.past = add_up([worker.past, counts_after_death(worker.last or Snapshot())])
         worker.last = None
 
     async def _spawn(self, *sockets: socket.socket) -> asyncio.subprocess.Process:
@@ -238,7 +231,7 @@ class Supervisor:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    async def _live(self, worker: Worker) -> int:
+    async def _live(self, worker: WorkerProcess) -> int:
         """One life; how it ended."""
         ours, theirs = socket.socketpair()
         udp = self._sockets[worker.number]
@@ -275,7 +268,7 @@ class Supervisor:
             worker.process = None
 
 
-class Link:
+class ParentConnection:
     """A worker's side: tells its parent where it stands, and hears from it."""
 
     def __init__(self, sock: socket.socket) -> None:

@@ -1,7 +1,30 @@
-"""What an exchange is to this program: frames to trades, and whether their numbers leave a gap."""
+"""What an exchange is to this program: what to ask it, what its frames mean, and whether its numbers leave a gap.
+
+An adapter says how to ask an exchange for its trades (`connect_url`, `subscribe`, `ping`) and what a frame means
+(`parse`). It opens nothing, waits for nothing and logs nothing: the connection belongs to `market.connect`. Time is an
+argument (`received_ns`, Unix time; Gate.io's ping, which must carry a time, takes it from `clock`).
+
+Promised:
+
+* `parse` raises `BadFrame` and nothing else, whatever the frame. A frame is trades, or known and said to be so
+  (`kind`), or bad; nothing is guessed and nothing is passed over in silence. A frame with one bad trade is bad as a
+  whole: the dead letters hold it, and no half of it is counted twice when it is replayed.
+* A symbol is BASE-QUOTE in capitals ("BTC-USD"). An exchange whose books are in USDT (`dollar`) stands in for USD: ask
+  it for BTC-USD and its BTC-USDT trades come back as BTC-USD (as BTC-USDT if that was asked for). After `subscribe`, a
+  trade of a symbol that was not asked for is a bad frame, so nobody outside makes up symbols for us.
+
+Not promised: that an exchange tells the truth, or everything. What its sequences and ids show is labelled by
+`SequenceCheck` (gaps, duplicates, disorder), counted, and never patched.
+
+An adapter holds the state of one connection: the symbols asked for and, at Bitfinex, the numbers of its channels.
+`subscribe` begins it anew. For two connections to one exchange take two adapters: `fresh()`. A frame that is read again
+later (a dead letter) needs that state too: `context` tells it and `within` restores it.
+Nothing here has a lock: an adapter and its check belong to one event loop.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -11,28 +34,28 @@ from typing import Any, NamedTuple, Self
 import orjson
 
 from market.trade import (
-    _PLAIN,
-    _QUOTES,
-    _SYMBOL,
     AHEAD_NS,
     EARLIEST_NS,
+    PLAIN_NUMBER,
     BadFrame,
     Parsed,
     Side,
     Trade,
-    _new,
     decimal,
     gunzip,
     short,
 )
 
 HEARTBEAT = Parsed([], "heartbeat")  # these are shared: nobody appends to their lists
-
-
 ACK = Parsed([], "ack")
-
-
 IGNORED = Parsed([], "ignored")
+
+_SYMBOL = re.compile(r"[A-Z0-9.]{1,20}-[A-Z0-9]{2,10}").fullmatch
+_QUOTES = (
+    *("FDUSD", "USDT", "USDC", "USDE", "TUSD", "BUSD", "GUSD", "EURC", "USD1"),
+    *("USD", "EUR", "GBP", "JPY", "TRY", "BRL", "AUD", "CAD", "CHF", "SGD", "DAI", "BTC", "ETH", "BNB", "SOL"),
+)
+_new = tuple.__new__
 
 
 class Adapter(ABC):
@@ -165,9 +188,9 @@ class Adapter(ABC):
         sequence: int | None = None,
         flags: str = "",
     ) -> Trade:
-        if not (type(price) is str and _PLAIN(price)):
+        if not (type(price) is str and PLAIN_NUMBER(price)):
             price = decimal(price)
-        if not (type(size) is str and _PLAIN(size)):
+        if not (type(size) is str and PLAIN_NUMBER(size)):
             size = decimal(size)
         price_value, size_value = float(price), float(size)
         if not (price_value > 0.0 and size_value > 0.0):

@@ -1,4 +1,12 @@
-"""The figures as a member of a consumer group: trades from Kafka, windows in processes."""
+"""The figures as a member of a consumer group: trades from Kafka, windows in processes, rows back into Kafka.
+
+It reads no further than what it has published: offsets are committed after the rows are published, so each trade is
+computed at least once. A member that takes over a partition reads the longest window before it again; a row that was
+not due yet when a member was killed is told with the symbol's next trade.
+
+All is in one event loop, but the figures. One lock, ``_batch``, is held from when trades are taken until they are
+committed: a partition goes to another member between two batches.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +16,23 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from market.consumers import Group, Taken
 from market.display import lost
-from market.flow import Base, Options, log
-from market.link import Closed
-from market.stats import Row
-from market.topics import Group, Taken
+from market.flow import MarketOptions, MarketProgram, log
+from market.kafka import PublisherClosed
+from market.stats import AnalyticsRow
 from market.trade import Trade
 from market.workers import MOST, Uncomputed
 from runtime.processes import PoolClosed, WorkerDied
 from runtime.serving import CannotStart
 
 
-class Analyser(Base):
+class Analyser(MarketProgram):
     """A member of the consumer group that computes what is in ``trades``. ``run`` once."""
 
     def __init__(
         self,
-        options: Options,
+        options: MarketOptions,
         *,
         environ: Mapping[str, str] = os.environ,
         group_options: Mapping[str, Any] | None = None,
@@ -90,7 +98,9 @@ class Analyser(Base):
         await self.publisher.flush()
         await self.group.commit()
 
-    async def _computed_rows(self, trades: list[Trade], *, count: bool = False, flush: bool = False) -> list[Row]:
+    async def _computed_rows(
+        self, trades: list[Trade], *, count: bool = False, flush: bool = False
+    ) -> list[AnalyticsRow]:
         try:
             rows, failed = await (self.workers.flush() if flush else self.workers.submit(trades)), 0
         except Uncomputed as error:
@@ -104,7 +114,7 @@ class Analyser(Base):
 
     async def _tell_all(self) -> None:
         """The rows that were not due yet."""
-        with contextlib.suppress(Closed, PoolClosed):
+        with contextlib.suppress(PublisherClosed, PoolClosed):
             await self._tell(await self._computed_rows([], flush=True))
 
     async def run(self) -> int:

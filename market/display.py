@@ -27,9 +27,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from coordination import Clock
-from market.link import Counts
-from market.stats import ALL, Row
+from market.backlog import Counts
+from market.stats import ALL, AnalyticsRow
 from market.trade import Trade
+from runtime.packages import missing
 from runtime.serving import http, show_status, stopped_by_signals
 
 EVERY = 0.5
@@ -146,7 +147,7 @@ class Board:
             if trade.symbol in counts or len(counts) < MOST_SYMBOLS:
                 counts[trade.symbol] += 1
 
-    def take(self, rows: Iterable[Row]) -> None:
+    def take(self, rows: Iterable[AnalyticsRow]) -> None:
         for row in rows:
             symbol = row.symbol
             if row.exchange != ALL or (symbol not in self._lines and len(self._lines) >= MOST_SYMBOLS):
@@ -434,7 +435,7 @@ async def serve(program: Program, http_sock: socket.socket | None) -> int:
     """Run ``program``: SIGINT and SIGTERM stop it, the second forces. Returns the exit code."""
     with stopped_by_signals(program.stop):
         async with http(http_sock, Exporter(program.snapshot), lambda: health(program.snapshot())):
-            if not sys.stderr.isatty():
+            if not sys.stderr.isatty() or missing("the table", "rich"):
                 return await program.run()
             with Screen(program.snapshot) as screen:
                 looking = asyncio.create_task(screen.look(), name="screen")

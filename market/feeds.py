@@ -3,7 +3,7 @@
 Theory
 ------
 Each class says where its exchange is, how its trades are asked for, and what its frames mean; what all have in common,
-and what is promised of a trade, is in `market_trade`, whose names can be imported from here too. A further exchange is
+and what is promised of a trade, is in `market.adapter` and `market.trade`. A further exchange is
 one more class and its name in `ADAPTERS`.
 
 Each states how its exchange tells the taker's side, the one convention of `Trade.side`, and where that is written: in
@@ -22,7 +22,6 @@ from urllib.parse import quote
 import orjson
 
 from market.adapter import ACK, HEARTBEAT, IGNORED, Adapter
-from market.trade import *  # noqa: F403  -- the names of that file can be imported from here too
 from market.trade import (
     BadFrame,
     Parsed,
@@ -31,11 +30,11 @@ from market.trade import (
     expect_list,
     identity,
     in_order,
-    iso,
     milliseconds,
+    parse_iso_time,
+    sequence_number,
     short,
     unknown,
-    whole,
 )
 
 _SIDES: dict[Any, Side] = {"buy": "buy", "sell": "sell"}
@@ -68,7 +67,7 @@ class Binance(Adapter):
             maker = message["m"]
             if maker is not True and maker is not False:
                 raise BadFrame(f"m is neither true nor false: {short(maker)}")
-            number = whole(message["t"])
+            number = sequence_number(message["t"])
             side: Side = "sell" if maker else "buy"
             symbol, when = self.symbol(message["s"]), milliseconds(message["T"])
             price, size = message["p"], message["q"]
@@ -107,8 +106,8 @@ class Coinbase(Adapter):
     def _message(self, message: Any, received: int) -> Parsed:
         kind = message["type"]
         if kind == "match" or kind == "last_match":
-            number, side = whole(message["trade_id"]), self._taker[message["side"]]
-            symbol, when = self.symbol(message["product_id"]), iso(message["time"])
+            number, side = sequence_number(message["trade_id"]), self._taker[message["side"]]
+            symbol, when = self.symbol(message["product_id"]), parse_iso_time(message["time"])
             price, size, flags = message["price"], message["size"], "" if kind == "match" else "snapshot"
             trade = self._trade(symbol, price, size, side, str(number), when, received, number, flags)
             return Parsed([trade], "trades")
@@ -150,7 +149,7 @@ class Kraken(Adapter):
         if channel == "trade":
             flags, trades, made, symbol = _KRAKEN_FLAGS[message["type"]], [], self._trade, self.symbol
             for item in expect_list(message["data"]):
-                number, when = whole(item["trade_id"]), iso(item["timestamp"])
+                number, when = sequence_number(item["trade_id"]), parse_iso_time(item["timestamp"])
                 side, name = _SIDES[item["side"]], symbol(item["symbol"])
                 trades.append(made(name, item["price"], item["qty"], side, str(number), when, received, number, flags))
             return Parsed(in_order(trades) if flags else trades, "trades")
@@ -204,7 +203,7 @@ class Bitstamp(Adapter):
                 raise BadFrame(f"channel {short(channel)}, type {short(data['type'])}")
             side, symbol = self._taker[data["type"]], self.symbol(channel[len(self._prefix) :])
             price, size = data.get("price_str", data["price"]), data.get("amount_str", data["amount"])
-            number, when = identity(data["id"]), whole(data["microtimestamp"]) * 1000
+            number, when = identity(data["id"]), sequence_number(data["microtimestamp"]) * 1000
             return Parsed([self._trade(symbol, price, size, side, number, when, received)], "trades")
         if event == "bts:heartbeat":
             return HEARTBEAT
@@ -359,15 +358,15 @@ class Bitfinex(Adapter):
         if type(channel) is not int or channel not in self._channels:
             raise BadFrame(f"a channel without a symbol: {short(channel)}")
         if body == "te":
-            symbol, sequence = self._channels[channel], whole(message[3]) if len(message) > 3 else None
+            symbol, sequence = self._channels[channel], sequence_number(message[3]) if len(message) > 3 else None
             return Parsed([self._item(symbol, message[2], received, "")], "trades", sequence=sequence)
         if body == "hb" or body == "tu":
             at = 2 if body == "hb" else 3
-            sequence = whole(message[at]) if len(message) > at else None
+            sequence = sequence_number(message[at]) if len(message) > at else None
             return Parsed([], "heartbeat" if body == "hb" else "ignored", sequence=sequence)
         if type(body) is not list:
             raise unknown(body)
-        symbol, sequence = self._channels[channel], whole(message[2]) if len(message) > 2 else None
+        symbol, sequence = self._channels[channel], sequence_number(message[2]) if len(message) > 2 else None
         trades = [self._item(symbol, item, received, "snapshot") for item in body]
         return Parsed(in_order(trades, newest_first=True), "trades", sequence=sequence)
 
@@ -521,7 +520,7 @@ class Bitmex(Adapter):
                 side, number, when = (
                     _BITMEX_SIDES[item.get("side")],
                     identity(item["trdMatchID"]),
-                    iso(item["timestamp"]),
+                    parse_iso_time(item["timestamp"]),
                 )
                 name, price, size = symbol(item["symbol"]), item["price"], item["homeNotional"]
                 trades.append(made(name, price, size, side, number, when, received, None, flags))
@@ -581,7 +580,7 @@ class Alpaca(Adapter):
         for item in expect_list(message):
             kind = item["T"]
             if kind == "t":
-                number, when = f"{identity(item['x'])}-{identity(item['i'])}", iso(item["t"])
+                number, when = f"{identity(item['x'])}-{identity(item['i'])}", parse_iso_time(item["t"])
                 symbol, side = self.symbol(item["S"]), self._taker[item.get("tks", "")]
                 trades.append(self._trade(symbol, item["p"], item["s"], side, number, when, received))
             elif kind == "error":

@@ -1,10 +1,9 @@
-"""The way of a trade through the program: exchanges -> Kafka, with the figures; or from Kafka; or from dead letters.
+"""The way of a trade through the program: exchanges -> Kafka, with the figures. And what all three programs share.
 
-``Pipeline``   exchanges -> topics ``trades``, ``analytics``, ``dead-letter``.
-``Analyser``   topic ``trades`` -> ``analytics``, as a member of a consumer group.
-``Replayer``   topic ``dead-letter`` -> ``trades``, by the adapters as they are now.
+``MarketProgram``   publisher, tasks, counts and the two stages of a stop: of ``Pipeline``, ``Analyser``, ``Replayer``.
+``Pipeline``        exchanges -> topics ``trades``, ``analytics``, ``dead-letter``.
 
-The way of a trade: a ``Feed`` per exchange -> ``Publisher`` (topic ``trades``) -> queue -> ``Workers`` -> rows ->
+The way of a trade: a ``Feed`` per exchange -> ``Publisher`` (topic ``trades``) -> queue -> ``AnalyticsPool`` -> rows ->
 ``Publisher`` (topic ``analytics``). A frame that cannot be parsed goes to the topic ``dead-letter``, with its reason,
 its time, and what the adapter knew of the connection.
 
@@ -14,7 +13,6 @@ What is bounded, and what happens at the bound
 - The queue for the analytics, ``QUEUE`` trades: the oldest are left out of the rows, and counted (``skipped``). They
   are published: computing never holds up publishing.
 - Rows that wait to be published: the oldest go, and are counted.
-- ``Analyser`` reads no further than what it has published.
 
 Promised
 - At every moment: trades + dead letters + recovered = published + held + spooled + waiting + lost; and what was offered
@@ -23,16 +21,11 @@ Promised
 - Lost are trades only when the program is told to end while Kafka is away and the spool is full, or the disk fails. The
   exit code and the last line say so.
 - An exchange, a worker or Kafka that fails holds up nobody else, within the bounds above.
-- ``Analyser``: offsets are committed after the rows are published, so each trade is computed at least once. A member
-  that takes over a partition reads the longest window before it again; a row that was not due yet when a member was
-  killed is told with the symbol's next trade.
-- ``Replayer``: dead letters are committed when what came of them is published. What still cannot be parsed becomes a
-  dead letter again, for the next replay. Left early, some may come twice.
 - The first SIGTERM or Ctrl-C: close frames, what the exchanges had sent by then is taken, computed and published, in at
   most ``stop_limit`` seconds; the rest goes to the spool. The second: there at once.
 
-Not promised: that a trade is in the topic once over a ``kill -9`` (see ``market_kafka``); the order of trades of two
-exchanges. Figures of the analytics: see ``market_stats``.
+Not promised: that a trade is in the topic once over a ``kill -9`` (see ``market.kafka``); the order of trades of two
+exchanges. Figures of the analytics: see ``market.stats``.
 
 Where what runs: all in one event loop, but the figures (processes), the spool's files and the table (threads).
 """
@@ -62,12 +55,11 @@ from market.adapter import Adapter
 from market.connect import TURN, Feed, new_session
 from market.display import Board, FeedLine, Snapshot, imbalance, lost
 from market.feeds import ADAPTERS
-from market.kafka import Publisher
-from market.link import Closed
-from market.stats import WINDOWS, Row
+from market.kafka import Publisher, PublisherClosed
+from market.stats import WINDOWS, AnalyticsRow
 from market.topics import DeadLetter
 from market.trade import Trade
-from market.workers import MOST, Uncomputed, Workers
+from market.workers import MOST, AnalyticsPool, Uncomputed
 from runtime.serving import CannotStart, TaskSupervisor, lines_lost
 
 log = logging.getLogger("market_pipeline")
@@ -87,7 +79,7 @@ TICK, TICKS = 0.05, 1200
 
 
 @dataclass(frozen=True)
-class Options:
+class MarketOptions:
     """As on the command line. Seconds and bytes."""
 
     symbols: tuple[str, ...] = ("BTC-USD", "ETH-USD", "SOL-USD")
@@ -114,7 +106,7 @@ class Options:
     http: str | None = None
 
 
-def security(options: Options, environ: Mapping[str, str]) -> dict[str, Any]:
+def security(options: MarketOptions, environ: Mapping[str, str]) -> dict[str, Any]:
     """What aiokafka is told of TLS and SASL. ``ValueError``."""
     if options.tls is None and options.sasl is None:
         return {}
@@ -134,7 +126,7 @@ def security(options: Options, environ: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def feeds_of(options: Options, environ: Mapping[str, str]) -> dict[str, tuple[Adapter, tuple[str, ...]]]:
+def feeds_of(options: MarketOptions, environ: Mapping[str, str]) -> dict[str, tuple[Adapter, tuple[str, ...]]]:
     """The adapters, and the symbols of each. ``ValueError`` if something is not there."""
     found = dict[str, tuple[Adapter, tuple[str, ...]]]()
     for name in options.exchanges:
@@ -163,12 +155,12 @@ def feeds_of(options: Options, environ: Mapping[str, str]) -> dict[str, tuple[Ad
 # ------------------------------------------------------------------------------------------- what all programs have
 
 
-class Base(TaskSupervisor, ABC):
+class MarketProgram(TaskSupervisor, ABC):
     """Publisher, stop, tasks that go on after an error, and counts."""
 
     def __init__(
         self,
-        options: Options,
+        options: MarketOptions,
         *,
         spool: bool = False,
         environ: Mapping[str, str] = os.environ,
@@ -203,9 +195,9 @@ class Base(TaskSupervisor, ABC):
         self._stopped, self._forced = asyncio.Event(), asyncio.Event()
         self._lags: deque[float] = deque([0.0], maxlen=TICKS)
 
-    def make_workers(self) -> Workers:
+    def make_workers(self) -> AnalyticsPool:
         figures = {"windows": self.options.windows, "lateness": self.options.lateness}
-        return Workers(self.options.workers, options=figures, nice=0)  # on a busy machine nicer ones fall behind
+        return AnalyticsPool(self.options.workers, options=figures, nice=0)  # on a busy machine nicer ones fall behind
 
     # -------------------------------------------------------------------- publishing
 
@@ -223,14 +215,14 @@ class Base(TaskSupervisor, ABC):
                     self._before = None
                     self._waiting -= taken
                     left -= taken
-        except Closed:
+        except PublisherClosed:
             return False
         finally:
             self._waiting -= left
             self._given_up += left
         return not left
 
-    async def _tell(self, rows: list[Row]) -> None:
+    async def _tell(self, rows: list[AnalyticsRow]) -> None:
         """Thousands at once would hold the loop for tens of milliseconds."""
         for at in range(0, len(rows), ROWS):
             if at:
@@ -356,12 +348,12 @@ class Base(TaskSupervisor, ABC):
 # ------------------------------------------------------------------------------------------------------------- run
 
 
-class Pipeline(Base):
+class Pipeline(MarketProgram):
     """Exchanges -> Kafka, with the figures. ``run`` once."""
 
     def __init__(
         self,
-        options: Options,
+        options: MarketOptions,
         *,
         environ: Mapping[str, str] = os.environ,
         feed_options: Mapping[str, Any] | None = None,
@@ -385,7 +377,7 @@ class Pipeline(Base):
             if not self._turn.locked() and self.publisher.offer(trades):
                 self._offer(trades)
                 return None
-        except Closed:
+        except PublisherClosed:
             self._given_up += len(trades)
             return None
         return self._emit(trades)
@@ -454,7 +446,7 @@ class Pipeline(Base):
             rows = await self.workers.flush()
         except Uncomputed as error:
             rows = error.rows
-        with contextlib.suppress(Closed):
+        with contextlib.suppress(PublisherClosed):
             await self._tell(rows)
 
     # -------------------------------------------------------------------- life and end
@@ -515,9 +507,3 @@ def feed_line(feed: Feed | None) -> FeedLine:
         *(found.disorder, max(0, found.connects - 1), None if found.lag != found.lag else found.lag / 1e6),
         *(found.breaker, found.last_error or found.note, found.stale),
     )
-
-
-# --------------------------------------------------------------------------------------------------------- analyse
-
-
-# ---------------------------------------------------------------------------------------------------------- replay

@@ -1,4 +1,8 @@
-"""Dead letters once more, by a mended parser."""
+"""Dead letters once more, by the adapters as they are now: topic ``dead-letter`` -> ``trades``.
+
+They are committed when what came of them is published. What still cannot be parsed becomes a dead letter again, for the
+next replay. Left early, some may come twice.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from market.adapter import Adapter
+from market.consumers import dead_letters
 from market.display import columns, lost
 from market.feeds import ADAPTERS
-from market.flow import Base, Options
-from market.topics import DeadLetter, dead_letters, decode
+from market.flow import MarketOptions, MarketProgram
+from market.topics import DeadLetter, decode
 from market.trade import BadFrame, Trade
 from runtime.serving import CannotStart
 
@@ -47,10 +52,10 @@ class Reader:
         return adapter.parse(letter.raw, letter.at_ns).trades
 
 
-class Replayer(Base):
+class Replayer(MarketProgram):
     """The dead letters that are there now, once more. ``run`` once."""
 
-    def __init__(self, options: Options, *, environ: Mapping[str, str] = os.environ, **more: Any) -> None:
+    def __init__(self, options: MarketOptions, *, environ: Mapping[str, str] = os.environ, **more: Any) -> None:
         super().__init__(options, environ=environ, **more)
         self.reader = Reader()
         self.seen: Counter[tuple[str, str, str]] = Counter()

@@ -64,7 +64,7 @@ LONG = 64
 Key = tuple[int, str, int, str, float, float]
 
 
-class Row(NamedTuple):
+class AnalyticsRow(NamedTuple):
     """One series at ``ts_ns``; the tuples have a value per window, in the order of ``windows`` (seconds)."""
 
     symbol: str
@@ -249,7 +249,7 @@ class Series:
             self.sums = now, found
         return self.sums[1]
 
-    def row(self, symbol: str, exchange: str, at: int) -> Row:
+    def row(self, symbol: str, exchange: str, at: int) -> AnalyticsRow:
         """At ``at`` or the newest trade, whichever is later. Without a spread."""
         grid, at = self.grid, max(at, self.newest)
         now = at // grid.step
@@ -274,7 +274,7 @@ class Series:
             volatility.append(math.sqrt(squares / n * grid.per_year) if n else None)
             counts.append(count)
             volumes.append(volume)
-        return Row(
+        return AnalyticsRow(
             symbol, exchange, at, last, grid.windows, tuple(vwap), tuple(volatility), tuple(counts), tuple(volumes),
             math.sqrt(ewma / weight * grid.per_year) if weight else None, None, "", "",
         )  # fmt: skip
@@ -376,9 +376,9 @@ class Analytics:
         book.changed.add(exchange)
         return True
 
-    def due(self, everything: bool = False) -> list[Row]:
+    def due(self, everything: bool = False) -> list[AnalyticsRow]:
         """The rows of the series that changed since they were last told, of the symbols whose time has come."""
-        found = list[Row]()
+        found = list[AnalyticsRow]()
         for symbol, book in list(self._changed.items()):
             if everything or not 0 <= self._received - book.told < self._every:
                 del self._changed[symbol]
@@ -388,7 +388,7 @@ class Analytics:
                 book.changed.clear()
         return found
 
-    def row(self, symbol: str, exchange: str = ALL, now_ns: int = 0) -> Row | None:
+    def row(self, symbol: str, exchange: str = ALL, now_ns: int = 0) -> AnalyticsRow | None:
         """As of ``now_ns`` or the newest trade, whichever is later; None if there was no trade."""
         book = self._books.get(symbol)
         if book is None:
@@ -398,7 +398,7 @@ class Analytics:
         series = book.exchanges.get(exchange)
         return None if series is None else series.row(symbol, exchange, now_ns)
 
-    def _all(self, symbol: str, book: Book, at: int) -> Row:
+    def _all(self, symbol: str, book: Book, at: int) -> AnalyticsRow:
         row = book.all.row(symbol, ALL, at)
         since = row.ts_ns - self._grid.windows[0] * SECOND
         lasts = [(series.last(), name) for name, series in book.exchanges.items() if series.newest > since]

@@ -1,33 +1,15 @@
-"""A trade of any exchange in one form, what an adapter for an exchange promises, and the check of sequences.
-
-Theory
-------
-An adapter says how to ask an exchange for its trades (`connect_url`, `subscribe`, `ping`) and what a frame means
-(`parse`). It opens nothing, waits for nothing and logs nothing: the connection belongs to `market_connect`. Time is an
-argument (`received_ns`, Unix time; Gate.io's ping, which must carry a time, takes it from `clock`).
+"""A trade of any exchange in one form, and the pure functions that make its fields of what exchanges write.
 
 Promised:
 
-* `parse` raises `BadFrame` and nothing else, whatever the frame. A frame is trades, or known and said to be so
-  (`kind`), or bad; nothing is guessed and nothing is passed over in silence. A frame with one bad trade is bad as a
-  whole: the dead letters hold it, and no half of it is counted twice when it is replayed.
 * Price and size are finite and positive. Their text is the exchange's, digit by digit, where it sends text; where it
   sends JSON numbers (Kraken, Bitfinex, BitMEX, Alpaca, Finnhub), it is the shortest decimal that gives that double,
   which is the number itself up to 15 digits (trailing zeros are not kept). Never an exponent.
 * The time of a trade is after 2009 and at most a minute ahead of `received_ns`.
 * `side` is the taker's: "buy" if the aggressor bought. Each adapter says how its exchange puts it, and where that is
   written. `size` is in units of the base currency, BitMEX's contracts included.
-* A symbol is BASE-QUOTE in capitals ("BTC-USD"). An exchange whose books are in USDT (`dollar`) stands in for USD: ask
-  it for BTC-USD and its BTC-USDT trades come back as BTC-USD (as BTC-USDT if that was asked for). After `subscribe`, a
-  trade of a symbol that was not asked for is a bad frame, so nobody outside makes up symbols for us.
 
-Not promised: that an exchange tells the truth, or everything. What its sequences and ids show is labelled by
-`SequenceCheck` (gaps, duplicates, disorder), counted, and never patched.
-
-An adapter holds the state of one connection: the symbols asked for and, at Bitfinex, the numbers of its channels.
-`subscribe` begins it anew. For two connections to one exchange take two adapters: `fresh()`. A frame that is read again
-later (a dead letter) needs that state too: `context` tells it and `within` restores it.
-Nothing here has a lock: an adapter and its check belong to one event loop.
+What is wrong raises `BadFrame` with the reason. There is no state and no clock here.
 """
 
 from __future__ import annotations
@@ -45,7 +27,7 @@ UNPACKED_LIMIT = 4 << 20  # bytes of a compressed frame
 NOTE_LIMIT = 200  # characters of an exchange's message, or of a reason
 
 Side = Literal["buy", "sell", ""]
-Kind = Literal["trades", "ack", "heartbeat", "status", "error", "ignored"]
+FrameKind = Literal["trades", "ack", "heartbeat", "status", "error", "ignored"]
 
 
 class BadFrame(ValueError):
@@ -71,28 +53,20 @@ class Parsed(NamedTuple):
     """What a frame came to."""
 
     trades: list[Trade]
-    kind: Kind  # "ignored": known and not needed
+    kind: FrameKind  # "ignored": known and not needed
     note: str = ""  # the exchange's text: of an error, of a maintenance
     reply: bytes | str | None = None  # to be sent back at once
     sequence: int | None = None  # the frame's number, contiguous over the connection (Bitfinex only)
     reconnect: bool = False  # the exchange asks for that, or is about to close
 
 
-# ------------------------------------------------------------------------------------------ pure functions
-
-_PLAIN = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,36})?").fullmatch
+PLAIN_NUMBER = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,36})?").fullmatch
+"""Matches a decimal without sign and exponent."""
 _SCIENTIFIC = re.compile(r"\+?([0-9]{0,18})(?:\.([0-9]{0,36}))?(?:[eE]([+-]?[0-9]{1,2}))?").fullmatch
 _DIGITS = re.compile(r"[0-9]{1,18}").fullmatch
 _MILLISECONDS = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?").fullmatch
 _ISO = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?(?:Z|\+00:00)").fullmatch
 _ID = re.compile(r"[!-~]{1,64}").fullmatch
-_SYMBOL = re.compile(r"[A-Z0-9.]{1,20}-[A-Z0-9]{2,10}").fullmatch
-_QUOTES = (
-    *("FDUSD", "USDT", "USDC", "USDE", "TUSD", "BUSD", "GUSD", "EURC", "USD1"),
-    *("USD", "EUR", "GBP", "JPY", "TRY", "BRL", "AUD", "CAD", "CHF", "SGD", "DAI", "BTC", "ETH", "BNB", "SOL"),
-)
-
-_new = tuple.__new__
 
 
 def short(text: object) -> str:
@@ -111,7 +85,7 @@ def decimal(value: object) -> str:
         value = repr(value)
     if type(value) is not str:
         raise BadFrame(f"{type(value).__name__} instead of a number")
-    if _PLAIN(value):
+    if PLAIN_NUMBER(value):
         return value
     match = _SCIENTIFIC(value)
     if match is None or not (match[1] or match[2]):
@@ -120,7 +94,7 @@ def decimal(value: object) -> str:
     digits, point = ("0" * -point + digits, 0) if point < 0 else (digits.ljust(point, "0"), point)
     whole, fraction = digits[:point].lstrip("0") or "0", digits[point:]
     text = f"{whole}.{fraction}" if fraction else whole
-    if not _PLAIN(text):
+    if not PLAIN_NUMBER(text):
         raise BadFrame(f"not a plausible number: {short(value)}")
     return text
 
@@ -142,7 +116,7 @@ def _seconds(text: str) -> int:
     return int(datetime.fromisoformat(text + "+00:00").timestamp()) * SECOND
 
 
-def iso(value: object) -> int:
+def parse_iso_time(value: object) -> int:
     """Nanoseconds of Unix time from RFC 3339 text in UTC, to the nanosecond."""
     match = _ISO(value) if type(value) is str else None
     if match is None:
@@ -160,7 +134,7 @@ def identity(value: object) -> str:
     raise BadFrame(f"not an id: {short(value)}")
 
 
-def whole(value: object) -> int:
+def sequence_number(value: object) -> int:
     """A sequence number, from a number or text."""
     if type(value) is int and 0 <= value < 1 << 63:
         return value
@@ -191,9 +165,3 @@ def expect_list(value: object) -> list[Any]:
     if type(value) is not list:
         raise BadFrame(f"{type(value).__name__} instead of a list")
     return value
-
-
-# ------------------------------------------------------------------------------------------ the common part
-
-
-# ------------------------------------------------------------------------------------------ sequences

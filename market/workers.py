@@ -1,7 +1,7 @@
 """Analytics in processes: every symbol has one worker, which keeps its state; one that dies takes nothing with it.
 
 A worker is a ``processes.Processes`` of one process (a ``ProcessPoolExecutor``), so that a death costs that worker
-alone; how one is started, found dead, killed and buried is done there. What is added here is state, which a pool
+alone; how one is started, found dead, killed and unpublishable is done there. What is added here is state, which a pool
 whose jobs go to any worker cannot have. Jobs have numbers: a process does n + 1 only after n, so a fresh one (after a
 kill, out of memory, a time-out) computes nothing from nothing. It is rebuilt first, from the *retained window*: a
 checkpoint of the state, and the batches since. Then the batch is tried again.
@@ -45,7 +45,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from coordination import Semaphore, stats_repr
-from market.stats import Analytics, AnalyticsStats, Row
+from market.stats import Analytics, AnalyticsRow, AnalyticsStats
 from market.trade import Trade
 from runtime.processes import PoolClosed, Processes, WorkerDied
 
@@ -65,7 +65,7 @@ _Logged = tuple[bytes, bool]
 class Uncomputed(Exception):
     """``trades`` are in no state and no row; ``rows`` are those of the others. The cause is its ``__cause__``."""
 
-    def __init__(self, trades: list[Trade], rows: list[Row]) -> None:
+    def __init__(self, trades: list[Trade], rows: list[AnalyticsRow]) -> None:
         super().__init__(f"{len(trades)} trades")
         self.trades, self.rows = trades, rows
 
@@ -73,7 +73,7 @@ class Uncomputed(Exception):
 # ------------------------------------------------------------------------------------------ in a worker
 
 
-class _Here:
+class _WorkerState:
     """A worker's state: after job ``number``. None: nothing can be computed here."""
 
     analytics: Analytics | None = None
@@ -88,33 +88,33 @@ class _Done(NamedTuple):
 
 def _rebuild(options: Mapping[str, Any], checkpoint: bytes | None, number: int, log: Sequence[_Logged]) -> int:
     """Bring this process to the state after job ``number`` + the jobs of the log; returns its id."""
-    _Here.analytics = Analytics(**options) if checkpoint is None else pickle.loads(checkpoint)
-    _Here.number = number
+    _WorkerState.analytics = Analytics(**options) if checkpoint is None else pickle.loads(checkpoint)
+    _WorkerState.number = number
     for packed, everything in log:
-        if _work(_Here.number + 1, packed, everything, False) is None:
+        if _work(_WorkerState.number + 1, packed, everything, False) is None:
             raise RuntimeError("cannot be")
     return os.getpid()
 
 
 def _work(number: int, packed: bytes, everything: bool, checkpoint: bool) -> _Done | None:
     """Job ``number``; None if this process is not in the state after the one before."""
-    analytics = _Here.analytics
-    if analytics is None or _Here.number != number - 1:
+    analytics = _WorkerState.analytics
+    if analytics is None or _WorkerState.number != number - 1:
         return None
-    _Here.analytics = None  # until it is whole again
+    _WorkerState.analytics = None  # until it is whole again
     take = analytics.take
     for fields in pickle.loads(packed):
         take(*fields)
     rows = [tuple(row) for row in analytics.due(everything)]
     done = _Done(rows, tuple(analytics.stats()), pickle.dumps(analytics, 5) if checkpoint else None)
-    _Here.analytics, _Here.number = analytics, number
+    _WorkerState.analytics, _WorkerState.number = analytics, number
     return done
 
 
 # ------------------------------------------------------------------------------------------ beside the loop
 
 
-class WorkersStats(NamedTuple):
+class AnalyticsPoolStats(NamedTuple):
     """``died``: workers that died or were late. ``retained``: bytes that the workers would be rebuilt from."""
 
     pids: tuple[int, ...]
@@ -143,12 +143,12 @@ class _Slot:
         self.counts = tuple(Analytics(**options).stats())
         self.ready = False  # as far as is known
 
-    async def run(self, packed: bytes, everything: bool) -> list[Row]:
+    async def run(self, packed: bytes, everything: bool) -> list[AnalyticsRow]:
         """Raises ``WorkerDied``, ``TimeoutError``, ``PoolClosed``, what the job raised."""
         async with self.turn:
             return await self._run(packed, everything)
 
-    async def _run(self, packed: bytes, everything: bool) -> list[Row]:
+    async def _run(self, packed: bytes, everything: bool) -> list[AnalyticsRow]:
         size = self.log_bytes + len(packed)
         full = size > max(self.most, len(self.checkpoint or b"")) or len(self.log) >= LOG
         for attempt in range(1, self.attempts + 1):
@@ -179,7 +179,7 @@ class _Slot:
         else:
             self.checkpoint, self.log, self.log_bytes = done.checkpoint, [], 0
             self.checkpoints += 1
-        return list(map(Row._make, done.rows))
+        return list(map(AnalyticsRow._make, done.rows))
 
     async def rebuild(self) -> None:
         number = self.number - len(self.log)
@@ -191,7 +191,7 @@ class _Slot:
         self.ready = True
 
 
-class Workers:
+class AnalyticsPool:
     """``await submit(trades)`` in ``workers`` processes (None: all processors but one); ``options`` are ``Analytics``'.
 
     ``waiting`` calls at a time, ``timeout`` seconds per attempt of a job. ``retained``: bytes per worker.
@@ -223,9 +223,9 @@ class Workers:
         """Have the processes started. Raises ``WorkerDied``, ``TimeoutError``."""
         await asyncio.gather(*(slot.run(pickle.dumps([]), False) for slot in self._slots))
 
-    async def submit(self, trades: Sequence[Trade]) -> list[Row]:
+    async def submit(self, trades: Sequence[Trade]) -> list[AnalyticsRow]:
         """Take the trades into the state; the rows that are due. Raises ``Uncomputed``, ``PoolClosed`` (none taken)."""
-        rows, lost = list[Row](), list[Trade]()
+        rows, lost = list[AnalyticsRow](), list[Trade]()
         cause: BaseException | None = None
         async with self._place():
             for begin in range(0, len(trades), MOST):
@@ -246,7 +246,7 @@ class Workers:
             raise Uncomputed(lost, rows) from cause
         return rows
 
-    async def flush(self) -> list[Row]:
+    async def flush(self) -> list[AnalyticsRow]:
         """The rows that are not due yet: of all series that changed since they were told."""
         async with self._place():
             outcomes = await self._outcomes([slot.run(pickle.dumps([]), True) for slot in self._slots])
@@ -271,7 +271,9 @@ class Workers:
                 if not self._running:
                     self._idle.set()
 
-    async def _outcomes(self, jobs: list[Coroutine[Any, Any, list[Row]]]) -> list[list[Row] | BaseException]:
+    async def _outcomes(
+        self, jobs: list[Coroutine[Any, Any, list[AnalyticsRow]]]
+    ) -> list[list[AnalyticsRow] | BaseException]:
         """All together; a cancelled call leaves none behind."""
         tasks = [asyncio.ensure_future(job) for job in jobs]
         try:
@@ -302,10 +304,10 @@ class Workers:
         """The counts of all workers together, as their last jobs told them."""
         return AnalyticsStats(*map(sum, zip(*(slot.counts for slot in self._slots), strict=True)))
 
-    def stats(self) -> WorkersStats:
+    def stats(self) -> AnalyticsPoolStats:
         slots, places = self._slots, self._places.stats()
         retained = sum(slot.log_bytes + len(slot.checkpoint or b"") for slot in slots)
-        return WorkersStats(
+        return AnalyticsPoolStats(
             tuple(slot.pid for slot in slots), tuple(slot.symbols for slot in slots),
             self._running, places.waiting, self._trades, self._rows,
             sum(slot.died for slot in slots), sum(slot.rebuilt for slot in slots),

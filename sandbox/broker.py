@@ -1,14 +1,22 @@
-"""A broker that speaks Kafka, for demos and tests: the one of the wheel noida-db, on loopback."""
+"""A broker that speaks Kafka, for demos and tests: the one of the wheel noida-db, on loopback.
+
+It is a process of its own. The methods of ``Broker`` block: they are for threads, of which one at a time may use it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
 import socket
 import stat
 import subprocess
+import sys
+import tempfile
+import threading
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +28,7 @@ CONTROL = "noida.control.json"
 
 
 class Broker:
-    """The broker of the wheel noida-db in ``folder``, on loopback: for demos and tests. Its methods block.
+    """The broker of the wheel noida-db in ``folder``, on loopback.
 
     It keeps its data in memory and saves it now and then: ``stop`` loses nothing that it had acknowledged
     before, ``kill`` may, and so may what it still acknowledges while it stops. Another life's broker
@@ -130,3 +138,27 @@ class Broker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it until Ctrl-C or SIGTERM (exit code 130); see --help."""
+    parser = argparse.ArgumentParser(
+        "python -m sandbox broker",
+        description="A broker that speaks Kafka, on loopback; its address is printed as one line. Ctrl-C stops it.",
+    )
+    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="its data (default: a temporary folder)")
+    parser.add_argument("--port", type=int, default=0, metavar="P", help="0 finds a free one (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        with contextlib.ExitStack() as stack:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-broker-")))
+            broker = stack.enter_context(Broker(folder, args.port))
+            print(broker.address, flush=True)
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        print(f"sandbox: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0

@@ -6,7 +6,7 @@ Theory
   sends. A wire holds the state of one connection (Bitfinex's channel numbers and sequence, the last trade of each
   symbol); take a new one for each connection: `WIRES["kraken"]()`. They know nothing of the adapters that read them,
   so that a misreading is not made twice; each says where its format is written.
-* The servers that speak them are in `sandbox_markets`.
+* The servers that speak them are in `sandbox.markets`.
 
 Promised: a tick's price, size and id come out as they went in (BitMEX and Bybit make a UUID of the id: `trade_id`); the
 time is cut to what the exchange's format can hold. Prices and sizes must be plain decimal text: they are put into JSON

@@ -1,6 +1,6 @@
 """The answers of the sandbox's servers: what a handler is, good replies, and the catalogue of misbehaviour.
 
-A *handler* maps a `Request` to an answer: `bytes` (one well-formed response), or a *script*, an iterable of steps:
+A *handler* maps a `SiteRequest` to an answer: `bytes` (one well-formed response), or a *script*, an iterable of steps:
 bytes to write, a float (seconds of silence), or `CLOSE`, `RESET`, `DOOM`. A script that runs out leaves the connection
 open for the next request. Scripts never touch a socket, so an endless answer is an endless iterator.
 
@@ -42,7 +42,7 @@ Step = bytes | float | str
 
 
 @dataclass(slots=True)
-class Request:
+class SiteRequest:
     """A request head. `target` is as sent (latin-1), less any scheme and authority; `path` is that less the query."""
 
     sandbox: Sandbox
@@ -67,7 +67,7 @@ class Request:
 
 
 Answer = bytes | Iterable[Step]
-Handler = Callable[[Request], Answer]
+Handler = Callable[[SiteRequest], Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ def _bomb_piece() -> tuple[bytes, bytes]:
 
 
 @fault("gzip_bomb", "1 MB of gzip that unpacks to 1 GB of zeros", "too_large", heavy=True)
-def gzip_bomb(request: Request) -> Iterator[Step]:
+def gzip_bomb(request: SiteRequest) -> Iterator[Step]:
     zeros, piece = _bomb_piece()
     times, check = BOMB_BYTES // len(zeros), 0
     yield HTML + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % (20 + times * len(piece))
@@ -266,12 +266,12 @@ optional_encoding("zstd", "zstd", "compression.zstd", "backports.zstd")
 
 @fault("redirect_30", "a chain of 30 redirects", "redirects")
 @fault("redirect_3", "a chain of 3 redirects to a good page", "ok")
-def redirect_chain(request: Request) -> bytes:
+def redirect_chain(request: SiteRequest) -> bytes:
     left = int(request.number("left", float(request.name.partition("_")[2])))
     return reply(b"", 302, f"Location: {request.path}?left={left - 1}") if left else reply(simple(request.name))
 
 
-def leads(name: str, about: str, expect: str, status: int, to: Callable[[Request], str]) -> None:
+def leads(name: str, about: str, expect: str, status: int, to: Callable[[SiteRequest], str]) -> None:
     """An entry that redirects to where `to` says."""
     title = "ok" if expect == "ok" else None
     fault(name, about, expect, title=title)(lambda request: reply(b"", status, f"Location: {to(request)}"))
@@ -298,7 +298,7 @@ def http_date(form: str, t: float) -> str:
     return {"imf": imf, "rfc850": rfc850, "asctime": time.asctime(moment)}[form]
 
 
-def first_fails(request: Request, times: int, failure: bytes) -> bytes:
+def first_fails(request: SiteRequest, times: int, failure: bytes) -> bytes:
     """`failure` for the first requests of this very URL, then a good page."""
     return failure if request.sandbox._count(request.host, request.target) <= times else reply(simple(request.name))
 
@@ -306,7 +306,7 @@ def first_fails(request: Request, times: int, failure: bytes) -> bytes:
 def retry_after(status: int, form: str, value: str = "") -> None:
     """An entry that fails once with this Retry-After, or with one of `form` for ?seconds=S from now."""
 
-    def handler(request: Request) -> bytes:
+    def handler(request: SiteRequest) -> bytes:
         seconds = math.ceil(request.number("seconds", 1.0))
         later = str(seconds) if form == "seconds" else value or http_date(form, math.ceil(time.time() + seconds))
         return first_fails(request, 1, reply(simple(str(status)), status, f"Retry-After: {later}"))
@@ -328,7 +328,7 @@ fault("always_500", "500 at every request", "http")(lambda request: reply(simple
 
 @route("/status/")
 @fault("status", "any status: /status/N for N from 100 to 599", "http", path="/status/404")
-def any_status(request: Request) -> Answer:
+def any_status(request: SiteRequest) -> Answer:
     """1xx: an interim response, then a good page; but 101 switches protocols and closes. No 3xx has a Location."""
     code = request.name
     if not re.fullmatch("[1-5][0-9][0-9]", code):

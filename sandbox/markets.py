@@ -1,4 +1,4 @@
-"""The exchanges of `sandbox_exchanges` as servers on loopback: one port, a path for each, with faults on demand.
+"""The exchanges of `sandbox.exchanges` as servers on loopback: one port, a path for each, with faults on demand.
 
 Theory
 ------
@@ -6,7 +6,7 @@ Theory
   alone. All exchanges of a symbol walk the same closed random walk, each a little beside the others. So nothing need be
   kept: a connection holds, per symbol, the number of its next trade, and what a slow reader has not taken yet costs
   nothing: it is made when there is room, with the time at which it was due.
-* **`Connection`** plays one connection: the wire's answers, the trades that are due, and the faults. Frames are written
+* **`ExchangeConnection`** plays one: the wire's answers, the trades that are due, and the faults. Frames are written
   to the transport by hand, all that are due in one piece: a WebSocket library would write them one by one, and would
   refuse to send most of the faults.
 * **`Exchanges`** owns the port, the thread, the counts, and `fault` and `door`, by which a test makes an exchange
@@ -186,7 +186,7 @@ class ExchangeStats(NamedTuple):
     closes: tuple[int, ...]  # the codes of the close frames that clients sent, the newest 1000
 
 
-class Place:
+class ExchangeState:
     """What the servers know of one exchange."""
 
     def __init__(self, name: str, number: int) -> None:
@@ -194,7 +194,7 @@ class Place:
         self.door: Door = "open"
         self.seconds = 0.0
         self.retry_after: float | None = None
-        self.connections: list[Connection] = []
+        self.connections: list[ExchangeConnection] = []
         self.released = FIRST  # trades of each symbol that `emit` made
         self.extra: Counter[str] = Counter()  # trades that faults made, by native symbol
         self.accepted = self.turned_away = self.frames = self.cut = self.pings = self.pongs = self.messages = 0
@@ -211,11 +211,11 @@ class Place:
         )
 
 
-class Connection:
+class ExchangeConnection:
     """One client at one exchange."""
 
     def __init__(
-        self, exchanges: Exchanges, place: Place, ws: web.WebSocketResponse, transport: asyncio.Transport
+        self, exchanges: Exchanges, place: ExchangeState, ws: web.WebSocketResponse, transport: asyncio.Transport
     ) -> None:
         self._all, self.place, self._ws, self._transport = exchanges, place, ws, transport
         self.wire: Wire = WIRES[place.name]()
@@ -429,7 +429,7 @@ class Exchanges(InThread):
         self._pairs = {self._pair(*symbol.split("-")) for symbol in symbols}
         self._each = rate / len(exchanges) / len(self._pairs)
         self._market = Market(seed)
-        self._places = {name: Place(name, number) for number, name in enumerate(exchanges)}
+        self._places = {name: ExchangeState(name, number) for number, name in enumerate(exchanges)}
         self._began = 0.0  # of the loop's clock
         self._began_ns = 0
         self._most = sys.maxsize  # trades of a symbol that come by time
@@ -455,7 +455,7 @@ class Exchanges(InThread):
                 return self._market.tape(wire.name, base, currency)
         return None
 
-    def due(self, place: Place, native: str) -> int:
+    def due(self, place: ExchangeState, native: str) -> int:
         """How many trades of a symbol have happened."""
         by_time = int((self._loop.time() - self._began) * self._each) if self._each and self._loop is not None else 0
         return place.released + place.extra[native] + min(by_time, self._most)
@@ -622,7 +622,7 @@ class Exchanges(InThread):
         except (OSError, RuntimeError):
             return ws  # the client has gone
         place.accepted += 1
-        connection = Connection(self, place, ws, transport)
+        connection = ExchangeConnection(self, place, ws, transport)
         place.connections.append(connection)
         try:
             connection.say(connection.wire.welcome())
@@ -633,7 +633,9 @@ class Exchanges(InThread):
             place.connections.remove(connection)
         return ws
 
-    async def _converse(self, connection: Connection, ws: web.WebSocketResponse, transport: asyncio.Transport) -> None:
+    async def _converse(
+        self, connection: ExchangeConnection, ws: web.WebSocketResponse, transport: asyncio.Transport
+    ) -> None:
         place = connection.place
         while True:
             message = await ws.receive()

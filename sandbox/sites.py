@@ -9,7 +9,7 @@ raw bytes, because most of what a client must survive is what an HTTP library re
 * **Pages.** `make_page` is pure: it depends on its arguments alone.
 * **Upstream APIs** under /api/ (JSON, one of them flaky) for programs that aggregate.
 * **Answers.** `sandbox/faults.py` has the handlers, each a pure function of the request, and the catalogue of faults.
-* **`Connection`** plays the answers of one connection in order, and never buffers more than the transport's high-water
+* **`SiteConnection`** plays the answers of one in order, and never buffers more than the transport's high-water
   mark and one step, however slowly the peer reads. **`Sandbox`** owns the sockets, the thread and the log.
 
 Promised: the same seed gives the same pages; every page of a host can be reached from its "/" in about log8(pages)
@@ -53,7 +53,7 @@ from sandbox.faults import (
     FAULTS,
     RESET,
     ROUTES,
-    Request,
+    SiteRequest,
     Step,
     catalogue,
     only_head,
@@ -176,7 +176,7 @@ def make_page(
 
 @route("/")
 @route("/p/")
-def site(request: Request) -> bytes:
+def site(request: SiteRequest) -> bytes:
     """The pages of a host, and 404 for everything that nobody else serves."""
     match = SITE_PAGE.fullmatch(request.path)
     page = int(match[1]) if match else 0
@@ -191,28 +191,28 @@ route("/robots.txt")(lambda request: reply(b"User-agent: *\nAllow: /\n", kind="t
 # --- Upstream APIs ---------------------------------------------------------------------------------------------------
 
 
-def api(request: Request, data: object) -> bytes:
+def api(request: SiteRequest, data: object) -> bytes:
     """A good JSON answer; `serial` counts the requests of this URL, so that a client can tell a cached one."""
     serial = request.sandbox._count(request.host, request.target)
     return reply(json.dumps({"serial": serial, **cast(dict[str, object], data)}).encode(), kind="application/json")
 
 
 @route("/api/weather")
-def weather(request: Request) -> bytes:
+def weather(request: SiteRequest) -> bytes:
     city = parse_qs(request.target.partition("?")[2]).get("city", ["nowhere"])[0]
     rng = random.Random(city)
     return api(request, {"city": city, "temperature": round(rng.uniform(-10, 35), 1), "wind": rng.randrange(90)})
 
 
 @route("/api/rates/")
-def rates(request: Request) -> bytes:
+def rates(request: SiteRequest) -> bytes:
     rng = random.Random(request.name)
     names = sorted({"CHF", "EUR", "GBP", "JPY", "USD"} - {request.name})
     return api(request, {"base": request.name, "rates": {name: round(rng.uniform(0.5, 2), 4) for name in names}})
 
 
 @route("/api/news")
-def news(request: Request) -> bytes:
+def news(request: SiteRequest) -> bytes:
     rng = random.Random(request.sandbox.seed)
     return api(request, {"items": [{"id": n, "title": " ".join(rng.choices(PLAIN_WORDS, k=5))} for n in range(10)]})
 
@@ -221,7 +221,7 @@ route("/api/deep")(lambda request: reply(b"[" * 500 + b"]" * 500, kind="applicat
 
 
 @route("/api/flaky")
-def flaky(request: Request) -> bytes:
+def flaky(request: SiteRequest) -> bytes:
     """Two good answers, then two failures, and so on."""
     good = api(request, {"luck": True})
     serial = json.loads(good.partition(b"\r\n\r\n")[2])["serial"]
@@ -242,7 +242,7 @@ class LogEntry(NamedTuple):
     connection: int
 
 
-class Stats(NamedTuple):
+class SandboxStats(NamedTuple):
     """Counts since the start; `open` connections are of now; `statuses` counts requests by the log's `status`."""
 
     requests: int
@@ -264,7 +264,7 @@ def max_in_window(times: Sequence[float], seconds: float) -> int:
 # --- The server ------------------------------------------------------------------------------------------------------
 
 
-def parse_head(sandbox: Sandbox, host: int, head: bytes) -> Request | int:
+def parse_head(sandbox: Sandbox, host: int, head: bytes) -> SiteRequest | int:
     """A request from the bytes before its blank line, or the status that refuses it (RFC 9112 sections 3 and 6)."""
     words = head.partition(b"\r\n")[0].decode("latin-1").split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
@@ -279,10 +279,10 @@ def parse_head(sandbox: Sandbox, host: int, head: bytes) -> Request | int:
     if HAS_BODY.search(head):
         return 413
     close = version == "HTTP/1.0" or ASKS_CLOSE.search(head) is not None
-    return Request(sandbox, host, method, target, target.partition("?")[0], close)
+    return SiteRequest(sandbox, host, method, target, target.partition("?")[0], close)
 
 
-class Connection(asyncio.Protocol):
+class SiteConnection(asyncio.Protocol):
     """One accepted connection: takes request heads from `inbox` and plays their answers, one after the other.
 
     `steps`: the answer being played, None between answers. `timer`: set while it waits by itself; `choked`: the peer
@@ -461,7 +461,7 @@ class Sandbox(InThread):
         self._cache: dict[tuple[int, int], bytes] = {}
         self._cached = 0
         self._counts: Counter[tuple[int, str]] = Counter()
-        self._open: set[Connection] = set()
+        self._open: set[SiteConnection] = set()
         self._lock = threading.Lock()
         self._log: deque[LogEntry] = deque(maxlen=200_000 if log is True else int(log))
         self._connections = 0
@@ -489,9 +489,9 @@ class Sandbox(InThread):
         with self._lock:
             return list(self._log)
 
-    def stats(self) -> Stats:
+    def stats(self) -> SandboxStats:
         with self._lock:
-            return Stats(self._statuses.total(), self._connections, len(self._open), dict(self._statuses))
+            return SandboxStats(self._statuses.total(), self._connections, len(self._open), dict(self._statuses))
 
     def requests_for(self, path: str) -> list[LogEntry]:
         """The logged requests for a path: with any query, unless `path` has one itself."""
@@ -530,7 +530,7 @@ class Sandbox(InThread):
     async def _serve(self, sockets: Sequence[socket.socket]) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         servers = [
-            await loop.create_server(functools.partial(Connection, self, host), sock=sock, backlog=4096)
+            await loop.create_server(functools.partial(SiteConnection, self, host), sock=sock, backlog=4096)
             for host, sock in enumerate(sockets[:-1])
         ]
         yield
@@ -562,7 +562,7 @@ class Sandbox(InThread):
             del self._counts[next(iter(self._counts))]
         return self._counts[host, target]
 
-    def _record(self, now: float, connection: Connection, target: str, status: int | None) -> None:
+    def _record(self, now: float, connection: SiteConnection, target: str, status: int | None) -> None:
         with self._lock:
             self._statuses[status] += 1
             self._log.append(LogEntry(now, self.hosts[connection.host], target, status, connection.number))
@@ -578,7 +578,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   python -m sandbox --latency 0.2 & curl -s --compressed http://127.0.1.1:8080/fault/gzip
   python -m sandbox --urls - | python crawl_async.py -
 
-The other simulations have options of their own: python -m sandbox logs --help, and exchanges.
+other simulations, with options of their own (python -m sandbox WORD --help):
+  sites       this one; without a word too
+  logs        services that send log lines by UDP, and the API of their metadata
+  exchanges   ten simulated exchanges by WebSocket
+  broker      a broker that speaks Kafka
 
 Every host serves / and /p/N.html (its pages), /robots.txt, /status/N for N from 100 to 599, and /fault/NAME for each
 name below. "right result" is what a client should make of it without retries; so many "retries" make it succeed.

@@ -22,32 +22,30 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ada_url
 import aiohttp
-import jsonschema_rs
 import pytest
-import schemathesis
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schemathesis.config import SchemathesisConfig
-from schemathesis.engine import from_schema
-from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
-from schemathesis.hooks import HookContext
-from schemathesis.specs.openapi.schemas import OpenApiSchema
 from starlette.routing import Route
 
 import aggregate_app
 import coordination as co
-from api import openapi, upstreams
+from api import aggregate, config, middleware, openapi, upstreams
 from api import service as service_module
 from api.history import History, Result
 from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
 from tests.helpers.api import aggregate_ask, aggregate_http, play, settled
 from tests.helpers.base import HANG_LIMIT, HERE, SETTINGS, World, wait_until
+
+if TYPE_CHECKING:  # imported where it is used: it takes half a second
+    import schemathesis
+    from schemathesis.hooks import HookContext
+    from schemathesis.specs.openapi.schemas import OpenApiSchema
 
 
 @pytest.mark.parametrize(
@@ -90,7 +88,7 @@ def test_reads_a_configuration(tmp_path: Path) -> None:
     text = "[a]\nurl='http://h/{x}?y={y}'\nparameters={x='1', y=2}\nheaders={Authorization='Bearer ${KEY}'}\nttl=3"
     shipped = aggregate_app.configured({"AGGREGATE_CONFIG": str(HERE / "upstreams.toml")})
     assert shipped is not None and list(shipped) == ["weather", "rates", "quakes", "stories"]
-    upstream = upstreams.read_config(text, {"KEY": "secret"})["a"]
+    upstream = config.read_config(text, {"KEY": "secret"})["a"]
     assert (upstream.ttl, upstream.headers) == (3, {"Authorization": "Bearer secret"})
     assert upstream.address(("a b", "&z=1#")) == "http://h/a%20b?y=%26z%3D1%23"
 
@@ -99,7 +97,7 @@ def test_reads_a_configuration(tmp_path: Path) -> None:
 @given(st.text(min_size=1, max_size=30).filter(lambda value: value not in (".", "..")))
 def test_a_parameter_changes_neither_host_nor_path(value: str) -> None:
     text = "[a]\nurl='http://h.example/v1/{x}/end?q={x}&z=1'\nparameters={x='1'}"
-    upstream = upstreams.read_config(text, {})["a"]
+    upstream = config.read_config(text, {})["a"]
     try:
         url = ada_url.URL(upstream.address((value,)))
     except UnicodeEncodeError:
@@ -144,11 +142,11 @@ def test_serves_old_data_in_an_outage_within_its_window(web: Sandbox) -> None:
         source.forget()
         assert await aggregate_ask(source) == ("fresh", 2, 0.0)
         world.now += 20.0
-        part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
+        part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
         assert part.data is not None
         assert (part.state, part.data.value["serial"], part.age, part.error) == ("stale", 2, 20.0, "http: 503")
         world.now += 40.0  # past the window
-        part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
+        part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
         assert (part.state, part.data, part.error) == ("error", None, "http: 503")
         assert await aggregate_ask(source) == ("fresh", 5, 0.0)
         fallback = make("/status/500", retries=0, fallback={"serial": "better than nothing"})
@@ -174,7 +172,7 @@ def test_serves_old_data_in_an_outage_within_its_window(web: Sandbox) -> None:
 def test_names_what_is_wrong_with_an_upstream(web: Sandbox, path: str, options: dict[str, Any], error: str) -> None:
     async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         source = make(path, **{"timeout": 20.0, "retries": 0, **options})
-        part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
+        part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
         assert (part.state, part.error) == ("error", error)
 
     play(web, case)
@@ -183,7 +181,7 @@ def test_names_what_is_wrong_with_an_upstream(web: Sandbox, path: str, options: 
 def test_every_fault_of_the_catalogue_is_an_answer(web: Sandbox) -> None:
     async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         faults = {name: make(fault.path, timeout=1.0, retries=0) for name, fault in FAULTS.items()}
-        parts = await aggregate_app.gather(faults, {}, HANG_LIMIT)
+        parts = await aggregate.gather(faults, {}, HANG_LIMIT)
         assert {part.state for part in parts.values()} == {"error"}
         for part in parts.values():
             assert str(part.error).partition(":")[0] in upstreams.UpstreamError.KINDS
@@ -196,7 +194,7 @@ def test_a_silent_upstream_opens_its_circuit_and_recovers(web: Sandbox) -> None:
         source = make("/fault/never_answers", timeout=0.02, failures=5, reset=30.0, retries=0)
         for _ in range(5):
             assert (await aggregate_ask(source))[0] == "error"
-        part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
+        part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
         assert (part.state, source.calls, source.health()["breaker"]) == ("open", 5, "open")
         assert 30.0 <= part.retry_after <= 33.0
         world.now += 33.0
@@ -227,7 +225,7 @@ def test_the_deadline_cuts_the_wait_and_not_the_load(web: Sandbox) -> None:
 @pytest.fixture(scope="module")
 def aggregate_port(web: Sandbox) -> Iterator[int]:
     table = {
-        name: upstreams.Upstream(name, web.url(path), parameters, timeout=20.0, ttl=600.0, keep=keep)
+        name: config.Upstream(name, web.url(path), parameters, timeout=20.0, ttl=600.0, keep=keep)
         for name, path, parameters, keep in [
             ("weather", "/api/weather?city={city}", {"city": "Berlin"}, ""),
             ("news", "/api/news?served", {}, "items"),
@@ -346,7 +344,7 @@ def test_what_cannot_be_mended_is_not_asked_for_again_at_once(web: Sandbox) -> N
         source = make("/status/404", retries=3)
         for later, calls in ((0.0, 1), (0.75, 1), (0.25, 2), (0.0, 2)):
             world.now += later
-            part = (await aggregate_app.gather({"a": source}, {}, 20.0))["a"]
+            part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
             await settled(source)
             assert (part.state, part.error, source.calls) == ("error", "http: 404", calls)
         source.forget()
@@ -384,7 +382,7 @@ def asgi(app: Any, client: str, headers: dict[str, str] | None = None) -> tuple[
 
 
 def test_a_client_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aggregate_app, "CLIENT_BURST", 3)
+    monkeypatch.setattr(middleware, "CLIENT_BURST", 3)
     app = aggregate_app.create_app({}, client_rate=0.001)
     assert [asgi(app, "192.0.2.1")[0] for _ in range(5)] == [200, 200, 200, 429, 429]
     status, headers = asgi(app, "192.0.2.1")
@@ -425,7 +423,7 @@ def test_a_request_keeps_its_id() -> None:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         async with server, aiohttp.ClientSession() as session:
-            upstream = upstreams.Upstream("a", url, headers={"X-Key": "secret"})
+            upstream = config.Upstream("a", url, headers={"X-Key": "secret"})
             source = upstreams.Source(upstream, session, co.Semaphore(1), clock=World().clock)
             upstreams.request_id.set("id-of-the-request")
             assert await aggregate_ask(source) == ("fresh", {}, 0.0)
@@ -441,8 +439,12 @@ def test_runs_with_nothing_configured(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if name not in ours}
     environ["DATA_FOLDER"] = str(tmp_path)
     for expected in ("fresh", "stale"):
-        with subprocess.Popen(command, cwd=HERE, env=environ, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-            assert server.stderr is not None and server.stdout is not None
+        log = tmp_path / "requests.log"  # a pipe that nobody reads would cost lines
+        with (
+            log.open("wb") as out,
+            subprocess.Popen(command, cwd=HERE, env=environ, stderr=subprocess.PIPE, stdout=out) as server,
+        ):
+            assert server.stderr is not None
             said = b""
             while b"running on" not in said:
                 line = server.stderr.readline()
@@ -459,7 +461,7 @@ def test_runs_with_nothing_configured(tmp_path: Path) -> None:
             server.send_signal(signal.SIGINT)
             rest = server.stderr.read()
             stream.close()
-            lines = [json.loads(line) for line in server.stdout.read().splitlines()]
+        lines = [json.loads(line) for line in log.read_bytes().splitlines()]
         assert b"demo upstreams" in said and b"Traceback" not in rest and b"Warning" not in said + rest
         assert (status, {part["state"] for part in body["sources"].values()}) == (200, {expected})
         told = {line["request_id"]: line for line in lines if line["event"] == "request"}["x-1"]
@@ -493,8 +495,8 @@ negative_data_rejection.expected-statuses = ["401", "404", "405", "414", "422", 
 """
 
 
-def openapi_table(base: str) -> dict[str, upstreams.Upstream]:
-    return upstreams.read_config(upstreams.DEMO.format(base=base), {})
+def openapi_table(base: str) -> dict[str, config.Upstream]:
+    return config.read_config(config.DEMO.format(base=base), {})
 
 
 class OpenapiHistory(History):
@@ -534,6 +536,9 @@ def openapi_paths(routes: Iterable[str], names: Iterable[str]) -> set[str]:
 
 def openapi_load(port: int) -> OpenApiSchema:
     """Not from its URL: schemathesis would leave out /openapi.json then."""
+    import schemathesis
+    from schemathesis.config import SchemathesisConfig
+
     config = SchemathesisConfig.from_str(OPENAPI_FUZZ)
     status, document, _ = aggregate_http(port, "/openapi.json")
     assert status == 200
@@ -543,6 +548,9 @@ def openapi_load(port: int) -> OpenApiSchema:
 
 
 def test_openapi_says_what_the_server_does(openapi_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from schemathesis.engine import from_schema
+    from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
+
     monkeypatch.setenv("AGGREGATE_TOKEN", "secret")
     own = {name: each.parameters for name, each in openapi_table("http://x").items()}
     skipped = {"/events"}  # it streams for ever
@@ -584,6 +592,8 @@ def test_openapi_says_what_the_server_does(openapi_port: int, monkeypatch: pytes
 
 def test_openapi_history_and_report_are_as_described(openapi_port: int) -> None:
     """In full: not even their 503 may hide them from the test above."""
+    import jsonschema_rs
+
     document = aggregate_http(openapi_port, "/openapi.json")[1]
     for path, name in (("/history/weather?city=Oslo&limit=2", "History"), ("/report?sources=weather,news", "Report")):
         status, body, headers = aggregate_http(openapi_port, path)
@@ -612,6 +622,8 @@ def test_openapi_has_the_routes_and_no_others(openapi_port: int) -> None:
 
 
 def test_openapi_is_valid_and_so_are_its_examples(openapi_port: int) -> None:
+    import jsonschema_rs
+
     schema = openapi_load(openapi_port)
     schema.validate()
     document = schema.raw_schema
@@ -634,7 +646,7 @@ def test_openapi_is_valid_and_so_are_its_examples(openapi_port: int) -> None:
     assert len(examples) > 20
     for each, shown in examples:
         jsonschema_rs.validate({**each, "components": document["components"]}, shown, validate_formats=True)
-    alone = openapi.document({"a": upstreams.Upstream("a", "http://x/{q}", {"q": ""})}, "1")  # "" is no valid value
+    alone = openapi.document({"a": config.Upstream("a", "http://x/{q}", {"q": ""})}, "1")  # "" is no valid value
     assert "default" not in alone["paths"]["/aggregate/a"]["get"]["parameters"][-2]["schema"]
 
 
@@ -714,5 +726,5 @@ def test_openapi_an_error_of_our_own_is_a_problem_too(monkeypatch: pytest.Monkey
 
 
 def test_openapi_a_parameter_cannot_hide_one_of_the_api() -> None:
-    with pytest.raises(upstreams.ConfigError, match=r"a\.parameters: limit, source means something to the API itself"):
-        upstreams.read_config('[a]\nurl = "http://x/"\nparameters = { source = "b", limit = "1" }', {})
+    with pytest.raises(config.ConfigError, match=r"a\.parameters: limit, source means something to the API itself"):
+        config.read_config('[a]\nurl = "http://x/"\nparameters = { source = "b", limit = "1" }', {})

@@ -1,11 +1,9 @@
-"""bench/market.py and sandbox/markets.py."""
+"""bench/market.py and what it needs; the pace of sandbox/markets.py."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
-import importlib.machinery
 import importlib.util
 import json
 from pathlib import Path
@@ -14,8 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from bench import market as bench_market
-from bench import runner as bench
+from bench import market, market_contestants, market_course, market_kafka, runner
 from sandbox.markets import FIRST, Exchanges
 from tests.helpers.base import HANG_LIMIT
 
@@ -51,8 +48,8 @@ def test_markets_pace_refuses_what_makes_no_sense() -> None:
         them.pace(10, 1)
 
 
-def bench_market_step(wanted: float, *, missing: int = 0, repeated: int = 0, **more: Any) -> Any:
-    step = bench_market.Step(
+def made_step(wanted: float, *, missing: int = 0, repeated: int = 0, **more: Any) -> Any:
+    step = market_course.Step(
         *(wanted, 10, wanted, 1000, missing, repeated, 0.5, (0.01, 0.1, 0.2), (0.01, 0.05)),
         *({"own": 1.0, "pool": 0.5, "broker": None}, (100.0, 101.0), 102.0, 7, 0, 0.03, 0),
     )
@@ -66,26 +63,26 @@ class Course:
         self.most, self.more = most, more
 
     def run(self, name: str, rate: float, seconds: float) -> Any:
-        most = self.most / 10 if name in bench_market.PEERS else self.most
-        return bench_market_step(rate, missing=5 if rate > most else 0, **self.more)
+        most = self.most / 10 if name in market_contestants.PEERS else self.most
+        return made_step(rate, missing=5 if rate > most else 0, **self.more)
 
 
 def test_a_rate_holds_if_each_is_there_once_and_in_time() -> None:
-    assert bench_market_step(100).lossless
-    assert not bench_market_step(100, missing=1).lossless
-    assert not bench_market_step(100, repeated=1).lossless
-    assert not bench_market_step(100, drained=None).lossless
-    assert bench_market_step(100, drained=bench_market.DRAIN).lossless
-    assert not bench_market_step(100, drained=bench_market.DRAIN + 0.01).lossless
-    assert bench_market_step(100, rate=89.0).held_back
-    assert not bench_market_step(100, rate=91.0).held_back
+    assert made_step(100).lossless
+    assert not made_step(100, missing=1).lossless
+    assert not made_step(100, repeated=1).lossless
+    assert not made_step(100, drained=None).lossless
+    assert made_step(100, drained=market_course.DRAIN).lossless
+    assert not made_step(100, drained=market_course.DRAIN + 0.01).lossless
+    assert made_step(100, rate=89.0).held_back
+    assert not made_step(100, rate=91.0).held_back
 
 
 def test_counts_each_trade_once() -> None:
-    ledger = bench_market.Ledger(3, 3)
+    ledger = market_kafka.Ledger(3, 3)
     for exchange, numbers in (("okx", (1, 2, 2)), ("bitmex", (1, 3)), ("GEMINI", (-20, 0, 1, 2, 3, 4))):
         for number in numbers:
-            known = FIRST + number + bench_market.EVENT_IDS.get(exchange, 0)
+            known = FIRST + number + market_contestants.EVENT_IDS.get(exchange, 0)
             text = f"00000000-0000-4000-8000-{known:012x}" if exchange == "bitmex" else str(known)
             ledger.take(exchange, "BTC-USD", text, 10.0, 10.25, 10.5)
     assert (ledger.missing, ledger.repeated, ledger.others) == (2, 1, 3)
@@ -93,27 +90,27 @@ def test_counts_each_trade_once() -> None:
 
 
 def test_marks_tell_when_an_offset_could_be_read() -> None:
-    marks = bench_market.Marks()
+    marks = market_kafka.Marks()
     for end, at in ((0, 1), (2, 5), (2, 6), (5, 9)):
         marks.note(end, at)
     assert [marks.readable(offset) for offset in range(5)] == [5, 5, 9, 9, 9]
 
 
 def test_shares() -> None:
-    assert bench_market.share([], 0.5) is None
-    assert bench_market.share([1.0], 0.99) == 1.0
-    assert bench_market.share([float(n) for n in range(100)], 0.5) == 50.0
-    assert bench_market.share([float(n) for n in range(100)], 0.99) == 99.0
+    assert market_kafka.share([], 0.5) is None
+    assert market_kafka.share([1.0], 0.99) == 1.0
+    assert market_kafka.share([float(n) for n in range(100)], 0.5) == 50.0
+    assert market_kafka.share([float(n) for n in range(100)], 0.99) == 99.0
 
 
 def test_compares_the_highest_rates(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     found = tmp_path / "found.json"
-    monkeypatch.setattr(bench, "present", lambda _: True)
-    monkeypatch.setattr(bench_market, "course", lambda *_: contextlib.nullcontext(Course(1000)))
+    monkeypatch.setattr(market, "present", lambda _: True)
+    monkeypatch.setattr(market_course, "course", lambda *_: contextlib.nullcontext(Course(1000)))
     words = ["--peers", "market_pipeline,cryptofeed", "--rates", "100,800,1600", "--halvings", "1"]
-    assert bench.main(["market", *words, "--json", str(found)]) == 0
+    assert runner.main(["market", *words, "--json", str(found)]) == 0
     ours, theirs = json.loads(found.read_text())["results"][:2]
     assert (ours["holds/s"][0], theirs["holds/s"][0]) == (800, 100)
     assert (ours["x cryptofeed"], theirs["x cryptofeed"], ours["exchanges"]) == (8, 1, 10)
@@ -123,13 +120,13 @@ def test_compares_the_highest_rates(
 
 def test_without_cryptofeed_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr(bench_market, "course", lambda *_: contextlib.nullcontext(Course(1000)))
-    assert bench.main(["market", "--peers", "market_pipeline,cryptofeed", "--rates", "50"]) == 0
+    monkeypatch.setattr(market_course, "course", lambda *_: contextlib.nullcontext(Course(1000)))
+    assert runner.main(["market", "--peers", "market_pipeline,cryptofeed", "--rates", "50"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert "cryptofeed: not installed: pip install -r requirements-bench.txt" in shown
     assert [line for line in shown if line.startswith("cryptofeed ")] == []
     with pytest.raises(SystemExit, match="'nobody' is none of market_pipeline"):
-        bench.main(["market", "--peers", "nobody"])
+        runner.main(["market", "--peers", "nobody"])
 
 
 @pytest.mark.parametrize(
@@ -147,23 +144,23 @@ def test_without_cryptofeed_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 )
 def test_soak_says_what_did_not_hold(more: dict[str, Any], broken: str | None) -> None:
     course: Any = Course(1000)
-    course.run = lambda *_: bench_market_step(100, **more)
+    course.run = lambda *_: made_step(100, **more)
     if broken is None:
-        (row,) = bench_market.soak(course, "market_pipeline", 100, 20)
+        (row,) = market.soak(course, "market_pipeline", 100, 20)
         assert (row["MB at 10 s"], row["MB at the end"]) == (100, 101)
     else:
         with pytest.raises(SystemExit, match=f"bench: market: {broken}$"):
-            bench_market.soak(course, "market_pipeline", 100, 20)
+            market.soak(course, "market_pipeline", 100, 20)
 
 
 def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     found, names = tmp_path / "found.json", ["market_pipeline"]
     if importlib.util.find_spec("cryptofeed") is not None:
-        quick = tuple(name for name in bench_market.NATIVE if name != "bitstamp")  # where it sleeps for 5 s
-        monkeypatch.setitem(bench_market.PEERS, "cryptofeed", quick)
+        quick = tuple(name for name in market_contestants.NATIVE if name != "bitstamp")  # where it sleeps for 5 s
+        monkeypatch.setitem(market_contestants.PEERS, "cryptofeed", quick)
         names.append("cryptofeed")
     words = ["--peers", ",".join(names), "--rates", "360", "--seconds", "1", "--json", str(found)]
-    assert bench.main(["market", *words]) == 0
+    assert runner.main(["market", *words]) == 0
     rows = json.loads(found.read_text())["results"]
     steps = [row for row in rows if "sent" in row]
     assert {row[""] for row in steps} == {*names}
@@ -173,5 +170,5 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
 
 
 def test_a_contestant_that_does_not_start_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    with bench_market.course(None, "--windows=nonsense") as track, pytest.raises(SystemExit, match="did not start"):
+    with market_course.course(None, "--windows=nonsense") as track, pytest.raises(SystemExit, match="did not start"):
         track.run("market_pipeline", 100, 1)

@@ -1,73 +1,22 @@
-"""bench/plot.py and scale.py: files and plots."""
+"""bench/plot.py and panels.py."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
 import importlib.util
 import itertools
-import json
-import re
-import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import plot as bench_plot
-from bench import runner as bench
-from bench import scale as bench_scale
+from bench import panels, plot, runner
+from tests.absent import reason
 from tests.helpers.base import texts
 
 
-@pytest.mark.parametrize(
-    ("largest", "expected"),
-    [
-        (1, [1]),
-        (1000, [1000]),
-        (1001, [1000, 1001]),
-        (10_000, [1000, 10_000]),
-        (25_000, [1000, 10_000, 25_000]),
-        (1_000_000, [1000, 10_000, 100_000, 1_000_000]),
-    ],
-)
-def test_scale_sizes(largest: int, expected: list[int]) -> None:
-    assert bench_scale.sizes(largest) == expected
-
-
-def test_scale_rows_are_above_what_starting_costs() -> None:
-    megabyte = 1 << 20
-    runs = {1000: [bench.Run(3.0, 2.5, 41.0), bench.Run(1.0, 0.5, 41.0)], 10_000: [bench.Run(10.5, 5.5, 50.0)]}
-    alone = bench_scale.least([bench.Run(0.5, 0.9, 41.0), bench.Run(0.7, 0.5, 40.0)])
-    assert alone == (0.5, 0.5, 40.0)
-    small, large = bench_scale.scale_rows("crawl_async.py", alone, runs)
-    assert (small["ms/URL"], large["ms/URL"]) == ((1.5, 0.5, 2.5), (1.0, 1.0, 1.0))
-    assert (small["x smallest"], large["x smallest"]) == (1.0, pytest.approx(2 / 3))
-    assert (small["bytes/URL"], large["bytes/URL"]) == (megabyte / 1000, megabyte / 1000)
-    assert (small["more bytes/URL"], large["more bytes/URL"]) == (None, 9 * megabyte / 9000)
-
-
-@pytest.mark.skipif(
-    not shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin"), reason="nginx is not installed"
-)
-def test_scale_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["--scale", "50", "--hosts", "3", "--repeat", "1", "--out", str(tmp_path)]
-    assert bench.main(["crawl", *words]) == 0
-    whole = json.loads((tmp_path / "crawl-scale.json").read_text())
-    assert [(row[""], row["URLs"]) for row in whole["results"]] == [("crawl_async.py", 50), ("crawl_threads.py", 50)]
-    assert "\ncrawl_threads.py" in capfd.readouterr().out
-
-
-def test_scale_may_stand_without_a_number() -> None:
-    parse = bench.make_parser().parse_args
-    assert [parse(["crawl", *words.split()]).scale for words in ("", "--scale", "--scale 7")] == [None, 100_000, 7]
-
-
-# ----------------------------------------------------------------------------------------------------- files and plots
-
-
-def bench_rows(name: str) -> list[dict[str, Any]]:
+def rows_of(name: str) -> list[dict[str, Any]]:
     """Rows as the subcommand makes them, after JSON."""
     spread = [10.0, 8.0, 13.0]
     steps = {"lost": 0, "lost %": 0.0, "p99 s": 0.1}
@@ -108,7 +57,10 @@ def bench_rows(name: str) -> list[dict[str, Any]]:
     return made[name]
 
 
-draws = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="no matplotlib: no plots")
+draws = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None,
+    reason=reason("matplotlib", how="pip install -r requirements-bench.txt"),
+)
 
 
 @draws
@@ -132,8 +84,8 @@ draws = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reaso
     ],
 )
 def test_plots_are_svg_with_units(name: str, units: list[str], tmp_path: Path) -> None:
-    figures = {"name": name, "results": bench_rows(name)}
-    files = bench_plot.draw(figures, tmp_path)
+    figures = {"name": name, "results": rows_of(name)}
+    files = plot.draw(figures, tmp_path)
     assert [file.name for file in files] == [f"{name}-light.svg", f"{name}-dark.svg"]
     light, dark = (file.read_text() for file in files)
     assert texts(light) == texts(dark) and set(units) <= set(texts(light))
@@ -145,21 +97,21 @@ def test_plots_are_svg_with_units(name: str, units: list[str], tmp_path: Path) -
 
 @draws
 def test_plots_of_the_same_figures_are_the_same() -> None:
-    panels = bench_plot.panels_of("crawl-scale", bench_rows("crawl-scale"))
-    first, second = (bench_plot.render("crawl-scale", "a title", panels, bench_plot.THEMES["dark"]) for _ in "ab")
+    drawn = panels.panels_of("crawl-scale", rows_of("crawl-scale"))
+    first, second = (plot.render("crawl-scale", "a title", drawn, plot.THEMES["dark"]) for _ in "ab")
     assert first == second
 
 
 def test_plot_of_every_subcommand() -> None:
-    assert bench.COMMANDS.keys() - {"plot"} <= bench_plot.PLOTS.keys()
+    assert runner.find_commands().keys() - {"plot"} <= panels.PLOTS.keys()
 
 
 @draws
 def test_plot_names_of_lines_do_not_overlap() -> None:
-    lines = [bench_plot.Line(f"line {n}", [(1.0, 5.0), (10.0, 7.0 + n / 100)]) for n in range(6)]
-    lines.append(bench_plot.Line("early", [(1.0, 5.0), (1.5, 100.0)]))
-    panel = bench_plot.Lines("a title", "x, m", "y, s", lines)
-    svg = bench_plot.render("test", "a title", [panel, panel], bench_plot.THEMES["light"])
+    lines = [panels.Line(f"line {n}", [(1.0, 5.0), (10.0, 7.0 + n / 100)]) for n in range(6)]
+    lines.append(panels.Line("early", [(1.0, 5.0), (1.5, 100.0)]))
+    panel = panels.Lines("a title", "x, m", "y, s", lines)
+    svg = plot.render("test", "a title", [panel, panel], plot.THEMES["light"])
     found = [
         part for part in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text") if "line" in (part.text or "")
     ]
@@ -172,9 +124,9 @@ def test_plot_names_of_lines_do_not_overlap() -> None:
 @draws
 def test_plot_names_of_lines_that_end_early_do_not_overlap() -> None:
     ends = [("line a", 1.5, 0.0), ("line b", 1.6, 0.1), ("line c", 10.0, 0.0)]
-    lines = [bench_plot.Line(name, [(1.0, 9.0), (x, y)]) for name, x, y in ends]
-    panel = bench_plot.Lines("a title", "x, m", "y, s", lines, log_y=False)
-    svg = bench_plot.render("test", "a title", [panel], bench_plot.THEMES["light"])
+    lines = [panels.Line(name, [(1.0, 9.0), (x, y)]) for name, x, y in ends]
+    panel = panels.Lines("a title", "x, m", "y, s", lines, log_y=False)
+    svg = plot.render("test", "a title", [panel], plot.THEMES["light"])
     found = [
         part for part in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text") if "line" in (part.text or "")
     ]
@@ -186,17 +138,17 @@ def test_plot_names_of_lines_that_end_early_do_not_overlap() -> None:
 def test_plot_of_a_ladder_takes_the_better_try() -> None:
     tries = [(10, 0, 0.1), (20, 5, 0.9), (20, 0, 0.4), (40, 9, 0.8)]
     rows = [{"": "ingest_logs", "wanted/s": rate, "sent": 10, "lost": lost, "p99 s": p99} for rate, lost, p99 in tries]
-    lost, late = (panel for panel in bench_plot.panels_of("ingest", rows) if isinstance(panel, bench_plot.Lines))
+    lost, late = (panel for panel in panels.panels_of("ingest", rows) if isinstance(panel, panels.Lines))
     assert [line.points for line in lost.lines] == [[(10.0, 0.0), (20.0, 0.0), (40.0, 90.0)]]
     assert [line.points for line in late.lines] == [[(10.0, 0.1), (20.0, 0.4), (40.0, 0.8)]]
 
 
 def test_plot_of_nothing() -> None:
-    assert bench_plot.draw({"name": "parse", "results": []}, Path("nowhere")) == []
-    assert bench_plot.panels_of("anything", [{"": "a", "what": "text", "none": None}]) == []
+    assert plot.draw({"name": "parse", "results": []}, Path("nowhere")) == []
+    assert panels.panels_of("anything", [{"": "a", "what": "text", "none": None}]) == []
     for figures in ({}, {"name": "parse"}, {"name": 1, "results": []}):
         with pytest.raises(ValueError, match="no figures"):
-            bench_plot.draw(figures, Path("nowhere"))
+            plot.draw(figures, Path("nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -210,76 +162,5 @@ def test_plot_of_nothing() -> None:
     ],
 )
 def test_plot_figures(value: float, text: str, ratio: str) -> None:
-    assert bench_plot.figure_text(value) == text
-    assert bench_plot.ratio_text(value) == ratio + "\N{MULTIPLICATION SIGN}"
-
-
-PARSE = ["parse", "--pages", "2", "--size", "3000", "--repeat", "2"]
-
-
-@draws
-def test_a_run_leaves_figures_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "new" / "folder"
-    assert bench.main([*PARSE, "--out", str(folder)]) == 0
-    names = ["parse-dark.svg", "parse-light.svg", "parse.json"]
-    assert sorted(file.name for file in folder.iterdir()) == names
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in names)
-    whole = json.loads((folder / "parse.json").read_text())
-    assert whole["name"] == "parse" and whole["command"].startswith("python -m bench parse --pages 2 ")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", whole["date"]) and whole["options"]["pages"] == 2
-    assert {"python", "cpu", "aiohttp", "pytest"} <= whole["machine"].keys() and "commit" in whole
-    assert list(whole["results"][0])[1] == "x textbook" and len(whole["results"][0]["MB/s"]) == 3
-    before = {name: (folder / name).read_bytes() for name in names}
-    (folder / "parse-dark.svg").unlink()
-    assert bench.main(["plot", "--out", str(folder)]) == 0
-    assert bench.main(["plot", "parse", "--out", str(folder)]) == 0
-    assert {name: (folder / name).read_bytes() for name in names} == before
-
-
-@draws
-def test_plot_tells_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"plot: .*nothing\.json: "):
-        bench.main(["plot", "nothing", "--out", str(tmp_path)])
-    (tmp_path / "torn.json").write_text('{"name": ')
-    with pytest.raises(SystemExit, match=r"plot: .*torn\.json: "):
-        bench.main(["plot", "--out", str(tmp_path)])
-
-
-def test_without_matplotlib_has_its_figures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else there(name))
-    assert bench.main([*PARSE, "--out", str(tmp_path)]) == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["parse.json"]
-    assert "matplotlib: not installed: pip install -r requirements-bench.txt" in capsys.readouterr().out
-
-
-def test_leaves_nothing_if_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "LATEST", tmp_path / "latest")
-    assert bench.main([*PARSE, "--no-files"]) == 0
-    assert bench.main([*PARSE, "--json", str(tmp_path / "figures.json")]) == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["figures.json"]
-    assert bench.make_parser().parse_args(PARSE).out == tmp_path / "latest"
-
-
-@pytest.mark.parametrize(
-    ("words", "name"),
-    [
-        ("ingest", "ingest"),
-        ("ingest --soak 3", "ingest-soak"),
-        ("crawl --scale 5", "crawl-scale"),
-        ("simulate --seeds 2", "simulate-seeds"),
-    ],
-)
-def test_variants_have_files_of_their_own(words: str, name: str, tmp_path: Path) -> None:
-    args = bench.make_parser().parse_args([*words.split(), "--out", str(tmp_path)])
-    bench.keep(args, words.split(), {"results": []})
-    assert [file.name for file in tmp_path.iterdir()] == [f"{name}.json"]
-
-
-def test_commit_is_of_the_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert bench.describe_commit() or not (bench.HERE / ".git").exists()
-    monkeypatch.setattr(bench, "HERE", tmp_path)
-    assert bench.describe_commit() is None
+    assert panels.figure_text(value) == text
+    assert panels.ratio_text(value) == ratio + "\N{MULTIPLICATION SIGN}"

@@ -525,10 +525,10 @@ class Gap(pr.SingleFlight):
         super().__init__()
         self.meanwhile = [meanwhile]
 
-    def _board(self, key: Any, loop: Any) -> Any:
+    def _join(self, key: Any, loop: Any) -> Any:
         while self.meanwhile:
             self.meanwhile.pop()()
-        return super()._board(key, loop)
+        return super()._join(key, loop)
 
 
 def flight_failing() -> Any:

@@ -69,7 +69,7 @@ class Web:
         self.site = site
         self.pages: dict[str, sf.Answer | sf.Handler] = {}
 
-    def __call__(self, request: sf.Request) -> sf.Answer:
+    def __call__(self, request: sf.SiteRequest) -> sf.Answer:
         answer = self.pages.get(f"{request.host}{request.target}", sf.reply(b"", 404))
         return answer(request) if callable(answer) else answer
 
@@ -172,7 +172,7 @@ def test_goes_on_after_each_kill(driver: str, walked: Web, tmp_path: Path) -> No
     def answer(key: str) -> sf.Handler:
         body = every[key].replace(b":%d/" % port, b":%d/" % walked.site.port)
 
-        def handler(request: sf.Request) -> sf.Answer:
+        def handler(request: sf.SiteRequest) -> sf.Answer:
             answered[0] += 1
             return body if answered[0] <= answered[1] else [sf.FOREVER]
 
@@ -285,7 +285,7 @@ def test_the_reader_of_the_rows_leaves(
     walked.page("0/a", "/b")
     left = threading.Event()
 
-    def last(request: sf.Request) -> Iterator[sf.Step]:
+    def last(request: sf.SiteRequest) -> Iterator[sf.Step]:
         while not left.is_set():
             yield 0.01
         yield sf.reply(b"")
@@ -610,7 +610,7 @@ def test_has_bounds(driver: str, walked: Web) -> None:
     assert found["0"] == 4
     clock = [0.0]
 
-    def late(request: sf.Request) -> sf.Answer:
+    def late(request: sf.SiteRequest) -> sf.Answer:
         clock[0] = 1000.0
         return sf.reply(b"")
 

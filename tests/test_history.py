@@ -19,8 +19,8 @@ import pytest
 import uvicorn
 
 import aggregate_app
+from api import config
 from api import history as history_module
-from api import upstreams
 from api.history import UPSTREAM_RESULTS, History, Result
 from runtime import postgres as db
 from sandbox.sites import Sandbox
@@ -223,7 +223,7 @@ class Spied:
 
 
 @contextlib.contextmanager
-def service(url: str | None, upstream: upstreams.Upstream) -> Iterator[int]:
+def service(url: str | None, upstream: config.Upstream) -> Iterator[int]:
     """The API before one upstream, and its port."""
     app = aggregate_app.create_app(
         {upstream.name: upstream}, database=lambda: db.Database(url, UPSTREAM_RESULTS), client_rate=0
@@ -244,9 +244,9 @@ def pg_health(port: int) -> dict[str, Any]:
     return {"status": body["status"], **body["database"]}
 
 
-def pg_weather(web: Sandbox, **options: Any) -> upstreams.Upstream:
+def pg_weather(web: Sandbox, **options: Any) -> config.Upstream:
     url = web.url("/api/weather?city={city}")
-    return upstreams.Upstream("weather", url, {"city": "Berlin"}, **{"timeout": 20.0, "ttl": 600.0, **options})
+    return config.Upstream("weather", url, {"city": "Berlin"}, **{"timeout": 20.0, "ttl": 600.0, **options})
 
 
 def test_aggregate_keeps_what_it_loaded_over_an_outage_and_a_restart(pg: PgServer, web: Sandbox) -> None:
@@ -299,7 +299,7 @@ def test_aggregate_begins_with_what_the_last_life_knew(pg: PgServer, web: Sandbo
     free = socket.create_server(("127.0.0.1", 0))
     gone = f"http://127.0.0.1:{free.getsockname()[1]}/"
     free.close()
-    upstream = upstreams.Upstream("weather", gone + "{city}", {"city": "Berlin"}, ttl=600.0, retries=0)
+    upstream = config.Upstream("weather", gone + "{city}", {"city": "Berlin"}, ttl=600.0, retries=0)
     with service(pg.url, upstream) as port:
         status, body, _ = aggregate_http(port, "/aggregate/weather?city=Oslo&deadline_ms=20000")
         part = body["sources"]["weather"]

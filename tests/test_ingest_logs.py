@@ -28,7 +28,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import ingest_logs
-from logs import display
+from logs import display, outlet
 from logs import pipeline as log_pipeline
 from logs import workers as log_workers
 from logs.display import Snapshot
@@ -378,7 +378,7 @@ def test_ingest_counts_add_up_over_workers_and_their_deaths() -> None:
         {"queue": 10, "spool": 30},
     )
     assert (both.lag, both.database, both.metadata, both.workers, both.deaths) == (2.0, "down", "open", 2, 1)
-    gone = display.buried(one)
+    gone = display.counts_after_death(one)
     assert (gone.dropped, gone.handed, gone.held) == ({"queue full": 4, "worker died": 10}, 30, {})
     assert display.imbalance(gone) == 0 and (gone.workers, gone.deaths) == (0, 1)
     again = display.add_up([gone, Snapshot(recovered=30, stored=30, database="connected")])
@@ -511,7 +511,7 @@ def test_a_disk_too_slow_for_the_stop_leaves_no_batch_both_dropped_and_spooled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
     monkeypatch.setattr(log_pipeline, "FORCE_LIMIT", 0.1)
-    monkeypatch.setattr(log_pipeline, "PATIENCE", 0.0)
+    monkeypatch.setattr(outlet, "PATIENCE", 0.0)
 
     async def main() -> None:
         writing, go_on = threading.Event(), threading.Event()
@@ -559,8 +559,8 @@ def test_rows_set_aside_before_a_failure_to_read_are_counted(
             return read(spool, names)
 
         monkeypatch.setattr(log_spool.Spool, "_read", spoilt)
-        monkeypatch.setattr(log_pipeline, "TOGETHER", 2)
-        monkeypatch.setattr(log_pipeline, "PATIENCE", 0.0)
+        monkeypatch.setattr(outlet, "TOGETHER", 2)
+        monkeypatch.setattr(outlet, "PATIENCE", 0.0)
         async with logs_ingest_up(tmp_path, "postgresql://nobody@127.0.0.1:1/none") as up:
             up.send(50)
             await up.until(lambda counts: counts.held["spool"] == 50)

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import uvloop
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from logs import event_queue
 from logs import intake as li
 from logs.parse import Event
 from runtime import serving
+from tests.absent import needs
 from tests.helpers.base import HUNT, SETTINGS, World, run_task, until_async
 
 INTAKE_EPOCH = datetime(2026, 3, 1, tzinfo=UTC)
@@ -40,15 +41,15 @@ def intake_numbers(events: Sequence[Event] | None) -> list[int] | None:
     return None if events is None else [int(event.host) for event in events]
 
 
-def intake_counts(queue: li.EventQueue) -> None:
+def intake_counts(queue: event_queue.EventQueue) -> None:
     stats = queue.stats()
     assert stats.received == stats.queued + stats.taken + sum(stats.dropped.values())
-    assert set(stats.dropped) == set(li.CAUSES)
+    assert set(stats.dropped) == set(event_queue.CAUSES)
 
 
 def test_queue_row_by_row() -> None:
     world = World(100.0)
-    queue = li.EventQueue(4, 100_000, max_items=3, max_age=5.0, batch_bytes=50_000, clock=world.clock)
+    queue = event_queue.EventQueue(4, 100_000, max_items=3, max_age=5.0, batch_bytes=50_000, clock=world.clock)
     assert (queue.take(), queue.drain(), queue.due_in(), len(queue)) == (None, [], math.inf, 0)
     queue.put([])
     assert queue.due_in() == math.inf
@@ -70,9 +71,9 @@ def test_queue_row_by_row() -> None:
 
 
 def test_queue_is_bounded_in_bytes() -> None:
-    queue = li.EventQueue(10, 20_000, max_items=10, batch_bytes=10_000, clock=World().clock)
+    queue = event_queue.EventQueue(10, 20_000, max_items=10, batch_bytes=10_000, clock=World().clock)
     queue.put([intake_event(1, message="x" * 6000), intake_event(2, attributes="x" * 6000), intake_event(3)])
-    assert (queue.stats().bytes, queue.due_in()) == (12_000 + 3 * li.EVENT_BYTES, 0.0)
+    assert (queue.stats().bytes, queue.due_in()) == (12_000 + 3 * event_queue.EVENT_BYTES, 0.0)
     queue.put(
         [
             intake_event(4, message="x" * 7000),
@@ -85,15 +86,15 @@ def test_queue_is_bounded_in_bytes() -> None:
     assert (queue.take(), intake_numbers(queue.drain()), queue.stats().bytes) == (None, [5], 0)
     queue.put([intake_event(7, message="x" * 12_000)])  # more than a batch: alone
     assert (intake_numbers(queue.take()), queue.stats().bytes) == ([7], 0)
-    wide = li.EventQueue(10, 20_000, max_items=10, batch_bytes=10_000)
+    wide = event_queue.EventQueue(10, 20_000, max_items=10, batch_bytes=10_000)
     wide.put([intake_event(1, message="\U0001f642" * 1000, attributes="\N{SNOWMAN}" * 1000)])
-    assert 6000 <= wide.stats().bytes - li.EVENT_BYTES <= 6000 + 200  # as Python holds them
+    assert 6000 <= wide.stats().bytes - event_queue.EVENT_BYTES <= 6000 + 200  # as Python holds them
     intake_counts(queue)
 
 
-@pytest.mark.parametrize("policy", li.POLICIES)
-def test_queue_what_goes_when_it_is_full(policy: li.Policy) -> None:
-    queue = li.EventQueue(4, 1_000_000, policy, max_items=4, batch_bytes=100_000)
+@pytest.mark.parametrize("policy", event_queue.POLICIES)
+def test_queue_what_goes_when_it_is_full(policy: event_queue.Policy) -> None:
+    queue = event_queue.EventQueue(4, 1_000_000, policy, max_items=4, batch_bytes=100_000)
     queue.put([intake_event(n, severity) for n, severity in enumerate((6, 7, 3, 7))])
     queue.put([intake_event(4, 6), intake_event(5, 7), intake_event(6, 6), intake_event(7, 0), intake_event(8, 0)])
     expected = {0: (2, 4, 7, 8)} if policy == "drop-lowest-severity" else {0: (0, 1, 2, 3)}
@@ -106,7 +107,7 @@ def test_queue_what_goes_when_it_is_full(policy: li.Policy) -> None:
 
 
 def test_queue_nothing_gives_way_in_vain() -> None:
-    queue = li.EventQueue(9, 10_000, "drop-lowest-severity", max_items=9, batch_bytes=5000)
+    queue = event_queue.EventQueue(9, 10_000, "drop-lowest-severity", max_items=9, batch_bytes=5000)
     queue.put([intake_event(1, 7, "x" * 2000), intake_event(2, 7, "x" * 2000), intake_event(3, 4, "x" * 4000)])
     queue.put([intake_event(4, 6, "x" * 6000)])  # would not fit though both went
     assert (len(queue), queue.stats().dropped["queue bytes"], queue.stats().dropped["less severe"]) == (3, 1, 0)
@@ -119,10 +120,10 @@ def test_queue_nothing_gives_way_in_vain() -> None:
 
 
 def test_queue_the_places_of_those_who_went_are_taken_along() -> None:
-    queue = li.EventQueue(4, 1_000_000, "drop-lowest-severity", max_items=4, batch_bytes=400_000)
+    queue = event_queue.EventQueue(4, 1_000_000, "drop-lowest-severity", max_items=4, batch_bytes=400_000)
     queue.put([intake_event(0, 0), *(intake_event(n, 7, "x" * 100) for n in (1, 2, 3))])
     queue.put([intake_event(4, 5), intake_event(5, 5)])
-    assert (len(queue._items), queue.stats().bytes) == (6, 4 * li.EVENT_BYTES + 100)
+    assert (len(queue._items), queue.stats().bytes) == (6, 4 * event_queue.EVENT_BYTES + 100)
     assert (intake_numbers(queue.drain()), queue.stats().bytes, queue._items) == ([0, 1, 4, 5], 0, [])
     intake_counts(queue)
 
@@ -132,14 +133,14 @@ def test_queue_says_when_to_spool() -> None:
         ("spool", 5, 0, False), ("spool", 6, 0, True), ("spool", 2, 5000, True), ("spool", 2, 4000, False),
         ("drop-newest", 10, 0, False), ("drop-lowest-severity", 10, 0, False),
     ):  # fmt: skip
-        queue = li.EventQueue(10, 20_000, policy, max_items=10, batch_bytes=10_000)  # type: ignore[arg-type]
+        queue = event_queue.EventQueue(10, 20_000, policy, max_items=10, batch_bytes=10_000)  # type: ignore[arg-type]
         queue.put([intake_event(n, message="x" * size) for n in range(count)])
         assert queue.over() is over, (policy, count, size)
 
 
 def test_queue_times_that_are_close_are_one() -> None:
     world = World(0.0)
-    queue = li.EventQueue(max_age=5.0, clock=world.clock)
+    queue = event_queue.EventQueue(max_age=5.0, clock=world.clock)
     for serial in range(10_000):  # ten seconds, a put each ms, and nobody takes
         world.now = serial / 1000
         queue.put([intake_event(serial)])
@@ -155,11 +156,11 @@ def test_queue_refuses_its_sizes() -> None:
         {"batch_bytes": 0}, {"max_bytes": 7_999_999}, {"policy": "drop"},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"a batch holds|max_age|policy"):
-            li.EventQueue(**options)
-    queue = li.EventQueue()
+            event_queue.EventQueue(**options)
+    queue = event_queue.EventQueue()
     with pytest.raises(AttributeError):
         queue.put([intake_event(1), None])  # type: ignore[list-item]
-    assert queue.stats() == (0, 0, 0, 0, dict.fromkeys(li.CAUSES, 0), 0.0)
+    assert queue.stats() == (0, 0, 0, 0, dict.fromkeys(event_queue.CAUSES, 0), 0.0)
 
 
 class IntakeWaiting:
@@ -173,15 +174,15 @@ class IntakeWaiting:
 class IntakeQueueMachine(RuleBasedStateMachine):
     """A queue, and a list that is searched from end to end for each event."""
 
-    queue_type: ClassVar[type[li.EventQueue]] = li.EventQueue
+    queue_type: ClassVar[type[event_queue.EventQueue]] = event_queue.EventQueue
 
     @initialize(
         capacity=st.integers(1, 8),
         max_bytes=st.sampled_from([1000, 4000, 10_000, 1_000_000]),
-        policy=st.sampled_from([*li.POLICIES, "drop-lowest-severity"]),  # twice: there is more to it
+        policy=st.sampled_from([*event_queue.POLICIES, "drop-lowest-severity"]),  # twice: there is more to it
         data=st.data(),
     )
-    def start(self, capacity: int, max_bytes: int, policy: li.Policy, data: st.DataObject) -> None:
+    def start(self, capacity: int, max_bytes: int, policy: event_queue.Policy, data: st.DataObject) -> None:
         self.world = World()
         self.capacity, self.max_bytes, self.policy = capacity, max_bytes, policy
         self.max_items = data.draw(st.integers(1, capacity), label="max_items")
@@ -194,13 +195,13 @@ class IntakeQueueMachine(RuleBasedStateMachine):
             clock=self.world.clock,
         )
         self.waiting: list[IntakeWaiting] = []
-        self.dropped = dict.fromkeys(li.CAUSES, 0)
+        self.dropped = dict.fromkeys(event_queue.CAUSES, 0)
         self.received = self.taken = 0
 
     def bytes(self) -> int:
         return sum(one.size for one in self.waiting)
 
-    def why_not(self, size: int, waiting: list[IntakeWaiting]) -> li.Cause | None:
+    def why_not(self, size: int, waiting: list[IntakeWaiting]) -> event_queue.Cause | None:
         if size > self.max_bytes:
             return "too large"
         if len(waiting) == self.capacity:
@@ -208,7 +209,7 @@ class IntakeQueueMachine(RuleBasedStateMachine):
         return "queue bytes" if sum(one.size for one in waiting) + size > self.max_bytes else None
 
     def model_put(self, event: Event) -> None:
-        size = li.EVENT_BYTES + len(event.message) + len(event.attributes)
+        size = event_queue.EVENT_BYTES + len(event.message) + len(event.attributes)
         cause, remain, gone = self.why_not(size, self.waiting), list(self.waiting), 0
         if cause and self.policy == "drop-lowest-severity":
             least_first = sorted(remain, key=lambda one: one.severity)[::-1]
@@ -302,17 +303,17 @@ class IntakeQueueMachine(RuleBasedStateMachine):
         assert len(self.queue._marks) <= len(self.queue._items) + 1
 
 
-def intake_check_queue(queue_type: type[li.EventQueue], effort: settings = SETTINGS) -> None:
+def intake_check_queue(queue_type: type[event_queue.EventQueue], effort: settings = SETTINGS) -> None:
     """In order, within its bounds, what is dropped is what the policy says, and all of it is counted."""
     machine = type("Machine", (IntakeQueueMachine,), {"queue_type": queue_type})
     run_state_machine_as_test(machine, settings=effort)
 
 
 def test_queue_keeps_its_promises() -> None:
-    intake_check_queue(li.EventQueue, settings(SETTINGS, max_examples=150, stateful_step_count=30))
+    intake_check_queue(event_queue.EventQueue, settings(SETTINGS, max_examples=150, stateful_step_count=30))
 
 
-class IntakeQueueForgets(li.EventQueue):
+class IntakeQueueForgets(event_queue.EventQueue):
     """What gave way is not counted."""
 
     def _make_room(self, level: int, size: int) -> bool:
@@ -322,7 +323,7 @@ class IntakeQueueForgets(li.EventQueue):
         return done
 
 
-class IntakeQueueInVain(li.EventQueue):
+class IntakeQueueInVain(event_queue.EventQueue):
     """Drops what is less severe though it is not enough."""
 
     def _make_room(self, level: int, size: int) -> bool:
@@ -335,7 +336,7 @@ class IntakeQueueInVain(li.EventQueue):
         return super()._make_room(level, size)
 
 
-class IntakeQueueOldestFirst(li.EventQueue):
+class IntakeQueueOldestFirst(event_queue.EventQueue):
     """Of the least severe the oldest goes."""
 
     def _make_room(self, level: int, size: int) -> bool:
@@ -348,14 +349,14 @@ class IntakeQueueOldestFirst(li.EventQueue):
         return done
 
 
-class IntakeQueueGrows(li.EventQueue):
+class IntakeQueueGrows(event_queue.EventQueue):
     """The empty places stay."""
 
     def _squeeze(self, levels: Any) -> None:
         pass
 
 
-class IntakeQueueSqueezesTimes(li.EventQueue):
+class IntakeQueueSqueezesTimes(event_queue.EventQueue):
     """Closing the gaps, it forgets when the rest came."""
 
     def _squeeze(self, levels: Any) -> None:
@@ -363,7 +364,7 @@ class IntakeQueueSqueezesTimes(li.EventQueue):
         self._marks = deque([self._marks[-1]])
 
 
-class IntakeQueueSqueezesLevels(li.EventQueue):
+class IntakeQueueSqueezesLevels(event_queue.EventQueue):
     """Closing the gaps, it forgets who is where."""
 
     def _squeeze(self, levels: Any) -> None:
@@ -374,7 +375,7 @@ class IntakeQueueSqueezesLevels(li.EventQueue):
             positions.extend(old)
 
 
-class IntakeQueueLate(li.EventQueue):
+class IntakeQueueLate(event_queue.EventQueue):
     """Takes the time of what came last for that of all."""
 
     def _admit(self, events: Sequence[Event], sizes: Sequence[int], size: int, now: float) -> None:
@@ -383,7 +384,7 @@ class IntakeQueueLate(li.EventQueue):
             self._marks.popleft()
 
 
-class IntakeQueueTooMuch(li.EventQueue):
+class IntakeQueueTooMuch(event_queue.EventQueue):
     """A batch may be larger than it should."""
 
     def _batch(self) -> tuple[int, int]:
@@ -393,10 +394,10 @@ class IntakeQueueTooMuch(li.EventQueue):
         return places, total
 
 
-class IntakeQueueOneMore(li.EventQueue):
+class IntakeQueueOneMore(event_queue.EventQueue):
     """Holds more bytes than it may."""
 
-    def _refusal(self, size: int) -> li.Cause | None:
+    def _refusal(self, size: int) -> event_queue.Cause | None:
         cause = super()._refusal(size)
         return None if cause == "queue bytes" and self._bytes + size < self.max_bytes * 1.5 else cause
 
@@ -415,7 +416,7 @@ class IntakeQueueOneMore(li.EventQueue):
         IntakeQueueOneMore,
     ],
 )
-def test_queue_the_checker_finds_planted_bugs(queue_type: type[li.EventQueue]) -> None:
+def test_queue_the_checker_finds_planted_bugs(queue_type: type[event_queue.EventQueue]) -> None:
     with pytest.raises((AssertionError, IndexError)):
         intake_check_queue(queue_type, HUNT)
 
@@ -480,13 +481,13 @@ def intake_run(loop: str, main: Any) -> None:
         run_task(main)
         return
     complaints: list[Any] = []
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=serving.new_loop) as runner:
         runner.get_loop().set_exception_handler(lambda _, context: complaints.append(context))
         runner.run(main)
     assert complaints == []
 
 
-intake_loops = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+intake_loops = pytest.mark.parametrize("loop", ["asyncio", pytest.param("uvloop", marks=needs("uvloop"))])
 
 
 @intake_loops

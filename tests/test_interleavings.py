@@ -17,6 +17,7 @@ import pytest
 
 import coordination as co
 import primitives as pr
+from tests.absent import needs
 from tests.helpers.base import HERE
 from tests.helpers.mechanisms import Turns, TurnsThread
 
@@ -261,7 +262,7 @@ class TurnsItemLost(co.Channel[Any]):
 class TurnsPoisoned(pr.SingleFlight):
     """A killed leader takes its followers with it."""
 
-    def _land(self, key: Any, flight: co._FairCondition, answer: Any) -> None:
+    def _finish(self, key: Any, flight: co.FairCondition, answer: Any) -> None:
         with self._lock:
             self._flights.pop(key, None)
             while answer is not None and flight.grant_oldest(answer):
@@ -406,6 +407,7 @@ def frontrun_found() -> Iterator[dict[str, str | None]]:
     yield json.loads(done.stdout.splitlines()[-1])
 
 
+@needs("frontrun")
 @pytest.mark.parametrize("name", CASES)
 def test_frontrun_proves_the_decisions_and_finds_the_planted(name: str, frontrun_found: dict[str, str | None]) -> None:
     expected = ("deadlock" if "orders" in name else "race") if name.startswith("planted") else None

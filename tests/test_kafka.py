@@ -1,4 +1,4 @@
-"""market/kafka.py, link.py: a broker that stops, freezes, refuses."""
+"""market/kafka.py, producer.py: a broker that stops, freezes, refuses."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.partitioner import DefaultPartitioner
 
+from market import backlog, consumers
 from market import kafka as mk
-from market import link
+from market import producer as producer_module
 from market import topics as mt
 from market.trade import Trade
 from runtime.spool import Spool, SpoolInUse
@@ -37,6 +38,7 @@ from tests.helpers.market import (
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
+    overflow_of,
     read,
 )
 
@@ -94,19 +96,21 @@ def test_json_of_a_trade_is_its_fields_by_name() -> None:
 def test_a_line_of_the_spool_gives_back_what_it_was_made_of() -> None:
     odd = market_kafka_trade(1, symbol="Ünï\n\x00\t-USD", trade_id='"{\t')
     for row in (
-        mt.trade_row(market_kafka_trade(1), "p-trades"),
-        mt.trade_row(odd, "p-trades"),
-        mt.trade_row(market_kafka_trade(1, symbol=""), "p-trades"),
-        mt.trade_row(market_kafka_trade(1, symbol="1\tBTC"), "p-trades"),
-        mt.dead_row(mt.DeadLetter("okx", "no price", b"\x00\n\xff{", MARKET_KAFKA_NOW, "binary", "{}"), "p-dead"),
+        mt.trade_record(market_kafka_trade(1), "p-trades"),
+        mt.trade_record(odd, "p-trades"),
+        mt.trade_record(market_kafka_trade(1, symbol=""), "p-trades"),
+        mt.trade_record(market_kafka_trade(1, symbol="1\tBTC"), "p-trades"),
+        mt.dead_letter_record(
+            mt.DeadLetter("okx", "no price", b"\x00\n\xff{", MARKET_KAFKA_NOW, "binary", "{}"), "p-dead"
+        ),
     ):
-        line = mt.to_line(row)
-        assert b"\n" not in line and mt.from_line(line, "p-trades", "p-dead") == row
+        line = mt.line_of_record(row)
+        assert b"\n" not in line and mt.record_of_line(line, "p-trades", "p-dead") == row
     before = mt.encode(odd)  # as an older version wrote it
-    assert mt.from_line(before, "p-trades", "p-dead") == mt.trade_row(odd, "p-trades")
+    assert mt.record_of_line(before, "p-trades", "p-dead") == mt.trade_record(odd, "p-trades")
     for line in (b'{"exchange":"kraken"}', b"[1]", b"rubbish", b"", b'["a","b","not base64",1,"text"]', b"1", b"1\ta"):
-        row = mt.from_line(line, "p-trades", "p-dead")
-        letter = mt.dead_letter(row.value, row.headers)
+        row = mt.record_of_line(line, "p-trades", "p-dead")
+        letter = mt.letter_of_record(row.value, row.headers)
         assert row.topic == "p-dead" and "another version" in letter.error and letter.raw == line
 
 
@@ -140,7 +144,7 @@ def test_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
             assert stats.trades.published == stats.trades.accepted == 3 * len(bad) + 3
             assert stats.dead == len(bad) + 3 and stats.connects == 1
         assert await market_kafka_ids(address, "b.trades") == list(range(2 * len(bad)))
-        letters = [letter async for letter in mt.dead_letters(address, prefix="b.")]
+        letters = [letter async for letter in consumers.dead_letters(address, prefix="b.")]
         trades = [letter for letter in letters if letter.kind == "trade"]
         assert len(trades) == len(bad) and sum(letter.exchange == "kraken" for letter in trades) == len(bad) - 1
         assert all(letter.error and letter.raw for letter in letters)
@@ -156,7 +160,7 @@ def test_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
             "text",
         )
         assert gateio.raw == b"y" * mt.LARGEST_RECORD and "3000000 bytes" in gateio.error
-        assert [letter async for letter in mt.dead_letters(address, prefix="none.")] == []
+        assert [letter async for letter in consumers.dead_letters(address, prefix="none.")] == []
 
     run_task(main())
 
@@ -185,7 +189,7 @@ def test_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes_on_in_order(
             await publisher.flush()
             assert balanced(publisher).trades[2:] == (1000, 0, 0, 1, 0)
         assert await market_kafka_ids(address, "c.trades") == [n for n in range(1000) if n not in culprits]
-        letters = [letter async for letter in mt.dead_letters(address, prefix="c.")]
+        letters = [letter async for letter in consumers.dead_letters(address, prefix="c.")]
         assert {int(mt.decode(letter.raw).trade_id) for letter in letters} == culprits and len(letters) == len(culprits)
         assert {(letter.exchange, letter.error) for letter in letters} == {("kraken", "MessageSizeTooLargeError")}
 
@@ -205,7 +209,7 @@ def test_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
         async with market_kafka_open(address, prefix="d.", partitions=1) as publisher:
             await publisher.trades(market_kafka_trades(0, 10))
             await publisher.flush()
-            producer = publisher._link._producer
+            producer = publisher._producer._producer
             numbers, place = producer._txn_manager._sequence_numbers, TopicPartition("d.trades", 0)
             assert producer._sender._acks == -1 and numbers[place] == 10
             numbers[place] = 0  # what was sent is sent again: the broker knows it
@@ -216,7 +220,7 @@ def test_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
             await publisher.trades(market_kafka_trades(10, 20))
             await publisher.flush()
             assert publisher.stats().connects == 2 and "OutOfOrder" in publisher.stats().error
-            publisher._link._sent = link.RENEW_AFTER + 1
+            publisher._producer._sent = producer_module.RENEW_AFTER + 1
             await publisher.trades(market_kafka_trades(20, 30))
             await publisher.flush()
             assert publisher.stats().connects == 3
@@ -233,7 +237,9 @@ def test_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broke
         async with market_kafka_open(broker.address, buffer=100, spool_after=0.05) as publisher:
             await publisher.trades(market_kafka_trades(0, 100, 1))
             waiting = [asyncio.create_task(publisher.trades(market_kafka_trades(100, 350, 1)))]
-            await until_async(lambda: len(publisher._buffer) == 100 and publisher.stats().trades.accepted == 200)
+            await until_async(
+                lambda: len(publisher._backlog.waiting) == 100 and publisher.stats().trades.accepted == 200
+            )
             await until_async(lambda: publisher.stats().state == "away" and "Connection" in publisher.stats().error)
             stats = balanced(publisher)
             assert stats.trades.held == 200
@@ -247,7 +253,7 @@ def test_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broke
             broker.start()
             await asyncio.gather(*waiting)
             async with publisher._turn:  # somebody waits: nobody passes
-                await until_async(lambda: not publisher._buffer)
+                await until_async(lambda: not publisher._backlog.waiting)
                 assert not publisher.offer(market_kafka_trades(350, 351, 1))
             await publisher.flush()
             assert balanced(publisher).trades.published == 401
@@ -266,17 +272,17 @@ def test_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(
     async def main() -> None:
         async with market_kafka_open(broker.address, analytics_buffer=50) as publisher:
             publisher.analytics([{"symbol": "A", "n": 0}])
-            await until_async(lambda: publisher._rows_flying == 1)
+            await until_async(lambda: publisher._rows.under_way == 1)
             for n in range(1, 200):
                 publisher.analytics([{"symbol": "A", "n": n}])
             stats = balanced(publisher)
-            assert stats.analytics == link.Counts(200, 0, 0, 51, 0, 149, 0) and stats.trades.held == 0
+            assert stats.analytics == backlog.Counts(200, 0, 0, 51, 0, 149, 0) and stats.trades.held == 0
             with pytest.raises((LookupError, AttributeError, TypeError)):
                 publisher.analytics([{"n": 1}])
             await publisher.trades([market_kafka_trade(1)])
             broker.start()
             await publisher.flush()
-            assert balanced(publisher).analytics == link.Counts(200, 0, 51, 0, 0, 149, 0)
+            assert balanced(publisher).analytics == backlog.Counts(200, 0, 51, 0, 0, 149, 0)
         records = [each for lot in (await read(broker.address, "analytics")).values() for each in lot]
         assert [orjson.loads(record.value)["n"] for record in records] == [0, *range(150, 200)]
 
@@ -294,21 +300,21 @@ def test_absent_at_the_start_the_buffer_fills_then_the_spool_and_all_comes_in_or
             for n in range(0, 500, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
             await asyncio.sleep(0.05)
-            assert balanced(publisher).trades == link.Counts(500, 0, 0, 500, 0, 0, 0)
+            assert balanced(publisher).trades == backlog.Counts(500, 0, 0, 500, 0, 0, 0)
             for n in range(500, 3000, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
                 balanced(publisher)
-            await until_async(lambda: not publisher._spilling)
+            await until_async(lambda: not overflow_of(publisher).spilling)
             counts = balanced(publisher).trades
             assert counts.spooled >= 2000 and counts.held <= 500 and counts.accepted == 3000
-            assert Spool.stats(publisher._spool).rows == counts.spooled  # type: ignore[arg-type]
+            assert Spool.stats(overflow_of(publisher).spool).rows == counts.spooled
             broker.start()
             for n in range(3000, 4000, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
                 balanced(publisher)
                 await asyncio.sleep(0)
             await publisher.flush()
-            assert balanced(publisher).trades == link.Counts(4000, 0, 4000, 0, 0, 0, 0)
+            assert balanced(publisher).trades == backlog.Counts(4000, 0, 4000, 0, 0, 0, 0)
             assert list((tmp_path / "spool").glob("*.batch")) == []
         assert await market_kafka_ids(broker.address) == list(range(4000))
 
@@ -336,12 +342,12 @@ def test_what_is_on_its_way_to_the_spool_is_not_overtaken(
         ) as publisher:
             await publisher.trades(market_kafka_trades(0, 100, 1))
             task = asyncio.create_task(publisher.trades(market_kafka_trades(100, 200, 1)))
-            await until_async(lambda: publisher._moving == 100)
+            await until_async(lambda: publisher._backlog.moving == 100)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await publisher.trades(market_kafka_trades(100, 200, 1))
             await asyncio.sleep(0.3)
-            assert balanced(publisher).trades == link.Counts(200, 0, 0, 200, 0, 0, 0)
+            assert balanced(publisher).trades == backlog.Counts(200, 0, 0, 200, 0, 0, 0)
             go.set()
             await publisher.flush()
         assert await market_kafka_ids(address, "h.trades") == list(range(200))
@@ -370,7 +376,7 @@ def test_frozen_for_longer_than_its_limits_each_record_comes_once(market_kafka_b
             assert stats.state == "away" and stats.trades.published == 100 and stats.trades.spooled > 900
             broker.thaw()
             await publisher.flush()
-            assert balanced(publisher).trades == link.Counts(1500, 0, 1500, 0, 0, 0, 0)
+            assert balanced(publisher).trades == backlog.Counts(1500, 0, 1500, 0, 0, 0, 0)
             assert publisher.stats().connects == 1
         assert await market_kafka_ids(broker.address) == list(range(1500))
 
@@ -385,10 +391,10 @@ def test_stopped_and_restarted_under_load_each_record_comes_once(
     owners: dict[tuple[int, int], int] = {}
     forgotten = set[int]()
     send = AIOKafkaProducer.send_batch
-    build = link._Link._build
-    rows_of: dict[int, list[mt.Row]] = {}
+    build = producer_module.Producer._build
+    rows_of: dict[int, list[mt.Record]] = {}
 
-    async def built(self: link._Link, producer: Any, rows: list[mt.Row]) -> Any:
+    async def built(self: producer_module.Producer, producer: Any, rows: list[mt.Record]) -> Any:
         lanes = await build(self, producer, rows)
         rows_of.update((id(piece.batch), piece.rows) for pieces in lanes.values() for piece in pieces)
         return lanes
@@ -406,7 +412,7 @@ def test_stopped_and_restarted_under_load_each_record_comes_once(
         future.add_done_callback(acknowledged)
         return future
 
-    monkeypatch.setattr(link._Link, "_build", built)
+    monkeypatch.setattr(producer_module.Producer, "_build", built)
     monkeypatch.setattr(AIOKafkaProducer, "send_batch", sent)
 
     async def main() -> None:
@@ -428,7 +434,7 @@ def test_stopped_and_restarted_under_load_each_record_comes_once(
                 await asyncio.to_thread(broker.start)
             await task
             await publisher.flush()
-            assert balanced(publisher).trades == link.Counts(3000, 0, 3000, 0, 0, 0, 0)
+            assert balanced(publisher).trades == backlog.Counts(3000, 0, 3000, 0, 0, 0, 0)
         ids = await market_kafka_ids(broker.address)
         assert len(ids) == len(set(ids)) and set(range(3000)) - set(ids) <= forgotten and len(owners) >= len(ids)
 
@@ -447,7 +453,7 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
             await publisher.flush()
             broker.freeze() if how == "frozen" else broker.stop()
             await publisher.trades(market_kafka_trades(100, 200))
-            await until_async(lambda: len(publisher._flying) == 100)
+            await until_async(lambda: len(publisher._backlog.under_way) == 100)
             await asyncio.sleep(0.05)
             await publisher.trades(market_kafka_trades(200, 5200))
             publisher.analytics([{"symbol": "A"}])
@@ -455,10 +461,10 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
             assert await publisher.stop(0.2) == 0
             assert time.monotonic() - begun < HANG_LIMIT
             stats = balanced(publisher)
-            assert stats.trades == link.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
-            with pytest.raises(link.Closed):
+            assert stats.trades == backlog.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
+            with pytest.raises(mk.PublisherClosed):
                 await publisher.trades(market_kafka_trades(1, 2))
-            with pytest.raises(link.Closed):
+            with pytest.raises(mk.PublisherClosed):
                 await publisher.flush()
         broker.thaw() if how == "frozen" else broker.start()
         async with market_kafka_open(broker.address, spool=spool) as publisher:
@@ -468,7 +474,7 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
                 await other.start()
             await publisher.trades(market_kafka_trades(5200, 5300))
             await publisher.flush()
-            assert balanced(publisher).trades == link.Counts(100, 5100, 5200, 0, 0, 0, 0)
+            assert balanced(publisher).trades == backlog.Counts(100, 5100, 5200, 0, 0, 0, 0)
         if how == "absent":
             assert await market_kafka_ids(broker.address) == list(range(5300))
         else:  # what was under way when it was left may come twice
@@ -497,7 +503,7 @@ def test_a_stop_with_nowhere_to_go_says_what_is_lost(
                 await stop
             await until_async(lambda: publisher.stats().state == "closed")
             assert time.monotonic() - begun < HANG_LIMIT
-            assert balanced(publisher).trades == link.Counts(3000, 0, 0, 0, 0, 3000, 0)
+            assert balanced(publisher).trades == backlog.Counts(3000, 0, 0, 0, 0, 3000, 0)
         never = mk.Publisher(broker.address)
         assert never.offer(market_kafka_trades(0, 5)) and await never.stop() == 5
         balanced(never)
@@ -539,7 +545,7 @@ def test_what_a_killed_process_had_spooled_the_next_one_publishes(market_kafka_b
             assert publisher.stats().trades.recovered == 2000
             await publisher.trades(market_kafka_trades(2000, 2100))
             await publisher.flush()
-            assert balanced(publisher).trades == link.Counts(100, 2000, 2100, 0, 0, 0, 0)
+            assert balanced(publisher).trades == backlog.Counts(100, 2000, 2100, 0, 0, 0, 0)
         assert await market_kafka_ids(broker.address) == list(range(2100))
 
     run_task(main())
@@ -553,7 +559,7 @@ def test_a_full_spool_blocks_and_a_damaged_one_is_counted(market_kafka_broker: B
         options: dict[str, Any] = {"spool": spool, "buffer": 100, "spool_after": 0.05}
         async with market_kafka_open(broker.address, 0.1, spool_bytes=100_000, **options) as publisher:
             task = asyncio.create_task(publisher.trades(market_kafka_trades(0, 1000)))
-            await until_async(lambda: Spool.stats(publisher._spool).refused > 0)  # type: ignore[arg-type]
+            await until_async(lambda: Spool.stats(overflow_of(publisher).spool).refused > 0)
             counts = balanced(publisher).trades
             assert 0 < counts.spooled < 500 and counts.held == 100 and not task.done()
             task.cancel()
@@ -566,7 +572,7 @@ def test_a_full_spool_blocks_and_a_damaged_one_is_counted(market_kafka_broker: B
             broker.start()
             await publisher.flush()
             counts = balanced(publisher).trades
-            assert counts == link.Counts(0, sum(rows), sum(rows) - rows[1], 0, 0, 0, rows[1])
+            assert counts == backlog.Counts(0, sum(rows), sum(rows) - rows[1], 0, 0, 0, rows[1])
         first = sum(rows[:1])
         assert await market_kafka_ids(broker.address) == [*range(first), *range(first + rows[1], sum(rows))]
         assert sum(rows) <= accepted
@@ -585,7 +591,7 @@ def test_dead_letters_are_committed_after_what_came_of_them(module: Broker) -> N
             await publisher.flush()
 
             async def left_early() -> int:
-                letters = mt.dead_letters(address, prefix="e.", group="again")
+                letters = consumers.dead_letters(address, prefix="e.", group="again")
                 async for letter in letters:
                     await letters.aclose()  # type: ignore[attr-defined]
                     return int(letter.raw)
@@ -599,16 +605,16 @@ def test_dead_letters_are_committed_after_what_came_of_them(module: Broker) -> N
                 flushed.append(publisher.stats().trades.published)
 
             found = list[int]()
-            async for letter in mt.dead_letters(address, prefix="e.", group="again", before_commit=flush):
+            async for letter in consumers.dead_letters(address, prefix="e.", group="again", before_commit=flush):
                 found.append(int(letter.raw))
                 await publisher.trades([market_kafka_trade(len(found))])
             assert found == list(range(10)) and flushed[-1] == 20
-            assert [letter async for letter in mt.dead_letters(address, prefix="e.", group="again")] == []
-            assert len([letter async for letter in mt.dead_letters(address, prefix="e.")]) == 10
+            assert [letter async for letter in consumers.dead_letters(address, prefix="e.", group="again")] == []
+            assert len([letter async for letter in consumers.dead_letters(address, prefix="e.")]) == 10
         await asyncio.sleep(0)
         assert asyncio.all_tasks() == tasks
         with pytest.raises(TimeoutError):
-            _ = [letter async for letter in mt.dead_letters("127.0.0.1:1", limit=0.2)]
+            _ = [letter async for letter in consumers.dead_letters("127.0.0.1:1", limit=0.2)]
         assert logging.getLogger("aiokafka").handlers == []
 
     run_task(main())
@@ -619,7 +625,7 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
 ) -> None:
     address = module.address
 
-    async def take(group: mt.Group, n: int) -> mt.Taken:
+    async def take(group: consumers.Group, n: int) -> consumers.Taken:
         trades, again, dead = list[Trade](), list[Trade](), list[mt.DeadLetter]()
         deadline = time.monotonic() + HANG_LIMIT
         while len(trades) + len(dead) < n:
@@ -628,14 +634,14 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
             trades += taken.trades
             again += taken.again
             dead += taken.dead
-        return mt.Taken(trades, again, dead)
+        return consumers.Taken(trades, again, dead)
 
     async def main() -> None:
         tasks, files = asyncio.all_tasks(), psutil.Process().num_fds()
         async with market_kafka_open(address, prefix="f.", partitions=1) as publisher:
             await publisher.trades(market_kafka_trades(0, 1000, 1))
             await publisher.flush()
-            first = mt.Group(address, prefix="f.")
+            first = consumers.Group(address, prefix="f.")
             await first.start()
             taken = await take(first, 1000)
             assert (
@@ -649,9 +655,9 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
             assert len((await take(first, 100)).trades) == 100  # not committed: a death here
             assert first.stats().partitions == (0,) and first.stats().commits == 1
             await first.stop()
-            link = publisher._link
-            await link.publish([mt.Row("f.trades", b"x", b"rubbish", MARKET_KAFKA_NOW // 1_000_000 + 1100, [])])
-            second = mt.Group(address, prefix="f.", look_back=0.1)
+            producer = publisher._producer
+            await producer.publish([mt.Record("f.trades", b"x", b"rubbish", MARKET_KAFKA_NOW // 1_000_000 + 1100, [])])
+            second = consumers.Group(address, prefix="f.", look_back=0.1)
             await second.start()
             taken = await take(second, 101)
             assert [int(trade.trade_id) for trade in taken.trades] == list(range(1000, 1100))
@@ -679,12 +685,12 @@ def test_a_member_that_leaves_hands_its_partitions_over_with_all_done(
             async def told(partitions: frozenset[int]) -> None:
                 revoked.append(partitions)
 
-            async def member(name: str, group: mt.Group) -> None:
+            async def member(name: str, group: consumers.Group) -> None:
                 while True:
                     seen[name] += [int(trade.trade_id) for trade in (await group.take(0.02)).trades]
 
-            a = mt.Group(address, "shared", prefix="g.", revoked=told, heartbeat=0.05)
-            b = mt.Group(address, "shared", prefix="g.", heartbeat=0.05)
+            a = consumers.Group(address, "shared", prefix="g.", revoked=told, heartbeat=0.05)
+            b = consumers.Group(address, "shared", prefix="g.", heartbeat=0.05)
             with pytest.raises(TimeoutError, match="no topic"):
                 await a.start(0.05)
             await publisher.trades(market_kafka_trades(0, 1000, 20))
@@ -711,21 +717,21 @@ def test_a_member_that_leaves_hands_its_partitions_over_with_all_done(
 
 def test_aiokafka_is_heard_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
     now = [1000.0]
-    quiet = mt.Quiet(lambda: now[0])
+    throttle = mt.LogThrottle(lambda: now[0])
     noise = logging.getLogger("aiokafka.conn")
     with caplog.at_level(logging.INFO):
-        quiet.enter()
-        quiet.enter()
+        throttle.attach()
+        throttle.attach()
         for n in range(50):
             noise.warning("away %d", n)
             noise.info("no matter")
-        quiet.leave()
-        now[0] += mt.QUIET_FOR
+        throttle.detach()
+        now[0] += mt.THROTTLE_FOR
         noise.error("still away")
-        quiet.well()
-        quiet.well()
+        throttle.recovered()
+        throttle.recovered()
         noise.error("away again")
-        quiet.leave()
+        throttle.detach()
         noise.error("heard by all")
     assert [record.getMessage() for record in caplog.records] == [
         *("kafka: away 0", "kafka: still away (49 more lines were held back)"),
@@ -753,3 +759,14 @@ def test_the_broker_for_development_keeps_its_port_and_data_and_follows_a_killed
         with pytest.raises(OSError, match="exit code"):
             busy.start()
         assert not busy.running
+
+
+def test_the_broker_runs_by_itself_until_it_is_told_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sandbox", "broker", "--folder", str(tmp_path)]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        host, port = process.stdout.readline().split(":")
+        socket.create_connection((host, int(port)), HANG_LIMIT).close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(HANG_LIMIT) == 130
+    assert (tmp_path / "broker.log").exists()

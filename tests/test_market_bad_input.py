@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 
 import market_pipeline
+from market import backlog, overflow
 from market import display as md
 from market import flow as market_flow
 from market import kafka as mk
-from market import link
+from market import producer as producer_module
 from market import topics as mt
 from market.connect import Feed
 from market.feeds import ADAPTERS
-from market.stats import Analytics, Row
+from market.stats import Analytics, AnalyticsRow
 from market.trade import Trade
 from runtime.spool import EncodedBatch, Spool
 from sandbox.broker import Broker
@@ -41,6 +42,7 @@ from tests.helpers.market import (
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
+    overflow_of,
 )
 
 
@@ -71,22 +73,24 @@ def test_kafka_a_record_with_wrong_types_is_no_trade(field: dict[str, Any]) -> N
 
 
 def test_kafka_rounds_are_bounded_and_in_order() -> None:
-    rows = [mt.Row("t", b"k", b"x" * size, 0, []) for size in (40, 40, 40, 100, 1, 300, 5)]
-    found = [[len(row.value) for row in each] for each in link.rounds(rows, 100)]
+    rows = [mt.Record("t", b"k", b"x" * size, 0, []) for size in (40, 40, 40, 100, 1, 300, 5)]
+    found = [[len(row.value) for row in each] for each in producer_module.rounds(rows, 100)]
     assert found == [[40, 40, 40], [100], [1, 300], [5]]
-    assert list(link.rounds([], 100)) == []
+    assert list(producer_module.rounds([], 100)) == []
 
 
 def test_kafka_encoding_gives_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = 0
     most = 0
 
-    def counted(trade: Trade, topic: str) -> mt.Row:
+    trade_record = mt.trade_record
+
+    def counted(trade: Trade, topic: str) -> mt.Record:
         nonlocal begun
         begun += 1
-        return mt.trade_row(trade, topic)
+        return trade_record(trade, topic)
 
-    monkeypatch.setattr(mk, "trade_row", counted)
+    monkeypatch.setattr(mt, "trade_record", counted)
 
     async def main() -> None:
         nonlocal most
@@ -96,7 +100,7 @@ def test_kafka_encoding_gives_others_their_turn(monkeypatch: pytest.MonkeyPatch)
             before = begun
             await asyncio.sleep(0)
             most = max(most, begun - before)
-        assert publisher.stats().trades.accepted == begun == 5000 and most == link.AT_ONCE
+        assert publisher.stats().trades.accepted == begun == 5000 and most == producer_module.AT_ONCE
         assert await publisher.stop() == 5000
 
     run_task(main())
@@ -112,13 +116,15 @@ def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
 ) -> None:
     encoded = 0
 
-    def counted(trade: Trade, topic: str) -> mt.Row:
+    trade_record = mt.trade_record
+
+    def counted(trade: Trade, topic: str) -> mt.Record:
         nonlocal encoded
         encoded += 1
-        return mt.trade_row(trade, topic)
+        return trade_record(trade, topic)
 
-    monkeypatch.setattr(mk, "trade_row", counted)
-    monkeypatch.setattr(mk, "FILE", 500)
+    monkeypatch.setattr(mt, "trade_record", counted)
+    monkeypatch.setattr(overflow, "FILE", 500)
     monkeypatch.setattr(mk, "FLIGHT", 1000)
     broker = market_kafka_broker
     broker.stop()
@@ -134,7 +140,7 @@ def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
             async with market_kafka_open(broker.address, spool=tmp_path / "spool") as publisher:
                 await publisher.trades(market_kafka_trades(4200, 4300))
                 await publisher.flush()
-                assert balanced(publisher).trades == link.Counts(100, 4201, 4301, 0, 0, 0, 0)
+                assert balanced(publisher).trades == backlog.Counts(100, 4201, 4301, 0, 0, 0, 0)
                 assert list((tmp_path / "spool").glob("*.batch")) == []
         assert encoded == 4300 and await market_kafka_ids(broker.address) == list(range(4300))
 
@@ -187,7 +193,7 @@ def test_kafka_what_comes_while_the_buffer_is_moved_does_not_keep_it_moving(
         await publisher.start()
         assert publisher.offer(market_kafka_trades(0, 50))
         monkeypatch.setattr(Spool, "put", refilling)
-        assert await publisher._spill()
+        assert await overflow_of(publisher).spill()
         monkeypatch.setattr(Spool, "put", put)
         counts = balanced(publisher).trades
         assert (puts, counts.spooled, counts.held) == (1, 50, 50)
@@ -234,7 +240,7 @@ def test_kafka_a_stop_that_is_cancelled_while_it_closes_loses_nothing(
             gate.set()
             await asyncio.wait((stopping,))
             assert stopping.cancelled() and publisher.stats().state == "closed"
-            assert balanced(publisher).trades == link.Counts(50, 0, 0, 0, 50, 0, 0)
+            assert balanced(publisher).trades == backlog.Counts(50, 0, 0, 0, 50, 0, 0)
         spool = Spool(tmp_path / "spool")
         assert spool.open() == 50
         await spool.close()
@@ -257,7 +263,9 @@ def test_feeds_no_more_symbols_than_a_connection_may_have() -> None:
             with pytest.raises(ValueError, match=why):
                 Feed(adapter, wrong, print, print)
     with pytest.raises(ValueError, match="bitfinex: 26 symbols"):
-        market_flow.feeds_of(market_flow.Options(symbols=tuple(symbols[:26]), exchanges=("kraken", "bitfinex")), {})
+        market_flow.feeds_of(
+            market_flow.MarketOptions(symbols=tuple(symbols[:26]), exchanges=("kraken", "bitfinex")), {}
+        )
 
 
 def test_connect_subscriptions_are_as_slow_as_the_exchange_wants_them() -> None:
@@ -267,13 +275,14 @@ def test_connect_subscriptions_are_as_slow_as_the_exchange_wants_them() -> None:
         slept.append(seconds)
 
     async def main() -> None:
-        sink, ws = Sink(), FakeSocket(World(), 1.0)
+        sink = Sink()
+        ws: Any = FakeSocket(World(), 1.0)
         symbols = [f"S{n}-USD" for n in range(750)]
         for name, messages, pauses in (("binance", 8, 7), ("bybit", 75, 0)):
             slept.clear()
             ws.sent.clear()
             feed = Feed(ADAPTERS[name], symbols, sink.emit, sink.dead, sleep=sleep)
-            assert await feed._subscribe(ws)  # type: ignore[arg-type]
+            assert await feed._subscribe(feed._begin(ws))
             assert len(ws.sent) == messages and len(slept) == pauses
             assert all(4 * pause >= 1.0 for pause in slept)  # four of them and a pong are five in a second
 
@@ -301,36 +310,38 @@ def test_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_asked_fo
         )
 
         async def connect() -> None:
-            feed._begin(ws)
-            await feed._subscribe(ws)
-            await feed._other(ws, feed.adapter.parse(b'{"result":null,"id":1}', 0), [])
+            connection = feed._begin(ws)
+            await feed._subscribe(connection)
+            await feed._other(connection, feed.adapter.parse(b'{"result":null,"id":1}', 0), [])
             assert feed.stats().state == "live" and feed.stats().stale == ()
 
         def trade(symbol: str, after: float) -> None:
             world.now += after
-            feed._told = world.now
-            feed._take(ws, frame(symbol, int(world.now), world.now))
+            connection = feed._connection
+            assert connection is not None
+            connection.told = world.now
+            feed._take(connection, frame(symbol, int(world.now), world.now))
 
         await connect()
         trade("BTCUSDT", 299.0)
         assert feed.stats().stale == ()
         trade("BTCUSDT", 1.0)
-        assert feed.stats().stale == ("SOL-USD",) and feed._renewal() == ""
+        assert feed.stats().stale == ("SOL-USD",) and feed._silence.renewal(feed._since) == ""
         trade("SOLUSDT", 1.0)
         assert feed.stats().stale == ()
         world.now += 5000.0  # all are silent: that is not one symbol's
-        assert feed.stats().stale == () and feed._renewal() == ""
+        assert feed.stats().stale == () and feed._silence.renewal(feed._since) == ""
         trade("BTCUSDT", 1.0)
-        assert feed._renewal() == "nothing of SOL-USD"
+        assert feed._silence.renewal(feed._since) == "nothing of SOL-USD"
         await connect()
         trade("BTCUSDT", 1800.0)
-        assert feed.stats().stale == ("SOL-USD",) and feed._renewal() == ""  # twice as long now
+        assert feed.stats().stale == ("SOL-USD",) and feed._silence.renewal(feed._since) == ""  # twice as long now
         trade("BTCUSDT", 1800.0)
-        assert feed._renewal() == "nothing of SOL-USD"
+        assert feed._silence.renewal(feed._since) == "nothing of SOL-USD"
         await connect()
         trade("SOLUSDT", 1000.0)
         trade("BTCUSDT", 1000.0)
-        assert feed._renewal() == "" and feed._patience == 1800.0  # it helped
+        assert feed._silence.renewal(feed._since) == "" and feed._silence.patience == 1800.0  # it helped
         assert len(sink.told["binance"]) == 8 and sink.letters == []
 
     run_task(main())
@@ -367,14 +378,14 @@ def test_flow_thousands_of_rows_do_not_hold_the_loop() -> None:
     analytics.add(market_kafka_trade(1))
     row = analytics.due(everything=True)[0]
     told: list[int] = []
-    shown: list[Row] = []
+    shown: list[AnalyticsRow] = []
 
     async def main() -> None:
         program = SimpleNamespace(
             board=SimpleNamespace(take=shown.extend),
             publisher=SimpleNamespace(analytics=lambda rows: told.append(len(rows))),
         )
-        stats_repr = asyncio.ensure_future(market_flow.Base._tell(program, [row] * (3 * market_flow.ROWS + 1)))  # type: ignore[arg-type]
+        stats_repr = asyncio.ensure_future(market_flow.MarketProgram._tell(program, [row] * (3 * market_flow.ROWS + 1)))  # type: ignore[arg-type]
         turns = 0
         while not stats_repr.done():
             turns += 1
@@ -390,7 +401,7 @@ def test_pipeline_sigterm_before_and_after_the_loop_is_as_ctrl_c(monkeypatch: py
     closed: list[str] = []
 
     class Demo:
-        options = market_flow.Options(kafka=ABSENT)
+        options = market_flow.MarketOptions(kafka=ABSENT)
 
         def __init__(self, *_: object) -> None: ...
 
@@ -427,7 +438,7 @@ def test_pipeline_a_publisher_is_closed_before_the_program_ends(tmp_path: Path) 
 
     async def main() -> None:
         urls = {"kraken": "ws://127.0.0.1:9/"}
-        options = market_flow.Options(kafka=ABSENT, exchanges=("kraken",), urls=urls, workers=1)
+        options = market_flow.MarketOptions(kafka=ABSENT, exchanges=("kraken",), urls=urls, workers=1)
         program = market_flow.Pipeline(dataclasses.replace(options, spool=str(tmp_path / "spool")))
         running = asyncio.create_task(program.run())
         await until_async(lambda: program.publisher.stats().state == "connecting")

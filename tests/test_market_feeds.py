@@ -22,10 +22,10 @@ from market.trade import (
     Trade,
     decimal,
     identity,
-    iso,
     milliseconds,
+    parse_iso_time,
+    sequence_number,
     short,
-    whole,
 )
 from sandbox.exchanges import WIRES
 from tests.helpers.market import (
@@ -279,10 +279,10 @@ def test_decimals_are_the_doubles_that_were_sent() -> None:
 
 
 def test_times() -> None:
-    assert iso("2014-11-07T08:19:27.028459Z") == market_feeds_ns("2014-11-07T08:19:27.028459Z")
-    assert iso("2021-02-22T15:51:44.208123456+00:00") == 1614009104208123456
-    assert iso("2021-02-22T15:51:44Z") == 1614009104000000000
-    assert iso("2021-02-22T15:51:44.5Z") == 1614009104500000000
+    assert parse_iso_time("2014-11-07T08:19:27.028459Z") == market_feeds_ns("2014-11-07T08:19:27.028459Z")
+    assert parse_iso_time("2021-02-22T15:51:44.208123456+00:00") == 1614009104208123456
+    assert parse_iso_time("2021-02-22T15:51:44Z") == 1614009104000000000
+    assert parse_iso_time("2021-02-22T15:51:44.5Z") == 1614009104500000000
     assert milliseconds(1606292218213) == milliseconds("1606292218213") == 1606292218213000000
     assert milliseconds("1606292218213.4578") == 1606292218213457800
     assert milliseconds(1606292218213.5) == 1606292218213500000
@@ -296,7 +296,7 @@ def test_times() -> None:
         "",
     ):
         with pytest.raises(ValueError):
-            iso(wrong)
+            parse_iso_time(wrong)
     no_times: tuple[Any, ...] = ("", "x", "-5", "1e12", " 1", None, True, [], 1e300, math.nan)
     for bad in no_times:
         with pytest.raises(BadFrame):
@@ -430,14 +430,19 @@ def test_the_state_of_a_connection_goes_with_a_dead_letter() -> None:
 
 
 def test_types_are_not_mixed_up() -> None:
-    assert (identity(5), identity("a-5"), whole("7"), whole(2**63 - 1)) == ("5", "a-5", 7, 2**63 - 1)
+    assert (identity(5), identity("a-5"), sequence_number("7"), sequence_number(2**63 - 1)) == (
+        "5",
+        "a-5",
+        7,
+        2**63 - 1,
+    )
     wrong: tuple[Any, ...] = (True, False, -1, 1.0, None, "", "a b", "x" * 65, "é", [], {})
     for value in wrong:
         with pytest.raises(BadFrame):
             identity(value)
     for value in (*wrong, 2**63, "1" * 19, "-1", "x"):
         with pytest.raises(BadFrame):
-            whole(value)
+            sequence_number(value)
     frame = next(case.frame for case in CASES if case.exchange == "bitstamp" and case.trades)
     assert ADAPTERS["bitstamp"].fresh().parse(frame, NOW).trades[0].side == "buy"
     for kind in ("false", "0.0", '"0"', "2", "-1", "null", "[]"):

@@ -34,11 +34,12 @@ from market import display as md
 from market import feeds as mf
 from market import flow as market_flow
 from market.analyse import Analyser
-from market.flow import Base, Pipeline
+from market.backlog import Counts
+from market.flow import MarketProgram, Pipeline
 from market.kafka import Publisher
-from market.link import Counts
 from market.replay import Replayer
 from market.topics import decode
+from market.trade import BadFrame, Trade
 from sandbox.broker import Broker
 from sandbox.markets import Exchanges, Fault
 from tests.helpers.base import HANG_LIMIT, HERE, run_task, until_async, wait_until
@@ -58,7 +59,7 @@ def market_pipeline_broker() -> Iterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def running(program: Base, code: int = 0) -> AsyncIterator[None]:
+async def running(program: MarketProgram, code: int = 0) -> AsyncIterator[None]:
     """While it runs, its counts balance; afterwards it is stopped, and nothing is left of it."""
     task = asyncio.create_task(program.run())
     try:
@@ -88,7 +89,7 @@ async def market_pipeline_read(kafka: str, topic: str) -> list[Any]:
         await consumer.stop()
 
 
-async def market_pipeline_trades(kafka: str, prefix: str) -> list[mf.Trade]:
+async def market_pipeline_trades(kafka: str, prefix: str) -> list[Trade]:
     """All trades of the topic; each symbol's are in one partition, under its key."""
     records, places = await market_pipeline_read(kafka, f"{prefix}-trades"), dict[str, int]()
     for record in records:
@@ -98,7 +99,7 @@ async def market_pipeline_trades(kafka: str, prefix: str) -> list[mf.Trade]:
     return [decode(record.value) for record in records]
 
 
-def live(trades: list[mf.Trade], exchange: str) -> dict[str, list[str]]:
+def live(trades: list[Trade], exchange: str) -> dict[str, list[str]]:
     """The ids of the trades that were not in a snapshot, by symbol."""
     found = dict[str, list[str]]()
     for trade in trades:
@@ -113,7 +114,7 @@ def market_pipeline_sent(them: Exchanges, exchange: str) -> dict[str, list[str]]
     return {ours[native]: ids for native, ids in them.sent_ids(exchange).items() if ids}
 
 
-async def arrived(them: Exchanges, program: Base, kafka: Callable[[Any], bool] | None = None) -> None:
+async def arrived(them: Exchanges, program: MarketProgram, kafka: Callable[[Any], bool] | None = None) -> None:
     """All that was sent is with us, and, unless ``kafka`` says otherwise, published."""
 
     def there() -> bool:
@@ -129,7 +130,7 @@ def market_pipeline_published(counts: Any) -> bool:
     return bool(counts.published.published == counts.trades + counts.letters and not counts.queued)
 
 
-async def live_feeds(program: Base, *but: str) -> None:
+async def live_feeds(program: MarketProgram, *but: str) -> None:
     def all_live() -> bool:
         feeds = program.snapshot().feeds
         return all(feed.state == "live" for name, feed in feeds.items() if name not in but)
@@ -292,7 +293,7 @@ def test_dead_letters_are_replayed_by_the_mended_parser(
     market_pipeline_broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Any:
-        raise mf.BadFrame("a fault of ours")
+        raise BadFrame("a fault of ours")
 
     async def replayed(**more: Any) -> Replayer:
         options = market_pipeline_options(market_pipeline_broker, "dead", tmp_path, group="again", **more)
@@ -340,9 +341,9 @@ def test_dead_letters_are_replayed_by_the_mended_parser(
     run_task(main())
 
 
-def market_pipeline_trade(n: int, symbol: str) -> mf.Trade:
+def market_pipeline_trade(n: int, symbol: str) -> Trade:
     now = time.time_ns()
-    return mf.Trade("kraken", symbol, "100.5", "1", 100.5 + n % 7, 1.0, "buy", str(n), now, now, n, "")
+    return Trade("kraken", symbol, "100.5", "1", 100.5 + n % 7, 1.0, "buy", str(n), now, now, n, "")
 
 
 def test_two_analysers_share_the_symbols(market_pipeline_broker: str, tmp_path: Path) -> None:

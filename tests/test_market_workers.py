@@ -36,14 +36,14 @@ class Reduced(str):
         return function, tuple(args)
 
 
-def market_workers_run(main: Callable[[mw.Workers], Any], workers: int = 2, **options: Any) -> None:
+def market_workers_run(main: Callable[[mw.AnalyticsPool], Any], workers: int = 2, **options: Any) -> None:
     """``main`` with started workers, which must leave nothing behind: no process, no thread, no descriptor."""
 
     async def whole() -> None:
         complaints: list[Any] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         before, children, threads = proc_open(), proc_children(), set(threading.enumerate())
-        pool = mw.Workers(workers, **options)
+        pool = mw.AnalyticsPool(workers, **options)
         try:
             await pool.start()
             await asyncio.wait_for(main(pool), 2 * PROC_PATIENCE)
@@ -69,7 +69,7 @@ class Control:
     def __init__(self, options: dict[str, Any] | None = None) -> None:
         self.options, self.symbols = options or {}, dict[str, mst.Analytics]()
 
-    def submit(self, trades: list[Trade], everything: bool = False) -> list[mst.Row]:
+    def submit(self, trades: list[Trade], everything: bool = False) -> list[mst.AnalyticsRow]:
         for trade in trades:
             self.symbols.setdefault(trade.symbol, mst.Analytics(**self.options)).add(trade)
         return sorted(row for each in self.symbols.values() for row in each.due(everything))
@@ -78,7 +78,7 @@ class Control:
 def test_rows_are_those_of_one_process_and_a_symbol_stays_in_one_worker() -> None:
     control = Control({"every": 20.0})
 
-    async def main(pool: mw.Workers) -> None:
+    async def main(pool: mw.AnalyticsPool) -> None:
         told = 0
         for batch in market_workers_batches(1):
             rows = control.submit(batch)
@@ -93,7 +93,7 @@ def test_rows_are_those_of_one_process_and_a_symbol_stays_in_one_worker() -> Non
         assert stats.rows == told + len(last)
         assert pool.analytics().offered == 720
         assert pool.analytics().symbols == 2
-        assert repr(pool).startswith("<Workers pids=(")
+        assert repr(pool).startswith("<AnalyticsPool pids=(")
 
     market_workers_run(main, options=control.options)
 
@@ -103,7 +103,7 @@ def test_a_kill_between_batches_changes_no_row(retained: int) -> None:
     """With checkpoints and without."""
     control = Control({"every": 30.0})
 
-    async def main(pool: mw.Workers) -> None:
+    async def main(pool: mw.AnalyticsPool) -> None:
         flushed = 0
         for n, batch in enumerate(market_workers_batches(2, 9)):
             if n % 3 == 2:
@@ -129,7 +129,7 @@ def test_a_kill_in_a_batch_has_it_begun_again(tmp_path: Path) -> None:
     os.mkfifo(gate := tmp_path / "gate")
     control = Control()
 
-    async def main(pool: mw.Workers) -> None:
+    async def main(pool: mw.AnalyticsPool) -> None:
         first, second, third = market_workers_batches(3, 3)
         assert sorted(await pool.submit(first)) == control.submit(first)
         at = next(n for n, trade in enumerate(second) if trade.symbol == "XRP-USD")
@@ -158,7 +158,7 @@ def test_a_batch_that_cannot_be_computed_is_told_and_left_out(how: str) -> None:
     """The first half of it had been taken already where it raises."""
     control = Control()
 
-    async def main(pool: mw.Workers) -> None:
+    async def main(pool: mw.AnalyticsPool) -> None:
         first, second, third = market_workers_batches(4, 3)
         assert sorted(await pool.submit(first)) == control.submit(first)
         at = next(n for n, trade in enumerate(second) if trade.symbol == "XRP-USD" and n > 20)
@@ -183,7 +183,7 @@ def test_a_batch_that_cannot_be_computed_is_told_and_left_out(how: str) -> None:
 def test_a_process_computes_nothing_from_another_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here, what runs in a worker."""
     for name in ("analytics", "number"):
-        monkeypatch.setattr(mw._Here, name, getattr(mw._Here, name))
+        monkeypatch.setattr(mw._WorkerState, name, getattr(mw._WorkerState, name))
     good = ("kraken", "BTC-USD", 1.0, 1.0, "", 10**18, 10**18, "")
     first, bad = (pickle.dumps([good, (*good[:2], price, *good[3:])]) for price in (1.0, "much"))
     assert mw._work(1, first, False, False) is None
@@ -197,7 +197,7 @@ def test_a_process_computes_nothing_from_another_state(monkeypatch: pytest.Monke
         mw._work(8, bad, False, False)
     assert mw._work(8, first, False, False) is None
     mw._rebuild({"every": 100.0}, None, 7, [(first, False), (first, True)])
-    assert mw._Here.number == 9
+    assert mw._WorkerState.number == 9
     assert mw._work(10, pickle.dumps([]), True, False) == mw._Done([], (4, 4, *[0] * 7, 1, 2, 0), None)
     mw._rebuild({}, done.checkpoint, 7, [(first, False), (first, True)])
     again = mw._work(10, first, False, False)
@@ -208,7 +208,7 @@ def test_a_process_computes_nothing_from_another_state(monkeypatch: pytest.Monke
 def test_one_that_hangs_is_replaced() -> None:
     control = Control()
 
-    async def main(pool: mw.Workers) -> None:
+    async def main(pool: mw.AnalyticsPool) -> None:
         first, second = market_workers_batches(5, 2)
         assert sorted(await pool.submit(first)) == control.submit(first)
         pool._slots[0].timeout = 0.1
@@ -227,7 +227,7 @@ def test_a_cancelled_batch_is_not_in_the_state(tmp_path: Path) -> None:
     os.mkfifo(gate := tmp_path / "gate")
     control = Control()
 
-    async def main(pool: mw.Workers) -> None:
+    async def main(pool: mw.AnalyticsPool) -> None:
         first, second, third = market_workers_batches(6, 3)
         assert sorted(await pool.submit(first)) == control.submit(first)
         held = second[30]._replace(trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
@@ -247,7 +247,7 @@ def test_a_cancelled_batch_is_not_in_the_state(tmp_path: Path) -> None:
 def test_calls_wait_their_turn(tmp_path: Path) -> None:
     os.mkfifo(gate := tmp_path / "gate")
 
-    async def main(pool: mw.Workers) -> None:
+    async def main(pool: mw.AnalyticsPool) -> None:
         held = market_stats_trade(1.0, trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
         ended = list[int]()
 
@@ -271,7 +271,7 @@ def test_calls_wait_their_turn(tmp_path: Path) -> None:
 def test_close_tells_what_it_leaves(tmp_path: Path) -> None:
     os.mkfifo(gate := tmp_path / "gate")
 
-    async def main(pool: mw.Workers) -> None:
+    async def main(pool: mw.AnalyticsPool) -> None:
         held = market_stats_trade(1.0, trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
         jobs = [asyncio.create_task(pool.submit([held])) for _ in range(3)]
         writer = await proc_writer(gate)
@@ -296,7 +296,7 @@ def test_close_lets_a_call_end(tmp_path: Path) -> None:
     """All of it: its second job had not begun."""
     os.mkfifo(gate := tmp_path / "gate")
 
-    async def main(pool: mw.Workers) -> None:
+    async def main(pool: mw.AnalyticsPool) -> None:
         held = market_stats_trade(1.0, trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
         job = asyncio.create_task(pool.submit([held] + [market_stats_trade(2.0)] * mw.MOST))
         writer = await proc_writer(gate)
@@ -313,7 +313,7 @@ def test_close_lets_a_call_end(tmp_path: Path) -> None:
 
 
 def test_what_is_retained_is_bounded() -> None:
-    async def main(pool: mw.Workers) -> None:
+    async def main(pool: mw.AnalyticsPool) -> None:
         (slot,) = pool._slots
         for n in range(2 * mw.LOG + 3):
             await pool.submit([market_stats_trade(n / 100)])
@@ -332,7 +332,7 @@ def test_what_is_retained_is_bounded() -> None:
 
 def test_symbols_are_shared_out_evenly_and_remembered_boundedly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mw, "SYMBOLS", 6)
-    pool = mw.Workers(3)
+    pool = mw.AnalyticsPool(3)
     homes = [pool._home(f"S{n}") for n in range(6)]
     assert [pool._slots.index(home) for home in homes] == [0, 1, 2, 0, 1, 2]
     assert pool.stats().symbols == (2, 2, 2)
@@ -344,6 +344,6 @@ def test_symbols_are_shared_out_evenly_and_remembered_boundedly(monkeypatch: pyt
 @pytest.mark.parametrize("bad", [{"workers": 0}, {"waiting": 0}, {"attempts": 0}, {"retained": 0}, {"timeout": 0.0}])
 def test_misuse(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be above 0"):
-        mw.Workers(**bad)
+        mw.AnalyticsPool(**bad)
     with pytest.raises(ValueError, match="ascending"):
-        mw.Workers(1, options={"windows": (5, 1)})
+        mw.AnalyticsPool(1, options={"windows": (5, 1)})

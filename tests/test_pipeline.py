@@ -13,10 +13,10 @@ from typing import Any
 import asyncpg
 import pytest
 
-from logs import display
+from logs import display, outlet
 from logs import parse as log_parse
 from logs import pipeline as log_pipeline
-from logs import store as log_store
+from logs import seal as seal_module
 from logs.enrich import Enricher
 from logs.pipeline import Ingester
 from runtime.postgres import Unavailable
@@ -134,7 +134,7 @@ def test_stores_once_what_was_committed_unseen(logs_ingest_pg: PgServer, tmp_pat
 def test_stopped_without_a_database_leaves_all_to_the_next(
     logs_ingest_pg: PgServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_pipeline, "PATIENCE", 0.05)
+    monkeypatch.setattr(outlet, "PATIENCE", 0.05)
 
     async def main() -> None:
         async with logs_ingest_up(tmp_path, "postgresql://nobody@127.0.0.1:1/none", flush=60.0, batch=100) as up:
@@ -157,7 +157,7 @@ def test_replays_what_a_run_with_more_workers_left(logs_ingest_pg: PgServer, tmp
     async def main() -> None:
         def third(ingester: Ingester) -> None:
             ingester.number = 2
-            ingester.spools[0].folder = tmp_path / "spool" / "2"
+            ingester.outlet.spools[0].folder = tmp_path / "spool" / "2"
 
         away = "postgresql://nobody@127.0.0.1:1/none"
         async with logs_ingest_up(tmp_path, away, change=third) as up:
@@ -230,7 +230,7 @@ class Gate:
 
 @pytest.mark.parametrize("policy", ["drop-newest", "drop-lowest-severity", "spool"])
 def test_overload(logs_ingest_pg: PgServer, tmp_path: Path, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_pipeline, "SEALED", 3)
+    monkeypatch.setattr(outlet, "SEALED", 3)
 
     async def main() -> None:
         gates: list[Gate] = []
@@ -278,7 +278,7 @@ def test_overload(logs_ingest_pg: PgServer, tmp_path: Path, policy: Any, monkeyp
 def test_waits_in_memory_when_the_spool_is_full(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     async def main() -> None:
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url, spool_bytes=2000) as up:
-            up.ingester._begun = -1e9
+            up.ingester.outlet.begun = -1e9
             up.send(100)
             counts = await up.until(lambda counts: counts.spool_refused > 0 and not counts.held["queue"])
             assert 0 < counts.held["spool"] < 100 and counts.held["spool"] + counts.held["spooling"] == 100
@@ -322,7 +322,7 @@ def test_reads_what_the_socket_holds_before_it_stops(
 
 
 def test_owns_up_to_what_it_could_not_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_pipeline, "PATIENCE", 0.01)
+    monkeypatch.setattr(outlet, "PATIENCE", 0.01)
 
     async def main() -> None:
         away = "postgresql://nobody@127.0.0.1:1/none"
@@ -407,7 +407,7 @@ def test_ends_though_its_cancellation_is_swallowed(
 def test_a_fault_costs_the_event_that_causes_it(
     logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parse, seal = log_parse.parse, log_store.seal
+    parse, seal = log_parse.parse, seal_module.seal
 
     def bad_parse(data: bytes, *more: Any) -> Any:
         return [] if b"serial=3" in data and {}["no"] else parse(data, *more)  # type: ignore[index]

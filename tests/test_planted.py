@@ -184,7 +184,7 @@ def retry_too_eager(flaky: Flaky, world: World, on: Any, **options: Any) -> Outc
 class SemaphoreLoses(co.Semaphore):
     """Cancelled after the grant: the permit is gone."""
 
-    def _abandon(self, waiter: co._Waiter) -> None:
+    def _abandon(self, waiter: co.Waiter) -> None:
         with self._lock:
             self._released.leave(waiter)
 
@@ -192,7 +192,7 @@ class SemaphoreLoses(co.Semaphore):
 class SemaphoreGhosts(co.Semaphore):
     """A cancelled waiter stays in the queue and is granted a permit that it will never use."""
 
-    def _abandon(self, waiter: co._Waiter) -> None:
+    def _abandon(self, waiter: co.Waiter) -> None:
         if waiter.granted:
             super()._abandon(waiter)
 
@@ -200,7 +200,7 @@ class SemaphoreGhosts(co.Semaphore):
 class SemaphoreDoubles(co.Semaphore):
     """Cancelled before the grant: a permit out of nothing."""
 
-    def _abandon(self, waiter: co._Waiter) -> None:
+    def _abandon(self, waiter: co.Waiter) -> None:
         super()._abandon(waiter)
         self._available = min(self.permits, self._available + 1)
 
@@ -241,14 +241,14 @@ class SemaphoreStack(co.Semaphore):
 class ChannelLoses(co.Channel[Any]):
     """Cancelled after it was handed an item: the item is gone."""
 
-    def _give_back(self, waiter: co._Waiter) -> None:
+    def _give_back(self, waiter: co.Waiter) -> None:
         self._leave(self._not_empty, waiter)
 
 
 class ChannelGhosts(co.Channel[Any]):
     """A cancelled getter stays in the queue and is handed the next item."""
 
-    def _give_back(self, waiter: co._Waiter) -> None:
+    def _give_back(self, waiter: co.Waiter) -> None:
         if waiter.granted:
             super()._give_back(waiter)
 
@@ -256,7 +256,7 @@ class ChannelGhosts(co.Channel[Any]):
 class ChannelDoubles(co.Channel[Any]):
     """Cancelled after it was handed an item: one to the next getter, and one into the buffer."""
 
-    def _give_back(self, waiter: co._Waiter) -> None:
+    def _give_back(self, waiter: co.Waiter) -> None:
         super()._give_back(waiter)
         if waiter.granted and not self._items:
             self._items.append(waiter.value)
@@ -265,7 +265,7 @@ class ChannelDoubles(co.Channel[Any]):
 class ChannelGhostPutter(co.Channel[Any]):
     """A cancelled putter stays in the queue, and its place in the buffer with it."""
 
-    def _leave(self, condition: co._FairCondition, waiter: co._Waiter) -> None:
+    def _leave(self, condition: co.FairCondition, waiter: co.Waiter) -> None:
         if condition is not self._not_full:
             super()._leave(condition, waiter)
 

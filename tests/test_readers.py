@@ -18,7 +18,6 @@ from typing import Any, cast
 import psutil
 import pytest
 
-from bench import feeds as bench_feeds
 from crawl import articles
 from crawl import journal as crawl_journal
 from crawl import readers as crawl_readers
@@ -500,11 +499,3 @@ def feeds_children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         found = psutil.Process(process.pid).children(recursive=True)
         return [one for one in found if any("crawl.readers" in word for word in one.cmdline())]
     return []
-
-
-def test_bench_has_what_it_says() -> None:
-    assert sum(map(bench_feeds.articles_of, range(bench_feeds.HOSTS))) == 36
-    waits = {bench_feeds.latency(1, host, path) for host in range(26) for path in ("/feed.xml", "/article/0")}
-    assert len(waits) == 52 and min(waits) >= 0.3 and max(waits) <= 1.5 and bench_feeds.latency(1, 0, "/log") == 0.0
-    best = {part: bench_feeds.at_best(1, part, 10) for part in bench_feeds.PARTS}
-    assert 1.5 < best["feeds"] < best["articles"] < best["whole"] < 10

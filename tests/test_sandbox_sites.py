@@ -550,7 +550,7 @@ class SandboxTransport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.written: list[bytes] = []
-        self.protocol: sb.Connection | None = None
+        self.protocol: sb.SiteConnection | None = None
         self.closed = False
 
     def write(self, data: Any) -> None:
@@ -572,7 +572,7 @@ class SandboxTransport(asyncio.Transport):
 def test_stops_writing_when_the_peer_stops_reading(target: str) -> None:
     async def scenario() -> None:
         transport = SandboxTransport()
-        transport.protocol = connection = sb.Connection(sb.Sandbox(), 0)
+        transport.protocol = connection = sb.SiteConnection(sb.Sandbox(), 0)
         connection.connection_made(transport)
         connection.data_received(f"GET {target} HTTP/1.1\r\n\r\n".encode() * 100)
         for _ in range(3):
@@ -591,7 +591,7 @@ def test_stops_writing_when_the_peer_stops_reading(target: str) -> None:
 def test_holds_back_what_comes_before_tls_is_ready() -> None:
     async def scenario() -> None:
         plain, encrypted = SandboxTransport(), SandboxTransport()
-        connection = sb.Connection(sb.Sandbox(), 0)
+        connection = sb.SiteConnection(sb.Sandbox(), 0)
         connection.connection_made(plain)
 
         async def start_tls(*args: object, **kwargs: object) -> asyncio.Transport:
@@ -611,7 +611,7 @@ def test_holds_back_what_comes_before_tls_is_ready() -> None:
 def test_gives_others_their_turn() -> None:
     async def scenario() -> None:
         transport = SandboxTransport()  # takes everything, never full
-        connection = sb.Connection(sb.Sandbox(), 0)
+        connection = sb.SiteConnection(sb.Sandbox(), 0)
         connection.connection_made(transport)
         connection.data_received(b"GET /fault/endless_body HTTP/1.1\r\n\r\n")
         assert 1 < len(transport.written) < 10
@@ -635,7 +635,7 @@ def test_no_first_answer_takes_longer_than_packing_a_bomb_once_does() -> None:
         usual = max(cost(lambda: zlib.compress(bytes(1 << 25))) for _ in range(3))
         with sites.Sandbox() as web:
             for name, fault in faults.FAULTS.items():
-                request = faults.Request(web, 0, "GET", fault.path, fault.path, False)
+                request = faults.SiteRequest(web, 0, "GET", fault.path, fault.path, False)
                 route = fault.path if name != "status" else "/status/"
                 spent = cost(lambda: next(iter(faults.ROUTES[route](request))))
                 if spent > 2 * usual:

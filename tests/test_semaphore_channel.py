@@ -137,7 +137,7 @@ def test_semaphore_time_outs(prim_shell: Shell) -> None:
 
 
 def test_semaphore_a_grant_at_the_last_moment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(co._Waiter, "block", gated_block)
+    monkeypatch.setattr(co.Waiter, "block", gated_block)
     semaphore = co.Semaphore(1)
     assert semaphore.try_acquire()
     late, later = PrimThread(semaphore.acquire, gated=True), PrimThread(semaphore.acquire, gated=True)
@@ -469,7 +469,7 @@ def test_channel_time_outs(prim_shell: Shell) -> None:
 
 
 def test_channel_a_hand_over_at_the_last_moment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(co._Waiter, "block", gated_block)
+    monkeypatch.setattr(co.Waiter, "block", gated_block)
     channel: co.Channel[Any] = co.Channel(1)
     getter = PrimThread(channel.get, gated=True)
     getters_of(channel, 1)

@@ -15,9 +15,8 @@ from typing import Any, cast
 
 import pytest
 
-import aggregate_app
+from api import config, pages
 from api import service as service_module
-from api import upstreams
 from tests.helpers.api import app_run, app_upstream, ask, living, ticks
 from tests.helpers.base import HANG_LIMIT, World, holds_the_loop, until_async
 
@@ -36,7 +35,7 @@ def test_kept_answers_are_counted_and_end_with_any_change(app_world: World, monk
 
     async def main() -> None:
         async with app_upstream(handler) as url:
-            table = {name: upstreams.Upstream(name, f"{url}/{name}", ttl=10.0) for name in ("a", "b", "silent")}
+            table = {name: config.Upstream(name, f"{url}/{name}", ttl=10.0) for name in ("a", "b", "silent")}
             async with living(table) as app:
                 service, path = app.service, "/aggregate?sources=a,b"
 
@@ -113,7 +112,7 @@ def test_keeps_no_answer_from_before_an_invalidation(app_world: World) -> None:
             return {"serial": number}
 
         async with app_upstream(handler) as url:
-            table = {"a": upstreams.Upstream("a", url, timeout=HANG_LIMIT)}
+            table = {"a": config.Upstream("a", url, timeout=HANG_LIMIT)}
             async with living(table) as app:
                 first = asyncio.create_task(ask(app, "/aggregate?deadline_ms=20000"))
                 await until_async(lambda: asked == 1)
@@ -134,7 +133,7 @@ def test_says_how_old_its_answers_are(app_world: World) -> None:
     async def main() -> None:
         async with app_upstream(handler) as url:
             ttls = {"a": 10.0, "b": 20.0, "silent": 5.0}
-            table = {name: upstreams.Upstream(name, f"{url}/{name}", ttl=ttl) for name, ttl in ttls.items()}
+            table = {name: config.Upstream(name, f"{url}/{name}", ttl=ttl) for name, ttl in ttls.items()}
             async with living(table) as app:
                 rows = [  # seconds later, the path, Age, Cache-Control
                     (0.0, "/aggregate/a?deadline_ms=20000", "0", "max-age=10"),
@@ -187,8 +186,8 @@ def test_what_came_early_has_its_age_when_the_last_one_came(app_world: World) ->
 
         async with app_upstream(handler) as url:
             table = {
-                "quick": upstreams.Upstream("quick", f"{url}/quick", ttl=10.0, timeout=HANG_LIMIT),
-                "slow": upstreams.Upstream("slow", f"{url}/slow", ttl=60.0, timeout=HANG_LIMIT),
+                "quick": config.Upstream("quick", f"{url}/quick", ttl=10.0, timeout=HANG_LIMIT),
+                "slow": config.Upstream("slow", f"{url}/slow", ttl=60.0, timeout=HANG_LIMIT),
             }
             async with living(table) as app:
                 for later, age, state, control in (
@@ -274,14 +273,14 @@ def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: A
     async def main() -> None:
         async with (
             app_upstream(lambda *_: asyncio.sleep(0, {})) as url,
-            living({"a": upstreams.Upstream("a", url)}) as app,
+            living({"a": config.Upstream("a", url)}) as app,
         ):
             status, headers, body = await ask(app, "/report")
             assert (status, headers["content-type"]) == (503, "application/problem+json")  # no database
             service = app.service
             assert (len(service.tasks), service.reports) == (2, 0)  # and no host was looked at for nothing
             service.history.outcomes = outcomes
-            monkeypatch.setattr(aggregate_app, "summarise", dying(str(tmp_path / "flag")))
+            monkeypatch.setattr(pages, "summarise", dying(str(tmp_path / "flag")))
             status, _, body = await ask(app, "/report?hours=1")
             said = json.loads(body)["sources"]["a"]
             assert (status, said["results"], said["availability"], said["errors"]) == (200, 100, 0.99, {"timeout": 1})
@@ -292,10 +291,10 @@ def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: A
             answers = await asyncio.gather(*(ask(app, "/report?hours=1") for _ in range(8)))
             assert [status for status, _, _ in answers] == [200] * 8
             assert all(json.loads(body)["sources"]["a"]["results"] == 100 for _, _, body in answers)
-            monkeypatch.setattr(aggregate_app, "REPORTS", 0)
+            monkeypatch.setattr(pages, "REPORTS", 0)
             status, headers, _ = await ask(app, "/report")
             assert (status, headers["retry-after"]) == (503, "2")
-            monkeypatch.setattr(aggregate_app, "REPORTS", 16)
+            monkeypatch.setattr(pages, "REPORTS", 16)
             await service.processes.close(0.0)
             status, headers, body = await ask(app, "/report")
             assert (status, headers["retry-after"], json.loads(body)["title"]) == (
@@ -320,7 +319,7 @@ def test_stops_though_an_upstream_and_a_resolver_hang(monkeypatch: pytest.Monkey
 
     async def main() -> None:
         async with app_upstream(lambda *_: asyncio.sleep(0)) as url:
-            table = {"silent": upstreams.Upstream("silent", url, timeout=60.0, retries=0)}
+            table = {"silent": config.Upstream("silent", url, timeout=60.0, retries=0)}
             async with living(table) as app:
                 service = app.service
                 source = service.sources["silent"]
@@ -351,7 +350,7 @@ def test_is_told_of_signals_before_the_server() -> None:
         heard.append(number)
 
     async def main() -> None:
-        with aggregate_app.told_of_signals(lambda: heard.append("told")) as force:
+        with service_module.call_on_signals(lambda: heard.append("told")) as force:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
                 signal.raise_signal(number)
             assert heard == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
@@ -362,7 +361,7 @@ def test_is_told_of_signals_before_the_server() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is server
 
     async def beside() -> None:
-        with aggregate_app.told_of_signals(lambda: heard.append("never")) as force:
+        with service_module.call_on_signals(lambda: heard.append("never")) as force:
             assert signal.getsignal(signal.SIGINT) is server
             force()
 

@@ -24,19 +24,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import pytest
-import uvloop
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.core import GaugeMetricFamily
 
 from api import telemetry
 from crawl.progress import serve_metrics
 from logs import display
-from logs import pipeline as log_pipeline
 from logs.display import Snapshot
 from logs.intake import udp_socket
+from logs.options import IngestOptions
 from logs.pipeline import Ingester
 from logs.workers import Supervisor
 from runtime import serving
+from tests.absent import needs
 from tests.helpers.api import aggregate_http
 from tests.helpers.base import HANG_LIMIT, HERE, run_task, wait_until
 from tests.helpers.crawl import free_port, walk_crawl
@@ -58,7 +58,7 @@ class Metrics:
 def serving_up(
     new_loop: Callable[[], asyncio.AbstractEventLoop], health: Callable[[], tuple[int, dict[str, Any]]]
 ) -> Iterator[Callable[[], socket.socket]]:
-    """``serving.http`` in a thread; what is given connects to it. At the end the loop has nothing to complain of."""
+    """``http`` in a thread; what is given connects to it. At the end the loop has nothing to complain of."""
     sock = socket.create_server(("127.0.0.1", 0))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     address, complaints = sock.getsockname(), list[dict[str, Any]]()
@@ -107,7 +107,13 @@ def ask(connect: Callable[[], socket.socket], request: bytes) -> tuple[int, dict
     return int(first.split()[1]), {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}, body
 
 
-loops = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+loops = pytest.mark.parametrize(
+    "new_loop",
+    [
+        pytest.param(asyncio.new_event_loop, id="asyncio"),
+        pytest.param(serving.new_loop, marks=needs("uvloop"), id="uvloop"),
+    ],
+)
 
 
 @loops
@@ -363,7 +369,7 @@ def test_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pytest.Monke
         program = MarketPipelineBase(market_pipeline_options("127.0.0.1:1", "lost", tmp_path))
         assert b"market_lines_lost_total %.1f\n" % serving.UNREAD in market_pipeline_metrics(program)
         with udp_socket("127.0.0.1", 0, receive_buffer=4096).sock as sock:
-            ingester = Ingester(log_pipeline.Options(spool=str(tmp_path / "logs"), database=None), sock)
+            ingester = Ingester(IngestOptions(spool=str(tmp_path / "logs"), database=None), sock)
             assert ingester.snapshot().lines_lost == serving.UNREAD
             several = Supervisor(["unused"], lambda _: {}, [sock], stop_limit=1.0)
             several.list[0].last = Snapshot(lines_lost=3)

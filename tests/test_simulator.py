@@ -53,7 +53,7 @@ def test_simulated_makespan_suffers_when_hosts_go_by_age_only(monkeypatch: pytes
 
 
 def test_simulate_as_a_command() -> None:
-    options = {name: default for name, (default, _) in bench.COMMANDS["simulate"].options.items()}
+    options = {name: default for name, (default, _) in bench.find_commands()["simulate"].options.items()}
     (row,) = simulate.run(argparse.Namespace(**options | {"urls": 300, "hosts": 5}))
     assert row["requests"] >= 300
     (row,) = simulate.run(argparse.Namespace(**options | {"seeds": 2}))
@@ -63,7 +63,7 @@ def test_simulate_as_a_command() -> None:
 def test_simulate_names_the_seed_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "Frontier", PlantedUnlimited)
     monkeypatch.setattr(simulate.simulate, "__defaults__", (None, PlantedUnlimited))
-    options = {name: default for name, (default, _) in bench.COMMANDS["simulate"].options.items()}
+    options = {name: default for name, (default, _) in bench.find_commands()["simulate"].options.items()}
     with pytest.raises(SystemExit, match=r"seed \d+: Broken: "):
         simulate.run(argparse.Namespace(**options | {"seeds": 50}))
     with pytest.raises(Broken) as caught:

@@ -299,12 +299,12 @@ def check_walk(flight_type: type[pr.SingleFlight], effort: settings = SETTINGS) 
 
 
 def lands(answer_for: Callable[[Any], Any]) -> dict[str, Any]:
-    land = pr.SingleFlight._land
-    return {"_land": lambda self, key, flight, answer: land(self, key, flight, answer_for(answer))}
+    land = pr.SingleFlight._finish
+    return {"_finish": lambda self, key, flight, answer: land(self, key, flight, answer_for(answer))}
 
 
 def lands_another(self: Any, key: Any, flight: Any, answer: Any) -> None:
-    pr.SingleFlight._land(self, key, flight, answer)
+    pr.SingleFlight._finish(self, key, flight, answer)
     if not len(flight):
         self._flights.pop(key, None)
 
@@ -312,9 +312,9 @@ def lands_another(self: Any, key: Any, flight: Any, answer: Any) -> None:
 PLANTED: dict[str, dict[str, Any]] = {
     "a failure is not shared": lands(lambda answer: None if answer and answer.error else answer),
     "a cancelled leader poisons": lands(lambda answer: answer or pr._Answer(None, FlightError("cancelled"))),
-    "a granted follower takes the lead along": {"_desert": lambda self, key, flight, waiter: flight.leave(waiter)},
-    "a cancelled follower stays in the queue": {"_desert": lambda *_: None},
-    "a forgotten flight ends its successor": {"_land": lands_another},
+    "a granted follower takes the lead along": {"_leave": lambda self, key, flight, waiter: flight.leave(waiter)},
+    "a cancelled follower stays in the queue": {"_leave": lambda *_: None},
+    "a forgotten flight ends its successor": {"_finish": lands_another},
     "forget does nothing": {"forget": lambda *_: None},
 }
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+import operator
 import pickle
 import random
 import time
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -59,43 +62,54 @@ def market_stats_taken(trades: Iterable[Trade], lateness: int = 2 * 10**9) -> Ta
     return Taken(series, counts)
 
 
-def market_stats_numpy(
-    trades: Sequence[Trade], now_ns: int, windows: Sequence[int], half_life: float
-) -> dict[str, Any]:
-    """The figures of a series, from all its trades at once."""
+@functools.cache
+def ln(price: float) -> Decimal:
+    return Decimal(price).ln()
+
+
+@functools.cache
+def weight(age: int, half_life: float) -> Decimal:
+    return Decimal(2) ** (Decimal(-age) / Decimal(half_life))
+
+
+def by_the_formulas(trades: Sequence[Trade], now_ns: int, windows: Sequence[int], half_life: float) -> dict[str, Any]:
+    """The figures of a series, from all its trades at once: sums without rounding, logarithms of 28 digits."""
     trades = sorted(
         trades, key=lambda t: (t.exchange_ts_ns, t.exchange, len(t.trade_id), t.trade_id, t.price_value, t.size_value)
     )
-    bars = np.array([trade.exchange_ts_ns // 10**9 for trade in trades])
-    price, size = (np.array([getattr(trade, field) for trade in trades]) for field in ("price_value", "size_value"))
     now = now_ns // 10**9
-    grid = np.arange(bars[0], now + 1)
-    closes = price[np.searchsorted(bars, grid, side="right") - 1]
-    squares = np.log(closes[1:] / closes[:-1]) ** 2
-    weights = 2.0 ** (-np.arange(len(squares))[::-1] / half_life)
-    found: dict[str, Any] = {"last": price[-1], "vwap": [], "volatility": [], "trades": [], "volume": []}
-    found["ewma"] = math.sqrt((weights * squares).sum() / weights.sum() * mst.YEAR) if len(squares) else None
+    closes = {trade.exchange_ts_ns // 10**9: trade.price_value for trade in trades}  # the last of each second
+    squares = dict.fromkeys(range(now, min(closes), -1), Decimal(0))  # the newest first
+    for (_, before), (second, close) in itertools.pairwise(closes.items()):
+        squares[second] = (ln(close) - ln(before)) ** 2
+    found: dict[str, Any] = {"last": trades[-1].price_value, "vwap": [], "volatility": [], "trades": [], "volume": []}
+    weights = [weight(age, half_life) for age in range(len(squares))]
+    weighted = sum(map(operator.mul, weights, squares.values()))
+    found["ewma"] = float((weighted / sum(weights) * mst.YEAR).sqrt()) if squares else None
     for window in windows:
-        inside = bars > now - window
-        volume = size[inside].sum()
-        found["trades"].append(int(inside.sum()))
+        inside = [trade for trade in trades if trade.exchange_ts_ns // 10**9 > now - window]
+        volume = math.fsum(trade.size_value for trade in inside)
+        turnover = math.fsum(trade.price_value * trade.size_value for trade in inside)
+        of_window = list(squares.values())[:window]
+        found["trades"].append(len(inside))
         found["volume"].append(volume)
-        found["vwap"].append((price * size)[inside].sum() / volume if volume else None)
-        found["volatility"].append(math.sqrt(squares[-window:].mean() * mst.YEAR) if len(squares) else None)
+        found["vwap"].append(turnover / volume if volume else None)
+        mean = sum(of_window) / Decimal(len(of_window)) if of_window else None
+        found["volatility"].append(None if mean is None else float((mean * mst.YEAR).sqrt()))
     return found
 
 
-def agrees(row: mst.Row, expected: dict[str, Any]) -> None:
+def agrees(row: mst.AnalyticsRow, expected: dict[str, Any]) -> None:
     for field, value in expected.items():
         got = getattr(row, field)
         if isinstance(value, list):
             assert len(got) == len(value)
         for one, other in zip(got, value, strict=True) if isinstance(value, list) else [(got, value)]:
-            assert one == other or one == pytest.approx(other, rel=1e-9, abs=0.0), (field, row)
+            assert one == other or one == pytest.approx(other, rel=1e-12, abs=0.0), (field, row)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_agree_with_numpy(seed: int) -> None:
+def test_agree_with_the_formulas(seed: int) -> None:
     """Late, repeated, labelled, ahead and out of order; asked at the newest trade and long after it."""
     stream = market_stats_stream(seed, seconds=90.0 if seed < 2 else 400.0)
     analytics = mst.Analytics(**SMALL)
@@ -115,7 +129,7 @@ def test_agree_with_numpy(seed: int) -> None:
                 row = analytics.row(symbol, exchange, now)
                 assert row is not None
                 assert row[:3] == (symbol, exchange, now)
-                agrees(row, market_stats_numpy(trades, now, (5, 20, 60), 7.0))
+                agrees(row, by_the_formulas(trades, now, (5, 20, 60), 7.0))
                 checked += 1
     assert checked > 200
     assert min(counts["late"], counts["late_for_all"], counts["repeated"], counts["ahead"]) > 5
@@ -182,7 +196,7 @@ def test_lateness_is_exact_and_each_series_has_its_own() -> None:
     assert analytics.add(market_stats_trade(8.5, exchange="okx"))
     stats = analytics.stats()
     assert (stats.taken, stats.late, stats.late_for_all) == (4, 2, 1)
-    counts = {name: cast(mst.Row, analytics.row("BTC-USD", name)).trades[0] for name in ("*", "kraken", "okx")}
+    counts = {name: cast(mst.AnalyticsRow, analytics.row("BTC-USD", name)).trades[0] for name in ("*", "kraken", "okx")}
     assert counts == {"*": 3, "kraken": 2, "okx": 2}
     assert analytics.row("BTC-USD", "gemini") is None
     assert analytics.row("ETH-USD") is None
@@ -224,7 +238,7 @@ def test_a_tie_in_time_is_decided_by_the_id_as_a_number() -> None:
         analytics = mst.Analytics()
         for trade_id in ids:
             analytics.add(market_stats_trade(1.0, float(trade_id), trade_id=trade_id))
-        assert cast(mst.Row, analytics.row("BTC-USD")).last == 10.0
+        assert cast(mst.AnalyticsRow, analytics.row("BTC-USD")).last == 10.0
 
 
 @pytest.mark.parametrize(
@@ -258,27 +272,27 @@ def test_what_cannot_be_is_counted_and_changes_nothing(fields: dict[str, Any], r
 def test_the_first_trades_and_the_silence_after() -> None:
     analytics = mst.Analytics()
     analytics.add(market_stats_trade(0.0, 100.0, 2.0))
-    one = cast(mst.Row, analytics.row("BTC-USD"))
-    assert one == mst.Row(
+    one = cast(mst.AnalyticsRow, analytics.row("BTC-USD"))
+    assert one == mst.AnalyticsRow(
         "BTC-USD", "*", STATS_T0, 100.0, (10, 60, 300), (100.0,) * 3, (None,) * 3, (1,) * 3, (2.0,) * 3,
         None, None, "", "",
     )  # fmt: skip
     analytics.add(market_stats_trade(1.0, 110.0, 0.0))
     square = math.log(1.1) ** 2
-    two = cast(mst.Row, analytics.row("BTC-USD"))
+    two = cast(mst.AnalyticsRow, analytics.row("BTC-USD"))
     assert two.volatility == pytest.approx((math.sqrt(square * mst.YEAR),) * 3, rel=1e-12)
     assert two.ewma == pytest.approx(math.sqrt(square * mst.YEAR), rel=1e-12)
-    idle = cast(mst.Row, analytics.row("BTC-USD", now_ns=STATS_T0 + 100 * 10**9))
+    idle = cast(mst.AnalyticsRow, analytics.row("BTC-USD", now_ns=STATS_T0 + 100 * 10**9))
     assert (idle.vwap, idle.trades, idle.last) == ((None, None, 100.0), (0, 0, 2), 110.0)
     assert idle.volatility == pytest.approx((0.0, 0.0, math.sqrt(square / 100 * mst.YEAR)), rel=1e-12)
     began = time.process_time()
     analytics.add(market_stats_trade(1e9, 121.0))  # thirty years: no bar is made for what was not
-    late = cast(mst.Row, analytics.row("BTC-USD"))
+    late = cast(mst.AnalyticsRow, analytics.row("BTC-USD"))
     assert time.process_time() - began < 0.1
     assert late.volatility[0] == pytest.approx(math.sqrt(square / 10 * mst.YEAR), rel=1e-12)
     assert late.ewma == pytest.approx(math.sqrt(square * (1 - 2 ** (-1 / 60)) * mst.YEAR), rel=1e-12)
     assert orjson.loads(orjson.dumps(late.record()))["volatility"]["10"] == late.volatility[0]
-    assert set(late.record()) == {*mst.Row._fields} - {"windows"}
+    assert set(late.record()) == {*mst.AnalyticsRow._fields} - {"windows"}
 
 
 def test_the_same_instant_asked_again_has_what_came_since() -> None:
@@ -287,7 +301,7 @@ def test_the_same_instant_asked_again_has_what_came_since() -> None:
     now = STATS_T0 + 9 * 10**9
     for n in range(18):
         analytics.add(market_stats_trade(n / 2))
-        row = cast(mst.Row, analytics.row("BTC-USD", now_ns=now))
+        row = cast(mst.AnalyticsRow, analytics.row("BTC-USD", now_ns=now))
         assert (row.trades, row.volume) == ((n + 1,) * 3, (n + 1.0,) * 3)
 
 
@@ -301,13 +315,13 @@ def test_spread_is_between_exchanges_that_trade() -> None:
     ):
         analytics.add(market_stats_trade(at, price, exchange=exchange))
         if exchange == "okx":
-            assert cast(mst.Row, analytics.row("BTC-USD")).spread is None
-    row = cast(mst.Row, analytics.row("BTC-USD"))
+            assert cast(mst.AnalyticsRow, analytics.row("BTC-USD")).spread is None
+    row = cast(mst.AnalyticsRow, analytics.row("BTC-USD"))
     assert (row.spread, row.low, row.high) == (11.0, "okx", "kraken")
     analytics.add(market_stats_trade(10.0, 100.0, exchange="bybit"))  # okx has been silent for ten seconds
-    row = cast(mst.Row, analytics.row("BTC-USD"))
+    row = cast(mst.AnalyticsRow, analytics.row("BTC-USD"))
     assert (row.spread, row.low, row.high) == (1.5, "gemini", "kraken")
-    assert cast(mst.Row, analytics.row("BTC-USD", "okx")).spread is None
+    assert cast(mst.AnalyticsRow, analytics.row("BTC-USD", "okx")).spread is None
 
 
 def test_rows_are_due_when_they_changed_and_not_too_often() -> None:
@@ -339,14 +353,14 @@ def test_sums_are_exact_and_leave_no_trace() -> None:
     trades = [market_stats_trade(n / 8_000, rng.uniform(1, 2), 10 ** rng.uniform(-9, 9)) for n in range(30_000)]
     for trade in trades:
         analytics.add(trade)
-    row = cast(mst.Row, analytics.row("BTC-USD"))
+    row = cast(mst.AnalyticsRow, analytics.row("BTC-USD"))
     volume = sum(Fraction(trade.size_value) for trade in trades)
     turnover = sum(Fraction(trade.price_value * trade.size_value) for trade in trades)
     assert row.volume[1] == pytest.approx(float(volume), rel=1e-15)
     assert row.vwap[1] == pytest.approx(float(turnover / volume), rel=1e-15)
     for second in range(70, 80):
         analytics.add(market_stats_trade(second, 0.001, 1e-9))
-    row = cast(mst.Row, analytics.row("BTC-USD"))
+    row = cast(mst.AnalyticsRow, analytics.row("BTC-USD"))
     assert row.vwap == pytest.approx((0.001,) * 3, rel=1e-15)
     assert row.volatility[0] == 0.0
 

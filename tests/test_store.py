@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from logs import seal
 from logs import store as log_store
 from logs.parse import Event, Metadata
 from runtime import postgres as db
@@ -98,9 +99,9 @@ def test_what_was_sealed_is_what_is_read(logs_pg: PgServer) -> None:
 
     async def main() -> None:
         async with logs_store_open(logs_pg.url) as store:
-            batch = log_store.seal([event for event, _ in samples], names.__getitem__)
+            batch = seal.seal([event for event, _ in samples], names.__getitem__)
             assert batch.received_at == min(event.received_at for event, _ in samples).timestamp()
-            assert await store.write([batch]) == [log_store.Outcome(len(samples), 0)]
+            assert await store.write([batch]) == [log_store.BatchOutcome(len(samples), 0)]
             async with store._database.connection() as connection:
                 rows = await connection.fetch("SELECT *, attributes::text AS text FROM logs")
         wanted = []
@@ -129,14 +130,14 @@ def test_what_was_sealed_is_what_is_read(logs_pg: PgServer) -> None:
 
 def test_row_is_the_beginning_of_a_line() -> None:
     event = logs_store_event(message="a\tb", attributes="{}")
-    whole = log_store.row(event) + "\t" + log_store.metadata_columns(META) + "\n"
-    assert log_store.seal([event], lambda _: META).data.decode() == whole
+    whole = seal.row(event) + "\t" + seal.metadata_columns(META) + "\n"
+    assert seal.seal([event], lambda _: META).data.decode() == whole
     assert whole == (
         "2024-02-28T12:00:00+00:00\t2024-02-28T12:00:00+00:00\tservice-0\thost\t6\ta\\tb\t{}\t\\N\t"
         "payments\tproduction\teu-west-1\t1.2.3\tdone\n"
     )
     ends = {
-        log_store.metadata_columns(found, configured).split("\t")[-1]
+        seal.metadata_columns(found, configured).split("\t")[-1]
         for found, configured in [
             (None, True),
             (None, False),
@@ -146,14 +147,14 @@ def test_row_is_the_beginning_of_a_line() -> None:
     }
     assert ends == {"missing", "none", "unknown", "done"}
     with pytest.raises(ValueError, match="at least one"):
-        log_store.seal([], lambda _: None)
+        seal.seal([], lambda _: None)
 
 
 def test_ids_are_of_version_7_and_sort_by_time() -> None:
-    ids = [log_store.new_id(now, lambda bits: (1 << bits) - 1) for now in (1.0, 1.001, 1e9, 4e9)]
+    ids = [seal.new_id(now, lambda bits: (1 << bits) - 1) for now in (1.0, 1.001, 1e9, 4e9)]
     assert ids == sorted(ids) and {(id.version, id.variant) for id in ids} == {(7, uuid.RFC_4122)}
-    assert ids[2].int >> 80 == 10**12 and log_store.new_id(1.0, lambda _: 0) != ids[0]
-    assert len({log_store.new_id(1.0) for _ in range(1000)}) == 1000
+    assert ids[2].int >> 80 == 10**12 and seal.new_id(1.0, lambda _: 0) != ids[0]
+    assert len({seal.new_id(1.0) for _ in range(1000)}) == 1000
 
 
 # ----------------------------------------------------------------------------------------------- batches, good and bad
@@ -193,7 +194,7 @@ def test_one_bad_row_among_a_thousand(logs_pg: PgServer, position: int) -> None:
             for n, (line, code) in enumerate(list(BAD.items())[position % 3 :: 3]):
                 size, place = (100, position // 10) if n else (1000, position)
                 batch = spoilt(logs_store_batch(size), {place: line})
-                assert await store.write([batch]) == [log_store.Outcome(size - 1, 1)], line[:300]
+                assert await store.write([batch]) == [log_store.BatchOutcome(size - 1, 1)], line[:300]
                 async with store._database.connection() as connection:
                     letter = await connection.fetchrow("DELETE FROM dead_letter RETURNING *")
                     assert letter is not None
@@ -235,7 +236,7 @@ def test_text_that_nothing_can_hold_costs_its_row_only(logs_pg: PgServer) -> Non
             events = [logs_store_event(n) for n in range(9)]
             events[2] = logs_store_event(message="\ud800 x")
             events[4] = logs_store_event(host="a\0b")
-            assert await store.write([log_store.seal(events, lambda _: None)]) == [(7, 2)]
+            assert await store.write([seal.seal(events, lambda _: None)]) == [(7, 2)]
             letters = await logs_pg.do("SELECT array_agg(line ORDER BY position) FROM dead_letter")
             assert [b"\xed\xa0\x80 x" in letters[0], b"a\0b" in letters[1]] == [True, True]
 
@@ -333,10 +334,10 @@ def test_a_batch_whose_answer_is_lost_is_there_once(logs_pg: PgServer, bad: bool
         async with server, logs_store_open(url) as store:
             await store.maintain()
             batches = [logs_store_batch(n) for n in (10, 20)]
-            outcomes = [log_store.Outcome(10, 0), log_store.Outcome(20, 0)]
+            outcomes = [log_store.BatchOutcome(10, 0), log_store.BatchOutcome(20, 0)]
             if bad:
                 batches[1] = spoilt(batches[1], {3: b"", 19: b"x"})
-                outcomes[1] = log_store.Outcome(18, 2)
+                outcomes[1] = log_store.BatchOutcome(18, 2)
             armed, failures = True, 0
             while True:
                 await store._database.ready(HANG_LIMIT)
@@ -498,7 +499,7 @@ def test_many_at_once_with_overlapping_batches(logs_pg: PgServer) -> None:
         async with logs_store_open(logs_pg.url) as one, logs_store_open(logs_pg.url) as two:
             batches = [logs_store_batch(20) for _ in range(40)]
             batches[5] = spoilt(batches[5], {0: b"", 7: b"x"})
-            wanted = [log_store.Outcome(18, 2) if n == 5 else log_store.Outcome(20, 0) for n in range(40)]
+            wanted = [log_store.BatchOutcome(18, 2) if n == 5 else log_store.BatchOutcome(20, 0) for n in range(40)]
 
             async def write(store: log_store.Store, step: int, size: int) -> None:
                 order = list(range(40))[::step]
@@ -553,7 +554,7 @@ def test_partitions_are_made_ahead(logs_pg: PgServer, now: str, days: list[str])
             assert await logs_store_days(logs_pg) == days and store.stats().partitions_made == 3
             midnight = datetime.strptime(f"{days[1]}+0000", "%Y_%m_%d%z")
             events = [logs_store_event(n, midnight + timedelta(microseconds=n - 1)) for n in range(2)]
-            assert await store.write([log_store.seal(events, lambda _: None)]) == [(2, 0)]
+            assert await store.write([seal.seal(events, lambda _: None)]) == [(2, 0)]
             assert store.stats().partitions_made == 3, "nothing had to be made"
             for day, n in zip(days, (1, 1, 0), strict=True):
                 assert await logs_pg.do(f"SELECT count(*) FROM logs_{day}") == n
@@ -576,7 +577,7 @@ def test_days_without_a_partition_get_one(logs_pg: PgServer) -> None:
             unset = logs_store_batch(10, datetime(1970, 1, 1, tzinfo=UTC))
             midnight = datetime(2024, 3, 1, tzinfo=UTC)
             events = [logs_store_event(n, midnight + timedelta(seconds=n - 500)) for n in range(1000)]
-            over = log_store.seal(events, lambda _: None)
+            over = seal.seal(events, lambda _: None)
             assert await store.write([late, over, early, unset]) == [(10, 0), (1000, 0), (10, 0), (10, 0)]
             wanted = ["1970_01_01", "2024_01_19", "2024_02_29", "2024_03_01", "2024_04_08"]
             assert await logs_store_days(logs_pg) == wanted
@@ -591,7 +592,7 @@ def test_rubbish_makes_no_more_partitions_than_it_may(logs_pg: PgServer) -> None
         async with logs_store_open(logs_pg.url) as store:
             events = [logs_store_event(n, NOON + timedelta(days=n % 50)) for n in range(100)]
             events += [logs_store_event(n) for n in range(100)]
-            outcome = (await store.write([log_store.seal(events, lambda _: None)]))[0]
+            outcome = (await store.write([seal.seal(events, lambda _: None)]))[0]
             assert len(await logs_store_days(logs_pg)) == log_store.DAYS_AT_ONCE
             assert outcome == (100 + 2 * log_store.DAYS_AT_ONCE, 100 - 2 * log_store.DAYS_AT_ONCE)
 

@@ -14,8 +14,7 @@ from typing import IO, Any, cast
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-import aggregate_app
-from api import telemetry, upstreams
+from api import config, pages, telemetry
 from tests.helpers.api import app_run, app_upstream, ask, living, ticks
 from tests.helpers.base import HANG_LIMIT, World, until_async
 
@@ -63,8 +62,8 @@ def test_tells_events_and_lets_go_of_those_who_left(app_world: World) -> None:
     async def main() -> None:
         async with app_upstream(handler) as url:
             table = {
-                "gone": upstreams.Upstream("gone", f"{url}/gone"),
-                "silent": upstreams.Upstream("silent", url, timeout=0.01, retries=0, failures=2, window=100.0),
+                "gone": config.Upstream("gone", f"{url}/gone"),
+                "silent": config.Upstream("silent", url, timeout=0.01, retries=0, failures=2, window=100.0),
             }
             async with living(table) as app:
                 service, leave, parts = app.service, asyncio.Event(), list[bytes]()
@@ -105,7 +104,7 @@ def test_tells_events_and_lets_go_of_those_who_left(app_world: World) -> None:
 
 
 def test_bounds_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aggregate_app, "STREAMS", 1)
+    monkeypatch.setattr(pages, "STREAMS", 1)
 
     async def main() -> None:
         async with living({}) as app:
@@ -228,7 +227,7 @@ def test_notes_every_request_once_and_the_loads_behind_it(app_world: World) -> N
         async with app_upstream(handler) as url:
             output = io.BytesIO()
             output.close = lambda: None  # type: ignore[method-assign]
-            async with living({"a": upstreams.Upstream("a", url, ttl=10.0)}, output) as app:
+            async with living({"a": config.Upstream("a", url, ttl=10.0)}, output) as app:
                 for i in range(3):  # loaded, from the cache, kept
                     path = "/aggregate/a?deadline_ms=20000"
                     status, headers, _ = await ask(app, path, headers={"X-Request-ID": f"r{i}"})
@@ -257,7 +256,7 @@ def test_metrics_are_those_of_its_health(app_world: World) -> None:
 
     async def main() -> None:
         async with app_upstream(handler) as url:
-            table = {name: upstreams.Upstream(name, f"{url}/{name}") for name in ("good", "gone")}
+            table = {name: config.Upstream(name, f"{url}/{name}") for name in ("good", "gone")}
             async with living(table) as app:
                 for _ in range(4):
                     await ask(app, "/aggregate?deadline_ms=20000")

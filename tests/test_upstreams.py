@@ -15,16 +15,15 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-import aggregate_app
 import coordination as co
-from api import upstreams
+from api import aggregate, config, renewals, upstreams
 from sandbox.sites import Sandbox
 from tests.helpers.api import aggregate_ask, app_run, app_upstream, play, settled, ticks
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, limits, until_async
 
 
 def app_source(url: str, world: World, session: aiohttp.ClientSession, **options: Any) -> upstreams.Source:
-    upstream = upstreams.Upstream(name="a", url=url, **{"timeout": HANG_LIMIT, **options})
+    upstream = config.Upstream(name="a", url=url, **{"timeout": HANG_LIMIT, **options})
     return upstreams.Source(upstream, session, co.Semaphore(99), clock=world.clock)
 
 
@@ -33,7 +32,7 @@ def app_source(url: str, world: World, session: aiohttp.ClientSession, **options
 
 def test_renewals_row_by_row() -> None:
     """Times to the tick: at 0.8 of the ttl (the middle), and three quarters of 2, 4, ... times the ttl after errors."""
-    known = upstreams.Renewals(10.0, 2, lambda: 0.5)
+    known = renewals.Renewals(10.0, 2, lambda: 0.5)
     a, b, c = ("a",), ("b",), ("c",)
     known.asked(a)  # never loaded: nothing is known of it
     assert (len(known), known.due(1e9)) == (0, [])
@@ -67,7 +66,7 @@ def test_renewals_row_by_row() -> None:
     known.asked(a)
     known.forget()
     assert (len(known), known.due(1e9)) == (0, [])
-    slow = upstreams.Renewals(100.0, 1, lambda: 0.5)
+    slow = renewals.Renewals(100.0, 1, lambda: 0.5)
     slow.failed(a, 0.0)
     slow.asked(a)
     assert (slow.due(74.99), slow.due(75.0)) == ([], [a])
@@ -82,7 +81,7 @@ class AppRenewals(RuleBasedStateMachine):
         super().__init__()
         self.draws = iter(range(10**9))
         self.now, self.ttl, self.most = 0.0, 10.0, 3
-        self.known = upstreams.Renewals(self.ttl, self.most, lambda: next(self.draws) * 0.37 % 1.0)
+        self.known = renewals.Renewals(self.ttl, self.most, lambda: next(self.draws) * 0.37 % 1.0)
         self.planned: dict[Any, tuple[float, float]] = {}
         self.wanted: set[Any] = set()
         self.failures: Counter[Any] = Counter()
@@ -154,7 +153,7 @@ def test_renewals_against_a_model() -> None:
 
 
 def test_renewals_of_many_loads_keep_their_heap_small() -> None:
-    known = upstreams.Renewals(10.0, 3, lambda: 0.5)
+    known = renewals.Renewals(10.0, 3, lambda: 0.5)
     for i in range(1000):
         known.loaded((str(i % 3),), float(i) / 1000)
     assert len(known._heap) <= 2 * 3 + 65
@@ -163,7 +162,7 @@ def test_renewals_of_many_loads_keep_their_heap_small() -> None:
 def test_renewals_keep_a_source_fresh(web: Sandbox) -> None:
     async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         source = make("/api/weather?city=renewed", ttl=10.0)
-        source.renewals = upstreams.Renewals(10.0, 5, lambda: 0.5)
+        source.renewals = renewals.Renewals(10.0, 5, lambda: 0.5)
         assert await aggregate_ask(source) == ("fresh", 1, 0.0)
         for serial in (1, 2, 3):
             assert await aggregate_ask(source) == ("fresh", serial, 0.0)
@@ -217,13 +216,13 @@ def test_posts_json_in_which_values_stay_text() -> None:
             parameters = {"x": "1", "y": "2"}
             source = app_source(url + "/s/{x}", World(), session, method="POST", body=body, parameters=parameters)
             for x, y in (("1", "2"), ('"},{"', "{x}\\ü")):
-                part = (await aggregate_app.gather({"a": source}, {"x": x, "y": y}, HANG_LIMIT))["a"]
+                part = (await aggregate.gather({"a": source}, {"x": x, "y": y}, HANG_LIMIT))["a"]
                 assert part.data is not None
                 assert part.data.value["line"].startswith("POST /s/") and part.data.value["kind"]
                 expected = {"q": f"{x} and {x}{y}", "all": [y, 5, None, {"{x}": "{unknown}"}]}
                 assert json.loads(part.data.value["body"]) == expected
             plain = app_source(url + "/none", World(), session, method="POST")
-            part = (await aggregate_app.gather({"a": plain}, {}, HANG_LIMIT))["a"]
+            part = (await aggregate.gather({"a": plain}, {}, HANG_LIMIT))["a"]
             assert part.data is not None and part.data.value == {"line": "POST /none", "kind": False, "body": ""}
 
     app_run(main())
@@ -244,20 +243,20 @@ def test_posts_json_in_which_values_stay_text() -> None:
         ("max_bytes = 5000001", "a.max_bytes: a number from 1 to 5e+06"),
         ("keys = 100001", "a.keys: a number from 1 to 100000"),
         ("retries = 11", "a.retries: a number from 0 to 10"),
-        *((f"parameters = {{ {name} = 'x' }}", f"a.parameters: {name} means") for name in sorted(upstreams.RESERVED)),
+        *((f"parameters = {{ {name} = 'x' }}", f"a.parameters: {name} means") for name in sorted(config.RESERVED)),
     ],
 )
 def test_configuration_refused(line: str, message: str) -> None:
-    with pytest.raises(upstreams.ConfigError, match=re.escape(message)):
-        upstreams.read_config(f"[a]\nurl = 'http://h/'\n{line}", {})
+    with pytest.raises(config.ConfigError, match=re.escape(message)):
+        config.read_config(f"[a]\nurl = 'http://h/'\n{line}", {})
 
 
 def test_configuration_read() -> None:
     text = "[a]\nurl='http://h/'\nmethod='POST'\nbody={q='{x}'}\nparameters={x='1'}\nhedge=0.5\nmax_bytes=5000000"
-    upstream = upstreams.read_config(text, {})["a"]
+    upstream = config.read_config(text, {})["a"]
     assert (upstream.method, upstream.hedge, upstream.max_bytes) == ("POST", 0.5, 5_000_000)
     assert upstream.content(("z",)) == b'{"q":"z"}'
-    assert upstreams.read_config("[a]\nurl='http://h/'\nmethod='POST'", {})["a"].content(()) is None
+    assert config.read_config("[a]\nurl='http://h/'\nmethod='POST'", {})["a"].content(()) is None
 
 
 def test_starts_warm_with_what_is_stale(web: Sandbox) -> None:

@@ -18,8 +18,8 @@ import pytest
 
 import aggregate_app
 import coordination as co
+from api import aggregate, config, upstreams
 from api import service as service_module
-from api import upstreams
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, World
 
@@ -34,7 +34,7 @@ def play(web: Sandbox, case: Case) -> None:
             sources: list[upstreams.Source] = []
 
             def source(path: str, **options: Any) -> upstreams.Source:
-                upstream = upstreams.Upstream(name="a", url=web.url(path), **options)
+                upstream = config.Upstream(name="a", url=web.url(path), **options)
                 sources.append(upstreams.Source(upstream, session, co.Semaphore(99), clock=world.clock))
                 return sources[-1]
 
@@ -50,7 +50,7 @@ def play(web: Sandbox, case: Case) -> None:
 
 
 async def aggregate_ask(source: upstreams.Source, deadline: float = 20.0) -> tuple[str, Any, float | None]:
-    part = (await aggregate_app.gather({"a": source}, {}, deadline))["a"]
+    part = (await aggregate.gather({"a": source}, {}, deadline))["a"]
     return part.state, part.data and part.data.value.get("serial", part.data.value), part.age
 
 
@@ -147,7 +147,7 @@ async def ask(
 
 
 @contextlib.asynccontextmanager
-async def living(table: dict[str, upstreams.Upstream], output: IO[bytes] | None = None) -> AsyncIterator[Any]:
+async def living(table: dict[str, config.Upstream], output: IO[bytes] | None = None) -> AsyncIterator[Any]:
     app = aggregate_app.create_app(table, 0, output=output)
     async with aggregate_app.lifespan(app):
         yield app
@@ -171,7 +171,7 @@ def app_world(monkeypatch: pytest.MonkeyPatch) -> World:
     """The sources of an application get this clock; kept answers stay for ever, so that only a change can end them."""
     world = World()
     monkeypatch.setattr(aggregate_app, "Source", functools.partial(upstreams.Source, clock=world.clock))
-    monkeypatch.setattr(aggregate_app, "KEPT", 1e9)
+    monkeypatch.setattr(aggregate, "KEPT", 1e9)
     monkeypatch.setattr(service_module, "RENEW_EVERY", 1e6)
     access = logging.getLogger("uvicorn.access")
     monkeypatch.setattr(access, "handlers", [logging.NullHandler()])

@@ -7,7 +7,7 @@ from typing import cast
 
 import coordination
 
-PLAIN = coordination.make_lock
+PLAIN = coordination.plain_lock
 
 
 class LockOrderError(RuntimeError):

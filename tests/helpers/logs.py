@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from logs import display
+from logs import display, outlet, seal
 from logs import pipeline as log_pipeline
 from logs import store as log_store
 from logs.display import Snapshot
 from logs.intake import udp_socket
+from logs.options import IngestOptions
 from logs.parse import Event, Metadata
 from logs.pipeline import Ingester
 from runtime import postgres as db
@@ -65,7 +66,7 @@ def logs_store_batch(
     n: int, at: datetime = NOON, found: Any = META, service: str | None = None
 ) -> log_spool.EncodedBatch:
     events = [logs_store_event(i, at, **({} if service is None else {"service": service})) for i in range(n)]
-    return log_store.seal(events, lambda name: found)
+    return seal.seal(events, lambda name: found)
 
 
 async def logs_store_counts(server: PgServer) -> tuple[int, int, int]:
@@ -99,7 +100,7 @@ def logs_ingest_pg(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
     """The server without tables of logs; what is waited for comes quickly."""
     asyncio.run(pg.do(LET_GO, "DROP TABLE IF EXISTS logs, log_batches, dead_letter CASCADE"))
     monkeypatch.setattr(log_pipeline, "FILL_EVERY", 0.02)
-    monkeypatch.setattr(log_pipeline, "DISTRUST", 0.02)
+    monkeypatch.setattr(outlet, "DISTRUST", 0.02)
     return pg
 
 
@@ -148,7 +149,7 @@ async def logs_ingest_up(
     """At the end it stops, has lost nothing that it does not own up to, and leaves nothing behind."""
     before = asyncio.all_tasks()
     sock = udp_socket("127.0.0.1", 0, receive_buffer=4 << 20).sock
-    options = log_pipeline.Options(
+    options = IngestOptions(
         **{
             "spool": str(folder / "spool"),
             "database": database,

@@ -25,12 +25,13 @@ import primitives as pr
 from market import display as md
 from market import flow as market_flow
 from market import kafka as mk
-from market import link
+from market import producer as producer_module
 from market import topics as mt
 from market.adapter import Adapter
 from market.connect import Feed
 from market.feeds import ADAPTERS
-from market.flow import Base
+from market.flow import MarketProgram
+from market.overflow import Overflow
 from market.trade import Parsed, Trade
 from primitives import CircuitBreaker
 from sandbox.broker import Broker
@@ -676,7 +677,7 @@ def balanced(publisher: mk.Publisher) -> mk.PublisherStats:
 @pytest.fixture
 def market_kafka_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
     """One of the test's own: it may be frozen, stopped, killed."""
-    monkeypatch.setattr(link, "BACK_OFF", AT_ONCE)
+    monkeypatch.setattr(producer_module, "BACK_OFF", AT_ONCE)
     monkeypatch.setattr(mt, "BACK_OFF", AT_ONCE)
     with Broker(tmp_path / "broker") as broker:
         yield broker
@@ -703,15 +704,15 @@ async def market_kafka_open(address: str, limit: float = HANG_LIMIT, **options: 
         assert logging.getLogger("aiokafka").handlers == []
 
 
-def market_pipeline_options(kafka: str, prefix: str, folder: Path, **more: Any) -> market_flow.Options:
+def market_pipeline_options(kafka: str, prefix: str, folder: Path, **more: Any) -> market_flow.MarketOptions:
     exchanges = more.pop("them", None)
     if exchanges is not None:
         more |= {"urls": exchanges.urls, "exchanges": more.get("exchanges", tuple(exchanges.urls))}
     more = {"spool": str(folder / "spool"), "workers": 1, "partitions": 3, **more}
-    return market_flow.Options(kafka=kafka, prefix=f"{prefix}-", **more)
+    return market_flow.MarketOptions(kafka=kafka, prefix=f"{prefix}-", **more)
 
 
-def market_pipeline_metrics(program: Base) -> bytes:
+def market_pipeline_metrics(program: MarketProgram) -> bytes:
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()
@@ -719,7 +720,7 @@ def market_pipeline_metrics(program: Base) -> bytes:
     return generate_latest(registry)
 
 
-class MarketPipelineBase(Base):
+class MarketPipelineBase(MarketProgram):
     """What the three programs have in common, by itself."""
 
     async def run(self) -> int:
@@ -727,3 +728,8 @@ class MarketPipelineBase(Base):
 
 
 ABSENT = "127.0.0.1:9"
+
+
+def overflow_of(publisher: mk.Publisher) -> Overflow:
+    assert publisher._overflow is not None
+    return publisher._overflow

@@ -52,10 +52,10 @@ def in_threads(calls: list[Callable[[], Any]]) -> None:
 prim_local = threading.local()
 
 
-BLOCK = co._Waiter.block
+BLOCK = co.Waiter.block
 
 
-def gated_block(waiter: co._Waiter, timeout: float | None) -> None:
+def gated_block(waiter: co.Waiter, timeout: float | None) -> None:
     """Block as told: a worker that is to be interrupted or to time out does so when the test says, not the clock."""
     worker: PrimThread | None = getattr(prim_local, "worker", None)
     if worker is None or not worker.gated:
@@ -206,7 +206,7 @@ class Shell:
 
 @pytest.fixture(params=["threads", "tasks", "mixed"])
 def prim_shell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
-    monkeypatch.setattr(co._Waiter, "block", gated_block)
+    monkeypatch.setattr(co.Waiter, "block", gated_block)
     shell = Shell(request.param)
     yield shell
     for loop in shell.loops:

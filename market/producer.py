@@ -1,12 +1,24 @@
-"""The connection to Kafka: what is under way, acknowledged, refused, or has to be sent again."""
+"""One aiokafka producer after another: what is sent, acknowledged, refused, or has to be sent again.
+
+Records become batches, one for each partition (``create_batch``: a quarter of what ``send`` costs). The partition
+follows from the key as in the Java client (murmur2), so a symbol is in one partition, in the order of ``publish``.
+
+Promised: the producer is idempotent; what was under way when the broker froze or went is sent again under its old
+sequence number. A batch that the broker refuses for the sake of a record in it is halved until the culprit is alone;
+``publish`` hands that back, and all else is acknowledged when it returns.
+
+All is for one event loop; there is no lock. Encoding and compression run in it, at most ``AT_ONCE`` records and
+``ROUND_BYTES`` in one go (3 to 5 ms). On a loop that others keep busy a round costs some fifteen turns, whatever is in
+it: so rounds are large. aiokafka has no public way to leave a broker that does not answer: ``_abandon`` is the one
+place that touches what is private there.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaProducer
@@ -23,43 +35,19 @@ from aiokafka.errors import (
 from aiokafka.partitioner import DefaultPartitioner
 
 from coordination import Rng
-from market.topics import BACK_OFF, Row
-
-FLIGHT, FLIGHT_BYTES = 5000, 1_300_000
-"""Records that are under way together at most, and bytes of their values, or one more."""
-
+from market.backlog import FLIGHT_BYTES
+from market.topics import BACK_OFF, Record, log
 
 AT_ONCE = 1000
 """Records that are encoded, or put into batches, in one go."""
-
-
 ROUND_BYTES = {"gzip": 180_000, "lz4": 500_000}
 """Of the values of one round, which are compressed in one go; by the kinds that are slow."""
-
-
 BATCH_BYTES = 950_000
-
-
-LARGEST_CONTEXT = 20_000
-"""Characters."""
-
-
-HEAVY = 64_000_000
-"""Bytes of raw frames that may wait."""
-
-
-ASK_AGAIN = 1.0
-"""Seconds after which a disk that refused is asked again."""
-
-
+"""Of a batch; Kafka's own default for the largest is 1,048,588."""
 RENEW_AFTER = 1 << 30
 """Records of one producer: aiokafka's sequence numbers turn negative at 2**31 in a partition, where Kafka's turn 0."""
-
-
 KEYS = 100_000
 """Symbols whose partition is remembered."""
-
-
 RECORDS_FAULT = (
     CorruptRecordException,
     InvalidMessageError,
@@ -70,32 +58,12 @@ RECORDS_FAULT = (
 """What the broker says of a batch for the sake of a record in it."""
 
 
-class Closed(RuntimeError):
-    """The publisher takes nothing any more."""
-
-
-class Counts(NamedTuple):
-    """accepted + recovered == published + held + spooled + dropped + lost."""
-
-    accepted: int
-    recovered: int
-    """Left in the spool by a previous life."""
-    published: int
-    """Acknowledged."""
-    held: int
-    """In memory, on its way included."""
-    spooled: int
-    dropped: int
-    lost: int
-    """The disk did not give back what it had taken."""
-
-
 class _Piece(NamedTuple):
     batch: Any
-    rows: list[Row]
+    rows: list[Record]
 
 
-def rounds(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
+def rounds(rows: Sequence[Record], most: int) -> Iterator[list[Record]]:
     """In their order, each with at most so many bytes, or a little more."""
     begin = size = 0
     for n, row in enumerate(rows, 1):
@@ -103,30 +71,6 @@ def rounds(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
         if size >= most or n == len(rows):
             yield list(rows[begin:n])
             begin, size = n, 0
-
-
-def heavy(rows: Iterable[Row]) -> int:
-    """Bytes of the dead letters among them, which have no key."""
-    return sum(len(row.value) for row in rows if row.key is None)
-
-
-async def _end(task: asyncio.Task[Any]) -> None:
-    """Cancel, and wait until it is over."""
-    task.cancel()
-    await asyncio.wait({task})
-
-
-async def _uncut(task: asyncio.Task[None]) -> None:
-    """Wait until it is over, also if that is cancelled, and then end cancelled."""
-    cut: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cut = error
-    task.result()
-    if cut is not None:
-        raise cut
 
 
 async def _force(task: asyncio.Task[Any]) -> None:
@@ -160,7 +104,7 @@ async def _abandon(producer: Any) -> None:
         update.cancel()
 
 
-class _Link:
+class Producer:
     """One producer after another, to the same brokers. One ``publish`` at a time."""
 
     def __init__(
@@ -192,15 +136,15 @@ class _Link:
     def connected(self) -> bool:
         return self._producer is not None
 
-    async def publish(self, rows: list[Row]) -> list[tuple[Row, str]]:
+    async def publish(self, rows: list[Record]) -> list[tuple[Record, str]]:
         """Return when each row is acknowledged, but for those that the broker refuses for their own sake."""
-        refused = list[tuple[Row, str]]()
+        refused = list[tuple[Record, str]]()
         todo = list(rounds(rows, ROUND_BYTES.get(self._compression or "", 2 * FLIGHT_BYTES)))
         """Groups that may not share a batch; each in its order."""
         tries = 0
         while todo:
             producer = await self._connected()
-            again = list[list[Row]]()
+            again = list[list[Record]]()
             broken = False
             for group in todo:
                 if broken:
@@ -238,7 +182,7 @@ class _Link:
         self._sent += len(rows)
         return refused
 
-    async def _build(self, producer: Any, rows: list[Row]) -> dict[tuple[str, int], list[_Piece]]:
+    async def _build(self, producer: Any, rows: list[Record]) -> dict[tuple[str, int], list[_Piece]]:
         lanes = dict[tuple[str, int], list[_Piece]]()
         places = self._places
         for topic in {row.topic for row in rows}:
@@ -348,6 +292,3 @@ class _Link:
         producer, self._producer = self._producer, None
         if producer is not None:
             await asyncio.shield(asyncio.create_task(_abandon(producer)))
-
-
-log = logging.getLogger("market_pipeline")

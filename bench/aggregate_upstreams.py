@@ -1,4 +1,4 @@
-"""The parts of ``python -m bench aggregate`` with bad upstreams, and these upstreams: `bench/upstreams.py PORT`.
+"""The parts of `bench aggregate` with bad upstreams, and these: `bench/aggregate_upstreams.py PORT` serves them.
 
 * **Deadlines** are measured in an open loop: a request goes when it is due, whatever became of those before it, and its
   time counts from then. A closed loop would wait with the server, and hide how slow it was.
@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from bench import runner
-from bench.aggregate import Row, Server, Stage
+from bench.measure import Row, table
+from bench.servers import Server, Stage
 from sandbox import sites
-from sandbox.faults import CHUNKED, CLOSE, FOREVER, RESET, Answer, Request, reply, route
+from sandbox.faults import CHUNKED, CLOSE, FOREVER, RESET, Answer, SiteRequest, reply, route
 
 SILENT = """
 [silent]
@@ -64,7 +64,7 @@ def serve_upstreams(port: int) -> None:
     weights = {"good": 8, "slow": 3}
 
     @route("/chaos/")
-    def chaos(request: Request) -> Answer:
+    def chaos(request: SiteRequest) -> Answer:
         body = json.dumps({"name": request.name, "text": "x" * random.choice((10, 1_000, 50_000))}).encode()
         good = reply(body, kind="application/json")
         answers: dict[str, Answer] = {
@@ -83,7 +83,7 @@ def serve_upstreams(port: int) -> None:
         return answers[random.choices(list(answers), [weights.get(kind, 1) for kind in answers])[0]]
 
     @route("/calls")
-    def calls(request: Request) -> Answer:
+    def calls(request: SiteRequest) -> Answer:
         paths = collections.Counter(entry.path for entry in request.sandbox.log)
         return reply(json.dumps(paths).encode(), kind="application/json")
 
@@ -186,7 +186,7 @@ async def deadline(args: argparse.Namespace, stage: Stage) -> tuple[list[Row], b
             whole, failed = sum(map(partly, replies)), sum(reply.status != 200 for reply in replies)
             right &= whole == len(replies) and not failed
             rows.append(times(phase, replies) | {"with all others' data": whole, "failed": failed} | spent)
-        print(f"One silent upstream of four, deadline 300 ms, 200 requests/s:\n\n{runner.table(rows)}\n")
+        print(f"One silent upstream of four, deadline 300 ms, 200 requests/s:\n\n{table(rows)}\n")
         cold = stage.ours(stage.calm())
         made = stage.calls()
         replies = await asyncio.gather(*(ask(session, cold.base + "/aggregate?deadline_ms=10000") for _ in range(1000)))
@@ -194,7 +194,7 @@ async def deadline(args: argparse.Namespace, stage: Stage) -> tuple[list[Row], b
         got = {path: calls[path] - made.get(path, 0) for path in calls if path.startswith("/api/")}
         row = times("1,000 cold requests at once", replies) | {"failed": sum(reply.status != 200 for reply in replies)}
         row |= {"calls " + path[5:].split("?")[0]: count for path, count in got.items()}
-    print(runner.table([row]) + "\n")
+    print(table([row]) + "\n")
     return [*rows, row], right and not row["failed"] and set(got.values()) == {1}
 
 
@@ -286,7 +286,7 @@ async def chaos(args: argparse.Namespace, stage: Stage) -> tuple[list[Row], bool
     row |= toll(server)
     for mistake, count in mistakes.most_common(5):
         print(f"{count} x {mistake}")
-    print(f"{args.chaos} s, 50 clients, four upstreams that fail, hang, drip, lie:\n\n{runner.table([row])}\n")
+    print(f"{args.chaos} s, 50 clients, four upstreams that fail, hang, drip, lie:\n\n{table([row])}\n")
     return [row], ended and freed and not mistakes and bool(replies)
 
 
@@ -320,7 +320,7 @@ async def reports(args: argparse.Namespace, stage: Stage) -> tuple[list[Row], bo
     rows = [times("/aggregate alone", alone), times("/aggregate beside reports", beside), times("/report", made)]
     for row, replies in zip(rows, (alone, beside, made), strict=True):
         row["failed"] = sum(reply.status != 200 for reply in replies)
-    print(f"{args.reports} clients ask for /report, 100 requests/s for /aggregate:\n\n{runner.table(rows)}\n")
+    print(f"{args.reports} clients ask for /report, 100 requests/s for /aggregate:\n\n{table(rows)}\n")
     return rows, not any(row["failed"] for row in rows)
 
 

@@ -1,0 +1,134 @@
+"""What every request passes first: its id, its client's rate, its sizes, and the answers that are kept.
+
+A client is its address; each has a ``TokenBucket``, and the ``CLIENTS`` that asked last are known. What is refused here
+has cost no route. Everything runs in the event loop, and nothing waits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import secrets
+import time
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from api.requests import Problem, problem
+from api.service import Service
+from api.upstreams import request_id
+from primitives import TokenBucket, TTLCache
+
+CLIENT_RATE, CLIENT_BURST, CLIENTS = 1000.0, 2000, 10_000
+"""Requests per second of one client (``AGGREGATE_RATE`` overrides, 0: any number), and how many are known at a time."""
+MAX_QUERY, MAX_HEADERS, MAX_BODY = 4096, 32 * 1024, 64 * 1024
+"""Bytes of a query, of all headers, and of the body that a request announces (no body is read)."""
+
+
+def refused(wait: float, query: int, headers: int, body: int) -> Problem | None:
+    """Why a request gets no further: its client's rate (``wait`` seconds to go), or its sizes in bytes."""
+    if wait:
+        return Problem(429, "too many requests", {"Retry-After": str(math.ceil(wait))})
+    if query > MAX_QUERY:
+        return Problem(414, f"the query has more than {MAX_QUERY} bytes")
+    if headers > MAX_HEADERS:
+        return Problem(431, f"the headers have more than {MAX_HEADERS} bytes in all")
+    return Problem(413, f"a body of more than {MAX_BODY} bytes") if body > MAX_BODY else None
+
+
+class Aggregator(Starlette):
+    """What every request passes first: it gets an id (or keeps a good one), its client a token, or 429; its sizes are
+    bounded. The server has read the headers by then: what they may cost it is for the server, or a proxy, to bound.
+
+    The id is sent upstream as ``X-Request-ID`` by the load that the request began, and comes back with the answer.
+    What was answered a moment ago is answered here, without a route or a response being made.
+    """
+
+    def __init__(self, rate: float, **options: Any) -> None:
+        super().__init__(**options)
+        self._rate = rate
+        self._process, self._serial = secrets.token_hex(4).encode(), itertools.count()
+        self._buckets: TTLCache[str, TokenBucket] = TTLCache(CLIENTS, math.inf)
+        self.service: Service | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+            return
+        started, identity, plain = time.monotonic(), b"", scope["method"] == "GET"
+        size, length = 0, b"0"
+        for name, value in scope["headers"]:
+            size += len(name) + len(value)
+            if name == b"x-request-id":
+                identity = value
+            elif name == b"if-none-match":
+                plain = False
+            elif name == b"content-length":
+                length = value
+        if not identity or not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", identity):
+            # random for the process, counted within it: a random one each would be a sixteenth of a cached answer
+            identity = b"%s%08x" % (self._process, next(self._serial) & 0xFFFFFFFF)
+        service, client = self.service, scope["client"][0] if scope.get("client") else ""
+        wait = self._wait(client) if self._rate else 0.0
+        if plain and not wait and service is not None and size <= MAX_HEADERS:
+            kept = service.kept.get((scope["path"], scope["query_string"]))
+            if kept is not None and started < kept.until:
+                kept.hits += 1
+                headers = [*kept.headers, (b"x-request-id", identity)]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.body", "body": kept.body})
+                if service.log.wanted:
+                    self._note(service, scope, identity, client, started, 200, kept.states)
+                return
+        status = 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", identity)]
+            await send(message)
+
+        token = request_id.set(identity.decode())
+        try:
+            refusal = refused(wait, len(scope["query_string"]), size, int(length))
+            if refusal is not None:
+                await (await problem(Request(scope), refusal))(scope, receive, answer)
+            else:
+                await super().__call__(scope, receive, answer)
+        finally:
+            request_id.reset(token)
+            if service is not None and service.log.wanted:
+                self._note(service, scope, identity, client, started, status, scope.get("states"))
+
+    def _note(
+        self,
+        service: Service,
+        scope: Scope,
+        identity: bytes,
+        client: str,
+        started: float,
+        status: int,
+        states: dict[str, str] | None,
+    ) -> None:
+        fields = {
+            "client": client,
+            "method": scope["method"],
+            "path": scope["path"],
+            "query": scope["query_string"].decode("latin-1"),
+            "status": status,
+            "duration_ms": round((time.monotonic() - started) * 1000, 3),
+            "sources": states,
+        }
+        service.log.note("request", identity.decode(), fields)
+
+    def _wait(self, client: str) -> float:
+        """0.0: the client may ask; else the seconds until it may."""
+        bucket = self._buckets.get(client)
+        if bucket is None:
+            bucket = TokenBucket(self._rate, CLIENT_BURST)
+            self._buckets.put(client, bucket)
+        return 0.0 if bucket.try_acquire() else max(bucket.wait_for(), 0.001)

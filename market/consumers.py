@@ -1,0 +1,296 @@
+"""The readers of the topics: members of a consumer group, and whoever wants the dead letters.
+
+Promised by ``Group``
+- Any number of processes share the symbols of a topic: a partition is read by one of them at a time, and what nobody
+  committed is read again after a death. ``commit`` after publishing: each trade is computed at least once.
+- With ``look_back`` seconds, a partition that is taken over begins that long before its last committed record, so that
+  the windows can be filled again; those trades come as ``again``, and are for the state only.
+- A record that is no trade stops nobody: it comes as a dead letter.
+
+Not promised: that a trade is computed once (a death between publishing and committing); that a member which was away
+for longer than Kafka's session learns of it before its ``commit`` (which then does nothing, and says so).
+
+All is for one event loop, without locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+
+from coordination import Rng, stats_repr
+from market.topics import (
+    BACK_OFF,
+    DEAD_LETTERS,
+    TRADES,
+    DeadLetter,
+    client_log,
+    decode,
+    letter_of_record,
+    log,
+    unpublishable,
+)
+from market.trade import Trade
+
+
+async def connected_consumer(
+    brokers: str, group: str | None, request_timeout: float, security: Mapping[str, Any], limit: float, rng: Rng
+) -> Any:
+    """A consumer that is connected; tries for ``limit`` seconds, then raises ``TimeoutError``."""
+    begun, tries = time.monotonic(), 0
+    while True:
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=brokers,
+            group_id=group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            request_timeout_ms=int(request_timeout * 1000),
+            fetch_max_wait_ms=100,
+            **security,
+        )
+        try:
+            await consumer.start()
+        except (KafkaError, OSError, TimeoutError) as error:
+            await consumer.stop()
+            tries += 1
+            delay = BACK_OFF.delay(tries, rng) or 0.0
+            if time.monotonic() - begun + delay > limit:
+                raise TimeoutError(f"no broker at {brokers} in {limit:g} s") from error
+            await asyncio.sleep(delay)
+        except BaseException:
+            await consumer.stop()
+            raise
+        else:
+            return consumer
+
+
+async def dead_letters(
+    brokers: str,
+    *,
+    prefix: str = "",
+    group: str | None = None,
+    before_commit: Callable[[], Awaitable[None]] | None = None,
+    request_timeout: float = 10.0,
+    limit: float = 30.0,
+    security: Mapping[str, Any] | None = None,
+    rng: Rng = random.random,
+) -> AsyncIterator[DeadLetter]:
+    """The dead letters that are there now, in the order of each partition. ``TimeoutError`` without a broker.
+
+    With a ``group`` those that it has not committed; each lot is committed when the next is asked for, after
+    ``before_commit`` (``Publisher.flush``: what came of them is published). Left early, the lot comes again.
+    """
+    client_log.attach()
+    try:
+        consumer = await connected_consumer(brokers, group, request_timeout, security or {}, limit, rng)
+        try:
+            topic = prefix + DEAD_LETTERS
+            places = [TopicPartition(topic, n) for n in await _partitions(consumer, topic)]
+            consumer.assign(places)
+            ends = await consumer.end_offsets(places) if places else {}
+            at = {place: await consumer.position(place) for place in places}
+            waited = time.monotonic()
+            while any(at[place] < ends[place] for place in places):
+                lot = await consumer.getmany(timeout_ms=200, max_records=500)
+                for place, records in lot.items():
+                    for record in records:
+                        if record.offset < ends[place]:
+                            yield letter_of_record(record.value, record.headers)
+                for place in places:
+                    at[place] = await consumer.position(place)
+                if lot:
+                    waited = time.monotonic()
+                    if group is not None:
+                        if before_commit is not None:
+                            await before_commit()
+                        await consumer.commit({place: min(at[place], ends[place]) for place in lot})
+                elif time.monotonic() - waited > limit:
+                    raise TimeoutError(f"no answer from {brokers} in {limit:g} s")
+        finally:
+            await consumer.stop()
+    finally:
+        client_log.detach()
+
+
+async def _partitions(consumer: Any, topic: str) -> list[int]:
+    """Of a topic that may not be there: none then, and it is not made."""
+    if topic not in await consumer.topics():
+        return []
+    return sorted(await consumer._client._wait_on_metadata(topic))
+
+
+class Taken(NamedTuple):
+    trades: list[Trade]
+    again: list[Trade]
+    """Of before the committed offset: for the state only."""
+    dead: list[DeadLetter]
+    """Records that are no trades."""
+
+
+class GroupStats(NamedTuple):
+    partitions: tuple[int, ...]
+    taken: int
+    again: int
+    dead: int
+    commits: int
+    commits_failed: int
+    """Another member has the partitions now, and takes the records again."""
+    rebalances: int
+
+
+class Group(ConsumerRebalanceListener):  # type: ignore[misc]
+    """A member of the consumer group ``group`` of the topic ``trades``. One task uses it.
+
+    ``revoked`` is told, and waited for, before partitions go to others: publish and ``commit`` there, and forget their
+    symbols. ``look_back``, ``heartbeat`` (after which members hear of another), ``session`` (without a heartbeat, after
+    which a member is taken for dead): seconds.
+    """
+
+    def __init__(
+        self,
+        brokers: str,
+        group: str = "market-analyse",
+        *,
+        prefix: str = "",
+        look_back: float = 0.0,
+        revoked: Callable[[frozenset[int]], Awaitable[None]] | None = None,
+        heartbeat: float = 1.0,
+        session: float = 10.0,
+        request_timeout: float = 10.0,
+        security: Mapping[str, Any] | None = None,
+        rng: Rng = random.random,
+    ) -> None:
+        self.topic = prefix + TRADES
+        self._brokers, self._group, self._look_back, self._revoked = brokers, group, look_back, revoked
+        self._timeout, self._security, self._rng = request_timeout, security or {}, rng
+        self._member = {"heartbeat_interval_ms": int(heartbeat * 1000), "session_timeout_ms": int(session * 1000)}
+        self._consumer: Any = None
+        self._done: dict[TopicPartition, int] = {}
+        """Where to go on: what is below was taken, or had been committed before."""
+        self._taken = self._again = self._dead = self._commits = self._commits_failed = self._rebalances = 0
+
+    async def start(self, limit: float = 30.0) -> None:
+        """Join. ``TimeoutError`` without a broker or the topic: to subscribe would make it, in the wrong size."""
+        client_log.attach()
+        begun, tries = time.monotonic(), 0
+        try:
+            options = {**self._security, **self._member}
+            self._consumer = await connected_consumer(
+                self._brokers, self._group, self._timeout, options, limit, self._rng
+            )
+            while self.topic not in await self._consumer.topics():
+                tries += 1
+                if time.monotonic() - begun > limit:
+                    raise TimeoutError(f"no topic {self.topic} in {limit:g} s")
+                await asyncio.sleep(BACK_OFF.delay(tries, self._rng) or 0.0)
+            self._consumer.subscribe([self.topic], listener=self)
+        except BaseException:
+            consumer, self._consumer = self._consumer, None
+            if consumer is not None:
+                await asyncio.shield(asyncio.create_task(consumer.stop()))
+            client_log.detach()
+            raise
+
+    async def stop(self) -> None:
+        """Leave the group; what is not committed is another's."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            try:
+                await consumer.stop()
+            finally:
+                client_log.detach()
+
+    async def take(self, wait: float = 0.5, at_once: int = 2000) -> Taken:
+        """What there is, after ``wait`` seconds at the most; maybe nothing."""
+        trades, again, dead = list[Trade](), list[Trade](), list[DeadLetter]()
+        lot = await self._consumer.getmany(timeout_ms=int(wait * 1000), max_records=at_once)
+        for place, records in lot.items():
+            floor = self._done.get(place, 0)
+            for record in records:
+                try:
+                    (again if record.offset < floor else trades).append(decode(record.value or b""))
+                except ValueError as error:
+                    if record.offset >= floor:
+                        dead.append(unpublishable(record.value or b"", error, time.time_ns()))
+            self._done[place] = max(floor, records[-1].offset + 1)
+        self._taken += len(trades)
+        self._again += len(again)
+        self._dead += len(dead)
+        return Taken(trades, again, dead)
+
+    async def commit(self) -> bool:
+        """All that was taken is done with. False if the partitions are another's by now, or nobody answers."""
+        if not self._done:
+            return True
+        try:
+            await self._consumer.commit(dict(self._done))
+        except (CommitFailedError, IllegalStateError, KafkaError) as error:
+            self._commits_failed += 1
+            log.warning("kafka: not committed: %s", error)
+            return False
+        self._commits += 1
+        return True
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        gone = frozenset(revoked)
+        if gone and self._revoked is not None:
+            await self._revoked(frozenset(place.partition for place in gone))
+        for place in gone:
+            self._done.pop(place, None)
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self._rebalances += 1
+        self._done = {}
+        places = list(assigned)
+        self._consumer.pause(*places)  # ``take`` gets nothing of them before it is clear where they begin
+        try:
+            for place in places:
+                committed = await self._consumer.committed(place)
+                if committed is not None:
+                    self._done[place] = committed
+            if self._look_back > 0 and self._done:
+                for place, offset in (await self._before(dict(self._done))).items():
+                    self._consumer.seek(place, offset)
+        except (KafkaError, TimeoutError) as error:  # no windows from before; else the partitions would hang
+            log.warning("kafka: no look back: %s", error)
+        finally:
+            self._consumer.resume(*places)
+
+    async def _before(self, committed: Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
+        """Where each partition was ``look_back`` seconds before its last committed record."""
+        places = [place for place, offset in committed.items() if offset > 0]
+        reader = await connected_consumer(self._brokers, None, self._timeout, self._security, self._timeout, self._rng)
+        try:
+            times = dict[TopicPartition, int]()
+            reader.assign(places)
+            for place in places:
+                reader.seek(place, committed[place] - 1)
+            deadline = time.monotonic() + self._timeout
+            while len(times) < len(places) and time.monotonic() < deadline:
+                for place, records in (await reader.getmany(timeout_ms=200, max_records=len(places))).items():
+                    times.setdefault(place, max(0, records[0].timestamp - int(self._look_back * 1000)))
+                    reader.pause(place)
+            found = await reader.offsets_for_times(times) if times else {}
+        finally:
+            await reader.stop()
+        return {place: min(at.offset, committed[place]) for place, at in found.items() if at is not None}
+
+    def stats(self) -> GroupStats:
+        partitions = self._consumer.assignment() if self._consumer is not None else ()
+        return GroupStats(
+            tuple(sorted(place.partition for place in partitions)),
+            self._taken,
+            self._again,
+            self._dead,
+            self._commits,
+            self._commits_failed,
+            self._rebalances,
+        )
+
+    __repr__ = stats_repr

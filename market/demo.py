@@ -1,0 +1,168 @@
+"""``market_pipeline.py --demo``: simulated exchanges that trade for some seconds, a broker, and what is in Kafka then.
+
+The exchanges have a thread; the broker, unless one is named, is a process of its own, in a temporary folder that is
+gone at the end. ``play`` stops the program; ``report`` compares what was sent with what the topics hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+from aiokafka import AIOKafkaConsumer
+
+from market.display import Snapshot, columns, latency, number, price
+from market.flow import MarketOptions, MarketProgram
+from market.stats import ALL
+from market.topics import ANALYTICS, DEAD_LETTERS, TRADES, decode
+from market.trade import Trade
+from runtime.serving import CannotStart
+
+DEMO_PATIENCE = 15.0
+"""Seconds that the demo waits for what is in Kafka."""
+
+
+class Demo:
+    """Simulated exchanges that trade for some seconds, one of which fails, and, unless one is named, a broker."""
+
+    def __init__(self, options: MarketOptions, seconds: float, rate: float) -> None:
+        self.options, self._seconds, self._rate = options, seconds, rate
+        self._stack = contextlib.ExitStack()
+        self._exchanges: Any = None
+
+    def __enter__(self) -> Demo:
+        from sandbox.broker import Broker
+        from sandbox.exchanges import WIRES
+        from sandbox.markets import Exchanges
+
+        with contextlib.ExitStack() as stack:
+            folder = Path(tempfile.mkdtemp(prefix="market-demo-"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            more: dict[str, Any] = {}
+            if self.options.spool == MarketOptions.spool:
+                more["spool"] = str(folder / "spool")
+            if self.options.kafka is not None and not self.options.prefix:
+                more["prefix"] = f"demo-{os.urandom(4).hex()}-"  # simulated trades are not to be among real ones
+            if self.options.kafka is None:
+                if Broker.program() is None:
+                    raise CannotStart("--demo needs a broker: pip install noida-db, or --kafka HOST:PORT")
+                print("market_pipeline: starting the broker for development in a temporary folder", file=sys.stderr)
+                broker = Broker(folder / "broker")
+                try:
+                    more["kafka"] = broker.start()
+                except OSError as error:
+                    raise CannotStart(f"the broker for development did not start: {error}") from None
+                stack.callback(broker.stop)
+            names = [name for name in self.options.exchanges if name in WIRES]
+            if not names:
+                raise CannotStart(f"the demo has {', '.join(WIRES)} only")
+            self._exchanges = Exchanges(rate=self._rate, symbols=self.options.symbols, exchanges=names)
+            stack.enter_context(self._exchanges)
+            more |= {"urls": self._exchanges.urls, "exchanges": tuple(names), "stocks": ()}
+            self.options = dataclasses.replace(self.options, **more)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    async def play(self, program: MarketProgram) -> None:
+        """Some faults in passing; after the time, stop."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._seconds
+        names = self.options.exchanges
+        faults = ((names[2 % len(names)], "close"), (names[0], "gap"), (names[-1], "not json"))
+        try:
+            for n, (name, fault) in enumerate(faults):
+                await asyncio.sleep(self._seconds * 0.25 if not n else self._seconds * 0.1)
+                await asyncio.to_thread(self._exchanges.fault, name, fault)
+            await asyncio.sleep(max(0.0, end - loop.time()))
+        finally:
+            if not program.snapshot().stopping:
+                program.stop()
+
+    def report(self, counts: Snapshot) -> bool:
+        """Print what is in Kafka; whether that is what was sent, in the right places."""
+        sent = sum(each.sent for each in self._exchanges.stats().values())
+        try:
+            trades, rows, letters = asyncio.run(self._look())
+        except Exception as error:
+            print(f"market_pipeline: Kafka cannot be read: {error}", file=sys.stderr)
+            return False
+        found = [decode(record.value) for record in trades]
+        live = {(each.exchange, each.symbol, each.trade_id) for each in found if "snapshot" not in each.flags}
+        wrong = misplaced(trades) + misplaced(rows)
+        print(f"trades sent       {sent:>9,}    (snapshots come on top)")
+        print(f"in Kafka          {len(trades):>9,}    of {len(live):,} live trades, {len(found) - len(live):,} others")
+        print(f"rows of analytics {len(rows):>9,}")
+        print(f"dead letters      {len(letters):>9,}")
+        print(f"in a wrong partition, or with a wrong key: {wrong}\n")
+        print(self._symbols([orjson.loads(record.value) for record in rows], found), end="\n\n")
+        print(self._by_exchange(found, counts))
+        return sent == len(live) and not wrong and len(trades) == counts.published.published - counts.dead
+
+    def _symbols(self, rows: Sequence[Mapping[str, Any]], trades: Sequence[Trade]) -> str:
+        windows = [str(window) for window in self.options.windows]
+        lines: list[tuple[str, ...]] = [
+            ("symbol", "trades", "last", "vwap", *(f"volatility {w} s" for w in windows), "ewma", "spread")
+        ]
+        counts, last = Counter(trade.symbol for trade in trades), dict[str, Mapping[str, Any]]()
+        for row in rows:
+            if row["exchange"] == ALL and row["ts_ns"] >= last.get(row["symbol"], row)["ts_ns"]:
+                last[row["symbol"]] = row
+        for symbol, row in sorted(last.items()):
+            volatility = (number(row["volatility"][w], ".1%") for w in windows)
+            cells = (f"{counts[symbol]:,}", price(row["last"]), price(row["vwap"][windows[-1]]))
+            lines.append((symbol, *cells, *volatility, number(row["ewma"], ".1%"), price(row["spread"])))
+        return columns(lines, right=range(1, len(lines[0])))
+
+    def _by_exchange(self, trades: Sequence[Trade], counts: Snapshot) -> str:
+        lines: list[tuple[str, ...]] = [
+            ("exchange", "trades", "gaps", "missed", "repeated", "bad", "reconnects", "lag")
+        ]
+        by_exchange = Counter(trade.exchange for trade in trades)
+        for name, feed in counts.feeds.items():
+            cells = (by_exchange[name], feed.gaps, feed.missed, feed.duplicates, feed.bad, feed.reconnects)
+            lines.append((name, *(f"{cell:,}" for cell in cells), latency(feed.lag)))
+        return columns(lines, right=range(1, 8))
+
+    async def _look(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """All records of the three topics."""
+        topics = [self.options.prefix + name for name in (TRADES, ANALYTICS, DEAD_LETTERS)]
+        consumer = AIOKafkaConsumer(*topics, bootstrap_servers=self.options.kafka, auto_offset_reset="earliest")
+        try:
+            await consumer.start()
+            places = list(consumer.assignment())
+            ends, found = await consumer.end_offsets(places), {topic: list[Any]() for topic in topics}
+            deadline = time.monotonic() + DEMO_PATIENCE
+            while [place for place in places if await consumer.position(place) < ends[place]]:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("no answer")
+                for place, records in (await consumer.getmany(timeout_ms=200)).items():
+                    found[place.topic] += records
+            return found[topics[0]], found[topics[1]], found[topics[2]]
+        finally:
+            await consumer.stop()
+
+
+def misplaced(records: Sequence[Any]) -> int:
+    """Records whose key is not their symbol, or whose symbol is in another partition as well."""
+    places, wrong = dict[bytes, int](), 0
+    for record in records:
+        key = record.key or b""
+        wrong += (
+            key.decode() != orjson.loads(record.value)["symbol"]
+            or places.setdefault(key, record.partition) != record.partition
+        )
+    return wrong

