@@ -248,7 +248,8 @@ def aggregate_port(web: Sandbox) -> Iterator[int]:
 def test_over_http(aggregate_port: int) -> None:
     status, body, headers = aggregate_http(aggregate_port, "/aggregate?sources=weather,news&city=Oslo")
     assert (status, body["partial"], body["sources"]["weather"]["data"]["city"]) == (200, False, "Oslo")
-    assert headers["cache-control"] in ("max-age=599", "max-age=600") and len(body["sources"]["news"]["data"]) == 10
+    assert 600 - HANG_LIMIT < int(headers["cache-control"].removeprefix("max-age=")) <= 600
+    assert len(body["sources"]["news"]["data"]) == 10
     known = {"If-None-Match": headers["etag"]}
     again = aggregate_http(aggregate_port, "/aggregate?sources=weather,news&city=Oslo", headers=known)
     assert (again[0], again[1], again[2]["etag"]) == (304, None, headers["etag"])
