@@ -12,7 +12,6 @@ import math
 import socket
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from logs import intake as li
 from logs.parse import Event
 from runtime import serving
-from tests.helpers.base import HANG_LIMIT, HUNT, SETTINGS, World, run_task, until_async
+from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, until_async
 
 INTAKE_EPOCH = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -310,114 +309,6 @@ def intake_check_queue(queue_type: type[li.EventQueue], effort: settings = SETTI
 
 def test_queue_keeps_its_promises() -> None:
     intake_check_queue(li.EventQueue, settings(SETTINGS, max_examples=150, stateful_step_count=30))
-
-
-class IntakeQueueForgets(li.EventQueue):
-    """What gave way is not counted."""
-
-    def _make_room(self, level: int, size: int) -> bool:
-        before = self._dropped["less severe"]
-        done = super()._make_room(level, size)
-        self._dropped["less severe"] = before
-        return done
-
-
-class IntakeQueueInVain(li.EventQueue):
-    """Drops what is less severe though it is not enough."""
-
-    def _make_room(self, level: int, size: int) -> bool:
-        assert self._levels is not None
-        for least in range(7, level, -1):
-            while self._levels[least] and self._refusal(size) is not None:
-                super()._make_room(least - 1, min(size, 1))
-                if self._refusal(0) is None:
-                    break
-        return super()._make_room(level, size)
-
-
-class IntakeQueueOldestFirst(li.EventQueue):
-    """Of the least severe the oldest goes."""
-
-    def _make_room(self, level: int, size: int) -> bool:
-        assert self._levels is not None
-        for positions in self._levels:
-            positions.reverse()
-        done = super()._make_room(level, size)
-        for positions in self._levels:
-            positions.reverse()
-        return done
-
-
-class IntakeQueueGrows(li.EventQueue):
-    """The empty places stay."""
-
-    def _squeeze(self, levels: Any) -> None:
-        pass
-
-
-class IntakeQueueSqueezesTimes(li.EventQueue):
-    """Closing the gaps, it forgets when the rest came."""
-
-    def _squeeze(self, levels: Any) -> None:
-        super()._squeeze(levels)
-        self._marks = deque([self._marks[-1]])
-
-
-class IntakeQueueSqueezesLevels(li.EventQueue):
-    """Closing the gaps, it forgets who is where."""
-
-    def _squeeze(self, levels: Any) -> None:
-        before = [deque(positions) for positions in levels]
-        super()._squeeze(levels)
-        for positions, old in zip(levels, before, strict=True):
-            positions.clear()
-            positions.extend(old)
-
-
-class IntakeQueueLate(li.EventQueue):
-    """Takes the time of what came last for that of all."""
-
-    def _admit(self, events: Sequence[Event], sizes: Sequence[int], size: int, now: float) -> None:
-        super()._admit(events, sizes, size, now)
-        while len(self._marks) > 1:
-            self._marks.popleft()
-
-
-class IntakeQueueTooMuch(li.EventQueue):
-    """A batch may be larger than it should."""
-
-    def _batch(self) -> tuple[int, int]:
-        places, total = super()._batch()
-        if places < min(len(self._items), self.max_items):
-            return places + 1, total + self._sizes[places]
-        return places, total
-
-
-class IntakeQueueOneMore(li.EventQueue):
-    """Holds more bytes than it may."""
-
-    def _refusal(self, size: int) -> li.Cause | None:
-        cause = super()._refusal(size)
-        return None if cause == "queue bytes" and self._bytes + size < self.max_bytes * 1.5 else cause
-
-
-@pytest.mark.parametrize(
-    "queue_type",
-    [
-        IntakeQueueForgets,
-        IntakeQueueInVain,
-        IntakeQueueOldestFirst,
-        IntakeQueueGrows,
-        IntakeQueueSqueezesTimes,
-        IntakeQueueSqueezesLevels,
-        IntakeQueueLate,
-        IntakeQueueTooMuch,
-        IntakeQueueOneMore,
-    ],
-)
-def test_queue_the_checker_finds_planted_bugs(queue_type: type[li.EventQueue]) -> None:
-    with pytest.raises((AssertionError, IndexError)):
-        intake_check_queue(queue_type, HUNT)
 
 
 INTAKE_IPV6 = any(
