@@ -119,19 +119,21 @@ def test_a_time_limit_does_not_count_what_holds_us_up(driver: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
-            for held in (0, 1, 2):  # before the head, in the body
-                with server.accept()[0] as connection:
+            pieces = [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n" % len(body), b"\r\n", body[:9], body[9:]]
+            with contextlib.ExitStack() as stack:
+                connections = [stack.enter_context(server.accept()[0]) for _ in range(3)]
+                for held, connection in enumerate(connections):  # before the head, in it, before the body
                     connection.recv(1 << 16)
-                    pieces = [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n" % len(body), b"\r\n", body[:9], body[9:]]
-                    for number, piece in enumerate(pieces):
-                        if number == held:
-                            holds_the_interpreter(3.0)
+                    connection.sendall(b"".join(pieces[:held]))
+                holds_the_interpreter(3.0)
+                for held, connection in enumerate(connections):
+                    for piece in pieces[held:]:
                         connection.sendall(piece)
 
         thread = threading.Thread(target=serve)
         thread.start()
         url = "http://127.0.0.1:{1}/".format(*server.getsockname())
-        rows = scrape(driver, [f"{url}{n}" for n in range(3)], timeout=2.0, retries=0, per_host=1, concurrency=1)
+        rows = scrape(driver, [f"{url}{n}" for n in range(3)], timeout=2.0, retries=0, per_host=3, concurrency=3)
         thread.join()
     assert [(row.error, row.title) for row in rows] == [(None, "late")] * 3
     assert max(row.duration_ms for row in rows) < 2000
