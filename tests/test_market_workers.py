@@ -43,7 +43,7 @@ def market_workers_run(main: Callable[[mw.Workers], Any], workers: int = 2, **op
         complaints: list[Any] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         before, children, threads = proc_open(), proc_children(), set(threading.enumerate())
-        pool = mw.Workers(workers, **options)
+        pool = mw.Workers(workers, **{"timeout": PROC_PATIENCE, **options})
         try:
             await pool.start()
             await asyncio.wait_for(main(pool), 2 * PROC_PATIENCE)
