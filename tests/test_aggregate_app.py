@@ -474,7 +474,7 @@ continue-on-failure = true
 cache.enabled = false
 [generation]
 deterministic = true
-max-examples = 10
+max-examples = 6
 [phases.examples]
 enabled = false  # it puts together what does not belong together
 [phases.stateful]
