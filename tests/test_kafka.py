@@ -411,7 +411,7 @@ def test_stopped_and_restarted_under_load_each_record_comes_once(
 
     async def main() -> None:
         async with market_kafka_open(
-            broker.address, buffer=1000, spool=tmp_path / "spool", spool_after=0.1, request_timeout=0.3
+            broker.address, buffer=1000, spool=tmp_path / "spool", spool_after=0.1, request_timeout=HANG_LIMIT
         ) as publisher:
 
             async def load() -> None:
