@@ -17,6 +17,9 @@ from crawl.dates import iso_utc
 from crawl.feeds import FeedEntry, parse_feed
 from crawl.rules import normalise
 from crawl.sitemaps import SitemapEntry, parse_sitemap
+from tests.absent import needs
+
+pytestmark = needs("feedparser", "trafilatura", "lxml_html_clean")
 
 SITEMAP_AT = "https://site.example/sitemap.xml"
 
