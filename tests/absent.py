@@ -51,6 +51,9 @@ class StandIn:
     def __or__(self, _: object) -> StandIn:
         return self
 
+    def __rmul__(self, _: object) -> StandIn:
+        return self
+
     def __getitem__(self, _: object) -> StandIn:
         return self
 

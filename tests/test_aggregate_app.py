@@ -246,7 +246,8 @@ def aggregate_port(web: Sandbox) -> Iterator[int]:
 def test_over_http(aggregate_port: int) -> None:
     status, body, headers = aggregate_http(aggregate_port, "/aggregate?sources=weather,news&city=Oslo")
     assert (status, body["partial"], body["sources"]["weather"]["data"]["city"]) == (200, False, "Oslo")
-    assert headers["cache-control"] in ("max-age=599", "max-age=600") and len(body["sources"]["news"]["data"]) == 10
+    assert 600 - HANG_LIMIT < int(headers["cache-control"].removeprefix("max-age=")) <= 600
+    assert len(body["sources"]["news"]["data"]) == 10
     known = {"If-None-Match": headers["etag"]}
     again = aggregate_http(aggregate_port, "/aggregate?sources=weather,news&city=Oslo", headers=known)
     assert (again[0], again[1], again[2]["etag"]) == (304, None, headers["etag"])
@@ -475,7 +476,7 @@ continue-on-failure = true
 cache.enabled = false
 [generation]
 deterministic = true
-max-examples = 10
+max-examples = 6
 [phases.examples]
 enabled = false  # it puts together what does not belong together
 [phases.stateful]

@@ -30,8 +30,8 @@ from crawl.rows import build_row
 from crawl.url_list import read_lines, read_urls
 from crawl.urls import MAX_URL
 from runtime import serving
-from tests.helpers.base import HANG_LIMIT
-from tests.helpers.crawl import a_row, until, written
+from tests.helpers.base import HANG_LIMIT, wait_until
+from tests.helpers.crawl import a_row, written
 
 
 class Pieces(io.RawIOBase):
@@ -145,7 +145,7 @@ def test_rows_that_come_during_a_write_are_written_in_one_go() -> None:
     assert stream.began.acquire(timeout=HANG_LIMIT)
     for number, thread in enumerate(threads[1:], 1):
         thread.start()
-        until(lambda left=number: len(output._left) == left)  # type: ignore[misc]
+        wait_until(lambda left=number: len(output._left) == left)  # type: ignore[misc]
     assert all(thread.is_alive() for thread in threads), "nobody goes on before its row is written"
     stream.gate.release()
     threads[0].join(HANG_LIMIT)

@@ -259,7 +259,7 @@ def test_silence_while_others_talk() -> None:
             world.runs.append(run)
             await world.until("gateio", "live", 2)
             assert quiet.stats().last_error == "silent for 0.3 s"
-            assert them.stats()["gateio"].pings > 3
+            await until_async(lambda: them.stats()["gateio"].pings > 3)
             assert [world.feeds[name].stats().connects for name in ("kraken", "okx")] == [1, 1]
             assert them.stats()["gateio"].closes[0] == 1001
 
@@ -297,10 +297,9 @@ def test_an_exchange_that_lets_nobody_in(market_connect_them: Exchanges, door: A
             feed = world.feed("okx", sleep=sleep, rng=lambda: 0.5, base=1.0, cap=3.0, **limits)
             world.feeds["okx"], run = feed, asyncio.create_task(feed.run())
             world.runs.append(run)
-            await until_async(lambda: len(naps) >= 3)
+            await until_async(lambda: len(naps) >= 3 and feed.stats().last_error.startswith(DOORS[door]))
             them.emit(1, "kraken", "bybit")
             found = feed.stats()
-            assert found.last_error.startswith(DOORS[door])
             assert found.failures >= 3 and found.trades == 0
             assert (found.connects > 0) == (door in ("mute", "deny", "close"))
             later = 7.0 if door in ("503", "429") else 0.0
@@ -692,7 +691,7 @@ def test_the_servers_as_a_program() -> None:
             lag = feed.stats().lag
             await feed.stop()
             await run
-            assert -60e6 < lag < 5e6
+            assert abs(lag) < 1e6 * HANG_LIMIT
             return len(sink.live("kraken"))
 
         told = run_task(main())
@@ -734,9 +733,7 @@ def test_an_exchange_that_never_stops_talking() -> None:
                 assert them.fault(name, "deaf") == 1
             await until_async(lambda: all(world.sink.live(name) for name in world.names))
             told = len(world.sink.live("binance"))
-            began = time.monotonic()
-            await asyncio.gather(*(feed.stop(3600.0) for feed in world.feeds.values()))
-            assert time.monotonic() - began < HANG_LIMIT
+            await asyncio.wait_for(asyncio.gather(*(feed.stop(3600.0) for feed in world.feeds.values())), HANG_LIMIT)
             assert len(world.sink.live("binance")) > told
 
     with Exchanges(rate=4000.0, symbols=SYMBOLS, exchanges=("okx", "binance"), beat=0.01) as them:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-import coordination as co
 from crawl.core import Crawl
 from crawl.errors import MAX_RETRY_AFTER, FetchError, Postponed
 from crawl.frontier import Frontier
@@ -23,7 +22,6 @@ from crawl.headers import request_headers
 from crawl.hosts import FrontierStats
 from crawl.model import Options, Request, Response, ScrapeResult
 from crawl.rows import build_row
-from crawl.scheduler import Scheduler
 from crawl.urls import normalise
 from tests.helpers.crawl import answer, judged, taken
 
@@ -297,49 +295,6 @@ def play(seed: int, frontier_class: type[Frontier] = Frontier, **settings: Any) 
 def test_frontier_simulated_crawls_keep_every_promise(block: int) -> None:
     for seed in range(block * 60, block * 60 + 60):
         play(seed)
-
-
-class CarelessFrontier(Frontier):
-    """Planted: takes the tokens when a request leaves, not when it is sent."""
-
-    def clear_to_send(self, request: Request, now: float) -> float:
-        super().clear_to_send(request, now)
-        return 0.0
-
-
-class ForgetfulVisited(co.Visited[str]):
-    def add(self, key: str) -> bool:
-        super().add(key)
-        return True
-
-
-class ForgetfulFrontier(Frontier):
-    """Planted: a URL that is found while it is in flight is taken for a new one."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._visited = ForgetfulVisited()
-
-
-class LosingScheduler(Scheduler):
-    def schedule(self, host: Any, now: float) -> None:
-        if not (host.delayed and host.head >= len(host.waiting)):
-            super().schedule(host, now)
-
-
-class LosingFrontier(Frontier):
-    """Planted: a request that is put back is forgotten if its host was idle."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._scheduler.__class__ = LosingScheduler
-
-
-@pytest.mark.parametrize("planted", [CarelessFrontier, ForgetfulFrontier, LosingFrontier])
-def test_the_simulation_finds_planted_bugs(planted: type[Frontier]) -> None:
-    with pytest.raises(AssertionError):
-        for seed in range(200):
-            play(seed, planted)
 
 
 def test_frontier_a_skewed_list_in_host_order_takes_as_long_as_its_busiest_host() -> None:

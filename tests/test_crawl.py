@@ -45,14 +45,13 @@ from crawl.robots import LARGE, rules_for
 from sandbox import faults as sf
 from sandbox import sites as sb
 from sandbox.sites import Sandbox
-from tests.helpers.base import HANG_LIMIT, HERE
+from tests.helpers.base import HANG_LIMIT, HERE, wait_until
 from tests.helpers.crawl import (
     DRIVERS,
     ROBOTS_LARGE,
     free_port,
     kind,
     robots_file,
-    until,
     walk,
     walk_crawl,
     walk_row,
@@ -116,7 +115,7 @@ class Web:
 
     def program(self, driver: str, *argv: str) -> int:
         """The exit code of a crawler that runs in this process."""
-        more = ["--rate", "0", "--timeout", "10", "-q"]
+        more = ["--rate", "0", "--timeout", "60", "-q"]
         return walk_main(driver, *(self.url(arg) if arg[:2] in ("0/", "1/") else arg for arg in argv), *more)
 
 
@@ -186,7 +185,7 @@ def test_goes_on_after_each_kill(driver: str, walked: Web, tmp_path: Path) -> No
         goal = done + rng.randrange(1, 25)
         answered[:] = 0, goal - done + rng.randrange(concurrency)
         with subprocess.Popen([*argv, "-o", str(out), "--resume", "-q"], cwd=HERE, stderr=subprocess.PIPE) as child:
-            until(lambda goal=goal: out.exists() and out.read_bytes().count(b"\n") >= goal)  # type: ignore[misc]
+            wait_until(lambda goal=goal: out.exists() and out.read_bytes().count(b"\n") >= goal)  # type: ignore[misc]
             child.kill()
             assert child.stderr
             assert (child.wait(), child.stderr.read()) == (-signal.SIGKILL, b"")
@@ -343,7 +342,7 @@ def test_is_not_held_up_by_the_rules_of_one_host(driver: str, walked: Web, monke
 
     def allows(self: robots_module.Rules, url: str) -> bool | None:
         if walked.key(url).startswith("0/"):
-            waited.append(done.wait(20.0))
+            waited.append(done.wait(HANG_LIMIT))
         return real(self, url)
 
     monkeypatch.setattr(robots_module.Rules, "is_quick", lambda self, url: walked.key(url)[0] != "0", raising=False)
@@ -401,7 +400,7 @@ def test_reads_large_robots_one_at_a_time_and_not_once_it_is_stopped(
 
     def slow(outcome: Any, *more: Any) -> Any:
         reading.append(threading.current_thread().name)
-        until(lambda: len(walked.asked(robots=True)) == 4)
+        wait_until(lambda: len(walked.asked(robots=True)) == 4)
         crawl.interrupted = True
         crawl.frontier.stop()
         return real(outcome, *more)

@@ -38,8 +38,8 @@ from html_parse import Page, parse_page
 from sandbox.faults import FAULTS, status_expect
 from sandbox.sites import Sandbox
 from tests.helpers import lock_order
-from tests.helpers.base import HERE, holds_the_loop
-from tests.helpers.crawl import DRIVERS, kind, run_program, scrape, start, taken, until
+from tests.helpers.base import HANG_LIMIT, HERE, holds_the_loop, wait_until
+from tests.helpers.crawl import DRIVERS, kind, run_program, scrape, start, taken
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -119,19 +119,21 @@ def test_a_time_limit_does_not_count_what_holds_us_up(driver: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
-            for held in (0, 1, 2):  # before the head, in the body
-                with server.accept()[0] as connection:
+            pieces = [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n" % len(body), b"\r\n", body[:9], body[9:]]
+            with contextlib.ExitStack() as stack:
+                connections = [stack.enter_context(server.accept()[0]) for _ in range(3)]
+                for held, connection in enumerate(connections):  # before the head, in it, before the body
                     connection.recv(1 << 16)
-                    pieces = [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n" % len(body), b"\r\n", body[:9], body[9:]]
-                    for number, piece in enumerate(pieces):
-                        if number == held:
-                            holds_the_interpreter(3.0)
+                    connection.sendall(b"".join(pieces[:held]))
+                holds_the_interpreter(3.0)
+                for held, connection in enumerate(connections):
+                    for piece in pieces[held:]:
                         connection.sendall(piece)
 
         thread = threading.Thread(target=serve)
         thread.start()
         url = "http://127.0.0.1:{1}/".format(*server.getsockname())
-        rows = scrape(driver, [f"{url}{n}" for n in range(3)], timeout=2.0, retries=0, per_host=1, concurrency=1)
+        rows = scrape(driver, [f"{url}{n}" for n in range(3)], timeout=2.0, retries=0, per_host=3, concurrency=3)
         thread.join()
     assert [(row.error, row.title) for row in rows] == [(None, "late")] * 3
     assert max(row.duration_ms for row in rows) < 2000
@@ -207,10 +209,10 @@ def test_nothing_is_left_behind(driver: str, web: Sandbox) -> None:
     before = set(threading.enumerate())
     sockets = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     scrape(driver, [web.url("/"), web.fault_url("never_answers"), "http://nowhere.invalid/"], timeout=0.2, retries=0)
-    until(lambda: set(threading.enumerate()) <= before)
+    wait_until(lambda: set(threading.enumerate()) <= before)
     gc.collect()
     if sockets:
-        until(lambda: len(os.listdir("/proc/self/fd")) <= sockets + 2)  # the server's ends close when they notice
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= sockets + 2)  # the server's ends close when they notice
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -278,7 +280,7 @@ def test_a_cancelled_crawl_ends_at_once(web: Sandbox) -> None:
     async def main() -> None:
         urls = [web.url("/fault/never_answers?cancelled", host=7)]
         crawl = asyncio.create_task(crawl_async.scrape_all(urls, Options(rate=0)))
-        await asyncio.to_thread(until, lambda: bool(web.requests_for("/fault/never_answers?cancelled")))
+        await asyncio.to_thread(wait_until, lambda: bool(web.requests_for("/fault/never_answers?cancelled")))
         crawl.cancel()
         with pytest.raises(asyncio.CancelledError):
             await crawl
@@ -420,7 +422,7 @@ def test_ctrl_c_writes_every_row_that_the_server_completed(driver: str, form: st
             child.stdin.write(urls.encode())
             child.stdin.close()
             child.stdin = None
-            until(lambda: len(web.log) > 100)
+            wait_until(lambda: len(web.log) > 100)
             child.send_signal(signal.SIGINT if form == "json" else signal.SIGTERM)
             out, err = child.communicate(timeout=60)
         assert child.returncode == EXIT_INTERRUPTED
@@ -441,7 +443,7 @@ def test_what_does_not_finish_is_cut_off(driver: str, grace: str, web: Sandbox) 
         assert child.stdout
         first = json.loads(child.stdout.readline())
         assert first["status"] == 200
-        until(lambda: bool(web.requests_for(path)))
+        wait_until(lambda: bool(web.requests_for(path)))
         child.send_signal(signal.SIGINT)
         if grace == "60":
             child.send_signal(signal.SIGTERM)
@@ -460,7 +462,7 @@ def test_a_signal_that_another_thread_gets_is_an_event_too() -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             other = threading.Timer(0.05, lambda number=number: signal.pthread_kill(threading.get_ident(), number))
             other.start()
-            assert events.get(timeout=10) == "stop"
+            assert events.get(timeout=HANG_LIMIT) == "stop"
             other.join()
     assert events.empty() and signal.getsignal(signal.SIGTERM) == before
     assert signal.set_wakeup_fd(descriptor) == descriptor

@@ -18,8 +18,11 @@ import pytest
 
 from crawl import readers as crawl_readers
 from crawl.model import FeedResult
+from tests.absent import needs
 from tests.helpers.base import HERE, wait_until
 from tests.helpers.crawl import FEEDS_DRIVERS, Answer, Site, feeds_article, feeds_rows, feeds_rss, feeds_run
+
+pytestmark = needs("feedparser", "trafilatura", "lxml_html_clean")
 
 
 @pytest.mark.parametrize("driver", FEEDS_DRIVERS)

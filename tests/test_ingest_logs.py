@@ -492,7 +492,7 @@ def test_a_stop_while_replayed_files_are_removed_keeps_the_counts(
 
             monkeypatch.setattr(log_spool.Spool, "remove", removed)
             up.send(10)
-            await asyncio.to_thread(removing.wait, 10.0)
+            await asyncio.to_thread(removing.wait, HANG_LIMIT)
             up.ingester.stop()
             up.ingester.stop()
             async with asyncio.timeout(HANG_LIMIT):
@@ -529,7 +529,7 @@ def test_a_disk_too_slow_for_the_stop_leaves_no_batch_both_dropped_and_spooled(
         async with logs_ingest_up(tmp_path, away) as up:
             up.send(30)
             await up.received()
-            await asyncio.to_thread(writing.wait, 10.0)
+            await asyncio.to_thread(writing.wait, HANG_LIMIT)
             up.ingester.stop()
             up.ingester.stop()
             await up.until(lambda counts: counts.received == 30)

@@ -12,7 +12,6 @@ import math
 import socket
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +27,7 @@ from logs import intake as li
 from logs.parse import Event
 from runtime import serving
 from tests.absent import needs
-from tests.helpers.base import HUNT, SETTINGS, World, run_task, until_async
+from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, until_async
 
 INTAKE_EPOCH = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -311,114 +310,6 @@ def intake_check_queue(queue_type: type[event_queue.EventQueue], effort: setting
 
 def test_queue_keeps_its_promises() -> None:
     intake_check_queue(event_queue.EventQueue, settings(SETTINGS, max_examples=150, stateful_step_count=30))
-
-
-class IntakeQueueForgets(event_queue.EventQueue):
-    """What gave way is not counted."""
-
-    def _make_room(self, level: int, size: int) -> bool:
-        before = self._dropped["less severe"]
-        done = super()._make_room(level, size)
-        self._dropped["less severe"] = before
-        return done
-
-
-class IntakeQueueInVain(event_queue.EventQueue):
-    """Drops what is less severe though it is not enough."""
-
-    def _make_room(self, level: int, size: int) -> bool:
-        assert self._levels is not None
-        for least in range(7, level, -1):
-            while self._levels[least] and self._refusal(size) is not None:
-                super()._make_room(least - 1, min(size, 1))
-                if self._refusal(0) is None:
-                    break
-        return super()._make_room(level, size)
-
-
-class IntakeQueueOldestFirst(event_queue.EventQueue):
-    """Of the least severe the oldest goes."""
-
-    def _make_room(self, level: int, size: int) -> bool:
-        assert self._levels is not None
-        for positions in self._levels:
-            positions.reverse()
-        done = super()._make_room(level, size)
-        for positions in self._levels:
-            positions.reverse()
-        return done
-
-
-class IntakeQueueGrows(event_queue.EventQueue):
-    """The empty places stay."""
-
-    def _squeeze(self, levels: Any) -> None:
-        pass
-
-
-class IntakeQueueSqueezesTimes(event_queue.EventQueue):
-    """Closing the gaps, it forgets when the rest came."""
-
-    def _squeeze(self, levels: Any) -> None:
-        super()._squeeze(levels)
-        self._marks = deque([self._marks[-1]])
-
-
-class IntakeQueueSqueezesLevels(event_queue.EventQueue):
-    """Closing the gaps, it forgets who is where."""
-
-    def _squeeze(self, levels: Any) -> None:
-        before = [deque(positions) for positions in levels]
-        super()._squeeze(levels)
-        for positions, old in zip(levels, before, strict=True):
-            positions.clear()
-            positions.extend(old)
-
-
-class IntakeQueueLate(event_queue.EventQueue):
-    """Takes the time of what came last for that of all."""
-
-    def _admit(self, events: Sequence[Event], sizes: Sequence[int], size: int, now: float) -> None:
-        super()._admit(events, sizes, size, now)
-        while len(self._marks) > 1:
-            self._marks.popleft()
-
-
-class IntakeQueueTooMuch(event_queue.EventQueue):
-    """A batch may be larger than it should."""
-
-    def _batch(self) -> tuple[int, int]:
-        places, total = super()._batch()
-        if places < min(len(self._items), self.max_items):
-            return places + 1, total + self._sizes[places]
-        return places, total
-
-
-class IntakeQueueOneMore(event_queue.EventQueue):
-    """Holds more bytes than it may."""
-
-    def _refusal(self, size: int) -> event_queue.Cause | None:
-        cause = super()._refusal(size)
-        return None if cause == "queue bytes" and self._bytes + size < self.max_bytes * 1.5 else cause
-
-
-@pytest.mark.parametrize(
-    "queue_type",
-    [
-        IntakeQueueForgets,
-        IntakeQueueInVain,
-        IntakeQueueOldestFirst,
-        IntakeQueueGrows,
-        IntakeQueueSqueezesTimes,
-        IntakeQueueSqueezesLevels,
-        IntakeQueueLate,
-        IntakeQueueTooMuch,
-        IntakeQueueOneMore,
-    ],
-)
-def test_queue_the_checker_finds_planted_bugs(queue_type: type[event_queue.EventQueue]) -> None:
-    with pytest.raises((AssertionError, IndexError)):
-        intake_check_queue(queue_type, HUNT)
 
 
 INTAKE_IPV6 = any(
@@ -803,14 +694,15 @@ def test_a_socket_that_only_fails_does_not_take_the_loop() -> None:
             sock.bind(("127.0.0.1", 0))
             intake_send(sock.getsockname(), [b"x"])
             world.receiver.start()
-            await until_async(lambda: world.receiver.stats().wakeups == 3)
-            assert world.receiver.stats().errors == 3 * li.MAX_ERRORS
-            assert pauses == [li.ERROR_PAUSE] * 3
-            sock.fails = False
+            await until_async(lambda: world.receiver.stats().wakeups >= 3)
+            sock.fails, failed = False, world.receiver.stats()
+            assert failed.errors == failed.wakeups * li.MAX_ERRORS
+            assert pauses == [li.ERROR_PAUSE] * failed.wakeups
             await until_async(lambda: len(world.got) == 1)
             sock.fails = True
+            patch.setattr(li, "ERROR_PAUSE", HANG_LIMIT)
             intake_send(sock.getsockname(), [b"y"])
-            await until_async(lambda: len(pauses) == 4)
+            await until_async(lambda: len(pauses) == failed.wakeups + 1)
             assert world.receiver.drain() == 0  # in the pause, which it ends
             assert timers[-1].cancelled() and not any(timer.cancelled() for timer in timers[:-1])
 

@@ -372,8 +372,8 @@ def test_frozen_for_longer_than_its_limits_each_record_comes_once(market_kafka_b
                 await publisher.trades(market_kafka_trades(n, n + 10))
                 balanced(publisher)
                 await asyncio.sleep(0.003)
-            stats = balanced(publisher)
-            assert stats.state == "away" and stats.trades.published == 100 and stats.trades.spooled > 900
+            await until_async(lambda: balanced(publisher).trades.spooled > 900 and publisher.stats().state == "away")
+            assert balanced(publisher).trades.published == 100
             broker.thaw()
             await publisher.flush()
             assert balanced(publisher).trades == backlog.Counts(1500, 0, 1500, 0, 0, 0, 0)
@@ -417,7 +417,7 @@ def test_stopped_and_restarted_under_load_each_record_comes_once(
 
     async def main() -> None:
         async with market_kafka_open(
-            broker.address, buffer=1000, spool=tmp_path / "spool", spool_after=0.1, request_timeout=0.3
+            broker.address, buffer=1000, spool=tmp_path / "spool", spool_after=0.1, request_timeout=HANG_LIMIT
         ) as publisher:
 
             async def load() -> None:
@@ -457,9 +457,7 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
             await asyncio.sleep(0.05)
             await publisher.trades(market_kafka_trades(200, 5200))
             publisher.analytics([{"symbol": "A"}])
-            begun = time.monotonic()
-            assert await publisher.stop(0.2) == 0
-            assert time.monotonic() - begun < HANG_LIMIT
+            assert await asyncio.wait_for(publisher.stop(0.2), HANG_LIMIT) == 0
             stats = balanced(publisher)
             assert stats.trades == backlog.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
             with pytest.raises(mk.PublisherClosed):
@@ -498,11 +496,9 @@ def test_a_stop_with_nowhere_to_go_says_what_is_lost(
             stop = asyncio.create_task(publisher.stop(3600))
             await until_async(lambda: publisher._state == "stopping")
             stop.cancel()
-            begun = time.monotonic()
             with pytest.raises(asyncio.CancelledError):
                 await stop
             await until_async(lambda: publisher.stats().state == "closed")
-            assert time.monotonic() - begun < HANG_LIMIT
             assert balanced(publisher).trades == backlog.Counts(3000, 0, 0, 0, 0, 3000, 0)
         never = mk.Publisher(broker.address)
         assert never.offer(market_kafka_trades(0, 5)) and await never.stop() == 5

@@ -275,6 +275,7 @@ def test_a_worker_that_is_killed_costs_nothing(market_pipeline_broker: str, tmp_
         with Exchanges(rate=500, history=0) as them:
             options = market_pipeline_options(market_pipeline_broker, "worker", tmp_path, them=them)
             pipeline = Pipeline(options)
+            pipeline.workers._slots[0].timeout = HANG_LIMIT
             async with running(pipeline):
                 await until_async(lambda: pipeline.snapshot().computed > 100)
                 (worker,) = pipeline.snapshot().workers

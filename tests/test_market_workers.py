@@ -43,7 +43,7 @@ def market_workers_run(main: Callable[[mw.AnalyticsPool], Any], workers: int = 2
         complaints: list[Any] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         before, children, threads = proc_open(), proc_children(), set(threading.enumerate())
-        pool = mw.AnalyticsPool(workers, **options)
+        pool = mw.AnalyticsPool(workers, **{"timeout": PROC_PATIENCE, **options})
         try:
             await pool.start()
             await asyncio.wait_for(main(pool), 2 * PROC_PATIENCE)

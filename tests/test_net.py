@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from crawl.errors import FetchError
 from crawl.net import ProxyRule, Resolver, TimeLimit
-from tests.helpers.base import HANG_LIMIT, World
-from tests.helpers.crawl import pack, unpack, until
+from tests.helpers.base import HANG_LIMIT, World, wait_until
+from tests.helpers.crawl import pack, unpack
 
 CODINGS = ["gzip", "deflate", "raw deflate", "br", "zstd"]
 
@@ -136,7 +136,7 @@ def test_a_closed_resolver_lets_go_whoever_waits(monkeypatch: pytest.MonkeyPatch
 
 def test_a_look_up_that_its_task_has_left_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: gate.wait(60) and [])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: gate.wait(HANG_LIMIT) and [])
     said: list[Any] = []
 
     async def main() -> None:
@@ -154,7 +154,7 @@ def test_a_look_up_that_its_task_has_left_fails_without_a_word(monkeypatch: pyte
     before = set(threading.enumerate())
     asyncio.run(main())
     gate.set()
-    until(lambda: set(threading.enumerate()) <= before)  # the last that has the future
+    wait_until(lambda: set(threading.enumerate()) <= before)  # the last that has the future
     gc.collect()
     assert said == []
 

@@ -187,9 +187,7 @@ def test_goes_on_without_metadata_and_fills_them_in(logs_ingest_pg: PgServer, tm
                 for n in range(10):
                     up.send(10, service=f"orders-{n}")
                 up.send(10, service="unknown-1")
-                begun = time.monotonic()
                 counts = await up.stored()
-                assert time.monotonic() - begun < HANG_LIMIT / 2
                 look = "SELECT array_agg(DISTINCT enrichment) FROM logs"
                 assert await logs_ingest_pg.do(look) == ["missing"] and counts.filled == 0
                 if mode == "down":

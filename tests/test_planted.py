@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import random
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 import coordination as co
 import primitives as pr
+from logs import event_queue
+from logs.parse import Event
 from tests.helpers.base import HUNT, World
-from tests.helpers.mechanisms import error_of
+from tests.helpers.mechanisms import FlightError, error_of
 from tests.test_batch import check_machine
+from tests.test_cache import check_cache
+from tests.test_circuit_breaker import check_breaker
 from tests.test_coordination import VisitedKey, fan_check_stragglers, pool_check_exactly_once, visited_check_one_step
 from tests.test_coordination_walks import (
     check_channel_get_cancel,
@@ -24,6 +30,8 @@ from tests.test_coordination_walks import (
     check_semaphore_cancel,
     check_semaphore_walk,
 )
+from tests.test_intake import intake_check_queue
+from tests.test_interleavings import TurnsCache, TurnsCase, TurnsChannel, TurnsFlight, TurnsSemaphore, turns_explore
 from tests.test_lock_order import order_check_nothing_nests
 from tests.test_retry import (
     Flaky,
@@ -33,6 +41,7 @@ from tests.test_retry import (
     check_never_retried,
     check_spread,
 )
+from tests.test_single_flight import check_flights
 from tests.test_token_bucket import (
     check_any_window,
     check_bucket_machine,
@@ -448,3 +457,313 @@ def test_fan_out_that_leaves_stragglers_is_found(waits: bool, monkeypatch: pytes
     monkeypatch.setattr(co, "_end", end)
     with pytest.raises(AssertionError):
         fan_check_stragglers()
+
+
+def put(target: object, **fields: Any) -> bool:
+    for name, value in fields.items():
+        setattr(target, name, value)
+    return True
+
+
+# The method that is replaced, and by what: do is the real one.
+PLANTED_BREAKERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "generation ignored": ("_settle", lambda b, do, p, f: (put(p, generation=b._generation), do(p, f))),
+    "a new probe ousts the others": ("permit", lambda b, do: (b._probing.clear(), do())[1]),
+    "expired probes wedge": ("permit", lambda b, do: (do(), b._probing.update(dict.fromkeys(b._probing, 9e9)))[0]),
+    "a late report counts": (
+        "_settle",
+        lambda b, do, p, f: (p in b._probing and b._probing.update({p: 9e9}), do(p, f)),
+    ),
+    "an ignored probe stays": ("_settle", lambda b, do, p, f: (f is None and b._state == "half_open") or do(p, f)),
+    "one success closes": ("_settle", lambda b, do, p, f: (do(p, f), b._passed and b._turn("closed"))),
+    "the window too wide": ("_record", lambda b, do, f, now: (put(b, window=math.nextafter(8, 9)), do(f, now))),
+    "the minimum too low": ("_record", lambda b, do, f, now: (put(b, minimum=2), do(f, now))),
+    "a success clears": ("_settle", lambda b, do, p, f: (do(p, f), f is False and b._failures.clear())),
+    "ignored is failed": ("_settle", lambda b, do, p, f: do(p, f is not False)),
+    "settled again": ("_settle", lambda b, do, p, f: (put(p, settled=False), do(p, f))),
+    "slow is fast": ("_settle", lambda b, do, p, f: (put(p, started=math.inf), do(p, f))),
+    "the reset never lengthens": ("_open", lambda b, do, now: (put(b, _openings=0), do(now))),
+    "the reset never shortens": ("_turn", lambda b, do, to: (n := b._openings, do(to), put(b, _openings=n))),
+    "jitter within the cap": (
+        "_open",
+        lambda b, do, t: (do(t), put(b, _open_until=min(b._open_until, t + 12))),
+    ),
+    "closing forgives nothing": ("_turn", lambda b, do, to: (n := list(b._failures), do(to), b._failures.extend(n))),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED_BREAKERS)
+def test_a_planted_bug_of_the_breaker_is_found(name: str) -> None:
+    method, replacement = PLANTED_BREAKERS[name]
+
+    def planted(self: pr.CircuitBreaker, *args: Any, **options: Any) -> Any:
+        real = functools.partial(getattr(pr.CircuitBreaker, method), self)
+        options.pop("now", None)  # not given here
+        return replacement(self, real, *args, *options.values())
+
+    with pytest.raises(AssertionError):
+        check_breaker(type("Planted", (pr.CircuitBreaker,), {method: planted}), HUNT)
+
+
+def lands(answer_for: Callable[[Any], Any]) -> dict[str, Any]:
+    land = pr.SingleFlight._finish
+    return {"_finish": lambda self, key, flight, answer: land(self, key, flight, answer_for(answer))}
+
+
+def lands_another(self: Any, key: Any, flight: Any, answer: Any) -> None:
+    pr.SingleFlight._finish(self, key, flight, answer)
+    if not len(flight):
+        self._flights.pop(key, None)
+
+
+PLANTED_FLIGHTS: dict[str, dict[str, Any]] = {
+    "a failure is not shared": lands(lambda answer: None if answer and answer.error else answer),
+    "a cancelled leader poisons": lands(lambda answer: answer or pr._Answer(None, FlightError("cancelled"))),
+    "a granted follower takes the lead along": {"_leave": lambda self, key, flight, waiter: flight.leave(waiter)},
+    "a cancelled follower stays in the queue": {"_leave": lambda *_: None},
+    "a forgotten flight ends its successor": {"_finish": lands_another},
+    "forget does nothing": {"forget": lambda *_: None},
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED_FLIGHTS)
+def test_a_planted_bug_of_single_flight_is_found(planted: str) -> None:
+    with pytest.raises(AssertionError):
+        check_flights(type("Planted", (pr.SingleFlight,), PLANTED_FLIGHTS[planted]), HUNT)
+
+
+def tick_late(self: Any, key: int, value: int, **how: Any) -> bool:
+    kept = PUTS(self, key, value, **how)
+    for entry in self._entries.values():
+        entry.fresh_until = math.nextafter(entry.put_at + (how["ttl"] or 4.0), math.inf)
+    return kept
+
+
+def fifo(self: Any, key: int, now: float | None = None) -> Any:
+    order, hit = [*self._entries], LOOKUP(self, key, now)
+    for other in filter(self._entries.__contains__, order):
+        self._entries.move_to_end(other)
+    return hit
+
+
+PUTS, LOOKUP = pr.TTLCache.put, pr.TTLCache.lookup
+
+
+PLANTED_CACHES: dict[str, dict[str, Any]] = {
+    "<= at ttl": {"put": tick_late},
+    "a lookup refreshes nothing": {"lookup": fifo},
+    "the weight of what goes is not subtracted": {"_remove": lambda self, key: self._entries.pop(key, None)},
+    "stale served as fresh": {"lookup": lambda *a: (hit := LOOKUP(*a)) and hit._replace(state="fresh")},
+    "invalidate leaves the generation": {"invalidate": lambda self, key: self._remove(key) is not None},
+    "the refused leaves the old value": {
+        "put": lambda self, key, value, **how: how["weight"] <= self.maxweight and PUTS(self, key, value, **how)
+    },
+    "a negative entry has windows": {
+        "put": lambda *a, negative, ttl, **how: PUTS(*a, ttl=2.0 if negative and ttl is None else ttl, **how)
+    },
+    "defer does nothing": {"defer": lambda *_: None},
+    "XFetch forgets the cost": {"put": lambda *a, cost, **how: PUTS(*a, **how)},
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED_CACHES)
+def test_a_planted_bug_of_the_cache_is_found(planted: str) -> None:
+    with pytest.raises(AssertionError):
+        check_cache(type("Planted", (pr.TTLCache,), PLANTED_CACHES[planted]), HUNT)
+
+
+class TurnsLostWakeUp(co.Semaphore):
+    """Looks, and parks in a second step: a release between the two wakes nobody."""
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        if self.try_acquire():
+            return True
+        with self._lock:
+            waiter = self._released.park(None)
+        waiter.block(None)
+        return True
+
+
+class TurnsLostGrant(co.Semaphore):
+    """A waiter that lost patience does not look whether it had been granted meanwhile."""
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        with self._lock:
+            if self._available:
+                self._available -= 1
+                return True
+            waiter = self._released.park(None)
+        if timeout is None:
+            waiter.block(None)
+            return True
+        waiter.block(timeout)
+        granted = waiter.granted
+        with self._lock:
+            self._released.leave(waiter)
+        return granted
+
+
+class TurnsItemLost(co.Channel[Any]):
+    def _offer(self, item: Any) -> bool:
+        if self._closed:
+            raise co.ChannelClosed("closed")
+        self._items.append(item)
+        return len(self._items) <= self.capacity or bool(self._items.popleft())
+
+
+class TurnsPoisoned(pr.SingleFlight):
+    """A killed leader takes its followers with it."""
+
+    def _finish(self, key: Any, flight: co.FairCondition, answer: Any) -> None:
+        with self._lock:
+            self._flights.pop(key, None)
+            while answer is not None and flight.grant_oldest(answer):
+                pass
+
+
+class TurnsLoadsAgain(pr.TTLCache[Any, Any]):
+    """Does not look again once it leads."""
+
+    def _loaded_meanwhile(self, key: Any, seen: Any) -> None:
+        return None
+
+
+def turns_planted(case: type[Any], planted: type) -> type[TurnsCase]:
+    return type(planted.__name__, (case,), {"kind": planted})
+
+
+class TurnsTwoOrders(TurnsCase):
+    def __init__(self) -> None:
+        one, two = co.new_lock("one"), co.new_lock("two")
+        self.threads = [lambda: self.both(one, two), lambda: self.both(two, one)]
+
+    def both(self, first: Any, second: Any) -> None:
+        with first, second:
+            pass
+
+    def holds(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        turns_planted(TurnsSemaphore, TurnsLostWakeUp),
+        turns_planted(TurnsSemaphore, TurnsLostGrant),
+        turns_planted(TurnsChannel, TurnsItemLost),
+        turns_planted(TurnsFlight, TurnsPoisoned),
+        turns_planted(TurnsCache, TurnsLoadsAgain),
+        TurnsTwoOrders,
+    ],
+    ids=lambda case: case.__name__,
+)
+def test_turns_a_planted_bug_is_found(planted: type[TurnsCase], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert turns_explore(planted, monkeypatch)[1] is not None
+
+
+class IntakeQueueForgets(event_queue.EventQueue):
+    """What gave way is not counted."""
+
+    def _make_room(self, level: int, size: int) -> bool:
+        before = self._dropped["less severe"]
+        done = super()._make_room(level, size)
+        self._dropped["less severe"] = before
+        return done
+
+
+class IntakeQueueInVain(event_queue.EventQueue):
+    """Drops what is less severe though it is not enough."""
+
+    def _make_room(self, level: int, size: int) -> bool:
+        assert self._levels is not None
+        for least in range(7, level, -1):
+            while self._levels[least] and self._refusal(size) is not None:
+                super()._make_room(least - 1, min(size, 1))
+                if self._refusal(0) is None:
+                    break
+        return super()._make_room(level, size)
+
+
+class IntakeQueueOldestFirst(event_queue.EventQueue):
+    """Of the least severe the oldest goes."""
+
+    def _make_room(self, level: int, size: int) -> bool:
+        assert self._levels is not None
+        for positions in self._levels:
+            positions.reverse()
+        done = super()._make_room(level, size)
+        for positions in self._levels:
+            positions.reverse()
+        return done
+
+
+class IntakeQueueGrows(event_queue.EventQueue):
+    """The empty places stay."""
+
+    def _squeeze(self, levels: Any) -> None:
+        pass
+
+
+class IntakeQueueSqueezesTimes(event_queue.EventQueue):
+    """Closing the gaps, it forgets when the rest came."""
+
+    def _squeeze(self, levels: Any) -> None:
+        super()._squeeze(levels)
+        self._marks = deque([self._marks[-1]])
+
+
+class IntakeQueueSqueezesLevels(event_queue.EventQueue):
+    """Closing the gaps, it forgets who is where."""
+
+    def _squeeze(self, levels: Any) -> None:
+        before = [deque(positions) for positions in levels]
+        super()._squeeze(levels)
+        for positions, old in zip(levels, before, strict=True):
+            positions.clear()
+            positions.extend(old)
+
+
+class IntakeQueueLate(event_queue.EventQueue):
+    """Takes the time of what came last for that of all."""
+
+    def _admit(self, events: Sequence[Event], sizes: Sequence[int], size: int, now: float) -> None:
+        super()._admit(events, sizes, size, now)
+        while len(self._marks) > 1:
+            self._marks.popleft()
+
+
+class IntakeQueueTooMuch(event_queue.EventQueue):
+    """A batch may be larger than it should."""
+
+    def _batch(self) -> tuple[int, int]:
+        places, total = super()._batch()
+        if places < min(len(self._items), self.max_items):
+            return places + 1, total + self._sizes[places]
+        return places, total
+
+
+class IntakeQueueOneMore(event_queue.EventQueue):
+    """Holds more bytes than it may."""
+
+    def _refusal(self, size: int) -> event_queue.Cause | None:
+        cause = super()._refusal(size)
+        return None if cause == "queue bytes" and self._bytes + size < self.max_bytes * 1.5 else cause
+
+
+@pytest.mark.parametrize(
+    "queue_type",
+    [
+        IntakeQueueForgets,
+        IntakeQueueInVain,
+        IntakeQueueOldestFirst,
+        IntakeQueueGrows,
+        IntakeQueueSqueezesTimes,
+        IntakeQueueSqueezesLevels,
+        IntakeQueueLate,
+        IntakeQueueTooMuch,
+        IntakeQueueOneMore,
+    ],
+)
+def test_queue_the_checker_finds_planted_bugs(queue_type: type[event_queue.EventQueue]) -> None:
+    with pytest.raises((AssertionError, IndexError)):
+        intake_check_queue(queue_type, HUNT)

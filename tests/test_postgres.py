@@ -319,6 +319,7 @@ def test_database_comes_back_though_a_connection_cannot_be_cut_off(pg: PgServer)
     run_task(main())
 
 
+@pytest.mark.usefixtures("impatient")
 def test_database_that_stands_still_is_noticed_and_nobody_hangs(pg: PgServer) -> None:
     async def main() -> None:
         async with pg_open(pg.url) as database:
@@ -350,6 +351,7 @@ def test_database_that_stands_still_is_noticed_and_nobody_hangs(pg: PgServer) ->
     run_task(main())
 
 
+@pytest.mark.usefixtures("impatient")
 def test_database_closes_while_it_stands_still(pg: PgServer) -> None:
     async def main() -> None:
         async with pg_open(pg.url) as database:
@@ -408,6 +410,7 @@ def test_database_a_connection_that_is_given_back_late_was_used_all_the_same(
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("impatient")
 def test_database_that_cannot_be_used_says_why_without_its_secrets(pg: PgServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]

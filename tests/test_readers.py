@@ -29,6 +29,7 @@ from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
 from crawl.output import EXIT_INTERRUPTED, encode_json
 from crawl.rows import build_article, validator
 from crawl.urls import normalise
+from tests.absent import needs
 from tests.helpers.base import HERE, wait_until
 from tests.helpers.crawl import (
     FEEDS_DRIVERS,
@@ -41,6 +42,8 @@ from tests.helpers.crawl import (
     feeds_run,
 )
 from tests.helpers.processes import proc_children, proc_gone, proc_open, proc_ticks
+
+pytestmark = needs("feedparser", "trafilatura", "lxml_html_clean")
 
 
 def answer(crawl: Crawl, url: str, body: str, **headers: str) -> ScrapeResult | None:

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import threading
 from collections import Counter
 from typing import Any, cast
 
 import pytest
 
-import coordination as co
-import primitives as pr
 from bench import runner as bench
 from crawl import lease as cs
 from crawl import scheduler
 from crawl import tables as ct
-from crawl.errors import Postponed
-from crawl.frontier import Frontier
-from crawl.hosts import HostQueue
-from crawl.limits import HostLimits
-from crawl.model import USER_AGENT, Options, Request
-from crawl.robots_gate import RobotsGate
-from crawl.scheduler import Scheduler
+from crawl.model import USER_AGENT, Options
 from simulator import crawls as simulate
 from simulator import shared_crawls as sim_shared
-from simulator.checker import Broken, Tokens
+from simulator.checker import Tokens
 
 
 @pytest.mark.parametrize("block", range(6))
@@ -49,7 +40,7 @@ def test_simulated_makespan_is_within_two_percent_of_the_bound(workers: int) -> 
 
 def test_simulated_makespan_suffers_when_hosts_go_by_age_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "FAIR", 1)
-    assert simulate.simulate(1, simulate.plain(20_000, 1_000, 20)).ratio > 1.05
+    assert simulate.simulate(1, simulate.plain(10_000, 500, 20)).ratio > 1.05
 
 
 def test_simulate_as_a_command() -> None:
@@ -58,18 +49,6 @@ def test_simulate_as_a_command() -> None:
     assert row["requests"] >= 300
     (row,) = simulate.run(argparse.Namespace(**options | {"seeds": 2}))
     assert row[""] == "2 crawls"
-
-
-def test_simulate_names_the_seed_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate, "Frontier", PlantedUnlimited)
-    monkeypatch.setattr(simulate.simulate, "__defaults__", (None, PlantedUnlimited))
-    options = {name: default for name, (default, _) in bench.find_commands()["simulate"].options.items()}
-    with pytest.raises(SystemExit, match=r"seed \d+: Broken: "):
-        simulate.run(argparse.Namespace(**options | {"seeds": 50}))
-    with pytest.raises(Broken) as caught:
-        for seed in range(50):
-            simulate.simulate(seed, None, PlantedUnlimited)
-    assert caught.value.__notes__[0].startswith("seed ")
 
 
 def test_simulate_tokens_of_the_checker_by_hand() -> None:
@@ -81,272 +60,13 @@ def test_simulate_tokens_of_the_checker_by_hand() -> None:
     assert [tokens.spend(5.0), tokens.spend(5.0)] == [True, False]
 
 
-class PlantedUncharged(Frontier):
-    """A retry costs no token."""
-
-    def clear_to_send(self, request: Request, now: float) -> float:
-        return 0.0 if request.attempt > 1 else super().clear_to_send(request, now)
-
-
-class PlantedRestless(Frontier):
-    """Hands out while a host is paused, and sends."""
-
-    def pause(self, host_name: str, until: float, now: float) -> None:
-        super().pause(host_name, now + (until - now) / 2, now)
-
-
-class AmnesiacScheduler(Scheduler):
-    def forget_idle(self, host: HostQueue, now: float) -> None:
-        retries, host.delayed = host.delayed, []
-        super().forget_idle(host, now)
-        host.delayed = retries
-        if host.name not in self._hosts:
-            self.waiting -= len(retries)
-
-
-class PlantedAmnesia(Frontier):
-    """A host whose bucket is full is forgotten, with its retries."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._scheduler.__class__ = AmnesiacScheduler
-
-
-class PlantedVisited(co.Visited[str]):
-    """Looks before it locks: what another adds meanwhile is not there yet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.late: list[str] = []
-
-    def add(self, key: str) -> bool:
-        new = key not in self
-        self.late.append(key)
-        if len(self.late) > 1:
-            super().add(self.late.pop(0))
-        return new
-
-    def __len__(self) -> int:
-        return super().__len__() + (self.late[-1:] != [] and self.late[-1] not in self)
-
-
-class PlantedRace(Frontier):
-    """The visited set is asked outside of the lock."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._visited = PlantedVisited()
-
-
-class OpenGate(RobotsGate):
-    def ask(self, host: HostQueue, now: float) -> Request | None:
-        return None if host.delayed_first(now) else super().ask(host, now)
-
-
-class PlantedOpenGate(Frontier):
-    """Robots are not asked for what comes back from a retry or redirect."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._robots.__class__ = OpenGate
-
-
-class PlantedWedge(Frontier):
-    """Robots that were never known keep their host waiting."""
-
-    def finish(self, request: Request, now: float) -> None:
-        with self._lock:
-            self._leave(request, now)
-
-
-class PlantedQueuedRobots(Frontier):
-    """A retry of robots.txt waits behind the gate that it should open."""
-
-    def put_back(self, request: Request, *more: Any) -> None:
-        super().put_back(request, *more)
-        host = self._hosts[request.host]
-        host.delayed += host.urgent
-        host.urgent = []
-
-
-class LateScheduler(Scheduler):
-    def added(self, host: HostQueue, idle: bool, now: float) -> None:
-        if host.due == math.inf:
-            super().added(host, idle, now)
-        else:
-            self.waiting += 1
-
-
-class PlantedLateWakeUp(Frontier):
-    """New URLs of a host with an entry in the heap wait for that entry."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._scheduler.__class__ = LateScheduler
-
-
-class FullBuckets(HostLimits):
-    def apply(self, host: HostQueue, now: float) -> None:
-        if host.schedule:
-            host.schedule = host.gate = None
-            rate, burst = self.of(host.name)
-            if rate < math.inf:
-                host.schedule, host.gate = pr.TokenBucket(rate, burst), pr.TokenBucket(rate, burst)
-
-
-class PlantedFullBuckets(Frontier):
-    """A new rate comes with a new bucket, which is full."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._limits.__class__ = FullBuckets
-
-
-class DeafLimits(HostLimits):
-    def _ceiling(self, record: Any) -> float:
-        return super()._ceiling(None)
-
-
-class PlantedDeaf(Frontier):
-    """Crawl-delay is not heard."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._limits.__class__ = DeafLimits
-
-
-class PlantedUnlimited(Frontier):
-    """One too many in flight."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options | {"per_host": options["per_host"] + 1})
-
-
-class EndlessLimits(HostLimits):
-    def is_full(self, name: str) -> bool:
-        return False
-
-
-class PlantedGreedy(Frontier):
-    """The caps are not asked."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._limits.__class__ = EndlessLimits
-
-
-class PlantedImpatient(Frontier):
-    """Robots.txt is asked for anew well before its time."""
-
-    def robots_known(self, origin_: str, rules: Any, now: float, *, ttl: float | None = None) -> None:
-        super().robots_known(origin_, rules, now, ttl=1.0)
-
-
-class WideGate(RobotsGate):
-    def sift(self, host: HostQueue, now: float) -> bool:
-        return False
-
-
-class PlantedDisobedient(Frontier):
-    """What robots.txt forbids is sent all the same."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._robots.__class__ = WideGate
-
-
-class PlantedDeafToRules(Frontier):
-    """What is answered to a question does not matter."""
-
-    def answer(self, question: Any, allowed: bool | None, now: float) -> None:
-        super().answer(question, True, now)
-
-
-class HastyGate(RobotsGate):
-    def sift(self, host: HostQueue, now: float) -> bool:
-        return host.question is None and super().sift(host, now)
-
-
-class PlantedUnasked(Frontier):
-    """A host goes on while its rules are asked."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._robots.__class__ = HastyGate
-
-
-class PlantedUnanswered(Frontier):
-    """An answer wakes nobody up."""
-
-    def answer(self, question: Any, allowed: bool | None, now: float) -> None:
-        host = self._hosts.get(question.host)
-        super().answer(question, allowed, now)
-        if host:
-            host.due = math.inf
-
-
-class PlantedFlat(Frontier):
-    """Depth is that of the first of the queue."""
-
-    def _add(self, text: str, target: str, host_name: str, run: Any, now: float) -> bool:
-        host = self._hosts.get(host_name)
-        return super()._add(text, target, host_name, host.last_run if host and host.waiting else run, now)
-
-
-class UnfairScheduler(Scheduler):
-    def _pick(self) -> tuple[HostQueue, int]:
-        self._picked = 0
-        return super()._pick()
-
-
-class PlantedUnfair(Frontier):
-    """The longest work only, never by age."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._scheduler.__class__ = UnfairScheduler
-
-
-class PlantedHurry(Frontier):
-    """What was handed out before a pause is sent in it."""
-
-    def clear_to_send(self, request: Request, now: float) -> float:
-        try:
-            return super().clear_to_send(request, now)
-        except Postponed:
-            return 0.0
-
-
-PLANTED = [
-    *(
-        PlantedUncharged,
-        PlantedRestless,
-        PlantedAmnesia,
-        PlantedRace,
-        PlantedOpenGate,
-        PlantedWedge,
-        PlantedQueuedRobots,
-    ),
-    *(PlantedLateWakeUp, PlantedFullBuckets, PlantedDeaf, PlantedUnlimited, PlantedGreedy, PlantedImpatient),
-    *(PlantedDisobedient, PlantedDeafToRules, PlantedUnasked, PlantedUnanswered, PlantedFlat, PlantedUnfair),
-    PlantedHurry,
-]
-
-
-@pytest.mark.parametrize("planted", PLANTED)
-def test_the_checker_catches_planted_bugs_within_100_seeds(planted: type[Frontier]) -> None:
-    with pytest.raises(Broken):
-        for seed in range(100):
-            simulate.simulate(seed, None, planted)
-
-
 # --------------------------------------------------------------------------------------------- under a simulated clock
 
 
-@pytest.mark.parametrize("first", range(0, 100, 25))
+@pytest.mark.parametrize("first", range(0, 60, 15))
 def test_shared_crawls_keep_their_promises(first: int) -> None:
     counts: Counter[str] = Counter()
-    for seed in range(first, first + 25):
+    for seed in range(first, first + 15):
         counts += sim_shared.simulate_shared(seed)
     assert counts["lost leases"] and counts["frozen"] and counts["killed"]
 
@@ -370,36 +90,3 @@ def test_shared_rules_of_others_are_read_outside_of_the_loop() -> None:
     asyncio.run(crawl._exchange(cast(Any, Store())))
     assert len(readers) == 1 and readers[0] is not threading.main_thread()
     assert crawl.mine.explain("http://a/no", crawl.clock()) == "no: forbidden by robots.txt"
-
-
-class LateLinks(cs.SharedFrontier):
-    """Tells of what it found after it told that the page is done."""
-
-    late: tuple[cs.Link, ...] = ()
-
-    def plan(self, now: float) -> cs.Batch:
-        batch = super().plan(now)
-        found, batch.links = batch.links, list(self.late)
-        self.late = tuple(found)
-        return batch
-
-    def holds_nothing(self) -> bool:
-        return super().holds_nothing() and not self.late
-
-
-@pytest.mark.parametrize(
-    ("frontier", "tables", "given"),
-    [
-        (cs.SharedFrontier, {"fence": False}, {}),
-        (cs.SharedFrontier, {"keeps_next": False}, {}),
-        (cs.SharedFrontier, {}, {"margin": -1.0}),
-        (LateLinks, {}, {}),
-    ],
-    ids=["no fence", "no next_at", "no margin", "links lost"],
-)
-def test_shared_simulation_finds_planted_faults(
-    frontier: type[cs.SharedFrontier], tables: dict[str, bool], given: dict[str, float]
-) -> None:
-    with pytest.raises((Broken, KeyError)):
-        for seed in range(200):
-            sim_shared.simulate_shared(seed, frontier, sim_shared.Tables(**tables), **given)

@@ -645,6 +645,7 @@ def test_a_long_query_holds_a_partition_back_and_no_writer(logs_pg: PgServer, mo
                 assert await logs_store_days(logs_pg) == ["2024_02_19", "2024_02_28"]
                 assert await store.write([logs_store_batch(5)]) == [(5, 0)]
             await reader.close()
+            monkeypatch.setattr(log_store, "DROP_LIMIT", HANG_LIMIT)
             await store.maintain()
             assert await logs_store_days(logs_pg) == ["2024_02_28"] and store.stats().partitions_dropped == 1
 

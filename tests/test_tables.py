@@ -21,6 +21,7 @@ from crawl import cli as crawl_cli
 from crawl import lease as cs
 from crawl import tables as ct
 from crawl.frontier import Frontier
+from crawl.hosts import Question
 from crawl.model import Options, Request, ScrapeResult
 from runtime import postgres as db
 from sandbox.sites import Sandbox
@@ -247,16 +248,17 @@ def test_two_workers_share_hosts_and_pages(
     before = len(shared_site.log)
     note(tmp_path / "noted", monkeypatch)
     (one, first), (two, second) = shared_start(shared_pg, rate=10.0), shared_start(shared_pg, rate=10.0)
-    take = one.frontier.take
+    step = one.frontier.step
 
     def begun() -> bool:
         return len(shared_site.log) - before >= 4
 
-    def take_some(now: float) -> Request | float | None:  # else it may be done before the other has connected
-        return 0.01 if begun() and not second else take(now)
+    def step_some(now: float) -> Request | Question | float | None:
+        """The first has some and then waits for the other, which may have to connect and to claim first."""
+        return 0.01 if begun() and not second else step(now)
 
     async def both() -> None:
-        monkeypatch.setattr(one.frontier, "take", take_some)
+        monkeypatch.setattr(one.frontier, "step", step_some)
         urls = [shared_site.url("/", host) for host in range(4)]
         work = asyncio.create_task(shared_work(one, first, urls))
         await until_async(begun)

@@ -119,7 +119,7 @@ def web() -> Iterator[Sandbox]:
 def scrape(
     driver: str, urls: Iterable[str], on_result: Callable[[ScrapeResult], None] | None = None, **options: Any
 ) -> list[ScrapeResult]:
-    settings = Options(**({"rate": 0, "timeout": 20.0} | options))
+    settings = Options(**({"rate": 0, "timeout": HANG_LIMIT} | options))
     if driver == "crawl_threads":
         return crawl_threads.scrape_all(urls, settings, on_result=on_result)
     return asyncio.run(crawl_async.scrape_all(urls, settings, on_result=on_result))
@@ -138,22 +138,13 @@ def start(driver: str, *argv: str, stdin: Any = subprocess.DEVNULL, **more: Any)
 
 def run_program(driver: str, *argv: str, input: bytes = b"", **more: Any) -> tuple[int, bytes, str]:
     with start(driver, *argv, stdin=subprocess.PIPE, **more) as child:
-        out, err = child.communicate(input, timeout=100)
+        out, err = child.communicate(input, timeout=2 * HANG_LIMIT)
     return child.returncode, out, err.decode()
 
 
 def kind(row: ScrapeResult | dict[str, Any]) -> str:
     error = row["error"] if isinstance(row, dict) else row.error
     return error.partition(":")[0] if error else "ok"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    gate = threading.Event()
-    for _ in range(10_000):
-        if condition():
-            return
-        gate.wait(0.005)
-    raise AssertionError("it never came true")
 
 
 RawAnswer = list[bytes | None]
@@ -318,7 +309,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 
 def guard_scrape(driver: str, urls: Iterable[str], **options: Any) -> dict[str, ScrapeResult]:
     """One worker, so that the order is that of the list; a redirect goes before the next of its host."""
-    settings = Options(**({"rate": 0.0, "timeout": 20.0, "concurrency": 1} | options))
+    settings = Options(**({"rate": 0.0, "timeout": HANG_LIMIT, "concurrency": 1} | options))
     if driver == "crawl_threads":
         rows = crawl_threads.scrape_all(urls, settings)
     else:
@@ -470,7 +461,7 @@ def feeds_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def walk_crawl(**options: Any) -> Crawl:
-    return Crawl(Options(**({"rate": 0.0, "timeout": 10.0, "depth": 9, "retries": 0} | options)))
+    return Crawl(Options(**({"rate": 0.0, "timeout": HANG_LIMIT, "depth": 9, "retries": 0} | options)))
 
 
 def walk(driver: str, crawl: Crawl, urls: Iterable[str], emit: Callable[[ScrapeResult], None]) -> None:

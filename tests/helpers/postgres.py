@@ -140,16 +140,23 @@ def module() -> Iterator[PgServer]:
 
 @pytest.fixture
 def pg(module: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
-    """The server, which runs and holds nothing; checks come quickly."""
+    """The server, which runs and holds nothing; checks come quickly, and wait for it however busy the machine is."""
     assert module.process is not None
     if module.process.poll() is not None:
         module.start()
     asyncio.run(module.do("DROP TABLE IF EXISTS upstream_results"))
     monkeypatch.setattr(db, "CHECK_EVERY", 0.05)
-    monkeypatch.setattr(db, "CHECK_LIMIT", 0.5)
-    monkeypatch.setattr(db, "CLOSE_LIMIT", 0.2)
+    monkeypatch.setattr(db, "CHECK_LIMIT", HANG_LIMIT)
+    monkeypatch.setattr(db, "CLOSE_LIMIT", HANG_LIMIT)
     monkeypatch.setattr(db, "BACK_OFF", AT_ONCE)
     return module
+
+
+@pytest.fixture
+def impatient(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a server that does not answer."""
+    monkeypatch.setattr(db, "CHECK_LIMIT", 1.0)
+    monkeypatch.setattr(db, "CLOSE_LIMIT", 0.2)
 
 
 AT_ONCE = pr.RetryPolicy(attempts=sys.maxsize, base=0.02, cap=0.02, total=math.inf)
