@@ -85,18 +85,18 @@ async def claims(url: str, count: int) -> list[float]:
 
 
 async def _work(url: str, seconds: float, finishes: bool) -> tuple[int, int, list[float]]:
-    from crawl.lease import Batch, Done, Link, Note, hashed
     from crawl.model import CrawlResult
+    from crawl.sync import Done, Link, Note, SyncBatch, hashed
     from crawl.tables import PgStore
     from runtime.postgres import Database
 
     database = Database(url, size=1)
     await database.open(10)
     store, rng = PgStore(database, "bench"), random.Random()
-    token = (await store.sync(Batch(None, 1, 60.0))).token
+    token = (await store.sync(SyncBatch(None, 1, 60.0))).token
     hosts = urls = 0
     times: list[float] = []
-    batch = Batch(token, 1, 60.0, claim=100, limit=10)
+    batch = SyncBatch(token, 1, 60.0, claim=100, limit=10)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         started = time.perf_counter()
@@ -104,7 +104,7 @@ async def _work(url: str, seconds: float, finishes: bool) -> tuple[int, int, lis
         times.append(time.perf_counter() - started)
         hosts += len(answer.hosts)
         urls += len(batch.done)
-        batch = Batch(token, batch.serial + 1, 60.0, claim=100, limit=10)
+        batch = SyncBatch(token, batch.serial + 1, 60.0, claim=100, limit=10)
         batch.notes = {host: Note(0.5, 0.5, True) for host, _ in answer.hosts}
         if finishes:
             for one in answer.urls:

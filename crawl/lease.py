@@ -5,9 +5,9 @@
 
 Theory.  Hosts are what is leased: who holds a host runs the usual ``Frontier`` over its URLs, so which goes next, and
 when, is decided there as ever, and nobody else sends that host anything. All that passes between a worker and the
-database is one ``Batch`` and its ``Answer``, in one short transaction: it renews the lease, stores what was finished,
-adds what was found, gives hosts back, claims others. ``SharedFrontier`` says what goes into a batch and what follows
-from an answer; it is pure, so the simulator drives many of them over a model of the tables.
+database is one ``SyncBatch`` and its ``SyncAnswer`` (crawl/sync.py), in one short transaction: it renews the lease,
+stores what was finished, adds what was found, gives hosts back, claims others. ``SharedFrontier`` says what goes into
+a batch and what follows from an answer; it is pure, so the simulator drives many of them over a model of the tables.
 
 The lease is the worker's: one row, renewed by every batch. Hosts name their owner, so renewal costs one row, however
 many are held. A worker whose row is gone has lost all its hosts at once: the row is the fence that every batch must
@@ -36,21 +36,20 @@ Locks: ``SharedFrontier._guard`` is taken before the frontier's own.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from coordination import new_lock
 from crawl.addresses import names_private
 from crawl.errors import FetchError
 from crawl.handover import HandoverFrontier
 from crawl.hosts import Kind, RobotRules, host_of
-from crawl.model import Request, Response, ScrapeResult
-from crawl.robots import DISALLOW_ALL, rules_for
+from crawl.model import Request, ScrapeResult
+from crawl.robots import DISALLOW_ALL
 from crawl.rows import build_row
+from crawl.sync import Done, Found, Link, Move, Note, Queued, SyncAnswer, SyncBatch, clean, hashed
 from crawl.urls import normalise
 from crawl.urls import origin as origin_of
 
@@ -67,147 +66,6 @@ DELEGATED = 90.0
 MAX_HOST = 255
 
 
-def hashed(url: str) -> uuid.UUID:
-    return uuid.UUID(bytes=hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=16).digest())
-
-
-def clean(value: Any) -> Any:
-    """Without what JSON in PostgreSQL cannot hold: NUL and halves of surrogate pairs."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
-    if isinstance(value, dict):
-        return {clean(name): clean(item) for name, item in value.items()}
-    return [clean(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-# ---------------------------------------------------------------------------------------------- batch and answer
-
-
-class Link(NamedTuple):
-    """A URL for the queue."""
-
-    key: uuid.UUID
-    host: str
-    url: str
-    target: str
-    depth: int = 0
-    kind: Kind = "page"
-    private: bool = False
-
-
-class Queued(NamedTuple):
-    """A URL that waits."""
-
-    host: str
-    id: int
-    url: str
-    target: str
-    depth: int
-    kind: Kind
-    private: bool
-    strayed: bool
-    hops: int
-    attempt: int
-    wait: float | None
-    """Seconds."""
-
-
-class Done(NamedTuple):
-    host: str
-    id: int
-    url: str
-    row: ScrapeResult | None
-    """None: of a kind that has none."""
-
-
-class Move(NamedTuple):
-    """A redirect: the URL goes on as ``to``. ``instead``: its row if ``to`` was seen; None: it does not matter."""
-
-    host: str
-    id: int
-    to: Queued
-    instead: ScrapeResult | None
-
-
-class Found(NamedTuple):
-    """What a request for robots.txt came to: ``status`` None for an error of the kind ``body``."""
-
-    origin: str
-    status: int | None
-    body: bytes
-    target: str
-    ttl: float
-
-    def rules(self, user_agent: str) -> RobotRules:
-        if self.status is None:
-            return rules_for(FetchError(self.body.decode(), ""), user_agent, self.target)
-        return rules_for(Response(self.status, {}, self.body), user_agent, self.target)
-
-
-class Note(NamedTuple):
-    """Of a held host: seconds until it may be sent another request, and between two; whether it is given back."""
-
-    wait: float | None
-    spacing: float | None
-    back: bool
-
-
-@dataclass
-class Batch:
-    """What a worker tells and asks, in one transaction."""
-
-    token: int | None
-    """None: it wants to be one of the workers."""
-    serial: int
-    lease: float
-    links: list[Link] = field(default_factory=list)
-    scope: list[str] = field(default_factory=list)
-    done: list[Done] = field(default_factory=list)
-    moves: list[Move] = field(default_factory=list)
-    delegated: list[Queued] = field(default_factory=list)
-    """Requests for robots.txt that were redirected to hosts that this worker may not hold."""
-    again: list[Queued] = field(default_factory=list)
-    """Given back after an attempt."""
-    robots: list[Found] = field(default_factory=list)
-    notes: dict[str, Note] = field(default_factory=dict)
-    claim: int = 0
-    spacing: float = 0.0
-    """Of a host of which nothing is known."""
-    limit: int = 100
-    """URLs of a host that is new."""
-    refill: list[tuple[str, int, int]] = field(default_factory=list)
-    """(host, after which id, how many)"""
-    asked: list[str] = field(default_factory=list)
-    held: list[str] = field(default_factory=list)
-    hungry: bool = False
-    reading: bool = False
-    scope_after: int = 0
-    resync: bool = False
-    """The last answer may have been lost: what was claimed then is told again."""
-
-
-@dataclass
-class Answer:
-    token: int | None = None
-    """None: the lease was lost, and nothing else was done."""
-    stored: list[ScrapeResult] = field(default_factory=list)
-    hosts: list[tuple[str, float | None]] = field(default_factory=list)
-    """(host, seconds until it may go)"""
-    urls: list[Queued] = field(default_factory=list)
-    robots: list[Found] = field(default_factory=list)
-    rules: dict[str, RobotRules] = field(default_factory=dict)
-    """What ``robots`` say, by origin, where it was read before."""
-    scope: list[tuple[int, str]] = field(default_factory=list)
-    finished: bool = False
-    reading: bool = False
-    workers: int = 1
-    all_held: int = 0
-    hungry: bool = False
-    """Another worker has too little to do."""
-    dead: bool = False
-    """A lease has ended: ``reap``."""
-
-
 class _Held:
     """A host of ours."""
 
@@ -221,9 +79,6 @@ class _Held:
         self.robots: set[int] = set()
         """Ids of requests for the robots.txt of others that were redirected here."""
         self.drained = self.leaving = False
-
-
-# ---------------------------------------------------------------------------------------------- the pure protocol
 
 
 class SharedFrontier(HandoverFrontier):
@@ -252,7 +107,7 @@ class SharedFrontier(HandoverFrontier):
         """Origins whose robots.txt another host has, and until when to wait for it."""
         self._paused: set[str] = set()
         self._spaced: set[str] = set()
-        self._out = Batch(None, 0, length)
+        self._out = SyncBatch(None, 0, length)
         self._told: set[uuid.UUID] = set()
         self._scope_after = 0
         self._give = 0
@@ -387,12 +242,12 @@ class SharedFrontier(HandoverFrontier):
             out = self._out
             return not self._held and not (out.done or out.links or out.moves or out.scope or out.again)
 
-    def plan(self, now: float) -> Batch:
+    def plan(self, now: float) -> SyncBatch:
         free = max(0, self._room())
         with self._guard:
             reading = self.reading  # before its lines are taken
             out = self._out
-            batch, self._out = out, Batch(None, 0, self.length)
+            batch, self._out = out, SyncBatch(None, 0, self.length)
             self._out.links, batch.links = out.links[LINKS:], out.links[:LINKS]
             batch.token, batch.serial = self.token, self._serial_of_batch + 1
             fair = self.rate("")  # of a host of which nothing is known
@@ -427,7 +282,7 @@ class SharedFrontier(HandoverFrontier):
             batch.reading, batch.scope_after = reading or bool(self._out.links), self._scope_after
             return batch
 
-    def answered(self, batch: Batch, answer: Answer, asked_at: float, now: float) -> None:
+    def answered(self, batch: SyncBatch, answer: SyncAnswer, asked_at: float, now: float) -> None:
         """``asked_at``: before the batch was sent."""
         with self._guard:
             if answer.token is None:
@@ -499,7 +354,7 @@ class SharedFrontier(HandoverFrontier):
                 held.leaving = True
                 self._give -= 1
 
-    def _clear(self, name: str, held: _Held, batch: Batch, now: float) -> None:
+    def _clear(self, name: str, held: _Held, batch: SyncBatch, now: float) -> None:
         for key in [key for key in self._asked if host_of(key) == name]:
             del self._asked[key]
         for at, request in self.evict(name, now):
@@ -510,7 +365,7 @@ class SharedFrontier(HandoverFrontier):
             if request.attempt > 1 or at > now:
                 batch.again.append(_queued(request, name, known[1], request.target, max(0.0, at - now)))
 
-    def _lose(self, batch: Batch, now: float) -> None:
+    def _lose(self, batch: SyncBatch, now: float) -> None:
         """Others have our hosts now: what was found stays to be told, what was finished they do anew."""
         self.leases_lost += 1
         self.lease(-math.inf)
@@ -521,7 +376,7 @@ class SharedFrontier(HandoverFrontier):
         self._asked.clear()
         self.token, self._serial_of_batch, self._give, self._share = None, 0, 0, math.inf
         links, scope, robots = self._out.links, self._out.scope, self._out.robots
-        self._out = Batch(None, 0, self.length)
+        self._out = SyncBatch(None, 0, self.length)
         self._out.links, self._out.scope = batch.links + links, batch.scope + scope
         self._out.robots = batch.robots + robots
 

@@ -5,23 +5,14 @@ driver: a forked worker is given its class, a fresh interpreter the name of the 
 it finds for other hosts (links, articles, redirects) goes out; what others find for its hosts comes in. It hears
 nothing of signals but the parent's two (SIGUSR1: stop, SIGUSR2: cut off), and ends at once when its socket does.
 
-The wire: frames (a length, then sections: a type, a bucket or ``ME``, a length, bytes). A frame has effect as a whole,
-so it brings the rows, the links of their pages, their keys and the counts together.
-
-to the worker: D keys of what is done, T lines of the list, Y all of it is here, Z the end, H a home, U credentials, O
-origins of the list (or feeds), V validators of feeds, B a body, P pages of hosts; both ways: L links, Q a request
-that is redirected, A an answer about robots.txt, E an article; to the parent: R rows, K keys, G pages given back, I
-idle, S counts, F the last counts.
-
-All state belongs to the event loop, but for ``Share.outbox`` and what the frontier guards: a thread parses long pages.
+All state belongs to the event loop, but for ``WorkerFrontier.outbox`` and what the frontier guards: a thread parses
+long pages.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
-import hashlib
 import importlib
 import io
 import os
@@ -34,7 +25,7 @@ import sys
 import threading
 from array import array
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, astuple
 from typing import Any, Protocol
 
@@ -49,19 +40,14 @@ from crawl.journal import target as as_known
 from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
 from crawl.output import RowWriter, peak_memory_mb
 from crawl.robots import LARGE
-from crawl.urls import normalise, origin
+from crawl.urls import origin
+from crawl.wire import BUCKETS, ME, bucket_of, exactly, key_of, place, section, sections
 from runtime.serving import new_loop
 
-BUCKETS = 4096
-ME = 0xFFFF
-"""In the place of a bucket: for the worker itself."""
 FULL, AGE = 1 << 16, 0.05
 """A frame goes when it has so many bytes of rows, or a quarter of what may be in flight, or after so many seconds."""
 PULSE = 0.25
 """Seconds from one report of the counts to the next, where there are no rows."""
-
-_SECTION = struct.Struct("<cHI")
-Section = tuple[bytes, int, memoryview]
 
 
 class Driver(Protocol):
@@ -74,58 +60,8 @@ class Driver(Protocol):
 
 MakeDriver = Callable[[Crawl, Callable[[ScrapeResult], Awaitable[object]]], Driver]
 
-# ----------------------------------------------------------------------------------------------------- the wire
 
-
-@functools.lru_cache(1 << 16)
-def bucket_of(host: str) -> int:
-    """Stable over processes and runs. ``www.`` makes no difference: most redirects stay with their worker so."""
-    text = host.removeprefix("www.").encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") % BUCKETS
-
-
-def key_of(url: str) -> int:
-    """64 bits that stand for a normalised URL (or a text that is none)."""
-    return int.from_bytes(hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=8).digest(), sys.byteorder)
-
-
-def place(text: str) -> tuple[str, int, bool]:
-    """(How a line of the list is known, its bucket, whether it is a URL)."""
-    try:
-        target, host = normalise(text)
-    except FetchError:
-        return text, bucket_of(text), False
-    return target, bucket_of(host), True
-
-
-def section(kind: bytes, bucket: int, data: bytes) -> bytes:
-    return _SECTION.pack(kind, bucket, len(data)) + data
-
-
-def sections(data: bytes | bytearray) -> Iterator[Section]:
-    view, at = memoryview(data), 0
-    while at < len(view):
-        kind, bucket, size = _SECTION.unpack_from(view, at)
-        at += _SECTION.size + size
-        yield kind, bucket, view[at - size : at]
-
-
-def exactly(sock: socket.socket, size: int) -> bytearray:
-    """So many bytes. Raises EOFError if there are fewer."""
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        got = sock.recv_into(view)
-        if not got:
-            raise EOFError
-        view = view[got:]
-    return data
-
-
-# ------------------------------------------------------------------------------------------------------- worker
-
-
-class Share(HandoverFrontier):
+class WorkerFrontier(HandoverFrontier):
     """The frontier of one worker. ``outbox`` is for the others; what a dead worker did is not done."""
 
     def __init__(self, **options: Any) -> None:
@@ -276,12 +212,12 @@ class Share(HandoverFrontier):
         return new
 
 
-class ShareCrawl(Crawl):
+class WorkerCrawl(Crawl):
     """The crawl of one worker: as any other, but for what concerns the others."""
 
     def __init__(self, options: Options) -> None:
-        super().__init__(options, frontier=Share)
-        assert isinstance(self.frontier, Share)
+        super().__init__(options, frontier=WorkerFrontier)
+        assert isinstance(self.frontier, WorkerFrontier)
         self.share = self.frontier
         self.share.homes = self.sitemaps.homes
         if options.feeds:
@@ -315,10 +251,10 @@ class ShareCrawl(Crawl):
         return row
 
 
-class Downlink:
+class ParentLink:
     """A worker's end of the socket: what comes is put into the crawl; rows and all else go in frames."""
 
-    def __init__(self, sock: socket.socket, crawl: ShareCrawl, form: str) -> None:
+    def __init__(self, sock: socket.socket, crawl: WorkerCrawl, form: str) -> None:
         self._socket, self._crawl, self._share = sock, crawl, crawl.share
         self._loop = asyncio.get_running_loop()
         self._writer = RowWriter(io.BytesIO(), form, crawl.form, begun=True)
@@ -476,12 +412,12 @@ class Downlink:
 
 
 async def _worker_program(sock: socket.socket, config: dict[str, Any], make_driver: MakeDriver) -> None:
-    crawl = ShareCrawl(config["options"])
+    crawl = WorkerCrawl(config["options"])
     crawl.share.central, crawl.share.held = config["central"], crawl.knows_first
     crawl.processes, crawl.listed.credentials = config["processes"], config["credentials"]
     if config["until"]:
         crawl.share.stop_at(config["until"])
-    link = Downlink(sock, crawl, config["form"])
+    link = ParentLink(sock, crawl, config["form"])
     driver = make_driver(crawl, link.put)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGUSR1, lambda: None if crawl.interrupted else driver.stop())

@@ -32,9 +32,10 @@ from coordination import wait_for_event
 from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.hosts import host_of
-from crawl.lease import AT_ONCE, LEASE, Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, clean, hashed
+from crawl.lease import AT_ONCE, LEASE, SharedFrontier
 from crawl.model import Options, Request, Response, ScrapeResult
 from crawl.rows import build_row
+from crawl.sync import Done, Found, Move, Note, Queued, SyncAnswer, SyncBatch, clean, hashed
 from crawl.urls import origin as origin_of
 from runtime.embedded import Embedded
 from runtime.postgres import BACK_OFF, Database, Unavailable, check_url, is_away
@@ -219,7 +220,7 @@ class PgStore:
     def __init__(self, database: Database, name: str = "") -> None:
         self._database, self._name = database, name
 
-    async def sync(self, batch: Batch) -> Answer:
+    async def sync(self, batch: SyncBatch) -> SyncAnswer:
         """One transaction. Raises what asyncpg raises; then nothing, or all, was done."""
         async with self._database.connection(limit=60.0) as connection, connection.transaction():
             await connection.execute(PLANS)
@@ -232,8 +233,8 @@ class PgStore:
                     RENEW, token, batch.lease, batch.serial, len(batch.held), batch.hungry, batch.reading
                 )
                 if known is None:
-                    return Answer()
-            answer = Answer(token)
+                    return SyncAnswer()
+            answer = SyncAnswer(token)
             if known < batch.serial:
                 await self._apply(connection, token, batch, answer)
             else:
@@ -244,7 +245,7 @@ class PgStore:
             await self._read(connection, token, batch, answer)
         return answer
 
-    async def _apply(self, connection: PooledConnection, token: int, batch: Batch, answer: Answer) -> None:
+    async def _apply(self, connection: PooledConnection, token: int, batch: SyncBatch, answer: SyncAnswer) -> None:
         links = {link.key: link for link in batch.links}
         checked = {hashed(move.to.target) for move in batch.moves if move.instead is not None}
         new: set[Any] = set()
@@ -323,7 +324,7 @@ class PgStore:
             await connection.execute(SCOPE_LOCK)
             await connection.execute(SCOPE, sorted(set(batch.scope)))
 
-    async def _read(self, connection: PooledConnection, token: int, batch: Batch, answer: Answer) -> None:
+    async def _read(self, connection: PooledConnection, token: int, batch: SyncBatch, answer: SyncAnswer) -> None:
         claimed: list[Any] = []
         if batch.claim:
             claimed = await connection.fetch(CLAIM, token, batch.claim, batch.spacing)

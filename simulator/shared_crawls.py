@@ -27,8 +27,9 @@ from collections.abc import Callable
 from typing import Any
 
 from crawl.hosts import host_of
-from crawl.lease import Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, hashed
+from crawl.lease import SharedFrontier
 from crawl.model import Request, ScrapeResult
+from crawl.sync import Done, Found, Move, Note, Queued, SyncAnswer, SyncBatch, hashed
 from crawl.urls import origin
 from simulator.checker import Rules, Tokens, demand
 from simulator.crawls import Fates, Simulation, Web, Worker, each, named
@@ -75,17 +76,17 @@ class Tables:
         self.scope: dict[str, int] = {}
         self.ids = itertools.count(1)
 
-    def sync(self, batch: Batch, now: float) -> Answer:
+    def sync(self, batch: SyncBatch, now: float) -> SyncAnswer:
         token = next(self.ids) if batch.token is None else batch.token
         if batch.token is None or (not self.fence and token not in self.members):
             self.members[token] = Member(now)
         if token not in self.members:
-            return Answer()
+            return SyncAnswer()
         member = self.members[token]
         applied, member.batch = member.batch >= batch.serial, batch.serial if batch.token else 0
         member.until, member.held = now + batch.lease, len(batch.held)
         member.hungry, member.reading = batch.hungry, batch.reading
-        answer = Answer(token)
+        answer = SyncAnswer(token)
         if not applied:
             self._apply(token, batch, answer, now)
         for name, host in self.hosts.items():
@@ -125,7 +126,7 @@ class Tables:
         if host.owner is None and host.due == math.inf:
             host.due = now if host.next_at is None else host.next_at
 
-    def _apply(self, token: int, batch: Batch, answer: Answer, now: float) -> None:
+    def _apply(self, token: int, batch: SyncBatch, answer: SyncAnswer, now: float) -> None:
         done: list[Done] = list(batch.done)
         for link in batch.links:
             if link.key not in self.seen:
@@ -207,11 +208,11 @@ class SharedWorker(Worker):
             return
         self._send(self.mine.plan(self.clock()))
 
-    def _send(self, batch: Batch) -> None:
+    def _send(self, batch: SyncBatch) -> None:
         asked_at, rng = self.clock(), self.rng
         self.run.at(self.run.now + rng.expovariate(100.0), None, self._arrive, batch, asked_at, rng.random() < 0.03)
 
-    def _arrive(self, batch: Batch, asked_at: float, lost: bool) -> None:
+    def _arrive(self, batch: SyncBatch, asked_at: float, lost: bool) -> None:
         if lost:
             self.after(1.0, self._again, batch)
             return
@@ -221,11 +222,11 @@ class SharedWorker(Worker):
         else:
             self.after(self.rng.expovariate(100.0), self._answered, batch, answer, asked_at)
 
-    def _again(self, batch: Batch) -> None:
+    def _again(self, batch: SyncBatch) -> None:
         batch.resync = True
         self._send(batch)
 
-    def _answered(self, batch: Batch, answer: Answer, asked_at: float) -> None:
+    def _answered(self, batch: SyncBatch, answer: SyncAnswer, asked_at: float) -> None:
         self.mine.answered(batch, answer, asked_at, self.clock())
         if answer.dead:
             self.run.tables.reap(self.run.now)

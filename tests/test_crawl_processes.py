@@ -24,8 +24,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crawl import process_worker as crawl_share
 from crawl import processes as cp
+from crawl import wire
 from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, wait_until
@@ -463,8 +463,8 @@ def test_shares_the_parts_are_whole() -> None:
         for parts in range(1, 9):
             found = [cp.split(total, parts, part) for part in range(parts)]
             assert sum(found) == total and max(found) - min(found) <= 1
-    data = b"".join(crawl_share.section(bytes([65 + n]), n, b"x" * n) for n in range(5))
-    assert [(kind, bucket, bytes(content)) for kind, bucket, content in crawl_share.sections(data)] == [
+    data = b"".join(wire.section(bytes([65 + n]), n, b"x" * n) for n in range(5))
+    assert [(kind, bucket, bytes(content)) for kind, bucket, content in wire.sections(data)] == [
         (bytes([65 + n]), n, b"x" * n) for n in range(5)
     ]
-    assert crawl_share.bucket_of("example.com") == crawl_share.bucket_of("www.example.com") == 1307
+    assert wire.bucket_of("example.com") == wire.bucket_of("www.example.com") == 1307

@@ -15,6 +15,7 @@ import primitives as pr
 from bench import runner as bench
 from crawl import lease as cs
 from crawl import processes as cp
+from crawl import sync
 from crawl.errors import Postponed
 from crawl.frontier import Frontier
 from crawl.hosts import HostQueue
@@ -346,9 +347,9 @@ def test_the_checker_catches_planted_bugs_within_100_seeds(planted: type[Frontie
 class LateLinks(cs.SharedFrontier):
     """Tells of what it found after it told that the page is done."""
 
-    late: tuple[cs.Link, ...] = ()
+    late: tuple[sync.Link, ...] = ()
 
-    def plan(self, now: float) -> cs.Batch:
+    def plan(self, now: float) -> sync.SyncBatch:
         batch = super().plan(now)
         found, batch.links = batch.links, list(self.late)
         self.late = tuple(found)

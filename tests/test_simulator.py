@@ -11,10 +11,10 @@ from typing import Any, cast
 import pytest
 
 from bench import runner as bench
-from crawl import lease as cs
 from crawl import scheduler
 from crawl import tables as ct
 from crawl.model import USER_AGENT, Options
+from crawl.sync import Found, SyncAnswer, SyncBatch
 from simulator import crawls as simulate
 from simulator import shared_crawls as sim_shared
 from simulator.checker import Tokens
@@ -72,16 +72,16 @@ def test_shared_crawls_keep_their_promises(first: int) -> None:
 
 
 def test_shared_rules_of_others_are_read_outside_of_the_loop() -> None:
-    found = cs.Found("http://a", 200, b"User-agent: *\nDisallow: /no", "http://a/robots.txt", 100.0)
+    found = Found("http://a", 200, b"User-agent: *\nDisallow: /no", "http://a/robots.txt", 100.0)
 
     class Store:
-        async def sync(self, batch: cs.Batch) -> cs.Answer:
-            return cs.Answer(1, hosts=[("a", None)], robots=[found])
+        async def sync(self, batch: SyncBatch) -> SyncAnswer:
+            return SyncAnswer(1, hosts=[("a", None)], robots=[found])
 
     crawl = ct.SharedCrawl(Options(depth=1), "postgresql://nowhere")
     readers: list[threading.Thread] = []
 
-    def rules_of(found: cs.Found) -> Any:
+    def rules_of(found: Found) -> Any:
         readers.append(threading.current_thread())
         return found.rules(USER_AGENT)
 

@@ -18,7 +18,7 @@ import pytest
 
 import crawl_async
 from crawl import cli as crawl_cli
-from crawl import lease as cs
+from crawl import sync
 from crawl import tables as ct
 from crawl.frontier import Frontier
 from crawl.hosts import Question
@@ -47,17 +47,17 @@ async def shared_store(server: PgServer) -> AsyncIterator[ct.PgStore]:
         await database.close()
 
 
-def link(host: str, path: str = "/") -> cs.Link:
+def link(host: str, path: str = "/") -> sync.Link:
     url = f"http://{host}{path}"
-    return cs.Link(cs.hashed(url), host, url, url)
+    return sync.Link(sync.hashed(url), host, url, url)
 
 
 def shared_row(url: str) -> ScrapeResult:
     return ScrapeResult(url, 200, "a \0 title", 1, [], None, "2030-01-01T00:00:00Z", 1.0)
 
 
-def shared_done(queued: cs.Queued) -> cs.Done:
-    return cs.Done(queued.host, queued.id, queued.url, shared_row(queued.url))
+def shared_done(queued: sync.Queued) -> sync.Done:
+    return sync.Done(queued.host, queued.id, queued.url, shared_row(queued.url))
 
 
 def shared_test(check: Callable[[PgServer, ct.PgStore], Coroutine[Any, Any, None]]) -> Callable[[PgServer], None]:
@@ -76,62 +76,62 @@ def shared_test(check: Callable[[PgServer, ct.PgStore], Coroutine[Any, Any, None
 async def test_claims_skip_what_is_leased_or_locked(server: PgServer, store: ct.PgStore) -> None:
     hosts = [f"h{n}" for n in range(4)]
     links = [link(host, path) for host in hosts for path in ("/", "/a")]
-    first = await store.sync(cs.Batch(None, 1, 30.0, links=[*links, *links]))
-    second = await store.sync(cs.Batch(None, 1, 30.0, links=links))
+    first = await store.sync(sync.SyncBatch(None, 1, 30.0, links=[*links, *links]))
+    second = await store.sync(sync.SyncBatch(None, 1, 30.0, links=links))
     assert await server.do("SELECT count(*) FROM crawl_queue") == 8, "each once, whoever finds it"
-    mine = await store.sync(cs.Batch(first.token, 1, 30.0, claim=2, limit=1))
+    mine = await store.sync(sync.SyncBatch(first.token, 1, 30.0, claim=2, limit=1))
     assert len(mine.hosts) == 2 and {one.host for one in mine.urls} == {host for host, _ in mine.hosts}
     assert len(mine.urls) == 2
     left = sorted({*hosts} - {host for host, _ in mine.hosts})
     async with store._database.connection() as other, other.transaction():
         await other.execute("SELECT FROM crawl_hosts WHERE host = $1 FOR UPDATE", left[0])
-        theirs = await store.sync(cs.Batch(second.token, 1, 30.0, claim=9))
+        theirs = await store.sync(sync.SyncBatch(second.token, 1, 30.0, claim=9))
         assert [host for host, _ in theirs.hosts] == left[1:]
     again = await store.sync(
-        cs.Batch(second.token, 2, 30.0, claim=9, held=left[1:], notes={left[1]: cs.Note(0.0, 2.0, True)})
+        sync.SyncBatch(second.token, 2, 30.0, claim=9, held=left[1:], notes={left[1]: sync.Note(0.0, 2.0, True)})
     )
     assert {host for host, _ in again.hosts} == {left[0], left[1]}, "what is no longer locked, and what was given back"
 
 
 @shared_test
 async def test_host_goes_back_with_its_next_time(server: PgServer, store: ct.PgStore) -> None:
-    first = await store.sync(cs.Batch(None, 1, 30.0, links=[link("a"), link("b")]))
-    held = await store.sync(cs.Batch(first.token, 1, 30.0, claim=2))
+    first = await store.sync(sync.SyncBatch(None, 1, 30.0, links=[link("a"), link("b")]))
+    held = await store.sync(sync.SyncBatch(first.token, 1, 30.0, claim=2))
     assert dict(held.hosts) == {"a": None, "b": None}, "never sent anything"
-    notes = {"a": cs.Note(0.7, 2.0, True), "b": cs.Note(500.0, 2.0, True)}
-    answer = await store.sync(cs.Batch(first.token, 2, 30.0, claim=2, notes=notes))
+    notes = {"a": sync.Note(0.7, 2.0, True), "b": sync.Note(500.0, 2.0, True)}
+    answer = await store.sync(sync.SyncBatch(first.token, 2, 30.0, claim=2, notes=notes))
     (found,) = answer.hosts
     assert found[0] == "a" and found[1] is not None and 0.6 < found[1] <= 0.7, "b has to wait"
 
 
 @shared_test
 async def test_late_worker_is_fenced_off(server: PgServer, store: ct.PgStore) -> None:
-    late = await store.sync(cs.Batch(None, 1, 30.0, links=[link("a")]))
-    held = await store.sync(cs.Batch(late.token, 1, 30.0, claim=1, spacing=100.0))
+    late = await store.sync(sync.SyncBatch(None, 1, 30.0, links=[link("a")]))
+    held = await store.sync(sync.SyncBatch(late.token, 1, 30.0, claim=1, spacing=100.0))
     await server.do(
         "UPDATE crawl_workers SET renewed_at = '-1 s'::interval + now(), lease_until = now() - '1 s'::interval"
     )
-    next_one = await store.sync(cs.Batch(None, 1, 30.0))
+    next_one = await store.sync(sync.SyncBatch(None, 1, 30.0))
     assert next_one.dead and not next_one.finished
     await store.reap()
     await server.do("UPDATE crawl_hosts SET due = now()")
-    claimed = await store.sync(cs.Batch(next_one.token, 1, 30.0, claim=1))
+    claimed = await store.sync(sync.SyncBatch(next_one.token, 1, 30.0, claim=1))
     ((host, wait),) = claimed.hosts
     assert host == "a" and wait is not None and 95 < wait < 100, "one interval after the end of the lease"
     done = [shared_done(held.urls[0])]
-    assert (await store.sync(cs.Batch(late.token, 2, 30.0, done=done))).token is None
+    assert (await store.sync(sync.SyncBatch(late.token, 2, 30.0, done=done))).token is None
     assert await server.do("SELECT count(*) FROM crawl_results") == 0
-    ended = await store.sync(cs.Batch(next_one.token, 2, 30.0, done=done, held=["a"]))
+    ended = await store.sync(sync.SyncBatch(next_one.token, 2, 30.0, done=done, held=["a"]))
     assert [row.url for row in ended.stored] == ["http://a/"] and ended.finished
     assert await server.do("SELECT row->>'title' FROM crawl_results") == "a \ufffd title"
 
 
 @shared_test
 async def test_batch_sent_twice_is_applied_once(server: PgServer, store: ct.PgStore) -> None:
-    first = await store.sync(cs.Batch(None, 1, 30.0, links=[link("a"), link("b"), link("c")]))
-    held = await store.sync(cs.Batch(first.token, 1, 30.0, claim=1))
+    first = await store.sync(sync.SyncBatch(None, 1, 30.0, links=[link("a"), link("b"), link("c")]))
+    held = await store.sync(sync.SyncBatch(first.token, 1, 30.0, claim=1))
     host = held.hosts[0][0]
-    batch = cs.Batch(first.token, 2, 30.0, done=[shared_done(held.urls[0])], claim=1, held=[host])
+    batch = sync.SyncBatch(first.token, 2, 30.0, done=[shared_done(held.urls[0])], claim=1, held=[host])
     batch.links = [link(host, "/found")]
     one = await store.sync(batch)
     two = await store.sync(dataclasses.replace(batch, resync=True))
@@ -148,13 +148,15 @@ async def test_batch_sent_twice_is_applied_once(server: PgServer, store: ct.PgSt
 @shared_test
 async def test_redirects_meet_in_the_database(server: PgServer, store: ct.PgStore) -> None:
     """One of two that lead to the same target goes there; a target that has a row of its own is a duplicate."""
-    first = await store.sync(cs.Batch(None, 1, 30.0, links=[link("a", f"/{n}") for n in range(3)]))
-    held = await store.sync(cs.Batch(first.token, 1, 30.0, claim=1, limit=3))
+    first = await store.sync(sync.SyncBatch(None, 1, 30.0, links=[link("a", f"/{n}") for n in range(3)]))
+    held = await store.sync(sync.SyncBatch(first.token, 1, 30.0, claim=1, limit=3))
     moves = []
     for one, target in zip(held.urls, ("http://b/x", "http://b/x", "http://a/0"), strict=True):
         to = one._replace(host=target[7], target=target, hops=1)
-        moves.append(cs.Move(one.host, one.id, to, dataclasses.replace(shared_row(one.url), error="duplicate: it is")))
-    answer = await store.sync(cs.Batch(first.token, 2, 30.0, moves=moves, claim=1, held=["a"]))
+        moves.append(
+            sync.Move(one.host, one.id, to, dataclasses.replace(shared_row(one.url), error="duplicate: it is"))
+        )
+    answer = await store.sync(sync.SyncBatch(first.token, 2, 30.0, moves=moves, claim=1, held=["a"]))
     assert [row.url for row in answer.stored] == ["http://a/1", "http://a/2"]
     (left,) = answer.urls
     assert (left.host, left.url, left.target, left.hops) == ("b", "http://a/0", "http://b/x", 1)
