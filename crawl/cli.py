@@ -338,15 +338,15 @@ def needs(args: argparse.Namespace, options: Options) -> None:
 
 
 def join_shared(options: Options, frontier: str, lease: float | None) -> Crawl:
-    from crawl import tables  # it needs asyncpg
+    from crawl.shared_crawl import join  # it needs asyncpg
 
-    return tables.join(options, frontier, lease)
+    return join(options, frontier, lease)
 
 
 def shared_status(frontier: str) -> str:
-    from crawl import tables
+    from crawl.shared_crawl import status
 
-    return tables.status(frontier)
+    return status(frontier)
 
 
 def fail(program: str, message: str, error: BaseException) -> int:

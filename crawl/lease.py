@@ -26,7 +26,7 @@ Promised
 - What a dead worker held waits for a lease at most, and what was in flight there is asked for again.
 - The end is exact: no URL waits, and nobody reads a list.
 
-Not promised: that all workers start with the same options; the first one's count (``crawl.tables.SHARED``).
+Not promised: that all workers start with the same options; the first one's count (``crawl.shared_crawl.SHARED``).
 ``--total-rate`` and ``--adaptive`` are each worker's own.
 A Crawl-delay or Retry-After that came within the last moment before a kill -9 is learnt again. Traps are counted by
 each worker for itself.

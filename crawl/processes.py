@@ -122,7 +122,7 @@ class WholeStats(Stats):
     def snapshot(self) -> dict[str, Any]:
         whole = super().snapshot()
         maps: dict[str, Counter[str]] = {"errors": Counter(), "statuses": Counter()}
-        for counts in [worker.stats for worker in self._workers] + [worker.buried for worker in self._workers]:
+        for counts in [worker.stats for worker in self._workers] + [worker.retired for worker in self._workers]:
             for name, value in counts.items():
                 if name in maps:
                     maps[name].update(value)
@@ -215,7 +215,7 @@ class Worker:
         self.sock: socket.socket | None = None
         self.done = array("Q")
         self.stats: dict[str, Any] = {}
-        self.buried: dict[str, Any] = {}
+        self.retired: dict[str, Any] = {}
         self.frontier: list[int] = []
         self.used: dict[str, float] = {}
         self.load = self.died = self.in_a_row = 0
@@ -244,14 +244,14 @@ class Worker:
             if self.process is not None:
                 self.process.send_signal(number)
 
-    def bury(self) -> None:
+    def retire(self) -> None:
         """Its counts are kept; what a frame brings has been counted there before."""
         old, self.stats = self.stats, {}
         for name, value in old.items():
             if isinstance(value, dict):
-                self.buried[name] = dict(Counter(self.buried.get(name, {})) + Counter(value))
+                self.retired[name] = dict(Counter(self.retired.get(name, {})) + Counter(value))
             else:
-                self.buried[name] = self.buried.get(name, 0) + value
+                self.retired[name] = self.retired.get(name, 0) + value
 
 
 class Parent:
@@ -393,7 +393,7 @@ class Parent:
                     worker.sock = None
                 if worker.over or self._stopping:
                     break
-                worker.bury()
+                worker.retire()
                 worker.died += 1
                 worker.in_a_row += 1
                 code = process.wait()

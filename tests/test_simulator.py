@@ -11,8 +11,7 @@ from typing import Any, cast
 import pytest
 
 from bench import runner as bench
-from crawl import scheduler
-from crawl import tables as ct
+from crawl import scheduler, shared_crawl
 from crawl.model import USER_AGENT, Options
 from crawl.sync import Found, SyncAnswer, SyncBatch
 from simulator import crawls as simulate
@@ -78,7 +77,7 @@ def test_shared_rules_of_others_are_read_outside_of_the_loop() -> None:
         async def sync(self, batch: SyncBatch) -> SyncAnswer:
             return SyncAnswer(1, hosts=[("a", None)], robots=[found])
 
-    crawl = ct.SharedCrawl(Options(depth=1), "postgresql://nowhere")
+    crawl = shared_crawl.SharedCrawl(Options(depth=1), "postgresql://nowhere")
     readers: list[threading.Thread] = []
 
     def rules_of(found: Found) -> Any:

@@ -18,7 +18,7 @@ import pytest
 
 import crawl_async
 from crawl import cli as crawl_cli
-from crawl import sync
+from crawl import shared_crawl, sync
 from crawl import tables as ct
 from crawl.frontier import Frontier
 from crawl.hosts import Question
@@ -164,27 +164,29 @@ async def test_redirects_meet_in_the_database(server: PgServer, store: ct.PgStor
 
 
 def test_workers_agree_on_options(shared_pg: PgServer) -> None:
-    crawl = ct.join(Options(depth=3, rate=7.0), shared_pg.url)
+    crawl = shared_crawl.join(Options(depth=3, rate=7.0), shared_pg.url)
     assert (crawl.options.depth, crawl.options.rate) == (3, 7.0)
-    assert ct.join(Options(concurrency=5), shared_pg.url).options == dataclasses.replace(crawl.options, concurrency=5)
+    assert shared_crawl.join(Options(concurrency=5), shared_pg.url).options == dataclasses.replace(
+        crawl.options, concurrency=5
+    )
     with pytest.raises(ValueError, match="--rate: this crawl was started with 7"):
-        ct.join(Options(rate=9.0), shared_pg.url)
+        shared_crawl.join(Options(rate=9.0), shared_pg.url)
     with pytest.raises(ValueError, match="not with --frontier: max-pages"):
-        ct.SharedCrawl(Options(max_pages=5), shared_pg.url)
+        shared_crawl.SharedCrawl(Options(max_pages=5), shared_pg.url)
     with pytest.raises(ValueError, match="postgresql://"):
-        ct.server_of("mysql://user:secret@host/")
+        shared_crawl.server_of("mysql://user:secret@host/")
 
 
 # --------------------------------------------------------------------------------------------------------- the workers
 
 
-def shared_start(server: PgServer, **given: Any) -> tuple[ct.SharedCrawl, list[ScrapeResult]]:
+def shared_start(server: PgServer, **given: Any) -> tuple[shared_crawl.SharedCrawl, list[ScrapeResult]]:
     length = given.pop("length", 30.0)
     options = Options(**{"depth": 20, "rate": 40.0, "robots": False} | given)
-    return ct.SharedCrawl(options, server.url, length=length), []
+    return shared_crawl.SharedCrawl(options, server.url, length=length), []
 
 
-async def shared_work(crawl: ct.SharedCrawl, rows: list[ScrapeResult], urls: list[str]) -> None:
+async def shared_work(crawl: shared_crawl.SharedCrawl, rows: list[ScrapeResult], urls: list[str]) -> None:
     async def put(row: ScrapeResult) -> None:
         rows.append(row)
 
@@ -273,7 +275,7 @@ def test_two_workers_share_hosts_and_pages(
     assert first and second, "the hosts were shared out"
     assert len(shared_site.log) - before == 80, "each page was asked for once"
     assert rate_held(tmp_path / "noted", 10.0) == 80
-    assert ct.status(shared_pg.url).startswith(
+    assert shared_crawl.status(shared_pg.url).startswith(
         "0 URLs waiting, 80 done, 0 failed · 1.3 rows/s in the last minute\n4 hosts"
     )
 
