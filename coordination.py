@@ -457,6 +457,11 @@ class Visited(Generic[K]):
     def __len__(self) -> int:
         return len(self._keys)
 
+    def keys(self) -> set[K]:
+        """A copy of them."""
+        with self._lock:
+            return set(self._keys)
+
     def stats(self) -> VisitedStats:
         with self._lock:
             return VisitedStats(len(self._keys), self._repeats)

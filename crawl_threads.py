@@ -1,29 +1,25 @@
-"""The crawler on threads: ThreadPoolExecutor, urllib and html.parser over the decisions of crawl_core.
+"""The crawler on threads: ThreadPoolExecutor, urllib and html.parser over the decisions of crawl/core.py.
 
     python crawl_threads.py urls.txt
 
 The model: each of up to ``concurrency`` worker threads runs the same plain loop: take a request, fetch, parse, write
 the row; or take a URL that is to be looked up in a long robots.txt, and do that. It blocks wherever it likes, and the
-others go on. Everything runs in the workers but DNS (in the resolver's threads, so that it can time out), the parsing
-of large robots.txt (in one thread), and that of feeds and articles (in other processes, crawl/readers.py, for which the
-worker waits): sockets, TLS, decompression, parsing, encoding and writing of rows. What Python code computes does not
-run in parallel (one interpreter lock), only what waits or runs outside of it does.
+others go on. A thread may lose the interpreter between any two instructions, so what threads share has a lock.
+
+Which work runs where: everything in the workers (sockets, TLS, decompression, parsing, encoding and writing of rows)
+but the parsing of large robots.txt, in one thread; feeds and articles, in other processes (crawl/readers.py), for which
+the worker waits; DNS, in the resolver's threads, so that it can time out; the list, in a thread. What Python code
+computes does not run in parallel (one interpreter lock), only what waits or runs outside of it does.
 
 Waiting: workers with nothing to do block on one condition, ``WorkQueue``. Only one of them at a time, the timekeeper,
 waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
 not all. The main thread waits for the workers and for signals, which a thread of their own reads. Locks:
 ``WorkQueue._condition`` guards who keeps the time and is held around ``Frontier.step`` (condition -> frontier), so
-that no wake-up is missed; ``_Pool._lock`` guards the idle connections and the set of those in use, ``Threads._lock``
-the number of workers.
-
-Time limits: a blocking socket's time limit holds for one system call, so a server that drips a byte a second would
-never meet it. ``_DeadlineSocket`` gives every call only what is left of the attempt, by a ``TimeLimit``: while the
-other threads parse, none is run down.
+that no wake-up is missed; ``Driver._lock`` guards the number of workers.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import math
 import os
@@ -32,6 +28,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from coordination import new_lock
 from crawl.cli import main
@@ -45,30 +42,25 @@ from crawl.output import EXIT_INTERRUPTED
 from crawl.readers import Readers
 from crawl.robots import LARGE
 
-Emit = Callable[[ScrapeResult], None]
+Emit = Callable[[ScrapeResult], object]
+"""Takes a row; returns when it is written."""
 
-# -------------------------------------------------------------------------------------------------- connections
-
-
-# -------------------------------------------------------------------------------------------------------- fetch
-
-
-# ------------------------------------------------------------------------------------------------------ workers
+# ------------------------------------------------------------------------------------------------------- waiting
 
 
 class WorkQueue:
-    """Who fetches next, and who waits. ``next`` blocks until there is something to do, or there will never be."""
+    """What goes next, and who waits for it. ``next`` blocks until there is something to do, or there will never be."""
 
     def __init__(self, crawl: Crawl) -> None:
         self._crawl = crawl
-        self._condition = threading.Condition(new_lock("Turns"))
+        self._condition = threading.Condition(new_lock("WorkQueue"))
         self._waiting = 0
         self._alarm = math.inf
         """Until when the present timekeeper waits."""
 
     @property
     def idle(self) -> bool:
-        """Whether somebody waits for a turn."""
+        """Whether somebody waits for work."""
         return self._waiting > 0
 
     def next(self) -> Request | Question | None:
@@ -94,29 +86,69 @@ class WorkQueue:
                 self._waiting -= 1
 
     def changed(self) -> None:
+        """The frontier may answer otherwise than before. From any thread."""
         with self._condition:
             if self._waiting:
                 self._condition.notify()
 
 
-class Threads:
-    """The driver: worker threads over one frontier. A worker that takes a request while no other waits for one starts
-    the next, so there are no more than have work, and one; and where the system gives no more, those that there are.
-    ``_lock`` guards their number."""
+# -------------------------------------------------------------------------------------------------------- driver
+
+
+class Driver:
+    """Worker threads over one frontier. A worker that takes a request while no other waits for one starts the next, so
+    there are no more than have work, and one; and where the system gives no more, those that there are."""
 
     def __init__(self, crawl: Crawl, emit: Emit) -> None:
         self._crawl, self._emit = crawl, emit
         self._fetcher = Fetcher(crawl)
-        self._turns = WorkQueue(crawl)
-        self._parser = concurrent.futures.ThreadPoolExecutor(1, "parser")
+        self._work = WorkQueue(crawl)
         self._readers = Readers(crawl.processes)
-        crawl.read = self._readers.read
-        crawl.changed = self._turns.changed
-        self._pool = concurrent.futures.ThreadPoolExecutor(crawl.options.concurrency, thread_name_prefix="worker")
-        self._lock = new_lock("Threads")
+        self._parser = ThreadPoolExecutor(1, "parser")
+        self._pool = ThreadPoolExecutor(crawl.options.concurrency, thread_name_prefix="worker")
+        self._lock = new_lock("Driver")
         self._most, self._running = crawl.options.concurrency, 0
         self._failure: BaseException | None = None
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
+        crawl.read = self._readers.read
+        crawl.changed = self._work.changed
+
+    def run(self, urls: Iterable[str]) -> None:
+        """Crawl ``urls`` until nothing will ever come and all workers are done."""
+        crawl = self._crawl
+        crawl.feed(urls)
+        if crawl.options.feeds:
+            self._readers.start()
+        try:
+            self._start()
+            limit: float | None = None
+            while True:
+                try:
+                    event = self._events.get(timeout=limit)
+                except queue.Empty:
+                    event = "stop"
+                if event == "done":
+                    break
+                if not crawl.interrupted:
+                    crawl.interrupted = True
+                    crawl.frontier.stop()
+                    limit = crawl.options.grace
+                elif not self._fetcher.aborted:
+                    self._force()
+                    limit = None
+                else:
+                    os._exit(EXIT_INTERRUPTED)
+                self._work.changed()
+        except BaseException:
+            self.cut_off()
+            raise
+        finally:
+            self._pool.shutdown()
+            self._parser.shutdown()
+            self._fetcher.close()
+            self._readers.close()
+        if self._failure is not None:
+            raise self._failure
 
     def _start(self) -> None:
         with self._lock:
@@ -124,7 +156,7 @@ class Threads:
                 return
             self._running += 1
         try:
-            self._pool.submit(self.work).add_done_callback(self._ended)
+            self._pool.submit(self._loop).add_done_callback(self._done)
         except RuntimeError as error:
             with self._lock:
                 self._running -= 1
@@ -135,7 +167,18 @@ class Threads:
             if first:
                 self._crawl.say(f"goes on with {left:,} threads: {error}")
 
-    def _ended(self, worker: concurrent.futures.Future[None]) -> None:
+    def _loop(self) -> None:
+        """What each worker does until nothing will ever come."""
+        while (work := self._work.next()) is not None:
+            if self._running < self._most and not self._work.idle:
+                self._start()
+            if isinstance(work, Question):
+                self._consult(work)
+            else:
+                self._handle(work)
+            self._work.changed()
+
+    def _done(self, worker: Future[None]) -> None:
         self._failure = self._failure or worker.exception()
         with self._lock:
             self._running -= 1
@@ -143,16 +186,8 @@ class Threads:
         if last:
             self._events.put("done")
 
-    def work(self) -> None:
-        """What each worker does until nothing will ever come."""
-        while (work := self._turns.next()) is not None:
-            if self._running < self._most and not self._turns.idle:
-                self._start()
-            if isinstance(work, Question):
-                self._crawl.frontier.consult(work, self._crawl.clock)
-            else:
-                self._handle(work)
-            self._turns.changed()
+    def _consult(self, question: Question) -> None:
+        self._crawl.frontier.consult(question, self._crawl.clock)
 
     def _handle(self, request: Request) -> None:
         crawl = self._crawl
@@ -179,61 +214,34 @@ class Threads:
             crawl.fail(error)
         crawl.frontier.finish(request, crawl.clock())
 
-    def run(self, urls: Iterable[str], events: queue.SimpleQueue[str]) -> None:
-        """Crawl ``urls``. An event "stop" means: finish what is in flight; a second one: cut it off; a third: exit."""
-        crawl = self._crawl
-        self._events = events
-        crawl.feed(urls)
-        if crawl.options.feeds:
-            self._readers.start()
-        try:
-            self._start()
-            limit: float | None = None
-            while True:
-                try:
-                    event = events.get(timeout=limit)
-                except queue.Empty:
-                    event = "stop"
-                if event == "done":
-                    break
-                if not crawl.interrupted:
-                    crawl.interrupted = True
-                    crawl.frontier.stop()
-                    limit = crawl.options.grace
-                elif not self._fetcher.aborted:
-                    self._cut_off()
-                    limit = None
-                else:
-                    os._exit(EXIT_INTERRUPTED)
-                self._turns.changed()
-        except BaseException:
-            crawl.frontier.stop()
-            self._cut_off()
-            self._turns.changed()
-            raise
-        finally:
-            self._pool.shutdown()
-            self._parser.shutdown()
-            self._fetcher.close()
-            self._readers.close()
-        if self._failure is not None:
-            raise self._failure
+    def stop(self) -> None:
+        """First call: finish what is in flight, at most for the grace time. Second: cut it off. Third: exit."""
+        self._events.put("stop")
 
-    def _cut_off(self) -> None:
+    def cut_off(self) -> None:
+        """Finish nothing: end at once."""
+        self._crawl.frontier.stop()
+        self._force()
+        self._work.changed()
+
+    def _force(self) -> None:
         self._fetcher.abort()
         self._readers.kill()
 
 
+# ------------------------------------------------------------------------------------------------------- program
+
+
 @contextlib.contextmanager
-def signals(events: queue.SimpleQueue[str]) -> Iterator[None]:
-    """SIGINT and SIGTERM as events, each a byte in a pipe that a thread reads: a handler in Python runs in the main
-    thread only, and a signal that comes as that one begins to wait would not wake it."""
+def signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call ``stop`` for SIGINT and SIGTERM, each a byte in a pipe that a thread reads: a handler in Python runs in the
+    main thread only, and a signal that comes as that one begins to wait would not wake it."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def read() -> None:
         while os.read(reader, 1):
-            events.put("stop")
+            stop()
 
     thread = threading.Thread(target=read, name="signals")
     thread.start()
@@ -251,9 +259,10 @@ def signals(events: queue.SimpleQueue[str]) -> Iterator[None]:
 
 
 def run(crawl: Crawl, urls: Iterable[str], emit: Emit) -> None:
-    events: queue.SimpleQueue[str] = queue.SimpleQueue()
-    with signals(events):
-        Threads(crawl, emit).run(urls, events)
+    """The crawl of the command line, with signals."""
+    driver = Driver(crawl, emit)
+    with signals(driver.stop):
+        driver.run(urls)
 
 
 def scrape_all(
@@ -266,7 +275,7 @@ def scrape_all(
     """
     rows: list[ScrapeResult] = []
     crawl = Crawl(options or Options())
-    Threads(crawl, on_result or rows.append).run(urls, queue.SimpleQueue())
+    Driver(crawl, on_result or rows.append).run(urls)
     if crawl.failure is not None:
         raise crawl.failure
     return rows

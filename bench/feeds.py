@@ -124,7 +124,7 @@ def loop(kind: str, urls: str, rows: str) -> None:
     from crawl.feeds import parse_feed
     from crawl.model import FeedResult, Request, Response
     from crawl.rows import build_article, build_row
-    from crawl.rules import normalise
+    from crawl.urls import normalise
 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with open(rows, "wb") as output:

@@ -1,4 +1,8 @@
-"""Which addresses a crawl may connect to: those of the public Internet, and others where they were asked for."""
+"""Which addresses a crawl may connect to: those of the public Internet, and others where they were asked for.
+
+Closed by default: what no table knows is not public, and a private address is gone to only if the list names it, or a
+page there does. Pure; the clients ask for the very addresses that their sockets get (``crawl.net.allowed``).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,10 @@ from crawl.model import Options, Request
 def _ranges(*networks: str) -> tuple[tuple[int, int], ...]:
     parsed = [ipaddress.ip_network(network) for network in networks]
     return tuple((int(network.network_address), int(network.broadcast_address)) for network in parsed)
+
+
+def _within(value: int, ranges: tuple[tuple[int, int], ...]) -> bool:
+    return any(first <= value <= last for first, last in ranges)
 
 
 _NOT_PUBLIC_4 = _ranges(
@@ -32,11 +40,7 @@ _NOT_PUBLIC_4 = _ranges(
     "224.0.0.0/4",  # multicast
     "240.0.0.0/4",  # reserved, and broadcast
 )
-
-
 _PUBLIC_6 = _ranges("2000::/3")  # all that has been given out for unicast (RFC 4291): the rest is closed by default
-
-
 _NOT_PUBLIC_6 = _ranges(
     "2001::/23",  # IETF protocols: Teredo, benchmarks, ORCHID
     "2001:db8::/32",  # documentation
@@ -69,10 +73,6 @@ def is_public(address: str) -> bool:
         else:
             return _within(value, _PUBLIC_6) and not _within(value, _NOT_PUBLIC_6)
     return not _within(value, _NOT_PUBLIC_4)
-
-
-def _within(value: int, ranges: tuple[tuple[int, int], ...]) -> bool:
-    return any(first <= value <= last for first, last in ranges)
 
 
 def names_private(host: str) -> bool:

@@ -1,30 +1,28 @@
-"""The command line of both crawlers: options, the URL list, the rows, the progress display, the exit code.
+"""The command line of both crawlers: options, what is wrong with them, and one run from its list to its exit code.
 
 Data goes to stdout (or ``-o``), everything else to stderr; progress only where stderr is a terminal and the rows do
-not go there too. Rows are written as they complete, each flushed: what was printed is there, also after a crash.
+not go there too. What is wrong is said in one line. Rows are written as they complete, each flushed: what was printed
+is there, also after a crash.
 
-Locks: ``Output._lock`` makes a row one piece in the output. Threads: the progress display has one.
+A program gives its driver as arguments of ``main``; nothing here knows which programs there are.
 """
 
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import dataclasses
 import gc
-import json
 import os
 import resource
-import socket
 import stat
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, NoReturn, TextIO
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from crawl.core import Crawl
 from crawl.errors import ERROR_KINDS
+from crawl.explain import print_explanation
 from crawl.journal import JournalError, open_anew, open_journal, recall
 from crawl.model import Options
 from crawl.net import ProxyRule
@@ -34,117 +32,18 @@ from crawl.output import (
     EXIT_OK,
     EXIT_PIPE,
     EXIT_USAGE,
-    Emit,
     Output,
     RowWriter,
-    peak_memory_mb,
+    Run,
 )
-from crawl.robots import Rules
-from crawl.rules import MAX_URL
+from crawl.progress import describe, progress, serve_metrics, write_stats
 from crawl.scope import Scope
+from crawl.url_list import read_urls
 from runtime.packages import missing
-from runtime.serving import SIZES, http_in_thread, size
+from runtime.serving import SIZES, size
 
-Run = Callable[[Crawl, Iterable[str], Emit], None]
-
-# ----------------------------------------------------------------------------------------------------- URL list
-
-
-def read_lines(stream: BinaryIO) -> Iterator[str]:
-    """The lines of a list as they come: any line ending, UTF-8 or (by its BOM) UTF-16, never more than a piece held.
-
-    ``stream`` is read raw, so that a thread blocked in it does not hold a buffer's lock when the program exits.
-    A line longer than any URL can be is cut: it is an invalid URL either way.
-    """
-    data = stream.read(1 << 16) or b""
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    decoder = codecs.getincrementaldecoder("utf-16" if utf16 else "utf-8-sig")(errors="replace")
-    rest = ""
-    while data:
-        text = rest + decoder.decode(data)
-        *lines, rest = text.replace("\r", "\n").split("\n")
-        yield from lines
-        rest = rest[: MAX_URL + 1]
-        data = stream.read(1 << 16)
-    yield rest + decoder.decode(b"", True)
-
-
-def read_urls(sources: Iterable[str]) -> Iterator[str]:
-    """The URLs of files, of ``-`` (stdin), and of arguments that are URLs themselves; comments and blanks left out."""
-    for source in sources:
-        if "://" in source:
-            yield source
-            continue
-        is_stdin = source == "-"
-        with open(0 if is_stdin else source, "rb", buffering=0, closefd=not is_stdin) as stream:
-            for line in read_lines(stream):
-                url = line.partition(" #")[0].partition("\t#")[0].strip()
-                if url and not url.startswith("#"):
-                    yield url[: MAX_URL + 1]
-
-
-# --------------------------------------------------------------------------------------------------------- rows
-
-
-# ----------------------------------------------------------------------------------------------------- progress
-
-
-def describe(crawl: Crawl) -> str:
-    """One line on where the run stands."""
-    stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
-    left = f"{frontier.waiting:,} waiting on {frontier.hosts:,} hosts" if frontier.waiting else "none waiting"
-    errors = ", ".join(f"{kind} {n:,}" for kind, n in list(stats["errors"].items())[:4])
-    timed = frontier.waiting and stats["rows_per_second"] and not crawl.follows and not crawl.interrupted
-    return (
-        f"{stats['rows']:,} rows, {stats['rows_per_second']:,.0f}/s, {stats['ok']:,} ok, {stats['failed']:,} failed"
-        + (f" ({errors})" if errors else "")
-        + (f", {stats['unchanged']:,} feeds unchanged" if stats["unchanged"] else "")
-        + (
-            f", {bad:,} of {stats['sitemaps']:,} sitemaps not read to the end"
-            if (bad := stats["sitemap_errors"])
-            else ""
-        )
-        + f" · {frontier.in_flight:,} in flight, {left}"
-        + (f", {frontier.hosts_blocked:,} hosts wait for robots.txt" if frontier.hosts_blocked else "")
-        + (f", about {duration(frontier.waiting / stats['rows_per_second'])} left" if timed else "")
-    )
-
-
-def duration(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-@contextlib.contextmanager
-def progress(crawl: Crawl, wanted: bool) -> Iterator[None]:
-    if not wanted:
-        yield
-        return
-    try:
-        from rich.console import Console
-    except ImportError:  # no display
-        yield
-        return
-
-    over = threading.Event()
-    with Console(stderr=True).status(describe(crawl)) as line:
-
-        def show() -> None:
-            while not over.wait(0.25):
-                line.update(describe(crawl))
-
-        thread = threading.Thread(target=show, name="progress")
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-
-# ------------------------------------------------------------------------------------------------- command line
+if TYPE_CHECKING:
+    from crawl.process_worker import MakeDriver
 
 
 def processes(text: str) -> int:
@@ -169,7 +68,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (--help tells more)\n")
 
 
-def make_parser(program: str) -> argparse.ArgumentParser:
+def make_parser(program: str, *, spreads: bool = False) -> argparse.ArgumentParser:
+    """``spreads``: the program's driver can run in many processes."""
     default = Options()
     kinds = "\n".join(f"  {kind:12} {text}" for kind, text in ERROR_KINDS.items())
     parser = Parser(
@@ -223,7 +123,7 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     option(load, "--rate", float, "requests per second to one host; 0: no limit")
     option(load, "--burst", int, "requests to one host that may go at once after a rest")
     option(load, "--total-rate", float, "requests per second to all hosts together; 0: no limit")
-    if program == "crawl_async.py":
+    if spreads:
         text = "side by side, each with a share of the hosts; 0 or auto: one for each processor (default 1)"
         load.add_argument("--processes", type=processes, default=1, metavar="N", help=text)
     else:
@@ -281,8 +181,10 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     return parser
 
 
-def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Namespace, Options]:
-    parser = make_parser(program)
+def parse_arguments(
+    program: str, argv: list[str] | None, *, spreads: bool = False
+) -> tuple[argparse.Namespace, Options]:
+    parser = make_parser(program, spreads=spreads)
     args = parser.parse_intermixed_args(argv)
     args.sources = [source.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for source in args.sources]
     given = {
@@ -295,7 +197,7 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
     elif not args.sources and not args.frontier:
         parser.error("no URLs: name a file, a URL, or - for stdin; or try --demo")
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    if args.frontier and (args.resume or args.explain or program != "crawl_async.py"):
+    if args.frontier and (args.resume or args.explain or not spreads):
         parser.error("--frontier is for crawl_async.py, without --resume (each worker goes on) and --explain")
     if args.frontier and (getattr(args, "processes", None) or 1) > 1:
         parser.error("--frontier and --processes do not go together: start several workers instead")
@@ -336,25 +238,21 @@ def more_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
 
 
-def main(program: str, run: Run, argv: list[str] | None = None) -> int:
-    """A crawler's whole program around its driver ``run``. Returns the exit code."""
+def main(program: str, run: Run, argv: list[str] | None = None, *, driver: MakeDriver | None = None) -> int:
+    """A crawler's whole program around ``run``, which crawls in this process, and ``driver``, which does in others if
+    there is one (--processes). Returns the exit code."""
     try:
-        return _main(program, run, argv)
+        return _main(program, run, argv, driver)
     except KeyboardInterrupt:  # before the driver listens to signals, or after
         return EXIT_INTERRUPTED
 
 
-def _main(program: str, run: Run, argv: list[str] | None) -> int:
-    args, options = parse_arguments(program, argv)
+def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | None) -> int:
+    args, options = parse_arguments(program, argv, spreads=driver is not None)
     more_open_files()
     gc.set_threshold(10_000, 20, 50)  # of the thousands of objects that a page takes, hardly any are cyclic
     with contextlib.ExitStack() as stack:
-        urls: Iterable[str] = read_urls(args.sources)
-        if args.demo:
-            from sandbox.sites import Sandbox
-
-            site = stack.enter_context(Sandbox(hosts=4, pages=12))
-            urls = demo_urls(site)
+        urls = demo_urls(stack) if args.demo else read_urls(args.sources)
         try:
             needs(args, options)
             if args.status:
@@ -364,7 +262,13 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
         except (ValueError, RuntimeError) as error:
             return fail(program, str(error), error)
         if args.explain:
-            return explain(program, crawl, urls, args, run)
+            try:
+                print_explanation(args.explain, crawl, urls, args.output if args.resume else None, run)
+                return EXIT_OK
+            except JournalError as error:
+                return fail(program, str(error), error)
+            except OSError as error:
+                return fail(program, f"cannot read {error.filename or 'the list'}: {error.strerror}", error)
         try:
             stats = stack.enter_context(open(args.stats, "a", encoding="utf-8")) if args.stats else None
         except OSError as error:
@@ -377,7 +281,7 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
                 return fail(program, f"cannot listen on port {args.metrics_port}: {why}", error)
         try:
             if args.resume and crawl.knows_first:
-                urls = crawl.know_list(urls)
+                urls = crawl.listed.know_all(urls)
         except OSError as error:
             return fail(program, f"cannot read the list: {error.strerror}", error)
         try:
@@ -397,10 +301,10 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
         output = Output(crawl, writer)
         rows_on_screen = args.output is None and sys.stdout.isatty()
         with progress(crawl, sys.stderr.isatty() and not args.quiet and not rows_on_screen):
-            if args.processes > 1:
+            if args.processes > 1 and driver is not None:
                 from crawl.processes import run_processes
 
-                run_processes(crawl, urls, output, args.processes)
+                run_processes(crawl, urls, output, args.processes, driver, program)
             else:
                 run(crawl, urls, output.emit)
         output.close()
@@ -452,90 +356,11 @@ def fail(program: str, message: str, error: BaseException) -> int:
     return EXIT_FAILED
 
 
-def write_stats(crawl: Crawl, file: TextIO) -> None:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    frontier = crawl.frontier.stats()
-    counts = (
-        crawl.stats.snapshot()
-        | {
-            "duplicates": frontier.duplicates,
-            "seen": frontier.seen,
-            "capped": frontier.capped,
-            "forbidden": frontier.forbidden,
-            "not_fetched": frontier.waiting,
-            "interrupted": crawl.interrupted,
-            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
-            "peak_memory_mb": peak_memory_mb(),
-        }
-        | crawl.stats.processes()
-    )
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.truncate(0)
-    file.write(json.dumps(counts, indent=2) + "\n")
-    file.flush()
+def demo_urls(stack: contextlib.ExitStack) -> Iterable[str]:
+    """Serve the demo's site; its list: every page, and a few of the ways in which the web misbehaves."""
+    from sandbox.sites import Sandbox
 
-
-def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
-    """Serve the run's counts to Prometheus, from a thread. Returns what ends that."""
-    from prometheus_client import Metric
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-    from prometheus_client.registry import Collector
-
-    class Counts(Collector):
-        def collect(self) -> Iterator[Metric]:
-            stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
-            for name in (
-                *("rows", "ok", "retries", "redirects", "pauses", "bytes"),
-                *("robots", "sitemaps", "sitemap_errors", "unchanged"),
-            ):
-                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", stats[name])
-            for name, label in (("errors", "kind"), ("statuses", "status")):
-                family = CounterMetricFamily(f"crawl_{name}", f"Rows by {label}", labels=(label,))
-                for value, count in stats[name].items():
-                    family.add_metric((value,), count)
-                yield family
-            for name in ("waiting", "in_flight", "hosts", "hosts_ready", "hosts_blocked", "seen"):
-                yield GaugeMetricFamily(f"crawl_{name}", f"In the frontier: {name}", getattr(frontier, name))
-            for name in ("duplicates", "capped", "forbidden"):
-                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", getattr(frontier, name))
-            if lags := tuple(crawl.loop_lags):
-                yield GaugeMetricFamily("crawl_loop_lag_seconds", "Longest of the last minute", max(lags))
-
-    if not 0 <= port < 65_536:
-        raise OverflowError  # which ``create_server`` would raise, without closing its socket
-    stack = contextlib.ExitStack()
-    stack.enter_context(http_in_thread(socket.create_server(("127.0.0.1", port)), Counts()))
-    return stack.close
-
-
-def explain(program: str, crawl: Crawl, urls: Iterable[str], args: argparse.Namespace, run: Run) -> int:
-    """Print whether and when a URL would be fetched, and why (not). Asks its host for robots.txt, nothing else; of
-    the output of an earlier run, should there be one to go on with, it reads only."""
-
-    def ask(url: str) -> Rules | None:
-        probe = Crawl(dataclasses.replace(crawl.options, robots=True, max_time=0.0, feeds=False))
-        probe.ask_robots_only = True
-        probe.credentials, probe.named = crawl.credentials, crawl.named  # the URL asked for is not of the list
-        run(probe, [url], lambda *rows: None)
-        return probe.asked
-
-    try:
-        listed = list(urls)
-        if args.resume and os.path.isfile(args.output):
-            crawl.know_list(listed)
-            with open(args.output, "rb") as file:
-                recall(crawl, file)
-        for line in crawl.explain(args.explain, listed, ask):
-            print(line)
-    except JournalError as error:
-        return fail(program, str(error), error)
-    except OSError as error:
-        return fail(program, f"cannot read {error.filename or 'the list'}: {error.strerror}", error)
-    return EXIT_OK
-
-
-def demo_urls(site: Any) -> list[str]:
-    """The demo's list: every page of the site, and a few of the ways in which the web misbehaves."""
+    site = stack.enter_context(Sandbox(hosts=4, pages=12))
     faults = [
         "flaky", "retry_429_seconds", "redirect_3", "redirect_loop", "never_answers", "closes", "short_body",
         "gzip_bomb", "gzip_broken", "body_drip", "charset_windows_1251", "not_http",

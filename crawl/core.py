@@ -21,8 +21,8 @@ Not promised
 - That the server's clock sees the bound exactly: the network may bunch what was sent apart.
 
 Locks: ``Frontier._lock`` guards the frontier's state, each bucket and the visited set have theirs below it;
-``Stats._lock`` guards the counts. None is held during I/O, parsing or user code. The one thread started here reads the
-list (``Crawl.feed``): it may be long, or a pipe that blocks; what the thread finds goes into the frontier at once.
+``Crawl._lock`` guards the bodies that were seen. None is held during I/O, parsing or user code. The one thread started
+here reads the list (``Crawl.feed``), which may be long, or a pipe that blocks, into the frontier.
 """
 
 from __future__ import annotations
@@ -32,32 +32,28 @@ import hashlib
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from datetime import UTC, datetime
 from typing import Literal
 
 import ada_url
 
 from coordination import Clock, Rng, new_lock
-from crawl.addresses import leads_private, names_private
+from crawl.addresses import leads_private
 from crawl.errors import MAX_RETRY_AFTER, REDIRECT_STATUSES, RETRY_STATUSES, FetchError
-from crawl.feeds import NO_FEED, Feed, FeedEntry, parse_feed
+from crawl.feed_crawl import FeedCrawl
 from crawl.frontier import Frontier
 from crawl.headers import request_headers
 from crawl.model import CrawlResult, FeedResult, Options, Request, Response, ScrapeResult
-from crawl.robots import DISALLOW_ALL, LARGE, MAX_HOPS, MAX_ROBOTS, MAX_SITEMAPS, Rules, rules_for
-from crawl.rows import Read, build_article, build_row, in_place, validator
-from crawl.rules import is_secret, normalise, origin, split_credentials
+from crawl.robots import DISALLOW_ALL, LARGE, MAX_HOPS, MAX_ROBOTS, Rules, rules_for
+from crawl.rows import Read, build_row, in_place
 from crawl.scope import Scope, Traps
-from crawl.sitemaps import MAX_SITEMAP, parse_sitemap
+from crawl.sitemap_crawl import SitemapCrawl
+from crawl.sitemaps import MAX_SITEMAP
 from crawl.stats import Stats
-from html_parse import parse_page
+from crawl.url_list import UrlList
+from crawl.urls import is_secret, normalise, origin, split_credentials
 from primitives import RetryPolicy
 from runtime.http_dates import parse_retry_after
-
-# -------------------------------------------------------------------------------------------------------- rules
-
 
 BODY_PATIENCE = 1.0
 """Seconds for the body of an answer whose status and headers say already what is next: then the connection is kept."""
@@ -118,21 +114,14 @@ class Crawl:
             drop_params=options.drop_params,
         )
         self.traps = Traps()
-        self._lock = new_lock("Crawl")
-        self._bodies: dict[str, str] = {}
-        """With ``dedupe``: the digest of each body, and the URL that had it first."""
-        self.validators: dict[str, tuple[str, str | None, str | None]] = {}
-        """What an earlier run knew of feeds, by the list's URL (normalised): where it led, ETag, Last-Modified."""
-        self._feeds: set[str] = set()
-        """The feeds of the list, normalised: they are no articles, also where another feed names them."""
-        self._sitemaps: dict[str, str] = {}
-        """Sitemaps on their way, by normalised URL: the host whose robots.txt led there, and which they speak for."""
-        self._sitemap_files: Counter[str] = Counter()
-        """How many there were, by that host."""
-        self._entries: dict[str, tuple[str, FeedEntry]] = {}
-        """Articles on their way, by normalised URL: their feed, and what it says of them."""
-        self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
+        self.listed = UrlList(self.scope, guarded=any(is_secret(name) for name, _ in options.headers))
         self.stats = Stats(clock)
+        self.sitemaps = SitemapCrawl(self.frontier, self.scope, self.stats, clock, allow_private=options.allow_private)
+        self.feeds = FeedCrawl(self.frontier, self.scope, self.stats, clock, since=options.since)
+        self._lock = new_lock("Crawl")
+        self.bodies: dict[str, str] = {}
+        """With ``dedupe``: the digest of each body, and the URL that had it first."""
+        self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
         self.changed: Callable[[], None] = lambda: None
         self.say: Callable[[str], None] = lambda text: None
         """Told what a user should know, in one line."""
@@ -140,19 +129,14 @@ class Crawl:
         """By which feeds and articles are read; a driver has it done where it can be ended. Raises FetchError."""
         self.processes = 1
         """How many processes like this one share the processors."""
-        self.credentials: dict[str, str] = {}
-        """``user:password`` of the list, by its URLs, and by origin for all others of that: the first that it has.
-        Nothing else has them: no row, no frontier, no journal."""
-        self.named: set[str] | None = set() if any(is_secret(name) for name, _ in options.headers) else None
-        """The origins of the list, if there is something that only they may see. Added to by the thread that reads."""
         self.interrupted = False
         self.ask_robots_only = False
         self.asked: Rules | None = None
         """What robots.txt says, if only that was to be asked."""
         self.failure: BaseException | None = None
+        """Why the run ended early, if it did: the list or the output could not be read or written."""
         self.loop_lags: Sequence[float] = ()
         """Seconds, of the last minute; none where there is no event loop, or none yet."""
-        """Why the run ended early, if it did: the list or the output could not be read or written."""
 
     @contextlib.asynccontextmanager
     async def joined(
@@ -177,7 +161,7 @@ class Crawl:
             if outcome.status < 200:
                 return FetchError("protocol", f"{outcome.status} as the answer", status=outcome.status)
             if outcome.status in REDIRECT_STATUSES:
-                return self._follow(request, outcome, now)
+                return self._redirect(request, outcome, now)
             if outcome.status not in RETRY_STATUSES:
                 return outcome
             if outcome.status in (429, 503):
@@ -194,15 +178,15 @@ class Crawl:
         self.frontier.put_back(request, now, now + delay)
         return None
 
-    def _follow(self, request: Request, response: Response, now: float) -> FetchError | None:
+    def _redirect(self, request: Request, response: Response, now: float) -> FetchError | None:
         location = response.headers.get("Location")
         if not location:
             return FetchError("redirects", "no Location", status=response.status)
         try:
             target, host = normalise(ada_url.join_url(request.target, location))
             text, userinfo = split_credentials(target)
-            if userinfo and userinfo == self.credentials.get(origin(target)):  # the list's, which are kept anyway
-                target = text
+            if userinfo and userinfo == self.listed.credentials.get(origin(target)):
+                target = text  # they are kept anyway
         except (ValueError, FetchError) as error:
             why = error.detail if isinstance(error, FetchError) else "not a URL"
             return FetchError("redirects", f"to {location[:200]!r}: {why}", status=response.status)
@@ -234,19 +218,14 @@ class Crawl:
 
     def headers(self, request: Request) -> tuple[str, dict[str, str]]:
         """(URL without credentials, headers) to send."""
-        url, headers = request_headers(self.options, request, self.named, self.credentials)
+        url, headers = request_headers(self.options, request, self.listed.origins, self.listed.credentials)
         if request.kind == "feed":
-            etag, last_modified = self._condition(request)
+            etag, last_modified = self.feeds.condition(request)
             if etag:
                 headers["If-None-Match"] = etag
             if last_modified:
                 headers["If-Modified-Since"] = last_modified
         return url, headers
-
-    def _condition(self, request: Request) -> tuple[str | None, str | None]:
-        """(ETag, Last-Modified) of an earlier answer of the same target: another one's would not mean the same."""
-        known = self.validators.get(normalise(request.url)[0])
-        return known[1:] if known and known[0] == request.target else (None, None)
 
     def complete(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
         """The row of a finished request, once what it leads to is in the frontier; None if it is none that has a row.
@@ -255,13 +234,17 @@ class Crawl:
         times slower, ``read`` does, while the caller waits.
         """
         if request.kind == "robots":
-            self._obey(request, outcome)
+            self.learn_robots(request, outcome)
             return None
         if request.kind == "sitemap":
-            self._seed(request, outcome)
+            self.sitemaps.read(request, outcome)
+            self.changed()
             return None
         if self.options.feeds:
-            return self._feed_row(request, outcome)
+            result = self.feeds.row(request, outcome, self.read)
+            if request.kind == "feed":
+                self.changed()
+            return result
         if not self.follows:
             return build_row(request, outcome)
         row = build_row(request, outcome, CrawlResult, self.options.user_agent)
@@ -269,7 +252,7 @@ class Crawl:
         if self.options.dedupe and isinstance(outcome, Response) and row.error is None:
             row.digest = hashlib.blake2b(outcome.body, digest_size=12).hexdigest()
             with self._lock:
-                first = self._bodies.setdefault(row.digest, row.url)
+                first = self.bodies.setdefault(row.digest, row.url)
             row.duplicate_of = None if first == row.url else first
         if row.duplicate_of is None:
             self.follow(row, leads_private(request.private, request.host))
@@ -305,7 +288,7 @@ class Crawl:
         if targets and self.frontier.add_links(targets, row.depth + 1, self.clock(), private=private):
             self.changed()
 
-    def _obey(self, request: Request, outcome: Response | FetchError) -> None:
+    def learn_robots(self, request: Request, outcome: Response | FetchError) -> None:
         """robots.txt is here. If it cannot be had, the frontier draws its conclusion when the request is finished."""
         if self.interrupted:
             return  # nothing follows: a queue of large ones need not be read
@@ -319,125 +302,8 @@ class Crawl:
             self.frontier.robots_known(origin(request.url), rules, self.clock())
             host = normalise(request.url)[1]
             if self.options.sitemaps and self.scope.has(host):
-                self._add_sitemaps(sitemaps, host, leads_private(request.private, request.host))
+                self.sitemaps.add(sitemaps, host, leads_private(request.private, request.host))
         self.changed()
-
-    def ask_again(self, origins: Iterable[str]) -> None:
-        """Have robots.txt read, and so the sitemaps, where an earlier run may have left nothing else to ask for."""
-        for name in origins:
-            host = normalise(name)[1]
-            if self.scope.has(host):
-                private = self.options.allow_private or names_private(host)
-                self._add_sitemaps([f"{name}/sitemap.xml"], host, private)
-
-    def _add_sitemaps(self, urls: Iterable[str], home: str, private: bool) -> None:
-        for url in urls:
-            try:
-                target = normalise(url)[0]
-            except FetchError:
-                continue
-            with self._lock:
-                if self._sitemap_files[home] >= MAX_SITEMAPS:
-                    return
-                if target in self._sitemaps:
-                    continue
-                self._sitemaps[target] = home
-            new = self.frontier.add_links([target], 0, self.clock(), private=private, kind="sitemap")
-            with self._lock:
-                if new:
-                    self._sitemap_files[home] += 1
-                else:
-                    self._sitemaps.pop(target, None)
-
-    def _seed(self, request: Request, outcome: Response | FetchError) -> None:
-        """A sitemap names pages, which count as if the list named them, and other sitemaps."""
-        with self._lock:
-            home = self._sitemaps.pop(request.url, normalise(request.url)[1])
-        self.stats.count(sitemaps=1)
-        if isinstance(outcome, FetchError) or outcome.status != 200:
-            self.stats.count(sitemap_errors=1)
-            return
-        found = parse_sitemap(outcome.body, request.target, (home,))
-        self.stats.count(sitemap_errors=found.error is not None)
-        private = leads_private(request.private, request.host)
-        self._add_sitemaps(found.sitemaps, home, private)
-        targets = []
-        for url, _ in found.urls:
-            with contextlib.suppress(FetchError):
-                target = normalise(self.scope.clean(url))[0]
-                if self.scope.why_not(target) is None:
-                    targets.append(target)
-        self.frontier.add_links(targets, 0, self.clock(), private=private)
-        self.changed()
-
-    def _feed_row(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
-        now, private = self.clock(), leads_private(request.private, request.host)
-        if request.kind == "page":
-            known = normalise(request.url)[0]
-            with self._lock:
-                feed, entry = self._entries.get(known, (None, None))
-            article = build_article(request, outcome, feed, entry, self.read)
-            with self._lock:
-                self._entries.pop(known, None)
-            return article
-        if isinstance(outcome, Response) and outcome.status == 304 and any(self._condition(request)):
-            self.stats.count(unchanged=1)
-            return None
-        row = build_row(request, outcome, FeedResult)
-        assert isinstance(row, FeedResult)
-        row.kind, row.links_found = "feed", []  # some are served as HTML
-        if isinstance(outcome, FetchError) or row.error:
-            return row
-        try:
-            found: Feed = self.read(parse_feed, outcome.body, request.target, outcome.headers)
-        except FetchError as error:
-            row.error = str(error)
-            return row
-        if found.fault is None:
-            row.etag, row.last_modified = (validator(outcome.headers.get(name)) for name in ("ETag", "Last-Modified"))
-        else:  # without validators it is asked for again as a whole
-            row.error = f"decode: {found.fault}"
-            if found.fault == NO_FEED and (named := parse_page(outcome.body, request.target, row.content_type).feeds):
-                row.error += f"; the page names {named[0]}"
-        capped = self.frontier.stats().capped
-        self.add_articles(row, found.entries, private, now)
-        if self.frontier.stats().capped > capped:  # what was left out is asked for again, which 304 would prevent
-            row.etag = row.last_modified = None
-        elif not (row.links_found or row.error) and self.validators.get(normalise(row.url)[0]) == (
-            row.final_url,
-            row.etag,
-            row.last_modified,
-        ):
-            self.stats.count(unchanged=1)
-            return None
-        return row
-
-    def add_articles(self, row: FeedResult, entries: Iterable[FeedEntry], private: bool, now: float) -> None:
-        """Add the articles of a feed that are new, and not from before ``since``."""
-        for entry in entries:
-            if self._too_old(entry.published):
-                continue
-            try:
-                target = normalise(self.scope.clean(entry.url))[0]
-            except FetchError:
-                continue
-            entry = entry._replace(summary=None)  # the page has the text
-            with self._lock:
-                if target in self._entries or target in self._feeds:
-                    continue
-                self._entries[target] = row.url, entry
-            if self.frontier.add_links([target], 1, now, private=private):
-                row.links_found.append(target)
-                row.entries.append(entry._asdict())
-            else:
-                with self._lock:
-                    self._entries.pop(target, None)
-        self.changed()
-
-    def recall_feed(self, row: FeedResult, private: bool) -> None:
-        """The articles that a feed named in an earlier run, and that have no row yet."""
-        found = [FeedEntry(*(entry.get(name) for name in FeedEntry._fields)) for entry in row.entries]  # type: ignore[arg-type]
-        self.add_articles(row, found, private, self.clock())
 
     def max_bytes(self, request: Request) -> tuple[int, bool]:
         """Size limit of the body that ``request`` asks for, and whether what is longer is cut there, or refused.
@@ -448,52 +314,7 @@ class Crawl:
         return (self.options.max_bytes, False) if own is None else (own + 1, True)
 
     def know_body(self, digest: str, url: str) -> None:
-        self._bodies.setdefault(digest, url)
-
-    def explain(self, url: str, listed: Iterable[str], ask: Callable[[str], Rules | None]) -> list[str]:
-        """Why ``url`` would be fetched or not, in lines. ``listed`` is the list; ``ask`` reads the robots.txt that a
-        URL is under, in vain if the answer is None. Of an earlier run is known what was recalled before."""
-        url = self.keep_credentials(url)
-        try:
-            target, host = normalise(url)
-        except FetchError as error:
-            return [f"no: {error}"]
-        homes: dict[str, str] = {}
-        for text in self.know_list(listed):
-            with contextlib.suppress(FetchError):
-                homes.setdefault(*normalise(text))
-        self.frontier.add_all(homes, self.clock())
-        in_list = target in homes
-        if self.follows and not in_list:
-            target = normalise(self.scope.clean(target))[0]
-        said = [f"as {target}"] if target != url else []
-        private = not self.options.allow_private and names_private(host) and not any(map(names_private, homes.values()))
-        why_not = "a private address, to which no public page leads" if private else self._why_not(target)
-        why_not = None if in_list else why_not
-        line = f"no: {why_not}" if why_not else self.frontier.explain(target, self.clock())
-        if not line.startswith("no:") and self.obeys:
-            rules = self.asked = ask(target)
-            if rules is None or rules is DISALLOW_ALL:
-                line = "no: robots.txt could not be read"
-            else:
-                self.frontier.robots_known(origin(target), rules, self.clock())
-                line = self.frontier.explain(target, self.clock())
-        if not line.startswith("no:"):
-            way = "a sitemap or a page" if self.options.sitemaps else "a page"
-            links = f"yes, if {way} within {self.options.depth} links of the list leads there"
-            said.append("yes: the list names it" if in_list else links)
-        return [*said, line]
-
-    def _why_not(self, target: str) -> str | None:
-        if not self.follows:
-            return "the list does not name it, and no links are followed (--depth)"
-        return self.scope.why_not(target) or self.traps.why_not(target, note=False)
-
-    def _too_old(self, published: str | None) -> bool:
-        if self.options.since is None or published is None:
-            return False
-        since = datetime.fromisoformat(self.options.since)
-        return datetime.fromisoformat(published) < (since if since.tzinfo else since.replace(tzinfo=UTC))
+        self.bodies.setdefault(digest, url)
 
     @property
     def list_kind(self) -> Literal["page", "feed"]:
@@ -508,8 +329,8 @@ class Crawl:
         def read() -> None:
             batch: list[str] = []
             try:
-                for url in self.know_list(urls) if self.knows_first else urls:
-                    batch.append(self.keep_credentials(url))
+                for url in self.listed.know_all(urls) if self.knows_first else urls:
+                    batch.append(self.listed.keep_credentials(url))
                     if not self.knows_first and (len(batch) >= 200 or self.frontier.waiting < 200):
                         self._add(batch, kind)
                         self.changed()
@@ -524,40 +345,12 @@ class Crawl:
         thread.start()
         return thread
 
-    def keep_credentials(self, line: str) -> str:
-        """A line of the list without its user and password, which are kept here."""
-        text, userinfo = split_credentials(line)
-        if userinfo:
-            with contextlib.suppress(FetchError):
-                url = normalise(text)[0]
-                self.credentials.setdefault(origin(url), userinfo)
-                self.credentials.setdefault(url, userinfo)
-        return text
-
-    def know_list(self, urls: Iterable[str]) -> list[str]:
-        """``urls``, all of them, so that a link is in scope whichever of them names its host; without credentials."""
-        known = [self.keep_credentials(url) for url in urls]
-        for url in known:
-            self.know_origin(url)
-        return known
-
-    def know_origin(self, url: str) -> None:
-        """The list names ``url``: its host is in scope, its origin may see what only those of the list may."""
-        with contextlib.suppress(FetchError):
-            target = normalise(url)[0]
-            self.scope.add(target)
-            if self.named is not None and not self.ask_robots_only:
-                self.named.add(origin(target))
-
     def _add(self, batch: list[str], kind: Literal["page", "feed"]) -> None:
-        if self.follows or self.named is not None:
+        if self.follows or self.listed.origins is not None:
             for url in batch:
-                self.know_origin(url)
+                self.listed.know(url)
         if kind == "feed":
-            with self._lock:
-                for url in batch:
-                    with contextlib.suppress(FetchError):
-                        self._feeds.add(normalise(url)[0])
+            self.feeds.know(batch)
         self.frontier.add_all(batch, self.clock(), kind=kind)
 
     def fail(self, error: BaseException) -> None:

@@ -1,4 +1,7 @@
-"""Why there is no row of a page yet: the kinds of failure, and which of them are tried again."""
+"""Why there is no row of a page yet: the kinds of failure, and which of them are tried again.
+
+Whatever the network, a server or a document does wrong is a ``FetchError`` of one of ERROR_KINDS, and becomes a row.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ if TYPE_CHECKING:
 
 MAX_RETRY_AFTER = 600.0
 """Longest pause in seconds that a server can ask for."""
-
-
 ERROR_KINDS = {
     "invalid_url": "the line of the list is not an http or https URL",
     "dns": "the host name has no address, or the name server did not answer",
@@ -31,18 +32,10 @@ ERROR_KINDS = {
     "interrupted": "the run was stopped before the answer was complete",
     "internal": "a fault of the crawler itself, kept to this one row",
 }
-
-
 CUT_OFF = "stopped before the answer was complete"
 """What an ``interrupted`` request says of itself."""
-
-
 RETRY_KINDS = frozenset({"connect", "timeout", "reset", "truncated"})
-
-
 RETRY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
-
-
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 
 

@@ -1,29 +1,21 @@
-"""Sitemaps and feeds: bytes in, the addresses that they announce out.
+"""Feeds: RSS and Atom in, the articles that they announce out.
 
-Theory.  A sitemap may have 50,000 addresses in 50 MiB, in XML that is often broken, and it is a stranger's: so it is
-never held as a whole but streamed, 256 KiB at a time, through inflating, decoding, mending and Expat.  Mending makes
-an "&" that is no reference of XML itself into text.  That saves the many sitemaps with bare "&" in their addresses,
-and no entity is ever expanded, whoever declares it; a document that declares one is refused on top.
-A feed is smaller and stranger: feedparser, which knows every dialect, reads it, once its encoding is settled and its
-bad references are mended here.  It is shown an entry's own fields only, and its dates are read here: it would guess.
+Theory.  A feed is small and strange: feedparser, which knows every dialect, reads it, once its encoding is settled and
+its bad references are mended (crawl/xml.py).  It is shown an entry's own fields only, and dates are read by
+crawl/dates.py: it would guess.
 
 Promised
-- Nothing here raises but MemoryError, whatever the bytes; nothing is fetched or opened. At most MAX_SITEMAP or MAX_FEED
-  bytes are read, after inflating. A sitemap's time and memory are linear in them; so are a feed's as far as known:
-  where feedparser's are not (nesting, authors, namespaces, white space), it is kept from them here.
-- What was found before a fault, a limit or a torn end is kept, and `truncated` or `fault` says so. A field that cannot
-  be read is None, a date that is not one of a known form from end to end too; the rest of its entry is kept.
+- Nothing here raises but MemoryError, whatever the bytes; nothing is fetched or opened. At most MAX_FEED bytes are
+  read, after inflating. Time and memory are linear in them as far as known: where feedparser's are not (nesting,
+  authors, namespaces, white space), it is kept from them here.
+- What was found before a fault, a limit or a torn end is kept, and `fault` says so. A field that cannot be read is
+  None; the rest of its entry is kept.
 - All addresses are http or https, normalised, each once, in the order of the document.
 
-Not promised
-- To be quick: feedparser takes half a second for 1 MB, trafilatura too, a full sitemap as much. What they do with a
-  hostile document is bounded by nobody: read feeds and articles where that can be ended (crawl/readers.py).
-- Addresses of the image, video and hreflang extensions are not looked at.
+Not promised: to be quick. feedparser takes half a second for 1 MB, and what it does with a hostile document is bounded
+by nobody: read feeds where that can be ended (crawl/readers.py).
 
-Articles are read by trafilatura, kept from what takes it quadratic time: giant tags, thousands of tables.
-
-Every function is pure.  feedparser is imported when the first feed comes, trafilatura when the first article does: that
-costs 0.1 s and 0.2 s.
+Every function is pure.  feedparser is imported when the first feed comes: that costs 0.1 s.
 """
 
 from __future__ import annotations
@@ -42,92 +34,22 @@ from xml.sax.xmlreader import InputSource
 import ada_url
 
 from crawl.articles import MAX_ARTICLE
-from crawl.dates import _ZONES, iso_utc
+from crawl.dates import iso_utc
 from crawl.errors import FetchError
-from crawl.rules import MAX_URL, normalise
-from crawl.xml import _DECLARATION, _NO_XML, _decoded, _inflated, _local, _Stop, mend_references
+from crawl.urls import MAX_URL, normalise
+from crawl.xml import NOT_XML, XML_DECLARATION, StopReading, decode_pieces, inflate_pieces, local_name, mend_references
 from html_parse import parse_page
 
 MAX_FEED = 5 * 1024 * 1024
 MAX_TEXT = 100_000
 """Characters of one entry's text that are kept."""
+NO_FEED = "no RSS or Atom feed"
 
 _MAX_FEED_ELEMENTS = 200_000
 _MAX_NAMESPACES = 200  # by different prefixes: feedparser looks through them for each element
 _LONG_SPACE = re.compile(r"\s{40,}")  # and in these, in its search for entities
-
-
-class FeedEntry(NamedTuple):
-    url: str
-    title: str | None
-    author: str | None
-    published: str | None
-    """ISO 8601, UTC; when it was changed, if only that is said; None if there is no date, or none that can be read."""
-    summary: str | None
-    """Text without markup: the full content if the feed has it."""
-
-
-# ------------------------------------------------------------------------------------------------------- sitemaps
-
-
-# ---------------------------------------------------------------------------------------------------------- feeds
-
-
-def bounds(function: Callable[..., Any], size: int) -> tuple[float, int]:
-    """(Seconds of processor time, bytes of memory) that reading so many bytes may take: ten times the usual.
-
-    ``function`` is ``parse_feed``, or ``read_article``, which reads MAX_ARTICLE characters.
-    """
-    if function is parse_feed:
-        return 2.0 + 4e-6 * size, (32 << 20) + 24 * size
-    read = min(size, MAX_ARTICLE)
-    return 1.0 + 5e-6 * read + 2e-7 * size, (32 << 20) + 64 * read + 8 * size
-
-
-class Feed(NamedTuple):
-    entries: list[FeedEntry]
-    fault: str | None
-    """Why there may be more than these entries; ``NO_FEED``: there is nothing of a feed in it."""
-
-
 _TOO_LONG = "it takes too long"
-NO_FEED = "no RSS or Atom feed"
 _FEED = re.compile(r"<(?:[a-zA-Z]\w{0,20}:)?(?:rss|feed|RDF|channel)[\s/>]")
-
-
-def parse_feed(body: bytes, url: str, headers: Mapping[str, str] | None = None) -> Feed:
-    """The entries of an RSS (0.9x, 1.0, 2.0) or Atom feed, well-formed or not.
-
-    ``url`` is where it came from, redirects followed; relative links start from it or from xml:base.  ``headers`` are
-    the answer's, read for the charset of Content-Type.  An entry without a link is left out.  Costs about 0.5 s per MB.
-    Raises MemoryError.
-    """
-    pieces: list[str] = []
-    fault: str | None = None
-    try:
-        for piece in _decoded(_inflated(body, MAX_FEED), (headers or {}).get("Content-Type")):
-            pieces += (piece,)
-    except _Stop as stop:
-        fault = str(stop)
-    text = _LONG_SPACE.sub(" ", _NO_XML.sub("", "".join(pieces)).lstrip("\ufeff \t\r\n"))
-    text = mend_references(_DECLARATION.sub("", text, count=1))  # its encoding holds no longer
-    feed_parsers()
-    began, seconds = time.thread_time(), bounds(parse_feed, len(body))[0]  # rather than be ended with nothing
-    entries, why = list[Any](), None
-    if text.startswith("<"):
-        entries, why = _feed_entries(text.encode("utf-8", "replace"), url, began + 0.6 * seconds)
-    found: dict[str, FeedEntry] = {}
-    for entry in entries:
-        if time.thread_time() > began + 0.9 * seconds:
-            why = _TOO_LONG
-            break
-        if (read := _read_entry(entry, url)) and read.url not in found:
-            found[read.url] = read
-    if not found and not _FEED.search(text[:2048]):
-        return Feed([], NO_FEED if fault is None else f"{NO_FEED}: {fault}")
-    return Feed(list(found.values()), fault or why)
-
-
 _ENTRIES = {"item", "entry"}
 _BEGINS = (rb"<(?:\w{1,20}:)?item[\s>]", rb"<(?:\w{1,20}:)?entry[\s>]")  # of one kind: the others may be nested
 _AROUND = {"rss", "rdf_rdf", "rdf", "feed", "channel"}
@@ -145,6 +67,66 @@ _DATES = {
 }
 _DATE_OF = {name: key for key, names in _DATES.items() for name in names}
 _OF_AUTHORS = {"name", "email", "uri", "url", "homepage"}
+
+
+class FeedEntry(NamedTuple):
+    url: str
+    title: str | None
+    author: str | None
+    published: str | None
+    """ISO 8601, UTC; when it was changed, if only that is said; None if there is no date, or none that can be read."""
+    summary: str | None
+    """Text without markup: the full content if the feed has it."""
+
+
+class Feed(NamedTuple):
+    entries: list[FeedEntry]
+    fault: str | None
+    """Why there may be more than these entries; ``NO_FEED``: there is nothing of a feed in it."""
+
+
+def bounds(function: Callable[..., Any], size: int) -> tuple[float, int]:
+    """(Seconds of processor time, bytes of memory) that reading so many bytes may take: ten times the usual.
+
+    ``function`` is ``parse_feed``, or ``read_article``, which reads MAX_ARTICLE characters.
+    """
+    if function is parse_feed:
+        return 2.0 + 4e-6 * size, (32 << 20) + 24 * size
+    read = min(size, MAX_ARTICLE)
+    return 1.0 + 5e-6 * read + 2e-7 * size, (32 << 20) + 64 * read + 8 * size
+
+
+def parse_feed(body: bytes, url: str, headers: Mapping[str, str] | None = None) -> Feed:
+    """The entries of an RSS (0.9x, 1.0, 2.0) or Atom feed, well-formed or not.
+
+    ``url`` is where it came from, redirects followed; relative links start from it or from xml:base.  ``headers`` are
+    the answer's, read for the charset of Content-Type.  An entry without a link is left out.  Costs about 0.5 s per MB.
+    Raises MemoryError.
+    """
+    pieces: list[str] = []
+    fault: str | None = None
+    try:
+        for piece in decode_pieces(inflate_pieces(body, MAX_FEED), (headers or {}).get("Content-Type")):
+            pieces += (piece,)
+    except StopReading as stop:
+        fault = str(stop)
+    text = _LONG_SPACE.sub(" ", NOT_XML.sub("", "".join(pieces)).lstrip("\ufeff \t\r\n"))
+    text = mend_references(XML_DECLARATION.sub("", text, count=1))  # its encoding holds no longer
+    feed_parsers()
+    began, seconds = time.thread_time(), bounds(parse_feed, len(body))[0]  # rather than be ended with nothing
+    entries, why = list[Any](), None
+    if text.startswith("<"):
+        entries, why = _feed_entries(text.encode("utf-8", "replace"), url, began + 0.6 * seconds)
+    found: dict[str, FeedEntry] = {}
+    for entry in entries:
+        if time.thread_time() > began + 0.9 * seconds:
+            why = _TOO_LONG
+            break
+        if (read := _read_entry(entry, url)) and read.url not in found:
+            found[read.url] = read
+    if not found and not _FEED.search(text[:2048]):
+        return Feed([], NO_FEED if fault is None else f"{NO_FEED}: {fault}")
+    return Feed(list(found.values()), fault or why)
 
 
 @cache
@@ -195,15 +177,15 @@ def feed_parsers() -> tuple[Any, Any]:
         def unknown_starttag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
             self.elements += 1
             if self.elements > _MAX_FEED_ELEMENTS:
-                raise _Stop("too many elements")
+                raise StopReading("too many elements")
             if time.thread_time() > self.until:
-                raise _Stop(_TOO_LONG)
+                raise StopReading(_TOO_LONG)
             name = self._mapped(tag)
             if self._is_entry(name):  # the one before was not closed
                 self._close(self._entry - 1)
             if self._text:
                 self._nested += name == self._text
-                self._add_markup(name, f"<{_local(tag)}{self.strattrs(attrs)}>")  # type: ignore[attr-defined]
+                self._add_markup(name, f"<{local_name(tag)}{self.strattrs(attrs)}>")  # type: ignore[attr-defined]
                 return
             shown = self._is_shown(name)
             if shown:
@@ -228,7 +210,7 @@ def feed_parsers() -> tuple[Any, Any]:
             in_text = self._text and (name != self._text or self._nested)
             if in_text and not self._is_entry(name):
                 self._nested -= name == self._text
-                self._add_markup(name, f"</{_local(tag)}>")
+                self._add_markup(name, f"</{local_name(tag)}>")
                 return
             if self._open[name]:
                 at = len(self._path) - 1
@@ -283,7 +265,7 @@ def feed_parsers() -> tuple[Any, Any]:
         def track_namespace(self, prefix: str | None, uri: str) -> None:
             super().track_namespace(prefix, uri)  # type: ignore[misc]
             if len(self.namespaces_in_use) > _MAX_NAMESPACES:  # type: ignore[attr-defined]
-                raise _Stop("too many namespaces")
+                raise StopReading("too many namespaces")
 
         def _sync_author_detail(self, key: str = "author") -> None:
             if len(str(self._get_context().get(key) or "")) <= 300:  # type: ignore[attr-defined]
@@ -320,7 +302,7 @@ def _feed_entries(data: bytes, url: str, until: float) -> tuple[list[Any], str |
                 source.setByteStream(io.BytesIO(data))
                 reader.parse(source)
             fault = "it ends too soon" if parser.torn else None
-        except _Stop as stop:
+        except StopReading as stop:
             fault = str(stop)
         except MemoryError:
             raise
@@ -366,12 +348,3 @@ def _plain(text: object, kind: str | None) -> str | None:
         text = parse_page(b"<body>" + text.encode("utf-8", "replace"), "", "text/html; charset=utf-8").text
         return text[:MAX_TEXT].strip() or None
     return " ".join(text.split())[:MAX_TEXT].strip() or None
-
-
-# ------------------------------------------------------------------------------------------------------- articles
-
-
-# -------------------------------------------------------------------------------------------------------- helpers
-
-
-_ZONES |= {"eest": 3, "jst": 9, "est": -5, "edt": -4, "cst": -6, "cdt": -5, "mst": -7, "mdt": -6, "pst": -8, "pdt": -7}

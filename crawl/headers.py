@@ -1,4 +1,8 @@
-"""The header lines of HTTP: what both clients send, and their one reading of what comes."""
+"""The header lines of HTTP: what both clients send, and their one reading of what comes.
+
+Promised: both clients see the same text whatever bytes a server sent; credentials go to the origin that the list names
+them for, and to no other that a page or a redirect chose. Pure.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,12 @@ import urllib.parse
 from collections.abc import Container, Iterable, Mapping
 
 from crawl.model import RESPONSE_HEADERS, Options, Request
-from crawl.rules import is_secret, normalise, origin, split_credentials
+from crawl.urls import is_secret, normalise, origin, split_credentials
 
 ACCEPT_ENCODING = "gzip, deflate, br, zstd"
-
-
 _WANTED = {name.lower().encode(): name for name in RESPONSE_HEADERS}
-
-
 _LISTS = {"Content-Encoding": ", ", "X-Robots-Tag": "\n"}
 """Of these each line counts, of the others the first one."""
-
-
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
 
 

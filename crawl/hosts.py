@@ -1,23 +1,24 @@
-"""What the frontier knows of a host: its queue, its pace, its robots.txt, what is under way."""
+"""A host's queue: which URLs of it wait, in which order, and what is under way.
+
+A host that has nothing to do is forgotten, so what is here costs memory for the hosts at work only; what is remembered
+beyond that is in crawl/limits.py. A URL that waits costs little more than its text: what it has in common with those
+beside it stands once before them, in a ``UrlRun``.
+
+Everything here is plain data with a few pure methods, called under the frontier's lock.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from crawl.model import Request
 from primitives import TokenBucket
 
-EARLY = 0.25
-"""Longest time in seconds that a worker is given a request before it may be sent, where the whole crawl waits for its
-host. The others may keep the workers busy just when such a host is due, and time that a host loses never comes back."""
-
-
 Kind = Literal["page", "robots", "sitemap", "feed"]
-
-
-Outcome = Literal["ok", "refused", "timeout"]
 
 
 class RobotRules(Protocol):
@@ -45,80 +46,6 @@ def host_of(url: str) -> str:
     return host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
-class Pace:
-    """The rate that a host bears: additive increase, multiplicative decrease (Chiu and Jain, 1989).
-
-    It begins at half the ceiling; each success adds a hundredth of the ceiling, a refusal or time-out halves it, and
-    so does a mean latency above twice the best of the last one to two minutes. What was sent before the last decrease
-    says nothing about the rate since: it neither raises nor lowers, so one jam halves once. At least ``FLOOR``.
-    """
-
-    FLOOR = 0.05
-    UNLIMITED = 20.0
-    """Stands for a ceiling where there is none."""
-    WINDOW = 60.0
-    NOISE = 0.05
-    """Seconds by which latency may differ from the best without meaning anything."""
-    SAMPLES = 8
-
-    __slots__ = ("_best", "_earlier", "_lowered", "_mean", "_successes", "_turn", "rate")
-
-    def __init__(self, ceiling: float) -> None:
-        self.rate = self._scale(ceiling) / 2
-        self._mean = self._best = self._earlier = math.inf
-        self._lowered = self._turn = -math.inf
-        self._successes = 0
-
-    def _scale(self, ceiling: float) -> float:
-        return ceiling if ceiling < math.inf else self.UNLIMITED
-
-    def report(self, outcome: Outcome, seconds: float, now: float, ceiling: float) -> None:
-        """A request took ``seconds`` and ended ``now``."""
-        current = now - seconds >= self._lowered
-        slow = False
-        if outcome == "ok":
-            self._mean = seconds if self._mean == math.inf else self._mean + (seconds - self._mean) / 8
-            if now >= self._turn:
-                self._earlier, self._best, self._turn = self._best, math.inf, now + self.WINDOW
-            self._best = min(self._best, seconds)
-            self._successes += current
-            usual = min(self._best, self._earlier)
-            slow = self._successes >= self.SAMPLES and self._mean > max(2 * usual, usual + self.NOISE)
-        if not current:
-            return
-        if outcome != "ok" or slow:
-            self.rate = max(min(self.FLOOR, ceiling), self.rate / 2)
-            self._lowered, self._successes = now, 0
-        else:
-            self.rate = min(ceiling, self.rate + self._scale(ceiling) / 100)
-
-
-class _Site:
-    """What is remembered of a host also while it has nothing to do. Guarded by the frontier's lock."""
-
-    __slots__ = ("delays", "origins", "pace", "pages")
-
-    def __init__(self) -> None:
-        self.pages = 0
-        self.origins: tuple[str, ...] = ()
-        """Those whose rules are large."""
-        self.pace: Pace | None = None
-        self.delays: dict[str, float] | None = None
-        """Crawl-delay of each origin that has one."""
-
-
-class _Origin:
-    """The rules of an origin, good until ``until``; None: they could not be read. ``asking``: they are being read."""
-
-    __slots__ = ("asking", "host", "rules", "until")
-
-    def __init__(self, host: str) -> None:
-        self.host = host
-        self.rules: RobotRules | None = None
-        self.until = -math.inf
-        self.asking = False
-
-
 class Question(NamedTuple):
     """Whether its rules allow what a host would be asked for next. ``Frontier.consult`` finds the answer."""
 
@@ -127,8 +54,8 @@ class Question(NamedTuple):
     rules: RobotRules
 
 
-class _Run(NamedTuple):
-    """Stands in a host's queue before the URLs that it describes: so they cost no more than their text."""
+class UrlRun(NamedTuple):
+    """Stands in a host's queue before the URLs that have this in common: so they cost no more than their text."""
 
     depth: int
     private: bool
@@ -136,15 +63,14 @@ class _Run(NamedTuple):
     listed: bool = False
 
 
-_Entry = str | tuple[str, str] | _Run
+Entry = str | tuple[str, str] | UrlRun
 """A target; a line of the list and its target, where they differ; or what the ones that follow have in common."""
 
+_LISTED = UrlRun(0, False, "page", listed=True)
 
-_LISTED = _Run(0, False, "page", listed=True)
 
-
-class _Host:
-    """What is known of one host. Guarded by the frontier's lock."""
+class HostQueue:
+    """What waits on one host, and what is known of it while it is at work."""
 
     __slots__ = (
         *("asking", "cleared", "delayed", "due", "gate", "head", "in_flight", "last_run", "name", "paused_until"),
@@ -154,7 +80,7 @@ class _Host:
     def __init__(self, name: str, schedule: TokenBucket | None, gate: TokenBucket | None) -> None:
         self.name = name
         self.schedule, self.gate = schedule, gate
-        self.waiting: list[_Entry] = []
+        self.waiting: list[Entry] = []
         self.head = 0
         self.run = self.last_run = _LISTED
         self.delayed: list[tuple[float, int, Request]] = []
@@ -180,16 +106,20 @@ class _Host:
     def work(self) -> int:
         return len(self.waiting) - self.head + len(self.delayed) + len(self.urgent)
 
-    def append(self, entry: _Entry, run: _Run) -> None:
+    def append(self, entry: Entry, run: UrlRun) -> None:
         if run != self.last_run:
             self.waiting.append(run)
             self.last_run = run
         self.waiting.append(entry)
 
+    def put_back(self, request: Request, not_before: float, serial: int) -> None:
+        queue = self.urgent if request.kind == "robots" else self.delayed
+        heapq.heappush(queue, (not_before, serial, request))
+
     def first(self) -> tuple[str, str]:
         """(URL, target) of the first that waits."""
         entry = self.waiting[self.head]
-        while isinstance(entry, _Run):
+        while isinstance(entry, UrlRun):
             self.run = entry
             self.head += 1
             entry = self.waiting[self.head]
@@ -208,6 +138,32 @@ class _Host:
 
     def delayed_first(self, ripe: float) -> bool:
         return bool(self.delayed) and (self.delayed[0][0] <= ripe or self.head >= len(self.waiting))
+
+    def next_target(self, ripe: float) -> tuple[str, Kind, bool] | None:
+        """(target, kind, private) of the request that it would hand out."""
+        if self.delayed_first(ripe):
+            at, _, request = self.delayed[0]
+            return (request.target, request.kind, request.private) if at <= ripe else None
+        if self.head >= len(self.waiting):
+            return None
+        target = self.first()[1]
+        return target, self.run.kind, self.run.private
+
+    def targets(self) -> Iterator[tuple[str, UrlRun]]:
+        """Those that wait, in order, without what was put back."""
+        run = self.run
+        for entry in self.waiting[self.head :]:
+            if isinstance(entry, UrlRun):
+                run = entry
+            else:
+                yield entry if isinstance(entry, str) else entry[1], run
+
+    def ahead(self, target: str) -> tuple[int, float] | None:
+        """(How many go first, not before) of a URL that waits, or None."""
+        for at, _, request in self.delayed:
+            if request.target == target:
+                return 0, at
+        return next(((n, 0.0) for n, (other, _) in enumerate(self.targets()) if other == target), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,12 @@
-"""The HTTP client of the crawler on asyncio: aiohttp, whose connections wait for their turn before they send."""
+"""The HTTP client of the crawler on asyncio: aiohttp, whose connections wait for their turn before they send.
+
+Everything runs in the event loop, but DNS, which does in the resolver's threads. Nothing holds the loop up: bodies are
+decoded in small steps, with a turn of the loop between them. Leave to send is asked for when the connection is open
+(``GatedConnector.connect``). Requests that may go anywhere, and those to public addresses only, have a pool each.
+
+Time limits: ``DeadlineScope`` is ``asyncio.timeout`` by a ``TimeLimit``: while the loop does something else, none is
+run down.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +35,17 @@ from crawl.model import Request, Response
 from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_detail
 
 END_OF_HEAD = re.compile(rb"\n\r?\n")
+current_request: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
+"""The request that the running task fetches, for the connector, to which aiohttp does not pass it."""
+
+
+def _payload_error(error: aiohttp.ClientPayloadError, status: int) -> FetchError:
+    cause = error.__cause__
+    if isinstance(cause, aiohttp.http_exceptions.BadHttpMessage) and not isinstance(
+        cause, (aiohttp.http_exceptions.ContentLengthError, aiohttp.http_exceptions.TransferEncodingError)
+    ):
+        return FetchError("protocol", detail(cause), status=status)
+    return FetchError("truncated", detail(cause or error), status=status)
 
 
 class HeadFirst(ResponseHandler):
@@ -80,7 +99,7 @@ class GatedConnector(aiohttp.TCPConnector):
 
     async def connect(self, *args: Any, **more: Any) -> Any:
         connection = await super().connect(*args, **more)
-        request, began, clock = _in_hand.get(), time.monotonic(), self._crawl.clock
+        request, began, clock = current_request.get(), time.monotonic(), self._crawl.clock
         try:
             while (wait := self._crawl.frontier.clear_to_send(request, clock())) > 0.0:  # noqa: ASYNC110
                 # The loop's timers are good to a millisecond: sleep a little less, and yield for the rest.
@@ -121,7 +140,7 @@ class LoopResolver(AbstractResolver):
         """The resolver serves others too."""
 
 
-class _Within:
+class DeadlineScope:
     """``asyncio.timeout``, by a ``TimeLimit``: what holds up the loop does not count."""
 
     def __init__(self, limit: TimeLimit) -> None:
@@ -176,7 +195,7 @@ class Fetcher:
         """Raises Postponed; all that the network does comes back as a FetchError."""
         started = time.monotonic()
         outcome: Response | FetchError
-        _in_hand.set(request)
+        current_request.set(request)
         request.held, limit = 0.0, TimeLimit(self._crawl.remaining(request))
         try:
             outcome = await self._fetch(request, limit)
@@ -197,7 +216,7 @@ class Fetcher:
             sock_connect=self._options.connect_timeout,
             ceil_threshold=math.inf,
         )
-        async with _Within(limit):
+        async with DeadlineScope(limit):
             response = await session.get(
                 URL(url, encoded=True),
                 headers=headers,
@@ -209,7 +228,7 @@ class Fetcher:
             answer = Response(response.status, read_headers(response.raw_headers), b"")
             seconds = patience(request, answer.status)
             try:
-                async with _Within(limit if seconds is None else TimeLimit(seconds, limit)):
+                async with DeadlineScope(limit if seconds is None else TimeLimit(seconds, limit)):
                     answer.body = await self._body(request, answer, response)
                 return answer
             except FetchError as error:
@@ -269,15 +288,3 @@ class Fetcher:
         await self._free.close()
         await self._guarded.close()
         self._resolver.close()
-
-
-def _payload_error(error: aiohttp.ClientPayloadError, status: int) -> FetchError:
-    cause = error.__cause__
-    if isinstance(cause, aiohttp.http_exceptions.BadHttpMessage) and not isinstance(
-        cause, (aiohttp.http_exceptions.ContentLengthError, aiohttp.http_exceptions.TransferEncodingError)
-    ):
-        return FetchError("protocol", detail(cause), status=status)
-    return FetchError("truncated", detail(cause or error), status=status)
-
-
-_in_hand: contextvars.ContextVar[Request] = contextvars.ContextVar("request")

@@ -36,7 +36,7 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.model import CrawlResult, FeedResult
 from crawl.rows import validator
-from crawl.rules import normalise, origin, split_credentials
+from crawl.urls import normalise, origin, split_credentials
 
 Row = dict[str, Any]
 
@@ -222,7 +222,7 @@ def recall(crawl: Crawl, file: BinaryIO) -> int:
     except (TypeError, ValueError, AttributeError) as error:
         raise JournalError(f"{file.name} has what is no row of a crawl: {error}") from None
     if crawl.options.sitemaps:
-        crawl.ask_again(asked)
+        crawl.sitemaps.ask_again(asked)
     return count
 
 
@@ -232,7 +232,7 @@ def remember(crawl: Crawl, row: Row, asked: dict[str, None]) -> None:
         if row["error"] is None:
             ended = row.get("final_url") or row["url"]
             known = ended, validator(row.get("etag")), validator(row.get("last_modified"))
-            crawl.validators[target(row["url"])] = known
+            crawl.feeds.validators[target(row["url"])] = known
         return
     try:
         url, ended = normalise(row["url"])[0], normalise(row.get("final_url") or row["url"])[0]
@@ -255,7 +255,7 @@ def follow(crawl: Crawl, row: Row) -> None:
     """Add what it led to and has no row yet."""
     private = crawl.options.allow_private or names_private(host_of(row.get("final_url") or row["url"]))
     if row.get("kind") == "feed":
-        crawl.recall_feed(fields(FeedResult, row), private)
+        crawl.feeds.recall(fields(FeedResult, row), private)
     elif crawl.follows and not row.get("duplicate_of"):
         crawl.follow(fields(CrawlResult, row), private)
 

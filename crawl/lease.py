@@ -26,7 +26,7 @@ Promised
 - What a dead worker held waits for a lease at most, and what was in flight there is asked for again.
 - The end is exact: no URL waits, and nobody reads a list.
 
-Not promised: that all workers start with the same options; the first one's count (``crawl_tables.SHARED``).
+Not promised: that all workers start with the same options; the first one's count (``crawl.tables.SHARED``).
 ``--total-rate`` and ``--adaptive`` are each worker's own.
 A Crawl-delay or Retry-After that came within the last moment before a kill -9 is learnt again. Traps are counted by
 each worker for itself.
@@ -46,13 +46,13 @@ from typing import Any, NamedTuple
 from coordination import new_lock
 from crawl.addresses import names_private
 from crawl.errors import FetchError
-from crawl.frontier import Frontier
+from crawl.handover import HandoverFrontier
 from crawl.hosts import Kind, RobotRules, host_of
 from crawl.model import Request, Response, ScrapeResult
 from crawl.robots import DISALLOW_ALL, rules_for
 from crawl.rows import build_row
-from crawl.rules import normalise
-from crawl.rules import origin as origin_of
+from crawl.urls import normalise
+from crawl.urls import origin as origin_of
 
 LEASE = 30.0
 """Seconds."""
@@ -226,7 +226,7 @@ class _Held:
 # ---------------------------------------------------------------------------------------------- the pure protocol
 
 
-class SharedFrontier(Frontier):
+class SharedFrontier(HandoverFrontier):
     """A ``Frontier`` over the hosts that this worker holds, and what it has to tell the database.
 
     ``plan(now)`` makes the next batch; ``answered`` takes what came back. One batch at a time.

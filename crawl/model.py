@@ -1,29 +1,32 @@
-"""What a crawl is made of: its options, a request, a response, why there is none, and the rows that come of it."""
+"""What a crawl is made of: its options, a request, a response, and the rows that come of it.
+
+Records only: nothing here has a lock or does I/O. A ``Request`` is owned by one worker at a time; ``Options`` cannot
+change, and are checked when they are made (ValueError).
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
 from crawl.errors import FetchError
-from crawl.rules import _FRAMING, _TOKEN, _VALUE, proxy_url
+from crawl.urls import proxy_url
 
 MAX_SECONDS = 1_000_000
 """Longest time in seconds that can be asked for (11 days): more than that the system's calls do not take."""
-
-
 MAX_COUNT = 10**12
-
-
 USER_AGENT = "Mozilla/5.0 (compatible; flatcrawl/1.0)"
-
-
 RESPONSE_HEADERS = (
     "Content-Encoding", "Content-Type", "Location", "Retry-After", "ETag", "Last-Modified", "X-Robots-Tag",
 )  # fmt: skip
 """What a driver hands on of an answer's head."""
+
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
+_VALUE = re.compile(r"[\t -~]*")
+_FRAMING = frozenset({"content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"})
 
 
 @dataclass(slots=True)

@@ -37,7 +37,7 @@ import brotli
 from coordination import Channel, Clock, new_lock
 from crawl.addresses import is_public as is_public
 from crawl.errors import FetchError
-from crawl.rules import proxy_url
+from crawl.urls import proxy_url
 
 try:
     from compression import zstd  # type: ignore[import-not-found,unused-ignore]
@@ -91,8 +91,6 @@ _PIECE = 1 << 18
 """Bytes of output that a coding is asked for at a time; brotli may give twice as many."""
 _STEP = 1 << 14
 """Bytes of input that it is given at a time: what a member or frame leaves of them is copied for the next one."""
-
-
 _MEMBERS = 10_000
 """Members or frames of a body, of which the empty ones cost time and nothing else."""
 

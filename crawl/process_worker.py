@@ -1,8 +1,9 @@
 """One worker of a crawl in several processes: its frontier, its end of the wire. crawl/processes.py has the whole.
 
-A worker is ``crawl_async.Tasks`` over a crawl whose frontier has a share of the hosts. What it finds for other hosts
-(links, articles, redirects) goes out; what others find for its hosts comes in. It hears nothing of signals but the
-parent's two (SIGUSR1: stop, SIGUSR2: cut off), and ends at once when its socket does.
+A worker is the program's own driver over a crawl whose frontier has a share of the hosts. Nothing here knows the
+driver: a forked worker is given its class, a fresh interpreter the name of the module that has it as ``Driver``. What
+it finds for other hosts (links, articles, redirects) goes out; what others find for its hosts comes in. It hears
+nothing of signals but the parent's two (SIGUSR1: stop, SIGUSR2: cut off), and ends at once when its socket does.
 
 The wire: frames (a length, then sections: a type, a bucket or ``ME``, a length, bytes). A frame has effect as a whole,
 so it brings the rows, the links of their pages, their keys and the counts together.
@@ -21,6 +22,7 @@ import asyncio
 import functools
 import gc
 import hashlib
+import importlib
 import io
 import os
 import pickle
@@ -32,22 +34,22 @@ import sys
 import threading
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import asdict, astuple
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
 from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.feeds import FeedEntry
-from crawl.frontier import Frontier
-from crawl.hosts import Kind, Question, _Run, host_of
+from crawl.handover import HandoverFrontier
+from crawl.hosts import Kind, Question, UrlRun, host_of
 from crawl.journal import target as as_known
 from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
 from crawl.output import RowWriter, peak_memory_mb
 from crawl.robots import LARGE
-from crawl.rules import normalise, origin
+from crawl.urls import normalise, origin
 from runtime.serving import new_loop
 
 BUCKETS = 4096
@@ -60,6 +62,17 @@ PULSE = 0.25
 
 _SECTION = struct.Struct("<cHI")
 Section = tuple[bytes, int, memoryview]
+
+
+class Driver(Protocol):
+    """What fetches, in an event loop."""
+
+    async def run(self, urls: Iterable[str], /) -> None: ...
+    def stop(self) -> None: ...
+    def cut_off(self) -> None: ...
+
+
+MakeDriver = Callable[[Crawl, Callable[[ScrapeResult], Awaitable[object]]], Driver]
 
 # ----------------------------------------------------------------------------------------------------- the wire
 
@@ -112,7 +125,7 @@ def exactly(sock: socket.socket, size: int) -> bytearray:
 # ------------------------------------------------------------------------------------------------------- worker
 
 
-class Share(Frontier):
+class Share(HandoverFrontier):
     """The frontier of one worker. ``outbox`` is for the others; what a dead worker did is not done."""
 
     def __init__(self, **options: Any) -> None:
@@ -148,7 +161,7 @@ class Share(Frontier):
         if self.held and not self._stopped and now < self._until:
             return self._until - now
         decision = super().step(now)
-        if isinstance(decision, float) and not self._waiting and not self._in_flight and received != self._told:
+        if isinstance(decision, float) and not self.waiting and not self._in_flight and received != self._told:
             self.idle_at = self._told = received
             self.wake.set()
         return decision
@@ -159,11 +172,11 @@ class Share(Frontier):
             texts = [text for text in texts if key_of(text) not in self.done or place(text)[2]]
         return super().add_all(texts, now, kind=kind)
 
-    def _add(self, text: str, target: str, host_name: str, run: _Run, now: float) -> bool:
+    def _add(self, text: str, target: str, host_name: str, run: UrlRun, now: float) -> bool:
         self.own[bucket_of(host_name)] = 1
         if self.done and key_of(target if run.kind != "feed" else f"feed {target}") in self.done:
             if self._visited.add(target) and run.kind == "page":
-                self._count_page(host_name, 1)
+                self._limits.count_page(host_name, 1)
             return False
         return super()._add(text, target, host_name, run, now)
 
@@ -225,8 +238,7 @@ class Share(Frontier):
             return
         fields = asdict(request)
         self.send(b"Q", bucket_of(host_name), (fields, target, host_name, self.status))
-        with self._lock:
-            self._leave(request, now)
+        self.pass_on(request, now)
 
     def take_over(self, request: Request, target: str, host_name: str, now: float, *, only: bool) -> bool:
         """Go on with another worker's request, unless that was done before. ``only``: False if its target is known."""
@@ -237,11 +249,8 @@ class Share(Frontier):
             self._asked.add(again)
         if only and not self.mark(target):
             return False
-        request.host = host_name
-        with self._lock:
-            self._host(host_name).in_flight += 1
-            self._in_flight += 1
-        super().put_back(request, now, now, target, host_name)
+        request.target, request.host = target, host_name
+        self.adopt(request, now, now)
         return True
 
     def _name(self, request: Request) -> str:
@@ -257,7 +266,7 @@ class Share(Frontier):
 
     def know_pages(self, pages: dict[str, int]) -> None:
         for host, count in pages.items():
-            self._site(host).pages = count
+            self._limits.record(host).pages = count
 
     def is_new(self, target: str) -> bool:
         """Whether a page of another worker's was not sent there before, as far as is known here."""
@@ -265,12 +274,6 @@ class Share(Frontier):
         new = key not in self._asked and key not in self.done
         self._asked.add(key)
         return new
-
-    def refuse(self, request: Request, error: FetchError) -> None:
-        request.error = error
-        with self._lock:
-            self._refused.append(request)
-            self._waiting += 1
 
 
 class ShareCrawl(Crawl):
@@ -280,25 +283,25 @@ class ShareCrawl(Crawl):
         super().__init__(options, frontier=Share)
         assert isinstance(self.frontier, Share)
         self.share = self.frontier
-        self.share.homes = self._sitemaps
+        self.share.homes = self.sitemaps.homes
         if options.feeds:
-            self.share.articles = self._entries
+            self.share.articles = self.feeds.entries
 
     def feed(self, urls: Iterable[str]) -> threading.Thread:
         return threading.main_thread()  # the list comes from the parent
 
-    def _follow(self, request: Request, response: Response, now: float) -> FetchError | None:
-        homes = len(self.scope._homes)
+    def _redirect(self, request: Request, response: Response, now: float) -> FetchError | None:
+        homes = len(self.scope.homes)
         self.share.status, self.share.led_to = response.status, ""
-        error = super()._follow(request, response, now)
-        if len(self.scope._homes) > homes:
+        error = super()._redirect(request, response, now)
+        if len(self.scope.homes) > homes:
             self.share.send(b"H", ME, self.share.led_to)
         return error
 
-    def _obey(self, request: Request, outcome: Response | FetchError) -> None:
+    def learn_robots(self, request: Request, outcome: Response | FetchError) -> None:
         bucket = bucket_of(host_of(request.url))
         if self.share.own[bucket]:
-            super()._obey(request, outcome)
+            super().learn_robots(request, outcome)
         elif isinstance(outcome, Response):
             said = (outcome.status, outcome.headers, outcome.body.decode("latin-1"))
             self.share.send(b"A", bucket, (asdict(request), said))
@@ -402,9 +405,9 @@ class Downlink:
                 self._share.received += kind != b"Z"
             self._crawl.changed()
 
-    def _obey(self, request: Request, outcome: Response | FetchError) -> None:
+    def learn_robots(self, request: Request, outcome: Response | FetchError) -> None:
         """What another worker was answered about a robots.txt."""
-        self._crawl._obey(request, outcome)
+        self._crawl.learn_robots(request, outcome)
         self._share.no_rules(origin(request.url), self._crawl.clock())
         self._crawl.changed()
 
@@ -421,7 +424,7 @@ class Downlink:
         content = orjson.loads(data)
         if kind == b"L":
             depth, private, link_kind, targets, homes = content
-            crawl._sitemaps.update((target, home) for target, home in zip(targets, homes, strict=True) if home)
+            crawl.sitemaps.homes.update((target, home) for target, home in zip(targets, homes, strict=True) if home)
             share.take_links(targets, depth, now, private=private, kind=link_kind)
         elif kind == b"Q":
             self._go_on(content, now)
@@ -430,26 +433,26 @@ class Downlink:
             answer = FetchError(said[0], said[1], status=said[2])
             outcome = Response(said[0], said[1], said[2].encode("latin-1")) if isinstance(said[0], int) else answer
             if len(data) > LARGE:
-                self._loop.run_in_executor(None, self._obey, Request(**fields), outcome)
+                self._loop.run_in_executor(None, self.learn_robots, Request(**fields), outcome)
             else:
-                self._obey(Request(**fields), outcome)
+                self.learn_robots(Request(**fields), outcome)
         elif kind == b"E":
             target, feed, entry, private = content
-            if target not in crawl._feeds:
-                known = crawl._entries.setdefault(target, article := (feed, FeedEntry(**entry)))
+            if target not in crawl.feeds.listed:
+                known = crawl.feeds.entries.setdefault(target, article := (feed, FeedEntry(**entry)))
                 if not share.take_links([target], 1, now, private=private, kind="page") and known is article:
-                    del crawl._entries[target]
+                    del crawl.feeds.entries[target]
         elif kind == b"H":
             crawl.scope.add(content)
         elif kind == b"O":
             for url in content:
-                crawl.know_origin(url)
+                crawl.listed.know(url)
             if crawl.options.feeds:
-                crawl._feeds.update(content)
+                crawl.feeds.listed.update(content)
         elif kind == b"U":
-            crawl.credentials |= content
+            crawl.listed.credentials |= content
         elif kind == b"V":
-            crawl.validators |= {url: tuple(known) for url, known in content.items()}
+            crawl.feeds.validators |= {url: tuple(known) for url, known in content.items()}
         elif kind == b"B":
             crawl.know_body(*content)
         elif kind == b"P":
@@ -468,19 +471,18 @@ class Downlink:
         if not self._share.take_over(request, target, host, now, only=page):
             request.hops -= 1
             crawl.stats.count(redirects=-1)
-            self._share.refuse(request, FetchError("duplicate", f"redirects to {target}", status=status))
+            request.error = FetchError("duplicate", f"redirects to {target}", status=status)
+            self._share.adopt(request, now)
 
 
-async def _worker_program(sock: socket.socket, config: dict[str, Any]) -> None:
-    from crawl_async import Tasks
-
+async def _worker_program(sock: socket.socket, config: dict[str, Any], make_driver: MakeDriver) -> None:
     crawl = ShareCrawl(config["options"])
     crawl.share.central, crawl.share.held = config["central"], crawl.knows_first
-    crawl.processes, crawl.credentials = config["processes"], config["credentials"]
+    crawl.processes, crawl.listed.credentials = config["processes"], config["credentials"]
     if config["until"]:
         crawl.share.stop_at(config["until"])
     link = Downlink(sock, crawl, config["form"])
-    driver = Tasks(crawl, link.put)
+    driver = make_driver(crawl, link.put)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGUSR1, lambda: None if crawl.interrupted else driver.stop())
     loop.add_signal_handler(signal.SIGUSR2, driver.cut_off)  # which may come first
@@ -502,16 +504,16 @@ def _fatal(task: asyncio.Task[None]) -> None:
         os._exit(1)
 
 
-def worker(descriptor: int) -> None:
+def worker(descriptor: int, make_driver: MakeDriver) -> None:
     """What a worker process runs. SIGINT and SIGTERM are blocked since before it began."""
     gc.set_threshold(10_000, 20, 50)
     with socket.socket(fileno=descriptor) as sock:
         config = pickle.loads(exactly(sock, struct.unpack("<I", exactly(sock, 4))[0]))
         sock.setblocking(False)
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(_worker_program(sock, config))
+            runner.run(_worker_program(sock, config, make_driver))
     os._exit(0)  # a thread may wait for a name server
 
 
 def main() -> None:
-    worker(int(sys.argv[1]))
+    worker(int(sys.argv[1]), importlib.import_module(sys.argv[2]).Driver)

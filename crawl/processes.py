@@ -61,11 +61,11 @@ from coordination import new_lock
 from crawl import process_worker
 from crawl.core import Crawl
 from crawl.frontier import Frontier
-from crawl.hosts import FrontierStats, _Run
+from crawl.hosts import FrontierStats
 from crawl.output import EXIT_INTERRUPTED, Output, peak_memory_mb
-from crawl.process_worker import AGE, BUCKETS, ME, bucket_of, exactly, key_of, place, section, sections
-from crawl.rules import is_secret, origin
+from crawl.process_worker import AGE, BUCKETS, ME, MakeDriver, bucket_of, exactly, key_of, place, section, sections
 from crawl.stats import Stats
+from crawl.urls import is_secret, origin
 from runtime.processes import module_command
 
 LINES = 500
@@ -157,12 +157,12 @@ class WholeFrontier(Frontier):
 
 
 class Forked:
-    """A copy of this process, which runs ``crawl_share.worker``: as much of ``Popen`` as is needed here.
+    """A copy of this process, which runs ``crawl.process_worker.worker``: as much of ``Popen`` as is needed here.
 
     Only while there is no other thread: one could hold a lock, which nobody would release in the copy.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, make_driver: MakeDriver) -> None:
         self.returncode: int | None = None
         self._lock = new_lock("Forked")  # a number is not signalled after its process was reaped: it may be another's
         self.pid = os.fork()
@@ -173,7 +173,7 @@ class Forked:
                 os.dup2(nothing, 1)
                 os.closerange(3, descriptor)  # the other workers' sockets would never be seen to end
                 os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
-                process_worker.worker(descriptor)
+                process_worker.worker(descriptor, make_driver)
             except BaseException:
                 sys.excepthook(*cast(Any, sys.exc_info()))
             finally:
@@ -196,11 +196,11 @@ class Forked:
 Process = Forked | subprocess.Popen[bytes]
 
 
-def start_worker(descriptor: int) -> Process:
+def start_worker(descriptor: int, make_driver: MakeDriver, module: str) -> Process:
     """A copy has everything imported: it begins a quarter of a second sooner, on each core. Not with other threads."""
     if threading.active_count() == 1 and sys.platform == "linux":
-        return Forked(descriptor)
-    program, pipe = module_command("crawl.process_worker", descriptor), subprocess.DEVNULL
+        return Forked(descriptor, make_driver)
+    program, pipe = module_command("crawl.process_worker", descriptor, module), subprocess.DEVNULL
     return subprocess.Popen(program, stdin=pipe, stdout=pipe, pass_fds=(descriptor,))
 
 
@@ -256,8 +256,9 @@ class Worker:
 class Parent:
     """The parent of a crawl in processes. ``run`` once."""
 
-    def __init__(self, crawl: Crawl, output: Output, count: int) -> None:
+    def __init__(self, crawl: Crawl, output: Output, count: int, make_driver: MakeDriver, program: str) -> None:
         self._crawl, self._into, options = crawl, output, crawl.options
+        self._make_driver, self._program = make_driver, program
         count = min(count, options.concurrency)
         self.workers = [Worker(number) for number in range(count)]
         self.events: queue.SimpleQueue[str | int] = queue.SimpleQueue()
@@ -349,7 +350,7 @@ class Parent:
             "until": self._until,
             "central": self._counts(),
             "processes": count,
-            "credentials": dict(self._crawl.credentials),
+            "credentials": dict(self._crawl.listed.credentials),
         }
         with worker.lock:
             ours, theirs = socket.socketpair()
@@ -357,7 +358,7 @@ class Parent:
                 signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
             )
             try:
-                worker.process = start_worker(theirs.fileno())
+                worker.process = start_worker(theirs.fileno(), self._make_driver, self._program.removesuffix(".py"))
             except BaseException:
                 ours.close()
                 raise
@@ -398,7 +399,7 @@ class Parent:
                 how = f"signal {-code}" if code < 0 else f"exit code {code}"
                 if worker.in_a_row >= DEATHS:
                     raise RuntimeError(f"a worker process died {DEATHS} times in a row ({how})")
-                message = f"crawl_async.py: worker process {worker.number + 1} died ({how}); another one goes on"
+                message = f"{self._program}: worker process {worker.number + 1} died ({how}); another one goes on"
                 print(message, file=sys.stderr, flush=True)
                 process, sock = self._start(worker)
         except Exception as error:
@@ -499,13 +500,13 @@ class Parent:
         """The list's thread."""
         try:
             if self._crawl.knows_first:
-                urls = self._crawl.know_list(urls)
+                urls = self._crawl.listed.know_all(urls)
                 with self._lines:
                     for url in urls:
                         self._announce(url)
                     self._flush()
             for line in urls:
-                url = self._crawl.keep_credentials(line)
+                url = self._crawl.listed.keep_credentials(line)
                 known, bucket, good = place(url)
                 if self._stopping:
                     return
@@ -549,7 +550,7 @@ class Parent:
             for worker in self.workers:
                 self._send(worker, b"O", orjson.dumps(self._new_origins))
             self._new_origins = []
-        if len(credentials := self._crawl.credentials) > self._credentials_sent:
+        if len(credentials := self._crawl.listed.credentials) > self._credentials_sent:
             self._credentials_sent = len(credentials)
             for worker in self.workers:
                 self._send(worker, b"U", orjson.dumps(credentials))
@@ -559,49 +560,39 @@ class Parent:
                 lines.clear()
 
     def _hand_out_recalled(self, frontier: Frontier) -> None:
-        """What an earlier run left: ``crawl_journal.recall`` has put it into ``frontier``, it goes to its workers."""
+        """What an earlier run left: ``crawl.journal.recall`` has put it into ``frontier``, it goes to its workers."""
         crawl = self._crawl
-        known = set(frontier._visited._keys)
-        self._budget -= frontier._pages
+        known, counted, pages, queues = frontier.contents()
+        self._budget -= counted
         self._taken.update(map(key_of, known) if self._counts() else ())
-        for home in sorted(crawl.scope._homes):
+        for home in sorted(crawl.scope.homes):
             for worker in self.workers:
                 self._send(worker, b"H", orjson.dumps(f"http://{home}/"))
-        pages = {name: site.pages for name, site in frontier._sites.items() if site.pages}
-        for name, host in frontier._hosts.items():
-            found: dict[_Run, list[str]] = {}
-            run = host.run
-            for entry in host.waiting[host.head :]:
-                if isinstance(entry, _Run):
-                    run = entry
-                else:
-                    found.setdefault(run, []).append(entry if isinstance(entry, str) else entry[1])
+        for name, found in queues.items():
             for run, targets in found.items():
                 known.difference_update(targets)
                 pages[name] = pages.get(name, 0) - len(targets) * (run.kind == "page")
                 owner = self._owner(bucket_of(name), len(targets))
                 for target in targets if crawl.options.feeds else ():
-                    feed, article = crawl._entries[target]
+                    feed, article = crawl.feeds.entries[target]
                     self._send(owner, b"E", orjson.dumps((target, feed, article._asdict(), run.private)))
                 if not crawl.options.feeds:
-                    self._send(
-                        owner,
-                        b"L",
-                        orjson.dumps(
-                            (run.depth, run.private, run.kind, targets, [crawl._sitemaps.get(one) for one in targets])
-                        ),
-                    )
+                    homes = [crawl.sitemaps.homes.get(target) for target in targets]
+                    self._send(owner, b"L", orjson.dumps((run.depth, run.private, run.kind, targets, homes)))
         for url in known:
             for worker in self.workers if crawl.options.feeds else [self._owner(place(url)[1], 0)]:
                 worker.done.append(key_of(url))
         for name, count in pages.items() if crawl.options.host_pages else ():
             self._send(self._owner(bucket_of(name), 0), b"P", orjson.dumps({name: max(0, count)}))
-        for url, validators in crawl.validators.items():
+        for url, validators in crawl.feeds.validators.items():
             self._send(self._owner(place(url)[1], 0), b"V", orjson.dumps({url: validators}))
-        for digest, url in crawl._bodies.items():
+        for digest, url in crawl.bodies.items():
             self._send(self._owner(place(url)[1], 0), b"B", orjson.dumps((digest, url)))
 
 
-def run_processes(crawl: Crawl, urls: Iterable[str], output: Output, count: int) -> None:
-    """Crawl ``urls`` in ``count`` worker processes."""
-    Parent(crawl, output, count).run(urls)
+def run_processes(
+    crawl: Crawl, urls: Iterable[str], output: Output, count: int, make_driver: MakeDriver, program: str
+) -> None:
+    """Crawl ``urls`` in ``count`` worker processes, each with a driver of its own. A fresh interpreter finds it as
+    ``Driver`` in the module ``program``."""
+    Parent(crawl, output, count, make_driver, program).run(urls)

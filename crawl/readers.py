@@ -8,16 +8,16 @@ A reader is a copy (fork) of the template, a process with one thread that has im
 second. So readers, also those in place of ended ones, start in a millisecond, and share most of their memory.
 
 Promised
-- A document may cost its reader ``feed_parse.bounds``: seconds of processor time, whoever else needs the processor, and
-  bytes of memory. Beyond that the reader ends, in whatever it is, and the row says why; so it does if the reader
+- A document may cost its reader ``crawl.feeds.bounds``: seconds of processor time, whoever else needs the processor,
+  and bytes of memory. Beyond that the reader ends, in whatever it is, and the row says why; so it does if the reader
   crashes. No other document is lost, and none is tried again.
 - Readers are started as they are needed, ``count`` at most. Nobody waits for one longer than those before him may take.
 - ``kill`` ends all at once, and who waits for them gets a FetchError of kind ``interrupted``. They end with the process
   that started them, however that ends (but on Linux, one that reads does so when it has read), and do not listen to
   Ctrl-C and SIGTERM: that process does.
 
-Why not ``processes.Processes``: it is an event loop's, spawn would import the program that called ``scrape_all`` once
-more, guarded or not, and its time limit is of the clock and covers the wait.
+Why not ``runtime.processes.Processes``: it is an event loop's, spawn would import the program that called
+``scrape_all`` once more, guarded or not, and its time limit is of the clock and covers the wait.
 
 ``Readers._free`` guards which readers there are (and is held while the template is started, once); ``Template.lock`` is
 held for an order and its answer. A reader is its thread's, from ``_take`` to ``_give``.

@@ -38,7 +38,7 @@ import ada_url
 
 from crawl.errors import FetchError
 from crawl.model import Response
-from crawl.rules import normalise
+from crawl.urls import normalise
 
 MAX_ROBOTS = 500 * 1024
 """Bytes of a robots.txt that count: the least that RFC 9309, section 2.5 allows, and what the large engines read."""

@@ -1,6 +1,6 @@
 """Which of the links that a crawl finds belong to it: the scope that the user set, and the traps that the web sets.
 
-Both answer None, or why a URL is left out, in words for --explain.  URLs are normalised ones (crawl_rules.normalise).
+Both answer None, or why a URL is left out, in words for --explain.  URLs are normalised ones (crawl.urls.normalise).
 
 Patterns (`--include`, `--exclude`) are globs over the whole URL, in which "*" stands for any run of characters, "/"
 and none included, and each other character for itself, "?" and "[" too: they are common in URLs.  They are matched in
@@ -25,7 +25,7 @@ from urllib.parse import unquote_plus
 
 from coordination import new_lock
 from crawl.errors import FetchError
-from crawl.rules import normalise
+from crawl.urls import normalise
 
 MAX_QUERIES = 100_000
 """Query strings that Traps keeps in mind."""
@@ -93,18 +93,18 @@ class Scope:
         self._include = [(text, _pattern(text)) for text in include]
         self._exclude = [(text, _pattern(text)) for text in exclude]
         self._drop = [glob(text, ignore_case=True) for text in drop_params]
-        self._homes: set[str] = set()
+        self.homes: set[str] = set()
         for seed in seeds:
             self.add(seed)
 
     def add(self, seed: str) -> None:
         """Where else the crawl is at home: a further seed, or where one redirects to. No URL: without effect."""
         with contextlib.suppress(FetchError):
-            self._homes.add(self._home(normalise(seed)[1]))
+            self.homes.add(self._home(normalise(seed)[1]))
 
     def has(self, host: str) -> bool:
         """Whether the crawl may go to this host, as ``normalise`` gives it."""
-        return self.within == "any" or self._home(host) in self._homes
+        return self.within == "any" or self._home(host) in self.homes
 
     def _home(self, host: str) -> str:
         return registrable(host) if self.within == "domain" else host
@@ -137,7 +137,7 @@ class Scope:
         return bool(name) and any(matches(name) for matches in self._drop)
 
     def __repr__(self) -> str:
-        return f"<Scope {self.within} of {len(self._homes)}, {len(self._include)} in, {len(self._exclude)} out>"
+        return f"<Scope {self.within} of {len(self.homes)}, {len(self._include)} in, {len(self._exclude)} out>"
 
 
 class Traps:

@@ -1,8 +1,24 @@
-"""Sitemaps: XML, text, gzip; what can be read of a broken one is."""
+"""Sitemaps: XML, text, gzip; the addresses that they name out.
+
+Theory.  A sitemap may have 50,000 addresses in 50 MiB, in XML that is often broken: so it is streamed through
+inflating, decoding, mending (crawl/xml.py) and Expat.  Mending makes an "&" that is no reference of XML itself into
+text.  That saves the many sitemaps with bare "&" in their addresses, and no entity is ever expanded, whoever declares
+it; a document that declares one is refused on top.
+
+Promised
+- Nothing here raises, whatever the bytes. At most MAX_SITEMAP bytes are read, after inflating; time and memory are
+  linear in them.
+- What was found before a fault, a limit or a torn end is kept, and `truncated` says so. A date that cannot be read is
+  None.
+- All addresses are http or https, normalised, each once, in the order of the document.
+
+Addresses of the image, video and hreflang extensions are not looked at.
+"""
 
 from __future__ import annotations
 
 import html
+import itertools
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -13,15 +29,31 @@ import ada_url
 
 from crawl.dates import iso_utc
 from crawl.errors import FetchError
-from crawl.rules import MAX_URL, normalise
-from crawl.xml import _MAX_DEPTH, _MAX_ELEMENTS, _MAX_TOKEN, _NO_XML, _chain, _decoded, _inflated, _local, _Stop
+from crawl.urls import MAX_URL, normalise
+from crawl.xml import (
+    MAX_DEPTH,
+    MAX_ELEMENTS,
+    MAX_TOKEN,
+    NOT_XML,
+    StopReading,
+    decode_pieces,
+    inflate_pieces,
+    local_name,
+)
 
 MAX_SITEMAP = 50 * 1024 * 1024
 """Bytes of a sitemap that are read, after inflating (sitemaps.org's own limit)."""
-
-
 MAX_LOCATIONS = 50_000
 """Addresses of one sitemap that are kept (sitemaps.org's own limit), left out ones counted in."""
+
+_BARE = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});)")
+# By the kind of entry, what its direct children are.
+_FIELDS = {
+    "url": {"loc": "loc", "lastmod": "date"},
+    "sitemap": {"loc": "loc", "lastmod": "date"},
+    "item": {"link": "loc", "pubdate": "date", "date": "date"},
+    "entry": {"link": "loc", "updated": "date", "modified": "date"},
+}
 
 
 class SitemapEntry(NamedTuple):
@@ -53,13 +85,13 @@ def parse_sitemap(body: bytes, url: str, hosts: Collection[str] | None = ()) -> 
     try:
         own = normalise(url)[1]
         found = _Found(sitemap, url, None if hosts is None else {own, *hosts})
-        pieces = _decoded(_inflated(body, MAX_SITEMAP))
+        pieces = decode_pieces(inflate_pieces(body, MAX_SITEMAP))
         for first in pieces:
             if first := first.lstrip("\ufeff \t\r\n"):
                 (_read_xml if first[0] == "<" else _read_lines)(first, pieces, found)
     except FetchError as error:
         sitemap.error = f"sitemap's own address: {error.detail}"
-    except _Stop as stop:
+    except StopReading as stop:
         sitemap.truncated, sitemap.error = True, str(stop)
     except expat.ExpatError as error:
         sitemap.truncated, sitemap.error = True, f"XML: {error}"
@@ -77,7 +109,7 @@ class _Found:
     def add(self, text: str, lastmod: str | None, *, index: bool) -> None:
         self._looks -= 1
         if self._looks < 0:
-            raise _Stop(f"more than {4 * MAX_LOCATIONS} entries, bad and repeated ones counted in")
+            raise StopReading(f"more than {4 * MAX_LOCATIONS} entries, bad and repeated ones counted in")
         if not text or len(text) > MAX_URL:
             return
         try:
@@ -89,7 +121,7 @@ class _Found:
         if target in self._seen:
             return
         if not self._left:
-            raise _Stop(f"more than {MAX_LOCATIONS} addresses")
+            raise StopReading(f"more than {MAX_LOCATIONS} addresses")
         self._left -= 1
         self._seen.add(target)
         if self.hosts is not None and host not in self.hosts:
@@ -102,7 +134,7 @@ class _Found:
 
 def _read_lines(first: str, pieces: Iterator[str], found: _Found) -> None:
     rest = ""
-    for piece in _chain(first, pieces):
+    for piece in itertools.chain([first], pieces):
         *lines, rest = (rest + piece).split("\n")
         if len(rest) > 2 * MAX_URL:
             rest = "-"  # so that no part of it passes for an address
@@ -117,37 +149,25 @@ def _add_line(line: str, found: _Found) -> None:
         found.add(line, None, index=False)
 
 
-_BARE = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});)")
-
-
-# By the kind of entry, what its direct children are.
-_FIELDS = {
-    "url": {"loc": "loc", "lastmod": "date"},
-    "sitemap": {"loc": "loc", "lastmod": "date"},
-    "item": {"link": "loc", "pubdate": "date", "date": "date"},
-    "entry": {"link": "loc", "updated": "date", "modified": "date"},
-}
-
-
 def _read_xml(first: str, pieces: Iterator[str], found: _Found) -> None:
     parser = expat.ParserCreate("utf-8")
     parser.buffer_text = True
     _Handlers(parser, found)
     carry, fed = "", 0
-    for piece in _chain(first, pieces):
+    for piece in itertools.chain([first], pieces):
         text, carry = carry + piece, ""
         cut = text.rfind("&", -12)
         if cut >= 0 and ";" not in text[cut:]:
             text, carry = text[:cut], text[cut:]
         fed += _feed(parser, text)
-        if fed - max(0, parser.CurrentByteIndex) > _MAX_TOKEN:
-            raise _Stop(f"XML: a single construct of more than {_MAX_TOKEN} bytes")
+        if fed - max(0, parser.CurrentByteIndex) > MAX_TOKEN:
+            raise StopReading(f"XML: a single construct of more than {MAX_TOKEN} bytes")
     _feed(parser, carry)
     parser.Parse(b"", True)
 
 
 def _feed(parser: expat.XMLParserType, text: str) -> int:
-    data = _BARE.sub("&amp;", _NO_XML.sub("", text)).encode("utf-8", "replace")
+    data = _BARE.sub("&amp;", NOT_XML.sub("", text)).encode("utf-8", "replace")
     parser.Parse(data, False)
     return len(data)
 
@@ -168,20 +188,20 @@ class _Handlers:
         parser.StartCdataSectionHandler = self._in_cdata
 
     def _refuse(self, *_: Any) -> None:
-        raise _Stop("XML: it declares entities")
+        raise StopReading("XML: it declares entities")
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         self._depth += 1
         self._elements += 1
-        if self._depth > _MAX_DEPTH or self._elements > _MAX_ELEMENTS:
-            raise _Stop("XML: nested too deep" if self._depth > _MAX_DEPTH else "XML: too many elements")
-        name = _local(name).lower()
+        if self._depth > MAX_DEPTH or self._elements > MAX_ELEMENTS:
+            raise StopReading("XML: nested too deep" if self._depth > MAX_DEPTH else "XML: too many elements")
+        name = local_name(name).lower()
         if not self._kind:
             if name in _FIELDS:
                 self._kind, self._entry_depth = name, self._depth
                 self._values = {}
             elif self._depth == 1 and name == "html":
-                raise _Stop("an HTML page")
+                raise StopReading("an HTML page")
         elif self._depth == self._entry_depth + 1 and (what := _FIELDS[self._kind].get(name)):
             href = attributes.get("href")
             if href is None:

@@ -1,4 +1,4 @@
-"""What a crawl counts."""
+"""What a crawl counts: rows, errors, statuses, retries. Safe for threads; ``Stats._lock`` guards the counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of a shared crawl in PostgreSQL, and its workers' side of them: the protocol is ``crawl_shared``'s.
+"""The tables of a shared crawl in PostgreSQL, and its workers' side of them: the protocol is ``crawl.lease``'s.
 
 Tables: ``crawl_seen`` only grows (16 bytes a URL: the primary key is the duplicate detection). ``crawl_queue`` holds
 what waits; a row is inserted once and deleted once, and a claim does not touch it. ``crawl_hosts.due`` is when a host
@@ -35,7 +35,7 @@ from crawl.hosts import host_of
 from crawl.lease import AT_ONCE, LEASE, Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, clean, hashed
 from crawl.model import Options, Request, Response, ScrapeResult
 from crawl.rows import build_row
-from crawl.rules import origin as origin_of
+from crawl.urls import origin as origin_of
 from runtime.embedded import Embedded
 from runtime.postgres import BACK_OFF, Database, Unavailable, check_url, is_away
 
@@ -388,7 +388,7 @@ class SharedCrawl(Crawl):
         assert isinstance(self.frontier, SharedFrontier)
         self.mine = self.frontier
         self.mine.follows, self.mine.knows_first = self.follows, self.knows_first
-        self.mine.scoped = self.follows or self.named is not None
+        self.mine.scoped = self.follows or self.listed.origins is not None
         self.mine.on_scope = self._know
         self.mine.rules_of = lambda found: found.rules(options.user_agent)
         self.mine.as_duplicate = self._as_duplicate
@@ -402,7 +402,7 @@ class SharedCrawl(Crawl):
         self._over = False
 
     def _know(self, url: str) -> None:
-        self.know_origin(url)
+        self.listed.know(url)
 
     def _as_duplicate(self, request: Request, target: str) -> ScrapeResult:
         return build_row(request, FetchError("duplicate", f"redirects to {target}"), self.form)
@@ -419,12 +419,12 @@ class SharedCrawl(Crawl):
             self.mine.keep(request, row)
         return row
 
-    def _obey(self, request: Request, outcome: Response | FetchError) -> None:
+    def learn_robots(self, request: Request, outcome: Response | FetchError) -> None:
         if not (isinstance(outcome, FetchError) and outcome.kind in ("interrupted", "internal")):
             answered = isinstance(outcome, Response)
             status, body = (outcome.status, outcome.body) if answered else (None, outcome.kind.encode())  # type: ignore[union-attr]
             self.mine.found_robots(Found(origin_of(request.url), status, body, request.target, 86400.0))
-        super()._obey(request, outcome)
+        super().learn_robots(request, outcome)
 
     def feed(self, urls: Iterable[str]) -> threading.Thread:
         """Read ``urls`` into the database in a thread."""
@@ -435,7 +435,7 @@ class SharedCrawl(Crawl):
             batch: list[str] = []
             try:
                 for url in urls:
-                    batch.append(self.keep_credentials(url))
+                    batch.append(self.listed.keep_credentials(url))
                     if len(batch) >= 200:
                         self._room.wait()
                         self.mine.add_list(batch)

@@ -1,4 +1,9 @@
-"""XML as it comes from the web: its codings undone, its references mended, its size and depth bounded."""
+"""XML as it comes from the web, on its way to a parser: inflated, decoded and mended, a piece at a time.
+
+A document is a stranger's: it is never held as a whole but streamed, 256 KiB at a time. Promised: no more than the
+caller's limit comes out, whatever was compressed; what cannot go on ends with `StopReading`, nothing else is raised.
+The limits of size and depth are for the parsers, which count.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +14,30 @@ from collections.abc import Iterator
 
 import webencodings
 
+MAX_DEPTH = 64
+MAX_ELEMENTS = 2_000_000
+MAX_TOKEN = 1 << 20
+"""Bytes of one tag, comment or the like: Expat scans an unfinished one anew with every piece."""
+NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]+")
+"""Characters that XML cannot have."""
+XML_DECLARATION = re.compile(r"\A<\?xml\b[^>]*>\s*")
 
-class _Stop(Exception):
+_PIECE = 1 << 18
+_REFERENCES = re.compile(r"(?:&#(?:[0-9]+|[xX][0-9a-fA-F]+);)+")
+_REFERENCE = re.compile(r"&#(?:([0-9]+)|[xX]([0-9a-fA-F]+));")
+_DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([a-zA-Z0-9._:-]{1,40})["']""")
+_CHARSET = re.compile(r"""charset\s*=\s*["']?([a-zA-Z0-9._:-]{1,40})""", re.IGNORECASE)
+_BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16le"), (b"\xfe\xff", "utf-16be"))
+_SHAPES = ((b"<\0", "utf-16le"), (b"\0<", "utf-16be"))
+
+
+class StopReading(Exception):
     """Nothing more of this document is read: its argument says why."""
 
 
-_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]+")  # characters that XML cannot have
-
-
-_PIECE = 1 << 18
-
-
-_MAX_TOKEN = 1 << 20  # bytes of one tag, comment or the like: Expat scans an unfinished one anew with every piece
-
-
-_MAX_DEPTH = 64
-
-
-_MAX_ELEMENTS = 2_000_000
-
-
-_DECLARATION = re.compile(r"\A<\?xml\b[^>]*>\s*")
-
-
-def _local(tag: str) -> str:
+def local_name(tag: str) -> str:
+    """A tag without its namespace prefix."""
     return tag.rpartition(":")[2]
-
-
-_REFERENCES = re.compile(r"(?:&#(?:[0-9]+|[xX][0-9a-fA-F]+);)+")
-
-
-_REFERENCE = re.compile(r"&#(?:([0-9]+)|[xX]([0-9a-fA-F]+));")
 
 
 def mend_references(text: str) -> str:
@@ -63,18 +61,13 @@ def _mended(run: re.Match[str]) -> str:
     return "".join(mended)
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
-def _inflated(body: bytes, limit: int) -> Iterator[bytes]:
-    """The body in pieces, without its gzip if it begins like one; _Stop past ``limit``, or where it is torn."""
+def inflate_pieces(body: bytes, limit: int) -> Iterator[bytes]:
+    """The body in pieces, without its gzip if it begins like one; StopReading past ``limit``, or where it is torn."""
     if not body.startswith(b"\x1f\x8b"):
         for start in range(0, min(len(body), limit), _PIECE):
             yield body[start : min(start + _PIECE, limit)]
         if len(body) > limit:
-            raise _Stop(f"larger than {limit} bytes")
+            raise StopReading(f"larger than {limit} bytes")
         return
     total, start = 0, 0
     inflate, data = zlib.decompressobj(31), b""
@@ -92,30 +85,18 @@ def _inflated(body: bytes, limit: int) -> Iterator[bytes]:
                 yield piece[: max(0, limit - total)]
                 total += len(piece)
                 if total > limit:
-                    raise _Stop(f"larger than {limit} bytes")
+                    raise StopReading(f"larger than {limit} bytes")
             if inflate.eof:
                 data = inflate.unused_data or body[start : (start := start + step)]
                 if not data.startswith(b"\x1f\x8b"):
                     return  # padding, or nothing
                 inflate = zlib.decompressobj(31)
     except zlib.error as error:
-        raise _Stop(f"gzip: {error}") from None
-    raise _Stop("gzip: it ends too soon")
+        raise StopReading(f"gzip: {error}") from None
+    raise StopReading("gzip: it ends too soon")
 
 
-_DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([a-zA-Z0-9._:-]{1,40})["']""")
-
-
-_CHARSET = re.compile(r"""charset\s*=\s*["']?([a-zA-Z0-9._:-]{1,40})""", re.IGNORECASE)
-
-
-_BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16le"), (b"\xfe\xff", "utf-16be"))
-
-
-_SHAPES = ((b"<\0", "utf-16le"), (b"\0<", "utf-16be"))
-
-
-def _decoded(pieces: Iterator[bytes], content_type: str | None = None) -> Iterator[str]:
+def decode_pieces(pieces: Iterator[bytes], content_type: str | None = None) -> Iterator[str]:
     """The text of the pieces: by BOM, then HTTP's charset, then the XML declaration (RFC 7303, section 3)."""
     decoder: codecs.IncrementalDecoder | None = None
     for piece in pieces:

@@ -20,10 +20,11 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from crawl.frontier import FAIR, ROBOTS_AGAIN
-from crawl.hosts import EARLY, host_of
+from crawl.hosts import host_of
 from crawl.model import Request
-from crawl.rules import origin
+from crawl.robots_gate import ROBOTS_AGAIN
+from crawl.scheduler import EARLY, FAIR
+from crawl.urls import origin
 
 EPSILON = 1e-6
 
@@ -112,8 +113,6 @@ class Book:
     """The hand-out at which it has to have had its turn; 0 while it is not due."""
     due: float = math.inf
     sent: int = 0
-    served: float = 0.0
-    first: float = math.inf
 
 
 class Rules:
@@ -250,7 +249,6 @@ class Checker:
         demand(book.sends.spend(now), "more than burst + rate * t", request.host, now)
         demand(self.total_sends.spend(now), "more than the total rate", now)
         book.sent += 1
-        book.first = min(book.first, now)
 
     def left(self, request: Request, host: str) -> None:
         """It was finished or put back, from ``host``."""

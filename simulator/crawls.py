@@ -3,9 +3,11 @@
     python -m bench simulate --urls 1000000 --hosts 10000 --seed 1
     python -m bench simulate --seeds 1000
 
-A heap of events stands for the workers: each asks ``take``, connects, asks ``clear_to_send``, sends, and has an answer
-after a random latency, a failure to be tried again, a 429 with Retry-After, a redirect to another host, or it dies.
-All randomness comes from the seed: a run that fails fails again. ``simulator.checker`` watches every step.
+A heap of events stands for all that takes time. A ``Worker`` asks ``step``, connects, asks ``clear_to_send``, sends,
+and has an answer after a random latency: a page, a failure to be tried again, a 429 with Retry-After, a redirect to
+another host; or the request dies. All randomness comes from the seed: a run that fails fails again. A crawl says what
+its pages and robots.txt hold (``Worker.read``), and gives the books in which all that happens is entered: here there is
+one worker, and ``simulator.checker`` watches every step; in ``simulator.shared_crawls`` there are many.
 
 The makespan is compared with what no schedule can beat: the busiest host's requests at its rate, or within its places
 in flight; or all service times over all workers.
@@ -14,27 +16,29 @@ in flight; or all service times over all workers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import itertools
 import math
 import random
 import resource
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from crawl.errors import Postponed
 from crawl.frontier import Frontier
 from crawl.hosts import Question, host_of
 from crawl.model import Request
-from crawl.rules import origin
+from crawl.urls import origin
 from simulator.checker import Checker, Rules, demand
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
-# ------------------------------------------------------------------------------------------------------ settings
+# -------------------------------------------------------------------------------------------- simulated time
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,182 @@ class Fates:
     """429 with Retry-After."""
     redirect: float = 0.0
     death: float = 0.0
+
+    def draw(self, rng: random.Random) -> str:
+        fate = rng.random()
+        for name in ("retry", "refused", "redirect", "death"):
+            share = getattr(self, name)
+            if fate < share:
+                return name
+            fate -= share
+        return "ok"
+
+
+class Web(NamedTuple):
+    """What all workers find."""
+
+    names: Sequence[str]
+    pages: int
+    fates: Fates
+    latency: float
+
+
+class Simulation:
+    """The time, and what is to happen."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.rng = seed, random.Random(seed)
+        self.now = 0.0
+        self.counts: Counter[str] = Counter()
+        self.events: list[tuple[float, int, Any, Callable[..., None], tuple[Any, ...]]] = []
+        self._serial = itertools.count()
+
+    def at(self, when: float, worker: Worker | None, what: Callable[..., None], *about: Any) -> None:
+        heapq.heappush(self.events, (when, next(self._serial), worker, what, about))
+
+    def next_event(self) -> tuple[float, int, Any, Callable[..., None], tuple[Any, ...]]:
+        return heapq.heappop(self.events)
+
+
+def each(seeds: Iterable[int], simulate: Callable[[int], T]) -> Iterator[T]:
+    """What one crawl after the other came to. Raises SystemExit with the seed if a promise is broken."""
+    for seed in seeds:
+        try:
+            yield simulate(seed)
+        except Exception as error:
+            raise SystemExit(f"bench: simulate: seed {seed}: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def named(seed: int) -> Iterator[None]:
+    """Whatever is raised says for which seed."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"seed {seed}")
+        raise
+
+
+class Worker:
+    """Up to ``free`` requests at a time over a frontier."""
+
+    connects = True
+    """To connect takes a while."""
+    adaptive = False
+
+    def __init__(self, sim: Simulation, frontier: Frontier, check: Any, web: Web, free: int) -> None:
+        self.sim, self.rng, self.frontier, self.check, self.web = sim, sim.rng, frontier, check, web
+        self.free, self.alarm = free, math.inf
+        self.served: defaultdict[str, float] = defaultdict(float)
+        """Seconds, by host."""
+        self.back: dict[int, Request] = {}
+        """Requests that were put back, by id; kept here so that no other one gets the id of one that was lost."""
+
+    def clock(self) -> float:
+        return self.sim.now
+
+    def after(self, seconds: float, what: Callable[..., None], *about: Any) -> None:
+        """After so many seconds by its clock."""
+        self.sim.at(self.sim.now + seconds, self, what, *about)
+
+    def step(self) -> bool:
+        """Start what can be started. False: nothing will ever come."""
+        decision: Request | Question | float | None = math.inf
+        while self.free and isinstance(decision := self.frontier.step(self.clock()), (Request, Question)):
+            if isinstance(decision, Request):
+                self.start(decision)
+            else:
+                self.consult(decision)
+        if self.free and isinstance(decision, float):
+            self.check.told_to_wait(self.clock(), decision)
+            due = self.clock() + decision
+            if due < self.alarm or self.alarm <= self.clock() + 1e-9:  # clocks are rounded
+                self.alarm = due
+                if due < math.inf:
+                    self.after(decision, lambda: None)
+        return decision is not None
+
+    def consult(self, question: Question) -> None:
+        """It is answered in a while: nobody knows how long that takes."""
+        self.check.questioned(question.host, asked=True)
+        self.free -= 1
+        allowed = question.rules.allows(question.target)
+        self.after(self.rng.choice((0.0, 0.001, 0.3)), self.answer_rules, question, allowed)
+
+    def answer_rules(self, question: Question, allowed: bool | None) -> None:
+        self.check.questioned(question.host, asked=False)
+        self.frontier.answer(question, allowed, self.clock())
+        self.free += 1
+
+    def start(self, request: Request) -> None:
+        self.check.handed_out(request, self.clock(), fresh=self.back.pop(id(request), None) is None)
+        self.free -= 1
+        if request.error:
+            self.after(0.0, self.finish, request)
+            return
+        seconds = self.rng.choice((0.0, 0.001, self.web.latency * self.rng.random())) if self.connects else 0.0
+        self.after(seconds, self.ready, request)
+
+    def ready(self, request: Request) -> None:
+        try:
+            wait = self.frontier.clear_to_send(request, self.clock())
+        except Postponed:
+            self.put_back(request, self.clock())
+            return
+        if wait > 0:
+            self.after(wait, self.ready, request)
+            return
+        self.check.sent(request, self.clock())
+        request.spent = self.rng.lognormvariate(-0.125, 0.5) * self.web.latency
+        self.served[request.host] += request.spent
+        self.after(request.spent, self.answer, request)
+
+    def answer(self, request: Request) -> None:
+        name = self.web.fates.draw(self.rng)
+        if (name in ("retry", "refused") and request.attempt > 3) or (name == "redirect" and request.hops > 3):
+            name = "death" if request.kind == "robots" else "ok"
+        self.sim.counts[name] += 1
+        if name != "death" and self.adaptive:
+            outcome: Any = {"retry": "timeout", "refused": "refused"}.get(name, "ok")
+            self.frontier.report(request, outcome, request.spent, self.clock())
+            self.check.paced(request.host, self.clock(), self.frontier.rate(request.host))
+        if name in ("retry", "refused"):
+            request.attempt += 1
+            wait = self.rng.random() * 2**request.attempt / 4
+            if name == "refused":
+                wait = self.rng.choice((0.5, 3.0, 10.0))
+                self.frontier.pause(request.host, self.clock() + wait, self.clock())
+                self.check.paused(request.host, self.clock(), self.clock() + wait)
+            self.put_back(request, self.clock() + wait)
+        elif name == "redirect":
+            request.hops += 1
+            host = self.rng.choice(self.web.names)
+            target = "robots.txt" if request.kind == "robots" else str(self.rng.randrange(self.web.pages))
+            self.put_back(request, self.clock(), f"http://{host}/{target}", host)
+        else:
+            if name == "ok":
+                self.read(request)
+            self.finish(request)
+
+    def read(self, request: Request) -> None:
+        """A page or a robots.txt is here: tell the frontier what is in it."""
+        raise NotImplementedError
+
+    def put_back(self, request: Request, at: float, target: str | None = None, host: str | None = None) -> None:
+        self.check.left(request, request.host)
+        self.back[id(request)] = request
+        self.frontier.put_back(request, self.clock(), at, target, host)
+        self.check.put_back(request, at)
+        self.free += 1
+
+    def finish(self, request: Request) -> None:
+        self.check.left(request, request.host)
+        self.frontier.finish(request, self.clock())
+        self.check.finished(request, self.clock())
+        self.free += 1
+
+
+# ------------------------------------------------------------------------------------------------- one worker
 
 
 @dataclass(frozen=True)
@@ -90,9 +270,6 @@ def random_settings(seed: int) -> Settings:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- simulation
-
-
 @dataclass(frozen=True)
 class Result:
     seed: int
@@ -109,237 +286,114 @@ class Result:
         return self.makespan / self.bound if self.bound else 1.0
 
 
-class _Run:
-    def __init__(self, seed: int, settings: Settings, frontier: Callable[..., Frontier]) -> None:
-        self.settings, self.seed = settings, seed
-        self.rng = random.Random(seed)
-        self.check = Checker(settings.frontier, settings.hosts)
-        self.frontier = frontier(**settings.frontier)
-        self.events: list[tuple[float, int, Callable[..., None], Request | None]] = []
-        self.serial = itertools.count()
-        self.now = 0.0
-        self.free = settings.concurrency
-        self.fates: Counter[str] = Counter()
-        self.back: dict[int, Request] = {}
-        """Requests that were put back, by id; kept here so that no other one gets the id of one that was lost."""
+class CheckedWorker(Worker):
+    """A crawl by one worker, every step of it checked."""
+
+    def __init__(self, seed: int, settings: Settings, make: Callable[..., Frontier]) -> None:
+        names = [f"h{n}.example" for n in range(settings.hosts)]
+        check, frontier = Checker(settings.frontier, settings.hosts), make(**settings.frontier)
+        web = Web(names, settings.urls, settings.fates, settings.latency)
+        super().__init__(Simulation(seed), frontier, check, web, settings.concurrency)
+        self.settings = settings
+        self.connects, self.adaptive = check.small, check.adaptive
         self.caps = bool(settings.frontier.get("host_pages") or settings.frontier.get("max_pages"))
-        self.names = [f"h{n}.example" for n in range(settings.hosts)]
         shares = list(itertools.accumulate(1 / n for n in range(1, settings.hosts + 1)))
-        self.count = settings.urls
         self.sites = self.rng.choices(range(settings.hosts), cum_weights=shares, k=settings.urls)
         if not settings.links:
             self.sites.sort()  # in host order, as lists often are
-        self.ended = False
-        self.service = 0.0
 
     def url(self, page: int) -> str:
-        name = self.names[self.sites[page]]
+        name = self.web.names[self.sites[page]]
         return f"http://{name}{':81' if page % 17 == 5 and self.check.small else ''}/{page}"
-
-    def at(self, when: float, what: Callable[..., None], request: Request | None = None) -> None:
-        heapq.heappush(self.events, (when, next(self.serial), what, request))
 
     def offer(self, pages: list[int]) -> None:
         """Lines of the list. With caps one by one: only the frontier can say which of several it took in."""
         urls = [self.url(page) for page in pages]
         if self.caps:
             for url in urls:
-                self.check.offered(url, 0, bool(self.frontier.add_all([url], self.now)))
+                self.check.offered(url, 0, bool(self.frontier.add_all([url], self.clock())))
             return
         new = [url for url in dict.fromkeys(urls) if url not in self.check.state]
-        demand(self.frontier.add_all(urls, self.now) == len(new), "not as many new as there are")
+        demand(self.frontier.add_all(urls, self.clock()) == len(new), "not as many new as there are")
         for url in new:
             self.check.offered(url, 0, True)
 
     def run(self) -> Result:
-        listed = range(max(1, self.count // 20)) if self.settings.links else range(self.count)
-        step = max(7, min(10_000, len(listed) // 5))
-        batches = [list(listed[i : i + step]) for i in range(0, len(listed), step)]
+        listed = range(max(1, self.settings.urls // 20)) if self.settings.links else range(self.settings.urls)
+        size = max(7, min(10_000, len(listed) // 5))
+        batches = [list(listed[i : i + size]) for i in range(0, len(listed), size)]
         for n, batch in enumerate(batches):
-            self.at(n * 0.01, lambda _, batch=batch: self.offer(batch))
-        self.at(len(batches) * 0.01, lambda _: self.frontier.close())
-        alarm, limit = math.inf, 200 * self.count + 100_000
-        for step in itertools.count():
-            decision: Request | Question | float | None = math.inf
-            while self.free and isinstance(decision := self.frontier.step(self.now), (Request, Question)):
-                if isinstance(decision, Request):
-                    self.start(decision)
-                else:
-                    self.consult(decision)
-            if decision is None:
+            self.sim.at(n * 0.01, self, self.offer, batch)
+        self.sim.at(len(batches) * 0.01, self, self.frontier.close)
+        for count in itertools.count():
+            if not self.step():
                 break
-            if self.free and isinstance(decision, float):
-                self.check.told_to_wait(self.now, decision)
-                if self.now + decision < alarm or alarm <= self.now:
-                    alarm = self.now + decision
-                    if alarm < math.inf:
-                        self.at(alarm, lambda _: None)
-            demand(bool(self.events), "the crawl hangs:", self.frontier)
-            demand(step < limit, "the crawl does not end:", self.frontier)
-            self.now, _, what, request = heapq.heappop(self.events)
-            what(request)
+            demand(bool(self.sim.events), "the crawl hangs:", self.frontier)
+            demand(count < 200 * self.settings.urls + 100_000, "the crawl does not end:", self.frontier)
+            self.sim.now, _, _, what, about = self.sim.next_event()
+            what(*about)
         self.check.ended()
         demand(self.free == self.settings.concurrency, "ended while workers are at work")
         return self.result()
 
-    def consult(self, question: Question) -> None:
-        """A worker answers it in a while: nobody knows how long that takes."""
-        self.check.questioned(question.host, asked=True)
-        self.free -= 1
-        allowed = question.rules.allows(question.target)
-        self.at(self.now + self.rng.choice((0.0, 0.001, 0.3)), lambda _: self.answer_rules(question, allowed))
-
-    def answer_rules(self, question: Question, allowed: bool | None) -> None:
-        self.check.questioned(question.host, asked=False)
-        self.frontier.answer(question, allowed, self.now)
-        self.free += 1
-
-    def start(self, request: Request) -> None:
-        fresh = self.back.pop(id(request), None) is None
-        self.check.handed_out(request, self.now, fresh)
-        self.free -= 1
-        if request.error:
-            self.at(self.now, self.finish, request)
-            return
-        connect = self.rng.choice((0.0, 0.001, self.settings.latency * self.rng.random())) if self.check.small else 0.0
-        self.at(self.now + connect, self.ready, request)
-
-    def ready(self, request: Request) -> None:
-        try:
-            wait = self.frontier.clear_to_send(request, self.now)
-        except Postponed:
-            self.put_back(request, self.now)
-            return
-        if wait > 0:
-            self.at(self.now + wait, self.ready, request)
-            return
-        self.check.sent(request, self.now)
-        latency = self.rng.lognormvariate(-0.125, 0.5) * self.settings.latency
-        request.spent = latency
-        self.check.books[request.host].served += latency
-        self.service += latency
-        self.at(self.now + latency, self.answer, request)
-
-    def answer(self, request: Request) -> None:
-        fate, fates = self.rng.random(), self.settings.fates
-        name = "ok"
-        for name in ("retry", "refused", "redirect", "death", "ok"):
-            share = getattr(fates, name, 1.0)
-            if fate < share:
-                break
-            fate -= share
-        if (name in ("retry", "refused") and request.attempt > 3) or (name == "redirect" and request.hops > 3):
-            name = "death" if request.kind == "robots" else "ok"
-        self.fates[name] += 1
-        if name != "death" and self.check.adaptive:
-            outcome: Any = {"retry": "timeout", "refused": "refused"}.get(name, "ok")
-            self.frontier.report(request, outcome, request.spent, self.now)
-            self.check.paced(request.host, self.now, self.frontier.rate(request.host))
-        if name in ("retry", "refused"):
-            request.attempt += 1
-            wait = self.rng.random() * 2**request.attempt / 4
-            if name == "refused":
-                wait = self.rng.choice((0.5, 3.0, 10.0))
-                self.frontier.pause(request.host, self.now + wait, self.now)
-                self.check.paused(request.host, self.now, self.now + wait)
-            self.put_back(request, self.now + wait)
-        elif name == "redirect":
-            request.hops += 1
-            host = self.rng.choice(self.names)
-            target = "robots.txt" if request.kind == "robots" else str(self.rng.randrange(self.count))
-            self.put_back(request, self.now, f"http://{host}/{target}", host)
-        elif name == "death":
-            self.finish(request)
-        elif request.kind == "robots":
+    def read(self, request: Request) -> None:
+        if request.kind == "robots":
             self.know_robots(request)
-        else:
-            self.links(request)
-            self.finish(request)
+        elif self.settings.links and request.depth < 20:
+            page = int(request.url.rpartition("/")[2])
+            rng = random.Random(f"{self.sim.seed} {page}")
+            for other in [*rng.choices(range(self.settings.urls), k=4), (page + 1) % self.settings.urls]:
+                url = self.url(other)
+                new = self.frontier.add_links([url], request.depth + 1, self.clock())
+                self.check.offered(url, request.depth + 1, bool(new))
 
     def know_robots(self, request: Request) -> None:
-        name = origin(request.url)
-        rng = random.Random(f"{self.seed} {name} {int(self.now / 50)}")  # it may say something else later
+        name, now = origin(request.url), self.clock()
+        rng = random.Random(f"{self.sim.seed} {name} {int(now / 50)}")  # it may say something else later
         rules = Rules(rng.choice((0, 0, 3, 1)), rng.choice((None, None, 0.4, 2.5)), quick=rng.random() < 0.5, size=1)
-        self.frontier.robots_known(name, rules, self.now)
-        self.check.ruled(name, rules, self.now, self.now + self.settings.frontier["robots_ttl"])
-        if self.check.adaptive:
-            self.check.paced(host_of(name), self.now, self.frontier.rate(host_of(name)))
-        self.finish(request)
-
-    def links(self, request: Request) -> None:
-        if not self.settings.links or request.depth >= 20:
-            return
-        page = int(request.url.rpartition("/")[2])
-        for other in [*random.Random(f"{self.seed} {page}").choices(range(self.count), k=4), (page + 1) % self.count]:
-            url = self.url(other)
-            new = self.frontier.add_links([url], request.depth + 1, self.now)
-            self.check.offered(url, request.depth + 1, bool(new))
-
-    def put_back(self, request: Request, at: float, target: str | None = None, host: str | None = None) -> None:
-        self.check.left(request, request.host)
-        self.back[id(request)] = request
-        self.frontier.put_back(request, self.now, at, target, host)
-        self.check.put_back(request, at)
-        self.free += 1
-
-    def finish(self, request: Request) -> None:
-        self.check.left(request, request.host)
-        self.frontier.finish(request, self.now)
-        self.check.finished(request, self.now)
-        self.free += 1
+        self.frontier.robots_known(name, rules, now)
+        self.check.ruled(name, rules, now, now + self.settings.frontier["robots_ttl"])
+        if self.adaptive:
+            self.check.paced(host_of(name), now, self.frontier.rate(host_of(name)))
 
     def result(self) -> Result:
         given = self.settings.frontier
-        bounds = [self.service / self.settings.concurrency]
-        for book in self.check.books.values():
-            if given["rate"]:
-                bounds.append(max(0, book.sent - given["burst"]) / given["rate"])
-            bounds.append(book.served / given["per_host"])
+        bounds = [sum(self.served.values()) / self.settings.concurrency]
+        if given["rate"]:
+            bounds += [max(0, book.sent - given["burst"]) / given["rate"] for book in self.check.books.values()]
+        bounds += [seconds / given["per_host"] for seconds in self.served.values()]
         requests = sum(book.sent for book in self.check.books.values())
-        return Result(self.seed, self.settings, self.now, max(bounds), requests, self.check.steps, self.fates)
+        return Result(
+            self.sim.seed, self.settings, self.clock(), max(bounds), requests, self.check.steps, self.sim.counts
+        )
 
 
 def simulate(seed: int, settings: Settings | None = None, frontier: Callable[..., Frontier] = Frontier) -> Result:
     """One crawl, a small one with all that there is unless ``settings`` say otherwise. Raises ``Broken``, with the
     seed as a note, when an invariant does not hold."""
-    try:
-        return _Run(seed, settings or random_settings(seed), frontier).run()
-    except Exception as error:
-        error.add_note(f"seed {seed}")
-        raise
-
-
-# --------------------------------------------------------------------------------------- bench simulate
+    with named(seed):
+        return CheckedWorker(seed, settings or random_settings(seed), frontier).run()
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
     """The crawls that are asked for, as rows. Raises SystemExit with the seed if an invariant is broken."""
-    started, rows = time.perf_counter(), []
-    seed = arguments.seed
+    started, seed, count = time.perf_counter(), arguments.seed, arguments.seeds
     if arguments.shared:
         from simulator.shared_crawls import run_shared
 
-        return run_shared(seed, arguments.seeds or 100)
-    try:
-        if arguments.seeds:
-            results = []
-            for seed in range(arguments.seed, arguments.seed + arguments.seeds):
-                results.append(simulate(seed))
-        else:
-            results = [simulate(seed, plain(arguments.urls, arguments.hosts, arguments.concurrency))]
-    except Exception as error:
-        raise SystemExit(f"bench: simulate: seed {seed}: {type(error).__name__}: {error}") from error
-    rows.append(
+        return run_shared(seed, count or 100)
+    settings = None if count else plain(arguments.urls, arguments.hosts, arguments.concurrency)
+    results = list(each(range(seed, seed + (count or 1)), lambda seed: simulate(seed, settings)))
+    return [
         {
-            "": f"{len(results)} crawls" if arguments.seeds else f"seed {seed}",
+            "": f"{len(results)} crawls" if count else f"seed {seed}",
             "x bound": sum(result.makespan for result in results) / sum(result.bound for result in results),
             "requests": sum(result.requests for result in results),
             "steps checked": sum(result.steps for result in results),
             "makespan s": sum(result.makespan for result in results),
             "bound s": sum(result.bound for result in results),
-            **({} if arguments.seeds else {"above bound %": 100 * (results[0].ratio - 1)}),
+            **({} if count else {"above bound %": 100 * (results[0].ratio - 1)}),
             "wall s": time.perf_counter() - started,
             "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-    )
-    return rows
+    ]

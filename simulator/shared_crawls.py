@@ -1,4 +1,4 @@
-"""Shared crawls under a simulated clock: many workers' own ``SharedFrontier`` over a model of the tables.
+"""Shared crawls under a simulated clock: many workers (``simulator.crawls``) over a model of the tables.
 
     python -m bench simulate --shared --seeds 1000
 
@@ -18,24 +18,24 @@ that ``crawl.lease`` does not promise away.
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import itertools
 import math
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from crawl.errors import Postponed
 from crawl.hosts import host_of
 from crawl.lease import Answer, Batch, Done, Found, Move, Note, Queued, SharedFrontier, hashed
 from crawl.model import Request, ScrapeResult
-from crawl.rules import origin
+from crawl.urls import origin
 from simulator.checker import Rules, Tokens, demand
+from simulator.crawls import Fates, Simulation, Web, Worker, each, named
 
 SKEW = 0.03
 LEASE = 10.0
+FATES = Fates(retry=0.06, refused=0.02, redirect=0.12)
 
 
 @dataclasses.dataclass
@@ -185,165 +185,115 @@ class Tables:
                     self._free(host, now)
 
 
-class Worker:
-    """A worker's process: its clock, its tasks."""
+class SharedWorker(Worker):
+    """A worker's process: its clock, and its exchanges with the tables."""
 
     def __init__(self, run: Run, frontier: SharedFrontier) -> None:
-        self.run, self.frontier = run, frontier
+        super().__init__(run, frontier, run.check, run.web, run.concurrency)
+        self.run, self.mine = run, frontier
         self.offset, self.speed = run.rng.uniform(-1e6, 1e6), 1 + run.rng.uniform(-SKEW, SKEW)
-        self.alive, self.frozen_until, self.alarm = True, 0.0, math.inf
-        self.free = run.concurrency
+        self.alive, self.frozen_until = True, 0.0
 
     def clock(self) -> float:
         return self.offset + self.run.now * self.speed
 
-    def at(self, seconds: float, what: Callable[..., None], *about: Any) -> None:
-        """After so many seconds of its own."""
+    def after(self, seconds: float, what: Callable[..., None], *about: Any) -> None:
         self.run.at(self.run.now + seconds / self.speed, self, what, *about)
 
     def sync(self) -> None:
-        stats = self.frontier.stats()
-        if stats.closed and not stats.waiting and not stats.in_flight and self.frontier.holds_nothing():
+        stats = self.mine.stats()
+        if stats.closed and not stats.waiting and not stats.in_flight and self.mine.holds_nothing():
             self.alive = False  # the crawl is over
             return
-        self._send(self.frontier.plan(self.clock()))
+        self._send(self.mine.plan(self.clock()))
 
     def _send(self, batch: Batch) -> None:
-        asked_at, rng = self.clock(), self.run.rng
+        asked_at, rng = self.clock(), self.rng
         self.run.at(self.run.now + rng.expovariate(100.0), None, self._arrive, batch, asked_at, rng.random() < 0.03)
 
     def _arrive(self, batch: Batch, asked_at: float, lost: bool) -> None:
         if lost:
-            self.at(1.0, self._again, batch)
+            self.after(1.0, self._again, batch)
             return
-        given = dataclasses.replace(batch)
-        answer = self.run.tables.sync(given, self.run.now)
-        if self.run.rng.random() < 0.03:
-            self.at(1.0, self._again, batch)
+        answer = self.run.tables.sync(dataclasses.replace(batch), self.run.now)
+        if self.rng.random() < 0.03:
+            self.after(1.0, self._again, batch)
         else:
-            self.at(self.run.rng.expovariate(100.0), self._answered, batch, answer, asked_at)
+            self.after(self.rng.expovariate(100.0), self._answered, batch, answer, asked_at)
 
     def _again(self, batch: Batch) -> None:
         batch.resync = True
         self._send(batch)
 
     def _answered(self, batch: Batch, answer: Answer, asked_at: float) -> None:
-        self.frontier.answered(batch, answer, asked_at, self.clock())
+        self.mine.answered(batch, answer, asked_at, self.clock())
         if answer.dead:
             self.run.tables.reap(self.run.now)
-        self.at(0.02 if self.frontier.urgent() else 0.5, self.sync)
-        self.step()
+        self.after(0.02 if self.mine.urgent() else 0.5, self.sync)
 
-    def step(self) -> None:
-        """Start what can be started."""
-        decision: Request | float | None = math.inf
-        while self.free and isinstance(decision := self.frontier.take(self.clock()), Request):
-            self.free -= 1
-            self.at(self.run.rng.choice((0.0, 0.0, 0.2)), self.finish if decision.error else self.ready, decision)
-        if isinstance(decision, float) and decision < math.inf and self.clock() + decision < self.alarm:
-            self.alarm = self.clock() + decision
-            self.at(decision, self._ring)
-
-    def _ring(self) -> None:
-        self.alarm = math.inf
-        self.step()
-
-    def ready(self, request: Request) -> None:
-        try:
-            wait = self.frontier.clear_to_send(request, self.clock())
-        except Postponed:
-            self._back(request, self.clock())
-            return
-        if wait > 0:
-            self.at(wait, self.ready, request)
-            return
-        self.run.sent(request)
-        self.at(self.run.rng.lognormvariate(-0.1, 0.7) * self.run.latency, self.answer, request)
-
-    def _back(self, request: Request, at: float, target: str | None = None, host: str | None = None) -> None:
-        self.free += 1
-        self.frontier.put_back(request, self.clock(), at, target, host)
-        self.step()
-
-    def answer(self, request: Request) -> None:
-        run, fate = self.run, self.run.rng.random()
-        if fate < 0.08 and request.attempt < 4:
-            request.attempt += 1
-            if fate < 0.02:
-                self.frontier.pause(request.host, self.clock() + 3.0, self.clock())
-            self._back(request, self.clock() + run.rng.random() * 3)
-        elif fate < 0.2 and request.hops < 3:
-            request.hops += 1
-            host = run.rng.choice(run.names)
-            target = "robots.txt" if request.kind == "robots" else str(run.rng.randrange(run.pages))
-            self._back(request, self.clock(), f"http://{host}/{target}", host)
+    def read(self, request: Request) -> None:
+        if request.kind == "robots":
+            found = Found(origin(request.url), 200, b"", request.target, 1e6)
+            self.mine.found_robots(found)
+            self.mine.robots_known(found.origin, self.run.rules(found), self.clock())
         else:
-            if request.kind == "robots":
-                found = Found(origin(request.url), 200, b"", request.target, 1e6)
-                self.frontier.found_robots(found)
-                self.frontier.robots_known(found.origin, run.rules(found), self.clock())
-            else:
-                self.frontier.add_links(run.links(request.url), request.depth + 1, self.clock())
-            self.finish(request)
+            self.mine.add_links(self.run.links(request.url), request.depth + 1, self.clock())
 
     def finish(self, request: Request) -> None:
         if request.kind != "robots":
             error = "robots: forbidden" if request.error else None
-            self.frontier.keep(request, ScrapeResult(request.url, None, None, 0, [], error, "", 0.0))
-        self.frontier.finish(request, self.clock())
-        self.free += 1
-        self.step()
+            self.mine.keep(request, ScrapeResult(request.url, None, None, 0, [], error, "", 0.0))
+        super().finish(request)
 
 
-class Run:
+class TrueTime:
+    """Of all that is entered in the books of a checker, what holds over all workers: the rates, in true time."""
+
+    def __init__(self, sim: Simulation, rate: float, burst: int) -> None:
+        self._sim, self._tokens = sim, defaultdict[str, Tokens](lambda: Tokens(rate, burst))
+
+    def sent(self, request: Request, _: float) -> None:
+        self._sim.counts["sent"] += 1
+        demand(self._tokens[request.host].spend(self._sim.now), "above the rate:", request.host, self._sim.now)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *about, **more: None
+
+
+class Run(Simulation):
     """One crawl."""
 
     def __init__(self, seed: int, frontier: Callable[..., SharedFrontier], tables: Tables, **given: Any) -> None:
-        self.seed, self.rng, self.make, self.tables = seed, random.Random(seed), frontier, tables
-        rng = self.rng
-        self.limits = {
-            "rate": rng.choice((0.7, 3.0, 20.0)),
-            "burst": rng.choice((1, 1, 3)),
-            "robots": rng.random() < 0.6,
-        }
+        super().__init__(seed)
+        rng, self.make, self.tables = self.rng, frontier, tables
+        rate, burst = rng.choice((0.7, 3.0, 20.0)), rng.choice((1, 1, 3))
+        self.limits = {"rate": rate, "burst": burst, "robots": rng.random() < 0.6}
+        self.check = TrueTime(self, rate * (1 + SKEW), burst)
         self.given = {"length": LEASE, "hosts": rng.choice((3, 10, 100))} | given
-        self.concurrency, self.latency = rng.choice((2, 20)), rng.choice((0.02, 0.3, 1.0))
-        self.names = [f"h{n}.example" for n in range(rng.randint(1, 20))]
-        self.pages = rng.randint(60, 200)
+        self.concurrency, latency = rng.choice((2, 20)), rng.choice((0.02, 0.3, 1.0))
+        names = [f"h{n}.example" for n in range(rng.randint(1, 20))]
+        self.web = Web(names, rng.randint(60, 200), FATES, latency)
         self.workers_left = rng.randint(1, 16)
-        self.now, self.serial = 0.0, itertools.count()
-        self.events: list[tuple[float, int, Worker | None, Callable[..., None], tuple[Any, ...]]] = []
-        self.workers: list[Worker] = []
-        self.tokens: dict[str, Tokens] = {}
-        self.counts: Counter[str] = Counter()
-
-    def at(self, when: float, worker: Worker | None, what: Callable[..., None], *about: Any) -> None:
-        heapq.heappush(self.events, (when, next(self.serial), worker, what, about))
+        self.workers: list[SharedWorker] = []
 
     def url(self, page: int) -> str:
-        return f"http://{self.names[page % 7 * page % len(self.names)]}/{page}"
+        return f"http://{self.web.names[page % 7 * page % len(self.web.names)]}/{page}"
 
     def links(self, url: str) -> list[str]:
         rng = random.Random(f"{self.seed} {url}")
-        return [self.url(rng.randrange(self.pages)) for _ in range(5)]
+        return [self.url(rng.randrange(self.web.pages)) for _ in range(5)]
 
     def rules(self, found: Found) -> Rules:
         rng = random.Random(f"{self.seed} {found.origin}")
         return Rules(rng.choice((0, 0, 5)), None, quick=rng.random() < 0.5, size=1)
 
-    def sent(self, request: Request) -> None:
-        self.counts["sent"] += 1
-        rate, burst = self.limits["rate"] * (1 + SKEW), self.limits["burst"]
-        tokens = self.tokens.setdefault(request.host, Tokens(rate, burst))
-        demand(tokens.spend(self.now), "above the rate:", request.host, self.now)
-
     def _join(self, first: bool = False) -> None:
         frontier = self.make(**self.given, **self.limits)
         frontier.follows, frontier.rules_of = True, self.rules
-        worker = Worker(self, frontier)
+        worker = SharedWorker(self, frontier)
         self.workers.append(worker)
         if first:
-            frontier.add_list([self.url(page) for page in range(0, self.pages, 9)])
+            frontier.add_list([self.url(page) for page in range(0, self.web.pages, 9)])
         worker.sync()
 
     def _accident(self) -> None:
@@ -376,7 +326,7 @@ class Run:
                 self.workers_left += 1
                 self._join(first=not self.tables.hosts)
             demand(step < 500_000, "it does not end")
-            when, _, worker, what, about = heapq.heappop(self.events)
+            when, _, worker, what, about = self.next_event()
             if worker and not worker.alive:
                 continue
             if worker and worker.frozen_until > when:
@@ -384,8 +334,10 @@ class Run:
                 continue
             self.now = max(self.now, when)
             what(*about)
+            if worker and worker.alive:
+                worker.step()
         self._ended()
-        self.counts["lost leases"] = sum(worker.frontier.leases_lost for worker in self.workers)
+        self.counts["lost leases"] = sum(worker.mine.leases_lost for worker in self.workers)
         return self.counts
 
     def _ended(self) -> None:
@@ -402,20 +354,12 @@ def simulate_shared(
     seed: int, frontier: Callable[..., SharedFrontier] = SharedFrontier, tables: Tables | None = None, **given: Any
 ) -> Counter[str]:
     """One crawl; what happened. Raises ``Broken``, with the seed as a note, when a promise is not kept."""
-    try:
+    with named(seed):
         return Run(seed, frontier, tables or Tables(), **given).run()
-    except Exception as error:
-        error.add_note(f"seed {seed}")
-        raise
 
 
 def run_shared(first: int, seeds: int) -> list[dict[str, Any]]:
     """The rows of ``python -m bench simulate --shared``. Raises SystemExit with the seed if a promise is broken."""
-    counts: Counter[str] = Counter()
     started = time.perf_counter()
-    for seed in range(first, first + seeds):
-        try:
-            counts += simulate_shared(seed)
-        except Exception as error:
-            raise SystemExit(f"bench: simulate: seed {seed}: {type(error).__name__}: {error}") from error
+    counts = sum(each(range(first, first + seeds), simulate_shared), Counter[str]())
     return [{"": f"{seeds} shared crawls", **counts, "wall s": time.perf_counter() - started}]

@@ -14,7 +14,7 @@ from crawl.addresses import is_public, leads_private, may_go_anywhere, names_pri
 from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.model import Options, Request
-from crawl.rules import normalise
+from crawl.urls import normalise
 
 # The IANA special-purpose address registries of IPv4 and IPv6 (2025), multicast, and what else is not to be reached.
 # True: "globally reachable", and nothing speaks against it.

@@ -20,14 +20,15 @@ import ingest_logs
 import market_pipeline
 from crawl import cli as crawl_cli
 from crawl import journal as crawl_journal
-from crawl.cli import make_parser, parse_arguments, read_lines, read_urls
+from crawl.cli import make_parser, parse_arguments
 from crawl.core import Crawl
 from crawl.errors import ERROR_KINDS
 from crawl.headers import read_headers
 from crawl.model import CrawlResult, Options, Request, Response
 from crawl.output import EXIT_USAGE, Output, RowWriter
 from crawl.rows import build_row
-from crawl.rules import MAX_URL
+from crawl.url_list import read_lines, read_urls
+from crawl.urls import MAX_URL
 from runtime import serving
 from tests.helpers.base import HANG_LIMIT, wait_until
 from tests.helpers.crawl import a_row, written
@@ -192,7 +193,7 @@ def test_a_write_that_fails_ends_the_run_and_holds_up_nobody(failure: Exception)
 )  # fmt: skip
 def test_wrong_usage_is_one_line_and_exit_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse_arguments("crawl_async.py", argv)
+        parse_arguments("crawl_async.py", argv, spreads=True)
     said = capsys.readouterr().err
     assert (caught.value.code, said.count("\n")) == (EXIT_USAGE, 1)
     assert message in said
@@ -247,6 +248,6 @@ def test_options_from_the_command_line() -> None:
 
 
 def test_help_names_every_kind_of_error_and_exit_code() -> None:
-    text = make_parser("crawl_async.py").format_help()
+    text = make_parser("crawl_async.py", spreads=True).format_help()
     for word in [*ERROR_KINDS, "examples:", "exit codes:", "--per-host", "(default 64)"]:
         assert word in text

@@ -22,7 +22,7 @@ from crawl.headers import request_headers
 from crawl.hosts import FrontierStats
 from crawl.model import Options, Request, Response, ScrapeResult
 from crawl.rows import build_row
-from crawl.rules import normalise
+from crawl.urls import normalise
 from tests.helpers.crawl import answer, judged, taken
 
 

@@ -36,9 +36,11 @@ from crawl import core as crawl_core
 from crawl import journal as crawl_journal
 from crawl import robots as robots_module
 from crawl import rows as rows_module
+from crawl import sitemap_crawl
 from crawl.core import Crawl
 from crawl.frontier import Frontier
 from crawl.model import CrawlResult, Options, Request, Response, ScrapeResult
+from crawl.progress import serve_metrics, write_stats
 from crawl.robots import LARGE, rules_for
 from sandbox import faults as sf
 from sandbox import sites as sb
@@ -55,6 +57,7 @@ from tests.helpers.crawl import (
     walk_row,
 )
 
+SPREADS = {"crawl_async": crawl_async.Driver}
 RUN: dict[str, Callable[..., None]] = {"crawl_threads": crawl_threads.run, "crawl_async": crawl_async.run}
 
 
@@ -119,7 +122,7 @@ class Web:
 def walk_main(driver: str, *argv: str) -> int:
     threshold = gc.get_threshold()
     try:
-        return crawl_cli.main(f"{driver}.py", RUN[driver], list(argv))
+        return crawl_cli.main(f"{driver}.py", RUN[driver], list(argv), driver=SPREADS.get(driver))
     finally:
         gc.set_threshold(*threshold)
 
@@ -228,7 +231,7 @@ def test_a_fault_where_there_is_no_row_to_tell(
         raise MemoryError("planted")
 
     owner, _, attribute = name.rpartition(".")
-    module = rows_module if name == "page_directives" else crawl_core
+    module = {"page_directives": rows_module, "parse_sitemap": sitemap_crawl}.get(name, crawl_core)
     monkeypatch.setattr(getattr(module, owner) if owner else module, attribute, planted)
     walked.robots(0, f"Sitemap: {walked.url('0/map.xml')}")
     walked.sitemap("0/map.xml", "0/c")
@@ -464,12 +467,12 @@ def test_sitemaps_seed(driver: str, walked: Web) -> None:
     assert not [key for key in asked if key[0] in "23"]
     stats = crawl.stats.snapshot()
     assert (stats["sitemaps"], stats["sitemap_errors"], stats["robots"]) == (7, 2, 2)
-    assert crawl._sitemaps == {}
+    assert crawl.sitemaps.homes == {}
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_sitemaps_without_end_have_one(driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crawl_core, "MAX_SITEMAPS", 7)
+    monkeypatch.setattr(sitemap_crawl, "MAX_SITEMAPS", 7)
     walked.robots(0, f"Sitemap: {walked.url('0/m1')}")
     for n in range(1, 40):
         walked.sitemap(f"0/m{n}", f"0/m{2 * n}", f"0/m{2 * n + 1}", index=True)
@@ -776,7 +779,7 @@ def test_explains(driver: str, walked: Web, tmp_path: Path, capsys: pytest.Captu
 
 def walk_metrics(crawl: Crawl) -> str:
     port = free_port()
-    end = crawl_cli.serve_metrics(crawl, port)
+    end = serve_metrics(crawl, port)
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_LIMIT) as answer:
             return str(answer.read().decode())
@@ -813,10 +816,10 @@ def test_counts_agree_and_nothing_is_kept(driver: str, walked: Web, tmp_path: Pa
     walk(driver, crawl, [walked.url("0/"), "not a URL"], emit)
     assert max(kept.values()) <= 12, kept
     assert crawl.frontier._hosts == {}
-    assert (len(crawl.frontier._visited), len(crawl._bodies)) == (86, 81)
+    assert (len(crawl.frontier._visited), len(crawl.bodies)) == (86, 81)
     text = walk_metrics(crawl)
     with open(tmp_path / "stats", "a", encoding="utf-8") as file:
-        crawl_cli.write_stats(crawl, file)
+        write_stats(crawl, file)
     counts = json.loads((tmp_path / "stats").read_text())
     found: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(text):

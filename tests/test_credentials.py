@@ -14,7 +14,7 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.headers import request_headers
 from crawl.model import Options, Request
-from crawl.rules import is_secret, normalise, split_credentials
+from crawl.urls import is_secret, normalise, split_credentials
 from tests.helpers.crawl import (
     DRIVERS,
     PUBLIC,
@@ -79,10 +79,10 @@ def test_which_headers_hold_secrets() -> None:
 def test_the_list_names_the_origins() -> None:
     crawl = Crawl(Options(headers=SECRETS))
     crawl.feed(["http://A.example:80/x", "not a URL", "https://u:p@b.example:8443/"]).join()
-    assert crawl.named == {"http://a.example", "https://b.example:8443"}
+    assert crawl.listed.origins == {"http://a.example", "https://b.example:8443"}
     crawl = Crawl(Options(headers=(("DNT", "1"),)))
     crawl.feed(["http://a.example/"]).join()
-    assert crawl.named is None
+    assert crawl.listed.origins is None
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -27,13 +27,13 @@ import trustme
 import crawl_async
 import crawl_threads
 from crawl import http_urllib
-from crawl.cli import read_urls
 from crawl.core import Crawl
 from crawl.errors import ERROR_KINDS, FetchError
 from crawl.frontier import Frontier
 from crawl.model import Options, Request, ScrapeResult
 from crawl.output import EXIT_INTERRUPTED, EXIT_PIPE
-from crawl.rules import normalise
+from crawl.url_list import read_urls
+from crawl.urls import normalise
 from html_parse import Page, parse_page
 from sandbox.faults import FAULTS, status_expect
 from sandbox.sites import Sandbox
@@ -272,7 +272,7 @@ def test_a_crawl_takes_its_locks_in_one_order(web: Sandbox, driver: str) -> None
         assert all(row.status == 200 for row in scrape(driver, urls, rate=10_000))
     nested = {"Frontier": {"TokenBucket", "Visited"}}
     if driver == "crawl_threads":
-        nested["Turns"] = {"Frontier", "TokenBucket"}
+        nested["WorkQueue"] = {"Frontier", "TokenBucket"}
     assert order.stats() == nested
 
 
@@ -458,7 +458,7 @@ def test_a_signal_that_another_thread_gets_is_an_event_too() -> None:
     events: queue.SimpleQueue[str] = queue.SimpleQueue()
     before, descriptor = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(descriptor)
-    with crawl_threads.signals(events):
+    with crawl_threads.signals(lambda: events.put("stop")):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             other = threading.Timer(0.05, lambda number=number: signal.pthread_kill(threading.get_ident(), number))
             other.start()
@@ -528,7 +528,7 @@ def test_threads_are_started_as_there_is_work_and_where_there_are_none_left_thos
     rows: list[ScrapeResult] = []
     crawl, said = Crawl(Options(rate=0, concurrency=1_000_000)), list[str]()
     crawl.say = said.append
-    crawl_threads.Threads(crawl, rows.append).run(urls, queue.SimpleQueue())
+    crawl_threads.Driver(crawl, rows.append).run(urls)
     assert sorted(row.url for row in rows) == sorted(urls)
     assert [row.error for row in rows] == [None] * 40
     assert (len(started), len(said)) == (3, 1)

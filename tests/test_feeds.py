@@ -15,8 +15,8 @@ from crawl import sitemaps as sitemaps_module
 from crawl import xml as xml_module
 from crawl.dates import iso_utc
 from crawl.feeds import FeedEntry, parse_feed
-from crawl.rules import normalise
 from crawl.sitemaps import SitemapEntry, parse_sitemap
+from crawl.urls import normalise
 from tests.absent import needs
 
 pytestmark = needs("feedparser", "trafilatura", "lxml_html_clean")

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from crawl import frontier as frontier_module
-from crawl import hosts
-from crawl.frontier import FAIR, KEPT_BYTES, ROBOTS_AGAIN, Frontier
-from crawl.hosts import FrontierStats, Pace, Question, host_of
+from crawl import hosts, limits, scheduler
+from crawl.frontier import Frontier
+from crawl.hosts import FrontierStats, Question, host_of
+from crawl.limits import Pace
 from crawl.model import Request
+from crawl.robots_gate import KEPT_BYTES, ROBOTS_AGAIN
+from crawl.scheduler import FAIR
 from simulator.checker import Rules
 from tests.helpers.crawl import taken
 
@@ -48,7 +51,7 @@ def test_links_keep_their_depth_and_flags_at_no_cost_for_each() -> None:
     tracemalloc.start()
     frontier.add_links(urls, 3, 0.0)
     taken_by_it = tracemalloc.take_snapshot().filter_traces(
-        [tracemalloc.Filter(True, str(module.__file__)) for module in (frontier_module, hosts)]
+        [tracemalloc.Filter(True, str(module.__file__)) for module in (frontier_module, hosts, limits, scheduler)]
     )
     tracemalloc.stop()
     size = sum(trace.size for trace in taken_by_it.traces)

@@ -12,7 +12,7 @@ from crawl import http_aiohttp, http_urllib
 from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.model import Options, Request, Response
-from crawl.rules import normalise
+from crawl.urls import normalise
 from tests.helpers.crawl import DRIVERS, PUBLIC, Web, guard_errors, guard_scrape
 
 

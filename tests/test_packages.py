@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import crawl_async
 import ingest_logs
 import market_pipeline
 from crawl import cli
 from crawl.core import Crawl
 from crawl.model import Options
+from crawl.progress import progress
 from runtime import packages
 from runtime.embedded import Embedded
 from sandbox.broker import Broker
@@ -44,7 +46,7 @@ def test_crawlers_say_what_to_install(option: str, hint: str, capfd: pytest.Capt
 
     argv = ["http://127.0.0.1:9/", *option.split()]
     name = " ".join(option.split()[: 2 if "domain" in option else 1])
-    assert cli.main("crawl_async.py", run, argv) == 1
+    assert cli.main("crawl_async.py", run, argv, driver=crawl_async.Driver) == 1
     assert capfd.readouterr() == ("", f"crawl_async.py: {name} needs {hint}\n")
 
 
@@ -54,7 +56,7 @@ def test_crawlers_need_none_of_them_otherwise(monkeypatch: pytest.MonkeyPatch, t
     for name in ("rich", "rich.console"):
         monkeypatch.setitem(sys.modules, name, None)
     crawled: list[Crawl] = []
-    with cli.progress(Crawl(Options()), True):
+    with progress(Crawl(Options()), True):
         argv = ["http://127.0.0.1:9/", "-q", "-o", str(tmp_path / "rows")]
         assert cli.main("crawl_async.py", lambda crawl, urls, emit: crawled.append(crawl), argv) == 0
     assert len(crawled) == 1

@@ -17,7 +17,11 @@ from crawl import lease as cs
 from crawl import processes as cp
 from crawl.errors import Postponed
 from crawl.frontier import Frontier
+from crawl.hosts import HostQueue
+from crawl.limits import HostLimits
 from crawl.model import Request
+from crawl.robots_gate import RobotsGate
+from crawl.scheduler import Scheduler
 from simulator import crawls as simulate
 from simulator import shared_crawls as sim_shared
 from simulator.checker import Broken
@@ -47,12 +51,18 @@ class ForgetfulFrontier(Frontier):
         self._visited = ForgetfulVisited()
 
 
+class LosingScheduler(Scheduler):
+    def schedule(self, host: Any, now: float) -> None:
+        if not (host.delayed and host.head >= len(host.waiting)):
+            super().schedule(host, now)
+
+
 class LosingFrontier(Frontier):
     """Planted: a request that is put back is forgotten if its host was idle."""
 
-    def _schedule(self, host: Any, now: float) -> None:
-        if not (host.delayed and host.head >= len(host.waiting)):
-            super()._schedule(host, now)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._scheduler.__class__ = LosingScheduler
 
 
 @pytest.mark.parametrize("planted", [CarelessFrontier, ForgetfulFrontier, LosingFrontier])
@@ -60,18 +70,6 @@ def test_the_simulation_finds_planted_bugs(planted: type[Frontier]) -> None:
     with pytest.raises(AssertionError):
         for seed in range(200):
             play(seed, planted)
-
-
-def test_simulate_names_the_seed_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate, "Frontier", PlantedUnlimited)
-    monkeypatch.setattr(simulate.simulate, "__defaults__", (None, PlantedUnlimited))
-    options = {name: default for name, (default, _) in bench.find_commands()["simulate"].options.items()}
-    with pytest.raises(SystemExit, match=r"seed \d+: Broken: "):
-        simulate.run(argparse.Namespace(**options | {"seeds": 50}))
-    with pytest.raises(Broken) as caught:
-        for seed in range(50):
-            simulate.simulate(seed, None, PlantedUnlimited)
-    assert caught.value.__notes__[0].startswith("seed ")
 
 
 class PlantedUncharged(Frontier):
@@ -88,15 +86,21 @@ class PlantedRestless(Frontier):
         super().pause(host_name, now + (until - now) / 2, now)
 
 
+class AmnesiacScheduler(Scheduler):
+    def forget_idle(self, host: HostQueue, now: float) -> None:
+        retries, host.delayed = host.delayed, []
+        super().forget_idle(host, now)
+        host.delayed = retries
+        if host.name not in self._hosts:
+            self.waiting -= len(retries)
+
+
 class PlantedAmnesia(Frontier):
     """A host whose bucket is full is forgotten, with its retries."""
 
-    def _forget_idle(self, host: Any, now: float) -> None:
-        retries, host.delayed = host.delayed, []
-        super()._forget_idle(host, now)
-        host.delayed = retries
-        if host.name not in self._hosts:
-            self._waiting -= len(retries)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._scheduler.__class__ = AmnesiacScheduler
 
 
 class PlantedVisited(co.Visited[str]):
@@ -125,11 +129,17 @@ class PlantedRace(Frontier):
         self._visited = PlantedVisited()
 
 
+class OpenGate(RobotsGate):
+    def ask(self, host: HostQueue, now: float) -> Request | None:
+        return None if host.delayed_first(now) else super().ask(host, now)
+
+
 class PlantedOpenGate(Frontier):
     """Robots are not asked for what comes back from a retry or redirect."""
 
-    def _ask(self, host: Any, now: float) -> Request | None:
-        return None if host.delayed_first(now) else super()._ask(host, now)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._robots.__class__ = OpenGate
 
 
 class PlantedWedge(Frontier):
@@ -150,39 +160,50 @@ class PlantedQueuedRobots(Frontier):
         host.urgent = []
 
 
+class LateScheduler(Scheduler):
+    def added(self, host: HostQueue, idle: bool, now: float) -> None:
+        if host.due == math.inf:
+            super().added(host, idle, now)
+        else:
+            self.waiting += 1
+
+
 class PlantedLateWakeUp(Frontier):
     """New URLs of a host with an entry in the heap wait for that entry."""
 
-    mute = False
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._scheduler.__class__ = LateScheduler
 
-    def _add(self, text: str, target: str, host_name: str, run: Any, now: float) -> bool:
-        self.mute = host_name in self._hosts and self._hosts[host_name].due < math.inf
-        try:
-            return super()._add(text, target, host_name, run, now)
-        finally:
-            self.mute = False
 
-    def _schedule(self, host: Any, now: float) -> None:
-        if not self.mute:
-            super()._schedule(host, now)
+class FullBuckets(HostLimits):
+    def apply(self, host: HostQueue, now: float) -> None:
+        if host.schedule:
+            host.schedule = host.gate = None
+            rate, burst = self.of(host.name)
+            if rate < math.inf:
+                host.schedule, host.gate = pr.TokenBucket(rate, burst), pr.TokenBucket(rate, burst)
 
 
 class PlantedFullBuckets(Frontier):
     """A new rate comes with a new bucket, which is full."""
 
-    def _set_rate(self, host: Any, now: float) -> None:
-        if host.schedule:
-            host.schedule = host.gate = None
-            rate, burst = self._limits(self._sites.get(host.name))
-            if rate < math.inf:
-                host.schedule, host.gate = pr.TokenBucket(rate, burst), pr.TokenBucket(rate, burst)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._limits.__class__ = FullBuckets
+
+
+class DeafLimits(HostLimits):
+    def _ceiling(self, record: Any) -> float:
+        return super()._ceiling(None)
 
 
 class PlantedDeaf(Frontier):
     """Crawl-delay is not heard."""
 
-    def _ceiling(self, site: Any) -> float:
-        return super()._ceiling(None)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._limits.__class__ = DeafLimits
 
 
 class PlantedUnlimited(Frontier):
@@ -192,11 +213,17 @@ class PlantedUnlimited(Frontier):
         super().__init__(**options | {"per_host": options["per_host"] + 1})
 
 
+class EndlessLimits(HostLimits):
+    def is_full(self, name: str) -> bool:
+        return False
+
+
 class PlantedGreedy(Frontier):
     """The caps are not asked."""
 
-    def _is_capped(self, host_name: str) -> bool:
-        return False
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._limits.__class__ = EndlessLimits
 
 
 class PlantedImpatient(Frontier):
@@ -206,11 +233,17 @@ class PlantedImpatient(Frontier):
         super().robots_known(origin_, rules, now, ttl=1.0)
 
 
+class WideGate(RobotsGate):
+    def sift(self, host: HostQueue, now: float) -> bool:
+        return False
+
+
 class PlantedDisobedient(Frontier):
     """What robots.txt forbids is sent all the same."""
 
-    def _sift(self, host: Any, now: float) -> bool:
-        return False
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._robots.__class__ = WideGate
 
 
 class PlantedDeafToRules(Frontier):
@@ -220,11 +253,17 @@ class PlantedDeafToRules(Frontier):
         super().answer(question, True, now)
 
 
+class HastyGate(RobotsGate):
+    def sift(self, host: HostQueue, now: float) -> bool:
+        return host.question is None and super().sift(host, now)
+
+
 class PlantedUnasked(Frontier):
     """A host goes on while its rules are asked."""
 
-    def _sift(self, host: Any, now: float) -> bool:
-        return host.question is None and super()._sift(host, now)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._robots.__class__ = HastyGate
 
 
 class PlantedUnanswered(Frontier):
@@ -245,12 +284,18 @@ class PlantedFlat(Frontier):
         return super()._add(text, target, host_name, host.last_run if host and host.waiting else run, now)
 
 
+class UnfairScheduler(Scheduler):
+    def _pick(self) -> tuple[HostQueue, int]:
+        self._picked = 0
+        return super()._pick()
+
+
 class PlantedUnfair(Frontier):
     """The longest work only, never by age."""
 
-    def _pick(self) -> Any:
-        self._picked = 0
-        return super()._pick()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._scheduler.__class__ = UnfairScheduler
 
 
 class PlantedHurry(Frontier):
@@ -284,6 +329,18 @@ def test_the_checker_catches_planted_bugs_within_100_seeds(planted: type[Frontie
     with pytest.raises(Broken):
         for seed in range(100):
             simulate.simulate(seed, None, planted)
+
+
+def test_simulate_names_the_seed_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate, "Frontier", PlantedUnlimited)
+    monkeypatch.setattr(simulate.simulate, "__defaults__", (None, PlantedUnlimited))
+    options = {name: default for name, (default, _) in bench.find_commands()["simulate"].options.items()}
+    with pytest.raises(SystemExit, match=r"seed \d+: Broken: "):
+        simulate.run(argparse.Namespace(**options | {"seeds": 50}))
+    with pytest.raises(Broken) as caught:
+        for seed in range(50):
+            simulate.simulate(seed, None, PlantedUnlimited)
+    assert caught.value.__notes__[0].startswith("seed ")
 
 
 class LateLinks(cs.SharedFrontier):

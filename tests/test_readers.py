@@ -28,7 +28,7 @@ from crawl.feeds import FeedEntry
 from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
 from crawl.output import EXIT_INTERRUPTED, encode_json
 from crawl.rows import build_article, validator
-from crawl.rules import normalise
+from crawl.urls import normalise
 from tests.absent import needs
 from tests.helpers.base import HERE, PROGRAM_LIMIT, wait_until
 from tests.helpers.crawl import (
@@ -177,7 +177,7 @@ def test_journal_grows_with_the_articles_only(tmp_path: Path) -> None:
     crawl = Crawl(Options(feeds=True))
     with crawl_journal.open_journal(str(tmp_path / "news.jsonl")) as file:
         crawl_journal.recall(crawl, file)
-    assert crawl.frontier.waiting == 4 and set(crawl.validators) == {f"http://a.example/{n}" for n in (1, 3, 4)}
+    assert crawl.frontier.waiting == 4 and set(crawl.feeds.validators) == {f"http://a.example/{n}" for n in (1, 3, 4)}
 
 
 def test_validators_of_a_strange_journal_are_not_sent() -> None:
@@ -269,7 +269,7 @@ def test_a_fault_is_in_the_row_and_its_articles_are_followed(tmp_path: Path) -> 
     (tmp_path / "news.jsonl").write_bytes(encode_json(row) + b"\n")
     with crawl_journal.open_journal(str(tmp_path / "news.jsonl")) as file:
         assert crawl_journal.recall(again, file) == 1
-    assert again.frontier.waiting == 2 and again.validators == {}
+    assert again.frontier.waiting == 2 and again.feeds.validators == {}
     row = answer(again, url, body[: -len("</channel></rss>")], ETag='"1"')  # the same fault: a row each time
     assert isinstance(row, FeedResult) and (row.error, row.entries) == ("decode: it ends too soon", [])
     row = answer(again, url, body, ETag='"1"')

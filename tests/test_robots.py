@@ -23,7 +23,7 @@ from crawl.robots import (
     product_token,
     rules_for,
 )
-from crawl.rules import normalise
+from crawl.urls import normalise
 from html_parse import parse_page
 from tests.helpers.crawl import ROBOTS_LARGE, robots_file
 

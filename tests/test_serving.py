@@ -29,7 +29,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.core import GaugeMetricFamily
 
 from api import telemetry
-from crawl import cli as crawl_cli
+from crawl.progress import serve_metrics
 from logs import display
 from logs.display import Snapshot
 from logs.intake import udp_socket
@@ -431,7 +431,7 @@ def test_the_api_ends_while_nobody_reads_its_stderr(tmp_path: Path) -> None:
 
 def test_silent_connections_to_a_crawl_cost_no_threads() -> None:
     port, crawl = free_port(), walk_crawl()
-    end = crawl_cli.serve_metrics(crawl, port)
+    end = serve_metrics(crawl, port)
     try:
         threads, before = threading.active_count(), psutil.Process().num_fds()
         with contextlib.ExitStack() as stack:

@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 
 from bench import runner as bench
-from crawl import frontier as frontier_module
 from crawl import lease as cs
+from crawl import scheduler
 from crawl import tables as ct
 from crawl.model import USER_AGENT, Options
 from simulator import crawls as simulate
@@ -39,7 +39,7 @@ def test_simulated_makespan_is_within_two_percent_of_the_bound(workers: int) -> 
 
 
 def test_simulated_makespan_suffers_when_hosts_go_by_age_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frontier_module, "FAIR", 1)
+    monkeypatch.setattr(scheduler, "FAIR", 1)
     assert simulate.simulate(1, simulate.plain(10_000, 500, 20)).ratio > 1.05
 
 

@@ -187,7 +187,7 @@ async def shared_work(crawl: ct.SharedCrawl, rows: list[ScrapeResult], urls: lis
         rows.append(row)
 
     async with crawl.joined(put) as keep:
-        await crawl_async.Tasks(crawl, keep).run(urls)
+        await crawl_async.Driver(crawl, keep).run(urls)
     if crawl.failure:
         raise crawl.failure
 
@@ -283,7 +283,10 @@ def test_killed_worker_is_followed(
     listed, noted = tmp_path / "urls.txt", tmp_path / "noted"
     listed.write_text("".join(shared_site.url("/", host) + "\n" for host in range(4)))
     options = ["--frontier", shared_pg.url, "--depth", "20", "--rate", "20", "--no-robots", "--lease", "1", "-q"]
-    program = NOTE + "    import crawl_async\n    crawl_async.main('crawl_async.py', crawl_async.run)"
+    program = (
+        NOTE
+        + "    import crawl_async\n    crawl_async.main('crawl_async.py', crawl_async.run, driver=crawl_async.Driver)"
+    )
     command = [sys.executable, "-c", program, str(noted), str(listed), *options]
     note(noted, monkeypatch)
 
@@ -330,7 +333,7 @@ def test_stop_gives_all_back(shared_pg: PgServer, shared_site: Sandbox) -> None:
             rows.append(row)
 
         async with crawl.joined(put) as keep:
-            driver = crawl_async.Tasks(crawl, keep)
+            driver = crawl_async.Driver(crawl, keep)
             work = asyncio.create_task(driver.run([shared_site.url("/", host) for host in range(4)]))
             await until_async(lambda: len(rows) >= 5)
             driver.stop()
@@ -413,7 +416,7 @@ def test_redirects_to_hosts_of_others(shared_pg: PgServer) -> None:
 
 
 def test_command_line(shared_pg: PgServer, capfd: pytest.CaptureFixture[str]) -> None:
-    run = functools.partial(crawl_cli.main, "crawl_async.py", crawl_async.run)
+    run = functools.partial(crawl_cli.main, "crawl_async.py", crawl_async.run, driver=crawl_async.Driver)
     assert run(["--frontier", shared_pg.url, "--status"]) == 0
     assert "0 hosts" in capfd.readouterr().out
     with Sandbox(hosts=1, pages=5, page_bytes=100) as site:

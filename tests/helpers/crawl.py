@@ -16,7 +16,6 @@ import importlib.util
 import io
 import itertools
 import json
-import queue
 import socket
 import socketserver
 import subprocess
@@ -41,7 +40,7 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.model import CrawlResult, Options, Request, Response, ScrapeResult
 from crawl.net import BodyDecoder
-from crawl.output import RowWriter
+from crawl.output import RowWriter, Run
 from crawl.robots import MAX_ROBOTS
 from runtime import serving
 from sandbox.sites import Sandbox
@@ -453,7 +452,7 @@ def feeds_run(driver: str, folder: Path, listed: list[str], *options: str, name:
     urls.write_text("".join(f"{url}\n" for url in listed))
     module = {"crawl_async": crawl_async, "crawl_threads": crawl_threads}[driver]
     argv = [str(urls), "--feeds", "-q", "-o", str(folder / name), "--rate", "0", "--stats", str(stats), *options]
-    assert crawl_cli.main(f"{driver}.py", cast(crawl_cli.Run, module.run), argv) == 0
+    assert crawl_cli.main(f"{driver}.py", cast(Run, module.run), argv) == 0
     return cast(dict[str, Any], json.loads(stats.read_text()))
 
 
@@ -474,10 +473,10 @@ def walk(driver: str, crawl: Crawl, urls: Iterable[str], emit: Callable[[ScrapeR
         count(row)
 
     async def tasks() -> None:
-        await crawl_async.Tasks(crawl, put).run(urls)
+        await crawl_async.Driver(crawl, put).run(urls)
 
     if driver == "crawl_threads":
-        crawl_threads.Threads(crawl, count).run(urls, queue.SimpleQueue())
+        crawl_threads.Driver(crawl, count).run(urls)
     else:
         asyncio.run(tasks())
     if crawl.failure:

@@ -1,6 +1,7 @@
-"""What the crawlers agree on: the records that pass between the files, the kinds of errors, the options, the URL rules.
+"""URLs as the crawlers know them: one spelling each, their origin, and the passwords in them.
 
-Nothing here has a state, waits, or does I/O.
+Promised: two spellings of one URL come out equal, as a browser understands them (WHATWG URL); what may be a password is
+never shown. Nothing here has a state, waits, or does I/O.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from html_parse import is_normal
 
 MAX_URL = 8192
 """Longest URL in characters; RFC 9110, section 4.1 asks for at least 8000."""
-
-
-# ------------------------------------------------------------------------------------------------------ records
-
-
-# ------------------------------------------------------------------------------------------------------ headers
-
-
-# ---------------------------------------------------------------------------------------------------- URL rules
-
+HIDDEN = "<password>"
+"""In the place of what may be one, in a line that is no URL; with it, it never becomes one."""
 
 _HOST_AND_PORT = re.compile(r"(?!javascript|sms|tel)[a-z0-9.-]+:[0-9]{1,5}(?:[/?#]|$)")
+_HARMLESS = re.compile(
+    "accept|accept-(?:charset|encoding|language)|cache-control|connection|dnt|from|pragma|priority|save-data"
+    "|sec-(?:ch|fetch|gpc)[a-z-]*|upgrade-insecure-requests|user-agent",
+    re.IGNORECASE,
+)
+_USERINFO = re.compile(r"(\s*(?:https?:[/\\]*|[a-z][a-z0-9+.-]*://))([^/\\?#]*)@", re.IGNORECASE)
+_ADDRESS = re.compile(r"\s*(?:acct|cid|im|javascript|mailto|mid|sips?|xmpp):", re.IGNORECASE)
+"""URLs in which an "@" has no password before it."""
 
 
 def normalise(text: str) -> tuple[str, str]:
@@ -58,23 +59,9 @@ def origin(url: str) -> str:
     return f"{scheme}://{rest.partition('/')[0].rpartition('@')[2]}"
 
 
-_HARMLESS = re.compile(
-    "accept|accept-(?:charset|encoding|language)|cache-control|connection|dnt|from|pragma|priority|save-data"
-    "|sec-(?:ch|fetch|gpc)[a-z-]*|upgrade-insecure-requests|user-agent",
-    re.IGNORECASE,
-)
-
-
 def is_secret(name: str) -> bool:
     """Whether a header may hold what only the servers of the list should see: any may that is not known for none."""
     return _HARMLESS.fullmatch(name) is None
-
-
-_USERINFO = re.compile(r"(\s*(?:https?:[/\\]*|[a-z][a-z0-9+.-]*://))([^/\\?#]*)@", re.IGNORECASE)
-_ADDRESS = re.compile(r"\s*(?:acct|cid|im|javascript|mailto|mid|sips?|xmpp):", re.IGNORECASE)
-"""URLs in which an "@" has no password before it."""
-HIDDEN = "<password>"
-"""In the place of what may be one, in a line that is no URL; with it, it never becomes one."""
 
 
 def split_credentials(line: str) -> tuple[str, str]:
@@ -110,15 +97,3 @@ def proxy_url(text: str) -> str:
     except (FetchError, ValueError):
         pass
     raise ValueError(f"proxy must be http://host:port, not {split_credentials(text)[0]!r}") from None
-
-
-# ---------------------------------------------------------------------------------------------------- addresses
-
-
-_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, section 5.6.2
-
-
-_VALUE = re.compile(r"[\t -~]*")
-
-
-_FRAMING = frozenset({"content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"})

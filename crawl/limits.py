@@ -1,0 +1,172 @@
+"""How fast each host may go, and how many of its pages are taken in.
+
+The rate of a host is the user's, or less: a Crawl-delay of one of its origins lowers it, and with ``adaptive`` so does
+what the host bears. What is known of that stays while the host has nothing to do. Pure, and called under the
+frontier's lock: time is an argument, and nothing here waits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from crawl.hosts import HostQueue
+from primitives import TokenBucket
+
+Outcome = Literal["ok", "refused", "timeout"]
+
+
+class Pace:
+    """The rate that a host bears: additive increase, multiplicative decrease (Chiu and Jain, 1989).
+
+    It begins at half the ceiling; each success adds a hundredth of the ceiling, a refusal or time-out halves it, and
+    so does a mean latency above twice the best of the last one to two minutes. What was sent before the last decrease
+    says nothing about the rate since: it neither raises nor lowers, so one jam halves once. At least ``FLOOR``.
+    """
+
+    FLOOR = 0.05
+    UNLIMITED = 20.0
+    """Stands for a ceiling where there is none."""
+    WINDOW = 60.0
+    NOISE = 0.05
+    """Seconds by which latency may differ from the best without meaning anything."""
+    SAMPLES = 8
+
+    __slots__ = ("_best", "_earlier", "_lowered", "_mean", "_successes", "_turn", "rate")
+
+    def __init__(self, ceiling: float) -> None:
+        self.rate = self._scale(ceiling) / 2
+        self._mean = self._best = self._earlier = math.inf
+        self._lowered = self._turn = -math.inf
+        self._successes = 0
+
+    def _scale(self, ceiling: float) -> float:
+        return ceiling if ceiling < math.inf else self.UNLIMITED
+
+    def report(self, outcome: Outcome, seconds: float, now: float, ceiling: float) -> None:
+        """A request took ``seconds`` and ended ``now``."""
+        current = now - seconds >= self._lowered
+        slow = False
+        if outcome == "ok":
+            self._mean = seconds if self._mean == math.inf else self._mean + (seconds - self._mean) / 8
+            if now >= self._turn:
+                self._earlier, self._best, self._turn = self._best, math.inf, now + self.WINDOW
+            self._best = min(self._best, seconds)
+            self._successes += current
+            usual = min(self._best, self._earlier)
+            slow = self._successes >= self.SAMPLES and self._mean > max(2 * usual, usual + self.NOISE)
+        if not current:
+            return
+        if outcome != "ok" or slow:
+            self.rate = max(min(self.FLOOR, ceiling), self.rate / 2)
+            self._lowered, self._successes = now, 0
+        else:
+            self.rate = min(ceiling, self.rate + self._scale(ceiling) / 100)
+
+
+class HostRecord:
+    """What is remembered of a host also while it has nothing to do."""
+
+    __slots__ = ("delays", "pace", "pages")
+
+    def __init__(self) -> None:
+        self.pages = 0
+        self.pace: Pace | None = None
+        self.delays: dict[str, float] | None = None
+        """Crawl-delay of each origin that has one."""
+
+
+class HostLimits:
+    """The rates of all hosts, and their pages. ``host_pages`` and ``max_pages`` are caps (0: none)."""
+
+    def __init__(self, *, rate: float, burst: int, adaptive: bool, host_pages: int, max_pages: int) -> None:
+        self._rate, self._burst, self.adaptive = rate, burst, adaptive
+        self._host_pages, self._max_pages = host_pages or math.inf, max_pages or math.inf
+        self._records: dict[str, HostRecord] = {}
+        self.pages = 0
+
+    def record(self, name: str) -> HostRecord:
+        record = self._records.get(name)
+        if record is None:
+            record = self._records[name] = HostRecord()
+        return record
+
+    def forget(self, name: str) -> None:
+        self._records.pop(name, None)
+
+    # Rates
+
+    def of(self, name: str) -> tuple[float, int]:
+        """(requests per second, burst) of a host; inf: no limit."""
+        record = self._records.get(name)
+        rate = self._ceiling(record)
+        if self.adaptive:
+            rate = min(rate, ((record and record.pace) or Pace(rate)).rate)
+        return rate, 1 if record and record.delays else self._burst
+
+    def _ceiling(self, record: HostRecord | None) -> float:
+        ceiling = self._rate or math.inf
+        if record and record.delays:
+            ceiling = min(ceiling, 1 / max(record.delays.values()))
+        return ceiling
+
+    def new_queue(self, name: str) -> HostQueue:
+        """With full buckets."""
+        rate, burst = self.of(name)
+        schedule, gate = (TokenBucket(rate, burst) if rate < math.inf else None for _ in range(2))
+        return HostQueue(name, schedule, gate)
+
+    def apply(self, host: HostQueue, now: float) -> None:
+        """The host's rate may be another now."""
+        rate, burst = self.of(host.name)
+        if rate == math.inf:
+            host.schedule = host.gate = None
+        elif host.schedule and host.gate:
+            if (host.schedule.rate, host.schedule.burst) != (rate, burst):
+                host.schedule.set_rate(rate, now, burst)
+                host.gate.set_rate(rate, now, burst)
+        else:  # without a limit until now: what was sent last is not known, so it begins with nothing
+            host.schedule, host.gate = TokenBucket(rate, burst), TokenBucket(rate, burst)
+            for bucket in (host.schedule, host.gate):
+                bucket.reserve(burst, now)
+                bucket.pause(host.paused_until)
+
+    def learn_delay(self, name: str, origin: str, delay: float | None) -> None:
+        """The Crawl-delay of one of a host's origins."""
+        record = self.record(name)
+        if delay is not None and 0 < delay < math.inf:
+            record.delays = {**(record.delays or {}), origin: delay}
+        elif record.delays:
+            record.delays.pop(origin, None)
+
+    def report(self, name: str, outcome: Outcome, seconds: float, now: float) -> bool:
+        """How a request went that took ``seconds``; with ``adaptive`` only. Whether the rate is another now."""
+        record = self.record(name)
+        ceiling = self._ceiling(record)
+        record.pace = record.pace or Pace(ceiling)
+        before = record.pace.rate
+        record.pace.report(outcome, seconds, now, ceiling)
+        return record.pace.rate != before
+
+    # Pages
+
+    def is_full(self, name: str) -> bool:
+        """Whether no page more of this host is taken in."""
+        if self.pages >= self._max_pages:
+            return True
+        return self._host_pages < math.inf and self.record(name).pages >= self._host_pages
+
+    def why_full(self, name: str) -> str | None:
+        """The cap that is reached, if one is."""
+        if not self.is_full(name):
+            return None
+        return "max_pages" if self.pages >= self._max_pages else "its host's pages"
+
+    def count_page(self, name: str, n: int) -> None:
+        self.pages += n
+        if self._host_pages < math.inf:
+            self.record(name).pages += n
+
+    def page_counts(self) -> dict[str, int]:
+        """Of the hosts that have any, where there is a cap."""
+        return {name: record.pages for name, record in self._records.items() if record.pages}

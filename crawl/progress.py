@@ -1,0 +1,132 @@
+"""What a run tells of itself: a line for people, the counts of --stats as JSON, and those for Prometheus.
+
+All of it is read from ``Crawl.stats`` and ``Crawl.frontier.stats()``, each a consistent snapshot. Threads: the display
+on a terminal has one, the metrics server has one; the crawl waits for neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from crawl.core import Crawl
+from crawl.output import peak_memory_mb
+from runtime.serving import http_in_thread
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def describe(crawl: Crawl) -> str:
+    """One line on where the run stands."""
+    stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
+    left = f"{frontier.waiting:,} waiting on {frontier.hosts:,} hosts" if frontier.waiting else "none waiting"
+    errors = ", ".join(f"{kind} {n:,}" for kind, n in list(stats["errors"].items())[:4])
+    timed = frontier.waiting and stats["rows_per_second"] and not crawl.follows and not crawl.interrupted
+    return (
+        f"{stats['rows']:,} rows, {stats['rows_per_second']:,.0f}/s, {stats['ok']:,} ok, {stats['failed']:,} failed"
+        + (f" ({errors})" if errors else "")
+        + (f", {stats['unchanged']:,} feeds unchanged" if stats["unchanged"] else "")
+        + (
+            f", {bad:,} of {stats['sitemaps']:,} sitemaps not read to the end"
+            if (bad := stats["sitemap_errors"])
+            else ""
+        )
+        + f" · {frontier.in_flight:,} in flight, {left}"
+        + (f", {frontier.hosts_blocked:,} hosts wait for robots.txt" if frontier.hosts_blocked else "")
+        + (f", about {duration(frontier.waiting / stats['rows_per_second'])} left" if timed else "")
+    )
+
+
+@contextlib.contextmanager
+def progress(crawl: Crawl, wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    try:
+        from rich.console import Console
+    except ImportError:  # no display
+        yield
+        return
+
+    over = threading.Event()
+    with Console(stderr=True).status(describe(crawl)) as line:
+
+        def show() -> None:
+            while not over.wait(0.25):
+                line.update(describe(crawl))
+
+        thread = threading.Thread(target=show, name="progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def write_stats(crawl: Crawl, file: TextIO) -> None:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    frontier = crawl.frontier.stats()
+    counts = (
+        crawl.stats.snapshot()
+        | {
+            "duplicates": frontier.duplicates,
+            "seen": frontier.seen,
+            "capped": frontier.capped,
+            "forbidden": frontier.forbidden,
+            "not_fetched": frontier.waiting,
+            "interrupted": crawl.interrupted,
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        | crawl.stats.processes()
+    )
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.truncate(0)
+    file.write(json.dumps(counts, indent=2) + "\n")
+    file.flush()
+
+
+def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
+    """Serve the run's counts to Prometheus, from a thread. Returns what ends that."""
+    from prometheus_client import Metric
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client.registry import Collector
+
+    class Counts(Collector):
+        def collect(self) -> Iterator[Metric]:
+            stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
+            for name in (
+                *("rows", "ok", "retries", "redirects", "pauses", "bytes"),
+                *("robots", "sitemaps", "sitemap_errors", "unchanged"),
+            ):
+                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", stats[name])
+            for name, label in (("errors", "kind"), ("statuses", "status")):
+                family = CounterMetricFamily(f"crawl_{name}", f"Rows by {label}", labels=(label,))
+                for value, count in stats[name].items():
+                    family.add_metric((value,), count)
+                yield family
+            for name in ("waiting", "in_flight", "hosts", "hosts_ready", "hosts_blocked", "seen"):
+                yield GaugeMetricFamily(f"crawl_{name}", f"In the frontier: {name}", getattr(frontier, name))
+            for name in ("duplicates", "capped", "forbidden"):
+                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", getattr(frontier, name))
+            if lags := tuple(crawl.loop_lags):
+                yield GaugeMetricFamily("crawl_loop_lag_seconds", "Longest of the last minute", max(lags))
+
+    if not 0 <= port < 65_536:
+        raise OverflowError  # which ``create_server`` would raise, without closing its socket
+    stack = contextlib.ExitStack()
+    stack.enter_context(http_in_thread(socket.create_server(("127.0.0.1", port)), Counts()))
+    return stack.close
