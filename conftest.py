@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import absent  # the first of ours: it stands in for what others import
+from tests import absent
 
 HERE = Path(__file__).resolve().parent
 

@@ -15,6 +15,7 @@ in flight; or all service times over all workers.
 
 from __future__ import annotations
 
+import abc
 import argparse
 import contextlib
 import heapq
@@ -106,7 +107,7 @@ def named(seed: int) -> Iterator[None]:
         raise
 
 
-class Worker:
+class Worker(abc.ABC):
     """Up to ``free`` requests at a time over a frontier."""
 
     connects = True
@@ -207,9 +208,9 @@ class Worker:
                 self.read(request)
             self.finish(request)
 
+    @abc.abstractmethod
     def read(self, request: Request) -> None:
         """A page or a robots.txt is here: tell the frontier what is in it."""
-        raise NotImplementedError
 
     def put_back(self, request: Request, at: float, target: str | None = None, host: str | None = None) -> None:
         self.check.left(request, request.host)

@@ -6,4 +6,8 @@ that the tests notice.
 
 Never here: a sleep, or a bound of time on work (a limit of 60 s only catches a hang); a network beyond loopback; an
 assertion on how a sentence reads.
+
+``absent`` comes first: it stands in for packages that are not there, also in the processes that tests start.
 """
+
+from tests import absent as absent

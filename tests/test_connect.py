@@ -29,7 +29,7 @@ from primitives import CircuitBreaker
 from sandbox import markets as sandbox_markets
 from sandbox.exchanges import WIRES
 from sandbox.markets import Exchanges, Market
-from tests.helpers.base import HANG_LIMIT, HERE, World, run_task, ticks, until_async, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, World, run_task, ticks, until_async, wait_until
 from tests.helpers.market import (
     NAMES,
     SYMBOLS,
@@ -697,7 +697,7 @@ def test_the_servers_as_a_program() -> None:
         told = run_task(main())
         program.send_signal(signal.SIGTERM)
         assert json.loads(program.stdout.readline())["kraken"] == told
-        assert program.wait(HANG_LIMIT) == 0
+        assert program.wait(PROGRAM_LIMIT) == 0
 
 
 def test_whatever_an_adapter_raises_the_frame_is_not_lost(market_connect_them: Exchanges) -> None:

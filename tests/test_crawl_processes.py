@@ -28,7 +28,7 @@ from crawl import processes as cp
 from crawl import wire
 from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
-from tests.helpers.base import HANG_LIMIT, HERE, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, wait_until
 
 
 class sWeb:
@@ -92,7 +92,7 @@ def shares_start(*argv: object, **more: Any) -> Iterator[subprocess.Popen[bytes]
 
 def shares_run(*argv: object, input: bytes = b"", **more: Any) -> tuple[int, bytes, str]:
     with shares_start(*argv, **more) as child:
-        out, err = child.communicate(input, timeout=2 * HANG_LIMIT)
+        out, err = child.communicate(input, timeout=PROGRAM_LIMIT)
     return child.returncode, out or b"", err.decode()
 
 
@@ -270,7 +270,7 @@ def test_shares_a_killed_worker_costs_nothing_and_a_killed_parent_leaves_nothing
             victim.kill()
             wait_until(lambda: len({one.pid for one in shares_workers(program)} - {victim.pid}) == 2)
             open_.set()
-            _, err = program.communicate(timeout=HANG_LIMIT)
+            _, err = program.communicate(timeout=PROGRAM_LIMIT)
         rows = shares_rows((tmp_path / "rows").read_bytes())
         assert program.returncode == 0 and b"died (signal 9)" in err
         assert Counter(row["url"] for row in rows) == Counter(urls)
@@ -319,7 +319,7 @@ def test_shares_stop_in_two_stages_and_worker_that_always_dies() -> None:
                     gate.set()  # the grace time is enough
                 else:
                     os.kill(program.pid, signal.SIGINT)  # the second
-                out, err = program.communicate(timeout=HANG_LIMIT)
+                out, err = program.communicate(timeout=PROGRAM_LIMIT)
             assert not any(worker.is_running() for worker in workers)
             assert program.returncode == 130 and b"interrupted; " in err and b"Traceback" not in err
             rows = json.loads(out)
@@ -340,7 +340,7 @@ def test_shares_stop_in_two_stages_and_worker_that_always_dies() -> None:
                     for worker in [worker for worker in found if worker.pid > max(dead, default=found[0].pid)]:
                         dead.add(worker.pid)
                         worker.kill()
-            _, err = program.communicate(timeout=HANG_LIMIT)
+            _, err = program.communicate(timeout=PROGRAM_LIMIT)
         gate.set()
     assert program.returncode == 1 and b"died 3 times in a row" in err and b"Traceback" not in err
 
@@ -356,7 +356,7 @@ def test_shares_a_reader_that_leaves_ends_it() -> None:
             os.read(reading, 100)
             workers = shares_workers(program)
             os.close(reading)
-            _, err = program.communicate(timeout=HANG_LIMIT)
+            _, err = program.communicate(timeout=PROGRAM_LIMIT)
     assert (program.returncode, err) == (141, b"") and len(workers) == 2
     assert not any(worker.is_running() for worker in workers)
 

@@ -38,7 +38,7 @@ from html_parse import Page, parse_page
 from sandbox.faults import FAULTS, status_expect
 from sandbox.sites import Sandbox
 from tests.helpers import lock_order
-from tests.helpers.base import HANG_LIMIT, HERE, holds_the_loop, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, holds_the_loop, wait_until
 from tests.helpers.crawl import DRIVERS, kind, run_program, scrape, start, taken
 
 
@@ -424,7 +424,7 @@ def test_ctrl_c_writes_every_row_that_the_server_completed(driver: str, form: st
             child.stdin = None
             wait_until(lambda: len(web.log) > 100)
             child.send_signal(signal.SIGINT if form == "json" else signal.SIGTERM)
-            out, err = child.communicate(timeout=60)
+            out, err = child.communicate(timeout=PROGRAM_LIMIT)
         assert child.returncode == EXIT_INTERRUPTED
         text = out.decode()
         rows = json.loads(text) if form == "json" else list(csv.DictReader(io.StringIO(text, newline="")))
@@ -447,7 +447,7 @@ def test_what_does_not_finish_is_cut_off(driver: str, grace: str, web: Sandbox) 
         child.send_signal(signal.SIGINT)
         if grace == "60":
             child.send_signal(signal.SIGTERM)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=PROGRAM_LIMIT)
     assert child.returncode == EXIT_INTERRUPTED
     assert kind(json.loads(out)) == "interrupted"
     assert "Traceback" not in err.decode()
@@ -476,7 +476,7 @@ def test_a_reader_that_leaves_ends_it_quietly(driver: str, web: Sandbox) -> None
         assert child.stderr
         child.stdout.readline()
         child.stdout.close()
-        assert child.wait(60) == EXIT_PIPE
+        assert child.wait(PROGRAM_LIMIT) == EXIT_PIPE
         assert child.stderr.read() == b""
 
 
@@ -557,7 +557,7 @@ def test_rows_come_while_the_list_is_still_being_written(driver: str, web: Sandb
             child.stdin.flush()
             assert json.loads(child.stdout.readline())["status"] == 200
         child.stdin.close()
-        assert child.wait(60) == 0
+        assert child.wait(PROGRAM_LIMIT) == 0
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -17,7 +17,7 @@ import pytest
 from crawl.model import ScrapeResult
 from crawl.output import EXIT_INTERRUPTED
 from sandbox.sites import Sandbox
-from tests.helpers.base import HANG_LIMIT, wait_until
+from tests.helpers.base import HANG_LIMIT, PROGRAM_LIMIT, wait_until
 from tests.helpers.crawl import (
     DRIVERS,
     RAW_OK,
@@ -228,7 +228,7 @@ def test_the_counts_of_a_run_can_go_into_a_pipe(driver: str, web: Sandbox, tmp_p
     with start(driver, web.url("/"), "-q", "--stats", str(pipe)) as child:
         with open(pipe, encoding="utf-8") as reader:
             counts = json.loads(reader.read())
-        child.communicate(timeout=HANG_LIMIT)
+        child.communicate(timeout=PROGRAM_LIMIT)
     assert (child.returncode, counts["rows"]) == (0, 1)
 
 
@@ -317,6 +317,6 @@ def test_ctrl_c_during_a_body_tells_its_status(driver: str) -> None:
     with RawWeb({"/x": [answer]}) as web, start(driver, web.url("/x"), *options) as child:
         wait_until(lambda: bool(web.sent))
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=HANG_LIMIT)
+        out, err = child.communicate(timeout=PROGRAM_LIMIT)
     row = json.loads(out)
     assert (child.returncode, err, kind(row), row["status"]) == (EXIT_INTERRUPTED, b"", "interrupted", 200)

@@ -39,7 +39,7 @@ from primitives import RetryPolicy
 from runtime import postgres as db
 from runtime import spool as log_spool
 from sandbox.logs import MetadataApi
-from tests.helpers.base import HANG_LIMIT, HERE, run_task, until_async, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, until_async, wait_until
 from tests.helpers.logs import files, logs_ingest_serials, logs_ingest_up, logs_spool_open
 from tests.helpers.postgres import PgServer
 from tests.helpers.processes import answers_besieged, unread
@@ -76,7 +76,7 @@ class IngestProcess:
 
     def end(self) -> int:
         try:
-            code = self.process.wait(HANG_LIMIT)
+            code = self.process.wait(PROGRAM_LIMIT)
         except subprocess.TimeoutExpired:
             raise AssertionError(self.lines) from None
         self._reading.join()
@@ -153,7 +153,7 @@ def test_ingest_demo() -> None:
         environ = {**os.environ, "TMPDIR": str(temporary), "COLUMNS": "200"}
         environ.pop("DATABASE_URL", None)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, cwd=folder, env=environ) as process:
-            output = process.communicate(timeout=HANG_LIMIT)[0].decode()
+            output = process.communicate(timeout=PROGRAM_LIMIT)[0].decode()
         os.set_blocking(ours, False)
         said = os.read(ours, 1 << 20).decode()
     finally:
@@ -264,11 +264,11 @@ def test_ingest_nobody_reads_stderr(receivers: int, terminal: bool, logs_ingest_
             program.term()
             program.until(lambda found: found["status"] == "stopping")
             program.term()
-            assert program.process.wait(HANG_LIMIT) == 0
+            assert program.process.wait(PROGRAM_LIMIT) == 0
     with unread(*command, *more, terminal=terminal) as program:
         program.until(lambda found: found["stored"] == found["recovered"] == 100)
         program.term()
-        assert program.process.wait(HANG_LIMIT) == 0
+        assert program.process.wait(PROGRAM_LIMIT) == 0
     assert asyncio.run(logs_ingest_serials(logs_ingest_pg)) == list(range(1100))
 
 
@@ -700,7 +700,7 @@ def test_demo_in_the_embedded_database(tmp_path: Path) -> None:
         command = [sys.executable, str(temporary / "ingest_logs.py"), "--demo", "--database", "embedded"]
         command += ["--demo-seconds", "0.3", "--demo-rate", "1000"]
         environ = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": ""}
-        found = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
+        found = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=PROGRAM_LIMIT)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     assert found.returncode == 0, found.stderr

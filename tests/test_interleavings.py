@@ -18,7 +18,7 @@ import pytest
 import coordination as co
 import primitives as pr
 from tests.absent import needs
-from tests.helpers.base import HERE
+from tests.helpers.base import HERE, PROGRAM_LIMIT
 from tests.helpers.mechanisms import Turns, TurnsThread
 
 
@@ -313,7 +313,9 @@ def frontrun_main() -> None:
 def frontrun_found() -> Iterator[dict[str, str | None]]:
     program = Path(sys.executable).with_name("frontrun")
     code = f"import {__name__}; {__name__}.frontrun_main()"
-    done = subprocess.run([program, sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=HERE)
+    done = subprocess.run(
+        [program, sys.executable, "-c", code], capture_output=True, text=True, timeout=PROGRAM_LIMIT, cwd=HERE
+    )
     assert done.returncode == 0, done.stderr
     yield json.loads(done.stdout.splitlines()[-1])
 

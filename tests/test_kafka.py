@@ -30,7 +30,7 @@ from market import topics as mt
 from market.trade import Trade
 from runtime.spool import Spool, SpoolInUse
 from sandbox.broker import Broker
-from tests.helpers.base import HANG_LIMIT, HERE, run_task, until_async
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, until_async
 from tests.helpers.market import (
     MARKET_KAFKA_NOW,
     balanced,
@@ -764,5 +764,5 @@ def test_the_broker_runs_by_itself_until_it_is_told_to_end(tmp_path: Path) -> No
         host, port = process.stdout.readline().split(":")
         socket.create_connection((host, int(port)), HANG_LIMIT).close()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(HANG_LIMIT) == 130
+        assert process.wait(PROGRAM_LIMIT) == 130
     assert (tmp_path / "broker.log").exists()

@@ -42,7 +42,7 @@ from market.topics import decode
 from market.trade import BadFrame, Trade
 from sandbox.broker import Broker
 from sandbox.markets import Exchanges, Fault
-from tests.helpers.base import HANG_LIMIT, HERE, run_task, until_async, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, until_async, wait_until
 from tests.helpers.market import ABSENT, MarketPipelineBase, market_pipeline_metrics, market_pipeline_options
 from tests.helpers.processes import answers_besieged, unread
 
@@ -487,7 +487,7 @@ class MarketPipelineProcess:
         return found
 
     def wait(self) -> int:
-        code = self.process.wait(HANG_LIMIT)
+        code = self.process.wait(PROGRAM_LIMIT)
         self._thread.join(HANG_LIMIT)
         return code
 
@@ -621,7 +621,7 @@ def test_demo_on_a_terminal() -> None:
             ) as process:
                 os.close(theirs)
                 looking.start()
-                output = process.communicate(timeout=2 * HANG_LIMIT)[0].decode()
+                output = process.communicate(timeout=PROGRAM_LIMIT)[0].decode()
             looking.join(HANG_LIMIT)
         finally:
             os.close(ours)
@@ -773,7 +773,7 @@ def test_nobody_reads_stderr(terminal: bool, tmp_path: Path) -> None:
                 program.until(lambda found, n=n: found["published"]["published"] == found["computed"] == 9 * n)  # type: ignore[misc]
             children = psutil.Process(program.process.pid).children(True)
             program.term()
-            assert program.process.wait(HANG_LIMIT) == 0
+            assert program.process.wait(PROGRAM_LIMIT) == 0
             wait_until(lambda: not any(child.is_running() for child in children))
         trades = asyncio.run(market_pipeline_trades(broker.address, "unread"))
         for name in names:

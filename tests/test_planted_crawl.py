@@ -73,18 +73,6 @@ def test_the_simulation_finds_planted_bugs(planted: type[Frontier]) -> None:
             play(seed, planted)
 
 
-def test_simulate_names_the_seed_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate, "Frontier", PlantedUnlimited)
-    monkeypatch.setattr(simulate.simulate, "__defaults__", (None, PlantedUnlimited))
-    options = {name: default for name, (default, _) in bench.find_commands()["simulate"].options.items()}
-    with pytest.raises(SystemExit, match=r"seed \d+: Broken: "):
-        simulate.run(argparse.Namespace(**options | {"seeds": 50}))
-    with pytest.raises(Broken) as caught:
-        for seed in range(50):
-            simulate.simulate(seed, None, PlantedUnlimited)
-    assert caught.value.__notes__[0].startswith("seed ")
-
-
 class PlantedUncharged(Frontier):
     """A retry costs no token."""
 
@@ -342,6 +330,18 @@ def test_the_checker_catches_planted_bugs_within_100_seeds(planted: type[Frontie
     with pytest.raises(Broken):
         for seed in range(100):
             simulate.simulate(seed, None, planted)
+
+
+def test_simulate_names_the_seed_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate, "Frontier", PlantedUnlimited)
+    monkeypatch.setattr(simulate.simulate, "__defaults__", (None, PlantedUnlimited))
+    options = {name: default for name, (default, _) in bench.find_commands()["simulate"].options.items()}
+    with pytest.raises(SystemExit, match=r"seed \d+: Broken: "):
+        simulate.run(argparse.Namespace(**options | {"seeds": 50}))
+    with pytest.raises(Broken) as caught:
+        for seed in range(50):
+            simulate.simulate(seed, None, PlantedUnlimited)
+    assert caught.value.__notes__[0].startswith("seed ")
 
 
 class LateLinks(cs.SharedFrontier):

@@ -30,7 +30,7 @@ from crawl.output import EXIT_INTERRUPTED, encode_json
 from crawl.rows import build_article, validator
 from crawl.urls import normalise
 from tests.absent import needs
-from tests.helpers.base import HERE, wait_until
+from tests.helpers.base import HERE, PROGRAM_LIMIT, wait_until
 from tests.helpers.crawl import (
     FEEDS_DRIVERS,
     FEEDS_PATIENCE,
@@ -484,7 +484,7 @@ def test_the_end_waits_for_no_reader(program: tuple[str, ...], feeds_site: Site,
             gate.set()
             wait_until(lambda: b"/missing" in out.read_bytes())
             process.terminate()
-            assert process.wait(FEEDS_PATIENCE) == EXIT_INTERRUPTED
+            assert process.wait(PROGRAM_LIMIT) == EXIT_INTERRUPTED
             wait_until(lambda: all(proc_gone(reader.pid) for reader in readers))
         finally:
             gate.set()

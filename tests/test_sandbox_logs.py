@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox import logs as sl
-from tests.helpers.base import HANG_LIMIT, HERE, SETTINGS, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, SETTINGS, wait_until
 
 SANDBOX_5424 = re.compile(
     rb"<(\d{1,3})>1 (\S+Z) (\S+) (\S+) (\d+) REQ \[request@32473 id=\"[0-9a-f]{12}\" ms=\"\d+\"\] [a-z ]+ serial=(\d+)"
@@ -299,7 +299,7 @@ def test_command_sends_and_ends() -> None:
             "7",
         )
         with logs_sandbox_command(*arguments) as command:
-            out, err = command.communicate(timeout=HANG_LIMIT)
+            out, err = command.communicate(timeout=PROGRAM_LIMIT)
         assert command.returncode == 0, err
         wait_until(lambda: len(came) == 200)
     assert re.fullmatch(r"sent 200 events in \d+\.\d\d s, \d+/s: 0 failed, 0 refused, \d+\.\d\d s late\n", out)
@@ -317,7 +317,7 @@ def test_command_ends_by_a_signal(number: signal.Signals) -> None:
                 get(url.replace("{service}", "a"))
             wait_until(lambda: len(came) > 3)
             command.send_signal(number)
-            out, err = command.communicate(timeout=HANG_LIMIT)
+            out, err = command.communicate(timeout=PROGRAM_LIMIT)
         assert (command.returncode, err) == (130, "")
         wait_until(lambda: len(came) == int(out.split()[1].replace(",", "")))
     assert all(datagram.startswith(b"{") for datagram, _ in came)

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 
 from sandbox import faults as sf
 from sandbox import sites as sb
-from tests.helpers.base import HERE
+from tests.helpers.base import HERE, PROGRAM_LIMIT
 from tests.helpers.crawl import PATIENCE
 
 SILENCE = 0.25  # seconds for what must not
@@ -641,7 +641,9 @@ def test_no_first_answer_takes_longer_than_packing_a_bomb_once_does() -> None:
                 if spent > 2 * usual:
                     print(name, spent, usual)
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=HERE, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=HERE, timeout=PROGRAM_LIMIT
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -811,7 +813,7 @@ def test_command_serves_until_ctrl_c(tmp_path: Path) -> None:
                 sock.sendall(b"GET /p/2.html HTTP/1.0\r\n\r\n")
                 assert sandbox_split(file.read())[0] == 200
             process.send_signal(number)
-            _, errors = process.communicate(timeout=PATIENCE)
+            _, errors = process.communicate(timeout=PROGRAM_LIMIT)
             assert (process.returncode, errors) == (130, "")
             lines = (listed or Path(urls).read_text()).splitlines()
             assert len(lines) == 6 and lines[5] == f"http://127.0.1.2:{target.port}/p/2.html"
@@ -819,8 +821,8 @@ def test_command_serves_until_ctrl_c(tmp_path: Path) -> None:
 
 def test_command_explains_itself(tmp_path: Path) -> None:
     with sandbox_command("--list") as listing, sandbox_command("--help") as about:
-        table = listing.communicate(timeout=PATIENCE)[0].splitlines()
-        text = about.communicate(timeout=PATIENCE)[0]
+        table = listing.communicate(timeout=PROGRAM_LIMIT)[0].splitlines()
+        text = about.communicate(timeout=PROGRAM_LIMIT)[0]
     assert len(table) == len(sf.FAULTS) + 1 and (listing.returncode, about.returncode) == (0, 0)
     assert all(line in text for line in table) and "examples:" in text
     with sb.Sandbox(hosts=1) as sandbox:
@@ -831,6 +833,6 @@ def test_command_explains_itself(tmp_path: Path) -> None:
         )
         for args, code, message in wrong:
             with sandbox_command(*args) as process:
-                errors = process.communicate(timeout=PATIENCE)[1].splitlines()
+                errors = process.communicate(timeout=PROGRAM_LIMIT)[1].splitlines()
             assert process.returncode == code and message in errors[-1] and errors[-1].startswith("sandbox: ")
             assert not any("Traceback" in line for line in errors)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crawl.scope import MAX_QUERIES, Scope, Traps, registrable
-from tests.helpers.base import HERE
+from tests.helpers.base import HERE, PROGRAM_LIMIT
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ assert scope.registrable("a.b.example.co.uk") == "example.co.uk" and "publicsuff
     done = subprocess.run(
         [sys.executable, "-c", script, home],
         env={**os.environ, "HOME": home, "XDG_CACHE_HOME": home, "PYTHONPATH": str(HERE)},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=PROGRAM_LIMIT, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", [])
 

@@ -39,7 +39,7 @@ from logs.workers import Supervisor
 from runtime import serving
 from tests.absent import needs
 from tests.helpers.api import aggregate_http
-from tests.helpers.base import HANG_LIMIT, HERE, run_task, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, wait_until
 from tests.helpers.crawl import free_port, walk_crawl
 from tests.helpers.market import MarketPipelineBase, market_pipeline_metrics, market_pipeline_options
 from tests.helpers.processes import HEALTH, IDLERS, besiege, fill
@@ -404,7 +404,7 @@ def test_a_worker_writes_to_a_stderr_that_nobody_reads() -> None:
     """
     reading, writing, _ = full_pipe()
     command = [sys.executable, "-c", program % HANG_LIMIT]
-    child = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, cwd=HERE, timeout=5 * HANG_LIMIT)
+    child = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, cwd=HERE, timeout=PROGRAM_LIMIT)
     os.close(reading)
     os.close(writing)
     assert child.stdout == b"done\n"
@@ -422,7 +422,7 @@ def test_the_api_ends_while_nobody_reads_its_stderr(tmp_path: Path) -> None:
             fill(writing)
             assert aggregate_http(int(found[1]), "/health/live")[0] == 200
             server.send_signal(signal.SIGTERM)
-            assert server.wait(HANG_LIMIT) in (0, -signal.SIGTERM)
+            assert server.wait(PROGRAM_LIMIT) in (0, -signal.SIGTERM)
         finally:
             server.kill()
             os.close(reading)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from runtime import spool as log_spool
-from tests.helpers.base import HANG_LIMIT, HERE, SETTINGS, World, run_task, until_async
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, SETTINGS, World, run_task, until_async
 from tests.helpers.logs import (
     NOON,
     logs_spool_open,
@@ -198,7 +198,9 @@ def logs_spool_program(folder: Path, body: str, **options: Any) -> subprocess.Co
         "asyncio.run(main())\n"
     )
     command = [sys.executable, "-c", program, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=60, check=False, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=HERE, timeout=PROGRAM_LIMIT, check=False, **options
+    )
 
 
 @pytest.mark.parametrize(

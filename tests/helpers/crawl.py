@@ -44,7 +44,7 @@ from crawl.output import RowWriter, Run
 from crawl.robots import MAX_ROBOTS
 from runtime import serving
 from sandbox.sites import Sandbox
-from tests.helpers.base import HANG_LIMIT, HERE
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT
 
 
 def taken(decision: Request | float | None) -> Request:
@@ -138,7 +138,7 @@ def start(driver: str, *argv: str, stdin: Any = subprocess.DEVNULL, **more: Any)
 
 def run_program(driver: str, *argv: str, input: bytes = b"", **more: Any) -> tuple[int, bytes, str]:
     with start(driver, *argv, stdin=subprocess.PIPE, **more) as child:
-        out, err = child.communicate(input, timeout=2 * HANG_LIMIT)
+        out, err = child.communicate(input, timeout=PROGRAM_LIMIT)
     return child.returncode, out, err.decode()
 
 
