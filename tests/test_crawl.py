@@ -45,11 +45,10 @@ from crawl.robots import LARGE, rules_for
 from sandbox import faults as sf
 from sandbox import sites as sb
 from sandbox.sites import Sandbox
-from tests.helpers.base import HANG_LIMIT, HERE, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, free_port, wait_until
 from tests.helpers.crawl import (
     DRIVERS,
     ROBOTS_LARGE,
-    free_port,
     kind,
     robots_file,
     walk,

@@ -39,7 +39,7 @@ from primitives import RetryPolicy
 from runtime import postgres as db
 from runtime import spool as log_spool
 from sandbox.logs import MetadataApi
-from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, until_async, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, free_port, run_task, until_async, wait_until
 from tests.helpers.logs import files, logs_ingest_serials, logs_ingest_up, logs_spool_open
 from tests.helpers.postgres import PgServer
 from tests.helpers.processes import answers_besieged, unread
@@ -248,9 +248,7 @@ def test_ingest_a_worker_that_dies_is_replaced_and_loses_nothing_in_the_kernel(
 @pytest.mark.parametrize(("receivers", "terminal"), [(1, False), (2, False), (1, True)])
 def test_ingest_nobody_reads_stderr(receivers: int, terminal: bool, logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     """All is stored, and it stops in two stages as ever."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
-        free.bind(("127.0.0.1", 0))
-        to = free.getsockname()
+    to = ("127.0.0.1", free_port(socket.SOCK_DGRAM))
     command = ("ingest_logs.py", "--listen", f"127.0.0.1:{to[1]}", "--spool", str(tmp_path), "--flush", "0.05")
     more = ("--database", logs_ingest_pg.url, "--receivers", str(receivers), "--stop-limit", "60")
     with unread(*command, *more, terminal=terminal) as program:

@@ -39,8 +39,8 @@ from logs.workers import Supervisor
 from runtime import serving
 from tests.absent import needs
 from tests.helpers.api import aggregate_http
-from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, wait_until
-from tests.helpers.crawl import free_port, walk_crawl
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, free_port, run_task, wait_until
+from tests.helpers.crawl import walk_crawl
 from tests.helpers.market import MarketPipelineBase, market_pipeline_metrics, market_pipeline_options
 from tests.helpers.processes import HEALTH, IDLERS, besiege, fill
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -168,3 +171,14 @@ HERE = Path(__file__).resolve().parents[2]
 
 def texts(svg: str) -> list[str]:
     return [part.text or "" for part in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+_ports = itertools.count(20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+
+
+def free_port(kind: int = socket.SOCK_STREAM) -> int:
+    """A port of this process's share, below those that the system gives out: no other test gets it meanwhile."""
+    while True:
+        with socket.socket(socket.AF_INET, kind) as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port := next(_ports)))
+            return port

@@ -488,9 +488,4 @@ def walk_row(url: str, /, *links: str, **more: Any) -> bytes:
     return json.dumps(dataclasses.asdict(row) | more).encode().replace(b'{"url": ', b'{"url":') + b"\n"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
-
-
 PATIENCE = HANG_LIMIT  # seconds for what must come

@@ -24,8 +24,7 @@ import psutil
 
 from runtime import processes
 from tests.helpers.api import aggregate_http
-from tests.helpers.base import HANG_LIMIT, HERE, wait_until
-from tests.helpers.crawl import free_port
+from tests.helpers.base import HANG_LIMIT, HERE, free_port, wait_until
 
 PROC_PATIENCE = HANG_LIMIT
 
