@@ -476,7 +476,7 @@ continue-on-failure = true
 cache.enabled = false
 [generation]
 deterministic = true
-max-examples = 6
+max-examples = 10
 [phases.examples]
 enabled = false  # it puts together what does not belong together
 [phases.stateful]

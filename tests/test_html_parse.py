@@ -374,7 +374,7 @@ def test_any_bytes(body: bytes, content_type: str | None, url: str) -> None:
     parse_page(body, url, content_type)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join))
 @example("<svg><svg></svg><title>x</svg><a href=/1>")
 @example("<template><noscript></template>x</noscript>y")
@@ -492,14 +492,14 @@ def tags(draw: st.DrawFn) -> str:
     return tag + draw(st.sampled_from([">", " >", " />"]))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(tags())
 def test_plain_attributes_equal_those_of_html_parser(tag: str) -> None:
     plain = html_parse._plain_attributes(tag.encode())
     assert plain is None or plain == html_parse._read_attributes(tag.encode())
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(tags())
 def test_ordinary_anchors_equal_unusual_ones(tag: str) -> None:
     attributes = html_parse._attributes(tag.encode())
@@ -533,7 +533,7 @@ addresses = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(bases, st.lists(addresses, max_size=5))
 @example("http://h.example/", ["http://h.example/a/%2e%2e/b"])
 @example("http://h.example/a/b", ["c/.%2e/d"])
@@ -557,7 +557,7 @@ def test_resolving_all_equals_joining_each(base: str, hrefs: list[str]) -> None:
         assert html_parse._resolve(start, [href.replace("&", "&amp;").encode() for href in hrefs]) == urls
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     st.lists(
         st.sampled_from(
