@@ -24,7 +24,6 @@ import asyncio
 import inspect
 import math
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +36,8 @@ from crawl.hosts import Question
 from crawl.http_aiohttp import Fetcher
 from crawl.model import Options, Request, Response, ScrapeResult
 from crawl.net import detail
-from crawl.output import EXIT_INTERRUPTED, RowBatches
+from crawl.output import EXIT_INTERRUPTED, run_in_loop
 from crawl.readers import Readers
-from runtime.serving import Lag, new_loop
 
 INLINE_PARSE = 256 * 1024
 """Largest body in bytes that is parsed in the loop: 2 to 3 ms."""
@@ -91,7 +89,7 @@ class Driver:
         self._crawl, self._emit = crawl, emit
         self._fetcher = Fetcher(crawl)
         self._work = WorkQueue(crawl)
-        self._readers = Readers(crawl.processes)
+        self._readers = Readers()
         # What is parsed here is in one thread: more would only share one interpreter. What readers read is waited for.
         waits = self._readers.count if crawl.options.feeds else 1
         self._parser = ThreadPoolExecutor(waits, "parser")
@@ -190,12 +188,6 @@ class Driver:
             os._exit(EXIT_INTERRUPTED)
         self._work.changed()
 
-    def cut_off(self) -> None:
-        """Finish nothing: end at once."""
-        if not self._crawl.interrupted:
-            self.stop()
-        self._force()
-
     def _force(self) -> None:
         self._fetcher.aborted = True
         self._readers.kill()
@@ -206,27 +198,9 @@ class Driver:
 # ------------------------------------------------------------------------------------------------------- program
 
 
-async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None]) -> None:
-    rows, lag = RowBatches(emit, crawl.options.concurrency), Lag()
-    crawl.loop_lags, watch = lag.recent, asyncio.create_task(lag.watch())
-    try:
-        async with crawl.joined(rows.put) as put:
-            driver = Driver(crawl, put)
-            if put == rows.put:
-                rows.written = driver.give_back
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, driver.stop)
-            await driver.run(urls)
-    finally:
-        watch.cancel()
-        await rows.close()
-
-
 def run(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None]) -> None:
     """The crawl of the command line, with signals."""
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_program(crawl, urls, emit))
+    run_in_loop(crawl, urls, emit, Driver)
 
 
 async def scrape_all(
@@ -258,4 +232,4 @@ async def scrape_all(
 
 
 if __name__ == "__main__":
-    sys.exit(main("crawl_async.py", run, driver=Driver))
+    sys.exit(main("crawl_async.py", run))

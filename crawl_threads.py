@@ -103,7 +103,7 @@ class Driver:
         self._crawl, self._emit = crawl, emit
         self._fetcher = Fetcher(crawl)
         self._work = WorkQueue(crawl)
-        self._readers = Readers(crawl.processes)
+        self._readers = Readers()
         self._parser = ThreadPoolExecutor(1, "parser")
         self._pool = ThreadPoolExecutor(crawl.options.concurrency, thread_name_prefix="worker")
         self._lock = new_lock("Driver")

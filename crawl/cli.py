@@ -18,9 +18,9 @@ import resource
 import stat
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-from crawl.core import Crawl
+from crawl.core import HELPERS_LEAD, Crawl
 from crawl.errors import ERROR_KINDS
 from crawl.explain import print_explanation
 from crawl.journal import JournalError, open_anew, open_journal, recall
@@ -41,9 +41,6 @@ from crawl.scope import Scope
 from crawl.url_list import read_urls
 from runtime.packages import missing
 from runtime.serving import SIZES, size
-
-if TYPE_CHECKING:
-    from crawl.process_worker import MakeDriver
 
 
 def processes(text: str) -> int:
@@ -68,8 +65,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (--help tells more)\n")
 
 
-def make_parser(program: str, *, spreads: bool = False) -> argparse.ArgumentParser:
-    """``spreads``: the program's driver can run in many processes."""
+def make_parser(program: str) -> argparse.ArgumentParser:
     default = Options()
     kinds = "\n".join(f"  {kind:12} {text}" for kind, text in ERROR_KINDS.items())
     parser = Parser(
@@ -123,11 +119,8 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     option(load, "--rate", float, "requests per second to one host; 0: no limit")
     option(load, "--burst", int, "requests to one host that may go at once after a rest")
     option(load, "--total-rate", float, "requests per second to all hosts together; 0: no limit")
-    if spreads:
-        text = "side by side, each with a share of the hosts; 0 or auto: one for each processor (default 1)"
-        load.add_argument("--processes", type=processes, default=1, metavar="N", help=text)
-    else:
-        parser.set_defaults(processes=1)
+    text = "that fetch and read pages, for one frontier; 0 or auto: one for each processor (default 1: this one)"
+    load.add_argument("--processes", type=processes, default=1, metavar="N", help=text)
     load.add_argument("--adaptive", action="store_true", default=None, help="find each host's rate, up to --rate")
     crawl = parser.add_argument_group("following links")
     option(crawl, "--depth", int, "links away from the list; 0: the list only")
@@ -181,10 +174,8 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     return parser
 
 
-def parse_arguments(
-    program: str, argv: list[str] | None, *, spreads: bool = False
-) -> tuple[argparse.Namespace, Options]:
-    parser = make_parser(program, spreads=spreads)
+def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Namespace, Options]:
+    parser = make_parser(program)
     args = parser.parse_intermixed_args(argv)
     args.sources = [source.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for source in args.sources]
     given = {
@@ -197,9 +188,9 @@ def parse_arguments(
     elif not args.sources and not args.frontier:
         parser.error("no URLs: name a file, a URL, or - for stdin; or try --demo")
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    if args.frontier and (args.resume or args.explain or not spreads):
+    if args.frontier and (args.resume or args.explain or program != "crawl_async.py"):
         parser.error("--frontier is for crawl_async.py, without --resume (each worker goes on) and --explain")
-    if args.frontier and (getattr(args, "processes", None) or 1) > 1:
+    if args.frontier and args.processes > 1:
         parser.error("--frontier and --processes do not go together: start several workers instead")
     if args.lease is not None and not 1 <= args.lease <= 3600:
         parser.error("--lease must be 1 to 3600 seconds")
@@ -238,17 +229,17 @@ def more_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
 
 
-def main(program: str, run: Run, argv: list[str] | None = None, *, driver: MakeDriver | None = None) -> int:
-    """A crawler's whole program around ``run``, which crawls in this process, and ``driver``, which does in others if
-    there is one (--processes). Returns the exit code."""
+def main(program: str, run: Run, argv: list[str] | None = None) -> int:
+    """A crawler's whole program around ``run``, which crawls in this process, or helps out in others (--processes).
+    Returns the exit code."""
     try:
-        return _main(program, run, argv, driver)
+        return _main(program, run, argv)
     except KeyboardInterrupt:  # before the driver listens to signals, or after
         return EXIT_INTERRUPTED
 
 
-def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | None) -> int:
-    args, options = parse_arguments(program, argv, spreads=driver is not None)
+def _main(program: str, run: Run, argv: list[str] | None) -> int:
+    args, options = parse_arguments(program, argv)
     more_open_files()
     gc.set_threshold(10_000, 20, 50)  # of the thousands of objects that a page takes, hardly any are cyclic
     with contextlib.ExitStack() as stack:
@@ -258,7 +249,10 @@ def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | N
             if args.status:
                 print(shared_status(args.frontier))
                 return EXIT_OK
-            crawl = join_shared(options, args.frontier, args.lease) if args.frontier else Crawl(options)
+            if args.frontier:
+                crawl = join_shared(options, args.frontier, args.lease)
+            else:
+                crawl = Crawl(options, lead=HELPERS_LEAD if args.processes > 1 else None)
         except (ValueError, RuntimeError) as error:
             return fail(program, str(error), error)
         if args.explain:
@@ -301,10 +295,10 @@ def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | N
         output = Output(crawl, writer)
         rows_on_screen = args.output is None and sys.stdout.isatty()
         with progress(crawl, sys.stderr.isatty() and not args.quiet and not rows_on_screen):
-            if args.processes > 1 and driver is not None:
+            if args.processes > 1:
                 from crawl.processes import run_processes
 
-                run_processes(crawl, urls, output, args.processes, driver, program)
+                run_processes(crawl, urls, output.emit, args.processes, run)
             else:
                 run(crawl, urls, output.emit)
         output.close()

@@ -55,6 +55,8 @@ from crawl.urls import is_secret, normalise, origin, split_credentials
 from primitives import RetryPolicy
 from runtime.http_dates import parse_retry_after
 
+HELPERS_LEAD = 0.02
+"""Seconds that a request is handed out before it may be sent, where it goes to another process first."""
 BODY_PATIENCE = 1.0
 """Seconds for the body of an answer whose status and headers say already what is next: then the connection is kept."""
 
@@ -86,18 +88,22 @@ class Crawl:
         clock: Clock = time.monotonic,
         rng: Rng = random.random,
         frontier: Callable[..., Frontier] = Frontier,
+        lead: float | None = None,
     ) -> None:
+        """``lead``: seconds by which the frontier hands out a request before it may be sent; None: as threads and tasks
+        need it."""
         self.options = options
         self.clock, self.rng = clock, rng
         self.follows = bool(options.depth or options.sitemaps)
         self.obeys = self.follows if options.robots is None else options.robots
-        fast = max(options.rate, options.total_rate) > 5
+        if lead is None:
+            lead = 0.002 if max(options.rate, options.total_rate) > 5 else 0.0
         self.frontier = frontier(
             rate=options.rate,
             burst=options.burst,
             per_host=options.per_host,
             total_rate=options.total_rate,
-            lead=0.002 if fast else 0.0,
+            lead=lead,
             robots=self.obeys,
             host_pages=options.host_pages,
             max_pages=options.max_pages,
@@ -127,8 +133,6 @@ class Crawl:
         """Told what a user should know, in one line."""
         self.read: Read = in_place
         """By which feeds and articles are read; a driver has it done where it can be ended. Raises FetchError."""
-        self.processes = 1
-        """How many processes like this one share the processors."""
         self.interrupted = False
         self.ask_robots_only = False
         self.asked: Rules | None = None
@@ -245,17 +249,25 @@ class Crawl:
             if request.kind == "feed":
                 self.changed()
             return result
-        if not self.follows:
-            return build_row(request, outcome)
-        row = build_row(request, outcome, CrawlResult, self.options.user_agent)
-        assert isinstance(row, CrawlResult)
-        if self.options.dedupe and isinstance(outcome, Response) and row.error is None:
-            row.digest = hashlib.blake2b(outcome.body, digest_size=12).hexdigest()
+        row = self.page_row(request, outcome)
+        if not isinstance(row, CrawlResult):
+            return row
+        if row.digest:
             with self._lock:
                 first = self.bodies.setdefault(row.digest, row.url)
             row.duplicate_of = None if first == row.url else first
         if row.duplicate_of is None:
-            self.follow(row, leads_private(request.private, request.host))
+            new = outcome.new_links if isinstance(outcome, Response) else None
+            self.follow(row, leads_private(request.private, request.host), new)
+        return row
+
+    def page_row(self, request: Request, outcome: Response | FetchError) -> ScrapeResult:
+        """The row of a page, without what other pages have to do with it."""
+        if isinstance(outcome, Response) and outcome.row is not None:
+            return outcome.row
+        row = build_row(request, outcome, self.form, self.options.user_agent)
+        if self.options.dedupe and isinstance(row, CrawlResult) and isinstance(outcome, Response) and not row.error:
+            row.digest = hashlib.blake2b(outcome.body, digest_size=12).hexdigest()
         return row
 
     def broken(self, request: Request, error: FetchError) -> ScrapeResult | None:
@@ -270,15 +282,17 @@ class Crawl:
         size = min(size, LARGE) if request.kind == "robots" else size
         return len(response.body) > size or request.kind in ("sitemap", "feed") or self.options.feeds
 
-    def follow(self, row: CrawlResult, private: bool) -> None:
-        """Add the links of a page that are to be followed."""
+    def links_to_follow(self, row: CrawlResult) -> list[str]:
+        """Those that the page lets us follow, in scope or not."""
         if row.depth >= self.options.depth or row.error or "nofollow" in (row.robots or ""):
-            return
+            return []
         unwanted = set(row.nofollow)
+        return [link for link in row.links_found if link not in unwanted]
+
+    def follow(self, row: CrawlResult, private: bool, links: Iterable[str] | None = None) -> None:
+        """Add the links of a page that are to be followed; of ``links`` only, if they are given."""
         targets = []
-        for link in row.links_found:
-            if link in unwanted:
-                continue
+        for link in self.links_to_follow(row) if links is None else links:
             try:
                 target = normalise(self.scope.clean(link))[0]
             except FetchError:

@@ -207,8 +207,14 @@ class Frontier:
             if host := self._robots.answer(question, allowed, now):
                 self._scheduler.schedule(host, now)
 
-    def clear_to_send(self, request: Request, now: float) -> float:
-        """0.0: send now, the tokens are taken. Else the seconds after which to ask again.
+    def is_unmetered(self, request: Request, now: float) -> bool:
+        """Whether the request may be sent now, and needs no token for it."""
+        with self._lock:
+            host = self._hosts[request.host]
+            return not (host.gate or self._total_gate) and host.paused_until <= now < self._lease_end
+
+    def clear_to_send(self, request: Request, now: float, ahead: float = 0.0) -> float:
+        """0.0, or at most ``ahead``: send in so many seconds, the tokens are taken. Else when to ask again.
 
         Raises Postponed when that would be longer than a second, for instance because the host was paused meanwhile:
         the worker puts the request back instead of waiting for it.
@@ -221,11 +227,11 @@ class Frontier:
             wait = max(host.paused_until - now, *(gate.wait_for(1, now) for gate in gates), 0.0)
             if wait > 1.0:
                 raise Postponed
-            if wait > NANOSECOND:
+            if wait > max(ahead, NANOSECOND):
                 return wait
             for gate in gates:
                 gate.reserve(1, now)
-            return 0.0
+            return wait if wait > NANOSECOND else 0.0
 
     def stop(self) -> None:
         """Hand out nothing more."""

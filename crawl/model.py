@@ -115,6 +115,8 @@ class Request:
     """The list names it: a page or sitemap did not lead here."""
     held: float = 0.0
     """Seconds that its present hop has waited for its turn to be sent."""
+    deaths: int = 0
+    """Helpers that died while they had it."""
     strayed: bool = False
     """A redirect led to another origin: from then on, also back at the first one, no credentials of the user's."""
 
@@ -126,6 +128,10 @@ class Response:
     """Those of RESPONSE_HEADERS that came."""
     body: bytes
     seconds: float = 0.0
+    row: ScrapeResult | None = None
+    """Of a page that a helper has read; there is no body then."""
+    new_links: list[str] | None = None
+    """Those of the row's links to follow that were not told of before; None: all of them."""
 
 
 @dataclass(frozen=True, slots=True)

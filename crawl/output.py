@@ -20,20 +20,22 @@ import re
 import resource
 import sys
 import threading
-from collections.abc import Callable, Iterable
-from typing import BinaryIO
+from collections.abc import Awaitable, Callable, Iterable
+from typing import BinaryIO, Protocol
 
 import orjson
 
 from coordination import Channel, new_lock
 from crawl.core import Crawl
 from crawl.model import ScrapeResult
+from runtime.serving import Lag, new_loop, stopped_by_signals
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
 Emit = Callable[..., None]
 """Takes rows; returns when they are written."""
 Run = Callable[[Crawl, Iterable[str], Emit], None]
 """Crawls a list in this process, with signals."""
+MakeDriver = Callable[[Crawl, Callable[[ScrapeResult], Awaitable[object]]], "LoopDriver"]
 FIELDS = [field.name for field in dataclasses.fields(ScrapeResult)]
 
 
@@ -66,25 +68,16 @@ def cell(value: object) -> object:
 class RowWriter:
     """Rows as ``jsonl``, ``json`` (one array) or ``csv`` (RFC 4180, with a header; links separated by spaces)."""
 
-    def __init__(
-        self, stream: BinaryIO, form: str, row: type[ScrapeResult] = ScrapeResult, *, begun: bool = False
-    ) -> None:
+    def __init__(self, stream: BinaryIO, form: str, row: type[ScrapeResult] = ScrapeResult) -> None:
         self._stream, self.form = stream, form
-        self._rows = int(begun)
+        self._rows = 0
         self._fields = [field.name for field in dataclasses.fields(row)]
-        if form == "csv" and not begun:
+        if form == "csv":
             self._write(encode_csv(self._fields))
 
     def write(self, *rows: ScrapeResult) -> None:
         """All of them in one write, so that a thread with many rows gives up the interpreter once."""
         self._write(b"".join(map(self.encode, rows)))
-
-    def write_encoded(self, rows: int, data: bytes | memoryview) -> None:
-        """Rows that another writer, which had ``begun``, has encoded."""
-        if self.form == "json" and not self._rows:
-            data = b"[" + bytes(data[1:])
-        self._rows += rows
-        self._write(data)
 
     def encode(self, row: ScrapeResult) -> bytes:
         first, self._rows = not self._rows, self._rows + 1
@@ -150,15 +143,6 @@ class Output:
         for row in rows:
             self._crawl.stats.count_row(row)
 
-    def emit_encoded(self, rows: int, data: memoryview) -> bool:
-        """Rows of another process, which counts them; from one thread at a time. False if they cannot be written."""
-        if self._crawl.failure is None:
-            try:
-                self.writer.write_encoded(rows, data)
-            except Exception as error:
-                self._crawl.fail(error)
-        return self._crawl.failure is None
-
     def close(self) -> None:
         if not isinstance(self._crawl.failure, OSError):
             try:
@@ -221,6 +205,36 @@ class RowBatches:
             self._batch = []
         self._batches.close()
         await asyncio.to_thread(self._writer.join)
+
+
+class LoopDriver(Protocol):
+    """What crawls, in an event loop."""
+
+    async def run(self, urls: Iterable[str], /) -> None: ...
+    def stop(self) -> None: ...
+    def give_back(self, rows: int, /) -> None:
+        """So many of the rows that it emitted are written."""
+
+
+async def _run(crawl: Crawl, urls: Iterable[str], emit: Emit, make_driver: MakeDriver) -> None:
+    rows, lag = RowBatches(emit, crawl.options.concurrency), Lag()
+    crawl.loop_lags, watch = lag.recent, asyncio.create_task(lag.watch())
+    try:
+        async with crawl.joined(rows.put) as put:
+            driver = make_driver(crawl, put)
+            if put == rows.put:
+                rows.written = driver.give_back
+            with stopped_by_signals(driver.stop):
+                await driver.run(urls)
+    finally:
+        watch.cancel()
+        await rows.close()
+
+
+def run_in_loop(crawl: Crawl, urls: Iterable[str], emit: Emit, make_driver: MakeDriver) -> None:
+    """The crawl of the command line in an event loop, with signals. ``make_driver`` is called there."""
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(_run(crawl, urls, emit, make_driver))
 
 
 def peak_memory_mb() -> float:

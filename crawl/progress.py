@@ -91,7 +91,7 @@ def write_stats(crawl: Crawl, file: TextIO) -> None:
             "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
             "peak_memory_mb": peak_memory_mb(),
         }
-        | crawl.stats.processes()
+        | crawl.stats.processes
     )
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.truncate(0)

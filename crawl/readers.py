@@ -156,11 +156,11 @@ class ReadersStats(NamedTuple):
 
 
 class Readers:
-    """``read(function, body, *more)`` in one of ``count`` processes. For threads; ``processes`` share the machine."""
+    """``read(function, body, *more)`` in one of ``count`` processes. For threads."""
 
-    def __init__(self, processes: int = 1) -> None:
+    def __init__(self) -> None:
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.count = max(2, min(MOST, processors // processes))  # two: a slow document never has the only one
+        self.count = max(2, min(MOST, processors))  # two: a slow document never has the only one
         self._free = threading.Condition(new_lock("Readers"))
         self._template: Template | None = None
         self._idle: list[Reader] = []

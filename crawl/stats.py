@@ -21,6 +21,8 @@ class Stats:
         self.robots = self.sitemaps = self.sitemap_errors = self.unchanged = 0
         self.errors: Counter[str] = Counter()
         self.statuses: Counter[int] = Counter()
+        self.processes: dict[str, Any] = {}
+        """What --stats tells besides, at the end, if there were helpers."""
 
     def count(self, **what: int) -> None:
         with self._lock:
@@ -59,7 +61,3 @@ class Stats:
                 "seconds": round(seconds, 3),
                 "rows_per_second": round(self.rows / seconds, 1),
             }
-
-    def processes(self) -> dict[str, Any]:
-        """What --stats tells besides if there are worker processes."""
-        return {}

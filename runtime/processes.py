@@ -29,15 +29,17 @@ import fcntl
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkProcess, SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -48,6 +50,7 @@ BURIAL = 5.0
 """Seconds that a killed worker gets to be gone; the system may hold one that waits for a disk for longer."""
 
 
+_STOP = {signal.SIGINT, signal.SIGTERM}
 ROOT = str(Path(__file__).resolve().parents[1])
 
 
@@ -79,6 +82,31 @@ def module_command(module: str, *arguments: object) -> list[str]:
     """The command line that runs ``main`` of a module of this project, whatever the current folder."""
     program = f"import sys; sys.path.insert(0, {ROOT!r}); from {module} import main; main()"
     return [sys.executable, "-P", "-c", program, *map(str, arguments)]
+
+
+def start_child(function: Callable[..., None], sock: socket.socket, *args: Any) -> BaseProcess:
+    """Run ``function(sock, *args)`` in a process that has nothing else of ours but stderr, and does not hear Ctrl-C and
+    SIGTERM: a copy of this one, which begins at once, where it has one thread; else a fresh interpreter."""
+    fresh = threading.active_count() > 1 or sys.platform != "linux"
+    if fresh:
+        resource_tracker.ensure_running()  # which clears the mask
+    make = SpawnProcess if fresh else ForkProcess
+    process = make(target=_child, args=(function, sock, *args))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return process
+
+
+def _child(function: Callable[..., None], sock: socket.socket, *args: Any) -> None:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1):
+        os.dup2(nothing, descriptor)
+    os.closerange(3, sock.fileno())  # a copy has all: who waits for the end of one, or for its lock, waits for us
+    os.closerange(sock.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+    function(sock, *args)
 
 
 def _begin(nice: int) -> None:

@@ -193,7 +193,7 @@ def test_a_write_that_fails_ends_the_run_and_holds_up_nobody(failure: Exception)
 )  # fmt: skip
 def test_wrong_usage_is_one_line_and_exit_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse_arguments("crawl_async.py", argv, spreads=True)
+        parse_arguments("crawl_async.py", argv)
     said = capsys.readouterr().err
     assert (caught.value.code, said.count("\n")) == (EXIT_USAGE, 1)
     assert message in said
@@ -248,6 +248,6 @@ def test_options_from_the_command_line() -> None:
 
 
 def test_help_names_every_kind_of_error_and_exit_code() -> None:
-    text = make_parser("crawl_async.py", spreads=True).format_help()
+    text = make_parser("crawl_async.py").format_help()
     for word in [*ERROR_KINDS, "examples:", "exit codes:", "--per-host", "(default 64)"]:
         assert word in text

@@ -56,7 +56,6 @@ from tests.helpers.crawl import (
     walk_row,
 )
 
-SPREADS = {"crawl_async": crawl_async.Driver}
 RUN: dict[str, Callable[..., None]] = {"crawl_threads": crawl_threads.run, "crawl_async": crawl_async.run}
 
 
@@ -121,7 +120,7 @@ class Web:
 def walk_main(driver: str, *argv: str) -> int:
     threshold = gc.get_threshold()
     try:
-        return crawl_cli.main(f"{driver}.py", RUN[driver], list(argv), driver=SPREADS.get(driver))
+        return crawl_cli.main(f"{driver}.py", RUN[driver], list(argv))
     finally:
         gc.set_threshold(*threshold)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import crawl_async
 import ingest_logs
 import market_pipeline
 from crawl import cli
@@ -46,7 +45,7 @@ def test_crawlers_say_what_to_install(option: str, hint: str, capfd: pytest.Capt
 
     argv = ["http://127.0.0.1:9/", *option.split()]
     name = " ".join(option.split()[: 2 if "domain" in option else 1])
-    assert cli.main("crawl_async.py", run, argv, driver=crawl_async.Driver) == 1
+    assert cli.main("crawl_async.py", run, argv) == 1
     assert capfd.readouterr() == ("", f"crawl_async.py: {name} needs {hint}\n")
 
 

@@ -287,10 +287,7 @@ def test_killed_worker_is_followed(
     listed, noted = tmp_path / "urls.txt", tmp_path / "noted"
     listed.write_text("".join(shared_site.url("/", host) + "\n" for host in range(4)))
     options = ["--frontier", shared_pg.url, "--depth", "20", "--rate", "20", "--no-robots", "--lease", "1", "-q"]
-    program = (
-        NOTE
-        + "    import crawl_async\n    crawl_async.main('crawl_async.py', crawl_async.run, driver=crawl_async.Driver)"
-    )
+    program = NOTE + "    import crawl_async\n    crawl_async.main('crawl_async.py', crawl_async.run)"
     command = [sys.executable, "-c", program, str(noted), str(listed), *options]
     note(noted, monkeypatch)
 
@@ -420,7 +417,7 @@ def test_redirects_to_hosts_of_others(shared_pg: PgServer) -> None:
 
 
 def test_command_line(shared_pg: PgServer, capfd: pytest.CaptureFixture[str]) -> None:
-    run = functools.partial(crawl_cli.main, "crawl_async.py", crawl_async.run, driver=crawl_async.Driver)
+    run = functools.partial(crawl_cli.main, "crawl_async.py", crawl_async.run)
     assert run(["--frontier", shared_pg.url, "--status"]) == 0
     assert "0 hosts" in capfd.readouterr().out
     with Sandbox(hosts=1, pages=5, page_bytes=100) as site:
