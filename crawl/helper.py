@@ -219,8 +219,9 @@ class HelperCrawl(Crawl, asyncio.Protocol):
         os._exit(0)
 
     def _receive(self) -> None:
-        while data := self._sock.recv(1 << 18):
-            self.data_received(data)
+        with contextlib.suppress(OSError):
+            while data := self._sock.recv(1 << 18):
+                self.data_received(data)
         self.eof_received()
 
 

@@ -118,6 +118,10 @@ class Helper(asyncio.Protocol):
         if self.alive:
             self._transport.write_eof()
 
+    def abort(self) -> None:
+        if self.alive:
+            self._transport.abort()
+
     def kill(self) -> None:
         self._process.kill()
 
@@ -191,6 +195,9 @@ class Parent:
                 async with asyncio.timeout(PARTING):
                     for helper in self._helpers:
                         await helper.ended.wait()
+            for helper in self._helpers:
+                helper.abort()
+            await asyncio.sleep(0)  # until their sockets are closed
             await asyncio.to_thread(self._readers.close)
             crawl.stats.processes = self._usage()
 
@@ -231,7 +238,7 @@ class Parent:
     def _helper_for(self, host: str) -> Helper:
         usual = self._ready[hash(host) % len(self._ready)]
         least = min(self._ready, key=lambda helper: len(helper.granted))
-        return usual if len(usual.granted) <= 1.25 * len(least.granted) + 1 else least
+        return usual if len(usual.granted) <= len(least.granted) + 2 else least
 
     def _grant(self, helper: Helper, request: Request, now: float) -> None:
         crawl, listed = self._crawl, self._crawl.listed

@@ -84,10 +84,15 @@ def module_command(module: str, *arguments: object) -> list[str]:
     return [sys.executable, "-P", "-c", program, *map(str, arguments)]
 
 
+def may_fork() -> bool:
+    """Whether a copy of this process works: another thread could hold a lock, which nobody would release in it."""
+    return threading.active_count() == 1 and sys.platform == "linux"
+
+
 def start_child(function: Callable[..., None], sock: socket.socket, *args: Any) -> BaseProcess:
     """Run ``function(sock, *args)`` in a process that has nothing else of ours but stderr, and does not hear Ctrl-C and
     SIGTERM: a copy of this one, which begins at once, where it has one thread; else a fresh interpreter."""
-    fresh = threading.active_count() > 1 or sys.platform != "linux"
+    fresh = not may_fork()
     if fresh:
         resource_tracker.ensure_running()  # which clears the mask
     make = SpawnProcess if fresh else ForkProcess

@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from prometheus_client.parser import text_string_to_metric_families
 import crawl_async
 import crawl_threads
 import html_parse
-from crawl import cli as crawl_cli
 from crawl import core as crawl_core
 from crawl import journal as crawl_journal
 from crawl import robots as robots_module
@@ -49,14 +48,14 @@ from tests.helpers.base import HANG_LIMIT, HERE, free_port, wait_until
 from tests.helpers.crawl import (
     DRIVERS,
     ROBOTS_LARGE,
+    WALKERS,
     kind,
     robots_file,
     walk,
     walk_crawl,
+    walk_main,
     walk_row,
 )
-
-RUN: dict[str, Callable[..., None]] = {"crawl_threads": crawl_threads.run, "crawl_async": crawl_async.run}
 
 
 class Web:
@@ -117,14 +116,6 @@ class Web:
         return walk_main(driver, *(self.url(arg) if arg[:2] in ("0/", "1/") else arg for arg in argv), *more)
 
 
-def walk_main(driver: str, *argv: str) -> int:
-    threshold = gc.get_threshold()
-    try:
-        return crawl_cli.main(f"{driver}.py", RUN[driver], list(argv))
-    finally:
-        gc.set_threshold(*threshold)
-
-
 def errors(rows: dict[str, CrawlResult]) -> dict[str, str | None]:
     return {key: row.error and row.error.partition(":")[0] for key, row in rows.items()}
 
@@ -142,7 +133,7 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 # ------------------------------------------------------------------------------------------------------ each page once
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_finds_every_page_once_at_any_concurrency(driver: str) -> None:
     for concurrency in (1, 7, 64):
         with Sandbox(hosts=6, pages=50, page_bytes=3000) as site:
@@ -157,7 +148,7 @@ def test_finds_every_page_once_at_any_concurrency(driver: str) -> None:
             assert (crawl.frontier.stats().seen, crawl.stats.robots) == (300, 6)
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_goes_on_after_each_kill(driver: str, walked: Web, tmp_path: Path) -> None:
     rng, out, concurrency = random.Random(11), tmp_path / "rows.jsonl", 5
     with Sandbox(hosts=2, pages=60, page_bytes=2800) as site:  # its pages, but from where a run can be held up
@@ -177,7 +168,8 @@ def test_goes_on_after_each_kill(driver: str, walked: Web, tmp_path: Path) -> No
 
     walked.pages |= {key: answer(key) for key in every}
     argv = [walked.url("0/"), walked.url("1/"), "--depth", "20", "--rate", "0", "--concurrency", str(concurrency)]
-    argv = [sys.executable, "-W", "error::ResourceWarning", str(HERE / f"{driver}.py"), *argv]
+    name, *more = driver.split()
+    argv = [sys.executable, "-W", "error::ResourceWarning", str(HERE / f"{name}.py"), *argv, *more]
     done = 0
     for _ in range(4):
         goal = done + rng.randrange(1, 25)
@@ -202,7 +194,7 @@ def test_goes_on_after_each_kill(driver: str, walked: Web, tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------- what must not end a crawl
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_a_fault_of_its_own_is_one_row(driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     walked.page("0/", "/a", "/b", "/c")
     for key in ("0/a", "0/b", "0/c"):
@@ -220,7 +212,7 @@ def test_a_fault_of_its_own_is_one_row(driver: str, walked: Web, monkeypatch: py
     assert rows["0/b"].error == "internal: KeyError: 'planted'"
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 @pytest.mark.parametrize("name", ["rules_for", "parse_sitemap", "page_directives", "Scope.why_not"])
 def test_a_fault_where_there_is_no_row_to_tell(
     driver: str, name: str, walked: Web, monkeypatch: pytest.MonkeyPatch
@@ -246,7 +238,7 @@ def test_a_fault_where_there_is_no_row_to_tell(
     assert errors(rows) == expected[name]
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_a_full_disk_and_then_room_again(
     driver: str, walked: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,7 +252,7 @@ def test_a_full_disk_and_then_room_again(
         code = walked.program(driver, "0/", "--depth", "3", "-o", str(out))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert (code, capsys.readouterr().err) == (1, f"{driver}.py: stopped: [Errno 27] File too large\n")
+    assert (code, capsys.readouterr().err) == (1, f"{driver.split()[0]}.py: stopped: [Errno 27] File too large\n")
     data = out.read_bytes()
     assert 18_000 < len(data) <= 20_000
     assert not data.endswith(b"\n")
@@ -272,7 +264,7 @@ def test_a_full_disk_and_then_room_again(
     assert "No space left on device" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_the_reader_of_the_rows_leaves(
     driver: str, walked: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,7 +297,7 @@ def test_the_reader_of_the_rows_leaves(
 # ------------------------------------------------------------------------------------------------- robots and sitemaps
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_obeys_robots(driver: str, walked: Web) -> None:
     walked.robots(0, "User-agent: *", "Disallow: /", "User-agent: flatcrawl", "Disallow: /no", "Allow: /no/yes$")
     walked.page("0/", "/no", "/no/yes", "/yes")
@@ -331,7 +323,7 @@ def test_obeys_robots(driver: str, walked: Web) -> None:
     assert set(errors(walked.crawl(driver, "0/", robots=False)).values()) == {None, "http"}
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_is_not_held_up_by_the_rules_of_one_host(driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rules of host 0 answer when the pages of host 1 are done."""
     done = threading.Event()
@@ -365,7 +357,7 @@ def test_is_not_held_up_by_the_rules_of_one_host(driver: str, walked: Web, monke
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_beside_hostile_robots(driver: str, walked: Web) -> None:
     """10,000 rules with wildcards; and few enough to be read, over long links."""
     walked.pages["0/robots.txt"] = sf.reply(robots_file(ROBOTS_LARGE["wildcards"]), kind="text/plain")
@@ -388,7 +380,7 @@ def test_beside_hostile_robots(driver: str, walked: Web) -> None:
     assert set(walked.asked()) == {"1/", "2/", *(f"2/{n}" for n in range(30))}
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_reads_large_robots_one_at_a_time_and_not_once_it_is_stopped(
     driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,15 +405,15 @@ def test_reads_large_robots_one_at_a_time_and_not_once_it_is_stopped(
     assert reading[0].startswith("parser")
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_keeps_the_delay_that_robots_ask_for(driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[str, float]] = []
     real = Frontier.clear_to_send
 
-    def clear(self: Frontier, request: Request, now: float) -> float:
-        wait = real(self, request, now)
-        if wait == 0.0:
-            sent.append((request.kind, now))
+    def clear(self: Frontier, request: Request, now: float, ahead: float = 0.0) -> float:
+        wait = real(self, request, now, ahead)
+        if wait <= ahead:
+            sent.append((request.kind, now + wait))
         return wait
 
     monkeypatch.setattr(Frontier, "clear_to_send", clear)
@@ -431,13 +423,14 @@ def test_keeps_the_delay_that_robots_ask_for(driver: str, walked: Web, monkeypat
         walked.page(f"0/{n}")
     crawl = walk_crawl()
     walked.crawl(driver, "0/", crawl=crawl)
-    assert [what for what, _ in sent] == ["robots"] + ["page"] * 5
+    asks = driver in DRIVERS  # a helper need not, where there is no limit yet
+    assert [what for what, _ in sent] == ["robots"] * asks + ["page"] * 5
     times = [at for what, at in sent if what == "page"]
     assert min(b - a for a, b in itertools.pairwise(times)) >= 0.125 - 1e-6
     assert crawl.frontier.rate(walked.site.hosts[0]) == 8
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_sitemaps_seed(driver: str, walked: Web) -> None:
     walked.robots(0, *(f"Sitemap: {walked.url(key)}" for key in ("0/index.xml", "0/index.xml", "1/for0.xml", "0/404")))
     walked.sitemap("0/index.xml", "0/a.xml.gz", "0/index.xml", "0/back.xml", "0/bomb.gz", "0/list.txt", index=True)
@@ -468,7 +461,7 @@ def test_sitemaps_seed(driver: str, walked: Web) -> None:
     assert crawl.sitemaps.homes == {}
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_sitemaps_without_end_have_one(driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sitemap_crawl, "MAX_SITEMAPS", 7)
     walked.robots(0, f"Sitemap: {walked.url('0/m1')}")
@@ -483,7 +476,7 @@ def test_sitemaps_without_end_have_one(driver: str, walked: Web, monkeypatch: py
 # ------------------------------------------------------------------------------------------- what is followed, and not
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_honours_what_pages_ask(driver: str, walked: Web) -> None:
     walked.page("0/", '<a rel="nofollow ugc" href="/rel">x</a>', "/meta", "/header", "/other", "/index")
     walked.page("0/meta", "/from-meta", head='<meta name="robots" content="nofollow">')
@@ -502,7 +495,7 @@ def test_honours_what_pages_ask(driver: str, walked: Web) -> None:
     assert rows["0/other"].canonical == walked.url("0/c")
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_stays_where_it_is_told_to(driver: str, walked: Web) -> None:
     walked.page(
         "0/", "/in?utm_source=a&q=1", "/in?q=1&UTM_Medium=b", "/in?q=1#c", "/out", "1/in", "mailto:a@b", "/x/in"
@@ -518,7 +511,7 @@ def test_stays_where_it_is_told_to(driver: str, walked: Web) -> None:
     assert sorted(walked.crawl(driver, "0/", "1/", **drop, depth=1)) == ["0/", "0/in?q=1", "0/x/in", "1/", "1/in"]
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_within_a_registrable_domain(driver: str, walked: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     port = walked.site.port
     monkeypatch.setattr(
@@ -533,7 +526,7 @@ def test_within_a_registrable_domain(driver: str, walked: Web, monkeypatch: pyte
     assert {row.error for row in rows.values()} == {None}
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_redirects(driver: str, walked: Web) -> None:
     walked.page("0/", "/known", "/to-known", "/to-new", "/out", "/loop", "/twice")
     walked.page("0/known")
@@ -567,7 +560,7 @@ def test_redirects(driver: str, walked: Web) -> None:
     assert "1/" not in walked.asked()
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_the_end_of_the_list_is_in_scope_from_the_beginning(driver: str, walked: Web) -> None:
     fill = [f"0/{n}" for n in range(300)]
     walked.page("0/", "1/linked")
@@ -578,7 +571,7 @@ def test_the_end_of_the_list_is_in_scope_from_the_beginning(driver: str, walked:
     assert (rows["1/linked"].depth, rows["1/last"].error, kind(rows["0/0"])) == (1, None, "duplicate")
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_equal_bodies_are_marked_and_their_links_followed_once(driver: str, walked: Web) -> None:
     walked.page("0/", "/a/", "/b/")
     for key in ("0/a/", "0/b/"):
@@ -593,7 +586,7 @@ def test_equal_bodies_are_marked_and_their_links_followed_once(driver: str, walk
     assert set(rows) == {"0/", "0/a/", "0/b/", first + "next"}
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_has_bounds(driver: str, walked: Web) -> None:
     walked.robots(1, "User-agent: *", "Disallow: /0", "Disallow: /1")
     for host in (0, 1):
@@ -675,7 +668,7 @@ def test_what_is_no_journal_is_refused_and_not_touched(
     assert "no row of a crawl" in err
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_resume_asks_for_what_is_left_and_nothing_else(
     driver: str, walked: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -713,7 +706,7 @@ def test_resume_asks_for_what_is_left_and_nothing_else(
     assert (counts["rows"], counts["capped"], counts["not_fetched"]) == (5, 0, 0)
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_resume_knows_the_first_of_equal_bodies(driver: str, walked: Web, tmp_path: Path) -> None:
     walked.page("0/", "/a/", "/b/")
     for key in ("0/a/", "0/b/"):
@@ -737,7 +730,7 @@ def test_resume_knows_the_first_of_equal_bodies(driver: str, walked: Web, tmp_pa
 # ------------------------------------------------------------------------------------------------------------- explain
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_explains(driver: str, walked: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
     out.write_bytes(walk_row(walked.url("0/done")) + b'{"url":"to')
@@ -792,7 +785,7 @@ def test_loop_lag_is_told_where_there_is_a_loop(driver: Any, told: bool, walked:
     assert ("crawl_loop_lag_seconds" in walk_metrics(crawl)) == told
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_counts_agree_and_nothing_is_kept(driver: str, walked: Web, tmp_path: Path) -> None:
     walked.robots(0, "User-agent: *", "Disallow: /no")
     walked.page("0/", "/no", "/404", "/moved", *(f"/{n}" for n in range(80)))
@@ -844,7 +837,7 @@ def test_counts_agree_and_nothing_is_kept(driver: str, walked: Web, tmp_path: Pa
     assert (found["crawl_waiting"][""], counts["not_fetched"]) == (0, 0)
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", WALKERS)
 def test_as_a_table(driver: str, walked: Web, tmp_path: Path) -> None:
     walked.page("0/", "/a", '<a rel=nofollow href="/b">x</a>')
     walked.page("0/a")

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,7 @@ from crawl.errors import FetchError
 from crawl.model import CrawlResult, Options, Request, Response, ScrapeResult
 from crawl.net import BodyDecoder
 from crawl.output import RowWriter, Run
+from crawl.processes import run_processes
 from crawl.robots import MAX_ROBOTS
 from runtime import serving
 from sandbox.sites import Sandbox
@@ -108,6 +110,20 @@ def written(form: str, *rows: ScrapeResult) -> bytes:
 
 
 DRIVERS = ["crawl_threads", "crawl_async"]
+WALKERS = [*DRIVERS, *(f"{driver} --processes 2" for driver in DRIVERS)]
+RUN: dict[str, Run] = {"crawl_threads": crawl_threads.run, "crawl_async": crawl_async.run}
+
+
+def walk_main(driver: str, *argv: str) -> int:
+    """The exit code of a crawler that runs in this process. Its helpers are copies, with all that a test has planted;
+    that there are other threads does not matter to them."""
+    name, *more = driver.split()
+    threshold = gc.get_threshold()
+    try:
+        with unittest.mock.patch("runtime.processes.may_fork", return_value=True):
+            return crawl_cli.main(f"{name}.py", RUN[name], [*argv, *more])
+    finally:
+        gc.set_threshold(*threshold)
 
 
 @pytest.fixture(scope="session")
@@ -126,8 +142,9 @@ def scrape(
 
 
 def start(driver: str, *argv: str, stdin: Any = subprocess.DEVNULL, **more: Any) -> subprocess.Popen[bytes]:
+    name, *more_argv = driver.split()
     return subprocess.Popen(
-        [sys.executable, "-W", "error::ResourceWarning", str(HERE / f"{driver}.py"), *argv],
+        [sys.executable, "-W", "error::ResourceWarning", str(HERE / f"{name}.py"), *argv, *more_argv],
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -357,7 +374,7 @@ ROBOTS_LARGE = {
 }
 
 
-FEEDS_DRIVERS = ("crawl_async", "crawl_threads")
+FEEDS_DRIVERS = WALKERS
 
 
 FEEDS_PATIENCE = HANG_LIMIT
@@ -450,9 +467,8 @@ def feeds_run(driver: str, folder: Path, listed: list[str], *options: str, name:
     """Run a crawler's program; the counts of --stats. The rows are in ``name``."""
     urls, stats = folder / "feeds.txt", folder / "stats.json"
     urls.write_text("".join(f"{url}\n" for url in listed))
-    module = {"crawl_async": crawl_async, "crawl_threads": crawl_threads}[driver]
     argv = [str(urls), "--feeds", "-q", "-o", str(folder / name), "--rate", "0", "--stats", str(stats), *options]
-    assert crawl_cli.main(f"{driver}.py", cast(Run, module.run), argv) == 0
+    assert walk_main(driver, *argv) == 0
     return cast(dict[str, Any], json.loads(stats.read_text()))
 
 
@@ -475,7 +491,15 @@ def walk(driver: str, crawl: Crawl, urls: Iterable[str], emit: Callable[[ScrapeR
     async def tasks() -> None:
         await crawl_async.Driver(crawl, put).run(urls)
 
-    if driver == "crawl_threads":
+    def write(*found: ScrapeResult) -> None:
+        for row in found:
+            count(row)
+
+    name, *processes = driver.split()
+    if processes:
+        with unittest.mock.patch("runtime.processes.may_fork", return_value=True):
+            run_processes(crawl, urls, write, int(processes[1]), RUN[name])
+    elif driver == "crawl_threads":
         crawl_threads.Driver(crawl, count).run(urls)
     else:
         asyncio.run(tasks())
