@@ -95,7 +95,7 @@ class Helper(asyncio.Protocol):
         self._turns.append((number, at))
 
     def flush(self, home: int) -> None:
-        if self._grants or self._turns:
+        if (self._grants or self._turns) and not self._transport.is_closing():  # then it will be lost
             self._transport.write(frame(home, self._grants, self._turns))
             self._grants, self._turns = [], []
 
@@ -115,7 +115,7 @@ class Helper(asyncio.Protocol):
 
     def dismiss(self) -> None:
         """It has nothing left to do, and ends."""
-        if self.alive:
+        if self.alive and not self._transport.is_closing():
             self._transport.write_eof()
 
     def abort(self) -> None:

@@ -1,41 +1,53 @@
-"""crawl/processes.py: one crawl in several processes."""
+"""crawl/processes.py, crawl/helper.py: one crawl in several processes.
+
+What helpers must not change, so every option, is tested with the drivers (tests/test_crawl.py, test_feeds_crawled.py).
+Here is what there is only with them: deaths, turns, signals."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import http.client
 import http.server
 import io
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from crawl import processes as cp
-from crawl import wire
+from crawl import grants, helper
+from crawl.core import Crawl
+from crawl.errors import FetchError, Postponed
+from crawl.frontier import Frontier
+from crawl.model import CrawlResult, Options, Request, Response
+from crawl.processes import ALONE, STILLBORN
+from html_parse import Page, parse_page
 from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, wait_until
+from tests.helpers.crawl import DRIVERS, walk, walk_crawl, walk_main
+
+Page_ = tuple[int, dict[str, str], str]
 
 
 class sWeb:
-    """A web of `hosts` loopback addresses: pages are functions of (host, path); what was asked for, and when."""
+    """A web of loopback addresses: pages are functions of (host, path); what was asked for, and when."""
 
-    def __init__(self, page: Callable[[int, str], tuple[int, dict[str, str], str]]) -> None:
+    def __init__(self, page: Callable[[int, str], Page_]) -> None:
         self.log: list[tuple[float, str, str]] = []
+        self.client = threading.local()
+        """``port``: of whom the page is for that is being made."""
         web = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -45,6 +57,7 @@ class sWeb:
             def do_GET(self) -> None:
                 host = self.headers["Host"].partition(":")[0]
                 web.log.append((time.monotonic(), host, self.path))
+                web.client.port = self.client_address[1]
                 status, headers, body = page(int(host.rpartition(".")[2]), self.path)
                 with contextlib.suppress(OSError):
                     self.send_response(status)
@@ -69,6 +82,9 @@ class sWeb:
     def url(self, host: int, path: str) -> str:
         return f"http://127.0.2.{host}:{self.port}{path}"
 
+    def paths(self) -> Counter[str]:
+        return Counter(path for _, _, path in self.log)
+
     def __enter__(self) -> sWeb:
         self._thread.start()
         return self
@@ -80,9 +96,9 @@ class sWeb:
 
 
 @contextlib.contextmanager
-def shares_start(*argv: object, **more: Any) -> Iterator[subprocess.Popen[bytes]]:
+def shares_start(*argv: object, driver: str = "crawl_async", **more: Any) -> Iterator[subprocess.Popen[bytes]]:
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
-    command = [sys.executable, str(HERE / "crawl_async.py"), *map(str, argv)]
+    command = [sys.executable, str(HERE / f"{driver}.py"), *map(str, argv)]
     with subprocess.Popen(command, cwd=HERE, **pipes) as child:
         try:
             yield child
@@ -100,35 +116,34 @@ def shares_rows(out: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-def shares_workers(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def shares_helpers(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Those that run; the newest last."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return list(psutil.Process(program.pid).children())
+        found = psutil.Process(program.pid).children()
+        return [one for one in found if is_alive(one) and "resource_tracker" not in " ".join(one.cmdline())]
     return []
 
 
-def shares_together(*calls: Callable[[], Any]) -> list[Any]:
-    found: dict[int, Any] = {}
-    threads = [
-        threading.Thread(target=lambda n=n, call=call: found.__setitem__(n, call())) for n, call in enumerate(calls)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [found[n] for n in range(len(calls))]
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
-def test_shares_a_list_has_the_same_rows_as_in_one_process() -> None:
-    """Duplicates, lines that are no URLs, and every way to misbehave; redirects to hosts of another worker."""
+def tell(program: subprocess.Popen[bytes], *urls: str) -> None:
+    assert program.stdin is not None
+    program.stdin.write("".join(f"{url}\n" for url in urls).encode())
+    program.stdin.flush()
+
+
+# ------------------------------------------------------------------------------------------------------ the same rows
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_shares_a_list_has_the_same_rows_as_in_one_process(driver: str) -> None:
+    """Duplicates, lines that are no URLs, and every way to misbehave."""
     light = [name for name, fault in FAULTS.items() if not fault.heavy and not fault.needs_retry]
     names = [name for name in light if FAULTS[name].expect != ("timeout",)]
-
-    def hanging() -> set[str]:
-        with Sandbox(hosts=5) as site:
-            urls = [site.fault_url(name, n % 5) for n, name in enumerate(sorted({*light} - {*names}))]
-            code, out, err = shares_run(*urls, "--rate", 0, "--timeout", 1, "--retries", 0, "--processes", 3, "-q")
-        assert (code, err, len(shares_rows(out))) == (0, "", len(urls))
-        return {row["error"].partition(":")[0] for row in shares_rows(out)}
 
     def crawl(processes: int) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
         with Sandbox(hosts=5, pages=6, page_bytes=3000) as site:
@@ -136,7 +151,8 @@ def test_shares_a_list_has_the_same_rows_as_in_one_process() -> None:
             urls += [url + "#again" for url in urls] + [url.replace("http:", "HTTP:") for url in urls[:9]]
             urls += ["no url", "http://", "ftp://a/", "no url", "http://[", "x" * 9000]
             argv = ("-", "--rate", 0, "--timeout", 900, "--retries", 0, "--processes", processes)
-            code, out, err = shares_run(*argv, "--stats", "/dev/stderr", "-q", input="\n".join(urls).encode())
+            given = "\n".join(urls).encode()
+            code, out, err = shares_run(*argv, "--stats", "/dev/stderr", "-q", input=given, driver=driver)
             assert code == 0, err
             stats = json.loads(err)
         rows = []
@@ -145,326 +161,369 @@ def test_shares_a_list_has_the_same_rows_as_in_one_process() -> None:
             rows.append(tuple(json.dumps(value).replace(f":{site.port}", "") for value in kept.values()))
         return rows, stats
 
-    (one, of_one), (three, of_three), kinds = shares_together(lambda: crawl(1), lambda: crawl(3), hanging)
-    assert kinds == {"timeout"}
-    assert Counter(row[0] for row in three) == Counter(row[0] for row in one)
-    assert max(Counter(row[0] for row in three).values()) == 1
-    unsteady = {f"/fault/{name}" for name, fault in FAULTS.items() if len(fault.expect) > 1} | {
-        "redirect_nowhere"
-    }  # names its port
-    steady = [{row for row in rows if not any(name in row[0] for name in unsteady)} for rows in (one, three)]
+    (one, of_one), (four, of_four) = crawl(1), crawl(4)
+    assert Counter(row[0] for row in four) == Counter(row[0] for row in one)
+    assert max(Counter(row[0] for row in four).values()) == 1
+    unsteady = {f"/fault/{name}" for name, fault in FAULTS.items() if len(fault.expect) > 1}
+    unsteady |= {"redirect_nowhere"}  # names its port
+    steady = [{row for row in rows if not any(name in row[0] for name in unsteady)} for rows in (one, four)]
     assert steady[0] - steady[1] == set() == steady[1] - steady[0]
     assert len(steady[0]) > 60
-    assert (
-        of_three["rows"]
-        == len(three)
-        == of_three["ok"] + of_three["failed"]
-        == sum(of_three["errors"].values()) + of_three["ok"]
-    )
-    assert sum(one["rows"] for one in of_three["processes"]) == len(three)
-    assert len([one for one in of_three["processes"] if one["rows"]]) == 3
-    assert of_three["duplicates"] == of_one["duplicates"]
-    assert of_three["peak_memory_mb"] > max(one["peak_memory_mb"] for one in of_three["processes"]) > 10
+    for name in ("rows", "ok", "failed", "duplicates", "seen", "not_fetched", "interrupted", "retries"):
+        assert of_four[name] == of_one[name], name
+    assert of_four["rows"] == len(four) == sum(of_four["errors"].values()) + of_four["ok"]
+    assert len(of_four["processes"]) == 4 and sum(one["requests"] for one in of_four["processes"]) > 60
+    peaks = [one["peak_memory_mb"] for one in of_four["processes"]]
+    assert of_four["peak_memory_mb"] > max(peaks) > min(peaks) > 5
 
 
-def shares_site(host: int, path: str) -> tuple[int, dict[str, str], str]:
-    """Nine hosts that link to each other. robots.txt of an even host is at the next one; some pages are moved."""
-    if path == "/robots.txt":
-        rules = "User-agent: *\nDisallow: /closed\n"
-        return (
-            (302, {"Location": f"//127.0.2.{host % 9 + 1}:{PORT[0]}/rules"}, "") if host % 2 == 0 else (200, {}, rules)
-        )
-    if path == "/rules":
-        return 200, {"Content-Type": "text/plain"}, "User-agent: *\nDisallow: /closed\n"
-    if path.startswith("/moved"):
-        return 301, {"Location": f"//127.0.2.{host % 9 + 1}:{PORT[0]}/p{path[-1]}"}, ""
-    if path.startswith("/round"):
-        return 302, {"Location": f"//127.0.2.{host % 2 + 1}:{PORT[0]}/round"}, ""
-    links = [f"/p{n}" for n in range(6)] + ["/closed", f"/moved{host % 6}"]
-    links += [
-        f"//127.0.2.{other}:{PORT[0]}{path}" for other in (host % 9 + 1, (host * 4) % 9 + 1) for path in ("/", "/p1")
-    ]
-    return 200, {}, f"<title>{host} {path}</title>" + "".join(f"<a href='{link}'>a link</a>" for link in links)
-
-
-PORT = [0]
-
-
-def test_shares_links_redirects_and_rules_go_over_to_the_worker_of_their_host() -> None:
-    found = []
-    with sWeb(shares_site) as web:
-        PORT[0] = web.port
-        for processes in (1, 2, 3):
-            web.log.clear()
-            argv = (web.url(1, "/"), web.url(2, "/round"), "--depth", 9, "--within", "any", "--rate", 0)
-            code, out, err = shares_run(*argv, "--processes", processes, "--max-redirects", 5)
-            assert code == 0, err
-            rows = shares_rows(out)
-            assert max(Counter(row["url"] for row in rows).values()) == 1
-            asked = Counter((host, path) for _, host, path in web.log)
-            twice = {
-                what for what, times in asked.items() if times > 1 and not what[1].startswith(("/round", "/rules"))
-            }
-            assert twice == set()  # whoever finds it, and however it is reached
-            assert not [path for _, path in asked if path == "/closed"]
-            assert {(row["error"] or "ok").partition(":")[0] for row in rows} <= {"ok", "robots", "duplicate"}
-            # A page that is moved and one that is linked to are one: under which of its URLs is a matter of time.
-            urls = {row["url"] for row in rows} | {row["final_url"] for row in rows if row["error"] is None}
-            round_ = [(row["status"], row["redirects"], row["error"]) for row in rows if row["url"].endswith("/round")]
-            found.append((urls, set(asked), round_))
-    assert found[0] == found[1] == found[2]
-    assert len(found[0][0]) == 9 * 9 + 1 and len(found[0][2]) == 1
-
-
-def test_shares_bounds_hold_over_all_workers() -> None:
-    """--rate for each host (gaps in the server's log), --max-pages in all, --json in one piece, redirects in rounds."""
-    with sWeb(shares_site) as web:
-        PORT[0] = web.port
-        argv = (web.url(1, "/"), "--depth", 9, "--within", "any", "--rate", 20, "--max-pages", 31, "--json")
-        code, out, err = shares_run(*argv, "--processes", 2)
-        assert code == 0, err
-        rows = json.loads(out)
-        fetched = [row for row in rows if not (row["error"] or "").startswith("robots")]  # those give their place back
-        assert len({row["url"] for row in rows}) == len(rows) and len(fetched) <= 31 <= len(rows)
-        for host in {host for _, host, _ in web.log}:
-            times = [at for at, where, _ in web.log if where == host]
-            # The first may have been seen late, robots.txt or the rules for another host; a page goes after robots.txt.
-            assert max(times) - min(times) >= (len(times) - 3) / 20
-        urls = [web.url(1, "/"), web.url(2, "/"), web.url(2, "/round"), "nonsense://"]
+def test_shares_the_form_of_the_rows() -> None:
+    with sWeb(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
+        urls = [web.url(1, "/"), web.url(2, "/"), "nonsense://"]
         code, out, err = shares_run(*urls, "--csv", "--rate", 0, "--processes", 2)
+        assert code == 0, err
         table = {row["url"]: row["error"] for row in csv.DictReader(io.StringIO(out.decode(), newline=""))}
         why = "invalid_url: only http and https are fetched, not nonsense"
-        assert table == dict(zip(urls, ["", "", "redirects: more than 10", why], strict=True)) and out.count(b"\n") == 5
+        assert table == dict(zip(urls, ["", "", why], strict=True)) and out.count(b"\n") == 4
+        code, out, err = shares_run(*urls, "--json", "--rate", 0, "--processes", 2, driver="crawl_threads")
+        assert code == 0, err
+        assert {row["url"] for row in json.loads(out)} == {*urls}
 
 
-def test_shares_a_killed_worker_costs_nothing_and_a_killed_parent_leaves_nothing(tmp_path: Path) -> None:
-    open_ = threading.Event()
+def test_shares_equal_bodies_do_not_hide_links_that_others_have() -> None:
+    """Links of a page whose body came before are not followed, and yet are when another page has them."""
+    pages = {"/": "<a href=/a/1>x</a><a href=/b/1>x</a>", "/a/1": "<a href=2>x</a>", "/b/1": "<a href=2>x</a>"}
+    pages |= {"/a/2": "<title>a2</title><a href=/b/2>x</a><a href=/c>x</a>", "/b/2": "<title>b2</title>", "/c": "c"}
 
-    def page(host: int, path: str) -> tuple[int, dict[str, str], str]:
-        if path[-1] in "67" and host > 19:
-            open_.wait(HANG_LIMIT)  # in flight when the worker is killed
-        return shares_site(host, path) if host < 20 else (200, {}, f"<title>{path}</title>")
+    def page(host: int, path: str) -> Page_:
+        return (200, {}, pages[path]) if path in pages else (404, {}, "")
 
     with sWeb(page) as web:
-        PORT[0] = web.port
+        for _ in range(3):
+            rows: list[Any] = []
+            crawl = walk_crawl(dedupe=True, robots=False, concurrency=2)
+            walk("crawl_async --processes 2", crawl, [web.url(1, "/")], rows.append)
+            found = {row.url: row.duplicate_of for row in rows}
+            assert len([of for of in found.values() if of]) == 1
+            last = {web.url(1, path) for path in ("/", "/a/1", "/b/1")}
+            first = next(url for url, of in found.items() if of is None and url.endswith("/1"))
+            more = {web.url(1, path) for path in (("/a/2", "/b/2", "/c") if "/a/" in first else ("/b/2",))}
+            assert set(found) == last | more
+
+
+def test_shares_links_are_in_scope_from_when_a_redirect_brings_them_there() -> None:
+    """What a helper told of before the scope grew it tells again: its host was not the list's then."""
+    hold = threading.Event()
+
+    def page(host: int, path: str) -> Page_:
+        if path == "/moved":
+            hold.wait(HANG_LIMIT)
+            return 302, {"Location": f"http://127.0.2.2:{web.port}/"}, ""
+        if host == 1 and path != "/last":
+            return 200, {}, f"<a href='http://127.0.2.2:{web.port}/page'>x</a><a href=/last>x</a>"
+        if path == "/last":
+            hold.set()
+            wait_until(lambda: any(host == "127.0.2.2" for _, host, _ in web.log))
+            return 200, {}, f"<a href='http://127.0.2.2:{web.port}/page'>x</a>"
+        return 200, {}, f"<title>{path}</title>"
+
+    with sWeb(page) as web:
+        rows: list[Any] = []
+        crawl = walk_crawl(robots=False)
+        walk("crawl_async --processes 2", crawl, [web.url(1, "/"), web.url(1, "/moved")], rows.append)
+        assert web.url(2, "/page") in {row.url for row in rows}
+
+
+# --------------------------------------------------------------------------------------------------- turns and rates
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("options", [{"rate": 50.0}, {"rate": 50.0, "burst": 4}, {"total_rate": 80.0, "rate": 0.0}])
+def test_shares_a_server_never_sees_more_than_the_bound(driver: str, options: dict[str, Any]) -> None:
+    with sWeb(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
+        urls = [web.url(1 + n % (3 if "total_rate" in options else 1), f"/{n}") for n in range(90)]
+        argv = itertools.chain.from_iterable((f"--{k.replace('_', '-')}", v) for k, v in options.items())
+        code, out, err = shares_run(*urls, *argv, "--processes", 4, driver=driver)
+        assert code == 0, err
+        assert [row["error"] for row in shares_rows(out)] == [None] * 90
+        times = sorted(at for at, _, _ in web.log)
+    rate, burst = options.get("total_rate") or options["rate"], options.get("burst", 1)
+    for i, j in itertools.combinations_with_replacement(range(len(times)), 2):
+        assert j - i + 1 <= burst + rate * (times[j] - times[i]) + 12, (i, j)  # what the server's threads were late
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_shares_the_moments_of_sending_keep_the_bound_exactly(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments: list[float] = []
+    real = Frontier.clear_to_send
+
+    def clear(self: Frontier, request: Request, now: float, ahead: float = 0.0) -> float:
+        wait = real(self, request, now, ahead)
+        if wait <= ahead:
+            moments.append(now + wait)
+        return wait
+
+    monkeypatch.setattr(Frontier, "clear_to_send", clear)
+    with sWeb(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
+        rows: list[Any] = []
+        crawl = Crawl(Options(rate=100.0, burst=2, timeout=HANG_LIMIT), lead=0.02)
+        walk(f"{driver} --processes 2", crawl, [web.url(1, f"/{n}") for n in range(60)], rows.append)
+    assert [row.error for row in rows] == [None] * 60
+    assert len(moments) >= 60
+    moments.sort()
+    for i, j in itertools.combinations_with_replacement(range(len(moments)), 2):
+        assert j - i + 1 <= 2 + 100.0 * (moments[j] - moments[i]) + 1e-6
+
+
+class Told:
+    """A helper's frontier, and what it says to its parent."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Any] = []
+        self.asks: list[int] = []
+        self.frontier = helper.HelperFrontier(self._tell)
+
+    def _tell(self, outcome: Any, ask: int | None) -> None:
+        self.outcomes += [] if outcome is None else [outcome]
+        self.asks += [] if ask is None else [ask]
+
+    def grant(self, number: int = 7, fresh_until: float = -1.0) -> grants.Grant:
+        grant = grants.Grant("http://a/", "http://a/", "a", number=number, fresh_until=fresh_until)
+        self.frontier.granted(grant)
+        assert self.frontier.step(0.0) is grant
+        return grant
+
+
+def test_shares_a_helper_asks_once_and_sends_at_the_moment_it_is_told() -> None:
+    told = Told()
+    assert told.frontier.step(0.0) == float("inf")
+    grant, clear = told.grant(), told.frontier.clear_to_send
+    assert 0 < clear(grant, 1.0) < clear(grant, 2.0) <= helper.SOON and told.asks == [7]
+    told.frontier.turn(7, 2.5)
+    assert (clear(grant, 2.25), clear(grant, 2.5)) == (0.25, 0.0)
+    assert clear(grant, 2.6) > 0 and told.asks == [7, 7]  # on another connection it is another request
+    told.frontier.turn(7, -1.0)
+    with pytest.raises(Postponed):
+        clear(grant, 2.7)
+    told.frontier.put_back(grant, 2.7, 2.7)
+    assert told.outcomes == [(7,)]
+    told.frontier.turn(7, 9.0)  # too late: nobody has it
+
+
+def test_shares_where_there_is_no_limit_a_helper_asks_only_when_its_grant_is_old() -> None:
+    told = Told()
+    grant = told.grant(fresh_until=5.0)
+    assert (told.frontier.clear_to_send(grant, 4.9), told.asks) == (0.0, [])
+    assert told.frontier.clear_to_send(grant, 5.0) > 0 and told.asks == [7]
+
+
+def test_shares_a_pause_reaches_what_was_granted_before() -> None:
+    """The connection of one is slow; while it opens another is told to wait: so is the first."""
+    with sWeb(lambda host, path: (200, {}, "")) as web:
+        crawl = Crawl(Options(rate=0))
+        crawl.frontier.add_all([web.url(1, "/1"), web.url(1, "/2")], 0.0)
+        one, two = (crawl.frontier.take(0.0) for _ in range(2))
+        assert isinstance(one, Request) and isinstance(two, Request)
+        assert crawl.frontier.is_unmetered(one, 0.0)
+        crawl.frontier.pause(two.host, 0.5, 0.1)
+        assert not crawl.frontier.is_unmetered(one, 0.2)
+        assert crawl.frontier.clear_to_send(one, 0.2) == pytest.approx(0.3)
+        assert crawl.frontier.clear_to_send(one, 0.2, 0.4) == pytest.approx(0.3)
+    metered = Frontier(rate=10.0)
+    metered.add_all(["http://a.example/1", "http://a.example/2"], 0.0)
+    first = metered.take(0.0)
+    assert isinstance(first, Request) and not metered.is_unmetered(first, 0.0)
+    assert metered.clear_to_send(first, 0.0, 0.03) == 0.0
+    assert metered.clear_to_send(first, 0.05, 0.03) == pytest.approx(0.05)  # not taken
+    assert metered.clear_to_send(first, 0.08, 0.03) == pytest.approx(0.02)  # taken
+    assert metered.clear_to_send(first, 0.08, 0.03) == pytest.approx(0.12)
+
+
+def test_shares_what_is_said_comes_out_as_it_went_in() -> None:
+    data = bytearray(grants.frame(3, [(1, True, None)], []) + grants.frame([], [4, 5]) + b"\7\0\0\0abc")
+    assert list(grants.messages(data)) == [(3, [(1, True, None)], []), ([], [4, 5])] and data == b"\7\0\0\0abc"
+    response = Response(200, {"ETag": "x"}, b"body", 0.5)
+    row = CrawlResult("http://a/", 200, "t\udc80", 3, ["http://a/b"], None, "now", 1.5, nofollow=["http://a/b"])
+    fields = grants.row_fields(CrawlResult)(row)
+    for home, new in ((2, ["http://a/b"]), (3, None)):
+        found = grants.unpack(grants.pack(response, b"", fields, ["http://a/b"], 2), CrawlResult, home)
+        assert isinstance(found, Response)
+        assert (found.status, found.headers, found.body, found.seconds) == (200, {"ETag": "x"}, b"", 0.5)
+        assert (found.row, found.new_links) == (row, new)
+    error = FetchError("truncated", "in the body", status=503, retry=False)
+    error.seconds, error.answer = 0.25, response
+    came = grants.unpack(grants.pack(error, b"", None, None, 0), CrawlResult, 0)
+    assert isinstance(came, FetchError) and came.answer is not None
+    said = "truncated", "in the body", 503, False, 0.25
+    assert (came.kind, came.detail, came.status, came.retry, came.seconds) == said
+    assert (came.answer.status, came.answer.headers) == (200, {"ETag": "x"})
+
+
+# ------------------------------------------------------------------------------------------------------------- deaths
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_shares_a_killed_helper_costs_nothing_and_a_killed_parent_leaves_nothing(driver: str, tmp_path: Path) -> None:
+    open_ = threading.Event()
+
+    def page(host: int, path: str) -> Page_:
+        if path[-1] in "67":
+            open_.wait(HANG_LIMIT)  # in flight when the helper is killed
+        return 200, {}, f"<title>{path}</title>"
+
+    stats, rows = tmp_path / "stats", tmp_path / "rows"
+    command = ("-", "--rate", 0, "--concurrency", 8, "--per-host", 4, "--processes", 2, "--stats", stats, "-o", rows)
+    with sWeb(page) as web:
         urls = [web.url(20 + n % 4, f"/{n}") for n in range(200)]
-        command = (
-            "-",
-            "--rate",
-            0,
-            "--concurrency",
-            8,
-            "--per-host",
-            4,
-            "--processes",
-            2,
-            "--stats",
-            tmp_path / "stats",
-        )
-        with shares_start(*command, "-o", tmp_path / "rows") as program:
-            program.stdin.write("\n".join(urls).encode())  # type: ignore[union-attr]
-            program.stdin.flush()  # type: ignore[union-attr]
+        with shares_start(*command, driver=driver) as program:
+            tell(program, *urls)
             wait_until(lambda: len([1 for _, _, path in web.log if path[-1] in "67"]) >= 8)
-            wait_until(lambda: (tmp_path / "rows").read_bytes().count(b"\n") >= 10)
-            victim = shares_workers(program)[0]
+            wait_until(lambda: rows.read_bytes().count(b"\n") >= 10)
+            victim = shares_helpers(program)[0]
             victim.kill()
-            wait_until(lambda: len({one.pid for one in shares_workers(program)} - {victim.pid}) == 2)
+            wait_until(lambda: len({one.pid for one in shares_helpers(program)} - {victim.pid}) == 2)
             open_.set()
             _, err = program.communicate(timeout=PROGRAM_LIMIT)
-        rows = shares_rows((tmp_path / "rows").read_bytes())
-        assert program.returncode == 0 and b"died (signal 9)" in err
-        assert Counter(row["url"] for row in rows) == Counter(urls)
-        asked = Counter(path for _, _, path in web.log)
-        assert max(asked.values()) == 2
-        assert (
-            4 <= sum(times == 2 for times in asked.values()) <= 4 + 30
-        )  # those in flight, and rows not handed over yet
-        stats = json.loads((tmp_path / "stats").read_text())
-        assert (stats["rows"], stats["ok"]) == (200, 200)
-        assert sum(one["deaths"] for one in stats["processes"]) == 1
+        assert program.returncode == 0 and b"died (signal 9); another one goes on" in err
+        assert Counter(row["url"] for row in shares_rows(rows.read_bytes())) == Counter(urls)
+        asked = web.paths()
+        assert max(asked.values()) == 2 and 2 <= sum(times == 2 for times in asked.values()) <= 8  # those in flight
+        counts = json.loads(stats.read_text())
+        assert (counts["rows"], counts["ok"], sum(one["deaths"] for one in counts["processes"])) == (200, 200, 1)
 
         open_.clear()
         web.log.clear()
-        with shares_start(*command) as program:
-            program.stdin.write("\n".join(urls).encode())  # type: ignore[union-attr]
-            program.stdin.flush()  # type: ignore[union-attr]
-            wait_until(lambda: len(shares_workers(program)) == 2 and len(web.log) > 20)
-            orphans = shares_workers(program)
+        with shares_start(*command[:-1], tmp_path / "anew", "--resume", driver=driver) as program:
+            tell(program, *urls)
+            wait_until(lambda: len(shares_helpers(program)) == 2 and len(web.log) > 20)
+            orphans = shares_helpers(program)
             program.kill()
-            wait_until(lambda: not any(one.is_running() and one.status() != "zombie" for one in orphans))
+            wait_until(lambda: not any(map(is_alive, orphans)))
         open_.set()
+        given = "\n".join(urls).encode()
+        code, _, err2 = shares_run(*command[:-1], tmp_path / "anew", "--resume", driver=driver, input=given)
+        assert code == 0, err2
+        assert Counter(row["url"] for row in shares_rows((tmp_path / "anew").read_bytes())) == Counter(urls)
+        assert sum(times == 2 for times in web.paths().values()) <= 8
 
 
-def test_shares_stop_in_two_stages_and_worker_that_always_dies() -> None:
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_shares_helpers_that_die_all_the_time_and_each_page_once(driver: str) -> None:
+    """Helpers are killed as they ask for a page, some of them with others in hand; links are followed."""
+    victims: set[int] = set()
+    lock = threading.Lock()
+
+    def page(host: int, path: str) -> Page_:
+        number = int(path[1:] or 0)
+        with lock:
+            if number % 15 == 14 and len(victims) < 9 and web.paths()[path] == 1:
+                for one in shares_helpers(programs[0]):
+                    with contextlib.suppress(psutil.Error):
+                        if web.client.port in {connection.laddr.port for connection in one.net_connections()}:
+                            victims.add(one.pid)
+                            one.kill()
+        links = "".join(f"<a href=/{n}>x</a>" for n in (2 * number + 1, 2 * number + 2) if n < 400)
+        return 200, {}, f"<title>{path}</title>{links}"
+
+    programs: list[subprocess.Popen[bytes]] = []
+    with sWeb(page) as web:
+        argv = (web.url(1, "/0"), "--depth", 99, "--no-robots", "--rate", 0, "--concurrency", 6, "--processes", 3)
+        with shares_start(*argv, driver=driver) as program:
+            programs.append(program)
+            out, err = program.communicate(timeout=PROGRAM_LIMIT)
+    rows = shares_rows(out)
+    assert program.returncode == 0 and b"Traceback" not in err, err
+    assert Counter(row["url"] for row in rows) == Counter(web.url(1, f"/{n}") for n in range(400))
+    assert [row["error"] for row in rows if row["error"]] == []
+    assert len(victims) == 9
+    assert web.paths().total() <= 400 + 6 * len(victims)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_shares_a_page_that_is_the_death_of_its_reader_costs_one_row(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deadly(body: bytes, url: str, content_type: str | None = None) -> Page:
+        if url.endswith("/13"):
+            os._exit(3)
+        return parse_page(body, url, content_type)
+
+    monkeypatch.setattr("crawl.rows.parse_page", deadly)
+    said: list[str] = []
+    # A helper that takes another's place is a copy here, too: it has what is planted.
+    with sWeb(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
+        urls = [web.url(1 + n % 3, f"/{n}") for n in range(60)]
+        rows: list[Any] = []
+        crawl = Crawl(Options(rate=0, timeout=HANG_LIMIT, concurrency=6))
+        crawl.say = said.append
+        walk(f"{driver} --processes 2", crawl, urls, rows.append)
+        asked = web.paths()
+    assert Counter(row.url for row in rows) == Counter(urls)
+    wrong = {row.url: row.error for row in rows if row.error}
+    assert wrong == {urls[13]: "internal: 3 helpers died with it"}
+    assert asked["/13"] == ALONE + 1 == len(said)
+    assert said[0].startswith("helper ") and said[0].endswith(" died (exit code 3); another one goes on")
+    assert max(times for path, times in asked.items() if path != "/13") <= ALONE + 1
+
+
+def test_shares_helpers_that_cannot_begin_end_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stillborn(sock: socket.socket, *_: Any) -> None:
+        os._exit(5)
+
+    monkeypatch.setattr("crawl.processes.help_out", stillborn)
+    assert walk_main("crawl_async", "http://127.0.2.1:9/", "--processes", "2", "-q") == 1
+    err = capsys.readouterr().err
+    assert f"died {STILLBORN} times before it began (exit code 5)" in err and "Traceback" not in err
+
+
+# -------------------------------------------------------------------------------------------------------------- stops
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_shares_stop_in_two_stages(driver: str, first: int) -> None:
     gate = threading.Event()
 
-    def page(host: int, path: str) -> tuple[int, dict[str, str], str]:
+    def page(host: int, path: str) -> Page_:
         if path == "/slow":
             gate.wait(HANG_LIMIT)
         return 200, {}, f"<title>{path}</title>"
 
     with sWeb(page) as web:
         urls = [web.url(host, path) for host in range(1, 9) for path in ("/slow", "/quick")]
-
-        def stopped(first: int) -> dict[str, Any]:
-            with shares_start("-", "--rate", 5, "--json", "--grace", 60, "--processes", 2) as program:
-                program.stdin.write(("\n".join(urls) + "\n").encode())  # type: ignore[union-attr]
-                program.stdin.flush()  # type: ignore[union-attr]
-                wait_until(lambda: sum(path == "/slow" for _, _, path in web.log) == 8)
-                workers = shares_workers(program)
-                os.kill(program.pid, first)
-                for worker in workers:  # as a terminal does
-                    worker.send_signal(signal.SIGINT)
-                if first == signal.SIGINT:
-                    gate.set()  # the grace time is enough
-                else:
-                    os.kill(program.pid, signal.SIGINT)  # the second
-                out, err = program.communicate(timeout=PROGRAM_LIMIT)
-            assert not any(worker.is_running() for worker in workers)
-            assert program.returncode == 130 and b"interrupted; " in err and b"Traceback" not in err
-            rows = json.loads(out)
-            assert max(Counter(row["url"] for row in rows).values()) == 1
-            return {row["url"]: row["error"] for row in rows if row["url"].endswith("slow")}
-
-        slow = {url for url in urls if url.endswith("slow")}
-        why = "interrupted: stopped before the answer was complete"
-        assert stopped(signal.SIGTERM) == dict.fromkeys(slow, why)
-        web.log.clear()
-        assert stopped(signal.SIGINT) == dict.fromkeys(slow)
-
-        gate.clear()
-        with shares_start(*urls, "--processes", 2, "-q") as program:
-            dead: set[int] = set()
-            while len(dead) < cp.DEATHS and program.poll() is None:
-                if len(found := shares_workers(program)) == 2 or dead:
-                    for worker in [worker for worker in found if worker.pid > max(dead, default=found[0].pid)]:
-                        dead.add(worker.pid)
-                        worker.kill()
-            _, err = program.communicate(timeout=PROGRAM_LIMIT)
+        with shares_start("-", "--rate", 5, "--json", "--grace", 60, "--processes", 2, driver=driver) as program:
+            tell(program, *urls)
+            wait_until(lambda: web.paths()["/slow"] == 8)
+            helpers = shares_helpers(program)
+            os.kill(program.pid, first)
+            for one in helpers:  # as a terminal does
+                one.send_signal(signal.SIGINT)
+            if first == signal.SIGINT:
+                gate.set()  # the grace time is enough
+            else:
+                os.kill(program.pid, signal.SIGINT)  # the second
+            out, err = program.communicate(timeout=PROGRAM_LIMIT)
         gate.set()
-    assert program.returncode == 1 and b"died 3 times in a row" in err and b"Traceback" not in err
+    assert len(helpers) == 2 and not any(map(is_alive, helpers))
+    assert program.returncode == 130 and b"interrupted; " in err and b"Traceback" not in err and b"died" not in err
+    rows = json.loads(out)
+    assert max(Counter(row["url"] for row in rows).values()) == 1
+    why = None if first == signal.SIGINT else "interrupted: stopped before the answer was complete"
+    slow = {url for url in urls if url.endswith("slow")}
+    assert {row["url"]: row["error"] for row in rows if row["url"] in slow} == dict.fromkeys(slow, why)
 
 
 def test_shares_a_reader_that_leaves_ends_it() -> None:
     with Sandbox(hosts=4, pages=400, page_bytes=3000) as site:
-        urls = "\n".join(site.site_urls()).encode()
         reading, writing = os.pipe()
         with shares_start("-", "--rate", 0, "--processes", 2, stdout=writing) as program:
             os.close(writing)
-            program.stdin.write(urls)  # type: ignore[union-attr]
-            program.stdin.flush()  # type: ignore[union-attr]
+            tell(program, *site.site_urls())
             os.read(reading, 100)
-            workers = shares_workers(program)
+            helpers = shares_helpers(program)
             os.close(reading)
             _, err = program.communicate(timeout=PROGRAM_LIMIT)
-    assert (program.returncode, err) == (141, b"") and len(workers) == 2
-    assert not any(worker.is_running() for worker in workers)
-
-
-# ------------------------------------------------------------------------------------------------------------- the end
-
-
-def shares_model(tally: type[cp.Tally], workers: int, data: st.DataObject) -> int:
-    """A crawl in which messages take their time; every job leads to some more. How often ``over`` was said rightly."""
-    end = tally(workers)
-    log: list[list[int]] = [[] for _ in range(workers)]  # what was sent to each: jobs, by how deep they go
-    to: list[deque[int]] = [deque() for _ in range(workers)]
-    back: list[deque[tuple[str, int, int]]] = [deque() for _ in range(workers)]
-    jobs: list[list[int]] = [[] for _ in range(workers)]
-    received, told = [0] * workers, [-1] * workers
-    listed, deaths = data.draw(st.integers(0, 4)), 2
-
-    def send(worker: int, job: int) -> None:
-        log[worker].append(job)
-        end.sent(worker)
-        to[worker].append(job)
-
-    for _ in range(400):
-        for w in range(workers):
-            if not jobs[w] and told[w] != received[w]:  # nothing to do: it says so, after all else that it said
-                told[w] = received[w]
-                back[w].append(("idle", received[w], 0))
-        moves = [("list", 0)] * (listed >= 0)
-        moves += [("deliver", w) for w in range(workers) if to[w]] + [("work", w) for w in range(workers) if jobs[w]]
-        moves += [("hear", w) for w in range(workers) if back[w]] + [("die", w) for w in range(workers) if deaths]
-        alive = listed >= 0 or any(to) or any(jobs) or any(item[0] == "job" for line in back for item in line)
-        assert not (end.over and alive), "it was over too soon"
-        moves = [move for move in moves if move[0] != "die" or alive]
-        if not moves:
-            break
-        what, w = data.draw(st.sampled_from(moves))
-        if what == "list":
-            if listed:
-                send(data.draw(st.integers(0, workers - 1)), data.draw(st.integers(0, 2)))
-            else:
-                end.end_of_list()
-            listed -= 1
-        elif what == "deliver":
-            jobs[w].append(to[w].popleft())
-            received[w] += 1
-        elif what == "work":
-            job = jobs[w].pop()
-            for _ in range(data.draw(st.integers(0, 2)) if job else 0):
-                back[w].append(("job", data.draw(st.integers(0, workers - 1)), job - 1))
-        elif what == "hear":
-            kind, number, job = back[w].popleft()
-            if kind == "idle":
-                end.idle(w, number)
-            else:
-                send(number, job)
-        else:
-            deaths -= 1
-            for line in (to[w], jobs[w], back[w]):
-                line.clear()
-            received[w], told[w] = 0, -1
-            end.restart(w)
-            for job in log[w]:
-                end.sent(w)
-                to[w].append(job)
-    else:
-        return 0
-    assert end.over, "it never ends"
-    return 1
-
-
-SHARES = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-
-
-@SHARES
-@given(st.integers(1, 3), st.data())
-def test_shares_the_end_is_seen_when_it_has_come_and_not_before(workers: int, data: st.DataObject) -> None:
-    shares_model(cp.Tally, workers, data)
-
-
-@pytest.mark.parametrize(
-    ("does", "over"),
-    [
-        ("", False), ("e", False), ("e0.0 e1.0", False), ("e0.0 e1.0 L", True), ("L s0 e0.0 e1.0", False),
-        ("L s0 e0.1 e1.0", True), ("L s0 s1 e0.1 e1.0", False), ("s0 e0.1 e1.0 L r0", False),
-        ("s0 e0.1 e1.0 L r0 s0", False),
-        ("s0 e0.1 e1.0 L r0 s0 e0.1", True),
-    ],
-)  # fmt: skip
-def test_shares_tally_in_rows(does: str, over: bool) -> None:
-    tally = cp.Tally(2)
-    for word in does.split():
-        number = int(word[1]) if len(word) > 1 else 0
-        if word[0] == "L":
-            tally.end_of_list()
-        elif word[0] == "e" and len(word) > 1:
-            tally.idle(number, int(word[3:]))
-        elif word[0] in "sr":
-            (tally.sent if word[0] == "s" else tally.restart)(number)
-    assert tally.over is over
-
-
-def test_shares_the_parts_are_whole() -> None:
-    for total in range(40):
-        for parts in range(1, 9):
-            found = [cp.split(total, parts, part) for part in range(parts)]
-            assert sum(found) == total and max(found) - min(found) <= 1
-    data = b"".join(wire.section(bytes([65 + n]), n, b"x" * n) for n in range(5))
-    assert [(kind, bucket, bytes(content)) for kind, bucket, content in wire.sections(data)] == [
-        (bytes([65 + n]), n, b"x" * n) for n in range(5)
-    ]
-    assert wire.bucket_of("example.com") == wire.bucket_of("www.example.com") == 1307
+    assert (program.returncode, err) == (141, b"") and len(helpers) == 2
+    assert not any(map(is_alive, helpers))

@@ -93,7 +93,7 @@ def test_end_to_end(driver: str, feeds_site: Site, tmp_path: Path, monkeypatch: 
     else:
         both_says = ("Page both", "Bob Smith", "2024-02-03T00:00:00Z")
     assert (both["title"], both["author"], both["published"]) == both_says
-    where = "parser" if driver == "crawl_async" else "worker"
+    where = "worker" if driver == "crawl_threads" else "parser"
     assert parsed_in == {(where, "parse_feed"), (where, "read_article")}
 
 
@@ -156,8 +156,9 @@ def test_resumed_after_a_kill(driver: str, feeds_site: Site, tmp_path: Path) -> 
     site.routes["/2"].gate = gate
     urls, rows = tmp_path / "feeds.txt", tmp_path / "news.jsonl"
     urls.write_text(url("/feed") + "\n")
-    program = str(HERE / f"{driver}.py")
-    words = [sys.executable, program, str(urls), "--feeds", "-q", "-o", str(rows), "--rate", "0", "--per-host", "1"]
+    name, *more = driver.split()
+    words = [sys.executable, str(HERE / f"{name}.py"), str(urls), "--feeds", "-q", "-o", str(rows), "--rate", "0"]
+    words += ["--per-host", "1", *more]
     with subprocess.Popen(words, env=os.environ | {"NO_PROXY": "*"}) as process:
         try:
             wait_until(lambda: bool(site.paths()["/2"]) and rows.read_bytes().count(b"\n") == 2)
