@@ -124,6 +124,11 @@ def _begin(nice: int) -> None:
     end_with(parent.sentinel)  # that thread needs the GIL, which one call into C may hold for long; a signal does not
 
 
+def as_exception(error: BaseException) -> Exception:
+    """``error``, or what stands for one that would end an event loop."""
+    return error if isinstance(error, Exception) else RuntimeError(f"{error!r} in a worker")
+
+
 def _work(job: bytes) -> bytes:
     """``(True, value)`` or ``(False, error)``, pickled here: an executor breaks if it cannot unpickle."""
     try:
@@ -131,11 +136,11 @@ def _work(job: bytes) -> bytes:
         return pickle.dumps((True, function(*args)), pickle.HIGHEST_PROTOCOL)
     except BaseException as error:
         try:
-            sent = error if isinstance(error, Exception) else RuntimeError(f"{error!r} in a worker")
+            sent = as_exception(error)
             sent.add_note("In a worker process:\n" + traceback.format_exc().rstrip())
             failed = pickle.dumps((False, sent))
             pickle.loads(failed)  # some cannot be built from the arguments that they keep
-        except Exception:
+        except BaseException:
             failed = pickle.dumps((False, pickle.PicklingError(f"cannot be sent back: {type(error).__qualname__}")))
         return failed
 
@@ -292,8 +297,8 @@ class Processes:
         def ended(future: Future[bytes]) -> None:  # in a thread of the executor
             try:
                 tell(None if future.exception() is not None else pickle.loads(future.result()))
-            except Exception as error:  # it was pickled there, but cannot be built here
-                tell((False, error))
+            except BaseException as error:  # it was pickled there, but cannot be built here
+                tell((False, as_exception(error)))
 
         def begin() -> None:  # in the keeper's thread
             try:

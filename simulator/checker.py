@@ -242,12 +242,13 @@ class Checker:
             book.turn = book.turn or (self.handed + FAIR * (len(due) + 2) if book in due else 0)
             demand(not book.turn or self.handed <= book.turn, "a host starves behind", name)
 
-    def sent(self, request: Request, now: float) -> None:
+    def sent(self, request: Request, now: float, ahead: float = 0.0) -> None:
+        """``ahead``: in so many seconds, as a helper is told now."""
         self.steps += 1
         book = self.touch(request.host)
-        demand(now >= book.paused_until - EPSILON, "sent while paused", request.host)
-        demand(book.sends.spend(now), "more than burst + rate * t", request.host, now)
-        demand(self.total_sends.spend(now), "more than the total rate", now)
+        demand(now >= book.paused_until - ahead - EPSILON, "sent while paused", request.host)
+        demand(book.sends.spend(now, ahead), "more than burst + rate * t", request.host, now)
+        demand(self.total_sends.spend(now, ahead), "more than the total rate", now)
         book.sent += 1
 
     def left(self, request: Request, host: str) -> None:

@@ -5,9 +5,10 @@
 
 A heap of events stands for all that takes time. A ``Worker`` asks ``step``, connects, asks ``clear_to_send``, sends,
 and has an answer after a random latency: a page, a failure to be tried again, a 429 with Retry-After, a redirect to
-another host; or the request dies. All randomness comes from the seed: a run that fails fails again. A crawl says what
-its pages and robots.txt hold (``Worker.read``), and gives the books in which all that happens is entered: here there is
-one worker, and ``simulator.checker`` watches every step; in ``simulator.shared_crawls`` there are many.
+another host; or the request dies. In some crawls helpers have the requests: they are told ahead when to send, and die.
+All randomness comes from the seed: a run that fails fails again. A crawl says what its pages and robots.txt hold
+(``Worker.read``), and gives the books in which all that happens is entered: here there is one worker, and
+``simulator.checker`` watches every step; in ``simulator.shared_crawls`` there are many.
 
 The makespan is compared with what no schedule can beat: the busiest host's requests at its rate, or within its places
 in flight; or all service times over all workers.
@@ -29,10 +30,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from crawl.core import HELPERS_LEAD
 from crawl.errors import Postponed
 from crawl.frontier import Frontier
 from crawl.hosts import Question, host_of
 from crawl.model import Request
+from crawl.processes import AHEAD
 from crawl.urls import origin
 from simulator.checker import Checker, Rules, demand
 
@@ -113,6 +116,8 @@ class Worker(abc.ABC):
     connects = True
     """To connect takes a while."""
     adaptive = False
+    ahead = 0.0
+    """Seconds before the moment of sending that it is told of it, as helpers are."""
 
     def __init__(self, sim: Simulation, frontier: Frontier, check: Any, web: Web, free: int) -> None:
         self.sim, self.rng, self.frontier, self.check, self.web = sim, sim.rng, frontier, check, web
@@ -158,6 +163,10 @@ class Worker(abc.ABC):
         self.frontier.answer(question, allowed, self.clock())
         self.free += 1
 
+    def on_way(self, seconds: float, what: Callable[[Request], None], request: Request) -> None:
+        """``after``, for what a request goes through."""
+        self.after(seconds, what, request)
+
     def start(self, request: Request) -> None:
         self.check.handed_out(request, self.clock(), fresh=self.back.pop(id(request), None) is None)
         self.free -= 1
@@ -165,21 +174,21 @@ class Worker(abc.ABC):
             self.after(0.0, self.finish, request)
             return
         seconds = self.rng.choice((0.0, 0.001, self.web.latency * self.rng.random())) if self.connects else 0.0
-        self.after(seconds, self.ready, request)
+        self.on_way(seconds, self.ready, request)
 
     def ready(self, request: Request) -> None:
         try:
-            wait = self.frontier.clear_to_send(request, self.clock())
+            wait = self.frontier.clear_to_send(request, self.clock(), self.ahead)
         except Postponed:
             self.put_back(request, self.clock())
             return
-        if wait > 0:
-            self.after(wait, self.ready, request)
+        if wait > self.ahead:
+            self.on_way(wait - self.ahead / 2, self.ready, request)
             return
-        self.check.sent(request, self.clock())
+        self.check.sent(request, self.clock(), wait)
         request.spent = self.rng.lognormvariate(-0.125, 0.5) * self.web.latency
         self.served[request.host] += request.spent
-        self.after(request.spent, self.answer, request)
+        self.on_way(wait + request.spent, self.answer, request)
 
     def answer(self, request: Request) -> None:
         name = self.web.fates.draw(self.rng)
@@ -240,6 +249,8 @@ class Settings:
     latency: float
     links: bool = False
     """Pages link to others, up to so deep; else all are listed."""
+    helpers: int = 0
+    """Processes that have the requests in flight, and that die at times; 0: none."""
 
 
 def plain(urls: int, hosts: int, concurrency: int) -> Settings:
@@ -264,11 +275,12 @@ def random_settings(seed: int) -> Settings:
         "adaptive": rng.random() < 0.4,
         **({"rules_bytes": 3} if seed % 5 == 3 else {}),
     }
+    if helpers := (0, 2, 4)[seed % 3]:
+        limits["lead"] = HELPERS_LEAD
     fates = Fates(*(rng.choice([0.0, 0.05, high]) for high in (0.15, 0.1, 0.2, 0.1)))
     latency = rng.choice([0.01, 0.2, 1.0])
-    return Settings(
-        rng.randint(100, 300), rng.randint(1, 12), rng.choice([1, 3, 20, 100]), limits, fates, latency, seed % 2 == 0
-    )
+    size = rng.randint(100, 300), rng.randint(1, 12), rng.choice([1, 3, 20, 100])
+    return Settings(*size, limits, fates, latency, seed % 2 == 0, helpers)
 
 
 @dataclass(frozen=True)
@@ -302,6 +314,37 @@ class CheckedWorker(Worker):
         self.sites = self.rng.choices(range(settings.hosts), cum_weights=shares, k=settings.urls)
         if not settings.links:
             self.sites.sort()  # in host order, as lists often are
+        self.lives: dict[Request, tuple[int, int]] = {}
+        """The helper that has a request, and a number that it never had before."""
+        self.serial = itertools.count()
+        if settings.helpers:
+            self.ahead = AHEAD
+            for _ in range(8):
+                self.after(self.rng.random() * 10, self.accident)
+
+    def accident(self) -> None:
+        """A helper dies: what it had goes back."""
+        dead = self.rng.randrange(self.settings.helpers)
+        self.sim.counts["died"] += 1
+        for request in [request for request, (helper, _) in self.lives.items() if helper == dead]:
+            self.put_back(request, self.clock())
+
+    def start(self, request: Request) -> None:
+        if self.settings.helpers and not request.error:
+            self.lives[request] = self.rng.randrange(self.settings.helpers), next(self.serial)
+        super().start(request)
+
+    def on_way(self, seconds: float, what: Callable[[Request], None], request: Request) -> None:
+        life = self.lives.get(request)
+        self.after(seconds, lambda: what(request) if self.lives.get(request) == life else None)
+
+    def put_back(self, request: Request, at: float, target: str | None = None, host: str | None = None) -> None:
+        self.lives.pop(request, None)
+        super().put_back(request, at, target, host)
+
+    def finish(self, request: Request) -> None:
+        self.lives.pop(request, None)
+        super().finish(request)
 
     def url(self, page: int) -> str:
         name = self.web.names[self.sites[page]]

@@ -253,7 +253,7 @@ class TrueTime:
     def __init__(self, sim: Simulation, rate: float, burst: int) -> None:
         self._sim, self._tokens = sim, defaultdict[str, Tokens](lambda: Tokens(rate, burst))
 
-    def sent(self, request: Request, _: float) -> None:
+    def sent(self, request: Request, _: float, ahead: float = 0.0) -> None:
         self._sim.counts["sent"] += 1
         demand(self._tokens[request.host].spend(self._sim.now), "above the rate:", request.host, self._sim.now)
 

@@ -7,8 +7,6 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 import coordination as co
 import primitives as pr
@@ -26,15 +24,15 @@ from crawl.scheduler import Scheduler
 from simulator import crawls as simulate
 from simulator import shared_crawls as sim_shared
 from simulator.checker import Broken
+from tests import test_crawl_processes as processes_tests
 from tests.test_core import play
-from tests.test_crawl_processes import SHARES, shares_model
 
 
 class CarelessFrontier(Frontier):
     """Planted: takes the tokens when a request leaves, not when it is sent."""
 
-    def clear_to_send(self, request: Request, now: float) -> float:
-        super().clear_to_send(request, now)
+    def clear_to_send(self, request: Request, now: float, ahead: float = 0.0) -> float:
+        super().clear_to_send(request, now, ahead)
         return 0.0
 
 
@@ -76,8 +74,8 @@ def test_the_simulation_finds_planted_bugs(planted: type[Frontier]) -> None:
 class PlantedUncharged(Frontier):
     """A retry costs no token."""
 
-    def clear_to_send(self, request: Request, now: float) -> float:
-        return 0.0 if request.attempt > 1 else super().clear_to_send(request, now)
+    def clear_to_send(self, request: Request, now: float, ahead: float = 0.0) -> float:
+        return 0.0 if request.attempt > 1 else super().clear_to_send(request, now, ahead)
 
 
 class PlantedRestless(Frontier):
@@ -302,9 +300,9 @@ class PlantedUnfair(Frontier):
 class PlantedHurry(Frontier):
     """What was handed out before a pause is sent in it."""
 
-    def clear_to_send(self, request: Request, now: float) -> float:
+    def clear_to_send(self, request: Request, now: float, ahead: float = 0.0) -> float:
         try:
-            return super().clear_to_send(request, now)
+            return super().clear_to_send(request, now, ahead)
         except Postponed:
             return 0.0
 
@@ -377,20 +375,91 @@ def test_shared_simulation_finds_planted_faults(
             sim_shared.simulate_shared(seed, frontier, sim_shared.Tables(**tables), **given)
 
 
-class sOpen(cp.Tally):
-    """Planted: who is idle is believed, whatever is on its way to it."""
+class ForgetsTheDead(simulate.CheckedWorker):
+    """What a dead helper had is not given back."""
 
-    @property
-    def over(self) -> bool:
-        return not self._open and all(idle >= 0 for idle in self._idle)
+    def accident(self) -> None:
+        self.lives.clear()
 
 
-@pytest.mark.parametrize("planted", [sOpen])
-def test_shares_the_model_refuses_an_end_that_is_seen_too_soon(planted: type[cp.Tally]) -> None:
-    @settings(SHARES, max_examples=100, phases=(Phase.generate,))
-    @given(st.integers(1, 3), st.data())
-    def check(workers: int, data: st.DataObject) -> None:
-        shares_model(planted, workers, data)
+class BelievesTheDead(simulate.CheckedWorker):
+    """What a dead helper had is given back, and yet its outcome counts."""
 
-    with pytest.raises(AssertionError, match=r"too soon|never ends"):
-        check()
+    def on_way(self, seconds: float, what: Any, request: Request) -> None:
+        self.after(seconds, what, request)
+
+
+class PromisesTwice(Frontier):
+    """The token of a moment that is told ahead is not taken."""
+
+    def clear_to_send(self, request: Request, now: float, ahead: float = 0.0) -> float:
+        host = self._hosts[request.host]
+        wait = host.gate.wait_for(1, now) if host.gate else 0.0
+        return wait if 0.0 < wait <= ahead else super().clear_to_send(request, now, ahead)
+
+
+@pytest.mark.parametrize("planted", [ForgetsTheDead, BelievesTheDead])
+def test_the_checker_catches_what_is_done_wrong_with_dead_helpers(
+    planted: type[simulate.CheckedWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulate, "CheckedWorker", planted)
+    with pytest.raises((Broken, KeyError)):
+        for seed in range(100):
+            simulate.simulate(seed)
+
+
+def test_the_checker_catches_a_moment_that_is_promised_twice() -> None:
+    with pytest.raises(Broken, match="burst"):
+        for seed in range(100):
+            simulate.simulate(seed, None, PromisesTwice)
+
+
+class LosesTheDead(cp.Parent):
+    """What a dead helper had is taken for done."""
+
+    def _give_back(self, request: Request) -> None:
+        self._crawl.frontier.finish(request, self._crawl.clock())
+        self._in_hand -= 1
+
+
+class BlamesAll(cp.Parent):
+    """All that a dead helper had counts as the death of it."""
+
+    def lost(self, helper: cp.Helper) -> None:
+        for request in helper.granted.values():
+            request.deaths = cp.ALONE
+        super().lost(helper)
+
+
+class ForgetsLinks(cp.Parent):
+    """Links that came with a page whose body came before are not followed when another page has them."""
+
+    def _complete(self, request: Request, final: Any) -> Any:
+        self._withheld.clear()
+        return super()._complete(request, final)
+
+
+class HearsOldHomes(cp.Parent):
+    """What was told before the scope grew counts as told."""
+
+    _home = 0
+
+
+@pytest.mark.parametrize(
+    ("planted", "test"),
+    [
+        (ForgetsLinks, processes_tests.test_shares_equal_bodies_do_not_hide_links_that_others_have),
+        (HearsOldHomes, processes_tests.test_shares_links_are_in_scope_from_when_a_redirect_brings_them_there),
+    ],
+)
+def test_planted_in_the_parent(planted: type[cp.Parent], test: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cp, "Parent", planted)
+    with pytest.raises(AssertionError):
+        test()
+
+
+@pytest.mark.parametrize("planted", [LosesTheDead, BlamesAll])
+def test_planted_in_what_becomes_of_the_dead(planted: type[cp.Parent], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cp, "Parent", planted)
+    with pytest.raises(AssertionError):
+        processes_tests.test_shares_a_page_that_is_the_death_of_its_reader_costs_one_row("crawl_async", monkeypatch)

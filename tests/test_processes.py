@@ -167,6 +167,10 @@ def test_proc_errors_come_back_and_break_nothing() -> None:
             await pool.run(len, ProcStrange("no_such"))
         with pytest.raises(pickle.PicklingError, match="cannot be sent back: Local"):
             await pool.run(exec, "class E(Exception): pass\nE.__qualname__ = 'Local'\nraise E")
+        with pytest.raises(RuntimeError, match=r"SystemExit\(3\)"):  # raised by what builds the result here
+            await pool.run(ProcExits)
+        with pytest.raises(pickle.PicklingError, match="cannot be sent back: ProcFails"):
+            await pool.run(ProcFails.fail)
         assert await pool.run(os.getpid) == pid
         assert pool.stats()[4:6] == (0, 0)
 
@@ -179,6 +183,17 @@ class ProcStrange:
 
     def __reduce__(self) -> Any:
         return int, (self.name,)
+
+
+class ProcExits:
+    def __reduce__(self) -> Any:
+        return sys.exit, (3,)
+
+
+class ProcFails(ProcExits, Exception):
+    @classmethod
+    def fail(cls) -> None:
+        raise cls
 
 
 @pytest.mark.parametrize("bad", [{"workers": 0}, {"waiting": 0}, {"attempts": 0}, {"nice": -1}])
