@@ -1,8 +1,7 @@
 """A frontier that is not alone: hosts and requests come to it from others, and go to them.
 
-The frontiers of worker processes (crawl/process_worker.py) send each other requests whose redirects lead to another's
-host; those over the tables of a database (crawl/lease.py) also give hosts back, with what waits there. What both need
-of a ``Frontier`` beyond its own crawl is here. Locks: the frontier's own.
+Those over the tables of a database (crawl/lease.py) hand over requests whose redirects lead to another's host, and give
+hosts back, with what waits there. What they need of a ``Frontier`` beyond its own crawl is here. Locks: the frontier's.
 """
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ class Parent:
     def _helper_for(self, host: str) -> Helper:
         usual = self._ready[hash(host) % len(self._ready)]
         least = min(self._ready, key=lambda helper: len(helper.granted))
-        return usual if len(usual.granted) <= len(least.granted) + 2 else least
+        return usual if len(usual.granted) <= len(least.granted) * 1.1 + 1 else least
 
     def _grant(self, helper: Helper, request: Request, now: float) -> None:
         crawl, listed = self._crawl, self._crawl.listed
