@@ -28,7 +28,7 @@ from api.history import History, Result
 from api.report import inspect_host
 from api.telemetry import Events, Exporter, RequestLog
 from api.upstreams import Load, Loaded, Source, request_id
-from coordination import Semaphore, T
+from coordination import Semaphore, T, cancel_all
 from primitives import State
 from runtime.postgres import Database, Unavailable
 from runtime.processes import Processes, in_daemon
@@ -67,7 +67,7 @@ class Service:
         self.sources, self.database, self.history = sources, database, History(database)
         self.lag, self.events, self.log = Lag(), Events(), RequestLog(output)
         self.processes = Processes(waiting=REPORTS)
-        self.reports, self.looks = 0, Semaphore(LOOKS)
+        self.reports, self.looks = Semaphore(REPORTS), Semaphore(LOOKS)
         self.registry = CollectorRegistry()
         self.registry.register(Exporter(sources, self.lag, database, self.history.writer, self.log))
         self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
@@ -198,9 +198,7 @@ class Service:
         self.stop()
         for timer in self.timers:
             timer.cancel()
-        for task in self.tasks.values():
-            task.cancel()
-        await asyncio.gather(*list(self.tasks.values()), return_exceptions=True)
+        await cancel_all(self.tasks.values())
         while loads := [load for source in self.sources.values() for load in source.running]:
             await asyncio.wait(loads, timeout=max(0.0, self.patience - time.monotonic()))
             await asyncio.wait(self.cancel_loads() or loads)

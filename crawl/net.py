@@ -23,7 +23,6 @@ import ipaddress
 import math
 import socket
 import ssl
-import threading
 import time
 import urllib.parse
 import urllib.request
@@ -34,7 +33,7 @@ from typing import Any
 
 import brotli
 
-from coordination import Channel, Clock, new_lock
+from coordination import Clock, WorkerPool, new_lock
 from crawl.addresses import is_public as is_public
 from crawl.errors import FetchError
 from crawl.urls import proxy_url
@@ -292,19 +291,18 @@ Address = tuple[socket.AddressFamily, str]
 class Resolver:
     """Host names to addresses: cached, one look-up at a time for a name, and with a time limit.
 
-    ``socket.getaddrinfo`` blocks as long as the system's resolver likes. It runs here in daemon threads, started as
-    they are needed and fed by a ``Channel``; whoever waits, thread or task, stops waiting at its own limit, and a
-    look-up that never returns keeps nobody from exiting. ``_lock`` guards the cache. Failures are cached briefly.
+    ``socket.getaddrinfo`` blocks as long as the system's resolver likes. It runs here in the daemon
+    threads of a ``WorkerPool``; whoever waits, thread or task, stops waiting at its own limit, and a look-up that never
+    returns keeps nobody from exiting. ``_lock`` guards the cache. Failures are cached briefly.
     """
 
     def __init__(
         self, *, threads: int = 32, ttl: float = 300.0, size: int = 50_000, clock: Clock = time.monotonic
     ) -> None:
-        self._threads, self._ttl, self._size, self._clock = threads, ttl, size, clock
+        self._ttl, self._size, self._clock = ttl, size, clock
         self._lock = new_lock("Resolver")
         self._cache: OrderedDict[str, tuple[float, concurrent.futures.Future[list[Address]]]] = OrderedDict()
-        self._names: Channel[tuple[str, concurrent.futures.Future[list[Address]]]] = Channel(1_000_000)
-        self._started = 0
+        self._look_ups = WorkerPool(self._look_up, threads, 1_000_000, name="resolver").start_threads()
 
     def submit(self, name: str) -> concurrent.futures.Future[list[Address]]:
         """The look-up of ``name``, running or done. Fails with FetchError ``dns``."""
@@ -327,28 +325,22 @@ class Resolver:
             self._cache.move_to_end(name)
             if len(self._cache) > self._size:
                 self._cache.popitem(last=False)
-            start = self._started < self._threads
-            self._started += start
-        if start:
-            threading.Thread(target=self._work, name="resolver", daemon=True).start()
-        self._names.put_nowait((name, future))
+        self._look_ups.submit((name, future), 0)
         return future
 
-    def _work(self) -> None:
-        for name, future in self._names:
-            try:
-                found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-                addresses: list[Address] = list(
-                    dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found)
-                )
-            except (OSError, UnicodeError) as error:
-                again = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-                detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                with self._lock:
-                    self._cache[name] = (self._clock() + 5.0, future)
-                self._settle(future, error=FetchError("dns", f"{name}: {detail}", retry=again))
-            else:
-                self._settle(future, addresses)
+    def _look_up(self, asked: tuple[str, concurrent.futures.Future[list[Address]]]) -> None:
+        name, future = asked
+        try:
+            found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            addresses: list[Address] = list(dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found))
+        except (OSError, UnicodeError) as error:
+            again = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+            detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            with self._lock:
+                self._cache[name] = (self._clock() + 5.0, future)
+            self._settle(future, error=FetchError("dns", f"{name}: {detail}", retry=again))
+        else:
+            self._settle(future, addresses)
 
     @staticmethod
     def _settle(
@@ -385,7 +377,7 @@ class Resolver:
 
     def close(self) -> None:
         """Let the threads go; look-ups that still run fail at once."""
-        self._names.close()
+        self._look_ups.close(0)
         with self._lock:
             futures = [future for _, future in self._cache.values() if not future.done()]
         for future in futures:

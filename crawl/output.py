@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import io
 import json
-import queue
 import re
 import resource
 import sys
@@ -25,7 +24,7 @@ from typing import BinaryIO
 
 import orjson
 
-from coordination import Channel, new_lock
+from coordination import WorkerPool, new_lock
 from crawl.core import Crawl
 from crawl.model import ScrapeResult
 
@@ -180,16 +179,13 @@ class RowBatches:
         self._size = max(1, min(self.SIZE, concurrency // 4))
         self._loop = asyncio.get_running_loop()
         self._batch: list[ScrapeResult] = []
-        self._batches: Channel[list[ScrapeResult]] = Channel(10)
+        self._writer = WorkerPool(self._write, 1, 10, name="writer").start_threads()
         self.written: Callable[[int], None] = lambda rows: None
         """Told, in the loop, how many rows were written (or cannot be)."""
-        self._writer = threading.Thread(target=self._write, name="writer")
-        self._writer.start()
 
-    def _write(self) -> None:
-        for batch in self._batches:
-            self._emit(*batch)
-            self._loop.call_soon_threadsafe(self.written, len(batch))
+    def _write(self, batch: list[ScrapeResult]) -> None:
+        self._emit(*batch)
+        self._loop.call_soon_threadsafe(self.written, len(batch))
 
     async def put(self, row: ScrapeResult) -> bool:
         """Take ``row``: True. Waits while the writer is far behind."""
@@ -197,7 +193,7 @@ class RowBatches:
         if len(self._batch) >= self._size:
             batch, self._batch = self._batch, []
             try:
-                await self._batches.put_async(batch)
+                await self._writer.submit_async(batch)
             except BaseException:
                 self._batch[:0] = batch
                 raise
@@ -208,8 +204,8 @@ class RowBatches:
     def _too_old(self, batch: list[ScrapeResult]) -> None:
         if batch is self._batch:
             try:
-                self._batches.put_nowait(batch)
-            except queue.Full:  # the writer is busy: the batch may grow until it is full
+                self._writer.submit(batch, 0)
+            except TimeoutError:  # the writer is busy: the batch may grow until it is full
                 self._loop.call_later(self.AGE, self._too_old, batch)
             else:
                 self._batch = []
@@ -217,10 +213,9 @@ class RowBatches:
     async def close(self) -> None:
         """Every row that was put is written when this returns."""
         if self._batch:
-            await self._batches.put_async(self._batch)
+            await self._writer.submit_async(self._batch)
             self._batch = []
-        self._batches.close()
-        await asyncio.to_thread(self._writer.join)
+        await asyncio.to_thread(self._writer.close)
 
 
 def peak_memory_mb() -> float:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol
 
 import orjson
 
-from coordination import Clock, Rng, stats_repr, wait_for_event
+from coordination import Clock, Rng, cancel_all, stats_repr, wait_for_event
 from logs.display import Exporter, Snapshot, add_up, counts_after_death, health, status
 from primitives import RetryPolicy
 from runtime.serving import http, lines_lost, show_status, stopped_by_signals
@@ -85,8 +85,7 @@ async def serve(program: Program, http_sock: socket.socket | None, *, clock: Clo
             try:
                 return await program.run()
             finally:
-                keeping.cancel()
-                await asyncio.gather(keeping, return_exceptions=True)
+                await cancel_all([keeping])
                 show_status("")
 
 
@@ -185,9 +184,7 @@ class Supervisor:
                 timer.cancel()
             for worker in self.list:
                 self._kill(worker)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_all(tasks)
         return 1 if self.failure or any(worker.code for worker in self.list) else 0
 
     async def _keep(self, worker: WorkerProcess) -> None:
