@@ -348,7 +348,8 @@ class Channel(Generic[T]):
                 return
             waiter = self._not_full.park(None, item)
         waiter.block_or(self._withdraw, timeout)
-        self._accepted(waiter)
+        with self._lock:
+            self._check(self._not_full, waiter)
 
     async def put_async(self, item: T) -> None:
         """Put, parking the task while the buffer is full. Raises ``ChannelClosed``."""
@@ -357,11 +358,8 @@ class Channel(Generic[T]):
                 return
             waiter = self._not_full.park(asyncio.get_running_loop(), item)
         await waiter.parked_or(self._withdraw)
-        self._accepted(waiter)
-
-    def _accepted(self, putter: Waiter) -> None:
         with self._lock:
-            self._check(self._not_full, putter)
+            self._check(self._not_full, waiter)
 
     def _withdraw(self, putter: Waiter) -> None:
         with self._lock:
@@ -430,14 +428,10 @@ class Channel(Generic[T]):
         except ChannelClosed:
             return
 
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._items)
-
     def stats(self) -> ChannelStats:
         with self._lock:
-            putters, getters = len(self._not_full), len(self._not_empty)
-            return ChannelStats(self.capacity, len(self._items), putters, getters, self._closed)
+            waiting = len(self._not_full), len(self._not_empty)
+            return ChannelStats(self.capacity, len(self._items), *waiting, self._closed)
 
     __repr__ = stats_repr
 
@@ -475,7 +469,7 @@ class Visited(Generic[K]):
         return len(self._keys)
 
     def keys(self) -> set[K]:
-        """A copy of them."""
+        """A copy."""
         with self._lock:
             return set(self._keys)
 
@@ -672,13 +666,13 @@ class WorkerPool(Generic[T]):
 
     def _work(self) -> None:
         for item in self._channel:
+            error = None
             try:
                 self._call(item)
-            except BaseException as error:  # SystemExit too: it would end this thread only, and silently
-                self._done(item, error)
-            else:
-                self._done(item, None)
-            del item  # an idle worker keeps nothing alive
+            except BaseException as raised:  # SystemExit too: it would end this thread only, and silently
+                error = raised
+            self._done(item, error)
+            del item, error  # an idle worker keeps nothing alive
             if self._abandoned:
                 return
 
@@ -689,25 +683,19 @@ class WorkerPool(Generic[T]):
 
     async def _work_async(self) -> None:
         async for item in self._channel:
+            error = None
             try:
                 await self._handle(item)
             except (GeneratorExit, KeyboardInterrupt, SystemExit):
                 raise
-            except BaseException as error:
-                self._done(item, error)
-                if isinstance(error, asyncio.CancelledError) and self._cancelled():
-                    raise
-            else:
-                self._done(item, None)
-            del item
-            if self._cancelled():
+            except BaseException as raised:  # cancelled may be what it waited for
+                error = raised
+            self._done(item, error)
+            del item, error
+            worker = asyncio.current_task()
+            if worker is None or worker.cancelling():
                 return
             await asyncio.sleep(0)  # else items that wait for nothing would keep the loop until there are no more
-
-    def _cancelled(self) -> bool:
-        """Whether it is the worker that was cancelled, and not something its handler waited for."""
-        task = asyncio.current_task()
-        return task is not None and task.cancelling() > 0
 
     def submit(self, item: T, timeout: float | None = None) -> None:
         """``TimeoutError`` if there was no place in time (0: at once, also for tasks), ``ChannelClosed`` after

@@ -521,7 +521,7 @@ def test_fan_out_that_leaves_stragglers_is_found(waits: bool, monkeypatch: pytes
         if waits and tasks:
             await asyncio.wait(tasks)
 
-    monkeypatch.setattr(co, "_end", end)
+    monkeypatch.setattr(co, "cancel_all", end)
     with pytest.raises(AssertionError):
         fan_check_stragglers()
 
