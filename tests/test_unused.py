@@ -5,9 +5,10 @@
 prints the table. How it matches, by the text alone: a top-level name counts as used where a file imports it from the
 mechanism's file and names it once more. A method or property counts where it is an attribute of something that is
 called like what holds an object of its class somewhere in the same room (assigned from a call of the class, annotated
-with it, entered as it), or of the call itself. So two things of one name in one room are not told apart. A mechanism
-uses what the other mechanisms, and its own ``__dunder__`` methods, name; that counts as soon as it is used itself.
-Programs are the files at the top, their rooms and ``runtime``, but no test, bench, sandbox or simulator.
+with it, entered as it, assigned from what is called so), or of the call itself. So two things of one name in one room
+are not told apart. What a mechanism names counts as soon as the mechanism is used itself, its own methods only where
+``__dunder__`` methods name them; the names of a file of mechanisms that is not asked for count as used.Programs
+are the files at the top, their rooms and ``runtime``, but no test, bench, sandbox or simulator.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def classes_in(node: ast.expr | None, classes: set[str]) -> set[str]:
 
 def bound(nodes: list[ast.AST], classes: set[str]) -> Iterator[tuple[str, str]]:
     """Pairs of a name and the class of an object that is called so."""
+    found: dict[str, set[str]] = defaultdict(set)
+    aliases: list[tuple[str, str]] = []
     for node in nodes:
         pairs: list[tuple[ast.expr, ast.expr | None]] = []
         if isinstance(node, ast.Assign):
@@ -92,7 +95,12 @@ def bound(nodes: list[ast.AST], classes: set[str]) -> Iterator[tuple[str, str]]:
             pairs.append((node.target, node.value))
         for target, value in pairs:
             if (name := last_name(target)) is not None:
-                yield from ((name, cls) for cls in classes_in(value, classes))
+                found[name] |= classes_in(value, classes)
+                if value is not None and (other := last_name(value)) is not None:
+                    aliases.append((name, other))
+    for name, other in aliases:
+        found[name] |= found[other]
+    yield from ((name, cls) for name, held in found.items() for cls in held)
 
 
 def attributes(nodes: list[ast.AST], holders: dict[str, set[str]], classes: set[str]) -> Iterator[str]:
@@ -187,9 +195,8 @@ def main() -> None:
     for file in sys.argv[1:] or CHECKED:
         found = uses([file])
         for name, by in found.items():
-            print(
-                f"{name:36}{', '.join(sorted(by & {*PROGRAMS})) or ('through ' + ', '.join(sorted(by)) if by else '-')}"
-            )
+            programs, others = ", ".join(sorted(by & {*PROGRAMS})), ", ".join(sorted(by))
+            print(f"{name:36}{programs or (others and f'through {others}') or '-'}")
         print(f"\nunused of {file}: {', '.join(unused([file])) or 'none'}\n")
 
 
