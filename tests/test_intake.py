@@ -25,7 +25,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from logs import event_queue
 from logs import intake as li
 from logs.parse import Event
-from runtime import serving
+from runtime.loop import new_loop
+from runtime.options import split_address
 from tests.absent import needs
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, until_async
 
@@ -372,7 +373,7 @@ def intake_run(loop: str, main: Any) -> None:
         run_task(main)
         return
     complaints: list[Any] = []
-    with asyncio.Runner(loop_factory=serving.new_loop) as runner:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.get_loop().set_exception_handler(lambda _, context: complaints.append(context))
         runner.run(main)
     assert complaints == []
@@ -796,9 +797,9 @@ def test_buffer_that_the_kernel_clamps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_addresses(text: str, expected: tuple[str, int] | None) -> None:
     if expected is None:
         with pytest.raises(ValueError, match="expected"):
-            serving.split_address(text)
+            split_address(text)
     else:
-        assert serving.split_address(text) == expected
+        assert split_address(text) == expected
 
 
 def test_what_cannot_be_bound_is_said() -> None:
