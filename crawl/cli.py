@@ -32,7 +32,7 @@ from crawl.scope import Scope
 from crawl.url_list import read_urls
 from runtime.options import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PIPE, SIZES, CannotStart, Parser, size
 from runtime.packages import missing
-from runtime.stderr import say
+from runtime.stderr import queue_stderr, say
 
 if TYPE_CHECKING:
     from crawl.process_worker import MakeDriver
@@ -227,6 +227,7 @@ def told(doing: str = "") -> Iterator[None]:
 def main(program: str, run: Run, argv: list[str] | None = None, *, driver: MakeDriver | None = None) -> int:
     """A crawler's whole program around ``run``, which crawls in this process, and ``driver``, which does in others if
     there is one (--processes). Returns the exit code."""
+    finish = queue_stderr(program)
     try:
         return _main(program, run, argv, driver)
     except CannotStart as error:
@@ -236,6 +237,8 @@ def main(program: str, run: Run, argv: list[str] | None = None, *, driver: MakeD
         return EXIT_FAILED
     except KeyboardInterrupt:  # before the driver listens to signals, or after
         return EXIT_INTERRUPTED
+    finally:
+        finish()
 
 
 def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | None) -> int:

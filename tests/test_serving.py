@@ -42,7 +42,7 @@ from tests.helpers.api import aggregate_http
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, free_port, run_task, wait_until
 from tests.helpers.crawl import walk_crawl
 from tests.helpers.market import MarketPipelineBase, market_pipeline_metrics, market_pipeline_options
-from tests.helpers.processes import HEALTH, IDLERS, besiege, fill
+from tests.helpers.processes import HEALTH, IDLERS, besiege, fill, full_pipe
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -214,12 +214,6 @@ def test_a_long_request_line_does_not_hold_the_loop() -> None:
         for _ in range(5):
             assert monitor.respond(b"GET " + target + b" x\r\n\r\n", {}).startswith(b"HTTP/1.1 400 ")
     assert time.thread_time() - begun < 1.0
-
-
-def full_pipe() -> tuple[int, int, int]:
-    """Its two ends, and how many bytes are in it: as many as it holds."""
-    reading, writing = os.pipe()
-    return reading, writing, fill(writing)
 
 
 def serving_read(reading: int, count: int) -> bytes:
