@@ -38,7 +38,7 @@ from runtime.embedded import Embedded
 from runtime.loop import STOPPING, beside, new_loop
 from runtime.options import EXIT_FAILED, SIZES, CannotStart, Parser, address, checked, size, split_address
 from runtime.postgres import check_url
-from runtime.shell import Wiring, around, open_http, run, shown_address
+from runtime.shell import Wiring, around, run, shown_address
 from runtime.stderr import say
 
 log = logging.getLogger("ingest")
@@ -183,28 +183,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         with around(NAME, log):
             return run_worker(args.worker)
 
-    def wire(stack: contextlib.ExitStack) -> Wiring[LogCounts]:
-        told, demo = options, None
-        if args.demo:
-            demo = stack.enter_context(LogDemo(options, args.demo_seconds, args.demo_rate))
-            told = demo.options
-        sockets = open_sockets(told, stack)
-        http_sock = open_http(told.http, stack, log)
+    demo = LogDemo(options, args.demo_seconds, args.demo_rate) if args.demo else None
+
+    def wire(options: IngestOptions, stack: contextlib.ExitStack) -> Wiring[LogCounts]:
+        sockets = open_sockets(options, stack)
         log.info("listening on %s", shown_address(sockets[0]))
         if demo is not None:
             demo.target = sockets[0].getsockname()
         return Wiring(
-            make=lambda: make_program(told, sockets),
+            make=lambda: make_program(options, sockets),
             tell=lambda program: say(NAME, last_word(program.snapshot())),
             metrics=METRICS,
-            health=lambda counts: health(counts, told.receivers),
+            health=lambda counts: health(counts, options.receivers),
             draw=draw,
-            http=http_sock,
-            demo=demo,
             loop=new_loop if len(sockets) == 1 else None,
         )
 
-    return run(NAME, log, wire)
+    return run(NAME, log, options, wire, demo)
 
 
 def run_worker(link: int) -> int:

@@ -29,7 +29,7 @@ from market.flow import MarketOptions, MarketProgram, Pipeline, feeds_of, securi
 from market.replay import Replayer
 from runtime.options import SIZES, Parser, address, size, split_address
 from runtime.packages import missing
-from runtime.shell import Wiring, open_http, run
+from runtime.shell import Wiring, run
 from runtime.stderr import say
 
 log = logging.getLogger("market_pipeline")
@@ -190,24 +190,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The whole program. Returns the exit code."""
     args, options = parse_arguments(argv, os.environ)
 
-    def wire(stack: contextlib.ExitStack) -> Wiring[MarketCounts]:
-        told, demo = options, None
-        if args.demo:
-            demo = stack.enter_context(MarketDemo(options, args.demo_seconds, args.demo_rate))
-            told = demo.options
-        kinds: dict[str, type[MarketProgram]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
+    kinds: dict[str, type[MarketProgram]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
+    demo = MarketDemo(options, args.demo_seconds, args.demo_rate) if args.demo else None
+
+    def wire(options: MarketOptions, _: contextlib.ExitStack) -> Wiring[MarketCounts]:
         return Wiring(
-            make=lambda: kinds[args.command](told),
+            make=lambda: kinds[args.command](options),
             tell=tell,
             metrics=METRICS,
             health=health,
             draw=None if missing("the table", "rich") else draw,
             stays=True,
-            http=open_http(told.http, stack, log),
-            demo=demo,
         )
 
-    return run(NAME, log, wire)
+    return run(NAME, log, options, wire, demo)
 
 
 if __name__ == "__main__":

@@ -12,36 +12,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from runtime.monitor import counter, gauge
+from runtime.monitor import counter, counters, gauge, health_of
 from runtime.stderr import terminal_size
 
 
 class LogCounts(NamedTuple):
     """What a worker counted since it began; events, but where it says otherwise. More of them is in ``METRICS``."""
 
-    received: int = 0
-    recovered: int = 0
-    stored: int = 0
-    dead: int = 0
+    received: Annotated[int, "Events received"] = 0
+    recovered: Annotated[int, "Events that were in the spool at the start"] = 0
+    stored: Annotated[int, "Events in the table logs"] = 0
+    dead: Annotated[int, "Events in the table dead_letter"] = 0
     dropped: Mapping[str, int] = {}
     held: Mapping[str, int] = {}
     """By place: queue, sealing, sealed, writing, spooling, spool."""
-    handed: int = 0
-    datagrams: int = 0
-    bytes: int = 0
-    refused: int = 0
-    truncated: int = 0
+    handed: Annotated[int, "Events in the spool of workers that died; counted as recovered by the next"] = 0
+    datagrams: Annotated[int, "Datagrams read"] = 0
+    bytes: Annotated[int, "Bytes read"] = 0
+    refused: Annotated[int, "Datagrams from addresses that are not allowed"] = 0
+    truncated: Annotated[int, "Datagrams that were too long"] = 0
     """Datagrams longer than what is read of one."""
-    kernel_drops: int = 0
+    kernel_drops: Annotated[int, "Datagrams that found the socket's buffer full"] = 0
     """Datagrams that found the socket's buffer full; 0 too where the system does not say."""
-    missing: int = 0
+    missing: Annotated[int, "Rows that were stored before their metadata were known"] = 0
     """Rows that were stored without the metadata that there should be."""
-    filled: int = 0
+    filled: Annotated[int, "Rows whose metadata came later"] = 0
     """Such rows whose metadata came later, of earlier runs too."""
     spool_bytes: int = 0
-    spool_refused: int = 0
+    spool_refused: Annotated[int, "Batches for which the spool had no room"] = 0
     lag: float = 0.0
     """Seconds from the receipt of a batch's oldest event to its commit: the longest of the last ones."""
     loop_lag: float = 0.0
@@ -49,13 +49,13 @@ class LogCounts(NamedTuple):
     database: str = "none"
     metadata: str = "none"
     """The state of the API's circuit."""
-    metadata_loads: int = 0
-    metadata_failures: int = 0
-    faults: int = 0
+    metadata_loads: Annotated[int, "Requests to the metadata API"] = 0
+    metadata_failures: Annotated[int, "Loads of metadata that failed"] = 0
+    faults: Annotated[int, "Counts that did not balance, and failures of the program"] = 0
     """How often the counts did not balance, or a part failed in a way that nobody had foreseen."""
-    lines_lost: int = 0
+    lines_lost: Annotated[int, "Lines of the log that nobody read"] = 0
     workers: int = 1
-    deaths: int = 0
+    deaths: Annotated[int, "Workers that died"] = 0
     stopping: bool = False
 
 
@@ -73,24 +73,7 @@ def imbalance(counts: LogCounts) -> int:
 
 
 METRICS = (
-    counter("ingest_received", "Events received"),
-    counter("ingest_recovered", "Events that were in the spool at the start"),
-    counter("ingest_stored", "Events in the table logs"),
-    counter("ingest_dead", "Events in the table dead_letter"),
-    counter("ingest_handed", "Events in the spool of workers that died; counted as recovered by the next"),
-    counter("ingest_datagrams", "Datagrams read"),
-    counter("ingest_bytes", "Bytes read"),
-    counter("ingest_refused", "Datagrams from addresses that are not allowed"),
-    counter("ingest_truncated", "Datagrams that were too long"),
-    counter("ingest_kernel_drops", "Datagrams that found the socket's buffer full"),
-    counter("ingest_missing", "Rows that were stored before their metadata were known"),
-    counter("ingest_filled", "Rows whose metadata came later"),
-    counter("ingest_spool_refused", "Batches for which the spool had no room"),
-    counter("ingest_metadata_loads", "Requests to the metadata API"),
-    counter("ingest_metadata_failures", "Loads of metadata that failed"),
-    counter("ingest_faults", "Counts that did not balance, and failures of the program"),
-    counter("ingest_lines_lost", "Lines of the log that nobody read"),
-    counter("ingest_deaths", "Workers that died"),
+    *counters("ingest", LogCounts),
     counter("ingest_dropped", "Events dropped, by cause", "dropped", "cause"),
     gauge("ingest_held", "Events held, by place", "held", "place"),
     gauge("ingest_imbalance", "Events not accounted for: 0", imbalance),
@@ -197,15 +180,6 @@ def last_word(counts: LogCounts) -> str:
 
 
 def health(counts: LogCounts, workers: int) -> tuple[int, dict[str, Any]]:
-    """The status code and the body of ``/health``. A database that is away is no reason to start the ingester anew."""
-    off = imbalance(counts)
-    if off or counts.faults:
-        state = "error"
-    elif counts.stopping:
-        state = "stopping"
-    elif counts.workers < workers or counts.database != "connected" or counts.metadata not in ("closed", "none"):
-        state = "degraded"
-    else:
-        state = "ok"
-    body = {"status": state, "imbalance": off, **counts._asdict()}
-    return (200 if state in ("ok", "degraded") else 503), body
+    """The status code and the body of ``/health``, of a program of so many workers."""
+    away = counts.database != "connected" or counts.metadata not in ("closed", "none")
+    return health_of(counts, imbalance(counts), away or counts.workers < workers)

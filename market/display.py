@@ -16,12 +16,12 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from market.backlog import Counts
 from market.stats import ALL, AnalyticsRow
 from market.trade import Trade
-from runtime.monitor import counter, gauge
+from runtime.monitor import counter, counters, gauge, health_of
 
 MOST_SYMBOLS, MOST_ROWS = 500, 12
 """Symbols in a snapshot, and on the screen."""
@@ -73,14 +73,13 @@ class SymbolLine(NamedTuple):
 class MarketCounts(NamedTuple):
     """Counts since the start; trades, but where it says otherwise."""
 
-    trades: int = 0
+    trades: Annotated[int, "Trades parsed, or taken from Kafka"] = 0
     """Parsed (run, replay) or taken from Kafka (analyse)."""
     letters: int = 0
     """Frames, or records, handed over as dead letters."""
     waiting: int = 0
     """Of both: their feeds wait for room."""
-    given_up: int = 0
-    """Of both: nobody took them before the end."""
+    given_up: Annotated[int, "Trades and dead letters that nobody took before the end"] = 0
     kafka: str = "new"
     published: Counts = NOTHING
     """Trades and dead letters; of ``analyse`` dead letters only."""
@@ -90,30 +89,28 @@ class MarketCounts(NamedTuple):
     """Of analytics."""
     offered: int = 0
     """For the analytics."""
-    computed: int = 0
-    uncomputed: int = 0
+    computed: Annotated[int, "Trades in the analytics"] = 0
+    uncomputed: Annotated[int, "Trades whose job failed"] = 0
     """Their job failed or killed its worker, again and again."""
-    skipped: int = 0
+    skipped: Annotated[int, "Trades published, but not in the analytics for want of room"] = 0
     """There was no room for them in the queue, or no time at the stop: published, but in no row."""
     queued: int = 0
-    late: int = 0
-    """Too late for the analytics."""
-    repeated: int = 0
-    worker_deaths: int = 0
+    late: Annotated[int, "Trades too late for the analytics"] = 0
+    repeated: Annotated[int, "Trades that the analytics had already"] = 0
+    worker_deaths: Annotated[int, "Workers that died, or were too late"] = 0
     workers: tuple[int, ...] = ()
     """Their process ids."""
     feeds: Mapping[str, FeedLine] = {}
     symbols: Mapping[str, SymbolLine] = {}
     partitions: tuple[int, ...] | None = None
     """Of ``analyse``."""
-    rebalances: int = 0
-    commits: int = 0
+    rebalances: Annotated[int, "Of the consumer group"] = 0
+    commits: Annotated[int, "Of the consumer group"] = 0
     loop_lag: float = 0.0
     """Seconds by which the event loop was late; the longest of the last minute."""
-    faults: int = 0
+    faults: Annotated[int, "Counts that did not balance, and failures of the program"] = 0
     """How often the counts did not balance, or a part failed in a way that nobody had foreseen."""
-    lines_lost: int = 0
-    """Lines of the log that nobody read."""
+    lines_lost: Annotated[int, "Lines of the log that nobody read"] = 0
     error: str = ""
     """The last one of Kafka's."""
     stopping: bool = False
@@ -190,21 +187,12 @@ def last_word(counts: MarketCounts) -> str:
 
 
 def health(counts: MarketCounts) -> tuple[int, dict[str, Any]]:
-    """The status code and the body of ``/health``. What is away outside is no reason to start the program anew."""
-    off, feeds = imbalance(counts), counts.feeds.values()
-    if off or counts.faults:
-        state = "error"
-    elif counts.stopping:
-        state = "stopping"
-    elif counts.kafka in ("away", "failed") or any(feed.state != "live" for feed in feeds) or counts.published.spooled:
-        state = "degraded"
-    else:
-        state = "ok"
-    body = counts._asdict() | {name: getattr(counts, name)._asdict() for name in ("published", "rows")}
-    body |= {
-        name: {key: line._asdict() for key, line in getattr(counts, name).items()} for name in ("feeds", "symbols")
-    }
-    return (200 if state in ("ok", "degraded") else 503), {"status": state, "imbalance": off, **body}
+    """The status code and the body of ``/health``."""
+    away = counts.kafka in ("away", "failed") or any(feed.state != "live" for feed in counts.feeds.values())
+    body: dict[str, Any] = {name: getattr(counts, name)._asdict() for name in ("published", "rows")}
+    for name in ("feeds", "symbols"):
+        body[name] = {key: line._asdict() for key, line in getattr(counts, name).items()}
+    return health_of(counts, imbalance(counts), away or counts.published.spooled > 0, **body)
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
@@ -226,9 +214,8 @@ def by_symbol(field: str) -> Callable[[MarketCounts], dict[str, float]]:
 
 
 METRICS = (
-    counter("market_trades", "Trades parsed, or taken from Kafka"),
+    *counters("market", MarketCounts),
     counter("market_dead_letters", "Frames handed over as dead letters", "letters"),
-    counter("market_given_up", "Trades and dead letters that nobody took before the end"),
     counter("market_published", "Trades and dead letters that Kafka acknowledged", attrgetter("published.published")),
     counter(
         "market_recovered",
@@ -238,16 +225,6 @@ METRICS = (
     counter("market_lost", "Trades and dead letters that are nowhere", lost),
     counter("market_rows", "Rows of analytics that Kafka acknowledged", attrgetter("rows.published")),
     counter("market_rows_dropped", "Rows of analytics dropped, the oldest", attrgetter("rows.dropped")),
-    counter("market_computed", "Trades in the analytics"),
-    counter("market_uncomputed", "Trades whose job failed"),
-    counter("market_skipped", "Trades published, but not in the analytics for want of room"),
-    counter("market_late", "Trades too late for the analytics"),
-    counter("market_repeated", "Trades that the analytics had already"),
-    counter("market_worker_deaths", "Workers that died, or were too late"),
-    counter("market_rebalances", "Of the consumer group"),
-    counter("market_commits", "Of the consumer group"),
-    counter("market_faults", "Counts that did not balance, and failures of the program"),
-    counter("market_lines_lost", "Lines of the log that nobody read"),
     gauge("market_waiting", "Trades whose feeds wait for room"),
     gauge("market_held", "Trades and dead letters in memory", attrgetter("published.held")),
     gauge("market_spooled", "Trades and dead letters in the spool", attrgetter("published.spooled")),

@@ -17,7 +17,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, cast, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -55,6 +55,13 @@ def gauge(name: str, text: str, read: str | Callable[[Any], Any] = "", *labels: 
     return counter(name, text, read, *labels)._replace(kind="gauge")
 
 
+def counters(prefix: str, counts: type) -> list[Measure]:
+    """A counter of each field of a ``NamedTuple`` that is ``Annotated`` with what it says."""
+    hints = get_type_hints(counts, include_extras=True).items()
+    texts = {name: hint.__metadata__[0] for name, hint in hints if get_origin(hint) is Annotated}
+    return [counter(f"{prefix}_{name}", text) for name, text in texts.items()]
+
+
 class Collects(Protocol):
     """What prometheus_client calls a collector."""
 
@@ -81,6 +88,18 @@ class Exporter:
             for label, value in found.items() if labels else [((), found)]:
                 family.add_metric((label,) if isinstance(label, str) else label, value)
             yield family
+
+
+def health_of(counts: Any, imbalance: int, degraded: bool, **body: Any) -> tuple[int, dict[str, Any]]:
+    """The status code and the body of ``/health``: the counts, in part as ``body`` has them. What is away outside
+    (``degraded``) is no reason to start the program anew."""
+    state = "degraded" if degraded else "ok"
+    if imbalance or counts.faults:
+        state = "error"
+    elif counts.stopping:
+        state = "stopping"
+    code = 200 if state in ("ok", "degraded") else 503
+    return code, {"status": state, "imbalance": imbalance, **counts._asdict(), **body}
 
 
 # --------------------------------------------------------------------------------------------------------- server

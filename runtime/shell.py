@@ -67,8 +67,6 @@ class Wiring(NamedTuple, Generic[C]):
     """For a terminal: of the counts, those of some seconds ago, the seconds, the program's age in seconds."""
     stays: bool = False
     """Whether the last picture stays when the program has ended."""
-    http: socket.socket | None = None
-    demo: Demo | None = None
     loop: Callable[[], asyncio.AbstractEventLoop] | None = new_loop
 
 
@@ -108,20 +106,32 @@ def around(name: str, log: logging.Logger) -> Iterator[None]:
         finish()
 
 
-def run(name: str, log: logging.Logger, wire: Callable[[contextlib.ExitStack], Wiring[Any]]) -> int:
-    """The whole program that ``wire`` gives; what that enters into its argument is closed at the end, after the loop.
-    Returns the exit code: that of the program, or 1 if there were faults, or the demo did not come out right."""
+def run(
+    name: str,
+    log: logging.Logger,
+    options: Any,
+    wire: Callable[[Any, contextlib.ExitStack], Wiring[Any]],
+    demo: Demo | None = None,
+) -> int:
+    """The whole program that ``wire`` makes of ``options``, or of those of ``demo``. They have the address ``http``;
+    what is entered into the stack is closed after the loop.
+
+    Returns the exit code: that of the program, or 1 if there were faults, or the demo did not come out right.
+    """
     with around(name, log):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the demo's servers do not outlive us
         try:
             with contextlib.ExitStack() as stack:
-                wiring = wire(stack)
+                if demo is not None:
+                    options = stack.enter_context(demo).options
+                http_sock = open_http(options.http, stack, log)
+                wiring = wire(options, stack)
                 with asyncio.Runner(loop_factory=wiring.loop) as runner:
-                    code, program = runner.run(_serve(wiring))
+                    code, program = runner.run(_serve(wiring, http_sock, demo))
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
                 counts = program.snapshot()
                 wiring.tell(program)
-                good = wiring.demo is None or wiring.demo.report(counts)
+                good = demo is None or demo.report(counts)
                 return code if good and not counts.faults else EXIT_FAILED
         except CannotStart as error:
             say(name, error)
@@ -130,14 +140,14 @@ def run(name: str, log: logging.Logger, wire: Callable[[contextlib.ExitStack], W
             return EXIT_INTERRUPTED
 
 
-async def _serve(wiring: Wiring[Any]) -> tuple[int, Program[Any]]:
-    program, demo = wiring.make(), wiring.demo
+async def _serve(wiring: Wiring[Any], http_sock: socket.socket | None, demo: Demo | None) -> tuple[int, Program[Any]]:
+    program = wiring.make()
     async with contextlib.AsyncExitStack() as stack:
         if demo is not None:
             await stack.enter_async_context(beside(demo.play(program), "demo"))
         stack.enter_context(stopped_by_signals(program.stop))
         exporter = Exporter(wiring.metrics, program.snapshot)
-        await stack.enter_async_context(http(wiring.http, exporter, lambda: wiring.health(program.snapshot())))
+        await stack.enter_async_context(http(http_sock, exporter, lambda: wiring.health(program.snapshot())))
         if wiring.draw is not None and sys.stderr.isatty():
             await stack.enter_async_context(_screen(program.snapshot, wiring.draw, wiring.stays))
         return await program.run(), program

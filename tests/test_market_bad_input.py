@@ -27,6 +27,7 @@ from market.connect import Feed
 from market.feeds import ADAPTERS
 from market.stats import Analytics, AnalyticsRow
 from market.trade import Trade
+from runtime import shell
 from runtime.monitor import Exporter
 from runtime.options import EXIT_INTERRUPTED
 from runtime.spool import EncodedBatch, Spool
@@ -439,7 +440,7 @@ def test_pipeline_sigterm_before_and_after_the_loop_is_as_ctrl_c(monkeypatch: py
     monkeypatch.setattr(market_pipeline, "Pipeline", Ended)
     monkeypatch.setattr(market_pipeline, "last_word", lambda _: "")
     assert market_pipeline.main(["--demo"]) == EXIT_INTERRUPTED and closed == ["demo"]
-    monkeypatch.setattr(market_pipeline, "open_http", killed)
+    monkeypatch.setattr(shell, "open_http", killed)
     assert market_pipeline.main(["--demo"]) == EXIT_INTERRUPTED and closed == ["demo"] * 2
 
 
