@@ -547,6 +547,17 @@ def test_what_a_killed_process_had_spooled_the_next_one_publishes(market_kafka_b
     run_task(main())
 
 
+def test_what_moves_to_the_spool_keeps_its_place() -> None:
+    held = backlog.Backlog(100)
+    held.accept([mt.Record("t", b"k", b"", 0, []) for _ in range(100)])
+    taken = held.take(40)
+    held.moving = len(taken)
+    assert held.room() == 0 and held.counts().held == 100
+    held.moving = 0
+    held.put_back(taken)
+    assert held.room() == 0 and held.counts().held == 100
+
+
 def test_a_full_spool_blocks_and_a_damaged_one_is_counted(market_kafka_broker: Broker, tmp_path: Path) -> None:
     broker, spool = market_kafka_broker, tmp_path / "spool"
     broker.stop()
