@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from market import topics as mt
 from market.trade import Trade
 from runtime.spool import Spool, SpoolInUse
 from sandbox.broker import Broker
-from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, until_async
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, pass_time, run_task, ticks, until_async
 from tests.helpers.market import (
     MARKET_KAFKA_NOW,
     balanced,
@@ -60,7 +60,7 @@ def test_every_record_is_where_its_symbol_belongs_once_and_in_order(
                 await publisher.trades(trades[n : n + 50])
                 balanced(publisher)
                 if n % 1000 == 0:
-                    await asyncio.sleep(0.002)
+                    await until_async(lambda: not publisher._backlog.waiting)
             publisher.analytics([{"symbol": f"S{n % 20}-USD", "vwap": n} for n in range(100)])
             await publisher.flush()
             stats = balanced(publisher)
@@ -247,7 +247,8 @@ def test_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broke
             waiting.append(asyncio.create_task(publisher.trades(market_kafka_trades(350, 400, 1))))
             gone = asyncio.create_task(publisher.trades(market_kafka_trades(900, 901, 1)))
             waiting.append(asyncio.create_task(publisher.dead("x", "y", b"z", 1)))
-            await asyncio.sleep(0.01)
+            await ticks()
+            assert not any(task.done() for task in (*waiting, gone))
             gone.cancel()
             assert balanced(publisher).trades.held == 200
             broker.start()
@@ -299,7 +300,7 @@ def test_absent_at_the_start_the_buffer_fills_then_the_spool_and_all_comes_in_or
         async with market_kafka_open(broker.address, buffer=500, spool=tmp_path / "spool", spool_after=60) as publisher:
             for n in range(0, 500, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
-            await asyncio.sleep(0.05)
+            await until_async(lambda: len(publisher._backlog.under_way) == 500 and publisher.stats().error != "")
             assert balanced(publisher).trades == backlog.Counts(500, 0, 0, 500, 0, 0, 0)
             for n in range(500, 3000, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
@@ -346,8 +347,9 @@ def test_what_is_on_its_way_to_the_spool_is_not_overtaken(
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await publisher.trades(market_kafka_trades(100, 200, 1))
-            await asyncio.sleep(0.3)
+            await pass_time(0.3)  # longer than it lingers
             assert balanced(publisher).trades == backlog.Counts(200, 0, 0, 200, 0, 0, 0)
+            assert publisher._backlog.moving == len(publisher._backlog.waiting) == 100
             go.set()
             await publisher.flush()
         assert await market_kafka_ids(address, "h.trades") == list(range(200))
@@ -358,7 +360,9 @@ def test_what_is_on_its_way_to_the_spool_is_not_overtaken(
         go.set()
 
 
-def test_frozen_for_longer_than_its_limits_each_record_comes_once(market_kafka_broker: Broker, tmp_path: Path) -> None:
+def test_frozen_for_longer_than_its_limits_each_record_comes_once(
+    market_kafka_broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     broker = market_kafka_broker
 
     async def main() -> None:
@@ -371,8 +375,9 @@ def test_frozen_for_longer_than_its_limits_each_record_comes_once(market_kafka_b
             for n in range(100, 1500, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
                 balanced(publisher)
-                await asyncio.sleep(0.003)
+                await asyncio.sleep(0)
             await until_async(lambda: balanced(publisher).trades.spooled > 900 and publisher.stats().state == "away")
+            await until_async(lambda: "RequestTimedOutError" in caplog.text)
             assert balanced(publisher).trades.published == 100
             broker.thaw()
             await publisher.flush()
@@ -419,42 +424,51 @@ def test_stopped_and_restarted_under_load_each_record_comes_once(
         async with market_kafka_open(
             broker.address, buffer=1000, spool=tmp_path / "spool", spool_after=0.1, request_timeout=HANG_LIMIT
         ) as publisher:
+            count = 0
 
-            async def load() -> None:
-                for n in range(0, 3000, 10):
-                    await publisher.trades(market_kafka_trades(n, n + 10))
+            async def load_during(event: Coroutine[Any, Any, object]) -> None:
+                nonlocal count
+                task = asyncio.create_task(event)
+                while not task.done():
+                    await publisher.trades(market_kafka_trades(count, count + 10))
+                    count += 10
                     balanced(publisher)
-                    await asyncio.sleep(0.001)
+                    await ticks()
+                await task
 
-            task = asyncio.create_task(load())
-            for at in (500, 1500):
-                await until_async(lambda at=at: publisher.stats().trades.accepted >= at)  # type: ignore[misc]
-                await asyncio.to_thread(broker.stop)
-                await asyncio.sleep(0.2)
-                await asyncio.to_thread(broker.start)
-            await task
+            for _ in range(2):
+                before = publisher.stats().trades.published
+                await load_during(until_async(lambda n=before: publisher.stats().trades.published > n))  # type: ignore[misc]
+                await load_during(asyncio.to_thread(broker.stop))
+                await load_during(until_async(lambda: publisher.stats().state == "away"))
+                await load_during(asyncio.to_thread(broker.start))
             await publisher.flush()
-            assert balanced(publisher).trades == backlog.Counts(3000, 0, 3000, 0, 0, 0, 0)
+            assert balanced(publisher).trades == backlog.Counts(count, 0, count, 0, 0, 0, 0)
         ids = await market_kafka_ids(broker.address)
-        assert len(ids) == len(set(ids)) and set(range(3000)) - set(ids) <= forgotten and len(owners) >= len(ids)
+        assert len(ids) == len(set(ids)) and set(range(count)) - set(ids) <= forgotten and len(owners) >= len(ids)
 
     run_task(main())
 
 
 @pytest.mark.parametrize("how", ["absent", "frozen"])
 def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
-    market_kafka_broker: Broker, tmp_path: Path, how: str
+    market_kafka_broker: Broker, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker, spool = market_kafka_broker, tmp_path / "spool"
+
+    def sent_in_vain(publisher: mk.Publisher) -> bool:
+        client = publisher._producer._producer.client
+        unanswered = any(connection._requests for connection in client._conns.values())
+        return unanswered if how == "frozen" else "kafka: " in caplog.text
 
     async def main() -> None:
         async with market_kafka_open(broker.address, spool=spool, request_timeout=3600) as publisher:
             await publisher.trades(market_kafka_trades(0, 100))
             await publisher.flush()
+            caplog.clear()
             broker.freeze() if how == "frozen" else broker.stop()
             await publisher.trades(market_kafka_trades(100, 200))
-            await until_async(lambda: len(publisher._backlog.under_way) == 100)
-            await asyncio.sleep(0.05)
+            await until_async(lambda: len(publisher._backlog.under_way) == 100 and sent_in_vain(publisher))
             await publisher.trades(market_kafka_trades(200, 5200))
             publisher.analytics([{"symbol": "A"}])
             assert await asyncio.wait_for(publisher.stop(0.2), HANG_LIMIT) == 0
@@ -492,7 +506,7 @@ def test_a_stop_with_nowhere_to_go_says_what_is_lost(
     async def main() -> None:
         async with market_kafka_open(broker.address, request_timeout=3600) as publisher:
             await publisher.trades(market_kafka_trades(0, 3000))
-            await asyncio.sleep(0.05)
+            await until_async(lambda: len(publisher._backlog.under_way) == 3000)
             stop = asyncio.create_task(publisher.stop(3600))
             await until_async(lambda: publisher._state == "stopping")
             stop.cancel()
@@ -520,7 +534,7 @@ async def main():
     await publisher.trades(t.market_kafka_trades(0, 2000))
     await t.until_async(lambda: publisher.stats().trades.spooled == 2000)
     print("spooled", flush=True)
-    await asyncio.sleep(60)
+    await asyncio.Event().wait()
 
 asyncio.run(main())
 """

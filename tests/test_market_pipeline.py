@@ -42,7 +42,7 @@ from market.topics import decode
 from market.trade import BadFrame, Trade
 from sandbox.broker import Broker
 from sandbox.markets import Exchanges, Fault
-from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, until_async, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, ticks, until_async, wait_until
 from tests.helpers.market import ABSENT, MarketPipelineBase, market_pipeline_metrics, market_pipeline_options
 from tests.helpers.processes import answers_besieged, unread
 
@@ -649,7 +649,7 @@ def test_items_that_wait_are_counted_and_those_of_a_cancelled_call_too(tmp_path:
         waiting = [
             asyncio.create_task(program._handed_over(25, lambda: program.publisher.trades(trades))) for _ in range(2)
         ]
-        await asyncio.sleep(0.05)
+        await ticks()
         counts = program.snapshot()
         assert (counts.published.accepted, counts.waiting, counts.given_up) == (10, 40, 0)
         assert md.imbalance(counts) == 0

@@ -37,7 +37,7 @@ from primitives import CircuitBreaker
 from sandbox.broker import Broker
 from sandbox.exchanges import WIRES, Wire
 from sandbox.markets import Exchanges
-from tests.helpers.base import HANG_LIMIT, World, until_async
+from tests.helpers.base import HANG_LIMIT, World, ticks, until_async
 
 NOW = 1_790_000_000_000_000_000
 
@@ -509,17 +509,23 @@ class MarketConnectWorld:
         self.feeds: dict[str, Feed] = {}
         self.runs: list[asyncio.Task[None]] = []
 
-    def feed(self, name: str, **options: Any) -> Feed:
+    def feed(self, name: str, adapter: Adapter | None = None, **options: Any) -> Feed:
         breaker = CircuitBreaker(name, failures=None, reset=0.01, max_reset=0.01)  # never opens
         chosen = {"breaker": breaker, "session": self.session, **{k: v for k, v in self.options.items() if v}}
-        adapter, url = ADAPTERS[name], self.them.urls[name]
-        options = {"url": url, "symbols": SYMBOLS, **chosen, **options}
+        options = {"url": self.them.urls[name], "symbols": SYMBOLS, **chosen, **options}
+        adapter = adapter or ADAPTERS[name]
         return Feed(adapter, options.pop("symbols"), self.sink.emit, self.sink.dead, **options)
+
+    def begin(self, name: str, adapter: Adapter | None = None, **options: Any) -> Feed:
+        """A feed that runs until the end."""
+        feed = self.feeds[name] = self.feed(name, adapter, **options)
+        self.runs.append(asyncio.create_task(feed.run()))
+        return feed
 
     async def __aenter__(self) -> MarketConnectWorld:
         self.session = aiohttp.ClientSession()
-        self.feeds = {name: self.feed(name, **self.own.get(name, {})) for name in self.names}
-        self.runs = [asyncio.create_task(feed.run()) for feed in self.feeds.values()]
+        for name in self.names:
+            self.begin(name, **self.own.get(name, {}))
         for name in self.names:
             await self.until(name, "live")
         return self
@@ -538,6 +544,10 @@ class MarketConnectWorld:
             return found.state == state and found.connects >= connects
 
         await until_async(there)
+
+    async def told(self, name: str, trades: int) -> None:
+        """So many, of those that count as live, have been told."""
+        await until_async(lambda: len(self.sink.live(name)) >= trades)
 
     async def settled(self, name: str) -> None:
         """Every trade that was sent has been told, or stands in a dead letter."""
@@ -696,8 +706,7 @@ async def market_kafka_open(address: str, limit: float = HANG_LIMIT, **options: 
         await publisher.stop(limit)
         balanced(publisher)
         assert publisher.stats().trades.held == publisher.stats().analytics.held == 0
-        for _ in range(5):
-            await asyncio.sleep(0)
+        await ticks(5)
         assert asyncio.all_tasks() == tasks
         assert [each for each in threading.enumerate() if each not in threads and each.name.startswith("spool")] == []
         assert psutil.Process().num_fds() <= files
