@@ -39,7 +39,9 @@ from tests.helpers.market import (
     market_kafka_trade,
     market_kafka_trades,
     overflow_of,
+    publish,
     read,
+    read_all,
 )
 
 
@@ -47,6 +49,13 @@ from tests.helpers.market import (
 def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     with Broker(tmp_path_factory.mktemp("kafka")) as broker:
         yield broker
+
+
+async def create_topic(address: str, name: str, partitions: int, **options: Any) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=address)
+    await admin.start()
+    await admin.create_topics([NewTopic(name, partitions, 1, **options)])
+    await admin.close()
 
 
 def test_every_record_is_where_its_symbol_belongs_once_and_in_order(
@@ -77,7 +86,7 @@ def test_every_record_is_where_its_symbol_belongs_once_and_in_order(
                 assert record.timestamp == trade.received_ts_ns // 1_000_000
                 assert partition == DefaultPartitioner()(record.key, [0, 1, 2], [0, 1, 2])
         assert await market_kafka_ids(address, "a.trades") == list(range(5000))
-        rows = [record for records in (await read(address, "a.analytics")).values() for record in records]
+        rows = await read_all(address, "a.analytics")
         assert sorted(orjson.loads(row.value)["vwap"] for row in rows) == list(range(100))
         assert {row.key for row in rows} == {f"S{n}-USD".encode() for n in range(20)}
 
@@ -171,11 +180,8 @@ def test_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes_on_in_order(
     address, culprits = module.address, {0, 13, 14, 700, 999}
 
     async def main() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=address)
-        await admin.start()
         for name, limit in (("c.trades", 20_000), ("c.dead-letter", 200_000)):
-            await admin.create_topics([NewTopic(name, 2, 1, topic_configs={"max.message.bytes": str(limit)})])
-        await admin.close()
+            await create_topic(address, name, 2, topic_configs={"max.message.bytes": str(limit)})
         trades = market_kafka_trades(0, 1000)
         for n in culprits:
             trades[n] = trades[n]._replace(flags=os.urandom(15_000).hex())
@@ -202,27 +208,20 @@ def test_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
     address = module.address
 
     async def main() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=address)
-        await admin.start()  # one topic is there, the other is not
-        await admin.create_topics([NewTopic("d.trades", 1, 1)])
-        await admin.close()
+        await create_topic(address, "d.trades", 1)  # one is there, the other is not
         async with market_kafka_open(address, prefix="d.", partitions=1) as publisher:
-            await publisher.trades(market_kafka_trades(0, 10))
-            await publisher.flush()
+            await publish(publisher, 0, 10)
             producer = publisher._producer._producer
             numbers, place = producer._txn_manager._sequence_numbers, TopicPartition("d.trades", 0)
             assert producer._sender._acks == -1 and numbers[place] == 10
             numbers[place] = 0  # what was sent is sent again: the broker knows it
-            await publisher.trades(market_kafka_trades(0, 10))
-            await publisher.flush()
+            await publish(publisher, 0, 10)
             assert publisher.stats().connects == 1
             numbers[place] = 17  # a hole
-            await publisher.trades(market_kafka_trades(10, 20))
-            await publisher.flush()
+            await publish(publisher, 10, 20)
             assert publisher.stats().connects == 2 and "OutOfOrder" in publisher.stats().error
             publisher._producer._sent = producer_module.RENEW_AFTER + 1
-            await publisher.trades(market_kafka_trades(20, 30))
-            await publisher.flush()
+            await publish(publisher, 20, 30)
             assert publisher.stats().connects == 3
         assert await market_kafka_ids(address, "d.trades") == list(range(30))
 
@@ -284,8 +283,8 @@ def test_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(
             broker.start()
             await publisher.flush()
             assert balanced(publisher).analytics == backlog.Counts(200, 0, 51, 0, 0, 149, 0)
-        records = [each for lot in (await read(broker.address, "analytics")).values() for each in lot]
-        assert [orjson.loads(record.value)["n"] for record in records] == [0, *range(150, 200)]
+        rows = await read_all(broker.address, "analytics")
+        assert [orjson.loads(row.value)["n"] for row in rows] == [0, *range(150, 200)]
 
     run_task(main())
 
@@ -369,8 +368,7 @@ def test_frozen_for_longer_than_its_limits_each_record_comes_once(
         async with market_kafka_open(
             broker.address, buffer=500, spool=tmp_path / "spool", spool_after=0.1, request_timeout=0.2
         ) as publisher:
-            await publisher.trades(market_kafka_trades(0, 100))
-            await publisher.flush()
+            await publish(publisher, 0, 100)
             broker.freeze()
             for n in range(100, 1500, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
@@ -463,8 +461,7 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
 
     async def main() -> None:
         async with market_kafka_open(broker.address, spool=spool, request_timeout=3600) as publisher:
-            await publisher.trades(market_kafka_trades(0, 100))
-            await publisher.flush()
+            await publish(publisher, 0, 100)
             caplog.clear()
             broker.freeze() if how == "frozen" else broker.stop()
             await publisher.trades(market_kafka_trades(100, 200))
@@ -484,14 +481,12 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
             other = mk.Publisher(broker.address, spool=spool)
             with pytest.raises(SpoolInUse):
                 await other.start()
-            await publisher.trades(market_kafka_trades(5200, 5300))
-            await publisher.flush()
+            await publish(publisher, 5200, 5300)
             assert balanced(publisher).trades == backlog.Counts(100, 5100, 5200, 0, 0, 0, 0)
         if how == "absent":
             assert await market_kafka_ids(broker.address) == list(range(5300))
         else:  # what was under way when it was left may come twice
-            found = await read(broker.address, "trades")
-            ids = [int(mt.decode(each.value).trade_id) for records in found.values() for each in records]
+            ids = [int(mt.decode(record.value).trade_id) for record in await read_all(broker.address, "trades")]
             assert set(ids) == set(range(5300)) and len(ids) <= 5400
 
     run_task(main())
@@ -553,8 +548,7 @@ def test_what_a_killed_process_had_spooled_the_next_one_publishes(market_kafka_b
     async def main() -> None:
         async with market_kafka_open(broker.address, spool=spool) as publisher:
             assert publisher.stats().trades.recovered == 2000
-            await publisher.trades(market_kafka_trades(2000, 2100))
-            await publisher.flush()
+            await publish(publisher, 2000, 2100)
             assert balanced(publisher).trades == backlog.Counts(100, 2000, 2100, 0, 0, 0, 0)
         assert await market_kafka_ids(broker.address) == list(range(2100))
 
@@ -649,8 +643,7 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
     async def main() -> None:
         tasks, files = asyncio.all_tasks(), psutil.Process().num_fds()
         async with market_kafka_open(address, prefix="f.", partitions=1) as publisher:
-            await publisher.trades(market_kafka_trades(0, 1000, 1))
-            await publisher.flush()
+            await publish(publisher, 0, 1000, 1)
             first = consumers.Group(address, prefix="f.")
             await first.start()
             taken = await take(first, 1000)
@@ -660,8 +653,7 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
                 and not taken.dead
             )
             assert await first.commit()
-            await publisher.trades(market_kafka_trades(1000, 1100, 1))
-            await publisher.flush()
+            await publish(publisher, 1000, 1100, 1)
             assert len((await take(first, 100)).trades) == 100  # not committed: a death here
             assert first.stats().partitions == (0,) and first.stats().commits == 1
             await first.stop()

@@ -650,6 +650,17 @@ async def read(address: str, topic: str) -> dict[int, list[Any]]:
         await consumer.stop()
 
 
+async def read_all(address: str, topic: str) -> list[Any]:
+    """All that is in a topic, one partition after the other."""
+    return [record for records in (await read(address, topic)).values() for record in records]
+
+
+async def publish(publisher: mk.Publisher, first: int, last: int, symbols: int = 5) -> None:
+    """Such trades, until they are acknowledged."""
+    await publisher.trades(market_kafka_trades(first, last, symbols))
+    await publisher.flush()
+
+
 async def market_kafka_ids(address: str, topic: str = "trades") -> list[int]:
     """The trades of a topic; each symbol's have to be in one partition, in their order, without a repetition."""
     ids, places = list[int](), dict[str, int]()
