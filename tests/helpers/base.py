@@ -13,12 +13,14 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import Phase, settings
+
+T = TypeVar("T")
 
 HANG_LIMIT = 60.0  # seconds for what must come; reached only by a failing test
 PROGRAM_LIMIT = 5 * HANG_LIMIT  # seconds for a whole program, which may have to set up a database first
@@ -46,10 +48,13 @@ def wait_until(predicate: Callable[[], bool]) -> None:
         nap.wait(0.0005)
 
 
-async def until_async(predicate: Callable[[], bool]) -> None:
-    """Let other processes, and this loop, run until the predicate holds."""
+async def until_async(look: Callable[[], T | Awaitable[T | None] | None]) -> T:
+    """Let other processes, and this loop, run until what ``look`` gives, awaited if it has to be, is true."""
     deadline = time.monotonic() + HANG_LIMIT
-    while not predicate():
+    while True:
+        seen = look()
+        if found := await seen if isinstance(seen, Awaitable) else seen:
+            return found
         assert time.monotonic() < deadline, "it never came"
         await asyncio.sleep(0.002)
 

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -24,7 +23,7 @@ import psutil
 
 from runtime import processes
 from tests.helpers.api import aggregate_http
-from tests.helpers.base import HANG_LIMIT, HERE, free_port, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, free_port, until_async, wait_until
 
 PROC_PATIENCE = HANG_LIMIT
 
@@ -60,13 +59,13 @@ def proc_is_open(fd: str) -> bool:
 
 async def proc_writer(path: Path) -> int:
     """The writing end of a FIFO, as soon as a worker has the other one open."""
-    deadline = time.monotonic() + PROC_PATIENCE
-    while True:
-        try:
+
+    def opened() -> int | None:
+        with contextlib.suppress(OSError):
             return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            assert time.monotonic() < deadline, "nobody reads"
-            await asyncio.sleep(0.002)
+        return None
+
+    return await until_async(opened)
 
 
 def proc_run(main: Callable[[processes.Processes], Any], workers: int = 1, **options: Any) -> None:
