@@ -112,16 +112,15 @@ def holds_the_loop(program: str, says: str, given: str = "") -> set[tuple[str, .
     return found or set()
 
 
-def run_task(main: Coroutine[Any, Any, Any]) -> Any:
-    """``asyncio.run`` in debug mode; fails if the loop had anything to complain of."""
+def run_task(
+    main: Coroutine[Any, Any, T], excused: Callable[[dict[str, Any]], bool] = of_a_library, **runner: Any
+) -> T:
+    """``asyncio.run`` in debug mode; fails if the loop had anything to complain of that is not excused."""
     complaints: list[dict[str, Any]] = []
-
-    async def watched() -> Any:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-        return await main
-
-    result = asyncio.run(watched(), debug=True)
-    assert [each for each in complaints if not of_a_library(each)] == []
+    with asyncio.Runner(**{"debug": True, **runner}) as loop:
+        loop.get_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        result = loop.run(main)
+    assert [each for each in complaints if not excused(each)] == []
     return result
 
 
