@@ -47,6 +47,10 @@ BESIDE = {"simulator", "bench", "tests", "test_all", "conftest"}
 """These may import all of the above, which import none of them."""
 
 
+LEAVES = ("coordination", "html_parse", "logs.parse", "market.trade", "api.report", "runtime.serving")
+"""These import nothing of the project, their own room included."""
+
+
 DEMO = {("crawl.cli", "sandbox"), ("logs.demo", "sandbox"), ("market.demo", "sandbox")}
 """What is allowed all the same. (Both crawlers have the same command line, and so the same demo.)"""
 
@@ -90,6 +94,7 @@ def test_imports_go_down_only() -> None:
         if (name, imported) not in DEMO
     ]
     assert wrong == []
+    assert [name for name in LEAVES if imports(name, ast.walk(tree(name)))] == []
 
 
 def test_each_room_says_what_enters_and_what_never_happens() -> None:
