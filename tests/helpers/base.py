@@ -129,6 +129,14 @@ async def ticks(n: int = 8) -> None:
         await asyncio.sleep(0)
 
 
+async def pass_time(seconds: float) -> None:
+    """Move this loop's clock on, and give what had been waiting for that time its turns."""
+    loop = asyncio.get_running_loop()
+    before = loop.time
+    loop.time = lambda: before() + seconds  # type: ignore[method-assign]
+    await ticks()
+
+
 @contextlib.contextmanager
 def limits(seconds: float) -> Iterator[Callable[[], None]]:
     """What waits in ``asyncio.timeout(seconds)`` meanwhile is told that its time is up by what this gives."""
