@@ -710,7 +710,7 @@ class SingleFlight:
             await self._parked(key, flight, waiter)
         if waiter is None or waiter.value is _LEAD:
             waiter = flight.leader = Waiter(loop)
-            flight.task = loop.create_task(self._run(key, flight, load), name=f"load {key}")
+            flight.task = loop.create_task(self._run(key, flight, load))
             await self._parked(key, flight, waiter)
         return self._answer(waiter)  # type: ignore[no-any-return]
 
@@ -882,7 +882,8 @@ class TTLCache(Generic[K, T]):
             if weight > self.maxweight:
                 return False
             if len(self._entries) >= self.maxsize or self._weight + weight > self.maxweight:
-                dropped += self._expire(now)
+                if now >= self._gone_from:
+                    dropped += self._expire(now)
                 while self._entries and (len(self._entries) >= self.maxsize or self._weight + weight > self.maxweight):
                     dropped.append(self._remove(next(iter(self._entries))))
                     self._evicted += 1
@@ -1114,7 +1115,7 @@ class CircuitBreaker:
         self._news: deque[tuple[State, State, int]] = deque()
         self._telling = False
         self._unrecorded: int | None = 0 if ratio is None else None
-        """The generation while a success changes nothing, and costs no lock; else None."""
+        """The generation while it is closed and a success changes nothing, and so neither costs a lock; else None."""
 
     def listen(self, listener: Listener) -> None:
         """Call ``listener`` at each transition from now on, in whatever thread or task brought it about."""
@@ -1127,7 +1128,9 @@ class CircuitBreaker:
 
     def permit(self, now: float | None = None) -> Permit:
         """Admit one call, or raise ``CircuitOpen``. ``with breaker.permit():`` closes the permit by how it ends."""
-        refusal = 0.0
+        generation, refusal = self._unrecorded, 0.0
+        if generation is not None:
+            return Permit(self, generation)
         with self._lock:
             now = self._clock() if now is None else now
             if self._state == "open" and self._open_until - now <= NANOSECOND:
@@ -1151,6 +1154,9 @@ class CircuitBreaker:
         return isinstance(error, Exception) and _matches(error, self._on)
 
     def _settle(self, permit: Permit, failed: bool | None, now: float | None = None) -> None:
+        if failed is False and permit.generation == self._unrecorded:
+            permit.settled = True
+            return
         with self._lock:
             if permit.settled:
                 return
@@ -1297,19 +1303,19 @@ class Batch(Generic[T]):
         It has ``item``, unless that would be too many bytes: then this is the first of the next one.
         """
         with self._lock:
-            full, enough = None, False
-            if size:
-                if self._items and self._bytes + size > self.max_bytes:
-                    full = self._take()
-                self._bytes += size
-                enough = self._bytes >= self.max_bytes
+            full = self._weigh(size) if size else None
             items = self._items
             if not items:
                 self._begun = self._clock() if now is None else now
             items.append(item)
-            if full is None and (enough or len(items) >= self.max_items):
-                full = self._take()
+            if full is None and (len(items) >= self.max_items or (size and self._bytes >= self.max_bytes)):
+                return self._take()
             return full
+
+    def _weigh(self, size: float) -> list[T] | None:
+        full = self._take() if self._items and self._bytes + size > self.max_bytes else None
+        self._bytes += size
+        return full
 
     def due_in(self, now: float | None = None) -> float:
         """Seconds until ``take`` has something: the oldest is ``max_age`` old then; infinity if there is none."""
