@@ -197,10 +197,11 @@ class Source:
             return Part("fallback", self._fallback, error=error, retry_after=wait)
         return Part(state, error=error, retry_after=wait)
 
-    def refresh(self, key: Key) -> asyncio.Task[Loaded]:
-        """A task that waits for the load of ``key`` that is under way, or for a new one."""
+    def refresh(self, key: Key, anew: bool = False) -> asyncio.Task[Loaded]:
+        """A task that waits for the load of ``key``: that under way, or a new one, if nothing fresh is there by then
+        (``anew``: whatever is there)."""
         load = asyncio.create_task(
-            self.cache.get_or_load_async(key, lambda: self._load(key), anew=True), name=f"load {self.upstream.name}"
+            self.cache.get_or_load_async(key, lambda: self._load(key), anew=anew), name=f"load {self.upstream.name}"
         )
         self.running.add(load)
         load.add_done_callback(self._ended)
@@ -216,7 +217,7 @@ class Source:
         """Load what is in use and about to expire; how many loads that began."""
         due = [key for key in self.renewals.due(self._clock()) if not self.cache.loading(key)]
         for key in due:
-            self.refresh(key)
+            self.refresh(key, anew=True)
         return len(due)
 
     def warm(self, key: Key, value: Any, age: float, latency: float) -> None:
