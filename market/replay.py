@@ -6,7 +6,6 @@ next replay. Left early, some may come twice.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import os
@@ -21,7 +20,8 @@ from market.feeds import ADAPTERS
 from market.flow import MarketOptions, MarketProgram
 from market.topics import DeadLetter, decode
 from market.trade import BadFrame, Trade
-from runtime.serving import CannotStart
+from runtime.loop import ends_before
+from runtime.options import CannotStart
 
 
 def adapter_of(exchange: str, context: str) -> Adapter:
@@ -66,23 +66,14 @@ class Replayer(MarketProgram):
         async with contextlib.AsyncExitStack() as stack:
             if not self.options.dry_run:
                 await self._open_publisher(stack)
-            self._start("watch", self._watch)
-            stack.push_async_callback(self._end_tasks)
-            work = asyncio.create_task(self._replay(), name="replay")
-            stopped = asyncio.create_task(self._stopped.wait())
+            self.tasks.start("watch", self._watch)
+            self.tasks.start("loop lag", self._lag.watch)
+            stack.push_async_callback(self.tasks.end)
             try:
-                await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                stopped.cancel()
-                if not work.done():
-                    work.cancel()
-                (error, _) = await asyncio.gather(work, stopped, return_exceptions=True)
-            if isinstance(error, TimeoutError):
-                raise CannotStart(str(error))
-            if isinstance(error, Exception):
-                raise error
+                self.early = not await ends_before(self._replay(), self._stopped)
+            except TimeoutError as error:
+                raise CannotStart(str(error)) from None
             self._deadline = self._clock() + self.options.stop_limit
-        self.early = isinstance(error, BaseException)
         return int(lost(self.snapshot()) > 0 or self.early)
 
     async def _replay(self) -> None:

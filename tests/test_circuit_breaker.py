@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 import re
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from hypothesis.stateful import (
 
 import primitives as pr
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, ticks, wait_until
-from tests.helpers.mechanisms import error_of, error_of_task
+from tests.helpers.mechanisms import error_of, error_of_task, in_threads
 
 # ----------------------------------------------------------------------------------------- circuit breaker: row by row
 #
@@ -604,20 +603,15 @@ def test_probe_whose_predicate_raises_gives_its_place_back() -> None:
 # --------------------------------------------------------------------------------------- circuit breaker: many threads
 
 
-def in_threads(call: Callable[[int], object]) -> Counter[str]:
+def errors_in_threads(call: Callable[[int], object]) -> Counter[str]:
     """``call(0)`` to ``call(199)`` in each of eight threads that start together: how often each error came."""
-    together, interval = threading.Barrier(8), sys.getswitchinterval()
+    together = threading.Barrier(8)
 
-    def work(_: int) -> list[str]:
+    def work() -> list[str]:
         together.wait(HANG_LIMIT)
         return [type(error_of(functools.partial(call, number))).__name__ for number in range(200)]
 
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            return Counter(itertools.chain.from_iterable(pool.map(work, range(8))))
-    finally:
-        sys.setswitchinterval(interval)
+    return Counter(itertools.chain.from_iterable(in_threads([work] * 8)))
 
 
 def every_other(number: int) -> None:
@@ -632,7 +626,7 @@ def always(number: int) -> None:
 @pytest.mark.parametrize("options", [{}, {"ratio": 1.0, "minimum": 1601}], ids=str)
 def test_threads_lose_no_failure(options: dict[str, Any]) -> None:
     breaker = breaker_new(World(), failures=1601, **options)
-    assert in_threads(with_permit(breaker, always)) == {"OSError": 1600}
+    assert errors_in_threads(with_permit(breaker, always)) == {"OSError": 1600}
     assert breaker.stats() == ("b", "closed", 1600, 0, 0, 0.0)
     breaker.permit().failure()
     assert breaker.state == "open"
@@ -640,7 +634,7 @@ def test_threads_lose_no_failure(options: dict[str, Any]) -> None:
 
 def test_threads_lose_no_result() -> None:
     breaker = breaker_new(World(), failures=9999, ratio=0.5, minimum=1600)
-    assert in_threads(with_permit(breaker, every_other)) == {"NoneType": 800, "OSError": 800}
+    assert errors_in_threads(with_permit(breaker, every_other)) == {"NoneType": 800, "OSError": 800}
     assert breaker.stats() == ("b", "open", 0, 0, 1, 30.0)
 
 
@@ -654,7 +648,7 @@ def test_threads_open_it_once(path: dict[str, float]) -> None:
         inside.wait(HANG_LIMIT)
         raise OSError
 
-    assert in_threads(with_permit(breaker, fail)) == {"OSError": 8, "CircuitOpen": 1592}
+    assert errors_in_threads(with_permit(breaker, fail)) == {"OSError": 8, "CircuitOpen": 1592}
     assert (breaker.stats(), told) == (("b", "open", 0, 1592, 1, 30.0), [("b", "closed", "open", 1)])
 
 
@@ -685,7 +679,7 @@ def test_threads_probe_within_the_limit(gated: bool) -> None:
 
     with ThreadPoolExecutor(1) as opener:
         opened = opener.submit(open_the_gate)
-        calls = in_threads(with_permit(breaker, probe))
+        calls = errors_in_threads(with_permit(breaker, probe))
         opened.result(HANG_LIMIT)
     assert (max(peaks) <= 3, calls["KeyError"], calls.total()) == (True, len(peaks), 1600)
     assert (calls["CircuitOpen"], 1, "half_open") == (*breaker.stats()[3:5], breaker.state)

@@ -17,8 +17,9 @@ import pytest
 
 from api import config, pages
 from api import service as service_module
-from tests.helpers.api import app_run, app_upstream, ask, living, ticks
-from tests.helpers.base import HANG_LIMIT, World, holds_the_loop, until_async
+from runtime.loop import heard_before_the_server
+from tests.helpers.api import app_run, app_upstream, ask, living
+from tests.helpers.base import HANG_LIMIT, World, holds_the_loop, ticks, until_async
 
 
 def counts(body: bytes, name: str) -> dict[str, int]:
@@ -79,7 +80,7 @@ def test_kept_answers_are_counted_and_end_with_any_change(app_world: World, monk
                 assert await serials() == [1, 2]  # stale, and two loads begun
                 assert service.kept
                 await until_async(lambda: not any(source.running for source in service.sources.values()))
-                await ticks()
+                await ticks(50)
                 assert not service.kept
                 assert await serials() == [2, 3]
                 # a part that is missing: nothing is kept
@@ -353,18 +354,18 @@ def test_is_told_of_signals_before_the_server() -> None:
         heard.append(number)
 
     async def main() -> None:
-        with service_module.call_on_signals(lambda: heard.append("told")) as force:
+        with heard_before_the_server(lambda: heard.append("told")) as force:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
                 signal.raise_signal(number)
             assert heard == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
-            await ticks()
+            await ticks(50)
             assert heard[3:] == ["told"] * 3
             force()
             assert heard[6:] == [signal.SIGINT]
         assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is server
 
     async def beside() -> None:
-        with service_module.call_on_signals(lambda: heard.append("never")) as force:
+        with heard_before_the_server(lambda: heard.append("never")) as force:
             assert signal.getsignal(signal.SIGINT) is server
             force()
 
