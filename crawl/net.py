@@ -37,7 +37,7 @@ from coordination import Channel, Clock, Semaphore
 from crawl.addresses import is_public as is_public
 from crawl.errors import FetchError
 from crawl.urls import proxy_url
-from primitives import TokenBucket, TTLCache
+from primitives import RetryPolicy, TokenBucket, TTLCache, retry
 
 try:
     from compression import zstd  # type: ignore[import-not-found,unused-ignore]
@@ -291,8 +291,14 @@ Lookup = concurrent.futures.Future[list[Address]]
 
 LOOKUPS = 1000
 """Look-ups in a second, at most: the name server has other users."""
+AGAIN = RetryPolicy(attempts=2, base=0.1, total=1.0)
+"""For a name server that failed for the moment, and said so quickly."""
 FAILED_FOR = 5.0
 """Seconds for which a failed look-up is not made again."""
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
 
 
 class Resolver:
@@ -336,12 +342,13 @@ class Resolver:
         for name, future in self._names:
             self._pace.acquire()
             try:
-                found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+                ask = functools.partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
+                found = retry(ask, on=_may_pass, policy=AGAIN)
                 addresses: list[Address] = list(
                     dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found)
                 )
             except (OSError, UnicodeError) as error:
-                again = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+                again = _may_pass(error)
                 detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 self._cache.put(name, future, ttl=FAILED_FOR)
                 self._settle(future, error=FetchError("dns", f"{name}: {detail}", retry=again))
