@@ -13,7 +13,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import IO, Any, NamedTuple, cast
 
@@ -54,6 +55,8 @@ class KeptAnswer(NamedTuple):
     headers: list[tuple[bytes, bytes]]
     body: bytes
     states: dict[str, str]
+    counted: list[tuple[Counter[str], str]]
+    """Where it is counted, as what."""
 
 
 class Service:
@@ -105,11 +108,6 @@ class Service:
         told = {"source": source, "state": state, "previous": previous}
         self.events.publish("breaker", told)
         self.log.note("breaker", request_id.get(), told)
-
-    def count(self, states: Mapping[str, str]) -> None:
-        """An answer is sent, with a part in such a state from each source."""
-        for name, state in states.items():
-            self.sources[name].answers[state] += 1
 
     def settle(self) -> None:
         """Something changed: no kept answer is sent again."""
