@@ -27,6 +27,7 @@ import orjson
 from coordination import WorkerPool, new_lock
 from crawl.core import Crawl
 from crawl.model import ScrapeResult
+from primitives import Batch
 
 Emit = Callable[..., None]
 """Takes rows; returns when they are written."""
@@ -171,14 +172,16 @@ class RowBatches:
     permits of its tasks go with it and come back when it is written, so what a ``kill -9`` costs is no more than is in
     flight: a batch is a quarter of that."""
 
-    SIZE, AGE = 100, 0.05
+    SIZE, AGE, QUEUED = 100, 0.05, 10
 
     def __init__(self, emit: Callable[..., None], concurrency: int = 4 * SIZE) -> None:
         self._emit = emit
-        self._size = max(1, min(self.SIZE, concurrency // 4))
         self._loop = asyncio.get_running_loop()
-        self._batch: list[ScrapeResult] = []
-        self._writer = WorkerPool(self._write, 1, 10, name="writer").start_threads()
+        self._batch: Batch[ScrapeResult] = Batch(max(1, min(self.SIZE, concurrency // 4)), self.AGE)
+        self._unsent: list[ScrapeResult] = []
+        """A batch whose task was cancelled meanwhile."""
+        self._watched = False
+        self._writer = WorkerPool(self._write, 1, self.QUEUED, name="writer").start_threads()
         self.written: Callable[[int], None] = lambda rows: None
         """Told, in the loop, how many rows were written (or cannot be)."""
 
@@ -188,32 +191,35 @@ class RowBatches:
 
     async def put(self, row: ScrapeResult) -> bool:
         """Take ``row``: True. Waits while the writer is far behind."""
-        self._batch.append(row)
-        if len(self._batch) >= self._size:
-            batch, self._batch = self._batch, []
+        rows = self._batch.add(row)
+        if rows is not None:
             try:
-                await self._writer.submit_async(batch)
+                await self._writer.submit_async(rows)
             except BaseException:
-                self._batch[:0] = batch
+                self._unsent += rows
                 raise
-        elif len(self._batch) == 1:
-            self._loop.call_later(self.AGE, self._too_old, self._batch)
+        elif not self._watched:
+            self._watch()
         return True
 
-    def _too_old(self, batch: list[ScrapeResult]) -> None:
-        if batch is self._batch:
-            try:
-                self._writer.submit(batch, 0)
-            except TimeoutError:  # the writer is busy: the batch may grow until it is full
-                self._loop.call_later(self.AGE, self._too_old, batch)
-            else:
-                self._batch = []
+    def _watch(self) -> None:
+        self._watched = True
+        self._loop.call_later(self._batch.due_in() or self.AGE, self._look)
+
+    def _look(self) -> None:
+        """Whether the batch is too old. While the writer is busy it may grow until it is full."""
+        self._watched = False
+        if self._writer.stats().queued < self.QUEUED and (rows := self._batch.take()):
+            self._writer.submit(rows, 0)
+        elif len(self._batch):
+            self._watch()
 
     async def close(self) -> None:
         """Every row that was put is written when this returns."""
-        if self._batch:
-            await self._writer.submit_async(self._batch)
-            self._batch = []
+        self._unsent += self._batch.drain()
+        if self._unsent:
+            await self._writer.submit_async(self._unsent)
+            self._unsent = []
         await asyncio.to_thread(self._writer.close)
 
 
