@@ -36,8 +36,9 @@ from crawl.hosts import Question
 from crawl.http_aiohttp import Fetcher
 from crawl.model import Options, Request, Response, ScrapeResult
 from crawl.net import detail
-from crawl.output import EXIT_INTERRUPTED, run_in_loop
+from crawl.output import run_in_loop
 from crawl.readers import Readers
+from runtime.options import EXIT_INTERRUPTED
 
 INLINE_PARSE = 256 * 1024
 """Largest body in bytes that is parsed in the loop: 2 to 3 ms."""

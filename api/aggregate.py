@@ -32,6 +32,7 @@ from api.requests import (
 )
 from api.service import KEPT, KeptAnswer
 from api.upstreams import Loaded, Part, Source
+from coordination import fan_out
 
 DEADLINE_MS = 1, 1000, 30_000
 """The least, usual and greatest ``deadline_ms``."""
@@ -50,17 +51,17 @@ def wanted(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Sou
 
 
 async def gather(sources: Mapping[str, Source], given: Mapping[str, str], deadline: float) -> dict[str, Part]:
-    """A part for each source, after ``deadline`` seconds at the latest. Loads go on (``fan_out`` would cancel them)."""
+    """A part for each source, after ``deadline`` seconds at the latest. Loads go on."""
     parts: dict[str, Part | None] = {}
-    loads: dict[str, tuple[Key, asyncio.Task[Loaded]]] = {}
+    keys: dict[str, Key] = {}
+    loads: dict[str, asyncio.Task[Loaded]] = {}
     for name, source in sources.items():
-        key = source.key(given)
-        parts[name], load = source.known(key)
+        keys[name] = source.key(given)
+        parts[name], load = source.known(keys[name])
         if load is not None:
-            loads[name] = key, load
-    if loads:
-        await asyncio.wait([load for _, load in loads.values()], timeout=deadline)
-    return {name: part if part is not None else sources[name].outcome(*loads[name]) for name, part in parts.items()}
+            loads[name] = load
+    ended = await fan_out(loads, deadline, cancel=False)
+    return {name: part or sources[name].outcome(keys[name], ended[name]) for name, part in parts.items()}
 
 
 async def aggregate(request: Request) -> Response:
@@ -71,8 +72,9 @@ async def aggregate(request: Request) -> Response:
     changes = service.changes
     parts = await gather(sources, given, deadline)
     states = request.scope["states"] = {name: part.state for name, part in parts.items()}
-    for name, state in states.items():
-        sources[name].answers[state] += 1
+    counted = [(sources[name].answers, state) for name, state in states.items()]
+    for answers, state in counted:
+        answers[state] += 1
     shown = {name: part.shown() for name, part in parts.items()}
     answer = {
         "partial": not all(state in ("fresh", "stale") for state in states.values()),
@@ -99,9 +101,10 @@ async def aggregate(request: Request) -> Response:
     # what changed while loads were waited for may have been an invalidation, and this an answer from before it
     unchanged = changes == service.changes
     if unchanged and set(states.values()) <= {"fresh", "stale"} and request.method == "GET":
-        until = started + min(KEPT, *(part.expires_in for part in parts.values()))
-        kept = KeptAnswer(until, response.raw_headers, bytes(response.body), states)
-        service.keep((request.scope["path"], request.scope["query_string"]), kept)
+        left = started + min(KEPT, *(part.expires_in for part in parts.values())) - time.monotonic()
+        if left > 0:
+            kept, asked = KeptAnswer(response.raw_headers, bytes(response.body), states, counted), request.scope
+            service.kept.put((asked["path"], asked["query_string"]), kept, ttl=left, weight=len(kept.body))
     return response
 
 

@@ -27,7 +27,8 @@ from starlette.responses import Response, StreamingResponse
 
 from api.report import Columns, summarise
 from api.requests import Problem, check, known_sources, names_in, parse_time, query_of, reply, service_of, whole_number
-from api.service import REPORTS, log
+from api.service import log
+from coordination import fan_out
 from runtime.postgres import Unavailable
 from runtime.processes import PoolClosed, WorkerDied
 
@@ -48,7 +49,6 @@ HISTORY_LIMIT, REPORT_LIMIT = 5.0, 8.0
 
 async def health(request: Request) -> Response:
     service = service_of(request)
-    service.settle()
     sources = {name: source.health() for name, source in service.sources.items()}
     database, writer = service.database.stats(), service.history.writer.stats()
     tasks = {name: "ended" if task.done() else "running" for name, task in service.tasks.items()}
@@ -58,7 +58,7 @@ async def health(request: Request) -> Response:
         {
             "status": "degraded" if degraded else "ok",
             "uptime_s": round(time.monotonic() - service.started, 1),
-            "loop_lag_ms": round(max(service.lag.recent) * 1000, 1),
+            "loop_lag_ms": round(service.lag.longest * 1000, 1),
             "database": {
                 "state": database.state,
                 "kind": database.kind,
@@ -86,7 +86,6 @@ async def ready(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    service_of(request).settle()
     return Response(generate_latest(service_of(request).registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -149,23 +148,21 @@ async def report(request: Request) -> Response:
     check(query, ("hours", "sources"))
     hours = whole_number(query, "hours", *HOURS)
     since, until = datetime.now(UTC) - timedelta(hours=hours), time.monotonic() + REPORT_LIMIT
-    if service.reports >= REPORTS:
+    if not service.reports.try_acquire():
         raise Problem(503, "too many reports", {"Retry-After": "2"})
-    service.reports += 1
     try:
         with history_or_503():
             async with asyncio.timeout(REPORT_LIMIT):
                 rows = {name: Columns(*await service.history.outcomes(name, since, OUTCOMES)) for name in names}
                 looks = {name: service.look(name) for name in names}
                 figures = await service.processes.run(summarise, rows, timeout=REPORT_LIMIT)
-        if looks:  # whose name is not found in time is no reason to say nothing at all
-            await asyncio.wait(looks.values(), timeout=max(0.0, until - time.monotonic()))
+        # whose name is not found in time is no reason to say nothing at all
+        hosts = await fan_out(looks, max(0.001, until - time.monotonic()), cancel=False)
     except (PoolClosed, WorkerDied):
         raise Problem(503, "no report could be computed", {"Retry-After": "2"}) from None
     finally:
-        service.reports -= 1
-    hosts = {name: look.result() if look.done() and not look.cancelled() else UNSEEN for name, look in looks.items()}
-    said = {name: {**figures[name], "host": hosts[name]} for name in names}
+        service.reports.release()
+    said = {name: {**figures[name], "host": hosts[name].value or UNSEEN} for name in names}
     generated_at = datetime.now(UTC).isoformat(timespec="milliseconds")
     return reply({"generated_at": generated_at, "hours": hours, "sources": said}, headers={"Cache-Control": "no-store"})
 

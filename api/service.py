@@ -12,13 +12,11 @@ import asyncio
 import contextlib
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, cast
 
 import asyncpg
 import orjson
@@ -26,13 +24,14 @@ from prometheus_client import CollectorRegistry
 
 from api.history import History, Result
 from api.report import inspect_host
-from api.telemetry import Events, Exporter, RequestLog
+from api.telemetry import METRICS, Events, RequestLog
 from api.upstreams import Load, Loaded, Source, request_id
-from coordination import Semaphore, T
-from primitives import State
+from coordination import Semaphore, T, cancel_all
+from primitives import State, TTLCache
+from runtime.loop import Lag
+from runtime.monitor import Exporter
 from runtime.postgres import Database, Unavailable
 from runtime.processes import Processes, in_daemon
-from runtime.serving import Lag
 
 log = logging.getLogger("uvicorn.error")
 
@@ -50,14 +49,14 @@ PLACES = 256
 """Calls under way to all upstreams together."""
 
 
-class KeptAnswer:
+class KeptAnswer(NamedTuple):
     """An answer as it was sent, to be sent again."""
 
-    __slots__ = ("body", "headers", "hits", "states", "until")
-
-    def __init__(self, until: float, headers: list[tuple[bytes, bytes]], body: bytes, states: dict[str, str]) -> None:
-        self.until, self.headers, self.body, self.states = until, headers, body, states
-        self.hits = 0
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    states: dict[str, str]
+    counted: list[tuple[Counter[str], str]]
+    """Where it is counted, as what."""
 
 
 class Service:
@@ -67,15 +66,15 @@ class Service:
         self.sources, self.database, self.history = sources, database, History(database)
         self.lag, self.events, self.log = Lag(), Events(), RequestLog(output)
         self.processes = Processes(waiting=REPORTS)
-        self.reports, self.looks = 0, Semaphore(LOOKS)
+        self.reports, self.looks = Semaphore(REPORTS), Semaphore(LOOKS)
         self.registry = CollectorRegistry()
-        self.registry.register(Exporter(sources, self.lag, database, self.history.writer, self.log))
+        self.registry.register(cast(Any, Exporter(METRICS, lambda: self)))
         self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
         self.force: Callable[[], object] = lambda: None
         self.timers: list[asyncio.TimerHandle] = []
         self.tasks: dict[str, asyncio.Task[Any]] = {}
-        self.kept: dict[tuple[str, bytes], KeptAnswer] = {}
-        self.kept_bytes = self.changes = 0
+        self.kept: TTLCache[tuple[str, bytes], KeptAnswer] = TTLCache(KEPT_MOST, KEPT, maxweight=KEPT_BYTES)
+        self.changes = 0
         for source in sources.values():
             source.listeners.append(self.loaded)
             source.changed = self.settle
@@ -110,27 +109,10 @@ class Service:
         self.events.publish("breaker", told)
         self.log.note("breaker", request_id.get(), told)
 
-    def keep(self, asked: tuple[str, bytes], kept: KeptAnswer) -> None:
-        self.drop(asked)
-        if len(self.kept) >= KEPT_MOST or self.kept_bytes + len(kept.body) > KEPT_BYTES:
-            self.settle()
-        if len(kept.body) <= KEPT_BYTES:
-            self.kept[asked] = kept
-            self.kept_bytes += len(kept.body)
-
-    def drop(self, asked: tuple[str, bytes]) -> None:
-        """Send a kept answer no more. How often it was is counted now."""
-        kept = self.kept.pop(asked, None)
-        if kept is not None:
-            self.kept_bytes -= len(kept.body)
-            for name, state in kept.states.items():
-                self.sources[name].answers[state] += kept.hits
-
     def settle(self) -> None:
         """Something changed: no kept answer is sent again."""
         self.changes += 1
-        for asked in list(self.kept):
-            self.drop(asked)
+        self.kept.clear()
 
     async def renew(self) -> None:
         request_id.set("renewal")
@@ -198,39 +180,7 @@ class Service:
         self.stop()
         for timer in self.timers:
             timer.cancel()
-        for task in self.tasks.values():
-            task.cancel()
-        await asyncio.gather(*list(self.tasks.values()), return_exceptions=True)
+        await cancel_all(self.tasks.values())
         while loads := [load for source in self.sources.values() for load in source.running]:
             await asyncio.wait(loads, timeout=max(0.0, self.patience - time.monotonic()))
             await asyncio.wait(self.cancel_loads() or loads)
-
-
-@contextlib.contextmanager
-def call_on_signals(call: Callable[[], object]) -> Iterator[Callable[[], object]]:
-    """Have ``call`` called in the event loop at SIGINT and SIGTERM, before whoever else waits for them. What is given
-    is for the server as one more SIGINT, after which it waits for nobody.
-
-    The server ends the lifespan only when the last response has ended, and a stream of events does not end by itself.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    loop = asyncio.get_running_loop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(call)
-        following = before[signal.Signals(number)]
-        if callable(following):
-            following(number, frame)
-
-    for number in before:
-        signal.signal(number, handle)
-    forced = before[signal.SIGINT]
-    try:
-        yield lambda: forced(signal.SIGINT, None) if callable(forced) else None
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is handle:
-                signal.signal(number, handler)

@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import io
 import json
-import queue
 import re
 import resource
 import sys
@@ -25,12 +24,12 @@ from typing import BinaryIO, Protocol
 
 import orjson
 
-from coordination import Channel, new_lock
+from coordination import WorkerPool, new_lock
 from crawl.core import Crawl
 from crawl.model import ScrapeResult
-from runtime.serving import Lag, new_loop, stopped_by_signals
+from primitives import Batch
+from runtime.loop import Lag, beside, new_loop, stopped_by_signals
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
 Emit = Callable[..., None]
 """Takes rows; returns when they are written."""
 Run = Callable[[Crawl, Iterable[str], Emit], None]
@@ -157,54 +156,55 @@ class RowBatches:
     permits of its tasks go with it and come back when it is written, so what a ``kill -9`` costs is no more than is in
     flight: a batch is a quarter of that."""
 
-    SIZE, AGE = 100, 0.05
+    SIZE, AGE, QUEUED = 100, 0.05, 10
 
     def __init__(self, emit: Callable[..., None], concurrency: int = 4 * SIZE) -> None:
         self._emit = emit
-        self._size = max(1, min(self.SIZE, concurrency // 4))
         self._loop = asyncio.get_running_loop()
-        self._batch: list[ScrapeResult] = []
-        self._batches: Channel[list[ScrapeResult]] = Channel(10)
+        self._batch: Batch[ScrapeResult] = Batch(max(1, min(self.SIZE, concurrency // 4)), self.AGE)
+        self._unsent: list[ScrapeResult] = []
+        """A batch whose task was cancelled meanwhile."""
+        self._watched = False
+        self._writer = WorkerPool(self._write, 1, self.QUEUED, name="writer").start_threads()
         self.written: Callable[[int], None] = lambda rows: None
         """Told, in the loop, how many rows were written (or cannot be)."""
-        self._writer = threading.Thread(target=self._write, name="writer")
-        self._writer.start()
 
-    def _write(self) -> None:
-        for batch in self._batches:
-            self._emit(*batch)
-            self._loop.call_soon_threadsafe(self.written, len(batch))
+    def _write(self, batch: list[ScrapeResult]) -> None:
+        self._emit(*batch)
+        self._loop.call_soon_threadsafe(self.written, len(batch))
 
     async def put(self, row: ScrapeResult) -> bool:
         """Take ``row``: True. Waits while the writer is far behind."""
-        self._batch.append(row)
-        if len(self._batch) >= self._size:
-            batch, self._batch = self._batch, []
+        rows = self._batch.add(row)
+        if rows is not None:
             try:
-                await self._batches.put_async(batch)
+                await self._writer.submit_async(rows)
             except BaseException:
-                self._batch[:0] = batch
+                self._unsent += rows
                 raise
-        elif len(self._batch) == 1:
-            self._loop.call_later(self.AGE, self._too_old, self._batch)
+        elif not self._watched:
+            self._watch()
         return True
 
-    def _too_old(self, batch: list[ScrapeResult]) -> None:
-        if batch is self._batch:
-            try:
-                self._batches.put_nowait(batch)
-            except queue.Full:  # the writer is busy: the batch may grow until it is full
-                self._loop.call_later(self.AGE, self._too_old, batch)
-            else:
-                self._batch = []
+    def _watch(self) -> None:
+        self._watched = True
+        self._loop.call_later(self._batch.due_in() or self.AGE, self._look)
+
+    def _look(self) -> None:
+        """Whether the batch is too old. While the writer is busy it may grow until it is full."""
+        self._watched = False
+        if self._writer.stats().queued < self.QUEUED and (rows := self._batch.take()):
+            self._writer.submit(rows, 0)
+        elif len(self._batch):
+            self._watch()
 
     async def close(self) -> None:
         """Every row that was put is written when this returns."""
-        if self._batch:
-            await self._batches.put_async(self._batch)
-            self._batch = []
-        self._batches.close()
-        await asyncio.to_thread(self._writer.join)
+        self._unsent += self._batch.drain()
+        if self._unsent:
+            await self._writer.submit_async(self._unsent)
+            self._unsent = []
+        await asyncio.to_thread(self._writer.close)
 
 
 class LoopDriver(Protocol):
@@ -218,17 +218,17 @@ class LoopDriver(Protocol):
 
 async def _run(crawl: Crawl, urls: Iterable[str], emit: Emit, make_driver: MakeDriver) -> None:
     rows, lag = RowBatches(emit, crawl.options.concurrency), Lag()
-    crawl.loop_lags, watch = lag.recent, asyncio.create_task(lag.watch())
-    try:
-        async with crawl.joined(rows.put) as put:
-            driver = make_driver(crawl, put)
-            if put == rows.put:
-                rows.written = driver.give_back
-            with stopped_by_signals(driver.stop):
+    crawl.loop_lags = lag.recent
+    with contextlib.ExitStack() as stack:
+        try:
+            async with beside(lag.watch(), "loop lag"), crawl.joined(rows.put) as put:
+                driver = make_driver(crawl, put)
+                if put == rows.put:
+                    rows.written = driver.give_back
+                stack.enter_context(stopped_by_signals(driver.stop))
                 await driver.run(urls)
-    finally:
-        watch.cancel()
-        await rows.close()
+        finally:
+            await rows.close()
 
 
 def run_in_loop(crawl: Crawl, urls: Iterable[str], emit: Emit, make_driver: MakeDriver) -> None:

@@ -46,8 +46,9 @@ from crawl.helper import help_out
 from crawl.hosts import Question
 from crawl.model import CrawlResult, Options, Request, Response, ScrapeResult
 from crawl.net import detail
-from crawl.output import EXIT_INTERRUPTED, Emit, Run, peak_memory_mb, run_in_loop
+from crawl.output import Emit, Run, peak_memory_mb, run_in_loop
 from crawl.readers import Readers
+from runtime.options import EXIT_INTERRUPTED
 from runtime.processes import start_child
 
 AHEAD = 0.03

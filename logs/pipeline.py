@@ -37,14 +37,14 @@ import random
 import re
 import socket
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from coordination import Clock, Rng, stats_repr, wait_for_event
-from logs.display import Snapshot, imbalance
+from logs.display import LogCounts, imbalance
 from logs.enrich import Enricher
 from logs.event_queue import EventQueue
 from logs.intake import Receiver
@@ -53,9 +53,11 @@ from logs.outlet import Outlet, rows_in
 from logs.parse import Event, parse
 from logs.seal import seal
 from logs.store import SCHEMA, Store
+from runtime.loop import Lag, TaskSupervisor
+from runtime.options import CannotStart
 from runtime.postgres import Database
-from runtime.serving import CannotStart, TaskSupervisor, lines_lost
 from runtime.spool import Spool
+from runtime.stderr import lines_lost
 
 log = logging.getLogger("ingest")
 
@@ -71,11 +73,13 @@ DRAIN_LIMIT = 1.0
 """Seconds that reading what the socket holds may take at the stop: senders may go on."""
 FORCE_LIMIT = 2.0
 """Seconds that putting the rest into the spool may take at a forced stop."""
+WATCH_EVERY = 1.0
+"""Seconds between two looks at the counts."""
 CANCEL_LIMIT = 0.5
 """Seconds that the end of a task may take before the connections to the database are cut."""
 
 
-class Ingester(TaskSupervisor):
+class Ingester:
     """One worker, with ``sock`` as its source. ``run`` once. ``CannotStart`` if the spool cannot be looked at."""
 
     workers = 1
@@ -92,7 +96,7 @@ class Ingester(TaskSupervisor):
         wall: Clock = time.time,
         rng: Rng = random.random,
     ) -> None:
-        super().__init__(log)
+        self.tasks, self._lag = TaskSupervisor(log), Lag()
         self.options, self.number = options, number
         self._of, self._kernel_drops = workers, kernel_drops
         self._clock = clock
@@ -109,7 +113,6 @@ class Ingester(TaskSupervisor):
         """The first is this worker's own; the others were those of workers that there are no more."""
         self._received = self._recovered = 0
         self._sealing = self._sealing_bytes = 0
-        self._loop_lags: deque[float] = deque([0.0], maxlen=60)
         self._unbalanced = self._stage = 0
         self._stopped, self._forced, self._moved = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._due, self._room = asyncio.Event(), asyncio.Event()
@@ -151,7 +154,7 @@ class Ingester(TaskSupervisor):
             try:
                 events += parse(data, source, now, zone)
             except Exception as error:  # it promises not to; but one datagram must not cost the others
-                self._fault("parser", error)
+                self.tasks.fault("parser", error)
                 events.append(unparsed(data, source, now, error))
         self._received += len(events)
         self.queue.put(events)
@@ -207,14 +210,14 @@ class Ingester(TaskSupervisor):
         events, size = self._waits.pop(task)
         self._sealing_bytes -= size
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._fault("enricher", error)
+            self.tasks.fault("enricher", error)
         self._seal(events)
 
     def _seal(self, events: list[Event]) -> None:
         try:
             self.outlet.hand_on(seal(events, self.enricher.look, self.enricher.configured))
         except Exception as error:  # a fault of ours; whatever it is, it must cost the event that causes it only
-            self._fault("sealer", error)
+            self.tasks.fault("sealer", error)
             for event in events:
                 try:
                     self.outlet.hand_on(seal([event], self.enricher.look, self.enricher.configured))
@@ -254,11 +257,9 @@ class Ingester(TaskSupervisor):
                 log.warning("filling in: %s: %s", type(error).__name__, error)
 
     async def _watch(self) -> None:
-        """How late the loop is; and whether the counts balance, should nobody else ask."""
+        """Whether the counts balance, should nobody else ask."""
         while True:
-            due = self._clock() + 1.0
-            await asyncio.sleep(1.0)
-            self._loop_lags.append(max(0.0, self._clock() - due))
+            await asyncio.sleep(WATCH_EVERY)
             self.snapshot()
 
     # ---------------------------------------------------------------- life and end
@@ -283,15 +284,16 @@ class Ingester(TaskSupervisor):
             stack.callback(self.receiver.close)
             stack.push_async_callback(self._end_tasks)
             self.outlet.begun = self._clock()
-            self._start("sealer", self._take)
+            self.tasks.start("sealer", self._take)
             for n in range(WRITERS):
-                self._start(f"writer {n}", self.outlet.write)
-            self._start("spooler", self.outlet.put_into_spool)
-            self._start("replayer", self.outlet.replay)
-            self._start("watch", self._watch)
+                self.tasks.start(f"writer {n}", self.outlet.write)
+            self.tasks.start("spooler", self.outlet.put_into_spool)
+            self.tasks.start("replayer", self.outlet.replay)
+            self.tasks.start("watch", self._watch)
+            self.tasks.start("loop lag", self._lag.watch)
             if not self.number:
-                self._start("maintenance", self._maintain)
-                self._start("filler-in", self._fill_in)
+                self.tasks.start("maintenance", self._maintain)
+                self.tasks.start("filler-in", self._fill_in)
             self.receiver.start()
             if not await arrives_first(self.outlet.first_connection(), self._stopped):
                 log.warning("database: not there yet (%s); batches go to the spool", self.database.stats().error or "")
@@ -301,7 +303,7 @@ class Ingester(TaskSupervisor):
         self.snapshot()
         there = sum(each.stats().rows for each in self.outlet.spools)
         if there != self.outlet.spooled_rows:
-            self._fault("spool", RuntimeError(f"{there} rows are there, {self.outlet.spooled_rows} should be"))
+            self.tasks.fault("spool", RuntimeError(f"{there} rows are there, {self.outlet.spooled_rows} should be"))
         return int(self.outlet.dropped["stopped"] > 0)
 
     def stop(self) -> None:
@@ -332,7 +334,7 @@ class Ingester(TaskSupervisor):
     async def _end_tasks(self, but: str = "") -> None:
         """A task that is cancelled rolls back, which a database that does not answer holds up: it is cut off then. What
         that raises may take the place of the cancellation, so it is repeated."""
-        late = {task for name, task in self._tasks.items() if name != but} | {*self._waits}
+        late = {task for name, task in self.tasks.running.items() if name != but} | {*self._waits}
         while late:
             for task in late:
                 task.cancel()
@@ -360,7 +362,7 @@ class Ingester(TaskSupervisor):
             outlet.spooled_rows += outlet.to_spool.popleft().rows
         outlet.drop("stopped")
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> LogCounts:
         """All counts of this moment; an imbalance is logged."""
         queue, intake, found, data = (
             self.queue.stats(),
@@ -370,7 +372,7 @@ class Ingester(TaskSupervisor):
         )
         outlet = self.outlet
         spools = [each.stats() for each in outlet.spools]
-        counts = Snapshot(
+        counts = LogCounts(
             received=self._received,
             recovered=self._recovered,
             stored=outlet.stored,
@@ -394,21 +396,21 @@ class Ingester(TaskSupervisor):
             spool_bytes=sum(each.bytes for each in spools),
             spool_refused=sum(each.refused for each in spools),
             lag=max(outlet.lags),
-            loop_lag=max(self._loop_lags),
+            loop_lag=self._lag.longest,
             database=data.state,
             metadata=found.breaker if self.enricher.configured else "none",
             metadata_loads=found.loads,
             metadata_failures=found.failures,
-            faults=self._faults,
+            faults=self.tasks.faults,
             lines_lost=lines_lost(),
             stopping=self._stage > 0,
         )
         off = imbalance(counts)
         if off and off != self._unbalanced:
-            self._faults += 1
+            self.tasks.faults += 1
             log.error("the counts do not balance: %d events are not accounted for: %s", off, counts)
         self._unbalanced = off
-        return counts._replace(faults=self._faults)
+        return counts._replace(faults=self.tasks.faults)
 
     stats = snapshot
     __repr__ = stats_repr

@@ -59,8 +59,8 @@ class Backlog:
         self._accepted = self._frame_bytes = 0
 
     def room(self) -> int:
-        """How many more may wait."""
-        return max(0, self.limit - len(self.waiting)) if self._frame_bytes < HEAVY else 0
+        """How many more may wait: what moves to the spool may come back."""
+        return max(0, self.limit - len(self.waiting) - self.moving) if self._frame_bytes < HEAVY else 0
 
     def accept(self, records: Sequence[Record]) -> None:
         self.waiting.extend(records)

@@ -6,8 +6,8 @@ next replay. Left early, some may come twice.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import functools
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -20,14 +20,26 @@ from market.feeds import ADAPTERS
 from market.flow import MarketOptions, MarketProgram
 from market.topics import DeadLetter, decode
 from market.trade import BadFrame, Trade
-from runtime.serving import CannotStart
+from runtime.loop import ends_before
+from runtime.options import CannotStart
+
+
+def adapter_of(exchange: str, context: str) -> Adapter:
+    """A fresh one. ``BadFrame`` if there is none."""
+    known = ADAPTERS.get(exchange)
+    if known is None:
+        raise BadFrame(f"there is no exchange {exchange!r}")
+    try:
+        return known.within(context) if context else known.fresh()
+    except ValueError as error:
+        raise BadFrame(str(error)) from None
 
 
 class Reader:
     """Dead letters -> trades, by the adapters as they are now."""
 
     def __init__(self) -> None:
-        self._adapters: dict[tuple[str, str], Adapter] = {}
+        self._adapter = functools.lru_cache(100)(adapter_of)  # its own: they know what they have read
 
     def read(self, letter: DeadLetter) -> list[Trade]:
         """``BadFrame`` if it still cannot be parsed."""
@@ -36,20 +48,7 @@ class Reader:
                 return [decode(letter.raw)]
             except ValueError as error:
                 raise BadFrame(str(error)) from None
-        key = letter.exchange, letter.context
-        adapter = self._adapters.get(key)
-        if adapter is None:
-            known = ADAPTERS.get(letter.exchange)
-            if known is None:
-                raise BadFrame(f"there is no exchange {letter.exchange!r}")
-            try:
-                adapter = known.within(letter.context) if letter.context else known.fresh()
-            except ValueError as error:
-                raise BadFrame(str(error)) from None
-            if len(self._adapters) >= 100:
-                self._adapters.clear()
-            self._adapters[key] = adapter
-        return adapter.parse(letter.raw, letter.at_ns).trades
+        return self._adapter(letter.exchange, letter.context).parse(letter.raw, letter.at_ns).trades
 
 
 class Replayer(MarketProgram):
@@ -67,23 +66,14 @@ class Replayer(MarketProgram):
         async with contextlib.AsyncExitStack() as stack:
             if not self.options.dry_run:
                 await self._open_publisher(stack)
-            self._start("watch", self._watch)
-            stack.push_async_callback(self._end_tasks)
-            work = asyncio.create_task(self._replay(), name="replay")
-            stopped = asyncio.create_task(self._stopped.wait())
+            self.tasks.start("watch", self._watch)
+            self.tasks.start("loop lag", self._lag.watch)
+            stack.push_async_callback(self.tasks.end)
             try:
-                await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                stopped.cancel()
-                if not work.done():
-                    work.cancel()
-                (error, _) = await asyncio.gather(work, stopped, return_exceptions=True)
-            if isinstance(error, TimeoutError):
-                raise CannotStart(str(error))
-            if isinstance(error, Exception):
-                raise error
+                self.early = not await ends_before(self._replay(), self._stopped)
+            except TimeoutError as error:
+                raise CannotStart(str(error)) from None
             self._deadline = self._clock() + self.options.stop_limit
-        self.early = isinstance(error, BaseException)
         return int(lost(self.snapshot()) > 0 or self.early)
 
     async def _replay(self) -> None:

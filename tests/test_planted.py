@@ -24,6 +24,7 @@ from tests.test_cache import check_cache
 from tests.test_circuit_breaker import check_breaker
 from tests.test_coordination import VisitedKey, fan_check_stragglers, pool_check_exactly_once, visited_check_one_step
 from tests.test_coordination_walks import (
+    check_channel_close_cancel,
     check_channel_get_cancel,
     check_channel_put_cancel,
     check_channel_walk,
@@ -31,11 +32,21 @@ from tests.test_coordination_walks import (
     check_semaphore_walk,
 )
 from tests.test_intake import intake_check_queue
-from tests.test_interleavings import TurnsCache, TurnsCase, TurnsChannel, TurnsFlight, TurnsSemaphore, turns_explore
+from tests.test_interleavings import (
+    TurnsCache,
+    TurnsCase,
+    TurnsChannel,
+    TurnsFlight,
+    TurnsHandOn,
+    TurnsSemaphore,
+    TurnsWithdraw,
+    turns_explore,
+)
 from tests.test_lock_order import order_check_nothing_nests
 from tests.test_retry import (
     Flaky,
     Outcome,
+    check_backoff,
     check_budget,
     check_delays,
     check_never_retried,
@@ -63,7 +74,7 @@ class BucketOneTooMany(pr.TokenBucket):
 class BucketWindow(pr.TokenBucket):
     """Counts per fixed window: twice the burst around its edge."""
 
-    def book(self, n: float = 1, now: float | None = None) -> pr.Reservation:
+    def reserve(self, n: float = 1, now: float | None = None) -> float:
         now = self._clock() if now is None else now
         length = self.burst / self.rate
         start = max(self._full_at, now // length * length)
@@ -73,18 +84,18 @@ class BucketWindow(pr.TokenBucket):
         if spent > self.burst:
             start, spent, wait = start + length, n, max(0.0, start + length - now)
         self._full_at, self._depth = start, spent
-        return pr.Reservation(wait, now + wait, start, start)
+        return wait
 
 
 class BucketStarves(pr.TokenBucket):
     """A large request that has to wait books nothing, so small ones go first."""
 
-    def book(self, n: float = 1, now: float | None = None) -> pr.Reservation:
+    def reserve(self, n: float = 1, now: float | None = None) -> float:
         before = self._full_at
-        reservation = super().book(n, now)
-        if reservation.wait and n > 1:
+        wait = super().reserve(n, now)
+        if wait and n > 1:
             self._full_at = before
-        return reservation
+        return wait
 
 
 class BucketRewinds(pr.TokenBucket):
@@ -92,27 +103,63 @@ class BucketRewinds(pr.TokenBucket):
 
     __slots__ = ("_last",)
 
-    def book(self, n: float = 1, now: float | None = None) -> pr.Reservation:
+    def reserve(self, n: float = 1, now: float | None = None) -> float:
         now = self._clock() if now is None else now
         if now < getattr(self, "_last", now):
             self._full_at = now
         self._last = now
-        return super().book(n, now)
+        return super().reserve(n, now)
 
 
 class BucketGivesBackTwice(pr.TokenBucket):
-    """Gives back although others were booked behind."""
+    """Gives back although something fixed was booked behind."""
 
-    def cancel(self, reservation: pr.Reservation) -> bool:
-        self._full_at -= reservation.after - reservation.before
-        return True
+    def _leave(self, place: Any, back: bool) -> None:
+        if place not in self._queue and back:
+            self._full_at -= place.n * self._interval
+        super()._leave(place, back)
 
 
 class BucketKeeps(pr.TokenBucket):
     """Never gives back."""
 
-    def cancel(self, reservation: pr.Reservation) -> bool:
-        return self._full_at == reservation.after
+    def _leave(self, place: Any, back: bool) -> None:
+        super()._leave(place, False)
+
+
+class BucketStandsStill(pr.TokenBucket):
+    """Who leaves the middle of the queue leaves a gap: the others keep the times that they had."""
+
+    def _leave(self, place: Any, back: bool) -> None:
+        if back:
+            self._settle()
+        super()._leave(place, back)
+
+
+class BucketTellsNobody(pr.TokenBucket):
+    """Who leaves wakes nobody."""
+
+    def _leave(self, place: Any, back: bool) -> None:
+        if back and place in self._queue:
+            self._remove(place, back)
+        else:
+            super()._leave(place, back)
+
+
+class BucketSkips(pr.TokenBucket):
+    """The second in the queue is told first."""
+
+    def _advance(self, now: float) -> None:
+        if len(self._queue) > 1:
+            self._queue.rotate(1)
+        super()._advance(now)
+
+
+class BucketWaitsTooLong(pr.TokenBucket):
+    """The time limit is that of the one ahead."""
+
+    def _enter(self, n: float, timeout: float | None, loop: Any) -> Any:
+        return super()._enter(n, None if timeout is None else timeout + n * self._interval, loop)
 
 
 class BucketPausesShort(pr.TokenBucket):
@@ -129,6 +176,19 @@ class BucketPeeks(pr.TokenBucket):
         wait = super().wait_for(n, now)
         self._full_at += 1e-3
         return wait
+
+
+class BackoffHerd(pr.Backoff):
+    """Jitter before the cap."""
+
+    def next(self) -> float:
+        self.failures += 1
+        return min(self.cap, self._rng() * self.base * 2.0 ** min(self.failures - 1, 62))
+
+
+class BackoffNeverResets(pr.Backoff):
+    def reset(self) -> None:
+        pass
 
 
 class PolicyHerd(pr.RetryPolicy):
@@ -250,33 +310,80 @@ class SemaphoreStack(co.Semaphore):
 class ChannelLoses(co.Channel[Any]):
     """Cancelled after it was handed an item: the item is gone."""
 
-    def _give_back(self, waiter: co.Waiter) -> None:
-        self._leave(self._not_empty, waiter)
+    def _hand_on(self, getter: co.Waiter) -> None:
+        with self._lock:
+            self._not_empty.leave(getter)
+            self._grants -= getter.granted
 
 
 class ChannelGhosts(co.Channel[Any]):
     """A cancelled getter stays in the queue and is handed the next item."""
 
-    def _give_back(self, waiter: co.Waiter) -> None:
-        if waiter.granted:
-            super()._give_back(waiter)
+    def _hand_on(self, getter: co.Waiter) -> None:
+        if getter.granted:
+            super()._hand_on(getter)
 
 
 class ChannelDoubles(co.Channel[Any]):
     """Cancelled after it was handed an item: one to the next getter, and one into the buffer."""
 
-    def _give_back(self, waiter: co.Waiter) -> None:
-        super()._give_back(waiter)
-        if waiter.granted and not self._items:
-            self._items.append(waiter.value)
+    def _hand_on(self, getter: co.Waiter) -> None:
+        super()._hand_on(getter)
+        if getter.granted and not self._items:
+            self._items.append(getter.value)
+
+
+class ChannelTellsTooSoon(co.Channel[Any]):
+    """Closing tells the getters that all is drained while one of them, which may be cancelled, has a grant."""
+
+    def _end_if_drained(self) -> None:
+        if self._closed:
+            self._not_empty.wake_all_empty_handed()
+
+
+class ChannelTellsLatecomers(co.Channel[Any]):
+    """So does a get that comes when the channel is closed."""
+
+    def _park_getter(self, loop: Any) -> co.Waiter:
+        if self._closed:
+            raise co.ChannelClosed
+        return super()._park_getter(loop)
+
+
+class ChannelKeepsGetters(co.Channel[Any]):
+    """Nobody tells the getters when the last grant has been taken."""
+
+    def _receive(self, getter: co.Waiter) -> Any:
+        with self._lock:
+            self._check(self._not_empty, getter)
+            self._grants -= 1
+        return getter.value
+
+
+class ChannelKeepsItem(co.Channel[Any]):
+    """Cancelled after its place came free: the item stays."""
+
+    def _withdraw(self, putter: co.Waiter) -> None:
+        with self._lock:
+            self._not_full.leave(putter)
+
+
+class ChannelKeepsPlace(co.Channel[Any]):
+    """Cancelled after its place came free: the item is taken out, and the place stays empty."""
+
+    def _withdraw(self, putter: co.Waiter) -> None:
+        with self._lock:
+            self._not_full.leave(putter)
+            if putter in self._items:
+                self._items.remove(putter)
 
 
 class ChannelGhostPutter(co.Channel[Any]):
     """A cancelled putter stays in the queue, and its place in the buffer with it."""
 
-    def _leave(self, condition: co.FairCondition, waiter: co.Waiter) -> None:
-        if condition is not self._not_full:
-            super()._leave(condition, waiter)
+    def _withdraw(self, putter: co.Waiter) -> None:
+        if putter.granted:
+            super()._withdraw(putter)
 
 
 class ChannelOverfull(co.Channel[Any]):
@@ -316,9 +423,8 @@ class ChannelForgetsPutters(co.Channel[Any]):
 class ChannelLeavesGetters(co.Channel[Any]):
     """Closing wakes the putters only."""
 
-    def close(self) -> None:
-        self._closed = True
-        self._not_full.wake_all_empty_handed()
+    def _end_if_drained(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -336,6 +442,14 @@ class ChannelLeavesGetters(co.Channel[Any]):
         (check_bucket_machine, BucketGivesBackTwice),
         (check_cancel_is_never_booked, BucketKeeps),
         (check_bucket_machine, BucketKeeps),
+        (check_bucket_machine, BucketStandsStill),
+        (check_any_window, BucketTellsNobody),
+        (check_bucket_machine, BucketTellsNobody),
+        (check_fifo, BucketSkips),
+        (check_bucket_machine, BucketSkips),
+        (check_bucket_machine, BucketWaitsTooLong),
+        (check_backoff, BackoffHerd),
+        (check_backoff, BackoffNeverResets),
         (check_pause, BucketPausesShort),
         (check_bucket_machine, BucketPausesShort),
         (check_bucket_machine, BucketPeeks),
@@ -359,6 +473,17 @@ class ChannelLeavesGetters(co.Channel[Any]):
         (check_channel_walk, ChannelGhosts),
         (check_channel_get_cancel, ChannelDoubles),
         (check_channel_walk, ChannelDoubles),
+        (check_channel_close_cancel, ChannelLoses),
+        (check_channel_close_cancel, ChannelTellsTooSoon),
+        (check_channel_walk, ChannelTellsTooSoon),
+        (check_channel_close_cancel, ChannelTellsLatecomers),
+        (check_channel_walk, ChannelTellsLatecomers),
+        (check_channel_close_cancel, ChannelKeepsGetters),
+        (check_channel_walk, ChannelKeepsGetters),
+        (check_channel_put_cancel, ChannelKeepsItem),
+        (check_channel_walk, ChannelKeepsItem),
+        (check_channel_put_cancel, ChannelKeepsPlace),
+        (check_channel_walk, ChannelKeepsPlace),
         (check_channel_put_cancel, ChannelGhostPutter),
         (check_channel_walk, ChannelGhostPutter),
         (check_channel_walk, ChannelOverfull),
@@ -400,7 +525,7 @@ class PoolNests(co.WorkerPool[Any]):
 
     def stats(self) -> co.WorkerPoolStats:
         with self._lock:
-            return co.WorkerPoolStats(self._workers, len(self._channel), self._handled, self._failed)
+            return co.WorkerPoolStats(self._workers, self._channel.stats().items, self._handled, self._failed)
 
 
 class BatchDoubles(pr.Batch[int]):
@@ -415,9 +540,27 @@ class BatchDoubles(pr.Batch[int]):
 class BatchAgesAnew(pr.Batch[int]):
     """Every item makes the batch young again."""
 
-    def add(self, item: int, now: float | None = None) -> list[int] | None:
+    def add(self, item: int, now: float | None = None, size: float = 0) -> list[int] | None:
         self._begun = self._clock()
-        return super().add(item, now)
+        return super().add(item, now, size)
+
+
+class BatchTooHeavy(pr.Batch[int]):
+    """Takes one more when it would be too heavy."""
+
+    def add(self, item: int, now: float | None = None, size: float = 0) -> list[int] | None:
+        self.max_bytes, most = self.max_bytes + size, self.max_bytes
+        try:
+            return super().add(item, now, size)
+        finally:
+            self.max_bytes = most
+
+
+class BatchHeavyWaits(pr.Batch[int]):
+    """One that is too heavy for any batch waits until it is old."""
+
+    def _due(self) -> float:
+        return self._begun + self.max_age
 
 
 class VisitedChecksThenActs(co.Visited[VisitedKey]):
@@ -438,6 +581,8 @@ class VisitedChecksThenActs(co.Visited[VisitedKey]):
         functools.partial(order_check_nothing_nests, PoolNests),
         functools.partial(check_machine, BatchDoubles, HUNT),
         functools.partial(check_machine, BatchAgesAnew, HUNT),
+        functools.partial(check_machine, BatchTooHeavy, HUNT),
+        functools.partial(check_machine, BatchHeavyWaits, HUNT),
         functools.partial(visited_check_one_step, VisitedChecksThenActs),
     ],
 )
@@ -454,7 +599,7 @@ def test_fan_out_that_leaves_stragglers_is_found(waits: bool, monkeypatch: pytes
         if waits and tasks:
             await asyncio.wait(tasks)
 
-    monkeypatch.setattr(co, "_end", end)
+    monkeypatch.setattr(co, "cancel_all", end)
     with pytest.raises(AssertionError):
         fan_check_stragglers()
 
@@ -463,6 +608,13 @@ def put(target: object, **fields: Any) -> bool:
     for name, value in fields.items():
         setattr(target, name, value)
     return True
+
+
+def keeps_failures(breaker: Any, do: Callable[..., None], failed: bool, now: float) -> None:
+    before = list(breaker._failures)
+    do(failed, now)
+    if not failed and breaker._state == "closed":
+        breaker._failures.extend(before)
 
 
 # The method that is replaced, and by what: do is the real one.
@@ -478,10 +630,17 @@ PLANTED_BREAKERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "one success closes": ("_settle", lambda b, do, p, f: (do(p, f), b._passed and b._turn("closed"))),
     "the window too wide": ("_record", lambda b, do, f, now: (put(b, window=math.nextafter(8, 9)), do(f, now))),
     "the minimum too low": ("_record", lambda b, do, f, now: (put(b, minimum=2), do(f, now))),
-    "a success clears": ("_settle", lambda b, do, p, f: (do(p, f), f is False and b._failures.clear())),
+    "a success clears nothing": (
+        "_record",
+        lambda b, do, f, now: (
+            n := list(b._failures),
+            do(f, now),
+            b._failures or b._state != "closed" or b._failures.extend(n[1 - f :] if f else n),
+        ),
+    ),
     "ignored is failed": ("_settle", lambda b, do, p, f: do(p, f is not False)),
     "settled again": ("_settle", lambda b, do, p, f: (put(p, settled=False), do(p, f))),
-    "slow is fast": ("_settle", lambda b, do, p, f: (put(p, started=math.inf), do(p, f))),
+    "open until somebody asks": ("stats", lambda b, do: do()._replace(state=b._state)),
     "the reset never lengthens": ("_open", lambda b, do, now: (put(b, _openings=0), do(now))),
     "the reset never shortens": ("_turn", lambda b, do, to: (n := b._openings, do(to), put(b, _openings=n))),
     "jitter within the cap": (
@@ -516,7 +675,30 @@ def lands_another(self: Any, key: Any, flight: Any, answer: Any) -> None:
         self._flights.pop(key, None)
 
 
+def stays(self: Any, key: Any, flight: Any, waiter: Any) -> None:
+    """Nobody tells the load that nobody waits any more."""
+    task, flight.task = flight.task, None
+    pr.SingleFlight._leave(self, key, flight, waiter)
+    flight.task = task
+
+
+def takes_along(self: Any, key: Any, flight: Any, waiter: Any) -> Any:
+    if flight.leader is waiter and flight.task is not None:
+        flight.task.cancel()
+    return pr.SingleFlight._leave(self, key, flight, waiter)
+
+
+def lingers(self: Any, key: Any, flight: Any, waiter: Any) -> Any:
+    task = pr.SingleFlight._leave(self, key, flight, waiter)
+    if task is not None:
+        self._flights[key] = flight
+    return task
+
+
 PLANTED_FLIGHTS: dict[str, dict[str, Any]] = {
+    "the last one leaves the load behind": {"_leave": stays},
+    "the leader takes the load along": {"_leave": takes_along},
+    "a load that nobody wants can be joined": {"_leave": lingers},
     "a failure is not shared": lands(lambda answer: None if answer and answer.error else answer),
     "a cancelled leader poisons": lands(lambda answer: answer or pr._Answer(None, FlightError("cancelled"))),
     "a granted follower takes the lead along": {"_leave": lambda self, key, flight, waiter: flight.leave(waiter)},
@@ -535,7 +717,7 @@ def test_a_planted_bug_of_single_flight_is_found(planted: str) -> None:
 def tick_late(self: Any, key: int, value: int, **how: Any) -> bool:
     kept = PUTS(self, key, value, **how)
     for entry in self._entries.values():
-        entry.fresh_until = math.nextafter(entry.put_at + (how["ttl"] or 4.0), math.inf)
+        entry.fresh_until = math.nextafter(entry.put_at + (how.get("ttl") or 4.0), math.inf)
     return kept
 
 
@@ -546,7 +728,30 @@ def fifo(self: Any, key: int, now: float | None = None) -> Any:
     return hit
 
 
-PUTS, LOOKUP = pr.TTLCache.put, pr.TTLCache.lookup
+PUTS, LOOKUP, STATS, EXPIRE = pr.TTLCache.put, pr.TTLCache.lookup, pr.TTLCache.stats, pr.TTLCache._expire
+
+
+def in_use_order(self: Any, *args: Any, **how: Any) -> bool:
+    """Room is made in the order of use, whatever is gone."""
+    self._expire = lambda now: []
+    try:
+        return PUTS(self, *args, **how)
+    finally:
+        del self._expire
+
+
+def counted_all(self: Any) -> pr.TTLCacheStats:
+    self._expire = lambda now: []
+    try:
+        return STATS(self)
+    finally:
+        del self._expire
+
+
+def gone_too_soon(self: Any, now: float) -> list[Any]:
+    """What is stale is taken for gone."""
+    gone = [entry.key for entry in self._entries.values() if now >= entry.fresh_until]
+    return [self._remove(key) for key in gone]
 
 
 PLANTED_CACHES: dict[str, dict[str, Any]] = {
@@ -556,13 +761,14 @@ PLANTED_CACHES: dict[str, dict[str, Any]] = {
     "stale served as fresh": {"lookup": lambda *a: (hit := LOOKUP(*a)) and hit._replace(state="fresh")},
     "invalidate leaves the generation": {"invalidate": lambda self, key: self._remove(key) is not None},
     "the refused leaves the old value": {
-        "put": lambda self, key, value, **how: how["weight"] <= self.maxweight and PUTS(self, key, value, **how)
+        "put": lambda self, key, value, **how: (
+            how.get("weight", 1.0) <= self.maxweight and PUTS(self, key, value, **how)
+        )
     },
-    "a negative entry has windows": {
-        "put": lambda *a, negative, ttl, **how: PUTS(*a, ttl=2.0 if negative and ttl is None else ttl, **how)
-    },
+    "what is gone keeps its place": {"put": in_use_order},
+    "what is stale makes room": {"_expire": gone_too_soon},
+    "what is gone is not counted out": {"stats": counted_all},
     "defer does nothing": {"defer": lambda *_: None},
-    "XFetch forgets the cost": {"put": lambda *a, cost, **how: PUTS(*a, **how)},
 }
 
 
@@ -624,8 +830,8 @@ class TurnsPoisoned(pr.SingleFlight):
 class TurnsLoadsAgain(pr.TTLCache[Any, Any]):
     """Does not look again once it leads."""
 
-    def _loaded_meanwhile(self, key: Any, seen: Any) -> None:
-        return None
+    def _fresh(self, key: Any) -> Any:
+        return pr._ABSENT
 
 
 def turns_planted(case: type[Any], planted: type) -> type[TurnsCase]:
@@ -651,6 +857,11 @@ class TurnsTwoOrders(TurnsCase):
         turns_planted(TurnsSemaphore, TurnsLostWakeUp),
         turns_planted(TurnsSemaphore, TurnsLostGrant),
         turns_planted(TurnsChannel, TurnsItemLost),
+        turns_planted(TurnsHandOn, ChannelTellsTooSoon),
+        turns_planted(TurnsHandOn, ChannelTellsLatecomers),
+        turns_planted(TurnsHandOn, ChannelLoses),
+        turns_planted(TurnsWithdraw, ChannelKeepsItem),
+        turns_planted(TurnsWithdraw, ChannelKeepsPlace),
         turns_planted(TurnsFlight, TurnsPoisoned),
         turns_planted(TurnsCache, TurnsLoadsAgain),
         TurnsTwoOrders,

@@ -17,8 +17,9 @@ import pytest
 
 from api import config, pages
 from api import service as service_module
-from tests.helpers.api import app_run, app_upstream, ask, living, ticks
-from tests.helpers.base import HANG_LIMIT, World, holds_the_loop, until_async
+from runtime.loop import heard_before_the_server
+from tests.helpers.api import app_run, app_upstream, ask, living
+from tests.helpers.base import HANG_LIMIT, World, holds_the_loop, ticks, until_async
 
 
 def counts(body: bytes, name: str) -> dict[str, int]:
@@ -49,17 +50,18 @@ def test_kept_answers_are_counted_and_end_with_any_change(app_world: World, monk
                 assert not service.kept
                 for _ in range(3):
                     assert await serials() == [1, 1]
-                kept = service.kept[("/aggregate", b"sources=a,b")]
-                assert (kept.hits, service.sources["a"].answers["fresh"]) == (2, 2)
+                asked = "/aggregate", b"sources=a,b"
+                assert (service.kept.stats().hits, service.sources["a"].answers["fresh"]) == (2, 4)
                 assert await serials(method="HEAD") == [200]
                 assert await serials(headers={"If-None-Match": "*"}) == [304]
-                assert kept.hits == 2
+                assert service.kept.stats().hits == 2
                 assert counts((await ask(app, "/health"))[2], "a") == {"fresh": 6}
-                assert not service.kept and service.kept_bytes == 0
-                # one that is over is counted when the next one takes its place
+                # one that is over is not sent again
                 await serials()
+                kept = service.kept.get(asked)
+                assert kept is not None
+                service.kept.put(asked, kept._replace(body=b"over"), ttl=1e-9)
                 await serials()
-                service.kept[("/aggregate", b"sources=a,b")].until = 0.0
                 await serials()
                 await serials()
                 metrics = (await ask(app, "/metrics"))[2].decode()
@@ -78,23 +80,25 @@ def test_kept_answers_are_counted_and_end_with_any_change(app_world: World, monk
                 assert await serials() == [1, 2]  # stale, and two loads begun
                 assert service.kept
                 await until_async(lambda: not any(source.running for source in service.sources.values()))
-                await ticks()
+                await ticks(50)
                 assert not service.kept
                 assert await serials() == [2, 3]
                 # a part that is missing: nothing is kept
                 service.settle()
                 status, headers, _ = await ask(app, "/aggregate?sources=a,silent&deadline_ms=1")
-                assert (status, headers["cache-control"], service.kept) == (200, "no-cache", {})
+                assert (status, headers["cache-control"], service.kept) == (200, "no-cache", service.kept)
                 service.cancel_loads()
                 # bounds: in number and in bytes
-                monkeypatch.setattr(service_module, "KEPT_MOST", 3)
+                service.kept.maxsize = 3
                 for i in range(1, 9):
                     await ask(app, f"/aggregate/a?deadline_ms={i}")
                     assert len(service.kept) <= 3
-                    assert service.kept_bytes == sum(len(one.body) for one in service.kept.values())
-                monkeypatch.setattr(service_module, "KEPT_BYTES", 10)
+                    kept = service.kept.get(("/aggregate/a", b"deadline_ms=%d" % i))
+                    assert kept is not None and service.kept.stats().weight == len(service.kept) * len(kept.body)
+                service.settle()
+                service.kept.maxweight = 10
                 await ask(app, "/aggregate/a?deadline_ms=99")
-                assert (len(service.kept), service.kept_bytes) == (0, 0)
+                assert (len(service.kept), service.kept.stats().weight) == (0, 0)
 
     app_run(main())
 
@@ -278,7 +282,8 @@ def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: A
             status, headers, body = await ask(app, "/report")
             assert (status, headers["content-type"]) == (503, "application/problem+json")  # no database
             service = app.service
-            assert (len(service.tasks), service.reports) == (2, 0)  # and no host was looked at for nothing
+            assert len(service.tasks) == 2  # and no host was looked at for nothing
+            assert service.reports.stats().available == 16
             service.history.outcomes = outcomes
             monkeypatch.setattr(pages, "summarise", dying(str(tmp_path / "flag")))
             status, _, body = await ask(app, "/report?hours=1")
@@ -291,10 +296,11 @@ def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: A
             answers = await asyncio.gather(*(ask(app, "/report?hours=1") for _ in range(8)))
             assert [status for status, _, _ in answers] == [200] * 8
             assert all(json.loads(body)["sources"]["a"]["results"] == 100 for _, _, body in answers)
-            monkeypatch.setattr(pages, "REPORTS", 0)
+            assert [service.reports.try_acquire() for _ in range(17)] == [True] * 16 + [False]
             status, headers, _ = await ask(app, "/report")
             assert (status, headers["retry-after"]) == (503, "2")
-            monkeypatch.setattr(pages, "REPORTS", 16)
+            for _ in range(16):
+                service.reports.release()
             await service.processes.close(0.0)
             status, headers, body = await ask(app, "/report")
             assert (status, headers["retry-after"], json.loads(body)["title"]) == (
@@ -302,7 +308,7 @@ def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: A
                 "2",
                 "no report could be computed",
             )
-            assert service.reports == 0
+            assert service.reports.stats().available == 16
 
     app_run(main())
 
@@ -350,18 +356,18 @@ def test_is_told_of_signals_before_the_server() -> None:
         heard.append(number)
 
     async def main() -> None:
-        with service_module.call_on_signals(lambda: heard.append("told")) as force:
+        with heard_before_the_server(lambda: heard.append("told")) as force:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
                 signal.raise_signal(number)
             assert heard == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
-            await ticks()
+            await ticks(50)
             assert heard[3:] == ["told"] * 3
             force()
             assert heard[6:] == [signal.SIGINT]
         assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is server
 
     async def beside() -> None:
-        with service_module.call_on_signals(lambda: heard.append("never")) as force:
+        with heard_before_the_server(lambda: heard.append("never")) as force:
             assert signal.getsignal(signal.SIGINT) is server
             force()
 

@@ -44,7 +44,7 @@ from crawl.net import BodyDecoder
 from crawl.output import RowWriter, Run
 from crawl.processes import run_processes
 from crawl.robots import MAX_ROBOTS
-from runtime import serving
+from runtime.loop import new_loop
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT
 
@@ -330,7 +330,7 @@ def guard_scrape(driver: str, urls: Iterable[str], **options: Any) -> dict[str, 
     if driver == "crawl_threads":
         rows = crawl_threads.scrape_all(urls, settings)
     else:
-        factory = serving.new_loop if driver == "crawl_async on uvloop" else None
+        factory = new_loop if driver == "crawl_async on uvloop" else None
         with asyncio.Runner(loop_factory=factory) as runner:
             rows = runner.run(crawl_async.scrape_all(urls, settings))
     return {row.url: row for row in rows}
@@ -377,9 +377,6 @@ ROBOTS_LARGE = {
 FEEDS_DRIVERS = WALKERS
 
 
-FEEDS_PATIENCE = HANG_LIMIT
-
-
 class Answer:
     """A route: its body, and what it is conditional on. ``gate``: answered when that is set."""
 
@@ -412,7 +409,7 @@ class Site:
                     status = 304
                 site.log.append((self.path, status, asked, since))
                 if answer.gate:
-                    answer.gate.wait(FEEDS_PATIENCE)
+                    answer.gate.wait(HANG_LIMIT)
                 with contextlib.suppress(OSError):  # its client was killed
                     self.send_response(status)
                     for name, value in answer.headers.items():
@@ -510,6 +507,3 @@ def walk(driver: str, crawl: Crawl, urls: Iterable[str], emit: Callable[[ScrapeR
 def walk_row(url: str, /, *links: str, **more: Any) -> bytes:
     row = CrawlResult(url, 200, None, 0, list(links), None, "2030-01-01T00:00:00Z", 1.0, url)
     return json.dumps(dataclasses.asdict(row) | more).encode().replace(b'{"url": ', b'{"url":') + b"\n"
-
-
-PATIENCE = HANG_LIMIT  # seconds for what must come

@@ -37,16 +37,22 @@ async def error_of_task(awaitable: Awaitable[Any]) -> BaseException | None:
     return None
 
 
-def in_threads(calls: list[Callable[[], Any]]) -> None:
-    """Run all at once with the smallest time slices; the first error of theirs is raised."""
+def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
+    """What the calls, all at once with the smallest time slices, return; the first error of theirs is raised."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
-            for future in [pool.submit(call) for call in calls]:
-                future.result(HANG_LIMIT)
+            return [future.result(HANG_LIMIT) for future in [pool.submit(call) for call in calls]]
     finally:
         sys.setswitchinterval(interval)
+
+
+def settle(outcome: concurrent.futures.Future[Any], call: Callable[[], Any]) -> None:
+    try:
+        outcome.set_result(call())
+    except BaseException as error:
+        outcome.set_exception(error)
 
 
 prim_local = threading.local()
@@ -79,10 +85,7 @@ class PrimThread:
 
     def _run(self, call: Callable[[], Any]) -> None:
         prim_local.worker = self
-        try:
-            self.outcome.set_result(call())
-        except BaseException as error:
-            self.outcome.set_exception(error)
+        settle(self.outcome, call)
 
     def done(self) -> bool:
         return self.outcome.done()
@@ -149,14 +152,7 @@ class Loop:
     def do(self, call: Callable[[], Any]) -> Any:
         """Run the call in the loop's thread."""
         outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(call())
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        self.loop.call_soon_threadsafe(run)
+        self.loop.call_soon_threadsafe(settle, outcome, call)
         return outcome.result(HANG_LIMIT)
 
     def close(self) -> None:
@@ -213,6 +209,30 @@ def prim_shell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         loop.close()
 
 
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time is a world's: where it would sleep, that goes on."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world, self._look = world, self._selector.select  # type: ignore[attr-defined]
+        self._selector.select = self._jump  # type: ignore[attr-defined]
+
+    def time(self) -> float:
+        return self.world.now
+
+    def _jump(self, timeout: float | None) -> Any:
+        assert timeout is not None, "nothing will ever happen"
+        self.world.now += timeout
+        return self._look(0)
+
+
+def simulated(main: Callable[[World], Coroutine[Any, Any, Any]]) -> Any:
+    """``main(world)`` in a loop of its own, which takes no time."""
+    world = World(0.0)
+    with asyncio.Runner(loop_factory=lambda: SimulatedLoop(world)) as runner:
+        return runner.run(main(world))
+
+
 def prim_stranded(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     """A task that waits, in a loop that was closed."""
     loop = asyncio.new_event_loop()
@@ -262,21 +282,22 @@ class LoopMachine(RuleBasedStateMachine):
         self.now(lambda: None)
 
     @precondition(lambda self: any(not task.done() for task in self.tasks))
-    @rule(data=st.data(), act_first=st.booleans())
-    def cancel(self, data: st.DataObject, act_first: bool) -> None:
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
         pending = [task for task in self.tasks if not task.done()]
         victim = data.draw(st.just(0) | st.sampled_from(range(len(pending))))  # the oldest is the next to be granted
         self.cancelled.add(pending[victim])
+        cancel = pending[victim].cancel
+        orders = [order for n in (1, 2, 3) for order in itertools.permutations([cancel, *self.acts()], n)]
+        order = data.draw(st.sampled_from([order for order in orders if cancel in order]))
+        self.now(lambda: [act() for act in order])
 
-        def both() -> None:
-            if act_first:
-                self.act()
-            pending[victim].cancel()
-
-        self.now(both)
+    def acts(self) -> list[Callable[[], Any]]:
+        """What may wake somebody up in the turn in which he is cancelled."""
+        return [self.act]
 
     def act(self) -> None:
-        """What may wake somebody up, just before he is cancelled."""
+        """The first of it."""
 
     def finish(self) -> None:
         self.settle()
@@ -338,7 +359,7 @@ class FlightDesk:
         if self.kind == "cache":
             do, do_async = self.cache.get_or_load, self.cache.get_or_load_async
         else:
-            do, do_async = self.flights.do, self.flights.do_async
+            do, do_async = self.flights.do, self.flights.do_async  # type: ignore[assignment]
         return self.shell.start(lambda: do(key, load), lambda: do_async(key, load.aload), gated)
 
     def crowd(self, load: FlightLoad, followers: int, gated: bool = False) -> list[PrimThread | PrimTask]:
@@ -356,12 +377,12 @@ class FlightDesk:
         wait_until(lambda: self.flights.stats().waiting == n)
 
     def kill(self, leader: PrimThread | PrimTask, gate: concurrent.futures.Future[Any]) -> None:
-        """End the leader as Ctrl-C or a cancellation does; a task of the same loop ends a little later."""
+        """End the leader's load as Ctrl-C or a cancellation does; that of a task ends a little later."""
         if isinstance(leader, PrimThread):
             gate.set_exception(KeyboardInterrupt())
             assert isinstance(leader.outcome.exception(HANG_LIMIT), KeyboardInterrupt)
         else:
-            leader.loop.loop.call_soon_threadsafe(leader.task.cancel)
+            gate.cancel()
 
     def idle(self) -> bool:
         wait_until(lambda: self.flights.stats().flights == 0)

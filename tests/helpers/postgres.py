@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -23,7 +21,6 @@ import asyncpg
 import psutil
 import pytest
 
-import primitives as pr
 from api.history import UPSTREAM_RESULTS, History, Result
 from runtime import postgres as db
 from runtime.embedded import Account, Embedded, find_programs
@@ -127,7 +124,7 @@ LET_GO = (
 
 
 @pytest.fixture(scope="session")
-def module() -> Iterator[PgServer]:
+def pg_server() -> Iterator[PgServer]:
     server = PgServer()
     try:
         server.start()
@@ -139,17 +136,17 @@ def module() -> Iterator[PgServer]:
 
 
 @pytest.fixture
-def pg(module: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
+def pg(pg_server: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
     """The server, which runs and holds nothing; checks come quickly, and wait for it however busy the machine is."""
-    assert module.process is not None
-    if module.process.poll() is not None:
-        module.start()
-    asyncio.run(module.do("DROP TABLE IF EXISTS upstream_results"))
+    assert pg_server.process is not None
+    if pg_server.process.poll() is not None:
+        pg_server.start()
+    asyncio.run(pg_server.do("DROP TABLE IF EXISTS upstream_results"))
     monkeypatch.setattr(db, "CHECK_EVERY", 0.05)
     monkeypatch.setattr(db, "CHECK_LIMIT", HANG_LIMIT)
     monkeypatch.setattr(db, "CLOSE_LIMIT", HANG_LIMIT)
     monkeypatch.setattr(db, "BACK_OFF", AT_ONCE)
-    return module
+    return pg_server
 
 
 @pytest.fixture
@@ -159,7 +156,7 @@ def impatient(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(db, "CLOSE_LIMIT", 0.2)
 
 
-AT_ONCE = pr.RetryPolicy(attempts=sys.maxsize, base=0.02, cap=0.02, total=math.inf)
+AT_ONCE = 0.02, 0.02
 
 
 @contextlib.asynccontextmanager
