@@ -29,10 +29,11 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import orjson
 
+from coordination import stats_repr
 from market.trade import (
     AHEAD_NS,
     EARLIEST_NS,
@@ -44,6 +45,7 @@ from market.trade import (
     decimal,
     gunzip,
     short,
+    unknown,
 )
 
 HEARTBEAT = Parsed([], "heartbeat")  # these are shared: nobody appends to their lists
@@ -64,24 +66,33 @@ class Adapter(ABC):
     name: str
     url: str
     key_env: str | None = None  # the environment's variable without which the exchange says nothing
+    secret_env: str | None = None  # another one
+    ping_text: str | None = None
     ping_every: float | None = None  # seconds between the pings that the exchange wants as messages
     silent_after: float = 60.0  # seconds without any frame after which the feed is dead
     most: int = 1000  # symbols of one connection
     pace: float = 0.0  # seconds between two messages of a subscription
     dollar: str = "USD"  # the quote currency that stands in for USD
+    separator: str = ""  # between base and quote currency
+    acknowledged: Literal["messages", "symbols"] | int = "messages"  # each of these is; or how many come in all
     words: frozenset[object] = frozenset()  # frames that are not JSON: heartbeats
+    controls: ClassVar[Mapping[Any, Parsed]] = {}  # what messages without trades mean, by their kind
 
-    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
+    def __init__(self, *, clock: Callable[[], float] = time.time, keys: Sequence[str] = ()) -> None:
+        self._clock, self._keys = clock, keys
         self._asked: dict[str, str] = {}  # native -> ours
 
     def fresh(self) -> Self:
         """Another one, for another connection."""
-        return type(self)(clock=self._clock)
+        return type(self)(clock=self._clock, keys=self._keys)
 
     def with_keys(self, environment: Mapping[str, str]) -> Self:
-        """Another one with its key, if it needs any; `ValueError` if the variable is not set."""
-        return self.fresh()
+        """Another one with its keys, if it needs any; `ValueError` if a variable is not set."""
+        names = [name for name in (self.key_env, self.secret_env) if name]
+        for name in names:
+            if not environment.get(name):
+                raise ValueError(f"the environment has no {name}")
+        return type(self)(clock=self._clock, keys=[environment[name] for name in names])
 
     def context(self) -> str:
         """What `parse` knows of the connection, as JSON: with it a dead letter can be read again elsewhere."""
@@ -107,7 +118,7 @@ class Adapter(ABC):
         return self._join(base, self.dollar if currency == "USD" else currency)
 
     def _join(self, base: str, currency: str) -> str:
-        return base + currency
+        return base + self.separator + currency
 
     def symbol(self, native: object) -> str:
         """The other way: as it was asked for, else as the name says. `BadFrame` if it is neither."""
@@ -121,12 +132,14 @@ class Adapter(ABC):
         return str(found)
 
     def _split(self, native: str) -> str:
+        if self.separator:
+            return native.replace(self.separator, "-")
         for currency in _QUOTES:
             if native.endswith(currency) and native != currency:
                 return f"{native[: -len(currency)]}-{currency}"
         raise BadFrame(f"not a symbol: {short(native)}")
 
-    def connect_url(self, symbols: Sequence[str], url: str | None = None) -> str:
+    def connect_url(self, url: str | None = None) -> str:
         """Where to connect; `url` replaces the exchange's own address."""
         return url or self.url
 
@@ -139,7 +152,7 @@ class Adapter(ABC):
             raise ValueError(f"{found} symbols; a connection has {self.most} at most")
         return found
 
-    def subscribe(self, symbols: Sequence[str]) -> list[str | bytes]:
+    def subscribe(self, symbols: Sequence[str]) -> list[str]:
         """What to send after connecting. Forgets the connection before this one."""
         self.check(symbols)
         stand_ins = {self.native(symbol): symbol for symbol in symbols}
@@ -153,11 +166,12 @@ class Adapter(ABC):
 
     def acks(self, messages: int, symbols: int) -> int:
         """How many acknowledgements `subscribe`'s so many messages for so many symbols bring; 0 if it brings none."""
-        return messages
+        wanted = self.acknowledged
+        return wanted if isinstance(wanted, int) else symbols if wanted == "symbols" else messages
 
-    def ping(self) -> str | bytes | None:
-        """The message to send every `ping_every` seconds."""
-        return None
+    def ping(self) -> str | None:
+        """The message to send every `ping_every` seconds; None if the exchange wants none."""
+        return self.ping_text
 
     def parse(self, frame: str | bytes, received_ns: int) -> Parsed:
         """What a frame means. `received_ns`: Unix time in nanoseconds. `BadFrame` is all that it raises."""
@@ -175,6 +189,13 @@ class Adapter(ABC):
     @abstractmethod
     def _message(self, message: Any, received: int) -> Parsed:
         """What a decoded message means. Whatever it raises makes the frame a `BadFrame`."""
+
+    def _control(self, kind: object) -> Parsed:
+        """What a message without trades means by its kind alone; `BadFrame` if that is unknown."""
+        found = self.controls.get(kind)
+        if found is None:
+            raise unknown(kind)
+        return found
 
     def _trade(
         self,
@@ -197,13 +218,8 @@ class Adapter(ABC):
             raise BadFrame(f"not positive: price {price}, size {size}")
         if not EARLIEST_NS <= when <= received + AHEAD_NS:
             raise BadFrame(f"not a plausible time: {when} ns, received at {received} ns")
-        return _new(
-            Trade,
-            (
-                *(self.name, symbol, price, size, price_value, size_value),
-                *(side, trade_id, when, received, sequence, flags),
-            ),
-        )
+        parts = self.name, symbol, price, size, price_value, size_value, side, trade_id, when, received, sequence, flags
+        return _new(Trade, parts)
 
 
 class SequenceStats(NamedTuple):
@@ -256,13 +272,11 @@ class SequenceCheck:
         self._trades = self._gaps = self._missed = self._duplicates = self._disorder = self._restarts = 0
 
     def stats(self) -> SequenceStats:
-        return SequenceStats(
-            *(self._trades, self._gaps, self._missed),
-            *(self._duplicates, self._disorder, self._restarts),
-        )
+        """The counts of all symbols together."""
+        counts = self._trades, self._gaps, self._missed, self._duplicates, self._disorder, self._restarts
+        return SequenceStats(*counts)
 
-    def __repr__(self) -> str:
-        return f"<SequenceCheck {' '.join(f'{name}={value}' for name, value in self.stats()._asdict().items())}>"
+    __repr__ = stats_repr
 
     def reconnected(self) -> None:
         """Frames are counted from anew; the trades' ids and sequences go on."""

@@ -140,7 +140,7 @@ class Feed:
         self._natives = adapter.check(symbols)
         self.adapter, self.symbols = adapter.fresh(), tuple(symbols)
         self.exchange = adapter.name
-        self._url = adapter.connect_url(self.symbols, url)
+        self._url = adapter.connect_url(url)
         self._emit, self._dead, self._session = emit, dead, session
         self._clock, self._wall, self._rng, self._sleep = clock, wall, rng, sleep
         self._healthy_after, self._connect_within, self._ack_within = healthy_after, connect_within, ack_within
