@@ -55,7 +55,6 @@ class Parsed(NamedTuple):
     trades: list[Trade]
     kind: FrameKind  # "ignored": known and not needed
     note: str = ""  # the exchange's text: of an error, of a maintenance
-    reply: bytes | str | None = None  # to be sent back at once
     sequence: int | None = None  # the frame's number, contiguous over the connection (Bitfinex only)
     reconnect: bool = False  # the exchange asks for that, or is about to close
 

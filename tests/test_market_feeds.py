@@ -51,7 +51,7 @@ def test_documented_frames(case: Case, as_bytes: bool) -> None:
         Trade._make((case.exchange, *row[:3], float(row[1]), float(row[2]), *row[3:6], NOW, *row[6:]))
         for row in case.trades
     ]
-    assert parsed == Parsed(expected, case.kind, case.note, None, case.sequence, case.reconnect)  # type: ignore[arg-type]
+    assert parsed == Parsed(expected, case.kind, case.note, case.sequence, case.reconnect)  # type: ignore[arg-type]
     if not as_bytes and case.frame[0] in "[{":
         assert adapter.parse(gzip.compress(case.frame.encode()), NOW) == parsed
 
