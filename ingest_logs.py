@@ -28,9 +28,9 @@ from zoneinfo import ZoneInfo
 
 from logs.demo import LogDemo
 from logs.display import METRICS, LogCounts, draw, health, last_word
-from logs.enrich import make_template
 from logs.event_queue import Policy
 from logs.intake import KernelDrops, udp_socket
+from logs.metadata import make_template
 from logs.options import IngestOptions
 from logs.pipeline import FORCE_LIMIT, Ingester
 from logs.workers import ParentConnection, Supervisor

@@ -52,7 +52,7 @@ MAX_NAME = 255
 
 _HALF_A_YEAR = timedelta(days=182)
 
-UNKNOWN = "unknown"
+UNKNOWN_SERVICE = "unknown"
 """The service of an event that names none."""
 INFORMATIONAL = 6
 """The severity of an event that names none."""
@@ -78,7 +78,7 @@ class Event(NamedTuple):
     event_at: datetime
     """Aware, UTC: what the sender says if that can be, else ``received_at``."""
     service: str
-    """APP-NAME, tag, or a key of the JSON object; `UNKNOWN` if there is none. At most `MAX_NAME` characters."""
+    """APP-NAME, tag, or a key of the JSON object; `UNKNOWN_SERVICE` if there is none. At most `MAX_NAME` characters."""
     host: str
     """What the sender says, else the source address. At most `MAX_NAME` characters."""
     severity: int
@@ -220,7 +220,7 @@ def _event(line: bytes, source: str, received_at: datetime, zone: tzinfo, error:
         fields = _other(text, received_at, zone)
     at, service, host, severity, message, more, reason = fields
 
-    service, host = service or UNKNOWN, host or source
+    service, host = service or UNKNOWN_SERVICE, host or source
     attributes = "{}"
     try:
         if more:
