@@ -1,24 +1,16 @@
 """Where log events come in: the UDP socket that is read, and what the kernel dropped.
 
-=================  ===============================================================================================
-piece              promise (and what is not promised)
-=================  ===============================================================================================
-``udp_socket``     a bound socket that does not block, and how large its receive buffer really is.
-``Receiver``       each datagram that the socket gives is handed on once, in order, or counted as refused; a wake-up
-                   lasts about 10 ms however fast they come. Not promised: that UDP brought what was sent.
-``KernelDrops``    how many datagrams the kernel dropped at these sockets since they were made: sent to the socket =
-                   read + dropped + still in its buffer, exactly. Not counted there: what was lost on the way.
-=================  ===============================================================================================
+A ``Receiver`` hands on each datagram that its socket gives, once, in order, or counts it as refused; a wake-up lasts
+about 10 ms however fast they come. Not promised: that UDP brought what was sent. ``KernelDrops`` counts what the kernel
+dropped at the sockets: sent to a socket = read + dropped + still in its buffer, exactly; what was lost on the way is in
+no count.
 
-All of it runs in one event loop and is called from nowhere else, so there is no lock. Nothing here awaits, and nothing
-starts a task, a thread or a process: a ``Receiver`` is a callback of the loop.
-``KernelDrops`` may be asked in another process than the one that reads, as the counter is the socket's.
+All of it is callbacks of one event loop, so there is no lock; nothing here awaits, or starts a task, a thread or a
+process. ``KernelDrops`` may be asked in another process than the one that reads, as the counter is the socket's.
 
-Why the socket is drained at each wake-up, rather than read by an ``asyncio.DatagramProtocol``: that one reads a single
-datagram each time round the loop. Measured with datagrams of 200 bytes that wait in the buffer (CPU time of each, one
-of two busy cores, least of five runs): ``DatagramProtocol`` 3.4 µs, ``Receiver`` 1.5 µs, of which recvfrom alone is
-1.2. On uvloop 1.4 and 1.5 µs: there the protocol is as cheap, but says neither how long it holds the loop nor what is
-still there at the stop.
+The socket is drained at each wake-up, rather than read by an ``asyncio.DatagramProtocol``, which reads one datagram
+each time round the loop: 1.5 µs of CPU a datagram of 200 bytes, not 3.4, of which recvfrom alone is 1.2. (On uvloop
+both take 1.5; but the protocol says neither how long it holds the loop nor what is still there at the stop.)
 """
 
 from __future__ import annotations
@@ -68,6 +60,8 @@ COUNTER = 1 << 32
 
 
 class Bound(NamedTuple):
+    """A socket, bound."""
+
     sock: socket.socket
     receive_buffer: int
     """Bytes, as one asks for them: the half of what Linux then uses."""
@@ -127,9 +121,10 @@ def _enlarge(sock: socket.socket, size: int) -> int:
 
 
 class KernelDropsStats(NamedTuple):
+    """As they were last read; ``dropped`` is None where it is not known."""
+
     sockets: int
     dropped: int | None
-    """As it was last read."""
 
 
 class KernelDrops:
@@ -179,6 +174,7 @@ class KernelDrops:
         return found
 
     def stats(self) -> KernelDropsStats:
+        """What was last read."""
         known = [count for count in self._counts if count is not None]
         return KernelDropsStats(len(self._sockets), sum(known) if len(known) == len(self._sockets) else None)
 
@@ -364,10 +360,9 @@ class Receiver:
         return source
 
     def stats(self) -> ReceiverStats:
-        return ReceiverStats(
-            *(self._datagrams, self._bytes, self._wakeups, self._refused),
-            *(self._truncated, self._errors, self._unhandled),
-        )
+        """Counts since the beginning."""
+        counts = self._datagrams, self._bytes, self._wakeups, self._refused, self._truncated
+        return ReceiverStats(*counts, self._errors, self._unhandled)
 
     __repr__ = stats_repr
 

@@ -62,11 +62,14 @@ class WorkerProcess:
         self.process: asyncio.subprocess.Process | None = None
 
     def tell(self, word: bytes) -> None:
+        """Send it a word, STOP or FORCE, if it still hears."""
         if self.writer is not None and not self.writer.is_closing():
             self.writer.write(word)
 
 
 class SupervisorStats(NamedTuple):
+    """Workers that there are to be, and that run; deaths; how often it was told to stop."""
+
     workers: int
     running: int
     deaths: int
@@ -99,6 +102,7 @@ class Supervisor:
         self._spawning = asyncio.Lock()
 
     def stop(self) -> None:
+        """Have the workers stop; the second time at once, the third time by a kill."""
         self._stage += 1
         self._stopped.set()
         for worker in self.list:
@@ -115,9 +119,8 @@ class Supervisor:
             worker.process.kill()
 
     def snapshot(self) -> LogCounts:
-        parts = [worker.past for worker in self.list]
-        parts += [worker.last for worker in self.list if worker.last is not None]
-        counts = add_up(parts)
+        """The sums over all workers, those that died too."""
+        counts = add_up(part for worker in self.list for part in (worker.past, worker.last) if part is not None)
         return counts._replace(
             kernel_drops=self._kernel_drops() or 0,
             lines_lost=counts.lines_lost + lines_lost(),
@@ -125,6 +128,7 @@ class Supervisor:
         )
 
     def stats(self) -> SupervisorStats:
+        """How many run, and where the stop stands."""
         running = sum(worker.process is not None for worker in self.list)
         return SupervisorStats(self.workers, running, self.snapshot().deaths, self._stage)
 
@@ -235,6 +239,7 @@ class ParentConnection:
         return told
 
     def tell(self, what: Mapping[str, Any]) -> None:
+        """Send a line, if the parent still hears."""
         assert self._writer is not None
         if not self._writer.is_closing():
             self._writer.write(orjson.dumps(what) + b"\n")
@@ -252,11 +257,13 @@ class ParentConnection:
             program.stop()
 
     async def report(self, program: Program[LogCounts]) -> None:
+        """Tell the counts, again and again."""
         while True:
             self.tell(program.snapshot()._asdict())
             await asyncio.sleep(REPORT_EVERY)
 
     async def close(self) -> None:
+        """Send what is to be sent, and end it."""
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 await self._writer.drain()

@@ -119,6 +119,7 @@ class Analyser(MarketProgram):
             await self._tell(await self._computed_rows([], flush=True))
 
     async def run(self) -> int:
+        """Until it is stopped. The exit code: 1 if something was lost."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open_publisher(stack)
             stack.push_async_callback(self.workers.close, 0.0)

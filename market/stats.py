@@ -45,14 +45,13 @@ from operator import neg
 from typing import Any, NamedTuple
 
 from coordination import stats_repr
-from market.trade import Trade
+from market.trade import SECOND, Trade
 
 WINDOWS = (10, 60, 300)
 """Seconds."""
 ALL = "*"
 """The exchange of the rows over all exchanges."""
 YEAR = 365 * 86_400
-SECOND = 1_000_000_000
 LATEST = 1 << 62
 GREATEST = 1e100
 """Prices lie between its inverse and it, sizes between 0 and it: no sum and no ratio overflows."""
@@ -280,6 +279,7 @@ class Series:
         )  # fmt: skip
 
     def last(self) -> float:
+        """The newest trade's price."""
         return self.open[max(self.open)].key[4]  # the newest trade's bar is open
 
 
@@ -408,6 +408,7 @@ class Analytics:
         return row._replace(spread=high - low, low=lowest, high=highest)
 
     def stats(self) -> AnalyticsStats:
+        """Counts since the beginning; what is kept."""
         return AnalyticsStats(
             self._offered, self._taken, self._late, self._late_for_all, self._repeated, self._ahead, self._absurd,
             self._refused, self._unchecked, len(self._books), self._series, self._ids,

@@ -40,6 +40,8 @@ Headers = list[tuple[str, bytes]]
 
 
 class DeadLetter(NamedTuple):
+    """What could not be parsed or published: bytes, and why."""
+
     exchange: str
     error: str
     raw: bytes
@@ -65,8 +67,7 @@ class Record(NamedTuple):
 # -------------------------------------------------------------------------------------------------- records and lines
 
 _FIELDS = Trade._fields
-_TEXTS_AND_NUMBERS = (str, str, str, str, float, float, str, str, int, int)
-_TYPES = {(*_TEXTS_AND_NUMBERS, type(sequence), str) for sequence in (0, None)}
+_TYPES = {(*(str,) * 4, float, float, str, str, int, int, sequence, str) for sequence in (int, type(None))}
 _PLAIN_KEY = re.compile(rb"[!-~]+").fullmatch
 HEADERS: Headers = [("schema", SCHEMA)]
 Item = Trade | DeadLetter
@@ -95,11 +96,12 @@ def unpublishable(item: object, error: BaseException | str, at_ns: int) -> DeadL
     return DeadLetter(exchange if isinstance(exchange, str) else "", str(error), raw, at_ns, "trade")
 
 
-def _plain(text: str, limit: int = 500) -> bytes:
-    return text[:limit].encode("utf-8", "backslashreplace")
+def _plain(text: str) -> bytes:
+    return text[:500].encode("utf-8", "backslashreplace")
 
 
 def dead_letter_record(letter: DeadLetter, topic: str) -> Record:
+    """The record of a dead letter; what is above ``LARGEST_RECORD`` is cut."""
     raw = letter.raw
     error = letter.error[:400]
     if len(raw) > LARGEST_RECORD:
@@ -178,15 +180,15 @@ def record_of_line(line: bytes, trades: str, dead_letters: str) -> Record:
         if line.startswith(b"{"):
             return trade_record(decode(line), trades)
         exchange, error, raw, at_ns, kind, *context = orjson.loads(line)
-        return dead_letter_record(
-            DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind, *context), dead_letters
-        )
+        letter = DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind, *context)
+        return dead_letter_record(letter, dead_letters)
     except (ValueError, TypeError, AttributeError) as problem:
         letter = unpublishable(line, f"spooled by another version: {problem}", time.time_ns())
         return dead_letter_record(letter, dead_letters)
 
 
 def records_of(data: bytes, trades: str, dead_letters: str) -> list[Record]:
+    """``record_of_line`` of each line of the spool's data."""
     return [record_of_line(line, trades, dead_letters) for line in data.split(b"\n")[:-1]]
 
 
@@ -194,8 +196,7 @@ def records_of(data: bytes, trades: str, dead_letters: str) -> list[Record]:
 
 
 class LogThrottle(logging.Handler):
-    """aiokafka's complaints: the first is told, those of the next ``THROTTLE_FOR`` seconds are
-    counted. Shared by all clients."""
+    """aiokafka's complaints: the first is told, those of the next ``THROTTLE_FOR`` seconds are counted."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         super().__init__(logging.WARNING)
@@ -205,6 +206,7 @@ class LogThrottle(logging.Handler):
         self.held_back = 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Tell it, or count it."""
         now = self._clock()
         if now < self._until:
             self.held_back += 1
@@ -214,6 +216,7 @@ class LogThrottle(logging.Handler):
         log.warning("kafka: %s%s", record.getMessage(), more)
 
     def attach(self) -> None:
+        """One client more: from the first on, aiokafka's logger is heard here only."""
         self._users += 1
         logger = logging.getLogger("aiokafka")
         if self._users == 1:
@@ -222,6 +225,7 @@ class LogThrottle(logging.Handler):
             logger.propagate = False
 
     def detach(self) -> None:
+        """One client less."""
         self._users -= 1
         if self._users == 0:
             logger = logging.getLogger("aiokafka")

@@ -35,6 +35,8 @@ class BadFrame(ValueError):
 
 
 class Trade(NamedTuple):
+    """A trade of any exchange, as the head of this file promises."""
+
     exchange: str
     symbol: str  # "BTC-USD"
     price: str  # exact, without exponent
@@ -120,8 +122,7 @@ def parse_iso_time(value: object) -> int:
     match = _ISO(value) if type(value) is str else None
     if match is None:
         raise BadFrame(f"not a time: {short(value)}")
-    fraction = match[2]
-    return _seconds(match[1]) + (int(fraction.ljust(9, "0")) if fraction else 0)
+    return _seconds(match[1]) + (int(match[2].ljust(9, "0")) if match[2] else 0)
 
 
 def identity(value: object) -> str:
@@ -161,6 +162,7 @@ def in_order(trades: list[Trade], newest_first: bool = False) -> list[Trade]:
 
 
 def expect_list(value: object) -> list[Any]:
+    """The value, if it is a list; else ``BadFrame``."""
     if type(value) is not list:
         raise BadFrame(f"{type(value).__name__} instead of a list")
     return value

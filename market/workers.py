@@ -21,16 +21,11 @@ Not promised: anything about a call that was cancelled, of which some workers ma
 A symbol's worker is the one that has the fewest symbols when it first comes (with three symbols a hash may put all on
 one); in the next run, which begins without state, it may be another. Machines share symbols by Kafka's partitions.
 
-Ways for a batch to travel: us of CPU per trade to pack + to unpack, in batches of 250 to 1,000 (Python 3.11):
-  pickle of the Trades 0.9 + 0.5; msgpack 0.21 + 0.15; orjson 0.18 + 0.16; struct records 0.24 + 0.20; of tuples of the
-  eight fields that count: marshal 0.26 + 0.13, pickle 0.23 + 0.12; columns (arrays in marshal) 0.18 + 0.12.
-Columns save 0.05, but fail at numbers of more than 64 bits: pickle of tuples. Then shared memory or the executor's
-pipe: a job costs 220 us of CPU in both with 250 trades (0.9 per trade), 225 and 260 with 1,000. That is no gain worth
-a segment that a ``kill -9`` leaves behind: the pipe.
-
-At 15,000 trades/s (33 series, 20 batches/s) this takes 0.04 of a core here and 0.06 in one worker, under 7 us per trade
-in all. Flat out, on two busy processors: 130,000 trades/s with one worker, 190,000 with two. A worker killed there was
-back in 0.3 to 0.4 s, spawned and rebuilt. A checkpoint of 33 full series: 0.6 MB, 3 ms.
+A batch travels as a pickle of tuples of the eight fields that count (0.35 us of CPU per trade, 1.4 of the ``Trade``s
+themselves; columns would save 0.05, but fail at numbers of more than 64 bits) through the executor's pipe: shared
+memory was no faster, and is left behind by a ``kill -9``. At 15,000 trades/s this takes 0.04 of a core here and 0.06 in
+one worker; flat out on two processors 130,000 trades/s with one worker, 190,000 with two. A worker killed there was
+back in 0.3 to 0.4 s.
 """
 
 from __future__ import annotations
@@ -144,7 +139,7 @@ class _Slot:
         self.ready = False  # as far as is known
 
     async def run(self, packed: bytes, everything: bool) -> list[AnalyticsRow]:
-        """Raises ``WorkerDied``, ``TimeoutError``, ``PoolClosed``, what the job raised."""
+        """The rows of a job. Raises ``WorkerDied``, ``TimeoutError``, ``PoolClosed``, what the job raised."""
         async with self.turn:
             return await self._run(packed, everything)
 
@@ -154,7 +149,7 @@ class _Slot:
         for attempt in range(1, self.attempts + 1):
             try:
                 if not self.ready:
-                    await self.rebuild()
+                    await self._rebuild()
                 done = await self.pool.run(_work, self.number + 1, packed, everything, full, timeout=self.timeout)
             except (WorkerDied, TimeoutError):
                 self.ready = False
@@ -181,12 +176,10 @@ class _Slot:
             self.checkpoints += 1
         return list(map(AnalyticsRow._make, done.rows))
 
-    async def rebuild(self) -> None:
-        number = self.number - len(self.log)
-        again = self.pid != 0
-        self.pid = await self.pool.run(
-            _rebuild, self.options, self.checkpoint, number, self.log, timeout=self.timeout
-        )  # fmt: skip
+    async def _rebuild(self) -> None:
+        number, again = self.number - len(self.log), self.pid != 0
+        job = _rebuild, self.options, self.checkpoint, number, self.log
+        self.pid = await self.pool.run(*job, timeout=self.timeout)
         self.rebuilt += again
         self.ready = True
 
@@ -305,6 +298,7 @@ class AnalyticsPool:
         return AnalyticsStats(*map(sum, zip(*(slot.counts for slot in self._slots), strict=True)))
 
     def stats(self) -> AnalyticsPoolStats:
+        """Where the workers stand."""
         slots, places = self._slots, self._places.stats()
         retained = sum(slot.log_bytes + len(slot.checkpoint or b"") for slot in slots)
         return AnalyticsPoolStats(
