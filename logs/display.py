@@ -26,8 +26,7 @@ class LogCounts(NamedTuple):
     stored: Annotated[int, "Events in the table logs"] = 0
     dead: Annotated[int, "Events in the table dead_letter"] = 0
     dropped: Mapping[str, int] = {}
-    held: Mapping[str, int] = {}
-    """By place: queue, sealing, sealed, writing, spooling, spool."""
+    held: Mapping[str, int] = {}  # by place: queue, sealing, sealed, writing, spooling, spool
     handed: Annotated[int, "Events in the spool of workers that died; counted as recovered by the next"] = 0
     datagrams: Annotated[int, "Datagrams read"] = 0
     bytes: Annotated[int, "Bytes read"] = 0
@@ -38,13 +37,10 @@ class LogCounts(NamedTuple):
     filled: Annotated[int, "Rows whose metadata came later"] = 0
     spool_bytes: int = 0
     spool_refused: Annotated[int, "Batches for which the spool had no room"] = 0
-    lag: float = 0.0
-    """Seconds from the receipt of a batch's oldest event to its commit: the longest of the last ones."""
-    loop_lag: float = 0.0
-    """Seconds by which the event loop was late; the longest of the last minute."""
+    lag: float = 0.0  # seconds from the receipt of a batch's oldest event to its commit: the longest of the last ones
+    loop_lag: float = 0.0  # seconds by which the event loop was late; the longest of the last minute
     database: str = "none"
-    metadata: str = "none"
-    """The state of the API's circuit."""
+    metadata: str = "none"  # the state of the API's circuit
     metadata_loads: Annotated[int, "Requests to the metadata API"] = 0
     metadata_failures: Annotated[int, "Loads of metadata that failed"] = 0
     faults: Annotated[int, "Counts that did not balance, and failures of the program"] = 0

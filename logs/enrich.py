@@ -50,13 +50,11 @@ from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, Si
 
 log = logging.getLogger(__name__)
 
-FRONT = 1.0
-"""Seconds for which an answer of ``look`` is given again without another thought."""
+FRONT = 1.0  # seconds for which an answer of ``look`` is given again without another thought
 SPREAD = 0.1
 """The share of ``ttl`` by which entries expire earlier, at random: what was loaded together is not renewed together."""
 
-Found = Metadata | Unknown | None
-"""None: nothing is known, yet or any more."""
+Found = Metadata | Unknown | None  # None: nothing is known, yet or any more
 
 _ABSENT: Any = object()
 
@@ -65,30 +63,20 @@ class EnricherStats(NamedTuple):
     """What an enricher knows, did and does."""
 
     configured: bool
-    cached: int
-    """Services that are known, fresh or stale (or gone, but nobody looked since)."""
-    unknown: int
-    """Names that the API does not know."""
-    hits: int
-    """Looks that were answered, be it with UNKNOWN; those that ``wait`` takes are looks too."""
+    cached: int  # services that are known, fresh or stale (or gone, but nobody looked since)
+    unknown: int  # names that the API does not know
+    hits: int  # looks that were answered, be it with UNKNOWN; those that ``wait`` takes are looks too
     misses: int
-    loads: int
-    """Requests that were begun for some name; retries do not count, nor what the open circuit refused."""
-    failures: int
-    """Loads that failed."""
+    loads: int  # requests that were begun for some name; retries do not count, nor what the open circuit refused
+    failures: int  # loads that failed
     retries: int
-    refused: int
-    """Loads that the open circuit refused."""
-    turned_away: int
-    """Names that found the queue full."""
-    waiting: int
-    """Names in the queue."""
+    refused: int  # loads that the open circuit refused
+    turned_away: int  # names that found the queue full
+    waiting: int  # names in the queue
     loading: int
-    waits: int
-    """Calls of ``wait`` that still do."""
+    waits: int  # calls of ``wait`` that still do
     breaker: str
-    failed: dict[str, int]
-    """The failures by kind."""
+    failed: dict[str, int]  # the failures by kind
     last_error: str | None
 
 
@@ -145,8 +133,7 @@ class Enricher:
         self._budget = RetryBudget()
         self._policy = RetryPolicy(attempts=2, base=0.05, cap=0.5, total=timeout)
         self._flights = SingleFlight()
-        self._channel: Channel[str] | None = None
-        """Names to load; None while the enricher is not open."""
+        self._channel: Channel[str] | None = None  # names to load; None while the enricher is not open
         self._asked: dict[str, asyncio.Future[None]] = {}
         """What is in the channel or being loaded from it, until that has ended."""
         self._workers: list[asyncio.Task[None]] = []

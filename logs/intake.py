@@ -30,30 +30,23 @@ from typing import NamedTuple
 from coordination import Clock, stats_repr
 
 Network = IPv4Network | IPv6Network
-Handle = Callable[[list[tuple[bytes, str]]], None]
-"""Is given datagrams and their source addresses."""
+Handle = Callable[[list[tuple[bytes, str]]], None]  # is given datagrams and their source addresses
 
 
 RECEIVE_BUFFER = 4 << 20
 """Bytes asked of the kernel, which doubles them and counts some 600 more for each datagram: twice 4 MiB hold about
 10,000 small ones, a pause of 0.16 s at 60,000 a second."""
-LARGEST = 65_535
-"""Bytes of a datagram: what UDP's length field can say."""
-CHUNK, CHUNK_BYTES = 100, 65_536
-"""Datagrams and bytes read before they are handed on and the clock is looked at."""
-MAX_SOURCES = 10_000
-"""Source addresses remembered: they can be invented, so they are forgotten when there are more."""
+LARGEST = 65_535  # bytes of a datagram: what UDP's length field can say
+CHUNK, CHUNK_BYTES = 100, 65_536  # datagrams and bytes read before they are handed on and the clock is looked at
+MAX_SOURCES = 10_000  # source addresses remembered: they can be invented, so they are forgotten when there are more
 MAX_ERRORS, ERROR_PAUSE = 10, 0.01
 """Errors of the socket after which a wake-up ends; seconds until the next, if it brought nothing else."""
-SMALLEST = 256
-"""Bytes that the kernel's buffer counts for a datagram at the very least (Linux 6: 832)."""
+SMALLEST = 256  # bytes that the kernel's buffer counts for a datagram at the very least (Linux 6: 832)
 
-SO_RCVBUFFORCE, SO_MEMINFO = 33, 55
-"""Linux, asm-generic/socket.h; the socket module does not name them."""
+SO_RCVBUFFORCE, SO_MEMINFO = 33, 55  # Linux, asm-generic/socket.h; the socket module does not name them
 MEMINFO_DROPS = slice(32, 36)
 """The ninth of the 32-bit numbers that SO_MEMINFO gives (SK_MEMINFO_DROPS, linux/sock_diag.h)."""
-COUNTER = 1 << 32
-"""Where the kernel's counter begins again."""
+COUNTER = 1 << 32  # where the kernel's counter begins again
 
 
 # ------------------------------------------------------------------------------------------------------------ socket
@@ -63,10 +56,8 @@ class Bound(NamedTuple):
     """A socket, bound."""
 
     sock: socket.socket
-    receive_buffer: int
-    """Bytes, as one asks for them: the half of what Linux then uses."""
-    warning: str | None
-    """What to tell the operator if that is less than was asked for."""
+    receive_buffer: int  # bytes, as one asks for them: the half of what Linux then uses
+    warning: str | None  # what to tell the operator if that is less than was asked for
 
 
 def udp_socket(address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER, reuse_port: bool = False) -> Bound:
@@ -201,14 +192,10 @@ class ReceiverStats(NamedTuple):
     datagrams: int
     bytes: int
     wakeups: int
-    refused: int
-    """From addresses that are not allowed."""
-    truncated: int
-    """Longer than ``largest``: their rest was cut off."""
-    errors: int
-    """Of the socket: what it says instead of giving a datagram."""
-    unhandled: int
-    """Given to a ``handle`` that raised: nobody knows what became of them."""
+    refused: int  # from addresses that are not allowed
+    truncated: int  # longer than ``largest``: their rest was cut off
+    errors: int  # of the socket: what it says instead of giving a datagram
+    unhandled: int  # given to a ``handle`` that raised: nobody knows what became of them
 
 
 class Receiver:
@@ -241,13 +228,11 @@ class Receiver:
         self.at_once, self.seconds, self.largest = at_once, seconds, largest
         self._sock, self._handle, self._clock = sock, handle, clock
         self._allow = [_unmapped(network) for network in allow]
-        self._loop: asyncio.AbstractEventLoop | None = None
-        """Set while it listens."""
+        self._loop: asyncio.AbstractEventLoop | None = None  # set while it listens
         self._pause: asyncio.TimerHandle | None = None
         self._sources: dict[str, str] = {}
         """What the socket calls a source -> what we call it; "": refused."""
-        self._left: int | None = None
-        """Datagrams that ``drain`` may still read."""
+        self._left: int | None = None  # datagrams that ``drain`` may still read
         self._datagrams = self._bytes = self._wakeups = self._refused = 0
         self._truncated = self._errors = self._unhandled = 0
 

@@ -21,8 +21,7 @@ import yarl
 from logs.parse import Metadata
 from runtime.http_dates import parse_retry_after
 
-LONGEST = 255
-"""Characters of a text of the API's; one with more is as wrong as a number."""
+LONGEST = 255  # characters of a text of the API's; one with more is as wrong as a number
 RETRYABLE = (429, 500, 502, 503, 504)
 
 

@@ -41,21 +41,16 @@ from typing import Any, NamedTuple
 
 import orjson
 
-AHEAD = timedelta(days=1)
-"""How far ahead of our clock a sender's may be."""
-BEHIND = timedelta(days=365)
-"""How old an event may be when it comes."""
+AHEAD = timedelta(days=1)  # how far ahead of our clock a sender's may be
+BEHIND = timedelta(days=365)  # how old an event may be when it comes
 MAX_LINES = 1000
 """Events from one datagram: a bound on the time that one may cost. What follows stays together in the last."""
-MAX_NAME = 255
-"""Characters of a service or a host."""
+MAX_NAME = 255  # characters of a service or a host
 
 _HALF_A_YEAR = timedelta(days=182)
 
-UNKNOWN_SERVICE = "unknown"
-"""The service of an event that names none."""
-INFORMATIONAL = 6
-"""The severity of an event that names none."""
+UNKNOWN_SERVICE = "unknown"  # the service of an event that names none
+INFORMATIONAL = 6  # the severity of an event that names none
 
 EMPTY = "empty"
 NOT_UTF8 = "not UTF-8"
@@ -73,21 +68,15 @@ LONG_HOST = f"host longer than {MAX_NAME} characters"
 class Event(NamedTuple):
     """One log record. See the head of this file for what its texts may hold."""
 
-    received_at: datetime
-    """Aware, by our clock."""
-    event_at: datetime
-    """Aware, UTC: what the sender says if that can be, else ``received_at``."""
+    received_at: datetime  # aware, by our clock
+    event_at: datetime  # aware, UTC: what the sender says if that can be, else ``received_at``
     service: str
     """APP-NAME, tag, or a key of the JSON object; `UNKNOWN_SERVICE` if there is none. At most `MAX_NAME` characters."""
-    host: str
-    """What the sender says, else the source address. At most `MAX_NAME` characters."""
-    severity: int
-    """0 (emergency) to 7 (debug), as RFC 5424 numbers them; `INFORMATIONAL` if none is given."""
+    host: str  # what the sender says, else the source address. At most `MAX_NAME` characters.
+    severity: int  # 0 (emergency) to 7 (debug), as RFC 5424 numbers them; `INFORMATIONAL` if none is given
     message: str
-    attributes: str
-    """A JSON object as text, ``{}`` if there is nothing more to say."""
-    parse_error: str | None
-    """Short reasons, by "; ". If there is one, ``message`` is the raw text."""
+    attributes: str  # a JSON object as text, ``{}`` if there is nothing more to say
+    parse_error: str | None  # short reasons, by "; ". If there is one, ``message`` is the raw text.
 
 
 class Metadata(NamedTuple):

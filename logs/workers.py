@@ -35,16 +35,12 @@ from runtime.stderr import lines_lost
 
 log = logging.getLogger("ingest")
 
-REPORT_EVERY = 0.25
-"""Seconds between two lines from a worker to its parent."""
+REPORT_EVERY = 0.25  # seconds between two lines from a worker to its parent
 AGAIN = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=10.0, total=float("inf"))
 """How long to wait before a dead worker is replaced."""
-HEALTHY = 30.0
-"""Seconds that a worker must have lived for the next wait to be short again."""
-LATE = 5.0
-"""Seconds beyond the limit of a stop after which a worker is killed."""
-LINE = 1 << 20
-"""Bytes of a line between a worker and its parent, at most."""
+HEALTHY = 30.0  # seconds that a worker must have lived for the next wait to be short again
+LATE = 5.0  # seconds beyond the limit of a stop after which a worker is killed
+LINE = 1 << 20  # bytes of a line between a worker and its parent, at most
 STOP, FORCE = b"s", b"f"
 
 
@@ -53,10 +49,8 @@ class WorkerProcess:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.last: LogCounts | None = None
-        """Of the one that lives."""
-        self.past = LogCounts(workers=0, database="connected")
-        """Of those that died."""
+        self.last: LogCounts | None = None  # of the one that lives
+        self.past = LogCounts(workers=0, database="connected")  # of those that died
         self.code: int | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.process: asyncio.subprocess.Process | None = None
@@ -95,8 +89,7 @@ class Supervisor:
         self._stop_limit, self._kernel_drops, self._clock, self._rng = stop_limit, kernel_drops, clock, rng
         self.list = [WorkerProcess(number) for number in range(len(sockets))]
         self.workers = len(sockets)
-        self.failure: str | None = None
-        """Why a worker could not begin at all: there is no use in trying again."""
+        self.failure: str | None = None  # why a worker could not begin at all: there is no use in trying again
         self._stage, self._stopped = 0, asyncio.Event()
         self._timers: list[asyncio.TimerHandle] = []
         self._spawning = asyncio.Lock()

@@ -52,8 +52,7 @@ class Analyser(MarketProgram):
             rng=self._rng,
             **(group_options or {}),
         )
-        self._batch = asyncio.Lock()
-        """Held from when trades are taken until they are committed."""
+        self._batch = asyncio.Lock()  # held from when trades are taken until they are committed
         self._queued = self._skipped = 0
 
     async def _revoked(self, _: frozenset[int]) -> None:

@@ -129,10 +129,8 @@ class Taken(NamedTuple):
     """What came from the topic."""
 
     trades: list[Trade]
-    again: list[Trade]
-    """Of before the committed offset: for the state only."""
-    dead: list[DeadLetter]
-    """Records that are no trades."""
+    again: list[Trade]  # of before the committed offset: for the state only
+    dead: list[DeadLetter]  # records that are no trades
 
 
 class GroupStats(NamedTuple):
@@ -143,8 +141,7 @@ class GroupStats(NamedTuple):
     again: int
     dead: int
     commits: int
-    commits_failed: int
-    """Another member has the partitions now, and takes the records again."""
+    commits_failed: int  # another member has the partitions now, and takes the records again
     rebalances: int
 
 

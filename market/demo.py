@@ -27,8 +27,7 @@ from runtime.options import CannotStart
 from runtime.shell import Program
 from runtime.stderr import say
 
-DEMO_PATIENCE = 15.0
-"""Seconds that the demo waits for what is in Kafka."""
+DEMO_PATIENCE = 15.0  # seconds that the demo waits for what is in Kafka
 
 
 class MarketDemo(Demo):

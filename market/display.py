@@ -21,11 +21,9 @@ from market.stats import ALL, AnalyticsRow
 from market.trade import Trade
 from runtime.monitor import Measure, counter, counters, gauge, health_of
 
-MOST_SYMBOLS, MOST_ROWS = 500, 12
-"""Symbols in a snapshot, and on the screen."""
+MOST_SYMBOLS, MOST_ROWS = 500, 12  # symbols in a snapshot, and on the screen
 NOTHING = Counts(0, 0, 0, 0, 0, 0, 0)
-PRICES = 30
-"""Of a symbol's last seconds, for its line."""
+PRICES = 30  # of a symbol's last seconds, for its line
 SPARKS = "▁▂▃▄▅▆▇█"
 
 # ------------------------------------------------------------------------------------------------------ snapshots
@@ -36,56 +34,42 @@ class FeedLine(NamedTuple):
 
     state: str
     trades: int
-    bad: int
-    """Frames that became dead letters."""
+    bad: int  # frames that became dead letters
     gaps: int
-    missed: int
-    """Trades that the gaps left out, as far as the numbers tell."""
+    missed: int  # trades that the gaps left out, as far as the numbers tell
     duplicates: int
     disorder: int
     reconnects: int
-    lag: float | None
-    """Seconds from the exchange's time of a trade to ours; None before the first."""
+    lag: float | None  # seconds from the exchange's time of a trade to ours; None before the first
     breaker: str = "closed"
     error: str = ""
-    stale: tuple[str, ...] = ()
-    """Symbols that are silent while others trade."""
+    stale: tuple[str, ...] = ()  # symbols that are silent while others trade
 
 
 class SymbolLine(NamedTuple):
     """A symbol over all exchanges, as the last row of the analytics has it."""
 
     last: float
-    volatility: float | None
-    """Of the middle window."""
+    volatility: float | None  # of the middle window
     ewma: float | None
     spread: float | None
-    trades: int
-    """Since the start."""
-    trades_per_second: float
-    """Over the shortest window."""
-    prices: tuple[float, ...] = ()
-    """The last ones, a second apart."""
+    trades: int  # since the start
+    trades_per_second: float  # over the shortest window
+    prices: tuple[float, ...] = ()  # the last ones, a second apart
 
 
 class MarketCounts(NamedTuple):
     """Counts since the start; trades, but where it says otherwise."""
 
     trades: Annotated[int, "Trades parsed, or taken from Kafka"] = 0
-    letters: int = 0
-    """Frames, or records, handed over as dead letters."""
-    waiting: int = 0
-    """Of both: their feeds wait for room."""
+    letters: int = 0  # frames, or records, handed over as dead letters
+    waiting: int = 0  # of both: their feeds wait for room
     given_up: Annotated[int, "Trades and dead letters that nobody took before the end"] = 0
     kafka: str = "new"
-    published: Counts = NOTHING
-    """Trades and dead letters; of ``analyse`` dead letters only."""
-    dead: int = 0
-    """Records in the topic of dead letters."""
-    rows: Counts = NOTHING
-    """Of analytics."""
-    offered: int = 0
-    """For the analytics."""
+    published: Counts = NOTHING  # trades and dead letters; of ``analyse`` dead letters only
+    dead: int = 0  # records in the topic of dead letters
+    rows: Counts = NOTHING  # of analytics
+    offered: int = 0  # for the analytics
     computed: Annotated[int, "Trades in the analytics"] = 0
     uncomputed: Annotated[int, "Trades whose job failed"] = 0
     skipped: Annotated[int, "Trades published, but not in the analytics for want of room"] = 0
@@ -93,20 +77,16 @@ class MarketCounts(NamedTuple):
     late: Annotated[int, "Trades too late for the analytics"] = 0
     repeated: Annotated[int, "Trades that the analytics had already"] = 0
     worker_deaths: Annotated[int, "Workers that died, or were too late"] = 0
-    workers: tuple[int, ...] = ()
-    """Their process ids."""
+    workers: tuple[int, ...] = ()  # their process ids
     feeds: Mapping[str, FeedLine] = {}
     symbols: Mapping[str, SymbolLine] = {}
-    partitions: tuple[int, ...] | None = None
-    """Of ``analyse``."""
+    partitions: tuple[int, ...] | None = None  # of ``analyse``
     rebalances: Annotated[int, "Of the consumer group"] = 0
     commits: Annotated[int, "Of the consumer group"] = 0
-    loop_lag: float = 0.0
-    """Seconds by which the event loop was late; the longest of the last minute."""
+    loop_lag: float = 0.0  # seconds by which the event loop was late; the longest of the last minute
     faults: Annotated[int, "Counts that did not balance, and failures of the program"] = 0
     lines_lost: Annotated[int, "Lines of the log that nobody read"] = 0
-    error: str = ""
-    """The last one of Kafka's."""
+    error: str = ""  # the last one of Kafka's
     stopping: bool = False
 
 

@@ -26,12 +26,9 @@ from market.frames import FrameReader
 from market.trade import Parsed, short
 from runtime.http_dates import parse_retry_after
 
-GOODBYE = 0.25
-"""Seconds for the exchange's close frame when nothing is read any more."""
-NORMAL, GOING_AWAY = b"\x03\xe8", b"\x03\xe9"
-"""Codes of close frames: 1000, 1001."""
-RETRY_AFTER_LIMIT = 300.0
-"""Seconds, at most, that an exchange's Retry-After is obeyed."""
+GOODBYE = 0.25  # seconds for the exchange's close frame when nothing is read any more
+NORMAL, GOING_AWAY = b"\x03\xe8", b"\x03\xe9"  # codes of close frames: 1000, 1001
+RETRY_AFTER_LIMIT = 300.0  # seconds, at most, that an exchange's Retry-After is obeyed
 _QUERY = re.compile(r"\?[^\s'\"]*")
 
 Socket = aiohttp.ClientWebSocketResponse[Literal[False]]
@@ -103,8 +100,7 @@ class Limits:
         self._times, self._silent_after, self._message_every = times, silent_after, message_every
         self._ack_by = begun + times.ack_within
         self._next_ping, self._next_message = begun + times.ping_every, begun + message_every
-        self._pinged = math.inf
-        """When the first ping was sent after which nothing came."""
+        self._pinged = math.inf  # when the first ping was sent after which nothing came
 
     def message_is_due(self, now: float) -> bool:
         """Whether the exchange's own ping is due; it is taken as sent."""
@@ -147,17 +143,13 @@ class FeedSocket:
         adapter, now = reader.adapter, clock()
         silent_after = adapter.silent_after if times.silent_after is None else times.silent_after
         self._limits = Limits(now, times, silent_after, adapter.ping_every or math.inf)
-        self._heard = self._told = now
-        """When anything came; when anything but a pong came."""
+        self._heard = self._told = now  # when anything came; when anything but a pong came
         self._reading = self._cut = self._leaving = False
         """Whether the reader waits for a frame; whether it is to read no more; whether it has ended."""
-        self._wanted = math.inf
-        """Acknowledgements; before ``subscribed`` it is not known how many."""
+        self._wanted = math.inf  # acknowledgements; before ``subscribed`` it is not known how many
         self._acks = self._refusals = 0
-        self.live_since: float | None = None
-        """When the subscription was acknowledged."""
-        self.ending: End | None = None
-        """Why it is to end, once that has begun."""
+        self.live_since: float | None = None  # when the subscription was acknowledged
+        self.ending: End | None = None  # why it is to end, once that has begun
         self._timer: asyncio.TimerHandle | None = None
         self._closer: asyncio.Task[bool] | None = None
 

@@ -26,12 +26,9 @@ class SymbolSilence:
 
     def __init__(self, symbols: tuple[str, ...], renew_after: float) -> None:
         self._symbols, self._renew_after = symbols, renew_after
-        self.patience = renew_after
-        """Seconds of silence after which a new connection is worth a try."""
-        self._traded: dict[str, float] = {}
-        """When each symbol's last trade came."""
-        self._pending: set[str] = set()
-        """Symbols of which nothing has come since the connection was lost."""
+        self.patience = renew_after  # seconds of silence after which a new connection is worth a try
+        self._traded: dict[str, float] = {}  # when each symbol's last trade came
+        self._pending: set[str] = set()  # symbols of which nothing has come since the connection was lost
         self.outages = 0
 
     def stale(self, since: float | None, seconds: float) -> tuple[str, ...]:

@@ -47,18 +47,13 @@ from typing import Any, NamedTuple
 from coordination import stats_repr
 from market.trade import SECOND, Trade
 
-WINDOWS = (10, 60, 300)
-"""Seconds."""
-ALL = "*"
-"""The exchange of the rows over all exchanges."""
+WINDOWS = (10, 60, 300)  # seconds
+ALL = "*"  # the exchange of the rows over all exchanges
 YEAR = 365 * 86_400
 LATEST = 1 << 62
-GREATEST = 1e100
-"""Prices lie between its inverse and it, sizes between 0 and it: no sum and no ratio overflows."""
-TERMS = 64
-"""Numbers that a sum is kept as, at most."""
-LONG = 64
-"""Characters of an id that is remembered as it is; a digest of longer ones."""
+GREATEST = 1e100  # prices lie between its inverse and it, sizes between 0 and it: no sum and no ratio overflows
+TERMS = 64  # numbers that a sum is kept as, at most
+LONG = 64  # characters of an id that is remembered as it is; a digest of longer ones
 
 Key = tuple[int, str, int, str, float, float]
 
@@ -78,8 +73,7 @@ class AnalyticsRow(NamedTuple):
     ewma: float | None
     spread: float | None
     low: str
-    high: str
-    """The exchanges between which the spread lies; "" without one."""
+    high: str  # the exchanges between which the spread lies; "" without one
 
     def record(self) -> dict[str, Any]:
         """As JSON likes it: what has a value per window as an object, its keys the windows' seconds."""

@@ -25,13 +25,10 @@ from primitives import RetryPolicy
 
 log = logging.getLogger("market_pipeline")
 
-SCHEMA = b"1"
-"""The version in the header ``schema``."""
+SCHEMA = b"1"  # the version in the header ``schema``
 TRADES, ANALYTICS, DEAD_LETTERS = "trades", "analytics", "dead-letter"
-LARGEST_RECORD = 900_000
-"""Bytes of a value; Kafka's own default for a batch is 1,048,588."""
-THROTTLE_FOR = 60.0
-"""Seconds for which aiokafka is not heard again after it complained."""
+LARGEST_RECORD = 900_000  # bytes of a value; Kafka's own default for a batch is 1,048,588
+THROTTLE_FOR = 60.0  # seconds for which aiokafka is not heard again after it complained
 BACK_OFF = RetryPolicy(attempts=1 << 30, base=0.1, cap=5.0, total=float("inf"))
 
 
@@ -45,8 +42,7 @@ class DeadLetter(NamedTuple):
     exchange: str
     error: str
     raw: bytes
-    at_ns: int
-    """When it came, epoch."""
+    at_ns: int  # when it came, epoch
     kind: LetterKind
     """``text``: a frame that was text, as UTF-8; ``trade``: a trade that could not be published, as JSON or repr."""
     context: str = ""
@@ -59,8 +55,7 @@ class Record(NamedTuple):
     topic: str
     key: bytes | None
     value: bytes
-    at: int
-    """Epoch, ms."""
+    at: int  # epoch, ms
     headers: Headers
 
 

@@ -61,8 +61,7 @@ class Parsed(NamedTuple):
     reconnect: bool = False  # the exchange asks for that, or is about to close
 
 
-PLAIN_NUMBER = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,36})?").fullmatch
-"""Matches a decimal without sign and exponent."""
+PLAIN_NUMBER = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,36})?").fullmatch  # matches a decimal without sign and exponent
 _SCIENTIFIC = re.compile(r"\+?([0-9]{0,18})(?:\.([0-9]{0,36}))?(?:[eE]([+-]?[0-9]{1,2}))?").fullmatch
 _DIGITS = re.compile(r"[0-9]{1,18}").fullmatch
 _MILLISECONDS = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?").fullmatch

@@ -44,12 +44,9 @@ from market.stats import Analytics, AnalyticsRow, AnalyticsStats
 from market.trade import Trade
 from runtime.processes import PoolClosed, Processes, WorkerDied
 
-LOG = 256
-"""Batches that a worker is rebuilt from at most, beside its checkpoint."""
-MOST = 2_048
-"""Trades per job."""
-SYMBOLS = 100_000
-"""Whose workers are remembered; those of more are found by hash."""
+LOG = 256  # batches that a worker is rebuilt from at most, beside its checkpoint
+MOST = 2_048  # trades per job
+SYMBOLS = 100_000  # whose workers are remembered; those of more are found by hash
 FIELDS = ("exchange", "symbol", "price_value", "size_value", "trade_id", "exchange_ts_ns", "received_ts_ns", "flags")
 """What ``Analytics.take`` takes, in its order."""
 
