@@ -182,8 +182,6 @@ class Enricher:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    # ------------------------------------------------------------------------------------ the hot path
-
     def look(self, service: str) -> Found:
         """What is known, at once: ``Metadata``, ``UNKNOWN``, or None, and then it is asked for."""
         self._looks += 1
@@ -223,8 +221,6 @@ class Enricher:
         else:
             self._asked[service] = asyncio.get_running_loop().create_future()
 
-    # ------------------------------------------------------------------------------------------ waiting
-
     async def wait(self, services: Iterable[str], limit: float) -> None:
         """Until each of them is known or has failed, at most ``limit`` seconds.
 
@@ -245,8 +241,6 @@ class Enricher:
         end = self._asked.get(service)
         if end is not None and not end.done():
             end.set_result(None)
-
-    # ------------------------------------------------------------------------------------------ loading
 
     async def _work(self, channel: Channel[str]) -> None:
         with contextlib.suppress(ChannelClosed):

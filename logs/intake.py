@@ -49,9 +49,6 @@ MEMINFO_DROPS = slice(32, 36)
 COUNTER = 1 << 32  # where the kernel's counter begins again
 
 
-# ------------------------------------------------------------------------------------------------------------ socket
-
-
 class Bound(NamedTuple):
     """A socket, bound."""
 
@@ -64,9 +61,8 @@ def udp_socket(address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER,
     """A socket bound to ``address`` (``0.0.0.0``, ``::`` for IPv6 and IPv4, a name: looked up here) and ``port``.
 
     ``receive_buffer`` bytes are asked for by SO_RCVBUFFORCE, which needs CAP_NET_ADMIN, then by SO_RCVBUF, which the
-    kernel clamps to net.core.rmem_max without a word; so it is read back. With ``reuse_port`` several sockets of one
-    user may be bound to the port; the kernel spreads the senders over them (by a hash of the addresses and ports). An
-    ``OSError`` says what could not be bound.
+    kernel clamps without a word; so it is read back. With ``reuse_port`` several sockets may be bound to the port; the
+    kernel spreads the senders over them (by a hash of the addresses and ports). ``OSError``: what could not be bound.
     """
     if not 0 <= port < 65_536 or not 1 <= receive_buffer < 1 << 30:
         raise ValueError(f"port must be below 65,536, the buffer of 1 byte to 1 GiB, not {port!r}, {receive_buffer!r}")
@@ -86,29 +82,20 @@ def udp_socket(address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER,
         if sock is not None:
             sock.close()
         raise OSError(error.errno, f"cannot receive UDP on {address} port {port}: {error.strerror}") from error
-    warning = None
-    if granted < receive_buffer:
-        warning = (
-            f"the kernel gives a receive buffer of {granted:,} bytes, not {receive_buffer:,}: bursts may be dropped; "
-            f"sysctl -w net.core.rmem_max={receive_buffer} allows it"
-        )
-    return Bound(sock, granted, warning)
+    warning = (
+        f"the kernel gives a receive buffer of {granted:,} bytes, not {receive_buffer:,}: bursts may be dropped; "
+        f"sysctl -w net.core.rmem_max={receive_buffer} allows it"
+    )
+    return Bound(sock, granted, warning if granted < receive_buffer else None)
 
 
 def _enlarge(sock: socket.socket, size: int) -> int:
     """Ask for a receive buffer of so many bytes; what was given, in the same measure."""
     linux = sys.platform == "linux"
-    try:
-        if not linux:
-            raise OSError
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
-    except OSError:
-        with contextlib.suppress(OSError):  # elsewhere too much is an error, and what was there stays
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    for option in (socket.SO_RCVBUF, SO_RCVBUFFORCE) if linux else (socket.SO_RCVBUF,):
+        with contextlib.suppress(OSError):  # not allowed; elsewhere too much is an error, and what was there stays
+            sock.setsockopt(socket.SOL_SOCKET, option, size)
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // (2 if linux else 1)
-
-
-# ------------------------------------------------------------------------------------------------------ kernel drops
 
 
 class KernelDropsStats(NamedTuple):
@@ -121,10 +108,9 @@ class KernelDropsStats(NamedTuple):
 class KernelDrops:
     """How many datagrams the kernel dropped at these sockets because their buffer was full (or a checksum wrong).
 
-    It is asked of each socket by SO_MEMINFO (Linux 4.12): 0.5 µs, whenever one likes, also when no datagram comes any
-    more. Where that is unknown, the "drops" of the socket's line in /proc/net/udp and udp6 is read: 0.1 to 2 ms, more
-    where there are many sockets. (SO_RXQ_OVFL would come with each datagram, but needs recvmsg, 0.25 µs each, and tells
-    of a drop only when another datagram follows.) None where the system has neither.
+    Each socket is asked by SO_MEMINFO (Linux 4.12): 0.5 µs, also when no datagram comes any more, as SO_RXQ_OVFL would
+    need. Where that is unknown, the "drops" of the socket's line in /proc/net/udp and udp6 are read: 0.1 to 2 ms. None
+    where the system has neither.
 
     A counter belongs to the socket, whoever holds it, and begins when it is made. It has 32 bits, so it must be read
     once in 4 billion drops. Of a closed socket the last figure stays: read before you close.
@@ -183,9 +169,6 @@ def _socket_drops(sock: socket.socket) -> int | None:
     return int.from_bytes(drops, sys.byteorder) if len(drops) == 4 else None
 
 
-# ---------------------------------------------------------------------------------------------------------- receiver
-
-
 class ReceiverStats(NamedTuple):
     """``datagrams`` read, ``refused`` and ``unhandled`` among them; ``bytes`` are theirs."""
 
@@ -202,13 +185,11 @@ class Receiver:
     """Reads a UDP socket, which is its own from now on, and hands what comes to ``handle(datagrams)``.
 
     ``allow``: networks whose datagrams are wanted; none named: all. An IPv4 sender on an IPv6 socket is an IPv4
-    address, here and to ``handle``; the zone of a link-local one is left out. A source address in UDP is a claim, no
-    proof.
+    address, here and to ``handle``; the zone of a link-local one is left out. A source address is a claim, no proof.
 
-    A wake-up reads until the socket is empty, but at most ``at_once`` datagrams, and no more after ``seconds``; then
-    the loop's other callbacks have their turn. ``handle`` gets them in portions, at most ``CHUNK`` and about
-    ``CHUNK_BYTES``: what it does with one portion is how much longer a wake-up can last. If it raises, that is logged
-    once, and counted. The kernel's buffer waits meanwhile; see ``KernelDrops``.
+    A wake-up reads until the socket is empty, but at most ``at_once`` datagrams, and no more after ``seconds``.
+    ``handle`` gets portions of at most ``CHUNK`` and about ``CHUNK_BYTES``: what it does with one is how much longer a
+    wake-up can last. If it raises, that is logged once, and counted.
     """
 
     def __init__(
@@ -244,12 +225,11 @@ class Receiver:
             self._loop.add_reader(self._sock, self._wake)
 
     def _stop(self) -> None:
-        loop, self._loop = self._loop, None
-        pause, self._pause = self._pause, None
-        if pause is not None:
-            pause.cancel()
-        if loop is not None:
-            loop.remove_reader(self._sock)
+        if self._pause is not None:
+            self._pause.cancel()
+        if self._loop is not None:
+            self._loop.remove_reader(self._sock)
+        self._loop = self._pause = None
 
     def drain(self) -> int:
         """Listen no more, read a wake-up's worth of what is there; how much that was, 0 when nothing is left.

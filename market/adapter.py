@@ -1,7 +1,6 @@
 """What an exchange is to this program: what to ask it, what its frames mean, and whether its numbers leave a gap.
 
-An adapter says how to ask an exchange for its trades (`connect_url`, `subscribe`, `ping`) and what a frame means
-(`parse`). It opens nothing, waits for nothing and logs nothing: the connection belongs to `market.connect`. Time is an
+An adapter opens nothing, waits for nothing and logs nothing: the connection belongs to `market.connect`. Time is an
 argument (`received_ns`, Unix time; Gate.io's ping, which must carry a time, takes it from `clock`).
 
 Promised:

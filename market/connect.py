@@ -73,6 +73,7 @@ class FeedStats(NamedTuple):
     outages: int  # gaps that no number shows: trades labelled because a connection had been lost
     duplicates: int
     disorder: int
+    restarts: int  # times that a sequence began again below where it was
     errors: int  # messages of the exchange that say so
     lag: float  # microseconds from the exchange's time to ours, a moving mean; includes the clocks' difference
     breaker: str
@@ -169,24 +170,21 @@ class Feed:
         """Where it stands."""
         now, reader, found, connection = self._clock(), self._reader, self._reader.check.stats(), self._connection
         since = None if connection is None else connection.live_since
+        waits = self._state in ("waiting", "refused")
         return FeedStats(
+            **found._asdict(),
             exchange=self.exchange,
             state=self._state if connection is None else connection.state,
             connects=self._connects,
             failures=self._failures,
             since=None if since is None else now - since,
             frames=reader.frames,
-            trades=found.trades,
             bad=reader.bad,
-            gaps=found.gaps,
-            missed=found.missed,
             outages=reader.silence.outages,
-            duplicates=found.duplicates,
-            disorder=found.disorder,
             errors=reader.errors,
             lag=reader.lag,
             breaker=self.breaker.state,
-            retry_in=max(0.0, self._next_attempt - now) if self._state in ("waiting", "refused") else 0.0,
+            retry_in=max(0.0, self._next_attempt - now) if waits else 0.0,
             note=reader.note,
             last_error=reader.last_error,
             stale=reader.silence.stale(since, self._times.stale_after),

@@ -26,8 +26,6 @@ NOTHING = Counts(0, 0, 0, 0, 0, 0, 0)
 PRICES = 30  # of a symbol's last seconds, for its line
 SPARKS = "▁▂▃▄▅▆▇█"
 
-# ------------------------------------------------------------------------------------------------------ snapshots
-
 
 class FeedLine(NamedTuple):
     """An exchange."""
@@ -172,9 +170,6 @@ def health(counts: MarketCounts) -> tuple[int, dict[str, Any]]:
     return health_of(counts, imbalance(counts), away or counts.published.spooled > 0, **body)
 
 
-# ---------------------------------------------------------------------------------------------------------- metrics
-
-
 def _exchange(name: str, text: str, value: Callable[[FeedLine], float | None], make: Any = gauge) -> Measure:
     """A metric of each exchange that has a value."""
 
@@ -223,9 +218,6 @@ METRICS = (
     _exchange("stale_symbols", "Symbols that are silent while others trade", lambda line: len(line.stale)),
     *map(_symbol, ("last", "volatility", "ewma", "spread", "trades_per_second")),
 )
-
-
-# ------------------------------------------------------------------------------------------------------- the table
 
 
 def sparkline(prices: Sequence[float]) -> str:

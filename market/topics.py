@@ -59,8 +59,6 @@ class Record(NamedTuple):
     headers: Headers
 
 
-# -------------------------------------------------------------------------------------------------- records and lines
-
 _FIELDS = Trade._fields
 _TYPES = {(*(str,) * 4, float, float, str, str, int, int, sequence, str) for sequence in (int, type(None))}
 _PLAIN_KEY = re.compile(rb"[!-~]+").fullmatch
@@ -185,9 +183,6 @@ def record_of_line(line: bytes, trades: str, dead_letters: str) -> Record:
 def records_of(data: bytes, trades: str, dead_letters: str) -> list[Record]:
     """``record_of_line`` of each line of the spool's data."""
     return [record_of_line(line, trades, dead_letters) for line in data.split(b"\n")[:-1]]
-
-
-# ------------------------------------------------------------------------------------------- the log of the clients
 
 
 class LogThrottle(logging.Handler):

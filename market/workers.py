@@ -62,9 +62,6 @@ class Uncomputed(Exception):
         self.trades, self.rows = trades, rows
 
 
-# ------------------------------------------------------------------------------------------ in a worker
-
-
 class _WorkerState:
     """A worker's state: after job ``number``. None: nothing can be computed here."""
 
@@ -101,9 +98,6 @@ def _work(number: int, packed: bytes, everything: bool, checkpoint: bool) -> _Do
     done = _Done(rows, tuple(analytics.stats()), pickle.dumps(analytics, 5) if checkpoint else None)
     _WorkerState.analytics, _WorkerState.number = analytics, number
     return done
-
-
-# ------------------------------------------------------------------------------------------ beside the loop
 
 
 class AnalyticsPoolStats(NamedTuple):
