@@ -209,11 +209,11 @@ def _run_worker(link: int) -> int:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(_work(ParentConnection(socket.socket(fileno=link))))
+        return runner.run(_work(socket.socket(fileno=link)))
 
 
-async def _work(link: ParentConnection) -> int:
-    told = await link.open()
+async def _work(parent: socket.socket) -> int:
+    link, told = await ParentConnection.open(parent)
     options = IngestOptions(**{**told["options"], "allow": tuple(told["options"]["allow"])})
     sock = socket.socket(fileno=told["socket"])
     try:

@@ -88,7 +88,6 @@ class Supervisor:
         self._command, self._config, self._sockets = list(command), config, list(sockets)
         self._stop_limit, self._kernel_drops, self._clock, self._rng = stop_limit, kernel_drops, clock, rng
         self.list = [WorkerProcess(number) for number in range(len(sockets))]
-        self.workers = len(sockets)
         self.failure: str | None = None  # why a worker could not begin at all: there is no use in trying again
         self._stage, self._stopped = 0, asyncio.Event()
         self._timers: list[asyncio.TimerHandle] = []
@@ -123,13 +122,13 @@ class Supervisor:
     def stats(self) -> SupervisorStats:
         """How many run, and where the stop stands."""
         running = sum(worker.process is not None for worker in self.list)
-        return SupervisorStats(self.workers, running, self.snapshot().deaths, self._stage)
+        return SupervisorStats(len(self.list), running, self.snapshot().deaths, self._stage)
 
     __repr__ = stats_repr
 
     async def run(self) -> int:
         """1 if a worker could not begin, or lost events at the stop."""
-        tasks = [asyncio.create_task(self._keep(worker), name=f"worker {worker.number}") for worker in self.list]
+        tasks = [asyncio.create_task(self._keep(each), name=f"worker {each.number}") for each in self.list]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -220,26 +219,22 @@ class Supervisor:
 class ParentConnection:
     """A worker's side: tells its parent where it stands, and hears from it."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._writer: asyncio.StreamWriter | None = None
-        self._reader: asyncio.StreamReader | None = None
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
 
-    async def open(self) -> dict[str, Any]:
-        """The configuration."""
-        self._reader, self._writer = await asyncio.open_connection(sock=self._sock, limit=LINE)
-        told: dict[str, Any] = orjson.loads(await self._reader.readline())
-        return told
+    @classmethod
+    async def open(cls, sock: socket.socket) -> tuple[ParentConnection, dict[str, Any]]:
+        """The connection, and the configuration."""
+        reader, writer = await asyncio.open_connection(sock=sock, limit=LINE)
+        return cls(reader, writer), orjson.loads(await reader.readline())
 
     def tell(self, what: Mapping[str, Any]) -> None:
         """Send a line, if the parent still hears."""
-        assert self._writer is not None
         if not self._writer.is_closing():
             self._writer.write(orjson.dumps(what) + b"\n")
 
     async def listen(self, program: Program[LogCounts]) -> None:
         """Obey, until the parent is gone; then stop."""
-        assert self._reader is not None
         stage = 0
         with contextlib.suppress(OSError):
             while word := await self._reader.read(1):
@@ -257,9 +252,8 @@ class ParentConnection:
 
     async def close(self) -> None:
         """Send what is to be sent, and end it."""
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                await self._writer.drain()
-            self._writer.close()
-            with contextlib.suppress(OSError):
-                await self._writer.wait_closed()
+        with contextlib.suppress(OSError):
+            await self._writer.drain()
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()

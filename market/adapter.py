@@ -303,7 +303,7 @@ class SequenceCheck:
         if number:
             if number in seen.ids:
                 self._duplicates += 1
-                return _flagged(trade, "duplicate")
+                return flagged(trade, "duplicate")
             seen.ids.add(number)
             seen.order.append(number)
             if len(seen.order) > self._remembered:
@@ -330,7 +330,7 @@ class SequenceCheck:
         if self._frames_missing:
             self._frames_missing = False
             found = f"gap,{found}" if found and found != "gap" else "gap"
-        return _flagged(trade, found) if found else trade
+        return flagged(trade, found) if found else trade
 
     def _below(self, seen: _Seen, sequence: int) -> None:
         seen.run = seen.run + 1 if sequence == seen.latest + 1 else 1
@@ -340,5 +340,6 @@ class SequenceCheck:
             seen.high, seen.run = sequence, 0
 
 
-def _flagged(trade: Trade, found: str) -> Trade:
+def flagged(trade: Trade, found: str) -> Trade:
+    """The same trade with one more flag."""
     return trade._replace(flags=f"{trade.flags},{found}" if trade.flags else found)

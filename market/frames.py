@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable
 
-from market.adapter import Adapter, SequenceCheck
+from market.adapter import Adapter, SequenceCheck, flagged
 from market.trade import BadFrame, Parsed, Trade, short
 
 Emit = Callable[[str, list[Trade]], Awaitable[object] | None]
@@ -66,7 +66,7 @@ class SymbolSilence:
             if trade.sequence is None and not ("snapshot" in trade.flags and "duplicate" in trade.flags):
                 self.outages += 1
                 if "gap" not in trade.flags:
-                    return trade._replace(flags=f"{trade.flags},gap" if trade.flags else "gap")
+                    return flagged(trade, "gap")
         return trade
 
 

@@ -132,47 +132,44 @@ class _Slot:
     async def run(self, packed: bytes, everything: bool) -> list[AnalyticsRow]:
         """The rows of a job. Raises ``WorkerDied``, ``TimeoutError``, ``PoolClosed``, what the job raised."""
         async with self.turn:
-            return await self._run(packed, everything)
+            size = self.log_bytes + len(packed)
+            full = size > max(self.most, len(self.checkpoint or b"")) or len(self.log) >= LOG
+            done = await self._attempt(packed, everything, full)
+            self.number += 1
+            self.counts = done.counts
+            if done.checkpoint is None:
+                self.log.append((packed, everything))
+                self.log_bytes = size
+            else:
+                self.checkpoint, self.log, self.log_bytes = done.checkpoint, [], 0
+                self.checkpoints += 1
+            return list(map(AnalyticsRow._make, done.rows))
 
-    async def _run(self, packed: bytes, everything: bool) -> list[AnalyticsRow]:
-        size = self.log_bytes + len(packed)
-        full = size > max(self.most, len(self.checkpoint or b"")) or len(self.log) >= LOG
-        for attempt in range(1, self.attempts + 1):
+    async def _attempt(self, packed: bytes, everything: bool, checkpoint: bool) -> _Done:
+        job = _work, self.number + 1, packed, everything, checkpoint
+        failure: Exception | None = None
+        for _ in range(self.attempts):
+            ready, self.ready = self.ready, False  # until it is done
             try:
-                if not self.ready:
+                if not ready:
                     await self._rebuild()
-                done = await self.pool.run(_work, self.number + 1, packed, everything, full, timeout=self.timeout)
-            except (WorkerDied, TimeoutError):
-                self.ready = False
-                self.died += 1
-                if attempt == self.attempts:
-                    raise
-                continue
-            except BaseException:
-                self.ready = False
-                raise
-            if done is not None:
-                break
-            self.ready = False  # it died when it had nothing to do
+                done = await self.pool.run(*job, timeout=self.timeout)
+            except (WorkerDied, TimeoutError) as error:
+                failure = error
+            else:
+                if done is not None:
+                    self.ready = True
+                    return done
+                failure = WorkerDied("the worker process died between jobs")
             self.died += 1
-        else:
-            raise WorkerDied(f"the worker process died between jobs, {self.attempts} times")
-        self.number += 1
-        self.counts = done.counts
-        if done.checkpoint is None:
-            self.log.append((packed, everything))
-            self.log_bytes = size
-        else:
-            self.checkpoint, self.log, self.log_bytes = done.checkpoint, [], 0
-            self.checkpoints += 1
-        return list(map(AnalyticsRow._make, done.rows))
+        assert failure is not None
+        raise failure
 
     async def _rebuild(self) -> None:
         number, again = self.number - len(self.log), self.pid != 0
         job = _rebuild, self.options, self.checkpoint, number, self.log
         self.pid = await self.pool.run(*job, timeout=self.timeout)
         self.rebuilt += again
-        self.ready = True
 
 
 class AnalyticsPool:
