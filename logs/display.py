@@ -51,10 +51,7 @@ class LogCounts(NamedTuple):
 
 
 LARGEST = {"lag", "loop_lag"}
-WORST = {
-    "database": ("down", "connecting", "none", "connected"),
-    "metadata": ("open", "half_open", "closed", "none"),
-}
+WORST = {"database": ("down", "connecting", "none", "connected"), "metadata": ("open", "half_open", "closed", "none")}
 
 
 def imbalance(counts: LogCounts) -> int:

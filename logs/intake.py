@@ -36,17 +36,17 @@ Handle = Callable[[list[tuple[bytes, str]]], None]  # is given datagrams and the
 RECEIVE_BUFFER = 4 << 20
 """Bytes asked of the kernel, which doubles them and counts some 600 more for each datagram: twice 4 MiB hold about
 10,000 small ones, a pause of 0.16 s at 60,000 a second."""
-LARGEST = 65_535  # bytes of a datagram: what UDP's length field can say
+MAX_DATAGRAM = 65_535  # bytes of a datagram: what UDP's length field can say
 CHUNK, CHUNK_BYTES = 100, 65_536  # datagrams and bytes read before they are handed on and the clock is looked at
 MAX_SOURCES = 10_000  # source addresses remembered: they can be invented, so they are forgotten when there are more
 MAX_ERRORS, ERROR_PAUSE = 10, 0.01
 """Errors of the socket after which a wake-up ends; seconds until the next, if it brought nothing else."""
-SMALLEST = 256  # bytes that the kernel's buffer counts for a datagram at the very least (Linux 6: 832)
+MIN_BUFFERED = 256  # bytes that the kernel's buffer counts for a datagram at the very least (Linux 6: 832)
 
 SO_RCVBUFFORCE, SO_MEMINFO = 33, 55  # Linux, asm-generic/socket.h; the socket module does not name them
 MEMINFO_DROPS = slice(32, 36)
 """The ninth of the 32-bit numbers that SO_MEMINFO gives (SK_MEMINFO_DROPS, linux/sock_diag.h)."""
-COUNTER = 1 << 32  # where the kernel's counter begins again
+COUNTER_RANGE = 1 << 32  # where the kernel's counter begins again
 
 
 class Bound(NamedTuple):
@@ -132,7 +132,7 @@ class KernelDrops:
                 counter = table.get(os.fstat(sock.fileno()).st_ino)
             if counter is not None:
                 before = self._counts[index] or 0
-                self._counts[index] = before + (counter - before) % COUNTER
+                self._counts[index] = before + (counter - before) % COUNTER_RANGE
         return list(self._counts)
 
     def total(self) -> int | None:
@@ -200,11 +200,11 @@ class Receiver:
         allow: Sequence[Network] = (),
         at_once: int = 500,
         seconds: float = 0.01,
-        largest: int = LARGEST,
+        largest: int = MAX_DATAGRAM,
         clock: Clock = time.monotonic,
     ) -> None:
-        if at_once < 1 or not seconds > 0 or not 0 <= largest <= LARGEST:
-            raise ValueError(f"at_once must be at least 1, seconds above 0, largest at most {LARGEST}")
+        if at_once < 1 or not seconds > 0 or not 0 <= largest <= MAX_DATAGRAM:
+            raise ValueError(f"at_once must be at least 1, seconds above 0, largest at most {MAX_DATAGRAM}")
         sock.setblocking(False)
         self.at_once, self.seconds, self.largest = at_once, seconds, largest
         self._sock, self._handle, self._clock = sock, handle, clock
@@ -241,7 +241,7 @@ class Receiver:
         if self._sock.fileno() < 0:
             return 0
         if self._left is None:
-            self._left = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // SMALLEST + 1
+            self._left = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // MIN_BUFFERED + 1
         read = self._turn(min(self._left, self.at_once))
         self._left -= read
         return read

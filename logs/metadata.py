@@ -3,8 +3,8 @@
 Promised
 - A name is part of one path segment or query value: it changes neither the host nor the path. Names that no URL can
   hold ("", ".", "..") are not asked for: the API does not know them.
-- Whatever the API sends, `Metadata` holds four texts of at most `LONGEST` characters that PostgreSQL can store; no more
-  than `max_bytes` of it are read. How long a request may take is the caller's to say.
+- Whatever the API sends, `Metadata` holds four texts of at most `MAX_TEXT` characters that PostgreSQL can store, and no
+  more than `max_bytes` are read. How long a request may take is the caller's to say.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yarl
 from logs.parse import Metadata
 from runtime.http_dates import parse_retry_after
 
-LONGEST = 255  # characters of a text of the API's; one with more is as wrong as a number
+MAX_TEXT = 255  # characters of a text of the API's; one with more is as wrong as a number
 RETRYABLE = (429, 500, 502, 503, 504)
 
 
@@ -75,8 +75,8 @@ def read_metadata(body: bytes | bytearray) -> Metadata:
         text = data.get(name)
         if text is None:
             text = ""
-        if not isinstance(text, str) or "\0" in text or len(text) > LONGEST:
-            raise MetadataError("rubbish", f"{name} is no text of at most {LONGEST} characters without NUL")
+        if not isinstance(text, str) or "\0" in text or len(text) > MAX_TEXT:
+            raise MetadataError("rubbish", f"{name} is no text of at most {MAX_TEXT} characters without NUL")
         texts.append(text)
     return Metadata(*texts)
 

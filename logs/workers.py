@@ -38,9 +38,9 @@ log = logging.getLogger("ingest")
 REPORT_EVERY = 0.25  # seconds between two lines from a worker to its parent
 AGAIN = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=10.0, total=float("inf"))
 """How long to wait before a dead worker is replaced."""
-HEALTHY = 30.0  # seconds that a worker must have lived for the next wait to be short again
-LATE = 5.0  # seconds beyond the limit of a stop after which a worker is killed
-LINE = 1 << 20  # bytes of a line between a worker and its parent, at most
+HEALTHY_AFTER = 30.0  # seconds that a worker must have lived for the next wait to be short again
+KILL_AFTER = 5.0  # seconds beyond the limit of a stop after which a worker is killed
+MAX_LINE = 1 << 20  # bytes of a line between a worker and its parent, at most
 STOP, FORCE = b"s", b"f"
 
 
@@ -102,7 +102,7 @@ class Supervisor:
             if self._stage > 2:
                 self._kill(worker)
         if self._stage <= 2:
-            later = LATE + (self._stop_limit if self._stage == 1 else 0.0)
+            later = KILL_AFTER + (self._stop_limit if self._stage == 1 else 0.0)
             self._timers += [asyncio.get_running_loop().call_later(later, self._kill, each) for each in self.list]
 
     def _kill(self, worker: WorkerProcess) -> None:
@@ -156,7 +156,7 @@ class Supervisor:
                 self.stop()
                 return
             self._bury(worker)
-            deaths = 1 if self._clock() - began > HEALTHY else deaths + 1
+            deaths = 1 if self._clock() - began > HEALTHY_AFTER else deaths + 1
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             log.error("worker %d died (%s); another one goes on", worker.number, how)
             await wait_for_event(self._stopped, AGAIN.delay(deaths, self._rng) or 0.0)
@@ -193,7 +193,7 @@ class Supervisor:
                 return 1
             raise
         try:
-            reader, worker.writer = await asyncio.open_connection(sock=ours, limit=LINE)
+            reader, worker.writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE)
             worker.writer.write(json.dumps({**self._config(worker.number), "socket": udp.fileno()}).encode() + b"\n")
             if self._stage:
                 worker.tell(STOP if self._stage == 1 else FORCE)
@@ -225,7 +225,7 @@ class ParentConnection:
     @classmethod
     async def open(cls, sock: socket.socket) -> tuple[ParentConnection, dict[str, Any]]:
         """The connection, and the configuration."""
-        reader, writer = await asyncio.open_connection(sock=sock, limit=LINE)
+        reader, writer = await asyncio.open_connection(sock=sock, limit=MAX_LINE)
         return cls(reader, writer), orjson.loads(await reader.readline())
 
     def tell(self, what: Mapping[str, Any]) -> None:

@@ -69,12 +69,12 @@ class Adapter(ABC):
     ping_text: str | None = None
     ping_every: float | None = None  # seconds between the pings that the exchange wants as messages
     silent_after: float = 60.0  # seconds without any frame after which the feed is dead
-    most: int = 1000  # symbols of one connection
+    max_symbols: int = 1000  # of one connection
     pace: float = 0.0  # seconds between two messages of a subscription
     dollar: str = "USD"  # the quote currency that stands in for USD
     separator: str = ""  # between base and quote currency
     acknowledged: Literal["messages", "symbols"] | int = "messages"  # each of these is; or how many come in all
-    words: frozenset[object] = frozenset()  # frames that are not JSON: heartbeats
+    heartbeats: frozenset[object] = frozenset()  # frames that are not JSON
     controls: ClassVar[Mapping[Any, Parsed]] = {}  # what messages without trades mean, by their kind
 
     def __init__(self, *, clock: Callable[[], float] = time.time, keys: Sequence[str] = ()) -> None:
@@ -147,8 +147,8 @@ class Adapter(ABC):
         found = len({self.native(symbol) for symbol in symbols})
         if not found:
             raise ValueError("no symbols")
-        if found > self.most:
-            raise ValueError(f"{found} symbols; a connection has {self.most} at most")
+        if found > self.max_symbols:
+            raise ValueError(f"{found} symbols; a connection has {self.max_symbols} at most")
         return found
 
     def subscribe(self, symbols: Sequence[str]) -> list[str]:
@@ -175,7 +175,7 @@ class Adapter(ABC):
     def parse(self, frame: str | bytes, received_ns: int) -> Parsed:
         """What a frame means. `received_ns`: Unix time in nanoseconds. `BadFrame` is all that it raises."""
         try:
-            if self.words and frame in self.words:
+            if self.heartbeats and frame in self.heartbeats:
                 return HEARTBEAT
             if type(frame) is bytes and frame[:2] == b"\x1f\x8b":
                 frame = gunzip(frame)

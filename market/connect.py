@@ -157,7 +157,7 @@ class Feed:
             self._state = "stopped"
             return
         if self._connection is not None:
-            await self._connection.part(End("stopped", asked=True), NORMAL)
+            await self._connection.begin_close(End("stopped", asked=True), NORMAL)
         elif self._state in ("connecting", "waiting", "refused"):
             task.cancel()
         if task is not asyncio.current_task():
@@ -256,7 +256,7 @@ class Feed:
         finally:
             if self._reader.check.stats().trades:
                 self._reader.silence.lost()
-            await connection.leave(watch, broken_off, lambda: self._stopping)
+            await connection.finish(watch, broken_off, lambda: self._stopping)
 
     async def _subscribe(self, connection: FeedSocket) -> bool:
         messages = self.adapter.subscribe(self.symbols)

@@ -2,7 +2,7 @@
 
 What the exchange had sent before it saw our close frame is still read, for at most ``close_within`` seconds; then the
 reader is woken. Not so after a cancellation, or an error of the user's: then the close frame and a moment for the
-exchange's own are all. Nothing of the connection is left when ``leave`` returns, whoever cancels it.
+exchange's own are all. Nothing of the connection is left when ``finish`` returns, whoever cancels it.
 
 It runs in two tasks of its feed, one that reads and one that looks at the time, in one event loop; there is no lock.
 """
@@ -26,7 +26,7 @@ from market.frames import FrameReader
 from market.trade import Parsed, short
 from runtime.http_dates import parse_retry_after
 
-GOODBYE = 0.25  # seconds for the exchange's close frame when nothing is read any more
+CLOSE_GRACE = 0.25  # seconds for the exchange's close frame when nothing is read any more
 NORMAL, GOING_AWAY = b"\x03\xe8", b"\x03\xe9"  # codes of close frames: 1000, 1001
 RETRY_AFTER_LIMIT = 300.0  # seconds, at most, that an exchange's Retry-After is obeyed
 _QUERY = re.compile(r"\?[^\s'\"]*")
@@ -74,7 +74,7 @@ async def open_socket(session: aiohttp.ClientSession, url: str, times: FeedTimes
         async with asyncio.timeout(times.connect_within):
             return await session.ws_connect(
                 url,
-                timeout=ClientWSTimeout(ws_close=min(GOODBYE, times.close_within)),
+                timeout=ClientWSTimeout(ws_close=min(CLOSE_GRACE, times.close_within)),
                 autoping=False,
                 autoclose=False,
                 max_msg_size=max_message,
@@ -109,29 +109,29 @@ class Limits:
             self._next_message = now + self._message_every
         return due
 
-    def ping_is_due(self, now: float, heard: float) -> bool:
-        """Whether a ping of the protocol is due; it is taken as sent. ``heard``: when anything came."""
-        if heard >= self._pinged:
+    def ping_is_due(self, now: float, received_at: float) -> bool:
+        """Whether a ping of the protocol is due; it is taken as sent. ``received_at``: when anything came."""
+        if received_at >= self._pinged:
             self._pinged = math.inf
         due = now >= self._next_ping
         if due:
             self._next_ping, self._pinged = now + self._times.ping_every, min(self._pinged, now)
         return due
 
-    def exceeded(self, now: float, told: float, subscribing: bool, refusal: str) -> str:
-        """What has lasted for too long. ``told``: when anything but a pong came; ``refusal``: the exchange's."""
+    def exceeded(self, now: float, message_at: float, subscribing: bool, refusal: str) -> str:
+        """What has lasted for too long. ``message_at``: when anything but a pong came; ``refusal``: the exchange's."""
         if subscribing and now >= self._ack_by:
             return f"no acknowledgement within {self._times.ack_within:g} s{': ' if refusal else ''}{refusal}"
-        if now >= told + self._silent_after:
+        if now >= message_at + self._silent_after:
             return f"silent for {self._silent_after:g} s"
         if now >= self._pinged + self._times.pong_within:
             return f"no sign of life {self._times.pong_within:g} s after a ping"
         return ""
 
-    def next(self, told: float, subscribing: bool) -> float:
+    def next(self, message_at: float, subscribing: bool) -> float:
         """When to look again."""
         ack_by = self._ack_by if subscribing else math.inf
-        silent_at, pong_by = told + self._silent_after, self._pinged + self._times.pong_within
+        silent_at, pong_by = message_at + self._silent_after, self._pinged + self._times.pong_within
         return min(self._next_message, self._next_ping, ack_by, silent_at, pong_by)
 
 
@@ -143,7 +143,7 @@ class FeedSocket:
         adapter, now = reader.adapter, clock()
         silent_after = adapter.silent_after if times.silent_after is None else times.silent_after
         self._limits = Limits(now, times, silent_after, adapter.ping_every or math.inf)
-        self._heard = self._told = now  # when anything came; when anything but a pong came
+        self._received_at = self._message_at = now  # when anything came; when anything but a pong came
         self._reading = self._cut = self._leaving = False
         """Whether the reader waits for a frame; whether it is to read no more; whether it has ended."""
         self._wanted = math.inf  # acknowledgements; before ``subscribed`` it is not known how many
@@ -160,11 +160,11 @@ class FeedSocket:
             return "closing"
         return "subscribing" if self.live_since is None else "live"
 
-    async def send(self, message: str | bytes) -> bool:
+    async def send(self, message: str) -> bool:
         """Write a message; whether that could be done in time."""
         try:
             async with asyncio.timeout(self._times.send_within):
-                await (self._ws.send_str(message) if isinstance(message, str) else self._ws.send_bytes(message))
+                await self._ws.send_str(message)
         except (TimeoutError, aiohttp.ClientError, OSError):
             return False  # the connection's end comes to the reader
         return True
@@ -189,18 +189,18 @@ class FeedSocket:
             self._reading = True
             message = await ws.receive()
             self._reading = False
-            self._heard = now = clock()
+            self._received_at = now = clock()
             kind = message.type
             if kind is WSMsgType.TEXT or kind is WSMsgType.BINARY:
-                self._told = now
+                self._message_at = now
                 found = self._reader.take(message.data, now)
                 if isinstance(found, Parsed):
-                    await self._hear(found)
+                    await self._control(found)
                 elif found is not None:
                     await found
-                    self._heard = self._told = clock()
+                    self._received_at = self._message_at = clock()
             elif kind is WSMsgType.PING:
-                self._told = now
+                self._message_at = now
                 with contextlib.suppress(aiohttp.ClientError, OSError):
                     await ws.pong(message.data)
             elif kind is WSMsgType.ERROR:
@@ -209,44 +209,44 @@ class FeedSocket:
                     await waits
                 return self.ending or End(text)
             elif kind is not WSMsgType.PONG:
-                return self.ending or End(self._farewell(message))
+                return self.ending or End(self._close_reason(message))
             if time.monotonic() - turn > self._turn:
                 await asyncio.sleep(0)
                 turn = time.monotonic()
         return self.ending or End("cut")
 
-    async def _hear(self, said: Parsed) -> None:
+    async def _control(self, said: Parsed) -> None:
         """What the exchange says of the connection."""
         self._acks += said.kind == "ack"
         self._refusals += said.kind == "error"
         self._count_acks()
         if said.reconnect:
-            await self.part(End(f"the exchange asked for it: {said.note}", asked=True))
+            await self.begin_close(End(f"the exchange asked for it: {said.note}", asked=True))
 
     async def tick(self) -> float:
         """Send the pings that are due, and end what has lasted for too long. Seconds until the next look."""
         now, limits, reader = self._clock(), self._limits, self._reader
         if limits.message_is_due(now) and (text := reader.adapter.ping()) is not None:
             await self.send(text)
-        if limits.ping_is_due(now, self._heard):
+        if limits.ping_is_due(now, self._received_at):
             with contextlib.suppress(aiohttp.ClientError, OSError):
                 await self._ws.ping()
         subscribing = self.state == "subscribing"
         if self._reading:
-            reason = limits.exceeded(now, self._told, subscribing, reader.last_error if self._refusals else "")
+            reason = limits.exceeded(now, self._message_at, subscribing, reader.last_error if self._refusals else "")
             renewal = "" if reason else reader.silence.renewal(self.live_since)
             if reason or renewal:
-                await self.part(End(reason or renewal, asked=not reason))
-        return min(1.0, max(0.01 if self._reading else 0.05, limits.next(self._told, subscribing) - now))
+                await self.begin_close(End(reason or renewal, asked=not reason))
+        return min(1.0, max(0.01 if self._reading else 0.05, limits.next(self._message_at, subscribing) - now))
 
-    def _farewell(self, message: Any) -> str:
+    def _close_reason(self, message: Any) -> str:
         """How the exchange ended the connection, by the last that was received."""
         if message.type is WSMsgType.CLOSE:
             return f"the exchange closed: {message.data} {short(message.extra or '')}".rstrip()
         error = self._ws.exception()
         return "the connection ended without a close frame" + (f": {without_query(error)}" if error else "")
 
-    async def part(self, end: End, code: bytes = GOING_AWAY) -> None:
+    async def begin_close(self, end: End, code: bytes = GOING_AWAY) -> None:
         """Begin to end it, by a close frame. What comes before the exchange's own is still read.
 
         The first reason stands, but for that of a stop (NORMAL).
@@ -256,18 +256,18 @@ class FeedSocket:
             return
         self.ending = end
         if first:
-            self._timer = asyncio.get_running_loop().call_later(self._times.close_within, self._time_is_up)
+            self._timer = asyncio.get_running_loop().call_later(self._times.close_within, self._cut_off)
             with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
                 async with asyncio.timeout(self._times.send_within):
                     await self._ws.send_frame(code, WSMsgType.CLOSE)
 
-    def _time_is_up(self) -> None:
+    def _cut_off(self) -> None:
         """No close frame came. If the reader waits for one, it is woken; else it will see."""
         self._cut = True
         if self._reading:
             self._closer = asyncio.create_task(self._ws.close())
 
-    async def leave(self, watch: asyncio.Task[None], broken_off: bool, stopping: Callable[[], bool]) -> None:
+    async def finish(self, watch: asyncio.Task[None], broken_off: bool, stopping: Callable[[], bool]) -> None:
         """Nothing of the connection, nor of the task that watches it, is left."""
         self._leaving = True
         if self._timer is not None:
@@ -281,7 +281,7 @@ class FeedSocket:
                     self._closer.cancel()
                     await asyncio.wait((self._closer,))
             if broken_off:
-                await self._say_goodbye(NORMAL if stopping() else GOING_AWAY)
+                await self._send_close(NORMAL if stopping() else GOING_AWAY)
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._times.close_within):
@@ -289,12 +289,12 @@ class FeedSocket:
         if not watch.cancelled() and (error := watch.exception()) is not None:
             raise error
 
-    async def _say_goodbye(self, code: bytes) -> None:
+    async def _send_close(self, code: bytes) -> None:
         """The close frame after a cancellation or an error of the user's, and a moment for the exchange's own: a socket
         that is closed with something unread is reset, and the exchange may never see the frame."""
         frames = (WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG)
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
-            async with asyncio.timeout(min(GOODBYE, self._times.close_within)):
+            async with asyncio.timeout(min(CLOSE_GRACE, self._times.close_within)):
                 await self._ws.send_frame(code, WSMsgType.CLOSE)
                 while (await self._ws.receive()).type in frames:
                     pass

@@ -48,7 +48,7 @@ class Binance(Adapter):
     """
 
     name, url, dollar = "binance", "wss://stream.binance.com:9443/ws", "USDT"
-    most, pace = 1024, 0.3
+    max_symbols, pace = 1024, 0.3
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         streams = [f"{native.lower()}@trade" for native in natives]
@@ -198,7 +198,7 @@ class Okx(Adapter):
     name, url, dollar = "okx", "wss://ws.okx.com:8443/ws/v5/public", "USDT"
     separator, acknowledged = "-", "symbols"
     ping_text, ping_every, silent_after = "ping", 25.0, 60.0
-    words = frozenset(("pong", b"pong"))
+    heartbeats = frozenset(("pong", b"pong"))
     controls: ClassVar = {"subscribe": ACK, "channel-conn-count": IGNORED, "channel-conn-count-error": IGNORED}
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
@@ -267,7 +267,7 @@ class Bitfinex(Adapter):
     connection" (Public Channels).
     """
 
-    name, url, silent_after, most = "bitfinex", "wss://api-pub.bitfinex.com/ws/2", 40.0, 25
+    name, url, silent_after, max_symbols = "bitfinex", "wss://api-pub.bitfinex.com/ws/2", 40.0, 25
     controls: ClassVar = {"conf": ACK, "unsubscribed": ACK, "pong": HEARTBEAT}
     _names: ClassVar = {"USDT": "UST", "USDC": "UDC"}
     _ours: ClassVar = {"UST": "USDT", "UDC": "USDC"}
@@ -431,7 +431,7 @@ class Bitmex(Adapter):
 
     name, url, acknowledged = "bitmex", "wss://ws.bitmex.com/realtime", "symbols"
     ping_text, ping_every, silent_after = "ping", 10.0, 30.0
-    words = frozenset(("pong", b"pong"))
+    heartbeats = frozenset(("pong", b"pong"))
 
     def _join(self, base: str, currency: str) -> str:
         return ("XBT" if base == "BTC" else base) + currency

@@ -14,7 +14,7 @@ Promised
   has its trades, and the rows of the other workers. The worker goes on without it.
 - Backpressure: ``waiting`` calls at a time; further ones wait their turn, first come, first served.
 - Bounded: a worker's batches since its checkpoint have at most ``retained`` bytes (or as many as the checkpoint, if
-  that has more) and are at most LOG; the next job then brings a new checkpoint along. ``Analytics`` bounds the state.
+  that has more) and are at most MAX_LOG; the next job then brings a new checkpoint. ``Analytics`` bounds the state.
 - The loop is held for the packing of MOST trades at a time, under 1 ms, and while ``Processes`` pickles a job.
 
 Not promised: anything about a call that was cancelled, of which some workers may have done their part and others not.
@@ -44,9 +44,9 @@ from market.stats import Analytics, AnalyticsRow, AnalyticsStats
 from market.trade import Trade
 from runtime.processes import PoolClosed, Processes, WorkerDied
 
-LOG = 256  # batches that a worker is rebuilt from at most, beside its checkpoint
+MAX_LOG = 256  # batches that a worker is rebuilt from at most, beside its checkpoint
 MOST = 2_048  # trades per job
-SYMBOLS = 100_000  # whose workers are remembered; those of more are found by hash
+MAX_SYMBOLS = 100_000  # whose workers are remembered; those of more are found by hash
 FIELDS = ("exchange", "symbol", "price_value", "size_value", "trade_id", "exchange_ts_ns", "received_ts_ns", "flags")
 """What ``Analytics.take`` takes, in its order."""
 
@@ -133,7 +133,7 @@ class _Slot:
         """The rows of a job. Raises ``WorkerDied``, ``TimeoutError``, ``PoolClosed``, what the job raised."""
         async with self.turn:
             size = self.log_bytes + len(packed)
-            full = size > max(self.most, len(self.checkpoint or b"")) or len(self.log) >= LOG
+            full = size > max(self.most, len(self.checkpoint or b"")) or len(self.log) >= MAX_LOG
             done = await self._attempt(packed, everything, full)
             self.number += 1
             self.counts = done.counts
@@ -267,7 +267,7 @@ class AnalyticsPool:
 
     def _home(self, symbol: str) -> _Slot:
         """The worker of a symbol that has none yet."""
-        if len(self._homes) >= SYMBOLS:
+        if len(self._homes) >= MAX_SYMBOLS:
             return self._slots[crc32(symbol.encode(errors="replace")) % len(self._slots)]
         slot = self._homes[symbol] = min(self._slots, key=lambda slot: slot.symbols)
         slot.symbols += 1

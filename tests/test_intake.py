@@ -604,7 +604,7 @@ def test_drain_ends_though_more_comes() -> None:
             while world.receiver.drain():
                 calls += 1
                 assert calls < 1000
-            assert len(world.got) == 20_000 // li.SMALLEST + 1
+            assert len(world.got) == 20_000 // li.MIN_BUFFERED + 1
             assert world.receiver.drain() == 0
 
 

@@ -317,7 +317,7 @@ def test_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_asked_fo
             await feed._subscribe(connection)
             ack = feed._reader.take(b'{"result":null,"id":1}', world.now)
             assert isinstance(ack, Parsed)
-            await connection._hear(ack)
+            await connection._control(ack)
             assert feed.stats().state == "live" and feed.stats().stale == ()
 
         def trade(symbol: str, after: float) -> None:
