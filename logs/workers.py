@@ -87,7 +87,7 @@ class Supervisor:
     ) -> None:
         self._command, self._config, self._sockets = list(command), config, list(sockets)
         self._stop_limit, self._kernel_drops, self._clock, self._rng = stop_limit, kernel_drops, clock, rng
-        self.list = [WorkerProcess(number) for number in range(len(sockets))]
+        self.workers = [WorkerProcess(number) for number in range(len(sockets))]
         self.failure: str | None = None  # why a worker could not begin at all: there is no use in trying again
         self._stage, self._stopped = 0, asyncio.Event()
         self._timers: list[asyncio.TimerHandle] = []
@@ -97,13 +97,13 @@ class Supervisor:
         """Have the workers stop; the second time at once, the third time by a kill."""
         self._stage += 1
         self._stopped.set()
-        for worker in self.list:
+        for worker in self.workers:
             worker.tell(STOP if self._stage == 1 else FORCE)
             if self._stage > 2:
                 self._kill(worker)
         if self._stage <= 2:
             later = KILL_AFTER + (self._stop_limit if self._stage == 1 else 0.0)
-            self._timers += [asyncio.get_running_loop().call_later(later, self._kill, each) for each in self.list]
+            self._timers += [asyncio.get_running_loop().call_later(later, self._kill, each) for each in self.workers]
 
     def _kill(self, worker: WorkerProcess) -> None:
         if worker.process is not None and worker.process.returncode is None:
@@ -112,7 +112,7 @@ class Supervisor:
 
     def snapshot(self) -> LogCounts:
         """The sums over all workers, those that died too."""
-        counts = add_up(part for worker in self.list for part in (worker.past, worker.last) if part is not None)
+        counts = add_up(part for worker in self.workers for part in (worker.past, worker.last) if part is not None)
         return counts._replace(
             kernel_drops=self._kernel_drops() or 0,
             lines_lost=counts.lines_lost + lines_lost(),
@@ -121,25 +121,25 @@ class Supervisor:
 
     def stats(self) -> SupervisorStats:
         """How many run, and where the stop stands."""
-        running = sum(worker.process is not None for worker in self.list)
-        return SupervisorStats(len(self.list), running, self.snapshot().deaths, self._stage)
+        running = sum(worker.process is not None for worker in self.workers)
+        return SupervisorStats(len(self.workers), running, self.snapshot().deaths, self._stage)
 
     __repr__ = stats_repr
 
     async def run(self) -> int:
         """1 if a worker could not begin, or lost events at the stop."""
-        tasks = [asyncio.create_task(self._keep(each), name=f"worker {each.number}") for each in self.list]
+        tasks = [asyncio.create_task(self._keep(each), name=f"worker {each.number}") for each in self.workers]
         try:
             await asyncio.gather(*tasks)
         finally:
             for timer in self._timers:
                 timer.cancel()
-            for worker in self.list:
+            for worker in self.workers:
                 self._kill(worker)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return 1 if self.failure or any(worker.code for worker in self.list) else 0
+        return 1 if self.failure or any(worker.code for worker in self.workers) else 0
 
     async def _keep(self, worker: WorkerProcess) -> None:
         """Have the worker live, again and again."""
