@@ -15,8 +15,9 @@ Promised:
   numbers its trades, the numbers tell; where it does not, each symbol's first trade afterwards is labelled "gap",
   unless a snapshot overlaps with what came before.
 * Waits between attempts are uniform in [0, min(cap, base * 2**n)], n counted since a connection was last healthy, that
-  is subscribed for `healthy_after`; a Retry-After comes on top. Five failures within a minute open the breaker, which
-  waits longer. A failure is an attempt or connection that ended unhealthy, unless the exchange had asked for that.
+  is subscribed for `healthy_after`; a Retry-After comes on top. Five failures in a row within a minute open the
+  breaker, which waits longer. A failure is an attempt or connection that ended unhealthy, unless the exchange had asked
+  for that.
 * A feed that says nothing for the adapter's `silent_after` is left for a new connection, and so is one that does not
   answer a ping. While `emit` waits that is not asked: silence is our own then.
 * A symbol without a trade for `stale_after` while others trade is told (`stats().stale`). It may trade seldom, or its
@@ -30,9 +31,7 @@ shows the error); that `emit` is called again for what it raised on: its error, 
 from __future__ import annotations
 
 import asyncio
-import math
 import random
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -43,7 +42,7 @@ from coordination import Clock, Rng, stats_repr
 from market.adapter import Adapter
 from market.feed_socket import NORMAL, End, FeedSocket, FeedTimes, Socket, open_socket
 from market.frames import Dead, Emit, FrameReader, SymbolSilence
-from primitives import CircuitBreaker, CircuitOpen, Permit, RetryPolicy
+from primitives import Backoff, CircuitBreaker, CircuitOpen, Permit, TokenBucket
 
 FeedState = Literal["idle", "connecting", "subscribing", "live", "closing", "waiting", "refused", "stopped"]
 
@@ -115,8 +114,9 @@ class Feed:
         self.exchange = adapter.name
         self._url, self._session = adapter.connect_url(url), session
         self._times, self._max_message, self._turn = times, max_message, turn
-        self._clock, self._rng, self._sleep = clock, rng, sleep
-        self._policy = RetryPolicy(attempts=sys.maxsize, base=times.base, cap=times.cap, total=math.inf)
+        self._clock, self._sleep = clock, sleep
+        self._backoff = Backoff(times.base, times.cap, rng)
+        self._sends = TokenBucket(1.0 / self.adapter.pace, clock=clock) if self.adapter.pace else None
         self.breaker = breaker or CircuitBreaker(
             adapter.name,
             window=60.0,
@@ -129,7 +129,7 @@ class Feed:
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._state: FeedState = "idle"
-        self._connects = self._failures = 0
+        self._connects = 0
         self._next_attempt = 0.0
         self._connection: FeedSocket | None = None
 
@@ -176,7 +176,7 @@ class Feed:
             exchange=self.exchange,
             state=self._state if connection is None else connection.state,
             connects=self._connects,
-            failures=self._failures,
+            failures=self._backoff.failures,
             since=None if since is None else now - since,
             frames=reader.frames,
             bad=reader.bad,
@@ -205,8 +205,8 @@ class Feed:
                     end = await self._attempt(self._session or own, permit)  # type: ignore[arg-type]
                 finally:
                     permit.ignore()
+                delay = self._backoff.next()
                 if not self._stopping:
-                    delay = self._policy.delay(self._failures, self._rng) or 0.0
                     await self._wait("waiting", end.retry_after + delay)
         finally:
             self._state = "stopped"
@@ -231,7 +231,6 @@ class Feed:
                 self._note_health(connection, permit)
             finally:
                 self._connection = None
-        self._failures += 1
         if not end.asked:
             permit.failure()  # which is nothing if the connection was healthy
         if not self._stopping:
@@ -260,9 +259,9 @@ class Feed:
 
     async def _subscribe(self, connection: FeedSocket) -> bool:
         messages = self.adapter.subscribe(self.symbols)
-        for n, message in enumerate(messages):
-            if n and self.adapter.pace:
-                await self._sleep(self.adapter.pace)
+        for message in messages:
+            if self._sends:
+                await self._sends.acquire_async()
             if not await connection.send(message):
                 return False
         connection.subscribed(self.adapter.acks(len(messages), self._natives))
@@ -276,7 +275,7 @@ class Feed:
     def _note_health(self, connection: FeedSocket, permit: Permit) -> None:
         since = connection.live_since
         if since is not None and self._clock() - since >= self._times.healthy_after:
-            self._failures = 0
+            self._backoff.reset()
             permit.success()
 
 

@@ -21,7 +21,6 @@ import orjson
 
 from coordination import Clock
 from market.trade import Trade
-from primitives import RetryPolicy
 
 log = logging.getLogger("market_pipeline")
 
@@ -29,7 +28,7 @@ SCHEMA = b"1"  # the version in the header ``schema``
 TRADES, ANALYTICS, DEAD_LETTERS = "trades", "analytics", "dead-letter"
 LARGEST_RECORD = 900_000  # bytes of a value; Kafka's own default for a batch is 1,048,588
 THROTTLE_FOR = 60.0  # seconds for which aiokafka is not heard again after it complained
-BACK_OFF = RetryPolicy(attempts=1 << 30, base=0.1, cap=5.0, total=float("inf"))
+BACK_OFF = 0.1, 5.0  # seconds before trying again, and at most
 
 
 LetterKind = Literal["text", "binary", "trade"]
