@@ -1,8 +1,7 @@
 """``GET /aggregate`` and ``POST /cache/invalidate``: what the API is for.
 
 A request asks all its sources at once (``gather``). What the caches know is taken at once; for the rest it waits, until
-its deadline, for loads that go on without it. The assembled answer is kept for ``KEPT`` seconds, unless something
-changed while it was being made: it may then be from before an invalidation.
+its deadline, for loads that go on without it. The assembled answer is kept, unless something changed meanwhile.
 """
 
 from __future__ import annotations
@@ -33,12 +32,13 @@ from api.requests import (
 from api.service import KEPT, KeptAnswer
 from api.upstreams import Loaded, Part, Source
 
-DEADLINE_MS = 1, 1000, 30_000
-"""The least, usual and greatest ``deadline_ms``."""
+DEADLINE_MS = 1, 1000, 30_000  # the least, usual and greatest ``deadline_ms``
 
 
 def wanted(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Source], dict[str, str], float]:
-    """The sources and parameters of a request, and its deadline in seconds. ``Problem`` if something is not there."""
+    """The sources (None: those of the query) and parameters of a request, and its deadline in seconds.
+
+    Raises ``Problem`` if something is unknown."""
     query = query_of(request)
     allowed = {"deadline_ms"}
     if names is None:
@@ -106,23 +106,13 @@ async def aggregate(request: Request) -> Response:
 
 
 async def invalidate(request: Request) -> Response:
-    """Forget all answers, those of ``?source=``, or that for its parameters too; whoever asks next is answered anew."""
+    """``/cache/invalidate``: forgets all answers, those of ``?source=``, or that for its parameters too."""
     authorised(request)
-    sources, query = sources_of(request), query_of(request)
+    query = query_of(request)
     name = query.pop("source", None)
-    if name is None:
-        check(query, ("source",))
-        for source in sources.values():
-            source.forget()
-        return forgotten(request, sorted(sources))
-    if name not in sources:
-        raise Problem(404, f"unknown source {name[:50]}", sources=sorted(sources))
-    source = sources[name]
-    check(query, source.upstream.parameters)
-    source.forget(source.key(query) if query else None)
-    return forgotten(request, [name])
-
-
-def forgotten(request: Request, names: list[str]) -> Response:
-    service_of(request).events.publish("invalidate", {"sources": names})
-    return reply({"invalidated": names})
+    sources = known_sources(request, sources_of(request) if name is None else [name])
+    check(query, ("source",) if name is None else sources[name].upstream.parameters)
+    for source in sources.values():
+        source.forget(source.key(query) if query else None)
+    service_of(request).events.publish("invalidate", {"sources": sorted(sources)})
+    return reply({"invalidated": sorted(sources)})

@@ -8,14 +8,14 @@ Promised
 - A load is a task of its own: whoever waits for it may leave, what comes late still fills the cache.
 - What an upstream says when it fails reaches no client: errors are of the closed list in ``UpstreamError``.
 
-Everything runs in one event loop, and nothing in it blocks. All state is the loop's, so nothing here needs a lock; the
-mechanisms of ``primitives`` bring their own.
+Everything runs in one event loop, and nothing in it blocks. All state is the loop's, so nothing here needs a lock.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import hashlib
 import logging
 import math
@@ -36,8 +36,7 @@ from runtime.http_dates import parse_retry_after
 
 log = logging.getLogger("uvicorn.error")
 
-REFUSED = 1.0
-"""Seconds for which a key is left alone after its load failed."""
+REFUSED = 1.0  # seconds for which a key is left alone after its load failed
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="none")
 
@@ -51,8 +50,8 @@ class UpstreamError(Exception):
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind = kind
         self.retry_after = retry_after
+        # whether to try again makes sense
         self.is_transient = kind in ("connect", "timeout") or detail in ("429", "500", "502", "503", "504")
-        """Whether to try again makes sense."""
 
 
 class Data:
@@ -74,11 +73,11 @@ class Part(NamedTuple):
     age: float | None = None
     latency: float | None = None
     error: str | None = None
-    expires_in: float = 0.0
-    """Seconds for which the data may be said to be in this state."""
+    expires_in: float = 0.0  # seconds for which the data may be said to be in this state
     retry_after: float = 1.0
 
     def shown(self) -> dict[str, Any]:
+        """The part as JSON."""
         return {
             "state": self.state,
             "data": None if self.data is None else self.data.json,
@@ -89,10 +88,11 @@ class Part(NamedTuple):
 
 
 class Loaded(NamedTuple):
+    """What the cache keeps of a load."""
+
     data: Data
     latency: float
-    at: float
-    """When, by the clock of the source."""
+    at: float  # by the clock of the source
 
 
 class Load(NamedTuple):
@@ -113,8 +113,7 @@ class Source:
         self, upstream: Upstream, session: aiohttp.ClientSession, places: Semaphore, clock: Clock = time.monotonic
     ) -> None:
         self.upstream, self._session, self._all_places, self._clock = upstream, session, places, clock
-        self.listeners: list[Callable[[Load], None]] = []
-        """Told of each load that ended, in the task of the load."""
+        self.listeners: list[Callable[[Load], None]] = []  # called for each load that ended, in its task
         self.changed: Callable[[], None] = lambda: None
         """Called when there may be another answer than a moment ago, but for the passing of time."""
         self.renewals = Renewals(upstream.ttl, upstream.keys)
@@ -143,17 +142,17 @@ class Source:
         """These, and those that nobody joins any more, for their key was invalidated."""
         self.calls = self.failures = 0
         self._forgot = -math.inf
-        self.answers: Counter[str] = Counter()
-        """How many parts of answers were in each state."""
-        self.latencies: deque[float] = deque(maxlen=1000)
-        """Seconds that the last loads took, the failed ones included."""
+        self.answers: Counter[str] = Counter()  # parts of answers by their state
+        self.latencies: deque[float] = deque(maxlen=1000)  # seconds that the last loads took, failed ones included
         self.last_success: datetime | None = None
         self.last_error: str | None = None
 
     def named(self, key: Key) -> dict[str, str]:
+        """The parameters of ``key``, by name."""
         return dict(zip(self.upstream.parameters, key, strict=True))
 
     def key(self, given: Mapping[str, str]) -> Key:
+        """The key of these parameters; what is missing has its default."""
         return tuple(given.get(name, default) for name, default in self.upstream.parameters.items())
 
     def known(self, key: Key) -> tuple[Part | None, asyncio.Task[Loaded] | None]:
@@ -275,8 +274,9 @@ class Source:
         async with self._places, self._all_places:
             try:
                 async with asyncio.timeout(self.upstream.timeout):
+                    fetch, hedge = functools.partial(self._fetch, key), self.upstream.hedge
                     return await retry_async(
-                        lambda: self._asked_twice(key) if self.upstream.hedge else self._fetch(key),
+                        lambda: hedged(fetch, hedge, self._hedges) if hedge else fetch(),
                         on=lambda error: isinstance(error, UpstreamError) and error.is_transient,
                         policy=self._policy,
                         budget=self._budget,
@@ -284,21 +284,15 @@ class Source:
             except TimeoutError:
                 raise UpstreamError("timeout", f"no answer within {self.upstream.timeout:g} s") from None
 
-    async def _asked_twice(self, key: Key) -> Data:
-        return await hedged(lambda: self._fetch(key), self.upstream.hedge, self._hedges)
-
     async def _fetch(self, key: Key) -> Data:
         self.calls += 1
         limit, content = self.upstream.max_bytes, self.upstream.content(key)
         kind = {} if content is None else {"Content-Type": "application/json"}
+        headers = {"X-Request-ID": request_id.get(), **kind, **self.upstream.headers}
         body = bytearray()
         try:
             async with self._session.request(
-                self.upstream.method,
-                self.upstream.address(key),
-                data=content,
-                headers={"X-Request-ID": request_id.get(), **kind, **self.upstream.headers},
-                allow_redirects=False,
+                self.upstream.method, self.upstream.address(key), data=content, headers=headers, allow_redirects=False
             ) as response:
                 if response.status != 200:
                     later = parse_retry_after(response.headers.get("Retry-After"))
@@ -336,6 +330,7 @@ class Source:
         self.changed()
 
     def health(self) -> dict[str, Any]:
+        """The state for ``/health``."""
         breaker, last = self.breaker.stats(), self.last_success
         return {
             "breaker": breaker.state,
@@ -357,6 +352,6 @@ class Source:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p50, p95 and p99 by the nearest rank; nothing of nothing."""
+    """p50, p95 and p99 by the nearest rank; {} of no values."""
     ranked = sorted(seconds)
     return {f"p{p}": ranked[math.ceil(len(ranked) * p / 100) - 1] for p in (50, 95, 99)} if ranked else {}
