@@ -49,7 +49,7 @@ from api.service import PLACES, WARM, Service, log
 from api.telemetry import standard_output
 from api.upstreams import Source
 from coordination import Semaphore
-from runtime.loop import heard_before_the_server
+from runtime.loop import handled_before_the_server
 from runtime.postgres import Database
 from runtime.stderr import queue_stderr
 
@@ -90,7 +90,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if output is not None:  # ours has more in it; who wants none starts uvicorn with --no-access-log
             access.handlers, access.propagate = [], False
         service = app.service = app.state.service = Service(sources, app.state.database(), output)
-        service.force = stack.enter_context(heard_before_the_server(service.stop))
+        service.force = stack.enter_context(handled_before_the_server(service.stop))
         stack.push_async_callback(service.log.close)
         stack.push_async_callback(service.processes.close)
         if service.database.server is None:

@@ -17,40 +17,29 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.config import Key
-from api.requests import (
-    Problem,
-    authorised,
-    check,
-    known_sources,
-    names_in,
-    query_of,
-    reply,
-    service_of,
-    sources_of,
-    whole_number,
-)
+from api.requests import Problem, authorised, check, known_sources, names_in, query_of, reply, service_of, whole_number
 from api.service import KEPT, KeptAnswer
 from api.upstreams import Loaded, Part, Source
 
 DEADLINE_MS = 1, 1000, 30_000  # the least, usual and greatest ``deadline_ms``
 
 
-def wanted(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Source], dict[str, str], float]:
+def parse_request(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Source], dict[str, str], float]:
     """The sources (None: those of the query) and parameters of a request, and its deadline in seconds.
 
     Raises ``Problem`` if something is unknown."""
     query = query_of(request)
     allowed = {"deadline_ms"}
     if names is None:
-        names = names_in(query, request)
+        names = names_in(query)
         allowed.add("sources")
-    chosen = known_sources(request, names)
-    check(query, allowed.union(*(source.upstream.parameters for source in chosen.values())))
-    return chosen, query, whole_number(query, "deadline_ms", *DEADLINE_MS) / 1000
+    sources = known_sources(request, names)
+    check(query, allowed.union(*(source.upstream.parameters for source in sources.values())))
+    return sources, query, whole_number(query, "deadline_ms", *DEADLINE_MS) / 1000
 
 
 async def gather(sources: Mapping[str, Source], given: Mapping[str, str], deadline: float) -> dict[str, Part]:
-    """A part for each source, after ``deadline`` seconds at the latest. Loads go on (``fan_out`` would cancel them)."""
+    """A part for each source, after ``deadline`` seconds at the latest. Loads go on."""
     parts: dict[str, Part | None] = {}
     loads: dict[str, tuple[Key, asyncio.Task[Loaded]]] = {}
     for name, source in sources.items():
@@ -67,7 +56,7 @@ async def aggregate(request: Request) -> Response:
     """``/aggregate`` and ``/aggregate/{source}``: 200 if any source has data, else 503 with Retry-After."""
     started = time.monotonic()
     service, one = service_of(request), request.path_params.get("source")
-    sources, given, deadline = wanted(request, None if one is None else [one])
+    sources, given, deadline = parse_request(request, None if one is None else [one])
     changes = service.changes
     parts = await gather(sources, given, deadline)
     states = request.scope["states"] = {name: part.state for name, part in parts.items()}
@@ -110,7 +99,7 @@ async def invalidate(request: Request) -> Response:
     authorised(request)
     query = query_of(request)
     name = query.pop("source", None)
-    sources = known_sources(request, sources_of(request) if name is None else [name])
+    sources = known_sources(request, None if name is None else [name])
     check(query, ("source",) if name is None else sources[name].upstream.parameters)
     for source in sources.values():
         source.forget(source.key(query) if query else None)

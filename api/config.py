@@ -71,7 +71,7 @@ class Upstream:
 
         def filled(part: Any) -> Any:
             if isinstance(part, str):
-                return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), part)
+                return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), part)
             if isinstance(part, list):
                 return [filled(inner) for inner in part]
             return {name: filled(inner) for name, inner in part.items()} if isinstance(part, dict) else part

@@ -142,7 +142,7 @@ async def history(request: Request) -> Response:
 async def report(request: Request) -> Response:
     """``/report``: the history is read in the event loop, hosts are inspected in threads, a process computes."""
     service, query = service_of(request), query_of(request)
-    names = list(known_sources(request, names_in(query, request)))
+    names = list(known_sources(request, names_in(query)))
     check(query, ("hours", "sources"))
     hours = whole_number(query, "hours", *HOURS)
     since, until = datetime.now(UTC) - timedelta(hours=hours), time.monotonic() + REPORT_LIMIT

@@ -129,20 +129,15 @@ def service_of(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
-def sources_of(request: Request) -> dict[str, Source]:
-    """All sources, by name."""
-    return service_of(request).sources
+def names_in(query: dict[str, str]) -> list[str] | None:
+    """Takes ``sources`` out of the query and returns its names; None: there is none."""
+    return query.pop("sources").split(",") if "sources" in query else None
 
 
-def names_in(query: dict[str, str], request: Request) -> list[str]:
-    """Takes ``sources`` out of the query and returns its names; without it, those of all sources."""
-    return query.pop("sources").split(",") if "sources" in query else list(sources_of(request))
-
-
-def known_sources(request: Request, names: Iterable[str]) -> dict[str, Source]:
-    """The sources of these names. ``Problem`` if there is none of some name."""
-    sources = sources_of(request)
+def known_sources(request: Request, names: Iterable[str] | None) -> dict[str, Source]:
+    """The sources of these names (None: all). ``Problem`` if there is none of some name."""
+    sources = service_of(request).sources
     try:
-        return {name: sources[name] for name in names}
+        return {name: sources[name] for name in (sources if names is None else names)}
     except KeyError as unknown:
         raise Problem(404, f"unknown source {unknown.args[0][:50]}", sources=sorted(sources)) from None

@@ -36,8 +36,6 @@ KEEP_ALIVE = 15.0  # seconds after which a silent stream says that it is still t
 WAITING = 20_000  # log lines that may wait for the output
 GATHER = 0.2  # seconds in which log lines gather to be written together
 
-# -------------------------------------------------------------------------------------------------------- metrics
-
 
 CIRCUIT = {"closed": 0.0, "half_open": 0.5, "open": 1.0}
 
@@ -84,9 +82,6 @@ METRICS = (
 )
 
 
-# --------------------------------------------------------------------------------------------------------- events
-
-
 class Events:
     """The last ``keep`` events, and those who wait for the next one."""
 
@@ -129,9 +124,6 @@ class Events:
                     yield b": keep-alive\n\n"
         finally:
             self.streams -= 1
-
-
-# ------------------------------------------------------------------------------------------------------- log lines
 
 
 class RequestLog:

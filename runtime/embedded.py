@@ -357,8 +357,8 @@ class Embedded:
         try:
             self._run(account, "pg_ctl", "-w", "-t", f"{START_LIMIT:.0f}", "-l", f"{here}/log", "-o", options, "start")
         except EmbeddedError as error:
-            said = self._do(account, ["tail", "-c", f"+{size + 1}", "log"]).stdout
-            raise EmbeddedError(_reason(said) if said else str(error)) from None
+            text = self._do(account, ["tail", "-c", f"+{size + 1}", "log"]).stdout
+            raise EmbeddedError(_reason(text) if text else str(error)) from None
 
     def _end(self, account: Account) -> None:
         try:

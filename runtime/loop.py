@@ -110,9 +110,6 @@ class TaskSupervisor:
         await asyncio.gather(*self.running.values(), return_exceptions=True)
 
 
-# -------------------------------------------------------------------------------------------------------- signals
-
-
 @contextlib.contextmanager
 def blocked(*numbers: signal.Signals) -> Iterator[None]:
     """Block these signals in this thread, and so in each process that is started meanwhile until it wants them."""
@@ -171,7 +168,7 @@ def stopped_by_signals_in_a_thread(stop: Callable[[], object]) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def heard_before_the_server(call: Callable[[], object]) -> Iterator[Callable[[], object]]:
+def handled_before_the_server(call: Callable[[], object]) -> Iterator[Callable[[], object]]:
     """Have ``call`` called in the running loop at SIGINT and SIGTERM, before the server that waits for them too.
 
     Gives a function that is for the server as one more SIGINT, after which it waits for nobody."""

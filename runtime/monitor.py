@@ -27,8 +27,6 @@ PATIENCE = 5.0  # seconds from the beginning of such a connection to its end
 HEAD = 8 << 10  # bytes of a request's head, at most
 BODY = 64 << 10  # bytes of what comes after it. Nobody needs a body: it is read and forgotten.
 
-# -------------------------------------------------------------------------------------------------------- metrics
-
 
 class Measure(NamedTuple):
     """A metric: ``read`` is an attribute of the counts, or a function of them; None: the metric is not shown."""
@@ -87,8 +85,6 @@ def health_of(counts: Any, imbalance: int, degraded: bool, **body: Any) -> tuple
     code = 200 if state in ("ok", "degraded") else 503
     return code, {"status": state, "imbalance": imbalance, **counts._asdict(), **body}
 
-
-# --------------------------------------------------------------------------------------------------------- server
 
 Routes = Mapping[str, Callable[[], tuple[int, str, bytes]]]  # by path: status code, content type, body
 

@@ -64,8 +64,8 @@ class Unavailable(RuntimeError):
 
 def is_away(error: BaseException) -> bool:
     """Whether an error says that the database, or the way to it, is gone; not that it dislikes what was asked."""
-    gone = (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError, Unavailable)
-    return isinstance(error, gone) or (
+    away = (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError, Unavailable)
+    return isinstance(error, away) or (
         isinstance(error, asyncpg.InterfaceError) and not isinstance(error, (asyncpg.DataError, ValueError))
     )
 
@@ -95,8 +95,6 @@ def _cut(connection: Any) -> None:
     with contextlib.suppress(Exception):
         connection.terminate()
 
-
-# ---------------------------------------------------------------------------------------------------------- the pool
 
 DatabaseState = Literal["none", "connecting", "connected", "down"]
 
@@ -274,9 +272,6 @@ class Database:
         probe, self._probe = self._probe, None
         if probe is not None:
             _cut(probe)
-
-
-# -------------------------------------------------------------------------------------------------------- the writer
 
 
 class WriterStats(NamedTuple):
