@@ -75,8 +75,9 @@ class Aggregator(Starlette):
         wait = self._wait(client) if self._rate else 0.0
         if plain and not wait and service is not None and size <= MAX_HEADERS:
             kept = service.kept.get((scope["path"], scope["query_string"]))
-            if kept is not None and started < kept.until:
-                kept.hits += 1
+            if kept is not None:
+                for answers, state in kept.counted:
+                    answers[state] += 1
                 headers = [*kept.headers, (b"x-request-id", identity)]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 await send({"type": "http.response.body", "body": kept.body})

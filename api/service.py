@@ -10,9 +10,10 @@ import contextlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import asyncpg
 import orjson
@@ -23,7 +24,7 @@ from api.report import inspect_host
 from api.telemetry import METRICS, Events, RequestLog
 from api.upstreams import Load, Loaded, Source, request_id
 from coordination import Semaphore, T
-from primitives import State
+from primitives import State, TTLCache
 from runtime.loop import Lag
 from runtime.monitor import Exporter
 from runtime.postgres import Database, Unavailable
@@ -41,14 +42,14 @@ REPORTS, LOOKS = 16, 4  # reports, and looks at hosts for them, at a time
 PLACES = 256  # calls under way to all upstreams together
 
 
-class KeptAnswer:
+class KeptAnswer(NamedTuple):
     """An answer as it was sent, to be sent again."""
 
-    __slots__ = ("body", "headers", "hits", "states", "until")
-
-    def __init__(self, until: float, headers: list[tuple[bytes, bytes]], body: bytes, states: dict[str, str]) -> None:
-        self.until, self.headers, self.body, self.states = until, headers, body, states
-        self.hits = 0
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    states: dict[str, str]
+    counted: list[tuple[Counter[str], str]]
+    """Where it is counted, as what."""
 
 
 class Service:
@@ -65,8 +66,8 @@ class Service:
         self.force: Callable[[], object] = lambda: None
         self.timers: list[asyncio.TimerHandle] = []
         self.tasks: dict[str, asyncio.Task[Any]] = {}
-        self.kept: dict[tuple[str, bytes], KeptAnswer] = {}
-        self.kept_bytes = self.changes = 0
+        self.kept: TTLCache[tuple[str, bytes], KeptAnswer] = TTLCache(KEPT_MOST, KEPT, maxweight=KEPT_BYTES)
+        self.changes = 0
         for source in sources.values():
             source.listeners.append(self.loaded)
             source.changed = self.settle
@@ -102,27 +103,10 @@ class Service:
         self.events.publish("breaker", fields)
         self.log.note("breaker", request_id.get(), fields)
 
-    def keep(self, asked: tuple[str, bytes], kept: KeptAnswer) -> None:
-        self.drop(asked)
-        if len(self.kept) >= KEPT_MOST or self.kept_bytes + len(kept.body) > KEPT_BYTES:
-            self.settle()
-        if len(kept.body) <= KEPT_BYTES:
-            self.kept[asked] = kept
-            self.kept_bytes += len(kept.body)
-
-    def drop(self, asked: tuple[str, bytes]) -> None:
-        """Send a kept answer no more. How often it was is counted now."""
-        kept = self.kept.pop(asked, None)
-        if kept is not None:
-            self.kept_bytes -= len(kept.body)
-            for name, state in kept.states.items():
-                self.sources[name].answers[state] += kept.hits
-
     def settle(self) -> None:
         """Something changed: no kept answer is sent again."""
         self.changes += 1
-        for asked in list(self.kept):
-            self.drop(asked)
+        self.kept.clear()
 
     async def renew(self) -> None:
         """Load what is in use before it gets stale, until the stop."""

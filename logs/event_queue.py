@@ -58,9 +58,9 @@ class EventQueue:
 
     The bytes are an estimate of the memory: ``EVENT_BYTES`` and the strings that a sender can make long.
 
-    Not built on ``primitives.Batch``: that one hands out all it has, has one size and no bytes, and takes items one by
-    one under a lock. Measured for each event (500 put at once, 1,000 taken, 90,000 waiting): 0.14 µs, 0.3 for
-    ``drop-lowest-severity``; when it is full 0.2 and 1.1; put one by one 0.8 and 1.5.
+    Not built on ``primitives.Batch``, which hands out all it has and takes items one by one, under a lock. Measured
+    for each event (500 put at once, 1,000 taken, 90,000 waiting): 0.14 µs, 0.3 for ``drop-lowest-severity``; when it is
+    full 0.2 and 1.1; put one by one 0.8 and 1.5.
 
     Inside: ``_items`` and their ``_sizes``, lists that begin at position ``_base`` of all that was ever admitted. An
     event that gave way leaves None, never at the head; ``_levels`` holds for each severity the positions that wait, for

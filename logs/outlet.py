@@ -16,7 +16,6 @@ import asyncio
 import logging
 import math
 import random
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from collections.abc import Callable, Sequence
 from coordination import Clock, Rng, wait_for_event
 from logs.options import IngestOptions
 from logs.store import BatchOutcome, Store
-from primitives import RetryPolicy
+from primitives import Backoff
 from runtime.postgres import Database
 from runtime.spool import EncodedBatch, Spool
 
@@ -38,7 +37,7 @@ PATIENCE = 5.0
 """Seconds from the start for which batches wait for the first connection, and are not spooled yet."""
 DISTRUST = 1.0
 """Seconds for which a database that is there, but could not write, is not asked again."""
-BACK_OFF = RetryPolicy(attempts=sys.maxsize, base=0.1, cap=5.0, total=math.inf)
+BACK_OFF = 0.1, 5.0
 """How long to wait before the spool is replayed again after a failure."""
 
 
@@ -223,7 +222,7 @@ class Outlet:
 
     async def replay(self) -> None:
         """Store what is in the spools, in their order, whenever there is a database."""
-        failures = 0
+        backoff = Backoff(*BACK_OFF, self._rng)
         while True:
             spool = next((each for each in self.spools[::-1] if each.stats().batches), None)
             if spool is None:
@@ -246,12 +245,11 @@ class Outlet:
                 outcomes = await self._store.write(batches)
             except Exception as error:
                 self._away(error)
-                failures += 1
                 self._moved.set()
-                await asyncio.sleep(BACK_OFF.delay(failures, self._rng) or 0.0)
+                await asyncio.sleep(backoff.next())
                 continue
             self.spooled_rows -= rows_in(batches)
             self._count(batches, outcomes)
-            failures = 0
+            backoff.reset()
             await spool.remove([name for name, _ in found])  # which may be cancelled in the middle
             self._moved.set()
