@@ -55,6 +55,7 @@ class Aggregator(Starlette):
         self.service: Service | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request (ASGI)."""
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return

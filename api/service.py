@@ -48,8 +48,7 @@ class KeptAnswer(NamedTuple):
     headers: list[tuple[bytes, bytes]]
     body: bytes
     states: dict[str, str]
-    counted: list[tuple[Counter[str], str]]
-    """Where it is counted, as what."""
+    counted: list[tuple[Counter[str], str]]  # the counts of its sources, and the state to count
 
 
 class Service:
@@ -104,7 +103,7 @@ class Service:
         self.log.note("breaker", request_id.get(), fields)
 
     def settle(self) -> None:
-        """Something changed: no kept answer is sent again."""
+        """Send no kept answer again: something changed."""
         self.changes += 1
         self.kept.clear()
 

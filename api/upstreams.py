@@ -56,7 +56,7 @@ class UpstreamError(Exception):
 
 
 class Data:
-    """What an upstream said, encoded once: every answer that has it in it copies ``json`` and hashes ``digest``."""
+    """The answer of an upstream, encoded once: each of our answers copies ``json`` and hashes ``digest``."""
 
     __slots__ = ("digest", "encoded", "json", "value")
 
@@ -67,7 +67,7 @@ class Data:
 
 
 class Part(NamedTuple):
-    """What is known of one source for one answer."""
+    """One source in one answer."""
 
     state: str
     data: Data | None = None
@@ -97,7 +97,7 @@ class Loaded(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What a load came to, for those who listen; ``latency`` in seconds."""
+    """The result of a load, for listeners; ``latency`` in seconds."""
 
     source: str
     parameters: dict[str, str]
@@ -115,8 +115,7 @@ class Source:
     ) -> None:
         self.upstream, self._session, self._all_places, self._clock = upstream, session, places, clock
         self.listeners: list[Callable[[Load], None]] = []  # called for each load that ended, in its task
-        self.changed: Callable[[], None] = lambda: None
-        """Called when there may be another answer than a moment ago, but for the passing of time."""
+        self.changed: Callable[[], None] = lambda: None  # called when there may be another answer than a moment ago
         self.renewals = Renewals(upstream.ttl, upstream.keys)
         self.cache: TTLCache[Key, Loaded] = TTLCache(
             upstream.keys, upstream.ttl, stale=upstream.stale, stale_if_error=upstream.stale_if_error, clock=clock
@@ -137,8 +136,7 @@ class Source:
         self._fallback = None if upstream.fallback is None else Data(upstream.fallback)
         self._budget, self._hedges = RetryBudget(), RetryBudget()
         self._policy = RetryPolicy(1 + upstream.retries, base=0.05, cap=1.0, total=upstream.timeout)
-        self.running: set[asyncio.Task[Loaded]] = set()
-        """Tasks that wait for loads; who leaves his does not end the load."""
+        self.running: set[asyncio.Task[Loaded]] = set()  # tasks that wait for loads
         self.calls = self.failures = 0
         self._forgot = -math.inf
         self.answers: Counter[str] = Counter()  # parts of answers by their state
@@ -155,7 +153,7 @@ class Source:
         return tuple(given.get(name, default) for name, default in self.upstream.parameters.items())
 
     def known(self, key: Key) -> tuple[Part | None, asyncio.Task[Loaded] | None]:
-        """What can be said at once, and the load to wait for if that is nothing."""
+        """The part that the cache gives at once; else None, and the load to wait for."""
         self.renewals.asked(key)
         hit = self.cache.lookup(key)
         if hit is None or hit.state == "expired":
@@ -173,7 +171,7 @@ class Source:
         return Part(state, loaded.data, age, loaded.latency, error, left)
 
     def outcome(self, key: Key, load: asyncio.Task[Loaded]) -> Part:
-        """What is known once the deadline came, or the load ended: its answer, else what is left of an older one."""
+        """The part when the deadline came, or the load ended: its answer, else what is left of an older one."""
         if load.done() and not load.cancelled() and load.exception() is None:
             loaded = load.result()
             age = self._clock() - loaded.at  # others in the same answer may have taken long since
@@ -197,8 +195,8 @@ class Source:
         return Part(state, error=error, retry_after=wait)
 
     def refresh(self, key: Key, anew: bool = False) -> asyncio.Task[Loaded]:
-        """A task that waits for the load of ``key``: that under way, or a new one, if nothing fresh is there by then
-        (``anew``: whatever is there)."""
+        """A task that waits for the load of ``key``: that under way, or a new one if nothing fresh is there (``anew``:
+        whatever is there)."""
         load = asyncio.create_task(
             self.cache.get_or_load_async(key, lambda: self._load(key), anew=anew), name=f"load {self.upstream.name}"
         )
@@ -209,11 +207,11 @@ class Source:
     def _ended(self, load: asyncio.Task[Loaded]) -> None:
         self.running.discard(load)
         if not load.cancelled():
-            load.exception()  # it was told in ``_load``
+            load.exception()  # ``_load`` has logged it
         self.changed()
 
     def renew(self) -> int:
-        """Load what is in use and about to expire; how many loads that began."""
+        """Load what is in use and about to expire; returns how many loads that began."""
         due = [key for key in self.renewals.due(self._clock()) if not self.cache.loading(key)]
         for key in due:
             self.refresh(key, anew=True)
@@ -316,7 +314,7 @@ class Source:
         return data
 
     def forget(self, key: Key | None = None) -> None:
-        """Keep neither the answer for ``key`` (None: for any) nor what is being loaded for it."""
+        """Drop the answer for ``key`` (None: for any), and what is being loaded for it."""
         self._forgot = self._clock()
         if key is None:
             self.cache.clear()
