@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 KEEP_ALIVE = 15.0  # seconds after which a silent stream says that it is still there
 WAITING = 20_000  # log lines that may wait for the output
 GATHER = 0.2  # seconds in which log lines gather to be written together
-
-
 CIRCUIT = {"closed": 0.0, "half_open": 0.5, "open": 1.0}
 
 

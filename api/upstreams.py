@@ -58,10 +58,10 @@ class UpstreamError(Exception):
 class Data:
     """The answer of an upstream, encoded once: each of our answers copies ``json`` and hashes ``digest``."""
 
-    __slots__ = ("digest", "encoded", "json", "value")
+    __slots__ = ("digest", "encoded", "json")
 
     def __init__(self, value: Any) -> None:
-        self.value, self.encoded = value, orjson.dumps(value)
+        self.encoded = orjson.dumps(value)
         self.json = orjson.Fragment(self.encoded)
         self.digest = hashlib.blake2b(self.encoded, digest_size=12).hexdigest()
 
@@ -143,10 +143,6 @@ class Source:
         self.latencies: deque[float] = deque(maxlen=1000)  # seconds that the last loads took, failed ones included
         self.last_success: datetime | None = None
         self.last_error: str | None = None
-
-    def named(self, key: Key) -> dict[str, str]:
-        """The parameters of ``key``, by name."""
-        return dict(zip(self.upstream.parameters, key, strict=True))
 
     def key(self, given: Mapping[str, str]) -> Key:
         """The key of these parameters; what is missing has its default."""
@@ -240,7 +236,8 @@ class Source:
             failure = problem if isinstance(problem, UpstreamError) else None
             if data is not None or failure is not None:
                 self.latencies.append(latency)
-                self._tell(Load(self.upstream.name, self.named(key), at, latency, data, failure))
+                parameters = dict(zip(self.upstream.parameters, key, strict=True))
+                self._tell(Load(self.upstream.name, parameters, at, latency, data, failure))
             problem = failure = None  # its traceback leads here
         loaded = Loaded(data, latency, self._clock())
         if self.cache.generation(key) == generation:

@@ -53,11 +53,12 @@ BACK_OFF = 0.2, 2.0
 
 
 class Unavailable(RuntimeError):
-    """There is no database just now; ``retry_after`` is in seconds."""
+    """There is no database just now."""
 
-    def __init__(self, state: str, retry_after: float = 2.0) -> None:
+    retry_after = 2.0  # seconds
+
+    def __init__(self, state: str) -> None:
         super().__init__(f"database {state}")
-        self.retry_after = retry_after
 
 
 def is_away(error: BaseException) -> bool:
