@@ -51,7 +51,7 @@ HOST_ERRORS = (
 class Columns(NamedTuple):
     """The fetches of one source, oldest first, one column each: arrays are pickled as fast as they are copied."""
 
-    times: array[float]  # unix times
+    times: array[float]  # seconds since 1970
     latencies: array[float]  # seconds; NaN where there is none
     statuses: Sequence[str]  # ``ok``, or the kind of the error
 
