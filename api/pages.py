@@ -151,15 +151,15 @@ async def report(request: Request) -> Response:
         with _history_or_503():
             async with asyncio.timeout(REPORT_LIMIT):
                 rows = {name: Columns(*await service.history.outcomes(name, since, OUTCOMES)) for name in names}
-                looks = {name: service.look(name) for name in names}
+                tasks = {name: service.inspection(name) for name in names}
                 figures = await service.processes.run(summarise, rows, timeout=REPORT_LIMIT)
-        if looks:  # whose name is not found in time is no reason to say nothing at all
-            await asyncio.wait(looks.values(), timeout=max(0.0, until - time.monotonic()))
+        if tasks:  # whose name is not found in time is no reason to say nothing at all
+            await asyncio.wait(tasks.values(), timeout=max(0.0, until - time.monotonic()))
     except (PoolClosed, WorkerDied):
         raise Problem(503, "no report could be computed", {"Retry-After": "2"}) from None
     finally:
         service.reports -= 1
-    hosts = {name: look.result() if look.done() and not look.cancelled() else UNSEEN for name, look in looks.items()}
+    hosts = {name: task.result() if task.done() and not task.cancelled() else UNSEEN for name, task in tasks.items()}
     shown = {name: {**figures[name], "host": hosts[name]} for name in names}
     generated_at = datetime.now(UTC).isoformat(timespec="milliseconds")
     return reply({"generated_at": generated_at, "hours": hours, "sources": shown}, {"Cache-Control": "no-store"})

@@ -36,9 +36,9 @@ GRACE = 5.0  # seconds that loads under way get when the server stops
 KEPT, KEPT_MOST, KEPT_BYTES = 0.05, 1000, 16_000_000
 """Seconds for which an assembled answer is handed out again; how many there may be, and of how many bytes in sum."""
 RENEW_EVERY, RETAIN_EVERY = 0.1, 600.0
-"""Seconds between two looks for what is to be renewed, and for what is too old to be kept."""
+"""Seconds between two searches for what is to be renewed, and for what is too old to be kept."""
 WARM = 3.0  # seconds that the start waits for the database and what it knows
-REPORTS, LOOKS = 16, 4  # reports, and looks at hosts for them, at a time
+REPORTS, INSPECTIONS = 16, 4  # reports, and inspections of hosts for them, at a time
 PLACES = 256  # calls under way to all upstreams together
 
 
@@ -58,7 +58,7 @@ class Service:
         self.sources, self.database, self.history = sources, database, History(database)
         self.lag, self.events, self.log = Lag(), Events(), RequestLog(output)
         self.processes = Processes(waiting=REPORTS)
-        self.reports, self.looks = 0, Semaphore(LOOKS)
+        self.reports, self._inspections = 0, Semaphore(INSPECTIONS)
         self.registry = CollectorRegistry()
         self.registry.register(cast(Any, Exporter(METRICS, lambda: self)))
         self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
@@ -69,7 +69,7 @@ class Service:
         self.changes = 0
         for source in sources.values():
             source.listeners.append(self.loaded)
-            source.changed = self.settle
+            source.changed = self.drop_kept
             source.breaker.listen(self._switched)
 
     def begin(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -102,7 +102,7 @@ class Service:
         self.events.publish("breaker", fields)
         self.log.note("breaker", request_id.get(), fields)
 
-    def settle(self) -> None:
+    def drop_kept(self) -> None:
         """Send no kept answer again: something changed."""
         self.changes += 1
         self.kept.clear()
@@ -141,11 +141,11 @@ class Service:
                     source.warm(source.key(given), orjson.loads(result.payload), age, result.latency)
                 await asyncio.sleep(0)
 
-    def look(self, name: str) -> asyncio.Task[dict[str, Any]]:
+    def inspection(self, name: str) -> asyncio.Task[dict[str, Any]]:
         """The inspection of a source's host that is under way, or a new one: one, however many reports want it."""
 
         async def inspect() -> dict[str, Any]:
-            async with self.looks:
+            async with self._inspections:
                 return await in_daemon(inspect_host, self.sources[name].upstream.url)
 
         return self.tasks.get(f"look at {name}") or self.begin(f"look at {name}", inspect())

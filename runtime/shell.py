@@ -86,7 +86,7 @@ def open_http(address: str | None, stack: contextlib.ExitStack, log: logging.Log
 
 
 @contextlib.contextmanager
-def around(name: str, log: logging.Logger) -> Iterator[None]:
+def prepared_process(name: str, log: logging.Logger) -> Iterator[None]:
     """Surround a process of a program: lines for stderr are queued, with its name; garbage is collected rarely."""
     finish = queue_stderr(name)
     try:
@@ -110,7 +110,7 @@ def run(
     entered into the stack is closed after the loop.
 
     Returns the exit code: the program's, or 1 if there were faults or the demo did not come out right."""
-    with around(name, log):
+    with prepared_process(name, log):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the demo's servers do not outlive us
         try:
             with contextlib.ExitStack() as stack:

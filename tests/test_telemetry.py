@@ -227,7 +227,7 @@ def test_notes_every_request_once_and_the_loads_behind_it(app_world: World) -> N
                     status, headers, _ = await ask(app, path, headers={"X-Request-ID": f"r{i}"})
                     assert (status, headers["x-request-id"]) == (200, f"r{i}")
                 app_world.now += 10.0
-                app.service.settle()
+                app.service.drop_kept()
                 await ask(app, "/aggregate/a?x=1", headers={"X-Request-ID": "wrong"})
                 await ask(app, "/aggregate/a", headers={"X-Request-ID": "stale"})
                 await until_async(lambda: not app.service.sources["a"].running)
