@@ -20,6 +20,7 @@ from api.config import Key
 from api.requests import Problem, authorised, check, known_sources, names_in, query_of, reply, service_of, whole_number
 from api.service import KEPT, KeptAnswer
 from api.upstreams import Loaded, Part, Source
+from coordination import fan_out
 
 DEADLINE_MS = 1, 1000, 30_000  # the least, usual and greatest ``deadline_ms``
 
@@ -41,15 +42,15 @@ def parse_request(request: Request, names: Sequence[str] | None) -> tuple[dict[s
 async def gather(sources: Mapping[str, Source], given: Mapping[str, str], deadline: float) -> dict[str, Part]:
     """A part for each source, after ``deadline`` seconds at the latest. Loads go on."""
     parts: dict[str, Part | None] = {}
-    loads: dict[str, tuple[Key, asyncio.Task[Loaded]]] = {}
+    keys: dict[str, Key] = {}
+    loads: dict[str, asyncio.Task[Loaded]] = {}
     for name, source in sources.items():
-        key = source.key(given)
-        parts[name], load = source.known(key)
+        keys[name] = source.key(given)
+        parts[name], load = source.known(keys[name])
         if load is not None:
-            loads[name] = key, load
-    if loads:
-        await asyncio.wait([load for _, load in loads.values()], timeout=deadline)
-    return {name: part if part is not None else sources[name].outcome(*loads[name]) for name, part in parts.items()}
+            loads[name] = load
+    ended = await fan_out(loads, deadline, cancel=False)
+    return {name: part or sources[name].outcome(keys[name], ended[name]) for name, part in parts.items()}
 
 
 async def aggregate(request: Request) -> Response:

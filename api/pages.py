@@ -26,7 +26,8 @@ from starlette.responses import Response, StreamingResponse
 
 from api.report import Columns, summarise
 from api.requests import Problem, check, known_sources, names_in, parse_time, query_of, reply, service_of, whole_number
-from api.service import REPORTS, log
+from api.service import log
+from coordination import fan_out
 from runtime.postgres import Unavailable
 from runtime.processes import PoolClosed, WorkerDied
 
@@ -144,23 +145,21 @@ async def report(request: Request) -> Response:
     check(query, ("hours", "sources"))
     hours = whole_number(query, "hours", *HOURS)
     since, until = datetime.now(UTC) - timedelta(hours=hours), time.monotonic() + REPORT_LIMIT
-    if service.reports >= REPORTS:
+    if not service.reports.try_acquire():
         raise Problem(503, "too many reports", {"Retry-After": "2"})
-    service.reports += 1
     try:
         with _history_or_503():
             async with asyncio.timeout(REPORT_LIMIT):
                 rows = {name: Columns(*await service.history.outcomes(name, since, OUTCOMES)) for name in names}
                 tasks = {name: service.inspection(name) for name in names}
                 figures = await service.processes.run(summarise, rows, timeout=REPORT_LIMIT)
-        if tasks:  # whose name is not found in time is no reason to say nothing at all
-            await asyncio.wait(tasks.values(), timeout=max(0.0, until - time.monotonic()))
+        # whose name is not found in time is no reason to say nothing at all
+        hosts = await fan_out(tasks, max(0.001, until - time.monotonic()), cancel=False)
     except (PoolClosed, WorkerDied):
         raise Problem(503, "no report could be computed", {"Retry-After": "2"}) from None
     finally:
-        service.reports -= 1
-    hosts = {name: task.result() if task.done() and not task.cancelled() else UNSEEN for name, task in tasks.items()}
-    shown = {name: {**figures[name], "host": hosts[name]} for name in names}
+        service.reports.release()
+    shown = {name: {**figures[name], "host": hosts[name].value or UNSEEN} for name in names}
     generated_at = datetime.now(UTC).isoformat(timespec="milliseconds")
     return reply({"generated_at": generated_at, "hours": hours, "sources": shown}, {"Cache-Control": "no-store"})
 

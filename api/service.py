@@ -23,7 +23,7 @@ from api.history import History, Result
 from api.report import inspect_host
 from api.telemetry import METRICS, Events, RequestLog
 from api.upstreams import Load, Loaded, Source, request_id
-from coordination import Semaphore, T
+from coordination import Semaphore, T, cancel_all
 from primitives import State, TTLCache
 from runtime.loop import Lag
 from runtime.monitor import Exporter
@@ -58,7 +58,7 @@ class Service:
         self.sources, self.database, self.history = sources, database, History(database)
         self.lag, self.events, self.log = Lag(), Events(), RequestLog(output)
         self.processes = Processes(waiting=REPORTS)
-        self.reports, self._inspections = 0, Semaphore(INSPECTIONS)
+        self.reports, self._inspections = Semaphore(REPORTS), Semaphore(INSPECTIONS)
         self.registry = CollectorRegistry()
         self.registry.register(cast(Any, Exporter(METRICS, lambda: self)))
         self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
@@ -177,9 +177,7 @@ class Service:
         self.stop()
         for timer in self.timers:
             timer.cancel()
-        for task in self.tasks.values():
-            task.cancel()
-        await asyncio.gather(*list(self.tasks.values()), return_exceptions=True)
+        await cancel_all(self.tasks.values())
         while loads := [load for source in self.sources.values() for load in source.running]:
             await asyncio.wait(loads, timeout=max(0.0, self.patience - time.monotonic()))
             await asyncio.wait(self.cancel_loads() or loads)

@@ -31,7 +31,7 @@ import orjson
 
 from api.config import Key, Upstream
 from api.renewals import Renewals
-from coordination import Clock, Semaphore, hedged
+from coordination import Clock, Outcome, Semaphore, hedged
 from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, TTLCache, retry_async
 from runtime.http_dates import parse_retry_after
 
@@ -166,20 +166,18 @@ class Source:
         left = max(0.0, self.upstream.ttl + window - age)
         return Part(state, loaded.data, age, loaded.latency, error, left)
 
-    def outcome(self, key: Key, load: asyncio.Task[Loaded]) -> Part:
+    def outcome(self, key: Key, load: Outcome[Loaded]) -> Part:
         """The part when the deadline came, or the load ended: its answer, else what is left of an older one."""
-        if load.done() and not load.cancelled() and load.exception() is None:
-            loaded = load.result()
+        loaded, problem = load.value, load.error
+        if loaded is not None:
             age = self._clock() - loaded.at  # others in the same answer may have taken long since
             return self._part("fresh" if age < self.upstream.ttl else "stale", loaded, age)
-        state, error, wait = "timeout", "not here in time", 1.0
-        if load.done() and not load.cancelled():
-            problem = load.exception()
-            state, error = "error", str(problem) if isinstance(problem, UpstreamError) else "internal error"
-            if isinstance(problem, CircuitOpen):
-                wait = problem.retry_after
-                state, error = "open", f"circuit open for another {wait:.1f} s"
-        return self._instead(key, state, error, wait)
+        if isinstance(problem, CircuitOpen):
+            wait = problem.retry_after
+            return self._instead(key, "open", f"circuit open for another {wait:.1f} s", wait)
+        if isinstance(problem, Exception):
+            return self._instead(key, "error", str(problem) if isinstance(problem, UpstreamError) else "internal error")
+        return self._instead(key, "timeout", "not here in time")
 
     def _instead(self, key: Key, state: str, error: str, wait: float = 1.0) -> Part:
         """An older answer within its window, else the fallback, else why there is none."""

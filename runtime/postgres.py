@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
-from coordination import Clock, Rng, stats_repr, wait_for_event
+from coordination import Clock, Rng, cancel_all, stats_repr, wait_for_event
 from primitives import Backoff, Batch
 from runtime.embedded import CHECK_LIMIT, START_LIMIT, Embedded
 
@@ -158,8 +158,7 @@ class Database:
     async def close(self) -> None:
         """Close the connections and stop the embedded server, if it is not used by others."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await cancel_all([self._task])
             self._task = None
         self._enter("none", None)
         pool, self._pool = self._pool, None
@@ -375,8 +374,7 @@ class Writer(Generic[R]):
         try:
             await asyncio.wait([task], timeout=timeout)
         finally:
-            task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+            await cancel_all([task])
         self._lost += self._queued
         lost, self._queued, self._bytes = self._queued, 0, 0
         return lost
