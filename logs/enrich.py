@@ -32,9 +32,7 @@ then stays unknown, until somebody asks again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import queue
 import random
 import time
 from collections import Counter
@@ -43,7 +41,7 @@ from typing import Any, NamedTuple
 
 import yarl
 
-from coordination import Channel, ChannelClosed, Clock, Rng, stats_repr
+from coordination import Clock, Rng, WorkerPool, stats_repr
 from logs.metadata import UNKNOWN, MetadataClient, MetadataError, Unknown
 from logs.parse import Metadata
 from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, SingleFlight, TTLCache, retry_async
@@ -133,10 +131,8 @@ class Enricher:
         self._budget = RetryBudget()
         self._policy = RetryPolicy(attempts=2, base=0.05, cap=0.5, total=timeout)
         self._flights = SingleFlight()
-        self._channel: Channel[str] | None = None  # names to load; None while the enricher is not open
-        self._asked: dict[str, asyncio.Future[None]] = {}
-        """What is in the channel or being loaded from it, until that has ended."""
-        self._workers: list[asyncio.Task[None]] = []
+        self._pool: WorkerPool[str] | None = None  # loads names; None while the enricher is not open
+        self._asked: dict[str, asyncio.Future[None]] = {}  # what is in the pool, until that has ended
         self._looks = self._misses = self._loads = self._turned_away = self._waits = 0
         self._failures: Counter[str] = Counter()
         self._last_error: str | None = None
@@ -148,29 +144,23 @@ class Enricher:
 
     async def open(self) -> None:
         """Begin to load what is asked for. Without an API nothing is started."""
-        if self._channel is not None:
+        if self._pool is not None:
             raise RuntimeError("the enricher is open already")
         if self.client is None:
             return
         self.client.open()
         self._front.clear()
-        channel = self._channel = Channel(self.waiting)
-        self._workers = [asyncio.create_task(self._work(channel), name=f"enrich {n}") for n in range(self.tasks)]
+        self._pool = WorkerPool(self._load_asked, self.tasks, self.waiting, name="enrich").start_tasks()
 
     async def close(self) -> None:
         """Give up what is being loaded; whoever waits goes on. ``look`` still answers what is known."""
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.close()
+        pool, self._pool = self._pool, None
         for service in list(self._asked):
             self._end_wait(service)
         self._asked.clear()
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            worker.cancel()
         try:
-            if workers:
-                await asyncio.wait(workers)
+            if pool is not None:
+                await pool.close_async(0)
         finally:
             if self.client is not None:
                 await self.client.close()
@@ -212,11 +202,11 @@ class Enricher:
         return found
 
     def _ask(self, service: str) -> None:
-        if self._channel is None or service in self._asked:
+        if self._pool is None or service in self._asked:
             return
         try:
-            self._channel.put_nowait(service)
-        except queue.Full:
+            self._pool.submit(service, 0)
+        except TimeoutError:
             self._turned_away += 1
         else:
             self._asked[service] = asyncio.get_running_loop().create_future()
@@ -242,20 +232,16 @@ class Enricher:
         if end is not None and not end.done():
             end.set_result(None)
 
-    async def _work(self, channel: Channel[str]) -> None:
-        with contextlib.suppress(ChannelClosed):
-            while True:
-                service = await channel.get_async()
-                try:
-                    await self.load(service)
-                finally:
-                    self._end_wait(service)
-                    self._asked.pop(service, None)
-                await asyncio.sleep(0)  # else a queue full of what the open circuit refuses would keep the loop
+    async def _load_asked(self, service: str) -> None:
+        try:
+            await self.load(service)
+        finally:
+            self._end_wait(service)
+            self._asked.pop(service, None)
 
     async def load(self, service: str) -> Found:
         """What the API says, unless it said so just now; None if that failed, or if nothing is open."""
-        if self._channel is None:
+        if self._pool is None:
             return None
         try:
             found: Found = await self._flights.do_async(service, lambda: self._load(service))
@@ -330,7 +316,7 @@ class Enricher:
             retries=self._budget.stats().retries,
             refused=breaker.refused,
             turned_away=self._turned_away,
-            waiting=0 if self._channel is None else len(self._channel),
+            waiting=0 if self._pool is None else self._pool.stats().queued,
             loading=self._flights.stats().flights,
             waits=self._waits,
             breaker=breaker.state,

@@ -38,7 +38,7 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from coordination import Clock, Rng, stats_repr
+from coordination import Clock, Rng, cancel_all, stats_repr
 from market.backlog import FLIGHT, Backlog, Counts, LatestRows
 from market.overflow import Overflow
 from market.producer import AT_ONCE, Producer
@@ -82,12 +82,6 @@ class PublisherStats(NamedTuple):
     connects: int
     error: str
     """The last one."""
-
-
-async def _end(task: asyncio.Task[Any]) -> None:
-    """Cancel, and wait until it is over."""
-    task.cancel()
-    await asyncio.wait({task})
 
 
 async def _finish(task: asyncio.Task[None]) -> None:
@@ -297,7 +291,7 @@ class Publisher:
         for task in self._tasks[2:]:
             while overflow is not None and overflow.spilling:
                 await self._changed.wait()
-            await _end(task)
+            await cancel_all([task])
         if overflow is not None and (backlog.waiting or (backlog.under_way and not backlog.files)):
             await overflow.spill()
         await asyncio.gather(self._producer.drop(), self._analytics_producer.drop())
@@ -362,7 +356,7 @@ class Publisher:
             log.warning("kafka: the spool cannot be read: %s", error)
             await asyncio.wait({self._ending}, timeout=ASK_AGAIN)
         finally:
-            await _end(reading)
+            await cancel_all([reading])
             if removing is not None:
                 await removing
 
@@ -408,7 +402,7 @@ class Publisher:
                     late()
         finally:
             if not task.done():
-                await _end(task)
+                await cancel_all([task])
         if task.cancelled():
             return False
         task.result()
