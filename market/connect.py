@@ -87,8 +87,8 @@ class Feed:
 
     `adapter` is copied (`fresh`); the copy is `self.adapter`, whose `context` a dead letter needs, as it is when `dead`
     is called. `url`: instead of the exchange's own. `session`: shared; None: one of its own. `turn`: seconds of the
-    loop at a time. `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts, or
-    messages. ValueError for symbols that the exchange cannot have, or not so many.
+    loop at a time. `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts.
+    ValueError for symbols that the exchange cannot have, or not so many.
     """
 
     def __init__(

@@ -144,7 +144,7 @@ class FeedSocket:
         silent_after = adapter.silent_after if times.silent_after is None else times.silent_after
         self._limits = Limits(now, times, silent_after, adapter.ping_every or math.inf)
         self._received_at = self._message_at = now  # when anything came; when anything but a pong came
-        self._reading = self._cut = self._leaving = False
+        self._reading = self._cut = self._finishing = False
         """Whether the reader waits for a frame; whether it is to read no more; whether it has ended."""
         self._wanted = math.inf  # acknowledgements; before ``subscribed`` it is not known how many
         self._acks = self._refusals = 0
@@ -156,7 +156,7 @@ class FeedSocket:
     @property
     def state(self) -> Literal["subscribing", "live", "closing"]:
         """What it is about."""
-        if self._leaving or self.ending is not None:
+        if self._finishing or self.ending is not None:
             return "closing"
         return "subscribing" if self.live_since is None else "live"
 
@@ -175,11 +175,8 @@ class FeedSocket:
         self._count_acks()
 
     def _count_acks(self) -> None:
-        if (
-            self.state == "subscribing"
-            and self._acks + self._refusals >= self._wanted
-            and (self._acks or not self._wanted)
-        ):
+        answered = self._acks + self._refusals >= self._wanted and (self._acks or not self._wanted)
+        if answered and self.state == "subscribing":
             self.live_since = self._clock()
 
     async def read(self) -> End:
@@ -252,7 +249,7 @@ class FeedSocket:
         The first reason stands, but for that of a stop (NORMAL).
         """
         first = self.ending is None
-        if self._leaving or not (first or code == NORMAL):
+        if self._finishing or not (first or code == NORMAL):
             return
         self.ending = end
         if first:
@@ -269,7 +266,7 @@ class FeedSocket:
 
     async def finish(self, watch: asyncio.Task[None], broken_off: bool, stopping: Callable[[], bool]) -> None:
         """Nothing of the connection, nor of the task that watches it, is left."""
-        self._leaving = True
+        self._finishing = True
         if self._timer is not None:
             self._timer.cancel()
         watch.cancel()
