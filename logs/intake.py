@@ -99,13 +99,6 @@ def _enlarge(sock: socket.socket, size: int) -> int:
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // (2 if linux else 1)
 
 
-class KernelDropsStats(NamedTuple):
-    """As they were last read; ``dropped`` is None where it is not known."""
-
-    sockets: int
-    dropped: int | None
-
-
 class KernelDrops:
     """How many datagrams the kernel dropped at these sockets because their buffer was full (or a checksum wrong).
 
@@ -138,8 +131,8 @@ class KernelDrops:
 
     def total(self) -> int | None:
         """The drops of all of them; None if that of one is not known."""
-        self.by_socket()
-        return self.stats().dropped
+        known = [count for count in self.by_socket() if count is not None]
+        return sum(known) if len(known) == len(self._sockets) else None
 
     def _table(self) -> dict[int, int]:
         """Inode of a socket -> its drops."""
@@ -151,22 +144,12 @@ class KernelDrops:
                     found[int(words[9])] = int(words[12])
         return found
 
-    def stats(self) -> KernelDropsStats:
-        """What was last read."""
-        known = [count for count in self._counts if count is not None]
-        return KernelDropsStats(len(self._sockets), sum(known) if len(known) == len(self._sockets) else None)
-
-    __repr__ = stats_repr
-
 
 def _socket_drops(sock: socket.socket) -> int | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        answer = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 64)
-    except OSError:
-        return None
-    drops = answer[MEMINFO_DROPS]
+    drops = b""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            drops = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 64)[MEMINFO_DROPS]
     return int.from_bytes(drops, sys.byteorder) if len(drops) == 4 else None
 
 

@@ -88,8 +88,6 @@ class Metadata(NamedTuple):
     version: str
 
 
-# ------------------------------------------------------------------------------------------------- the grammars
-
 # Patterns meet every byte a bounded number of times: what may follow a repetition never begins as it goes on.
 
 _VALUE = r'"(?>[^"\\]*(?:\\.[^"\\]*)*)"'  # `]` unescaped in it is let pass
@@ -163,9 +161,6 @@ _LEVELS = {
     **{str(number): number for number in range(8)},
     "10": 7, "20": 7, "30": 6, "40": 4, "50": 3, "60": 2,  # pino and bunyan
 }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------- events
 
 
 def parse(datagram: bytes, source: str, received_at: datetime, zone: tzinfo = UTC) -> list[Event]:
@@ -245,9 +240,6 @@ def _other(text: str, received_at: datetime, zone: tzinfo) -> _Fields:
     return received_at, None, None, INFORMATIONAL, text, {}, None if text.strip() else EMPTY
 
 
-# ------------------------------------------------------------------------------------------------------- syslog
-
-
 def _rfc5424(groups: tuple[str | Any, ...], received_at: datetime, zone: tzinfo) -> _Fields:
     priority, said, host, service, procid, msgid, data, message = groups
     severity, more, error = _priority(priority)
@@ -322,9 +314,6 @@ def _rfc3164(found: re.Match[str], received_at: datetime, zone: tzinfo) -> _Fiel
     return at, service, host, severity, found["message"], more, error
 
 
-# --------------------------------------------------------------------------------------------------------- JSON
-
-
 def _json(text: str, received_at: datetime, zone: tzinfo) -> _Fields:
     """A JSON object. The first key of each kind that can be used fills its column; the others are attributes."""
     error = None
@@ -378,9 +367,6 @@ def _time_of(record: dict[str, Any], received_at: datetime, zone: tzinfo) -> dat
         del record[key]
         return _believed(claimed, said, received_at, record)
     return received_at
-
-
-# --------------------------------------------------------------------------------------------------------- time
 
 
 def _believed(claimed: datetime | None, said: Any, received_at: datetime, more: dict[str, Any]) -> datetime:

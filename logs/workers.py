@@ -21,11 +21,11 @@ import random
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
-from coordination import Clock, Rng, cancel_all, stats_repr, wait_for_event
+from coordination import Clock, Rng, cancel_all, wait_for_event
 from logs.display import LogCounts, add_up, counts_after_death
 from primitives import Backoff
 from runtime.loop import STOPPING, blocked
@@ -57,15 +57,6 @@ class WorkerProcess:
         """Send it a word, STOP or FORCE, if it still hears."""
         if self.writer is not None and not self.writer.is_closing():
             self.writer.write(word)
-
-
-class SupervisorStats(NamedTuple):
-    """Workers that there are to be, and that run; deaths; how often it was told to stop."""
-
-    workers: int
-    running: int
-    deaths: int
-    stage: int
 
 
 class Supervisor:
@@ -116,13 +107,6 @@ class Supervisor:
             lines_lost=counts.lines_lost + lines_lost(),
             stopping=self._stage > 0,
         )
-
-    def stats(self) -> SupervisorStats:
-        """How many run, and where the stop stands."""
-        running = sum(worker.process is not None for worker in self.workers)
-        return SupervisorStats(len(self.workers), running, self.snapshot().deaths, self._stage)
-
-    __repr__ = stats_repr
 
     async def run(self) -> int:
         """1 if a worker could not begin, or lost events at the stop."""

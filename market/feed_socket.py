@@ -42,7 +42,7 @@ class End(NamedTuple):
     retry_after: float = 0.0
 
 
-def without_query(error: BaseException) -> str:
+def _without_query(error: BaseException) -> str:
     """An error's text without any address's query: keys stand there."""
     if isinstance(error, aiohttp.WSServerHandshakeError):
         return f"the handshake was refused: HTTP {error.status}"
@@ -85,9 +85,9 @@ async def open_socket(session: aiohttp.ClientSession, url: str, times: FeedTimes
     except aiohttp.WSServerHandshakeError as error:
         value = error.headers.get("Retry-After") if error.headers else None
         after = parse_retry_after(value, maximum=RETRY_AFTER_LIMIT)
-        return End(without_query(error), retry_after=after or 0.0)
+        return End(_without_query(error), retry_after=after or 0.0)
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        return End(without_query(error))
+        return End(_without_query(error))
 
 
 class Limits:
@@ -241,7 +241,7 @@ class FeedSocket:
         if message.type is WSMsgType.CLOSE:
             return f"the exchange closed: {message.data} {short(message.extra or '')}".rstrip()
         error = self._ws.exception()
-        return "the connection ended without a close frame" + (f": {without_query(error)}" if error else "")
+        return "the connection ended without a close frame" + (f": {_without_query(error)}" if error else "")
 
     async def begin_close(self, end: End, code: bytes = GOING_AWAY) -> None:
         """Begin to end it, by a close frame. What comes before the exchange's own is still read.
