@@ -1,8 +1,7 @@
 """``GET /aggregate`` and ``POST /cache/invalidate``: what the API is for.
 
 A request asks all its sources at once (``gather``). What the caches know is taken at once; for the rest it waits, until
-its deadline, for loads that go on without it. The assembled answer is kept for ``KEPT`` seconds, unless something
-changed while it was being made: it may then be from before an invalidation.
+its deadline, for loads that go on without it. The assembled answer is kept, unless something changed meanwhile.
 """
 
 from __future__ import annotations
@@ -18,36 +17,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.config import Key
-from api.requests import (
-    Problem,
-    authorised,
-    check,
-    known_sources,
-    names_in,
-    query_of,
-    reply,
-    service_of,
-    sources_of,
-    whole_number,
-)
+from api.requests import Problem, authorised, check, known_sources, names_in, query_of, reply, service_of, whole_number
 from api.service import KEPT, KeptAnswer
 from api.upstreams import Loaded, Part, Source
 from coordination import fan_out
 
-DEADLINE_MS = 1, 1000, 30_000
-"""The least, usual and greatest ``deadline_ms``."""
+DEADLINE_MS = 1, 1000, 30_000  # the least, usual and greatest ``deadline_ms``
 
 
-def wanted(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Source], dict[str, str], float]:
-    """The sources and parameters of a request, and its deadline in seconds. ``Problem`` if something is not there."""
+def parse_request(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Source], dict[str, str], float]:
+    """The sources (None: those of the query) and parameters of a request, and its deadline in seconds.
+
+    Raises ``Problem`` if something is unknown."""
     query = query_of(request)
     allowed = {"deadline_ms"}
     if names is None:
-        names = names_in(query, request)
+        names = names_in(query)
         allowed.add("sources")
-    chosen = known_sources(request, names)
-    check(query, allowed.union(*(source.upstream.parameters for source in chosen.values())))
-    return chosen, query, whole_number(query, "deadline_ms", *DEADLINE_MS) / 1000
+    sources = known_sources(request, names)
+    check(query, allowed.union(*(source.upstream.parameters for source in sources.values())))
+    return sources, query, whole_number(query, "deadline_ms", *DEADLINE_MS) / 1000
 
 
 async def gather(sources: Mapping[str, Source], given: Mapping[str, str], deadline: float) -> dict[str, Part]:
@@ -68,7 +57,7 @@ async def aggregate(request: Request) -> Response:
     """``/aggregate`` and ``/aggregate/{source}``: 200 if any source has data, else 503 with Retry-After."""
     started = time.monotonic()
     service, one = service_of(request), request.path_params.get("source")
-    sources, given, deadline = wanted(request, None if one is None else [one])
+    sources, given, deadline = parse_request(request, None if one is None else [one])
     changes = service.changes
     parts = await gather(sources, given, deadline)
     states = request.scope["states"] = {name: part.state for name, part in parts.items()}
@@ -109,23 +98,13 @@ async def aggregate(request: Request) -> Response:
 
 
 async def invalidate(request: Request) -> Response:
-    """Forget all answers, those of ``?source=``, or that for its parameters too; whoever asks next is answered anew."""
+    """``/cache/invalidate``: forgets all answers, those of ``?source=``, or that for its parameters too."""
     authorised(request)
-    sources, query = sources_of(request), query_of(request)
+    query = query_of(request)
     name = query.pop("source", None)
-    if name is None:
-        check(query, ("source",))
-        for source in sources.values():
-            source.forget()
-        return forgotten(request, sorted(sources))
-    if name not in sources:
-        raise Problem(404, f"unknown source {name[:50]}", sources=sorted(sources))
-    source = sources[name]
-    check(query, source.upstream.parameters)
-    source.forget(source.key(query) if query else None)
-    return forgotten(request, [name])
-
-
-def forgotten(request: Request, names: list[str]) -> Response:
-    service_of(request).events.publish("invalidate", {"sources": names})
-    return reply({"invalidated": names})
+    sources = known_sources(request, None if name is None else [name])
+    check(query, ("source",) if name is None else sources[name].upstream.parameters)
+    for source in sources.values():
+        source.forget(source.key(query) if query else None)
+    service_of(request).events.publish("invalidate", {"sources": sorted(sources)})
+    return reply({"invalidated": sorted(sources)})
