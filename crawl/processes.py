@@ -216,6 +216,8 @@ class Parent:
     def _hand_out(self) -> float | None:
         """Grant what may go; the seconds to wait for more, or None: nothing will ever come."""
         crawl = self._crawl
+        if self._cut_off:
+            return None
         self._try_suspects()
         while self._in_hand + self._unwritten < crawl.options.concurrency and self._ready:
             now = crawl.clock()
