@@ -55,7 +55,7 @@ from crawl.urls import is_secret, normalise, origin, split_credentials
 from primitives import RetryPolicy
 from runtime.http_dates import parse_retry_after
 
-HELPERS_LEAD = 0.02
+HELPERS_LEAD = 0.05
 """Seconds that a request is handed out before it may be sent, where it goes to another process first."""
 BODY_PATIENCE = 1.0
 """Seconds for the body of an answer whose status and headers say already what is next: then the connection is kept."""

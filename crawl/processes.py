@@ -51,7 +51,7 @@ from crawl.readers import Readers
 from runtime.options import EXIT_INTERRUPTED
 from runtime.processes import start_child
 
-AHEAD = 0.03
+AHEAD = 0.06
 """Seconds before the moment of sending that a helper is told of it."""
 INLINE = 64 * 1024
 """Largest body in bytes that is read in the loop; pages have none here."""
