@@ -23,6 +23,7 @@ from market.kafka import PublisherClosed
 from market.stats import AnalyticsRow
 from market.trade import Trade
 from market.workers import MOST, Uncomputed
+from runtime.outlet import unless
 from runtime.processes import PoolClosed, WorkerDied
 from runtime.serving import CannotStart
 
@@ -123,23 +124,16 @@ class Analyser(MarketProgram):
             stack.push_async_callback(self.workers.close, 0.0)
             self._start("watch", self._watch)
             stack.push_async_callback(self._end_tasks)
-            joining = asyncio.create_task(self._join(), name="joining")
-            stopped = asyncio.create_task(self._stopped.wait())
-            try:
-                await asyncio.wait((joining, stopped), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                stopped.cancel()
-                if not joining.done():
-                    joining.cancel()
-                (error, _) = await asyncio.gather(joining, stopped, return_exceptions=True)
+            joining = await unless(self.stop.stopped, self._join())
+            error = None if joining.cancelled() else joining.exception()
             if isinstance(error, TimeoutError | WorkerDied):
                 raise CannotStart(str(error))
-            if isinstance(error, Exception):
+            if error is not None:
                 raise error
-            if error is None:
+            if not joining.cancelled():
                 stack.push_async_callback(self.group.stop)
                 self._start("analytics", self._work)
-                await self._stopped.wait()
+                await self.stop.stopped.wait()
                 self._deadline = self._clock() + self.options.stop_limit
                 await self._unless_forced(self._finish(), self.options.stop_limit * 0.6)
                 await self._end_tasks()

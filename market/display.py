@@ -27,7 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from coordination import Clock
-from market.backlog import Counts
+from market.kafka import Counts
 from market.stats import ALL, AnalyticsRow
 from market.trade import Trade
 from runtime.packages import missing

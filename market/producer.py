@@ -35,9 +35,10 @@ from aiokafka.errors import (
 from aiokafka.partitioner import DefaultPartitioner
 
 from coordination import Rng
-from market.backlog import FLIGHT_BYTES
 from market.topics import BACK_OFF, Record, log
 
+FLIGHT, FLIGHT_BYTES = 5000, 1_300_000
+"""Records that are under way together at most, and bytes of their values, or one more."""
 AT_ONCE = 1000
 """Records that are encoded, or put into batches, in one go."""
 ROUND_BYTES = {"gzip": 180_000, "lz4": 500_000}

@@ -6,7 +6,6 @@ next replay. Left early, some may come twice.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from collections import Counter
@@ -18,8 +17,10 @@ from market.consumers import dead_letters
 from market.display import columns, lost
 from market.feeds import ADAPTERS
 from market.flow import MarketOptions, MarketProgram
+from market.kafka import PublisherClosed
 from market.topics import DeadLetter, decode
 from market.trade import BadFrame, Trade
+from runtime.outlet import unless
 from runtime.serving import CannotStart
 
 
@@ -69,21 +70,14 @@ class Replayer(MarketProgram):
                 await self._open_publisher(stack)
             self._start("watch", self._watch)
             stack.push_async_callback(self._end_tasks)
-            work = asyncio.create_task(self._replay(), name="replay")
-            stopped = asyncio.create_task(self._stopped.wait())
-            try:
-                await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                stopped.cancel()
-                if not work.done():
-                    work.cancel()
-                (error, _) = await asyncio.gather(work, stopped, return_exceptions=True)
+            work = await unless(self.stop.stopped, self._replay())
+            error = None if work.cancelled() else work.exception()
             if isinstance(error, TimeoutError):
                 raise CannotStart(str(error))
-            if isinstance(error, Exception):
+            if error is not None:
                 raise error
             self._deadline = self._clock() + self.options.stop_limit
-        self.early = isinstance(error, BaseException)
+        self.early = work.cancelled()
         return int(lost(self.snapshot()) > 0 or self.early)
 
     async def _replay(self) -> None:
@@ -115,7 +109,8 @@ class Replayer(MarketProgram):
         self.found += len(trades)
         if trades and not dry:
             self._trades += len(trades)
-            await self._handed_over(len(trades), lambda: self.publisher.trades(trades))
+            with contextlib.suppress(PublisherClosed):
+                await self.publisher.trades(trades)
 
     def _note(self, exchange: str, outcome: str, reason: str) -> None:
         key = exchange, outcome, reason[:60]

@@ -23,7 +23,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.partitioner import DefaultPartitioner
 
-from market import backlog, consumers
+from market import consumers
 from market import kafka as mk
 from market import producer as producer_module
 from market import topics as mt
@@ -34,12 +34,13 @@ from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, until_
 from tests.helpers.market import (
     MARKET_KAFKA_NOW,
     balanced,
+    is_spilling,
     market_kafka_ids,
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
-    overflow_of,
     read,
+    spool_of,
 )
 
 
@@ -209,7 +210,7 @@ def test_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
         async with market_kafka_open(address, prefix="d.", partitions=1) as publisher:
             await publisher.trades(market_kafka_trades(0, 10))
             await publisher.flush()
-            producer = publisher._producer._producer
+            producer = publisher._sink.producer._producer
             numbers, place = producer._txn_manager._sequence_numbers, TopicPartition("d.trades", 0)
             assert producer._sender._acks == -1 and numbers[place] == 10
             numbers[place] = 0  # what was sent is sent again: the broker knows it
@@ -220,7 +221,7 @@ def test_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
             await publisher.trades(market_kafka_trades(10, 20))
             await publisher.flush()
             assert publisher.stats().connects == 2 and "OutOfOrder" in publisher.stats().error
-            publisher._producer._sent = producer_module.RENEW_AFTER + 1
+            publisher._sink.producer._sent = producer_module.RENEW_AFTER + 1
             await publisher.trades(market_kafka_trades(20, 30))
             await publisher.flush()
             assert publisher.stats().connects == 3
@@ -238,7 +239,7 @@ def test_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broke
             await publisher.trades(market_kafka_trades(0, 100, 1))
             waiting = [asyncio.create_task(publisher.trades(market_kafka_trades(100, 350, 1)))]
             await until_async(
-                lambda: len(publisher._backlog.waiting) == 100 and publisher.stats().trades.accepted == 200
+                lambda: len(publisher._trades.backlog.waiting) == 100 and publisher.stats().trades.accepted == 200
             )
             await until_async(lambda: publisher.stats().state == "away" and "Connection" in publisher.stats().error)
             stats = balanced(publisher)
@@ -253,7 +254,7 @@ def test_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broke
             broker.start()
             await asyncio.gather(*waiting)
             async with publisher._turn:  # somebody waits: nobody passes
-                await until_async(lambda: not publisher._backlog.waiting)
+                await until_async(lambda: not publisher._trades.backlog.waiting)
                 assert not publisher.offer(market_kafka_trades(350, 351, 1))
             await publisher.flush()
             assert balanced(publisher).trades.published == 401
@@ -272,17 +273,17 @@ def test_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(
     async def main() -> None:
         async with market_kafka_open(broker.address, analytics_buffer=50) as publisher:
             publisher.analytics([{"symbol": "A", "n": 0}])
-            await until_async(lambda: publisher._rows.under_way == 1)
+            await until_async(lambda: publisher._rows.backlog.held_under_way() == 1)
             for n in range(1, 200):
                 publisher.analytics([{"symbol": "A", "n": n}])
             stats = balanced(publisher)
-            assert stats.analytics == backlog.Counts(200, 0, 0, 51, 0, 149, 0) and stats.trades.held == 0
+            assert stats.analytics == mk.Counts(200, 0, 0, 51, 0, 149, 0) and stats.trades.held == 0
             with pytest.raises((LookupError, AttributeError, TypeError)):
                 publisher.analytics([{"n": 1}])
             await publisher.trades([market_kafka_trade(1)])
             broker.start()
             await publisher.flush()
-            assert balanced(publisher).analytics == backlog.Counts(200, 0, 51, 0, 0, 149, 0)
+            assert balanced(publisher).analytics == mk.Counts(200, 0, 51, 0, 0, 149, 0)
         records = [each for lot in (await read(broker.address, "analytics")).values() for each in lot]
         assert [orjson.loads(record.value)["n"] for record in records] == [0, *range(150, 200)]
 
@@ -300,21 +301,21 @@ def test_absent_at_the_start_the_buffer_fills_then_the_spool_and_all_comes_in_or
             for n in range(0, 500, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
             await asyncio.sleep(0.05)
-            assert balanced(publisher).trades == backlog.Counts(500, 0, 0, 500, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(500, 0, 0, 500, 0, 0, 0)
             for n in range(500, 3000, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
                 balanced(publisher)
-            await until_async(lambda: not overflow_of(publisher).spilling)
+            await until_async(lambda: not is_spilling(publisher))
             counts = balanced(publisher).trades
             assert counts.spooled >= 2000 and counts.held <= 500 and counts.accepted == 3000
-            assert Spool.stats(overflow_of(publisher).spool).rows == counts.spooled
+            assert Spool.stats(spool_of(publisher)).rows == counts.spooled
             broker.start()
             for n in range(3000, 4000, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
                 balanced(publisher)
                 await asyncio.sleep(0)
             await publisher.flush()
-            assert balanced(publisher).trades == backlog.Counts(4000, 0, 4000, 0, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(4000, 0, 4000, 0, 0, 0, 0)
             assert list((tmp_path / "spool").glob("*.batch")) == []
         assert await market_kafka_ids(broker.address) == list(range(4000))
 
@@ -342,12 +343,12 @@ def test_what_is_on_its_way_to_the_spool_is_not_overtaken(
         ) as publisher:
             await publisher.trades(market_kafka_trades(0, 100, 1))
             task = asyncio.create_task(publisher.trades(market_kafka_trades(100, 200, 1)))
-            await until_async(lambda: publisher._backlog.moving == 100)
+            await until_async(lambda: len(publisher._trades.backlog.moving) == 100)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await publisher.trades(market_kafka_trades(100, 200, 1))
             await asyncio.sleep(0.3)
-            assert balanced(publisher).trades == backlog.Counts(200, 0, 0, 200, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(200, 0, 0, 200, 0, 0, 0)
             go.set()
             await publisher.flush()
         assert await market_kafka_ids(address, "h.trades") == list(range(200))
@@ -376,7 +377,7 @@ def test_frozen_for_longer_than_its_limits_each_record_comes_once(market_kafka_b
             assert balanced(publisher).trades.published == 100
             broker.thaw()
             await publisher.flush()
-            assert balanced(publisher).trades == backlog.Counts(1500, 0, 1500, 0, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(1500, 0, 1500, 0, 0, 0, 0)
             assert publisher.stats().connects == 1
         assert await market_kafka_ids(broker.address) == list(range(1500))
 
@@ -434,7 +435,7 @@ def test_stopped_and_restarted_under_load_each_record_comes_once(
                 await asyncio.to_thread(broker.start)
             await task
             await publisher.flush()
-            assert balanced(publisher).trades == backlog.Counts(3000, 0, 3000, 0, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(3000, 0, 3000, 0, 0, 0, 0)
         ids = await market_kafka_ids(broker.address)
         assert len(ids) == len(set(ids)) and set(range(3000)) - set(ids) <= forgotten and len(owners) >= len(ids)
 
@@ -453,13 +454,13 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
             await publisher.flush()
             broker.freeze() if how == "frozen" else broker.stop()
             await publisher.trades(market_kafka_trades(100, 200))
-            await until_async(lambda: len(publisher._backlog.under_way) == 100)
+            await until_async(lambda: publisher._trades.backlog.held_under_way() == 100)
             await asyncio.sleep(0.05)
             await publisher.trades(market_kafka_trades(200, 5200))
             publisher.analytics([{"symbol": "A"}])
             assert await asyncio.wait_for(publisher.stop(0.2), HANG_LIMIT) == 0
             stats = balanced(publisher)
-            assert stats.trades == backlog.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
+            assert stats.trades == mk.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
             with pytest.raises(mk.PublisherClosed):
                 await publisher.trades(market_kafka_trades(1, 2))
             with pytest.raises(mk.PublisherClosed):
@@ -472,7 +473,7 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
                 await other.start()
             await publisher.trades(market_kafka_trades(5200, 5300))
             await publisher.flush()
-            assert balanced(publisher).trades == backlog.Counts(100, 5100, 5200, 0, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(100, 5100, 5200, 0, 0, 0, 0)
         if how == "absent":
             assert await market_kafka_ids(broker.address) == list(range(5300))
         else:  # what was under way when it was left may come twice
@@ -499,7 +500,7 @@ def test_a_stop_with_nowhere_to_go_says_what_is_lost(
             with pytest.raises(asyncio.CancelledError):
                 await stop
             await until_async(lambda: publisher.stats().state == "closed")
-            assert balanced(publisher).trades == backlog.Counts(3000, 0, 0, 0, 0, 3000, 0)
+            assert balanced(publisher).trades == mk.Counts(3000, 0, 0, 0, 0, 3000, 0)
         never = mk.Publisher(broker.address)
         assert never.offer(market_kafka_trades(0, 5)) and await never.stop() == 5
         balanced(never)
@@ -541,7 +542,7 @@ def test_what_a_killed_process_had_spooled_the_next_one_publishes(market_kafka_b
             assert publisher.stats().trades.recovered == 2000
             await publisher.trades(market_kafka_trades(2000, 2100))
             await publisher.flush()
-            assert balanced(publisher).trades == backlog.Counts(100, 2000, 2100, 0, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(100, 2000, 2100, 0, 0, 0, 0)
         assert await market_kafka_ids(broker.address) == list(range(2100))
 
     run_task(main())
@@ -555,7 +556,7 @@ def test_a_full_spool_blocks_and_a_damaged_one_is_counted(market_kafka_broker: B
         options: dict[str, Any] = {"spool": spool, "buffer": 100, "spool_after": 0.05}
         async with market_kafka_open(broker.address, 0.1, spool_bytes=100_000, **options) as publisher:
             task = asyncio.create_task(publisher.trades(market_kafka_trades(0, 1000)))
-            await until_async(lambda: Spool.stats(overflow_of(publisher).spool).refused > 0)
+            await until_async(lambda: Spool.stats(spool_of(publisher)).refused > 0)
             counts = balanced(publisher).trades
             assert 0 < counts.spooled < 500 and counts.held == 100 and not task.done()
             task.cancel()
@@ -568,7 +569,7 @@ def test_a_full_spool_blocks_and_a_damaged_one_is_counted(market_kafka_broker: B
             broker.start()
             await publisher.flush()
             counts = balanced(publisher).trades
-            assert counts == backlog.Counts(0, sum(rows), sum(rows) - rows[1], 0, 0, 0, rows[1])
+            assert counts == mk.Counts(0, sum(rows), sum(rows) - rows[1], 0, 0, 0, rows[1])
         first = sum(rows[:1])
         assert await market_kafka_ids(broker.address) == [*range(first), *range(first + rows[1], sum(rows))]
         assert sum(rows) <= accepted
@@ -651,7 +652,7 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
             assert len((await take(first, 100)).trades) == 100  # not committed: a death here
             assert first.stats().partitions == (0,) and first.stats().commits == 1
             await first.stop()
-            producer = publisher._producer
+            producer = publisher._sink.producer
             await producer.publish([mt.Record("f.trades", b"x", b"rubbish", MARKET_KAFKA_NOW // 1_000_000 + 1100, [])])
             second = consumers.Group(address, prefix="f.", look_back=0.1)
             await second.start()
