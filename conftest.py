@@ -56,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before xdist, after whose answer nobody is asked
 def pytest_runtestloop() -> None:
     absent.testing = True
+    gc.freeze()  # it stays: no collection need look at it again
     gc.enable()
 
 

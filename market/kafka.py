@@ -286,7 +286,7 @@ class Publisher:
         if self._is_closed():
             self._given_up += len(trades)
             raise PublisherClosed("the publisher is stopped")
-        if len(trades) > min(AT_ONCE, self._trades.backlog.room()) or self._turn.locked():
+        if len(trades) > min(AT_ONCE, self._trades.backlog.room(moves=True)) or self._turn.locked():
             return False
         self._trades.put(self._records(trades))
         return True

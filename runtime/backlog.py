@@ -69,11 +69,13 @@ class Backlog(Generic[T]):
 
     # ------------------------------------------------------------------------------------------------------ in memory
 
-    def room(self, bytes_elsewhere: int = 0) -> int:
-        """How many more items may wait, if so many bytes are kept for others."""
+    def room(self, bytes_elsewhere: int = 0, *, moves: bool = False) -> int:
+        """How many more items may wait, if so many bytes are kept for others. What moves to the spool may come back;
+        with ``moves`` it is taken for gone."""
         if self._bytes + bytes_elsewhere >= self.max_bytes:
             return 0
-        return max(0, self.max_items - len(self.waiting) - len(self.diverted))
+        taken = len(self.waiting) + len(self.diverted) + (0 if moves else len(self.moving))
+        return max(0, self.max_items - taken)
 
     def accept(self, items: Sequence[T], *, divert: bool = False) -> None:
         """Take ``items``: for the sink, or for the spool."""
@@ -81,19 +83,16 @@ class Backlog(Generic[T]):
         self._bytes += sum(map(self._size, items))
         (self.diverted if divert else self.waiting).extend(items)
         if self.newest and len(self.waiting) > self.max_items:
-            self.dropped["oldest"] += self._rows(self._cut(self.waiting, len(self.waiting) - self.max_items, math.inf))
+            gone, size = self._cut(self.waiting, len(self.waiting) - self.max_items, math.inf)
+            self._bytes -= size
+            self.dropped["oldest"] += self._rows(gone)
 
-    def _cut(self, queue: deque[T], most: int, most_bytes: float) -> list[T]:
+    def _cut(self, queue: deque[T], most: int, most_bytes: float) -> tuple[list[T], int]:
         items, total, size = list[T](), 0, self._size
         while queue and len(items) < most and total < most_bytes:
             items.append(queue.popleft())
             total += size(items[-1])
-        self._bytes -= total
-        return items
-
-    def _put_back(self, queue: deque[T], items: Sequence[T]) -> None:
-        queue.extendleft(reversed(items))
-        self._bytes += sum(map(self._size, items))
+        return items, total
 
     # ------------------------------------------------------------------------------------------------------- the sink
 
@@ -109,7 +108,9 @@ class Backlog(Generic[T]):
 
     def take(self) -> Round[T]:
         """The oldest that wait, which are under way now."""
-        return self._begin(Round(self._cut(self.waiting, self.round_items, self._round_bytes)))
+        items, size = self._cut(self.waiting, self.round_items, self._round_bytes)
+        self._bytes -= size
+        return self._begin(Round(items))
 
     def replay(self, items: list[T], files: Sequence[str]) -> Round[T]:
         """What is in these files of the spool, which is under way now, and stays there until it is stored."""
@@ -132,7 +133,8 @@ class Backlog(Generic[T]):
         """It is to be written again: what is not in the spool waits in its old place."""
         self._leave(round)
         if not round.files:
-            self._put_back(self.diverted or self.waiting, round.items)
+            (self.diverted or self.waiting).extendleft(reversed(round.items))
+            self._bytes += sum(map(self._size, round.items))
 
     def _leave(self, round: Round[T]) -> None:
         self.rounds.remove(round)
@@ -167,7 +169,7 @@ class Backlog(Generic[T]):
         if self._to_copy is not None:
             self._copying, self._to_copy = self._to_copy, None
             return self._copying.items
-        self.moving = self._cut(self.diverted, self._file_items, self._round_bytes)
+        self.moving, _ = self._cut(self.diverted, self._file_items, self._round_bytes)
         return self.moving
 
     def filed(self, name: str | None) -> bool:
@@ -180,8 +182,9 @@ class Backlog(Generic[T]):
             self.spooled += self._rows(copied.items)
         elif name is not None:
             self.spooled += self._rows(self.moving)
+            self._bytes -= sum(map(self._size, self.moving))
         elif copied is None:
-            self._put_back(self.diverted, self.moving)
+            self.diverted.extendleft(reversed(self.moving))
         self.moving = []
         return True
 

@@ -9,7 +9,6 @@ import itertools
 import logging
 import math
 import re
-import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -31,7 +30,7 @@ from hypothesis.stateful import (
 
 import primitives as pr
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, ticks, wait_until
-from tests.helpers.mechanisms import error_of, error_of_task
+from tests.helpers.mechanisms import error_of, error_of_task, in_threads
 
 # ----------------------------------------------------------------------------------------- circuit breaker: row by row
 #
@@ -614,20 +613,15 @@ def test_probe_whose_predicate_raises_gives_its_place_back() -> None:
 # --------------------------------------------------------------------------------------- circuit breaker: many threads
 
 
-def in_threads(call: Callable[[int], object]) -> Counter[str]:
+def errors_in_threads(call: Callable[[int], object]) -> Counter[str]:
     """``call(0)`` to ``call(199)`` in each of eight threads that start together: how often each error came."""
-    together, interval = threading.Barrier(8), sys.getswitchinterval()
+    together = threading.Barrier(8)
 
-    def work(_: int) -> list[str]:
+    def work() -> list[str]:
         together.wait(HANG_LIMIT)
         return [type(error_of(functools.partial(call, number))).__name__ for number in range(200)]
 
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            return Counter(itertools.chain.from_iterable(pool.map(work, range(8))))
-    finally:
-        sys.setswitchinterval(interval)
+    return Counter(itertools.chain.from_iterable(in_threads([work] * 8)))
 
 
 def every_other(number: int) -> None:
@@ -638,7 +632,7 @@ def every_other(number: int) -> None:
 @pytest.mark.parametrize("options", [{}, {"slow": 1.0}, {"ratio": 0.51, "minimum": 1600}], ids=str)
 def test_threads_lose_no_failure(options: dict[str, Any]) -> None:
     breaker = breaker_new(World(), failures=801, **options)
-    assert in_threads(functools.partial(breaker.call, every_other)) == {"NoneType": 800, "OSError": 800}
+    assert errors_in_threads(functools.partial(breaker.call, every_other)) == {"NoneType": 800, "OSError": 800}
     assert breaker.stats() == ("b", "closed", 800, 0, 0, 0.0)
     breaker.permit().failure()
     assert breaker.state == "open"
@@ -646,7 +640,7 @@ def test_threads_lose_no_failure(options: dict[str, Any]) -> None:
 
 def test_threads_lose_no_result() -> None:
     breaker = breaker_new(World(), failures=9999, ratio=0.5, minimum=1600)
-    assert in_threads(functools.partial(breaker.call, every_other)) == {"NoneType": 800, "OSError": 800}
+    assert errors_in_threads(functools.partial(breaker.call, every_other)) == {"NoneType": 800, "OSError": 800}
     assert breaker.stats() == ("b", "open", 0, 0, 1, 30.0)
 
 
@@ -660,7 +654,7 @@ def test_threads_open_it_once(path: dict[str, float]) -> None:
         inside.wait(HANG_LIMIT)
         raise OSError
 
-    assert in_threads(functools.partial(breaker.call, fail)) == {"OSError": 8, "CircuitOpen": 1592}
+    assert errors_in_threads(functools.partial(breaker.call, fail)) == {"OSError": 8, "CircuitOpen": 1592}
     assert (breaker.stats(), told) == (("b", "open", 0, 1592, 1, 30.0), [("b", "closed", "open", 1)])
 
 
@@ -691,7 +685,7 @@ def test_threads_probe_within_the_limit(gated: bool) -> None:
 
     with ThreadPoolExecutor(1) as opener:
         opened = opener.submit(open_the_gate)
-        calls = in_threads(functools.partial(breaker.call, probe))
+        calls = errors_in_threads(functools.partial(breaker.call, probe))
         opened.result(HANG_LIMIT)
     assert (max(peaks) <= 3, calls["KeyError"], calls.total()) == (True, len(peaks), 1600)
     assert (calls["CircuitOpen"], 1, "half_open") == (*breaker.stats()[3:5], breaker.state)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from market import topics as mt
 from market.trade import Trade
 from runtime.spool import Spool, SpoolInUse
 from sandbox.broker import Broker
-from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, until_async
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, pass_time, run_task, ticks, until_async
 from tests.helpers.market import (
     MARKET_KAFKA_NOW,
     balanced,
@@ -39,7 +39,9 @@ from tests.helpers.market import (
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
+    publish,
     read,
+    read_all,
     spool_of,
 )
 
@@ -48,6 +50,13 @@ from tests.helpers.market import (
 def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     with Broker(tmp_path_factory.mktemp("kafka")) as broker:
         yield broker
+
+
+async def create_topic(address: str, name: str, partitions: int, **options: Any) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=address)
+    await admin.start()
+    await admin.create_topics([NewTopic(name, partitions, 1, **options)])
+    await admin.close()
 
 
 def test_every_record_is_where_its_symbol_belongs_once_and_in_order(
@@ -61,7 +70,7 @@ def test_every_record_is_where_its_symbol_belongs_once_and_in_order(
                 await publisher.trades(trades[n : n + 50])
                 balanced(publisher)
                 if n % 1000 == 0:
-                    await asyncio.sleep(0.002)
+                    await until_async(lambda: not publisher._trades.backlog.waiting)
             publisher.analytics([{"symbol": f"S{n % 20}-USD", "vwap": n} for n in range(100)])
             await publisher.flush()
             stats = balanced(publisher)
@@ -78,7 +87,7 @@ def test_every_record_is_where_its_symbol_belongs_once_and_in_order(
                 assert record.timestamp == trade.received_ts_ns // 1_000_000
                 assert partition == DefaultPartitioner()(record.key, [0, 1, 2], [0, 1, 2])
         assert await market_kafka_ids(address, "a.trades") == list(range(5000))
-        rows = [record for records in (await read(address, "a.analytics")).values() for record in records]
+        rows = await read_all(address, "a.analytics")
         assert sorted(orjson.loads(row.value)["vwap"] for row in rows) == list(range(100))
         assert {row.key for row in rows} == {f"S{n}-USD".encode() for n in range(20)}
 
@@ -172,11 +181,8 @@ def test_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes_on_in_order(
     address, culprits = module.address, {0, 13, 14, 700, 999}
 
     async def main() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=address)
-        await admin.start()
         for name, limit in (("c.trades", 20_000), ("c.dead-letter", 200_000)):
-            await admin.create_topics([NewTopic(name, 2, 1, topic_configs={"max.message.bytes": str(limit)})])
-        await admin.close()
+            await create_topic(address, name, 2, topic_configs={"max.message.bytes": str(limit)})
         trades = market_kafka_trades(0, 1000)
         for n in culprits:
             trades[n] = trades[n]._replace(flags=os.urandom(15_000).hex())
@@ -203,27 +209,20 @@ def test_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
     address = module.address
 
     async def main() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=address)
-        await admin.start()  # one topic is there, the other is not
-        await admin.create_topics([NewTopic("d.trades", 1, 1)])
-        await admin.close()
+        await create_topic(address, "d.trades", 1)  # one is there, the other is not
         async with market_kafka_open(address, prefix="d.", partitions=1) as publisher:
-            await publisher.trades(market_kafka_trades(0, 10))
-            await publisher.flush()
+            await publish(publisher, 0, 10)
             producer = publisher._sink.producer._producer
             numbers, place = producer._txn_manager._sequence_numbers, TopicPartition("d.trades", 0)
             assert producer._sender._acks == -1 and numbers[place] == 10
             numbers[place] = 0  # what was sent is sent again: the broker knows it
-            await publisher.trades(market_kafka_trades(0, 10))
-            await publisher.flush()
+            await publish(publisher, 0, 10)
             assert publisher.stats().connects == 1
             numbers[place] = 17  # a hole
-            await publisher.trades(market_kafka_trades(10, 20))
-            await publisher.flush()
+            await publish(publisher, 10, 20)
             assert publisher.stats().connects == 2 and "OutOfOrder" in publisher.stats().error
             publisher._sink.producer._sent = producer_module.RENEW_AFTER + 1
-            await publisher.trades(market_kafka_trades(20, 30))
-            await publisher.flush()
+            await publish(publisher, 20, 30)
             assert publisher.stats().connects == 3
         assert await market_kafka_ids(address, "d.trades") == list(range(30))
 
@@ -248,7 +247,8 @@ def test_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broke
             waiting.append(asyncio.create_task(publisher.trades(market_kafka_trades(350, 400, 1))))
             gone = asyncio.create_task(publisher.trades(market_kafka_trades(900, 901, 1)))
             waiting.append(asyncio.create_task(publisher.dead("x", "y", b"z", 1)))
-            await asyncio.sleep(0.01)
+            await ticks()
+            assert not any(task.done() for task in (*waiting, gone))
             gone.cancel()
             assert balanced(publisher).trades.held == 200
             broker.start()
@@ -284,8 +284,8 @@ def test_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(
             broker.start()
             await publisher.flush()
             assert balanced(publisher).analytics == mk.Counts(200, 0, 51, 0, 0, 149, 0)
-        records = [each for lot in (await read(broker.address, "analytics")).values() for each in lot]
-        assert [orjson.loads(record.value)["n"] for record in records] == [0, *range(150, 200)]
+        rows = await read_all(broker.address, "analytics")
+        assert [orjson.loads(row.value)["n"] for row in rows] == [0, *range(150, 200)]
 
     run_task(main())
 
@@ -300,7 +300,9 @@ def test_absent_at_the_start_the_buffer_fills_then_the_spool_and_all_comes_in_or
         async with market_kafka_open(broker.address, buffer=500, spool=tmp_path / "spool", spool_after=60) as publisher:
             for n in range(0, 500, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
-            await asyncio.sleep(0.05)
+            await until_async(
+                lambda: publisher._trades.backlog.held_under_way() == 500 and publisher.stats().error != ""
+            )
             assert balanced(publisher).trades == mk.Counts(500, 0, 0, 500, 0, 0, 0)
             for n in range(500, 3000, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
@@ -347,8 +349,9 @@ def test_what_is_on_its_way_to_the_spool_is_not_overtaken(
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await publisher.trades(market_kafka_trades(100, 200, 1))
-            await asyncio.sleep(0.3)
+            await pass_time(0.3)  # longer than it lingers
             assert balanced(publisher).trades == mk.Counts(200, 0, 0, 200, 0, 0, 0)
+            assert len(publisher._trades.backlog.moving) == len(publisher._trades.backlog.waiting) == 100
             go.set()
             await publisher.flush()
         assert await market_kafka_ids(address, "h.trades") == list(range(200))
@@ -359,21 +362,23 @@ def test_what_is_on_its_way_to_the_spool_is_not_overtaken(
         go.set()
 
 
-def test_frozen_for_longer_than_its_limits_each_record_comes_once(market_kafka_broker: Broker, tmp_path: Path) -> None:
+def test_frozen_for_longer_than_its_limits_each_record_comes_once(
+    market_kafka_broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     broker = market_kafka_broker
 
     async def main() -> None:
         async with market_kafka_open(
             broker.address, buffer=500, spool=tmp_path / "spool", spool_after=0.1, request_timeout=0.2
         ) as publisher:
-            await publisher.trades(market_kafka_trades(0, 100))
-            await publisher.flush()
+            await publish(publisher, 0, 100)
             broker.freeze()
             for n in range(100, 1500, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
                 balanced(publisher)
-                await asyncio.sleep(0.003)
+                await asyncio.sleep(0)
             await until_async(lambda: balanced(publisher).trades.spooled > 900 and publisher.stats().state == "away")
+            await until_async(lambda: "RequestTimedOutError" in caplog.text)
             assert balanced(publisher).trades.published == 100
             broker.thaw()
             await publisher.flush()
@@ -420,42 +425,50 @@ def test_stopped_and_restarted_under_load_each_record_comes_once(
         async with market_kafka_open(
             broker.address, buffer=1000, spool=tmp_path / "spool", spool_after=0.1, request_timeout=HANG_LIMIT
         ) as publisher:
+            count = 0
 
-            async def load() -> None:
-                for n in range(0, 3000, 10):
-                    await publisher.trades(market_kafka_trades(n, n + 10))
+            async def load_during(event: Coroutine[Any, Any, object]) -> None:
+                nonlocal count
+                task = asyncio.create_task(event)
+                while not task.done():
+                    await publisher.trades(market_kafka_trades(count, count + 10))
+                    count += 10
                     balanced(publisher)
-                    await asyncio.sleep(0.001)
+                    await ticks()
+                await task
 
-            task = asyncio.create_task(load())
-            for at in (500, 1500):
-                await until_async(lambda at=at: publisher.stats().trades.accepted >= at)  # type: ignore[misc]
-                await asyncio.to_thread(broker.stop)
-                await asyncio.sleep(0.2)
-                await asyncio.to_thread(broker.start)
-            await task
+            for _ in range(2):
+                before = publisher.stats().trades.published
+                await load_during(until_async(lambda n=before: publisher.stats().trades.published > n))  # type: ignore[misc]
+                await load_during(asyncio.to_thread(broker.stop))
+                await load_during(until_async(lambda: publisher.stats().state == "away"))
+                await load_during(asyncio.to_thread(broker.start))
             await publisher.flush()
-            assert balanced(publisher).trades == mk.Counts(3000, 0, 3000, 0, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(count, 0, count, 0, 0, 0, 0)
         ids = await market_kafka_ids(broker.address)
-        assert len(ids) == len(set(ids)) and set(range(3000)) - set(ids) <= forgotten and len(owners) >= len(ids)
+        assert len(ids) == len(set(ids)) and set(range(count)) - set(ids) <= forgotten and len(owners) >= len(ids)
 
     run_task(main())
 
 
 @pytest.mark.parametrize("how", ["absent", "frozen"])
 def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
-    market_kafka_broker: Broker, tmp_path: Path, how: str
+    market_kafka_broker: Broker, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker, spool = market_kafka_broker, tmp_path / "spool"
 
+    def sent_in_vain(publisher: mk.Publisher) -> bool:
+        client = publisher._sink.producer._producer.client
+        unanswered = any(connection._requests for connection in client._conns.values())
+        return unanswered if how == "frozen" else "kafka: " in caplog.text
+
     async def main() -> None:
         async with market_kafka_open(broker.address, spool=spool, request_timeout=3600) as publisher:
-            await publisher.trades(market_kafka_trades(0, 100))
-            await publisher.flush()
+            await publish(publisher, 0, 100)
+            caplog.clear()
             broker.freeze() if how == "frozen" else broker.stop()
             await publisher.trades(market_kafka_trades(100, 200))
-            await until_async(lambda: publisher._trades.backlog.held_under_way() == 100)
-            await asyncio.sleep(0.05)
+            await until_async(lambda: publisher._trades.backlog.held_under_way() == 100 and sent_in_vain(publisher))
             await publisher.trades(market_kafka_trades(200, 5200))
             publisher.analytics([{"symbol": "A"}])
             assert await asyncio.wait_for(publisher.stop(0.2), HANG_LIMIT) == 0
@@ -471,14 +484,12 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
             other = mk.Publisher(broker.address, spool=spool)
             with pytest.raises(SpoolInUse):
                 await other.start()
-            await publisher.trades(market_kafka_trades(5200, 5300))
-            await publisher.flush()
+            await publish(publisher, 5200, 5300)
             assert balanced(publisher).trades == mk.Counts(100, 5100, 5200, 0, 0, 0, 0)
         if how == "absent":
             assert await market_kafka_ids(broker.address) == list(range(5300))
         else:  # what was under way when it was left may come twice
-            found = await read(broker.address, "trades")
-            ids = [int(mt.decode(each.value).trade_id) for records in found.values() for each in records]
+            ids = [int(mt.decode(record.value).trade_id) for record in await read_all(broker.address, "trades")]
             assert set(ids) == set(range(5300)) and len(ids) <= 5400
 
     run_task(main())
@@ -493,7 +504,7 @@ def test_a_stop_with_nowhere_to_go_says_what_is_lost(
     async def main() -> None:
         async with market_kafka_open(broker.address, request_timeout=3600) as publisher:
             await publisher.trades(market_kafka_trades(0, 3000))
-            await asyncio.sleep(0.05)
+            await until_async(lambda: publisher._trades.backlog.held_under_way() == 3000)
             stop = asyncio.create_task(publisher.stop(3600))
             await until_async(lambda: publisher._state == "stopping")
             stop.cancel()
@@ -521,7 +532,7 @@ async def main():
     await publisher.trades(t.market_kafka_trades(0, 2000))
     await t.until_async(lambda: publisher.stats().trades.spooled == 2000)
     print("spooled", flush=True)
-    await asyncio.sleep(60)
+    await asyncio.Event().wait()
 
 asyncio.run(main())
 """
@@ -540,8 +551,7 @@ def test_what_a_killed_process_had_spooled_the_next_one_publishes(market_kafka_b
     async def main() -> None:
         async with market_kafka_open(broker.address, spool=spool) as publisher:
             assert publisher.stats().trades.recovered == 2000
-            await publisher.trades(market_kafka_trades(2000, 2100))
-            await publisher.flush()
+            await publish(publisher, 2000, 2100)
             assert balanced(publisher).trades == mk.Counts(100, 2000, 2100, 0, 0, 0, 0)
         assert await market_kafka_ids(broker.address) == list(range(2100))
 
@@ -636,8 +646,7 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
     async def main() -> None:
         tasks, files = asyncio.all_tasks(), psutil.Process().num_fds()
         async with market_kafka_open(address, prefix="f.", partitions=1) as publisher:
-            await publisher.trades(market_kafka_trades(0, 1000, 1))
-            await publisher.flush()
+            await publish(publisher, 0, 1000, 1)
             first = consumers.Group(address, prefix="f.")
             await first.start()
             taken = await take(first, 1000)
@@ -647,8 +656,7 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
                 and not taken.dead
             )
             assert await first.commit()
-            await publisher.trades(market_kafka_trades(1000, 1100, 1))
-            await publisher.flush()
+            await publish(publisher, 1000, 1100, 1)
             assert len((await take(first, 100)).trades) == 100  # not committed: a death here
             assert first.stats().partitions == (0,) and first.stats().commits == 1
             await first.stop()

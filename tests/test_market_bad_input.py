@@ -42,6 +42,7 @@ from tests.helpers.market import (
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
+    publish,
 )
 
 
@@ -137,8 +138,7 @@ def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
         with monkeypatch.context() as patched:
             patched.setattr(mt, "decode", None)
             async with market_kafka_open(broker.address, spool=tmp_path / "spool") as publisher:
-                await publisher.trades(market_kafka_trades(4200, 4300))
-                await publisher.flush()
+                await publish(publisher, 4200, 4300)
                 assert balanced(publisher).trades == mk.Counts(100, 4201, 4301, 0, 0, 0, 0)
                 assert list((tmp_path / "spool").glob("*.batch")) == []
         assert encoded == 4300 and await market_kafka_ids(broker.address) == list(range(4300))

@@ -26,7 +26,6 @@ from typing import Any
 import orjson
 import psutil
 import pytest
-from aiokafka import AIOKafkaConsumer
 
 import market_pipeline
 from market import connect as market_connect
@@ -41,8 +40,14 @@ from market.topics import decode
 from market.trade import BadFrame, Trade
 from sandbox.broker import Broker
 from sandbox.markets import Exchanges, Fault
-from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, until_async, wait_until
-from tests.helpers.market import ABSENT, MarketPipelineBase, market_pipeline_metrics, market_pipeline_options
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, ticks, until_async, wait_until
+from tests.helpers.market import (
+    ABSENT,
+    MarketPipelineBase,
+    market_pipeline_metrics,
+    market_pipeline_options,
+    read_all,
+)
 from tests.helpers.processes import answers_besieged, unread
 
 SYMBOLS = ("BTC-USD", "ETH-USD", "SOL-USD")
@@ -74,23 +79,9 @@ async def running(program: MarketProgram, code: int = 0) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def market_pipeline_read(kafka: str, topic: str) -> list[Any]:
-    consumer = AIOKafkaConsumer(topic, bootstrap_servers=kafka, auto_offset_reset="earliest")
-    await consumer.start()
-    try:
-        found, places = list[Any](), list(consumer.assignment())
-        ends = await consumer.end_offsets(places)
-        while [place for place in places if await consumer.position(place) < ends[place]]:
-            for records in (await consumer.getmany(timeout_ms=50)).values():
-                found += records
-        return found
-    finally:
-        await consumer.stop()
-
-
 async def market_pipeline_trades(kafka: str, prefix: str) -> list[Trade]:
     """All trades of the topic; each symbol's are in one partition, under its key."""
-    records, places = await market_pipeline_read(kafka, f"{prefix}-trades"), dict[str, int]()
+    records, places = await read_all(kafka, f"{prefix}-trades"), dict[str, int]()
     for record in records:
         symbol = decode(record.value).symbol
         assert record.key == symbol.encode() and places.setdefault(symbol, record.partition) == record.partition
@@ -155,7 +146,7 @@ def test_every_trade_of_ten_exchanges_is_in_kafka_once(market_pipeline_broker: s
             for name, ids in sent.items():
                 assert live(trades, name) == ids and all(len(each) == 21 for each in ids.values())
             assert all(stats.closes == (1000,) and not stats.open for stats in them.stats().values())
-        rows = await market_pipeline_read(market_pipeline_broker, "once-analytics")
+        rows = await read_all(market_pipeline_broker, "once-analytics")
         assert len(rows) == pipeline.snapshot().rows.published
         last = dict[tuple[str, str], Any]()
         for record in rows:
@@ -222,7 +213,7 @@ def test_an_exchange_that_fails_does_not_hold_up_the_others(market_pipeline_brok
                 assert {ids[-1] for ids in found.values()} <= {
                     ids[-1] for ids in market_pipeline_sent(them, name).values()
                 }
-        letters = await market_pipeline_read(market_pipeline_broker, "fails-dead-letter")
+        letters = await read_all(market_pipeline_broker, "fails-dead-letter")
         said = [dict(record.headers) for record in letters if dict(record.headers)["exchange"] == b"binance"]
         assert len(said) == 3 and all(head["error"] and head["at_ns"] and b"asked" in head["context"] for head in said)
 
@@ -380,9 +371,7 @@ def test_two_analysers_share_the_symbols(market_pipeline_broker: str, tmp_path: 
                 await publish(80)
                 await until_async(lambda: first.snapshot().computed + second.snapshot().computed >= 320)
             assert first.snapshot().computed + second.snapshot().computed == 320  # each once, as nobody died
-            rows = [
-                orjson.loads(r.value) for r in await market_pipeline_read(market_pipeline_broker, "share-analytics")
-            ]
+            rows = [orjson.loads(r.value) for r in await read_all(market_pipeline_broker, "share-analytics")]
             assert {row["symbol"] for row in rows} == set(symbols)
             assert len(rows) == sum(each.snapshot().rows.published for each in (first, second))
             last = {row["symbol"]: row for row in rows if row["exchange"] == "*"}
@@ -646,7 +635,7 @@ def test_items_that_wait_are_counted_and_those_of_a_cancelled_call_too(tmp_path:
         trades = [market_pipeline_trade(n, "BTC-USD") for n in range(25)]
         program._trades = 50
         waiting = [asyncio.create_task(program.publisher.trades(trades)) for _ in range(2)]
-        await asyncio.sleep(0.05)
+        await ticks()
         counts = program.snapshot()
         assert (counts.published.accepted, counts.waiting, counts.given_up) == (10, 40, 0)
         assert md.imbalance(counts) == 0

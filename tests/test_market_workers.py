@@ -6,9 +6,7 @@ import asyncio
 import os
 import pickle
 import signal
-import threading
-from collections.abc import Callable
-from multiprocessing import resource_tracker
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +16,9 @@ from market import stats as mst
 from market import workers as mw
 from market.trade import Trade
 from runtime import processes
-from tests.helpers.base import until_async
+from tests.helpers.base import HANG_LIMIT, until_async
 from tests.helpers.market import market_stats_stream, market_stats_trade
-from tests.helpers.processes import PROC_PATIENCE, proc_children, proc_gone, proc_open, proc_writer
+from tests.helpers.processes import proc_alone, proc_gone, proc_writer
 
 
 class Reduced(str):
@@ -36,26 +34,13 @@ class Reduced(str):
         return function, tuple(args)
 
 
-def market_workers_run(main: Callable[[mw.AnalyticsPool], Any], workers: int = 2, **options: Any) -> None:
-    """``main`` with started workers, which must leave nothing behind: no process, no thread, no descriptor."""
+def market_workers_run(main: Callable[[mw.AnalyticsPool], Awaitable[None]], workers: int = 2, **options: Any) -> None:
+    async def started(pool: mw.AnalyticsPool) -> None:
+        await pool.start()
+        await asyncio.wait_for(main(pool), 2 * HANG_LIMIT)
 
-    async def whole() -> None:
-        complaints: list[Any] = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-        before, children, threads = proc_open(), proc_children(), set(threading.enumerate())
-        pool = mw.AnalyticsPool(workers, **{"timeout": PROC_PATIENCE, **options})
-        try:
-            await pool.start()
-            await asyncio.wait_for(main(pool), 2 * PROC_PATIENCE)
-        finally:
-            await asyncio.wait_for(pool.close(0.0), PROC_PATIENCE)
-        assert complaints == []
-        assert (proc_children() - children, set(threading.enumerate()) - threads) == (set(), set())
-        assert pool.stats()[2:4] == (0, 0)
-        assert proc_open() - before == set()
-
-    resource_tracker.ensure_running()
-    asyncio.run(whole())
+    pool = proc_alone(lambda: mw.AnalyticsPool(workers, **{"timeout": HANG_LIMIT, **options}), started)
+    assert pool.stats()[2:4] == (0, 0)
 
 
 def market_workers_batches(seed: int, batches: int = 12, size: int = 60) -> list[list[Trade]]:
@@ -215,7 +200,7 @@ def test_one_that_hangs_is_replaced() -> None:
         os.kill(victim := pool.stats().pids[0], signal.SIGSTOP)
         job = asyncio.create_task(pool.submit(second))
         await until_async(lambda: pool.stats().died == 1)
-        pool._slots[0].timeout = PROC_PATIENCE
+        pool._slots[0].timeout = HANG_LIMIT
         assert sorted(await job) == control.submit(second)
         await until_async(lambda: proc_gone(victim))
         assert pool.stats().rebuilt == 1
@@ -300,13 +285,13 @@ def test_close_lets_a_call_end(tmp_path: Path) -> None:
         held = market_stats_trade(1.0, trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
         job = asyncio.create_task(pool.submit([held] + [market_stats_trade(2.0)] * mw.MOST))
         writer = await proc_writer(gate)
-        closing = asyncio.create_task(pool.close(PROC_PATIENCE))
+        closing = asyncio.create_task(pool.close(HANG_LIMIT))
         await asyncio.sleep(0)
         with pytest.raises(processes.PoolClosed):
             await pool.submit([market_stats_trade(2.0)])
         os.close(writer)
         assert [row.trades[0] for row in await job] == [mw.MOST] * 2
-        await asyncio.wait_for(closing, PROC_PATIENCE / 2)
+        await asyncio.wait_for(closing, HANG_LIMIT / 2)
         assert pool.stats().trades == mw.MOST + 1
 
     market_workers_run(main, workers=1)

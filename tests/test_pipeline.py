@@ -6,7 +6,7 @@ import asyncio
 import gc
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +84,25 @@ def test_survives_a_database_that_comes_and_goes(logs_ingest_pg: PgServer, tmp_p
 
         loop.set_exception_handler(asyncpgs)
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url) as up:
+
+            async def send_during(call: Callable[..., None], *arguments: object) -> None:
+                calling = asyncio.create_task(asyncio.to_thread(call, *arguments))
+
+                def sent() -> bool:
+                    up.send(7)
+                    return calling.done()
+
+                await until_async(sent)
+                await calling
+
             up.send(100)
             await up.stored()
             for number in (signal.SIGINT, signal.SIGQUIT):
-                stopping = asyncio.create_task(asyncio.to_thread(logs_ingest_pg.stop, number))
-                while not stopping.done():
-                    up.send(7)
-                    await asyncio.sleep(0.002)
+                await send_during(logs_ingest_pg.stop, number)
                 up.send(200)
                 counts = await up.until(lambda counts: counts.held["spool"] > 150)
                 assert counts.database != "connected" and counts.dropped == {}
-                starting = asyncio.create_task(asyncio.to_thread(logs_ingest_pg.start))
-                while not starting.done():
-                    up.send(7)
-                    await asyncio.sleep(0.002)
+                await send_during(logs_ingest_pg.start)
                 await up.stored()
             await until_async(lambda: files(tmp_path) == [])
         assert await logs_ingest_serials(logs_ingest_pg) == list(range(up.sent))

@@ -19,7 +19,7 @@ import pytest
 
 from runtime import processes
 from tests.helpers.base import HANG_LIMIT, HERE, limits, until_async
-from tests.helpers.processes import PROC_PATIENCE, proc_gone, proc_run, proc_ticks, proc_writer
+from tests.helpers.processes import proc_gone, proc_run, proc_ticks, proc_writer
 
 
 def test_proc_results_are_exact_and_workers_are_kept() -> None:
@@ -193,7 +193,7 @@ def test_proc_close_waits_then_kills_and_refuses(tmp_path: Path) -> None:
     async def main(pool: processes.Processes) -> None:
         job = asyncio.create_task(pool.run(Path.read_text, gate))
         writer = await proc_writer(gate)
-        closing = asyncio.create_task(pool.close(PROC_PATIENCE))
+        closing = asyncio.create_task(pool.close(HANG_LIMIT))
         await asyncio.sleep(0)
         with pytest.raises(processes.PoolClosed):
             await pool.run(os.getpid)

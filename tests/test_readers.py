@@ -30,10 +30,9 @@ from crawl.output import EXIT_INTERRUPTED, encode_json
 from crawl.rows import build_article, validator
 from crawl.urls import normalise
 from tests.absent import needs
-from tests.helpers.base import HERE, PROGRAM_LIMIT, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, wait_until
 from tests.helpers.crawl import (
     FEEDS_DRIVERS,
-    FEEDS_PATIENCE,
     Answer,
     Site,
     feeds_article,
@@ -365,7 +364,7 @@ def test_readers_nobody_waits_behind_a_slow_document_and_all_end_at_once(tmp_pat
         wait_until(lambda: bool(readers._free._waiters))  # type: ignore[attr-defined]
         readers.kill()
         for thread in threads:
-            thread.join(FEEDS_PATIENCE)
+            thread.join(HANG_LIMIT)
         assert found == ["interrupted: stopped before it was read"] * (readers.count + 1)
         with pytest.raises(FetchError, match="interrupted"):
             readers.read(bytes.upper, b"x")
@@ -406,7 +405,7 @@ crawl_readers.bounds = lambda *_: (1000.0, 1 << 28)
 readers = crawl_readers.Readers()
 me = b"__import__('builtins').print(__import__('os').getpid(), file=__import__('sys').stderr, flush=True)"
 busy = lambda: readers.read(exec, me + b"; __import__('re').match('(a+)+$', 'a' * 64 + 'b')")
-idle = lambda: readers.read(exec, me + b"; __import__('time').sleep(1000)")
+idle = lambda: readers.read(exec, me + b"; __import__('signal').pause()")
 for job in (busy, idle):
     threading.Thread(target=job).start()
 """

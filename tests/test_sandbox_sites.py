@@ -35,8 +35,7 @@ from hypothesis import strategies as st
 
 from sandbox import faults as sf
 from sandbox import sites as sb
-from tests.helpers.base import HERE, PROGRAM_LIMIT
-from tests.helpers.crawl import PATIENCE
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT
 
 SILENCE = 0.25  # seconds for what must not
 
@@ -77,10 +76,10 @@ def talk(
 ) -> tuple[bytes, str]:
     """Send one request; all bytes that come, and how it ended: "eof", "reset", "silence" after the promised bytes."""
     data = bytearray()
-    with socket.create_connection((sandbox.hosts[host], sandbox.port), PATIENCE) as sock:
+    with socket.create_connection((sandbox.hosts[host], sandbox.port), HANG_LIMIT) as sock:
         sock.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode("latin-1"))
         while len(data) < limit:
-            sock.settimeout(PATIENCE if len(data) < promised else SILENCE)
+            sock.settimeout(HANG_LIMIT if len(data) < promised else SILENCE)
             try:
                 piece = sock.recv(1 << 20)
             except TimeoutError:
@@ -149,7 +148,7 @@ def test_page_is_made_like_an_article() -> None:
 def test_walk_from_the_root_reaches_every_page(size: int) -> None:
     pages = 300
     with sb.Sandbox(hosts=2, pages=pages, page_bytes=size) as sandbox:
-        connection = http.client.HTTPConnection(sandbox.hosts[1], sandbox.port, timeout=PATIENCE)
+        connection = http.client.HTTPConnection(sandbox.hosts[1], sandbox.port, timeout=HANG_LIMIT)
         depth, wave, base = {sandbox.url("/", 1): 0}, [sandbox.url("/", 1)], sandbox.url("", 1)
         while wave:
             url = wave.pop(0)
@@ -202,7 +201,7 @@ def test_head_has_the_headers_of_get(internet: sb.Sandbox) -> None:
 
 
 def test_keeps_connections_and_answers_pipelined_requests_in_order(internet: sb.Sandbox) -> None:
-    with socket.create_connection((internet.hosts[0], internet.port), PATIENCE) as sock, sock.makefile("rb") as file:
+    with socket.create_connection((internet.hosts[0], internet.port), HANG_LIMIT) as sock, sock.makefile("rb") as file:
         targets = ["/", "/fault/chunked", "/status/404", "/p/3.html", "/fault/ok", "/p/4.html", "/robots.txt"]
         sent = b"".join(b"GET %b?pipe HTTP/1.1\r\nHost: x\r\n\r\n" % target.encode() for target in targets) * 20
         for n in range(0, len(sent), 7_001):
@@ -219,7 +218,7 @@ def test_keeps_connections_and_answers_pipelined_requests_in_order(internet: sb.
     asked = [entry for entry in internet.log if entry.path.endswith("?pipe")]
     assert [entry.path for entry in asked] == [f"{target}?pipe" for target in targets] * 20
     assert len({entry.connection for entry in asked}) == 1
-    with socket.create_connection((internet.hosts[0], internet.port), PATIENCE) as sock, sock.makefile("rb") as file:
+    with socket.create_connection((internet.hosts[0], internet.port), HANG_LIMIT) as sock, sock.makefile("rb") as file:
         sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
         assert sandbox_split(file.read())[0] == 200
 
@@ -239,7 +238,7 @@ def test_keeps_connections_and_answers_pipelined_requests_in_order(internet: sb.
     ],
 )
 def test_refuses_what_is_no_request(internet: sb.Sandbox, head: bytes, status: int) -> None:
-    with socket.create_connection((internet.hosts[0], internet.port), PATIENCE) as sock, sock.makefile("rb") as file:
+    with socket.create_connection((internet.hosts[0], internet.port), HANG_LIMIT) as sock, sock.makefile("rb") as file:
         sock.sendall(head)
         answer = file.read()
     assert sandbox_split(answer)[0] == status and b"Connection: close" in answer
@@ -369,7 +368,7 @@ def test_kept_connections_that_go_bad(internet: sb.Sandbox) -> None:
     def twice(name: str) -> tuple[bytes, int]:
         """The bytes up to the end, of two requests, the second one sent when the first answer is complete."""
         request = f"GET /fault/{name}?reused HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-        with socket.create_connection((internet.hosts[0], internet.port), PATIENCE) as sock:
+        with socket.create_connection((internet.hosts[0], internet.port), HANG_LIMIT) as sock:
             sock.sendall(request)
             data = sock.recv(1 << 16)
             while not data.endswith(b"</a>"):
@@ -462,7 +461,7 @@ def test_redirects(internet: sb.Sandbox) -> None:
     assert b"\r\nLocation: /fault/ok?caf\xc3\xa9 au lait\r\n" in raw
     closed = urlsplit(hop("/fault/redirect_nowhere")[1])
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((closed.hostname, closed.port), PATIENCE)
+        socket.create_connection((closed.hostname, closed.port), HANG_LIMIT)
 
 
 def test_entries_that_fail_at_first(internet: sb.Sandbox) -> None:
@@ -710,13 +709,13 @@ def test_stops_whatever_hangs(encrypted: bool, caplog: pytest.LogCaptureFixture)
     with sb.Sandbox(hosts=2, tls=contexts[0] if contexts else None) as sandbox:
         sockets: list[socket.socket] = []
         for name, host in itertools.product(names, (0, 1)):
-            sock = socket.create_connection((sandbox.hosts[host], sandbox.port), PATIENCE)
+            sock = socket.create_connection((sandbox.hosts[host], sandbox.port), HANG_LIMIT)
             if contexts:
                 sock = contexts[1].wrap_socket(sock, server_hostname=sandbox.hosts[host])
             sock.sendall(f"GET {sf.FAULTS[name].path} HTTP/1.1\r\n\r\n".encode())
             sockets.append(sock)
         # Connected, but silent: idle, or in the middle of a handshake.
-        sockets += [socket.create_connection((host, sandbox.port), PATIENCE) for host in sandbox.hosts * 3]
+        sockets += [socket.create_connection((host, sandbox.port), HANG_LIMIT) for host in sandbox.hosts * 3]
         sockets[-1].sendall(b"GET / HT")
         assert tls_get(sandbox, contexts, "/robots.txt").endswith(b"Allow: /\n")
     assert set(threading.enumerate()) == threads and sandbox.stats().open == 0
@@ -728,7 +727,7 @@ def test_stops_whatever_hangs(encrypted: bool, caplog: pytest.LogCaptureFixture)
             except OSError as error:
                 assert not isinstance(error, TimeoutError)
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((sandbox.hosts[0], sandbox.port), PATIENCE)
+        socket.create_connection((sandbox.hosts[0], sandbox.port), HANG_LIMIT)
     sandbox.stop()
     gc.collect()
     assert caplog.records == []
@@ -753,7 +752,7 @@ class Tls:
 def tls_get(sandbox: sb.Sandbox, contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None, path: str) -> bytes:
     if contexts is None:
         return talk(sandbox, path)[0]
-    connection = http.client.HTTPSConnection(sandbox.hosts[0], sandbox.port, timeout=PATIENCE, context=contexts[1])
+    connection = http.client.HTTPSConnection(sandbox.hosts[0], sandbox.port, timeout=HANG_LIMIT, context=contexts[1])
     connection.request("GET", path)
     body = connection.getresponse().read()
     connection.close()
@@ -768,7 +767,7 @@ def test_tls_serves_the_same_site() -> None:
             wanted = sb.make_page(0, page, 3, base=f"https://{{host}}:{sandbox.port}")
             assert tls_get(sandbox, contexts, sb.page_path(page)) == wanted
         assert len(tls_get(sandbox, contexts, "/fault/huge_page")) == 50_000_000
-        with socket.create_connection((sandbox.hosts[0], sandbox.port), PATIENCE) as sock:
+        with socket.create_connection((sandbox.hosts[0], sandbox.port), HANG_LIMIT) as sock:
             sock.sendall(b"GET / HTTP/1.1\r\n\r\n")  # no TLS at all: refused, and nothing is served
             assert b"HTTP" not in sock.recv(1 << 16)
         assert sandbox.stats().requests == 4
@@ -807,7 +806,7 @@ def test_command_serves_until_ctrl_c(tmp_path: Path) -> None:
             listed = process.stdout.read() if urls == "-" else ""  # the list ends although the server goes on
             target = urlsplit(found[0])
             with (
-                socket.create_connection((target.hostname, target.port), PATIENCE) as sock,
+                socket.create_connection((target.hostname, target.port), HANG_LIMIT) as sock,
                 sock.makefile("rb") as file,
             ):
                 sock.sendall(b"GET /p/2.html HTTP/1.0\r\n\r\n")

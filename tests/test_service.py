@@ -17,8 +17,8 @@ import pytest
 
 from api import config, pages
 from api import service as service_module
-from tests.helpers.api import app_run, app_upstream, ask, living, ticks
-from tests.helpers.base import HANG_LIMIT, World, holds_the_loop, until_async
+from tests.helpers.api import app_run, app_upstream, ask, living
+from tests.helpers.base import HANG_LIMIT, World, holds_the_loop, ticks, until_async
 
 
 def counts(body: bytes, name: str) -> dict[str, int]:
@@ -78,7 +78,7 @@ def test_kept_answers_are_counted_and_end_with_any_change(app_world: World, monk
                 assert await serials() == [1, 2]  # stale, and two loads begun
                 assert service.kept
                 await until_async(lambda: not any(source.running for source in service.sources.values()))
-                await ticks()
+                await ticks(50)
                 assert not service.kept
                 assert await serials() == [2, 3]
                 # a part that is missing: nothing is kept
@@ -354,7 +354,7 @@ def test_is_told_of_signals_before_the_server() -> None:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
                 signal.raise_signal(number)
             assert heard == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
-            await ticks()
+            await ticks(50)
             assert heard[3:] == ["told"] * 3
             force()
             assert heard[6:] == [signal.SIGINT]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import functools
 import itertools
 import json
 import signal
-import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any
 
@@ -372,15 +372,14 @@ IN_COPY = (
 HELD = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND NOT granted"
 
 
-QUEUED = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+QUEUED = "SELECT count(*) = $1 FROM pg_locks WHERE NOT granted"
 
 
-async def waits(blocker: Any, query: str, wanted: Callable[[Any], object]) -> Any:
-    deadline = time.monotonic() + HANG_LIMIT
-    while not wanted(value := await blocker.fetchval(query)):
-        assert time.monotonic() < deadline, "it never came"
-        await asyncio.sleep(0.002)
-    return value
+async def lock_holder(server: PgServer, number: int = 42) -> Any:
+    """A connection that holds the lock until it is closed."""
+    blocker = await asyncpg.connect(server.url)
+    await blocker.execute("SELECT pg_advisory_lock($1)", number)
+    return blocker
 
 
 @pytest.mark.parametrize("where", ["in COPY", "before the commit"])
@@ -389,13 +388,12 @@ def test_a_batch_whose_backend_dies_is_there_once(logs_pg: PgServer, where: str)
         async with logs_store_open(logs_pg.url) as store:
             await store.maintain()
             await logs_pg.do(HOLD, IN_COPY if where == "in COPY" else AT_COMMIT)
-            blocker = await asyncpg.connect(logs_pg.url)
-            await blocker.execute("SELECT pg_advisory_lock(42)")
+            blocker = await lock_holder(logs_pg)
             batches = [logs_store_batch(1000), logs_store_batch(10)]
             for _ in range(3):
                 assert await store._database.ready(HANG_LIMIT)
                 writing = asyncio.create_task(store.write(batches))
-                pid = await waits(blocker, HELD, lambda value: value is not None)
+                pid = await until_async(lambda: blocker.fetchval(HELD))
                 assert await logs_store_counts(logs_pg) == (0, 0, 0)
                 await blocker.execute("SELECT pg_terminate_backend($1)", pid)
                 with pytest.raises(db.Unavailable):
@@ -418,10 +416,9 @@ def test_a_server_killed_in_mid_copy(logs_pg: PgServer) -> None:
             batches = [logs_store_batch(n) for n in (100, 1000, 501, 50)]
             await store.write(batches[:1])
             await logs_pg.do(HOLD, IN_COPY)
-            blocker = await asyncpg.connect(logs_pg.url)
-            await blocker.execute("SELECT pg_advisory_lock(42)")
+            blocker = await lock_holder(logs_pg)
             writing = [asyncio.create_task(store.write([batch])) for batch in batches[1:3]]
-            await waits(blocker, QUEUED, lambda value: value == 2)
+            await until_async(lambda: blocker.fetchval(QUEUED, 2))
             await store.write(batches[3:])
             await asyncio.to_thread(logs_pg.stop, signal.SIGKILL)
             blocker.terminate()
@@ -446,13 +443,12 @@ def test_one_id_by_two_connections_at_once(logs_pg: PgServer, first_dies: bool) 
             for store in (one, two):
                 await store.maintain()  # and so connect
             await logs_pg.do(HOLD, AT_COMMIT)
-            blocker = await asyncpg.connect(logs_pg.url)
-            await blocker.execute("SELECT pg_advisory_lock(42)")
+            blocker = await lock_holder(logs_pg)
             batches = [logs_store_batch(n) for n in (10, 20, 30)]
             first = asyncio.create_task(one.write(batches))
-            pid = await waits(blocker, HELD, lambda value: value is not None)
+            pid = await until_async(lambda: blocker.fetchval(HELD))
             second = asyncio.create_task(two.write(batches[::-1]))  # in whatever order they come
-            await waits(blocker, QUEUED, lambda value: value == 2)
+            await until_async(lambda: blocker.fetchval(QUEUED, 2))
             if first_dies:
                 await blocker.execute("SELECT pg_terminate_backend($1)", pid)
                 with pytest.raises(db.Unavailable):
@@ -478,13 +474,12 @@ def test_the_same_ids_in_opposite_orders_do_not_wait_for_each_other(logs_pg: PgS
             for store in (one, two):
                 await store.maintain()  # and so connect
             await logs_pg.do(HOLD, in_the_middle)
-            blocker = await asyncpg.connect(logs_pg.url)
-            await blocker.execute("SELECT pg_advisory_lock(42)")
+            blocker = await lock_holder(logs_pg)
             batches = [logs_store_batch(n)._replace(id=uuid.UUID(int=n)) for n in (10, 20, 30)]
             first = asyncio.create_task(one.write(batches))
-            await waits(blocker, QUEUED, lambda value: value == 1)
+            await until_async(lambda: blocker.fetchval(QUEUED, 1))
             second = asyncio.create_task(two.write(batches[::-1]))
-            await waits(blocker, QUEUED, lambda value: value == 2)
+            await until_async(lambda: blocker.fetchval(QUEUED, 2))
             await blocker.close()
             assert await first == [(10, 0), (20, 0), (30, 0)] and await second == [(30, 0), (20, 0), (10, 0)]
         assert await logs_store_counts(logs_pg) == (60, 3, 0)
@@ -519,11 +514,10 @@ def test_a_cancelled_write_leaves_nothing_half(logs_pg: PgServer) -> None:
         async with logs_store_open(logs_pg.url) as store:
             await store.maintain()
             await logs_pg.do(HOLD, IN_COPY)
-            blocker = await asyncpg.connect(logs_pg.url)
-            await blocker.execute("SELECT pg_advisory_lock(42)")
+            blocker = await lock_holder(logs_pg)
             batch = logs_store_batch(1000)
             writing = asyncio.create_task(store.write([batch]))
-            await waits(blocker, HELD, lambda value: value is not None)
+            await until_async(lambda: blocker.fetchval(HELD))
             writing.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await writing
@@ -671,10 +665,9 @@ def test_two_maintain_at_once(logs_pg: PgServer) -> None:
         options: dict[str, Any] = {"retain_days": 1, "ahead_days": 3, "clock": clock.clock}
         async with logs_store_open(logs_pg.url, **options) as one, logs_store_open(logs_pg.url, **options) as two:
             for made, dropped in [(4, 0), (8, 4)]:
-                blocker = await asyncpg.connect(logs_pg.url)
-                await blocker.execute(f"SELECT pg_advisory_lock({log_store.PARTITIONS_LOCK})")
+                blocker = await lock_holder(logs_pg, log_store.PARTITIONS_LOCK)
                 both = asyncio.gather(one.maintain(), two.maintain())
-                await waits(blocker, QUEUED, lambda value: value == 2)
+                await until_async(functools.partial(blocker.fetchval, QUEUED, 2))
                 await blocker.close()
                 await both
                 assert one.stats().partitions_made + two.stats().partitions_made == made
@@ -691,10 +684,9 @@ def test_two_drop_at_once(logs_pg: PgServer) -> None:
         async with logs_store_open(logs_pg.url, **options) as one, logs_store_open(logs_pg.url, **options) as two:
             await one.maintain()
             await one.write([logs_store_batch(1, NOON - timedelta(days=n)) for n in range(5, 8)])
-            blocker = await asyncpg.connect(logs_pg.url)
-            await blocker.execute(f"SELECT pg_advisory_lock({log_store.PARTITIONS_LOCK})")
+            blocker = await lock_holder(logs_pg, log_store.PARTITIONS_LOCK)
             both = asyncio.gather(one.maintain(), two.maintain())
-            await waits(blocker, QUEUED, lambda value: value == 2)
+            await until_async(lambda: blocker.fetchval(QUEUED, 2))
             await blocker.close()
             await both
             assert one.stats().partitions_dropped + two.stats().partitions_dropped == 3
@@ -790,11 +782,10 @@ def test_filling_in_goes_on_though_a_partition_goes(logs_pg: PgServer) -> None:
                 HOLD,
                 "CREATE TRIGGER held BEFORE UPDATE ON logs FOR EACH ROW EXECUTE FUNCTION logs_held()",
             )
-            blocker = await asyncpg.connect(logs_pg.url)
-            await blocker.execute("SELECT pg_advisory_lock(42)")
+            blocker = await lock_holder(logs_pg)
             names = [name for (name,) in await blocker.fetch(log_store._LEAVES)]
             filling = asyncio.create_task(store.fill_in("a", META))
-            await waits(blocker, QUEUED, lambda value: value == 1)
+            await until_async(lambda: blocker.fetchval(QUEUED, 1))
             await blocker.execute(f"DROP TABLE {names[1]}")
             await blocker.close()
             assert await filling == 10 and await store.missing(1) == []

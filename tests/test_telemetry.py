@@ -15,8 +15,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from api import config, pages, telemetry
-from tests.helpers.api import app_run, app_upstream, ask, living, ticks
-from tests.helpers.base import HANG_LIMIT, World, until_async
+from tests.helpers.api import app_run, app_upstream, ask, living
+from tests.helpers.base import HANG_LIMIT, World, ticks, until_async
 
 
 def app_told(parts: list[bytes]) -> list[tuple[int, str, dict[str, Any]]]:
@@ -34,14 +34,14 @@ def test_events_in_order_again_and_to_the_end() -> None:
         for i in (1, 2, 3):
             events.publish("refresh", {"n": i})
         tasks = [asyncio.create_task(listen(last)) for last in (None, 1, 0, 99)]
-        await ticks()
+        await ticks(50)
         assert events.streams == 4
         for i in (4, 5):
             events.publish("breaker", {"n": i})
-            await ticks()
+            await ticks(50)
         for i in range(6, 12):  # more than the ring holds, before anybody may run: the oldest are missed
             events.publish("refresh", {"n": i})
-        await ticks()
+        await ticks(50)
         events.end()
         new = [4, 5, 8, 9, 10, 11]
         for task, expected in zip(tasks, ([*new], [2, 3, *new], [1, 2, 3, *new], [*new]), strict=True):
@@ -93,7 +93,7 @@ def test_tells_events_and_lets_go_of_those_who_left(app_world: World) -> None:
                     ask(app, "/events", headers={"Last-Event-ID": str(told[-2][0])}, sent=parts)
                 )
                 await until_async(lambda: service.events.streams == 2)
-                await ticks()
+                await ticks(50)
                 service.stop()  # streams do not keep a server
                 for task in (second, again):
                     assert (await task)[0] == 200
@@ -203,7 +203,7 @@ def test_request_log_goes_on_when_nobody_reads() -> None:
         short = Short()
         log = telemetry.RequestLog(cast("IO[bytes]", short))
         task = asyncio.create_task(log.run())
-        await ticks()
+        await ticks(50)
         log.note("request", "x" * 100, {})
         task.cancel()
         await log.close(HANG_LIMIT)

@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 import coordination as co
 from api import aggregate, config, renewals, upstreams
 from sandbox.sites import Sandbox
-from tests.helpers.api import aggregate_ask, app_run, app_upstream, play, settled, ticks
-from tests.helpers.base import HANG_LIMIT, SETTINGS, World, limits, until_async
+from tests.helpers.api import aggregate_ask, app_run, app_upstream, play, settled
+from tests.helpers.base import HANG_LIMIT, SETTINGS, World, limits, ticks, until_async
 
 
 def app_source(url: str, world: World, session: aiohttp.ClientSession, **options: Any) -> upstreams.Source:
@@ -337,7 +337,7 @@ def test_what_was_invalidated_says_nothing_later() -> None:
             gates[0].set()
             assert (await first)[0] == "error"
             third = asyncio.create_task(aggregate_ask(source))
-            await ticks()
+            await ticks(50)
             assert not third.done() and len(source.renewals) == 0
             gates[1].set()
             assert await second == await third == ("fresh", {"asked": 2}, 0.0)

@@ -21,7 +21,7 @@ import coordination as co
 from api import aggregate, config, upstreams
 from api import service as service_module
 from sandbox.sites import Sandbox
-from tests.helpers.base import HANG_LIMIT, World
+from tests.helpers.base import HANG_LIMIT, World, run_task
 
 Case = Callable[[Callable[..., upstreams.Source], World], Coroutine[Any, Any, None]]
 
@@ -100,12 +100,6 @@ async def app_upstream(handler: Handler) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-async def ticks() -> None:
-    """Let what is ready in this loop run, sockets included."""
-    for _ in range(50):
-        await asyncio.sleep(0)
-
-
 async def ask(
     app: Any,
     path: str,
@@ -153,17 +147,7 @@ async def living(table: dict[str, config.Upstream], output: IO[bytes] | None = N
         yield app
 
 
-def app_run(main: Awaitable[Any]) -> Any:
-    """In debug mode; nothing may be complained of."""
-    complaints: list[Any] = []
-
-    async def watched() -> Any:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-        return await main
-
-    result = asyncio.run(watched(), debug=True)
-    assert complaints == []
-    return result
+app_run = functools.partial(run_task, excused=lambda _: False)
 
 
 @pytest.fixture

@@ -13,12 +13,14 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import Phase, settings
+
+T = TypeVar("T")
 
 HANG_LIMIT = 60.0  # seconds for what must come; reached only by a failing test
 PROGRAM_LIMIT = 5 * HANG_LIMIT  # seconds for a whole program, which may have to set up a database first
@@ -46,10 +48,13 @@ def wait_until(predicate: Callable[[], bool]) -> None:
         nap.wait(0.0005)
 
 
-async def until_async(predicate: Callable[[], bool]) -> None:
-    """Let other processes, and this loop, run until the predicate holds."""
+async def until_async(look: Callable[[], T | Awaitable[T | None] | None]) -> T:
+    """Let other processes, and this loop, run until what ``look`` gives, awaited if it has to be, is true."""
     deadline = time.monotonic() + HANG_LIMIT
-    while not predicate():
+    while True:
+        seen = look()
+        if found := await seen if isinstance(seen, Awaitable) else seen:
+            return found
         assert time.monotonic() < deadline, "it never came"
         await asyncio.sleep(0.002)
 
@@ -107,22 +112,29 @@ def holds_the_loop(program: str, says: str, given: str = "") -> set[tuple[str, .
     return found or set()
 
 
-def run_task(main: Coroutine[Any, Any, Any]) -> Any:
-    """``asyncio.run`` in debug mode; fails if the loop had anything to complain of."""
+def run_task(
+    main: Coroutine[Any, Any, T], excused: Callable[[dict[str, Any]], bool] = of_a_library, **runner: Any
+) -> T:
+    """``asyncio.run`` in debug mode; fails if the loop had anything to complain of that is not excused."""
     complaints: list[dict[str, Any]] = []
-
-    async def watched() -> Any:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-        return await main
-
-    result = asyncio.run(watched(), debug=True)
-    assert [each for each in complaints if not of_a_library(each)] == []
+    with asyncio.Runner(**{"debug": True, **runner}) as loop:
+        loop.get_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        result = loop.run(main)
+    assert [each for each in complaints if not excused(each)] == []
     return result
 
 
 async def ticks(n: int = 8) -> None:
     for _ in range(n):
         await asyncio.sleep(0)
+
+
+async def pass_time(seconds: float) -> None:
+    """Move this loop's clock on, and give what had been waiting for that time its turns."""
+    loop = asyncio.get_running_loop()
+    before = loop.time
+    loop.time = lambda: before() + seconds  # type: ignore[method-assign]
+    await ticks()
 
 
 @contextlib.contextmanager

@@ -360,9 +360,6 @@ ROBOTS_LARGE = {
 FEEDS_DRIVERS = ("crawl_async", "crawl_threads")
 
 
-FEEDS_PATIENCE = HANG_LIMIT
-
-
 class Answer:
     """A route: its body, and what it is conditional on. ``gate``: answered when that is set."""
 
@@ -395,7 +392,7 @@ class Site:
                     status = 304
                 site.log.append((self.path, status, asked, since))
                 if answer.gate:
-                    answer.gate.wait(FEEDS_PATIENCE)
+                    answer.gate.wait(HANG_LIMIT)
                 with contextlib.suppress(OSError):  # its client was killed
                     self.send_response(status)
                     for name, value in answer.headers.items():
@@ -486,6 +483,3 @@ def walk(driver: str, crawl: Crawl, urls: Iterable[str], emit: Callable[[ScrapeR
 def walk_row(url: str, /, *links: str, **more: Any) -> bytes:
     row = CrawlResult(url, 200, None, 0, list(links), None, "2030-01-01T00:00:00Z", 1.0, url)
     return json.dumps(dataclasses.asdict(row) | more).encode().replace(b'{"url": ', b'{"url":') + b"\n"
-
-
-PATIENCE = HANG_LIMIT  # seconds for what must come

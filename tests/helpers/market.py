@@ -37,7 +37,7 @@ from runtime.spool import Spool
 from sandbox.broker import Broker
 from sandbox.exchanges import WIRES, Wire
 from sandbox.markets import Exchanges
-from tests.helpers.base import HANG_LIMIT, World, until_async
+from tests.helpers.base import HANG_LIMIT, World, ticks, until_async
 
 NOW = 1_790_000_000_000_000_000
 
@@ -63,6 +63,12 @@ class Case:
     before: tuple[str, ...] = ()  # frames of the same connection
 
 
+def expected(what: str, at: int | str, sequence: int | None = None, flags: str = "") -> tuple[Any, ...]:
+    """A trade: symbol, price, size, side, id ("-": none); ``at``: Unix time in ns, or text."""
+    fields = ("" if each == "-" else each for each in what.split())
+    return *fields, market_feeds_ns(at) if isinstance(at, str) else at, sequence, flags
+
+
 BITFINEX_ACK = '{"event":"subscribed","channel":"trades","chanId":17470,"symbol":"tBTCUSD","pair":"BTCUSD"}'
 
 
@@ -72,13 +78,13 @@ CASES = [
         "binance",
         '{"e":"trade","E":1672515782136,"s":"BNBBTC","t":12345,"p":"0.00100000","q":"100.00000000","T":1672515782136,'
         '"m":true,"M":true}',
-        trades=(("BNB-BTC", "0.00100000", "100.00000000", "sell", "12345", 1672515782136000000, 12345, ""),),
+        trades=(expected("BNB-BTC 0.00100000 100.00000000 sell 12345", 1672515782136000000, 12345),),
     ),
     Case(
         "binance",
         '{"stream":"bnbbtc@trade","data":{"e":"trade","E":1672515782136,"s":"BNBBTC","t":12346,"p":"0.001","q":"100",'
         '"T":1672515782137,"m":false,"M":true}}',
-        trades=(("BNB-BTC", "0.001", "100", "buy", "12346", 1672515782137000000, 12346, ""),),
+        trades=(expected("BNB-BTC 0.001 100 buy 12346", 1672515782137000000, 12346),),
     ),
     Case(
         "binance",
@@ -109,14 +115,14 @@ CASES = [
         '{"type":"last_match","trade_id":9,"maker_order_id":"ac928c66-ca53-498f-9c13-a110027a60e8","taker_order_id":'
         '"132fb6ae-456b-4654-b4e0-d681ac05cea1","side":"buy","size":"5","price":"400.20","product_id":"BTC-USD",'
         '"sequence":49,"time":"2014-11-07T08:19:26Z"}',
-        trades=(("BTC-USD", "400.20", "5", "sell", "9", market_feeds_ns("2014-11-07T08:19:26Z"), 9, "snapshot"),),
+        trades=(expected("BTC-USD 400.20 5 sell 9", "2014-11-07T08:19:26Z", 9, "snapshot"),),
     ),
     Case(
         "coinbase",
         '{"type":"match","trade_id":10,"sequence":50,"maker_order_id":"ac928c66-ca53-498f-9c13-a110027a60e8",'
         '"taker_order_id":"132fb6ae-456b-4654-b4e0-d681ac05cea1","time":"2014-11-07T08:19:27.028459Z","product_id":'
         '"BTC-USD","size":"5.23512","price":"400.23","side":"sell"}',
-        trades=(("BTC-USD", "400.23", "5.23512", "buy", "10", market_feeds_ns("2014-11-07T08:19:27.028459Z"), 10, ""),),
+        trades=(expected("BTC-USD 400.23 5.23512 buy 10", "2014-11-07T08:19:27.028459Z", 10),),
     ),
     Case(
         "coinbase",
@@ -156,25 +162,15 @@ CASES = [
         '"buy","price":0.5147,"qty":1136.19677815,"ord_type":"limit","trade_id":4665847,"timestamp":'
         '"2023-09-25T07:49:36.925603Z"}]}',
         trades=(
-            *(
-                ("MATIC-USD", "0.5147", size, "buy", number, market_feeds_ns(when), int(number), "snapshot")
-                for size, number, when in (
-                    ("6423.46326", "4665846", "2023-09-25T07:48:36.925533Z"),
-                    ("1136.19677815", "4665847", "2023-09-25T07:49:36.925603Z"),
-                )
-            ),
+            expected("MATIC-USD 0.5147 6423.46326 buy 4665846", "2023-09-25T07:48:36.925533Z", 4665846, "snapshot"),
+            expected("MATIC-USD 0.5147 1136.19677815 buy 4665847", "2023-09-25T07:49:36.925603Z", 4665847, "snapshot"),
         ),
     ),
     Case(
         "kraken",
         '{"channel":"trade","type":"update","data":[{"symbol":"MATIC/USD","side":"sell","price":0.5117,"qty":40.0,'
         '"ord_type":"market","trade_id":4665906,"timestamp":"2023-09-25T07:49:37.708706Z"}]}',
-        trades=(
-            (
-                *("MATIC-USD", "0.5117", "40.0", "sell", "4665906"),
-                *(market_feeds_ns("2023-09-25T07:49:37.708706Z"), 4665906, ""),
-            ),
-        ),
+        trades=(expected("MATIC-USD 0.5117 40.0 sell 4665906", "2023-09-25T07:49:37.708706Z", 4665906),),
     ),
     Case(
         "kraken",
@@ -190,13 +186,13 @@ CASES = [
         '{"data":{"id":212337562,"timestamp":"1643643584","amount":0.0028,"amount_str":"0.00280000","price":38416,'
         '"price_str":"38416.00","type":0,"microtimestamp":"1643643584587000","buy_order_id":1453282316578816,'
         '"sell_order_id":1453282315493376},"channel":"live_trades_btcusd","event":"trade"}',
-        trades=(("BTC-USD", "38416.00", "0.00280000", "buy", "212337562", 1643643584587000000, None, ""),),
+        trades=(expected("BTC-USD 38416.00 0.00280000 buy 212337562", 1643643584587000000),),
     ),
     Case(
         "bitstamp",
         '{"data":{"id":212337563,"timestamp":"1643643584","amount":0.0028,"price":38416.5,"type":1,"microtimestamp":'
         '"1643643584587001","buy_order_id":1,"sell_order_id":2},"channel":"live_trades_ethusdt","event":"trade"}',
-        trades=(("ETH-USDT", "38416.5", "0.0028", "sell", "212337563", 1643643584587001000, None, ""),),
+        trades=(expected("ETH-USDT 38416.5 0.0028 sell 212337563", 1643643584587001000),),
     ),
     Case(
         "bitstamp",
@@ -217,15 +213,15 @@ CASES = [
         "okx",
         '{"arg":{"channel":"trades","instId":"BTC-USDT"},"data":[{"instId":"BTC-USDT","tradeId":"130639474","px":"42219.9",'
         '"sz":"0.12060306","side":"buy","ts":"1630048897897","count":"3","source":"0","seqId":1234}]}',
-        trades=(("BTC-USDT", "42219.9", "0.12060306", "buy", "130639474", 1630048897897000000, None, ""),),
+        trades=(expected("BTC-USDT 42219.9 0.12060306 buy 130639474", 1630048897897000000),),
     ),
     Case(
         "okx",
         '{"arg":{"channel":"trades","instId":"BTC-USDT"},"data":[{"instId":"BTC-USDT","tradeId":"1","px":"1","sz":"2","side":'
         '"sell","ts":"1630048897897"},{"instId":"BTC-USDT","tradeId":"2","px":"3","sz":"4","side":"buy","ts":"1630048897898"}]}',
         trades=(
-            ("BTC-USDT", "1", "2", "sell", "1", 1630048897897000000, None, ""),
-            ("BTC-USDT", "3", "4", "buy", "2", 1630048897898000000, None, ""),
+            expected("BTC-USDT 1 2 sell 1", 1630048897897000000),
+            expected("BTC-USDT 3 4 buy 2", 1630048897898000000),
         ),
     ),
     Case(
@@ -254,11 +250,8 @@ CASES = [
         '1783284617},{"T":1672304486866,"s":"BTCUSDT","S":"Sell","v":"0.002","p":"16578.40","L":"MinusTick","i":'
         '"2290000000007764263","BT":false,"seq":1783284620}]}',
         trades=(
-            *(
-                ("BTC-USDT", "16578.50", "0.001", "buy", "20f43950-d8dd-5b31-9112-a178eb6023af", when, None, "")
-                for when in (1672304486865000000,)
-            ),
-            ("BTC-USDT", "16578.40", "0.002", "sell", "2290000000007764263", 1672304486866000000, None, ""),
+            expected("BTC-USDT 16578.50 0.001 buy 20f43950-d8dd-5b31-9112-a178eb6023af", 1672304486865000000),
+            expected("BTC-USDT 16578.40 0.002 sell 2290000000007764263", 1672304486866000000),
         ),
     ),
     Case(
@@ -281,9 +274,9 @@ CASES = [
         "[17470,[[401597395,1574694478808,0.005,7245.3],[401597394,1574694478808,-0.5,7245.3],"
         "[401597393,1574694475039,1e-7,7244.9]],1]",
         trades=(
-            ("BTC-USD", "7244.9", "0.0000001", "buy", "401597393", 1574694475039000000, None, "snapshot"),
-            ("BTC-USD", "7245.3", "0.5", "sell", "401597394", 1574694478808000000, None, "snapshot"),
-            ("BTC-USD", "7245.3", "0.005", "buy", "401597395", 1574694478808000000, None, "snapshot"),
+            expected("BTC-USD 7244.9 0.0000001 buy 401597393", 1574694475039000000, flags="snapshot"),
+            expected("BTC-USD 7245.3 0.5 sell 401597394", 1574694478808000000, flags="snapshot"),
+            expected("BTC-USD 7245.3 0.005 buy 401597395", 1574694478808000000, flags="snapshot"),
         ),
         sequence=1,
         before=(BITFINEX_ACK,),
@@ -291,7 +284,7 @@ CASES = [
     Case(
         "bitfinex",
         '[17470,"te",[401597396,1574694478809,-0.005,7245]]',
-        trades=(("BTC-USD", "7245", "0.005", "sell", "401597396", 1574694478809000000, None, ""),),
+        trades=(expected("BTC-USD 7245 0.005 sell 401597396", 1574694478809000000),),
         before=(BITFINEX_ACK,),
     ),
     Case(
@@ -323,8 +316,8 @@ CASES = [
         '"quantity":"0.1","side":"buy","tid":169841459},{"type":"trade","symbol":"BTCUSD","eventid":169841458,"timestamp":'
         '1560976400428,"price":"9122.04","quantity":"0.0073173","side":"sell","tid":169841458}]}',
         trades=(
-            ("BTC-USD", "9122.04", "0.0073173", "sell", "169841458", 1560976400428000000, None, "snapshot"),
-            ("BTC-USD", "9122.05", "0.1", "buy", "169841459", 1560976400429000000, None, "snapshot"),
+            expected("BTC-USD 9122.04 0.0073173 sell 169841458", 1560976400428000000, flags="snapshot"),
+            expected("BTC-USD 9122.05 0.1 buy 169841459", 1560976400429000000, flags="snapshot"),
         ),
     ),
     Case("gemini", '{"type":"l2_updates","symbol":"BTCUSD","changes":[["sell","9160.20","0.1921229751"]]}', "ignored"),
@@ -332,7 +325,7 @@ CASES = [
         "gemini",
         '{"type":"trade","symbol":"BTCUSD","event_id":3575573053,"timestamp":1512314110000,"price":"9004.21000000","quantity":'
         '"0.09110000","side":"buy","tid":2840140800042677}',
-        trades=(("BTC-USD", "9004.21000000", "0.09110000", "buy", "2840140800042677", 1512314110000000000, None, ""),),
+        trades=(expected("BTC-USD 9004.21000000 0.09110000 buy 2840140800042677", 1512314110000000000),),
     ),
     Case("gemini", '{"type":"heartbeat","timestamp":1512314110000}', "heartbeat"),
     Case("gemini", '{"result":"error","reason":"InvalidJson"}', "error", note="InvalidJson "),
@@ -348,7 +341,7 @@ CASES = [
         '{"time":1606292218,"time_ms":1606292218231,"channel":"spot.trades","event":"update","result":{"id":309143071,'
         '"create_time":1606292218,"create_time_ms":"1606292218213.4578","side":"sell","currency_pair":"GT_USDT","amount":'
         '"16.4700000000","price":"0.4705000000","range":"2390902-2390902"}}',
-        trades=(("GT-USDT", "0.4705000000", "16.4700000000", "sell", "309143071", 1606292218213457800, None, ""),),
+        trades=(expected("GT-USDT 0.4705000000 16.4700000000 sell 309143071", 1606292218213457800),),
     ),
     Case(
         "gateio",
@@ -377,9 +370,10 @@ CASES = [
         '"MinusTick","trdMatchID":"34153f08-a2f7-8749-72b4-061da3d3f070","grossValue":5896500,"homeNotional":0.058965,'
         '"foreignNotional":500}]}',
         trades=(
-            (
-                *("BTC-USD", "8479.5", "0.058965", "sell", "34153f08-a2f7-8749-72b4-061da3d3f070"),
-                *(market_feeds_ns("2020-01-24T15:30:27.621Z"), None, "snapshot"),
+            expected(
+                "BTC-USD 8479.5 0.058965 sell 34153f08-a2f7-8749-72b4-061da3d3f070",
+                "2020-01-24T15:30:27.621Z",
+                flags="snapshot",
             ),
         ),
     ),
@@ -389,10 +383,7 @@ CASES = [
         '"size":2100,"price":8479.5,"tickDirection":"ZeroMinusTick","trdMatchID":"c2d665a3-bb51-f45f-6ce7-40f732f0609f",'
         '"grossValue":24765300,"homeNotional":0.247653,"foreignNotional":2100}]}',
         trades=(
-            (
-                *("BTC-USD", "8479.5", "0.247653", "buy", "c2d665a3-bb51-f45f-6ce7-40f732f0609f"),
-                *(market_feeds_ns("2020-01-24T15:30:29.366Z"), None, ""),
-            ),
+            expected("BTC-USD 8479.5 0.247653 buy c2d665a3-bb51-f45f-6ce7-40f732f0609f", "2020-01-24T15:30:29.366Z"),
         ),
     ),
     Case(
@@ -410,11 +401,8 @@ CASES = [
         '[{"T":"t","i":96921,"S":"AAPL","x":"D","p":126.55,"s":1,"t":"2021-02-22T15:51:44.208123456Z","c":["@","I"],"z":"C"},'
         '{"T":"t","i":96922,"S":"BRK.B","x":"V","p":240,"s":0.5,"t":"2021-02-22T15:51:44Z","c":["@"],"z":"A"}]',
         trades=(
-            *(
-                ("AAPL-USD", "126.55", "1", "", "D-96921", market_feeds_ns(when), None, "")
-                for when in ("2021-02-22T15:51:44.208123456Z",)
-            ),
-            ("BRK.B-USD", "240", "0.5", "", "V-96922", market_feeds_ns("2021-02-22T15:51:44Z"), None, ""),
+            expected("AAPL-USD 126.55 1 - D-96921", "2021-02-22T15:51:44.208123456Z"),
+            expected("BRK.B-USD 240 0.5 - V-96922", "2021-02-22T15:51:44Z"),
         ),
     ),
     Case(
@@ -436,8 +424,8 @@ CASES = [
         '{"data":[{"c":["1","8"],"p":7296.89,"s":"AAPL","t":1575526691134,"v":0.011467},{"p":7297,"s":"AAPL","t":1575526691135,'
         '"v":3}],"type":"trade"}',
         trades=(
-            ("AAPL-USD", "7296.89", "0.011467", "", "", 1575526691134000000, None, ""),
-            ("AAPL-USD", "7297", "3", "", "", 1575526691135000000, None, ""),
+            expected("AAPL-USD 7296.89 0.011467 - -", 1575526691134000000),
+            expected("AAPL-USD 7297 3 - -", 1575526691135000000),
         ),
     ),
     Case(
@@ -509,17 +497,23 @@ class MarketConnectWorld:
         self.feeds: dict[str, Feed] = {}
         self.runs: list[asyncio.Task[None]] = []
 
-    def feed(self, name: str, **options: Any) -> Feed:
+    def feed(self, name: str, adapter: Adapter | None = None, **options: Any) -> Feed:
         breaker = CircuitBreaker(name, failures=None, reset=0.01, max_reset=0.01)  # never opens
         chosen = {"breaker": breaker, "session": self.session, **{k: v for k, v in self.options.items() if v}}
-        adapter, url = ADAPTERS[name], self.them.urls[name]
-        options = {"url": url, "symbols": SYMBOLS, **chosen, **options}
+        options = {"url": self.them.urls[name], "symbols": SYMBOLS, **chosen, **options}
+        adapter = adapter or ADAPTERS[name]
         return Feed(adapter, options.pop("symbols"), self.sink.emit, self.sink.dead, **options)
+
+    def begin(self, name: str, adapter: Adapter | None = None, **options: Any) -> Feed:
+        """A feed that runs until the end."""
+        feed = self.feeds[name] = self.feed(name, adapter, **options)
+        self.runs.append(asyncio.create_task(feed.run()))
+        return feed
 
     async def __aenter__(self) -> MarketConnectWorld:
         self.session = aiohttp.ClientSession()
-        self.feeds = {name: self.feed(name, **self.own.get(name, {})) for name in self.names}
-        self.runs = [asyncio.create_task(feed.run()) for feed in self.feeds.values()]
+        for name in self.names:
+            self.begin(name, **self.own.get(name, {}))
         for name in self.names:
             await self.until(name, "live")
         return self
@@ -538,6 +532,10 @@ class MarketConnectWorld:
             return found.state == state and found.connects >= connects
 
         await until_async(there)
+
+    async def told(self, name: str, trades: int) -> None:
+        """So many, of those that count as live, have been told."""
+        await until_async(lambda: len(self.sink.live(name)) >= trades)
 
     async def settled(self, name: str) -> None:
         """Every trade that was sent has been told, or stands in a dead letter."""
@@ -652,6 +650,17 @@ async def read(address: str, topic: str) -> dict[int, list[Any]]:
         await consumer.stop()
 
 
+async def read_all(address: str, topic: str) -> list[Any]:
+    """All that is in a topic, one partition after the other."""
+    return [record for records in (await read(address, topic)).values() for record in records]
+
+
+async def publish(publisher: mk.Publisher, first: int, last: int, symbols: int = 5) -> None:
+    """Such trades, until they are acknowledged."""
+    await publisher.trades(market_kafka_trades(first, last, symbols))
+    await publisher.flush()
+
+
 async def market_kafka_ids(address: str, topic: str = "trades") -> list[int]:
     """The trades of a topic; each symbol's have to be in one partition, in their order, without a repetition."""
     ids, places = list[int](), dict[str, int]()
@@ -696,8 +705,7 @@ async def market_kafka_open(address: str, limit: float = HANG_LIMIT, **options: 
         await publisher.stop(limit)
         balanced(publisher)
         assert publisher.stats().trades.held == publisher.stats().analytics.held == 0
-        for _ in range(5):
-            await asyncio.sleep(0)
+        await ticks(5)
         assert asyncio.all_tasks() == tasks
         assert [each for each in threading.enumerate() if each not in threads and each.name.startswith("spool")] == []
         assert psutil.Process().num_fds() <= files

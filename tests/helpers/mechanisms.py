@@ -37,16 +37,22 @@ async def error_of_task(awaitable: Awaitable[Any]) -> BaseException | None:
     return None
 
 
-def in_threads(calls: list[Callable[[], Any]]) -> None:
-    """Run all at once with the smallest time slices; the first error of theirs is raised."""
+def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
+    """What the calls, all at once with the smallest time slices, return; the first error of theirs is raised."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
-            for future in [pool.submit(call) for call in calls]:
-                future.result(HANG_LIMIT)
+            return [future.result(HANG_LIMIT) for future in [pool.submit(call) for call in calls]]
     finally:
         sys.setswitchinterval(interval)
+
+
+def settle(outcome: concurrent.futures.Future[Any], call: Callable[[], Any]) -> None:
+    try:
+        outcome.set_result(call())
+    except BaseException as error:
+        outcome.set_exception(error)
 
 
 prim_local = threading.local()
@@ -79,10 +85,7 @@ class PrimThread:
 
     def _run(self, call: Callable[[], Any]) -> None:
         prim_local.worker = self
-        try:
-            self.outcome.set_result(call())
-        except BaseException as error:
-            self.outcome.set_exception(error)
+        settle(self.outcome, call)
 
     def done(self) -> bool:
         return self.outcome.done()
@@ -149,14 +152,7 @@ class Loop:
     def do(self, call: Callable[[], Any]) -> Any:
         """Run the call in the loop's thread."""
         outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(call())
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        self.loop.call_soon_threadsafe(run)
+        self.loop.call_soon_threadsafe(settle, outcome, call)
         return outcome.result(HANG_LIMIT)
 
     def close(self) -> None:

@@ -13,20 +13,20 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import psutil
 
+from market.workers import AnalyticsPool
 from runtime import processes
 from tests.helpers.api import aggregate_http
-from tests.helpers.base import HANG_LIMIT, HERE, free_port, wait_until
+from tests.helpers.base import HANG_LIMIT, HERE, free_port, run_task, until_async, wait_until
 
-PROC_PATIENCE = HANG_LIMIT
+Pool = TypeVar("Pool", processes.Processes, AnalyticsPool)
 
 
 def proc_gone(pid: int) -> bool:
@@ -60,34 +60,35 @@ def proc_is_open(fd: str) -> bool:
 
 async def proc_writer(path: Path) -> int:
     """The writing end of a FIFO, as soon as a worker has the other one open."""
-    deadline = time.monotonic() + PROC_PATIENCE
-    while True:
-        try:
+
+    def opened() -> int | None:
+        with contextlib.suppress(OSError):
             return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            assert time.monotonic() < deadline, "nobody reads"
-            await asyncio.sleep(0.002)
+        return None
+
+    return await until_async(opened)
 
 
-def proc_run(main: Callable[[processes.Processes], Any], workers: int = 1, **options: Any) -> None:
-    """``main`` with a pool, which must leave nothing behind: no process, no thread, no descriptor."""
+def proc_alone(make: Callable[[], Pool], main: Callable[[Pool], Awaitable[None]]) -> Pool:
+    """``main`` with the pool, which must leave nothing behind: no process, no thread, no descriptor."""
 
-    async def whole() -> None:
-        complaints: list[Any] = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    async def whole() -> Pool:
         before, children, threads = proc_open(), proc_children(), set(threading.enumerate())
-        pool = processes.Processes(workers, **options)
+        pool = make()
         try:
             await main(pool)
         finally:
-            await asyncio.wait_for(pool.close(0.0), PROC_PATIENCE)
-        assert complaints == []
+            await asyncio.wait_for(pool.close(0.0), HANG_LIMIT)
         assert (proc_children() - children, set(threading.enumerate()) - threads) == (set(), set())
-        assert pool.stats()[1:3] == (0, 0)
         assert proc_open() - before == set()
+        return pool
 
     resource_tracker.ensure_running()
-    asyncio.run(whole())
+    return run_task(whole(), lambda _: False, debug=None)
+
+
+def proc_run(main: Callable[[processes.Processes], Awaitable[None]], workers: int = 1, **options: Any) -> None:
+    assert proc_alone(lambda: processes.Processes(workers, **options), main).stats()[1:3] == (0, 0)
 
 
 def proc_ticks(pid: int) -> int:
