@@ -49,12 +49,13 @@ from api.middleware import CLIENT_RATE, Aggregator
 from api.openapi import document
 from api.pages import alive, dashboard_page, events, health, history, metrics, openapi, ready, report
 from api.requests import failed, problem
-from api.service import PLACES, WARM, Service, call_on_signals, log
+from api.service import PLACES, WARM, Service, log
 from api.telemetry import standard_output
 from api.upstreams import Source
 from coordination import Semaphore
+from runtime.loop import heard_before_the_server
 from runtime.postgres import Database
-from runtime.serving import queue_stderr
+from runtime.stderr import queue_stderr
 
 VERSION = "1.0"
 """Of the API, as its document says it."""
@@ -93,7 +94,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if output is not None:  # ours has more in it; who wants none starts uvicorn with --no-access-log
             access.handlers, access.propagate = [], False
         service = app.service = app.state.service = Service(sources, app.state.database(), output)
-        service.force = stack.enter_context(call_on_signals(service.stop))
+        service.force = stack.enter_context(heard_before_the_server(service.stop))
         if service.log.wanted:
             service.begin("request log", service.log.run())
             stack.push_async_callback(service.log.close)

@@ -21,10 +21,10 @@ the loop do goes through the frontier's, or comes into the loop by ``call_soon_t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import math
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +37,10 @@ from crawl.hosts import Question
 from crawl.http_aiohttp import Fetcher
 from crawl.model import Options, Request, Response, ScrapeResult
 from crawl.net import detail
-from crawl.output import EXIT_INTERRUPTED, RowBatches
+from crawl.output import RowBatches
 from crawl.readers import Readers
-from runtime.serving import Lag, new_loop
+from runtime.loop import Lag, beside, new_loop, stopped_by_signals
+from runtime.options import EXIT_INTERRUPTED
 
 INLINE_PARSE = 256 * 1024
 """Largest body in bytes that is parsed in the loop: 2 to 3 ms."""
@@ -208,19 +209,17 @@ class Driver:
 
 async def _program(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None]) -> None:
     rows, lag = RowBatches(emit, crawl.options.concurrency), Lag()
-    crawl.loop_lags, watch = lag.recent, asyncio.create_task(lag.watch())
-    try:
-        async with crawl.joined(rows.put) as put:
-            driver = Driver(crawl, put)
-            if put == rows.put:
-                rows.written = driver.give_back
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, driver.stop)
-            await driver.run(urls)
-    finally:
-        watch.cancel()
-        await rows.close()
+    crawl.loop_lags = lag.recent
+    with contextlib.ExitStack() as stack:
+        try:
+            async with beside(lag.watch(), "loop lag"), crawl.joined(rows.put) as put:
+                driver = Driver(crawl, put)
+                if put == rows.put:
+                    rows.written = driver.give_back
+                stack.enter_context(stopped_by_signals(driver.stop))
+                await driver.run(urls)
+        finally:
+            await rows.close()
 
 
 def run(crawl: Crawl, urls: Iterable[str], emit: Callable[..., None]) -> None:

@@ -20,14 +20,12 @@ that no wake-up is missed; ``Driver._lock`` guards the number of workers.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import queue
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from coordination import new_lock
@@ -38,9 +36,10 @@ from crawl.hosts import Question
 from crawl.http_urllib import Fetcher
 from crawl.model import Options, Request, Response, ScrapeResult
 from crawl.net import detail
-from crawl.output import EXIT_INTERRUPTED
 from crawl.readers import Readers
 from crawl.robots import LARGE
+from runtime.loop import stopped_by_signals_in_a_thread
+from runtime.options import EXIT_INTERRUPTED
 
 Emit = Callable[[ScrapeResult], object]
 """Takes a row; returns when it is written."""
@@ -232,36 +231,10 @@ class Driver:
 # ------------------------------------------------------------------------------------------------------- program
 
 
-@contextlib.contextmanager
-def signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call ``stop`` for SIGINT and SIGTERM, each a byte in a pipe that a thread reads: a handler in Python runs in the
-    main thread only, and a signal that comes as that one begins to wait would not wake it."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def read() -> None:
-        while os.read(reader, 1):
-            stop()
-
-    thread = threading.Thread(target=read, name="signals")
-    thread.start()
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(earlier)
-        for number, old in before.items():
-            signal.signal(number, old)
-        os.close(writer)
-        thread.join()
-        os.close(reader)
-
-
 def run(crawl: Crawl, urls: Iterable[str], emit: Emit) -> None:
     """The crawl of the command line, with signals."""
     driver = Driver(crawl, emit)
-    with signals(driver.stop):
+    with stopped_by_signals_in_a_thread(driver.stop):
         driver.run(urls)
 
 

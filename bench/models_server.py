@@ -79,7 +79,7 @@ class Late(asyncio.Protocol):
 
 def serve(port: int) -> None:
     """The server, until SIGTERM. It says "ready" when it listens."""
-    from runtime.serving import new_loop
+    from runtime.loop import new_loop
 
     async def forever() -> None:
         count, addresses = Count(), [host_address(number) for number in range(HOSTS)]

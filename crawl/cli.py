@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import os
 import resource
 import stat
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, BinaryIO
 
 from crawl.core import Crawl
 from crawl.errors import ERROR_KINDS
@@ -26,21 +26,13 @@ from crawl.explain import print_explanation
 from crawl.journal import JournalError, open_anew, open_journal, recall
 from crawl.model import Options
 from crawl.net import ProxyRule
-from crawl.output import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    EXIT_PIPE,
-    EXIT_USAGE,
-    Output,
-    RowWriter,
-    Run,
-)
+from crawl.output import Output, RowWriter, Run
 from crawl.progress import describe, progress, serve_metrics, write_stats
 from crawl.scope import Scope
 from crawl.url_list import read_urls
+from runtime.options import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PIPE, SIZES, CannotStart, Parser, size
 from runtime.packages import missing
-from runtime.serving import SIZES, size
+from runtime.stderr import queue_stderr, say
 
 if TYPE_CHECKING:
     from crawl.process_worker import MakeDriver
@@ -61,20 +53,12 @@ def header(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-class Parser(argparse.ArgumentParser):
-    """What is wrong is said in one line, not below two dozen of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message} (--help tells more)\n")
-
-
-def make_parser(program: str, *, spreads: bool = False) -> argparse.ArgumentParser:
+def make_parser(program: str, *, spreads: bool = False) -> Parser:
     """``spreads``: the program's driver can run in many processes."""
-    default = Options()
     kinds = "\n".join(f"  {kind:12} {text}" for kind, text in ERROR_KINDS.items())
     parser = Parser(
-        prog=f"python {program}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        program,
+        Options(),
         description="Fetch the pages of a list of URLs, politely, and write a row for each: title, words, links.",
         epilog=f"""examples:
   python {program} urls.txt                         JSON lines to stdout
@@ -101,11 +85,7 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
         rows.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=text)
     parser.set_defaults(form="jsonl")
 
-    def option(group: Any, name: str, kind: Any, text: str, metavar: str | None = None, **more: Any) -> None:
-        field = name.lstrip("-").replace("-", "_")
-        text += f" (default {getattr(default, field):g})" if kind in (int, float, size) else ""
-        group.add_argument(name, type=kind, default=None, metavar=metavar or "N", help=text, **more)
-
+    option = parser.option
     text = "write the rows there instead of to stdout; what the file had is lost, unless it is rows to --resume"
     parser.add_argument("-o", "--output", metavar="FILE", help=text)
     parser.add_argument("--stats", metavar="FILE", help="write the run's counts there as JSON")
@@ -115,7 +95,7 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     shared = parser.add_argument_group("many workers")
     text = "postgresql://...: the frontier and the rows are there; start any number of workers. Or: embedded"
     shared.add_argument("--frontier", metavar="URL", help=text)
-    shared.add_argument("--lease", type=float, metavar="S", help="time after which a dead worker's hosts return")
+    option(shared, "--lease", float, "time after which a dead worker's hosts return", "S", within=(1, 3600))
     shared.add_argument("--status", action="store_true", help="print how far the crawl in --frontier is")
     load = parser.add_argument_group("load and politeness")
     option(load, "--concurrency", int, "requests in flight, all hosts together")
@@ -187,22 +167,15 @@ def parse_arguments(
     parser = make_parser(program, spreads=spreads)
     args = parser.parse_intermixed_args(argv)
     args.sources = [source.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for source in args.sources]
-    given = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(Options)
-        if getattr(args, field.name) is not None
-    }
+    given = parser.given(args)
     if args.demo:
         given = {"rate": 50.0, "timeout": 2.0} | given
     elif not args.sources and not args.frontier:
         parser.error("no URLs: name a file, a URL, or - for stdin; or try --demo")
-    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     if args.frontier and (args.resume or args.explain or not spreads):
         parser.error("--frontier is for crawl_async.py, without --resume (each worker goes on) and --explain")
     if args.frontier and (getattr(args, "processes", None) or 1) > 1:
         parser.error("--frontier and --processes do not go together: start several workers instead")
-    if args.lease is not None and not 1 <= args.lease <= 3600:
-        parser.error("--lease must be 1 to 3600 seconds")
     if args.status and not args.frontier:
         parser.error("--status needs --frontier")
     if args.resume and (args.output is None or args.form != "jsonl"):
@@ -238,13 +211,34 @@ def more_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
 
 
+@contextlib.contextmanager
+def told(doing: str = "") -> Iterator[None]:
+    """What the system refuses meanwhile ends the program with one line: that it cannot be done. Default: reading."""
+    try:
+        yield
+    except JournalError as error:
+        raise CannotStart(str(error)) from error
+    except OSError as error:
+        reading = f"read {error.filename or 'the list'}"
+        why = (error.strerror or "").partition(" (while ")[0]
+        raise CannotStart(f"cannot {doing or reading}: {why}") from error
+
+
 def main(program: str, run: Run, argv: list[str] | None = None, *, driver: MakeDriver | None = None) -> int:
     """A crawler's whole program around ``run``, which crawls in this process, and ``driver``, which does in others if
     there is one (--processes). Returns the exit code."""
+    finish = queue_stderr(program)
     try:
         return _main(program, run, argv, driver)
+    except CannotStart as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            return EXIT_PIPE
+        say(program, error)
+        return EXIT_FAILED
     except KeyboardInterrupt:  # before the driver listens to signals, or after
         return EXIT_INTERRUPTED
+    finally:
+        finish()
 
 
 def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | None) -> int:
@@ -260,44 +254,26 @@ def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | N
                 return EXIT_OK
             crawl = join_shared(options, args.frontier, args.lease) if args.frontier else Crawl(options)
         except (ValueError, RuntimeError) as error:
-            return fail(program, str(error), error)
+            raise CannotStart(str(error)) from error
         if args.explain:
-            try:
+            with told():
                 print_explanation(args.explain, crawl, urls, args.output if args.resume else None, run)
                 return EXIT_OK
-            except JournalError as error:
-                return fail(program, str(error), error)
-            except OSError as error:
-                return fail(program, f"cannot read {error.filename or 'the list'}: {error.strerror}", error)
-        try:
+        with told(f"write {args.stats}"):
             stats = stack.enter_context(open(args.stats, "a", encoding="utf-8")) if args.stats else None
-        except OSError as error:
-            return fail(program, f"cannot write {args.stats}: {error.strerror}", error)
         if args.metrics_port is not None:
-            try:
-                stack.callback(serve_metrics(crawl, args.metrics_port))
-            except (OSError, OverflowError) as error:
-                why = (error.strerror or "").partition(" (while ")[0] if isinstance(error, OSError) else "0 to 65535"
-                return fail(program, f"cannot listen on port {args.metrics_port}: {why}", error)
-        try:
+            with told(f"listen on port {args.metrics_port}"):
+                stack.enter_context(serve_metrics(crawl, args.metrics_port))
+        with told("read the list"):
             if args.resume and crawl.knows_first:
                 urls = crawl.listed.know_all(urls)
-        except OSError as error:
-            return fail(program, f"cannot read the list: {error.strerror}", error)
-        try:
+        with told(f"write {args.output or 'to stdout'}"):
             stream = stack.enter_context(open_output(args.output, args.resume))
-            if args.resume:
-                known = recall(crawl, stream)
-                if known and not args.quiet:
-                    print(
-                        f"{program}: {known:,} rows from before, {crawl.frontier.waiting:,} URLs to go", file=sys.stderr
-                    )
+            known = recall(crawl, stream) if args.resume else 0
+            if known and not args.quiet:
+                say(program, f"{known:,} rows from before, {crawl.frontier.waiting:,} URLs to go")
             writer = RowWriter(stream, args.form, crawl.form)
-        except JournalError as error:
-            return fail(program, str(error), error)
-        except OSError as error:
-            return fail(program, f"cannot write {args.output or 'to stdout'}: {error.strerror}", error)
-        crawl.say = lambda text: print(f"{program}: {text}", file=sys.stderr)
+        crawl.say = partial(say, program)
         output = Output(crawl, writer)
         rows_on_screen = args.output is None and sys.stdout.isatty()
         with progress(crawl, sys.stderr.isatty() and not args.quiet and not rows_on_screen):
@@ -311,16 +287,14 @@ def _main(program: str, run: Run, argv: list[str] | None, driver: MakeDriver | N
         if not args.quiet and not isinstance(crawl.failure, BrokenPipeError):
             print(describe(crawl), file=sys.stderr)
         if stats:
-            try:
+            with told(f"write {args.stats}"):
                 write_stats(crawl, stats)
-            except OSError as error:
-                return fail(program, f"cannot write {args.stats}: {error.strerror}", error)
     if isinstance(crawl.failure, BaseException):
-        return fail(program, f"stopped: {crawl.failure}", crawl.failure)
+        raise CannotStart(f"stopped: {crawl.failure}") from crawl.failure
     if crawl.interrupted:
         left = crawl.frontier.stats().waiting
         if not args.quiet:
-            print(f"{program}: interrupted; {left:,} URLs not fetched", file=sys.stderr)
+            say(program, f"interrupted; {left:,} URLs not fetched")
         return EXIT_INTERRUPTED
     return EXIT_OK
 
@@ -347,13 +321,6 @@ def shared_status(frontier: str) -> str:
     from crawl.shared_crawl import status
 
     return status(frontier)
-
-
-def fail(program: str, message: str, error: BaseException) -> int:
-    if isinstance(error, BrokenPipeError):
-        return EXIT_PIPE
-    print(f"{program}: {message}", file=sys.stderr)
-    return EXIT_FAILED
 
 
 def demo_urls(stack: contextlib.ExitStack) -> Iterable[str]:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from crawl.errors import FetchError
 from crawl.urls import proxy_url
+from runtime.options import Range
 
 MAX_SECONDS = 1_000_000
 """Longest time in seconds that can be asked for (11 days): more than that the system's calls do not take."""
@@ -173,17 +174,14 @@ class Options:
     """Any request may go to private addresses."""
 
     def __post_init__(self) -> None:
-        whole = {"concurrency": 1, "per_host": 1, "burst": 1, "max_bytes": 1}
-        whole |= dict.fromkeys(("retries", "max_redirects", "depth", "max_pages", "host_pages"), 0)
-        for name, least in whole.items():
-            if not least <= getattr(self, name) <= MAX_COUNT:
-                raise ValueError(f"{name} must be at least {least}, and at most {MAX_COUNT:,}")
-        for name in ("timeout", "connect_timeout"):
-            if not 0 < getattr(self, name) <= MAX_SECONDS:
-                raise ValueError(f"{name} must be above 0, and at most {MAX_SECONDS:,} seconds")
-        for name in ("grace", "max_time"):
-            if not 0 <= getattr(self, name) <= MAX_SECONDS:
-                raise ValueError(f"{name} must be 0 or above, and at most {MAX_SECONDS:,} seconds")
+        for names, allowed, unit in (
+            (("concurrency", "per_host", "burst", "max_bytes"), Range(1, MAX_COUNT), ""),
+            (("retries", "max_redirects", "depth", "max_pages", "host_pages"), Range(0, MAX_COUNT), ""),
+            (("timeout", "connect_timeout"), Range(0, MAX_SECONDS, above=True), " s"),
+            (("grace", "max_time"), Range(0, MAX_SECONDS), " s"),
+        ):
+            for name in names:
+                allowed.check(name, getattr(self, name), unit)
         for name in ("rate", "total_rate"):
             if (value := getattr(self, name)) and not 1 / MAX_SECONDS <= value < math.inf:
                 raise ValueError(f"{name} must be 0 (no limit), or at least one request in {MAX_SECONDS:,} seconds")

@@ -29,7 +29,6 @@ from coordination import Channel, new_lock
 from crawl.core import Crawl
 from crawl.model import ScrapeResult
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
 Emit = Callable[..., None]
 """Takes rows; returns when they are written."""
 Run = Callable[[Crawl, Iterable[str], Emit], None]

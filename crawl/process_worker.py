@@ -42,7 +42,7 @@ from crawl.output import RowWriter, peak_memory_mb
 from crawl.robots import LARGE
 from crawl.urls import origin
 from crawl.wire import BUCKETS, ME, bucket_of, exactly, key_of, place, section, sections
-from runtime.serving import new_loop
+from runtime.loop import new_loop
 
 FULL, AGE = 1 << 16, 0.05
 """A frame goes when it has so many bytes of rows, or a quarter of what may be in flight, or after so many seconds."""

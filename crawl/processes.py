@@ -62,11 +62,12 @@ from crawl import process_worker
 from crawl.core import Crawl
 from crawl.frontier import Frontier
 from crawl.hosts import FrontierStats
-from crawl.output import EXIT_INTERRUPTED, Output, peak_memory_mb
+from crawl.output import Output, peak_memory_mb
 from crawl.process_worker import AGE, MakeDriver
 from crawl.stats import Stats
 from crawl.urls import is_secret, origin
 from crawl.wire import BUCKETS, ME, bucket_of, exactly, key_of, place, section, sections
+from runtime.options import EXIT_INTERRUPTED
 from runtime.processes import module_command
 
 LINES = 500

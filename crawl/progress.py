@@ -7,18 +7,21 @@ on a terminal has one, the metrics server has one; the crawl waits for neither.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import TextIO
 
 from crawl.core import Crawl
 from crawl.output import peak_memory_mb
-from runtime.serving import http_in_thread
+from runtime.monitor import Exporter, counter, gauge, http_in_thread
 
 
 def duration(seconds: float) -> str:
@@ -99,34 +102,31 @@ def write_stats(crawl: Crawl, file: TextIO) -> None:
     file.flush()
 
 
-def serve_metrics(crawl: Crawl, port: int) -> Callable[[], None]:
-    """Serve the run's counts to Prometheus, from a thread. Returns what ends that."""
-    from prometheus_client import Metric
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-    from prometheus_client.registry import Collector
+METRICS = (
+    *(
+        counter(f"crawl_{name}", f"As in --stats: {name}")
+        for name in (
+            *("rows", "ok", "retries", "redirects", "pauses", "bytes", "robots", "sitemaps", "sitemap_errors"),
+            *("unchanged", "duplicates", "capped", "forbidden"),
+        )
+    ),
+    counter("crawl_errors", "Rows by kind", "errors", "kind"),
+    counter("crawl_statuses", "Rows by status", "statuses", "status"),
+    *(
+        gauge(f"crawl_{name}", f"In the frontier: {name}")
+        for name in ("waiting", "in_flight", "hosts", "hosts_ready", "hosts_blocked", "seen")
+    ),
+    gauge("crawl_loop_lag_seconds", "Longest of the last minute", "loop_lag"),
+)
 
-    class Counts(Collector):
-        def collect(self) -> Iterator[Metric]:
-            stats, frontier = crawl.stats.snapshot(), crawl.frontier.stats()
-            for name in (
-                *("rows", "ok", "retries", "redirects", "pauses", "bytes"),
-                *("robots", "sitemaps", "sitemap_errors", "unchanged"),
-            ):
-                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", stats[name])
-            for name, label in (("errors", "kind"), ("statuses", "status")):
-                family = CounterMetricFamily(f"crawl_{name}", f"Rows by {label}", labels=(label,))
-                for value, count in stats[name].items():
-                    family.add_metric((value,), count)
-                yield family
-            for name in ("waiting", "in_flight", "hosts", "hosts_ready", "hosts_blocked", "seen"):
-                yield GaugeMetricFamily(f"crawl_{name}", f"In the frontier: {name}", getattr(frontier, name))
-            for name in ("duplicates", "capped", "forbidden"):
-                yield CounterMetricFamily(f"crawl_{name}", f"As in --stats: {name}", getattr(frontier, name))
-            if lags := tuple(crawl.loop_lags):
-                yield GaugeMetricFamily("crawl_loop_lag_seconds", "Longest of the last minute", max(lags))
 
+def serve_metrics(crawl: Crawl, port: int) -> contextlib.AbstractContextManager[None]:
+    """Serve the run's counts to Prometheus on 127.0.0.1, from a thread, while it is entered. ``OSError``."""
     if not 0 <= port < 65_536:
-        raise OverflowError  # which ``create_server`` would raise, without closing its socket
-    stack = contextlib.ExitStack()
-    stack.enter_context(http_in_thread(socket.create_server(("127.0.0.1", port)), Counts()))
-    return stack.close
+        raise OSError(errno.EINVAL, "0 to 65535")  # ``create_server`` would not close its socket
+
+    def counts() -> SimpleNamespace:
+        lag = max(tuple(crawl.loop_lags), default=None)
+        return SimpleNamespace(**crawl.stats.snapshot(), **asdict(crawl.frontier.stats()), loop_lag=lag)
+
+    return http_in_thread(socket.create_server(("127.0.0.1", port)), Exporter(METRICS, counts))

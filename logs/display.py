@@ -1,6 +1,6 @@
 """What ``ingest_logs.py`` shows of itself: the counts and their equation, a status line, ``/metrics``, ``/health``.
 
-A ``Snapshot`` is the counts of one worker, or the sums of all. ``imbalance`` is 0 in every one of them:
+``LogCounts`` are the counts of one worker, or the sums of all. ``imbalance`` is 0 in every one of them:
 received + recovered = stored + dead + dropped + held + handed on.
 
 The counts of a dead worker are those of its last line, a moment old: what it received after that is in no count. What
@@ -11,44 +11,37 @@ recovered. All here is pure.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, NamedTuple
 
-from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
+from runtime.monitor import counter, counters, gauge, health_of
+from runtime.stderr import terminal_size
 
 
-class Snapshot(NamedTuple):
-    """What a worker counted since it began; events, but where it says otherwise."""
+class LogCounts(NamedTuple):
+    """What a worker counted since it began; events, but where it says otherwise. More of them is in ``METRICS``."""
 
-    received: int = 0
-    recovered: int = 0
-    """In the spool when it began."""
-    stored: int = 0
-    dead: int = 0
-    """In ``dead_letter``."""
+    received: Annotated[int, "Events received"] = 0
+    recovered: Annotated[int, "Events that were in the spool at the start"] = 0
+    stored: Annotated[int, "Events in the table logs"] = 0
+    dead: Annotated[int, "Events in the table dead_letter"] = 0
     dropped: Mapping[str, int] = {}
-    """By cause."""
     held: Mapping[str, int] = {}
     """By place: queue, sealing, sealed, writing, spooling, spool."""
-    handed: int = 0
-    """Left in the spool by a worker that died."""
-    datagrams: int = 0
-    bytes: int = 0
-    refused: int = 0
-    """Datagrams from addresses that are not allowed."""
-    truncated: int = 0
+    handed: Annotated[int, "Events in the spool of workers that died; counted as recovered by the next"] = 0
+    datagrams: Annotated[int, "Datagrams read"] = 0
+    bytes: Annotated[int, "Bytes read"] = 0
+    refused: Annotated[int, "Datagrams from addresses that are not allowed"] = 0
+    truncated: Annotated[int, "Datagrams that were too long"] = 0
     """Datagrams longer than what is read of one."""
-    kernel_drops: int = 0
+    kernel_drops: Annotated[int, "Datagrams that found the socket's buffer full"] = 0
     """Datagrams that found the socket's buffer full; 0 too where the system does not say."""
-    missing: int = 0
+    missing: Annotated[int, "Rows that were stored before their metadata were known"] = 0
     """Rows that were stored without the metadata that there should be."""
-    filled: int = 0
+    filled: Annotated[int, "Rows whose metadata came later"] = 0
     """Such rows whose metadata came later, of earlier runs too."""
     spool_bytes: int = 0
-    spool_refused: int = 0
-    """Batches for which the spool had no room."""
+    spool_refused: Annotated[int, "Batches for which the spool had no room"] = 0
     lag: float = 0.0
     """Seconds from the receipt of a batch's oldest event to its commit: the longest of the last ones."""
     loop_lag: float = 0.0
@@ -56,14 +49,13 @@ class Snapshot(NamedTuple):
     database: str = "none"
     metadata: str = "none"
     """The state of the API's circuit."""
-    metadata_loads: int = 0
-    metadata_failures: int = 0
-    faults: int = 0
+    metadata_loads: Annotated[int, "Requests to the metadata API"] = 0
+    metadata_failures: Annotated[int, "Loads of metadata that failed"] = 0
+    faults: Annotated[int, "Counts that did not balance, and failures of the program"] = 0
     """How often the counts did not balance, or a part failed in a way that nobody had foreseen."""
-    lines_lost: int = 0
-    """Lines of the log that nobody read."""
+    lines_lost: Annotated[int, "Lines of the log that nobody read"] = 0
     workers: int = 1
-    deaths: int = 0
+    deaths: Annotated[int, "Workers that died"] = 0
     stopping: bool = False
 
 
@@ -74,19 +66,37 @@ WORST = {
 }
 
 
-def imbalance(counts: Snapshot) -> int:
+def imbalance(counts: LogCounts) -> int:
     """How many events more came in than are accounted for; 0, or there is a fault in the program."""
     out = counts.stored + counts.dead + sum(counts.dropped.values()) + sum(counts.held.values()) + counts.handed
     return counts.received + counts.recovered - out
 
 
-def add_up(snapshots: Iterable[Snapshot]) -> Snapshot:
+METRICS = (
+    *counters("ingest", LogCounts),
+    counter("ingest_dropped", "Events dropped, by cause", "dropped", "cause"),
+    gauge("ingest_held", "Events held, by place", "held", "place"),
+    gauge("ingest_imbalance", "Events not accounted for: 0", imbalance),
+    gauge("ingest_spool_bytes", "Bytes in the spool"),
+    gauge("ingest_lag_seconds", "From receipt to commit, longest of the last batches", "lag"),
+    gauge("ingest_loop_lag_seconds", "Longest of the last minute", "loop_lag"),
+    gauge("ingest_database_up", "1 if connected", lambda counts: float(counts.database == "connected")),
+    gauge(
+        "ingest_metadata_circuit_open",
+        "0 closed, 0.5 half-open, 1 open",
+        lambda counts: {"half_open": 0.5, "open": 1.0}.get(counts.metadata, 0.0),
+    ),
+    gauge("ingest_workers", "Workers that run"),
+)
+
+
+def add_up(snapshots: Iterable[LogCounts]) -> LogCounts:
     """The sums; of the lags the longest, of the states the worst."""
     every = list(snapshots)
     if not every:
-        return Snapshot(workers=0)
+        return LogCounts(workers=0)
     sums: dict[str, Any] = {}
-    for name in Snapshot._fields:
+    for name in LogCounts._fields:
         values = [getattr(each, name) for each in every]
         if isinstance(values[0], Mapping):
             total: Counter[str] = Counter()
@@ -99,10 +109,10 @@ def add_up(snapshots: Iterable[Snapshot]) -> Snapshot:
             sums[name] = any(values)
         else:
             sums[name] = max(values) if name in LARGEST else sum(values)
-    return Snapshot(**sums)
+    return LogCounts(**sums)
 
 
-def counts_after_death(last: Snapshot) -> Snapshot:
+def counts_after_death(last: LogCounts) -> LogCounts:
     """What remains of the counts of a worker that died."""
     spooled = last.held.get("spool", 0)
     lost = sum(last.held.values()) - spooled
@@ -119,7 +129,7 @@ def listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 
-def status(counts: Snapshot, before: Snapshot, seconds: float, age: float) -> str:
+def status(counts: LogCounts, before: LogCounts, seconds: float, age: float) -> str:
     """One line on where all stands; ``before`` is the snapshot of ``seconds`` ago."""
 
     def rate(name: str) -> str:
@@ -145,7 +155,12 @@ def status(counts: Snapshot, before: Snapshot, seconds: float, age: float) -> st
     return " · ".join(parts)
 
 
-def last_word(counts: Snapshot) -> str:
+def draw(*seen: Any) -> str:
+    """``status``, in a line of the terminal."""
+    return status(*seen)[: terminal_size().columns - 1]
+
+
+def last_word(counts: LogCounts) -> str:
     """What became of all that came."""
     lost = {name: count for name, count in counts.dropped.items() if count}
     left = {name: count for name, count in counts.held.items() if count}
@@ -164,62 +179,7 @@ def last_word(counts: Snapshot) -> str:
     )
 
 
-class Exporter(Collector):
-    """What ``/metrics`` shows."""
-
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
-        self._snapshot = snapshot
-
-    def collect(self) -> Iterator[Metric]:
-        counts = self._snapshot()
-        for name, text in (
-            ("received", "Events received"),
-            ("recovered", "Events that were in the spool at the start"),
-            ("stored", "Events in the table logs"),
-            ("dead", "Events in the table dead_letter"),
-            ("handed", "Events in the spool of workers that died; counted as recovered by the next"),
-            ("datagrams", "Datagrams read"),
-            ("bytes", "Bytes read"),
-            ("refused", "Datagrams from addresses that are not allowed"),
-            ("truncated", "Datagrams that were too long"),
-            ("kernel_drops", "Datagrams that found the socket's buffer full"),
-            ("missing", "Rows that were stored before their metadata were known"),
-            ("filled", "Rows whose metadata came later"),
-            ("spool_refused", "Batches for which the spool had no room"),
-            ("metadata_loads", "Requests to the metadata API"),
-            ("metadata_failures", "Loads of metadata that failed"),
-            ("faults", "Counts that did not balance, and failures of the program"),
-            ("lines_lost", "Lines of the log that nobody read"),
-            ("deaths", "Workers that died"),
-        ):
-            yield CounterMetricFamily(f"ingest_{name}", text, getattr(counts, name))
-        dropped = CounterMetricFamily("ingest_dropped", "Events dropped, by cause", labels=("cause",))
-        for cause, count in counts.dropped.items():
-            dropped.add_metric((cause,), count)
-        held = GaugeMetricFamily("ingest_held", "Events held, by place", labels=("place",))
-        for place, count in counts.held.items():
-            held.add_metric((place,), count)
-        yield from (dropped, held)
-        yield GaugeMetricFamily("ingest_imbalance", "Events not accounted for: 0", imbalance(counts))
-        yield GaugeMetricFamily("ingest_spool_bytes", "Bytes in the spool", counts.spool_bytes)
-        yield GaugeMetricFamily("ingest_lag_seconds", "From receipt to commit, longest of the last batches", counts.lag)
-        yield GaugeMetricFamily("ingest_loop_lag_seconds", "Longest of the last minute", counts.loop_lag)
-        yield GaugeMetricFamily("ingest_database_up", "1 if connected", float(counts.database == "connected"))
-        circuit = {"half_open": 0.5, "open": 1.0}.get(counts.metadata, 0.0)
-        yield GaugeMetricFamily("ingest_metadata_circuit_open", "0 closed, 0.5 half-open, 1 open", circuit)
-        yield GaugeMetricFamily("ingest_workers", "Workers that run", counts.workers)
-
-
-def health(counts: Snapshot, workers: int) -> tuple[int, dict[str, Any]]:
-    """The status code and the body of ``/health``. A database that is away is no reason to start the ingester anew."""
-    off = imbalance(counts)
-    if off or counts.faults:
-        state = "error"
-    elif counts.stopping:
-        state = "stopping"
-    elif counts.workers < workers or counts.database != "connected" or counts.metadata not in ("closed", "none"):
-        state = "degraded"
-    else:
-        state = "ok"
-    body = {"status": state, "imbalance": off, **counts._asdict()}
-    return (200 if state in ("ok", "degraded") else 503), body
+def health(counts: LogCounts, workers: int) -> tuple[int, dict[str, Any]]:
+    """The status code and the body of ``/health``, of a program of so many workers."""
+    away = counts.database != "connected" or counts.metadata not in ("closed", "none")
+    return health_of(counts, imbalance(counts), away or counts.workers < workers)

@@ -36,7 +36,7 @@ import random
 import re
 import socket
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, tzinfo
 from functools import partial
@@ -44,7 +44,7 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from coordination import Clock, Rng, stats_repr
-from logs.display import Snapshot, imbalance
+from logs.display import LogCounts, imbalance
 from logs.event_queue import EventQueue
 from logs.intake import Receiver
 from logs.options import IngestOptions, database_of
@@ -54,10 +54,11 @@ from logs.sink import DatabaseSink, rows_in
 from logs.store import SCHEMA, Store
 from logs.upkeep import fill_in, maintain
 from runtime.backlog import Backlog
-from runtime.outlet import Changes, Outlet, TwoStageStop, unless, unusable
+from runtime.loop import Lag, TaskSupervisor, ends_before
+from runtime.outlet import Changes, Outlet, TwoStageStop, unusable
 from runtime.postgres import Database
-from runtime.serving import TaskSupervisor, lines_lost
 from runtime.spool import EncodedBatch, Spool
+from runtime.stderr import lines_lost
 
 log = logging.getLogger("ingest")
 
@@ -71,11 +72,13 @@ DRAIN_LIMIT = 1.0
 """Seconds that reading what the socket holds may take at the stop: senders may go on."""
 FORCE_LIMIT = 2.0
 """Seconds that putting the rest into the spool may take at a forced stop."""
+WATCH_EVERY = 1.0
+"""Seconds between two looks at the counts."""
 CANCEL_LIMIT = 0.5
 """Seconds that the end of a task may take before the connections to the database are cut."""
 
 
-class Ingester(TaskSupervisor):
+class Ingester:
     """One worker, with ``sock`` as its source. ``run`` once. ``CannotStart`` if the spool cannot be looked at."""
 
     workers = 1
@@ -92,7 +95,7 @@ class Ingester(TaskSupervisor):
         wall: Clock = time.time,
         rng: Rng = random.random,
     ) -> None:
-        super().__init__(log)
+        self.tasks, self._lag = TaskSupervisor(log), Lag()
         self.options, self.number = options, number
         self._of, self._kernel_drops, self._clock = workers, kernel_drops, clock
         self._zone: tzinfo = UTC if options.zone == "UTC" else ZoneInfo(options.zone)
@@ -124,9 +127,8 @@ class Ingester(TaskSupervisor):
             clock=clock,
             rng=rng,
         )
-        self.sealer = Sealer(options, self.queue, self.outlet, changes=self._changes, fault=self._fault)
+        self.sealer = Sealer(options, self.queue, self.outlet, changes=self._changes, fault=self.tasks.fault)
         self._received = self._unbalanced = 0
-        self._loop_lags: deque[float] = deque([0.0], maxlen=60)
         self._stages = TwoStageStop(self._changes)
 
     def _folders(self) -> list[Path]:
@@ -149,18 +151,16 @@ class Ingester(TaskSupervisor):
             try:
                 events += parse(data, source, now, zone)
             except Exception as error:  # it promises not to; but one datagram must not cost the others
-                self._fault("parser", error)
+                self.tasks.fault("parser", error)
                 events.append(unparsed(data, source, now, error))
         self._received += len(events)
         self.queue.put(events)
         self.sealer.wake()
 
     async def _watch(self) -> None:
-        """How late the loop is; and whether the counts balance, should nobody else ask."""
+        """Whether the counts balance, should nobody else ask."""
         while True:
-            due = self._clock() + 1.0
-            await asyncio.sleep(1.0)
-            self._loop_lags.append(max(0.0, self._clock() - due))
+            await asyncio.sleep(WATCH_EVERY)
             self.snapshot()
 
     # ---------------------------------------------------------------- life and end
@@ -181,15 +181,19 @@ class Ingester(TaskSupervisor):
             stack.callback(self.receiver.close)
             stack.push_async_callback(self._end_tasks)
             self.sink.begun = self._clock()
-            works = {"sealer": self.sealer.run, **outlet.tasks(WRITERS), "watch": self._watch}
+            works = {
+                "sealer": self.sealer.run,
+                **outlet.tasks(WRITERS),
+                "watch": self._watch,
+                "loop lag": self._lag.watch,
+            }
             if not self.number:
                 works["maintenance"] = partial(maintain, self.database, self.store)
                 works["filler-in"] = partial(fill_in, self.database, self.store, enricher)
             for name, work in works.items():
-                self._start(name, work)
+                self.tasks.start(name, work)
             self.receiver.start()
-            first = await unless(stages.stopped, self.sink.first_connection())
-            if not first.cancelled() and not first.result():
+            if await ends_before(self.sink.first_connection(), stages.stopped) and self.database.state != "connected":
                 log.warning("database: not there yet (%s); batches go to the spool", self.database.stats().error or "")
             await stages.stopped.wait()
             await self._drain()
@@ -199,7 +203,7 @@ class Ingester(TaskSupervisor):
         self.snapshot()
         there = sum(each.stats().rows for each in outlet.spools)
         if there != outlet.backlog.spooled:
-            self._fault("spool", RuntimeError(f"{there} rows are there, {outlet.backlog.spooled} should be"))
+            self.tasks.fault("spool", RuntimeError(f"{there} rows are there, {outlet.backlog.spooled} should be"))
         return int(outlet.backlog.dropped["stopped"] > 0)
 
     def stop(self) -> None:
@@ -228,7 +232,7 @@ class Ingester(TaskSupervisor):
     async def _end_tasks(self) -> None:
         """A task that is cancelled rolls back, which a database that does not answer holds up: it is cut off then. What
         that raises may take the place of the cancellation, so it is repeated."""
-        late = {*self._tasks.values(), *self.sealer.waits}
+        late = {*self.tasks.running.values(), *self.sealer.waits}
         while late:
             for task in late:
                 task.cancel()
@@ -236,13 +240,13 @@ class Ingester(TaskSupervisor):
             if late:
                 await self.database.close()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> LogCounts:
         """All counts of this moment; an imbalance is logged."""
         queue, intake, data = self.queue.stats(), self.receiver.stats(), self.database.stats()
         found, backlog, sealer = self.sealer.enricher.stats(), self.outlet.backlog, self.sealer
         spools = [each.stats() for each in self.outlet.spools]
         lost = Counter({"spool unreadable": backlog.lost, "cannot be encoded": sealer.unsealed})
-        counts = Snapshot(
+        counts = LogCounts(
             received=self._received,
             recovered=backlog.recovered,
             stored=backlog.stored,
@@ -266,21 +270,21 @@ class Ingester(TaskSupervisor):
             spool_bytes=sum(each.bytes for each in spools),
             spool_refused=sum(each.refused for each in spools),
             lag=max(self.sink.lags),
-            loop_lag=max(self._loop_lags),
+            loop_lag=self._lag.longest,
             database=data.state,
             metadata=found.breaker if sealer.enricher.configured else "none",
             metadata_loads=found.loads,
             metadata_failures=found.failures,
-            faults=self._faults,
+            faults=self.tasks.faults,
             lines_lost=lines_lost(),
             stopping=self._stages.stage > 0,
         )
         off = imbalance(counts)
         if off and off != self._unbalanced:
-            self._faults += 1
+            self.tasks.faults += 1
             log.error("the counts do not balance: %d events are not accounted for: %s", off, counts)
         self._unbalanced = off
-        return counts._replace(faults=self._faults)
+        return counts._replace(faults=self.tasks.faults)
 
     stats = snapshot
     __repr__ = stats_repr

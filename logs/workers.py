@@ -1,9 +1,8 @@
-"""The worker processes of ``ingest_logs.py``, and the shell around one worker or many.
+"""The worker processes of ``ingest_logs.py``.
 
-``serve``        signals, ``/metrics`` and ``/health``, the status line, around a ``Program``.
-``Supervisor``   N worker processes. The parent makes the N sockets (SO_REUSEPORT: the kernel deals the senders out by
-                 their addresses) and keeps them open, so that what waits in the kernel outlives a worker; the next one
-                 reads on. A worker that ends without having been asked to is replaced, with back-off.
+The parent makes N sockets (SO_REUSEPORT: the kernel deals the senders out by their addresses) and keeps them open, so
+that what waits in the kernel outlives a worker; the next one reads on. A worker that ends without having been asked to
+is replaced, with back-off.
 
 A worker and its parent have a socketpair: first the configuration, as a line of JSON, then to the worker single bytes
 (stop, force), to the parent a line of JSON now and then, and a last one. Workers do not listen to signals: the parent
@@ -19,25 +18,25 @@ import contextlib
 import json
 import logging
 import random
-import shutil
-import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import orjson
 
 from coordination import Clock, Rng, stats_repr, wait_for_event
-from logs.display import Exporter, Snapshot, add_up, counts_after_death, health, status
+from logs.display import LogCounts, add_up, counts_after_death
 from primitives import RetryPolicy
-from runtime.serving import http, lines_lost, show_status, stopped_by_signals
+from runtime.loop import STOPPING, blocked
+from runtime.shell import Program
+from runtime.stderr import lines_lost
 
 log = logging.getLogger("ingest")
 
-EVERY, REPORT_EVERY = 1.0, 0.25
-"""Seconds between two status lines, and between two lines from a worker to its parent."""
+REPORT_EVERY = 0.25
+"""Seconds between two lines from a worker to its parent."""
 AGAIN = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=10.0, total=float("inf"))
 """How long to wait before a dead worker is replaced."""
 HEALTHY = 30.0
@@ -49,58 +48,14 @@ LINE = 1 << 20
 STOP, FORCE = b"s", b"f"
 
 
-class Program(Protocol):
-    """One worker, or many."""
-
-    workers: int
-
-    async def run(self) -> int:
-        """Until it has stopped; the exit code."""
-
-    def stop(self) -> None:
-        """The first call: stop and drain. The second: at once."""
-
-    def snapshot(self) -> Snapshot: ...
-
-
-async def serve(program: Program, http_sock: socket.socket | None, *, clock: Clock = time.monotonic) -> int:
-    """Run ``program``: SIGINT and SIGTERM stop it, the second forces. Returns the exit code."""
-
-    async def keep() -> None:
-        began = at = clock()
-        shown = program.snapshot()
-        while True:
-            await asyncio.sleep(EVERY)
-            before, then = shown, at
-            shown, at = program.snapshot(), clock()
-            text = status(shown, before, at - then, at - began)
-            show_status(text[: shutil.get_terminal_size().columns - 1])
-
-    exporter = Exporter(program.snapshot)
-    with stopped_by_signals(program.stop):
-        async with http(http_sock, exporter, lambda: health(program.snapshot(), program.workers)):
-            if not sys.stderr.isatty():
-                return await program.run()
-            keeping = asyncio.create_task(keep(), name="status line")
-            try:
-                return await program.run()
-            finally:
-                keeping.cancel()
-                await asyncio.gather(keeping, return_exceptions=True)
-                show_status("")
-
-
-# ------------------------------------------------------------------------------------------------- many workers
-
-
 class WorkerProcess:
     """What the parent knows of one."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.last: Snapshot | None = None
+        self.last: LogCounts | None = None
         """Of the one that lives."""
-        self.past = Snapshot(workers=0, database="connected")
+        self.past = LogCounts(workers=0, database="connected")
         """Of those that died."""
         self.code: int | None = None
         self.writer: asyncio.StreamWriter | None = None
@@ -159,7 +114,7 @@ class Supervisor:
             log.error("worker %d is late: killed", worker.number)
             worker.process.kill()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> LogCounts:
         parts = [worker.past for worker in self.list]
         parts += [worker.last for worker in self.list if worker.last is not None]
         counts = add_up(parts)
@@ -214,22 +169,19 @@ class Supervisor:
 
     @staticmethod
     def _bury(worker: WorkerProcess) -> None:
-        worker.past = add_up([worker.past, counts_after_death(worker.last or Snapshot())])
+        worker.past = add_up([worker.past, counts_after_death(worker.last or LogCounts())])
         worker.last = None
 
     async def _spawn(self, *sockets: socket.socket) -> asyncio.subprocess.Process:
         """Signals are blocked until the process ignores them. One at a time: the mask is this thread's."""
         async with self._spawning:
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-            try:
+            with blocked(*STOPPING):
                 return await asyncio.create_subprocess_exec(
                     *self._command,
                     str(sockets[0].fileno()),
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=[sock.fileno() for sock in sockets],
                 )
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     async def _live(self, worker: WorkerProcess) -> int:
         """One life; how it ended."""
@@ -255,7 +207,7 @@ class Supervisor:
                     if "failed" in said:
                         self.failure = said["failed"]
                     else:
-                        worker.last = Snapshot(**said)
+                        worker.last = LogCounts(**said)
             return await worker.process.wait()
         finally:
             if worker.writer is not None:
@@ -287,7 +239,7 @@ class ParentConnection:
         if not self._writer.is_closing():
             self._writer.write(orjson.dumps(what) + b"\n")
 
-    async def listen(self, program: Program) -> None:
+    async def listen(self, program: Program[LogCounts]) -> None:
         """Obey, until the parent is gone; then stop."""
         assert self._reader is not None
         stage = 0
@@ -299,7 +251,7 @@ class ParentConnection:
         if not stage:
             program.stop()
 
-    async def report(self, program: Program) -> None:
+    async def report(self, program: Program[LogCounts]) -> None:
         while True:
             self.tell(program.snapshot()._asdict())
             await asyncio.sleep(REPORT_EVERY)

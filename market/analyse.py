@@ -23,9 +23,9 @@ from market.kafka import PublisherClosed
 from market.stats import AnalyticsRow
 from market.trade import Trade
 from market.workers import MOST, Uncomputed
-from runtime.outlet import unless
+from runtime.loop import ends_before
+from runtime.options import CannotStart
 from runtime.processes import PoolClosed, WorkerDied
-from runtime.serving import CannotStart
 
 
 class Analyser(MarketProgram):
@@ -122,21 +122,20 @@ class Analyser(MarketProgram):
         async with contextlib.AsyncExitStack() as stack:
             await self._open_publisher(stack)
             stack.push_async_callback(self.workers.close, 0.0)
-            self._start("watch", self._watch)
-            stack.push_async_callback(self._end_tasks)
-            joining = await unless(self.stop.stopped, self._join())
-            error = None if joining.cancelled() else joining.exception()
-            if isinstance(error, TimeoutError | WorkerDied):
-                raise CannotStart(str(error))
-            if error is not None:
-                raise error
-            if not joining.cancelled():
+            self.tasks.start("watch", self._watch)
+            self.tasks.start("loop lag", self._lag.watch)
+            stack.push_async_callback(self.tasks.end)
+            try:
+                joined = await ends_before(self._join(), self.stop.stopped)
+            except (TimeoutError, WorkerDied) as error:
+                raise CannotStart(str(error)) from None
+            if joined:
                 stack.push_async_callback(self.group.stop)
-                self._start("analytics", self._work)
+                self.tasks.start("analytics", self._work)
                 await self.stop.stopped.wait()
                 self._deadline = self._clock() + self.options.stop_limit
                 await self._unless_forced(self._finish(), self.options.stop_limit * 0.6)
-                await self._end_tasks()
+                await self.tasks.end()
         return int(lost(self.snapshot()) > 0)
 
     async def _join(self) -> None:
@@ -147,7 +146,7 @@ class Analyser(MarketProgram):
     async def _finish(self) -> None:
         """The batch in hand is published and committed, and all rows are told; no further one is begun."""
         async with self._batch:
-            self._tasks["analytics"].cancel()
+            self.tasks.running["analytics"].cancel()
             await self._tell_all()
 
     def _more(self) -> dict[str, Any]:

@@ -1,83 +1,66 @@
 """``market_pipeline.py --demo``: simulated exchanges that trade for some seconds, a broker, and what is in Kafka then.
 
-The exchanges have a thread; the broker, unless one is named, is a process of its own, in a temporary folder that is
-gone at the end. ``play`` stops the program; ``report`` compares what was sent with what the topics hold.
+The exchanges have a thread; the broker, unless one is named, is a process, in a temporary folder. ``play`` stops the
+program; ``report`` compares what was sent with what the topics hold.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import os
-import shutil
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import orjson
 from aiokafka import AIOKafkaConsumer
 
-from market.display import Snapshot, columns, latency, number, price
-from market.flow import MarketOptions, MarketProgram
+from market.display import MarketCounts, columns, latency, number, price
+from market.flow import MarketOptions
 from market.stats import ALL
 from market.topics import ANALYTICS, DEAD_LETTERS, TRADES, decode
 from market.trade import Trade
-from runtime.serving import CannotStart
+from runtime.demo import Demo
+from runtime.options import CannotStart
+from runtime.shell import Program
+from runtime.stderr import say
 
 DEMO_PATIENCE = 15.0
 """Seconds that the demo waits for what is in Kafka."""
 
 
-class Demo:
+class MarketDemo(Demo):
     """Simulated exchanges that trade for some seconds, one of which fails, and, unless one is named, a broker."""
 
     def __init__(self, options: MarketOptions, seconds: float, rate: float) -> None:
-        self.options, self._seconds, self._rate = options, seconds, rate
-        self._stack = contextlib.ExitStack()
+        super().__init__("market_pipeline", options)
+        self._seconds, self._rate = seconds, rate
         self._exchanges: Any = None
 
-    def __enter__(self) -> Demo:
+    def begin(self, stack: contextlib.ExitStack) -> dict[str, Any]:
+        """The exchanges, and a broker if none is named."""
         from sandbox.broker import Broker
         from sandbox.exchanges import WIRES
         from sandbox.markets import Exchanges
 
-        with contextlib.ExitStack() as stack:
-            folder = Path(tempfile.mkdtemp(prefix="market-demo-"))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            more: dict[str, Any] = {}
-            if self.options.spool == MarketOptions.spool:
-                more["spool"] = str(folder / "spool")
-            if self.options.kafka is not None and not self.options.prefix:
-                more["prefix"] = f"demo-{os.urandom(4).hex()}-"  # simulated trades are not to be among real ones
-            if self.options.kafka is None:
-                if Broker.program() is None:
-                    raise CannotStart("--demo needs a broker: pip install noida-db, or --kafka HOST:PORT")
-                print("market_pipeline: starting the broker for development in a temporary folder", file=sys.stderr)
-                broker = Broker(folder / "broker")
-                try:
-                    more["kafka"] = broker.start()
-                except OSError as error:
-                    raise CannotStart(f"the broker for development did not start: {error}") from None
-                stack.callback(broker.stop)
-            names = [name for name in self.options.exchanges if name in WIRES]
-            if not names:
-                raise CannotStart(f"the demo has {', '.join(WIRES)} only")
-            self._exchanges = Exchanges(rate=self._rate, symbols=self.options.symbols, exchanges=names)
-            stack.enter_context(self._exchanges)
-            more |= {"urls": self._exchanges.urls, "exchanges": tuple(names), "stocks": ()}
-            self.options = dataclasses.replace(self.options, **more)
-            self._stack = stack.pop_all()
-        return self
+        changes: dict[str, Any] = {"stocks": ()}
+        if self.options.kafka is not None and not self.options.prefix:
+            changes["prefix"] = f"demo-{os.urandom(4).hex()}-"  # simulated trades are not to be among real ones
+        if self.options.kafka is None:
+            if Broker.program() is None:
+                raise CannotStart("--demo needs a broker: pip install noida-db, or --kafka HOST:PORT")
+            called = "the broker for development"
+            changes["kafka"] = self.start(stack, Broker, called, self.folder / "broker", called)
+        names = tuple(name for name in self.options.exchanges if name in WIRES)
+        if not names:
+            raise CannotStart(f"the demo has {', '.join(WIRES)} only")
+        self._exchanges = Exchanges(rate=self._rate, symbols=self.options.symbols, exchanges=names)
+        stack.enter_context(self._exchanges)
+        return changes | {"urls": self._exchanges.urls, "exchanges": names}
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    async def play(self, program: MarketProgram) -> None:
+    async def play(self, program: Program[MarketCounts]) -> None:
         """Some faults in passing; after the time, stop."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._seconds
@@ -92,13 +75,13 @@ class Demo:
             if not program.snapshot().stopping:
                 program.stop()
 
-    def report(self, counts: Snapshot) -> bool:
+    def report(self, counts: MarketCounts) -> bool:
         """Print what is in Kafka; whether that is what was sent, in the right places."""
         sent = sum(each.sent for each in self._exchanges.stats().values())
         try:
             trades, rows, letters = asyncio.run(self._look())
         except Exception as error:
-            print(f"market_pipeline: Kafka cannot be read: {error}", file=sys.stderr)
+            say("market_pipeline", f"Kafka cannot be read: {error}")
             return False
         found = [decode(record.value) for record in trades]
         live = {(each.exchange, each.symbol, each.trade_id) for each in found if "snapshot" not in each.flags}
@@ -127,7 +110,7 @@ class Demo:
             lines.append((symbol, *cells, *volatility, number(row["ewma"], ".1%"), price(row["spread"])))
         return columns(lines, right=range(1, len(lines[0])))
 
-    def _by_exchange(self, trades: Sequence[Trade], counts: Snapshot) -> str:
+    def _by_exchange(self, trades: Sequence[Trade], counts: MarketCounts) -> str:
         lines: list[tuple[str, ...]] = [
             ("exchange", "trades", "gaps", "missed", "repeated", "bad", "reconnects", "lag")
         ]

@@ -1,40 +1,28 @@
 """What ``market_pipeline.py`` shows of itself: the counts, a live table, ``/metrics`` and ``/health``.
 
-``Snapshot``   the counts of one moment. ``imbalance`` is 0 in every one of them:
-               trades + dead letters = taken by the publisher + waiting + given up,
-               taken + recovered = published + held + spooled + dropped + lost,
-               for the analytics = computed + not computed + skipped + queued.
-``Screen``     the table on a terminal, below the log's lines. A thread draws it, ``serving.Stderr`` writes it.
-``serve``      signals, ``/metrics`` and ``/health``, the table, around a ``Program``.
+``MarketCounts``   those of one moment. ``imbalance`` is 0 in every one of them:
+                   trades + dead letters = taken by the publisher + waiting + given up,
+                   taken + recovered = published + held + spooled + dropped + lost,
+                   for the analytics = computed + not computed + skipped + queued.
+``METRICS``        what ``/metrics`` tells of them.
+``picture``        the table on a terminal.
 
-Where what runs: all in one event loop, but for the drawing. A snapshot is immutable, and so needs no lock.
+All here is pure.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
-import socket
-import sys
-import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Annotated, Any, NamedTuple
 
-from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
-
-from coordination import Clock
 from market.kafka import Counts
 from market.stats import ALL, AnalyticsRow
 from market.trade import Trade
-from runtime.packages import missing
-from runtime.serving import http, show_status, stopped_by_signals
+from runtime.monitor import counter, counters, gauge, health_of
 
-EVERY = 0.5
-"""Seconds between two drawings."""
 MOST_SYMBOLS, MOST_ROWS = 500, 12
 """Symbols in a snapshot, and on the screen."""
 NOTHING = Counts(0, 0, 0, 0, 0, 0, 0)
@@ -82,17 +70,16 @@ class SymbolLine(NamedTuple):
     """The last ones, a second apart."""
 
 
-class Snapshot(NamedTuple):
+class MarketCounts(NamedTuple):
     """Counts since the start; trades, but where it says otherwise."""
 
-    trades: int = 0
+    trades: Annotated[int, "Trades parsed, or taken from Kafka"] = 0
     """Parsed (run, replay) or taken from Kafka (analyse)."""
     letters: int = 0
     """Frames, or records, handed over as dead letters."""
     waiting: int = 0
     """Of both: their feeds wait for room."""
-    given_up: int = 0
-    """Of both: nobody took them before the end."""
+    given_up: Annotated[int, "Trades and dead letters that nobody took before the end"] = 0
     kafka: str = "new"
     published: Counts = NOTHING
     """Trades and dead letters; of ``analyse`` dead letters only."""
@@ -102,30 +89,28 @@ class Snapshot(NamedTuple):
     """Of analytics."""
     offered: int = 0
     """For the analytics."""
-    computed: int = 0
-    uncomputed: int = 0
+    computed: Annotated[int, "Trades in the analytics"] = 0
+    uncomputed: Annotated[int, "Trades whose job failed"] = 0
     """Their job failed or killed its worker, again and again."""
-    skipped: int = 0
+    skipped: Annotated[int, "Trades published, but not in the analytics for want of room"] = 0
     """There was no room for them in the queue, or no time at the stop: published, but in no row."""
     queued: int = 0
-    late: int = 0
-    """Too late for the analytics."""
-    repeated: int = 0
-    worker_deaths: int = 0
+    late: Annotated[int, "Trades too late for the analytics"] = 0
+    repeated: Annotated[int, "Trades that the analytics had already"] = 0
+    worker_deaths: Annotated[int, "Workers that died, or were too late"] = 0
     workers: tuple[int, ...] = ()
     """Their process ids."""
     feeds: Mapping[str, FeedLine] = {}
     symbols: Mapping[str, SymbolLine] = {}
     partitions: tuple[int, ...] | None = None
     """Of ``analyse``."""
-    rebalances: int = 0
-    commits: int = 0
+    rebalances: Annotated[int, "Of the consumer group"] = 0
+    commits: Annotated[int, "Of the consumer group"] = 0
     loop_lag: float = 0.0
     """Seconds by which the event loop was late; the longest of the last minute."""
-    faults: int = 0
+    faults: Annotated[int, "Counts that did not balance, and failures of the program"] = 0
     """How often the counts did not balance, or a part failed in a way that nobody had foreseen."""
-    lines_lost: int = 0
-    """Lines of the log that nobody read."""
+    lines_lost: Annotated[int, "Lines of the log that nobody read"] = 0
     error: str = ""
     """The last one of Kafka's."""
     stopping: bool = False
@@ -166,7 +151,7 @@ class Board:
         return dict(sorted(self._lines.items()))
 
 
-def imbalance(counts: Snapshot) -> int:
+def imbalance(counts: MarketCounts) -> int:
     """How many trades or rows are not accounted for; 0, or there is a fault in the program."""
     handed = counts.letters if counts.partitions is not None else counts.trades + counts.letters
     found = abs(handed - counts.published.accepted - counts.waiting - counts.given_up)
@@ -176,12 +161,12 @@ def imbalance(counts: Snapshot) -> int:
     return found + abs(counts.offered - counts.computed - counts.uncomputed - counts.skipped - counts.queued)
 
 
-def lost(counts: Snapshot) -> int:
+def lost(counts: MarketCounts) -> int:
     """Trades and dead letters that are nowhere."""
     return counts.given_up + counts.published.dropped + counts.published.lost
 
 
-def last_word(counts: Snapshot) -> str:
+def last_word(counts: MarketCounts) -> str:
     """What became of all that came."""
     out, rows = counts.published, counts.rows
     held = out.held + counts.waiting
@@ -201,87 +186,73 @@ def last_word(counts: Snapshot) -> str:
     )
 
 
-def health(counts: Snapshot) -> tuple[int, dict[str, Any]]:
-    """The status code and the body of ``/health``. What is away outside is no reason to start the program anew."""
-    off, feeds = imbalance(counts), counts.feeds.values()
-    if off or counts.faults:
-        state = "error"
-    elif counts.stopping:
-        state = "stopping"
-    elif counts.kafka in ("away", "failed") or any(feed.state != "live" for feed in feeds) or counts.published.spooled:
-        state = "degraded"
-    else:
-        state = "ok"
-    body = counts._asdict() | {name: getattr(counts, name)._asdict() for name in ("published", "rows")}
-    body |= {
-        name: {key: line._asdict() for key, line in getattr(counts, name).items()} for name in ("feeds", "symbols")
-    }
-    return (200 if state in ("ok", "degraded") else 503), {"status": state, "imbalance": off, **body}
+def health(counts: MarketCounts) -> tuple[int, dict[str, Any]]:
+    """The status code and the body of ``/health``."""
+    away = counts.kafka in ("away", "failed") or any(feed.state != "live" for feed in counts.feeds.values())
+    body: dict[str, Any] = {name: getattr(counts, name)._asdict() for name in ("published", "rows")}
+    for name in ("feeds", "symbols"):
+        body[name] = {key: line._asdict() for key, line in getattr(counts, name).items()}
+    return health_of(counts, imbalance(counts), away or counts.published.spooled > 0, **body)
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
 
 
-class Exporter(Collector):
-    """What ``/metrics`` shows, read from the counts that the parts keep anyway."""
+def by_exchange(value: Callable[[FeedLine], float | None]) -> Callable[[MarketCounts], dict[str, float]]:
+    """A value of each exchange that has one."""
+    return lambda counts: {name: each for name, line in counts.feeds.items() if (each := value(line)) is not None}
 
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
-        self._snapshot = snapshot
 
-    def collect(self) -> Iterator[Metric]:
-        counts = self._snapshot()
-        for name, text, value in (
-            ("trades", "Trades parsed, or taken from Kafka", counts.trades),
-            ("dead_letters", "Frames handed over as dead letters", counts.letters),
-            ("given_up", "Trades and dead letters that nobody took before the end", counts.given_up),
-            ("published", "Trades and dead letters that Kafka acknowledged", counts.published.published),
-            ("recovered", "Trades and dead letters that were in the spool at the start", counts.published.recovered),
-            ("lost", "Trades and dead letters that are nowhere", lost(counts)),
-            ("rows", "Rows of analytics that Kafka acknowledged", counts.rows.published),
-            ("rows_dropped", "Rows of analytics dropped, the oldest", counts.rows.dropped),
-            ("computed", "Trades in the analytics", counts.computed),
-            ("uncomputed", "Trades whose job failed", counts.uncomputed),
-            ("skipped", "Trades published, but not in the analytics for want of room", counts.skipped),
-            ("late", "Trades too late for the analytics", counts.late),
-            ("repeated", "Trades that the analytics had already", counts.repeated),
-            ("worker_deaths", "Workers that died, or were too late", counts.worker_deaths),
-            ("rebalances", "Of the consumer group", counts.rebalances),
-            ("commits", "Of the consumer group", counts.commits),
-            ("faults", "Counts that did not balance, and failures of the program", counts.faults),
-            ("lines_lost", "Lines of the log that nobody read", counts.lines_lost),
-        ):
-            yield CounterMetricFamily(f"market_{name}", text, value)
-        for name, text, level in (
-            ("waiting", "Trades whose feeds wait for room", counts.waiting),
-            ("held", "Trades and dead letters in memory", counts.published.held),
-            ("spooled", "Trades and dead letters in the spool", counts.published.spooled),
-            ("queued", "Trades that wait to be computed", counts.queued),
-            ("imbalance", "Trades not accounted for: 0", imbalance(counts)),
-            ("loop_lag_seconds", "Longest of the last minute", counts.loop_lag),
-            ("kafka_up", "1 if connected", float(counts.kafka == "connected")),
-        ):
-            yield GaugeMetricFamily(f"market_{name}", text, level)
-        for field in ("trades", "bad", "gaps", "missed", "duplicates", "disorder", "reconnects"):
-            family = CounterMetricFamily(f"market_exchange_{field}", f"By exchange: {field}", labels=("exchange",))
-            for name, line in counts.feeds.items():
-                family.add_metric((name,), getattr(line, field))
-            yield family
-        text = "Symbols that are silent while others trade"
-        stale = GaugeMetricFamily("market_exchange_stale_symbols", text, labels=("exchange",))
-        up = GaugeMetricFamily("market_exchange_up", "1 if its trades come", labels=("exchange",))
-        lag = GaugeMetricFamily("market_exchange_lag_seconds", "From the exchange's time to ours", labels=("exchange",))
-        for name, line in counts.feeds.items():
-            stale.add_metric((name,), len(line.stale))
-            up.add_metric((name,), float(line.state == "live"))
-            if line.lag is not None:
-                lag.add_metric((name,), line.lag)
-        yield from (up, lag, stale)
-        for field in ("last", "volatility", "ewma", "spread", "trades_per_second"):
-            gauge = GaugeMetricFamily(f"market_symbol_{field}", f"By symbol: {field}", labels=("symbol",))
-            for name, symbol in counts.symbols.items():
-                value = getattr(symbol, field)
-                gauge.add_metric((name,), math.nan if value is None else value)
-            yield gauge
+def by_symbol(field: str) -> Callable[[MarketCounts], dict[str, float]]:
+    """A field of each symbol's line; NaN if it is not known."""
+
+    def values(counts: MarketCounts) -> dict[str, float]:
+        found = {name: getattr(line, field) for name, line in counts.symbols.items()}
+        return {name: math.nan if value is None else value for name, value in found.items()}
+
+    return values
+
+
+METRICS = (
+    *counters("market", MarketCounts),
+    counter("market_dead_letters", "Frames handed over as dead letters", "letters"),
+    counter("market_published", "Trades and dead letters that Kafka acknowledged", attrgetter("published.published")),
+    counter(
+        "market_recovered",
+        "Trades and dead letters that were in the spool at the start",
+        attrgetter("published.recovered"),
+    ),
+    counter("market_lost", "Trades and dead letters that are nowhere", lost),
+    counter("market_rows", "Rows of analytics that Kafka acknowledged", attrgetter("rows.published")),
+    counter("market_rows_dropped", "Rows of analytics dropped, the oldest", attrgetter("rows.dropped")),
+    gauge("market_waiting", "Trades whose feeds wait for room"),
+    gauge("market_held", "Trades and dead letters in memory", attrgetter("published.held")),
+    gauge("market_spooled", "Trades and dead letters in the spool", attrgetter("published.spooled")),
+    gauge("market_queued", "Trades that wait to be computed"),
+    gauge("market_imbalance", "Trades not accounted for: 0", imbalance),
+    gauge("market_loop_lag_seconds", "Longest of the last minute", "loop_lag"),
+    gauge("market_kafka_up", "1 if connected", lambda counts: float(counts.kafka == "connected")),
+    *(
+        counter(f"market_exchange_{field}", f"By exchange: {field}", by_exchange(attrgetter(field)), "exchange")
+        for field in ("trades", "bad", "gaps", "missed", "duplicates", "disorder", "reconnects")
+    ),
+    gauge(
+        "market_exchange_up", "1 if its trades come", by_exchange(lambda line: float(line.state == "live")), "exchange"
+    ),
+    gauge(
+        "market_exchange_lag_seconds", "From the exchange's time to ours", by_exchange(attrgetter("lag")), "exchange"
+    ),
+    gauge(
+        "market_exchange_stale_symbols",
+        "Symbols that are silent while others trade",
+        by_exchange(lambda line: len(line.stale)),
+        "exchange",
+    ),
+    *(
+        gauge(f"market_symbol_{field}", f"By symbol: {field}", by_symbol(field), "symbol")
+        for field in ("last", "volatility", "ewma", "spread", "trades_per_second")
+    ),
+)
 
 
 # ------------------------------------------------------------------------------------------------------- the table
@@ -322,7 +293,7 @@ def columns(lines: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     )
 
 
-def status(counts: Snapshot, rate: float, age: float) -> str:
+def status(counts: MarketCounts, rate: float, age: float) -> str:
     """One line on where all stands."""
     out = counts.published
     parts = [
@@ -343,7 +314,7 @@ def status(counts: Snapshot, rate: float, age: float) -> str:
     return " · ".join(parts)
 
 
-def picture(counts: Snapshot, rate: float, age: float) -> Any:
+def picture(counts: MarketCounts, rate: float, age: float) -> Any:
     """The table, for rich."""
     from rich.console import Group
     from rich.table import Table
@@ -372,75 +343,11 @@ def picture(counts: Snapshot, rate: float, age: float) -> Any:
     return Group(*parts, Text(status(counts, rate, age), no_wrap=True, overflow="ellipsis"))
 
 
-class Screen:
-    """The table of what ``look`` sees, while it is entered; the last one is left standing."""
+def draw(counts: MarketCounts, before: MarketCounts, seconds: float, age: float) -> str:
+    """``picture`` as text, as wide as the terminal."""
+    from rich.console import Console
 
-    def __init__(self, snapshot: Callable[[], Snapshot], *, clock: Clock = time.monotonic) -> None:
-        self._snapshot, self._clock = snapshot, clock
-        self._seen: deque[tuple[float, int]] = deque(maxlen=round(5 / EVERY))
-        self._began = clock()
-        self._shown = self._taken()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._show, name="screen", daemon=True)
-
-    def _taken(self) -> tuple[Snapshot, float, float]:
-        counts, now = self._snapshot(), self._clock()
-        self._seen.append((now, counts.trades))
-        then, before = self._seen[0]
-        rate = (counts.trades - before) / (now - then) if now > then else 0.0
-        return counts, rate, now - self._began
-
-    async def look(self) -> None:
-        """In the loop: take a snapshot now and then."""
-        while True:
-            await asyncio.sleep(EVERY)
-            self._shown = self._taken()
-
-    def _show(self) -> None:
-        from rich.console import Console
-
-        console = Console(stderr=True, highlight=False)
-        while not self._over.wait(EVERY):
-            if not console.is_dumb_terminal:
-                with console.capture() as drawn:
-                    console.print(picture(*self._shown))
-                show_status("\n".join(drawn.get().splitlines()[: console.height - 1]))
-        show_status("")
-        console.print(picture(*self._shown))  # the last one stays
-
-    def __enter__(self) -> Screen:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._shown = self._taken()
-        self._over.set()
-        self._thread.join(2.0)
-
-
-# ---------------------------------------------------------------------------------------------- around a program
-
-
-class Program(Protocol):
-    async def run(self) -> int:
-        """Until it has stopped; the exit code."""
-
-    def stop(self) -> None:
-        """The first call: stop and drain. The second: at once."""
-
-    def snapshot(self) -> Snapshot: ...
-
-
-async def serve(program: Program, http_sock: socket.socket | None) -> int:
-    """Run ``program``: SIGINT and SIGTERM stop it, the second forces. Returns the exit code."""
-    with stopped_by_signals(program.stop):
-        async with http(http_sock, Exporter(program.snapshot), lambda: health(program.snapshot())):
-            if not sys.stderr.isatty() or missing("the table", "rich"):
-                return await program.run()
-            with Screen(program.snapshot) as screen:
-                looking = asyncio.create_task(screen.look(), name="screen")
-                try:
-                    return await program.run()
-                finally:
-                    looking.cancel()
-                    await asyncio.gather(looking, return_exceptions=True)
+    console = Console(stderr=True, highlight=False)
+    with console.capture() as text:
+        console.print(picture(counts, (counts.trades - before.trades) / max(seconds, 1e-9), age))
+    return text.get().rstrip("\n")

@@ -53,15 +53,16 @@ import aiohttp
 from coordination import Clock, Rng, stats_repr, wait_for_event
 from market.adapter import Adapter
 from market.connect import TURN, Feed, new_session
-from market.display import Board, FeedLine, Snapshot, imbalance, lost
+from market.display import Board, FeedLine, MarketCounts, imbalance, lost
 from market.feeds import ADAPTERS
 from market.kafka import SAVE_LIMIT, Publisher, PublisherClosed
 from market.stats import WINDOWS, AnalyticsRow
 from market.topics import DeadLetter
 from market.trade import Trade
 from market.workers import MOST, AnalyticsPool, Uncomputed
-from runtime.outlet import TwoStageStop, unless, unusable
-from runtime.serving import TaskSupervisor, lines_lost
+from runtime.loop import Lag, TaskSupervisor, ends_before
+from runtime.outlet import TwoStageStop, unusable
+from runtime.stderr import lines_lost
 
 log = logging.getLogger("market_pipeline")
 
@@ -75,8 +76,8 @@ FEED_LIMIT = 3.0
 """Seconds that the exchanges have to answer a close frame."""
 CLOSE_LIMIT = 2 * SAVE_LIMIT
 """Seconds that the publisher has to end after that, whatever the disk does."""
-TICK, TICKS = 0.05, 1200
-"""Seconds between two looks at how late the loop is; how many are remembered."""
+WATCH_EVERY = 1.0
+"""Seconds between two looks at the counts."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def feeds_of(options: MarketOptions, environ: Mapping[str, str]) -> dict[str, tu
 # ------------------------------------------------------------------------------------------- what all programs have
 
 
-class MarketProgram(TaskSupervisor, ABC):
+class MarketProgram(ABC):
     """Publisher, stop, tasks that go on after an error, and counts."""
 
     def __init__(
@@ -169,7 +170,7 @@ class MarketProgram(TaskSupervisor, ABC):
         rng: Rng = random.random,
     ) -> None:
         assert options.kafka is not None
-        super().__init__(log)
+        self.tasks, self._lag = TaskSupervisor(log), Lag()
         self.options, self._clock, self._rng = options, clock, rng
         self._security = security(options, environ)
         self.publisher = Publisher(
@@ -189,7 +190,6 @@ class MarketProgram(TaskSupervisor, ABC):
         self.board = Board(options.windows)
         self._trades = self._letters = self._computed = self._uncomputed = self._unbalanced = 0
         self.stop = TwoStageStop(self.publisher.changes)
-        self._lags: deque[float] = deque([0.0], maxlen=TICKS)
 
     def make_workers(self) -> AnalyticsPool:
         figures = {"windows": self.options.windows, "lateness": self.options.lateness}
@@ -213,28 +213,20 @@ class MarketProgram(TaskSupervisor, ABC):
 
     # -------------------------------------------------------------------- life and end
 
-    async def _end_tasks(self) -> None:
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-
     async def _watch(self) -> None:
-        """How late the loop is; whether the counts balance, should nobody else ask; whether the publisher lives."""
-        ticks = 0
+        """Whether the counts balance, should nobody else ask; whether the publisher lives."""
         while True:
-            due = self._clock() + TICK
-            await asyncio.sleep(TICK)
-            self._lags.append(max(0.0, self._clock() - due))
-            ticks += 1
-            if ticks % 20 == 0 and self.snapshot().kafka == "failed" and not self.stop.stage:
-                self._faults += 1
+            await asyncio.sleep(WATCH_EVERY)
+            if self.snapshot().kafka == "failed" and not self.stop.stage:
+                self.tasks.faults += 1
                 self.stop()
 
     async def _unless_forced(self, work: Awaitable[Any], limit: float) -> None:
         """Until that comes to its end, is cut off by a second stop, or the time is over."""
-        done = await unless(self.stop.forced, work, limit)
-        if not done.cancelled() and (error := done.exception()) is not None:
-            self._fault("stopping", error)
+        try:
+            await ends_before(work, self.stop.forced, limit)
+        except Exception as error:
+            self.tasks.fault("stopping", error)
 
     async def _open_publisher(self, stack: contextlib.AsyncExitStack) -> None:
         try:
@@ -251,9 +243,9 @@ class MarketProgram(TaskSupervisor, ABC):
         closing = asyncio.create_task(self.publisher.stop(limit, self.stop.forced))
         await asyncio.wait((closing,), timeout=limit + CLOSE_LIMIT)
         if not closing.done():
-            self._fault("publisher", TimeoutError("it does not end"))
+            self.tasks.fault("publisher", TimeoutError("it does not end"))
         elif not closing.cancelled() and (error := closing.exception()) is not None:
-            self._fault("publisher", error)
+            self.tasks.fault("publisher", error)
 
     @abstractmethod
     async def run(self) -> int:
@@ -263,10 +255,10 @@ class MarketProgram(TaskSupervisor, ABC):
         """What a program adds to its snapshot."""
         return {}
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> MarketCounts:
         """All counts of this moment; an imbalance is logged."""
         found = self.publisher.stats()
-        counts = Snapshot(
+        counts = MarketCounts(
             trades=self._trades,
             letters=self._letters,
             waiting=found.waiting,
@@ -278,17 +270,17 @@ class MarketProgram(TaskSupervisor, ABC):
             computed=self._computed,
             uncomputed=self._uncomputed,
             symbols=self.board.lines(),
-            loop_lag=max(self._lags),
+            loop_lag=self._lag.longest,
             lines_lost=lines_lost(),
             error=found.error,
             stopping=self.stop.stage > 0,
         )._replace(**self._more())
         off = imbalance(counts)
         if off and off != self._unbalanced:
-            self._faults += 1
+            self.tasks.faults += 1
             log.error("the counts do not balance: %d are not accounted for: %s", off, counts)
         self._unbalanced = off
-        return counts._replace(faults=self._faults)
+        return counts._replace(faults=self.tasks.faults)
 
     stats = snapshot
     __repr__ = stats_repr
@@ -402,12 +394,13 @@ class Pipeline(MarketProgram):
         async with contextlib.AsyncExitStack() as stack:
             await self._open_publisher(stack)
             stack.push_async_callback(self.workers.close, 0.0)
-            stack.push_async_callback(self._end_tasks)
+            stack.push_async_callback(self.tasks.end)
             session = await stack.enter_async_context(new_session())
-            self._start("analytics", self._compute)
-            self._start("watch", self._watch)
+            self.tasks.start("analytics", self._compute)
+            self.tasks.start("watch", self._watch)
+            self.tasks.start("loop lag", self._lag.watch)
             for name in self._adapters:
-                self._start(f"feed {name}", partial(self._feed, name, session))
+                self.tasks.start(f"feed {name}", partial(self._feed, name, session))
             await self.stop.stopped.wait()
             begun = self._clock()
             self._deadline = begun + self.options.stop_limit

@@ -60,7 +60,8 @@ from market.topics import (
 )
 from market.trade import Trade
 from runtime.backlog import Backlog
-from runtime.outlet import Changes, Outlet, end, unless
+from runtime.loop import ends_before
+from runtime.outlet import Changes, Outlet, end
 from runtime.spool import EncodedBatch, Spool
 
 ROWS, FILE = 2500, 2500
@@ -379,7 +380,7 @@ class Publisher:
             self.changes.tell()
             try:
                 over = forced or asyncio.Event()
-                await unless(over, self.changes.until(self._is_over), limit)
+                await ends_before(self.changes.until(self._is_over), over, limit)
             finally:
                 closing = asyncio.create_task(self._close())
                 await end(closing, cancel=False)

@@ -20,8 +20,8 @@ from market.flow import MarketOptions, MarketProgram
 from market.kafka import PublisherClosed
 from market.topics import DeadLetter, decode
 from market.trade import BadFrame, Trade
-from runtime.outlet import unless
-from runtime.serving import CannotStart
+from runtime.loop import ends_before
+from runtime.options import CannotStart
 
 
 class Reader:
@@ -68,16 +68,14 @@ class Replayer(MarketProgram):
         async with contextlib.AsyncExitStack() as stack:
             if not self.options.dry_run:
                 await self._open_publisher(stack)
-            self._start("watch", self._watch)
-            stack.push_async_callback(self._end_tasks)
-            work = await unless(self.stop.stopped, self._replay())
-            error = None if work.cancelled() else work.exception()
-            if isinstance(error, TimeoutError):
-                raise CannotStart(str(error))
-            if error is not None:
-                raise error
+            self.tasks.start("watch", self._watch)
+            self.tasks.start("loop lag", self._lag.watch)
+            stack.push_async_callback(self.tasks.end)
+            try:
+                self.early = not await ends_before(self._replay(), self.stop.stopped)
+            except TimeoutError as error:
+                raise CannotStart(str(error)) from None
             self._deadline = self._clock() + self.options.stop_limit
-        self.early = work.cancelled()
         return int(lost(self.snapshot()) > 0 or self.early)
 
     async def _replay(self) -> None:

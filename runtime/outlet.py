@@ -25,13 +25,13 @@ import math
 import random
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from coordination import Clock, Rng, wait_for_event
 from primitives import RetryPolicy
 from runtime.backlog import Backlog, Round
-from runtime.serving import CannotStart
+from runtime.options import CannotStart
 from runtime.spool import EncodedBatch, Spool
 
 T = TypeVar("T")
@@ -121,19 +121,6 @@ async def end(task: asyncio.Task[Any], *, cancel: bool = True) -> None:
         task.exception()  # somebody looked
     if cancelled is not None:
         raise cancelled
-
-
-async def unless(event: asyncio.Event, work: Awaitable[Any], seconds: float = math.inf) -> asyncio.Future[Any]:
-    """``work`` as a future that is done: cancelled if ``event`` was set, or the time over, before."""
-    task, other = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
-    try:
-        limit = None if seconds == math.inf else max(0.0, seconds)
-        await asyncio.wait((task, other), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for each in (task, other):
-            each.cancel()
-        await asyncio.gather(task, other, return_exceptions=True)
-    return task
 
 
 class Outlet(Generic[T]):

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from coordination import Semaphore, T, stats_repr
-from runtime.serving import queue_stderr
+from runtime.stderr import queue_stderr
 
 BURIAL = 5.0
 """Seconds that a killed worker gets to be gone; the system may hold one that waits for a disk for longer."""

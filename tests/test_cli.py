@@ -25,11 +25,12 @@ from crawl.core import Crawl
 from crawl.errors import ERROR_KINDS
 from crawl.headers import read_headers
 from crawl.model import CrawlResult, Options, Request, Response
-from crawl.output import EXIT_USAGE, Output, RowWriter
+from crawl.output import Output, RowWriter
 from crawl.rows import build_row
 from crawl.url_list import read_lines, read_urls
 from crawl.urls import MAX_URL
-from runtime import serving
+from runtime import options as runtime_options
+from runtime.options import EXIT_USAGE
 from tests.helpers.base import HANG_LIMIT, wait_until
 from tests.helpers.crawl import a_row, written
 
@@ -227,12 +228,12 @@ def test_a_proxy_of_the_environment_that_cannot_be_right_is_wrong_usage(
 )  # fmt: skip
 def test_a_size_means_the_same_to_all_programs(text: str, size: int | None) -> None:
     programs: list[Any] = [crawl_cli, ingest_logs, market_pipeline]
-    assert [program.size for program in programs] == [serving.size] * 3
+    assert [program.size for program in programs] == [runtime_options.size] * 3
     if size is None:
         with pytest.raises(ValueError):
-            serving.size(text)
+            runtime_options.size(text)
     else:
-        assert serving.size(text) == size
+        assert runtime_options.size(text) == size
 
 
 def test_options_from_the_command_line() -> None:

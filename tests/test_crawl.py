@@ -778,12 +778,11 @@ def test_explains(driver: str, walked: Web, tmp_path: Path, capsys: pytest.Captu
 
 def walk_metrics(crawl: Crawl) -> str:
     port = free_port()
-    end = serve_metrics(crawl, port)
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_LIMIT) as answer:
-            return str(answer.read().decode())
-    finally:
-        end()
+    with (
+        serve_metrics(crawl, port),
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_LIMIT) as answer,
+    ):
+        return str(answer.read().decode())
 
 
 @pytest.mark.parametrize(("driver", "told"), [(crawl_async, True), (crawl_threads, False)])

@@ -31,10 +31,11 @@ from crawl.core import Crawl
 from crawl.errors import ERROR_KINDS, FetchError
 from crawl.frontier import Frontier
 from crawl.model import Options, Request, ScrapeResult
-from crawl.output import EXIT_INTERRUPTED, EXIT_PIPE
 from crawl.url_list import read_urls
 from crawl.urls import normalise
 from html_parse import Page, parse_page
+from runtime.loop import stopped_by_signals_in_a_thread
+from runtime.options import EXIT_INTERRUPTED, EXIT_PIPE
 from sandbox.faults import FAULTS, status_expect
 from sandbox.sites import Sandbox
 from tests.helpers import lock_order
@@ -458,7 +459,7 @@ def test_a_signal_that_another_thread_gets_is_an_event_too() -> None:
     events: queue.SimpleQueue[str] = queue.SimpleQueue()
     before, descriptor = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(descriptor)
-    with crawl_threads.signals(lambda: events.put("stop")):
+    with stopped_by_signals_in_a_thread(lambda: events.put("stop")):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             other = threading.Timer(0.05, lambda number=number: signal.pthread_kill(threading.get_ident(), number))
             other.start()

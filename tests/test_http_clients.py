@@ -15,7 +15,7 @@ import brotli
 import pytest
 
 from crawl.model import ScrapeResult
-from crawl.output import EXIT_INTERRUPTED
+from runtime.options import EXIT_INTERRUPTED
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, PROGRAM_LIMIT, wait_until
 from tests.helpers.crawl import (

@@ -31,7 +31,7 @@ import ingest_logs
 from logs import display, sink, upkeep
 from logs import pipeline as log_pipeline
 from logs import workers as log_workers
-from logs.display import Snapshot
+from logs.display import LogCounts
 from logs.enrich import Enricher
 from logs.pipeline import Ingester
 from logs.workers import Supervisor
@@ -314,7 +314,7 @@ def ingest_main(*arguments: str) -> int:
         (("--retain", "0"), "--retain must be at least 1"),
         (("--flush", "0"), "--flush must be above 0 s"),
         (("--spool-bytes", "1X"), "argument --spool-bytes: invalid size value: '1X'"),
-        (("--demo", "--demo-rate", "0"), "--demo-seconds and --demo-rate must be above 0"),
+        (("--demo", "--demo-rate", "0"), "--demo-rate must be above 0"),
     ],
 )
 def test_ingest_wrong_usage_is_one_line(
@@ -354,7 +354,7 @@ def test_ingest_says_in_one_line_why_it_cannot_start(tmp_path: Path) -> None:
 def test_ingest_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert ingest_main("--help") == 0
     said = " ".join(capsys.readouterr().out.split())
-    for text in ("(default 0.0.0.0:5514)", "(default 32M)", "(default 1000)", "--demo", "exit codes: 0", "examples:"):
+    for text in ("(default 0.0.0.0:5514)", "(default 32MiB)", "(default 1000)", "--demo", "exit codes: 0", "examples:"):
         assert text in said
     assert "--worker" not in said
 
@@ -363,10 +363,10 @@ def test_ingest_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_ingest_counts_add_up_over_workers_and_their_deaths() -> None:
-    one = Snapshot(
+    one = LogCounts(
         received=100, recovered=5, stored=60, dead=1, dropped={"queue full": 4}, held={"queue": 10, "spool": 30}
     )
-    two = Snapshot(received=7, stored=7, held={"queue": 0}, lag=2.0, database="down", metadata="open", deaths=1)
+    two = LogCounts(received=7, stored=7, held={"queue": 0}, lag=2.0, database="down", metadata="open", deaths=1)
     assert display.imbalance(one) == display.imbalance(two) == 0
     both = display.add_up([one, two])
     assert (both.received, both.stored, both.dropped, both.held) == (
@@ -379,15 +379,15 @@ def test_ingest_counts_add_up_over_workers_and_their_deaths() -> None:
     gone = display.counts_after_death(one)
     assert (gone.dropped, gone.handed, gone.held) == ({"queue full": 4, "worker died": 10}, 30, {})
     assert display.imbalance(gone) == 0 and (gone.workers, gone.deaths) == (0, 1)
-    again = display.add_up([gone, Snapshot(recovered=30, stored=30, database="connected")])
+    again = display.add_up([gone, LogCounts(recovered=30, stored=30, database="connected")])
     assert display.imbalance(again) == 0 and again.workers == 1 and again.database == "connected"
     assert display.imbalance(one._replace(stored=61)) == -1
-    assert display.add_up([]) == Snapshot(workers=0)
+    assert display.add_up([]) == LogCounts(workers=0)
 
 
 def test_ingest_status_and_last_word() -> None:
-    before = Snapshot(received=1000, stored=500)
-    now = Snapshot(
+    before = LogCounts(received=1000, stored=500)
+    now = LogCounts(
         received=3000, stored=2000, dead=2, dropped={"queue full": 5, "less severe": 0},
         held={"queue": 900, "spool": 93}, kernel_drops=7, lag=0.25, database="down", metadata="open", stopping=True,
         refused=3,
@@ -405,17 +405,17 @@ def test_ingest_status_and_last_word() -> None:
 @pytest.mark.parametrize(
     ("counts", "code", "state"),
     [
-        (Snapshot(database="connected", metadata="closed"), 200, "ok"),
-        (Snapshot(database="connected"), 200, "ok"),
-        (Snapshot(database="down"), 200, "degraded"),
-        (Snapshot(database="connected", metadata="open"), 200, "degraded"),
-        (Snapshot(database="connected", workers=0), 200, "degraded"),
-        (Snapshot(database="connected", stopping=True), 503, "stopping"),
-        (Snapshot(database="connected", faults=1), 503, "error"),
-        (Snapshot(database="connected", received=1), 503, "error"),
+        (LogCounts(database="connected", metadata="closed"), 200, "ok"),
+        (LogCounts(database="connected"), 200, "ok"),
+        (LogCounts(database="down"), 200, "degraded"),
+        (LogCounts(database="connected", metadata="open"), 200, "degraded"),
+        (LogCounts(database="connected", workers=0), 200, "degraded"),
+        (LogCounts(database="connected", stopping=True), 503, "stopping"),
+        (LogCounts(database="connected", faults=1), 503, "error"),
+        (LogCounts(database="connected", received=1), 503, "error"),
     ],
 )
-def test_ingest_health(counts: Snapshot, code: int, state: str) -> None:
+def test_ingest_health(counts: LogCounts, code: int, state: str) -> None:
     found = display.health(counts, 1)
     assert (found[0], found[1]["status"]) == (code, state)
 
@@ -441,7 +441,7 @@ def test_a_database_url_that_cannot_be_read_is_refused_without_showing_it(
     arguments = ("--database", url) if by == "argument" else ()
     assert ingest_main("--listen", "127.0.0.1:0", *arguments) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "error: --database: " in said or (by == "environment" and not url and "error: where to?" in said)
+    assert "ingest_logs.py: --database: " in said or (by == "environment" and not url and ".py: where to?" in said)
     assert "cret" not in said
 
 
@@ -483,7 +483,7 @@ def test_a_stop_while_replayed_files_are_removed_keeps_the_counts(
             await asyncio.to_thread(removing.wait, HANG_LIMIT)
             up.ingester.stop()
             up.ingester.stop()
-            await until_async(up.ingester._tasks["replayer"].done)
+            await until_async(up.ingester.tasks.running["replayer"].done)
             go_on.set()
         counts = up.ingester.snapshot()
         assert (counts.stored, counts.held["spool"], counts.faults) == (10, 0, 0)

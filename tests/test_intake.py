@@ -26,7 +26,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from logs import event_queue
 from logs import intake as li
 from logs.parse import Event
-from runtime import serving
+from runtime.loop import new_loop
+from runtime.options import split_address
 from tests.absent import needs
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, ticks, until_async
 
@@ -369,7 +370,7 @@ class IntakeWorld:
 
 def intake_run(loop: str, main: Any) -> None:
     """In the one event loop or the other; neither may complain."""
-    options = {} if loop == "asyncio" else {"debug": False, "loop_factory": serving.new_loop}
+    options = {} if loop == "asyncio" else {"debug": False, "loop_factory": new_loop}
     run_task(main, lambda _: False, **options)
 
 
@@ -791,9 +792,9 @@ def test_buffer_that_the_kernel_clamps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_addresses(text: str, expected: tuple[str, int] | None) -> None:
     if expected is None:
         with pytest.raises(ValueError, match="expected"):
-            serving.split_address(text)
+            split_address(text)
     else:
-        assert serving.split_address(text) == expected
+        assert split_address(text) == expected
 
 
 def test_what_cannot_be_bound_is_said() -> None:

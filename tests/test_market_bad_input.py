@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -26,6 +26,9 @@ from market.connect import Feed
 from market.feeds import ADAPTERS
 from market.stats import Analytics, AnalyticsRow
 from market.trade import Trade
+from runtime import shell
+from runtime.monitor import Exporter
+from runtime.options import EXIT_INTERRUPTED
 from runtime.spool import EncodedBatch, Spool
 from sandbox.broker import Broker
 from sandbox.markets import Exchanges
@@ -411,26 +414,34 @@ def test_pipeline_sigterm_before_and_after_the_loop_is_as_ctrl_c(monkeypatch: py
         def __exit__(self, *_: object) -> None:
             closed.append("demo")
 
+        async def play(self, _: object) -> None: ...
+
         def report(self, _: object) -> bool:
             os.kill(os.getpid(), signal.SIGTERM)
             return True
 
-    async def ended(*_: object) -> Any:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, print)
-        loop.remove_signal_handler(signal.SIGTERM)
-        counts = SimpleNamespace(faults=0)
-        return 0, SimpleNamespace(snapshot=lambda: counts)
+    class Ended:
+        """A program that ends at once."""
+
+        def __init__(self, *_: object) -> None: ...
+
+        async def run(self) -> int:
+            return 0
+
+        def stop(self) -> None: ...
+
+        def snapshot(self) -> Any:
+            return SimpleNamespace(faults=0, stopping=False)
 
     def killed(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(market_pipeline, "Demo", Demo)
-    monkeypatch.setattr(market_pipeline, "run_program", ended)
+    monkeypatch.setattr(market_pipeline, "MarketDemo", Demo)
+    monkeypatch.setattr(market_pipeline, "Pipeline", Ended)
     monkeypatch.setattr(market_pipeline, "last_word", lambda _: "")
-    assert market_pipeline.main(["--demo"]) == market_pipeline.EXIT_INTERRUPTED and closed == ["demo"]
-    monkeypatch.setattr(market_pipeline, "open_http", killed)
-    assert market_pipeline.main(["--demo"]) == market_pipeline.EXIT_INTERRUPTED and closed == ["demo"] * 2
+    assert market_pipeline.main(["--demo"]) == EXIT_INTERRUPTED and closed == ["demo"]
+    monkeypatch.setattr(shell, "open_http", killed)
+    assert market_pipeline.main(["--demo"]) == EXIT_INTERRUPTED and closed == ["demo"] * 2
 
 
 def test_pipeline_a_publisher_is_closed_before_the_program_ends(tmp_path: Path) -> None:
@@ -457,9 +468,9 @@ def test_display_silent_symbols_are_shown() -> None:
     from rich.console import Console
 
     line = md.FeedLine("live", *(0,) * 7, None, stale=("SOL-USD", "ADA-USD"))
-    counts = md.Snapshot(feeds={"okx": line, "kraken": line._replace(stale=())})
+    counts = md.MarketCounts(feeds={"okx": line, "kraken": line._replace(stale=())})
     registry = CollectorRegistry()
-    registry.register(md.Exporter(lambda: counts))
+    registry.register(cast("Any", Exporter(md.METRICS, lambda: counts)))
     told = generate_latest(registry)
     assert b'market_exchange_stale_symbols{exchange="okx"} 2.0' in told
     assert b'market_exchange_stale_symbols{exchange="kraken"} 0.0' in told
@@ -473,4 +484,6 @@ def test_pipeline_windows_that_are_no_numbers_are_told_in_words(capsys: pytest.C
     with pytest.raises(SystemExit) as end:
         market_pipeline.parse_arguments(["--demo", "--windows", "10,x"], {})
     told = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and told.endswith("--windows: whole seconds with commas are needed, not '10,x'")
+    assert end.value.code == 2 and told.endswith(
+        "--windows: whole seconds with commas are needed, not '10,x' (--help tells more)"
+    )

@@ -789,7 +789,7 @@ def test_pictures() -> None:
     assert md.price(64000.126) == "64,000.13" and md.price(0.0000123456789) == "1.23457e-05" and md.price(None) == "–"
     assert md.latency(0.0123) == "12 ms" and md.latency(None) == "–"
     feed = md.FeedLine("live", *(0,) * 7, None)
-    counts = md.Snapshot(kafka="connected", feeds={"kraken": feed})
+    counts = md.MarketCounts(kafka="connected", feeds={"kraken": feed})
     assert md.health(counts)[0] == 200 and md.health(counts)[1]["status"] == "ok"
     for changes, status, code in (
         ({"kafka": "away"}, "degraded", 200),
@@ -802,7 +802,7 @@ def test_pictures() -> None:
             status,
             code,
         )
-    whole = md.Snapshot(trades=5, letters=1, published=Counts(6, 2, 4, 1, 2, 1, 0), skipped=1, offered=1)
+    whole = md.MarketCounts(trades=5, letters=1, published=Counts(6, 2, 4, 1, 2, 1, 0), skipped=1, offered=1)
     assert md.imbalance(whole) == 0
     assert md.last_word(whole) == (
         "trades 5 + dead letters 1 + recovered 2 = published 4 + left in the spool 2 + lost 1 + held 1"

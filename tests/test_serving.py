@@ -1,4 +1,4 @@
-"""runtime/serving.py: real sockets, pipes and processes."""
+"""runtime/monitor.py and runtime/stderr.py: real sockets, pipes and processes."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from prometheus_client.core import GaugeMetricFamily
 from api import telemetry
 from crawl.progress import serve_metrics
 from logs import display
-from logs.display import Snapshot
+from logs.display import LogCounts
 from logs.intake import udp_socket
 from logs.options import IngestOptions
 from logs.pipeline import Ingester
 from logs.workers import Supervisor
-from runtime import serving
+from runtime import loop, monitor, stderr
 from tests.absent import needs
 from tests.helpers.api import aggregate_http
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, free_port, run_task, wait_until
 from tests.helpers.crawl import walk_crawl
 from tests.helpers.market import MarketPipelineBase, market_pipeline_metrics, market_pipeline_options
-from tests.helpers.processes import HEALTH, IDLERS, besiege, fill
+from tests.helpers.processes import HEALTH, IDLERS, besiege, fill, full_pipe
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -68,7 +68,7 @@ def serving_up(
     loop.set_exception_handler(lambda _, context: complaints.append(context))
 
     async def serve() -> None:
-        async with serving.http(sock, cast("Collector", Metrics()), health):
+        async with monitor.http(sock, cast("Collector", Metrics()), health):
             started.set()
             await over.wait()
 
@@ -112,7 +112,7 @@ loops = pytest.mark.parametrize(
     "new_loop",
     [
         pytest.param(asyncio.new_event_loop, id="asyncio"),
-        pytest.param(serving.new_loop, marks=needs("uvloop"), id="uvloop"),
+        pytest.param(loop.new_loop, marks=needs("uvloop"), id="uvloop"),
     ],
 )
 
@@ -166,8 +166,8 @@ def test_idle_connections_keep_nobody_out(
     kind: str, new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 60 there are the last eight; who asks takes the place of the oldest."""
-    monkeypatch.setattr(serving, "PATIENCE", 3600.0, raising=False)
-    monkeypatch.setattr(serving, "CONNECTIONS", 8, raising=False)
+    monkeypatch.setattr(monitor, "PATIENCE", 3600.0, raising=False)
+    monkeypatch.setattr(monitor, "CONNECTIONS", 8, raising=False)
     with serving_up(new_loop, lambda: (200, {})) as connect, contextlib.ExitStack() as stack:
         ours = psutil.Process()
         before = ours.num_fds()
@@ -187,7 +187,7 @@ def test_a_connection_ends_in_time(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever its client does."""
-    monkeypatch.setattr(serving, "PATIENCE", 0.3, raising=False)
+    monkeypatch.setattr(monitor, "PATIENCE", 0.3, raising=False)
     with serving_up(new_loop, lambda: (200, {})) as connect, contextlib.ExitStack() as stack:
         ours = psutil.Process()
         before = ours.num_fds()
@@ -212,14 +212,8 @@ def test_a_long_request_line_does_not_hold_the_loop() -> None:
     begun = time.thread_time()
     for target in (b"/" + b"a" * 8000, b"/" + b"?" * 8000, b"http://" + b"a" * 8000, b"/a?/" * 2000, b"a" * 8000):
         for _ in range(5):
-            assert serving.respond(b"GET " + target + b" x\r\n\r\n", {}).startswith(b"HTTP/1.1 400 ")
+            assert monitor.respond(b"GET " + target + b" x\r\n\r\n", {}).startswith(b"HTTP/1.1 400 ")
     assert time.thread_time() - begun < 1.0
-
-
-def full_pipe() -> tuple[int, int, int]:
-    """Its two ends, and how many bytes are in it: as many as it holds."""
-    reading, writing = os.pipe()
-    return reading, writing, fill(writing)
 
 
 def serving_read(reading: int, count: int) -> bytes:
@@ -237,9 +231,9 @@ def read_all(reading: int) -> bytes:
 
 
 def test_stderr_loses_what_nobody_reads_and_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "UNREAD", 100)
+    monkeypatch.setattr(stderr, "UNREAD", 100)
     reading, writing, filled = full_pipe()
-    out = serving.Stderr(writing, "program")
+    out = stderr.Stderr(writing, "program")
     print("first", file=out)
     wait_until(lambda: not out._waiting)  # in the hands of the thread
     for n in range(30):
@@ -259,7 +253,7 @@ def test_stderr_loses_what_nobody_reads_and_says_how_much(monkeypatch: pytest.Mo
 
 def test_stderr_status_stays_below_the_lines_and_only_the_newest_waits() -> None:
     reading, writing = os.pipe()
-    out = serving.Stderr(writing, "program")
+    out = stderr.Stderr(writing, "program")
 
     def said(text: bytes) -> None:
         assert serving_read(reading, len(text)) == text
@@ -294,7 +288,7 @@ def test_stderr_is_written_in_whole_lines_whoever_else_writes_there() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     with ours, theirs:
-        out = serving.Stderr(ours.fileno(), "program")
+        out = stderr.Stderr(ours.fileno(), "program")
         lines = [f"{n} " + "x" * (n % 200) + "\n" for n in range(2000)]
         out.write("".join(lines) + "y" * 9000)
         found = list[bytes]()
@@ -307,7 +301,7 @@ def test_stderr_is_written_in_whole_lines_whoever_else_writes_there() -> None:
 
 def test_stderr_goes_on_when_its_reader_is_gone() -> None:
     reading, writing, _ = full_pipe()
-    out = serving.Stderr(writing, "program")
+    out = stderr.Stderr(writing, "program")
     out.write("one\ntwo\n")
     os.close(reading)
     wait_until(lambda: out.lost == 2)
@@ -319,71 +313,71 @@ def test_stderr_goes_on_when_its_reader_is_gone() -> None:
 
 def test_all_that_goes_to_stderr_is_queued_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the log has, too. A reader that stalls at the end is not waited for."""
-    monkeypatch.setattr(serving, "LAST", HANG_LIMIT)
-    monkeypatch.setattr(serving, "_stderr", None)
+    monkeypatch.setattr(stderr, "LAST", HANG_LIMIT)
+    monkeypatch.setattr(stderr, "_stderr", None)
 
     def now() -> Any:
         return sys.stderr
 
     reading, writing = os.pipe()
-    with os.fdopen(writing, "w", encoding="utf-8") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
+    with os.fdopen(writing, "w", encoding="utf-8") as before:
+        monkeypatch.setattr(sys, "stderr", before)
         handler, log = cast("Any", logging.StreamHandler()), logging.getLogger("serving test")
         monkeypatch.setattr(log, "handlers", [handler])
-        finish = serving.queue_stderr("program")
+        finish = stderr.queue_stderr("program")
         ours = now()
-        assert type(ours) is serving.Stderr and handler.stream == ours
+        assert type(ours) is stderr.Stderr and handler.stream == ours
         assert ours.fileno() == writing and not ours.isatty()
         log.error("a")
         print("b", file=sys.stderr)
         finish()
-        assert now() is handler.stream is stderr
+        assert now() is handler.stream is before
         log.error("c")
         assert serving_read(reading, 6) == b"a\nb\nc\n"
-        finish = serving.queue_stderr("program")
+        finish = stderr.queue_stderr("program")
         ours = now()
         filled = fill(writing)
         log.error("d")
-        monkeypatch.setattr(serving, "LAST", 0.05)
+        monkeypatch.setattr(stderr, "LAST", 0.05)
         finish()
         assert now() is handler.stream is ours  # or the next to write there would wait for ever
         log.error("e")
         serving_read(reading, filled)
         assert serving_read(reading, 4) == b"d\ne\n"
         wait_until(lambda: not cast("Any", ours)._thread.is_alive())
-        assert serving.lines_lost() == 0
+        assert stderr.lines_lost() == 0
         for other in (io.StringIO(), None):  # in memory; there is none
             monkeypatch.setattr(sys, "stderr", other)
-            serving.queue_stderr("program")()
+            stderr.queue_stderr("program")()
             assert now() is other
     os.close(reading)
 
 
 def test_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reading, writing, _ = full_pipe()
-    out = serving.Stderr(writing, "program")
-    monkeypatch.setattr(serving, "_stderr", out)
-    out.write("x\n" * serving.UNREAD)
-    assert serving.lines_lost() == serving.UNREAD
+    out = stderr.Stderr(writing, "program")
+    monkeypatch.setattr(stderr, "_stderr", out)
+    out.write("x\n" * stderr.UNREAD)
+    assert stderr.lines_lost() == stderr.UNREAD
 
     async def main() -> None:
         program = MarketPipelineBase(market_pipeline_options("127.0.0.1:1", "lost", tmp_path))
-        assert b"market_lines_lost_total %.1f\n" % serving.UNREAD in market_pipeline_metrics(program)
+        assert b"market_lines_lost_total %.1f\n" % stderr.UNREAD in market_pipeline_metrics(program)
         with udp_socket("127.0.0.1", 0, receive_buffer=4096).sock as sock:
             ingester = Ingester(IngestOptions(spool=str(tmp_path / "logs"), database=None), sock)
-            assert ingester.snapshot().lines_lost == serving.UNREAD
+            assert ingester.snapshot().lines_lost == stderr.UNREAD
             several = Supervisor(["unused"], lambda _: {}, [sock], stop_limit=1.0)
-            several.list[0].last = Snapshot(lines_lost=3)
-            assert several.snapshot().lines_lost == serving.UNREAD + 3
-            found = {each.name: each for each in display.Exporter(several.snapshot).collect()}
-            assert found["ingest_lines_lost"].samples[0].value == serving.UNREAD + 3
+            several.list[0].last = LogCounts(lines_lost=3)
+            assert several.snapshot().lines_lost == stderr.UNREAD + 3
+            found = {each.name: each for each in monitor.Exporter(display.METRICS, several.snapshot).collect()}
+            assert found["ingest_lines_lost"].samples[0].value == stderr.UNREAD + 3
         counts = SimpleNamespace(state="connected", queued=0, written=0, lost=0, refused=0)
         part = SimpleNamespace(stats=lambda: counts)
-        exporter = telemetry.Exporter(
-            {}, serving.Lag(), cast("Any", part), cast("Any", part), telemetry.RequestLog(None)
-        )
+        service = SimpleNamespace(sources={}, lag=loop.Lag(), database=counts, log=telemetry.RequestLog(None))
+        service.history = SimpleNamespace(writer=part)
+        exporter = monitor.Exporter(telemetry.METRICS, lambda: service)
         lost = {each.name: each for each in exporter.collect()}["aggregate_log_lines_lost"]
-        assert lost.samples[0].value == serving.UNREAD
+        assert lost.samples[0].value == stderr.UNREAD
 
     run_task(main())
     os.close(reading)
@@ -431,8 +425,7 @@ def test_the_api_ends_while_nobody_reads_its_stderr(tmp_path: Path) -> None:
 
 def test_silent_connections_to_a_crawl_cost_no_threads() -> None:
     port, crawl = free_port(), walk_crawl()
-    end = serve_metrics(crawl, port)
-    try:
+    with serve_metrics(crawl, port):
         threads, before = threading.active_count(), psutil.Process().num_fds()
         with contextlib.ExitStack() as stack:
             besiege(port, stack)
@@ -440,5 +433,3 @@ def test_silent_connections_to_a_crawl_cost_no_threads() -> None:
                 assert b"crawl_rows_total" in answer.read()
             assert threading.active_count() <= threads
             wait_until(lambda: psutil.Process().num_fds() <= before + 200 + 128)
-    finally:
-        end()

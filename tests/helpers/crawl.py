@@ -42,7 +42,7 @@ from crawl.model import CrawlResult, Options, Request, Response, ScrapeResult
 from crawl.net import BodyDecoder
 from crawl.output import RowWriter, Run
 from crawl.robots import MAX_ROBOTS
-from runtime import serving
+from runtime.loop import new_loop
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT
 
@@ -313,7 +313,7 @@ def guard_scrape(driver: str, urls: Iterable[str], **options: Any) -> dict[str, 
     if driver == "crawl_threads":
         rows = crawl_threads.scrape_all(urls, settings)
     else:
-        factory = serving.new_loop if driver == "crawl_async on uvloop" else None
+        factory = new_loop if driver == "crawl_async on uvloop" else None
         with asyncio.Runner(loop_factory=factory) as runner:
             rows = runner.run(crawl_async.scrape_all(urls, settings))
     return {row.url: row for row in rows}

@@ -14,7 +14,7 @@ import pytest
 
 from logs import display, seal, sink, upkeep
 from logs import store as log_store
-from logs.display import Snapshot
+from logs.display import LogCounts
 from logs.intake import udp_socket
 from logs.options import IngestOptions
 from logs.parse import Event, Metadata
@@ -122,14 +122,14 @@ class LogsIngestUp:
             self._sender.send(f"<{8 + severity}>1 - host {service} - - - serial={n}".encode())
         self.sent += count
 
-    async def until(self, predicate: Callable[[Snapshot], bool]) -> Snapshot:
+    async def until(self, predicate: Callable[[LogCounts], bool]) -> LogCounts:
         await until_async(lambda: predicate(self.ingester.snapshot()))
         return self.ingester.snapshot()
 
-    async def received(self) -> Snapshot:
+    async def received(self) -> LogCounts:
         return await self.until(lambda counts: counts.received == self.sent)
 
-    async def stored(self) -> Snapshot:
+    async def stored(self) -> LogCounts:
         return await self.until(lambda counts: counts.stored == self.sent + counts.recovered)
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import psutil
@@ -33,6 +33,7 @@ from market.feeds import ADAPTERS
 from market.flow import MarketProgram
 from market.trade import Parsed, Trade
 from primitives import CircuitBreaker
+from runtime.monitor import Exporter
 from runtime.spool import Spool
 from sandbox.broker import Broker
 from sandbox.exchanges import WIRES, Wire
@@ -724,7 +725,7 @@ def market_pipeline_metrics(program: MarketProgram) -> bytes:
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()
-    registry.register(md.Exporter(program.snapshot))
+    registry.register(cast("Any", Exporter(md.METRICS, program.snapshot)))
     return generate_latest(registry)
 
 

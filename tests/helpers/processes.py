@@ -120,6 +120,12 @@ def fill(writing: int) -> int:
     return filled
 
 
+def full_pipe() -> tuple[int, int, int]:
+    """Its two ends, and how many bytes are in it: as many as it holds."""
+    reading, writing = os.pipe()
+    return reading, writing, fill(writing)
+
+
 class Unread:
     """A program whose stderr, a pipe or a terminal, is full from the beginning: nobody reads it."""
 

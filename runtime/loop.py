@@ -1,0 +1,210 @@
+"""Around an event loop: which loop, how late it is, tasks that last, and the signals that stop a program.
+
+What is called for a signal tells a first one (drain) from a second (force) by itself. All handlers that were there
+before are there again afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from types import FrameType
+from typing import Any
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""The signals that stop a program."""
+PAUSE = 0.5
+"""Seconds after which a task that failed in a way that nobody had foreseen goes on."""
+SHOWN = 10
+"""Of such failures, with their tracebacks."""
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """That of uvloop, where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+@contextlib.asynccontextmanager
+async def beside(work: Awaitable[Any], name: str) -> AsyncIterator[None]:
+    """Have ``work`` done in a task while this is entered; it is cancelled at the end. What it raises is lost."""
+    task = asyncio.ensure_future(work)
+    if isinstance(task, asyncio.Task):
+        task.set_name(name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def ends_before(work: Awaitable[Any], event: asyncio.Event, seconds: float = math.inf) -> bool:
+    """Whether ``work`` ended before ``event`` was set, and in so many ``seconds``; it is cancelled otherwise. What it
+    raises is raised here."""
+    task, other = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+    limit = None if seconds == math.inf else max(0.0, seconds)
+    try:
+        await asyncio.wait((task, other), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        ended = task.done()
+        for each in (task, other):
+            each.cancel()
+        results = await asyncio.gather(task, other, return_exceptions=True)
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return ended
+
+
+class Lag:
+    """How late the event loop wakes a sleeper: what a call that blocks it would cost everybody.
+
+    ``recent``: seconds, of the last minute.
+    """
+
+    def __init__(self, every: float = 0.05, keep: int = 1200) -> None:
+        self._every = every
+        self.recent: deque[float] = deque([0.0], maxlen=keep)
+
+    @property
+    def longest(self) -> float:
+        """Seconds: the longest of the last minute."""
+        return max(self.recent)
+
+    async def watch(self) -> None:
+        """Measure, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + self._every
+            await asyncio.sleep(self._every)
+            self.recent.append(max(0.0, loop.time() - due))
+
+
+class TaskSupervisor:
+    """Tasks that last as long as their program. One that fails is begun again; ``faults`` counts how often that was."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log, self.faults = log, 0
+        self.running: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """A task of that name: ``work()``, until it returns or is cancelled; after an error, once more."""
+
+        async def kept() -> None:
+            while True:
+                try:
+                    return await work()
+                except Exception as error:
+                    self.fault(name, error)
+                    await asyncio.sleep(PAUSE)
+
+        self.running[name] = asyncio.create_task(kept(), name=name)
+
+    def fault(self, where: str, error: BaseException | None) -> None:
+        """Count a failure that nobody had foreseen; the first ones are in the log, with their tracebacks."""
+        self.faults += 1
+        if self.faults <= SHOWN:
+            self._log.error("%s failed", where, exc_info=error)
+
+    async def end(self) -> None:
+        """Cancel all of them, and wait until they have ended."""
+        for task in self.running.values():
+            task.cancel()
+        await asyncio.gather(*self.running.values(), return_exceptions=True)
+
+
+# -------------------------------------------------------------------------------------------------------- signals
+
+
+@contextlib.contextmanager
+def blocked(*numbers: signal.Signals) -> Iterator[None]:
+    """Block these signals in this thread, and so in each process that is started meanwhile until it wants them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Have ``handler`` called by the main thread for SIGINT and SIGTERM."""
+    before = {number: signal.signal(number, handler) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            if signal.getsignal(number) is handler:  # else somebody who does not give it back has come after us
+                signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
+def stopped_by_signals(stop: Callable[[], object]) -> Iterator[None]:
+    """In a running loop: SIGINT and SIGTERM call ``stop`` there."""
+    loop = asyncio.get_running_loop()
+    for number in STOPPING:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in STOPPING:
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def stopped_by_signals_in_a_thread(stop: Callable[[], object]) -> Iterator[None]:
+    """Without a loop: SIGINT and SIGTERM call ``stop`` in a thread of their own.
+
+    Each is a byte in a pipe that the thread reads: a handler in Python runs in the main thread only, and a signal that
+    comes as that one begins to wait would not wake it.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def read() -> None:
+        while os.read(reader, 1):
+            stop()
+
+    thread = threading.Thread(target=read, name="signals")
+    thread.start()
+    try:
+        with handled(lambda *_: None):
+            earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            try:
+                yield
+            finally:
+                signal.set_wakeup_fd(earlier)
+    finally:
+        os.close(writer)
+        thread.join()
+        os.close(reader)
+
+
+@contextlib.contextmanager
+def heard_before_the_server(call: Callable[[], object]) -> Iterator[Callable[[], object]]:
+    """Have ``call`` called in the running loop at SIGINT and SIGTERM, before the server that waits for them too. What
+    is given is for the server as one more SIGINT, after which it waits for nobody."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in STOPPING}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(call)
+        following = before[signal.Signals(number)]
+        if callable(following):
+            following(number, frame)
+
+    forced = before[signal.SIGINT]
+    with handled(handle):
+        yield lambda: forced(signal.SIGINT, None) if callable(forced) else None

@@ -1,0 +1,229 @@
+"""What a program tells of itself: ``/metrics`` and ``/health`` on one small server.
+
+Metrics are a table of ``Measure`` beside the counts; ``Exporter`` reads one snapshot through it, when it is asked.
+
+The server: an answer and the connection ends; the oldest connection makes room for a new one, and none outlives
+``PATIENCE``, so that nobody who stalls keeps others out. All is in one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, cast, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+CONNECTIONS = 128
+"""Connections for ``/metrics`` and ``/health`` at a time."""
+PATIENCE = 5.0
+"""Seconds from the beginning of such a connection to its end."""
+HEAD = 8 << 10
+"""Bytes of a request's head, at most."""
+BODY = 64 << 10
+"""Bytes of what comes after it. Nobody needs a body: it is read and forgotten."""
+
+# -------------------------------------------------------------------------------------------------------- metrics
+
+
+class Measure(NamedTuple):
+    """A metric: ``read`` is the attribute of the counts, or what takes them; a mapping by label if it has ``labels``.
+    What it reads as None is not there."""
+
+    kind: str
+    name: str
+    text: str
+    read: str | Callable[[Any], Any]
+    labels: tuple[str, ...]
+
+
+def counter(name: str, text: str, read: str | Callable[[Any], Any] = "", *labels: str) -> Measure:
+    """What only grows. Without ``read``: the attribute of its name, which begins after the first underscore."""
+    return Measure("counter", name, text, read or name.partition("_")[2], labels)
+
+
+def gauge(name: str, text: str, read: str | Callable[[Any], Any] = "", *labels: str) -> Measure:
+    """What grows and shrinks; as ``counter``."""
+    return counter(name, text, read, *labels)._replace(kind="gauge")
+
+
+def counters(prefix: str, counts: type) -> list[Measure]:
+    """A counter of each field of a ``NamedTuple`` that is ``Annotated`` with what it says."""
+    hints = get_type_hints(counts, include_extras=True).items()
+    texts = {name: hint.__metadata__[0] for name, hint in hints if get_origin(hint) is Annotated}
+    return [counter(f"{prefix}_{name}", text) for name, text in texts.items()]
+
+
+class Collects(Protocol):
+    """What prometheus_client calls a collector."""
+
+    def collect(self) -> Iterable[Metric]: ...
+
+
+class Exporter:
+    """A collector of what ``table`` reads in ``snapshot()``."""
+
+    def __init__(self, table: Sequence[Measure], snapshot: Callable[[], Any]) -> None:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # now: an import would hold the loop
+
+        self._table, self._snapshot = table, snapshot
+        self._families = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of this moment."""
+        counts = self._snapshot()
+        for kind, name, text, read, labels in self._table:
+            found = read(counts) if callable(read) else getattr(counts, read)
+            if found is None:
+                continue
+            family = self._families[kind](name, text, labels=labels)
+            for label, value in found.items() if labels else [((), found)]:
+                family.add_metric((label,) if isinstance(label, str) else label, value)
+            yield family
+
+
+def health_of(counts: Any, imbalance: int, degraded: bool, **body: Any) -> tuple[int, dict[str, Any]]:
+    """The status code and the body of ``/health``: the counts, in part as ``body`` has them. What is away outside
+    (``degraded``) is no reason to start the program anew."""
+    state = "degraded" if degraded else "ok"
+    if imbalance or counts.faults:
+        state = "error"
+    elif counts.stopping:
+        state = "stopping"
+    code = 200 if state in ("ok", "degraded") else 503
+    return code, {"status": state, "imbalance": imbalance, **counts._asdict(), **body}
+
+
+# --------------------------------------------------------------------------------------------------------- server
+
+Routes = Mapping[str, Callable[[], tuple[int, str, bytes]]]
+"""By path: status code, content type, body."""
+
+REQUEST = re.compile(rb"([!-~]+) (?:http://[^/?\s]*)?(/[^?\s]*)(?:\?\S*)? HTTP/1\.[01]\r?\n")
+
+
+def respond(head: bytes | None, routes: Routes) -> bytes:
+    """The whole answer to a request with this head; None: one that is too long."""
+    request = REQUEST.match(head or b"")
+    method, path = (request[1].decode(), request[2].decode("latin-1")) if request else ("", "")
+    code, kind, body, more = 200, "text/plain; charset=utf-8", b"", ""
+    if request is None:
+        code = 431 if head is None else 400
+    elif path not in routes:
+        code = 404
+    elif method not in ("GET", "HEAD"):
+        code, more = 405, "Allow: GET, HEAD\r\n"
+    else:
+        try:
+            code, kind, body = routes[path]()
+        except Exception:
+            logging.getLogger(__name__).exception("%s failed", path)
+            code = 500
+    phrase = HTTPStatus(code).phrase
+    body = body or f"{phrase}\n".encode()
+    return (
+        f"HTTP/1.1 {code} {phrase}\r\nDate: {formatdate(usegmt=True)}\r\nContent-Type: {kind}\r\n"
+        f"Content-Length: {len(body)}\r\n{more}Connection: close\r\n\r\n"
+    ).encode() + (body if method != "HEAD" else b"")
+
+
+class MonitorConnection(asyncio.Protocol):
+    """One request and its answer. ``held`` are the connections that there are, the oldest first."""
+
+    def __init__(self, routes: Routes, held: dict[MonitorConnection, None]) -> None:
+        self._routes, self._held = routes, held
+        self._head: bytearray | None = bytearray()
+        self._rest = BODY
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._late = asyncio.get_running_loop().call_later(PATIENCE, self.drop)
+        self._held[self] = None
+        if len(self._held) > CONNECTIONS:
+            next(iter(self._held)).drop()
+
+    def drop(self) -> None:
+        self._held.pop(self, None)
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self._head is None:
+            self._rest -= len(data)
+            if self._rest < 0:
+                self.drop()
+            return
+        self._head += data
+        head = bytes(self._head[:HEAD])
+        whole = b"\n\r\n" in head or b"\n\n" in head
+        if whole or len(self._head) > HEAD:
+            self._head = None
+            self._transport.write(respond(head if whole else None, self._routes))
+            with contextlib.suppress(OSError):  # the client is gone
+                self._transport.write_eof()  # closed by the client: what it still sends would cost it the answer
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._late.cancel()
+        self._held.pop(self, None)
+
+
+@contextlib.asynccontextmanager
+async def http(
+    sock: socket.socket | None,
+    metrics: Collects,
+    health: Callable[[], tuple[int, dict[str, Any]]] | None = None,
+) -> AsyncIterator[None]:
+    """Serve ``metrics`` and what ``health`` says (status code, body) on ``sock``, and close it."""
+    if sock is None:
+        yield
+        return
+    import orjson
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    registry.register(cast(Any, metrics))
+    routes = {"/metrics": lambda: (200, CONTENT_TYPE_LATEST, generate_latest(registry))}
+    if health is not None:
+
+        def healthy() -> tuple[int, str, bytes]:
+            code, body = health()
+            return code, "application/json", orjson.dumps(body)
+
+        routes["/health"] = healthy
+    held: dict[MonitorConnection, None] = {}
+    server = await asyncio.get_running_loop().create_server(lambda: MonitorConnection(routes, held), sock=sock)
+    try:
+        yield
+    finally:
+        server.close()
+        for connection in list(held):
+            connection.drop()
+        await server.wait_closed()
+        await asyncio.sleep(0)  # connections are told that they are lost
+        sock.close()
+
+
+@contextlib.contextmanager
+def http_in_thread(sock: socket.socket, metrics: Collects) -> Iterator[None]:
+    """``http`` beside a program that has no event loop, or more than one."""
+    loop, over = asyncio.new_event_loop(), asyncio.Event()
+
+    async def serve() -> None:
+        async with http(sock, metrics):
+            await over.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join()
+        loop.close()
