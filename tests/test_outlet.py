@@ -89,7 +89,7 @@ class Lines:
     async def until(self, stored: int) -> None:
         def there() -> bool:
             assert self.backlog.imbalance() == 0
-            return len(self.sink.stored) == stored and not self.backlog.held()
+            return len(self.sink.stored) == stored and self.backlog.is_empty()
 
         await until_async(there)
 
@@ -180,7 +180,7 @@ def test_without_room_in_the_spool_what_waits_is_written_without_the_detour(
             spooled = lines.backlog.spooled
             assert 0 < spooled < 20 and lines.backlog.held() == 20 - spooled
             lines.sink.up = True
-            await until_async(lambda: len(lines.sink.stored) == 20)
+            await lines.until(20)
 
     run_task(main())
     assert caplog.text.count("no room") == 1
