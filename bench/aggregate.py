@@ -27,7 +27,7 @@ import subprocess
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from bench.measure import Row, Spread, command, interleaved, note, table, to
+from bench.measure import Row, Spread, command, interleaved, note, require, table, to
 from bench.servers import Server, Stage
 
 ASSEMBLED = "ours, assembled"
@@ -153,6 +153,7 @@ def aggregate(args: argparse.Namespace) -> list[Row]:
 
     if not args.only and shutil.which("wrk") is None:
         raise SystemExit("bench: wrk is needed: apt install wrk, or brew install wrk")
+    require("aggregate", "uvloop", "httptools")
     parts: list[tuple[object, Callable[..., Any]]] = [(not args.only, speed), (args.deadline, deadline)]
     parts += [(args.chaos, chaos), (args.reports, reports)]
     results: list[Row] = []

@@ -42,6 +42,7 @@ from bench.measure import (
     interleaved,
     module,
     note,
+    require,
     run_child,
     table,
 )
@@ -268,6 +269,7 @@ def course(seed: int) -> Iterator[Course]:
 )
 def feeds(args: argparse.Namespace) -> list[Row]:
     """The table's rows. Raises SystemExit if something was wrong."""
+    require("feeds", "feedparser", "trafilatura", "lxml_html_clean")
     results: list[Row] = []
     with course(args.seed) as track:
         alone = {part: track.measure(part, "one after the other", track.loop(part)) for part in PARTS[:2]}

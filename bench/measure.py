@@ -93,6 +93,14 @@ def present(name: str) -> bool:
     return there
 
 
+def require(name: str, *modules: str) -> None:
+    """SystemExit with one line if something is not installed without which the command cannot run."""
+    from runtime.packages import missing
+
+    if line := missing(name, *modules):
+        raise SystemExit(f"bench: {line}")
+
+
 DRIVERS = ("crawl_async.py", "crawl_threads.py")
 DRIVER = ("both", f"{', '.join(DRIVERS)} or both")
 

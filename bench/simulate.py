@@ -19,8 +19,8 @@ from bench.measure import Row, command, table
     shared=(False, "with --seeds: crawls by up to 16 workers over a model of PostgreSQL's tables"),
 )
 def simulate(args: argparse.Namespace) -> list[Row]:
-    from simulator import crawls
+    from simulator import crawls, shared_crawls
 
-    results = crawls.run(args)
+    results = shared_crawls.run_shared(args.seed, args.seeds or 100) if args.shared else crawls.run(args)
     print(table(results))
     return results

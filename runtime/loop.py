@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any
 
@@ -36,11 +36,9 @@ def new_loop() -> asyncio.AbstractEventLoop:
 
 
 @contextlib.asynccontextmanager
-async def beside(work: Awaitable[Any], name: str) -> AsyncIterator[None]:
+async def beside(work: Coroutine[Any, Any, Any], name: str) -> AsyncIterator[None]:
     """Have ``work`` done in a task while this is entered; it is cancelled at the end. What it raises is lost."""
-    task = asyncio.ensure_future(work)
-    if isinstance(task, asyncio.Task):
-        task.set_name(name)
+    task = asyncio.create_task(work, name=name)
     try:
         yield
     finally:
@@ -62,7 +60,7 @@ async def ends_before(work: Awaitable[Any], event: asyncio.Event, seconds: float
         results = await asyncio.gather(task, other, return_exceptions=True)
     if isinstance(results[0], Exception):
         raise results[0]
-    return ended
+    return ended and not task.cancelled()
 
 
 class Lag:

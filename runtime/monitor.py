@@ -14,10 +14,10 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, cast, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -60,12 +60,6 @@ def counters(prefix: str, counts: type) -> list[Measure]:
     hints = get_type_hints(counts, include_extras=True).items()
     texts = {name: hint.__metadata__[0] for name, hint in hints if get_origin(hint) is Annotated}
     return [counter(f"{prefix}_{name}", text) for name, text in texts.items()]
-
-
-class Collects(Protocol):
-    """What prometheus_client calls a collector."""
-
-    def collect(self) -> Iterable[Metric]: ...
 
 
 class Exporter:
@@ -177,10 +171,10 @@ class MonitorConnection(asyncio.Protocol):
 @contextlib.asynccontextmanager
 async def http(
     sock: socket.socket | None,
-    metrics: Collects,
+    metrics: Any,
     health: Callable[[], tuple[int, dict[str, Any]]] | None = None,
 ) -> AsyncIterator[None]:
-    """Serve ``metrics`` and what ``health`` says (status code, body) on ``sock``, and close it."""
+    """Serve ``metrics``, a collector, and what ``health`` says (status code, body) on ``sock``, and close it."""
     if sock is None:
         yield
         return
@@ -188,7 +182,7 @@ async def http(
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()
-    registry.register(cast(Any, metrics))
+    registry.register(metrics)
     routes = {"/metrics": lambda: (200, CONTENT_TYPE_LATEST, generate_latest(registry))}
     if health is not None:
 
@@ -211,7 +205,7 @@ async def http(
 
 
 @contextlib.contextmanager
-def http_in_thread(sock: socket.socket, metrics: Collects) -> Iterator[None]:
+def http_in_thread(sock: socket.socket, metrics: Any) -> Iterator[None]:
     """``http`` beside a program that has no event loop, or more than one."""
     loop, over = asyncio.new_event_loop(), asyncio.Event()
 

@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from coordination import Clock
 from runtime.demo import Demo
 from runtime.loop import beside, new_loop, stopped_by_signals
 from runtime.monitor import Exporter, Measure, http
@@ -155,17 +154,17 @@ async def _serve(wiring: Wiring[Any], http_sock: socket.socket | None, demo: Dem
 
 @contextlib.asynccontextmanager
 async def _screen(
-    snapshot: Callable[[], C], draw: Callable[[C, C, float, float], str], stays: bool, clock: Clock = time.monotonic
+    snapshot: Callable[[], C], draw: Callable[[C, C, float, float], str], stays: bool
 ) -> AsyncIterator[None]:
     """The picture below the log's lines, while it is entered. The loop takes the snapshots, a thread draws them."""
-    began, over = clock(), threading.Event()
+    began, over = time.monotonic(), threading.Event()
     seen = deque([(began, snapshot())], maxlen=round(RATES / EVERY))
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
 
     async def look() -> None:
         while True:
             await asyncio.sleep(EVERY)
-            seen.append((clock(), snapshot()))
+            seen.append((time.monotonic(), snapshot()))
 
     def picture() -> str:
         (then, before), (now, counts) = seen[0], seen[-1]
@@ -185,6 +184,6 @@ async def _screen(
         async with beside(look(), "screen"):
             yield
     finally:
-        seen.append((clock(), snapshot()))
+        seen.append((time.monotonic(), snapshot()))
         over.set()
         thread.join(2.0)

@@ -1,4 +1,4 @@
-"""Simulated peers on loopback, for demos, tests and measurements: ``python -m sandbox [logs|exchanges] --help``.
+"""Simulated peers on loopback, for demos, tests and measurements: ``python -m sandbox --help``.
 
 In come a seed and what shall go wrong; out come sites with 90 ways to misbehave (``sites``, ``faults``), upstream
 APIs, services that log and their metadata API (``logs``), exchanges (``exchanges``, ``markets``) and a Kafka broker

@@ -574,7 +574,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m sandbox",
         description="Serve a small internet on loopback: linked sites, and a catalogue of servers that misbehave.",
         epilog=f"""examples:
-  python -m sandbox --hosts 50 --pages 200 --urls urls.txt
+  python -m sandbox --hosts 50 --pages 200 --urls pages.txt
   python -m sandbox --latency 0.2 & curl -s --compressed http://127.0.1.1:8080/fault/gzip
   python -m sandbox --urls - | python crawl_async.py -
 

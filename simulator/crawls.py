@@ -379,10 +379,6 @@ def simulate(seed: int, settings: Settings | None = None, frontier: Callable[...
 def run(arguments: argparse.Namespace) -> list[Row]:
     """The crawls that are asked for, as rows. Raises SystemExit with the seed if an invariant is broken."""
     started, seed, count = time.perf_counter(), arguments.seed, arguments.seeds
-    if arguments.shared:
-        from simulator.shared_crawls import run_shared
-
-        return run_shared(seed, count or 100)
     settings = None if count else plain(arguments.urls, arguments.hosts, arguments.concurrency)
     results = list(each(range(seed, seed + (count or 1)), lambda seed: simulate(seed, settings)))
     return [

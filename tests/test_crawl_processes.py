@@ -31,7 +31,7 @@ from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, wait_until
 
 
-class sWeb:
+class Web:
     """A web of `hosts` loopback addresses: pages are functions of (host, path); what was asked for, and when."""
 
     def __init__(self, page: Callable[[int, str], tuple[int, dict[str, str], str]]) -> None:
@@ -69,7 +69,7 @@ class sWeb:
     def url(self, host: int, path: str) -> str:
         return f"http://127.0.2.{host}:{self.port}{path}"
 
-    def __enter__(self) -> sWeb:
+    def __enter__(self) -> Web:
         self._thread.start()
         return self
 
@@ -192,7 +192,7 @@ PORT = [0]
 
 def test_shares_links_redirects_and_rules_go_over_to_the_worker_of_their_host() -> None:
     found = []
-    with sWeb(shares_site) as web:
+    with Web(shares_site) as web:
         PORT[0] = web.port
         for processes in (1, 2, 3):
             web.log.clear()
@@ -218,7 +218,7 @@ def test_shares_links_redirects_and_rules_go_over_to_the_worker_of_their_host() 
 
 def test_shares_bounds_hold_over_all_workers() -> None:
     """--rate for each host (gaps in the server's log), --max-pages in all, --json in one piece, redirects in rounds."""
-    with sWeb(shares_site) as web:
+    with Web(shares_site) as web:
         PORT[0] = web.port
         argv = (web.url(1, "/"), "--depth", 9, "--within", "any", "--rate", 20, "--max-pages", 31, "--json")
         code, out, err = shares_run(*argv, "--processes", 2)
@@ -245,7 +245,7 @@ def test_shares_a_killed_worker_costs_nothing_and_a_killed_parent_leaves_nothing
             open_.wait(HANG_LIMIT)  # in flight when the worker is killed
         return shares_site(host, path) if host < 20 else (200, {}, f"<title>{path}</title>")
 
-    with sWeb(page) as web:
+    with Web(page) as web:
         PORT[0] = web.port
         urls = [web.url(20 + n % 4, f"/{n}") for n in range(200)]
         command = (
@@ -303,7 +303,7 @@ def test_shares_stop_in_two_stages_and_worker_that_always_dies() -> None:
             gate.wait(HANG_LIMIT)
         return 200, {}, f"<title>{path}</title>"
 
-    with sWeb(page) as web:
+    with Web(page) as web:
         urls = [web.url(host, path) for host in range(1, 9) for path in ("/slow", "/quick")]
 
         def stopped(first: int) -> dict[str, Any]:

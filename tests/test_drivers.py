@@ -319,7 +319,7 @@ def test_certificates_are_checked_unless_told_otherwise(driver: str, tmp_path: P
         assert [kind(row) for row in refused] == ["tls", "tls"]
         assert "certificate" in str(refused[0].error)
         assert [row.error for row in scrape(driver, urls, insecure=True)] == [None, None]
-        trusted = tmp_path / "pr.pem"
+        trusted = tmp_path / "ca.pem"
         authority.cert_pem.write_to_path(str(trusted))
         _, out, _ = run_program(driver, *urls, "--rate", "0", env=os.environ | {"SSL_CERT_FILE": str(trusted)})
         assert [json.loads(line)["error"] for line in out.splitlines()] == [None, None]

@@ -47,7 +47,7 @@ from tests.helpers.market import (
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+def running_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     with Broker(tmp_path_factory.mktemp("kafka")) as broker:
         yield broker
 
@@ -60,9 +60,9 @@ async def create_topic(address: str, name: str, partitions: int, **options: Any)
 
 
 def test_every_record_is_where_its_symbol_belongs_once_and_in_order(
-    module: Broker,
+    running_broker: Broker,
 ) -> None:
-    address, trades = module.address, market_kafka_trades(0, 5000, 20)
+    address, trades = running_broker.address, market_kafka_trades(0, 5000, 20)
 
     async def main() -> None:
         async with market_kafka_open(address, prefix="a.") as publisher:
@@ -125,9 +125,9 @@ def test_a_line_of_the_spool_gives_back_what_it_was_made_of() -> None:
 
 
 def test_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
-    module: Broker,
+    running_broker: Broker,
 ) -> None:
-    address = module.address
+    address = running_broker.address
     bad: list[Any] = [
         market_kafka_trade(0, price="\ud800"),
         market_kafka_trade(0, symbol="\udfff"),
@@ -176,9 +176,9 @@ def test_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
 
 
 def test_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes_on_in_order(
-    module: Broker,
+    running_broker: Broker,
 ) -> None:
-    address, culprits = module.address, {0, 13, 14, 700, 999}
+    address, culprits = running_broker.address, {0, 13, 14, 700, 999}
 
     async def main() -> None:
         for name, limit in (("c.trades", 20_000), ("c.dead-letter", 200_000)):
@@ -204,9 +204,9 @@ def test_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes_on_in_order(
 
 
 def test_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
-    module: Broker,
+    running_broker: Broker,
 ) -> None:
-    address = module.address
+    address = running_broker.address
 
     async def main() -> None:
         await create_topic(address, "d.trades", 1)  # one is there, the other is not
@@ -329,9 +329,9 @@ def test_absent_at_the_start_the_buffer_fills_then_the_spool_and_all_comes_in_or
 
 
 def test_what_is_on_its_way_to_the_spool_is_not_overtaken(
-    module: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running_broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, go, write = module.address, threading.Event(), Spool._write
+    address, go, write = running_broker.address, threading.Event(), Spool._write
 
     def slow(self: Spool, name: str, line: bytes, data: bytes) -> None:
         assert go.wait(HANG_LIMIT)
@@ -587,8 +587,8 @@ def test_a_full_spool_blocks_and_a_damaged_one_is_counted(market_kafka_broker: B
     run_task(main())
 
 
-def test_dead_letters_are_committed_after_what_came_of_them(module: Broker) -> None:
-    address = module.address
+def test_dead_letters_are_committed_after_what_came_of_them(running_broker: Broker) -> None:
+    address = running_broker.address
 
     async def main() -> None:
         tasks = asyncio.all_tasks()
@@ -628,9 +628,9 @@ def test_dead_letters_are_committed_after_what_came_of_them(module: Broker) -> N
 
 
 def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
-    module: Broker,
+    running_broker: Broker,
 ) -> None:
-    address = module.address
+    address = running_broker.address
 
     async def take(group: consumers.Group, n: int) -> consumers.Taken:
         trades, again, dead = list[Trade](), list[Trade](), list[mt.DeadLetter]()
@@ -678,9 +678,9 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
 
 
 def test_a_member_that_leaves_hands_its_partitions_over_with_all_done(
-    module: Broker,
+    running_broker: Broker,
 ) -> None:
-    address = module.address
+    address = running_broker.address
 
     async def main() -> None:
         async with market_kafka_open(address, prefix="g.", partitions=4) as publisher:

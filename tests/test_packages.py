@@ -10,6 +10,7 @@ import pytest
 import crawl_async
 import ingest_logs
 import market_pipeline
+from bench import runner
 from crawl import cli
 from crawl.core import Crawl
 from crawl.model import Options
@@ -60,6 +61,18 @@ def test_crawlers_need_none_of_them_otherwise(monkeypatch: pytest.MonkeyPatch, t
         argv = ["http://127.0.0.1:9/", "-q", "-o", str(tmp_path / "rows")]
         assert cli.main("crawl_async.py", lambda crawl, urls, emit: crawled.append(crawl), argv) == 0
     assert len(crawled) == 1
+
+
+@pytest.mark.usefixtures("absent")
+def test_measurements_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    for argv, hint in (
+        (["feeds"], "feedparser, trafilatura, lxml-html-clean: pip install feedparser trafilatura lxml-html-clean"),
+        (["aggregate"], "uvloop, httptools: pip install uvloop httptools"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            runner.main([*argv, "--no-files"])
+        assert end.value.code == f"bench: {argv[0]} needs {hint}"
 
 
 def test_pipelines_say_what_to_install(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -377,15 +377,15 @@ def test_shared_simulation_finds_planted_faults(
             sim_shared.simulate_shared(seed, frontier, sim_shared.Tables(**tables), **given)
 
 
-class sOpen(cp.Tally):
-    """Planted: who is idle is believed, whatever is on its way to it."""
+class HastyTally(cp.Tally):
+    """Who is idle is believed, whatever is on its way to it."""
 
     @property
     def over(self) -> bool:
         return not self._open and all(idle >= 0 for idle in self._idle)
 
 
-@pytest.mark.parametrize("planted", [sOpen])
+@pytest.mark.parametrize("planted", [HastyTally])
 def test_shares_the_model_refuses_an_end_that_is_seen_too_soon(planted: type[cp.Tally]) -> None:
     @settings(SHARES, max_examples=100, phases=(Phase.generate,))
     @given(st.integers(1, 3), st.data())

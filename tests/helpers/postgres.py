@@ -127,7 +127,7 @@ LET_GO = (
 
 
 @pytest.fixture(scope="session")
-def module() -> Iterator[PgServer]:
+def pg_server() -> Iterator[PgServer]:
     server = PgServer()
     try:
         server.start()
@@ -139,17 +139,17 @@ def module() -> Iterator[PgServer]:
 
 
 @pytest.fixture
-def pg(module: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
+def pg(pg_server: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
     """The server, which runs and holds nothing; checks come quickly, and wait for it however busy the machine is."""
-    assert module.process is not None
-    if module.process.poll() is not None:
-        module.start()
-    asyncio.run(module.do("DROP TABLE IF EXISTS upstream_results"))
+    assert pg_server.process is not None
+    if pg_server.process.poll() is not None:
+        pg_server.start()
+    asyncio.run(pg_server.do("DROP TABLE IF EXISTS upstream_results"))
     monkeypatch.setattr(db, "CHECK_EVERY", 0.05)
     monkeypatch.setattr(db, "CHECK_LIMIT", HANG_LIMIT)
     monkeypatch.setattr(db, "CLOSE_LIMIT", HANG_LIMIT)
     monkeypatch.setattr(db, "BACK_OFF", AT_ONCE)
-    return module
+    return pg_server
 
 
 @pytest.fixture
