@@ -15,24 +15,27 @@ mechanism           promise (and what is not promised)
 ==================  ==============================================================================================
 ``RetryPolicy``     bounded attempts, bounded total time; full jitter after the cap. Not promised: idempotence of
                     what is retried; that is the caller's knowledge.
+``Backoff``         the waits of a loop that never gives up, jittered in the same way.
 ``RetryBudget``     retries <= reserve + ratio * requests, always.
-``TokenBucket``     at most ``burst + rate * t`` grants in *any* window of ``t`` seconds; FIFO, also for unequal sizes.
-                    Not promised: that a grant which was given back in the middle of the queue is used by others.
-``SingleFlight``    one load at a time for each key, whoever asks; a failure is shared, a cancelled leader replaced.
-                    Not promised: anything about loads that do not overlap.
-``TTLCache``        nothing outside of its windows is served, nothing above its bounds is kept. Not promised: that
-                    what is within them is still true.
+``TokenBucket``     at most ``burst + rate * t`` grants in *any* window of ``t`` seconds; FIFO, also for unequal sizes;
+                    the place of one who leaves the queue goes to those behind. Not promised: that, once a ``reserve``,
+                    a ``pause`` or a new rate stands behind it.
+``SingleFlight``    one load at a time for each key, whoever asks; it ends when nobody wants it any more. Not promised:
+                    anything about loads that do not overlap.
+``TTLCache``        nothing outside of its windows is served, nothing above its bounds is kept; what is gone makes room
+                    first. Not promised: that what is within them is still true.
 ``CircuitBreaker``  closed, open, half-open; a late result of an earlier state changes nothing; a call that never
                     reports wedges nothing. Not promised: that nobody suffers from a probe; probes are real calls.
-``Batch``           full at ``max_items``, due at ``max_age`` of its oldest item. It says when; it flushes nothing.
+``Batch``           full at ``max_items`` or ``max_bytes``, due at ``max_age`` of its oldest item. It says when; it
+                    flushes nothing.
 ==================  ==============================================================================================
 
 Each object owns one lock, which guards all its fields, held for the decision only: never while sleeping, never during
-a call of the user's (a load runs in the caller's thread or task). So one object serves threads and tasks, of any
-number of event loops, at the same time. No lock is taken while another is held: the cache asks its ``SingleFlight``
-after it let go of its own. No lock can be re-entered: a destructor or a signal handler that uses the object which was
-just being used waits for itself. Nothing in this file starts a thread, a task or a process: what expired is dropped
-when it is looked up, or when its place is needed; what is stale is loaded by one of those who want it.
+a call of the user's. So one object serves threads and tasks, of any number of event loops, at the same time (but a
+``Backoff``, which has no lock and belongs to its loop). No lock is taken while another is held: the cache asks its
+``SingleFlight`` after it let go of its own. No lock can be re-entered: a destructor or a signal handler that uses the
+object which was just being used waits for itself. Nothing in this file starts a thread or a process, and only
+``SingleFlight`` starts tasks, one for each load that a task asks for.
 
 Blocking verbs are for threads: ``SingleFlight.do`` in the thread of an event loop, for a key that a task of this loop
 is loading, waits for ever. So does a load that asks for its own key.
@@ -41,22 +44,21 @@ is loading, waits for ever. So does a load that asks for its own key.
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
+import contextlib
+import heapq
+import itertools
 import logging
 import math
 import random
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from types import CoroutineType, TracebackType
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple
 
 from coordination import Clock, FairCondition, K, Rng, T, Waiter, new_lock, stats_repr
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
 """Which errors are meant: an exception type, several, or a predicate."""
@@ -76,28 +78,61 @@ class CircuitOpen(Exception):
         return f"circuit {self.name} is open for another {self.retry_after:.3g} s"
 
 
-def _answered(result: T) -> T:
+def _refuse_coroutine(result: object, verb: str) -> None:
     """Making a coroutine is no success: ``TypeError`` if that is all that a call did."""
     if type(result) is CoroutineType:
-        result.close()  # type: ignore[attr-defined]
-        raise TypeError("a circuit breaker sees how a coroutine ends by call_async, or by decorating its async def")
-    return result
+        result.close()
+        raise TypeError(f"the call made a coroutine, which nobody awaits: use {verb}")
 
 
 def _matches(error: BaseException, on: RetryOn) -> bool:
     return isinstance(error, on) if isinstance(on, (type, tuple)) else on(error)
 
 
+def _check_on(on: object) -> None:
+    """``TypeError`` for what is neither exception types nor a predicate: an error is no time to find that out."""
+    if not callable(on) and not (isinstance(on, tuple) and all(isinstance(kind, type) for kind in on)):
+        raise TypeError(f"on must be an exception type, a tuple of them, or a predicate, not {on!r}")
+
+
 # ---------------------------------------------------------------------------------------------- retry
+
+
+def _jittered(attempt: int, base: float, cap: float, rng: Rng) -> float:
+    """Full jitter *after* the cap, so that capped waits still spread (Brooker, "Exponential Backoff And Jitter", AWS
+    2015): uniform in [0, min(cap, base * 2**(attempt-1))]."""
+    return rng() * min(cap, base * 2.0 ** min(attempt - 1, 62))
+
+
+class Backoff:
+    """The waits of a loop that tries for ever; the n-th since ``reset`` is uniform in [0, min(cap, base * 2**(n-1))].
+
+    ``base`` and ``cap`` are seconds. It belongs to the loop that waits, and has no lock.
+    """
+
+    def __init__(self, base: float, cap: float, rng: Rng = random.random) -> None:
+        if not (base >= 0 and cap >= 0):
+            raise ValueError("base and cap are seconds, not below 0")
+        self.base, self.cap, self._rng = base, cap, rng
+        self.failures = 0
+        """In a row: how often ``next`` was asked since ``reset``."""
+
+    def next(self) -> float:
+        """Seconds to wait now that it failed once more."""
+        self.failures += 1
+        return _jittered(self.failures, self.base, self.cap, self._rng)
+
+    def reset(self) -> None:
+        """It went well: the next failure is the first."""
+        self.failures = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """When to try again: exponential back-off with full jitter, bounded in attempts and in time.
 
-    ``attempts`` counts all tries, the first included. The n-th wait is uniform in [0, min(cap, base * 2**(n-1))]:
-    the jitter comes *after* the cap, so that capped waits still spread (Brooker, "Exponential Backoff And Jitter",
-    AWS 2015). ``base``, ``cap`` and ``total`` are seconds; no retry starts later than ``total`` after the first try.
+    ``attempts`` counts all tries, the first included. The n-th wait is uniform in [0, min(cap, base * 2**(n-1))].
+    ``base``, ``cap`` and ``total`` are seconds; no retry starts later than ``total`` after the first try.
     """
 
     attempts: int = 3
@@ -121,11 +156,7 @@ class RetryPolicy:
         """
         if attempt >= self.attempts:
             return None
-        if retry_after is None:
-            ceiling = min(self.cap, self.base * 2.0 ** min(attempt - 1, 62))
-            delay = rng() * ceiling
-        else:
-            delay = max(0.0, retry_after)
+        delay = _jittered(attempt, self.base, self.cap, rng) if retry_after is None else max(0.0, retry_after)
         return delay if elapsed + delay <= self.total else None
 
 
@@ -216,7 +247,6 @@ _DEFAULT_POLICY = RetryPolicy()
 
 def retry(
     call: Callable[[], T],
-    *,
     on: RetryOn,
     policy: RetryPolicy = _DEFAULT_POLICY,
     budget: RetryBudget | None = None,
@@ -228,25 +258,31 @@ def retry(
 
     ``on`` has no default: what is safe to repeat, only the caller knows. An error's ``retry_after`` attribute
     (seconds) replaces the back-off. The last error is raised as it is, the history of the attempts as its note.
+    ``TypeError`` if ``on`` is something else, or ``call`` a coroutine function.
     """
+    if not callable(on):
+        _check_on(on)
     if budget is not None:
         budget.request()
     started = clock()
     attempts: _Attempts | None = None
     while True:
         try:
-            return call()
+            result = call()
         except Exception as error:
             attempts = attempts or _Attempts(on, policy, budget, clock, rng, started)
             delay = attempts.failed(error)
             if delay is None:
                 raise
+        else:
+            if type(result) is CoroutineType:
+                _refuse_coroutine(result, "retry_async")
+            return result
         sleep(delay)
 
 
 async def retry_async(
     call: Callable[[], Awaitable[T]],
-    *,
     on: RetryOn,
     policy: RetryPolicy = _DEFAULT_POLICY,
     budget: RetryBudget | None = None,
@@ -255,6 +291,8 @@ async def retry_async(
     rng: Rng = random.random,
 ) -> T:
     """``retry`` for an async call. Cancellation is never retried."""
+    if not callable(on):
+        _check_on(on)
     if budget is not None:
         budget.request()
     started = clock()
@@ -273,13 +311,24 @@ async def retry_async(
 # --------------------------------------------------------------------------------------- token bucket
 
 
-class Reservation(NamedTuple):
-    """A place in a bucket's queue: usable ``wait`` seconds after it was made, at ``due`` by the clock."""
+class _Place:
+    """One who waits for ``n`` tokens: parked while its time depends on those ahead, then asleep until ``due``."""
 
-    wait: float
-    due: float
-    before: float
-    after: float
+    __slots__ = ("after", "due", "n", "waiter")
+
+    def __init__(self, n: float, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.n, self.waiter = n, Waiter(loop)
+        self.due = math.nan
+        self.after = math.nan
+        """When the bucket will be full again after it."""
+
+    def is_told(self) -> bool:
+        return self.due == self.due
+
+    def tell(self, due: float, after: float) -> bool:
+        """False if its event loop is closed, and it will never go."""
+        told, self.due, self.after = self.is_told(), due, after
+        return told or self.waiter.wake()
 
 
 class TokenBucketStats(NamedTuple):
@@ -297,13 +346,17 @@ class TokenBucket:
     and now; the grant is due when it is no more than ``burst`` intervals away. A larger request thus never starves
     behind smaller ones: its place is booked when it asks. Should the clock step backwards, the bound still holds.
 
+    ``acquire`` waits in a queue, the first of which sleeps until it is due and then wakes the next. One that leaves
+    (cancelled, interrupted) hands its place to those behind, and all of them move up. Nobody is ever due later than
+    it was told: what is fixed (``reserve``, ``pause``, ``set_rate``) leaves the times of those who wait as they are.
+
     ``rate`` is in tokens per second, ``burst`` in tokens (>= 1). Asking for more than ``burst`` at once is a
     ``ValueError``: it could only be granted by breaking the bound.
     """
 
     __slots__ = (
-        *("_clock", "_depth", "_full_at", "_interval", "_lock", "_paused_until", "_reach", "_unpaused"),
-        *("burst", "rate"),
+        *("_clock", "_depth", "_full_at", "_interval", "_lock", "_paused_until", "_queue", "_queued", "_reach"),
+        *("_unpaused", "burst", "rate"),
     )
 
     def __init__(self, rate: float, burst: float = 1, *, clock: Clock = time.monotonic) -> None:
@@ -315,6 +368,9 @@ class TokenBucket:
         self._full_at = -math.inf
         self._paused_until = self._unpaused = -math.inf
         """``_unpaused``: what ``_full_at`` was before a pause moved it."""
+        self._queue: deque[_Place] = deque()
+        self._queued = 0.0
+        """Tokens of those in the queue, which are in ``_full_at`` already."""
         self._clock = clock
         self._lock = new_lock("TokenBucket")
 
@@ -325,43 +381,26 @@ class TokenBucket:
         if not (1 <= burst <= sys.float_info.max and burst / rate < math.inf):
             raise ValueError(f"burst must be a number of tokens >= 1, not {burst!r}")
 
-    def _due(self, n: float, now: float) -> tuple[float, float, float]:
-        """When ``n`` tokens can be had, and the state before and after taking them."""
-        if not 0 < n <= self.burst:
-            raise ValueError(f"can grant between 0 and {self.burst} tokens at once, not {n!r}")
-        before = self._full_at
-        if before < now:
-            before = now
-        after = before + n * self._interval
-        due = after - self._depth
-        if due < self._paused_until:
-            due = self._paused_until
-        return (due if due > now + NANOSECOND else now), before, after
-
-    def book(self, n: float = 1, now: float | None = None) -> Reservation:
-        """Book ``n`` tokens; the reservation can be given back with ``cancel``."""
+    def reserve(self, n: float = 1, now: float | None = None) -> float:
+        """Book ``n`` tokens and return the seconds to wait before using them (0.0: go)."""
+        self._check_size(n)
         with self._lock:
             if now is None:
                 now = self._clock()
-            due, before, after = self._due(n, now)
-            self._full_at = after
-        return Reservation(due - now, due, before, after)
+            if self._queue:
+                self._settle()
+            wait, self._full_at = self._look(n, now)
+        return wait
 
-    def reserve(self, n: float = 1, now: float | None = None) -> float:
-        """Book ``n`` tokens and return the seconds to wait before using them (0.0: go)."""
-        return self.book(n, now).wait
+    def _check_size(self, n: float) -> None:
+        if not 0 < n <= self.burst:
+            raise ValueError(f"can grant between 0 and {self.burst} tokens at once, not {n!r}")
 
-    def cancel(self, reservation: Reservation) -> bool:
-        """Give a reservation back; True if its tokens can serve others.
-
-        That is so while nothing was booked behind it. Otherwise those behind keep the times they were told, and
-        handing the gap to a newcomer would let it overtake them. Call it once for each reservation.
-        """
-        with self._lock:
-            if self._full_at != reservation.after:
-                return False
-            self._full_at = max(reservation.before, self._paused_until + self._depth - self._interval)
-            return True
+    def _look(self, n: float, now: float) -> tuple[float, float]:
+        """Seconds until ``n`` tokens are due, and what ``_full_at`` is once they are taken."""
+        after = max(self._full_at, now) + n * self._interval
+        wait = max(after - self._depth, self._paused_until) - now
+        return wait if wait > NANOSECOND else 0.0, after
 
     def wait_for(self, n: float = 1, now: float | None = None) -> float:
         """Seconds until ``n`` tokens could be had if nobody else asked; books nothing. ``n`` may exceed ``burst``."""
@@ -369,7 +408,7 @@ class TokenBucket:
             if now is None:
                 now = self._clock()
             due = max(self._full_at, now) + n * self._interval - self._depth
-            wait = max(due, self._paused_until) - now
+            wait = (due if due > self._paused_until else self._paused_until) - now
         return wait if wait > NANOSECOND else 0.0
 
     def pause(self, until: float) -> None:
@@ -378,6 +417,7 @@ class TokenBucket:
         What was booked already keeps its time.
         """
         with self._lock:
+            self._settle()
             if self._full_at != self._paused_until + self._depth - self._interval:
                 self._unpaused = self._full_at
             self._paused_until = max(self._paused_until, until)
@@ -395,6 +435,7 @@ class TokenBucket:
         with self._lock:
             if now is None:
                 now = self._clock()
+            self._settle()
             held = now < self._paused_until and self._full_at == self._paused_until + self._depth - self._interval
             full_at = self._unpaused if held else self._full_at
             interval, depth = 1.0 / rate, burst / rate
@@ -411,9 +452,9 @@ class TokenBucket:
                 self._full_at = max(full_at, self._paused_until + depth - interval)
 
     def try_acquire(self, n: float = 1, now: float | None = None) -> bool:
-        """Take ``n`` tokens if they are there at once."""
+        """Take ``n`` tokens if they are there at once, and nobody waits for them."""
         if not 0 < n <= self.burst:
-            raise ValueError(f"can grant between 0 and {self.burst} tokens at once, not {n!r}")
+            self._check_size(n)
         with self._lock:
             if now is None:
                 now = self._clock()
@@ -426,22 +467,79 @@ class TokenBucket:
             self._full_at = after
             return True
 
-    def acquire(self, n: float = 1) -> None:
-        """Take ``n`` tokens, sleeping until they are due."""
-        if self.try_acquire(n):
-            return
-        reservation = self.book(n)
-        wait = reservation.wait
-        try:
-            while wait > NANOSECOND:
-                time.sleep(wait)
-                wait = reservation.due - self._clock()
-        except BaseException:
-            self.cancel(reservation)
-            raise
+    # Those who wait: their tokens are in ``_full_at``, so nobody comes before them.
 
-    async def acquire_async(self, n: float = 1) -> None:
-        """Take ``n`` tokens, awaiting until they are due; a cancelled waiter gives them back where possible."""
+    def _enter(self, n: float, timeout: float | None, loop: asyncio.AbstractEventLoop | None) -> _Place | bool:
+        """A place in the queue; or, if there is nothing to wait for, whether the tokens were there."""
+        self._check_size(n)
+        with self._lock:
+            now = self._clock()
+            wait, after = self._look(n, now)
+            if timeout is not None and wait > timeout:
+                return False
+            self._full_at = after
+            if not wait:
+                return True
+            place = _Place(n, loop)
+            self._queue.append(place)
+            self._queued += n
+            self._advance(now)
+            return place
+
+    def _advance(self, now: float) -> None:
+        """Those who are due go, in order; the first of the others is told its time."""
+        while self._queue:
+            place = self._queue[0]
+            after = self._full_at - (self._queued - place.n) * self._interval
+            there = place.tell(max(after - self._depth, self._paused_until), after)
+            if there and place.due - now > NANOSECOND:
+                return
+            self._remove(place, back=not there)
+
+    def _remove(self, place: _Place, back: bool) -> None:
+        self._queue.remove(place)
+        self._queued = self._queued - place.n if self._queue else 0.0
+        self._full_at -= place.n * self._interval if back else 0.0
+
+    def _settle(self) -> None:
+        """What does not move comes behind those who wait: they keep the times that they have now."""
+        after = self._full_at - self._queued * self._interval
+        for place in self._queue:
+            after += place.n * self._interval
+            place.tell(max(after - self._depth, self._paused_until), after)
+        self._queue.clear()
+        self._queued = 0.0
+
+    def _leave(self, place: _Place, back: bool) -> None:
+        """It goes; or it gives its place back: to those behind, else to the bucket."""
+        with self._lock:
+            if place in self._queue:
+                self._remove(place, back)
+            elif back and self._full_at == place.after:
+                floor = self._paused_until + self._depth - self._interval
+                self._full_at = max(place.after - place.n * self._interval, floor)
+            self._advance(self._clock())
+
+    def acquire(self, n: float = 1, timeout: float | None = None) -> bool:
+        """Take ``n`` tokens, sleeping until they are due; False, at once, if that is not within ``timeout`` seconds."""
+        if self.try_acquire(n):
+            return True
+        place = self._enter(n, timeout, None)
+        if isinstance(place, bool):
+            return place
+        back = True
+        try:
+            if not place.is_told():
+                place.waiter.block(None)
+            while (wait := place.due - self._clock()) > NANOSECOND:
+                time.sleep(wait)
+            back = False
+        finally:
+            self._leave(place, back)
+        return True
+
+    async def acquire_async(self, n: float = 1, timeout: float | None = None) -> bool:
+        """``acquire`` for tasks. A cancelled one has taken nothing."""
         # What try_acquire does: to call it would be a fourth of the time, ``with`` a third. A signal handler that
         # raises between the next two lines would leave the lock held; in a thread that matters, here the loop ends.
         lock = self._lock
@@ -454,18 +552,22 @@ class TokenBucket:
             after += n * self._interval
             if after <= now + self._reach and now >= self._paused_until and 0 < n <= self.burst:
                 self._full_at = after
-                return
+                return True
         finally:
             lock.release()
-        reservation = self.book(n)
-        wait = reservation.wait
+        place = self._enter(n, timeout, asyncio.get_running_loop())
+        if isinstance(place, bool):
+            return place
+        back = True
         try:
-            while wait > NANOSECOND:
+            if not place.is_told():
+                await place.waiter.parked()
+            while (wait := place.due - self._clock()) > NANOSECOND:  # noqa: ASYNC110
                 await asyncio.sleep(wait)
-                wait = reservation.due - self._clock()
-        except BaseException:
-            self.cancel(reservation)
-            raise
+            back = False
+        finally:
+            self._leave(place, back)
+        return True
 
     def stats(self, now: float | None = None) -> TokenBucketStats:
         with self._lock:
@@ -479,14 +581,26 @@ class TokenBucket:
 
 # -------------------------------------------------------------------------------------- single flight
 
+_ABSENT: Any = object()
 _LEAD: Any = object()
 """What a follower is granted when the leader left without an answer: to load by itself."""
 
 
 class _Answer(NamedTuple):
     value: Any = None
-    error: Exception | None = None
+    error: BaseException | None = None
     traceback: TracebackType | None = None
+
+
+class _Flight(FairCondition):
+    """One load: those who follow, in order; and, if tasks load, the load's own task and the one that began it."""
+
+    __slots__ = ("leader", "task")
+
+    def __init__(self) -> None:
+        self._waiters = deque()
+        self.leader: Waiter | None = None
+        self.task: asyncio.Task[None] | None = None
 
 
 class SingleFlightStats(NamedTuple):
@@ -499,30 +613,35 @@ class SingleFlightStats(NamedTuple):
 class SingleFlight:
     """One load for any number of callers that want the same key at the same time (Go's x/sync/singleflight).
 
-    The first caller leads: it runs its ``load`` in its own thread or task, without any lock. All who come for the key
-    meanwhile follow: they wait for the leader's answer, be it a value or an ``Exception``, which is raised in each.
-    A leader that is cancelled (or ends with any other ``BaseException``) says nothing about the key: it hands over to
-    the oldest follower, which runs its own ``load``. A load that asks for its own key waits for itself for ever.
+    The first caller leads, the others follow: all get the answer of its ``load``, be it a value or an ``Exception``,
+    which is raised in each. A task leads by a task of its own for the load, which goes on when it leaves, as long as
+    anybody waits; who leaves last cancels it, and goes when it has ended. A thread loads by itself. A load that is
+    killed (cancelled, interrupted: any other ``BaseException``) says nothing about the key: its leader has that from
+    it, and the oldest follower runs its own ``load``. A load that asks for its own key waits for itself for ever.
     Built on one lock, which guards the flights and their queues.
     """
 
     def __init__(self) -> None:
         self._lock = new_lock("SingleFlight")
-        self._flights: dict[Hashable, FairCondition] = {}
+        self._flights: dict[Hashable, _Flight] = {}
         self._loads = self._shared = 0
 
-    def _join(self, key: Hashable, loop: asyncio.AbstractEventLoop | None) -> tuple[FairCondition, Waiter | None]:
+    def _join(self, key: Hashable, loop: asyncio.AbstractEventLoop | None) -> tuple[_Flight, Waiter | None]:
         with self._lock:
             flight = self._flights.get(key)
             if flight is not None:
                 return flight, flight.park(loop)
             self._loads += 1
-            flight = self._flights[key] = FairCondition()
+            flight = self._flights[key] = _Flight()
             return flight, None
 
-    def _finish(self, key: Hashable, flight: FairCondition, answer: _Answer | None) -> None:
-        """The leader ends: with an answer for all, or without one, and then the oldest follower leads."""
+    def _finish(self, key: Hashable, flight: _Flight, answer: _Answer | None) -> None:
+        """The load ends: with an answer for all, or without one, and then the oldest follower leads."""
         with self._lock:
+            leader, flight.leader, flight.task = flight.leader, None, None
+            if leader is not None:
+                leader.granted, leader.value = True, answer or _Answer(None, asyncio.CancelledError())
+                leader.wake()
             if answer is None and flight.grant_oldest(_LEAD):
                 self._loads += 1
                 return
@@ -531,13 +650,23 @@ class SingleFlight:
             while flight.grant_oldest(answer):
                 self._shared += 1
 
-    def _leave(self, key: Hashable, flight: FairCondition, waiter: Waiter) -> None:
+    def _leave(self, key: Hashable, flight: _Flight, waiter: Waiter) -> asyncio.Task[None] | None:
+        """It waits no longer. If nobody does, the task of the load, which is told to end."""
         with self._lock:
             flight.leave(waiter)
+            if flight.leader is waiter:
+                flight.leader = None
             leads = waiter.granted and waiter.value is _LEAD
             self._loads -= leads
+            task = flight.task if flight.leader is None and not len(flight) else None
+            if task is not None and self._flights.get(key) is flight:
+                del self._flights[key]
         if leads:
             self._finish(key, flight, None)
+        if task is not None:
+            with contextlib.suppress(RuntimeError):  # its loop is closed
+                task.get_loop().call_soon_threadsafe(task.cancel)
+        return task
 
     def _answer(self, waiter: Waiter) -> Any:
         answer, waiter.value = waiter.value, None
@@ -562,6 +691,8 @@ class SingleFlight:
         answer = None
         try:
             value = load()
+            if type(value) is CoroutineType:
+                _refuse_coroutine(value, "the async twin")
             answer = _Answer(value)
             return value
         except Exception as error:
@@ -573,23 +704,31 @@ class SingleFlight:
 
     async def do_async(self, key: Hashable, load: Callable[[], Awaitable[T]]) -> T:
         """``do`` for tasks; threads and tasks may share a flight."""
-        flight, waiter = self._join(key, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        flight, waiter = self._join(key, loop)
         if waiter is not None:
-            try:
-                await waiter.parked()
-            except BaseException:
-                self._leave(key, flight, waiter)
-                raise
-            if waiter.value is not _LEAD:
-                return self._answer(waiter)  # type: ignore[no-any-return]
+            await self._parked(key, flight, waiter)
+        if waiter is None or waiter.value is _LEAD:
+            waiter = flight.leader = Waiter(loop)
+            flight.task = loop.create_task(self._run(key, flight, load))
+            await self._parked(key, flight, waiter)
+        return self._answer(waiter)  # type: ignore[no-any-return]
+
+    async def _parked(self, key: Hashable, flight: _Flight, waiter: Waiter) -> None:
+        try:
+            await waiter.parked()
+        except BaseException as error:
+            load = self._leave(key, flight, waiter)
+            if load and isinstance(error, asyncio.CancelledError) and load.get_loop() is asyncio.get_running_loop():
+                await asyncio.wait((load,))
+            raise
+
+    async def _run(self, key: Hashable, flight: _Flight, load: Callable[[], Awaitable[T]]) -> None:
         answer = None
         try:
-            value = await load()
-            answer = _Answer(value)
-            return value
+            answer = _Answer(await load())
         except Exception as error:
             answer = _Answer(None, error, error.__traceback__)
-            raise
         finally:
             self._finish(key, flight, answer)
             del answer
@@ -599,7 +738,13 @@ class SingleFlight:
         with self._lock:
             self._flights.pop(key, None)
 
+    def clear(self) -> None:
+        """``forget`` every key."""
+        with self._lock:
+            self._flights = {}
+
     def loading(self, key: Hashable) -> bool:
+        """Whether a load of ``key`` is under way that others would join."""
         with self._lock:
             return key in self._flights
 
@@ -623,30 +768,14 @@ class Hit(NamedTuple, Generic[T]):
     needs_refresh: bool
 
 
-class Keep(NamedTuple, Generic[T]):
-    """What a load may return instead of a bare value: how ``get_or_load`` is to ``put`` it."""
-
-    value: T
-    ttl: float | None = None
-    weight: float = 1.0
-    negative: bool = False
-
-
 class _Entry:
-    __slots__ = ("cost", "expires_at", "fresh_until", "key", "put_at", "quiet_until", "stale_until", "value", "weight")
+    __slots__ = ("expires_at", "fresh_until", "key", "put_at", "quiet_until", "stale_until", "value", "weight")
 
-    def __init__(self, key: Any, value: Any, put_at: float, fresh_until: float, weight: float, cost: float) -> None:
+    def __init__(self, key: Any, value: Any, put_at: float, fresh_until: float, weight: float) -> None:
         self.key = key  # the object that is the key in the map: it is let go with the entry, after the lock
-        self.value, self.put_at, self.weight, self.cost = value, put_at, weight, cost
+        self.value, self.put_at, self.weight = value, put_at, weight
         self.fresh_until = self.stale_until = self.expires_at = fresh_until
         self.quiet_until = -math.inf
-
-    def hit(self, now: float, early: float) -> Hit[Any]:
-        state: Literal["fresh", "stale", "expired"] = "expired"
-        if now < self.stale_until:
-            state = "fresh" if now < self.fresh_until else "stale"
-        needs_refresh = now >= self.quiet_until and now + early >= self.fresh_until
-        return Hit(self.value, now - self.put_at, state, needs_refresh)
 
 
 class TTLCacheStats(NamedTuple):
@@ -655,8 +784,7 @@ class TTLCacheStats(NamedTuple):
     hits: int
     misses: int
     evicted: int
-    failed: int
-    """Loads whose failure was covered up by an older value."""
+    loading: int
 
 
 class TTLCache(Generic[K, T]):
@@ -664,16 +792,10 @@ class TTLCache(Generic[K, T]):
 
     An entry is *fresh* for ``ttl`` seconds. After that it is *stale* for ``stale`` seconds: of use at once, while
     somebody loads it anew (stale-while-revalidate); and until ``stale_if_error`` seconds after ``ttl`` it is
-    *expired*: of use only if loading fails. Both windows begin where freshness ends, as in RFC 5861. A *negative*
-    entry ("there is no such thing") is fresh for ``negative_ttl`` seconds and has no windows.
+    *expired*: of use only if loading fails. Both windows begin where freshness ends, as in RFC 5861.
 
     At most ``maxsize`` entries of at most ``maxweight`` in sum (of the ``weight`` given to ``put``: bytes, say) are
-    kept; the least recently used goes first, and what is gone when it is looked up.
-
-    ``beta`` above 0 spreads the loads of what is in demand: a lookup asks for a refresh while the entry is still
-    fresh with a probability that grows towards the end, so that its users do not all find it stale at one moment
-    (XFetch: Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015; 1 is
-    optimal). It reckons with the ``cost`` of the load in seconds, as given to ``put``.
+    kept; what is gone goes first, then the least recently used. What is gone is not counted.
     """
 
     def __init__(
@@ -683,25 +805,26 @@ class TTLCache(Generic[K, T]):
         *,
         stale: float = 0.0,
         stale_if_error: float = 0.0,
-        negative_ttl: float = 5.0,
         maxweight: float = math.inf,
-        beta: float = 0.0,
         clock: Clock = time.monotonic,
-        rng: Rng = random.random,
     ) -> None:
         if maxsize < 1 or not maxweight > 0:
             raise ValueError("maxsize must be at least 1, and maxweight above 0")
-        if not (ttl > 0 and negative_ttl > 0 and stale >= 0 and stale_if_error >= 0 and beta >= 0):
-            raise ValueError("ttl and negative_ttl must be above 0 s, stale, stale_if_error and beta not below 0")
-        self.maxsize, self.maxweight, self.beta = maxsize, maxweight, beta
-        self.ttl, self.negative_ttl = ttl, negative_ttl
-        self.stale, self.stale_if_error = stale, stale_if_error
-        self._clock, self._rng = clock, rng
+        if not (ttl > 0 and stale >= 0 and stale_if_error >= 0):
+            raise ValueError("ttl must be above 0 s, stale and stale_if_error not below 0")
+        self.maxsize, self.maxweight = maxsize, maxweight
+        self.ttl, self.stale, self.stale_if_error = ttl, stale, stale_if_error
+        self._clock = clock
         self._lock = new_lock("TTLCache")
         self._entries: OrderedDict[K, _Entry] = OrderedDict()
+        self._gone_from = math.inf
+        """No entry is gone before."""
+        self._endings: list[tuple[float, int, _Entry]] | None = None
+        """A heap of when each entry is gone; None until that matters. Entries that were replaced may still be in it."""
+        self._serial = itertools.count()
         self._generations = [0] * 64  # by hash: of bounded size, and a key that shares one only loads once more
         self._weight = 0.0
-        self._hits = self._misses = self._evicted = self._failed = 0
+        self._hits = self._misses = self._evicted = 0
         self._flights = SingleFlight()
 
     def get(self, key: K, default: T | None = None) -> T | None:
@@ -727,8 +850,10 @@ class TTLCache(Generic[K, T]):
                 return None
             self._entries.move_to_end(key)
             self._hits += 1
-            early = -math.log(1.0 - self._rng()) * self.beta * entry.cost if self.beta and entry.cost else 0.0
-            return entry.hit(now, early)
+            state: Literal["fresh", "stale", "expired"] = "expired"
+            if now < entry.stale_until:
+                state = "fresh" if now < entry.fresh_until else "stale"
+            return Hit(entry.value, now - entry.put_at, state, state != "fresh" and now >= entry.quiet_until)
 
     def put(
         self,
@@ -737,14 +862,12 @@ class TTLCache(Generic[K, T]):
         *,
         ttl: float | None = None,
         weight: float = 1.0,
-        cost: float = 0.0,
-        negative: bool = False,
         generation: int | None = None,
         now: float | None = None,
     ) -> bool:
         """Keep ``value``; False if it is heavier than the cache, or if ``key`` was invalidated since ``generation``."""
         if ttl is None:
-            ttl = self.negative_ttl if negative else self.ttl
+            ttl = self.ttl
         if not (ttl > 0 and weight >= 0):
             raise ValueError("ttl must be above 0 s, weight not below 0")
         dropped = []
@@ -752,19 +875,42 @@ class TTLCache(Generic[K, T]):
             if generation is not None and generation != self._generations[hash(key) % 64]:
                 return False
             now = self._clock() if now is None else now
-            entry = _Entry(key, value, now, now + ttl, weight, cost)
-            if not negative:
-                entry.stale_until += self.stale
-                entry.expires_at += max(self.stale, self.stale_if_error)
+            entry = _Entry(key, value, now, now + ttl, weight)
+            entry.stale_until += self.stale
+            entry.expires_at += max(self.stale, self.stale_if_error)
             dropped.append(self._remove(key))
             if weight > self.maxweight:
                 return False
-            while self._entries and (len(self._entries) >= self.maxsize or self._weight + weight > self.maxweight):
-                dropped.append(self._remove(next(iter(self._entries))))
-                self._evicted += 1
+            if len(self._entries) >= self.maxsize or self._weight + weight > self.maxweight:
+                if now >= self._gone_from:
+                    dropped += self._expire(now)
+                while self._entries and (len(self._entries) >= self.maxsize or self._weight + weight > self.maxweight):
+                    dropped.append(self._remove(next(iter(self._entries))))
+                    self._evicted += 1
             self._entries[key] = entry
             self._weight += weight
+            if entry.expires_at < self._gone_from:
+                self._gone_from = entry.expires_at
+            if self._endings is not None:
+                heapq.heappush(self._endings, (entry.expires_at, next(self._serial), entry))
+                if len(self._endings) > 2 * len(self._entries) + 64:
+                    self._endings = None
             return True
+
+    def _expire(self, now: float) -> list[_Entry | None]:
+        """Let go what is gone. The caller has the lock, and keeps the answer until after it."""
+        dropped: list[_Entry | None] = []
+        if now < self._gone_from:
+            return dropped
+        if self._endings is None:
+            self._endings = [(entry.expires_at, next(self._serial), entry) for entry in self._entries.values()]
+            heapq.heapify(self._endings)
+        while self._endings and self._endings[0][0] <= now:
+            entry = heapq.heappop(self._endings)[2]
+            if self._entries.get(entry.key) is entry:
+                dropped.append(self._remove(entry.key))
+        self._gone_from = self._endings[0][0] if self._endings else math.inf
+        return dropped
 
     def _remove(self, key: K) -> _Entry | None:
         entry = self._entries.pop(key, None)
@@ -788,9 +934,10 @@ class TTLCache(Generic[K, T]):
         """``invalidate`` everything."""
         with self._lock:
             self._generations = [generation + 1 for generation in self._generations]
-            dropped, self._entries, self._weight = self._entries, OrderedDict(), 0.0
-            self._flights = SingleFlight()
-        dropped.clear()
+            dropped = self._entries, self._endings
+            self._entries, self._endings, self._weight = OrderedDict(), None, 0.0
+        self._flights.clear()
+        del dropped
 
     def defer(self, key: K, seconds: float, now: float | None = None) -> None:
         """Ask for no refresh of ``key`` for so long: its last one failed."""
@@ -798,98 +945,61 @@ class TTLCache(Generic[K, T]):
             if (entry := self._entries.get(key)) is not None:
                 entry.quiet_until = (self._clock() if now is None else now) + seconds
 
-    def get_or_load(self, key: K, load: Callable[[], T | Keep[T]]) -> T:
-        """The value of ``key``, from ``load()`` if need be: one load at a time, its failure shared by all who wait.
+    def get_or_load(self, key: K, load: Callable[[], T]) -> T:
+        """The value while it is fresh, else that of ``load()``, which is kept: one load at a time, whoever asks.
 
-        What is stale is loaded by one caller, while the others go on with it; if that fails, by nobody for the next
-        ``negative_ttl`` seconds. What is expired is the answer if loading fails (``stats().failed`` counts that). A
-        load that wants another ttl, a weight, or a negative entry returns a ``Keep``.
+        If it fails, all who wait get the error; nothing is kept of that.
         """
-        known, found = self._decide(key)
-        if known:
-            return found  # type: ignore[no-any-return]
-        try:
-            return self._flights.do(key, lambda: self._load(key, load, found))
-        except Exception:
-            if (spare := self._spare(key)) is None:
-                raise
-            return spare.value  # type: ignore[no-any-return]
+        found: Any = self.get(key, _ABSENT)
+        return self._flights.do(key, lambda: self._load(key, load)) if found is _ABSENT else found
 
-    async def get_or_load_async(self, key: K, load: Callable[[], Awaitable[T | Keep[T]]]) -> T:
-        """``get_or_load`` for tasks."""
-        known, found = self._decide(key)
-        if known:
+    async def get_or_load_async(self, key: K, load: Callable[[], Awaitable[T]], *, anew: bool = False) -> T:
+        """``get_or_load`` for tasks. ``anew``: load though it is fresh, unless that is under way."""
+        found: Any = _ABSENT if anew else self.get(key, _ABSENT)
+        if found is not _ABSENT:
             return found  # type: ignore[no-any-return]
-        try:
-            return await self._flights.do_async(key, lambda: self._load_async(key, load, found))
-        except Exception:
-            if (spare := self._spare(key)) is None:
-                raise
-            return spare.value  # type: ignore[no-any-return]
+        return await self._flights.do_async(key, lambda: self._load_async(key, load, anew))
 
-    def _spare(self, key: K) -> _Entry | None:
-        """What may be served now that loading failed: windows and ``invalidate`` went on while it ran."""
+    def loading(self, key: K) -> bool:
+        """Whether a load of ``key`` is under way."""
+        return self._flights.loading(key)
+
+    def _fresh(self, key: K) -> Any:
+        """Its value, or ``_ABSENT``: between a caller's look and its load another load may have come and gone."""
         with self._lock:
-            entry, now = self._entries.get(key), self._clock()
-            if entry is None or now >= entry.expires_at:
-                return None
-            entry.quiet_until = now + self.negative_ttl
-            self._failed += 1
-            return entry
-
-    def _decide(self, key: K) -> tuple[bool, Any]:
-        """True and the value to answer with, or False and the entry (if there was one) that is to be loaded anew."""
-        with self._lock:  # the usual case: what follows costs three times as much
             entry = self._entries.get(key)
-            if entry is not None and not (self.beta and entry.cost) and self._clock() < entry.fresh_until:
-                self._entries.move_to_end(key)
-                self._hits += 1
-                return True, entry.value
-        hit = self.lookup(key)
-        if hit is None or (hit.needs_refresh and (hit.state == "expired" or not self._flights.loading(key))):
-            return False, entry
-        return True, hit.value
+            return entry.value if entry is not None and self._clock() < entry.fresh_until else _ABSENT
 
-    def _loaded_meanwhile(self, key: K, seen: _Entry | None) -> _Entry | None:
-        """Between a caller's lookup and its own load another one may have come and gone, or failed."""
-        with self._lock:
-            entry, now = self._entries.get(key), self._clock()
-            if entry is None or now >= entry.expires_at:
-                return None
-            return entry if now < entry.quiet_until or (entry is not seen and now < entry.fresh_until) else None
+    def _load(self, key: K, load: Callable[[], T]) -> T:
+        generation, value = self.generation(key), self._fresh(key)
+        if value is _ABSENT:
+            value = load()
+            _refuse_coroutine(value, "get_or_load_async")
+            self.put(key, value, generation=generation)
+        return value  # type: ignore[no-any-return]
 
-    def _load(self, key: K, load: Callable[[], T | Keep[T]], seen: _Entry | None) -> T:
-        if (entry := self._loaded_meanwhile(key, seen)) is not None:
-            return entry.value  # type: ignore[no-any-return]
-        generation, started = self.generation(key), self._clock()
-        return self._kept(key, load(), started, generation)
-
-    async def _load_async(self, key: K, load: Callable[[], Awaitable[T | Keep[T]]], seen: _Entry | None) -> T:
-        if (entry := self._loaded_meanwhile(key, seen)) is not None:
-            return entry.value  # type: ignore[no-any-return]
-        generation, started = self.generation(key), self._clock()
-        return self._kept(key, await load(), started, generation)
-
-    def _kept(self, key: K, loaded: T | Keep[T], started: float, generation: int) -> T:
-        keep = loaded if isinstance(loaded, Keep) else Keep(loaded)
-        cost = self._clock() - started
-        value, ttl, weight, negative = keep
-        self.put(key, value, ttl=ttl, weight=weight, negative=negative, cost=cost, generation=generation)
-        return value
+    async def _load_async(self, key: K, load: Callable[[], Awaitable[T]], anew: bool) -> T:
+        generation, value = self.generation(key), _ABSENT if anew else self._fresh(key)
+        if value is _ABSENT:
+            value = await load()
+            self.put(key, value, generation=generation)
+        return value  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self.stats().entries
 
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: K) -> bool:
         """Whether ``key`` is there and fresh; changes nothing."""
-        with self._lock:
-            entry = self._entries.get(key)  # type: ignore[arg-type]
-            return entry is not None and self._clock() < entry.fresh_until
+        return self._fresh(key) is not _ABSENT
 
     def stats(self) -> TTLCacheStats:
+        loading = self._flights.stats().flights
         with self._lock:
-            counts = self._hits, self._misses, self._evicted, self._failed
-            return TTLCacheStats(len(self._entries), self._weight, *counts)
+            gone = self._expire(self._clock())
+            counts = self._hits, self._misses, self._evicted, loading
+            found = TTLCacheStats(len(self._entries), self._weight, *counts)
+        del gone
+        return found
 
     __repr__ = stats_repr
 
@@ -904,11 +1014,10 @@ Listener = Callable[[str, State, State, int], object]
 class Permit:
     """The ticket of one call, closed once: as ``success``, ``failure`` or ``ignore``. What comes later is ignored."""
 
-    __slots__ = ("_breaker", "generation", "settled", "started")
+    __slots__ = ("_breaker", "generation", "settled")
 
-    def __init__(self, breaker: CircuitBreaker, generation: int, started: float) -> None:
-        self._breaker, self.generation, self.started = breaker, generation, started
-        self.settled = False
+    def __init__(self, breaker: CircuitBreaker, generation: int) -> None:
+        self._breaker, self.generation, self.settled = breaker, generation, False
 
     def success(self, now: float | None = None) -> None:
         self._breaker._settle(self, failed=False, now=now)
@@ -944,16 +1053,16 @@ class CircuitBreakerStats(NamedTuple):
 class CircuitBreaker:
     """Stops calling a dependency that keeps failing (Nygard, "Release It!", 2nd edition, chapter 5).
 
-    *Closed*: calls pass. ``failures`` of them (None: any number) within ``window`` seconds open the circuit; so does,
+    *Closed*: calls pass. ``failures`` in a row (None: any number) within ``window`` seconds open the circuit; so does,
     if ``ratio`` is given, that share of at least ``minimum`` calls in the window (counted in tenths of it). *Open*:
     calls are refused with ``CircuitOpen`` for ``reset`` seconds; each repeated opening doubles that up to
     ``max_reset``, and then up to ``jitter`` of it is added, so that many clients do not come back together.
     *Half-open*: ``probes`` calls are let through, and close the circuit when all succeed; one failure opens it again.
     A probe that has not reported after ``probe_timeout`` seconds (default: ``reset``) counts as never made.
 
-    What ``on`` names is a failure, a call of ``slow`` seconds or more is one too, whatever it returned. Other errors,
-    cancellation and all else that is no ``Exception`` say nothing about the other side and are ignored: so a time
-    limit belongs inside of the protected call, where it raises ``TimeoutError``.
+    What ``on`` names is a failure. Other errors, cancellation and all else that is no ``Exception`` say nothing about
+    the other side and are ignored: so a time limit belongs inside of the protected call, where it raises
+    ``TimeoutError``.
 
     A result counts only for the state in which the call was admitted: each transition begins a new generation.
     Listeners are told after the lock is released.
@@ -969,7 +1078,6 @@ class CircuitBreaker:
         probes: int = 1,
         ratio: float | None = None,
         minimum: int = 20,
-        slow: float | None = None,
         max_reset: float = 300.0,
         jitter: float = 0.1,
         probe_timeout: float | None = None,
@@ -979,15 +1087,16 @@ class CircuitBreaker:
     ) -> None:
         if min(failures or 1, probes, minimum) < 1 or failures == 0:
             raise ValueError("failures, probes and minimum must be at least 1")
-        if not (window > 0 and reset > 0 and max_reset >= reset and jitter >= 0) or (slow is not None and not slow > 0):
-            raise ValueError("window, reset and slow must be above 0 s, max_reset not below reset, jitter not below 0")
+        if not (window > 0 and reset > 0 and max_reset >= reset and jitter >= 0):
+            raise ValueError("window and reset must be above 0 s, max_reset not below reset, jitter not below 0")
         if probe_timeout is not None and not probe_timeout > 0:
             raise ValueError(f"probe_timeout must be above 0 s, not {probe_timeout!r}")
         if ratio is not None and not 0 < ratio <= 1:
             raise ValueError(f"ratio is a share above 0 and up to 1, not {ratio!r}")
         self.name, self.window, self.reset, self.probes, self.ratio = name, window, reset, probes, ratio
-        self.minimum, self.slow, self.max_reset, self.jitter = minimum, slow, max_reset, jitter
+        self.minimum, self.max_reset, self.jitter = minimum, max_reset, jitter
         self.probe_timeout = reset if probe_timeout is None else probe_timeout
+        _check_on(on)
         self._on, self._clock, self._rng = on, clock, rng
         self._lock = new_lock("CircuitBreaker")
         self._state: State = "closed"
@@ -997,6 +1106,7 @@ class CircuitBreaker:
         """In a row, without the circuit having been closed between them."""
         self._open_until = -math.inf
         self._failures: deque[float] = deque(maxlen=failures or 0)
+        """When, since the last success."""
         self._tenths: deque[list[int]] = deque()
         """For each tenth of the window: its number, its calls, its failures; their sums are _calls and _failed."""
         self._probing: dict[Permit, float] = {}
@@ -1004,9 +1114,8 @@ class CircuitBreaker:
         self._listeners: list[Listener] = []
         self._news: deque[tuple[State, State, int]] = deque()
         self._telling = False
-        self._simple = ratio is None and slow is None
-        self._unrecorded: int | None = 0 if self._simple else None
-        """The generation while a success need not be recorded, and costs no lock; else None."""
+        self._unrecorded: int | None = 0 if ratio is None else None
+        """The generation while it is closed and a success changes nothing, and so neither costs a lock; else None."""
 
     def listen(self, listener: Listener) -> None:
         """Call ``listener`` at each transition from now on, in whatever thread or task brought it about."""
@@ -1014,16 +1123,19 @@ class CircuitBreaker:
 
     @property
     def state(self) -> State:
-        return self._state
+        """What whoever asks now would find: half open once the reset has passed, though no probe was made yet."""
+        return self.stats().state
 
     def permit(self, now: float | None = None) -> Permit:
         """Admit one call, or raise ``CircuitOpen``. ``with breaker.permit():`` closes the permit by how it ends."""
-        refusal = 0.0
+        generation, refusal = self._unrecorded, 0.0
+        if generation is not None:
+            return Permit(self, generation)
         with self._lock:
             now = self._clock() if now is None else now
             if self._state == "open" and self._open_until - now <= NANOSECOND:
                 self._turn("half_open")
-            permit = Permit(self, self._generation, now)
+            permit = Permit(self, self._generation)
             if self._state == "open":
                 refusal = self._open_until - now
             elif self._state == "half_open":
@@ -1042,6 +1154,9 @@ class CircuitBreaker:
         return isinstance(error, Exception) and _matches(error, self._on)
 
     def _settle(self, permit: Permit, failed: bool | None, now: float | None = None) -> None:
+        if failed is False and permit.generation == self._unrecorded:
+            permit.settled = True
+            return
         with self._lock:
             if permit.settled:
                 return
@@ -1049,8 +1164,6 @@ class CircuitBreaker:
             if permit.generation != self._generation:
                 return
             now = self._clock() if now is None else now
-            if self.slow is not None and failed is False and now - permit.started >= self.slow:
-                failed = True
             if self._state == "half_open":
                 if self._probing.pop(permit, -math.inf) <= now or failed is None:
                     return
@@ -1081,7 +1194,11 @@ class CircuitBreaker:
             if self._calls >= self.minimum and self._failed >= self.ratio * self._calls:
                 self._open(now)
                 return
-        if failed and self._failures.maxlen:
+        if not failed:
+            self._failures.clear()
+            self._unrecorded = self._generation if self.ratio is None else None
+        elif self._failures.maxlen:
+            self._unrecorded = None
             while self._failures and now - self._failures[0] >= self.window:
                 self._failures.popleft()
             self._failures.append(now)
@@ -1106,7 +1223,7 @@ class CircuitBreaker:
         self._passed = 0
         if state == "closed":
             self._openings = 0
-        self._unrecorded = self._generation if self._simple and state == "closed" else None
+        self._unrecorded = self._generation if self.ratio is None and state == "closed" else None
 
     def _tell(self) -> None:
         """One teller at a time, or listeners would hear of transitions in another order; it also tells what comes up
@@ -1126,66 +1243,29 @@ class CircuitBreaker:
             finally:
                 self._telling = False
 
-    def _note_failure(self, error: BaseException, generation: int) -> None:
-        if self._counts(error):
-            with self._lock:
-                if generation == self._generation:
-                    self._record(True, self._clock())
-            self._tell()
-
-    def _guarded(self, function: Callable[..., T]) -> Callable[..., T]:
-        def guarded(*args: Any, **options: Any) -> T:
-            generation = self._unrecorded
-            if generation is None:
-                with self.permit():
-                    return _answered(function(*args, **options))
-            try:
-                return _answered(function(*args, **options))
-            except BaseException as error:
-                self._note_failure(error, generation)
-                raise
-
-        return guarded
-
-    def _guarded_async(self, function: Callable[..., Awaitable[T]]) -> Callable[..., Coroutine[Any, Any, T]]:
-        async def guarded(*args: Any, **options: Any) -> T:
-            generation = self._unrecorded
-            if generation is None:
-                with self.permit():
-                    return await function(*args, **options)
-            try:
-                return await function(*args, **options)
-            except BaseException as error:
-                self._note_failure(error, generation)
-                raise
-
-        return guarded
-
-    def call(self, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
-        """``function(*args, **options)``, or ``CircuitOpen``. Nothing is locked while it runs."""
-        return self._guarded(function)(*args, **options)
-
     async def call_async(self, function: Callable[..., Awaitable[T]], /, *args: Any, **options: Any) -> T:
-        """``call`` for a coroutine function: its failure is that of the coroutine, not of making one."""
-        return await self._guarded_async(function)(*args, **options)
-
-    def __call__(self, function: F) -> F:
-        """Decorate a ``def`` or an ``async def``: every call goes through ``call`` or ``call_async``.
-
-        ``TypeError`` for generators: they fail when they are used, not when they are called.
-        """
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise TypeError("a circuit breaker cannot tell how a generator ends: protect what it calls")
-        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-        guard: Any = self._guarded_async if is_async else self._guarded
-        return cast(F, functools.wraps(function)(guard(function)))
+        """``await function(*args, **options)``, or ``CircuitOpen``. Nothing is locked while it runs."""
+        generation = self._unrecorded
+        if generation is None:
+            with self.permit():
+                return await function(*args, **options)
+        try:
+            return await function(*args, **options)
+        except BaseException as error:
+            if self._counts(error):
+                with self._lock:
+                    if generation == self._generation:
+                        self._record(True, self._clock())
+                self._tell()
+            raise
 
     def stats(self, now: float | None = None) -> CircuitBreakerStats:
         with self._lock:
             now = self._clock() if now is None else now
             wait = max(0.0, self._open_until - now) if self._state == "open" else 0.0
+            state: State = "half_open" if self._state == "open" and wait <= NANOSECOND else self._state
             recent = sum(now - failure < self.window for failure in self._failures)
-            return CircuitBreakerStats(self.name, self._state, recent, self._refused, self._opened, wait)
+            return CircuitBreakerStats(self.name, state, recent, self._refused, self._opened, wait)
 
     __repr__ = stats_repr
 
@@ -1196,40 +1276,62 @@ class CircuitBreaker:
 class BatchStats(NamedTuple):
     items: int
     age: float
+    """Seconds that the oldest has waited."""
 
 
 class Batch(Generic[T]):
-    """Gathers items until there are ``max_items``, or until the oldest has waited ``max_age`` seconds."""
+    """Gathers items until there are ``max_items`` of them, or ``max_bytes``, or the oldest has waited ``max_age`` s.
 
-    def __init__(self, max_items: int, max_age: float, *, clock: Clock = time.monotonic) -> None:
-        if max_items < 1 or not max_age > 0:
-            raise ValueError("max_items must be at least 1, max_age above 0 s")
-        self.max_items, self.max_age = max_items, max_age
+    A batch never has more than ``max_bytes``, unless it is of one item.
+    """
+
+    def __init__(
+        self, max_items: int, max_age: float, max_bytes: float = math.inf, *, clock: Clock = time.monotonic
+    ) -> None:
+        if max_items < 1 or not max_age > 0 or not max_bytes > 0:
+            raise ValueError("max_items must be at least 1, max_age above 0 s, max_bytes above 0")
+        self.max_items, self.max_age, self.max_bytes = max_items, max_age, max_bytes
         self._clock = clock
         self._lock = new_lock("Batch")
         self._items: list[T] = []
         self._begun = 0.0
+        self._bytes: float = 0
 
-    def add(self, item: T, now: float | None = None) -> list[T] | None:
-        """Take ``item``; all items if they are enough now: the caller's to flush, nobody else gets them."""
+    def add(self, item: T, now: float | None = None, size: float = 0) -> list[T] | None:
+        """Take ``item``, of ``size`` bytes. A batch if one is full: the caller's to flush, nobody else gets it.
+
+        It has ``item``, unless that would be too many bytes: then this is the first of the next one.
+        """
         with self._lock:
-            if not self._items:
+            full = self._weigh(size) if size else None
+            items = self._items
+            if not items:
                 self._begun = self._clock() if now is None else now
-            self._items.append(item)
-            return self._take() if len(self._items) >= self.max_items else None
+            items.append(item)
+            if full is None and (len(items) >= self.max_items or (size and self._bytes >= self.max_bytes)):
+                return self._take()
+            return full
+
+    def _weigh(self, size: float) -> list[T] | None:
+        full = self._take() if self._items and self._bytes + size > self.max_bytes else None
+        self._bytes += size
+        return full
 
     def due_in(self, now: float | None = None) -> float:
-        """Seconds until the oldest item is ``max_age`` old (0.0: flush), infinity if there is none."""
+        """Seconds until ``take`` has something: the oldest is ``max_age`` old then; infinity if there is none."""
         with self._lock:
             if not self._items:
                 return math.inf
-            return max(0.0, self._begun + self.max_age - (self._clock() if now is None else now))
+            return max(0.0, self._due() - (self._clock() if now is None else now))
 
     def take(self, now: float | None = None) -> list[T]:
-        """All items if the oldest is due, else none."""
+        """All items if they are due, else none."""
         with self._lock:
             now = self._clock() if now is None else now
-            return self._take() if self._items and now >= self._begun + self.max_age else []
+            return self._take() if self._items and now >= self._due() else []
+
+    def _due(self) -> float:
+        return self._begun + self.max_age if self._bytes < self.max_bytes else -math.inf
 
     def drain(self) -> list[T]:
         """All items, due or not: at the end."""
@@ -1237,7 +1339,7 @@ class Batch(Generic[T]):
             return self._take()
 
     def _take(self) -> list[T]:
-        items, self._items = self._items, []
+        items, self._items, self._bytes = self._items, [], 0
         return items
 
     def __len__(self) -> int:

@@ -71,8 +71,7 @@ async def aggregate(request: Request) -> Response:
     changes = service.changes
     parts = await gather(sources, given, deadline)
     states = request.scope["states"] = {name: part.state for name, part in parts.items()}
-    for name, state in states.items():
-        sources[name].answers[state] += 1
+    service.count(states)
     shown = {name: part.shown() for name, part in parts.items()}
     answer = {
         "partial": not all(state in ("fresh", "stale") for state in states.values()),
@@ -99,9 +98,10 @@ async def aggregate(request: Request) -> Response:
     # what changed while loads were waited for may have been an invalidation, and this an answer from before it
     unchanged = changes == service.changes
     if unchanged and set(states.values()) <= {"fresh", "stale"} and request.method == "GET":
-        until = started + min(KEPT, *(part.expires_in for part in parts.values()))
-        kept = KeptAnswer(until, response.raw_headers, bytes(response.body), states)
-        service.keep((request.scope["path"], request.scope["query_string"]), kept)
+        left = started + min(KEPT, *(part.expires_in for part in parts.values())) - time.monotonic()
+        if left > 0:
+            kept, asked = KeptAnswer(response.raw_headers, bytes(response.body), states), request.scope
+            service.kept.put((asked["path"], asked["query_string"]), kept, ttl=left, weight=len(kept.body))
     return response
 
 

@@ -75,8 +75,8 @@ class Aggregator(Starlette):
         wait = self._wait(client) if self._rate else 0.0
         if plain and not wait and service is not None and size <= MAX_HEADERS:
             kept = service.kept.get((scope["path"], scope["query_string"]))
-            if kept is not None and started < kept.until:
-                kept.hits += 1
+            if kept is not None:
+                service.count(kept.states)
                 headers = [*kept.headers, (b"x-request-id", identity)]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 await send({"type": "http.response.body", "body": kept.body})
@@ -127,8 +127,5 @@ class Aggregator(Starlette):
 
     def _wait(self, client: str) -> float:
         """0.0: the client may ask; else the seconds until it may."""
-        bucket = self._buckets.get(client)
-        if bucket is None:
-            bucket = TokenBucket(self._rate, CLIENT_BURST)
-            self._buckets.put(client, bucket)
+        bucket = self._buckets.get_or_load(client, lambda: TokenBucket(self._rate, CLIENT_BURST))
         return 0.0 if bucket.try_acquire() else max(bucket.wait_for(), 0.001)

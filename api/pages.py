@@ -48,7 +48,6 @@ HISTORY_LIMIT, REPORT_LIMIT = 5.0, 8.0
 
 async def health(request: Request) -> Response:
     service = service_of(request)
-    service.settle()
     sources = {name: source.health() for name, source in service.sources.items()}
     database, writer = service.database.stats(), service.history.writer.stats()
     tasks = {name: "ended" if task.done() else "running" for name, task in service.tasks.items()}
@@ -86,7 +85,6 @@ async def ready(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    service_of(request).settle()
     return Response(generate_latest(service_of(request).registry), media_type=CONTENT_TYPE_LATEST)
 
 

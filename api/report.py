@@ -35,6 +35,8 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from primitives import RetryPolicy, retry
+
 LEAST = 8
 """Samples of the shortest level."""
 MOST = 20
@@ -43,6 +45,9 @@ PENALTY = 4.0
 FLOOR = 0.02
 """Noise, as a share of the level, that is always assumed."""
 RATIO = 1.1
+
+AGAIN = RetryPolicy(attempts=2, base=0.1)
+"""For a name that could not be found at this moment."""
 
 HOST_ERRORS = (
     "url", "dns", "refused", "unreachable", "timeout", "tls", "certificate",
@@ -216,7 +221,8 @@ def inspect_host(url: str, timeout: float = 2.0, *, context: ssl.SSLContext | No
         shown["name"], port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("no URL of a host")
-        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+        host = parts.hostname
+        found = retry(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), on=_may_pass, policy=AGAIN)
         shown["dns_ms"] = _ms(time.monotonic() - began)
         with _connected(found, began + timeout, shown) as connection:
             if parts.scheme == "https":
@@ -227,6 +233,10 @@ def inspect_host(url: str, timeout: float = 2.0, *, context: ssl.SSLContext | No
     except (OSError, ValueError, KeyError) as error:
         shown["error"] = _kind(error)
     return shown
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
 
 
 def _left(deadline: float) -> float:

@@ -13,9 +13,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import asyncpg
 import orjson
@@ -26,7 +26,7 @@ from api.report import inspect_host
 from api.telemetry import METRICS, Events, RequestLog
 from api.upstreams import Load, Loaded, Source, request_id
 from coordination import Semaphore, T
-from primitives import State
+from primitives import State, TTLCache
 from runtime.loop import Lag
 from runtime.monitor import Exporter
 from runtime.postgres import Database, Unavailable
@@ -48,14 +48,12 @@ PLACES = 256
 """Calls under way to all upstreams together."""
 
 
-class KeptAnswer:
+class KeptAnswer(NamedTuple):
     """An answer as it was sent, to be sent again."""
 
-    __slots__ = ("body", "headers", "hits", "states", "until")
-
-    def __init__(self, until: float, headers: list[tuple[bytes, bytes]], body: bytes, states: dict[str, str]) -> None:
-        self.until, self.headers, self.body, self.states = until, headers, body, states
-        self.hits = 0
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    states: dict[str, str]
 
 
 class Service:
@@ -72,8 +70,8 @@ class Service:
         self.force: Callable[[], object] = lambda: None
         self.timers: list[asyncio.TimerHandle] = []
         self.tasks: dict[str, asyncio.Task[Any]] = {}
-        self.kept: dict[tuple[str, bytes], KeptAnswer] = {}
-        self.kept_bytes = self.changes = 0
+        self.kept: TTLCache[tuple[str, bytes], KeptAnswer] = TTLCache(KEPT_MOST, KEPT, maxweight=KEPT_BYTES)
+        self.changes = 0
         for source in sources.values():
             source.listeners.append(self.loaded)
             source.changed = self.settle
@@ -108,27 +106,15 @@ class Service:
         self.events.publish("breaker", told)
         self.log.note("breaker", request_id.get(), told)
 
-    def keep(self, asked: tuple[str, bytes], kept: KeptAnswer) -> None:
-        self.drop(asked)
-        if len(self.kept) >= KEPT_MOST or self.kept_bytes + len(kept.body) > KEPT_BYTES:
-            self.settle()
-        if len(kept.body) <= KEPT_BYTES:
-            self.kept[asked] = kept
-            self.kept_bytes += len(kept.body)
-
-    def drop(self, asked: tuple[str, bytes]) -> None:
-        """Send a kept answer no more. How often it was is counted now."""
-        kept = self.kept.pop(asked, None)
-        if kept is not None:
-            self.kept_bytes -= len(kept.body)
-            for name, state in kept.states.items():
-                self.sources[name].answers[state] += kept.hits
+    def count(self, states: Mapping[str, str]) -> None:
+        """An answer is sent, with a part in such a state from each source."""
+        for name, state in states.items():
+            self.sources[name].answers[state] += 1
 
     def settle(self) -> None:
         """Something changed: no kept answer is sent again."""
         self.changes += 1
-        for asked in list(self.kept):
-            self.drop(asked)
+        self.kept.clear()
 
     async def renew(self) -> None:
         request_id.set("renewal")

@@ -1,11 +1,11 @@
 """One upstream of the aggregation API: the way of a call to it, and what is said of it at the deadline.
 
-Cache -> one load for all who ask (``Source.refresh``) -> circuit breaker -> places, of this upstream and of all ->
+Cache -> one load for all who ask -> circuit breaker -> places, of this upstream and of all ->
 time limit -> retries, under a budget -> size limit and JSON check -> cache.
 
 Promised
 - However many ask, an upstream gets one call for a key at a time, and none while its circuit is open, but for probes.
-- A load is a task of its own: whoever waits for it may leave, what comes late still fills the cache.
+- Whoever waits for a load may leave: ``refresh`` stays with it, and what comes late still fills the cache.
 - What an upstream says when it fails reaches no client: errors are of the closed list in ``UpstreamError``.
 
 Everything runs in one event loop, and nothing in it blocks. All state is the loop's, so nothing here needs a lock; the
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import hashlib
 import logging
 import math
@@ -137,10 +138,8 @@ class Source:
         self._fallback = None if upstream.fallback is None else Data(upstream.fallback)
         self._budget, self._hedges = RetryBudget(), RetryBudget()
         self._policy = RetryPolicy(1 + upstream.retries, base=0.05, cap=1.0, total=upstream.timeout)
-        self.loads: dict[Key, asyncio.Task[Loaded]] = {}
-        """The load of each key that is under way. It is a task of its own, for it outlives those who wait for it."""
         self.running: set[asyncio.Task[Loaded]] = set()
-        """These, and those that nobody joins any more, for their key was invalidated."""
+        """Tasks that wait for loads; who leaves his does not end the load."""
         self.calls = self.failures = 0
         self._forgot = -math.inf
         self.answers: Counter[str] = Counter()
@@ -163,7 +162,7 @@ class Source:
         if hit is None or hit.state == "expired":
             refusal = self.refusals.get(key)
             return (None, self.refresh(key)) if refusal is None else (self._instead(key, "error", str(refusal)), None)
-        if hit.needs_refresh:
+        if hit.needs_refresh and not self.cache.loading(key):
             self.refresh(key)
         return self._part(hit.state, hit.value, hit.age), None
 
@@ -199,17 +198,23 @@ class Source:
         return Part(state, error=error, retry_after=wait)
 
     def refresh(self, key: Key) -> asyncio.Task[Loaded]:
-        """The load of ``key`` that is under way, or a new one."""
-        load = self.loads.get(key)
-        if load is None:
-            load = self.loads[key] = asyncio.create_task(self._load(key), name=f"load {self.upstream.name}")
-            self.running.add(load)
-            load.add_done_callback(lambda done: self._ended(key, done))
+        """A task that waits for the load of ``key`` that is under way, or for a new one."""
+        load = asyncio.create_task(
+            self.cache.get_or_load_async(key, lambda: self._load(key), anew=True), name=f"load {self.upstream.name}"
+        )
+        self.running.add(load)
+        load.add_done_callback(self._ended)
         return load
+
+    def _ended(self, load: asyncio.Task[Loaded]) -> None:
+        self.running.discard(load)
+        if not load.cancelled():
+            load.exception()  # it was told in ``_load``
+        self.changed()
 
     def renew(self) -> int:
         """Load what is in use and about to expire; how many loads that began."""
-        due = [key for key in self.renewals.due(self._clock()) if key not in self.loads]
+        due = [key for key in self.renewals.due(self._clock()) if not self.cache.loading(key)]
         for key in due:
             self.refresh(key)
         return len(due)
@@ -223,53 +228,47 @@ class Source:
         if at > self._forgot and (hit is None or hit.age > age):
             self.cache.put(key, Loaded(Data(value), latency, at), ttl=min(self.upstream.ttl, age), now=at)
 
-    def _ended(self, key: Key, load: asyncio.Task[Loaded]) -> None:
-        self.running.discard(load)
-        current = self.loads.get(key) is load  # else the key was invalidated: this says nothing about it any more
-        if current:
-            del self.loads[key]
-        self.changed()
-        if load.cancelled():
-            return
-        error = load.exception()
-        if error is None:
-            if current:
-                self.renewals.loaded(key, self._clock())
-        else:
-            self.failures += 1
-            if current:
-                self.renewals.failed(key, self._clock())
-                self.cache.defer(key, min(REFUSED, self.upstream.ttl))
-                if isinstance(error, UpstreamError) and not error.is_transient:
-                    error.__traceback__ = error.__context__ = None  # they hold the frames, and in them the body
-                    self.refusals.put(key, error)
-            if not isinstance(error, (UpstreamError, CircuitOpen)):
-                log.error("source %s: %r", self.upstream.name, error)
-
     async def _load(self, key: Key) -> Loaded:
         generation, started = self.cache.generation(key), time.monotonic()
-        data, failure = None, None
+        data, problem = None, None
         try:
             data = await self.breaker.call_async(self._call, key)
-        except UpstreamError as error:
-            failure = error
-            self.last_error = str(error)
+        except Exception as error:
+            problem = error
+            self._failed(key, error, self.cache.generation(key) == generation)
             raise
         finally:
-            latency = time.monotonic() - started
+            latency, at = time.monotonic() - started, datetime.now(UTC)
+            failure = problem if isinstance(problem, UpstreamError) else None
             if data is not None or failure is not None:
                 self.latencies.append(latency)
-                at = datetime.now(UTC)
-                load = Load(self.upstream.name, self.named(key), at, latency, data, failure)
-                for listener in self.listeners:
-                    try:
-                        listener(load)
-                    except Exception:  # its fault must not be the source's
-                        log.exception("source %s: a listener failed", self.upstream.name)
+                self._tell(Load(self.upstream.name, self.named(key), at, latency, data, failure))
+            problem = failure = None  # its traceback leads here
         loaded = Loaded(data, latency, self._clock())
-        self.cache.put(key, loaded, cost=latency, generation=generation, now=loaded.at)
+        if self.cache.generation(key) == generation:
+            self.renewals.loaded(key, loaded.at)
         self.last_success = at
         return loaded
+
+    def _tell(self, load: Load) -> None:
+        for listener in self.listeners:
+            try:
+                listener(load)
+            except Exception:  # its fault must not be the source's
+                log.exception("source %s: a listener failed", self.upstream.name)
+
+    def _failed(self, key: Key, error: Exception, current: bool) -> None:
+        """Not ``current``: the key was invalidated meanwhile, and this says nothing about it any more."""
+        self.failures += 1
+        if current:
+            self.renewals.failed(key, self._clock())
+            self.cache.defer(key, min(REFUSED, self.upstream.ttl))
+            if isinstance(error, UpstreamError) and not error.is_transient:
+                self.refusals.put(key, copy.copy(error))  # the error itself holds the frames, and in them the body
+        if isinstance(error, UpstreamError):
+            self.last_error = str(error)
+        elif not isinstance(error, CircuitOpen):
+            log.error("source %s: %r", self.upstream.name, error)
 
     async def _call(self, key: Key) -> Data:
         async with self._places, self._all_places:
@@ -327,12 +326,10 @@ class Source:
         if key is None:
             self.cache.clear()
             self.refusals.clear()
-            self.loads.clear()
             self.renewals.forget()
         else:
             self.cache.invalidate(key)
             self.refusals.invalidate(key)
-            self.loads.pop(key, None)
         self.changed()
 
     def health(self) -> dict[str, Any]:
@@ -343,7 +340,7 @@ class Source:
             "next_probe_s": round(breaker.retry_after, 3),
             "calls": self.calls,
             "failed_loads": self.failures,
-            "loading": len(self.loads),
+            "loading": self.cache.stats().loading,
             "renewing": len(self.renewals),
             "answers": dict(self.answers),
             "latency_ms": {name: round(seconds * 1000, 1) for name, seconds in percentiles(self.latencies).items()},

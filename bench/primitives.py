@@ -185,17 +185,25 @@ def cache_cases() -> Iterator[Case]:
 def breaker_cases() -> Iterator[Case]:
     from primitives import CircuitBreaker
 
-    name = "CircuitBreaker (decorated)"
-    sync = {name: calling(CircuitBreaker("a")(succeed))}
-    tasks = {name: awaiting(lambda: [CircuitBreaker("b")(succeed_async)])}
-    sync["CircuitBreaker (decorated, ratio)"] = calling(CircuitBreaker("c", ratio=0.5)(succeed))
+    plain, shared, theirs = CircuitBreaker("a"), CircuitBreaker("b", ratio=0.5), dict[str, Timed]()
+
+    def ask(breaker: CircuitBreaker) -> Callable[[], None]:
+        def permitted() -> None:
+            with breaker.permit():
+                succeed()
+
+        return permitted
+
+    sync = {"CircuitBreaker.permit": calling(ask(plain)), "CircuitBreaker.permit (ratio)": calling(ask(shared))}
+    tasks = {"CircuitBreaker.call_async": awaiting(lambda: [lambda: plain.call_async(succeed_async)])}
     if present("circuitbreaker"):
         circuit = importlib.import_module("circuitbreaker").circuit
-        sync["circuitbreaker.circuit (decorated)"] = calling(circuit(succeed))
+        theirs["circuitbreaker.circuit (decorated)"] = calling(circuit(succeed))
         tasks["circuitbreaker.circuit (decorated)"] = awaiting(lambda: [circuit(succeed_async)])
     if present("pybreaker"):
         pybreaker = importlib.import_module("pybreaker")
-        sync["pybreaker.CircuitBreaker (decorated)"] = calling(pybreaker.CircuitBreaker()(succeed))
+        theirs["pybreaker.CircuitBreaker (decorated)"] = calling(pybreaker.CircuitBreaker()(succeed))
+    sync |= theirs
     yield "circuit breaker, success", sync
     yield "circuit breaker, success, async", tasks
     yield "circuit breaker, success, in 8 threads", {n: contending(*[case] * 8) for n, case in sync.items()}

@@ -28,16 +28,16 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import brotli
 
-from coordination import Channel, Clock, new_lock
+from coordination import Channel, Clock, Semaphore
 from crawl.addresses import is_public as is_public
 from crawl.errors import FetchError
 from crawl.urls import proxy_url
+from primitives import TokenBucket, TTLCache
 
 try:
     from compression import zstd  # type: ignore[import-not-found,unused-ignore]
@@ -287,6 +287,12 @@ class BodyDecoder:
 # ----------------------------------------------------------------------------------------------- name resolution
 
 Address = tuple[socket.AddressFamily, str]
+Lookup = concurrent.futures.Future[list[Address]]
+
+LOOKUPS = 1000
+"""Look-ups in a second, at most: the name server has other users."""
+FAILED_FOR = 5.0
+"""Seconds for which a failed look-up is not made again."""
 
 
 class Resolver:
@@ -294,48 +300,41 @@ class Resolver:
 
     ``socket.getaddrinfo`` blocks as long as the system's resolver likes. It runs here in daemon threads, started as
     they are needed and fed by a ``Channel``; whoever waits, thread or task, stops waiting at its own limit, and a
-    look-up that never returns keeps nobody from exiting. ``_lock`` guards the cache. Failures are cached briefly.
+    look-up that never returns keeps nobody from exiting. What is cached is the look-up itself, running or done.
     """
 
     def __init__(
         self, *, threads: int = 32, ttl: float = 300.0, size: int = 50_000, clock: Clock = time.monotonic
     ) -> None:
-        self._threads, self._ttl, self._size, self._clock = threads, ttl, size, clock
-        self._lock = new_lock("Resolver")
-        self._cache: OrderedDict[str, tuple[float, concurrent.futures.Future[list[Address]]]] = OrderedDict()
-        self._names: Channel[tuple[str, concurrent.futures.Future[list[Address]]]] = Channel(1_000_000)
-        self._started = 0
+        self._cache: TTLCache[str, Lookup] = TTLCache(size, ttl, clock=clock)
+        self._running: set[Lookup] = set()
+        self._names: Channel[tuple[str, Lookup]] = Channel(1_000_000)
+        self._threads, self._pace = Semaphore(threads), TokenBucket(LOOKUPS, LOOKUPS)
 
-    def submit(self, name: str) -> concurrent.futures.Future[list[Address]]:
+    def submit(self, name: str) -> Lookup:
         """The look-up of ``name``, running or done. Fails with FetchError ``dns``."""
-        future: concurrent.futures.Future[list[Address]]
         try:
             literal = ipaddress.ip_address(name)
         except ValueError:
             pass
         else:
-            future = concurrent.futures.Future()
+            future: Lookup = concurrent.futures.Future()
             future.set_result([(socket.AF_INET if literal.version == 4 else socket.AF_INET6, name)])
             return future
-        with self._lock:
-            now = self._clock()
-            expires, future = self._cache.get(name, (-math.inf, None))  # type: ignore[assignment]
-            if now < expires:
-                return future
-            future = concurrent.futures.Future()
-            self._cache[name] = (now + self._ttl, future)
-            self._cache.move_to_end(name)
-            if len(self._cache) > self._size:
-                self._cache.popitem(last=False)
-            start = self._started < self._threads
-            self._started += start
-        if start:
+        return self._cache.get_or_load(name, lambda: self._begin(name))
+
+    def _begin(self, name: str) -> Lookup:
+        future: Lookup = concurrent.futures.Future()
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        if self._threads.try_acquire():
             threading.Thread(target=self._work, name="resolver", daemon=True).start()
         self._names.put_nowait((name, future))
         return future
 
     def _work(self) -> None:
         for name, future in self._names:
+            self._pace.acquire()
             try:
                 found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
                 addresses: list[Address] = list(
@@ -344,15 +343,14 @@ class Resolver:
             except (OSError, UnicodeError) as error:
                 again = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
                 detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                with self._lock:
-                    self._cache[name] = (self._clock() + 5.0, future)
+                self._cache.put(name, future, ttl=FAILED_FOR)
                 self._settle(future, error=FetchError("dns", f"{name}: {detail}", retry=again))
             else:
                 self._settle(future, addresses)
 
     @staticmethod
     def _settle(
-        future: concurrent.futures.Future[list[Address]],
+        future: Lookup,
         addresses: list[Address] | None = None,
         error: FetchError | None = None,
     ) -> None:
@@ -386,9 +384,7 @@ class Resolver:
     def close(self) -> None:
         """Let the threads go; look-ups that still run fail at once."""
         self._names.close()
-        with self._lock:
-            futures = [future for _, future in self._cache.values() if not future.done()]
-        for future in futures:
+        for future in list(self._running):
             self._settle(future, error=FetchError("interrupted", "stopped during the look-up of the name"))
 
 

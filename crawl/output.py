@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import io
 import json
-import queue
 import re
 import resource
 import sys
@@ -28,6 +27,7 @@ import orjson
 from coordination import Channel, new_lock
 from crawl.core import Crawl
 from crawl.model import ScrapeResult
+from primitives import Batch
 
 Emit = Callable[..., None]
 """Takes rows; returns when they are written."""
@@ -176,9 +176,11 @@ class RowBatches:
 
     def __init__(self, emit: Callable[..., None], concurrency: int = 4 * SIZE) -> None:
         self._emit = emit
-        self._size = max(1, min(self.SIZE, concurrency // 4))
         self._loop = asyncio.get_running_loop()
-        self._batch: list[ScrapeResult] = []
+        self._batch: Batch[ScrapeResult] = Batch(max(1, min(self.SIZE, concurrency // 4)), self.AGE)
+        self._unsent: list[ScrapeResult] = []
+        """A batch whose task was cancelled meanwhile."""
+        self._watched = False
         self._batches: Channel[list[ScrapeResult]] = Channel(10)
         self.written: Callable[[int], None] = lambda rows: None
         """Told, in the loop, how many rows were written (or cannot be)."""
@@ -192,32 +194,35 @@ class RowBatches:
 
     async def put(self, row: ScrapeResult) -> bool:
         """Take ``row``: True. Waits while the writer is far behind."""
-        self._batch.append(row)
-        if len(self._batch) >= self._size:
-            batch, self._batch = self._batch, []
+        rows = self._batch.add(row)
+        if rows is not None:
             try:
-                await self._batches.put_async(batch)
+                await self._batches.put_async(rows)
             except BaseException:
-                self._batch[:0] = batch
+                self._unsent += rows
                 raise
-        elif len(self._batch) == 1:
-            self._loop.call_later(self.AGE, self._too_old, self._batch)
+        elif not self._watched:
+            self._watch()
         return True
 
-    def _too_old(self, batch: list[ScrapeResult]) -> None:
-        if batch is self._batch:
-            try:
-                self._batches.put_nowait(batch)
-            except queue.Full:  # the writer is busy: the batch may grow until it is full
-                self._loop.call_later(self.AGE, self._too_old, batch)
-            else:
-                self._batch = []
+    def _watch(self) -> None:
+        self._watched = True
+        self._loop.call_later(self._batch.due_in() or self.AGE, self._look)
+
+    def _look(self) -> None:
+        """Whether the batch is too old. While the writer is busy it may grow until it is full."""
+        self._watched = False
+        if len(self._batches) < self._batches.capacity and (rows := self._batch.take()):
+            self._batches.put_nowait(rows)
+        elif len(self._batch):
+            self._watch()
 
     async def close(self) -> None:
         """Every row that was put is written when this returns."""
-        if self._batch:
-            await self._batches.put_async(self._batch)
-            self._batch = []
+        self._unsent += self._batch.drain()
+        if self._unsent:
+            await self._batches.put_async(self._unsent)
+            self._unsent = []
         self._batches.close()
         await asyncio.to_thread(self._writer.join)
 

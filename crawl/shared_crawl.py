@@ -31,6 +31,7 @@ from crawl.rows import build_row
 from crawl.sync import Found
 from crawl.tables import SCHEMA, PgStore
 from crawl.urls import origin as origin_of
+from primitives import Backoff
 from runtime.embedded import Embedded
 from runtime.postgres import BACK_OFF, Database, Unavailable, check_url, is_away
 
@@ -205,7 +206,7 @@ class SharedCrawl(Crawl):
             self._unprinted -= len(rows)
 
     async def _exchange(self, store: PgStore) -> None:
-        batch, attempt = self.mine.plan(self.clock()), 0
+        batch, backoff = self.mine.plan(self.clock()), Backoff(*BACK_OFF, self.rng)
         while True:
             asked_at = self.clock()
             try:
@@ -214,9 +215,8 @@ class SharedCrawl(Crawl):
             except Exception as error:
                 if not is_away(error) and not isinstance(error, asyncpg.TransactionRollbackError):
                     raise
-                attempt += 1
                 batch.resync = True
-                await asyncio.sleep(BACK_OFF.delay(attempt, self.rng) or 0.0)
+                await asyncio.sleep(backoff.next())
                 await self._database.ready()
         if answer.robots:  # some are long, and this is a loop
             rules_of = self.mine.rules_of

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -248,7 +249,7 @@ class Receiver:
         self._loop: asyncio.AbstractEventLoop | None = None
         """Set while it listens."""
         self._pause: asyncio.TimerHandle | None = None
-        self._sources: dict[str, str] = {}
+        self._source_of = functools.lru_cache(MAX_SOURCES)(self._learn)
         """What the socket calls a source -> what we call it; "": refused."""
         self._left: int | None = None
         """Datagrams that ``drain`` may still read."""
@@ -314,7 +315,7 @@ class Receiver:
 
     def _read(self, most: int) -> tuple[int, bool]:
         """Read a portion and hand it on; how many datagrams, and whether there may be more."""
-        receive, sources, largest = self._sock.recvfrom, self._sources, self.largest
+        receive, source_of, largest = self._sock.recvfrom, self._source_of, self.largest
         found: list[tuple[bytes, str]] = []
         size = refused = 0
         more = True
@@ -326,9 +327,7 @@ class Receiver:
                     data, length = data[:largest], largest
                     self._truncated += 1
                 size += length
-                source = sources.get(address[0])
-                if source is None:
-                    source = self._learn(address[0])
+                source = source_of(address[0])
                 if source:
                     found.append((data, source))
                 else:
@@ -353,15 +352,12 @@ class Receiver:
         return count, more
 
     def _learn(self, name: str) -> str:
-        """What we call the source, "" if it is refused; remembered."""
+        """What we call the source, "" if it is refused."""
         address: IPv4Address | IPv6Address | None = ip_address(name.partition("%")[0])
         if isinstance(address, IPv6Address):
             address = address.ipv4_mapped or address
         allowed = not self._allow or any(address in network for network in self._allow)
-        if len(self._sources) >= MAX_SOURCES:
-            self._sources.clear()
-        source = self._sources[name] = str(address) if allowed else ""
-        return source
+        return str(address) if allowed else ""
 
     def stats(self) -> ReceiverStats:
         return ReceiverStats(

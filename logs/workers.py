@@ -19,7 +19,6 @@ import json
 import logging
 import random
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ import orjson
 
 from coordination import Clock, Rng, stats_repr, wait_for_event
 from logs.display import LogCounts, add_up, counts_after_death
-from primitives import RetryPolicy
+from primitives import Backoff
 from runtime.loop import STOPPING, blocked
 from runtime.shell import Program
 from runtime.stderr import lines_lost
@@ -37,8 +36,8 @@ log = logging.getLogger("ingest")
 
 REPORT_EVERY = 0.25
 """Seconds between two lines from a worker to its parent."""
-AGAIN = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=10.0, total=float("inf"))
-"""How long to wait before a dead worker is replaced."""
+AGAIN = 0.2, 10.0
+"""Seconds before a dead worker is replaced, and at most."""
 HEALTHY = 30.0
 """Seconds that a worker must have lived for the next wait to be short again."""
 LATE = 5.0
@@ -147,7 +146,7 @@ class Supervisor:
 
     async def _keep(self, worker: WorkerProcess) -> None:
         """Have the worker live, again and again."""
-        deaths = 0
+        backoff = Backoff(*AGAIN, self._rng)
         while True:
             began = self._clock()
             worker.code = code = await self._live(worker)
@@ -160,10 +159,11 @@ class Supervisor:
                 self.stop()
                 return
             self._bury(worker)
-            deaths = 1 if self._clock() - began > HEALTHY else deaths + 1
+            if self._clock() - began > HEALTHY:
+                backoff.reset()
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             log.error("worker %d died (%s); another one goes on", worker.number, how)
-            await wait_for_event(self._stopped, AGAIN.delay(deaths, self._rng) or 0.0)
+            await wait_for_event(self._stopped, backoff.next())
             if self._stopped.is_set():
                 return
 

@@ -20,8 +20,9 @@ Promised:
 * A connection ends with a close frame wherever it is we who end it, and what the exchange had sent before it saw that
   is still read and told, for at most `close_within`; not so after a cancellation, or an error of `emit` or `dead`.
 * Waits between attempts are uniform in [0, min(cap, base * 2**n)], n counted since a connection was last healthy, that
-  is subscribed for `healthy_after`; a Retry-After comes on top. Five failures within a minute open the breaker, which
-  waits longer. A failure is an attempt or connection that ended unhealthy, unless the exchange had asked for that.
+  is subscribed for `healthy_after`; a Retry-After comes on top. Five failures in a row within a minute open the
+  breaker, which waits longer. A failure is an attempt or connection that ended unhealthy, unless the exchange had asked
+  for that.
 * A feed that says nothing for the adapter's `silent_after` is left for a new connection, and so is one that does not
   answer a ping. While `emit` waits that is not asked: silence is our own then.
 * A symbol without a trade for `stale_after` while others trade is told (`stats().stale`). It may trade seldom, or its
@@ -38,7 +39,6 @@ import asyncio
 import contextlib
 import math
 import random
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -51,7 +51,7 @@ from market.adapter import Adapter, SequenceCheck
 from market.feed_socket import GOING_AWAY, NORMAL, End, FeedSocket, Socket, open_socket
 from market.silence import Limits, SymbolSilence
 from market.trade import BadFrame, Parsed, Trade, short
-from primitives import CircuitBreaker, CircuitOpen, Permit, RetryPolicy
+from primitives import Backoff, CircuitBreaker, CircuitOpen, Permit, TokenBucket
 
 Emit = Callable[[str, list[Trade]], Awaitable[object] | None]
 """Told the exchange and a frame's trades, labelled. What it returns is awaited if it is not None."""
@@ -148,7 +148,8 @@ class Feed:
         self._close_within, self._max_message, self._turn = close_within, max_message, turn
         self._silent_after = adapter.silent_after if silent_after is None else silent_after
         self._stale_after = stale_after
-        self._policy = RetryPolicy(attempts=sys.maxsize, base=base, cap=cap, total=math.inf)
+        self._backoff = Backoff(base, cap, rng)
+        self._sends = TokenBucket(1.0 / self.adapter.pace, clock=clock) if self.adapter.pace else None
         self.breaker = breaker or CircuitBreaker(
             adapter.name,
             window=60.0,
@@ -162,7 +163,7 @@ class Feed:
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._state: FeedState = "idle"
-        self._connects = self._failures = self._frames = self._bad = self._errors = 0
+        self._connects = self._frames = self._bad = self._errors = 0
         self._lag = math.nan
         self._note = self._last_error = ""
         self._next_attempt = 0.0
@@ -211,7 +212,7 @@ class Feed:
             exchange=self.exchange,
             state=self._state,
             connects=self._connects,
-            failures=self._failures,
+            failures=self._backoff.failures,
             since=None if self._since is None else now - self._since,
             frames=self._frames,
             trades=found.trades,
@@ -247,8 +248,8 @@ class Feed:
                     self._settle(end)
                 finally:
                     permit.ignore()
+                delay = self._backoff.next()
                 if not self._stopping:
-                    delay = self._policy.delay(self._failures, self._rng) or 0.0
                     await self._wait("waiting", end.retry_after + delay)
         finally:
             self._state, self._since = "stopped", None
@@ -258,7 +259,6 @@ class Feed:
     def _settle(self, end: End) -> None:
         """What the end of an attempt means for the next one."""
         healthy = self._check_health()
-        self._failures += 1
         if not healthy and not end.asked and self._permit is not None:
             self._permit.failure()
         self._since = None
@@ -268,7 +268,7 @@ class Feed:
     def _check_health(self) -> bool:
         healthy = self._since is not None and self._clock() - self._since >= self._healthy_after
         if healthy:
-            self._failures = 0
+            self._backoff.reset()
             if self._permit is not None:
                 self._permit.success()
         return healthy
@@ -310,9 +310,9 @@ class Feed:
     async def _subscribe(self, connection: FeedSocket) -> bool:
         messages = self.adapter.subscribe(self.symbols)
         self._wanted = self.adapter.acks(len(messages), self._natives)
-        for n, message in enumerate(messages):
-            if n and self.adapter.pace:
-                await self._sleep(self.adapter.pace)
+        for message in messages:
+            if self._sends:
+                await self._sends.acquire_async()
             if not await connection.send(message):
                 return False
         self._look_at_acks(connection)

@@ -37,13 +37,14 @@ from market.topics import (
     unpublishable,
 )
 from market.trade import Trade
+from primitives import Backoff
 
 
 async def connected_consumer(
     brokers: str, group: str | None, request_timeout: float, security: Mapping[str, Any], limit: float, rng: Rng
 ) -> Any:
     """A consumer that is connected; tries for ``limit`` seconds, then raises ``TimeoutError``."""
-    begun, tries = time.monotonic(), 0
+    begun, backoff = time.monotonic(), Backoff(*BACK_OFF, rng)
     while True:
         consumer = AIOKafkaConsumer(
             bootstrap_servers=brokers,
@@ -58,8 +59,7 @@ async def connected_consumer(
             await consumer.start()
         except (KafkaError, OSError, TimeoutError) as error:
             await consumer.stop()
-            tries += 1
-            delay = BACK_OFF.delay(tries, rng) or 0.0
+            delay = backoff.next()
             if time.monotonic() - begun + delay > limit:
                 raise TimeoutError(f"no broker at {brokers} in {limit:g} s") from error
             await asyncio.sleep(delay)
@@ -178,17 +178,16 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
     async def start(self, limit: float = 30.0) -> None:
         """Join. ``TimeoutError`` without a broker or the topic: to subscribe would make it, in the wrong size."""
         client_log.attach()
-        begun, tries = time.monotonic(), 0
+        begun, backoff = time.monotonic(), Backoff(*BACK_OFF, self._rng)
         try:
             options = {**self._security, **self._member}
             self._consumer = await connected_consumer(
                 self._brokers, self._group, self._timeout, options, limit, self._rng
             )
             while self.topic not in await self._consumer.topics():
-                tries += 1
                 if time.monotonic() - begun > limit:
                     raise TimeoutError(f"no topic {self.topic} in {limit:g} s")
-                await asyncio.sleep(BACK_OFF.delay(tries, self._rng) or 0.0)
+                await asyncio.sleep(backoff.next())
             self._consumer.subscribe([self.topic], listener=self)
         except BaseException:
             consumer, self._consumer = self._consumer, None

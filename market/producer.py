@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from coordination import Rng
 from market.topics import BACK_OFF, Record, log
+from primitives import Backoff
 
 FLIGHT, FLIGHT_BYTES = 5000, 1_300_000
 """Records that are under way together at most, and bytes of their values, or one more."""
@@ -127,7 +129,7 @@ class Producer:
         self._producer: Any = None
         self._sent = 0
         self._partitions: dict[str, list[int]] = {}
-        self._places: dict[tuple[str, bytes | None], int] = {}
+        self._place = functools.lru_cache(KEYS)(self._partition_of)
         self._partitioner = DefaultPartitioner()
         self._turn = itertools.count()
         self.connects = 0
@@ -142,7 +144,7 @@ class Producer:
         refused = list[tuple[Record, str]]()
         todo = list(rounds(rows, ROUND_BYTES.get(self._compression or "", 2 * FLIGHT_BYTES)))
         """Groups that may not share a batch; each in its order."""
-        tries = 0
+        backoff, at_once = Backoff(*BACK_OFF, self._rng), True
         while todo:
             producer = await self._connected()
             again = list[list[Record]]()
@@ -173,33 +175,31 @@ class Producer:
                     else:
                         refused.append((culprit[0], type(why).__name__))
                     again += others
-                    tries = 0
+                    backoff.reset()
+                    at_once = True
             if broken:  # a sequence number was used up, or nobody knows
                 await self.drop()
-                if tries:
-                    await self._rest(tries)
-                tries += 1
+                if not at_once:
+                    await asyncio.sleep(backoff.next())
+                at_once = False
             todo = again
         self._sent += len(rows)
         return refused
 
     async def _build(self, producer: Any, rows: list[Record]) -> dict[tuple[str, int], list[_Piece]]:
         lanes = dict[tuple[str, int], list[_Piece]]()
-        places = self._places
         for topic in {row.topic for row in rows}:
             known = producer.client.cluster.partitions_for_topic(topic)
             if known is None:
                 raise UnknownTopicOrPartitionError(topic)
             if len(known) != len(self._partitions.get(topic, ())):
                 self._partitions[topic] = sorted(known)
-                places.clear()
+                self._place.cache_clear()
         for n, row in enumerate(rows, 1):
             if n % AT_ONCE == 0:
                 await asyncio.sleep(0)
             topic, key, value, at, headers = row
-            place = places.get((topic, key)) if key is not None else self._any(topic)
-            if place is None:
-                place = self._place(topic, key)
+            place = self._any(topic) if key is None else self._place(topic, key)
             pieces = lanes.get((topic, place))
             if pieces is None:
                 pieces = lanes[topic, place] = [_Piece(producer.create_batch(), [])]
@@ -210,13 +210,9 @@ class Producer:
             piece.rows.append(row)
         return lanes
 
-    def _place(self, topic: str, key: bytes | None) -> int:
-        if len(self._places) > KEYS:
-            self._places.clear()
+    def _partition_of(self, topic: str, key: bytes) -> int:
         partitions = self._partitions[topic]
-        place: int = self._partitioner(key, partitions, partitions)
-        self._places[topic, key] = place
-        return place
+        return self._partitioner(key, partitions, partitions)  # type: ignore[no-any-return]
 
     def _any(self, topic: str) -> int:
         partitions = self._partitions[topic]
@@ -237,7 +233,7 @@ class Producer:
     async def _connected(self) -> Any:
         if self._producer is not None and self._sent > RENEW_AFTER:
             await self.drop()
-        tries = 0
+        backoff = Backoff(*BACK_OFF, self._rng)
         while self._producer is None:
             milliseconds = int(self._timeout * 1000)
             producer = AIOKafkaProducer(
@@ -256,8 +252,7 @@ class Producer:
             except (KafkaError, OSError, TimeoutError) as error:
                 self.error = f"{type(error).__name__}: {error}"
                 await asyncio.shield(asyncio.create_task(_abandon(producer)))
-                tries += 1
-                await self._rest(tries)
+                await asyncio.sleep(backoff.next())
             except BaseException:
                 await asyncio.shield(asyncio.create_task(_abandon(producer)))
                 raise
@@ -284,9 +279,6 @@ class Producer:
         await producer.client.set_topics(self._topics)  # it forgets those that it only heard of
         for name in self._topics:
             await producer.partitions_for(name)
-
-    async def _rest(self, tries: int) -> None:
-        await asyncio.sleep(BACK_OFF.delay(tries, self._rng) or 0.0)
 
     async def drop(self) -> None:
         """Leave the producer; the next one has a new id."""

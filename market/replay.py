@@ -7,6 +7,7 @@ next replay. Left early, some may come twice.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -24,11 +25,22 @@ from runtime.loop import ends_before
 from runtime.options import CannotStart
 
 
+def adapter_of(exchange: str, context: str) -> Adapter:
+    """A fresh one. ``BadFrame`` if there is none."""
+    known = ADAPTERS.get(exchange)
+    if known is None:
+        raise BadFrame(f"there is no exchange {exchange!r}")
+    try:
+        return known.within(context) if context else known.fresh()
+    except ValueError as error:
+        raise BadFrame(str(error)) from None
+
+
 class Reader:
     """Dead letters -> trades, by the adapters as they are now."""
 
     def __init__(self) -> None:
-        self._adapters: dict[tuple[str, str], Adapter] = {}
+        self._adapter = functools.lru_cache(100)(adapter_of)  # its own: they know what they have read
 
     def read(self, letter: DeadLetter) -> list[Trade]:
         """``BadFrame`` if it still cannot be parsed."""
@@ -37,20 +49,7 @@ class Reader:
                 return [decode(letter.raw)]
             except ValueError as error:
                 raise BadFrame(str(error)) from None
-        key = letter.exchange, letter.context
-        adapter = self._adapters.get(key)
-        if adapter is None:
-            known = ADAPTERS.get(letter.exchange)
-            if known is None:
-                raise BadFrame(f"there is no exchange {letter.exchange!r}")
-            try:
-                adapter = known.within(letter.context) if letter.context else known.fresh()
-            except ValueError as error:
-                raise BadFrame(str(error)) from None
-            if len(self._adapters) >= 100:
-                self._adapters.clear()
-            self._adapters[key] = adapter
-        return adapter.parse(letter.raw, letter.at_ns).trades
+        return self._adapter(letter.exchange, letter.context).parse(letter.raw, letter.at_ns).trades
 
 
 class Replayer(MarketProgram):

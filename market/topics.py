@@ -21,7 +21,6 @@ import orjson
 
 from coordination import Clock
 from market.trade import Trade
-from primitives import RetryPolicy
 
 log = logging.getLogger("market_pipeline")
 
@@ -32,7 +31,8 @@ LARGEST_RECORD = 900_000
 """Bytes of a value; Kafka's own default for a batch is 1,048,588."""
 THROTTLE_FOR = 60.0
 """Seconds for which aiokafka is not heard again after it complained."""
-BACK_OFF = RetryPolicy(attempts=1 << 30, base=0.1, cap=5.0, total=float("inf"))
+BACK_OFF = 0.1, 5.0
+"""Seconds before trying again, and at most."""
 
 
 LetterKind = Literal["text", "binary", "trade"]

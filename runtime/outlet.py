@@ -23,21 +23,20 @@ import asyncio
 import logging
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from coordination import Clock, Rng, wait_for_event
-from primitives import RetryPolicy
+from primitives import Backoff
 from runtime.backlog import Backlog, Round
 from runtime.options import CannotStart
 from runtime.spool import EncodedBatch, Spool
 
 T = TypeVar("T")
 
-BACK_OFF = RetryPolicy(attempts=sys.maxsize, base=0.1, cap=5.0, total=math.inf)
-"""How long to wait before the spool is replayed again after a failure."""
+BACK_OFF = 0.1, 5.0
+"""Seconds before the spool is replayed again after a failure, and at most."""
 LOOK = 1.0
 """Seconds after which somebody who waits for a change looks by himself, for what nobody tells."""
 
@@ -241,17 +240,16 @@ class Outlet(Generic[T]):
 
     async def replay(self) -> None:
         """A writer of what is in the spools, whenever there is a sink."""
-        failures = 0
+        backoff = Backoff(*BACK_OFF, self._rng)
         while True:
             spool = next((each for each in self.spools[::-1] if each.stats().batches), None)
             if spool is None:
                 await self._changes.wait()
             elif await self.sink.ready(1.0):
                 if await self._replay(spool):
-                    failures = 0
+                    backoff.reset()
                 else:
-                    failures += 1
-                    await asyncio.sleep(BACK_OFF.delay(failures, self._rng) or 0.0)
+                    await asyncio.sleep(backoff.next())
 
     async def _replay_in_order(self) -> None:
         try:

@@ -23,12 +23,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import math
 import random
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -40,7 +38,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from coordination import Clock, Rng, stats_repr, wait_for_event
-from primitives import Batch, RetryPolicy
+from primitives import Backoff, Batch
 from runtime.embedded import CHECK_LIMIT, START_LIMIT, Embedded
 
 if TYPE_CHECKING:
@@ -56,8 +54,8 @@ CHECK_EVERY = 2.0
 """Seconds between two checks of a database that answers."""
 CLOSE_LIMIT = 1.0
 """Seconds that the end of a connection may take, and what was asked last with it; then it is broken off."""
-BACK_OFF = RetryPolicy(attempts=sys.maxsize, base=0.2, cap=2.0, total=math.inf)
-"""How long to wait before connecting again: at most two seconds, so that all is well soon after its return."""
+BACK_OFF = 0.2, 2.0
+"""Seconds before trying again, and at most: no more than two, so that all is well soon after its return."""
 
 
 class Unavailable(RuntimeError):
@@ -236,20 +234,19 @@ class Database:
         self.state, self._since = state, datetime.now(UTC)
 
     async def _supervise(self) -> None:
-        attempt = 0
+        backoff = Backoff(*BACK_OFF, self._rng)
         while True:
             self._look.clear()
             try:
                 await self._check()
             except Exception as error:  # whatever it is: a database that cannot be used is away
-                attempt += 1
                 self._drop_probe()
                 self._enter("down", error)
                 for connection in list(self._held):
                     cut(connection)
-                await asyncio.sleep(BACK_OFF.delay(attempt, self._rng) or 0.0)
+                await asyncio.sleep(backoff.next())
             else:
-                attempt = 0
+                backoff.reset()
                 self._enter("connected", None)
                 await wait_for_event(self._look, CHECK_EVERY)
 
@@ -300,8 +297,8 @@ class Writer(Generic[R]):
     """Hands rows to ``insert`` in batches of ``max_items``, or when the oldest has waited ``max_age`` seconds.
 
     ``insert(connection, rows)`` may be called again with the same rows, and must then do nothing to those it has
-    written. At most ``capacity`` rows of at most ``max_bytes`` in sum wait; ``retry`` says when to try again.
-    A batch of more than ``portion`` bytes is written in several, for encoding it holds the event loop.
+    written. At most ``capacity`` rows of at most ``max_bytes`` in sum wait. A batch has at most ``portion`` bytes, or
+    one row, for encoding it holds the event loop.
     """
 
     def __init__(
@@ -314,13 +311,12 @@ class Writer(Generic[R]):
         max_items: int = 500,
         max_age: float = 0.25,
         portion: int = 2_000_000,
-        retry: RetryPolicy = BACK_OFF,
         clock: Clock = time.monotonic,
         rng: Rng = random.random,
     ) -> None:
-        self._database, self._insert, self._retry, self._rng = database, insert, retry, rng
-        self.capacity, self.max_bytes, self.portion = capacity, max_bytes, portion
-        self._batch: Batch[tuple[R, int]] = Batch(max_items, max_age, clock=clock)
+        self._database, self._insert, self._backoff = database, insert, Backoff(*BACK_OFF, rng)
+        self.capacity, self.max_bytes = capacity, max_bytes
+        self._batch: Batch[tuple[R, int]] = Batch(max_items, max_age, portion, clock=clock)
         self._full: deque[list[tuple[R, int]]] = deque()
         self._queued = self._bytes = self._written = self._lost = self._refused = self._batches = 0
         self._wake = asyncio.Event()
@@ -333,7 +329,7 @@ class Writer(Generic[R]):
             return False
         self._queued += 1
         self._bytes += size
-        full = self._batch.add((row, size))
+        full = self._batch.add((row, size), size=size)
         if full is not None:
             self._full.append(full)
         if full is not None or len(self._batch) == 1:
@@ -346,13 +342,7 @@ class Writer(Generic[R]):
             self._wake.clear()
             items = self._full.popleft() if self._full else self._batch.drain() if self._closing else self._batch.take()
             if items:
-                first = size = 0
-                for n, (_, more) in enumerate(items):
-                    if n > first and size + more > self.portion:
-                        await self._store(items[first:n])
-                        first, size = n, 0
-                    size += more
-                await self._store(items[first:])
+                await self._store(items)
             elif self._closing:
                 return
             else:
@@ -361,7 +351,7 @@ class Writer(Generic[R]):
     async def _store(self, items: Sequence[tuple[R, int]]) -> None:
         """Write ``items``, however long that takes; halve what is refused until the row is found whose fault it is."""
         rows = [row for row, _ in items]
-        for attempt in itertools.count(1):
+        while True:
             try:
                 async with self._database.connection() as connection:
                     await self._insert(connection, rows)
@@ -369,7 +359,7 @@ class Writer(Generic[R]):
                 if not is_a_rows_fault(error):
                     if not is_away(error):
                         log.warning("database: cannot write: %s: %s", type(error).__name__, error)
-                    await asyncio.sleep(self._retry.delay(attempt, self._rng) or 0.0)
+                    await asyncio.sleep(self._backoff.next())
                     await self._database.ready()
                     continue
                 if len(items) > 1:
@@ -381,6 +371,7 @@ class Writer(Generic[R]):
             else:
                 self._written += len(items)
                 self._batches += 1
+            self._backoff.reset()
             self._queued -= len(items)
             self._bytes -= sum(size for _, size in items)
             return

@@ -32,11 +32,22 @@ def test_row_by_row() -> None:
 
 
 def test_refuses_its_sizes_and_has_a_clock() -> None:
-    for max_items, max_age in ((0, 1.0), (-1, 1.0), (1, 0.0), (1, -1.0), (1, math.nan)):
+    for wrong in ((0, 1.0), (-1, 1.0), (1, 0.0), (1, -1.0), (1, math.nan), (1, 1.0, 0), (1, 1.0, math.nan)):
         with pytest.raises(ValueError, match="max_items must be"):
-            pr.Batch(max_items, max_age)
+            pr.Batch(*wrong)
     batch = pr.Batch[int](2, 3600.0)
     assert (batch.add(7), batch.take(), 0.0 < batch.due_in() <= 3600.0, batch.add(8)) == (None, [], True, [7, 8])
+
+
+def test_bytes_row_by_row() -> None:
+    batch = pr.Batch[str](3, 10.0, 100, clock=World(0.0).clock)
+    assert [batch.add("a", size=60), batch.add("b", size=40)] == [None, ["a", "b"]]  # just full
+    assert [batch.add("c", size=60), batch.add("d", 1.0, size=50)] == [None, ["c"]]  # it would be too much
+    assert (batch.due_in(1.0), batch.take(10.9), batch.drain()) == (10.0, [], ["d"])
+    assert [batch.add("e", size=1), batch.add("f", size=500)] == [None, ["e"]]
+    assert (batch.due_in(), batch.take(), batch.due_in()) == (0.0, ["f"], math.inf)  # too large for any: alone, at once
+    assert batch.add("g", size=500) == ["g"]
+    assert [batch.add("h"), batch.add("i"), batch.add("j", size=99)] == [None, None, ["h", "i", "j"]]
 
 
 class Machine(RuleBasedStateMachine):
@@ -44,30 +55,46 @@ class Machine(RuleBasedStateMachine):
 
     batch_type: ClassVar[type[pr.Batch[int]]] = pr.Batch
 
-    @initialize(max_items=st.integers(1, 5), max_age=st.sampled_from([1 / 64, 1.0, 5.0]))
-    def start(self, max_items: int, max_age: float) -> None:
+    @initialize(
+        max_items=st.integers(1, 5),
+        max_age=st.sampled_from([1 / 64, 1.0, 5.0]),
+        max_bytes=st.sampled_from([math.inf, 10]),
+    )
+    def start(self, max_items: int, max_age: float, max_bytes: float) -> None:
         self.world, self.flushed = World(), 0
-        self.batch = self.batch_type(max_items, max_age, clock=self.world.clock)
+        self.batch = self.batch_type(max_items, max_age, max_bytes, clock=self.world.clock)
         self.inside: list[tuple[int, float]] = []
+        self.size = 0
 
     def flush(self, items: list[int] | None, expected: bool) -> None:
         assert (items or []) == ([item for item, _ in self.inside] if expected else [])
         if expected:
             self.flushed += len(self.inside)
-            self.inside = []
+            self.inside, self.size = [], 0
 
     @rule(seconds=STEPS)
     def step(self, seconds: float) -> None:
         self.world.now += seconds
 
-    @rule()
-    def add(self) -> None:
-        self.inside.append((self.flushed + len(self.inside), self.world.now))
-        self.flush(self.batch.add(self.inside[-1][0]), len(self.inside) == self.batch.max_items)
+    @rule(size=st.sampled_from([0, 0, 3, 5, 10, 11]))
+    def add(self, size: int) -> None:
+        item, limit = (self.flushed + len(self.inside), self.world.now), self.batch.max_bytes
+        full = self.batch.add(item[0], size=size)
+        if self.inside and self.size + size > limit:
+            self.flush(full, True)
+            self.inside, self.size = [item], size
+        else:
+            self.inside.append(item)
+            self.size += size
+            self.flush(full, len(self.inside) == self.batch.max_items or self.size >= limit)
+
+    def is_due(self) -> bool:
+        old = any(self.world.now - then >= self.batch.max_age for _, then in self.inside)
+        return old or self.size >= self.batch.max_bytes
 
     @rule()
     def take(self) -> None:
-        self.flush(self.batch.take(), any(self.world.now - then >= self.batch.max_age for _, then in self.inside))
+        self.flush(self.batch.take(), self.is_due())
 
     @rule()
     def take_when_due(self) -> None:
@@ -82,7 +109,8 @@ class Machine(RuleBasedStateMachine):
     def age(self) -> None:
         age = max((self.world.now - then for _, then in self.inside), default=0.0)
         assert self.batch.stats() == (len(self.batch), age) == (len(self.inside), age)
-        assert self.batch.due_in() == (max(0.0, self.batch.max_age - age) if self.inside else math.inf)
+        left = 0.0 if self.is_due() else max(0.0, self.batch.max_age - age)
+        assert self.batch.due_in() == (left if self.inside else math.inf)
 
 
 def check_machine(batch_type: type[pr.Batch[int]], effort: settings = SETTINGS) -> None:

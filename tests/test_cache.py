@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
+import random
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,8 +23,8 @@ from hypothesis.stateful import (
 )
 
 import primitives as pr
-from tests.helpers.base import SETTINGS, World, run_task
-from tests.helpers.mechanisms import FlightDesk, FlightError, FlightLoad, Shell
+from tests.helpers.base import SETTINGS, World, run_task, ticks
+from tests.helpers.mechanisms import FlightError
 
 Load = Callable[[pr.TTLCache[Any, Any], Any, Callable[[], Any]], Any]
 
@@ -60,9 +63,6 @@ WINDOWS: dict[str, tuple[dict[str, float], dict[str, Any], list[tuple[float, str
         {"ttl": 1.0},
         [(1 - TICK, "fresh"), (1.0, "stale"), (6.0, "expired"), (21 - TICK, "expired"), (21.0, None)],
     ),
-    "negative": (BOTH | {"negative_ttl": 3.0}, {"negative": True}, [(3 - TICK, "fresh"), (3.0, None)]),
-    "negative, 5 s": (BOTH, {"negative": True}, [(5 - TICK, "fresh"), (5.0, None)]),
-    "negative, its own": (BOTH, {"negative": True, "ttl": 7.0}, [(7 - TICK, "fresh"), (7.0, None)]),
     "for ever": ({"ttl": math.inf}, {}, [(1e12, "fresh")]),
 }
 
@@ -118,18 +118,6 @@ def test_keeps_what_was_used_last_within_its_bounds(row: str) -> None:
         assert cache.stats().weight <= maxweight and len(cache) == cache.stats().entries <= maxsize
 
 
-@pytest.mark.parametrize("number", [0.0, 0.25, 0.5, 0.9, 1 - 2.0**-53])
-@pytest.mark.parametrize(("beta", "cost"), [(1.0, 2.0), (2.0, 0.5), (0.0, 2.0), (1.0, 0.0)])
-def test_xfetch_asks_early_by_chance(number: float, beta: float, cost: float) -> None:
-    """Vattani et al., definition 1: at time - cost * beta * log(random) >= expiry, and not a moment sooner."""
-    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=100.0, beta=beta, clock=lambda: 0.0, rng=lambda: number)
-    cache.put("key", 1, cost=cost)
-    early = min(99.0, -math.log(1.0 - number) * beta * cost)
-    for now, refresh in [(100 - early - 1e-6, False), (100 - early + 1e-6, True)][: 2 if early else 1]:
-        assert cache.lookup("key", now) == pr.Hit(1, now, "fresh", refresh)
-    assert cache.lookup("key", 100.0) is None
-
-
 def test_defer_asks_for_no_refresh_meanwhile() -> None:
     cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale=20.0, clock=lambda: 12.0)
     cache.put("key", 1, now=0.0)
@@ -150,18 +138,6 @@ def test_defer_brings_no_refresh_forward() -> None:
     cache.put("key", 1)
     cache.defer("key", 5.0)
     assert cache.lookup("key", 5.0) == pr.Hit(1, 5.0, "fresh", False)
-
-
-def test_defer_holds_back_an_early_refresh_too() -> None:
-    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=100.0, beta=1.0, clock=lambda: 90.0, rng=lambda: 1 - math.exp(-20))
-    cache.put("key", 1, cost=1.0, now=0.0)
-    assert cache.lookup("key") == pr.Hit(1, 90.0, "fresh", True)
-    cache.defer("key", 5.0)
-    assert [hit and hit.needs_refresh for hit in (cache.lookup("key", now) for now in (90.0, 94.0, 95.0))] == [
-        False,
-        False,
-        True,
-    ]
 
 
 def test_what_was_loaded_before_invalidate_is_not_kept() -> None:
@@ -214,8 +190,8 @@ def test_destructors_may_use_the_cache(way: str, place: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"maxsize": 0}, {"maxsize": -1}, {"maxweight": 0.0}, {"maxweight": math.nan}]
-    + [{name: bad} for name in ("ttl", "negative_ttl") for bad in (0.0, -1.0, math.nan)]
-    + [{name: bad} for name in ("stale", "stale_if_error", "beta") for bad in (-1.0, math.nan)],
+    + [{name: bad} for name in ("ttl",) for bad in (0.0, -1.0, math.nan)]
+    + [{name: bad} for name in ("stale", "stale_if_error") for bad in (-1.0, math.nan)],
     ids=str,
 )
 def test_refuses_nonsense(options: dict[str, Any]) -> None:
@@ -238,9 +214,10 @@ def test_and_flight_tell_of_themselves() -> None:
     before = cache.stats()
     assert (cache.get("a"), cache.get("b", 7), cache.lookup("c"), cache.put("b", 2)) == (1, 7, None, True)
     assert (before, cache.stats()) == (pr.TTLCacheStats(1, 2.5, 0, 0, 0, 0), pr.TTLCacheStats(1, 1.0, 1, 2, 1, 0))
+    assert cache.get_or_load("d", lambda: cache.stats().loading) == 1 and not cache.loading("d")
     with pytest.raises(AttributeError):
         before.hits = 5  # type: ignore[misc]
-    assert repr(cache) == "<TTLCache entries=1 weight=1 hits=1 misses=2 evicted=1 failed=0>"
+    assert repr(cache) == "<TTLCache entries=1 weight=1 hits=1 misses=3 evicted=2 loading=0>"
     flights = pr.SingleFlight()
     assert flights.do("key", flights.stats) == pr.SingleFlightStats(1, 0, 1, 0)
     assert repr(flights) == "<SingleFlight flights=0 waiting=0 loads=1 shared=0>"
@@ -248,7 +225,7 @@ def test_and_flight_tell_of_themselves() -> None:
 
 # ---------------------------------------------------------------------------------------------- cache: against a model
 
-KEYS, NUMBERS = st.integers(0, 2), st.sampled_from([0.9, 0.5, 0.0])
+KEYS = st.integers(0, 3)
 
 
 QUARTERS = st.sampled_from([0, 0, 1, 4, 8])
@@ -258,8 +235,6 @@ PUT: dict[str, Any] = {
     "key": KEYS,
     "ttl": st.sampled_from([None, None, 1.0]),
     "weight": st.sampled_from([1.0, 1.0, 5.0, 2.0]),
-    "cost": st.sampled_from([1.0, 0.0]),
-    "negative": st.sampled_from([False, False, True]),
     "age": st.sampled_from([0.0, 3.0, 4.0, 5.0, 6.0]),
 }
 
@@ -274,7 +249,10 @@ class Fact(NamedTuple):
     stale: float
     error: float
     weight: float
-    cost: float
+
+    @property
+    def gone_at(self) -> float:
+        return self.at + self.ttl + max(self.stale, self.error)
 
 
 class Machine(RuleBasedStateMachine):
@@ -286,25 +264,21 @@ class Machine(RuleBasedStateMachine):
         maxsize=st.integers(1, 3),
         maxweight=st.sampled_from([math.inf, 4.0, 6.0]),
         windows=st.sampled_from([(0.0, 0.0), (2.0, 0.0), (0.0, 2.0), (1.0, 3.0), (3.0, 1.0)]),
-        beta=st.sampled_from([0.0, 1.0]),
     )
-    def start(self, maxsize: int, maxweight: float, windows: tuple[float, float], beta: float) -> None:
-        self.now, self.number, self.beta, self.windows, self.values = 0.0, 0.0, beta, windows, itertools.count()
+    def start(self, maxsize: int, maxweight: float, windows: tuple[float, float]) -> None:
+        self.now, self.windows, self.values = 0.0, windows, itertools.count()
         self.cache = self.cache_type(
             maxsize,
             4.0,
             stale=windows[0],
             stale_if_error=windows[1],
-            negative_ttl=2.0,
             maxweight=maxweight,
-            beta=beta,
             clock=lambda: self.now,
-            rng=lambda: self.number,
         )
         self.facts: list[Fact] = []
         self.deferred: dict[int, float] = {}  # value: until
         self.invalidated, self.begun = list[int](), list[tuple[int, int, int]]()
-        self.hits = self.misses = 0
+        self.hits = self.misses = self.evicted = 0
 
     def find(self, key: int) -> Fact | None:
         return next((fact for fact in self.facts if fact.key == key), None)
@@ -314,19 +288,26 @@ class Machine(RuleBasedStateMachine):
         self.facts.remove(fact)
         self.facts.append(fact)
 
-    @rule(**PUT)
-    def put(
-        self, key: int, ttl: float | None, weight: float, cost: float, negative: bool, age: float, **begun: int
-    ) -> None:
-        value, windows = next(self.values), (0.0, 0.0) if negative else self.windows
-        how: dict[str, Any] = {"weight": weight, "cost": cost, "negative": negative, "now": self.now - age, **begun}
-        kept = self.cache.put(key, value, ttl=ttl, **how)
+    @rule(**PUT, quarters=QUARTERS)
+    def put(self, key: int, ttl: float | None, weight: float, age: float, quarters: int, **begun: int) -> None:
+        self.now += quarters / 4
+        value = next(self.values)
+        kept = self.cache.put(key, value, ttl=ttl, weight=weight, now=self.now - age, **begun)
         assert kept is (weight <= self.cache.maxweight)
-        ttl = ttl if ttl is not None else 2.0 if negative else 4.0
         self.facts = [other for other in self.facts if other.key != key]
-        self.facts += [Fact(key, value, self.now - age, ttl, *windows, weight, cost)] * kept
-        while len(self.facts) > self.cache.maxsize or sum(fact.weight for fact in self.facts) > self.cache.maxweight:
+        if not kept:
+            return
+        fact = Fact(key, value, self.now - age, 4.0 if ttl is None else ttl, *self.windows, weight)
+        if not self.fits(fact):  # what is gone goes first, then the least recently used
+            self.facts = [other for other in self.facts if self.now - age < other.gone_at]
+        while not self.fits(fact):
             del self.facts[0]
+            self.evicted += 1
+        self.facts.append(fact)
+
+    def fits(self, fact: Fact) -> bool:
+        weight = fact.weight + sum(other.weight for other in self.facts)
+        return len(self.facts) < self.cache.maxsize and weight <= self.cache.maxweight
 
     @rule(key=KEYS)
     def begin(self, key: int) -> None:
@@ -337,10 +318,9 @@ class Machine(RuleBasedStateMachine):
     def fill(self) -> None:
         key, generation, invalidated = self.begun.pop()
         if self.invalidated.count(key) == invalidated:
-            self.put(key, None, 1.0, 0.0, False, 0.0, generation=generation)
+            self.put(key, None, 1.0, 0.0, 0, generation=generation)
         else:
-            how: dict[str, Any] = {"ttl": None, "weight": 1.0, "cost": 0.0, "negative": False}
-            assert self.cache.put(key, -1, **how, generation=generation) is False
+            assert self.cache.put(key, -1, generation=generation) is False
 
     @rule(key=KEYS, quarters=QUARTERS)
     def get(self, key: int, quarters: int) -> None:
@@ -353,11 +333,11 @@ class Machine(RuleBasedStateMachine):
             assert self.cache.get(key) is None
             self.misses += 1
 
-    @rule(key=KEYS, quarters=QUARTERS, number=NUMBERS)
-    def lookup(self, key: int, quarters: int, number: float) -> None:
-        self.now, self.number = self.now + quarters / 4, number
+    @rule(key=KEYS, quarters=QUARTERS)
+    def lookup(self, key: int, quarters: int) -> None:
+        self.now += quarters / 4
         fact, hit = self.find(key), self.cache.lookup(key)
-        if fact is None or self.now >= fact.at + fact.ttl + max(fact.stale, fact.error):
+        if fact is None or self.now >= fact.gone_at:
             assert hit is None
             self.misses += 1
             self.facts = [other for other in self.facts if other.key != key]
@@ -365,8 +345,7 @@ class Machine(RuleBasedStateMachine):
         self.use(fact)
         over = self.now - fact.at - fact.ttl
         state = "fresh" if over < 0 else "stale" if over < fact.stale else "expired"
-        early = math.log(1.0 / (1.0 - number)) * self.beta * fact.cost
-        refresh = over + early >= 0 and self.now >= self.deferred.get(fact.value, 0.0)
+        refresh = over >= 0 and self.now >= self.deferred.get(fact.value, 0.0)
         assert hit == (fact.value, self.now - fact.at, state, refresh)
 
     @rule(key=KEYS)
@@ -375,21 +354,29 @@ class Machine(RuleBasedStateMachine):
         self.facts = [other for other in self.facts if other.key != key]
         self.invalidated.append(key)
 
-    @rule(**PUT, seconds=st.sampled_from([0.0, 1.0, 3.0]), quarters=QUARTERS, number=NUMBERS)
-    def put_and_defer(self, seconds: float, quarters: int, number: float, **how: Any) -> None:
-        self.put(**how)
-        self.lookup(how["key"], 0, number)
+    @rule(**PUT, seconds=st.sampled_from([0.0, 1.0, 3.0]), quarters=QUARTERS)
+    def put_and_defer(self, seconds: float, quarters: int, **how: Any) -> None:
+        self.put(**how, quarters=0)
+        self.lookup(how["key"], 0)
         self.cache.defer(how["key"], seconds)
         if (fact := self.find(how["key"])) is not None:
             self.deferred[fact.value] = self.now + seconds
-        self.lookup(how["key"], quarters, number)
+        self.lookup(how["key"], quarters)
+
+    @rule(quarters=QUARTERS)
+    def count(self, quarters: int) -> None:
+        """Who counts finds the living only."""
+        self.now += quarters / 4
+        self.facts = [fact for fact in self.facts if self.now < fact.gone_at]
+        weight = sum(fact.weight for fact in self.facts)
+        found = len(self.facts), weight, self.hits, self.misses, self.evicted, 0
+        assert (self.cache.stats(), len(self.cache)) == (found, len(self.facts))
 
     @invariant()
     def adds_up(self) -> None:
         if hasattr(self, "facts"):
             assert [*self.cache._entries] == [fact.key for fact in self.facts]
-            weight = sum(fact.weight for fact in self.facts)
-            assert self.cache.stats()[:4] == (len(self.facts), weight, self.hits, self.misses)
+            assert self.cache._weight == sum(fact.weight for fact in self.facts)
 
 
 def check_cache(cache_type: type[pr.TTLCache[int, int]], effort: settings = SETTINGS) -> None:
@@ -401,28 +388,6 @@ def test_does_as_its_model() -> None:
 
 
 # ------------------------------------------------------------------------------------------- cache: loading through it
-
-
-def test_one_loads_while_the_others_go_on_with_what_is_stale(prim_shell: Shell) -> None:
-    desk, loads = FlightDesk(prim_shell, "cache"), [FlightLoad(), FlightLoad()]
-    desk.cache.put("key", "old")
-    desk.world.now = 10.0
-    first = desk.ask(loads[0])
-    gate = loads[0].begun(1)
-    assert [desk.ask(loads[1]).result() for _ in range(5)] == ["old"] * 5
-    gate.set_result("new")
-    assert [first.result(), desk.ask(loads[1]).result()] == ["new", "new"] and loads[1].gates == []
-
-
-def test_what_is_expired_waits_for_the_load(prim_shell: Shell) -> None:
-    desk, load = FlightDesk(prim_shell, "cache"), FlightLoad()
-    desk.cache.stale, desk.cache.stale_if_error = 0.0, 5.0
-    desk.cache.put("key", "old")
-    desk.world.now = 10.0
-    workers = desk.crowd(load, 3)
-    load.begun(1).set_exception(FlightError())
-    assert [worker.result() for worker in workers] == ["old"] * 4
-    assert desk.ask(load).result() == "old" and load.begun(1), "deferred"
 
 
 @pytest.fixture(params=["threads", "tasks"])
@@ -438,44 +403,50 @@ def cache_load(request: pytest.FixtureRequest) -> Load:
     return pr.TTLCache.get_or_load if request.param == "threads" else load_async
 
 
-LOADS: dict[str, tuple[dict[str, float], list[tuple[float, Any, Any, int]]]] = {
-    # options, then (time, what the load does, the answer, how often was loaded until then)
-    "a hit loads nothing": ({}, [(0, 1, 1, 1), (9, 2, 1, 1), (10, 3, 3, 2)]),
-    "a failure without a value": ({}, [(0, None, None, 1), (0, 1, 1, 2), (10, None, None, 3)]),
-    "failed, stale": (
-        {"stale": 20},
-        [(0, 1, 1, 1), (10, None, 1, 2), (14.5, 2, 1, 2), (15, None, 1, 3), (20, 3, 3, 4), (29, 4, 3, 4)],
-    ),
-    "failed, expired": ({"stale_if_error": 7}, [(0, 1, 1, 1), (10, None, 1, 2), (15, None, 1, 3), (17, None, None, 4)]),
-    "failed early": (
-        {"beta": 1.0},  # the rng says 0.9 and each load takes 1 s: 2.3 s before the end of an entry put at 1
-        [(0, 1, 1, 1), (8, 2, 1, 1), (9, None, 1, 2), (10, 3, 1, 2), (11, 4, 4, 3)],
-    ),
-    "refreshed early": ({"beta": 1.0}, [(0, 1, 1, 1), (8, 2, 1, 1), (9, 3, 3, 2), (17, 4, 3, 2), (20, 5, 5, 3)]),
-}
+def test_loads_what_is_not_fresh(cache_load: Load) -> None:
+    world, loads = World(0.0), list[float]()
+    cache: pr.TTLCache[str, int | None] = pr.TTLCache(ttl=10.0, stale=5.0, stale_if_error=9.0, clock=world.clock)
 
-
-@pytest.mark.parametrize("row", LOADS)
-def test_loads_when_it_must(cache_load: Load, row: str) -> None:
-    options, events = LOADS[row]
-    world, loads, does = World(0.0), list[float](), [None]
-    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, **options, clock=world.clock, rng=lambda: 0.9)  # type: ignore
-
-    def load() -> int:
+    def load() -> int | None:
         loads.append(world.now)
-        assert not cache._lock.locked() and not cache._flights._lock.locked() and cache.stats() and repr(cache._flights)
-        world.now += options.get("beta", 0.0)
-        if does[0] is None:
+        assert not cache._lock.locked() and not cache._flights._lock.locked() and repr(cache) and cache.loading("key")
+        if len(loads) in (2, 3):
             raise FlightError
-        return int(does[0])
+        return None if len(loads) == 1 else len(loads)
 
-    for world.now, does[0], answer, loaded in events:
-        if answer is None:
+    for world.now, answer, loaded in [(0.0, None, 1), (9.0, None, 1), (10.0, FlightError, 2), (10.0, FlightError, 3),
+                                      (10.0, 4, 4), (19.0, 4, 4), (20.0, 5, 5)]:  # fmt: skip
+        if answer is FlightError:
             with pytest.raises(FlightError):
                 cache_load(cache, "key", load)
+            assert (hit := cache.lookup("key")) is not None and hit.state == "stale"
         else:
             assert cache_load(cache, "key", load) == answer
         assert len(loads) == loaded
+
+
+def test_loads_anew_what_is_fresh() -> None:
+    async def main() -> None:
+        cache, gates = pr.TTLCache[str, int](clock=lambda: 0.0), list[asyncio.Future[int]]()
+
+        def load() -> asyncio.Future[int]:
+            gates.append(asyncio.get_running_loop().create_future())
+            return gates[-1]
+
+        cache.put("key", 1)
+        tasks = [asyncio.create_task(cache.get_or_load_async("key", load, anew=True)) for _ in range(3)]
+        await ticks()
+        assert cache.loading("key") and await cache.get_or_load_async("key", load) == 1
+        gates[0].set_result(2)
+        assert await asyncio.gather(*tasks) == [2, 2, 2] and len(gates) == 1 and cache.get("key") == 2
+        late = asyncio.create_task(cache.get_or_load_async("key", load, anew=True))
+        await ticks()
+        cache.clear()
+        assert not cache.loading("key")
+        gates[1].set_result(3)
+        assert await late == 3 and "key" not in cache
+
+    run_task(main())
 
 
 class Gap(pr.SingleFlight):
@@ -495,41 +466,53 @@ def flight_failing() -> Any:
     raise FlightError
 
 
-@pytest.mark.parametrize(("beta", "now"), [(0.0, 0.0), (0.0, 10.0), (0.0, 12.0), (1.0, 9.0)])
-def test_nobody_loads_again_in_the_gap(cache_load: Load, beta: float, now: float) -> None:
+@pytest.mark.parametrize("now", [0.0, 10.0, 12.0])
+def test_nobody_loads_again_in_the_gap(cache_load: Load, now: float) -> None:
     world = World(0.0)
-    options: dict[str, Any] = {"stale": 1.0, "stale_if_error": 5.0, "beta": beta, "rng": lambda: 0.9}
-    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, **options, clock=world.clock)
+    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale=1.0, stale_if_error=5.0, clock=world.clock)
     if now:
-        cache.put("key", 1, cost=1.0)
+        cache.put("key", 1)
     world.now = now
     cache._flights = Gap(lambda: cache.get_or_load("key", lambda: 2))
     assert cache_load(cache, "key", flight_failing) == 2
 
 
-def test_nobody_tries_again_what_failed_in_the_gap(cache_load: Load) -> None:
-    world, loads = World(0.0), []
-    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale=5.0, clock=world.clock)
-    cache.put("key", 1)
-    world.now = 10.0
-    cache._flights = Gap(lambda: cache.get_or_load("key", flight_failing))
-    assert cache_load(cache, "key", lambda: loads.append(1)) == 1 and loads == []
-
-
-def test_serves_nothing_that_went_in_the_gap(cache_load: Load) -> None:
-    world = World(0.0)
-    cache: pr.TTLCache[str, int] = pr.TTLCache(ttl=10.0, stale_if_error=1.0, clock=world.clock)
-    cache.put("key", 1)
-
-    def fails_and_takes_long() -> None:
-        cache.get_or_load("key", flight_failing)
-        world.now = 11.0
-
-    world.now = 10.5
-    cache._flights = Gap(fails_and_takes_long)
-    assert cache_load(cache, "key", lambda: 2) == 2
-
-
 def test_a_load_that_began_before_invalidate_fills_nothing(cache_load: Load) -> None:
     cache: pr.TTLCache[str, int] = pr.TTLCache(clock=lambda: 0.0)
     assert cache_load(cache, "key", lambda: [7, cache.invalidate("key")][0]) == 7 and len(cache) == 0
+
+
+def test_what_is_gone_makes_room_first() -> None:
+    """A thousand places, 400 keys in use, 50 entries a second that live for 5 s and are never asked for again."""
+    world, rng = World(0.0), random.Random(1)
+    cache: pr.TTLCache[Any, int] = pr.TTLCache(1000, 1e6, clock=world.clock)
+    plain: OrderedDict[Any, None] = OrderedDict()  # one that does not look at the time
+    hits = plain_hits = asked = 0
+    for second in range(200):
+        for n in range(50):
+            world.now = second + n / 50
+            key = rng.randrange(400)
+            asked += 1
+            hits += cache.get(key) is not None
+            cache.put(key, 1)
+            plain_hits += key in plain
+            for each in (key, ("once", second, n)):
+                plain[each] = None
+                plain.move_to_end(each)
+            cache.put(("once", second, n), 1, ttl=5.0)
+            while len(plain) > 1000:
+                plain.popitem(last=False)
+    assert asked - hits == 400 and plain_hits < 0.85 * asked
+    assert cache.stats().evicted == 0 and len(cache) == 400 + 250
+    world.now += 5.0
+    assert len(cache) == 400
+
+
+def test_its_heap_stays_small() -> None:
+    world = World(0.0)
+    cache: pr.TTLCache[int, int] = pr.TTLCache(10, clock=world.clock)
+    for n in range(2000):
+        world.now += 0.1
+        cache.put(n % 12, n, ttl=1.0 + n % 7)
+        assert len(cache) <= 10
+        assert cache._endings is None or len(cache._endings) <= 2 * 10 + 64

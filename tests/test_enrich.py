@@ -483,6 +483,7 @@ def test_invented_names_fill_nothing(logs_enrich_api: sl.MetadataApi) -> None:
         async with logs_enrich_new(logs_enrich_api, world, maxsize=50, tasks=2, waiting=5) as enricher:
             real = ["a", "b", "c"]
             assert await loaded(enricher, *real) == [logs_enrich_right(name) for name in real]
+            await ticks()  # its tasks are free again
             logs_enrich_api.mode = "held"
             for n in range(10_000):
                 assert enricher.look(f"unknown-{n}") is None
@@ -581,11 +582,18 @@ def test_cancellation(logs_enrich_api: sl.MetadataApi) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await leader
             assert enricher.stats().waits == 0
-            await until_async(lambda: logs_enrich_api.requests["a"] == 2)
+            assert not follower.done() and enricher.stats().loading == 1  # the load goes on
             logs_enrich_api.mode = "ok"
             assert await follower == logs_enrich_right("a")
             assert await loaded(enricher, "a") == [logs_enrich_right("a")]
-            assert logs_enrich_api.requests["a"] == 2
+            assert logs_enrich_api.requests["a"] == 1
+            logs_enrich_api.mode = "held"
+            alone = asyncio.create_task(enricher.load("b"))
+            await until_async(lambda: logs_enrich_api.requests["b"] == 1)
+            alone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await alone
+            assert enricher.stats().loading == 0  # nobody wants it any more
             assert (enricher.stats().failures, enricher.breaker.stats().failures) == (0, 0)
 
     run_task(main())
@@ -753,6 +761,9 @@ class Machine(LoopMachine):
     @precondition(lambda self: self.asked)
     @rule(data=st.data(), how=st.sampled_from(("found", "found", "unknown", "failed")))
     def answer(self, data: st.DataObject, how: str) -> None:
+        self.settle()
+        if not self.asked:
+            return
         name = data.draw(st.sampled_from(sorted(self.asked)))
         found: Any = Metadata(name, "", "", str(next(self.versions))) if how == "found" else le.UNKNOWN
         future = self.asked[name]

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import json
-import math
 import os
 import pty
 import re
@@ -35,7 +34,6 @@ from logs.display import LogCounts
 from logs.enrich import Enricher
 from logs.pipeline import Ingester
 from logs.workers import Supervisor
-from primitives import RetryPolicy
 from runtime import postgres as db
 from runtime import spool as log_spool
 from sandbox.logs import MetadataApi
@@ -601,9 +599,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.Monk
             return await spawn(*arguments, **more)
 
         monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
-        monkeypatch.setattr(
-            log_workers, "AGAIN", RetryPolicy(attempts=sys.maxsize, base=0.01, cap=0.01, total=math.inf)
-        )
+        monkeypatch.setattr(log_workers, "AGAIN", (0.01, 0.01))
         worker = (
             "import socket, sys; link = socket.socket(fileno=int(sys.argv[1])); link.recv(65536);"
             "link.send(b'{}\\n'); link.recv(1)"

@@ -440,7 +440,7 @@ def test_sources_are_forgotten_when_there_are_too_many(monkeypatch: pytest.Monke
         for source in sources:
             intake_send(("127.0.0.1", intake_port(sock)), [b"x"], source)
             world.receiver.drain()
-            assert len(world.receiver._sources) <= 3
+            assert world.receiver._source_of.cache_info().currsize <= 3
         assert [source for _, source in world.got] == [source for source in sources if source[-1] in "123"]
 
 

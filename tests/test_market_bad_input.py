@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import signal
@@ -47,6 +48,7 @@ from tests.helpers.market import (
     market_kafka_trades,
     publish,
 )
+from tests.helpers.mechanisms import simulated
 
 
 @pytest.fixture
@@ -272,24 +274,27 @@ def test_feeds_no_more_symbols_than_a_connection_may_have() -> None:
 
 
 def test_connect_subscriptions_are_as_slow_as_the_exchange_wants_them() -> None:
-    slept: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-
-    async def main() -> None:
-        sink = Sink()
+    async def main(world: World) -> None:
+        sink, at = Sink(), list[float]()
         ws: Any = FakeSocket(World(), 1.0)
-        symbols = [f"S{n}-USD" for n in range(750)]
-        for name, messages, pauses in (("binance", 8, 7), ("bybit", 75, 0)):
-            slept.clear()
-            ws.sent.clear()
-            feed = Feed(ADAPTERS[name], symbols, sink.emit, sink.dead, sleep=sleep)
-            assert await feed._subscribe(feed._begin(ws))
-            assert len(ws.sent) == messages and len(slept) == pauses
-            assert all(4 * pause >= 1.0 for pause in slept)  # four of them and a pong are five in a second
+        send = ws.send_str
 
-    run_task(main())
+        async def send_str(text: str) -> None:
+            at.append(world.now)
+            await send(text)
+
+        ws.send_str = send_str
+        symbols = [f"S{n}-USD" for n in range(750)]
+        for name, messages, pause in (("binance", 8, 0.3), ("bybit", 75, 0.0)):
+            at.clear()
+            feed = Feed(ADAPTERS[name], symbols, sink.emit, sink.dead, clock=world.clock)
+            assert await feed._subscribe(feed._begin(ws))
+            assert [later - earlier for earlier, later in itertools.pairwise(at)] == pytest.approx(
+                [pause] * (messages - 1)
+            )
+            assert 4 * pause >= 1.0 or not pause  # four of them and a pong are five in a second
+
+    simulated(main)
 
 
 def test_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_asked_for_again() -> None:

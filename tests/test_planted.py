@@ -35,6 +35,7 @@ from tests.test_lock_order import order_check_nothing_nests
 from tests.test_retry import (
     Flaky,
     Outcome,
+    check_backoff,
     check_budget,
     check_delays,
     check_never_retried,
@@ -62,7 +63,7 @@ class BucketOneTooMany(pr.TokenBucket):
 class BucketWindow(pr.TokenBucket):
     """Counts per fixed window: twice the burst around its edge."""
 
-    def book(self, n: float = 1, now: float | None = None) -> pr.Reservation:
+    def reserve(self, n: float = 1, now: float | None = None) -> float:
         now = self._clock() if now is None else now
         length = self.burst / self.rate
         start = max(self._full_at, now // length * length)
@@ -72,18 +73,18 @@ class BucketWindow(pr.TokenBucket):
         if spent > self.burst:
             start, spent, wait = start + length, n, max(0.0, start + length - now)
         self._full_at, self._depth = start, spent
-        return pr.Reservation(wait, now + wait, start, start)
+        return wait
 
 
 class BucketStarves(pr.TokenBucket):
     """A large request that has to wait books nothing, so small ones go first."""
 
-    def book(self, n: float = 1, now: float | None = None) -> pr.Reservation:
+    def reserve(self, n: float = 1, now: float | None = None) -> float:
         before = self._full_at
-        reservation = super().book(n, now)
-        if reservation.wait and n > 1:
+        wait = super().reserve(n, now)
+        if wait and n > 1:
             self._full_at = before
-        return reservation
+        return wait
 
 
 class BucketRewinds(pr.TokenBucket):
@@ -91,27 +92,63 @@ class BucketRewinds(pr.TokenBucket):
 
     __slots__ = ("_last",)
 
-    def book(self, n: float = 1, now: float | None = None) -> pr.Reservation:
+    def reserve(self, n: float = 1, now: float | None = None) -> float:
         now = self._clock() if now is None else now
         if now < getattr(self, "_last", now):
             self._full_at = now
         self._last = now
-        return super().book(n, now)
+        return super().reserve(n, now)
 
 
 class BucketGivesBackTwice(pr.TokenBucket):
-    """Gives back although others were booked behind."""
+    """Gives back although something fixed was booked behind."""
 
-    def cancel(self, reservation: pr.Reservation) -> bool:
-        self._full_at -= reservation.after - reservation.before
-        return True
+    def _leave(self, place: Any, back: bool) -> None:
+        if place not in self._queue and back:
+            self._full_at -= place.n * self._interval
+        super()._leave(place, back)
 
 
 class BucketKeeps(pr.TokenBucket):
     """Never gives back."""
 
-    def cancel(self, reservation: pr.Reservation) -> bool:
-        return self._full_at == reservation.after
+    def _leave(self, place: Any, back: bool) -> None:
+        super()._leave(place, False)
+
+
+class BucketStandsStill(pr.TokenBucket):
+    """Who leaves the middle of the queue leaves a gap: the others keep the times that they had."""
+
+    def _leave(self, place: Any, back: bool) -> None:
+        if back:
+            self._settle()
+        super()._leave(place, back)
+
+
+class BucketTellsNobody(pr.TokenBucket):
+    """Who leaves wakes nobody."""
+
+    def _leave(self, place: Any, back: bool) -> None:
+        if back and place in self._queue:
+            self._remove(place, back)
+        else:
+            super()._leave(place, back)
+
+
+class BucketSkips(pr.TokenBucket):
+    """The second in the queue is told first."""
+
+    def _advance(self, now: float) -> None:
+        if len(self._queue) > 1:
+            self._queue.rotate(1)
+        super()._advance(now)
+
+
+class BucketWaitsTooLong(pr.TokenBucket):
+    """The time limit is that of the one ahead."""
+
+    def _enter(self, n: float, timeout: float | None, loop: Any) -> Any:
+        return super()._enter(n, None if timeout is None else timeout + n * self._interval, loop)
 
 
 class BucketPausesShort(pr.TokenBucket):
@@ -128,6 +165,19 @@ class BucketPeeks(pr.TokenBucket):
         wait = super().wait_for(n, now)
         self._full_at += 1e-3
         return wait
+
+
+class BackoffHerd(pr.Backoff):
+    """Jitter before the cap."""
+
+    def next(self) -> float:
+        self.failures += 1
+        return min(self.cap, self._rng() * self.base * 2.0 ** min(self.failures - 1, 62))
+
+
+class BackoffNeverResets(pr.Backoff):
+    def reset(self) -> None:
+        pass
 
 
 class PolicyHerd(pr.RetryPolicy):
@@ -335,6 +385,14 @@ class ChannelLeavesGetters(co.Channel[Any]):
         (check_bucket_machine, BucketGivesBackTwice),
         (check_cancel_is_never_booked, BucketKeeps),
         (check_bucket_machine, BucketKeeps),
+        (check_bucket_machine, BucketStandsStill),
+        (check_any_window, BucketTellsNobody),
+        (check_bucket_machine, BucketTellsNobody),
+        (check_fifo, BucketSkips),
+        (check_bucket_machine, BucketSkips),
+        (check_bucket_machine, BucketWaitsTooLong),
+        (check_backoff, BackoffHerd),
+        (check_backoff, BackoffNeverResets),
         (check_pause, BucketPausesShort),
         (check_bucket_machine, BucketPausesShort),
         (check_bucket_machine, BucketPeeks),
@@ -414,9 +472,27 @@ class BatchDoubles(pr.Batch[int]):
 class BatchAgesAnew(pr.Batch[int]):
     """Every item makes the batch young again."""
 
-    def add(self, item: int, now: float | None = None) -> list[int] | None:
+    def add(self, item: int, now: float | None = None, size: float = 0) -> list[int] | None:
         self._begun = self._clock()
-        return super().add(item, now)
+        return super().add(item, now, size)
+
+
+class BatchTooHeavy(pr.Batch[int]):
+    """Takes one more when it would be too heavy."""
+
+    def add(self, item: int, now: float | None = None, size: float = 0) -> list[int] | None:
+        self.max_bytes, most = self.max_bytes + size, self.max_bytes
+        try:
+            return super().add(item, now, size)
+        finally:
+            self.max_bytes = most
+
+
+class BatchHeavyWaits(pr.Batch[int]):
+    """One that is too heavy for any batch waits until it is old."""
+
+    def _due(self) -> float:
+        return self._begun + self.max_age
 
 
 class VisitedChecksThenActs(co.Visited[VisitedKey]):
@@ -437,6 +513,8 @@ class VisitedChecksThenActs(co.Visited[VisitedKey]):
         functools.partial(order_check_nothing_nests, PoolNests),
         functools.partial(check_machine, BatchDoubles, HUNT),
         functools.partial(check_machine, BatchAgesAnew, HUNT),
+        functools.partial(check_machine, BatchTooHeavy, HUNT),
+        functools.partial(check_machine, BatchHeavyWaits, HUNT),
         functools.partial(visited_check_one_step, VisitedChecksThenActs),
     ],
 )
@@ -464,6 +542,13 @@ def put(target: object, **fields: Any) -> bool:
     return True
 
 
+def keeps_failures(breaker: Any, do: Callable[..., None], failed: bool, now: float) -> None:
+    before = list(breaker._failures)
+    do(failed, now)
+    if not failed and breaker._state == "closed":
+        breaker._failures.extend(before)
+
+
 # The method that is replaced, and by what: do is the real one.
 PLANTED_BREAKERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "generation ignored": ("_settle", lambda b, do, p, f: (put(p, generation=b._generation), do(p, f))),
@@ -477,10 +562,17 @@ PLANTED_BREAKERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "one success closes": ("_settle", lambda b, do, p, f: (do(p, f), b._passed and b._turn("closed"))),
     "the window too wide": ("_record", lambda b, do, f, now: (put(b, window=math.nextafter(8, 9)), do(f, now))),
     "the minimum too low": ("_record", lambda b, do, f, now: (put(b, minimum=2), do(f, now))),
-    "a success clears": ("_settle", lambda b, do, p, f: (do(p, f), f is False and b._failures.clear())),
+    "a success clears nothing": (
+        "_record",
+        lambda b, do, f, now: (
+            n := list(b._failures),
+            do(f, now),
+            b._failures or b._state != "closed" or b._failures.extend(n[1 - f :] if f else n),
+        ),
+    ),
     "ignored is failed": ("_settle", lambda b, do, p, f: do(p, f is not False)),
     "settled again": ("_settle", lambda b, do, p, f: (put(p, settled=False), do(p, f))),
-    "slow is fast": ("_settle", lambda b, do, p, f: (put(p, started=math.inf), do(p, f))),
+    "open until somebody asks": ("stats", lambda b, do: do()._replace(state=b._state)),
     "the reset never lengthens": ("_open", lambda b, do, now: (put(b, _openings=0), do(now))),
     "the reset never shortens": ("_turn", lambda b, do, to: (n := b._openings, do(to), put(b, _openings=n))),
     "jitter within the cap": (
@@ -515,7 +607,30 @@ def lands_another(self: Any, key: Any, flight: Any, answer: Any) -> None:
         self._flights.pop(key, None)
 
 
+def stays(self: Any, key: Any, flight: Any, waiter: Any) -> None:
+    """Nobody tells the load that nobody waits any more."""
+    task, flight.task = flight.task, None
+    pr.SingleFlight._leave(self, key, flight, waiter)
+    flight.task = task
+
+
+def takes_along(self: Any, key: Any, flight: Any, waiter: Any) -> Any:
+    if flight.leader is waiter and flight.task is not None:
+        flight.task.cancel()
+    return pr.SingleFlight._leave(self, key, flight, waiter)
+
+
+def lingers(self: Any, key: Any, flight: Any, waiter: Any) -> Any:
+    task = pr.SingleFlight._leave(self, key, flight, waiter)
+    if task is not None:
+        self._flights[key] = flight
+    return task
+
+
 PLANTED_FLIGHTS: dict[str, dict[str, Any]] = {
+    "the last one leaves the load behind": {"_leave": stays},
+    "the leader takes the load along": {"_leave": takes_along},
+    "a load that nobody wants can be joined": {"_leave": lingers},
     "a failure is not shared": lands(lambda answer: None if answer and answer.error else answer),
     "a cancelled leader poisons": lands(lambda answer: answer or pr._Answer(None, FlightError("cancelled"))),
     "a granted follower takes the lead along": {"_leave": lambda self, key, flight, waiter: flight.leave(waiter)},
@@ -534,7 +649,7 @@ def test_a_planted_bug_of_single_flight_is_found(planted: str) -> None:
 def tick_late(self: Any, key: int, value: int, **how: Any) -> bool:
     kept = PUTS(self, key, value, **how)
     for entry in self._entries.values():
-        entry.fresh_until = math.nextafter(entry.put_at + (how["ttl"] or 4.0), math.inf)
+        entry.fresh_until = math.nextafter(entry.put_at + (how.get("ttl") or 4.0), math.inf)
     return kept
 
 
@@ -545,7 +660,30 @@ def fifo(self: Any, key: int, now: float | None = None) -> Any:
     return hit
 
 
-PUTS, LOOKUP = pr.TTLCache.put, pr.TTLCache.lookup
+PUTS, LOOKUP, STATS, EXPIRE = pr.TTLCache.put, pr.TTLCache.lookup, pr.TTLCache.stats, pr.TTLCache._expire
+
+
+def in_use_order(self: Any, *args: Any, **how: Any) -> bool:
+    """Room is made in the order of use, whatever is gone."""
+    self._expire = lambda now: []
+    try:
+        return PUTS(self, *args, **how)
+    finally:
+        del self._expire
+
+
+def counted_all(self: Any) -> pr.TTLCacheStats:
+    self._expire = lambda now: []
+    try:
+        return STATS(self)
+    finally:
+        del self._expire
+
+
+def gone_too_soon(self: Any, now: float) -> list[Any]:
+    """What is stale is taken for gone."""
+    gone = [entry.key for entry in self._entries.values() if now >= entry.fresh_until]
+    return [self._remove(key) for key in gone]
 
 
 PLANTED_CACHES: dict[str, dict[str, Any]] = {
@@ -555,13 +693,14 @@ PLANTED_CACHES: dict[str, dict[str, Any]] = {
     "stale served as fresh": {"lookup": lambda *a: (hit := LOOKUP(*a)) and hit._replace(state="fresh")},
     "invalidate leaves the generation": {"invalidate": lambda self, key: self._remove(key) is not None},
     "the refused leaves the old value": {
-        "put": lambda self, key, value, **how: how["weight"] <= self.maxweight and PUTS(self, key, value, **how)
+        "put": lambda self, key, value, **how: (
+            how.get("weight", 1.0) <= self.maxweight and PUTS(self, key, value, **how)
+        )
     },
-    "a negative entry has windows": {
-        "put": lambda *a, negative, ttl, **how: PUTS(*a, ttl=2.0 if negative and ttl is None else ttl, **how)
-    },
+    "what is gone keeps its place": {"put": in_use_order},
+    "what is stale makes room": {"_expire": gone_too_soon},
+    "what is gone is not counted out": {"stats": counted_all},
     "defer does nothing": {"defer": lambda *_: None},
-    "XFetch forgets the cost": {"put": lambda *a, cost, **how: PUTS(*a, **how)},
 }
 
 
@@ -623,8 +762,8 @@ class TurnsPoisoned(pr.SingleFlight):
 class TurnsLoadsAgain(pr.TTLCache[Any, Any]):
     """Does not look again once it leads."""
 
-    def _loaded_meanwhile(self, key: Any, seen: Any) -> None:
-        return None
+    def _fresh(self, key: Any) -> Any:
+        return pr._ABSENT
 
 
 def turns_planted(case: type[Any], planted: type) -> type[TurnsCase]:

@@ -8,7 +8,6 @@ import json
 import math
 import signal
 import socket
-import sys
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
@@ -19,11 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import primitives as pr
 from api.history import History
 from runtime import postgres as db
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, ticks, until_async
-from tests.helpers.postgres import AT_ONCE, PgServer, Proxy, pg_history, pg_open, pg_result
+from tests.helpers.postgres import PgServer, Proxy, pg_history, pg_open, pg_result
 
 
 class Fake:
@@ -63,8 +61,9 @@ class Fake:
             raise self.after.popleft()
 
     def writer(self, **options: Any) -> db.Writer[int]:
-        retry = pr.RetryPolicy(attempts=sys.maxsize, base=0.0, total=math.inf)
-        return db.Writer(self, self.insert, **{"max_age": 0.001, "retry": retry, **options})  # type: ignore[arg-type]
+        writer = db.Writer(self, self.insert, **{"max_age": 0.001, **options})  # type: ignore[arg-type]
+        writer._backoff.base = 0.0
+        return writer
 
 
 def test_writer_batches_by_count_and_by_age() -> None:
@@ -487,7 +486,7 @@ def test_history_a_batch_whose_answer_is_lost_is_there_once(pg: PgServer) -> Non
         server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
         url = pg.url.replace(f":{pg.port}/", f":{server.sockets[0].getsockname()[1]}/")
         async with server:
-            async with pg_history(url, max_items=10, retry=AT_ONCE) as history:
+            async with pg_history(url, max_items=10) as history:
                 for n in range(50):
                     history.keep(pg_result(n))
                 await until_async(lambda: history.writer.stats().written == 50)
@@ -509,7 +508,7 @@ def test_history_a_batch_whose_backend_dies_before_the_commit_is_there_once(pg: 
     waiting = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = 42 AND NOT granted"
 
     async def main() -> None:
-        async with pg_history(pg.url, max_items=10, retry=AT_ONCE) as history:
+        async with pg_history(pg.url, max_items=10) as history:
             await pg.do(*hold)
             blocker = await asyncpg.connect(pg.url)
             await blocker.execute("SELECT pg_advisory_lock(42)")
@@ -533,7 +532,7 @@ def test_history_a_batch_whose_backend_dies_before_the_commit_is_there_once(pg: 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["fast", "kill"])
 def test_history_counts_are_exact_over_a_restart(pg: PgServer, number: int) -> None:
     async def main() -> None:
-        async with pg_history(pg.url, max_items=7, max_age=0.001, retry=AT_ONCE) as history:
+        async with pg_history(pg.url, max_items=7, max_age=0.001) as history:
             going, n = True, 0
 
             async def feed() -> None:
@@ -574,7 +573,7 @@ def test_history_refuses_rows_that_the_database_does_not_take(pg: PgServer) -> N
     ]
 
     async def main() -> None:
-        async with pg_history(pg.url, max_items=100, retry=AT_ONCE) as history:
+        async with pg_history(pg.url, max_items=100) as history:
             for n, payload in enumerate(bad + good):
                 history.keep(pg_result(n, payload=payload))
             history.keep(pg_result(100)._replace(latency=math.inf))
@@ -593,7 +592,7 @@ def test_history_waits_for_what_may_be_mended(pg: PgServer) -> None:
     """A database that must not be written to refuses every row, and none is lost."""
 
     async def main() -> None:
-        async with pg_history(pg.url, max_items=5, max_age=0.001, retry=AT_ONCE) as history:
+        async with pg_history(pg.url, max_items=5, max_age=0.001) as history:
             readers = history._database
             await pg.do("ALTER DATABASE postgres SET default_transaction_read_only = on")
             try:

@@ -115,6 +115,26 @@ def check_spread(policy_type: type[pr.RetryPolicy], effort: settings = SETTINGS)
             assert 60 <= inside <= 140
 
 
+def check_backoff(backoff_type: type[pr.Backoff], effort: settings = SETTINGS) -> None:
+    """The n-th wait since ``reset`` is a share of min(cap, base * 2**(n-1)), for ever; at the cap they differ."""
+
+    @effort
+    @given(st.floats(0.0, 100.0), st.floats(0.0, 100.0), st.lists(st.integers(0, 12), max_size=4), st.randoms())
+    def check(base: float, cap: float, runs: list[int], rng: random.Random) -> None:
+        draws = list[float]()
+        backoff = backoff_type(base, cap, lambda: draws.append(rng.random()) or draws[-1])  # type: ignore[func-returns-value]
+        for length in runs:
+            for n in range(length):
+                assert backoff.next() == draws[-1] * min(cap, base * 2.0**n) and backoff.failures == n + 1
+            backoff.reset()
+            assert backoff.failures == 0
+
+    check()
+    herd = backoff_type(0.5, 30.0, random.Random(5).random)
+    waits = [herd.next() for _ in range(5000)][20:]
+    assert len(set(waits)) > 4900 and max(waits) <= 30.0 and 14.0 < sum(waits) / len(waits) < 16.0
+
+
 def check_budget(budget_type: type[pr.RetryBudget], effort: settings = SETTINGS) -> None:
     """retries <= reserve + ratio * requests at every step, and no retry refused that the budget could pay."""
 
@@ -146,12 +166,20 @@ PROPERTIES: list[tuple[Callable[..., None], type]] = [
     (check_delays, pr.RetryPolicy),
     (check_spread, pr.RetryPolicy),
     (check_budget, pr.RetryBudget),
+    (check_backoff, pr.Backoff),
 ]
 
 
 @pytest.mark.parametrize(("check", "kind"), PROPERTIES, ids=lambda x: x.__name__)
 def test_keeps_its_promises(check: Callable[..., None], kind: type) -> None:
     check(kind)
+
+
+def test_backoff_refuses() -> None:
+    for wrong in ((-0.1, 1.0), (1.0, -1.0), (float("nan"), 1.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="base and cap are seconds"):
+            pr.Backoff(*wrong)
+    assert 0.0 <= pr.Backoff(0.5, 30.0).next() <= 0.5
 
 
 def test_budget_says_what_it_does_and_refuses() -> None:
@@ -315,6 +343,32 @@ def test_on(prim_retry: Retry, on: Any, error: Exception, calls: int) -> None:
     assert flaky.calls == calls
     assert outcome == (("done", None) if calls == 2 else (None, error))
     assert len(world.naps) == calls - 1
+
+
+@pytest.mark.parametrize(
+    "on", [[OSError], {OSError}, None, OSError(), "OSError", (OSError, "x"), (OSError, None)], ids=str
+)
+def test_refuses_what_is_no_kind_of_error_at_once(prim_retry: Retry, on: Any) -> None:
+    flaky, budget = Flaky(OSError("mine")), pr.RetryBudget()
+    _, error = prim_retry(flaky, World(), on=on, budget=budget)
+    assert isinstance(error, TypeError) and "on must be" in str(error)
+    assert (flaky.calls, budget.stats().requests) == (0, 0)
+
+
+def test_the_blocking_shell_does_not_take_a_coroutine_for_an_answer() -> None:
+    made: list[int] = []
+
+    async def call() -> None:
+        raise AssertionError("never run")
+
+    def counted() -> Any:
+        made.append(1)
+        return call()
+
+    for function in (call, counted):
+        with pytest.raises(TypeError, match="retry_async"):
+            pr.retry(function, on=Exception, sleep=lambda _: pytest.fail("retried"))
+    assert made == [1]
 
 
 def test_stops_at_an_unwanted_error(prim_retry: Retry) -> None:

@@ -50,17 +50,18 @@ def test_kept_answers_are_counted_and_end_with_any_change(app_world: World, monk
                 assert not service.kept
                 for _ in range(3):
                     assert await serials() == [1, 1]
-                kept = service.kept[("/aggregate", b"sources=a,b")]
-                assert (kept.hits, service.sources["a"].answers["fresh"]) == (2, 2)
+                asked = "/aggregate", b"sources=a,b"
+                assert (service.kept.stats().hits, service.sources["a"].answers["fresh"]) == (2, 4)
                 assert await serials(method="HEAD") == [200]
                 assert await serials(headers={"If-None-Match": "*"}) == [304]
-                assert kept.hits == 2
+                assert service.kept.stats().hits == 2
                 assert counts((await ask(app, "/health"))[2], "a") == {"fresh": 6}
-                assert not service.kept and service.kept_bytes == 0
-                # one that is over is counted when the next one takes its place
+                # one that is over is not sent again
                 await serials()
+                kept = service.kept.get(asked)
+                assert kept is not None
+                service.kept.put(asked, kept._replace(body=b"over"), ttl=1e-9)
                 await serials()
-                service.kept[("/aggregate", b"sources=a,b")].until = 0.0
                 await serials()
                 await serials()
                 metrics = (await ask(app, "/metrics"))[2].decode()
@@ -85,17 +86,19 @@ def test_kept_answers_are_counted_and_end_with_any_change(app_world: World, monk
                 # a part that is missing: nothing is kept
                 service.settle()
                 status, headers, _ = await ask(app, "/aggregate?sources=a,silent&deadline_ms=1")
-                assert (status, headers["cache-control"], service.kept) == (200, "no-cache", {})
+                assert (status, headers["cache-control"], service.kept) == (200, "no-cache", service.kept)
                 service.cancel_loads()
                 # bounds: in number and in bytes
-                monkeypatch.setattr(service_module, "KEPT_MOST", 3)
+                service.kept.maxsize = 3
                 for i in range(1, 9):
                     await ask(app, f"/aggregate/a?deadline_ms={i}")
                     assert len(service.kept) <= 3
-                    assert service.kept_bytes == sum(len(one.body) for one in service.kept.values())
-                monkeypatch.setattr(service_module, "KEPT_BYTES", 10)
+                    kept = service.kept.get(("/aggregate/a", b"deadline_ms=%d" % i))
+                    assert kept is not None and service.kept.stats().weight == len(service.kept) * len(kept.body)
+                service.settle()
+                service.kept.maxweight = 10
                 await ask(app, "/aggregate/a?deadline_ms=99")
-                assert (len(service.kept), service.kept_bytes) == (0, 0)
+                assert (len(service.kept), service.kept.stats().weight) == (0, 0)
 
     app_run(main())
 

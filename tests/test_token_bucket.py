@@ -1,12 +1,15 @@
-"""TokenBucket: rows, a model, the shells of threads and tasks, changes of the rate."""
+"""TokenBucket: rows, a model, those who wait in threads and tasks, changes of the rate."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import itertools
 import math
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from types import SimpleNamespace
@@ -24,11 +27,22 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+import coordination as co
 import primitives as pr
-from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task
-from tests.helpers.mechanisms import STEPS, error_of, error_of_task, in_threads
+from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, wait_until
+from tests.helpers.mechanisms import (
+    STEPS,
+    PrimThread,
+    error_of,
+    error_of_task,
+    gated_block,
+    in_threads,
+    prim_stranded,
+    simulated,
+)
 
-# rate, burst, and what happens: "time event = answer; ..."; "book" and "cancel" name their reservation
+# rate, burst, and what happens: "time event = answer; ..."; "wait" and "within" name who waits (the answer is when it
+# is due, by the clock; None while that depends on those ahead), "leave" gives the place back, "go" goes
 ROWS: dict[str, tuple[float, float, str]] = {
     "burst, then one by one": (
         10,
@@ -61,19 +75,38 @@ ROWS: dict[str, tuple[float, float, str]] = {
         "0 try_acquire 2 = True; 0 try_acquire 1 = False; 0 try_acquire 2 = False; 0.5 try_acquire 1 = False;"
         "1 try_acquire 2 = False; 1 try_acquire 1 = True; 1 reserve 1 = 1; 2 try_acquire 1 = False",
     ),
-    "cancel gives back": (
+    "who leaves gives back": (
         1,
         1,
-        "0 book a 1 = 0; 0 book b 1 = 1; 0 cancel b = True; 0 book c 1 = 1; 0 book d 1 = 2;"
-        "0.5 cancel d = True; 0.5 cancel c = True; 0.5 book e 1 = 0.5",
+        "0 reserve 1 = 0; 0 wait b 1 = 1; 0 leave b = None; 0 wait c 1 = 1; 0 wait d 1 = None;"
+        "0.5 leave d = None; 0.5 leave c = None; 0.5 reserve 1 = 0.5",
     ),
-    "cancel in the middle gives nothing back": (
+    "those behind move up": (
         1,
         1,
-        "0 book a 1 = 0; 0 book b 1 = 1; 0 book c 1 = 2; 0 cancel b = False; 0 book d 1 = 3;"
-        "0 cancel d = True; 0 cancel c = True; 0 book e 1 = 2",
+        "0 reserve 1 = 0; 0 wait b 1 = 1; 0 wait c 1 = None; 0 wait d 1 = None; 0 leave b = None; 0 due c = 1;"
+        "0 due d = None; 0.5 leave c = None; 0.5 due d = 1; 0.5 wait_for 1 = 1.5; 1 go d = None; 1 reserve 1 = 1",
     ),
-    "cancel of what was free": (1, 2, "0 book a 2 = 0; 0 cancel a = True; 0 tokens = 2; 0 reserve 2 = 0"),
+    "large ones too": (
+        1,
+        4,
+        "0 reserve 4 = 0; 0 wait a 4 = 4; 0 wait b 1 = None; 0 wait c 4 = None; 2 leave a = None; 2 due b = 1;"
+        "2 due c = 5; 2 try_acquire 1 = False; 5 go c = None; 5 tokens = 0",
+    ),
+    "nobody is due later than it was told": (
+        1,
+        1,
+        "0 reserve 1 = 0; 0 wait a 1 = 1; 0 wait b 1 = None; 0 wait c 1 = None; 0 reserve 1 = 4;"
+        "0 due b = 2; 0 due c = 3; 0 leave b = None; 0 due c = 3;"
+        "0 pause 50 = None; 0 due c = 3; 1 go a = None; 3 go c = None",
+    ),
+    "within a time limit, or at once not": (
+        1,
+        1,
+        "0 reserve 1 = 0; 0 within a 1 1 = 1; 0 within b 1 1 = False; 0 within c 1 2 = None; 0 tokens = -2;"
+        "0 leave a = None; 0 due c = 1; 0 within d 1 2 = None; 0 within e 1 2 = False; 0 pause 9 = None;"
+        "0 within f 1 8 = False; 0 within g 1 9 = 9",
+    ),
     "pause": (
         1,
         3,
@@ -99,7 +132,7 @@ ROWS: dict[str, tuple[float, float, str]] = {
     "a pause outlives the cancellation of what was booked before": (
         1,
         1,
-        "0 book a 1 = 0; 0 book b 1 = 1; 0 pause 1.5 = None; 0 cancel b = True; 1 reserve 1 = 0.5",
+        "0 reserve 1 = 0; 0 wait b 1 = 1; 0 pause 1.5 = None; 0 leave b = None; 1 reserve 1 = 0.5",
     ),
     "a pause holds up parts of a token too": (
         1,
@@ -115,24 +148,33 @@ ROWS: dict[str, tuple[float, float, str]] = {
 }
 
 
+def told(place: Any) -> float | None:
+    return place.due if place.is_told() else None
+
+
 @pytest.mark.parametrize("explicit", [True, False], ids=["now=", "clock"])
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(name: str, explicit: bool) -> None:
     rate, burst, rows = ROWS[name]
     world = World()
-    bucket = pr.TokenBucket(rate, burst, clock=(lambda: pytest.fail("the time was given")) if explicit else world.clock)
-    booked: dict[str, pr.Reservation] = {}
+    waits = any(verb in rows for verb in ("wait ", "within "))
+    given = explicit and not waits
+    bucket = pr.TokenBucket(rate, burst, clock=(lambda: pytest.fail("the time was given")) if given else world.clock)
+    places: dict[str, Any] = {}
     for row in rows.split(";"):
         event, expected = row.split(" = ")
         time_, verb, *words = event.split()
         world.now = float(time_)
         at: dict[str, Any] = {"now": world.now} if explicit else {}
         answer: Any = None
-        if verb == "book":
-            booked[words[0]] = bucket.book(float(words[1]), **at)
-            answer = booked[words[0]].wait
-        elif verb == "cancel":
-            answer = bucket.cancel(booked[words[0]])
+        if verb in ("wait", "within"):
+            limit = float(words[2]) if verb == "within" else None
+            place = places[words[0]] = bucket._enter(float(words[1]), limit, None)
+            answer = place if isinstance(place, bool) else told(place)
+        elif verb == "due":
+            answer = told(places[words[0]])
+        elif verb in ("leave", "go"):
+            bucket._leave(places[words[0]], verb == "leave")
         elif verb == "pause":
             bucket.pause(float(words[0]))
         elif verb == "tokens":
@@ -160,7 +202,7 @@ def test_refuses_bursts(burst: float) -> None:
 @pytest.mark.parametrize("n", [0, -1, 3.001, float("inf"), float("nan")])
 def test_refuses_sizes_and_changes_nothing(n: float) -> None:
     bucket = pr.TokenBucket(1.0, 3.0, clock=lambda: 0.0)
-    for verb in (bucket.book, bucket.reserve, bucket.try_acquire, bucket.acquire):
+    for verb in (bucket.reserve, bucket.try_acquire, bucket.acquire):
         with pytest.raises(ValueError, match=r"can grant between 0 and 3.0 tokens at once"):
             verb(n)
     with pytest.raises(ValueError):
@@ -239,6 +281,8 @@ class Ledger:
         self.rate, self.burst = Fraction(rate), Fraction(burst)
         self.entries: list[tuple[int, Fraction, Fraction]] = []  # number (0: a pause), due, tokens
         self.paused_until = Fraction(-(10**9))
+        self.waiting: set[int] = set()
+        """Who waits, and may move up."""
 
     def due(self, n: float, now: float) -> Fraction:
         tokens = Fraction(n)
@@ -257,16 +301,23 @@ class Ledger:
         return due - Fraction(now)
 
     def pause(self, until: float) -> None:
+        self.waiting.clear()
         self.paused_until = max(self.paused_until, Fraction(until))
         self.entries.append((0, Fraction(until), Fraction(0)))
 
-    def position(self, number: int) -> str:
-        """Whether a booking is the last thing, followed by pauses only, or by another booking."""
-        behind = list(itertools.takewhile(lambda entry: entry[0] != number, reversed(self.entries)))
-        return "last" if not behind else "middle" if any(entry[0] for entry in behind) else "paused"
+    def leave(self, number: int, now: float) -> None:
+        """Those behind it move up, unless something fixed has come since; then only the last gives anything back."""
+        place = next(i for i, entry in enumerate(self.entries) if entry[0] == number)
+        behind = self.entries[place + 1 :]
+        if number in self.waiting:
+            del self.entries[place:]
+            for other, _, tokens in behind:
+                self.entries.append((other, self.due(float(tokens), now), tokens))
+        elif not any(other for other, _, _ in behind):
+            del self.entries[place]
 
-    def forget(self, number: int) -> None:
-        self.entries = [entry for entry in self.entries if entry[0] != number]
+    def when(self, number: int) -> Fraction:
+        return next(due for other, due, _ in self.entries if other == number)
 
 
 def close(answer: float, exact: Fraction) -> bool:
@@ -274,7 +325,7 @@ def close(answer: float, exact: Fraction) -> bool:
 
 
 class Machine(RuleBasedStateMachine):
-    """A bucket and the ledger, side by side."""
+    """A bucket and the ledger, side by side. Whoever waits goes when it is due, as the shells do."""
 
     bucket_type: ClassVar[type[pr.TokenBucket]] = pr.TokenBucket
 
@@ -283,38 +334,75 @@ class Machine(RuleBasedStateMachine):
         self.now = 1000.0
         self.bucket = self.bucket_type(rate, burst, clock=lambda: self.now)
         self.ledger = Ledger(rate, burst)
-        self.open: dict[int, tuple[pr.Reservation, Fraction]] = {}  # booked, and not cancelled
+        self.places: dict[int, Any] = {}
         self.numbers = itertools.count(1)
 
     @rule(seconds=STEPS)
     def step(self, seconds: float) -> None:
-        self.now += seconds
+        end = self.now + seconds
+        while due := [place.due for place in self.places.values() if place.is_told() and place.due <= end]:
+            self.now = max(self.now, min(due))
+            self.go()
+        self.now = end
+        self.go()
+
+    def go(self) -> None:
+        while gone := [number for number, place in self.places.items() if place.is_told() and place.due <= self.now]:
+            assert gone[0] == min(self.places), "first come, first served"
+            assert close(max(self.places[gone[0]].due, self.now), max(self.ledger.when(gone[0]), Fraction(self.now)))
+            self.ledger.waiting.discard(gone[0])
+            self.bucket._leave(self.places.pop(gone[0]), False)
 
     @rule(part=PARTS)
     def book(self, part: float) -> None:
-        n, number = part * self.bucket.burst, next(self.numbers)
-        reservation = self.bucket.book(n)
-        wait = self.ledger.book(number, n, self.now)
-        self.open[number] = (reservation, Fraction(self.now) + wait)
-        assert close(reservation.wait, wait)
+        n = part * self.bucket.burst
+        self.ledger.waiting.clear()
+        assert close(self.bucket.reserve(n), self.ledger.book(next(self.numbers), n, self.now))
 
     @rule()
     def book_one(self) -> None:
         self.book(1.0 / self.bucket.burst)
 
-    @precondition(lambda self: self.open)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        newest_first = sorted(self.open, reverse=True)
-        number = newest_first[data.draw(st.integers(0, len(newest_first) - 1))]
-        reservation, due = self.open[number]
-        assume(due > self.now or reservation.wait == 0.0)
-        del self.open[number]
-        position = self.ledger.position(number)
-        served = self.bucket.cancel(reservation)
-        assert position == "paused" or served is (position == "last")
-        if position != "middle":
-            self.ledger.forget(number)
+    @rule(part=PARTS, within=st.sampled_from([None, None, 0.0, 1.0, 5.0]), times=st.integers(1, 3))
+    def wait(self, part: float, within: float | None, times: int) -> None:
+        for _ in range(times):
+            n, number = part * self.bucket.burst, next(self.numbers)
+            wait = self.ledger.due(n, self.now) - Fraction(self.now)
+            assume(within is None or abs(wait - Fraction(within)) > Fraction(1, 10**6))
+            place = self.bucket._enter(n, within, None)
+            if place is False:
+                assert within is not None and wait > within
+                continue
+            assert within is None or wait <= within
+            self.ledger.book(number, n, self.now)
+            if place is True:
+                assert close(0.0, wait)
+            else:
+                self.places[number] = place
+                self.ledger.waiting.add(number)
+
+    @precondition(lambda self: self.places)
+    @rule(back=st.integers(0, 4), going=st.booleans())
+    def leave(self, back: int, going: bool) -> None:
+        """Somebody gives up; in the same turn in which it comes to its turn, if that is how it happens."""
+        numbers = sorted(self.places, reverse=True)
+        number = numbers[min(back, len(numbers) - 1)]
+        assume(self.ledger.when(number) > self.now)
+        self.ledger.leave(number, self.now)
+        self.ledger.waiting.discard(number)
+        self.bucket._leave(self.places.pop(number), True)
+        self.ledger.waiting = {other for other in self.ledger.waiting if self.ledger.when(other) > self.now}
+        if going:
+            self.go()
+
+    @invariant()
+    def times(self) -> None:
+        """The first knows its time, and so does whoever has something fixed behind it."""
+        for number, place in self.places.items():
+            if number not in self.ledger.waiting or number == min(self.ledger.waiting):
+                assert place.is_told() and close(max(place.due, self.now), self.ledger.when(number))
+            else:
+                assert not place.is_told()
 
     @rule(seconds=STEPS)
     def pause(self, seconds: float) -> None:
@@ -362,7 +450,9 @@ EVENTS = st.lists(
         st.tuples(st.just("book"), PARTS),
         st.tuples(st.just("book"), PARTS),
         st.tuples(st.just("try"), PARTS),
-        st.tuples(st.just("cancel"), st.integers(0, 3).map(float)),
+        st.tuples(st.just("wait"), PARTS),
+        st.tuples(st.just("wait"), PARTS),
+        st.tuples(st.just("leave"), st.integers(0, 3).map(float)),
         st.tuples(st.just("pause"), STEPS),
         st.tuples(st.just("back"), STEPS),
     ),
@@ -379,32 +469,56 @@ def prim_grants(
     """
     clock = true = Fraction(1000)
     paused = Fraction(0)
-    used: list[tuple[pr.Reservation, Fraction, Fraction, float, Fraction]] = []
+    used: list[tuple[Fraction, Fraction, float, Fraction]] = []
+    waiting: list[tuple[int, Any, float, Fraction]] = []
+    bucket._clock = lambda: float(clock)
+
+    def step(seconds: Fraction) -> None:
+        nonlocal clock, true
+        while True:
+            due = min(
+                (Fraction(place.due) for _, place, _, _ in waiting if place.is_told()), default=clock + seconds + 1
+            )
+            onward = min(max(due - clock, Fraction(0)), seconds)
+            clock, true, seconds = clock + onward, true + onward, seconds - onward
+            gone = [each for each in waiting if each[1].is_told() and each[1].due - float(clock) <= 1e-9]
+            if not gone:
+                return
+            place, waiter, n, pause = gone[0]
+            waiting.remove(gone[0])
+            used[place] = clock, true, n, pause
+            bucket._leave(waiter, False)
+
     for verb, value in events:
         if verb == "step":
-            clock, true = clock + Fraction(value), true + Fraction(value)
+            step(Fraction(value))
         elif verb == "back":
+            step(Fraction(10**6) if waiting else Fraction(0))
             clock -= Fraction(value)
         elif verb == "pause":
             paused = max(paused, clock + Fraction(value))
             bucket.pause(float(clock) + value)
         elif verb == "book":
             n = value * bucket.burst
-            reservation = bucket.book(n, float(clock))
-            wait = Fraction(reservation.wait)
-            used.append((reservation, clock + wait, true + wait, n, paused))
+            wait = Fraction(bucket.reserve(n, float(clock)))
+            used.append((clock + wait, true + wait, n, paused))
         elif verb == "try":
             n = value * bucket.burst
             if bucket.try_acquire(n, float(clock)):
-                used.append((pr.Reservation(0.0, 0.0, 0.0, 0.0), clock, true, n, paused))
-        else:
-            waiting = [grant for grant in used if grant[2] > true]
-            if waiting:
-                gone = waiting[max(0, len(waiting) - 1 - int(value))]
-                bucket.cancel(gone[0])
-                used = [grant for grant in used if grant is not gone]
-    for _, by_clock, in_truth, n, pause in used:
-        yield by_clock, in_truth, n, pause
+                used.append((clock, true, n, paused))
+        elif verb == "wait":
+            n = value * bucket.burst
+            entered = bucket._enter(n, None, None)
+            if not isinstance(entered, bool):
+                waiting.append((len(used), entered, n, paused))
+            used.append((clock, true, n, paused))
+        elif waiting:
+            place, waiter, _, _ = waiting.pop(max(0, len(waiting) - 1 - int(value)))
+            used[place] = clock, true, 0.0, Fraction(0)
+            bucket._leave(waiter, True)
+    step(Fraction(10**6))
+    assert not waiting, "nobody waits for ever"
+    yield from (grant for grant in used if grant[2])
 
 
 def check_any_window(bucket_type: type[pr.TokenBucket], effort: settings = SETTINGS) -> None:
@@ -487,7 +601,7 @@ def check_whole_burst(bucket_type: type[pr.TokenBucket], effort: settings = SETT
 
 
 def check_cancel_is_never_booked(bucket_type: type[pr.TokenBucket], effort: settings = SETTINGS) -> None:
-    """A bucket whose last bookings were cancelled answers, to the bit, as one in which they were never made."""
+    """A bucket whose last waiters left answers as one in which they never were."""
 
     @effort
     @given(RATES, BURSTS, st.lists(st.tuples(STEPS, PARTS, st.lists(PARTS, max_size=3))))
@@ -496,10 +610,16 @@ def check_cancel_is_never_booked(bucket_type: type[pr.TokenBucket], effort: sett
         now = 1000.0
         for step, part, dropped in requests:
             now += step
-            booked = [disturbed.book(d * burst, now) for d in dropped]
-            assert all(disturbed.cancel(reservation) for reservation in reversed(booked))
-            assert disturbed.reserve(part * burst, now) == undisturbed.reserve(part * burst, now)
-            assert disturbed.stats(now) == undisturbed.stats(now)
+            disturbed._clock = lambda now=now: now  # type: ignore[misc]
+            left = [disturbed._enter(d * burst, None, None) for d in dropped]
+            for n, place in zip(dropped, left, strict=True):
+                if place is True:
+                    assert undisturbed.try_acquire(n * burst, now)
+            for place in reversed(left):
+                if not isinstance(place, bool):
+                    disturbed._leave(place, True)
+            assert close(disturbed.reserve(part * burst, now), Fraction(undisturbed.reserve(part * burst, now)))
+            assert disturbed.stats(now).tokens == pytest.approx(undisturbed.stats(now).tokens, abs=1e-6)
 
     check()
 
@@ -532,7 +652,8 @@ def prim_acquire(
     def acquire(bucket: pr.TokenBucket, world: World, n: float) -> BaseException | None:
         with monkeypatch.context() as patch:
             patch.setattr(pr, "time", SimpleNamespace(sleep=world.sleep))
-            patch.setattr(pr, "asyncio", SimpleNamespace(sleep=world.asleep))
+            loops = {"get_running_loop": asyncio.get_running_loop, "AbstractEventLoop": asyncio.AbstractEventLoop}
+            patch.setattr(pr, "asyncio", SimpleNamespace(sleep=world.asleep, **loops))
             if request.param == "threads":
                 return error_of(lambda: bucket.acquire(n))
             error: BaseException | None = run_task(error_of_task(bucket.acquire_async(n)))
@@ -573,7 +694,6 @@ def test_verbs_are_about_one_token_by_default() -> None:
     bucket = pr.TokenBucket(1.0, 9.0, clock=world.clock)
     taken: list[float] = []
     for verb in (
-        bucket.book,
         bucket.reserve,
         bucket.try_acquire,
         bucket.acquire,
@@ -582,8 +702,8 @@ def test_verbs_are_about_one_token_by_default() -> None:
         before = bucket.stats().tokens
         verb()
         taken.append(before - bucket.stats().tokens)
-    assert taken == [1.0] * 5
-    bucket.reserve(4)
+    assert taken == [1.0] * 4
+    bucket.reserve(5)
     assert bucket.wait_for() == 1.0
 
 
@@ -618,54 +738,134 @@ def test_shells_are_not_early_when_their_sleep_is(prim_acquire: Acquire) -> None
         assert world.now >= 1000.0 + number / 100 - 1e-9
 
 
+SIZES = 4, 3, 1, 4, 1
+
+
+def without(victim: int, left: float) -> list[tuple[int, float]]:
+    """When each of those sizes is granted by a bucket of 4 and 1 per second, if one leaves the queue at that time."""
+    granted, full_at = list[tuple[int, float]](), 0.0
+    for name, n in enumerate(SIZES):
+        if name != victim:
+            granted.append((name, max(full_at + n - 4, left if name > victim else 0.0)))
+            full_at += n
+    return granted
+
+
 def test_tasks_are_granted_in_order_and_cancelled_at_any_point() -> None:
     """Five tasks of unequal size; for each of them and each step, that one is cancelled at that step."""
 
-    async def scenario(victim: int, step: int) -> list[tuple[int, float]]:
-        world = World(0.0)
-        timers: list[tuple[float, asyncio.Future[None]]] = []
-
-        async def sleep(seconds: float) -> None:
-            timer = asyncio.get_running_loop().create_future()
-            timers.append((world.now + seconds, timer))
-            await timer
-
+    async def scenario(victim: int, step: int, world: World) -> tuple[list[tuple[int, float]], float]:
         bucket = pr.TokenBucket(1.0, 4.0, clock=world.clock)
         granted: list[tuple[int, float]] = []
+        left = math.inf
 
         async def worker(name: int, n: float) -> None:
-            await bucket.acquire_async(n)
+            assert await bucket.acquire_async(n)
             granted.append((name, world.now))
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pr, "asyncio", SimpleNamespace(sleep=sleep))
-            tasks = [asyncio.create_task(worker(name, n)) for name, n in enumerate((4, 3, 1, 4, 1))]
-            for number in itertools.count():
-                if number == step:
-                    tasks[victim].cancel()
-                await asyncio.sleep(0)
-                if number >= 3 and number % 3 == 0:
-                    timers = [timer for timer in timers if not timer[1].done()]
-                    if not timers:
-                        break
-                    world.now, first = min(timers, key=lambda timer: timer[0])
-                    first.set_result(None)
-            await asyncio.gather(*tasks, return_exceptions=True)
-        assert bucket.stats(1e9).tokens == 4.0
-        return granted
+        tasks = [asyncio.create_task(worker(name, n)) for name, n in enumerate(SIZES)]
+        for number in range(72):
+            if number == step and tasks[victim].cancel():
+                left = world.now
+            await asyncio.sleep(0 if number % 4 else 0.5)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert bucket.stats(1e9).tokens == 4.0 and not bucket._queue
+        return granted, left
 
     whole = [(0, 0.0), (1, 3.0), (2, 4.0), (3, 8.0), (4, 9.0)]
-    assert run_task(scenario(0, 10**6)) == whole
-    for victim, step in itertools.product(range(5), range(18)):
-        granted = run_task(scenario(victim, step))
-        kept = [grant for grant in whole if grant[0] != victim]
-        if step == 0:  # it never started, so it never asked
-            assert [name for name, _ in granted] == [name for name, _ in kept]
-            assert all(now <= dict(whole)[name] for name, now in granted)
-        elif victim == 4 or len(granted) == 5:
-            assert granted == (whole if len(granted) == 5 else kept)
-        else:
-            assert granted == kept  # those behind keep the times they were told
+    assert simulated(functools.partial(scenario, 0, 10**6)) == (whole, math.inf)
+    for victim, step in itertools.product(range(5), range(72)):
+        granted, left = simulated(functools.partial(scenario, victim, step))
+        assert granted == (whole if left == math.inf else without(victim, left)), (victim, step)
+
+
+@pytest.mark.parametrize("limited", [True, False], ids=["timeout=", "asyncio.timeout"])
+def test_places_of_those_who_gave_up_are_used(limited: bool) -> None:
+    """A hundred callers a second, who wait for half a second at most, for a bucket of fifty; then half as many."""
+
+    async def main(world: World) -> list[float]:
+        bucket, granted = pr.TokenBucket(50, 10, clock=world.clock), list[float]()
+
+        async def caller() -> None:
+            if limited:
+                got = await bucket.acquire_async(timeout=0.5)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        got = await bucket.acquire_async()
+                        granted.append(world.now)
+                return
+            if got:
+                granted.append(world.now)
+
+        tasks = []
+        for n in range(600 + 200):
+            tasks.append(asyncio.create_task(caller()))
+            await asyncio.sleep(0.01 if n < 600 else 0.02)
+        await asyncio.gather(*tasks)
+        assert not bucket._queue
+        return granted
+
+    granted = simulated(main)
+    seconds = Counter(int(at) for at in granted)
+    assert seconds[0] in (59, 60) and all(49 <= seconds[second] <= 51 for second in range(1, 6)), seconds
+    assert all(49 <= seconds[second] <= 51 for second in range(6, 10)), seconds
+    for first, last in itertools.combinations(range(0, len(granted), 7), 2):
+        assert last - first + 1 <= 10 + 50 * (granted[last] - granted[first]) + 1e-6
+
+
+def test_threads_wait_in_order_and_move_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four threads; the first of those that wait is interrupted in its sleep, a later one in the queue."""
+    world, asleep, granted = World(0.0), list[tuple[float, threading.Event, list[BaseException]]](), list[Any]()
+
+    def sleep(seconds: float) -> None:
+        woken, errors = threading.Event(), list[BaseException]()
+        asleep.append((world.now + seconds, woken, errors))
+        assert woken.wait(HANG_LIMIT)
+        if errors:
+            raise errors[0]
+
+    monkeypatch.setattr(pr, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(co.Waiter, "block", gated_block)
+    bucket = pr.TokenBucket(1.0, 4.0, clock=world.clock)
+
+    def work(name: int, n: float) -> bool:
+        got = bucket.acquire(n, 100.0)
+        granted.append((name, world.now))
+        return got
+
+    assert bucket.acquire(4, 0.0) is True and bucket.acquire(1, 0.5) is False
+    threads = []
+    for name, n in enumerate((3, 4, 1, 2)):
+        threads.append(PrimThread(functools.partial(work, name, n), gated=name == 2))
+        wait_until(lambda: len(bucket._queue) == len(threads))
+    wait_until(lambda: len(asleep) == 1)
+    threads[2].cancel()
+    world.now = 1.0
+    due, woken, errors = asleep.pop()
+    assert due == 3.0
+    errors.append(KeyboardInterrupt())
+    woken.set()
+    for name, at in ((1, 4.0), (3, 6.0)):
+        wait_until(lambda: len(asleep) == 1)
+        due, woken, _ = asleep.pop()
+        assert due == at
+        world.now = due
+        woken.set()
+        assert threads[name].result() is True
+    assert granted == [(1, 4.0), (3, 6.0)] and bucket.stats().tokens == 0.0 and not bucket._queue
+
+
+def test_a_closed_loop_keeps_nobody_waiting() -> None:
+    world = World(0.0)
+    bucket = pr.TokenBucket(1.0, clock=world.clock)
+    bucket.reserve()
+    stranded = [prim_stranded(bucket.acquire_async()) for _ in range(2)]
+    world.now = 2.0
+    assert bucket._enter(1, 0.0, None) is False
+    place = bucket._enter(1, 1.0, None)
+    assert not isinstance(place, bool) and place.due == 2.0
+    assert not any(task.done() for task in stranded)
 
 
 def test_serves_many_threads_exactly() -> None:
@@ -757,7 +957,7 @@ def test_set_rate_keeps_the_bound_in_any_window(block: int) -> None:
                 if bucket.try_acquire(1, now):
                     grants.append(now)
             elif fate < 0.6:
-                grants.append(bucket.book(1, now).due)
+                grants.append(now + bucket.reserve(1, now))
             elif fate < 0.7:
                 bucket.pause(now + rng.random() * 4)
             else:

@@ -44,7 +44,7 @@ def play(web: Sandbox, case: Case) -> None:
                 for load in list(one.running):
                     load.cancel()
                     await asyncio.gather(load, return_exceptions=True)
-                assert not one.running and not one.loads
+                assert not one.running and not one.cache.stats().loading
 
     asyncio.run(main())
 

@@ -209,6 +209,30 @@ def prim_shell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         loop.close()
 
 
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time is a world's: where it would sleep, that goes on."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world, self._look = world, self._selector.select  # type: ignore[attr-defined]
+        self._selector.select = self._jump  # type: ignore[attr-defined]
+
+    def time(self) -> float:
+        return self.world.now
+
+    def _jump(self, timeout: float | None) -> Any:
+        assert timeout is not None, "nothing will ever happen"
+        self.world.now += timeout
+        return self._look(0)
+
+
+def simulated(main: Callable[[World], Coroutine[Any, Any, Any]]) -> Any:
+    """``main(world)`` in a loop of its own, which takes no time."""
+    world = World(0.0)
+    with asyncio.Runner(loop_factory=lambda: SimulatedLoop(world)) as runner:
+        return runner.run(main(world))
+
+
 def prim_stranded(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     """A task that waits, in a loop that was closed."""
     loop = asyncio.new_event_loop()
@@ -334,7 +358,7 @@ class FlightDesk:
         if self.kind == "cache":
             do, do_async = self.cache.get_or_load, self.cache.get_or_load_async
         else:
-            do, do_async = self.flights.do, self.flights.do_async
+            do, do_async = self.flights.do, self.flights.do_async  # type: ignore[assignment]
         return self.shell.start(lambda: do(key, load), lambda: do_async(key, load.aload), gated)
 
     def crowd(self, load: FlightLoad, followers: int, gated: bool = False) -> list[PrimThread | PrimTask]:
@@ -352,12 +376,12 @@ class FlightDesk:
         wait_until(lambda: self.flights.stats().waiting == n)
 
     def kill(self, leader: PrimThread | PrimTask, gate: concurrent.futures.Future[Any]) -> None:
-        """End the leader as Ctrl-C or a cancellation does; a task of the same loop ends a little later."""
+        """End the leader's load as Ctrl-C or a cancellation does; that of a task ends a little later."""
         if isinstance(leader, PrimThread):
             gate.set_exception(KeyboardInterrupt())
             assert isinstance(leader.outcome.exception(HANG_LIMIT), KeyboardInterrupt)
         else:
-            leader.loop.loop.call_soon_threadsafe(leader.task.cancel)
+            gate.cancel()
 
     def idle(self) -> bool:
         wait_until(lambda: self.flights.stats().flights == 0)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -23,7 +21,6 @@ import asyncpg
 import psutil
 import pytest
 
-import primitives as pr
 from api.history import UPSTREAM_RESULTS, History, Result
 from runtime import postgres as db
 from runtime.embedded import Account, Embedded, find_programs
@@ -159,7 +156,7 @@ def impatient(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(db, "CLOSE_LIMIT", 0.2)
 
 
-AT_ONCE = pr.RetryPolicy(attempts=sys.maxsize, base=0.02, cap=0.02, total=math.inf)
+AT_ONCE = 0.02, 0.02
 
 
 @contextlib.asynccontextmanager
