@@ -314,10 +314,12 @@ class Pipeline(MarketProgram):
 
     def emit(self, _: str, trades: list[Trade]) -> Awaitable[object] | None:
         self._trades += len(trades)
-        with contextlib.suppress(PublisherClosed):
+        try:
             if not self.publisher.offer(trades):
                 return self._emit(trades)
-            self._offer(trades)
+        except PublisherClosed:
+            return None
+        self._offer(trades)
         return None
 
     async def _emit(self, trades: list[Trade]) -> None:

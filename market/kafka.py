@@ -287,7 +287,8 @@ class Publisher:
         if self._is_closed():
             self._given_up += len(trades)
             raise PublisherClosed("the publisher is stopped")
-        if len(trades) > min(AT_ONCE, self._trades.backlog.room(moves=True)) or self._turn.locked():
+        count = len(trades)
+        if count > AT_ONCE or count > self._trades.backlog.room(moves=True) or self._turn.locked():
             return False
         self._trades.put(self._records(trades))
         return True

@@ -74,13 +74,16 @@ class Backlog(Generic[T]):
         with ``moves`` it is taken for gone."""
         if self._bytes + bytes_elsewhere >= self.max_bytes:
             return 0
-        taken = len(self.waiting) + len(self.diverted) + (0 if moves else len(self.moving))
-        return max(0, self.max_items - taken)
+        left = self.max_items - len(self.waiting) - len(self.diverted)
+        if not moves:
+            left -= len(self.moving)
+        return left if left > 0 else 0
 
     def accept(self, items: Sequence[T], *, divert: bool = False) -> None:
         """Take ``items``: for the sink, or for the spool."""
         self.accepted += self._rows(items)
-        self._bytes += sum(map(self._size, items))
+        for item in items:
+            self._bytes += self._size(item)
         (self.diverted if divert else self.waiting).extend(items)
         if self.newest and len(self.waiting) > self.max_items:
             gone, size = self._cut(self.waiting, len(self.waiting) - self.max_items, math.inf)
