@@ -2,31 +2,27 @@
 
     uvicorn aggregate_app:app
 
-``GET /aggregate`` asks many upstreams at once and answers with what is there at the deadline: for each source its
-data, and how it came by it (``fresh``, ``stale``, ``fallback``, ``timeout``, ``error``, ``open``). The upstreams are
-those of the TOML file that ``AGGREGATE_CONFIG`` names; without it, four demo upstreams on loopback, one of them flaky.
-This file is the routes, the start and the end. The way of a call to an upstream is told in ``api/upstreams.py``.
+``GET /aggregate`` asks many upstreams at once and answers with what is there at the deadline. This file is the routes,
+the start and the end; docs/aggregate.md says what the routes answer, ``api/upstreams.py`` the way of a call.
 
 Promised
 - A request waits for its deadline at most; the deadline cuts the wait, not the load: what comes late fills the cache.
 - What is stale is served at once, while one load in the background renews it; it never carries a full max-age. What
   is in use is loaded again before it gets stale.
-- An assembled answer is handed out again for ``KEPT`` seconds, while nothing in it changed: its ``generated_at`` says
-  when it was made, and its ages are of that moment.
-- The database may be away at any time: the API goes on without it.
-- On a stop, streams end at once, requests under way get ``GRACE`` seconds, and the last rows and lines are written:
-  ten seconds at most.
+- An assembled answer is handed out again for ``KEPT`` seconds, while nothing in it changed: its ages are of the moment
+  that its ``generated_at`` says.
+- The database may be away at any time. A stop takes ten seconds at most.
 
 Three layers: what waits for a socket runs in the event loop of the server (the upstreams, PostgreSQL), what blocks in
 threads (names and certificates of ``/report``, log lines, the demo's sandbox, starting the embedded database), what
-computes in processes (``/report``). All state is the loop's, so nothing here needs a lock; the mechanisms of
-``primitives`` bring their own.
+computes in processes (``/report``). All state is the loop's, so nothing here needs a lock.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -53,16 +49,16 @@ from api.service import PLACES, WARM, Service, log
 from api.telemetry import standard_output
 from api.upstreams import Source
 from coordination import Semaphore
-from runtime.loop import heard_before_the_server
+from runtime.loop import handled_before_the_server
 from runtime.postgres import Database
 from runtime.stderr import queue_stderr
 
-VERSION = "1.0"
-"""Of the API, as its document says it."""
+VERSION = "1.0"  # of the API
 
 
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    """The life of the API: entered before the first request, left after the last one."""
     assert isinstance(app, Aggregator)
     async with contextlib.AsyncExitStack() as stack:
         if logging.getLogger("uvicorn").handlers:  # it writes to stderr in its loop
@@ -94,10 +90,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if output is not None:  # ours has more in it; who wants none starts uvicorn with --no-access-log
             access.handlers, access.propagate = [], False
         service = app.service = app.state.service = Service(sources, app.state.database(), output)
-        service.force = stack.enter_context(heard_before_the_server(service.stop))
-        if service.log.wanted:
-            service.begin("request log", service.log.run())
-            stack.push_async_callback(service.log.close)
+        service.force = stack.enter_context(handled_before_the_server(service.stop))
+        stack.push_async_callback(service.log.close)
         stack.push_async_callback(service.processes.close)
         if service.database.server is None:
             log.info("no database: nothing is kept over a restart")
@@ -123,10 +117,10 @@ def create_app(
     retention: float = 7 * 86400.0,
     output: IO[bytes] | None = None,
 ) -> Aggregator:
-    """The application before these upstreams; before those of the demo, which it then serves itself, if None.
+    """The application before these upstreams (None: those of the demo, which it then serves itself).
 
-    ``database`` makes the database of each life, ``retention`` is how long it keeps results (seconds), ``output`` is
-    where the log of the requests goes.
+    ``database`` makes the database of each life, which keeps results for ``retention`` seconds; the log of the requests
+    goes to ``output``.
     """
     routes = [
         Route("/", dashboard_page()),
@@ -146,8 +140,8 @@ def create_app(
     handlers = {HTTPException: problem, Exception: failed}
     application = Aggregator(rate, routes=routes, exception_handlers=handlers, lifespan=lifespan)
     application.router.redirect_slashes = False
-    shown = upstreams if upstreams is not None else read_config(DEMO.format(base="http://127.0.0.1"), os.environ)
-    application.state.openapi = orjson.dumps(document(shown, VERSION))
+    known = upstreams if upstreams is not None else read_config(DEMO.format(base="http://127.0.0.1"), os.environ)
+    application.state.openapi = orjson.dumps(document(known, VERSION))
     application.state.upstreams, application.state.database = upstreams, database
     application.state.retention, application.state.output = retention, output
     return application
@@ -155,8 +149,7 @@ def create_app(
 
 def configured(environ: Mapping[str, str]) -> dict[str, Upstream] | None:
     """The upstreams of the file that ``AGGREGATE_CONFIG`` names; ``SystemExit`` with one line if it is wrong."""
-    path = environ.get("AGGREGATE_CONFIG")
-    if not path:
+    if not (path := environ.get("AGGREGATE_CONFIG")):
         return None
     try:
         return read_config(Path(path).read_text("utf-8"), environ)
@@ -166,8 +159,7 @@ def configured(environ: Mapping[str, str]) -> dict[str, Upstream] | None:
 
 def configured_number(environ: Mapping[str, str], name: str, needed: str) -> float | None:
     """A number from 0 to 9,999,999 out of the environment, or None; ``SystemExit`` with one line if it is none."""
-    text = environ.get(name)
-    if not text:
+    if not (text := environ.get(name)):
         return None
     if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,3})?", text, re.A):
         raise SystemExit(f"{name}={text}: {needed}")
@@ -176,21 +168,16 @@ def configured_number(environ: Mapping[str, str], name: str, needed: str) -> flo
 
 def configured_app(environ: Mapping[str, str]) -> Aggregator:
     """The application as the environment describes it. ``SystemExit`` with one line if that cannot be."""
-    rate = configured_number(
-        environ, "AGGREGATE_RATE", "requests per second of one client are needed, 0 for any number"
-    )
+    of_rate = "requests per second of one client are needed, 0 for any number"
+    rate = configured_number(environ, "AGGREGATE_RATE", of_rate)
     days = configured_number(environ, "AGGREGATE_RETENTION_DAYS", "a number of days is needed")
+    retention = (7.0 if days is None else days) * 86400
+    database = functools.partial(Database.configured, environ, UPSTREAM_RESULTS)
     try:
-        Database.configured(environ, UPSTREAM_RESULTS)
+        database()
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    return create_app(
-        configured(environ),
-        rate,
-        database=lambda: Database.configured(environ, UPSTREAM_RESULTS),
-        retention=(7.0 if days is None else days) * 86400,
-        output=standard_output(),
-    )
+    return create_app(configured(environ), rate, database=database, retention=retention, output=standard_output())
 
 
 app = configured_app(os.environ)

@@ -9,7 +9,8 @@ mechanism           promise (and what is not promised)
 ==================  ==============================================================================================
 ``Semaphore``       at most ``permits`` holders; FIFO, nobody barges past a queue, a cancelled holder loses nothing.
 ``Channel``         a bounded FIFO between workers; what ``put`` accepted is delivered, exactly once, also after
-                    ``close()``. Not promised: anything about items whose ``put`` had not returned yet.
+                    ``close()``; a cancelled ``put`` leaves nothing in it. Not promised: that nobody has got the item
+                    of a ``put`` that is cancelled in the moment in which it is accepted.
 ``Visited``         of any number of workers that ask, exactly one is told that it is the first.
 ``fan_out``         an outcome for every call at the deadline; no task is left behind.
 ``WorkerPool``      every accepted item is handled once, errors or not; closing drains.
@@ -24,13 +25,13 @@ verbs run in the caller's event loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import inspect
 import math
-import queue
+import operator
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -54,6 +55,7 @@ def stats_repr(self: Any) -> str:
 
 
 def plain_lock(_: str) -> threading.Lock:
+    """A lock of the standard library."""
     return threading.Lock()
 
 
@@ -64,6 +66,13 @@ make_lock: Callable[[str], threading.Lock] = plain_lock
 def new_lock(name: str) -> threading.Lock:
     """A lock that is known by this name."""
     return make_lock(name)
+
+
+def check_count(name: str, value: int) -> int:
+    """``value``. Raises TypeError if it is not whole, ValueError if it is below 1."""
+    if operator.index(value) < 1:
+        raise ValueError(f"{name} must be at least 1, not {value!r}")
+    return value
 
 
 # -------------------------------------------------------------------------------------------- waiting
@@ -102,13 +111,31 @@ class Waiter:
             self._future.set_result(None)
 
     def block(self, timeout: float | None) -> None:
+        """Block the thread until it is woken, or ``timeout`` seconds are over."""
         if timeout is None:
             self._lock.acquire()
         else:
             self._lock.acquire(timeout=max(0.0, min(timeout, threading.TIMEOUT_MAX)))
 
     async def parked(self) -> None:
+        """Park the task until it is woken."""
         await self._future
+
+    def block_or(self, undo: Callable[[Waiter], object], timeout: float | None) -> None:
+        """``block``; if that is interrupted, ``undo`` what was granted meanwhile."""
+        try:
+            self.block(timeout)
+        except BaseException:
+            undo(self)
+            raise
+
+    async def parked_or(self, undo: Callable[[Waiter], object]) -> None:
+        """``parked``; if that is cancelled, ``undo`` what was granted meanwhile."""
+        try:
+            await self._future
+        except BaseException:
+            undo(self)
+            raise
 
 
 class FairCondition:
@@ -128,6 +155,7 @@ class FairCondition:
         return len(self._waiters)
 
     def park(self, loop: asyncio.AbstractEventLoop | None, value: Any = None) -> Waiter:
+        """The last in the queue: a task of ``loop``, or a thread (None). It then has to ``block``, or be ``parked``."""
         waiter = Waiter(loop, value)
         self._waiters.append(waiter)
         return waiter
@@ -145,13 +173,16 @@ class FairCondition:
         return None
 
     def wake_all_empty_handed(self) -> None:
+        """Nothing will be granted any more."""
         while self._waiters:
             self._waiters.popleft().wake()
 
-    def leave(self, waiter: Waiter) -> None:
-        if not waiter.granted:
-            with contextlib.suppress(ValueError):
-                self._waiters.remove(waiter)
+    def leave(self, waiter: Waiter) -> bool:
+        """Whether it was still in the queue: neither granted, nor woken empty-handed."""
+        found = not waiter.granted and waiter in self._waiters
+        if found:
+            self._waiters.remove(waiter)
+        return found
 
 
 # ------------------------------------------------------------------------------------------ semaphore
@@ -173,10 +204,7 @@ class Semaphore:
     """
 
     def __init__(self, permits: int) -> None:
-        if permits < 1:
-            raise ValueError(f"permits must be at least 1, not {permits!r}")
-        self.permits = permits
-        self._available = permits
+        self.permits = self._available = check_count("permits", permits)
         self._lock = new_lock("Semaphore")
         self._released = FairCondition()
 
@@ -195,27 +223,19 @@ class Semaphore:
                 self._available -= 1
                 return True
             waiter = self._released.park(None)
-        try:
-            waiter.block(timeout)
-        except BaseException:
-            self._abandon(waiter)
-            raise
+        waiter.block_or(self._abandon, timeout)
         with self._lock:
             self._released.leave(waiter)
             return waiter.granted
 
     async def acquire_async(self) -> bool:
-        """Take a permit, parking the task; always True."""
+        """Take a permit, parking the task; always True. Cancelled, it takes none."""
         with self._lock:
             if self._available:
                 self._available -= 1
                 return True
             waiter = self._released.park(asyncio.get_running_loop())
-        try:
-            await waiter.parked()
-        except BaseException:
-            self._abandon(waiter)
-            raise
+        await waiter.parked_or(self._abandon)
         return True
 
     def release(self) -> None:
@@ -230,8 +250,7 @@ class Semaphore:
     def _abandon(self, waiter: Waiter) -> None:
         with self._lock:
             self._released.leave(waiter)
-            granted = waiter.granted
-        if granted:
+        if waiter.granted:
             self.release()
 
     def __enter__(self) -> Semaphore:
@@ -270,19 +289,21 @@ class Channel(Generic[T]):
     """A bounded FIFO queue between workers, threads and tasks alike, that can be closed (Hoare, CSP; Go's channels).
 
     Built on one lock, which guards the buffer and both queues, and two conditions: ``_not_empty``, notified when an
-    item comes or the channel closes; ``_not_full``, notified when a place in the buffer is freed or the channel
+    item comes or nothing will come any more; ``_not_full``, notified when a place in the buffer is freed or the channel
     closes. Fairness: FIFO on both sides; an item goes to the oldest getter, a place to the oldest putter.
     Invariants: getters wait only while the buffer is empty, putters only while it is full.
 
-    ``close()`` refuses every further ``put`` (waiting ones included: they had not been accepted) and lets the
-    getters drain what is in the buffer; then they get ``ChannelClosed``, and ``for item in channel`` ends.
+    ``close()`` refuses every further ``put`` (waiting ones included: they had not been accepted) and lets the getters
+    drain what is left; then they get ``ChannelClosed``, and ``for item in channel`` ends. What was granted to a getter
+    that has not gone on yet is still left: cancelled, it hands its item to the next one, who must not have gone.
+
+    A cancelled ``get`` takes nothing. A cancelled ``put`` takes its item out again, unless somebody has got it already.
     """
 
     def __init__(self, capacity: int) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, not {capacity!r}")
-        self.capacity = capacity
-        self._items: deque[T] = deque()
+        self.capacity = check_count("capacity", capacity)
+        self._items: deque[Any] = deque()  # or, of a putter that had to wait, its Waiter, which knows the item
+        self._grants = 0  # to getters that have not gone on yet
         self._closed = False
         self._lock = new_lock("Channel")
         self._not_empty = FairCondition()
@@ -292,112 +313,106 @@ class Channel(Generic[T]):
         if self._closed:
             raise ChannelClosed("the channel is closed")
         if self._not_empty.grant_oldest(item):
+            self._grants += 1
             return True
         if len(self._items) < self.capacity:
             self._items.append(item)
             return True
         return False
 
-    def _take(self) -> T:
-        item = self._items.popleft()
+    def _refill(self) -> None:
         if len(self._items) < self.capacity and (putter := self._not_full.grant_oldest()):
-            self._items.append(putter.value)
-        return item
+            self._items.append(putter)
 
-    def put_nowait(self, item: T) -> None:
-        """Put at once, or raise ``queue.Full`` or ``ChannelClosed``."""
-        with self._lock:
-            if not self._offer(item):
-                raise queue.Full
-
-    def get_nowait(self) -> T:
-        """Get at once, or raise ``queue.Empty``, or ``ChannelClosed`` when it is closed and drained."""
-        with self._lock:
-            if self._items:
-                return self._take()
-            if self._closed:
-                raise ChannelClosed("the channel is closed and drained")
-            raise queue.Empty
+    def _take(self) -> Any:
+        item = self._items.popleft()
+        self._refill()
+        return item.value if type(item) is Waiter else item
 
     def close(self) -> None:
         """Refuse further puts; getters drain what is there. May be called again."""
         with self._lock:
             self._closed = True
             self._not_full.wake_all_empty_handed()
+            self._end_if_drained()
+
+    def _end_if_drained(self) -> None:
+        if self._closed and not self._grants:
             self._not_empty.wake_all_empty_handed()
 
     def put(self, item: T, timeout: float | None = None) -> None:
-        """Put, blocking the thread while the buffer is full. Raises ``TimeoutError`` or ``ChannelClosed``."""
+        """Put, blocking the thread while the buffer is full. ``TimeoutError`` after ``timeout`` seconds (0: at once,
+        also for tasks), ``ChannelClosed``."""
         with self._lock:
             if self._offer(item):
                 return
             waiter = self._not_full.park(None, item)
-        try:
-            waiter.block(timeout)
-        finally:
-            self._leave(self._not_full, waiter)
-        self._check(waiter)
+        waiter.block_or(self._withdraw, timeout)
+        with self._lock:
+            self._check(self._not_full, waiter)
 
     async def put_async(self, item: T) -> None:
-        """Put, parking the task while the buffer is full. A cancelled put is delivered at most once."""
+        """Put, parking the task while the buffer is full. Raises ``ChannelClosed``."""
         with self._lock:
             if self._offer(item):
                 return
             waiter = self._not_full.park(asyncio.get_running_loop(), item)
-        try:
-            await waiter.parked()
-        finally:
-            self._leave(self._not_full, waiter)
-        self._check(waiter)
+        await waiter.parked_or(self._withdraw)
+        with self._lock:
+            self._check(self._not_full, waiter)
+
+    def _withdraw(self, putter: Waiter) -> None:
+        with self._lock:
+            self._not_full.leave(putter)
+            for place, item in enumerate(self._items):
+                if item is putter:
+                    del self._items[place]
+                    self._refill()
+                    return
 
     def get(self, timeout: float | None = None) -> T:
-        """Get, blocking the thread while the buffer is empty. Raises ``TimeoutError`` or ``ChannelClosed``."""
+        """Get, blocking the thread while the buffer is empty. ``TimeoutError`` after ``timeout`` seconds (0: at once,
+        also for tasks), ``ChannelClosed`` when it is closed and drained."""
         with self._lock:
             if self._items:
-                return self._take()
-            if self._closed:
-                raise ChannelClosed("the channel is closed and drained")
-            waiter = self._not_empty.park(None)
-        try:
-            waiter.block(timeout)
-        except BaseException:
-            self._give_back(waiter)
-            raise
-        self._leave(self._not_empty, waiter)
-        self._check(waiter)
-        return waiter.value  # type: ignore[no-any-return]
+                return self._take()  # type: ignore[no-any-return]
+            waiter = self._park_getter(None)
+        waiter.block_or(self._hand_on, timeout)
+        return self._receive(waiter)
 
     async def get_async(self) -> T:
-        """Get, parking the task while the buffer is empty. A cancelled get takes nothing."""
+        """Get, parking the task while the buffer is empty. ``ChannelClosed`` when it is closed and drained."""
         with self._lock:
             if self._items:
-                return self._take()
-            if self._closed:
-                raise ChannelClosed("the channel is closed and drained")
-            waiter = self._not_empty.park(asyncio.get_running_loop())
-        try:
-            await waiter.parked()
-        except BaseException:
-            self._give_back(waiter)
-            raise
-        self._check(waiter)
-        return waiter.value  # type: ignore[no-any-return]
+                return self._take()  # type: ignore[no-any-return]
+            waiter = self._park_getter(asyncio.get_running_loop())
+        await waiter.parked_or(self._hand_on)
+        return self._receive(waiter)
 
-    def _leave(self, condition: FairCondition, waiter: Waiter) -> None:
+    def _park_getter(self, loop: asyncio.AbstractEventLoop | None) -> Waiter:
+        if self._closed and not self._grants:
+            raise ChannelClosed("the channel is closed and drained")
+        return self._not_empty.park(loop)
+
+    def _receive(self, getter: Waiter) -> T:
         with self._lock:
-            condition.leave(waiter)
+            self._check(self._not_empty, getter)
+            self._grants -= 1
+            self._end_if_drained()
+        return getter.value  # type: ignore[no-any-return]
 
-    def _check(self, waiter: Waiter) -> None:
+    def _hand_on(self, getter: Waiter) -> None:
+        with self._lock:
+            self._not_empty.leave(getter)
+            if getter.granted and not self._not_empty.grant_oldest(getter.value):
+                self._items.appendleft(getter.value)
+                self._grants -= 1
+
+    def _check(self, condition: FairCondition, waiter: Waiter) -> None:
+        if condition.leave(waiter):
+            raise TimeoutError("the channel did not move")
         if not waiter.granted:
-            raise (ChannelClosed("the channel is closed") if self._closed else TimeoutError("the channel did not move"))
-
-    def _give_back(self, waiter: Waiter) -> None:
-        with self._lock:
-            self._not_empty.leave(waiter)
-            if not waiter.granted:
-                return
-            if not self._not_empty.grant_oldest(waiter.value):
-                self._items.appendleft(waiter.value)
+            raise ChannelClosed("the channel is closed")
 
     def __iter__(self) -> Iterator[T]:
         try:
@@ -413,14 +428,10 @@ class Channel(Generic[T]):
         except ChannelClosed:
             return
 
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._items)
-
     def stats(self) -> ChannelStats:
         with self._lock:
-            putters, getters = len(self._not_full), len(self._not_empty)
-            return ChannelStats(self.capacity, len(self._items), putters, getters, self._closed)
+            waiting = len(self._not_full), len(self._not_empty)
+            return ChannelStats(self.capacity, len(self._items), *waiting, self._closed)
 
     __repr__ = stats_repr
 
@@ -458,7 +469,7 @@ class Visited(Generic[K]):
         return len(self._keys)
 
     def keys(self) -> set[K]:
-        """A copy of them."""
+        """A copy."""
         with self._lock:
             return set(self._keys)
 
@@ -480,12 +491,11 @@ class Budget(Protocol):
 
 
 class Outcome(NamedTuple, Generic[T]):
-    """What became of one call: ``seconds`` after the start it had a ``value``, an ``error``, or it was cut off."""
+    """What became of one call: at the deadline it had a ``value``, an ``error``, or neither yet."""
 
     status: Literal["ok", "error", "timeout"]
     value: T | None
     error: BaseException | None
-    seconds: float
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
@@ -521,68 +531,48 @@ async def hedged(call: Callable[[], Awaitable[T]], delay: float, budget: Budget 
         return await first
     finally:
         try:
-            await _end(tasks)
+            await cancel_all(tasks)
         finally:
             del first, tasks, done, pending, task
 
 
 async def fan_out(
-    calls: Mapping[str, Callable[[], Awaitable[T]]],
-    deadline: float,
-    *,
-    limit: int | None = None,
-    hedge: float | None = None,
-    budget: Budget | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> dict[str, Outcome[T]]:
-    """Run all ``calls`` at once and return an ``Outcome`` for each, by name, after ``deadline`` seconds at the latest.
+    calls: Mapping[K, Awaitable[T]], deadline: float = math.inf, *, cancel: bool = True
+) -> dict[K, Outcome[T]]:
+    """Await all ``calls`` at once; the ``Outcome`` of each, by name, after ``deadline`` seconds at the latest.
 
-    What is not done by then is cancelled, awaited and reported as ``timeout``; so is what never got one of ``limit``
-    places. A call that catches its cancellation and goes on holds up the answer: there is no other way to leave no
-    task behind. ``hedge`` is the delay of a second try (see ``hedged``). Nothing but ``ValueError`` and the caller's
-    own cancellation is raised, and the latter cancels and awaits all calls too.
+    What is not done by then is a ``timeout``; it is cancelled and awaited, as all are when the caller is cancelled. (A
+    call that goes on all the same holds up the answer: there is no other way to leave no task behind.) With
+    ``cancel=False`` they go on: tasks that others wait for too. Raises nothing of theirs.
     """
     if not deadline > 0:
         raise ValueError(f"deadline must be a positive number of seconds, not {deadline!r}")
-    started = clock()
-    outcomes: dict[str, Outcome[T]] = {}
-    places = None if limit is None else Semaphore(limit)
-
-    async def run(name: str, call: Callable[[], Awaitable[T]]) -> None:
-        try:
-            async with places or contextlib.nullcontext():
-                value = await (_awaited(call) if hedge is None else hedged(call, hedge, budget))
-            outcome = Outcome[T]("ok", value, None, clock() - started)
-        except Exception as error:
-            outcome = Outcome[T]("error", None, error, clock() - started)
-        except asyncio.CancelledError as error:
-            if over:
-                raise
-            outcome = Outcome[T]("error", None, error, clock() - started)
-        if not over:
-            outcomes[name] = outcome
-        del outcome  # the error's traceback holds this frame
-
-    over = False
-    tasks = [asyncio.ensure_future(run(name, call)) for name, call in calls.items()]
+    tasks: dict[K, asyncio.Future[T]] = {}
     try:
+        for name, call in calls.items():
+            tasks[name] = asyncio.ensure_future(call)
         if tasks:
-            await asyncio.wait(tasks, timeout=deadline)
+            await asyncio.wait(tasks.values(), timeout=None if deadline == math.inf else deadline)
+        return {name: _outcome(task) for name, task in tasks.items()}
     finally:
-        over = True
-        await _end(tasks)
-    late = Outcome[T]("timeout", None, None, clock() - started)
-    answer = {name: outcomes.get(name, late) for name in calls}
-    outcomes.clear()  # the frames of the errors hold it
-    return answer
+        if cancel:
+            await cancel_all(tasks.values())
+
+
+def _outcome(task: asyncio.Future[T]) -> Outcome[T]:
+    if not task.done():
+        return Outcome("timeout", None, None)
+    error = asyncio.CancelledError() if task.cancelled() else task.exception()
+    return Outcome("ok", task.result(), None) if error is None else Outcome("error", None, error)
 
 
 async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
     return await call()
 
 
-async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """Cancel and await, also when cancelled meanwhile."""
+async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel the tasks and wait until each has ended, also if that is cancelled meanwhile. Their errors are dropped."""
+    tasks = list(tasks)
     for task in tasks:
         task.cancel()
     interrupted = None
@@ -611,8 +601,9 @@ class WorkerPoolStats(NamedTuple):
 class WorkerPool(Generic[T]):
     """``workers`` threads or tasks that hand each submitted item to ``handle``, through a ``Channel`` of ``capacity``.
 
-    ``with WorkerPool(handle, 4) as pool: pool.submit(item)`` runs threads; ``async with`` and ``submit_async`` run
-    tasks, and ``handle`` is a coroutine function. A full channel makes the submitter wait: that is the back-pressure.
+    ``with WorkerPool(handle, 4) as pool: pool.submit(item)`` runs threads, which start as items come; ``async with``
+    runs tasks, and ``handle`` is a coroutine function. Both may be fed by threads (``submit``) and by tasks
+    (``submit_async``). A full channel makes the submitter wait: that is the back-pressure.
     What ``handle`` raises is counted and kept in ``errors`` (the last 100, with their items), and the worker goes on:
     one that died would leave the others with its share, and at the end a queue that nobody empties.
     Leaving the block drains: what was accepted is handled. ``close(timeout)`` gives up after ``timeout`` seconds and
@@ -620,17 +611,51 @@ class WorkerPool(Generic[T]):
     cancelled, and ``stats().queued`` items are left. A cancelled ``async with`` block does not drain.
     """
 
-    def __init__(self, handle: Callable[[T], Any], workers: int, capacity: int | None = None) -> None:
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, not {workers!r}")
+    def __init__(
+        self, handle: Callable[[T], Any], workers: int, capacity: int | None = None, *, name: str = "worker"
+    ) -> None:
         self.errors: deque[tuple[T, BaseException]] = deque(maxlen=100)
-        self._handle, self._workers = handle, workers
+        self._handle, self._workers, self._name = handle, check_count("workers", workers), name
         self._channel: Channel[T] = Channel(2 * workers if capacity is None else capacity)
         self._lock = new_lock("WorkerPool")
         self._handled = self._failed = 0
+        self._started = self._abandoned = False
+        self._missing = 0  # threads that have not been needed yet
         self._threads: list[threading.Thread] = []
         self._tasks: list[asyncio.Future[Any]] = []
-        self._abandoned = False
+
+    def _start(self) -> None:
+        if self._started:
+            raise RuntimeError("a worker pool is started once")
+        self._started = True
+
+    def start_threads(self) -> WorkerPool[T]:
+        """What ``with`` does first; ``close`` ends it. ``TypeError`` if ``handle`` is a coroutine function."""
+        if any(map(inspect.iscoroutinefunction, (self._handle, type(self._handle).__call__))):
+            raise TypeError("threads cannot await what handles the items: use async with, or start_tasks")
+        self._start()
+        self._missing = self._workers
+        return self
+
+    def start_tasks(self) -> WorkerPool[T]:
+        """What ``async with`` does first, in the running event loop; ``close_async`` ends it."""
+        self._start()
+        for number in range(self._workers):
+            self._tasks.append(asyncio.create_task(self._work_async(), name=f"{self._name}-{number}"))
+        return self
+
+    def _begin(self) -> None:
+        """An item comes."""
+        if not self._started:
+            raise RuntimeError("nobody works in this pool: enter it, or start it")
+        if self._missing:
+            with self._lock:
+                if self._missing:
+                    number = self._workers - self._missing
+                    thread = threading.Thread(target=self._work, name=f"{self._name}-{number}", daemon=True)
+                    thread.start()
+                    self._threads.append(thread)
+                    self._missing -= 1
 
     def _done(self, item: T, error: BaseException | None) -> None:
         with self._lock:
@@ -641,48 +666,49 @@ class WorkerPool(Generic[T]):
 
     def _work(self) -> None:
         for item in self._channel:
+            error = None
             try:
-                self._handle(item)
-            except BaseException as error:  # SystemExit too: it would end this thread only, and silently
-                self._done(item, error)
-            else:
-                self._done(item, None)
+                self._call(item)
+            except BaseException as raised:  # SystemExit too: it would end this thread only, and silently
+                error = raised
+            self._done(item, error)
+            del item, error  # an idle worker keeps nothing alive
             if self._abandoned:
                 return
 
+    def _call(self, item: T) -> None:
+        if inspect.iscoroutine(made := self._handle(item)):
+            made.close()
+            raise TypeError("a coroutine was made that nobody awaits")
+
     async def _work_async(self) -> None:
         async for item in self._channel:
+            error = None
             try:
                 await self._handle(item)
             except (GeneratorExit, KeyboardInterrupt, SystemExit):
                 raise
-            except BaseException as error:
-                self._done(item, error)
-                if isinstance(error, asyncio.CancelledError) and self._cancelled():
-                    raise
-            else:
-                self._done(item, None)
-            if self._cancelled():
+            except BaseException as raised:  # cancelled may be what it waited for
+                error = raised
+            self._done(item, error)
+            del item, error
+            worker = asyncio.current_task()
+            if worker is None or worker.cancelling():
                 return
-
-    def _cancelled(self) -> bool:
-        """Whether it is the worker that was cancelled, and not something its handler waited for."""
-        task = asyncio.current_task()
-        return task is not None and task.cancelling() > 0
+            await asyncio.sleep(0)  # else items that wait for nothing would keep the loop until there are no more
 
     def submit(self, item: T, timeout: float | None = None) -> None:
-        """Raises ``TimeoutError`` if there was no place in time, ``ChannelClosed`` after ``close``."""
+        """``TimeoutError`` if there was no place in time (0: at once, also for tasks), ``ChannelClosed`` after
+        ``close``, ``RuntimeError`` if the pool was not started."""
+        self._begin()
         self._channel.put(item, timeout)
 
     async def submit_async(self, item: T) -> None:
+        """``submit``, parking the task while there is no place."""
+        self._begin()
         await self._channel.put_async(item)
 
-    def __enter__(self) -> WorkerPool[T]:
-        for number in range(self._workers):
-            thread = threading.Thread(target=self._work, name=f"worker-{number}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-        return self
+    __enter__ = start_threads
 
     def __exit__(self, *_: object) -> None:
         self.close(0.0 if self._abandoned else None)
@@ -691,15 +717,16 @@ class WorkerPool(Generic[T]):
         """Take no more, and wait until all is handled: True, or False after ``timeout`` seconds."""
         self._channel.close()
         give_up = None if timeout is None else time.monotonic() + timeout
-        for thread in self._threads:
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join(None if give_up is None else max(0.0, give_up - time.monotonic()))
-        stuck = any(thread.is_alive() for thread in self._threads)
+        stuck = any(thread.is_alive() for thread in threads)
         self._abandoned = self._abandoned or stuck
-        return not stuck and not len(self._channel)
+        return not stuck and not self.stats().queued
 
     async def __aenter__(self) -> WorkerPool[T]:
-        self._tasks += [asyncio.ensure_future(self._work_async()) for _ in range(self._workers)]
-        return self
+        return self.start_tasks()
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         cancelled = kind is not None and issubclass(kind, asyncio.CancelledError)
@@ -713,11 +740,11 @@ class WorkerPool(Generic[T]):
         try:
             pending = (await asyncio.wait(self._tasks, timeout=timeout))[1] if self._tasks else set()
         finally:
-            await _end(self._tasks)
-        return not pending and not len(self._channel)
+            await cancel_all(self._tasks)
+        return not pending and not self.stats().queued
 
     def stats(self) -> WorkerPoolStats:
-        queued = len(self._channel)
+        queued = self._channel.stats().items
         with self._lock:
             return WorkerPoolStats(self._workers, queued, self._handled, self._failed)
 

@@ -1,26 +1,24 @@
 """One HTML page, bytes in, facts out: title, links, words, metadata.
 
-Theory.  A crawler asks little of a page, and a tree of all of it is the dearest way to answer.  So a page is not
-parsed but *split*: one regular expression knows the token grammar of the WHATWG tokenizer (tags with quoted
-attributes, comments, raw-text elements, escapes in scripts) and cuts the page at every token.  What lies between
-two cuts is text.  Ordinary tags, comments, scripts and styles vanish inside the C code of `re`; an ordinary
-`<a href="...">` leaves its address on the way; only the few constructs that carry meaning here (title, meta, base,
-unusual anchors, ...) come back to Python, where html.parser reads their attributes.
+A page is not parsed into a tree but *split*: one regular expression knows the token grammar of the WHATWG tokenizer
+(tags with quoted attributes, comments, raw-text elements, escapes in scripts) and cuts the page at every token.  What
+lies between two cuts is text.  Ordinary tags, comments, scripts and styles vanish inside the C code of `re`; an
+ordinary `<a href="...">` leaves its address on the way; only the few constructs that carry meaning here (title, meta,
+base, unusual anchors, ...) come back to Python, where html.parser reads their attributes.
 
-A page is scanned as UTF-8 bytes, since every byte that matters to the grammar is ASCII: one in another encoding is
-transcoded first, one in UTF-8 is never decoded as a whole.
+A page is scanned as UTF-8 bytes, since every byte that matters to the grammar is ASCII; others are transcoded first.
 
 Promised:
 - No bytes make `parse_page` raise, and its time and memory are linear in their number: all repetition in the
-  patterns is possessive, so nothing backtracks, and nothing is scanned more than a few times.
+  patterns is possessive, so nothing backtracks.
 - A page is worked through in pieces of 256 KiB, longer only where a single construct is longer, so that other
-  threads get their turn at the interpreter every few milliseconds.
+  threads get their turn every few milliseconds.
 - Title, links and words are those of a browser with scripting disabled, wherever they follow from the tokens.
 
 Not promised:
-- There is no tree.  Where a browser moves text out of a table, ignores a stray tag between two words or closes an
-  open <noscript> with its parent, the words at the seam may be counted differently.  An <svg> runs to the next
-  </svg> even if HTML inside it should have ended it; a CDATA section in it is taken for a comment.
+- Where a browser moves text out of a table, ignores a stray tag between two words or closes an open <noscript> with
+  its parent, the words at the seam may be counted differently.  An <svg> runs to the next </svg> even if HTML inside it
+  should have ended it; a CDATA section in it is taken for a comment.
 - A <meta>, <link> or unusually written <a> of more than 256 KiB is passed over.
 
 Every function is pure.  Nothing waits or locks, and nothing is kept between pages but caches of pure functions.
@@ -50,20 +48,14 @@ _BREAK = b"\x1e"  # stands for a line end in extracted text; white space, so it 
 
 # ------------------------------------------------------------------------------------------------- the tokenizer
 
-_BLOCKS = re.findall(
-    r"\w+",
-    """address article aside blockquote br caption center dd details dialog dir div dl dt fieldset figcaption figure
-    footer form h1 h2 h3 h4 h5 h6 header hgroup hr legend li main menu nav ol optgroup option p pre search section
-    select summary table tbody tfoot thead tr ul""",
-)
+_BLOCKS = """address article aside blockquote br caption center dd details dialog dir div dl dt fieldset figcaption
+    figure footer form h1 h2 h3 h4 h5 h6 header hgroup hr legend li main menu nav ol optgroup option p pre search
+    section select summary table tbody tfoot thead tr ul"""
 _POSSESSIVE = re.fullmatch("(?:ab?c)*+a", "aca") is not None  # not so before CPython 3.11.5 (gh-106052)
 
 
 def _many(pattern: str) -> str:
-    """A pattern for any number of repetitions, of which none is given back.
-
-    Where possessive groups do not work, an atomic one means the same, but remembers each repetition to its end.
-    """
+    """A pattern for any number of repetitions, of which none is given back: a possessive group, else an atomic one."""
     return f"(?:{pattern})*+" if _POSSESSIVE else f"(?>(?:{pattern})*)"
 
 
@@ -92,10 +84,7 @@ def _named(names: Iterable[str]) -> str:
 
 
 def _element(name: str, opaque: str = "(?!)", *, closable: bool = False) -> str:
-    """A pattern for an element that runs to the next end tag of its name, except within `opaque` markup.
-
-    If it is `closable`, it may end with "/>" instead.
-    """
+    """A pattern for an element that runs to the next end tag of its name, except within `opaque` markup, or to "/>"."""
     rest = rf"[^<]*+{_many(rf'<(?:{opaque}|(?!/(?i:{name}){_END}))[^<]*+')}</{_TAIL}"
     return rf"{_named([name])}{_TAIL}(?:{'(?<=/>)|' * closable}{rest})"
 
@@ -109,7 +98,7 @@ def _tokenizer(*, foreign: bool = False, blocks: bool = False) -> re.Pattern[byt
     is the grammar within <svg>, where only scripts and styles are raw text, and "/>" ends them; with `blocks`,
     the tags of blocks are specials too.
     """
-    closers = ["noscript", "template", *(_BLOCKS if blocks else ())]
+    closers = ["noscript", "template", *(_BLOCKS.split() if blocks else ())]
     tags = ["a", "base", "body", "frameset", "html", "link", "meta", *closers]
     texts = [] if foreign else ["title", "textarea", "xmp", "iframe", "noembed", "noframes"]
     others = ["script", "style"] if foreign else ["script", "style", "svg", "plaintext"]
@@ -148,12 +137,10 @@ class _TagReader(HTMLParser):
 
 
 def _read_attributes(tag: bytes) -> dict[str, str]:
-    """The undecoded attributes of a start tag without its "<", by html.parser.
-
-    References are kept from it, as its reading of them depends on the version of Python.
-    """
+    """The undecoded attributes of a start tag without its "<", by html.parser."""
     reader = _TagReader()
     reader.attributes = {}
+    # how it reads references depends on the version of Python
     reader.feed("<" + tag.decode("utf-8", "replace").replace("&", "&amp;"))
     return reader.attributes
 
@@ -162,24 +149,23 @@ def _plain_attributes(tag: bytes) -> dict[str, str] | None:
     """The same for the usual ways to write a tag, in a third of the time; None for any other."""
     if not _PLAIN_TAG.fullmatch(tag):
         return None
-    found = reversed(_PLAIN_ATTRIBUTE.findall(tag))
-    return {name.lower().decode(): (a or b or c).decode("utf-8", "replace") for name, a, b, c in found}
+    matches = reversed(_PLAIN_ATTRIBUTE.findall(tag))
+    return {name.lower().decode(): (a or b or c).decode("utf-8", "replace") for name, a, b, c in matches}
 
 
 def _attributes(tag: bytes) -> dict[str, str]:
     """A start tag's attributes, the first of each name, names in lower case; {} if it is unfinished or too long."""
     if len(tag) > _TAG_LIMIT:
         return {}
-    found = _plain_attributes(tag)
-    if found is None:
-        found = _read_attributes(tag) if _TAG.fullmatch(tag) else {}
-    return {name: _unescape_attribute(value) for name, value in found.items()} if b"&" in tag else found
+    attributes = _plain_attributes(tag)
+    if attributes is None:
+        attributes = _read_attributes(tag) if _TAG.fullmatch(tag) else {}
+    return {name: _unescape_attribute(value) for name, value in attributes.items()} if b"&" in tag else attributes
 
 
 def _name(tag: bytes) -> bytes:
     """The name of a special in lower case, after a "/" if it is an end tag."""
-    match = _NAME.match(tag)
-    return match[0].lower() if match else b""
+    return match[0].lower() if (match := _NAME.match(tag)) else b""
 
 
 def _content(tag: bytes) -> bytes:
@@ -319,10 +305,7 @@ def _is_canonical(origin: str) -> bool:
 
 
 def is_normal(url: str) -> bool:
-    """Whether an http(s) URL is sure to be as the URL standard writes it, so that normalising it changes nothing.
-
-    No call of ada says so, for each of these makes a thread give up the interpreter.
-    """
+    """Whether an http(s) URL is sure to be as the URL standard writes it, so that normalising it changes nothing."""
     plain = _PLAIN_URL.fullmatch(url)
     return plain is not None and plain[1] is not None and _is_canonical(plain[1])
 
@@ -330,16 +313,15 @@ def is_normal(url: str) -> bool:
 def _resolve(base: str | None, hrefs: Collection[bytes | str]) -> list[str | None]:
     """The http(s) URLs without fragment, or None, that the hrefs mean: raw bytes, or strings decoded already.
 
-    It returns what `_join` does for each.  But a call for each is most of the time that a page takes: so all go
-    through one search, and for the usual addresses a prefix is all that it takes.  What stands between them is the
-    one character that none can have: the HTML standard replaces it.
+    What `_join` returns for each, but in one search for all: for the usual addresses a prefix is all that it takes.
+    Between them stands the one character that none can have, for the HTML standard replaces it.
     """
     if not hrefs:
         return []
     raw = [href if isinstance(href, bytes) else href.replace("&", "&amp;").encode("utf-8", "replace") for href in hrefs]
     text = b"\0".join(raw).decode("utf-8", "replace")
     if text.count("\0") >= len(raw):
-        text = b"\0".join([href.replace(b"\0", b"\xef\xbf\xbd") for href in raw]).decode("utf-8", "replace")
+        text = b"\0".join([href.replace(b"\0", "\ufffd".encode()) for href in raw]).decode("utf-8", "replace")
     if "&" in text:
         text = _unescape_attribute(text)
     scheme = root = folder = ""
@@ -354,11 +336,10 @@ def _resolve(base: str | None, hrefs: Collection[bytes | str]) -> list[str | Non
             urls.append(address)
         elif origin and base and _is_canonical(scheme + origin):
             urls.append(scheme + address)
+        elif base and other.startswith("#"):
+            urls.append(base)
         elif origin or other or not base:
-            if base and other.startswith("#"):
-                url: str | None = base
-            else:
-                url = None if _FOREIGN.match(other) else _join(base, address or other)
+            url = None if _FOREIGN.match(other) else _join(base, address or other)
             urls.append(url and url.partition("#")[0])
         elif not relative:
             urls.append((root if address else base) + address)
@@ -405,9 +386,8 @@ class _Scan:
     def _split(self, page: bytes, *, foreign: bool = False) -> None:
         """Tokenize the page piece by piece.
 
-        A piece ends where a token or a new word begins, unless some construct is open there.  Then this construct
-        comes out unfinished, as the last special, and the next piece begins with it; if this one did so too, the
-        next one may be twice as long, so that the work stays linear.
+        A construct that is open at the end of a piece comes out unfinished, as the last special, and the next piece
+        begins with it; if this one did so too, the next may be twice as long, so that the work stays linear.
         """
         split = _tokenizer(foreign=foreign, blocks=self._blocks).split
         start, size = 0, _PIECE
@@ -487,8 +467,8 @@ class _Scan:
                 case "robots":
                     self.robots += filter(None, map(str.strip, content.lower().split(",")))
                 case agent if refusing and _AGENT.fullmatch(agent):
-                    found = map(str.strip, content.lower().split(","))
-                    self.agent_robots += [f"{agent}: {directive}" for directive in found if directive in _REFUSALS]
+                    asked = map(str.strip, content.lower().split(","))
+                    self.agent_robots += [f"{agent}: {directive}" for directive in asked if directive in _REFUSALS]
         elif name == b"link" and (b"canonical" in lower or b"alternate" in lower):
             attributes = _attributes(tag)
             rel = attributes.get("rel", "").lower().split()
@@ -504,7 +484,7 @@ class _Scan:
 
 
 def _cut(page: bytes, start: int, size: int) -> int:
-    """Where a piece of at most `size` bytes from `start` may end, more bytes if there is no such place."""
+    """Where a piece of about `size` bytes from `start` ends: before a token or a new word."""
     if len(page) - start <= size:
         return len(page)
     for mark in (b"</", b" ", b"\n", b"<"):
@@ -520,7 +500,7 @@ def _cut(page: bytes, start: int, size: int) -> int:
 
 @dataclass(slots=True)
 class Page:
-    """What `parse_page` found.  URLs are absolute, http or https, without fragment.
+    """What `parse_page` returns.  URLs are absolute, http or https, without fragment.
 
     A page holds on to the body that it was made from until `text` has been read: keep fields, not pages.
     """
@@ -543,8 +523,7 @@ class Page:
     def text(self) -> str:
         """The visible text, extracted when first asked for: words between blanks, blocks on lines of their own.
 
-        It has the words that `word_count` counts: each text node's for itself, so "foo<b>bar</b>" is two words,
-        and none of script, style, noscript, template and the head.
+        It has the words that `word_count` counts: each text node's for itself, so "foo<b>bar</b>" is two words.
         """
         body = self._body  # read before `_text`, since another thread may set this one and then drop that one
         if self._text is None:
@@ -556,10 +535,10 @@ class Page:
 
 
 def parse_page(body: bytes, url: str, content_type: str | None = None) -> Page:
-    """Read one HTML page; never raises, whatever the bytes.
+    """The facts of one HTML page; never raises, whatever the bytes.
 
-    `url` is where the page came from, redirects followed, and what relative links start from; if it is no http(s)
-    URL, only absolute links are found.  `content_type` is the HTTP header, read for its charset.
+    `url` is where the page came from, redirects followed; if it is no http(s) URL, only absolute links are found.
+    `content_type` is the HTTP header, read for its charset.
     """
     encoding = _sniff(body, content_type)
     scan = _Scan(_transcode(body, encoding))

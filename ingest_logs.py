@@ -38,7 +38,7 @@ from runtime.embedded import Embedded
 from runtime.loop import STOPPING, beside, new_loop
 from runtime.options import EXIT_FAILED, SIZES, CannotStart, Parser, address, checked, size, split_address
 from runtime.postgres import check_url
-from runtime.shell import Wiring, around, run, shown_address
+from runtime.shell import Wiring, prepared_process, run, shown_address
 from runtime.stderr import say
 
 log = logging.getLogger("ingest")
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The whole program. Returns the exit code."""
     args, options = parse_arguments(argv, os.environ)
     if args.worker is not None:
-        with around(NAME, log):
+        with prepared_process(NAME, log):
             return run_worker(args.worker)
 
     demo = LogDemo(options, args.demo_seconds, args.demo_rate) if args.demo else None

@@ -56,7 +56,7 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from types import CoroutineType, TracebackType
-from typing import Any, Generic, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, NoReturn
 
 from coordination import Clock, FairCondition, K, Rng, T, Waiter, new_lock, stats_repr
 
@@ -78,11 +78,10 @@ class CircuitOpen(Exception):
         return f"circuit {self.name} is open for another {self.retry_after:.3g} s"
 
 
-def _refuse_coroutine(result: object, verb: str) -> None:
-    """Making a coroutine is no success: ``TypeError`` if that is all that a call did."""
-    if type(result) is CoroutineType:
-        result.close()
-        raise TypeError(f"the call made a coroutine, which nobody awaits: use {verb}")
+def _refuse(coroutine: Any, verb: str) -> NoReturn:
+    """Making a coroutine is no answer, if that is all that a call did."""
+    coroutine.close()
+    raise TypeError(f"the call made a coroutine, which nobody awaits: use {verb}")
 
 
 def _matches(error: BaseException, on: RetryOn) -> bool:
@@ -276,7 +275,7 @@ def retry(
                 raise
         else:
             if type(result) is CoroutineType:
-                _refuse_coroutine(result, "retry_async")
+                _refuse(result, "retry_async")
             return result
         sleep(delay)
 
@@ -692,7 +691,7 @@ class SingleFlight:
         try:
             value = load()
             if type(value) is CoroutineType:
-                _refuse_coroutine(value, "the async twin")
+                _refuse(value, "do_async")
             answer = _Answer(value)
             return value
         except Exception as error:
@@ -783,6 +782,7 @@ class TTLCacheStats(NamedTuple):
     weight: float
     hits: int
     misses: int
+    """Of ``get`` and ``lookup``."""
     evicted: int
     loading: int
 
@@ -950,12 +950,12 @@ class TTLCache(Generic[K, T]):
 
         If it fails, all who wait get the error; nothing is kept of that.
         """
-        found: Any = self.get(key, _ABSENT)
+        found = self._fresh(key)
         return self._flights.do(key, lambda: self._load(key, load)) if found is _ABSENT else found
 
     async def get_or_load_async(self, key: K, load: Callable[[], Awaitable[T]], *, anew: bool = False) -> T:
         """``get_or_load`` for tasks. ``anew``: load though it is fresh, unless that is under way."""
-        found: Any = _ABSENT if anew else self.get(key, _ABSENT)
+        found = _ABSENT if anew else self._fresh(key)
         if found is not _ABSENT:
             return found  # type: ignore[no-any-return]
         return await self._flights.do_async(key, lambda: self._load_async(key, load, anew))
@@ -965,16 +965,21 @@ class TTLCache(Generic[K, T]):
         return self._flights.loading(key)
 
     def _fresh(self, key: K) -> Any:
-        """Its value, or ``_ABSENT``: between a caller's look and its load another load may have come and gone."""
+        """Its value, or ``_ABSENT``: asked for by who leads, too, since another load may have come and gone."""
         with self._lock:
             entry = self._entries.get(key)
-            return entry.value if entry is not None and self._clock() < entry.fresh_until else _ABSENT
+            if entry is None or self._clock() >= entry.fresh_until:
+                return _ABSENT
+            self._entries.move_to_end(key)
+            self._hits += 1
+            return entry.value
 
     def _load(self, key: K, load: Callable[[], T]) -> T:
         generation, value = self.generation(key), self._fresh(key)
         if value is _ABSENT:
             value = load()
-            _refuse_coroutine(value, "get_or_load_async")
+            if type(value) is CoroutineType:
+                _refuse(value, "get_or_load_async")
             self.put(key, value, generation=generation)
         return value  # type: ignore[no-any-return]
 
@@ -990,7 +995,9 @@ class TTLCache(Generic[K, T]):
 
     def __contains__(self, key: K) -> bool:
         """Whether ``key`` is there and fresh; changes nothing."""
-        return self._fresh(key) is not _ABSENT
+        with self._lock:
+            entry = self._entries.get(key)
+            return entry is not None and self._clock() < entry.fresh_until
 
     def stats(self) -> TTLCacheStats:
         loading = self._flights.stats().flights

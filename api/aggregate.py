@@ -1,8 +1,7 @@
 """``GET /aggregate`` and ``POST /cache/invalidate``: what the API is for.
 
 A request asks all its sources at once (``gather``). What the caches know is taken at once; for the rest it waits, until
-its deadline, for loads that go on without it. The assembled answer is kept for ``KEPT`` seconds, unless something
-changed while it was being made: it may then be from before an invalidation.
+its deadline, for loads that go on without it. The assembled answer is kept, unless something changed meanwhile.
 """
 
 from __future__ import annotations
@@ -18,60 +17,53 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.config import Key
-from api.requests import (
-    Problem,
-    authorised,
-    check,
-    known_sources,
-    names_in,
-    query_of,
-    reply,
-    service_of,
-    sources_of,
-    whole_number,
-)
+from api.requests import Problem, authorised, check, known_sources, names_in, query_of, reply, service_of, whole_number
 from api.service import KEPT, KeptAnswer
 from api.upstreams import Loaded, Part, Source
+from coordination import fan_out
 
-DEADLINE_MS = 1, 1000, 30_000
-"""The least, usual and greatest ``deadline_ms``."""
+DEADLINE_MS = 1, 1000, 30_000  # the least, usual and greatest ``deadline_ms``
 
 
-def wanted(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Source], dict[str, str], float]:
-    """The sources and parameters of a request, and its deadline in seconds. ``Problem`` if something is not there."""
+def parse_request(request: Request, names: Sequence[str] | None) -> tuple[dict[str, Source], dict[str, str], float]:
+    """The sources (None: those of the query) and parameters of a request, and its deadline in seconds.
+
+    Raises ``Problem`` if something is unknown."""
     query = query_of(request)
     allowed = {"deadline_ms"}
     if names is None:
-        names = names_in(query, request)
+        names = names_in(query)
         allowed.add("sources")
-    chosen = known_sources(request, names)
-    check(query, allowed.union(*(source.upstream.parameters for source in chosen.values())))
-    return chosen, query, whole_number(query, "deadline_ms", *DEADLINE_MS) / 1000
+    sources = known_sources(request, names)
+    check(query, allowed.union(*(source.upstream.parameters for source in sources.values())))
+    return sources, query, whole_number(query, "deadline_ms", *DEADLINE_MS) / 1000
 
 
 async def gather(sources: Mapping[str, Source], given: Mapping[str, str], deadline: float) -> dict[str, Part]:
-    """A part for each source, after ``deadline`` seconds at the latest. Loads go on (``fan_out`` would cancel them)."""
+    """A part for each source, after ``deadline`` seconds at the latest. Loads go on."""
     parts: dict[str, Part | None] = {}
-    loads: dict[str, tuple[Key, asyncio.Task[Loaded]]] = {}
+    keys: dict[str, Key] = {}
+    loads: dict[str, asyncio.Task[Loaded]] = {}
     for name, source in sources.items():
-        key = source.key(given)
-        parts[name], load = source.known(key)
+        keys[name] = source.key(given)
+        parts[name], load = source.known(keys[name])
         if load is not None:
-            loads[name] = key, load
-    if loads:
-        await asyncio.wait([load for _, load in loads.values()], timeout=deadline)
-    return {name: part if part is not None else sources[name].outcome(*loads[name]) for name, part in parts.items()}
+            loads[name] = load
+    ended = await fan_out(loads, deadline, cancel=False)
+    return {name: part or sources[name].outcome(keys[name], ended[name]) for name, part in parts.items()}
 
 
 async def aggregate(request: Request) -> Response:
     """``/aggregate`` and ``/aggregate/{source}``: 200 if any source has data, else 503 with Retry-After."""
     started = time.monotonic()
     service, one = service_of(request), request.path_params.get("source")
-    sources, given, deadline = wanted(request, None if one is None else [one])
+    sources, given, deadline = parse_request(request, None if one is None else [one])
     changes = service.changes
     parts = await gather(sources, given, deadline)
     states = request.scope["states"] = {name: part.state for name, part in parts.items()}
-    service.count(states)
+    counted = [(sources[name].answers, state) for name, state in states.items()]
+    for answers, state in counted:
+        answers[state] += 1
     shown = {name: part.shown() for name, part in parts.items()}
     answer = {
         "partial": not all(state in ("fresh", "stale") for state in states.values()),
@@ -100,29 +92,19 @@ async def aggregate(request: Request) -> Response:
     if unchanged and set(states.values()) <= {"fresh", "stale"} and request.method == "GET":
         left = started + min(KEPT, *(part.expires_in for part in parts.values())) - time.monotonic()
         if left > 0:
-            kept, asked = KeptAnswer(response.raw_headers, bytes(response.body), states), request.scope
+            kept, asked = KeptAnswer(response.raw_headers, bytes(response.body), states, counted), request.scope
             service.kept.put((asked["path"], asked["query_string"]), kept, ttl=left, weight=len(kept.body))
     return response
 
 
 async def invalidate(request: Request) -> Response:
-    """Forget all answers, those of ``?source=``, or that for its parameters too; whoever asks next is answered anew."""
+    """``/cache/invalidate``: forgets all answers, those of ``?source=``, or that for its parameters too."""
     authorised(request)
-    sources, query = sources_of(request), query_of(request)
+    query = query_of(request)
     name = query.pop("source", None)
-    if name is None:
-        check(query, ("source",))
-        for source in sources.values():
-            source.forget()
-        return forgotten(request, sorted(sources))
-    if name not in sources:
-        raise Problem(404, f"unknown source {name[:50]}", sources=sorted(sources))
-    source = sources[name]
-    check(query, source.upstream.parameters)
-    source.forget(source.key(query) if query else None)
-    return forgotten(request, [name])
-
-
-def forgotten(request: Request, names: list[str]) -> Response:
-    service_of(request).events.publish("invalidate", {"sources": names})
-    return reply({"invalidated": names})
+    sources = known_sources(request, None if name is None else [name])
+    check(query, ("source",) if name is None else sources[name].upstream.parameters)
+    for source in sources.values():
+        source.forget(source.key(query) if query else None)
+    service_of(request).events.publish("invalidate", {"sources": sorted(sources)})
+    return reply({"invalidated": sorted(sources)})

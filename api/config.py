@@ -1,7 +1,7 @@
 """What the configuration says of the upstreams: a table of TOML for each, checked to the last value.
 
-What is wrong is one line that names it (``ConfigError``), at the start. A parameter is part of a path segment or of a
-query value; it can change neither the host nor the path. Pure: the text and the environment are arguments.
+What is wrong is one line that names it (``ConfigError``). A parameter is part of a path segment or of a query value; it
+can change neither the host nor the path. Pure: the text and the environment are arguments.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from urllib.parse import quote, urlsplit
 
 import orjson
 
+# Parameters of the API itself, which those of an upstream would hide.
 RESERVED = frozenset(("source", "sources", "deadline_ms", "limit", "before", "hours"))
-"""Parameters of the API itself, which those of an upstream would hide."""
 MOST = {"max_bytes": 5e6, "timeout": 60.0, "keys": 1e5, "retries": 10, "concurrency": 1000, "failures": 1000}
 """The greatest values in a configuration. To read 5 MB of JSON keeps the event loop for about 25 ms."""
-Key = tuple[str, ...]
-"""The values of an upstream's parameters, in their order."""
+Key = tuple[str, ...]  # the values of an upstream's parameters, in their order
 
 
 class ConfigError(ValueError):
@@ -72,7 +71,7 @@ class Upstream:
 
         def filled(part: Any) -> Any:
             if isinstance(part, str):
-                return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), part)
+                return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), part)
             if isinstance(part, list):
                 return [filled(inner) for inner in part]
             return {name: filled(inner) for name, inner in part.items()} if isinstance(part, dict) else part
@@ -100,7 +99,7 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,40}", name):
         raise ConfigError(f"{name!r}: a name is made of up to 41 letters, digits, _ and -, and begins with a letter")
     known = {field.name for field in dataclasses.fields(Upstream)} - {"name"}
-    whole = dict.fromkeys(("retries", "failures", "concurrency", "max_bytes", "keys"), int)
+    whole = ("retries", "failures", "concurrency", "max_bytes", "keys")
     given: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
@@ -108,12 +107,10 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
         if key in ("parameters", "headers"):
             if not isinstance(value, dict) or not all(isinstance(v, (str, int, float)) for v in value.values()):
                 raise ConfigError(f"{name}.{key}: a table of names and texts is needed")
-            reserved = RESERVED.intersection(value) if key == "parameters" else ()
-            if reserved:
+            if key == "parameters" and (reserved := RESERVED.intersection(value)):
                 raise ConfigError(f"{name}.parameters: {', '.join(sorted(reserved))} means something to the API itself")
-            given[key] = {inner: str(text) for inner, text in value.items()}
-            continue
-        if key in ("url", "keep", "method"):
+            value = {inner: str(text) for inner, text in value.items()}
+        elif key in ("url", "keep", "method"):
             if not isinstance(value, str):
                 raise ConfigError(f"{name}.{key}: a text is needed, not {value!r}")
             if key == "method" and value not in ("GET", "POST"):
@@ -124,8 +121,7 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
             except TypeError as error:  # a whole number of more than 64 bits, say
                 raise ConfigError(f"{name}.{key}: no JSON: {error}") from None
         else:
-            number = isinstance(value, int if key in whole else (int, float)) and not isinstance(value, bool)
-            if not number:
+            if not isinstance(value, int if key in whole else (int, float)) or isinstance(value, bool):
                 raise ConfigError(f"{name}.{key}: a {'whole ' * (key in whole)}number is needed, not {value!r}")
             least = 0 if key in ("retries", "stale", "stale_if_error", "hedge") else 1 if key in whole else 0.001
             most = MOST.get(key, 1e9)
@@ -161,24 +157,8 @@ def _check_url(upstream: Upstream) -> None:
 
 
 DEMO = """
-[weather]
-url = "{base}/api/weather?city={{city}}"
-parameters = {{ city = "Berlin" }}
-ttl = 5
-
-[rates]
-url = "{base}/api/rates/{{currency}}"
-parameters = {{ currency = "EUR" }}
-keep = "rates"
-
-[news]
-url = "{base}/api/news"
-keep = "items"
-ttl = 20
-
-[flaky]
-url = "{base}/api/flaky"
-ttl = 2
-retries = 0
-fallback = {{ note = "nothing better is known" }}
+weather = {{ url = "{base}/api/weather?city={{city}}", parameters = {{ city = "Berlin" }}, ttl = 5 }}
+rates = {{ url = "{base}/api/rates/{{currency}}", parameters = {{ currency = "EUR" }}, keep = "rates" }}
+news = {{ url = "{base}/api/news", keep = "items", ttl = 20 }}
+flaky = {{ url = "{base}/api/flaky", ttl = 2, retries = 0, fallback = {{ note = "nothing better is known" }} }}
 """

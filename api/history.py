@@ -1,10 +1,8 @@
 """What the aggregation API keeps of its upstreams: the result of each load, in PostgreSQL.
 
-``keep`` returns at once: rows go through a ``Writer``, whose promises hold here (bounded; what was taken is written
-once; while there is no database, what finds the queue full is counted as lost). ``latest``, ``page``, ``outcomes`` and
+``keep`` returns at once: rows go through a ``Writer``, whose promises hold here. ``latest``, ``page``, ``outcomes`` and
 ``forget`` ask the database, and raise ``Unavailable`` while it is away; what they read is bounded in rows and bytes.
-
-Everything runs in the event loop; there is no lock.
+All of it runs in the event loop; there is no lock.
 """
 
 from __future__ import annotations
@@ -37,22 +35,18 @@ CREATE TABLE IF NOT EXISTS upstream_results (
 CREATE INDEX IF NOT EXISTS upstream_results_by_time ON upstream_results (source, fetched_at DESC);
 CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results (fetched_at);
 """
-RECENT = 20_000
-"""Results of one source among which a start looks for the last of each combination of parameters."""
+RECENT = 20_000  # results of one source among which a start looks for the last of each combination of parameters
 
 
 class Result(NamedTuple):
-    """What a call to an upstream came to."""
+    """The result of a load."""
 
     source: str
-    parameters: str
-    """A JSON object."""
+    parameters: str  # a JSON object
     fetched_at: datetime
-    latency: float
-    """Seconds."""
+    latency: float  # seconds
     status: str
-    payload: str | None
-    """JSON."""
+    payload: str | None  # JSON
 
 
 class History:
@@ -64,7 +58,7 @@ class History:
         self.writer: Writer[tuple[int, Result]] = Writer(database, self._insert)
 
     def keep(self, result: Result) -> None:
-        """Have ``result`` written, soon. Without a database there is nothing to keep it in, and nothing is counted."""
+        """Queue ``result`` to be written. Without a database nothing is kept, and nothing counted."""
         if self._database.server is not None:
             size = sys.getsizeof(result.payload) + sys.getsizeof(result.parameters) + 200
             self.writer.offer((next(self._serial), result), size)
@@ -84,7 +78,6 @@ class History:
         """The last good result for each combination of parameters, none older than ``within`` seconds, latest first.
 
         Of the last ``RECENT`` good ones; at most ``limit``, and none after those that hold ``max_bytes`` together.
-        Their payloads are read only when they are chosen.
         """
         query = (
             "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
@@ -125,10 +118,7 @@ class History:
         return results, len(results) > limit  # all at one time at the end: whether there are more was not to be seen
 
     async def outcomes(self, source: str, since: datetime, limit: int) -> tuple[array[float], array[float], list[str]]:
-        """Times (seconds since 1970), latencies (seconds) and statuses of the last ``limit`` results, oldest first.
-
-        In portions, so that the event loop is never held for long.
-        """
+        """Times (seconds since 1970), latencies (seconds) and statuses of the last ``limit`` results, oldest first."""
         times, latencies, statuses = array("d"), array("d"), list[str]()
         async with self._database.connection() as connection, connection.transaction(readonly=True):
             cursor = await connection.cursor(
@@ -138,7 +128,7 @@ class History:
                 since,
                 limit,
             )
-            while rows := await cursor.fetch(1000):
+            while rows := await cursor.fetch(1000):  # in portions, so that the event loop is never held for long
                 for when, latency, status in rows:
                     times.append(when)
                     latencies.append(latency)
@@ -148,8 +138,8 @@ class History:
         return times, latencies, statuses
 
     async def forget(self, older_than: float, batch: int = 5000) -> int:
-        """Delete what is older than ``older_than`` seconds, in batches, so that nobody waits long. How many."""
-        before, gone = datetime.now(UTC) - timedelta(seconds=older_than), 0
+        """Delete what is older than ``older_than`` seconds, in batches, so that nobody waits long; returns how many."""
+        before, deleted = datetime.now(UTC) - timedelta(seconds=older_than), 0
         while True:
             async with self._database.connection() as connection:
                 status = await connection.execute(  # by place: a join with the whole table would scan it each time
@@ -159,6 +149,6 @@ class History:
                     batch,
                 )
             count = int(status.split()[-1])
-            gone += count
+            deleted += count
             if count < batch:
-                return gone
+                return deleted

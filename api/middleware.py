@@ -40,8 +40,8 @@ def refused(wait: float, query: int, headers: int, body: int) -> Problem | None:
 
 
 class Aggregator(Starlette):
-    """What every request passes first: it gets an id (or keeps a good one), its client a token, or 429; its sizes are
-    bounded. The server has read the headers by then: what they may cost it is for the server, or a proxy, to bound.
+    """The application behind what every request passes first: it gets an id (or keeps a good one), its client a token,
+    or 429; its sizes are bounded. The server has read the headers by then: to bound them there is for it, or a proxy.
 
     The id is sent upstream as ``X-Request-ID`` by the load that the request began, and comes back with the answer.
     What was answered a moment ago is answered here, without a route or a response being made.
@@ -55,6 +55,7 @@ class Aggregator(Starlette):
         self.service: Service | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request (ASGI)."""
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
@@ -76,12 +77,13 @@ class Aggregator(Starlette):
         if plain and not wait and service is not None and size <= MAX_HEADERS:
             kept = service.kept.get((scope["path"], scope["query_string"]))
             if kept is not None:
-                service.count(kept.states)
+                for answers, state in kept.counted:
+                    answers[state] += 1
                 headers = [*kept.headers, (b"x-request-id", identity)]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 await send({"type": "http.response.body", "body": kept.body})
-                if service.log.wanted:
-                    self._note(service, scope, identity, client, started, 200, kept.states)
+                scope["states"] = kept.states
+                self._note(scope, identity, client, started, 200)
                 return
         status = 500
 
@@ -101,31 +103,25 @@ class Aggregator(Starlette):
                 await super().__call__(scope, receive, answer)
         finally:
             request_id.reset(token)
-            if service is not None and service.log.wanted:
-                self._note(service, scope, identity, client, started, status, scope.get("states"))
+            self._note(scope, identity, client, started, status)
 
-    def _note(
-        self,
-        service: Service,
-        scope: Scope,
-        identity: bytes,
-        client: str,
-        started: float,
-        status: int,
-        states: dict[str, str] | None,
-    ) -> None:
-        fields = {
-            "client": client,
-            "method": scope["method"],
-            "path": scope["path"],
-            "query": scope["query_string"].decode("latin-1"),
-            "status": status,
-            "duration_ms": round((time.monotonic() - started) * 1000, 3),
-            "sources": states,
-        }
-        service.log.note("request", identity.decode(), fields)
+    def _note(self, scope: Scope, identity: bytes, client: str, started: float, status: int) -> None:
+        if self.service is not None and self.service.log.wanted:
+            fields = {
+                "client": client,
+                "method": scope["method"],
+                "path": scope["path"],
+                "query": scope["query_string"].decode("latin-1"),
+                "status": status,
+                "duration_ms": round((time.monotonic() - started) * 1000, 3),
+                "sources": scope.get("states"),
+            }
+            self.service.log.note("request", identity.decode(), fields)
 
     def _wait(self, client: str) -> float:
-        """0.0: the client may ask; else the seconds until it may."""
-        bucket = self._buckets.get_or_load(client, lambda: TokenBucket(self._rate, CLIENT_BURST))
+        """Seconds until the client may ask; 0.0: it may."""
+        bucket = self._buckets.get(client)
+        if bucket is None:
+            bucket = TokenBucket(self._rate, CLIENT_BURST)
+            self._buckets.put(client, bucket)
         return 0.0 if bucket.try_acquire() else max(bucket.wait_for(), 0.001)

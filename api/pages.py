@@ -1,8 +1,7 @@
 """The other routes: the dashboard, events, health and metrics, and what is asked of the past.
 
-Health, metrics and events say what the event loop knows, and wait for nothing. ``/history`` and ``/report`` wait for
-PostgreSQL, ``HISTORY_LIMIT`` and ``REPORT_LIMIT`` seconds at most, and answer 503 while it is away. ``/report`` needs
-all three layers: rows in the event loop, hosts in threads, figures in processes.
+Health, metrics and events wait for nothing. ``/history`` and ``/report`` wait for PostgreSQL and answer 503 while it is
+away. ``/report`` needs all three layers: rows in the event loop, hosts in threads, figures in processes.
 """
 
 from __future__ import annotations
@@ -27,26 +26,23 @@ from starlette.responses import Response, StreamingResponse
 
 from api.report import Columns, summarise
 from api.requests import Problem, check, known_sources, names_in, parse_time, query_of, reply, service_of, whole_number
-from api.service import REPORTS, log
+from api.service import log
+from coordination import fan_out
 from runtime.postgres import Unavailable
 from runtime.processes import PoolClosed, WorkerDied
 
-STREAMS = 100
-"""Streams of events at a time."""
+STREAMS = 100  # streams of events at a time
+# What a report says of a host that took too long.
 UNSEEN = dict.fromkeys(("name", "address", "dns_ms", "connect_ms", "certificate_days")) | {"error": "timeout"}
-"""What a report says of a host that took too long."""
-OUTCOMES = 20_000
-"""Results of one source that a report takes into account: the last ones."""
-HOURS = 1, 24, 168
-HISTORY = 1, 100, 1000
-"""The least, usual and greatest ``hours`` of a report, and ``limit`` of a page."""
-PAGE_BYTES = 4_000_000
-"""A page of the history ends early when it holds so much."""
-HISTORY_LIMIT, REPORT_LIMIT = 5.0, 8.0
-"""Seconds that a page of the history, or a report, may take."""
+OUTCOMES = 20_000  # results of one source that a report takes into account: the last ones
+HOURS = 1, 24, 168  # the least, usual and greatest ``hours`` of a report
+HISTORY = 1, 100, 1000  # the same of ``limit`` of a page of the history
+PAGE_BYTES = 4_000_000  # a page of the history ends early when it holds so much
+HISTORY_LIMIT, REPORT_LIMIT = 5.0, 8.0  # seconds that a page of the history, or a report, may take
 
 
 async def health(request: Request) -> Response:
+    """``/health``: the state of everything."""
     service = service_of(request)
     sources = {name: source.health() for name, source in service.sources.items()}
     database, writer = service.database.stats(), service.history.writer.stats()
@@ -74,33 +70,35 @@ async def health(request: Request) -> Response:
 
 
 async def alive(_: Request) -> Response:
+    """``/health/live``: 200."""
     return reply({"status": "ok"})
 
 
 async def ready(request: Request) -> Response:
-    """Whether to send requests here. A database that is away is no reason not to."""
+    """``/health/ready``: 503 from the signal to stop on. A database that is away is no reason."""
     if service_of(request).stopping:
         raise Problem(503, "stopping", {"Retry-After": "5"})
     return reply({"status": "ok"})
 
 
 async def metrics(request: Request) -> Response:
+    """``/metrics``, for Prometheus."""
     return Response(generate_latest(service_of(request).registry), media_type=CONTENT_TYPE_LATEST)
 
 
 async def events(request: Request) -> Response:
-    """A stream of server-sent events (WHATWG HTML, 9.2), which goes on after ``Last-Event-ID``."""
-    told = service_of(request).events
-    if told.streams >= STREAMS:
+    """``/events``: a stream of server-sent events (WHATWG HTML, 9.2), which goes on after ``Last-Event-ID``."""
+    published = service_of(request).events
+    if published.streams >= STREAMS:
         raise Problem(503, "too many streams", {"Retry-After": "5"})
     last = request.headers.get("Last-Event-ID", "")
     after = int(last) if re.fullmatch(r"[0-9]{1,18}", last, re.A) else None
-    return StreamingResponse(told.stream(after), headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
+    headers = {"Cache-Control": "no-store"}
+    return StreamingResponse(published.stream(after), headers=headers, media_type="text/event-stream")
 
 
 @contextlib.contextmanager
-def history_or_503() -> Iterator[None]:
-    """For what needs the history: 503 while there is none."""
+def _history_or_503() -> Iterator[None]:
     try:
         yield
     except (Unavailable, TimeoutError) as error:
@@ -112,14 +110,14 @@ def history_or_503() -> Iterator[None]:
 
 
 async def history(request: Request) -> Response:
-    """``/history/{source}``: what its calls came to, the latest first, a page at a time."""
+    """``/history/{source}``: the results of its calls, the latest first, a page at a time."""
     name = request.path_params["source"]
     source, query = known_sources(request, [name])[name], query_of(request)
     check(query, {"limit", "before", *source.upstream.parameters})
     limit = whole_number(query, "limit", *HISTORY)
     given = {key: value for key, value in query.items() if key in source.upstream.parameters}
     before = parse_time(query.get("before", "9999-01-01T00:00:00Z"), "before")
-    with history_or_503():
+    with _history_or_503():
         async with asyncio.timeout(HISTORY_LIMIT):
             kept = service_of(request).history
             shown, more = await kept.page(name, orjson.dumps(given).decode(), before, limit, PAGE_BYTES)
@@ -137,43 +135,42 @@ async def history(request: Request) -> Response:
         }
         for result in shown
     ]
-    return reply({"source": name, "results": rows, "next": following}, headers={"Cache-Control": "no-store"})
+    return reply({"source": name, "results": rows, "next": following}, {"Cache-Control": "no-store"})
 
 
 async def report(request: Request) -> Response:
-    """The three layers: the history from the event loop, hosts inspected in threads, figures computed in a process."""
+    """``/report``: the history is read in the event loop, hosts are inspected in threads, a process computes."""
     service, query = service_of(request), query_of(request)
-    names = list(known_sources(request, names_in(query, request)))
+    names = list(known_sources(request, names_in(query)))
     check(query, ("hours", "sources"))
     hours = whole_number(query, "hours", *HOURS)
     since, until = datetime.now(UTC) - timedelta(hours=hours), time.monotonic() + REPORT_LIMIT
-    if service.reports >= REPORTS:
+    if not service.reports.try_acquire():
         raise Problem(503, "too many reports", {"Retry-After": "2"})
-    service.reports += 1
     try:
-        with history_or_503():
+        with _history_or_503():
             async with asyncio.timeout(REPORT_LIMIT):
                 rows = {name: Columns(*await service.history.outcomes(name, since, OUTCOMES)) for name in names}
-                looks = {name: service.look(name) for name in names}
+                tasks = {name: service.inspection(name) for name in names}
                 figures = await service.processes.run(summarise, rows, timeout=REPORT_LIMIT)
-        if looks:  # whose name is not found in time is no reason to say nothing at all
-            await asyncio.wait(looks.values(), timeout=max(0.0, until - time.monotonic()))
+        # whose name is not found in time is no reason to say nothing at all
+        hosts = await fan_out(tasks, max(0.001, until - time.monotonic()), cancel=False)
     except (PoolClosed, WorkerDied):
         raise Problem(503, "no report could be computed", {"Retry-After": "2"}) from None
     finally:
-        service.reports -= 1
-    hosts = {name: look.result() if look.done() and not look.cancelled() else UNSEEN for name, look in looks.items()}
-    said = {name: {**figures[name], "host": hosts[name]} for name in names}
+        service.reports.release()
+    shown = {name: {**figures[name], "host": hosts[name].value or UNSEEN} for name in names}
     generated_at = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return reply({"generated_at": generated_at, "hours": hours, "sources": said}, headers={"Cache-Control": "no-store"})
+    return reply({"generated_at": generated_at, "hours": hours, "sources": shown}, {"Cache-Control": "no-store"})
 
 
 async def openapi(request: Request) -> Response:
+    """``/openapi.json``."""
     return Response(request.app.state.openapi, media_type="application/json")
 
 
 def dashboard_page() -> Callable[[Request], Awaitable[Response]]:
-    """The page, and a policy under which no other script, style or host can have a part in it."""
+    """The route of the dashboard, with a policy under which no other script, style or host can have a part in it."""
     page = Path(__file__).with_name("dashboard.html").read_bytes()
 
     def hashed(tag: str) -> str:

@@ -1,7 +1,4 @@
-"""Which answers are loaded again before they get stale: a decision, which ``api.service`` obeys now and then.
-
-Pure: the time is an argument. It belongs to the event loop of its source; there is no lock.
-"""
+"""Which answers are loaded again before they get stale: a decision, which ``api.service`` obeys now and then."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from coordination import Rng
 class Renewals:
     """Which keys are to be loaded before they expire: those that somebody asked for since their last load.
 
-    It decides only; somebody asks it now and then. A key is due when most of its ``ttl`` is over, at a point drawn
+    A key is due when most of its ``ttl`` is over, at a point drawn
     for each load, so that keys loaded together are not renewed together. If loading fails, the wait doubles each
     time, up to ``CAP`` seconds (or ``ttl``, if that is longer). There are never more renewals than requests; at most
     ``maxsize`` keys are known. All times are of the caller's clock.
@@ -27,21 +24,23 @@ class Renewals:
     def __init__(self, ttl: float, maxsize: int, rng: Rng = random.random) -> None:
         self.ttl, self.maxsize, self._rng = ttl, maxsize, rng
         self._when: dict[Key, float] = {}
-        self._heap: list[tuple[float, Key]] = []
-        """What is in ``_when``, and what was there before it was planned anew: to be skipped."""
+        self._heap: list[tuple[float, Key]] = []  # what is in ``_when``, and what was there: to be skipped
         self._asked: set[Key] = set()
         self._failed: dict[Key, int] = {}
 
     def asked(self, key: Key) -> None:
+        """Somebody asked for ``key``."""
         if key in self._when:
             self._asked.add(key)
 
     def loaded(self, key: Key, now: float) -> None:
+        """``key`` was loaded at ``now``."""
         self._failed.pop(key, None)
         low, high = self.EARLY
         self._plan(key, now + self.ttl * (low + (high - low) * self._rng()))
 
     def failed(self, key: Key, now: float) -> None:
+        """A load of ``key`` failed at ``now``."""
         times = self._failed.get(key, 0) + 1
         wait = min(max(self.CAP, self.ttl), self.ttl * 2.0 ** min(times, 30))
         if self._plan(key, now + wait * (0.5 + self._rng() / 2)):
@@ -63,6 +62,7 @@ class Renewals:
         return keys
 
     def forget(self) -> None:
+        """Forget all keys."""
         for known in (self._when, self._heap, self._asked, self._failed):
             known.clear()
 

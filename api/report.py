@@ -1,7 +1,7 @@
-"""The computing behind ``GET /report``: pure statistics of the fetches of a time, and a look at an upstream's host.
+"""The computing behind ``GET /report``: pure statistics of past loads, and a look at an upstream's host.
 
-``summarise`` is for a process beside the event loop, ``inspect_host`` blocks and is for a thread. The standard library
-only, so that a worker imports it fast.
+``summarise`` is for a process, ``inspect_host`` blocks and is for a thread. The standard library only, so that a worker
+imports it fast.
 
 Change points of the latency level, on log latencies, for levels differ by factors:
 - Noise: the median absolute difference (the larger of lags 1 and ``LEAST``, for neighbours may be alike), which steps
@@ -35,19 +35,11 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from primitives import RetryPolicy, retry
-
-LEAST = 8
-"""Samples of the shortest level."""
-MOST = 20
-"""Change points of one source."""
+LEAST = 8  # samples of the shortest level
+MOST = 20  # change points of one source
 PENALTY = 4.0
-FLOOR = 0.02
-"""Noise, as a share of the level, that is always assumed."""
+FLOOR = 0.02  # noise, as a share of the level, that is always assumed
 RATIO = 1.1
-
-AGAIN = RetryPolicy(attempts=2, base=0.1)
-"""For a name that could not be found at this moment."""
 
 HOST_ERRORS = (
     "url", "dns", "refused", "unreachable", "timeout", "tls", "certificate",
@@ -59,16 +51,13 @@ HOST_ERRORS = (
 class Columns(NamedTuple):
     """The fetches of one source, oldest first, one column each: arrays are pickled as fast as they are copied."""
 
-    times: array[float]
-    """Unix times."""
-    latencies: array[float]
-    """Seconds; NaN where there is none."""
-    statuses: Sequence[str]
-    """``ok``, or the kind of the error."""
+    times: array[float]  # seconds since 1970
+    latencies: array[float]  # seconds; NaN where there is none
+    statuses: Sequence[str]  # ``ok``, or the kind of the error
 
 
 def summarise(rows: Mapping[str, Columns]) -> dict[str, dict[str, Any]]:
-    """What ``/report`` says of each source, but for its host. ``ValueError`` if columns differ in length."""
+    """The report of each source, but for its host. ``ValueError`` if columns differ in length."""
     return {name: _summary(columns) for name, columns in rows.items()}
 
 
@@ -102,7 +91,7 @@ def _iso(when: float) -> str:
 
 
 def ranks(values: Sequence[float]) -> dict[str, float]:
-    """p50, p95 and p99 by the nearest rank, and the maximum; nothing of nothing."""
+    """p50, p95 and p99 by the nearest rank, and the maximum; {} of no values."""
     ranked = sorted(values)
     shown = {f"p{p}": ranked[math.ceil(len(ranked) * p / 100) - 1] for p in (50, 95, 99)} if ranked else {}
     return shown | {"max": ranked[-1]} if ranked else {}
@@ -112,15 +101,13 @@ def ranks(values: Sequence[float]) -> dict[str, float]:
 
 
 class _Split(NamedTuple):
-    gain: float
-    """What it takes from the squared error."""
-    at: int
-    """The first sample of the new level."""
+    gain: float  # what it takes from the squared error
+    at: int  # the first sample of the new level
 
 
 def changes(seconds: Sequence[float]) -> list[tuple[int, float, float]]:
-    """Where the level of the latencies changes: the index of the first sample of each new level, and the medians of the
-    levels before and after it."""
+    """The changes of the level of latencies: the index of the first sample of each new level, and the medians before
+    and after it."""
     n = len(seconds)
     if n < 2 * LEAST:
         return []
@@ -128,10 +115,9 @@ def changes(seconds: Sequence[float]) -> list[tuple[int, float, float]]:
     noise = max(FLOOR, _noise(logs, 1), _noise(logs, LEAST))
     sums = [0.0, *accumulate(_clipped(logs, 2 * noise))]
     least_gain = PENALTY * math.log(n) * noise * noise
-    found = [(split, start, end) for start, end in _seeds(n) if (split := _best(sums, start, end)).gain > least_gain]
-    found.sort(reverse=True)
+    splits = [(split, start, end) for start, end in _seeds(n) if (split := _best(sums, start, end)).gain > least_gain]
     kept: list[int] = []
-    for split, start, end in found:
+    for split, start, end in sorted(splits, reverse=True):
         place = bisect(kept, start)  # no interval that has a change point in it already
         if len(kept) < MOST and (place == len(kept) or kept[place] >= end):
             kept.insert(bisect(kept, split.at), split.at)
@@ -221,10 +207,9 @@ def inspect_host(url: str, timeout: float = 2.0, *, context: ssl.SSLContext | No
         shown["name"], port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("no URL of a host")
-        host = parts.hostname
-        found = retry(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), on=_may_pass, policy=AGAIN)
+        addresses = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
         shown["dns_ms"] = _ms(time.monotonic() - began)
-        with _connected(found, began + timeout, shown) as connection:
+        with _connected(addresses, began + timeout, shown) as connection:
             if parts.scheme == "https":
                 connection.settimeout(_left(began + timeout))
                 with (context or _trusted()).wrap_socket(connection, server_hostname=parts.hostname) as secured:
@@ -235,28 +220,23 @@ def inspect_host(url: str, timeout: float = 2.0, *, context: ssl.SSLContext | No
     return shown
 
 
-def _may_pass(error: BaseException) -> bool:
-    return isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-
-
 def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
+    if (left := deadline - time.monotonic()) <= 0:
         raise TimeoutError
     return left
 
 
-def _connected(found: Sequence[Any], deadline: float, shown: dict[str, Any]) -> socket.socket:
+def _connected(addresses: Sequence[Any], deadline: float, shown: dict[str, Any]) -> socket.socket:
     """The first address that answers; each gets its share of the time that is left, and the last error is raised."""
-    for i, (family, kind, protocol, _, address) in enumerate(found):
+    for i, (family, kind, protocol, _, address) in enumerate(addresses):
         shown["address"], began = address[0], time.monotonic()
         connection = socket.socket(family, kind, protocol)
         try:
-            connection.settimeout(_left(deadline) / (len(found) - i))
+            connection.settimeout(_left(deadline) / (len(addresses) - i))
             connection.connect(address)
         except BaseException as error:
             connection.close()
-            if i + 1 == len(found) or not isinstance(error, OSError):
+            if i + 1 == len(addresses) or not isinstance(error, OSError):
                 raise
         else:
             shown["connect_ms"] = _ms(time.monotonic() - began)

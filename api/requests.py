@@ -11,7 +11,7 @@ import ipaddress
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, cast
 from urllib.parse import parse_qsl
@@ -24,8 +24,7 @@ from starlette.responses import Response
 from api.service import Service
 from api.upstreams import Source
 
-MAX_PARAMETER = 200
-"""Characters of a parameter's value."""
+MAX_PARAMETER = 200  # characters of a parameter's value
 
 
 class Problem(HTTPException):
@@ -37,15 +36,15 @@ class Problem(HTTPException):
 
 
 async def problem(_: Request, error: Exception) -> Response:
+    """The problem document that an ``HTTPException`` means."""
     failure = cast(HTTPException, error)
     members = failure.members if isinstance(failure, Problem) else {}
     body = {"type": "about:blank", "title": failure.detail, "status": failure.status_code, **members}
-    headers = dict(failure.headers or {})
-    return Response(orjson.dumps(body), failure.status_code, headers, "application/problem+json")
+    return Response(orjson.dumps(body), failure.status_code, failure.headers, "application/problem+json")
 
 
 async def failed(request: Request, _: Exception) -> Response:
-    """The server logs the error."""
+    """A 500 without a reason: the server logs the error."""
     return await problem(request, Problem(500, "internal error"))
 
 
@@ -73,7 +72,7 @@ def check(query: Mapping[str, str], allowed: Iterable[str]) -> None:
 
 
 def whole_number(query: Mapping[str, str], name: str, least: int, usual: int, most: int) -> int:
-    """A whole number among the parameters. ``Problem`` if it is none, or out of its bounds."""
+    """Parameter ``name`` as a whole number. ``Problem`` if it is none, or out of its bounds."""
     text = query.get(name, str(usual))
     if not re.fullmatch(r"[0-9]{1,6}", text, re.A) or not least <= int(text) <= most:
         raise Problem(422, f"{name} must be a whole number from {least} to {most}", parameter=name)
@@ -81,7 +80,7 @@ def whole_number(query: Mapping[str, str], name: str, least: int, usual: int, mo
 
 
 def parse_time(text: str, name: str) -> datetime:
-    """A time as RFC 3339 has it. ``Problem`` if it is none."""
+    """The time in ``text`` (RFC 3339). ``Problem`` if it is none."""
     form = r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)"
     with contextlib.suppress(ValueError, OverflowError):
         if re.fullmatch(form, text, re.A):
@@ -90,8 +89,11 @@ def parse_time(text: str, name: str) -> datetime:
 
 
 def authorised(request: Request) -> None:
-    """With ``AGGREGATE_TOKEN``, who has it; without, who is on this machine: neither behind a proxy that is, nor the
-    page of another origin in a browser that is (nor one whose name was made to lead here)."""
+    """``Problem`` unless the client has ``AGGREGATE_TOKEN``, or, without one, is on this machine.
+
+    Neither behind a proxy that is, nor the page of another origin in a browser that is (nor one whose name was made to
+    lead here).
+    """
     token = os.environ.get("AGGREGATE_TOKEN")
     if token:
         given = request.headers.get("Authorization", "")
@@ -104,42 +106,38 @@ def authorised(request: Request) -> None:
     if not same or headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
         raise Problem(403, "without AGGREGATE_TOKEN no page of another origin may do this")
     names = [client.host if client is not None else ""]
-    if origin is not None:  # a page's name may have been made to lead here
+    if origin is not None:
         names.append(request.url.hostname or "")
     proxied = any(name in headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"))
-    if client is not None and client.port and not proxied and all(map(is_here, names)):
-        return
-    raise Problem(403, "without AGGREGATE_TOKEN only clients of this machine may do this")
+    if client is None or not client.port or proxied or not all(map(_is_loopback, names)):
+        raise Problem(403, "without AGGREGATE_TOKEN only clients of this machine may do this")
 
 
-def is_here(host: str) -> bool:
-    """Whether this is an address of this machine alone, or the name that each machine has for itself."""
+def _is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     return False
 
 
-def reply(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(body), status, headers, "application/json")
+def reply(body: Any, headers: Mapping[str, str] | None = None) -> Response:
+    """200 with ``body`` as JSON."""
+    return Response(orjson.dumps(body), 200, headers, "application/json")
 
 
 def service_of(request: Request) -> Service:
+    """The running service."""
     return cast(Service, request.app.state.service)
 
 
-def sources_of(request: Request) -> dict[str, Source]:
-    return service_of(request).sources
+def names_in(query: dict[str, str]) -> list[str] | None:
+    """Takes ``sources`` out of the query and returns its names; None: there is none."""
+    return query.pop("sources").split(",") if "sources" in query else None
 
 
-def names_in(query: dict[str, str], request: Request) -> list[str]:
-    """What ``sources`` in the query names, which is taken out of it; without it, all sources."""
-    return query.pop("sources").split(",") if "sources" in query else list(sources_of(request))
-
-
-def known_sources(request: Request, names: Sequence[str]) -> dict[str, Source]:
-    """The sources of these names. ``Problem`` if there is none of some name."""
-    sources = sources_of(request)
-    for name in names:
-        if name not in sources:
-            raise Problem(404, f"unknown source {name[:50]}", sources=sorted(sources))
-    return {name: sources[name] for name in names}
+def known_sources(request: Request, names: Iterable[str] | None) -> dict[str, Source]:
+    """The sources of these names (None: all). ``Problem`` if there is none of some name."""
+    sources = service_of(request).sources
+    try:
+        return {name: sources[name] for name in (sources if names is None else names)}
+    except KeyError as unknown:
+        raise Problem(404, f"unknown source {unknown.args[0][:50]}", sources=sorted(sources)) from None

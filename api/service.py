@@ -1,8 +1,5 @@
 """One running API: its sources, the answers that it keeps, its tasks; how it ends.
 
-The end has two limits: at the signal streams end, and loads and reports that requests may wait for get ``GRACE``
-seconds; a second later a client that does not read its answer is let go.
-
 Everything is the event loop's and needs no lock. Hosts are looked at in threads, figures computed in processes.
 """
 
@@ -13,7 +10,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import IO, Any, NamedTuple, cast
 
@@ -25,7 +23,7 @@ from api.history import History, Result
 from api.report import inspect_host
 from api.telemetry import METRICS, Events, RequestLog
 from api.upstreams import Load, Loaded, Source, request_id
-from coordination import Semaphore, T
+from coordination import Semaphore, T, cancel_all
 from primitives import State, TTLCache
 from runtime.loop import Lag
 from runtime.monitor import Exporter
@@ -34,18 +32,14 @@ from runtime.processes import Processes, in_daemon
 
 log = logging.getLogger("uvicorn.error")
 
-GRACE = 5.0
-"""Seconds that loads under way get when the server stops."""
+GRACE = 5.0  # seconds that loads under way get when the server stops
 KEPT, KEPT_MOST, KEPT_BYTES = 0.05, 1000, 16_000_000
 """Seconds for which an assembled answer is handed out again; how many there may be, and of how many bytes in sum."""
 RENEW_EVERY, RETAIN_EVERY = 0.1, 600.0
-"""Seconds between two looks for what is to be renewed, and for what is too old to be kept."""
-WARM = 3.0
-"""Seconds that the start waits for the database and what it knows."""
-REPORTS, LOOKS = 16, 4
-"""Reports, and looks at hosts for them, at a time."""
-PLACES = 256
-"""Calls under way to all upstreams together."""
+"""Seconds between two searches for what is to be renewed, and for what is too old to be kept."""
+WARM = 3.0  # seconds that the start waits for the database and what it knows
+REPORTS, INSPECTIONS = 16, 4  # reports, and inspections of hosts for them, at a time
+PLACES = 256  # calls under way to all upstreams together
 
 
 class KeptAnswer(NamedTuple):
@@ -54,16 +48,17 @@ class KeptAnswer(NamedTuple):
     headers: list[tuple[bytes, bytes]]
     body: bytes
     states: dict[str, str]
+    counted: list[tuple[Counter[str], str]]  # the counts of its sources, and the state to count
 
 
 class Service:
-    """What lives as long as the server runs."""
+    """All that lives as long as the server runs."""
 
     def __init__(self, sources: dict[str, Source], database: Database, output: IO[bytes] | None) -> None:
         self.sources, self.database, self.history = sources, database, History(database)
         self.lag, self.events, self.log = Lag(), Events(), RequestLog(output)
         self.processes = Processes(waiting=REPORTS)
-        self.reports, self.looks = 0, Semaphore(LOOKS)
+        self.reports, self._inspections = Semaphore(REPORTS), Semaphore(INSPECTIONS)
         self.registry = CollectorRegistry()
         self.registry.register(cast(Any, Exporter(METRICS, lambda: self)))
         self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
@@ -74,11 +69,11 @@ class Service:
         self.changes = 0
         for source in sources.values():
             source.listeners.append(self.loaded)
-            source.changed = self.settle
-            source.breaker.listen(self.switched)
+            source.changed = self.drop_kept
+            source.breaker.listen(self._switched)
 
     def begin(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task beside the requests. One that fails is an error in the log, and shown by /health."""
+        """Start a task beside the requests. One that fails is an error in the log, and shown by /health."""
 
         def ended(task: asyncio.Task[T]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
@@ -91,32 +86,29 @@ class Service:
         return task
 
     def loaded(self, load: Load) -> None:
+        """Hand the result of a load to the history, the events and, if it failed, the log."""
         parameters = load.parameters
         state, error = ("ok", None) if load.error is None else (load.error.kind, str(load.error))
         payload = None if load.data is None else load.data.encoded.decode()
         self.history.keep(Result(load.source, orjson.dumps(parameters).decode(), load.at, load.latency, state, payload))
         latency = round(load.latency * 1000, 1)
-        told = {"source": load.source, "parameters": parameters, "latency_ms": latency, "error": error}
-        self.events.publish("refresh", {**told, "state": "ok" if error is None else "error"})
+        fields = {"source": load.source, "parameters": parameters, "latency_ms": latency, "error": error}
+        self.events.publish("refresh", {**fields, "state": "ok" if error is None else "error"})
         if error is not None:
-            self.log.note("failed load", request_id.get(), told)
+            self.log.note("failed load", request_id.get(), fields)
 
-    def switched(self, source: str, previous: State, state: State, _: int) -> None:
-        told = {"source": source, "state": state, "previous": previous}
-        self.events.publish("breaker", told)
-        self.log.note("breaker", request_id.get(), told)
+    def _switched(self, source: str, previous: State, state: State, _: int) -> None:
+        fields = {"source": source, "state": state, "previous": previous}
+        self.events.publish("breaker", fields)
+        self.log.note("breaker", request_id.get(), fields)
 
-    def count(self, states: Mapping[str, str]) -> None:
-        """An answer is sent, with a part in such a state from each source."""
-        for name, state in states.items():
-            self.sources[name].answers[state] += 1
-
-    def settle(self) -> None:
-        """Something changed: no kept answer is sent again."""
+    def drop_kept(self) -> None:
+        """Send no kept answer again: something changed."""
         self.changes += 1
         self.kept.clear()
 
     async def renew(self) -> None:
+        """Load what is in use before it gets stale, until the stop."""
         request_id.set("renewal")
         while not self.stopping:
             await asyncio.sleep(RENEW_EVERY)
@@ -124,6 +116,7 @@ class Service:
                 source.renew()
 
     async def retain(self, seconds: float) -> None:
+        """Delete results older than ``seconds`` now and then."""
         while True:
             await self.database.ready()
             with contextlib.suppress(Unavailable, asyncpg.PostgresError):
@@ -131,7 +124,7 @@ class Service:
             await asyncio.sleep(RETAIN_EVERY)
 
     async def warm(self) -> None:
-        """Begin with what the last life knew, as stale, once there is a database."""
+        """Fill the caches with the last results of the history, as stale, once there is a database."""
         await self.database.ready()
         for name, source in self.sources.items():
             upstream = source.upstream
@@ -148,14 +141,14 @@ class Service:
                     source.warm(source.key(given), orjson.loads(result.payload), age, result.latency)
                 await asyncio.sleep(0)
 
-    def look(self, name: str) -> asyncio.Task[dict[str, Any]]:
-        """The look at the host of a source that is under way, or a new one: one, however many reports want it."""
+    def inspection(self, name: str) -> asyncio.Task[dict[str, Any]]:
+        """The inspection of a source's host that is under way, or a new one: one, however many reports want it."""
 
-        async def work() -> dict[str, Any]:
-            async with self.looks:
+        async def inspect() -> dict[str, Any]:
+            async with self._inspections:
                 return await in_daemon(inspect_host, self.sources[name].upstream.url)
 
-        return self.tasks.get(f"look at {name}") or self.begin(f"look at {name}", work())
+        return self.tasks.get(f"look at {name}") or self.begin(f"look at {name}", inspect())
 
     def stop(self) -> None:
         """At the signal: streams end; loads and reports, which requests may wait for, have ``GRACE`` seconds left.
@@ -166,25 +159,25 @@ class Service:
             self.stopping, self.patience = True, time.monotonic() + GRACE
             self.events.end()
             later = asyncio.get_running_loop().call_later
-            self.timers = [later(GRACE, self.cut), later(GRACE + 1.0, self.force)]
+            self.timers = [later(GRACE, self._cut), later(GRACE + 1.0, self.force)]
 
-    def cut(self) -> None:
+    def _cut(self) -> None:
         self.cancel_loads()
         self.begin("end of reports", self.processes.close(0.0))
 
     def cancel_loads(self) -> list[asyncio.Task[Loaded]]:
+        """Cancel all loads, and return their tasks."""
         loads = [load for source in self.sources.values() for load in source.running]
         for load in loads:
             load.cancel()
         return loads
 
     async def close(self) -> None:
+        """End all tasks; loads have what is left of ``GRACE``."""
         self.stop()
         for timer in self.timers:
             timer.cancel()
-        for task in self.tasks.values():
-            task.cancel()
-        await asyncio.gather(*list(self.tasks.values()), return_exceptions=True)
+        await cancel_all(self.tasks.values())
         while loads := [load for source in self.sources.values() for load in source.running]:
             await asyncio.wait(loads, timeout=max(0.0, self.patience - time.monotonic()))
             await asyncio.wait(self.cancel_loads() or loads)

@@ -8,8 +8,7 @@ Promised
 - Whoever waits for a load may leave: ``refresh`` stays with it, and what comes late still fills the cache.
 - What an upstream says when it fails reaches no client: errors are of the closed list in ``UpstreamError``.
 
-Everything runs in one event loop, and nothing in it blocks. All state is the loop's, so nothing here needs a lock; the
-mechanisms of ``primitives`` bring their own.
+Everything runs in one event loop, and nothing in it blocks. All state is the loop's, so nothing here needs a lock.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
+import functools
 import hashlib
 import logging
 import math
@@ -31,14 +31,13 @@ import orjson
 
 from api.config import Key, Upstream
 from api.renewals import Renewals
-from coordination import Clock, Semaphore, hedged
+from coordination import Clock, Outcome, Semaphore, hedged
 from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, TTLCache, retry_async
 from runtime.http_dates import parse_retry_after
 
 log = logging.getLogger("uvicorn.error")
 
-REFUSED = 1.0
-"""Seconds for which a key is left alone after its load failed."""
+REFUSED = 1.0  # seconds for which a key is left alone after its load failed
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="none")
 
@@ -52,34 +51,34 @@ class UpstreamError(Exception):
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind = kind
         self.retry_after = retry_after
+        # whether to try again makes sense
         self.is_transient = kind in ("connect", "timeout") or detail in ("429", "500", "502", "503", "504")
-        """Whether to try again makes sense."""
 
 
 class Data:
-    """What an upstream said, encoded once: every answer that has it in it copies ``json`` and hashes ``digest``."""
+    """The answer of an upstream, encoded once: each of our answers copies ``json`` and hashes ``digest``."""
 
-    __slots__ = ("digest", "encoded", "json", "value")
+    __slots__ = ("digest", "encoded", "json")
 
     def __init__(self, value: Any) -> None:
-        self.value, self.encoded = value, orjson.dumps(value)
+        self.encoded = orjson.dumps(value)
         self.json = orjson.Fragment(self.encoded)
         self.digest = hashlib.blake2b(self.encoded, digest_size=12).hexdigest()
 
 
 class Part(NamedTuple):
-    """What is known of one source for one answer."""
+    """One source in one answer."""
 
     state: str
     data: Data | None = None
     age: float | None = None
     latency: float | None = None
     error: str | None = None
-    expires_in: float = 0.0
-    """Seconds for which the data may be said to be in this state."""
+    expires_in: float = 0.0  # seconds for which the data may be said to be in this state
     retry_after: float = 1.0
 
     def shown(self) -> dict[str, Any]:
+        """The part as JSON."""
         return {
             "state": self.state,
             "data": None if self.data is None else self.data.json,
@@ -90,14 +89,15 @@ class Part(NamedTuple):
 
 
 class Loaded(NamedTuple):
+    """What the cache keeps of a load."""
+
     data: Data
     latency: float
-    at: float
-    """When, by the clock of the source."""
+    at: float  # by the clock of the source
 
 
 class Load(NamedTuple):
-    """What a load came to, for those who listen; ``latency`` in seconds."""
+    """The result of a load, for listeners; ``latency`` in seconds."""
 
     source: str
     parameters: dict[str, str]
@@ -114,10 +114,8 @@ class Source:
         self, upstream: Upstream, session: aiohttp.ClientSession, places: Semaphore, clock: Clock = time.monotonic
     ) -> None:
         self.upstream, self._session, self._all_places, self._clock = upstream, session, places, clock
-        self.listeners: list[Callable[[Load], None]] = []
-        """Told of each load that ended, in the task of the load."""
-        self.changed: Callable[[], None] = lambda: None
-        """Called when there may be another answer than a moment ago, but for the passing of time."""
+        self.listeners: list[Callable[[Load], None]] = []  # called for each load that ended, in its task
+        self.changed: Callable[[], None] = lambda: None  # called when there may be another answer than a moment ago
         self.renewals = Renewals(upstream.ttl, upstream.keys)
         self.cache: TTLCache[Key, Loaded] = TTLCache(
             upstream.keys, upstream.ttl, stale=upstream.stale, stale_if_error=upstream.stale_if_error, clock=clock
@@ -138,25 +136,20 @@ class Source:
         self._fallback = None if upstream.fallback is None else Data(upstream.fallback)
         self._budget, self._hedges = RetryBudget(), RetryBudget()
         self._policy = RetryPolicy(1 + upstream.retries, base=0.05, cap=1.0, total=upstream.timeout)
-        self.running: set[asyncio.Task[Loaded]] = set()
-        """Tasks that wait for loads; who leaves his does not end the load."""
+        self.running: set[asyncio.Task[Loaded]] = set()  # tasks that wait for loads
         self.calls = self.failures = 0
         self._forgot = -math.inf
-        self.answers: Counter[str] = Counter()
-        """How many parts of answers were in each state."""
-        self.latencies: deque[float] = deque(maxlen=1000)
-        """Seconds that the last loads took, the failed ones included."""
+        self.answers: Counter[str] = Counter()  # parts of answers by their state
+        self.latencies: deque[float] = deque(maxlen=1000)  # seconds that the last loads took, failed ones included
         self.last_success: datetime | None = None
         self.last_error: str | None = None
 
-    def named(self, key: Key) -> dict[str, str]:
-        return dict(zip(self.upstream.parameters, key, strict=True))
-
     def key(self, given: Mapping[str, str]) -> Key:
+        """The key of these parameters; what is missing has its default."""
         return tuple(given.get(name, default) for name, default in self.upstream.parameters.items())
 
     def known(self, key: Key) -> tuple[Part | None, asyncio.Task[Loaded] | None]:
-        """What can be said at once, and the load to wait for if that is nothing."""
+        """The part that the cache gives at once; else None, and the load to wait for."""
         self.renewals.asked(key)
         hit = self.cache.lookup(key)
         if hit is None or hit.state == "expired":
@@ -173,20 +166,18 @@ class Source:
         left = max(0.0, self.upstream.ttl + window - age)
         return Part(state, loaded.data, age, loaded.latency, error, left)
 
-    def outcome(self, key: Key, load: asyncio.Task[Loaded]) -> Part:
-        """What is known once the deadline came, or the load ended: its answer, else what is left of an older one."""
-        if load.done() and not load.cancelled() and load.exception() is None:
-            loaded = load.result()
+    def outcome(self, key: Key, load: Outcome[Loaded]) -> Part:
+        """The part when the deadline came, or the load ended: its answer, else what is left of an older one."""
+        loaded, problem = load.value, load.error
+        if loaded is not None:
             age = self._clock() - loaded.at  # others in the same answer may have taken long since
             return self._part("fresh" if age < self.upstream.ttl else "stale", loaded, age)
-        state, error, wait = "timeout", "not here in time", 1.0
-        if load.done() and not load.cancelled():
-            problem = load.exception()
-            state, error = "error", str(problem) if isinstance(problem, UpstreamError) else "internal error"
-            if isinstance(problem, CircuitOpen):
-                wait = problem.retry_after
-                state, error = "open", f"circuit open for another {wait:.1f} s"
-        return self._instead(key, state, error, wait)
+        if isinstance(problem, CircuitOpen):
+            wait = problem.retry_after
+            return self._instead(key, "open", f"circuit open for another {wait:.1f} s", wait)
+        if isinstance(problem, Exception):
+            return self._instead(key, "error", str(problem) if isinstance(problem, UpstreamError) else "internal error")
+        return self._instead(key, "timeout", "not here in time")
 
     def _instead(self, key: Key, state: str, error: str, wait: float = 1.0) -> Part:
         """An older answer within its window, else the fallback, else why there is none."""
@@ -197,10 +188,11 @@ class Source:
             return Part("fallback", self._fallback, error=error, retry_after=wait)
         return Part(state, error=error, retry_after=wait)
 
-    def refresh(self, key: Key) -> asyncio.Task[Loaded]:
-        """A task that waits for the load of ``key`` that is under way, or for a new one."""
+    def refresh(self, key: Key, anew: bool = False) -> asyncio.Task[Loaded]:
+        """A task that waits for the load of ``key``: that under way, or a new one if nothing fresh is there (``anew``:
+        whatever is there)."""
         load = asyncio.create_task(
-            self.cache.get_or_load_async(key, lambda: self._load(key), anew=True), name=f"load {self.upstream.name}"
+            self.cache.get_or_load_async(key, lambda: self._load(key), anew=anew), name=f"load {self.upstream.name}"
         )
         self.running.add(load)
         load.add_done_callback(self._ended)
@@ -209,14 +201,14 @@ class Source:
     def _ended(self, load: asyncio.Task[Loaded]) -> None:
         self.running.discard(load)
         if not load.cancelled():
-            load.exception()  # it was told in ``_load``
+            load.exception()  # ``_load`` has logged it
         self.changed()
 
     def renew(self) -> int:
-        """Load what is in use and about to expire; how many loads that began."""
+        """Load what is in use and about to expire; returns how many loads that began."""
         due = [key for key in self.renewals.due(self._clock()) if not self.cache.loading(key)]
         for key in due:
-            self.refresh(key)
+            self.refresh(key, anew=True)
         return len(due)
 
     def warm(self, key: Key, value: Any, age: float, latency: float) -> None:
@@ -242,7 +234,8 @@ class Source:
             failure = problem if isinstance(problem, UpstreamError) else None
             if data is not None or failure is not None:
                 self.latencies.append(latency)
-                self._tell(Load(self.upstream.name, self.named(key), at, latency, data, failure))
+                parameters = dict(zip(self.upstream.parameters, key, strict=True))
+                self._tell(Load(self.upstream.name, parameters, at, latency, data, failure))
             problem = failure = None  # its traceback leads here
         loaded = Loaded(data, latency, self._clock())
         if self.cache.generation(key) == generation:
@@ -274,8 +267,9 @@ class Source:
         async with self._places, self._all_places:
             try:
                 async with asyncio.timeout(self.upstream.timeout):
+                    fetch, hedge = functools.partial(self._fetch, key), self.upstream.hedge
                     return await retry_async(
-                        lambda: self._asked_twice(key) if self.upstream.hedge else self._fetch(key),
+                        lambda: hedged(fetch, hedge, self._hedges) if hedge else fetch(),
                         on=lambda error: isinstance(error, UpstreamError) and error.is_transient,
                         policy=self._policy,
                         budget=self._budget,
@@ -283,21 +277,15 @@ class Source:
             except TimeoutError:
                 raise UpstreamError("timeout", f"no answer within {self.upstream.timeout:g} s") from None
 
-    async def _asked_twice(self, key: Key) -> Data:
-        return await hedged(lambda: self._fetch(key), self.upstream.hedge, self._hedges)
-
     async def _fetch(self, key: Key) -> Data:
         self.calls += 1
         limit, content = self.upstream.max_bytes, self.upstream.content(key)
         kind = {} if content is None else {"Content-Type": "application/json"}
+        headers = {"X-Request-ID": request_id.get(), **kind, **self.upstream.headers}
         body = bytearray()
         try:
             async with self._session.request(
-                self.upstream.method,
-                self.upstream.address(key),
-                data=content,
-                headers={"X-Request-ID": request_id.get(), **kind, **self.upstream.headers},
-                allow_redirects=False,
+                self.upstream.method, self.upstream.address(key), data=content, headers=headers, allow_redirects=False
             ) as response:
                 if response.status != 200:
                     later = parse_retry_after(response.headers.get("Retry-After"))
@@ -321,7 +309,7 @@ class Source:
         return data
 
     def forget(self, key: Key | None = None) -> None:
-        """Keep neither the answer for ``key`` (None: for any) nor what is being loaded for it."""
+        """Drop the answer for ``key`` (None: for any), and what is being loaded for it."""
         self._forgot = self._clock()
         if key is None:
             self.cache.clear()
@@ -333,6 +321,7 @@ class Source:
         self.changed()
 
     def health(self) -> dict[str, Any]:
+        """The state for ``/health``."""
         breaker, last = self.breaker.stats(), self.last_success
         return {
             "breaker": breaker.state,
@@ -354,6 +343,6 @@ class Source:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p50, p95 and p99 by the nearest rank; nothing of nothing."""
+    """p50, p95 and p99 by the nearest rank; {} of no values."""
     ranked = sorted(seconds)
     return {f"p{p}": ranked[math.ceil(len(ranked) * p / 100) - 1] for p in (50, 95, 99)} if ranked else {}

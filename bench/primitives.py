@@ -215,8 +215,10 @@ def gathering_cases() -> Iterator[Case]:
     async def gather() -> None:
         await asyncio.wait_for(asyncio.gather(*[succeed_async() for _ in range(8)]), 10)
 
-    calls = {str(n): succeed_async for n in range(8)}
-    ours, theirs = awaiting(lambda: [lambda: fan_out(calls, 10)]), awaiting(lambda: [gather])
+    async def fan() -> None:
+        await fan_out({n: succeed_async() for n in range(8)}, 10)
+
+    ours, theirs = awaiting(lambda: [fan]), awaiting(lambda: [gather])
     yield "eight calls at once", {"fan_out": ours, "asyncio.wait_for(gather)": theirs}
 
 

@@ -23,7 +23,6 @@ import ipaddress
 import math
 import socket
 import ssl
-import threading
 import time
 import urllib.parse
 import urllib.request
@@ -33,11 +32,11 @@ from typing import Any
 
 import brotli
 
-from coordination import Channel, Clock, Semaphore
+from coordination import Clock, WorkerPool
 from crawl.addresses import is_public as is_public
 from crawl.errors import FetchError
 from crawl.urls import proxy_url
-from primitives import TokenBucket, TTLCache
+from primitives import RetryPolicy, TokenBucket, TTLCache, retry
 
 try:
     from compression import zstd  # type: ignore[import-not-found,unused-ignore]
@@ -291,16 +290,22 @@ Lookup = concurrent.futures.Future[list[Address]]
 
 LOOKUPS = 1000
 """Look-ups in a second, at most: the name server has other users."""
+AGAIN = RetryPolicy(attempts=2, base=0.1, total=1.0)
+"""For a name server that failed for the moment, and said so quickly."""
 FAILED_FOR = 5.0
 """Seconds for which a failed look-up is not made again."""
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
 
 
 class Resolver:
     """Host names to addresses: cached, one look-up at a time for a name, and with a time limit.
 
-    ``socket.getaddrinfo`` blocks as long as the system's resolver likes. It runs here in daemon threads, started as
-    they are needed and fed by a ``Channel``; whoever waits, thread or task, stops waiting at its own limit, and a
-    look-up that never returns keeps nobody from exiting. What is cached is the look-up itself, running or done.
+    ``socket.getaddrinfo`` blocks as long as the system's resolver likes. It runs here in the daemon threads of a
+    ``WorkerPool``; whoever waits, thread or task, stops waiting at its own limit, and a look-up that never returns
+    keeps nobody from exiting. What is cached is the look-up itself, running or done.
     """
 
     def __init__(
@@ -308,8 +313,8 @@ class Resolver:
     ) -> None:
         self._cache: TTLCache[str, Lookup] = TTLCache(size, ttl, clock=clock)
         self._running: set[Lookup] = set()
-        self._names: Channel[tuple[str, Lookup]] = Channel(1_000_000)
-        self._threads, self._pace = Semaphore(threads), TokenBucket(LOOKUPS, LOOKUPS)
+        self._pool = WorkerPool(self._ask, threads, 1_000_000, name="resolver").start_threads()
+        self._pace = TokenBucket(LOOKUPS, LOOKUPS)
 
     def submit(self, name: str) -> Lookup:
         """The look-up of ``name``, running or done. Fails with FetchError ``dns``."""
@@ -327,26 +332,21 @@ class Resolver:
         future: Lookup = concurrent.futures.Future()
         self._running.add(future)
         future.add_done_callback(self._running.discard)
-        if self._threads.try_acquire():
-            threading.Thread(target=self._work, name="resolver", daemon=True).start()
-        self._names.put_nowait((name, future))
+        self._pool.submit((name, future), 0)
         return future
 
-    def _work(self) -> None:
-        for name, future in self._names:
-            self._pace.acquire()
-            try:
-                found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-                addresses: list[Address] = list(
-                    dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found)
-                )
-            except (OSError, UnicodeError) as error:
-                again = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-                detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                self._cache.put(name, future, ttl=FAILED_FOR)
-                self._settle(future, error=FetchError("dns", f"{name}: {detail}", retry=again))
-            else:
-                self._settle(future, addresses)
+    def _ask(self, look_up: tuple[str, Lookup]) -> None:
+        name, future = look_up
+        self._pace.acquire()
+        try:
+            found = retry(lambda: socket.getaddrinfo(name, None, type=socket.SOCK_STREAM), on=_may_pass, policy=AGAIN)
+        except (OSError, UnicodeError) as error:
+            again = _may_pass(error)
+            detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self._cache.put(name, future, ttl=FAILED_FOR)
+            self._settle(future, error=FetchError("dns", f"{name}: {detail}", retry=again))
+        else:
+            self._settle(future, list(dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found)))
 
     @staticmethod
     def _settle(
@@ -383,7 +383,7 @@ class Resolver:
 
     def close(self) -> None:
         """Let the threads go; look-ups that still run fail at once."""
-        self._names.close()
+        self._pool.close(0)
         for future in list(self._running):
             self._settle(future, error=FetchError("interrupted", "stopped during the look-up of the name"))
 

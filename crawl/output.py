@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 import orjson
 
-from coordination import Channel, new_lock
+from coordination import WorkerPool, new_lock
 from crawl.core import Crawl
 from crawl.model import ScrapeResult
 from primitives import Batch
@@ -172,7 +172,7 @@ class RowBatches:
     permits of its tasks go with it and come back when it is written, so what a ``kill -9`` costs is no more than is in
     flight: a batch is a quarter of that."""
 
-    SIZE, AGE = 100, 0.05
+    SIZE, AGE, QUEUED = 100, 0.05, 10
 
     def __init__(self, emit: Callable[..., None], concurrency: int = 4 * SIZE) -> None:
         self._emit = emit
@@ -181,23 +181,20 @@ class RowBatches:
         self._unsent: list[ScrapeResult] = []
         """A batch whose task was cancelled meanwhile."""
         self._watched = False
-        self._batches: Channel[list[ScrapeResult]] = Channel(10)
+        self._writer = WorkerPool(self._write, 1, self.QUEUED, name="writer").start_threads()
         self.written: Callable[[int], None] = lambda rows: None
         """Told, in the loop, how many rows were written (or cannot be)."""
-        self._writer = threading.Thread(target=self._write, name="writer")
-        self._writer.start()
 
-    def _write(self) -> None:
-        for batch in self._batches:
-            self._emit(*batch)
-            self._loop.call_soon_threadsafe(self.written, len(batch))
+    def _write(self, batch: list[ScrapeResult]) -> None:
+        self._emit(*batch)
+        self._loop.call_soon_threadsafe(self.written, len(batch))
 
     async def put(self, row: ScrapeResult) -> bool:
         """Take ``row``: True. Waits while the writer is far behind."""
         rows = self._batch.add(row)
         if rows is not None:
             try:
-                await self._batches.put_async(rows)
+                await self._writer.submit_async(rows)
             except BaseException:
                 self._unsent += rows
                 raise
@@ -212,8 +209,8 @@ class RowBatches:
     def _look(self) -> None:
         """Whether the batch is too old. While the writer is busy it may grow until it is full."""
         self._watched = False
-        if len(self._batches) < self._batches.capacity and (rows := self._batch.take()):
-            self._batches.put_nowait(rows)
+        if self._writer.stats().queued < self.QUEUED and (rows := self._batch.take()):
+            self._writer.submit(rows, 0)
         elif len(self._batch):
             self._watch()
 
@@ -221,10 +218,9 @@ class RowBatches:
         """Every row that was put is written when this returns."""
         self._unsent += self._batch.drain()
         if self._unsent:
-            await self._batches.put_async(self._unsent)
+            await self._writer.submit_async(self._unsent)
             self._unsent = []
-        self._batches.close()
-        await asyncio.to_thread(self._writer.join)
+        await asyncio.to_thread(self._writer.close)
 
 
 def peak_memory_mb() -> float:

@@ -19,7 +19,7 @@ Promised
 Why not ``runtime.processes.Processes``: it is an event loop's, spawn would import the program that called
 ``scrape_all`` once more, guarded or not, and its time limit is of the clock and covers the wait.
 
-``Readers._free`` guards which readers there are (and is held while the template is started, once); ``Template.lock`` is
+``Readers._lock`` guards which readers there are (and is held while the template is started, once); ``Template.lock`` is
 held for an order and its answer. A reader is its thread's, from ``_take`` to ``_give``.
 """
 
@@ -36,12 +36,12 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from coordination import new_lock, stats_repr
+from coordination import Semaphore, new_lock, stats_repr
 from crawl.articles import read_article
 from crawl.errors import FetchError
 from crawl.feeds import bounds, feed_parsers
@@ -159,89 +159,77 @@ class Readers:
     def __init__(self, processes: int = 1) -> None:
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.count = max(2, min(MOST, processors // processes))  # two: a slow document never has the only one
-        self._free = threading.Condition(new_lock("Readers"))
+        self._places = Semaphore(self.count)
+        self._lock = new_lock("Readers")
         self._template: Template | None = None
         self._idle: list[Reader] = []
-        self._started = 0  # those on their way counted in
         self._readers: set[Reader] = set()
         self._killed = False
 
     def start(self) -> None:
         """Have the template started: nobody waits for that yet."""
-        with self._free, contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError):
             if self._template is None and not self._killed:
                 self._template = Template()
 
     def read(self, function: Callable[..., Any], body: bytes, *more: Any) -> Any:
         """``function(body, *more)``. Raises FetchError if that takes too much, or cannot be had any more."""
-        reader = self._take()
-        seconds, size = bounds(function, len(body))
-        try:
-            value, error, ends = reader.ask(seconds, size, function, body, *more)
-        except (OSError, EOFError) as failure:
-            code = self._give(reader, ends=True)
-            if self._killed:
-                raise FetchError(*_STOPPED) from None
-            if code == -signal.SIGPROF:
-                raise FetchError("decode", f"reading it takes more than {seconds:.1f} s") from None
-            stuck = isinstance(failure, BlockingIOError)
-            why = f"no answer in {STUCK} s" if stuck else f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise FetchError("decode", f"its reader died: {why}") from None
-        except BaseException:
-            self._give(reader, ends=True)
-            raise
-        self._give(reader, ends=ends)
+        with self._places:
+            reader = self._take()
+            seconds, size = bounds(function, len(body))
+            try:
+                value, error, ends = reader.ask(seconds, size, function, body, *more)
+            except (OSError, EOFError) as failure:
+                code = self._reap(reader)
+                if self._killed:
+                    raise FetchError(*_STOPPED) from None
+                if code == -signal.SIGPROF:
+                    raise FetchError("decode", f"reading it takes more than {seconds:.1f} s") from None
+                stuck = isinstance(failure, BlockingIOError)
+                why = f"no answer in {STUCK} s" if stuck else f"signal {-code}" if code < 0 else f"exit code {code}"
+                raise FetchError("decode", f"its reader died: {why}") from None
+            except BaseException:
+                self._reap(reader)
+                raise
+            self._give(reader, ends)
         if error is not None:
             raise FetchError(*error.split(": ", 1))
         return value
 
     def _take(self) -> Reader:
-        dead = list[Reader]()
-        with self._free:
-            while True:
-                if self._killed:
-                    raise FetchError(*_STOPPED)
-                if self._idle:
-                    reader = self._idle.pop()
-                    if not reader.pipe.poll():
-                        return reader
-                    dead.append(reader)  # nothing was asked: this is its end
-                    break
-                if self._started < self.count:
-                    self._started += 1
-                    break
-                self._free.wait()
+        """An idle reader, or a new one."""
+        with self._lock:
+            if self._killed:
+                raise FetchError(*_STOPPED)
+            reader = self._idle.pop() if self._idle else None
+        if reader is not None:
+            if not reader.pipe.poll():
+                return reader
+            self._reap(reader)  # nothing was asked: this is its end
         try:
-            for reader in dead:
-                self._reap(reader)
             return self._begin()
-        except BaseException as error:
-            with self._free:
-                self._started -= 1
-                self._free.notify_all()
-            if isinstance(error, OSError):
-                why = _STOPPED if self._killed else ("internal", f"no process to read it: {error.strerror or error}")
-                raise FetchError(*why) from None
-            raise
+        except OSError as error:
+            why = _STOPPED if self._killed else ("internal", f"no process to read it: {error.strerror or error}")
+            raise FetchError(*why) from None
 
     def _begin(self) -> Reader:
         """A new reader; if need be, of a new template."""
         for last in (False, True):
-            with self._free:
+            with self._lock:
                 if self._killed:
                     raise FetchError(*_STOPPED)
                 template = self._template = self._template or Template()
             try:
                 reader = template.copy()
             except OSError:
-                with self._free:
+                with self._lock:
                     if self._template is template and not self._killed:
                         self._template = None
                 template.close()
                 if last:
                     raise
             else:
-                with self._free:
+                with self._lock:
                     self._readers.add(reader)
                     if not self._killed:
                         return reader
@@ -250,7 +238,7 @@ class Readers:
         raise AssertionError
 
     def _reap(self, reader: Reader) -> int:
-        with self._free:
+        with self._lock:
             template = self._template
             self._readers.discard(reader)
         try:
@@ -258,41 +246,40 @@ class Readers:
         except OSError:  # it died with its template
             return -signal.SIGKILL
 
-    def _give(self, reader: Reader, *, ends: bool) -> int:
-        """Put back a reader, or reap it."""
-        code = self._reap(reader) if ends else 0
-        with self._free:
-            if ends:
-                self._started -= 1
-            else:
-                self._idle.append(reader)
-            self._free.notify_all()
-        return code
+    def _give(self, reader: Reader, ends: bool) -> None:
+        if ends:
+            self._reap(reader)
+            return
+        with self._lock:
+            self._idle.append(reader)
 
     def kill(self) -> None:
         """End all readers, now and for good. Returns at once."""
-        with self._free:
+        with self._lock:
             self._killed = True
             if self._template is not None:
                 self._template.end(self._readers)
-            self._free.notify_all()
 
     def close(self) -> None:
         """``kill``; none is left when this returns."""
         self.kill()
-        with self._free:
+        give_up = time.monotonic() + REAP_LIMIT
+        taken = sum(self._places.acquire(give_up - time.monotonic()) for _ in range(self.count))
+        with self._lock:
             idle, self._idle = self._idle, []
         for reader in idle:
-            self._give(reader, ends=True)
-        with self._free:
-            self._free.wait_for(lambda: not self._started, REAP_LIMIT)
+            self._reap(reader)
+        with self._lock:
             template, self._template = self._template, None
+        for _ in range(taken):
+            self._places.release()
         if template is not None:
             template.close()
 
     def stats(self) -> ReadersStats:
-        with self._free:
-            return ReadersStats(self.count, self._started, len(self._idle))
+        in_use = self.count - self._places.stats().available
+        with self._lock:
+            return ReadersStats(self.count, len(self._idle) + in_use, len(self._idle))
 
     __repr__ = stats_repr
 

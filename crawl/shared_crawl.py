@@ -22,7 +22,7 @@ from typing import Any
 import asyncpg
 import orjson
 
-from coordination import wait_for_event
+from coordination import WorkerPool, cancel_all, wait_for_event
 from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.lease import AT_ONCE, LEASE, SharedFrontier
@@ -90,7 +90,7 @@ class SharedCrawl(Crawl):
         self._wake: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
         self._room = threading.Event()
-        self._stored: asyncio.Queue[list[ScrapeResult]]
+        self._stored: WorkerPool[list[ScrapeResult]]
         self._unprinted = 0
         self._over = False
 
@@ -152,13 +152,12 @@ class SharedCrawl(Crawl):
     @contextlib.asynccontextmanager
     async def joined(self, put: Put) -> AsyncIterator[Put]:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
-        self._stored = asyncio.Queue()
         self._database = Database(self._server, SCHEMA, size=2)
         store = PgStore(self._database, f"{os.uname().nodename}:{os.getpid()}")
         await self._database.open(CONNECT_LIMIT)
         self.mine.reading = True  # until ``feed`` has read its list: else an empty database would be the end
         task = asyncio.create_task(self._keep_up(store), name="frontier")
-        printer = asyncio.create_task(self._print_stored(put), name="stored rows")
+        self._stored = WorkerPool(lambda rows: self._print(rows, put), 1, 1_000_000, name="stored rows").start_tasks()
 
         async def wait(row: ScrapeResult) -> None:  # it goes to ``put`` when it is stored
             while max(self.mine.backlog(), self._unprinted) > 10 * AT_ONCE and not task.done():
@@ -173,10 +172,8 @@ class SharedCrawl(Crawl):
             self.mine.leave()
             self._wake.set()
             await asyncio.wait([task], timeout=LEAVE_LIMIT)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            self._stored.put_nowait([])
-            await printer
+            await cancel_all([task])
+            await self._stored.close_async()
             await self._database.close()
 
     async def _keep_up(self, store: PgStore) -> None:
@@ -196,14 +193,13 @@ class SharedCrawl(Crawl):
         except Exception as error:
             self.fail(error)
 
-    async def _print_stored(self, put: Put) -> None:
+    async def _print(self, rows: list[ScrapeResult], put: Put) -> None:
         """What is stored, to the driver's output: in a task of its own, for a slow reader must not cost the lease."""
-        while rows := await self._stored.get():
-            try:
-                await asyncio.gather(*map(put, rows))
-            except Exception as error:
-                self.fail(error)
-            self._unprinted -= len(rows)
+        try:
+            await asyncio.gather(*map(put, rows))
+        except Exception as error:
+            self.fail(error)
+        self._unprinted -= len(rows)
 
     async def _exchange(self, store: PgStore) -> None:
         batch, backoff = self.mine.plan(self.clock()), Backoff(*BACK_OFF, self.rng)
@@ -233,7 +229,7 @@ class SharedCrawl(Crawl):
                 self._wake.set()  # to claim what is free now
         if answer.stored:
             self._unprinted += len(answer.stored)
-            self._stored.put_nowait(answer.stored)
+            self._stored.submit(answer.stored, 0)
 
 
 async def _agree(server: str | Embedded, options: Options) -> Options:

@@ -38,10 +38,8 @@ blocks. `open` starts the tasks, `close` ends them; what is not loaded by then s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import logging
-import queue
 import random
 import time
 from collections import Counter
@@ -53,7 +51,7 @@ import aiohttp
 import orjson
 import yarl
 
-from coordination import Channel, ChannelClosed, Clock, Rng, stats_repr
+from coordination import Clock, Rng, WorkerPool, stats_repr
 from logs.parse import Metadata
 from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, SingleFlight, TTLCache, retry_async
 from runtime.http_dates import parse_retry_after
@@ -242,12 +240,11 @@ class Enricher:
         self._budget = RetryBudget()
         self._policy = RetryPolicy(attempts=2, base=0.05, cap=0.5, total=timeout)
         self._flights = SingleFlight()
-        self._channel: Channel[str] | None = None
-        """Names to load; None while the enricher is not open."""
+        self._pool: WorkerPool[str] | None = None
+        """Loads names; None while the enricher is not open."""
         self._asked: set[str] = set()
-        """What is in the channel or being loaded from it."""
+        """What is in the pool."""
         self._waits: set[_Wait] = set()
-        self._workers: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
         self._looks = self._misses = self._loads = self._turned_away = 0
         self._failures: Counter[str] = Counter()
@@ -260,7 +257,7 @@ class Enricher:
 
     async def open(self) -> None:
         """Begin to load what is asked for. Without an API nothing is started."""
-        if self._channel is not None:
+        if self._pool is not None:
             raise RuntimeError("the enricher is open already")
         if self._template is None:
             return
@@ -275,24 +272,18 @@ class Enricher:
         )
         self._session._retry_connection = False  # it would try again by itself, past the budget; no public switch
         self._front.clear()
-        channel = self._channel = Channel(self.waiting)
-        self._workers = [asyncio.create_task(self._work(channel), name=f"enrich {n}") for n in range(self.tasks)]
+        self._pool = WorkerPool(self._load_asked, self.tasks, self.waiting, name="enrich").start_tasks()
 
     async def close(self) -> None:
         """Give up what is being loaded; whoever waits goes on. ``look`` still answers what is known."""
-        channel, self._channel = self._channel, None
+        pool, self._pool = self._pool, None
         session, self._session = self._session, None
-        if channel is not None:
-            channel.close()
         self._asked.clear()
         for wait in self._waits:
             wait.end()
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            worker.cancel()
         try:
-            if workers:
-                await asyncio.wait(workers)
+            if pool is not None:
+                await pool.close_async(0)
         finally:
             if session is not None:
                 await session.close()
@@ -337,11 +328,11 @@ class Enricher:
         return found
 
     def _ask(self, service: str) -> None:
-        if self._channel is None or service in self._asked:
+        if self._pool is None or service in self._asked:
             return
         try:
-            self._channel.put_nowait(service)
-        except queue.Full:
+            self._pool.submit(service, 0)
+        except TimeoutError:
             self._turned_away += 1
         else:
             self._asked.add(service)
@@ -370,16 +361,12 @@ class Enricher:
 
     # ------------------------------------------------------------------------------------------ loading
 
-    async def _work(self, channel: Channel[str]) -> None:
-        with contextlib.suppress(ChannelClosed):
-            while True:
-                service = await channel.get_async()
-                try:
-                    await self.load(service)
-                finally:
-                    self._asked.discard(service)
-                    self._landed(service)
-                await asyncio.sleep(0)  # else a queue full of what the open circuit refuses would keep the loop
+    async def _load_asked(self, service: str) -> None:
+        try:
+            await self.load(service)
+        finally:
+            self._asked.discard(service)
+            self._landed(service)
 
     async def load(self, service: str) -> Found:
         """What the API says, unless it said so just now; None if that failed, or if nothing is open."""
@@ -486,7 +473,7 @@ class Enricher:
             retries=self._budget.stats().retries,
             refused=breaker.refused,
             turned_away=self._turned_away,
-            waiting=0 if self._channel is None else len(self._channel),
+            waiting=0 if self._pool is None else self._pool.stats().queued,
             loading=self._flights.stats().flights,
             waits=len(self._waits),
             breaker=breaker.state,

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from coordination import Clock, Rng, stats_repr, wait_for_event
+from coordination import Clock, Rng, cancel_all, stats_repr, wait_for_event
 from logs.display import LogCounts, add_up, counts_after_death
 from primitives import Backoff
 from runtime.loop import STOPPING, blocked
@@ -139,9 +139,7 @@ class Supervisor:
                 timer.cancel()
             for worker in self.list:
                 self._kill(worker)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_all(tasks)
         return 1 if self.failure or any(worker.code for worker in self.list) else 0
 
     async def _keep(self, worker: WorkerProcess) -> None:

@@ -30,6 +30,7 @@ spool's files have a thread, and what is read from them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +40,7 @@ from uuid import uuid4
 
 import orjson
 
-from coordination import Clock, Rng, stats_repr
+from coordination import Clock, Rng, cancel_all, stats_repr
 from market.producer import AT_ONCE, FLIGHT, FLIGHT_BYTES, Producer
 from market.topics import (
     ANALYTICS,
@@ -61,7 +62,7 @@ from market.topics import (
 from market.trade import Trade
 from runtime.backlog import Backlog
 from runtime.loop import ends_before
-from runtime.outlet import Changes, Outlet, end
+from runtime.outlet import Changes, Outlet
 from runtime.spool import EncodedBatch, Spool
 
 ROWS, FILE = 2500, 2500
@@ -182,6 +183,17 @@ class TradeSink(RowSink):
 
     def decode(self, batch: EncodedBatch) -> list[Record]:
         return records_of(batch.data, *self._topics)
+
+
+async def _finished(task: asyncio.Task[None]) -> None:
+    """Wait until it is over; if that is cancelled, end cancelled after it."""
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        raise
 
 
 class Publisher:
@@ -383,13 +395,11 @@ class Publisher:
                 over = forced or asyncio.Event()
                 await ends_before(self.changes.until(self._is_over), over, limit)
             finally:
-                closing = asyncio.create_task(self._close())
-                await end(closing, cancel=False)
-                closing.result()
+                await _finished(asyncio.create_task(self._close()))
         return backlog.refused + backlog.dropped.total()
 
     async def _close(self) -> None:
-        await asyncio.gather(*map(end, self._tasks))
+        await cancel_all(self._tasks)
         left = await self._trades.save(SAVE_LIMIT)
         await asyncio.gather(*(sink.producer.drop() for sink in (self._sink, self._row_sink)))
         if left:

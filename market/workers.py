@@ -39,12 +39,12 @@ import asyncio
 import contextlib
 import os
 import pickle
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from coordination import Semaphore, stats_repr
+from coordination import Semaphore, fan_out, stats_repr
 from market.stats import Analytics, AnalyticsRow, AnalyticsStats
 from market.trade import Trade
 from runtime.processes import PoolClosed, Processes, WorkerDied
@@ -232,14 +232,15 @@ class AnalyticsPool:
                 parts: dict[_Slot, list[Trade]] = {}
                 for trade in trades[begin : begin + MOST]:
                     parts.setdefault(self._homes.get(trade.symbol) or self._home(trade.symbol), []).append(trade)
-                jobs = [slot.run(pickle.dumps(list(map(_fields, part)), 5), False) for slot, part in parts.items()]
-                for part, outcome in zip(parts.values(), await self._outcomes(jobs), strict=True):
-                    if isinstance(outcome, BaseException):
-                        lost += part
-                        cause = outcome
+                packed = {slot: pickle.dumps(list(map(_fields, part)), 5) for slot, part in parts.items()}
+                outcomes = await fan_out({slot: slot.run(data, False) for slot, data in packed.items()})
+                for slot, (_, found, error) in outcomes.items():
+                    if error is not None:
+                        lost += parts[slot]
+                        cause = error
                     else:
-                        rows += outcome
-                        self._trades += len(part)
+                        rows += found or ()
+                        self._trades += len(parts[slot])
         self._rows += len(rows)
         if cause is not None:
             self._uncomputed += len(lost)
@@ -249,12 +250,12 @@ class AnalyticsPool:
     async def flush(self) -> list[AnalyticsRow]:
         """The rows that are not due yet: of all series that changed since they were told."""
         async with self._place():
-            outcomes = await self._outcomes([slot.run(pickle.dumps([]), True) for slot in self._slots])
-        rows = [row for outcome in outcomes if not isinstance(outcome, BaseException) for row in outcome]
+            outcomes = await fan_out({slot: slot.run(pickle.dumps([]), True) for slot in self._slots})
+        rows = [row for outcome in outcomes.values() for row in outcome.value or ()]
         self._rows += len(rows)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise Uncomputed([], rows) from outcome
+        for outcome in outcomes.values():
+            if outcome.error is not None:
+                raise Uncomputed([], rows) from outcome.error
         return rows
 
     @contextlib.asynccontextmanager
@@ -270,19 +271,6 @@ class AnalyticsPool:
                 self._running -= 1
                 if not self._running:
                     self._idle.set()
-
-    async def _outcomes(
-        self, jobs: list[Coroutine[Any, Any, list[AnalyticsRow]]]
-    ) -> list[list[AnalyticsRow] | BaseException]:
-        """All together; a cancelled call leaves none behind."""
-        tasks = [asyncio.ensure_future(job) for job in jobs]
-        try:
-            await asyncio.wait(tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            found = await asyncio.gather(*tasks, return_exceptions=True)
-        return [each if isinstance(each, BaseException) else list(each) for each in found]
 
     def _home(self, symbol: str) -> _Slot:
         """The worker of a symbol that has none yet."""

@@ -57,15 +57,16 @@ class Demo(ABC):
 
     @abstractmethod
     async def play(self, program: Program[Any]) -> None:
-        """Do what the demo shows; then stop the program."""
+        """Play the demo; then stop the program."""
 
     @abstractmethod
     def report(self, counts: Any) -> bool:
-        """Print what came of it; whether that is what should."""
+        """Print what came of it; returns whether it is as it should be."""
 
     def start(self, stack: contextlib.ExitStack, kind: type, name: str, folder: Path, called: str) -> str:
         """Start ``kind(folder)``, a server with ``start`` and ``stop``; returns what its ``start`` does: the address.
-        ``name`` is it in a line before, ``called`` if it did not start (``CannotStart``)."""
+
+        Messages call it ``name``, or ``called`` if it did not start (``CannotStart``)."""
         where = "a temporary folder" if folder.is_relative_to(self.folder) else folder
         say(self._program, f"starting {name} in {where}")
         command = module_command("runtime.demo", kind.__module__, kind.__name__, folder, self.folder)
@@ -83,7 +84,7 @@ class Demo(ABC):
 
 
 def main() -> None:
-    """A guardian: the module and the name of a class, the server's folder, the demo's."""
+    """Run a guardian. Arguments: a module, the name of a class in it, the server's folder, the demo's."""
     module, kind, folder, temporary = sys.argv[1:]
     for number in STOPPING:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the server would inherit

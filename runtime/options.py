@@ -73,8 +73,7 @@ def checked(check: Callable[[str], object]) -> Callable[[str], str]:
     return text_of
 
 
-address = checked(split_address)
-"""A type for ``Parser.option``: ``HOST:PORT``."""
+address = checked(split_address)  # a type for ``Parser.option``: ``HOST:PORT``
 
 
 class Range(NamedTuple):
@@ -106,8 +105,9 @@ class Parser(argparse.ArgumentParser):
     def option(
         self, group: Any, name: str, kind: Any, text: str, metavar: str | None = "N", *, within: Any = None, **more: Any
     ) -> None:
-        """Add an option with a value to ``group``. Its default is in the help, unless ``text`` tells of it; ``within``
-        are the arguments of its ``Range``."""
+        """Add an option with a value to ``group``; its default is in the help, unless ``text`` has it.
+
+        ``within`` are the arguments of its ``Range``."""
         field = name.lstrip("-").replace("-", "_")
         shown = more.get("default", getattr(self._default, field, None))
         if shown not in (None, "", ()) and "default" not in text:
@@ -138,9 +138,5 @@ class Parser(argparse.ArgumentParser):
                     numbers.check(name, value, unit)
                 except ValueError as error:
                     self.error(str(error))
-        values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(self._default)}
-        return {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-            if value is not None
-        }
+        given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(self._default)}
+        return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}

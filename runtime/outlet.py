@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from coordination import Clock, Rng, wait_for_event
+from coordination import Clock, Rng, cancel_all, wait_for_event
 from primitives import Backoff
 from runtime.backlog import Backlog, Round
 from runtime.options import CannotStart
@@ -104,22 +104,6 @@ class TwoStageStop:
         self.stage += 1
         (self.stopped if self.stage == 1 else self.forced).set()
         self._changes.tell()
-
-
-async def end(task: asyncio.Task[Any], *, cancel: bool = True) -> None:
-    """Wait until it is over, and ``cancel`` it until then; if that is cancelled, end cancelled after it."""
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        if cancel:
-            task.cancel()
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if not task.cancelled():
-        task.exception()  # somebody looked
-    if cancelled is not None:
-        raise cancelled
 
 
 class Outlet(Generic[T]):
@@ -218,7 +202,7 @@ class Outlet(Generic[T]):
                 self.press()
         finally:
             try:
-                await end(writing)
+                await cancel_all([writing])
             finally:
                 away = writing.cancelled() or writing.exception() is not None
                 if away:
@@ -270,7 +254,7 @@ class Outlet(Generic[T]):
                     return False
             return True
         finally:
-            await end(reading)
+            await cancel_all([reading])
 
     async def _read(self, spool: Spool, skip: int) -> list[tuple[str, list[T]]]:
         """The oldest files but ``skip``, and what is in them."""

@@ -1,12 +1,7 @@
 """PostgreSQL for the programs that keep something: the pool of connections, and a writer of batches.
 
-A database is away some day: not started yet, restarted, full, behind a cable that somebody pulled. So nothing here
-ever waits for it without a time limit, and nobody who has a row to keep waits at all.
-
-``Database``   a pool of connections that comes and goes. One task connects, checks every ``CHECK_EVERY`` seconds, and
-               connects again with back-off for as long as it is open. ``connection()`` refuses at once while there is
-               none (``Unavailable``).
-``Writer``     rows in, batches out, by one task, from a bounded queue.
+A database is away some day. So nothing here ever waits for it without a time limit, and nobody who has a row to keep
+waits at all. One task of ``Database`` connects, checks, and connects again with back-off for as long as it is open.
 
 Promised by ``Writer``
 - ``offer`` returns at once. What finds the queue full is counted as lost, and nothing else is.
@@ -37,7 +32,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
-from coordination import Clock, Rng, stats_repr, wait_for_event
+from coordination import Clock, Rng, cancel_all, stats_repr, wait_for_event
 from primitives import Backoff, Batch
 from runtime.embedded import CHECK_LIMIT, START_LIMIT, Embedded
 
@@ -50,8 +45,7 @@ R = TypeVar("R")
 
 log = logging.getLogger("uvicorn.error")
 
-CHECK_EVERY = 2.0
-"""Seconds between two checks of a database that answers."""
+CHECK_EVERY = 2.0  # seconds between two checks of a database that answers
 CLOSE_LIMIT = 1.0
 """Seconds that the end of a connection may take, and what was asked last with it; then it is broken off."""
 BACK_OFF = 0.2, 2.0
@@ -59,17 +53,18 @@ BACK_OFF = 0.2, 2.0
 
 
 class Unavailable(RuntimeError):
-    """There is no database just now; ``retry_after`` is in seconds."""
+    """There is no database just now."""
 
-    def __init__(self, state: str, retry_after: float = 2.0) -> None:
+    retry_after = 2.0  # seconds
+
+    def __init__(self, state: str) -> None:
         super().__init__(f"database {state}")
-        self.retry_after = retry_after
 
 
 def is_away(error: BaseException) -> bool:
     """Whether an error says that the database, or the way to it, is gone; not that it dislikes what was asked."""
-    gone = (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError, Unavailable)
-    return isinstance(error, gone) or (
+    away = (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError, Unavailable)
+    return isinstance(error, away) or (
         isinstance(error, asyncpg.InterfaceError) and not isinstance(error, (asyncpg.DataError, ValueError))
     )
 
@@ -94,25 +89,23 @@ def check_url(option: str, url: str, instead: str) -> None:
     raise ValueError(f"{option}: the URL cannot be read; in a password, %XX must stand for a special character")
 
 
-def cut(connection: Any) -> None:
-    """End a connection without a word. asyncpg raises if the server has just said something that it is reading."""
+def _cut(connection: Any) -> None:
+    """Break a connection off. asyncpg raises if it is just reading what the server said."""
     with contextlib.suppress(Exception):
         connection.terminate()
 
-
-# ---------------------------------------------------------------------------------------------------------- the pool
 
 DatabaseState = Literal["none", "connecting", "connected", "down"]
 
 
 class DatabaseStats(NamedTuple):
+    """State of a ``Database``, and since when."""
+
     state: DatabaseState
-    kind: str | None
-    """``embedded`` or ``DATABASE_URL``."""
+    kind: str | None  # ``embedded`` or ``DATABASE_URL``
     since: datetime
     connects: int
-    error: str | None
-    """The type of the last error; its text may hold secrets and is in the log only."""
+    error: str | None  # the type of the last error; its text may hold secrets and is in the log only
 
 
 class Database:
@@ -133,14 +126,13 @@ class Database:
         self._look = asyncio.Event()
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._held: set[PooledConnection] = set()
-        """Those of the pool that are in use: broken off when the database is found away."""
+        self._held: set[PooledConnection] = set()  # in use: broken off when the database is found away
 
     @classmethod
     def configured(cls, environ: Mapping[str, str], schema: str) -> Database:
-        """``DATABASE_URL`` (``none``: no database), else an embedded server in ``DATA_FOLDER`` (``data``), else none.
+        """That of ``DATABASE_URL`` (``none``: no database), else an embedded server in ``DATA_FOLDER`` (``data``).
 
-        Raises ``ValueError`` with one line if it is no URL of PostgreSQL; the line does not hold the URL.
+        Raises ``ValueError`` with one line, without the URL, if it is no URL of PostgreSQL.
         """
         url = environ.get("DATABASE_URL")
         if url == "none":
@@ -155,20 +147,18 @@ class Database:
 
     async def open(self, wait: float) -> None:
         """Begin to connect, and wait for that at most ``wait`` seconds."""
-        if self.server is None:
-            return
-        self._task = asyncio.create_task(self._supervise(), name="database")
-        await self.ready(wait)
+        if self.server is not None:
+            self._task = asyncio.create_task(self._supervise(), name="database")
+            await self.ready(wait)
 
     async def ready(self, wait: float = math.inf) -> bool:
-        """Wait until there is a connection, at most ``wait`` seconds."""
+        """Whether there is a connection after ``wait`` seconds at the latest."""
         return await wait_for_event(self._up, wait)
 
     async def close(self) -> None:
         """Close the connections and stop the embedded server, if it is not used by others."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await cancel_all([self._task])
             self._task = None
         self._enter("none", None)
         pool, self._pool = self._pool, None
@@ -177,7 +167,7 @@ class Database:
                 async with asyncio.timeout(CLOSE_LIMIT):
                     await pool.close()
             except Exception:  # whatever it is: the pool has broken its connections off
-                cut(pool)
+                _cut(pool)
         self._drop_probe()
         if isinstance(self.server, Embedded):
             await asyncio.to_thread(self.server.stop)
@@ -194,7 +184,7 @@ class Database:
         try:
             pool = self._pool
             connection = await pool.acquire(timeout=wait)
-            end = asyncio.get_running_loop().call_later(limit, cut, connection)
+            end = asyncio.get_running_loop().call_later(limit, _cut, connection)
             self._held.add(connection)
             try:
                 yield connection
@@ -212,6 +202,7 @@ class Database:
             raise Unavailable(f"away: {type(error).__name__}") from error
 
     def stats(self) -> DatabaseStats:
+        """The state, the kind of server, connects so far, the type of the last error."""
         kind = None if self.server is None else "embedded" if isinstance(self.server, Embedded) else "DATABASE_URL"
         return DatabaseStats(self.state, kind, self._since, self._connects, self._error or None)
 
@@ -243,7 +234,7 @@ class Database:
                 self._drop_probe()
                 self._enter("down", error)
                 for connection in list(self._held):
-                    cut(connection)
+                    _cut(connection)
                 await asyncio.sleep(backoff.next())
             else:
                 backoff.reset()
@@ -277,19 +268,16 @@ class Database:
     def _drop_probe(self) -> None:
         probe, self._probe = self._probe, None
         if probe is not None:
-            cut(probe)
-
-
-# -------------------------------------------------------------------------------------------------------- the writer
+            _cut(probe)
 
 
 class WriterStats(NamedTuple):
+    """Rows and batches of a ``Writer``."""
+
     queued: int
     written: int
-    lost: int
-    """Rows that came while the queue was full, or were in it when it was closed."""
-    refused: int
-    """Rows that the database does not take."""
+    lost: int  # rows that came while the queue was full, or were in it when it was closed
+    refused: int  # rows that the database does not take
     batches: int
 
 
@@ -386,13 +374,13 @@ class Writer(Generic[R]):
         try:
             await asyncio.wait([task], timeout=timeout)
         finally:
-            task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+            await cancel_all([task])
         self._lost += self._queued
         lost, self._queued, self._bytes = self._queued, 0, 0
         return lost
 
     def stats(self) -> WriterStats:
+        """Counts since the start."""
         return WriterStats(self._queued, self._written, self._lost, self._refused, self._batches)
 
     __repr__ = stats_repr

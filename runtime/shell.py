@@ -29,10 +29,8 @@ from runtime.monitor import Exporter, Measure, http
 from runtime.options import EXIT_FAILED, EXIT_INTERRUPTED, CannotStart, split_address
 from runtime.stderr import queue_stderr, say, show_status, terminal_size
 
-EVERY = 0.5
-"""Seconds between two drawings."""
-RATES = 5.0
-"""Seconds over which rates are shown."""
+EVERY = 0.5  # seconds between two drawings
+RATES = 5.0  # seconds over which rates are shown
 
 
 C_co = TypeVar("C_co", covariant=True)
@@ -43,10 +41,10 @@ class Program(Protocol[C_co]):
     """What runs until it is stopped, or done."""
 
     async def run(self) -> int:
-        """Until it has stopped; the exit code."""
+        """Run until it has stopped; returns the exit code."""
 
     def stop(self) -> None:
-        """The first call: stop and drain. The second: at once."""
+        """Stop and drain at the first call, at once at the second."""
 
     def snapshot(self) -> C_co:
         """The counts of this moment: a ``NamedTuple`` with ``faults`` and ``stopping``."""
@@ -55,28 +53,24 @@ class Program(Protocol[C_co]):
 class Wiring(NamedTuple, Generic[C]):
     """What ``run`` runs, and what is shown of its counts."""
 
-    make: Callable[[], Program[C]]
-    """Makes the program, in the loop."""
-    tell: Callable[[Any], object]
-    """Says at the end what became of all that came; the program is its argument."""
+    make: Callable[[], Program[C]]  # makes the program, in the loop
+    tell: Callable[[Any], object]  # says at the end what became of all that came; the program is its argument
     metrics: Sequence[Measure]
-    health: Callable[[C], tuple[int, dict[str, Any]]]
-    """The status code and the body of ``/health``."""
+    health: Callable[[C], tuple[int, dict[str, Any]]]  # the status code and the body of ``/health``
     draw: Callable[[C, C, float, float], str] | None
     """For a terminal: of the counts, those of some seconds ago, the seconds, the program's age in seconds."""
-    stays: bool = False
-    """Whether the last picture stays when the program has ended."""
+    stays: bool = False  # whether the last picture stays when the program has ended
     loop: Callable[[], asyncio.AbstractEventLoop] | None = new_loop
 
 
 def shown_address(sock: socket.socket) -> str:
-    """``HOST:PORT``, or ``[IPv6]:PORT``."""
+    """The address of a socket: ``HOST:PORT``, or ``[IPv6]:PORT``."""
     host, port = sock.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def open_http(address: str | None, stack: contextlib.ExitStack, log: logging.Logger) -> socket.socket | None:
-    """A socket for ``http``, closed by ``stack``. ``CannotStart``."""
+    """A socket for ``http`` (None: no address), closed by ``stack``. Raises ``CannotStart``."""
     if address is None:
         return None
     host, port = split_address(address)
@@ -92,8 +86,8 @@ def open_http(address: str | None, stack: contextlib.ExitStack, log: logging.Log
 
 
 @contextlib.contextmanager
-def around(name: str, log: logging.Logger) -> Iterator[None]:
-    """What any process of a program has: queued lines with its name, few collections of garbage."""
+def prepared_process(name: str, log: logging.Logger) -> Iterator[None]:
+    """Surround a process of a program: lines for stderr are queued, with its name; garbage is collected rarely."""
     finish = queue_stderr(name)
     try:
         logging.basicConfig(level=logging.WARNING, format=f"{name}: %(message)s")
@@ -112,12 +106,11 @@ def run(
     wire: Callable[[Any, contextlib.ExitStack], Wiring[Any]],
     demo: Demo | None = None,
 ) -> int:
-    """The whole program that ``wire`` makes of ``options``, or of those of ``demo``. They have the address ``http``;
-    what is entered into the stack is closed after the loop.
+    """Run the program that ``wire`` makes of ``options``, or of the demo's. They have the address ``http``; what is
+    entered into the stack is closed after the loop.
 
-    Returns the exit code: that of the program, or 1 if there were faults, or the demo did not come out right.
-    """
-    with around(name, log):
+    Returns the exit code: the program's, or 1 if there were faults or the demo did not come out right."""
+    with prepared_process(name, log):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the demo's servers do not outlive us
         try:
             with contextlib.ExitStack() as stack:
@@ -127,7 +120,6 @@ def run(
                 wiring = wire(options, stack)
                 with asyncio.Runner(loop_factory=wiring.loop) as runner:
                     code, program = runner.run(_serve(wiring, http_sock, demo))
-                signal.signal(signal.SIGTERM, signal.default_int_handler)
                 counts = program.snapshot()
                 wiring.tell(program)
                 good = demo is None or demo.report(counts)

@@ -16,17 +16,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-UNREAD = 256 << 10
-"""Bytes that wait to be written."""
-LAST = 1.0
-"""Seconds that the end of the program waits for them to be read."""
+UNREAD = 256 << 10  # bytes that wait to be written
+LAST = 1.0  # seconds that the end of the program waits for them to be read
 
 
 class Stderr(io.TextIOBase):
     """Text for descriptor ``fd``, written by a thread. ``name`` is the program's, for what is said of lost lines.
 
-    What finds ``UNREAD`` bytes waiting is lost, and all after it until these are written: a loss is one gap, and the
-    line on it stands there. ``status`` is for a terminal: what stays below all lines; of it only the newest waits.
+    What finds ``UNREAD`` bytes waiting is lost, and all after it until these are written: a loss is one gap.
     """
 
     def __init__(self, fd: int, name: str, encoding: str = "utf-8") -> None:
@@ -39,6 +36,7 @@ class Stderr(io.TextIOBase):
         self._thread.start()
 
     def write(self, text: str) -> int:
+        """Queue ``text``, or count its lines as lost; returns its length in either case."""
         data = text.encode(self._encoding, "backslashreplace")
         with self._news:
             self._full = self._full or len(self._waiting) + len(data) > UNREAD
@@ -51,12 +49,13 @@ class Stderr(io.TextIOBase):
         return len(text)
 
     def status(self, text: str) -> None:
+        """Show ``text`` below all lines, in place of the last such text: for a terminal."""
         with self._news:
             self._status = text.encode(self._encoding, "replace")
             self._news.notify_all()
 
     def finish(self) -> bool:
-        """Whether all is written within ``LAST`` seconds. If not, nobody reads, and what comes is never written."""
+        """Whether all was written within ``LAST`` seconds. If not, nobody reads, and what comes is never written."""
         with self._news:
             self._over, self._status = True, b""
             self._news.notify_all()
@@ -100,12 +99,15 @@ class Stderr(io.TextIOBase):
                 return
 
     def isatty(self) -> bool:
+        """Whether it is a terminal."""
         return os.isatty(self._fd)
 
     def fileno(self) -> int:
+        """The descriptor."""
         return self._fd
 
     def writable(self) -> bool:
+        """True."""
         return True
 
 
@@ -113,9 +115,9 @@ _stderr: Stderr | None = None
 
 
 def queue_stderr(name: str) -> Callable[[], None]:
-    """Have ``sys.stderr``, and what the log writes there, go through ``Stderr``. What it gives is to be called at the
-    end: it waits for what is not written yet. Without a descriptor (there is no stderr, or it is in memory) all stays
-    as it is."""
+    """Have ``sys.stderr``, and what the log writes there, go through ``Stderr``; not if it has no descriptor.
+
+    Returns a function for the end, which waits for what is not written yet."""
     global _stderr
     before = sys.stderr
     try:
@@ -143,22 +145,22 @@ def _redirect(old: Any, new: Any) -> None:
 
 
 def say(name: str, text: object) -> None:
-    """A line of the program's on stderr."""
+    """Write a line of program ``name`` to stderr."""
     print(f"{name}: {text}", file=sys.stderr)
 
 
 def show_status(text: str) -> None:
-    """On a terminal, below the log's lines, in the place of the last such text; no line of it may be too long."""
+    """Show ``text`` on the terminal below the log's lines; no line of it may be too long."""
     if _stderr is not None:
         _stderr.status(text)
 
 
 def terminal_size() -> os.terminal_size:
-    """Of the terminal that stderr is; 80 columns and 24 lines if it does not say."""
+    """The size of the terminal that stderr is; 80 columns and 24 lines if it does not say."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
-        found = os.get_terminal_size(sys.stderr.fileno())
-        if found.columns and found.lines:
-            return found
+        size = os.get_terminal_size(sys.stderr.fileno())
+        if size.columns and size.lines:
+            return size
     return os.terminal_size((80, 24))
 
 

@@ -39,7 +39,7 @@ from api import service as service_module
 from api.history import History, Result
 from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
-from tests.helpers.api import aggregate_ask, aggregate_http, play, settled
+from tests.helpers.api import aggregate_ask, aggregate_http, data_of, play, settled
 from tests.helpers.base import HANG_LIMIT, HERE, SETTINGS, World, wait_until
 
 if TYPE_CHECKING:  # imported where it is used: it takes half a second
@@ -144,7 +144,7 @@ def test_serves_old_data_in_an_outage_within_its_window(web: Sandbox) -> None:
         world.now += 20.0
         part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
         assert part.data is not None
-        assert (part.state, part.data.value["serial"], part.age, part.error) == ("stale", 2, 20.0, "http: 503")
+        assert (part.state, data_of(part)["serial"], part.age, part.error) == ("stale", 2, 20.0, "http: 503")
         world.now += 40.0  # past the window
         part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
         assert (part.state, part.data, part.error) == ("error", None, "http: 503")

@@ -15,7 +15,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -57,6 +57,16 @@ def fan_now() -> float:
     return asyncio.get_running_loop().time()
 
 
+async def elapse(seconds: float) -> None:
+    """Wait until so many seconds have passed by the clock of the loop."""
+    over = asyncio.Event()
+    timer = asyncio.get_running_loop().call_later(seconds, over.set)
+    try:
+        await over.wait()
+    finally:
+        timer.cancel()
+
+
 def fan_run(main: Coroutine[Any, Any, Any]) -> None:
     """Run on virtual time, in debug mode; fails if a task is left, or if the loop had anything to complain of."""
     complaints: list[dict[str, Any]] = []
@@ -88,7 +98,7 @@ class FanCalls:
             self.running += 1
             self.peak = max(self.peak, self.running)
             try:
-                await asyncio.sleep(seconds)
+                await elapse(seconds)
                 if isinstance(answer, BaseException):
                     raise answer
                 how = "done"
@@ -96,7 +106,7 @@ class FanCalls:
             except asyncio.CancelledError as error:
                 if error is not answer:
                     how = "cancelled"
-                    await asyncio.sleep(cleanup)
+                    await (elapse(cleanup) if cleanup else ticks(1))
                 raise
             finally:
                 self.running -= 1
@@ -114,13 +124,13 @@ def fan_check_deadline() -> None:
     """At the deadline, to the bit, an outcome for each; those that were not done were cancelled, and have ended."""
 
     async def main(latencies: dict[str, float]) -> None:
-        calls, late = FanCalls(), co.Outcome[Any]("timeout", None, None, 0.3)
-        made = {name: calls.make(name, (seconds, name)) for name, seconds in latencies.items()}
-        outcomes = await co.fan_out(made, 0.3, clock=fan_now)
-        ok = {name: co.Outcome("ok", name, None, seconds) for name, seconds in latencies.items() if seconds < 0.3}
+        calls, late = FanCalls(), co.Outcome[Any]("timeout", None, None)
+        made = {name: calls.make(name, (seconds, name))() for name, seconds in latencies.items()}
+        outcomes = await co.fan_out(made, 0.3)
+        ok = {name: co.Outcome("ok", name, None) for name, seconds in latencies.items() if seconds < 0.3}
         assert list(outcomes.items()) == [(name, ok.get(name, late)) for name in latencies]
         assert fan_now() == min(0.3, max(latencies.values()))
-        ends = {name: (name, "done", seconds) for name, (_, _, _, seconds) in ok.items()}
+        ends = {name: (name, "done", latencies[name]) for name in ok}
         assert sorted(calls.ends) == [ends.get(name, (name, "cancelled", 0.3)) for name in latencies]
 
     for seed in range(12):
@@ -135,14 +145,14 @@ def fan_check_stragglers() -> None:
 
     async def main(cancelled_at: list[float], end: float) -> None:
         calls = FanCalls()
-        made = {name: calls.make(name, (9.0, 0), cleanup=after) for name, after in (("slow", 0.5), ("slower", 0.75))}
-        made["quick"] = calls.make("quick", (0.0625, 0))
-        caller = calls.cancel_at(cancelled_at, asyncio.ensure_future(co.fan_out(made, 0.25, clock=fan_now)))
+        made = {name: calls.make(name, (9.0, 0), cleanup=after)() for name, after in (("slow", 0.5), ("slower", 0.75))}
+        made["quick"] = calls.make("quick", (0.0625, 0))()
+        caller = calls.cancel_at(cancelled_at, asyncio.ensure_future(co.fan_out(made, 0.25)))
         if cancelled_at:
             with pytest.raises(asyncio.CancelledError):
                 await caller
         else:
-            assert [(o.status, o.seconds) for o in (await caller).values()] == [("timeout", 1.0)] * 2 + [("ok", 0.0625)]
+            assert [outcome.status for outcome in (await caller).values()] == ["timeout"] * 2 + ["ok"]
         ends = [("quick", "done", 0.0625), ("slow", "cancelled", end - 0.25), ("slower", "cancelled", end)]
         assert (calls.ends, fan_now()) == (ends, end)
 
@@ -157,35 +167,22 @@ def test_fan_out_keeps_its_promises(check: Callable[[], None]) -> None:
     check()
 
 
-@pytest.mark.parametrize("options", [{}, {"hedge": 0.5}, {"limit": 5}], ids=str)
-def test_fan_out_reports_every_kind_of_error(options: dict[str, Any]) -> None:
+def test_fan_out_reports_every_kind_of_error() -> None:
     refused, sudden = ValueError("no"), OSError("at once")
 
-    def broken() -> Any:
+    async def broken() -> Any:
         raise sudden
 
     async def main() -> None:
         calls = FanCalls()
-        made = {"late": calls.make("late", (0.2, 7)), "error": calls.make("error", (0.1, refused)), "sync": broken}
-        made |= {"no awaitable": lambda: 7, "self": calls.make("self", (0.1, asyncio.CancelledError()))}
-        outcomes = await co.fan_out(made, 1.0, clock=fan_now, **options)
+        made = {"late": calls.make("late", (0.2, 7)), "error": calls.make("error", (0.1, refused)), "sudden": broken}
+        made["self"] = calls.make("self", (0.1, asyncio.CancelledError()))
+        outcomes = await co.fan_out({name: call() for name, call in made.items()}, 1.0)
         assert fan_now() == 0.2
-        assert [outcome.status for outcome in outcomes.values()] == ["ok"] + ["error"] * 4
-        assert outcomes["error"] == ("error", None, refused, 0.1)
-        assert outcomes["sync"] == ("error", None, sudden, 0.0)
-        assert [type(outcomes[name].error) for name in ("no awaitable", "self")] == [TypeError, asyncio.CancelledError]
-
-    fan_run(main())
-
-
-def test_fan_out_runs_no_more_than_its_limit() -> None:
-    async def main() -> None:
-        calls = FanCalls()
-        outcomes = await co.fan_out({n: calls.make(n, (0.1, n)) for n in "abcdefgh"}, 0.25, limit=2, clock=fan_now)
-        assert (calls.peak, calls.running) == (2, 0)
-        assert [outcome.seconds for outcome in outcomes.values()] == [0.1, 0.1, 0.2, 0.2] + [0.25] * 4
-        assert [outcome.status for outcome in outcomes.values()] == ["ok"] * 4 + ["timeout"] * 4
-        assert calls.ends[4:] == [("e", "cancelled", 0.25), ("f", "cancelled", 0.25)]  # g and h never began
+        assert [outcome.status for outcome in outcomes.values()] == ["ok"] + ["error"] * 3
+        assert outcomes["error"] == ("error", None, refused)
+        assert outcomes["sudden"] == ("error", None, sudden)
+        assert type(outcomes["self"].error) is asyncio.CancelledError
 
     fan_run(main())
 
@@ -193,20 +190,21 @@ def test_fan_out_runs_no_more_than_its_limit() -> None:
 def test_fan_out_at_the_very_deadline_tells_what_happened() -> None:
     async def survives(error: Exception | None) -> str:
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(9.0)
-        await asyncio.sleep(0.25)
+            await elapse(9.0)
+        await elapse(0.25)
         if error is not None:
             raise error
         return "too late"
 
     async def main() -> None:
         calls = FanCalls()
-        made = {name: calls.make(name, (seconds, 0)) for name, seconds in (("a", 0.25), ("b", 0.25), ("c", 0.249))}
-        made |= {str(error): functools.partial(survives, error) for error in (None, OSError("in its clean-up"))}
-        outcomes = list((await co.fan_out(made, 0.25, clock=fan_now)).values())
+        made = {name: calls.make(name, (seconds, 0))() for name, seconds in (("a", 0.25), ("b", 0.25), ("c", 0.249))}
+        made |= {str(error): survives(error) for error in (None, OSError("in its clean-up"))}
+        outcomes = list((await co.fan_out(made, 0.25)).values())
         status = {name: "ok" if how == "done" else "timeout" for name, how, _ in calls.ends}
         assert [outcome.status for outcome in outcomes[:3]] == [status[name] for name in "abc"]
-        assert outcomes[2:] == [("ok", 0, None, 0.249)] + [("timeout", None, None, 0.5)] * 2
+        assert outcomes[2:] == [("ok", 0, None)] + [("timeout", None, None)] * 2
+        assert fan_now() == 0.5
 
     fan_run(main())
 
@@ -214,9 +212,32 @@ def test_fan_out_at_the_very_deadline_tells_what_happened() -> None:
 def test_fan_out_of_nothing_and_refusals() -> None:
     async def main() -> None:
         assert await co.fan_out({}, 0.3) == {}
-        for deadline, limit in ((0.0, None), (-1.0, None), (math.nan, None), (1.0, 0)):
+        for deadline in (0.0, -1.0, math.nan):
             with pytest.raises(ValueError, match="must be"):
-                await co.fan_out({"a": FanCalls().make("a")}, deadline, limit=limit)
+                await co.fan_out({}, deadline)
+        calls = FanCalls()
+        with pytest.raises(TypeError):
+            await co.fan_out({"a": calls.make("a", (9.0, 0))(), "b": cast(Any, 7)})
+        with pytest.raises(TypeError):
+            await co.fan_out({}, limit=5 / 2)  # type: ignore[call-arg]
+
+    fan_run(main())
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["late", "cancelled"])
+def test_fan_out_lets_go_on_what_others_wait_for_too(cancelled: bool) -> None:
+    async def main() -> None:
+        calls = FanCalls()
+        made = {name: calls.make(name, (after, name)) for name, after in (("a", 0.1), ("b", 0.5))}
+        loads = {name: asyncio.ensure_future(call()) for name, call in made.items()}
+        caller = asyncio.ensure_future(co.fan_out(loads, 0.3, cancel=False))
+        if cancelled:
+            with pytest.raises(asyncio.CancelledError):
+                await calls.cancel_at([0.2], caller)
+        else:
+            assert await caller == {"a": ("ok", "a", None), "b": ("timeout", None, None)}
+        assert await co.fan_out(loads) == {"a": ("ok", "a", None), "b": ("ok", "b", None)}
+        assert calls.ends == [("a", "done", 0.1), ("b", "done", 0.5)]
 
     fan_run(main())
 
@@ -224,7 +245,7 @@ def test_fan_out_of_nothing_and_refusals() -> None:
 def test_fan_out_in_real_time() -> None:
     async def main() -> None:
         calls, began = FanCalls(), time.monotonic()
-        outcomes = await co.fan_out({n: calls.make(n, (ord(n) % 2 * 60.0, n)) for n in "abcdefgh"}, 0.3)
+        outcomes = await co.fan_out({n: calls.make(n, (ord(n) % 2 * 60.0, n))() for n in "abcdefgh"}, 0.3)
         assert time.monotonic() - began >= 0.3
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert [outcome.status for outcome in outcomes.values()] == ["timeout", "ok"] * 4
@@ -283,19 +304,6 @@ def test_fan_hedged_cancelled_ends_both() -> None:
 
     fan_run(main([0.05], [("a", "cancelled", 0.25)]))
     fan_run(main([0.2, 0.3], [("a", "cancelled", 0.4), ("a'", "cancelled", 0.4)]))
-
-
-def test_fan_out_hedges_within_its_budget() -> None:
-    async def main() -> None:
-        budget, calls = pr.RetryBudget(0.0, 2), FanCalls()
-        made = {name: calls.make(name, (9.0, 1), (0.1, 2), cleanup=0.05) for name in "abc"}
-        made["d"] = calls.make("d", (0.05, 1))
-        outcomes = (await co.fan_out(made, 0.3, hedge=0.1, budget=budget, clock=fan_now)).values()
-        assert [(o.value, o.seconds) for o in outcomes] == [(2, 0.25), (2, 0.25), (None, 0.35), (1, 0.05)]
-        assert budget.stats() == (4, 2, 1, 0.0)
-        assert Counter(how for _, how, _ in calls.ends) == {"done": 3, "cancelled": 3}
-
-    fan_run(main())
 
 
 # --------------------------------------------------------------------------------------------------------- worker pool
@@ -450,7 +458,7 @@ def test_pool_of_tasks_survives_what_is_no_exception_and_ends_with_its_block() -
         await pools[0].close_async()
 
     async def linger(item: int) -> None:
-        await asyncio.sleep(0.25)
+        await elapse(0.25)
 
     async def main() -> None:
         async with co.WorkerPool(stop, 2) as pool:
@@ -465,7 +473,7 @@ def test_pool_of_tasks_survives_what_is_no_exception_and_ends_with_its_block() -
             async with asyncio.timeout(1.0), co.WorkerPool(linger, 1, 100) as pool:
                 for item in range(20):
                     await pool.submit_async(item)
-                await asyncio.sleep(9)
+                await elapse(9.0)
         assert fan_now() == 1.0
         assert pool.stats().queued + pool.stats().handled == 20
 
@@ -478,7 +486,7 @@ def test_pool_worker_that_is_thrown_away_keeps_no_item() -> None:
         await asyncio.sleep(0)
 
     pool = co.WorkerPool(hang, 1)
-    pool.submit(7)
+    pool._channel.put(7)
     worker = pool._work_async()
     worker.send(None)
     worker.close()
@@ -490,11 +498,14 @@ def test_fan_out_leaves_no_cycle(hedge: float | None) -> None:
     async def fail() -> None:
         raise FanError
 
+    def call() -> Awaitable[None]:
+        return fail() if hedge is None else co.hedged(fail, hedge)
+
     async def main() -> None:
         gc.collect()
         gc.disable()
         try:
-            answer = await co.fan_out({"a": fail}, 1.0, hedge=hedge)
+            answer = await co.fan_out({"a": call()}, 1.0)
             error = weakref.ref(answer["a"].error)
             assert error() is not None
             del answer
@@ -529,7 +540,7 @@ def test_pool_that_gave_up_begins_no_other_item(answer: Any) -> None:
     async def stubborn(item: int) -> None:
         begun.append(item)
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(1.0)
+            await elapse(1.0)
         if isinstance(answer, Exception):
             raise answer
 
@@ -565,9 +576,113 @@ def test_pool_refuses_its_sizes_and_need_not_begin() -> None:
     for workers, capacity in ((0, None), (-1, 5), (1, 0), (1, -1)):
         with pytest.raises(ValueError, match="must be at least 1"):
             co.WorkerPool(print, workers, capacity)
+    for sizes in ((5 / 2,), (1, 1.5)):
+        with pytest.raises(TypeError):
+            co.WorkerPool(print, *sizes)
     pool = co.WorkerPool[Any](print, 1)
     assert pool.close() is True
     fan_run(pool.close_async())
+
+
+def test_pool_that_nobody_started_takes_nothing() -> None:
+    pool = co.WorkerPool(print, 1, 9)
+    with pytest.raises(RuntimeError, match="enter it"):
+        pool.submit(1)
+    with pytest.raises(RuntimeError, match="enter it"):
+        asyncio.run(pool.submit_async(1))
+    assert pool.stats() == (1, 0, 0, 0)
+
+
+@pool_both
+def test_pool_starts_once(kind: str) -> None:
+    shell = PoolShell(kind)
+
+    async def main() -> None:
+        async with shell.pool(shell.gated, 2) as pool:
+            with pytest.raises(RuntimeError, match="once"):
+                pool.start_tasks()
+        with pytest.raises(RuntimeError, match="once"):
+            (pool.start_threads if shell.threads else pool.start_tasks)()
+        with pytest.raises(co.ChannelClosed):
+            pool.submit(1)
+
+    shell.run(main())
+
+
+def test_pool_of_threads_has_no_more_of_them_than_items_came() -> None:
+    pool = co.WorkerPool(print, 3, name="idle")
+    with pool:
+        assert pool._threads == []
+        pool.submit("one")
+        assert [thread.name for thread in pool._threads] == ["idle-0"]
+        pool.submit("two")
+        asyncio.run(pool.submit_async("three"))
+        pool.submit("four")
+        assert len(pool._threads) == 3
+    assert pool.stats().handled == 4
+
+
+def test_pool_of_threads_refuses_coroutines() -> None:
+    begun = []
+
+    async def handle(item: int, *_: Any) -> None:
+        begun.append(item)
+
+    class Handler:
+        async def __call__(self, item: int) -> None:
+            begun.append(item)
+
+    for function in (handle, functools.partial(handle, 1), Handler()):
+        with pytest.raises(TypeError, match="await"), co.WorkerPool(function, 1):
+            pytest.fail("it was entered")
+    with co.WorkerPool[int](lambda item: handle(item), 1) as pool:  # that is seen only when it is called
+        pool.submit(1)
+    assert (pool.stats(), begun) == ((1, 0, 1, 1), [])
+    assert [(item, type(error)) for item, error in pool.errors] == [(1, TypeError)]
+
+
+class PoolItem:
+    pass
+
+
+@pool_both
+@pytest.mark.parametrize("error", [None, OSError("handled"), asyncio.CancelledError()], ids=repr)
+def test_pool_an_idle_worker_lets_its_last_item_go(kind: str, error: BaseException | None) -> None:
+    shell = PoolShell(kind)
+
+    async def handle(item: PoolItem) -> None:
+        if error is not None:
+            raise error
+
+    async def main() -> None:
+        async with shell.pool(handle, 1) as pool:
+            item = PoolItem()
+            last = weakref.ref(item)
+            await shell.submit(pool, item)
+            del item
+            await shell.until(lambda: pool.stats().handled == 1 and pool._channel.stats().getters == 1)
+            pool.errors.clear()
+            if error is not None:
+                error.__traceback__ = error.__context__ = None
+            await shell.until(lambda: last() is None)
+
+    shell.run(main())
+
+
+def test_pool_of_tasks_gives_way_between_items_that_wait_for_nothing() -> None:
+    seen = []
+
+    async def handle(item: int) -> None:
+        seen.append(item)
+
+    async def main() -> None:
+        async with co.WorkerPool(handle, 1, 100) as pool:
+            for item in range(100):
+                pool.submit(item, 0)
+            await ticks(3)
+            assert len(seen) < 5
+
+    fan_run(main())
 
 
 # ------------------------------------------------------------------------------------------------------------- visited

@@ -643,8 +643,9 @@ def test_a_close_that_is_cancelled_still_closes(logs_enrich_api: sl.MetadataApi)
     async def main() -> None:
         enricher = logs_enrich_new(logs_enrich_api)
         await enricher.open()
-        session, workers = enricher._session, list(enricher._workers)
-        assert session is not None
+        session, pool = enricher._session, enricher._pool
+        assert session is not None and pool is not None
+        workers = list(pool._tasks)
         closing = asyncio.create_task(enricher.close())
         await asyncio.sleep(0)
         closing.cancel()

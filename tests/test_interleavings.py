@@ -51,6 +51,8 @@ class TurnsCase(abc.ABC):
     """A few threads over fresh objects, and what must be true when all of them have ended."""
 
     threads: list[Callable[[], object]]
+    interrupted = False
+    """Whether the first thread is interrupted, as by Ctrl-C, when it has waited: woken, or at any other turn."""
 
     @abc.abstractmethod
     def holds(self) -> bool: ...
@@ -64,10 +66,18 @@ def turns_explore(
     lock = turns_lock(lambda: now[-1] if now else None)
     names = {name: getattr(threading, name) for name in ("TIMEOUT_MAX", "local", "Thread")}
     monkeypatch.setattr(co, "threading", SimpleNamespace(Lock=lock, **names))
+    block = co.Waiter.block
+
+    def interrupt(waiter: co.Waiter, timeout: float | None) -> None:
+        block(waiter, timeout if threading.current_thread().name != "thread 0" else 1.0)
+        if threading.current_thread().name == "thread 0":
+            raise KeyboardInterrupt
+
     choices: list[int] = []
     for explored in range(1, 100_000):
         now.clear()
         case = make()
+        monkeypatch.setattr(co.Waiter, "block", interrupt if case.interrupted else block)
         now.append(turns := Turns(choices, preemptions))
         turns.threads = [TurnsThread(turns, work, f"thread {n}") for n, work in enumerate(case.threads)]
         for thread in turns.threads:
@@ -161,6 +171,56 @@ class TurnsClose(TurnsCase):
         return self.got + rest == self.accepted and (stats.putters, stats.getters) == (0, 0)
 
 
+class TurnsHandOn(TurnsCase):
+    """Two getters, of which one is interrupted, and a thread that puts and closes: the other one gets the item."""
+
+    kind: type[co.Channel[Any]] = co.Channel
+    interrupted = True
+
+    def __init__(self) -> None:
+        self.channel: co.Channel[Any] = self.kind(1)
+        self.got: list[str] = []
+        self.threads = [self.get, self.get, self.put_and_close]
+
+    def get(self) -> None:
+        with contextlib.suppress(KeyboardInterrupt, co.ChannelClosed):
+            self.got.append(self.channel.get())
+
+    def put_and_close(self) -> None:
+        self.channel.put("item")
+        self.channel.close()
+
+    def holds(self) -> bool:
+        return self.got == ["item"] and self.channel.stats() == (1, 0, 0, 0, True)
+
+
+class TurnsWithdraw(TurnsCase):
+    """Two putters over a full channel, of which one is interrupted, and a getter: what is left was put."""
+
+    kind: type[co.Channel[Any]] = co.Channel
+    interrupted = True
+
+    def __init__(self) -> None:
+        self.channel: co.Channel[Any] = self.kind(1)
+        self.channel.put("first")
+        self.accepted, self.got = ["first"], list[str]()
+        self.threads = [lambda: self.put("victim"), lambda: self.put("other"), self.get]
+
+    def put(self, item: str) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            self.channel.put(item)
+            self.accepted.append(item)
+
+    def get(self) -> None:
+        self.got.extend(self.channel.get() for _ in range(2))
+
+    def holds(self) -> bool:
+        self.channel.close()
+        unsure = {*self.got} - {*self.accepted}  # got as its putter was interrupted
+        self.got.extend(self.channel)
+        return sorted(self.got) == sorted([*self.accepted, *unsure]) and "other" in self.accepted
+
+
 class TurnsFlight(TurnsCase):
     """Three callers of one key; the first load ends like a killed thread, so another one must load."""
 
@@ -210,7 +270,7 @@ class TurnsCache(TurnsCase):
         return self.answers == [1, 1, 1]
 
 
-TURNS_CASES = [TurnsSemaphore, TurnsChannel, TurnsClose, TurnsFlight, TurnsCache]
+TURNS_CASES = [TurnsSemaphore, TurnsChannel, TurnsClose, TurnsHandOn, TurnsWithdraw, TurnsFlight, TurnsCache]
 
 
 @pytest.mark.parametrize("case", TURNS_CASES)

@@ -115,8 +115,9 @@ def order_check_nothing_nests(pool_type: type[co.WorkerPool[Any]] = co.WorkerPoo
                     if item:  # the other one is loaded
                         await asyncio.to_thread(channel.get)
                 await asyncio.to_thread(threads.close)
-            await co.fan_out({str(n): channel.get_async for n in range(3)}, 0.01, limit=2, hedge=0.0, budget=budget)
-        for function in (breaker.stats, channel.put_nowait, print):  # passes; fails, opens; is refused
+            gets = {str(n): co.hedged(channel.get_async, 0.0, budget) for n in range(3)}
+            await co.fan_out(gets, 0.01)
+        for function in (breaker.stats, channel.put, print):  # passes; fails, opens; is refused
             with contextlib.suppress(TypeError, pr.CircuitOpen), breaker.permit():
                 function()  # type: ignore[call-arg]
         world.now += 9.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import random
 import socket
@@ -14,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crawl import net
 from crawl.errors import FetchError
 from crawl.net import ProxyRule, Resolver, TimeLimit
+from primitives import retry
 from tests.helpers.base import HANG_LIMIT, World, wait_until
 from tests.helpers.crawl import pack, unpack
 
@@ -170,3 +173,26 @@ def test_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ProxyRule(None).find("http://a.example/") == "http://q:2"
     assert ProxyRule(None).find("http://b.example/x") is None
     assert ProxyRule(None).find("https://a.example/") is None
+
+
+@pytest.mark.parametrize(
+    ("errno", "seconds", "asked"),
+    [(socket.EAI_AGAIN, 0.0, 2), (socket.EAI_AGAIN, 1.5, 1), (socket.EAI_NONAME, 0.0, 1)],
+)
+def test_resolver_asks_again_if_it_failed_for_the_moment(
+    errno: int, seconds: float, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, world = list[str](), World()
+
+    def getaddrinfo(name: str, *_: Any, **__: Any) -> Any:
+        names.append(name)
+        world.now += seconds
+        raise socket.gaierror(errno, "no")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(net, "retry", functools.partial(retry, clock=world.clock, sleep=world.sleep))
+    resolver = Resolver()
+    with pytest.raises(FetchError, match=r"host\.example") as caught:
+        resolver.lookup("host.example", TimeLimit(HANG_LIMIT))
+    assert (names, caught.value.retry) == (["host.example"] * asked, errno == socket.EAI_AGAIN)
+    resolver.close()

@@ -12,8 +12,9 @@ from uuid import uuid4
 
 import pytest
 
+from coordination import cancel_all
 from runtime.backlog import Backlog
-from runtime.outlet import Changes, Outlet, SinkAway, TwoStageStop, end
+from runtime.outlet import Changes, Outlet, SinkAway, TwoStageStop
 from runtime.spool import EncodedBatch, Spool
 from tests.helpers.base import HANG_LIMIT, run_task, ticks, until_async
 
@@ -72,8 +73,7 @@ class Lines:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self.tasks:
-            await end(task)
+        await cancel_all(self.tasks)
         dropped = await self.outlet.save(HANG_LIMIT)
         await self.outlet.close()
         assert dropped == self.backlog.dropped["stopped"]
@@ -206,35 +206,6 @@ def test_a_fault_of_the_sink_is_raised_and_the_items_wait(tmp_path: Path) -> Non
             await asyncio.wait({lines.tasks[0]})
             assert isinstance(lines.tasks.pop(0).exception(), TypeError)
             assert (list(lines.backlog.waiting), lines.backlog.imbalance()) == ([1, 2], 0)
-
-    run_task(main())
-
-
-def test_end_waits_for_a_task_that_swallows_and_then_is_cancelled_too() -> None:
-    async def main() -> None:
-        go, swallowed = asyncio.Event(), 0
-
-        async def stubborn() -> None:
-            nonlocal swallowed
-            while not go.is_set():
-                try:
-                    await go.wait()
-                except asyncio.CancelledError:
-                    swallowed += 1
-
-        for cancel in (True, False):
-            go.clear()
-            swallowed = 0
-            task = asyncio.create_task(stubborn())
-            await ticks()
-            ending = asyncio.create_task(end(task, cancel=cancel))
-            await ticks()
-            ending.cancel()
-            await ticks()
-            assert not ending.done() and swallowed == (2 if cancel else 0)
-            go.set()
-            await asyncio.wait({ending})
-            assert ending.cancelled() and task.done()
 
     run_task(main())
 

@@ -23,6 +23,7 @@ from tests.test_cache import check_cache
 from tests.test_circuit_breaker import check_breaker
 from tests.test_coordination import VisitedKey, fan_check_stragglers, pool_check_exactly_once, visited_check_one_step
 from tests.test_coordination_walks import (
+    check_channel_close_cancel,
     check_channel_get_cancel,
     check_channel_put_cancel,
     check_channel_walk,
@@ -30,7 +31,16 @@ from tests.test_coordination_walks import (
     check_semaphore_walk,
 )
 from tests.test_intake import intake_check_queue
-from tests.test_interleavings import TurnsCache, TurnsCase, TurnsChannel, TurnsFlight, TurnsSemaphore, turns_explore
+from tests.test_interleavings import (
+    TurnsCache,
+    TurnsCase,
+    TurnsChannel,
+    TurnsFlight,
+    TurnsHandOn,
+    TurnsSemaphore,
+    TurnsWithdraw,
+    turns_explore,
+)
 from tests.test_lock_order import order_check_nothing_nests
 from tests.test_retry import (
     Flaky,
@@ -299,33 +309,80 @@ class SemaphoreStack(co.Semaphore):
 class ChannelLoses(co.Channel[Any]):
     """Cancelled after it was handed an item: the item is gone."""
 
-    def _give_back(self, waiter: co.Waiter) -> None:
-        self._leave(self._not_empty, waiter)
+    def _hand_on(self, getter: co.Waiter) -> None:
+        with self._lock:
+            self._not_empty.leave(getter)
+            self._grants -= getter.granted
 
 
 class ChannelGhosts(co.Channel[Any]):
     """A cancelled getter stays in the queue and is handed the next item."""
 
-    def _give_back(self, waiter: co.Waiter) -> None:
-        if waiter.granted:
-            super()._give_back(waiter)
+    def _hand_on(self, getter: co.Waiter) -> None:
+        if getter.granted:
+            super()._hand_on(getter)
 
 
 class ChannelDoubles(co.Channel[Any]):
     """Cancelled after it was handed an item: one to the next getter, and one into the buffer."""
 
-    def _give_back(self, waiter: co.Waiter) -> None:
-        super()._give_back(waiter)
-        if waiter.granted and not self._items:
-            self._items.append(waiter.value)
+    def _hand_on(self, getter: co.Waiter) -> None:
+        super()._hand_on(getter)
+        if getter.granted and not self._items:
+            self._items.append(getter.value)
+
+
+class ChannelTellsTooSoon(co.Channel[Any]):
+    """Closing tells the getters that all is drained while one of them, which may be cancelled, has a grant."""
+
+    def _end_if_drained(self) -> None:
+        if self._closed:
+            self._not_empty.wake_all_empty_handed()
+
+
+class ChannelTellsLatecomers(co.Channel[Any]):
+    """So does a get that comes when the channel is closed."""
+
+    def _park_getter(self, loop: Any) -> co.Waiter:
+        if self._closed:
+            raise co.ChannelClosed
+        return super()._park_getter(loop)
+
+
+class ChannelKeepsGetters(co.Channel[Any]):
+    """Nobody tells the getters when the last grant has been taken."""
+
+    def _receive(self, getter: co.Waiter) -> Any:
+        with self._lock:
+            self._check(self._not_empty, getter)
+            self._grants -= 1
+        return getter.value
+
+
+class ChannelKeepsItem(co.Channel[Any]):
+    """Cancelled after its place came free: the item stays."""
+
+    def _withdraw(self, putter: co.Waiter) -> None:
+        with self._lock:
+            self._not_full.leave(putter)
+
+
+class ChannelKeepsPlace(co.Channel[Any]):
+    """Cancelled after its place came free: the item is taken out, and the place stays empty."""
+
+    def _withdraw(self, putter: co.Waiter) -> None:
+        with self._lock:
+            self._not_full.leave(putter)
+            if putter in self._items:
+                self._items.remove(putter)
 
 
 class ChannelGhostPutter(co.Channel[Any]):
     """A cancelled putter stays in the queue, and its place in the buffer with it."""
 
-    def _leave(self, condition: co.FairCondition, waiter: co.Waiter) -> None:
-        if condition is not self._not_full:
-            super()._leave(condition, waiter)
+    def _withdraw(self, putter: co.Waiter) -> None:
+        if putter.granted:
+            super()._withdraw(putter)
 
 
 class ChannelOverfull(co.Channel[Any]):
@@ -365,9 +422,8 @@ class ChannelForgetsPutters(co.Channel[Any]):
 class ChannelLeavesGetters(co.Channel[Any]):
     """Closing wakes the putters only."""
 
-    def close(self) -> None:
-        self._closed = True
-        self._not_full.wake_all_empty_handed()
+    def _end_if_drained(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -416,6 +472,17 @@ class ChannelLeavesGetters(co.Channel[Any]):
         (check_channel_walk, ChannelGhosts),
         (check_channel_get_cancel, ChannelDoubles),
         (check_channel_walk, ChannelDoubles),
+        (check_channel_close_cancel, ChannelLoses),
+        (check_channel_close_cancel, ChannelTellsTooSoon),
+        (check_channel_walk, ChannelTellsTooSoon),
+        (check_channel_close_cancel, ChannelTellsLatecomers),
+        (check_channel_walk, ChannelTellsLatecomers),
+        (check_channel_close_cancel, ChannelKeepsGetters),
+        (check_channel_walk, ChannelKeepsGetters),
+        (check_channel_put_cancel, ChannelKeepsItem),
+        (check_channel_walk, ChannelKeepsItem),
+        (check_channel_put_cancel, ChannelKeepsPlace),
+        (check_channel_walk, ChannelKeepsPlace),
         (check_channel_put_cancel, ChannelGhostPutter),
         (check_channel_walk, ChannelGhostPutter),
         (check_channel_walk, ChannelOverfull),
@@ -457,7 +524,7 @@ class PoolNests(co.WorkerPool[Any]):
 
     def stats(self) -> co.WorkerPoolStats:
         with self._lock:
-            return co.WorkerPoolStats(self._workers, len(self._channel), self._handled, self._failed)
+            return co.WorkerPoolStats(self._workers, self._channel.stats().items, self._handled, self._failed)
 
 
 class BatchDoubles(pr.Batch[int]):
@@ -531,7 +598,7 @@ def test_fan_out_that_leaves_stragglers_is_found(waits: bool, monkeypatch: pytes
         if waits and tasks:
             await asyncio.wait(tasks)
 
-    monkeypatch.setattr(co, "_end", end)
+    monkeypatch.setattr(co, "cancel_all", end)
     with pytest.raises(AssertionError):
         fan_check_stragglers()
 
@@ -789,6 +856,11 @@ class TurnsTwoOrders(TurnsCase):
         turns_planted(TurnsSemaphore, TurnsLostWakeUp),
         turns_planted(TurnsSemaphore, TurnsLostGrant),
         turns_planted(TurnsChannel, TurnsItemLost),
+        turns_planted(TurnsHandOn, ChannelTellsTooSoon),
+        turns_planted(TurnsHandOn, ChannelTellsLatecomers),
+        turns_planted(TurnsHandOn, ChannelLoses),
+        turns_planted(TurnsWithdraw, ChannelKeepsItem),
+        turns_planted(TurnsWithdraw, ChannelKeepsPlace),
         turns_planted(TurnsFlight, TurnsPoisoned),
         turns_planted(TurnsCache, TurnsLoadsAgain),
         TurnsTwoOrders,

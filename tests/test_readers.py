@@ -362,7 +362,7 @@ def test_readers_nobody_waits_behind_a_slow_document_and_all_end_at_once(tmp_pat
             held.append(os.open(tmp_path / str(n), os.O_WRONLY))
         threads.append(threading.Thread(target=lambda: ask(readers, found)))  # waits for a reader
         threads[-1].start()
-        wait_until(lambda: bool(readers._free._waiters))  # type: ignore[attr-defined]
+        wait_until(lambda: bool(readers._places.stats().waiting))
         readers.kill()
         for thread in threads:
             thread.join(HANG_LIMIT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import pickle
 import random
@@ -224,17 +223,3 @@ def test_hosts_that_do_not_answer() -> None:
 def test_urls_that_are_none(url: str, error: str) -> None:
     assert report.inspect_host(url)["error"] == error
     assert error in report.HOST_ERRORS
-
-
-@pytest.mark.parametrize(("errno", "asked"), [(socket.EAI_AGAIN, 2), (socket.EAI_NONAME, 1)])
-def test_asks_again_for_a_name_that_may_be_found(errno: int, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: list[str] = []
-
-    def getaddrinfo(name: str, *_: Any, **__: Any) -> Any:
-        names.append(name)
-        raise socket.gaierror(errno, "no")
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(report, "AGAIN", dataclasses.replace(report.AGAIN, base=0.0))
-    assert report.inspect_host("http://host.example/")["error"] == "dns"
-    assert names == ["host.example"] * asked

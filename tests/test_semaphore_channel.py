@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
-import queue
 import random
 import signal
 import sys
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import coordination as co
-from tests.helpers.base import HANG_LIMIT, ticks, wait_until
+from tests.helpers.base import HANG_LIMIT, run_task, ticks, wait_until
 from tests.helpers.mechanisms import (
     BLOCK,
     Loop,
@@ -24,6 +24,7 @@ from tests.helpers.mechanisms import (
     PrimThread,
     Shell,
     gated_block,
+    in_threads,
     prim_stranded,
 )
 
@@ -178,6 +179,9 @@ def test_semaphore_refuses_misuse_and_says_what_it_does() -> None:
     for permits in (0, -1):
         with pytest.raises(ValueError, match="permits must be at least 1"):
             co.Semaphore(permits)
+    for no_number in (1.5, 2.0, math.inf, "2"):
+        with pytest.raises(TypeError):
+            co.Semaphore(no_number)  # type: ignore[arg-type]
     semaphore = co.Semaphore(2)
     with pytest.raises(ValueError, match="released more often than acquired"):
         semaphore.release()
@@ -245,7 +249,7 @@ def test_channel_is_fifo_and_bounded(prim_shell: Shell) -> None:
     for number in range(5):
         putters.append(prim_shell.put(channel, 3 + number))
         putters_of(channel, number + 1)
-    assert (len(channel), channel.stats()) == (3, co.ChannelStats(3, 3, 5, 0, False))
+    assert channel.stats() == co.ChannelStats(3, 3, 5, 0, False)
     for number, item in enumerate((0, None, 2, 3, 4, 5, 6, 7)):
         assert prim_shell.get(channel).result() == item
         if number < 5:
@@ -262,7 +266,7 @@ def test_channel_getters_wait_in_line(prim_shell: Shell) -> None:
         getters_of(channel, number + 1)
     for number, getter in enumerate(getters):
         if number % 2:
-            prim_shell.do(lambda n=number: channel.put_nowait(n))  # type: ignore[misc]
+            prim_shell.do(lambda n=number: channel.put(n, 0))  # type: ignore[misc]
         else:
             assert prim_shell.put(channel, number).result() is None
         assert getter.result() == number
@@ -275,31 +279,31 @@ def test_channel_nobody_barges(prim_shell: Shell) -> None:
     getters_of(channel, 1)
 
     def put_and_get() -> Any:
-        channel.put_nowait("mine")
-        return channel.get_nowait()
+        channel.put("mine", 0)
+        return channel.get(0)
 
-    with pytest.raises(queue.Empty):
+    with pytest.raises(TimeoutError):
         prim_shell.do(put_and_get)
     assert getter.result() == "mine"
 
-    channel.put_nowait(1)
+    channel.put(1, 0)
     putter = prim_shell.put(channel, 2)
     putters_of(channel, 1)
 
     def get_and_put() -> None:
-        assert channel.get_nowait() == 1
-        channel.put_nowait(3)
+        assert channel.get(0) == 1
+        channel.put(3, 0)
 
-    with pytest.raises(queue.Full):
+    with pytest.raises(TimeoutError):
         prim_shell.do(get_and_put)
     assert putter.result() is None
-    assert channel.get_nowait() == 2
+    assert channel.get(0) == 2
 
 
 def test_channel_close_refuses_putters_and_drains_to_getters(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(2)
-    channel.put_nowait(0)
-    channel.put_nowait(None)
+    channel.put(0, 0)
+    channel.put(None, 0)
     putters = [prim_shell.put(channel, "never"), prim_shell.put(channel, "never")]
     putters_of(channel, 2)
     prim_shell.do(channel.close)
@@ -307,7 +311,7 @@ def test_channel_close_refuses_putters_and_drains_to_getters(prim_shell: Shell) 
         with pytest.raises(co.ChannelClosed):
             putter.result()
     with pytest.raises(co.ChannelClosed):
-        channel.put_nowait("late")
+        channel.put("late", 0)
     assert channel.stats() == co.ChannelStats(2, 2, 0, 0, True)
     assert prim_shell.get(channel).result() == 0
     assert prim_shell.drain(channel).result() == [None]
@@ -315,7 +319,7 @@ def test_channel_close_refuses_putters_and_drains_to_getters(prim_shell: Shell) 
     with pytest.raises(co.ChannelClosed):
         prim_shell.get(channel).result()
     with pytest.raises(co.ChannelClosed):
-        channel.get_nowait()
+        channel.get(0)
     prim_shell.do(channel.close)
     assert channel.stats() == co.ChannelStats(2, 0, 0, 0, True)
 
@@ -328,7 +332,7 @@ def test_channel_close_ends_waiting_getters_and_iteration(prim_shell: Shell) -> 
         getters_of(channel, 2 * number + 1)
         getters.append(prim_shell.get(channel))
         getters_of(channel, 2 * number + 2)
-    prim_shell.do(lambda: channel.put_nowait("one"))
+    prim_shell.do(lambda: channel.put("one", 0))
     wait_until(lambda: channel.stats().getters == 6)
     prim_shell.do(channel.close)
     assert [drain.result() for drain in drains] == [["one"], [], []]
@@ -340,12 +344,12 @@ def test_channel_close_ends_waiting_getters_and_iteration(prim_shell: Shell) -> 
 def test_channel_accepted_before_the_close_is_delivered(prim_shell: Shell) -> None:
     """The place in the buffer, and the item, were handed over before the channel closed."""
     channel: co.Channel[Any] = co.Channel(1)
-    channel.put_nowait(0)
+    channel.put(0, 0)
     putter = prim_shell.put(channel, 1)
     putters_of(channel, 1)
 
     def take_and_close() -> None:
-        assert channel.get_nowait() == 0
+        assert channel.get(0) == 0
         channel.close()
 
     prim_shell.do(take_and_close)
@@ -357,7 +361,7 @@ def test_channel_accepted_before_the_close_is_delivered(prim_shell: Shell) -> No
     getters_of(channel, 1)
 
     def put_and_close() -> None:
-        channel.put_nowait(2)
+        channel.put(2, 0)
         channel.close()
 
     prim_shell.do(put_and_close)
@@ -374,18 +378,18 @@ def test_channel_a_cancelled_getter_leaves_or_gives_back(prim_shell: Shell) -> N
         getters_of(channel, 2 * number + 2)
     victims[1].cancel()
     getters_of(channel, 5)
-    victims[0].cancel(after=lambda: channel.put_nowait("a"))  # to the next
+    victims[0].cancel(after=lambda: channel.put("a", 0))  # to the next
     assert getters[0].result() == "a"
-    channel.put_nowait("b")
+    channel.put("b", 0)
     assert getters[1].result() == "b"
 
     def put_three() -> None:
         for item in "cde":
-            channel.put_nowait(item)
+            channel.put(item, 0)
 
     victims[2].cancel(after=put_three)  # c was his, d went to the next, e waits
     assert getters[2].result() == "d"
-    assert prim_shell.do(lambda: (channel.get_nowait(), channel.get_nowait())) == ("c", "e")
+    assert prim_shell.do(lambda: (channel.get(0), channel.get(0))) == ("c", "e")
     assert channel.stats() == co.ChannelStats(2, 0, 0, 0, False)
 
 
@@ -396,7 +400,7 @@ def test_channel_a_returned_item_goes_to_the_front(prim_shell: Shell) -> None:
 
     def put_three() -> None:
         for item in range(3):
-            channel.put_nowait(item)
+            channel.put(item, 0)
 
     victim.cancel(after=put_three)
     putter = prim_shell.put(channel, 3)
@@ -414,7 +418,7 @@ def test_channel_an_item_returned_after_the_close_is_still_there(prim_shell: She
     getters_of(channel, 1)
 
     def put_and_close() -> None:
-        channel.put_nowait("mine")
+        channel.put("mine", 0)
         channel.close()
 
     victim.cancel(after=put_and_close)
@@ -423,7 +427,7 @@ def test_channel_an_item_returned_after_the_close_is_still_there(prim_shell: She
 
 def test_channel_a_cancelled_putter_leaves(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(1)
-    channel.put_nowait(0)
+    channel.put(0, 0)
     putters = []
     for number in range(4):
         putters.append(prim_shell.put(channel, number + 1, gated=number in (0, 2)))
@@ -439,14 +443,81 @@ def test_channel_a_cancelled_putter_leaves(prim_shell: Shell) -> None:
     assert channel.stats() == co.ChannelStats(1, 0, 0, 0, False)
 
 
-def test_channel_a_putter_cancelled_after_it_was_accepted_delivers_once(prim_shell: Shell) -> None:
+def test_channel_a_putter_cancelled_as_its_place_came_free_has_not_put(prim_shell: Shell) -> None:
+    for taken in (False, True):
+        channel: co.Channel[Any] = co.Channel(1)
+        channel.put(0, 0)
+        victim = prim_shell.put(channel, 1, gated=True)
+        putters_of(channel, 1)
+        behind = prim_shell.put(channel, 2)
+        putters_of(channel, 2)
+        got = list[Any]()
+        victim.cancel(after=lambda: got.extend(channel.get(0) for _ in range(1 + taken)))  # noqa: B023
+        assert behind.result() is None
+        assert got == [0, 1][: 1 + taken]  # got already, it cannot be taken back
+        channel.close()
+        assert prim_shell.drain(channel).result() == [2]
+
+
+def test_channel_of_equal_items_takes_out_the_one_that_was_withdrawn() -> None:
+    async def main() -> None:
+        channel: co.Channel[Any] = co.Channel(3)
+        for item in ("same", "x", "y"):
+            await channel.put_async(item)
+        victim, later = (asyncio.create_task(channel.put_async(item)) for item in ("same", "same"))
+        await ticks(2)
+        assert [channel.get(0), channel.get(0)] == ["same", "x"]
+        victim.cancel()
+        await asyncio.wait([victim, later])
+        channel.put("z", 0)
+        channel.close()
+        assert [item async for item in channel] == ["y", "same", "z"]
+
+    run_task(main())
+
+
+def test_channel_nobody_is_told_that_it_is_drained_while_an_item_may_come_back(prim_shell: Shell) -> None:
     channel: co.Channel[Any] = co.Channel(1)
-    channel.put_nowait(0)
-    victim = prim_shell.put(channel, 1, gated=True)
-    putters_of(channel, 1)
-    victim.cancel(after=channel.get_nowait)
+    victim = prim_shell.get(channel, gated=True)
+    getters_of(channel, 1)
+    getters = [prim_shell.get(channel)]
+    getters_of(channel, 2)
+    getters.append(prim_shell.get(channel))
+    getters_of(channel, 3)
+
+    def put_and_close() -> None:
+        channel.put("item", 0)
+        channel.close()
+        assert channel.stats().getters == 2
+        with pytest.raises(TimeoutError):  # it is not drained yet
+            channel.get(0)
+
+    victim.cancel(after=put_and_close)
+    assert getters[0].result() == "item"
+    with pytest.raises(co.ChannelClosed):
+        getters[1].result()
+    assert channel.stats() == co.ChannelStats(1, 0, 0, 0, True)
+
+
+def put_and_close(channel: co.Channel[Any]) -> None:
+    channel.put("item")
     channel.close()
-    assert prim_shell.drain(channel).result() == [1]
+
+
+def test_channel_a_thread_puts_and_closes_as_a_getter_of_a_loop_is_cancelled() -> None:
+    async def main() -> None:
+        channel: co.Channel[Any] = co.Channel(1)
+        victim, other = (asyncio.create_task(channel.get_async()) for _ in range(2))
+        await ticks(2)
+        in_threads([lambda: put_and_close(channel)])  # this loop learns of it later
+        victim.cancel()
+        assert await other == "item"
+        with pytest.raises(asyncio.CancelledError):
+            await victim
+        with pytest.raises(co.ChannelClosed):
+            await channel.get_async()
+
+    run_task(main())
 
 
 def test_channel_time_outs(prim_shell: Shell) -> None:
@@ -473,12 +544,12 @@ def test_channel_a_hand_over_at_the_last_moment_counts(monkeypatch: pytest.Monke
     channel: co.Channel[Any] = co.Channel(1)
     getter = PrimThread(channel.get, gated=True)
     getters_of(channel, 1)
-    assert getter.expire(after=lambda: channel.put_nowait(None)) is None
-    channel.put_nowait(0)
+    assert getter.expire(after=lambda: channel.put(None, 0)) is None
+    channel.put(0, 0)
     putter = PrimThread(lambda: channel.put(1), gated=True)
     putters_of(channel, 1)
-    assert putter.expire(after=channel.get_nowait) is None
-    assert channel.get_nowait() == 1
+    assert putter.expire(after=lambda: channel.get(0)) is None
+    assert channel.get(0) == 1
 
     getter = PrimThread(channel.get, gated=True)
     getters_of(channel, 1)
@@ -580,13 +651,13 @@ def test_channel_loses_nothing_in_a_storm_of_time_outs_and_cancellations() -> No
 def test_channel_loses_no_item_to_a_loop_that_is_gone() -> None:
     channel: co.Channel[str] = co.Channel(1)
     getter = prim_stranded(channel.get_async())
-    channel.put_nowait("item")
-    assert channel.get_nowait() == "item"
-    channel.put_nowait("first")
+    channel.put("item", 0)
+    assert channel.get(0) == "item"
+    channel.put("first", 0)
     putter = prim_stranded(channel.put_async("never accepted"))
-    assert channel.get_nowait() == "first"
-    channel.put_nowait("second")
-    assert channel.get_nowait() == "second"
+    assert channel.get(0) == "first"
+    channel.put("second", 0)
+    assert channel.get(0) == "second"
     getter, putter = prim_stranded(channel.get_async()), getter
     channel.close()
     assert channel.stats() == co.ChannelStats(1, 0, 0, 0, True)
@@ -597,14 +668,16 @@ def test_channel_refuses_misuse_and_says_what_it_does() -> None:
     for capacity in (0, -1):
         with pytest.raises(ValueError, match="capacity must be at least 1"):
             co.Channel(capacity)
+    with pytest.raises(TypeError):
+        co.Channel(1.5)  # type: ignore[arg-type]
     channel: co.Channel[int] = co.Channel(2)
-    with pytest.raises(queue.Empty):
-        channel.get_nowait()
-    channel.put_nowait(1)
+    with pytest.raises(TimeoutError):
+        channel.get(0)
+    channel.put(1, 0)
     assert repr(channel) == "<Channel capacity=2 items=1 putters=0 getters=0 closed=False>"
-    channel.put_nowait(2)
-    with pytest.raises(queue.Full):
-        channel.put_nowait(3)
+    channel.put(2, 0)
+    with pytest.raises(TimeoutError):
+        channel.put(3, 0)
     channel.close()
     assert repr(channel) == "<Channel capacity=2 items=2 putters=0 getters=0 closed=True>"
     assert channel.stats() == co.ChannelStats(capacity=2, items=2, putters=0, getters=0, closed=True)
@@ -619,7 +692,7 @@ def test_ctrl_c_ends_a_blocked_thread_and_leaves_no_waiter(what: str) -> None:
     semaphore, channel = co.Semaphore(1), co.Channel[int](1)
     assert semaphore.try_acquire()
     if what == "put":
-        channel.put_nowait(0)
+        channel.put(0, 0)
     main = threading.main_thread().ident
     assert main is not None and main == threading.get_ident()
 

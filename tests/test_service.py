@@ -17,7 +17,7 @@ import pytest
 
 from api import config, pages
 from api import service as service_module
-from runtime.loop import heard_before_the_server
+from runtime.loop import handled_before_the_server
 from tests.helpers.api import app_run, app_upstream, ask, living
 from tests.helpers.base import HANG_LIMIT, World, holds_the_loop, ticks, until_async
 
@@ -76,7 +76,7 @@ def test_kept_answers_are_counted_and_end_with_any_change(app_world: World, monk
                 assert service.kept
                 app_world.now += 10.0
                 assert await serials() == [1, 2]  # the clock of the server did not move
-                service.settle()
+                service.drop_kept()
                 assert await serials() == [1, 2]  # stale, and two loads begun
                 assert service.kept
                 await until_async(lambda: not any(source.running for source in service.sources.values()))
@@ -84,7 +84,7 @@ def test_kept_answers_are_counted_and_end_with_any_change(app_world: World, monk
                 assert not service.kept
                 assert await serials() == [2, 3]
                 # a part that is missing: nothing is kept
-                service.settle()
+                service.drop_kept()
                 status, headers, _ = await ask(app, "/aggregate?sources=a,silent&deadline_ms=1")
                 assert (status, headers["cache-control"], service.kept) == (200, "no-cache", service.kept)
                 service.cancel_loads()
@@ -95,7 +95,7 @@ def test_kept_answers_are_counted_and_end_with_any_change(app_world: World, monk
                     assert len(service.kept) <= 3
                     kept = service.kept.get(("/aggregate/a", b"deadline_ms=%d" % i))
                     assert kept is not None and service.kept.stats().weight == len(service.kept) * len(kept.body)
-                service.settle()
+                service.drop_kept()
                 service.kept.maxweight = 10
                 await ask(app, "/aggregate/a?deadline_ms=99")
                 assert (len(service.kept), service.kept.stats().weight) == (0, 0)
@@ -151,7 +151,7 @@ def test_says_how_old_its_answers_are(app_world: World) -> None:
                 ]
                 for later, path, age, control in rows:
                     app_world.now += later
-                    app.service.settle()
+                    app.service.drop_kept()
                     status, headers, body = await ask(app, path)
                     assert (status, path, headers["age"], headers["cache-control"]) == (200, path, age, control)
                     etag = headers["etag"]
@@ -282,7 +282,8 @@ def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: A
             status, headers, body = await ask(app, "/report")
             assert (status, headers["content-type"]) == (503, "application/problem+json")  # no database
             service = app.service
-            assert (len(service.tasks), service.reports) == (2, 0)  # and no host was looked at for nothing
+            assert len(service.tasks) == 2  # and no host was looked at for nothing
+            assert service.reports.stats().available == 16
             service.history.outcomes = outcomes
             monkeypatch.setattr(pages, "summarise", dying(str(tmp_path / "flag")))
             status, _, body = await ask(app, "/report?hours=1")
@@ -295,10 +296,11 @@ def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: A
             answers = await asyncio.gather(*(ask(app, "/report?hours=1") for _ in range(8)))
             assert [status for status, _, _ in answers] == [200] * 8
             assert all(json.loads(body)["sources"]["a"]["results"] == 100 for _, _, body in answers)
-            monkeypatch.setattr(pages, "REPORTS", 0)
+            assert [service.reports.try_acquire() for _ in range(17)] == [True] * 16 + [False]
             status, headers, _ = await ask(app, "/report")
             assert (status, headers["retry-after"]) == (503, "2")
-            monkeypatch.setattr(pages, "REPORTS", 16)
+            for _ in range(16):
+                service.reports.release()
             await service.processes.close(0.0)
             status, headers, body = await ask(app, "/report")
             assert (status, headers["retry-after"], json.loads(body)["title"]) == (
@@ -306,7 +308,7 @@ def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: A
                 "2",
                 "no report could be computed",
             )
-            assert service.reports == 0
+            assert service.reports.stats().available == 16
 
     app_run(main())
 
@@ -327,8 +329,8 @@ def test_stops_though_an_upstream_and_a_resolver_hang(monkeypatch: pytest.Monkey
             async with living(table) as app:
                 service = app.service
                 source = service.sources["silent"]
-                look = service.look("silent")
-                assert service.look("silent") is look
+                look = service.inspection("silent")
+                assert service.inspection("silent") is look
                 waiting = asyncio.create_task(ask(app, "/aggregate/silent?deadline_ms=30000"))
                 await until_async(lambda: source.calls == 1)
                 assert (await ask(app, "/health/ready"))[0] == 200
@@ -354,7 +356,7 @@ def test_is_told_of_signals_before_the_server() -> None:
         heard.append(number)
 
     async def main() -> None:
-        with heard_before_the_server(lambda: heard.append("told")) as force:
+        with handled_before_the_server(lambda: heard.append("told")) as force:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
                 signal.raise_signal(number)
             assert heard == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
@@ -365,7 +367,7 @@ def test_is_told_of_signals_before_the_server() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is server
 
     async def beside() -> None:
-        with heard_before_the_server(lambda: heard.append("never")) as force:
+        with handled_before_the_server(lambda: heard.append("never")) as force:
             assert signal.getsignal(signal.SIGINT) is server
             force()
 

@@ -139,10 +139,9 @@ def test_request_log_loses_only_what_is_too_much_and_counts_it(monkeypatch: pyte
 
         with os.fdopen(writing, "wb", buffering=0) as output:
             log = telemetry.RequestLog(output, clock=lambda: 1e9 + 0.25)
-            task = asyncio.create_task(log.run())
             for i in range(30):
                 log.note("request", f"r{i}", {"i": i})
-            await until_async(lambda: not len(log._batch))  # handed over, and written by nobody
+            await until_async(log._waiting.empty)  # taken over, and written by nobody
             for i in range(30, 80):
                 log.note("request", f"r{i}", {"i": i})
             assert log.lost == 30
@@ -150,7 +149,6 @@ def test_request_log_loses_only_what_is_too_much_and_counts_it(monkeypatch: pyte
             reader.start()
             await until_async(lambda: log._done == 50)
             log.note("request", "last", {"i": 50})
-            task.cancel()
             await log.close(HANG_LIMIT)
             log.note("request", "too late", {})
         await asyncio.to_thread(reader.join)
@@ -191,26 +189,22 @@ def test_request_log_goes_on_when_nobody_reads() -> None:
         outputs: list[IO[bytes]] = [os.fdopen(writing, "wb", buffering=0), shut, cast("IO[bytes]", Full())]
         for output in outputs:
             log = telemetry.RequestLog(output)
-            task = asyncio.create_task(log.run())
             for i in range(2):
                 log.note("request", str(i), {})
                 await until_async(lambda: log._done > i)  # noqa: B023
             log.note("request", "unlikely", {"what": object()})
-            task.cancel()
             await log.close(HANG_LIMIT)
             assert (log.lost, log._thread.is_alive()) == (3, False)
             output.close()
         short = Short()
         log = telemetry.RequestLog(cast("IO[bytes]", short))
-        task = asyncio.create_task(log.run())
         await ticks(50)
         log.note("request", "x" * 100, {})
-        task.cancel()
         await log.close(HANG_LIMIT)
         assert json.loads(short.text)["request_id"] == "x" * 100 and log.lost == 0
         none = telemetry.RequestLog(None)
         none.note("request", "x", {})
-        assert (none.lost, len(none._batch)) == (0, 0)
+        assert (none.lost, none._waiting.qsize()) == (0, 0)
 
     app_run(main())
 
@@ -233,7 +227,7 @@ def test_notes_every_request_once_and_the_loads_behind_it(app_world: World) -> N
                     status, headers, _ = await ask(app, path, headers={"X-Request-ID": f"r{i}"})
                     assert (status, headers["x-request-id"]) == (200, f"r{i}")
                 app_world.now += 10.0
-                app.service.settle()
+                app.service.drop_kept()
                 await ask(app, "/aggregate/a?x=1", headers={"X-Request-ID": "wrong"})
                 await ask(app, "/aggregate/a", headers={"X-Request-ID": "stale"})
                 await until_async(lambda: not app.service.sources["a"].running)

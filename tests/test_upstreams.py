@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 import coordination as co
 from api import aggregate, config, renewals, upstreams
 from sandbox.sites import Sandbox
-from tests.helpers.api import aggregate_ask, app_run, app_upstream, play, settled
+from tests.helpers.api import aggregate_ask, app_run, app_upstream, data_of, play, settled
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, limits, ticks, until_async
 
 
@@ -218,12 +218,12 @@ def test_posts_json_in_which_values_stay_text() -> None:
             for x, y in (("1", "2"), ('"},{"', "{x}\\ü")):
                 part = (await aggregate.gather({"a": source}, {"x": x, "y": y}, HANG_LIMIT))["a"]
                 assert part.data is not None
-                assert part.data.value["line"].startswith("POST /s/") and part.data.value["kind"]
+                assert data_of(part)["line"].startswith("POST /s/") and data_of(part)["kind"]
                 expected = {"q": f"{x} and {x}{y}", "all": [y, 5, None, {"{x}": "{unknown}"}]}
-                assert json.loads(part.data.value["body"]) == expected
+                assert json.loads(data_of(part)["body"]) == expected
             plain = app_source(url + "/none", World(), session, method="POST")
             part = (await aggregate.gather({"a": plain}, {}, HANG_LIMIT))["a"]
-            assert part.data is not None and part.data.value == {"line": "POST /none", "kind": False, "body": ""}
+            assert part.data is not None and data_of(part) == {"line": "POST /none", "kind": False, "body": ""}
 
     app_run(main())
 
@@ -263,7 +263,7 @@ def test_starts_warm_with_what_is_stale(web: Sandbox) -> None:
     async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         def state(source: upstreams.Source) -> Any:
             hit = source.cache.lookup(())
-            return hit and (hit.state, round(hit.age, 6), hit.needs_refresh, hit.value.data.value)
+            return hit and (hit.state, round(hit.age, 6), hit.needs_refresh, data_of(hit.value))
 
         options: dict[str, Any] = {"ttl": 10.0, "stale": 20.0, "stale_if_error": 100.0}
         rows = [  # seconds old: never fresh, and no window is longer than it was

@@ -49,9 +49,15 @@ def play(web: Sandbox, case: Case) -> None:
     asyncio.run(main())
 
 
+def data_of(part: upstreams.Part | upstreams.Loaded) -> Any:
+    """The data that are sent, decoded."""
+    assert part.data is not None
+    return json.loads(part.data.encoded)
+
+
 async def aggregate_ask(source: upstreams.Source, deadline: float = 20.0) -> tuple[str, Any, float | None]:
     part = (await aggregate.gather({"a": source}, {}, deadline))["a"]
-    return part.state, part.data and part.data.value.get("serial", part.data.value), part.age
+    return part.state, part.data and data_of(part).get("serial", data_of(part)), part.age
 
 
 async def settled(source: upstreams.Source) -> None:

@@ -286,7 +286,7 @@ class Web:
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.upper(), raising=False)
         for module in (http_urllib, http_aiohttp):  # so that a name is looked up for each connection
-            monkeypatch.setattr(module, "Resolver", functools.partial(crawl_net.Resolver, ttl=0.0, threads=1))
+            monkeypatch.setattr(module, "Resolver", functools.partial(crawl_net.Resolver, ttl=1e-9, threads=1))
 
     def close(self) -> None:
         for server, thread in zip(self.servers, self.threads, strict=True):

@@ -282,21 +282,22 @@ class LoopMachine(RuleBasedStateMachine):
         self.now(lambda: None)
 
     @precondition(lambda self: any(not task.done() for task in self.tasks))
-    @rule(data=st.data(), act_first=st.booleans())
-    def cancel(self, data: st.DataObject, act_first: bool) -> None:
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
         pending = [task for task in self.tasks if not task.done()]
         victim = data.draw(st.just(0) | st.sampled_from(range(len(pending))))  # the oldest is the next to be granted
         self.cancelled.add(pending[victim])
+        cancel = pending[victim].cancel
+        orders = [order for n in (1, 2, 3) for order in itertools.permutations([cancel, *self.acts()], n)]
+        order = data.draw(st.sampled_from([order for order in orders if cancel in order]))
+        self.now(lambda: [act() for act in order])
 
-        def both() -> None:
-            if act_first:
-                self.act()
-            pending[victim].cancel()
-
-        self.now(both)
+    def acts(self) -> list[Callable[[], Any]]:
+        """What may wake somebody up in the turn in which he is cancelled."""
+        return [self.act]
 
     def act(self) -> None:
-        """What may wake somebody up, just before he is cancelled."""
+        """The first of it."""
 
     def finish(self) -> None:
         self.settle()
