@@ -128,7 +128,7 @@ class Ingester:
             rng=rng,
         )
         self.sealer = Sealer(options, self.queue, self.outlet, changes=self._changes, fault=self.tasks.fault)
-        self._received = self._unbalanced = 0
+        self._received = 0
         self._stages = TwoStageStop(self._changes)
 
     def _folders(self) -> list[Path]:
@@ -275,15 +275,10 @@ class Ingester:
             metadata=found.breaker if sealer.enricher.configured else "none",
             metadata_loads=found.loads,
             metadata_failures=found.failures,
-            faults=self.tasks.faults,
             lines_lost=lines_lost(),
             stopping=self._stages.stage > 0,
         )
-        off = imbalance(counts)
-        if off and off != self._unbalanced:
-            self.tasks.faults += 1
-            log.error("the counts do not balance: %d events are not accounted for: %s", off, counts)
-        self._unbalanced = off
+        self.tasks.balance(imbalance(counts), counts)
         return counts._replace(faults=self.tasks.faults)
 
     stats = snapshot

@@ -188,7 +188,7 @@ class MarketProgram(ABC):
             rng=rng,
         )
         self.board = Board(options.windows)
-        self._trades = self._letters = self._computed = self._uncomputed = self._unbalanced = 0
+        self._trades = self._letters = self._computed = self._uncomputed = 0
         self.stop = TwoStageStop(self.publisher.changes)
 
     def make_workers(self) -> AnalyticsPool:
@@ -275,11 +275,7 @@ class MarketProgram(ABC):
             error=found.error,
             stopping=self.stop.stage > 0,
         )._replace(**self._more())
-        off = imbalance(counts)
-        if off and off != self._unbalanced:
-            self.tasks.faults += 1
-            log.error("the counts do not balance: %d are not accounted for: %s", off, counts)
-        self._unbalanced = off
+        self.tasks.balance(imbalance(counts), counts)
         return counts._replace(faults=self.tasks.faults)
 
     stats = snapshot

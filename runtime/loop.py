@@ -84,7 +84,7 @@ class TaskSupervisor:
     """Tasks that last as long as their program. One that fails is begun again; ``faults`` counts how often that was."""
 
     def __init__(self, log: logging.Logger) -> None:
-        self._log, self.faults = log, 0
+        self._log, self.faults, self._off = log, 0, 0
         self.running: dict[str, asyncio.Task[None]] = {}
 
     def start(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -105,6 +105,13 @@ class TaskSupervisor:
         self.faults += 1
         if self.faults <= SHOWN:
             self._log.error("%s failed", where, exc_info=error)
+
+    def balance(self, off: int, counts: object) -> None:
+        """Count it as a failure if ``counts`` are ``off``, and were not by as much when they were looked at last."""
+        if off and off != self._off:
+            self.faults += 1
+            self._log.error("the counts do not balance: %d events are not accounted for: %s", off, counts)
+        self._off = off
 
     async def end(self) -> None:
         """Cancel all of them, and wait until they have ended."""

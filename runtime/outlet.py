@@ -77,18 +77,18 @@ class Changes:
         self._clock, self._event = clock, asyncio.Event()
 
     def tell(self) -> None:
+        """Wake them."""
         self._event.set()
         self._event = asyncio.Event()
 
     async def wait(self, seconds: float = math.inf) -> None:
+        """Until the next ``tell``, at most so many ``seconds``."""
         await wait_for_event(self._event, seconds)
 
-    async def until(
-        self, condition: Callable[[], bool], seconds: float = math.inf, clock: Clock = time.monotonic
-    ) -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = math.inf) -> None:
         """Wait for ``condition``, at most so many ``seconds``."""
-        deadline = clock() + seconds
-        while not condition() and (left := deadline - clock()) > 0:
+        deadline = self._clock() + seconds
+        while not condition() and (left := deadline - self._clock()) > 0:
             await self.wait(min(LOOK, left))
 
 
@@ -178,7 +178,11 @@ class Outlet(Generic[T]):
             if step == "wait":
                 await self._changes.wait()
             elif step == "replay":
-                await self._replay_in_order()
+                try:
+                    await self._replay(self.spools[0])
+                except OSError as error:  # neither files nor memory left: that passes
+                    self._log.warning("the spool cannot be read: %s", error)
+                    await asyncio.sleep(self._ask_again)
             elif step == "idle":
                 self._work.clear()
                 await self._work.wait()
@@ -217,6 +221,7 @@ class Outlet(Generic[T]):
         return not away
 
     def _remove(self, spool: Spool | None, files: Sequence[str]) -> None:
+        """Beside all else; the task begins before any that reads is made."""
         if files:
             task = asyncio.create_task((spool or self.spools[0]).remove(files))
             self._removing.add(task)
@@ -234,13 +239,6 @@ class Outlet(Generic[T]):
                     backoff.reset()
                 else:
                     await asyncio.sleep(backoff.next())
-
-    async def _replay_in_order(self) -> None:
-        try:
-            await self._replay(self.spools[0])
-        except OSError as error:  # neither files nor memory left: that passes
-            self._log.warning("the spool cannot be read: %s", error)
-            await asyncio.sleep(self._ask_again)
 
     async def _replay(self, spool: Spool) -> bool:
         """What is in ``spool``, the oldest first. The next files are read while those before are under way. False if
