@@ -52,8 +52,7 @@ class Analyser(MarketProgram):
             rng=self._rng,
             **(group_options or {}),
         )
-        self._batch = asyncio.Lock()
-        """Held from when trades are taken until they are committed."""
+        self._batch = asyncio.Lock()  # held from when trades are taken until they are committed
         self._queued = self._skipped = 0
 
     async def _revoked(self, _: frozenset[int]) -> None:
@@ -119,6 +118,7 @@ class Analyser(MarketProgram):
             await self._tell(await self._computed_rows([], flush=True))
 
     async def run(self) -> int:
+        """Until it is stopped. The exit code: 1 if something was lost."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open_publisher(stack)
             stack.push_async_callback(self.workers.close, 0.0)

@@ -24,9 +24,10 @@ from market import kafka as mk
 from market import producer as producer_module
 from market import topics as mt
 from market.connect import Feed
+from market.feed_socket import FeedTimes
 from market.feeds import ADAPTERS
 from market.stats import Analytics, AnalyticsRow
-from market.trade import Trade
+from market.trade import Parsed, Trade
 from runtime import shell
 from runtime.monitor import Exporter
 from runtime.options import EXIT_INTERRUPTED
@@ -313,43 +314,45 @@ def test_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_asked_fo
             *(ADAPTERS["binance"], symbols, sink.emit, sink.dead),
             clock=world.clock,
             wall=lambda: int(world.now * 1e9),
-            stale_after=300.0,
-            renew_after=1800.0,
+            times=FeedTimes(stale_after=300.0, renew_after=1800.0),
         )
 
         async def connect() -> None:
             connection = feed._begin(ws)
             await feed._subscribe(connection)
-            await feed._other(connection, feed.adapter.parse(b'{"result":null,"id":1}', 0), [])
+            ack = feed._reader.take(b'{"result":null,"id":1}', world.now)
+            assert isinstance(ack, Parsed)
+            await connection._control(ack)
             assert feed.stats().state == "live" and feed.stats().stale == ()
 
         def trade(symbol: str, after: float) -> None:
             world.now += after
-            connection = feed._connection
-            assert connection is not None
-            connection.told = world.now
-            feed._take(connection, frame(symbol, int(world.now), world.now))
+            feed._reader.take(frame(symbol, int(world.now), world.now), world.now)
+
+        def renewal() -> str:
+            assert feed._connection is not None
+            return feed._reader.silence.renewal(feed._connection.live_since)
 
         await connect()
         trade("BTCUSDT", 299.0)
         assert feed.stats().stale == ()
         trade("BTCUSDT", 1.0)
-        assert feed.stats().stale == ("SOL-USD",) and feed._silence.renewal(feed._since) == ""
+        assert feed.stats().stale == ("SOL-USD",) and renewal() == ""
         trade("SOLUSDT", 1.0)
         assert feed.stats().stale == ()
         world.now += 5000.0  # all are silent: that is not one symbol's
-        assert feed.stats().stale == () and feed._silence.renewal(feed._since) == ""
+        assert feed.stats().stale == () and renewal() == ""
         trade("BTCUSDT", 1.0)
-        assert feed._silence.renewal(feed._since) == "nothing of SOL-USD"
+        assert renewal() == "nothing of SOL-USD"
         await connect()
         trade("BTCUSDT", 1800.0)
-        assert feed.stats().stale == ("SOL-USD",) and feed._silence.renewal(feed._since) == ""  # twice as long now
+        assert feed.stats().stale == ("SOL-USD",) and renewal() == ""  # twice as long now
         trade("BTCUSDT", 1800.0)
-        assert feed._silence.renewal(feed._since) == "nothing of SOL-USD"
+        assert renewal() == "nothing of SOL-USD"
         await connect()
         trade("SOLUSDT", 1000.0)
         trade("BTCUSDT", 1000.0)
-        assert feed._silence.renewal(feed._since) == "" and feed._silence.patience == 1800.0  # it helped
+        assert renewal() == "" and feed._reader.silence.patience == 1800.0  # it helped
         assert len(sink.told["binance"]) == 8 and sink.letters == []
 
     run_task(main())

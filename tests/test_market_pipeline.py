@@ -33,6 +33,7 @@ from market import display as md
 from market import feeds as mf
 from market import flow as market_flow
 from market.analyse import Analyser
+from market.feed_socket import FeedTimes
 from market.flow import MarketProgram, Pipeline
 from market.kafka import Counts, Publisher
 from market.replay import Replayer
@@ -53,7 +54,7 @@ from tests.helpers.processes import answers_besieged, unread
 SYMBOLS = ("BTC-USD", "ETH-USD", "SOL-USD")
 
 
-FEEDS = {"base": 0.02, "cap": 0.05, "healthy_after": 0.2, "ping_every": 0.3}
+FEEDS = {"times": FeedTimes(base=0.02, cap=0.05, healthy_after=0.2, ping_every=0.3)}
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +175,9 @@ def test_an_exchange_that_fails_does_not_hold_up_the_others(market_pipeline_brok
                 stalled = pipeline.feeds["gemini"]
 
                 async def left_soon() -> None:
-                    patience, stalled._pong_within = stalled._pong_within, 0.6
+                    patience, stalled._times = stalled._times, dataclasses.replace(stalled._times, pong_within=0.6)
                     await until_async(lambda: pipeline.snapshot().feeds["gemini"].reconnects == 1)
-                    stalled._pong_within = patience
+                    stalled._times = patience
 
                 faults: list[tuple[str, Fault]] = [("kraken", "close"), ("okx", "reset"), ("gemini", "stall")]
                 faults += [("bybit", "half"), ("binance", "not json"), ("binance", "wrong types")]
