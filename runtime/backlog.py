@@ -29,7 +29,7 @@ write what waits."""
 class Round(Generic[T]):
     """Items that are under way together."""
 
-    def __init__(self, items: list[T], files: Sequence[str] = ()) -> None:
+    def __init__(self, items: list[T], files: Sequence[str]) -> None:
         self.items, self.files = items, files
         """``files``: those of the spool that hold the items too."""
 
@@ -113,15 +113,15 @@ class Backlog(Generic[T]):
         """The oldest that wait, which are under way now."""
         items, size = self._cut(self.waiting, self.round_items, self._round_bytes)
         self._bytes -= size
-        return self._begin(Round(items))
+        return self._begin(items, ())
 
     def replay(self, items: list[T], files: Sequence[str]) -> Round[T]:
         """What is in these files of the spool, which is under way now, and stays there until it is stored."""
-        return self._begin(Round(items, files))
+        return self._begin(items, files)
 
-    def _begin(self, round: Round[T]) -> Round[T]:
-        self.rounds.append(round)
-        return round
+    def _begin(self, items: list[T], files: Sequence[str]) -> Round[T]:
+        self.rounds.append(Round(items, files))
+        return self.rounds[-1]
 
     def landed(self, round: Round[T], stored: int, refused: int) -> Sequence[str]:
         """Its rows are stored, but for those that are ``refused`` for their own sake. The files that are of no use."""

@@ -24,7 +24,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from coordination import Clock, Rng, cancel_all, wait_for_event
@@ -264,10 +264,7 @@ class Outlet(Generic[T]):
                 self.backlog.lose(lost)
                 self._log.error("%d rows of the spool could not be read again", lost)
                 self._changes.tell()
-        return await asyncio.to_thread(self._decode, found)
-
-    def _decode(self, found: Iterable[tuple[str, EncodedBatch]]) -> list[tuple[str, list[T]]]:
-        return [(name, self.sink.decode(batch)) for name, batch in found]
+        return await asyncio.to_thread(lambda: [(name, self.sink.decode(batch)) for name, batch in found])
 
     async def fill_spool(self) -> None:
         """The spooler: what is to go to the spool, in order."""
