@@ -197,6 +197,7 @@ class EventQueue:
         return self._queued
 
     def stats(self) -> EventQueueStats:
+        """The counts of this moment."""
         age = max(0.0, self._clock() - self._oldest_since()) if self._queued else 0.0
         return EventQueueStats(self._received, self._queued, self._bytes, self._taken, dict(self._dropped), age)
 

@@ -123,11 +123,15 @@ END IF; END $do$;
 
 
 class BatchOutcome(NamedTuple):
+    """Rows of a batch in each table."""
+
     stored: int
     dead: int
 
 
 class StoreStats(NamedTuple):
+    """Counts since the start."""
+
     batches: int
     """That were written, by this store."""
     stored: int
@@ -152,6 +156,7 @@ _PARTITION = re.compile(r"logs_(\d{4})_(\d\d)_(\d\d)", re.A)
 
 
 def partition_name(day: date) -> str:
+    """The name of a day's partition."""
     return f"logs_{day:%Y_%m_%d}"
 
 
@@ -267,6 +272,7 @@ class Store:
         self._made = self._dropped = 0
 
     def stats(self) -> StoreStats:
+        """The counts of this moment."""
         return StoreStats(
             self._batches,
             self._stored,

@@ -309,6 +309,7 @@ class Pipeline(MarketProgram):
     # -------------------------------------------------------------------- what the feeds call
 
     def emit(self, _: str, trades: list[Trade]) -> Awaitable[object] | None:
+        """Take a feed's trades; what is returned is to be awaited: there is no room."""
         self._trades += len(trades)
         try:
             if not self.publisher.offer(trades):
@@ -324,6 +325,7 @@ class Pipeline(MarketProgram):
             self._offer(trades)
 
     def dead(self, exchange: str, error: str, raw: bytes, received_ns: int) -> Awaitable[object] | None:
+        """Take a frame that did not parse; to be awaited."""
         feed = self.feeds.get(exchange)
         context = "" if feed is None else feed.adapter.context()
         return self._bury(DeadLetter(exchange, error, raw, received_ns, "text" if is_text(raw) else "binary", context))
@@ -389,6 +391,7 @@ class Pipeline(MarketProgram):
     # -------------------------------------------------------------------- life and end
 
     async def run(self) -> int:
+        """Until it has stopped; 1 if something was lost."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open_publisher(stack)
             stack.push_async_callback(self.workers.close, 0.0)
@@ -429,6 +432,7 @@ class Pipeline(MarketProgram):
 
 
 def is_text(raw: bytes) -> bool:
+    """Whether it is UTF-8."""
     try:
         raw.decode()
     except ValueError:
@@ -437,6 +441,7 @@ def is_text(raw: bytes) -> bool:
 
 
 def feed_line(feed: Feed | None) -> FeedLine:
+    """What is shown of a feed."""
     if feed is None:
         return FeedLine("idle", *(0,) * 7, None)
     found = feed.stats()

@@ -106,6 +106,8 @@ def counts_of(backlog: Backlog[Record]) -> Counts:
 
 
 class PublisherStats(NamedTuple):
+    """Where it stands, and what became of its records."""
+
     state: Literal["new", "connecting", "connected", "away", "failed", "closed"]
     trades: Counts
     """Dead letters included."""
@@ -166,6 +168,7 @@ class TradeSink(RowSink):
         self.dead = 0
 
     async def write(self, items: list[Record]) -> tuple[int, int]:
+        """Publish them; how many trades and dead letters Kafka refused for good."""
         unwanted, records = 0, list(items)
         while records:
             refused = await self.producer.publish(records)
@@ -182,6 +185,7 @@ class TradeSink(RowSink):
         return len(items) - unwanted, unwanted
 
     def decode(self, batch: EncodedBatch) -> list[Record]:
+        """The records of a batch of the spool."""
         return records_of(batch.data, *self._topics)
 
 
@@ -414,6 +418,7 @@ class Publisher:
                 task.result()
 
     def stats(self) -> PublisherStats:
+        """The counts of this moment."""
         producer, outlet = self._sink.producer, self._trades
         state: Any = self._state
         if state in ("open", "stopping"):

@@ -137,6 +137,7 @@ class Producer:
 
     @property
     def connected(self) -> bool:
+        """Whether there is a producer that has found the topics."""
         return self._producer is not None
 
     async def publish(self, rows: list[Record]) -> list[tuple[Record, str]]:

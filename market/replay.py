@@ -64,6 +64,7 @@ class Replayer(MarketProgram):
         self.early = False
 
     async def run(self) -> int:
+        """Until all letters are read, or it is stopped; 1 if it ended early."""
         async with contextlib.AsyncExitStack() as stack:
             if not self.options.dry_run:
                 await self._open_publisher(stack)
@@ -114,6 +115,7 @@ class Replayer(MarketProgram):
         self.seen[key if key in self.seen or len(self.seen) < 1000 else (exchange, outcome, "…")] += 1
 
     def report(self) -> str:
+        """The table of what became of the letters."""
         lines = [("exchange", "outcome", "letters", "reason")]
         lines += [(name, outcome, f"{count:,}", why) for (name, outcome, why), count in self.seen.most_common(50)]
         early = "; stopped early: some will come again" if self.early else ""

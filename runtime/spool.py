@@ -72,6 +72,8 @@ class Damaged(ValueError):
 
 
 class SpoolStats(NamedTuple):
+    """What is in the folder, and counts since it was opened."""
+
     batches: int
     """In the folder; so are the next two."""
     rows: int
@@ -394,6 +396,7 @@ class Spool:
             self._lock_file = None
 
     def stats(self) -> SpoolStats:
+        """The counts of this moment."""
         return SpoolStats(
             len(self._files),
             self._rows,
