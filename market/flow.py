@@ -192,6 +192,7 @@ class MarketProgram(ABC):
         self.stop = TwoStageStop(self.publisher.changes)
 
     def make_workers(self) -> AnalyticsPool:
+        """The processes that compute the figures."""
         figures = {"windows": self.options.windows, "lateness": self.options.lateness}
         return AnalyticsPool(self.options.workers, options=figures, nice=0)  # on a busy machine nicer ones fall behind
 
