@@ -126,13 +126,13 @@ class Analyser(MarketProgram):
             self.tasks.start("loop lag", self._lag.watch)
             stack.push_async_callback(self.tasks.end)
             try:
-                joined = await ends_before(self._join(), self._stopped)
+                joined = await ends_before(self._join(), self.stop.stopped)
             except (TimeoutError, WorkerDied) as error:
                 raise CannotStart(str(error)) from None
             if joined:
                 stack.push_async_callback(self.group.stop)
                 self.tasks.start("analytics", self._work)
-                await self._stopped.wait()
+                await self.stop.stopped.wait()
                 self._deadline = self._clock() + self.options.stop_limit
                 await self._unless_forced(self._finish(), self.options.stop_limit * 0.6)
                 await self.tasks.end()

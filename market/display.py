@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Annotated, Any, NamedTuple
 
-from market.backlog import Counts
+from market.kafka import Counts
 from market.stats import ALL, AnalyticsRow
 from market.trade import Trade
 from runtime.monitor import Measure, counter, counters, gauge, health_of

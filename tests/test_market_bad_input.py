@@ -18,7 +18,6 @@ from typing import Any, cast
 import pytest
 
 import market_pipeline
-from market import backlog, overflow
 from market import display as md
 from market import flow as market_flow
 from market import kafka as mk
@@ -43,11 +42,11 @@ from tests.helpers.market import (
     MarketConnectWorld,
     Sink,
     balanced,
+    is_spilling,
     market_kafka_ids,
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
-    overflow_of,
     publish,
 )
 from tests.helpers.mechanisms import simulated
@@ -131,7 +130,7 @@ def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
         return trade_record(trade, topic)
 
     monkeypatch.setattr(mt, "trade_record", counted)
-    monkeypatch.setattr(overflow, "FILE", 500)
+    monkeypatch.setattr(mk, "FILE", 500)
     monkeypatch.setattr(mk, "FLIGHT", 1000)
     broker = market_kafka_broker
     broker.stop()
@@ -146,7 +145,7 @@ def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
             patched.setattr(mt, "decode", None)
             async with market_kafka_open(broker.address, spool=tmp_path / "spool") as publisher:
                 await publish(publisher, 4200, 4300)
-                assert balanced(publisher).trades == backlog.Counts(100, 4201, 4301, 0, 0, 0, 0)
+                assert balanced(publisher).trades == mk.Counts(100, 4201, 4301, 0, 0, 0, 0)
                 assert list((tmp_path / "spool").glob("*.batch")) == []
         assert encoded == 4300 and await market_kafka_ids(broker.address) == list(range(4300))
 
@@ -187,7 +186,7 @@ def test_kafka_what_comes_while_the_buffer_is_moved_does_not_keep_it_moving(
     """On a busy machine it was refilled as fast as it went to the spool, and nothing was published for so long."""
     put, puts = Spool.put, 0
 
-    async def refilling(self: Spool, batch: EncodedBatch) -> bool:
+    async def refilling(self: Spool, batch: EncodedBatch) -> str | None:
         nonlocal puts
         puts += 1
         assert publisher.offer(market_kafka_trades(puts * 50, puts * 50 + 50))
@@ -199,7 +198,8 @@ def test_kafka_what_comes_while_the_buffer_is_moved_does_not_keep_it_moving(
         await publisher.start()
         assert publisher.offer(market_kafka_trades(0, 50))
         monkeypatch.setattr(Spool, "put", refilling)
-        assert await overflow_of(publisher).spill()
+        publisher._trades.press()
+        await until_async(lambda: puts == 1 and not is_spilling(publisher))
         monkeypatch.setattr(Spool, "put", put)
         counts = balanced(publisher).trades
         assert (puts, counts.spooled, counts.held) == (1, 50, 50)
@@ -226,7 +226,7 @@ def test_kafka_a_stop_that_is_cancelled_while_it_closes_loses_nothing(
     """As a second signal does it: the rest was on its way to the spool, and its task was left behind."""
     put, gate, putting = Spool.put, asyncio.Event(), asyncio.Event()
 
-    async def held(self: Spool, batch: EncodedBatch) -> bool:
+    async def held(self: Spool, batch: EncodedBatch) -> str | None:
         putting.set()
         await gate.wait()
         return await put(self, batch)
@@ -246,7 +246,7 @@ def test_kafka_a_stop_that_is_cancelled_while_it_closes_loses_nothing(
             gate.set()
             await asyncio.wait((stopping,))
             assert stopping.cancelled() and publisher.stats().state == "closed"
-            assert balanced(publisher).trades == backlog.Counts(50, 0, 0, 0, 50, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(50, 0, 0, 0, 50, 0, 0)
         spool = Spool(tmp_path / "spool")
         assert spool.open() == 50
         await spool.close()

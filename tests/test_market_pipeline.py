@@ -33,10 +33,9 @@ from market import display as md
 from market import feeds as mf
 from market import flow as market_flow
 from market.analyse import Analyser
-from market.backlog import Counts
 from market.feed_socket import FeedTimes
 from market.flow import MarketProgram, Pipeline
-from market.kafka import Publisher
+from market.kafka import Counts, Publisher
 from market.replay import Replayer
 from market.topics import decode
 from market.trade import BadFrame, Trade
@@ -636,9 +635,7 @@ def test_items_that_wait_are_counted_and_those_of_a_cancelled_call_too(tmp_path:
         program = MarketPipelineBase(market_pipeline_options("127.0.0.1:1", "full", tmp_path, buffer=10))
         trades = [market_pipeline_trade(n, "BTC-USD") for n in range(25)]
         program._trades = 50
-        waiting = [
-            asyncio.create_task(program._handed_over(25, lambda: program.publisher.trades(trades))) for _ in range(2)
-        ]
+        waiting = [asyncio.create_task(program.publisher.trades(trades)) for _ in range(2)]
         await ticks()
         counts = program.snapshot()
         assert (counts.published.accepted, counts.waiting, counts.given_up) == (10, 40, 0)
@@ -667,7 +664,7 @@ def test_a_second_stop_cuts_the_publishing_short(tmp_path: Path) -> None:
         await program.publisher.start()
         program._trades = 25
         trades = [market_pipeline_trade(n, "BTC-USD") for n in range(25)]
-        assert await program._handed_over(25, lambda: program.publisher.trades(trades))
+        await program.publisher.trades(trades)
         program.stop()
         program._deadline = time.monotonic() + 3600.0
         closing = asyncio.create_task(program._close_publisher())

@@ -31,10 +31,10 @@ from market.connect import Feed
 from market.feed_socket import FeedTimes
 from market.feeds import ADAPTERS
 from market.flow import MarketProgram
-from market.overflow import Overflow
 from market.trade import Parsed, Trade
 from primitives import CircuitBreaker
 from runtime.monitor import Exporter
+from runtime.spool import Spool
 from sandbox.broker import Broker
 from sandbox.exchanges import WIRES, Wire
 from sandbox.markets import Exchanges
@@ -745,6 +745,10 @@ class MarketPipelineBase(MarketProgram):
 ABSENT = "127.0.0.1:9"
 
 
-def overflow_of(publisher: mk.Publisher) -> Overflow:
-    assert publisher._overflow is not None
-    return publisher._overflow
+def spool_of(publisher: mk.Publisher) -> Spool:
+    (spool,) = publisher._trades.spools
+    return spool
+
+
+def is_spilling(publisher: mk.Publisher) -> bool:
+    return publisher._trades.backlog.is_spilling()
