@@ -42,8 +42,7 @@ from crawl.readers import Readers
 from runtime.loop import Lag, beside, new_loop, stopped_by_signals
 from runtime.options import EXIT_INTERRUPTED
 
-INLINE_PARSE = 256 * 1024
-"""Largest body in bytes that is parsed in the loop: 2 to 3 ms."""
+INLINE_PARSE = 256 * 1024  # largest body in bytes that is parsed in the loop: 2 to 3 ms
 
 Emit = Callable[[ScrapeResult], Awaitable[object]]
 """Takes a row; True: it says later when it is written (``RowBatches``)."""
@@ -58,8 +57,7 @@ class WorkQueue:
         self._crawl = crawl
         self._event = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self.changed = self._event.set
-        """The frontier may answer otherwise than before. In the loop."""
+        self.changed = self._event.set  # the frontier may answer otherwise than before. In the loop.
 
     async def next(self) -> Request | Question | None:
         while True:

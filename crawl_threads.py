@@ -41,8 +41,7 @@ from crawl.robots import LARGE
 from runtime.loop import stopped_by_signals_in_a_thread
 from runtime.options import EXIT_INTERRUPTED
 
-Emit = Callable[[ScrapeResult], object]
-"""Takes a row; returns when it is written."""
+Emit = Callable[[ScrapeResult], object]  # takes a row; returns when it is written
 
 # ------------------------------------------------------------------------------------------------------- waiting
 
@@ -54,8 +53,7 @@ class WorkQueue:
         self._crawl = crawl
         self._condition = threading.Condition(new_lock("WorkQueue"))
         self._waiting = 0
-        self._alarm = math.inf
-        """Until when the present timekeeper waits."""
+        self._alarm = math.inf  # until when the present timekeeper waits
 
     @property
     def idle(self) -> bool:

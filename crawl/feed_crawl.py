@@ -34,8 +34,7 @@ class FeedCrawl:
         self._lock = new_lock("FeedCrawl")
         self.validators: dict[str, tuple[str, str | None, str | None]] = {}
         """What an earlier run knew of feeds, by the list's URL (normalised): where it led, ETag, Last-Modified."""
-        self.listed: set[str] = set()
-        """The feeds of the list, normalised."""
+        self.listed: set[str] = set()  # the feeds of the list, normalised
         self.entries: dict[str, tuple[str, FeedEntry]] = {}
         """Articles on their way, by normalised URL: their feed, and what it says of them."""
 

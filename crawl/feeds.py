@@ -41,8 +41,7 @@ from crawl.xml import NOT_XML, XML_DECLARATION, StopReading, decode_pieces, infl
 from html_parse import parse_page
 
 MAX_FEED = 5 * 1024 * 1024
-MAX_TEXT = 100_000
-"""Characters of one entry's text that are kept."""
+MAX_TEXT = 100_000  # characters of one entry's text that are kept
 NO_FEED = "no RSS or Atom feed"
 
 _MAX_FEED_ELEMENTS = 200_000
@@ -75,14 +74,12 @@ class FeedEntry(NamedTuple):
     author: str | None
     published: str | None
     """ISO 8601, UTC; when it was changed, if only that is said; None if there is no date, or none that can be read."""
-    summary: str | None
-    """Text without markup: the full content if the feed has it."""
+    summary: str | None  # text without markup: the full content if the feed has it
 
 
 class Feed(NamedTuple):
     entries: list[FeedEntry]
-    fault: str | None
-    """Why there may be more than these entries; ``NO_FEED``: there is nothing of a feed in it."""
+    fault: str | None  # why there may be more than these entries; ``NO_FEED``: there is nothing of a feed in it
 
 
 def bounds(function: Callable[..., Any], size: int) -> tuple[float, int]:

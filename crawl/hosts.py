@@ -87,18 +87,13 @@ class HostQueue:
         self.urgent: list[tuple[float, int, Request]] = []
         """Requests for robots.txt that were put back: they pass the gate that the others wait at."""
         self.in_flight = 0
-        self.due = math.inf
-        """The time of its live entry in the heap; -inf while it is among the ready."""
+        self.due = math.inf  # the time of its live entry in the heap; -inf while it is among the ready
         self.paused_until = -math.inf
-        self.asking = False
-        """One of its origins' robots.txt is being read: nothing else goes."""
-        self.cleared: str | None = None
-        """The target that the rules were asked about, and allow."""
-        self.question: Question | None = None
-        """It waits, or is out, to be answered: nothing goes meanwhile."""
+        self.asking = False  # one of its origins' robots.txt is being read: nothing else goes
+        self.cleared: str | None = None  # the target that the rules were asked about, and allow
+        self.question: Question | None = None  # it waits, or is out, to be answered: nothing goes meanwhile
         self.sifting = False
-        self.ready = self.since = 0
-        """Serial numbers of its live entries among the ready."""
+        self.ready = self.since = 0  # serial numbers of its live entries among the ready
 
     def has_work(self) -> bool:
         return self.head < len(self.waiting) or bool(self.delayed) or bool(self.urgent)
@@ -174,11 +169,8 @@ class FrontierStats:
     seen: int
     duplicates: int
     closed: bool
-    hosts_ready: int = 0
-    """Due, and waiting for a worker."""
-    hosts_blocked: int = 0
-    """Waiting for robots.txt."""
-    capped: int = 0
-    """Times that a URL was not taken in because of ``max_pages`` or ``host_pages``."""
+    hosts_ready: int = 0  # due, and waiting for a worker
+    hosts_blocked: int = 0  # waiting for robots.txt
+    capped: int = 0  # times that a URL was not taken in because of ``max_pages`` or ``host_pages``
     forbidden: int = 0
     """URLs that robots.txt forbids, or that could not be allowed because it could not be read or matched."""

@@ -52,8 +52,7 @@ class HeadFirst(ResponseHandler):
     """aiohttp's end of a connection, which lets the parser have a head before the bytes of the body that came with it:
     a fault in those would take the head too, and what it says. Who reads the body is told of the fault."""
 
-    _end_of_last = b""
-    """The last bytes of what has come of a head."""
+    _end_of_last = b""  # the last bytes of what has come of a head
 
     def data_received(self, data: bytes) -> None:
         rest = data
@@ -173,8 +172,7 @@ class Fetcher:
         self._crawl, self._options = crawl, options
         self._proxy = ProxyRule(options.proxy)
         self._resolver = Resolver()
-        self.aborted = False
-        """Whoever is cancelled from now on has been cut off."""
+        self.aborted = False  # whoever is cancelled from now on has been cut off
         self._free, self._guarded = (
             aiohttp.ClientSession(
                 connector=GatedConnector(

@@ -32,8 +32,7 @@ from crawl.headers import read_headers
 from crawl.model import Request, Response
 from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_context, tls_detail
 
-IDLE = 256
-"""Connections kept open for a next request to their host: a list often goes round many hosts."""
+IDLE = 256  # connections kept open for a next request to their host: a list often goes round many hosts
 
 
 class _DeadlineSocket:
@@ -45,8 +44,7 @@ class _DeadlineSocket:
 
     def __init__(self, sock: socket.socket, limit: TimeLimit) -> None:
         self.limit = limit
-        self.dry = False
-        """Answer "nothing there" instead of reading on."""
+        self.dry = False  # answer "nothing there" instead of reading on
         self.ended = False
         self._readers = 0
         self._closed = False
@@ -147,8 +145,7 @@ class _SocketReader(io.RawIOBase):
 class _Response(http.client.HTTPResponse):
     """http.client's answer, stricter with chunks, and with its connection given back as soon as it is read."""
 
-    release: Callable[[bool], None] | None = None
-    """Told once whether the connection can be used again."""
+    release: Callable[[bool], None] | None = None  # told once whether the connection can be used again
     wire: _DeadlineSocket
 
     def _read_status(self) -> tuple[str, int, str]:

@@ -40,10 +40,8 @@ from crawl.urls import normalise, origin, split_credentials
 
 Row = dict[str, Any]
 
-BEGINNING = b'{"url":'
-"""Of every row."""
-USUAL = {"url", "error", "final_url"}
-"""What every row has."""
+BEGINNING = b'{"url":'  # of every row
+USUAL = {"url", "error", "final_url"}  # what every row has
 
 
 class JournalError(Exception):

@@ -53,16 +53,11 @@ from crawl.sync import Done, Found, Link, Move, Note, Queued, SyncAnswer, SyncBa
 from crawl.urls import normalise
 from crawl.urls import origin as origin_of
 
-LEASE = 30.0
-"""Seconds."""
-MARGIN = 0.2
-"""Share of a lease in which its worker sends nothing any more."""
-AT_ONCE = 500
-"""Finished URLs that are not kept waiting for that; ten times as many make the tasks wait."""
-LINKS = 20_000
-"""Found URLs in one batch."""
-DELEGATED = 90.0
-"""Seconds that a host waits for its robots.txt from a host that another worker holds."""
+LEASE = 30.0  # seconds
+MARGIN = 0.2  # share of a lease in which its worker sends nothing any more
+AT_ONCE = 500  # finished URLs that are not kept waiting for that; ten times as many make the tasks wait
+LINKS = 20_000  # found URLs in one batch
+DELEGATED = 90.0  # seconds that a host waits for its robots.txt from a host that another worker holds
 MAX_HOST = 255
 
 
@@ -72,12 +67,9 @@ class _Held:
     __slots__ = ("drained", "last", "leaving", "local", "robots")
 
     def __init__(self) -> None:
-        self.last = 0
-        """The id up to which its URLs are here."""
-        self.local = 0
-        """Its URLs that are here, in flight or not."""
-        self.robots: set[int] = set()
-        """Ids of requests for the robots.txt of others that were redirected here."""
+        self.last = 0  # the id up to which its URLs are here
+        self.local = 0  # its URLs that are here, in flight or not
+        self.robots: set[int] = set()  # ids of requests for the robots.txt of others that were redirected here
         self.drained = self.leaving = False
 
 
@@ -90,8 +82,7 @@ class SharedFrontier(HandoverFrontier):
     def __init__(self, *, length: float = LEASE, margin: float = MARGIN, hosts: int = 100, **limits: Any) -> None:
         super().__init__(**limits)
         self.length, self.margin, self.most = length, margin, hosts
-        self.follows = self.scoped = self.knows_first = False
-        """``scoped``: the hosts of the list matter."""
+        self.follows = self.scoped = self.knows_first = False  # ``scoped``: the hosts of the list matter
         self.on_scope: Callable[[str], None] = lambda url: None
         self.as_duplicate: Callable[[Request, str], ScrapeResult] = _no_row
         self.rules_of: Callable[[Found], RobotRules] = lambda found: found.rules("")
@@ -103,19 +94,16 @@ class SharedFrontier(HandoverFrontier):
         self._held: dict[str, _Held] = {}
         self._keys: dict[Request, tuple[str, int, _Held]] = {}
         self._rows: dict[Request, ScrapeResult] = {}
-        self._asked: dict[str, float] = {}
-        """Origins whose robots.txt another host has, and until when to wait for it."""
+        self._asked: dict[str, float] = {}  # origins whose robots.txt another host has, and until when to wait for it
         self._paused: set[str] = set()
         self._spaced: set[str] = set()
         self._out = SyncBatch(None, 0, length)
         self._told: set[uuid.UUID] = set()
         self._scope_after = 0
         self._give = 0
-        self._share: float = math.inf
-        """Hosts to hold at most, while others have too little to do."""
+        self._share: float = math.inf  # hosts to hold at most, while others have too little to do
         self._starved = self._all_leave = False
-        self._others_read = True
-        """Somebody reads a list: with ``knows_first`` nothing is fetched until it is known."""
+        self._others_read = True  # somebody reads a list: with ``knows_first`` nothing is fetched until it is known
         self.lease(-math.inf)
 
     # What the crawl tells.

@@ -86,12 +86,10 @@ class TimeLimit:
 
 # ----------------------------------------------------------------------------------------------- content coding
 
-_PIECE = 1 << 18
-"""Bytes of output that a coding is asked for at a time; brotli may give twice as many."""
+_PIECE = 1 << 18  # bytes of output that a coding is asked for at a time; brotli may give twice as many
 _STEP = 1 << 14
 """Bytes of input that it is given at a time: what a member or frame leaves of them is copied for the next one."""
-_MEMBERS = 10_000
-"""Members or frames of a body, of which the empty ones cost time and nothing else."""
+_MEMBERS = 10_000  # members or frames of a body, of which the empty ones cost time and nothing else
 
 
 def _count(members: int) -> int:
@@ -106,8 +104,7 @@ class _Gzip:
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(zlib.MAX_WBITS + 16)
         self._begun, self._members = False, 1
-        self._head = b""
-        """What has come of a next member's magic number."""
+        self._head = b""  # what has come of a next member's magic number
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
         while data:
@@ -179,8 +176,7 @@ class _Zstandard:
 
     def __init__(self) -> None:
         self._decoder, self._frames = self._new(), 1
-        self._between = True
-        """Between two frames, or before the first one."""
+        self._between = True  # between two frames, or before the first one
 
     @staticmethod
     def _new() -> Any:
@@ -226,8 +222,7 @@ class BodyDecoder:
         self._read = [0] * len(self._stages)
         self.coded = bool(names)
         self._limit, self._status, self._cut = limit, status, cut
-        self.full = False
-        """Nothing more is taken."""
+        self.full = False  # nothing more is taken
         self._parts: list[bytes] = []
         self._size = 0
 
@@ -288,12 +283,10 @@ class BodyDecoder:
 Address = tuple[socket.AddressFamily, str]
 Lookup = concurrent.futures.Future[list[Address]]
 
-LOOKUPS = 1000
-"""Look-ups in a second, at most: the name server has other users."""
+LOOKUPS = 1000  # look-ups in a second, at most: the name server has other users
 AGAIN = RetryPolicy(attempts=2, base=0.1, total=1.0)
 """For a name server that failed for the moment, and said so quickly."""
-FAILED_FOR = 5.0
-"""Seconds for which a failed look-up is not made again."""
+FAILED_FOR = 5.0  # seconds for which a failed look-up is not made again
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -433,8 +426,7 @@ class ProxyRule:
         """Raises ValueError if a proxy cannot be used: else a run would go past it, or end in as many errors."""
         schemes = ("http", "https")
         found = dict.fromkeys(schemes, proxy) if proxy is not None else urllib.request.getproxies()
-        self.proxies: dict[str, str] = {}
-        """By the scheme of what is asked for."""
+        self.proxies: dict[str, str] = {}  # by the scheme of what is asked for
         for scheme in schemes:
             if named := found.get(scheme):
                 try:

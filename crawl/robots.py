@@ -42,19 +42,15 @@ from crawl.urls import normalise
 
 MAX_ROBOTS = 500 * 1024
 """Bytes of a robots.txt that count: the least that RFC 9309, section 2.5 allows, and what the large engines read."""
-MAX_HOPS = 5
-"""Redirects that a robots.txt is followed through (section 2.3.1.2)."""
-MAX_DELAY = 300.0
-"""Longest Crawl-delay in seconds that is obeyed: a longer one counts as this."""
+MAX_HOPS = 5  # redirects that a robots.txt is followed through (section 2.3.1.2)
+MAX_DELAY = 300.0  # longest Crawl-delay in seconds that is obeyed: a longer one counts as this
 MAX_SITEMAPS = 1000
 MAX_LINES = 50_000
 """Lines of a file, not counting empty ones and comments: 500 KiB have as many if they are ten bytes long."""
 MAX_SIZE = 768 * 1024
 """Bytes that the patterns of a file may take, estimated: all plain ones of 500 KiB, or some 2,500 with wildcards."""
-MAX_WORK = 5_000_000
-"""Steps, of about a nanosecond, that a URL may take."""
-QUICK = 100_000
-"""Steps that may be taken anywhere, and do not count."""
+MAX_WORK = 5_000_000  # steps, of about a nanosecond, that a URL may take
+QUICK = 100_000  # steps that may be taken anywhere, and do not count
 ORIGIN_WORK = 200_000_000
 """Steps that an origin may take for URLs that it forbids. One that it allows gives ``MAX_WORK`` of them back: a request
 follows, and those are paced."""
@@ -62,10 +58,8 @@ LARGE = 32 * 1024
 """Bytes of a robots.txt that are parsed in 2 to 3 ms. Larger ones go one at a time, in a thread that is for them."""
 OUR_TOKEN = "flatcrawl"
 
-_FEW = 200
-"""Strings that are not worth packing."""
-_PART = 250
-"""Steps that looking for a part of a pattern takes, besides one for each character of the path."""
+_FEW = 200  # strings that are not worth packing
+_PART = 250  # steps that looking for a part of a pattern takes, besides one for each character of the path
 _COMPATIBLE = re.compile(r"compatible;\s*([a-zA-Z0-9_-]+)")
 _TOKEN = re.compile(r"[a-zA-Z0-9_-]+")
 _BROWSERS = frozenset({"mozilla", "opera", "msie"})
@@ -117,12 +111,10 @@ class Rules:
         why: str = "robots.txt forbids it",
     ) -> None:
         self._patterns, self._answer, self._left = patterns, answer, ORIGIN_WORK
-        self.delay = delay
-        """Seconds between two requests that the site asks for; None if it does not, or asks nonsense."""
+        self.delay = delay  # seconds between two requests that the site asks for; None if it does not, or asks nonsense
         self.sitemaps = sitemaps
         """Normalised URLs, each once; of any host: what they may list is `parse_sitemap`'s question."""
-        self.why = why
-        """What to say of a URL that is not allowed."""
+        self.why = why  # what to say of a URL that is not allowed
 
     @property
     def size(self) -> int:
@@ -171,8 +163,7 @@ def parse_robots(body: bytes, user_agent: str, url: str = "") -> Rules:
         return TOO_COSTLY
     token = product_token(user_agent)
     groups: dict[str, _Group] = {}
-    current: dict[str, _Group] = {}
-    """The groups that a line belongs to."""
+    current: dict[str, _Group] = {}  # the groups that a line belongs to
     naming = False
     usual: dict[str, Callable[[str], object]] = {}
     """What to do with the value of the usual lines, until the next agent is named: short, as there are many."""
@@ -358,10 +349,8 @@ def _split(pattern: str) -> tuple[str, tuple[str, ...] | None, str]:
     return head, tuple(filter(None, parts)), end
 
 
-_Group = dict[str, list[str]]
-"""What is said to an agent: values by what they are about."""
-_Tail = tuple[int, tuple[str, ...] | None, str]
-"""The rank of a pattern, and what `_split` finds behind its head."""
+_Group = dict[str, list[str]]  # what is said to an agent: values by what they are about
+_Tail = tuple[int, tuple[str, ...] | None, str]  # the rank of a pattern, and what `_split` finds behind its head
 
 
 class _Tails:
@@ -409,8 +398,7 @@ class _Patterns:
         self._plain = bytes(map(patterns.get, heads, repeat(2)))
         """Of each head: 0 if it forbids, 1 if it allows, 2 if it is no pattern by itself."""
         self._tails = {i: _Tails(tails[head]) for i, head in enumerate(heads) if head in tails} if tails else {}
-        self._shorter = array("i")
-        """Of each head: the longest other one that it begins with; -1: none."""
+        self._shorter = array("i")  # of each head: the longest other one that it begins with; -1: none
         nest, deepest = [-1], 1
         longer = list(map(str.startswith, heads, ["\n", *heads[:-1]]))
         if not any(longer):

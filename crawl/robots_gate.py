@@ -25,12 +25,9 @@ from crawl.model import Request
 from crawl.urls import origin
 from primitives import NANOSECOND
 
-ROBOTS_AGAIN = 300.0
-"""Seconds until a robots.txt that could not be read is asked for again; all is forbidden meanwhile."""
-SIFTED = 16
-"""Forbidden URLs that one step takes out of a host's queue."""
-RULES_BYTES = 48 << 20
-"""Bytes that the rules of all origins may take."""
+ROBOTS_AGAIN = 300.0  # seconds until a robots.txt that could not be read is asked for again; all is forbidden meanwhile
+SIFTED = 16  # forbidden URLs that one step takes out of a host's queue
+RULES_BYTES = 48 << 20  # bytes that the rules of all origins may take
 KEPT_BYTES = 64 << 10
 """Rules of so many bytes are kept while their host has nothing to do: it may come back, and is not asked again."""
 
@@ -62,8 +59,7 @@ class RulesCache:
         self._origins: dict[str, OriginRules] = {}
         self._sizes: OrderedDict[str, int] = OrderedDict()
         """Bytes of the rules of each origin that has any; those asked last come last."""
-        self._large: dict[str, tuple[str, ...]] = {}
-        """The origins of each host whose rules are large."""
+        self._large: dict[str, tuple[str, ...]] = {}  # the origins of each host whose rules are large
         self.get = self._origins.get
 
     def entry(self, name: str, host: str) -> OriginRules:
@@ -130,10 +126,8 @@ class RobotsGate:
         self._hosts, self._limits, self._refused, self._lead = hosts, limits, refused, lead
         self.enabled = enabled
         self.rules = RulesCache(rules_bytes)
-        self.sifting: deque[HostQueue] = deque()
-        """Hosts that may have more forbidden URLs at their head."""
-        self.questions: deque[Question] = deque()
-        """Some of another time (``next_question``)."""
+        self.sifting: deque[HostQueue] = deque()  # hosts that may have more forbidden URLs at their head
+        self.questions: deque[Question] = deque()  # some of another time (``next_question``)
         self.blocked = self.forbidden = 0
 
     def ask(self, host: HostQueue, now: float) -> Request | None:

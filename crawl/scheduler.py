@@ -26,8 +26,7 @@ from crawl.limits import HostLimits
 from crawl.robots_gate import RobotsGate
 from primitives import NANOSECOND
 
-FAIR = 8
-"""Every so many hand-outs one goes by age instead of by the work that is left."""
+FAIR = 8  # every so many hand-outs one goes by age instead of by the work that is left
 EARLY = 0.25
 """Longest time in seconds that a worker is given a request before it may be sent, where the whole crawl waits for its
 host. The others may keep the workers busy just when such a host is due, and time that a host loses never comes back."""
@@ -41,14 +40,11 @@ class Scheduler:
     ) -> None:
         self._hosts, self._limits, self._robots = hosts, limits, robots
         self._per_host, self._lead = per_host, lead
-        self.waiting = 0
-        """URLs on all hosts, and refused ones."""
+        self.waiting = 0  # URLs on all hosts, and refused ones
         self.ready_hosts = 0
         self._heap: list[tuple[float, int, HostQueue]] = []
-        self._ready: list[tuple[float, int, HostQueue]] = []
-        """By the work that is left; some of another time."""
-        self._oldest: deque[tuple[int, HostQueue]] = deque()
-        """The same hosts by age; some of another time."""
+        self._ready: list[tuple[float, int, HostQueue]] = []  # by the work that is left; some of another time
+        self._oldest: deque[tuple[int, HostQueue]] = deque()  # the same hosts by age; some of another time
         self._picked = 0
         self._gap, self._handed_at = 0.0, -math.inf
         """Mean seconds from one hand-out to the next while hosts wait for workers; 0: they do not."""

@@ -27,8 +27,7 @@ from coordination import new_lock
 from crawl.errors import FetchError
 from crawl.urls import normalise
 
-MAX_QUERIES = 100_000
-"""Query strings that Traps keeps in mind."""
+MAX_QUERIES = 100_000  # query strings that Traps keeps in mind
 
 
 def glob(pattern: str, *, ignore_case: bool = False) -> Callable[[str], bool]:

@@ -35,18 +35,15 @@ from primitives import Backoff
 from runtime.embedded import Embedded
 from runtime.postgres import BACK_OFF, Database, Unavailable, check_url, is_away
 
-EVERY = 0.5
-"""Seconds between two batches, at most."""
-LEAVE_LIMIT = 10.0
-"""Seconds that a worker tries to hand over what it holds when it stops."""
+EVERY = 0.5  # seconds between two batches, at most
+LEAVE_LIMIT = 10.0  # seconds that a worker tries to hand over what it holds when it stops
 SHARED = (
     *("rate", "burst", "depth", "within", "include", "exclude", "drop_params", "robots", "sitemaps"),
     *("max_redirects", "retries", "user_agent"),
 )
 """Options that have to be the same for all workers."""
 UNSUPPORTED = ("feeds", "dedupe", "max_pages", "host_pages")
-CONNECT_LIMIT = 10.0
-"""Seconds that a start waits for the database."""
+CONNECT_LIMIT = 10.0  # seconds that a start waits for the database
 
 Put = Callable[[ScrapeResult], Awaitable[object]]
 

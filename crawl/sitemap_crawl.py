@@ -33,8 +33,7 @@ class SitemapCrawl:
         self._lock = new_lock("SitemapCrawl")
         self.homes: dict[str, str] = {}
         """Sitemaps on their way, by normalised URL: the host whose robots.txt led there, and which they speak for."""
-        self._files: Counter[str] = Counter()
-        """How many there were, by that host."""
+        self._files: Counter[str] = Counter()  # how many there were, by that host
 
     def ask_again(self, origins: Iterable[str]) -> None:
         """Have robots.txt read, and so the sitemaps, where an earlier run may have left nothing else to ask for."""

@@ -41,10 +41,8 @@ from crawl.xml import (
     local_name,
 )
 
-MAX_SITEMAP = 50 * 1024 * 1024
-"""Bytes of a sitemap that are read, after inflating (sitemaps.org's own limit)."""
-MAX_LOCATIONS = 50_000
-"""Addresses of one sitemap that are kept (sitemaps.org's own limit), left out ones counted in."""
+MAX_SITEMAP = 50 * 1024 * 1024  # bytes of a sitemap that are read, after inflating (sitemaps.org's own limit)
+MAX_LOCATIONS = 50_000  # addresses of one sitemap that are kept (sitemaps.org's own limit), left out ones counted in
 
 _BARE = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});)")
 # By the kind of entry, what its direct children are.
@@ -58,8 +56,7 @@ _FIELDS = {
 
 class SitemapEntry(NamedTuple):
     url: str
-    lastmod: str | None
-    """ISO 8601, UTC; None if there is none, or none that can be read."""
+    lastmod: str | None  # ISO 8601, UTC; None if there is none, or none that can be read
 
 
 @dataclass(slots=True)
@@ -67,12 +64,9 @@ class Sitemap:
     urls: list[SitemapEntry] = field(default_factory=list)
     sitemaps: list[str] = field(default_factory=list)
     """Further sitemaps that this one, an index, names. Who follows them counts them, and keeps to each once."""
-    truncated: bool = False
-    """There was more, or there may have been."""
-    error: str | None = None
-    """Why it was not read to its end."""
-    foreign: int = 0
-    """Addresses left out as they are of other hosts."""
+    truncated: bool = False  # there was more, or there may have been
+    error: str | None = None  # why it was not read to its end
+    foreign: int = 0  # addresses left out as they are of other hosts
 
 
 def parse_sitemap(body: bytes, url: str, hosts: Collection[str] | None = ()) -> Sitemap:

@@ -14,10 +14,8 @@ import ada_url
 from crawl.errors import FetchError
 from html_parse import is_normal
 
-MAX_URL = 8192
-"""Longest URL in characters; RFC 9110, section 4.1 asks for at least 8000."""
-HIDDEN = "<password>"
-"""In the place of what may be one, in a line that is no URL; with it, it never becomes one."""
+MAX_URL = 8192  # longest URL in characters; RFC 9110, section 4.1 asks for at least 8000
+HIDDEN = "<password>"  # in the place of what may be one, in a line that is no URL; with it, it never becomes one
 
 _HOST_AND_PORT = re.compile(r"(?!javascript|sms|tel)[a-z0-9.-]+:[0-9]{1,5}(?:[/?#]|$)")
 _HARMLESS = re.compile(

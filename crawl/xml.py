@@ -16,10 +16,8 @@ import webencodings
 
 MAX_DEPTH = 64
 MAX_ELEMENTS = 2_000_000
-MAX_TOKEN = 1 << 20
-"""Bytes of one tag, comment or the like: Expat scans an unfinished one anew with every piece."""
-NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]+")
-"""Characters that XML cannot have."""
+MAX_TOKEN = 1 << 20  # bytes of one tag, comment or the like: Expat scans an unfinished one anew with every piece
+NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]+")  # characters that XML cannot have
 XML_DECLARATION = re.compile(r"\A<\?xml\b[^>]*>\s*")
 
 _PIECE = 1 << 18
