@@ -31,12 +31,10 @@ from typing import Any, NamedTuple
 from xml.sax.expatreader import create_parser
 from xml.sax.xmlreader import InputSource
 
-import ada_url
-
 from crawl.articles import MAX_ARTICLE
 from crawl.dates import iso_utc
 from crawl.errors import FetchError
-from crawl.urls import MAX_URL, normalise
+from crawl.urls import MAX_URL, join
 from crawl.xml import NOT_XML, XML_DECLARATION, StopReading, decode_pieces, inflate_pieces, local_name, mend_references
 from html_parse import parse_page
 
@@ -320,8 +318,8 @@ def _read_entry(entry: Any, base: str) -> FeedEntry | None:
     if not isinstance(link, str) or not link or len(link) > MAX_URL:
         return None
     try:
-        target = normalise(ada_url.join_url(base, link))[0]
-    except (ValueError, FetchError):
+        target = join(base, link)[0]
+    except FetchError:
         return None
     dates = (iso_utc(text) for what in _DATES if isinstance(text := dict.get(entry, what), str))
     contents = [entry.get("summary_detail"), *(entry.get("content") or ())]

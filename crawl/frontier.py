@@ -26,12 +26,12 @@ from typing import NamedTuple
 from coordination import Visited, new_lock
 from crawl.addresses import names_private
 from crawl.errors import FetchError, Postponed
-from crawl.hosts import FrontierStats, HostQueue, Kind, Question, RobotRules, UrlRun, host_of
+from crawl.hosts import FrontierStats, HostQueue, Kind, Question, RobotRules, UrlRun
 from crawl.limits import HostLimits, Outcome
 from crawl.model import Request
 from crawl.robots_gate import RULES_BYTES, RobotsGate, why_forbidden
 from crawl.scheduler import Scheduler
-from crawl.urls import normalise, origin
+from crawl.urls import host_of, normalise, origin
 from primitives import NANOSECOND, TokenBucket
 
 

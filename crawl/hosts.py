@@ -40,12 +40,6 @@ class RobotRules(Protocol):
         ...
 
 
-def host_of(url: str) -> str:
-    """The host of a normalised URL or origin, as ``normalise`` gives it."""
-    host = url.split("/", 3)[2].rpartition("@")[2]
-    return host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
-
-
 class Question(NamedTuple):
     """Whether its rules allow what a host would be asked for next. ``Frontier.consult`` finds the answer."""
 

@@ -176,12 +176,7 @@ class Fetcher:
         self._free, self._guarded = (
             aiohttp.ClientSession(
                 connector=GatedConnector(
-                    crawl,
-                    self._resolver,
-                    anywhere=anywhere,
-                    limit=0,
-                    ssl=not options.insecure,
-                    use_dns_cache=False,
+                    crawl, self._resolver, anywhere=anywhere, limit=0, ssl=not options.insecure, use_dns_cache=False
                 ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
@@ -209,18 +204,10 @@ class Fetcher:
         url, headers = self._crawl.headers(request)
         proxy = self._proxy.find(url)
         session = self._free if anywhere or proxy else self._guarded
-        timeout = aiohttp.ClientTimeout(
-            total=None,
-            sock_connect=self._options.connect_timeout,
-            ceil_threshold=math.inf,
-        )
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._options.connect_timeout, ceil_threshold=math.inf)
         async with DeadlineScope(limit):
             response = await session.get(
-                URL(url, encoded=True),
-                headers=headers,
-                timeout=timeout,
-                allow_redirects=False,
-                proxy=proxy,
+                URL(url, encoded=True), headers=headers, timeout=timeout, allow_redirects=False, proxy=proxy
             )
         async with response:
             answer = Response(response.status, read_headers(response.raw_headers), b"")

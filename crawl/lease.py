@@ -45,12 +45,12 @@ from coordination import new_lock
 from crawl.addresses import names_private
 from crawl.errors import FetchError
 from crawl.handover import HandoverFrontier
-from crawl.hosts import Kind, RobotRules, host_of
+from crawl.hosts import Kind, RobotRules
 from crawl.model import Request, ScrapeResult
 from crawl.robots import DISALLOW_ALL
 from crawl.rows import build_row
 from crawl.sync import Done, Found, Link, Move, Note, Queued, SyncAnswer, SyncBatch, clean, hashed
-from crawl.urls import normalise
+from crawl.urls import host_of, normalise
 from crawl.urls import origin as origin_of
 
 LEASE = 30.0  # seconds

@@ -342,11 +342,7 @@ class Resolver:
             self._settle(future, list(dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found)))
 
     @staticmethod
-    def _settle(
-        future: Lookup,
-        addresses: list[Address] | None = None,
-        error: FetchError | None = None,
-    ) -> None:
+    def _settle(future: Lookup, addresses: list[Address] | None = None, error: FetchError | None = None) -> None:
         try:
             if error is None:
                 future.set_result(addresses or [])

@@ -35,12 +35,12 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.feeds import FeedEntry
 from crawl.handover import HandoverFrontier
-from crawl.hosts import Kind, Question, UrlRun, host_of
+from crawl.hosts import Kind, Question, UrlRun
 from crawl.journal import target as as_known
 from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
 from crawl.output import RowWriter, peak_memory_mb
 from crawl.robots import LARGE
-from crawl.urls import origin
+from crawl.urls import host_of, origin
 from crawl.wire import BUCKETS, ME, bucket_of, exactly, key_of, place, section, sections
 from runtime.loop import new_loop
 

@@ -34,11 +34,9 @@ from itertools import accumulate, repeat
 from typing import Literal
 from urllib.parse import quote
 
-import ada_url
-
 from crawl.errors import FetchError
 from crawl.model import Response
-from crawl.urls import normalise
+from crawl.urls import join, normalise
 
 MAX_ROBOTS = 500 * 1024
 """Bytes of a robots.txt that count: the least that RFC 9309, section 2.5 allows, and what the large engines read."""
@@ -454,10 +452,9 @@ def _longest(path: str, rank: int, begun: Iterable[tuple[int, _Tails]]) -> int:
 
 
 def _absolute(text: str, base: str) -> str | None:
-    try:
-        return normalise(ada_url.join_url(base, text) if base else text)[0]
-    except (ValueError, FetchError):
-        return None
+    with contextlib.suppress(FetchError):
+        return (join(base, text) if base else normalise(text))[0]
+    return None
 
 
 def _is_robots_txt(url: str) -> bool:

@@ -44,6 +44,7 @@ class SitemapCrawl:
                 self.add([f"{name}/sitemap.xml"], host, private)
 
     def add(self, urls: Iterable[str], home: str, private: bool) -> None:
+        """Fetch these sitemaps of the host ``home``, those of them that are new, and as many as it may have."""
         for url in urls:
             try:
                 target = normalise(url)[0]
@@ -75,7 +76,7 @@ class SitemapCrawl:
         private = leads_private(request.private, request.host)
         self.add(found.sitemaps, home, private)
         targets = []
-        for url, _ in found.urls:
+        for url in found.urls:
             with contextlib.suppress(FetchError):
                 target = normalise(self._scope.clean(url))[0]
                 if self._scope.why_not(target) is None:

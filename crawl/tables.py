@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from crawl.hosts import host_of
 from crawl.model import ScrapeResult
 from crawl.sync import Done, Found, Move, Note, Queued, SyncAnswer, SyncBatch, clean, hashed
+from crawl.urls import host_of
 from runtime.postgres import Database
 
 if TYPE_CHECKING:

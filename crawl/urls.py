@@ -46,9 +46,21 @@ def normalise(text: str) -> tuple[str, str]:
             raise FetchError("invalid_url", "not a URL; write http:// before it")
         raise FetchError("invalid_url", f"only http and https are fetched, not {url.partition(':')[0]}")
     url = url.partition("#")[0]
-    authority = url.split("/", 3)[2]
-    host = authority.rpartition("@")[2]
-    return url, host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
+    return url, host_of(url)
+
+
+def join(base: str, text: str) -> tuple[str, str]:
+    """``normalise``, of an address that a document at ``base`` names."""
+    try:
+        return normalise(ada_url.join_url(base, text))
+    except ValueError:
+        raise FetchError("invalid_url", "not a URL") from None
+
+
+def host_of(url: str) -> str:
+    """The host of a normalised URL or origin."""
+    host = url.split("/", 3)[2].rpartition("@")[2]
+    return host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
 def origin(url: str) -> str:

@@ -20,11 +20,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from crawl.hosts import host_of
 from crawl.model import Request
 from crawl.robots_gate import ROBOTS_AGAIN
 from crawl.scheduler import EARLY, FAIR
-from crawl.urls import origin
+from crawl.urls import host_of, origin
 
 EPSILON = 1e-6
 

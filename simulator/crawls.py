@@ -31,9 +31,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from crawl.errors import Postponed
 from crawl.frontier import Frontier
-from crawl.hosts import Question, host_of
+from crawl.hosts import Question
 from crawl.model import Request
-from crawl.urls import origin
+from crawl.urls import host_of, origin
 from simulator.checker import Checker, Rules, demand
 
 Row = dict[str, Any]

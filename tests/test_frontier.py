@@ -14,11 +14,12 @@ import pytest
 from crawl import frontier as frontier_module
 from crawl import hosts, limits, scheduler
 from crawl.frontier import Frontier
-from crawl.hosts import FrontierStats, Question, host_of
+from crawl.hosts import FrontierStats, Question
 from crawl.limits import Pace
 from crawl.model import Request
 from crawl.robots_gate import KEPT_BYTES, ROBOTS_AGAIN
 from crawl.scheduler import FAIR
+from crawl.urls import host_of
 from simulator.checker import Rules
 from tests.helpers.crawl import taken
 
