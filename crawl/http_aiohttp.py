@@ -17,7 +17,6 @@ import functools
 import math
 import re
 import socket
-import ssl
 import time
 import weakref
 from typing import Any, cast
@@ -32,20 +31,38 @@ from crawl.core import Crawl, patience
 from crawl.errors import CUT_OFF, FetchError
 from crawl.headers import read_headers
 from crawl.model import Request, Response
-from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_detail
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, tls_detail
 
 END_OF_HEAD = re.compile(rb"\n\r?\n")
 current_request: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
 """The request that the running task fetches, for the connector, to which aiohttp does not pass it."""
 
 
-def _payload_error(error: aiohttp.ClientPayloadError, status: int) -> FetchError:
+def _payload_error(error: aiohttp.ClientError, status: int) -> FetchError:
     cause = error.__cause__
     if isinstance(cause, aiohttp.http_exceptions.BadHttpMessage) and not isinstance(
         cause, (aiohttp.http_exceptions.ContentLengthError, aiohttp.http_exceptions.TransferEncodingError)
     ):
         return FetchError("protocol", detail(cause), status=status)
     return FetchError("truncated", detail(cause or error), status=status)
+
+
+def _explained(error: Exception, seconds: float) -> FetchError:
+    """``explained``, of what aiohttp raises before the answer."""
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return FetchError("timeout", "no connection in time")
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return FetchError("dns", error.strerror or str(error))
+    if isinstance(error, aiohttp.ClientSSLError):
+        cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
+        return FetchError("tls", tls_detail(cause))
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return FetchError("connect", error.os_error.strerror or str(error.os_error))
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return FetchError("connect", f"the proxy answered {error.status}")
+    if isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, OSError):
+        return FetchError("reset", detail(error))
+    return explained(error, seconds)
 
 
 class HeadFirst(ResponseHandler):
@@ -192,10 +209,8 @@ class Fetcher:
         request.held, limit = 0.0, TimeLimit(self._crawl.remaining(request))
         try:
             outcome = await self._fetch(request, limit)
-        except FetchError as error:
-            outcome = error
-        except (OSError, aiohttp.ClientError, ValueError) as error:
-            outcome = self._explain(error)
+        except (FetchError, OSError, aiohttp.ClientError, ValueError) as error:
+            outcome = _explained(error, self._options.timeout)
         outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours())
         return outcome
 
@@ -216,14 +231,10 @@ class Fetcher:
                 async with DeadlineScope(limit if seconds is None else TimeLimit(seconds, limit)):
                     answer.body = await self._body(request, answer, response)
                 return answer
-            except FetchError as error:
-                failure = error
-            except TimeoutError:
-                failure = FetchError("timeout", self._too_late(), status=answer.status)
-            except aiohttp.ClientPayloadError as error:
+            except (FetchError, OSError) as error:
+                failure = explained(error, self._options.timeout, answer.status)
+            except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError) as error:
                 failure = _payload_error(error, answer.status)
-            except (OSError, aiohttp.ClientConnectionError) as error:
-                failure = FetchError("truncated", detail(error), status=answer.status)
             except asyncio.CancelledError:
                 response.close()
                 if not self.aborted:
@@ -237,9 +248,7 @@ class Fetcher:
         status = answer.status
         length = 0 if status in (204, 304) else response.content_length
         limit, cut = self._crawl.max_bytes(request)
-        if length is not None and length > limit and not cut:
-            raise FetchError("too_large", f"{length} bytes", status=status)
-        body = BodyDecoder(answer.headers.get("Content-Encoding"), limit, status, cut=cut)
+        body = BodyDecoder(answer.headers.get("Content-Encoding"), limit, status, cut=cut, length=length)
         while not body.full and (data := await response.content.readany()):
             for step, _ in enumerate(body.feed(data)):
                 if step:
@@ -247,27 +256,6 @@ class Fetcher:
         if body.full:
             response.close()
         return body.finish()
-
-    def _too_late(self) -> str:
-        return f"no complete answer within {self._options.timeout:g} s"
-
-    def _explain(self, error: Exception) -> FetchError:
-        if isinstance(error, aiohttp.ConnectionTimeoutError):
-            return FetchError("timeout", "no connection in time")
-        if isinstance(error, TimeoutError):
-            return FetchError("timeout", self._too_late())
-        if isinstance(error, aiohttp.ClientConnectorDNSError):
-            return FetchError("dns", error.strerror or str(error))
-        if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):
-            cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
-            return FetchError("tls", tls_detail(cause))
-        if isinstance(error, aiohttp.ClientConnectorError):
-            return FetchError("connect", error.os_error.strerror or str(error.os_error))
-        if isinstance(error, aiohttp.ClientHttpProxyError):
-            return FetchError("connect", f"the proxy answered {error.status}")
-        if isinstance(error, (aiohttp.ClientConnectionError, OSError)):
-            return FetchError("reset", detail(error))
-        return FetchError("protocol", detail(error))
 
     async def close(self) -> None:
         await self._free.close()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import ipaddress
 import math
@@ -213,7 +214,12 @@ class BodyDecoder:
     bounded too, for a frame may hold nothing, and frames of them no end.
     """
 
-    def __init__(self, coding: str | None, limit: int, status: int, *, cut: bool = False) -> None:
+    def __init__(
+        self, coding: str | None, limit: int, status: int, *, cut: bool = False, length: int | None = None
+    ) -> None:
+        """Raises FetchError ``too_large`` if the ``length`` that the answer claims (None: none) is."""
+        if length is not None and length > limit and not cut:
+            raise FetchError("too_large", f"{length} bytes", status=status)
         names = [name for name in (part.strip().lower() for part in (coding or "").split(",")) if name]
         names = [name for name in names if name != "identity"]
         known = len(names) <= 3 and all(name in _CODINGS for name in names)
@@ -261,11 +267,10 @@ class BodyDecoder:
             return
         self._size += len(data)
         if self._size > self._limit:
-            if self._cut:
-                self._parts.append(data[: len(data) - (self._size - self._limit)])
-                self.full = True
-                return
-            raise self._too_large()
+            if not self._cut:
+                raise self._too_large()
+            data = data[: len(data) - (self._size - self._limit)]
+            self.full = True
         self._parts.append(data)
 
     def _too_large(self) -> FetchError:
@@ -273,6 +278,7 @@ class BodyDecoder:
         return FetchError("too_large", f"more than {self._limit} bytes", status=self._status)
 
     def finish(self) -> bytes:
+        """The body, when all of it has been fed."""
         if not self.full and not all(stage.complete() for stage in self._stages):
             raise FetchError("decode", "the compressed data ends early", status=self._status)
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
@@ -314,12 +320,10 @@ class Resolver:
         try:
             literal = ipaddress.ip_address(name)
         except ValueError:
-            pass
-        else:
-            future: Lookup = concurrent.futures.Future()
-            future.set_result([(socket.AF_INET if literal.version == 4 else socket.AF_INET6, name)])
-            return future
-        return self._cache.get_or_load(name, lambda: self._begin(name))
+            return self._cache.get_or_load(name, lambda: self._begin(name))
+        future: Lookup = concurrent.futures.Future()
+        future.set_result([(socket.AF_INET if literal.version == 4 else socket.AF_INET6, name)])
+        return future
 
     def _begin(self, name: str) -> Lookup:
         future: Lookup = concurrent.futures.Future()
@@ -337,19 +341,17 @@ class Resolver:
             again = _may_pass(error)
             detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             self._cache.put(name, future, ttl=FAILED_FOR)
-            self._settle(future, error=FetchError("dns", f"{name}: {detail}", retry=again))
+            self._settle(future, FetchError("dns", f"{name}: {detail}", retry=again))
         else:
             self._settle(future, list(dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found)))
 
     @staticmethod
-    def _settle(future: Lookup, addresses: list[Address] | None = None, error: FetchError | None = None) -> None:
-        try:
-            if error is None:
-                future.set_result(addresses or [])
+    def _settle(future: Lookup, outcome: list[Address] | FetchError) -> None:
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # close() was faster
+            if isinstance(outcome, FetchError):
+                future.set_exception(outcome)
             else:
-                future.set_exception(error)
-        except concurrent.futures.InvalidStateError:
-            return  # close() was faster
+                future.set_result(outcome)
 
     def lookup(self, name: str, limit: TimeLimit) -> list[Address]:
         """The addresses of ``name``, in the system's order of preference."""
@@ -374,7 +376,7 @@ class Resolver:
         """Let the threads go; look-ups that still run fail at once."""
         self._pool.close(0)
         for future in list(self._running):
-            self._settle(future, error=FetchError("interrupted", "stopped during the look-up of the name"))
+            self._settle(future, FetchError("interrupted", "stopped during the look-up of the name"))
 
 
 def allowed(name: str, addresses: list[Address], *, anywhere: bool) -> list[Address]:
@@ -400,6 +402,19 @@ def detail(error: BaseException) -> str:
 def tls_detail(error: BaseException) -> str:
     """Why there is no secure connection, in OpenSSL's words."""
     return getattr(error, "verify_message", None) or getattr(error, "reason", None) or str(error)
+
+
+def explained(error: Exception, seconds: float, status: int | None = None) -> FetchError:
+    """Why an attempt of at most ``seconds`` failed, by what it raised: before its answer, or in the body of one with
+    this ``status``."""
+    if isinstance(error, FetchError):
+        return error
+    if isinstance(error, TimeoutError):
+        return FetchError("timeout", f"no complete answer within {seconds:g} s", status=status)
+    if isinstance(error, ssl.SSLError) and status is None:
+        return FetchError("tls", tls_detail(error))
+    kind = "protocol" if not isinstance(error, OSError) else "reset" if status is None else "truncated"
+    return FetchError(kind, detail(error), status=status)
 
 
 @functools.cache
@@ -431,6 +446,7 @@ class ProxyRule:
                     raise ValueError(f"the proxy of the environment for {scheme}: {error}") from None
 
     def find(self, url: str) -> str | None:
+        """The proxy of ``url``; None: it is asked for directly."""
         if not self.proxies:
             return None
         parts = urllib.parse.urlsplit(url)

@@ -36,7 +36,7 @@ from crawl.errors import FetchError
 from crawl.feeds import FeedEntry
 from crawl.handover import HandoverFrontier
 from crawl.hosts import Kind, Question, UrlRun
-from crawl.journal import target as as_known
+from crawl.journal import known_as
 from crawl.model import FeedResult, Options, Request, Response, ScrapeResult
 from crawl.output import RowWriter, peak_memory_mb
 from crawl.robots import LARGE
@@ -190,7 +190,7 @@ class WorkerFrontier(HandoverFrontier):
         return True
 
     def _name(self, request: Request) -> str:
-        known = as_known(request.url)
+        known = known_as(request.url)[0]
         return f"feed {known}" if request.kind == "feed" else known
 
     def finished(self, url: str, *, feed: bool = False, abroad: bool = True) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 from urllib.parse import unquote_plus
@@ -74,11 +74,10 @@ def registrable(host: str) -> str:
 
 
 class Scope:
-    """Which links to follow from the seeds. Threads may share it; ``add`` may come at any time."""
+    """Which links to follow. Threads may share it; ``add`` may come at any time."""
 
     def __init__(
         self,
-        seeds: Iterable[str] = (),
         *,
         within: Literal["host", "domain", "any"] = "host",
         include: Sequence[str] = (),
@@ -93,8 +92,6 @@ class Scope:
         self._exclude = [(text, _pattern(text)) for text in exclude]
         self._drop = [glob(text, ignore_case=True) for text in drop_params]
         self.homes: set[str] = set()
-        for seed in seeds:
-            self.add(seed)
 
     def add(self, seed: str) -> None:
         """Where else the crawl is at home: a further seed, or where one redirects to. No URL: without effect."""
@@ -135,9 +132,6 @@ class Scope:
         name = unquote_plus(name)
         return bool(name) and any(matches(name) for matches in self._drop)
 
-    def __repr__(self) -> str:
-        return f"<Scope {self.within} of {len(self.homes)}, {len(self._include)} in, {len(self._exclude)} out>"
-
 
 class Traps:
     """Cuts off what never ends: calendars, sessions in the path, links that add to their own path. Thread-safe."""
@@ -146,14 +140,11 @@ class Traps:
         self.depth, self.repeats, self.length, self.variety = depth, repeats, length, variety
         self._lock = new_lock("Traps")
         self._seen: OrderedDict[int, set[int]] = OrderedDict()  # by host and path, hashed: the queries, hashed
-        self._queries = self._caught = 0
+        self._queries = 0
 
     def why_not(self, url: str, *, note: bool = True) -> str | None:
         """None: no trap. Else which. ``note=False`` only asks: the URL's query does not count as one more."""
-        why = self._path_trap(url) or self._query_trap(url, note)
-        with self._lock:
-            self._caught += bool(why and note)
-        return why
+        return self._path_trap(url) or self._query_trap(url, note)
 
     def _path_trap(self, url: str) -> str | None:
         if len(url) > self.length:
@@ -194,10 +185,3 @@ class Traps:
                 while self._queries > MAX_QUERIES:
                     self._queries -= len(self._seen.popitem(last=False)[1])
         return None
-
-    def stats(self) -> dict[str, int]:
-        with self._lock:
-            return {"paths": len(self._seen), "queries": self._queries, "caught": self._caught}
-
-    def __repr__(self) -> str:
-        return f"<Traps {self.stats()}>"
