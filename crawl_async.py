@@ -60,6 +60,7 @@ class WorkQueue:
         self.changed = self._event.set  # the frontier may answer otherwise than before. In the loop.
 
     async def next(self) -> Request | Question | None:
+        """What to do next; None: nothing will ever come. For the dispatcher only."""
         while True:
             decision = self._crawl.frontier.step(self._crawl.clock())
             if not isinstance(decision, float):

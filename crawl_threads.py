@@ -61,6 +61,7 @@ class WorkQueue:
         return self._waiting > 0
 
     def next(self) -> Request | Question | None:
+        """What to do next; None: nothing will ever come. For the workers."""
         with self._condition:
             while True:
                 now = self._crawl.clock()

@@ -44,6 +44,8 @@ _DATED = tuple(
 
 
 class Article(NamedTuple):
+    """What an article says; None where it does not."""
+
     text: str | None
     author: str | None
     published: str | None  # ISO 8601, UTC

@@ -51,6 +51,7 @@ class FeedCrawl:
         return known[1:] if known and known[0] == request.target else (None, None)
 
     def row(self, request: Request, outcome: Response | FetchError, read: Read) -> ScrapeResult | None:
+        """The row of a feed or an article; None of a feed that has nothing new. A feed's new articles are added."""
         now, private = self._clock(), leads_private(request.private, request.host)
         if request.kind == "page":
             known = normalise(request.url)[0]

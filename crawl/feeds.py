@@ -67,6 +67,8 @@ _OF_AUTHORS = {"name", "email", "uri", "url", "homepage"}
 
 
 class FeedEntry(NamedTuple):
+    """An article, as its feed announces it."""
+
     url: str
     title: str | None
     author: str | None
@@ -76,6 +78,8 @@ class FeedEntry(NamedTuple):
 
 
 class Feed(NamedTuple):
+    """What could be read of a feed."""
+
     entries: list[FeedEntry]
     fault: str | None  # why there may be more than these entries; ``NO_FEED``: there is nothing of a feed in it
 

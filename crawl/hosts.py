@@ -25,19 +25,18 @@ class RobotRules(Protocol):
     """What robots.txt says to us."""
 
     @property
-    def delay(self) -> float | None: ...
+    def delay(self) -> float | None:
+        """Seconds between two requests; None: the site asks for none."""
+
     @property
     def size(self) -> int:
         """Bytes that they take."""
-        ...
 
     def is_quick(self, url: str, /) -> bool:
         """Whether `allows` takes no longer than a lock may be held, some 0.1 ms."""
-        ...
 
     def allows(self, url: str, /) -> bool | None:
         """None: it would cost too much to say."""
-        ...
 
 
 class Question(NamedTuple):
@@ -90,18 +89,22 @@ class HostQueue:
         self.ready = self.since = 0  # serial numbers of its live entries among the ready
 
     def has_work(self) -> bool:
+        """Whether anything waits."""
         return self.head < len(self.waiting) or bool(self.delayed) or bool(self.urgent)
 
     def work(self) -> int:
+        """How many requests wait, tried ones included."""
         return len(self.waiting) - self.head + len(self.delayed) + len(self.urgent)
 
     def append(self, entry: Entry, run: UrlRun) -> None:
+        """``entry`` goes last, with ``run`` before it unless the one before has that in common with it."""
         if run != self.last_run:
             self.waiting.append(run)
             self.last_run = run
         self.waiting.append(entry)
 
     def put_back(self, request: Request, not_before: float, serial: int) -> None:
+        """A request that was handed out waits again, until ``not_before`` at least."""
         queue = self.urgent if request.kind == "robots" else self.delayed
         heapq.heappush(queue, (not_before, serial, request))
 
@@ -115,6 +118,7 @@ class HostQueue:
         return (entry, entry) if isinstance(entry, str) else entry
 
     def pop_waiting(self, now: float) -> Request:
+        """Takes out the first that waits, what was put back apart; there is one."""
         url, target = self.first()
         self.head += 1
         if self.head >= 32 and self.head * 2 >= len(self.waiting):
@@ -126,6 +130,7 @@ class HostQueue:
         )
 
     def delayed_first(self, ripe: float) -> bool:
+        """Whether what was put back goes next: it may by ``ripe``, or nothing else waits."""
         return bool(self.delayed) and (self.delayed[0][0] <= ripe or self.head >= len(self.waiting))
 
     def next_target(self, ripe: float) -> tuple[str, Kind, bool] | None:
@@ -157,6 +162,8 @@ class HostQueue:
 
 @dataclass(frozen=True, slots=True)
 class FrontierStats:
+    """What a frontier holds, and what it has turned away."""
+
     waiting: int
     in_flight: int
     hosts: int

@@ -72,6 +72,7 @@ class HeadFirst(ResponseHandler):
     _end_of_last = b""  # the last bytes of what has come of a head
 
     def data_received(self, data: bytes) -> None:
+        """Gives the parser a head by itself, then what came behind it."""
         rest = data
         while rest and (self._payload is None or self._payload.is_eof()):  # interim heads may come before the answer's
             found = END_OF_HEAD.search(self._end_of_last + rest)
@@ -114,6 +115,7 @@ class GatedConnector(aiohttp.TCPConnector):
         return opened
 
     async def connect(self, *args: Any, **more: Any) -> Any:
+        """A connection on which the request of this task may be sent now. Raises Postponed."""
         connection = await super().connect(*args, **more)
         request, began, clock = current_request.get(), time.monotonic(), self._crawl.clock
         try:
@@ -146,6 +148,7 @@ class LoopResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
+        """The addresses of ``host`` that may be connected to."""
         addresses = allowed(host, await self._resolver.lookup_async(host), anywhere=self._anywhere)
         return [
             ResolveResult(hostname=host, host=address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
@@ -258,6 +261,7 @@ class Fetcher:
         return body.finish()
 
     async def close(self) -> None:
+        """Close every connection; look-ups that still run fail."""
         await self._free.close()
         await self._guarded.close()
         self._resolver.close()

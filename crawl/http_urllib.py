@@ -459,12 +459,15 @@ class Fetcher:
 
     @property
     def aborted(self) -> bool:
+        """Whether ``abort`` was called."""
         return self._pool.aborted
 
     def abort(self) -> None:
+        """Cut off what is in flight, and what will be: it comes back as ``interrupted``."""
         self._pool.abort()
         self._resolver.close()
 
     def close(self) -> None:
+        """Close the idle connections; look-ups that still run fail."""
         self._pool.close()
         self._resolver.close()

@@ -130,6 +130,7 @@ class SharedFrontier(HandoverFrontier):
     def add_links(
         self, targets: Iterable[str], depth: int, now: float, *, private: bool = False, kind: Kind = "page"
     ) -> int:
+        """Those that were not told yet go into the next batch. Returns how many."""
         with self._guard:
             before = len(self._out.links)
             for target in targets:
@@ -151,16 +152,19 @@ class SharedFrontier(HandoverFrontier):
             self._rows[request] = row
 
     def found_robots(self, found: Found) -> None:
+        """What a request for robots.txt came to, for the other workers."""
         with self._guard:
             self._out.robots.append(found)
             self._spaced.add(host_of(found.origin))
 
     def pause(self, host_name: str, until: float, now: float) -> None:
+        """Also told to the database, for whoever has the host next."""
         super().pause(host_name, until, now)
         with self._guard:
             self._paused.add(host_name)
 
     def finish(self, request: Request, now: float) -> None:
+        """Also told to the database, with its row."""
         super().finish(request, now)
         with self._guard:
             row, known = self._rows.pop(request, None), self._keys.pop(request, None)
@@ -174,6 +178,7 @@ class SharedFrontier(HandoverFrontier):
     def put_back(
         self, request: Request, now: float, not_before: float, target: str | None = None, host_name: str | None = None
     ) -> None:
+        """It waits here while its host is held; a redirect, or a host that leaves, goes through the database."""
         with self._guard:
             known = self._keys.get(request)
             held = known[2] if known else self._held.get(request.host)
@@ -217,6 +222,7 @@ class SharedFrontier(HandoverFrontier):
             )
 
     def backlog(self) -> int:
+        """How much waits to be told, in finished URLs."""
         with self._guard:
             return max(len(self._out.done), len(self._out.links) * AT_ONCE // LINKS)
 
@@ -226,11 +232,13 @@ class SharedFrontier(HandoverFrontier):
             self._all_leave = True
 
     def holds_nothing(self) -> bool:
+        """Whether no host is held, and all is told."""
         with self._guard:
             out = self._out
             return not self._held and not (out.done or out.links or out.moves or out.scope or out.again)
 
     def plan(self, now: float) -> SyncBatch:
+        """The next batch: what is new, and what is asked for."""
         free = max(0, self._room())
         with self._guard:
             reading = self.reading  # before its lines are taken

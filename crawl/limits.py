@@ -83,12 +83,14 @@ class HostLimits:
         self.pages = 0
 
     def record(self, name: str) -> HostRecord:
+        """That of a host, a new one if there is none."""
         record = self._records.get(name)
         if record is None:
             record = self._records[name] = HostRecord()
         return record
 
     def forget(self, name: str) -> None:
+        """Nothing is known of the host any more."""
         self._records.pop(name, None)
 
     # Rates
@@ -160,6 +162,7 @@ class HostLimits:
         return "max_pages" if self.pages >= self._max_pages else "its host's pages"
 
     def count_page(self, name: str, n: int) -> None:
+        """``n`` pages more of the host; fewer, if negative."""
         self.pages += n
         if self._host_pages < math.inf:
             self.record(name).pages += n

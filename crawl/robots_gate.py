@@ -83,6 +83,7 @@ class RulesCache:
                 self.free(next(iter(self._sizes)))
 
     def touch(self, name: str) -> None:
+        """They were asked just now: others are freed before them."""
         if name in self._sizes:
             self._sizes.move_to_end(name)
 
@@ -98,6 +99,7 @@ class RulesCache:
             self._large[known.host] = tuple(one for one in large if one != name)
 
     def free_large(self, host: str) -> None:
+        """Free a host's rules above ``KEPT_BYTES``: it has nothing left to do."""
         for name in self._large.pop(host, ()):
             self.free(name)
 
@@ -215,6 +217,7 @@ class RobotsGate:
         self.forbidden += 1
 
     def next_question(self) -> Question | None:
+        """A question that a host still waits with; None: there is none."""
         while self.questions:
             question = self.questions.popleft()
             if (host := self._hosts.get(question.host)) and host.question is question:

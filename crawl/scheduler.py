@@ -51,10 +51,12 @@ class Scheduler:
         self._serial = 0
 
     def next_serial(self) -> int:
+        """A number above all before."""
         self._serial += 1
         return self._serial
 
     def host(self, name: str) -> HostQueue:
+        """The queue of a host, a new one if there is none."""
         host = self._hosts.get(name)
         if host is None:
             host = self._hosts[name] = self._limits.new_queue(name)
@@ -90,6 +92,7 @@ class Scheduler:
         return self._heap[0][0] - (now + self._lead) if self._heap else math.inf
 
     def schedule(self, host: HostQueue, now: float) -> None:
+        """Enter a host by when it may go, unless it is among the ready."""
         if host.due > -math.inf:
             self._push(host, self._due(host, now) - self._early(host, now))
 

@@ -18,6 +18,7 @@ from crawl.robots import rules_for
 
 
 def hashed(url: str) -> uuid.UUID:
+    """The key of a URL."""
     return uuid.UUID(bytes=hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=16).digest())
 
 
@@ -59,6 +60,8 @@ class Queued(NamedTuple):
 
 
 class Done(NamedTuple):
+    """A URL that is finished."""
+
     host: str
     id: int
     url: str
@@ -84,6 +87,7 @@ class Found(NamedTuple):
     ttl: float
 
     def rules(self, user_agent: str) -> RobotRules:
+        """What it says to this ``user_agent``."""
         if self.status is None:
             return rules_for(FetchError(self.body.decode(), ""), user_agent, self.target)
         return rules_for(Response(self.status, {}, self.body), user_agent, self.target)
@@ -127,6 +131,8 @@ class SyncBatch:
 
 @dataclass
 class SyncAnswer:
+    """What the tables say to a batch."""
+
     token: int | None = None  # None: the lease was lost, and nothing else was done
     stored: list[ScrapeResult] = field(default_factory=list)
     hosts: list[tuple[str, float | None]] = field(default_factory=list)  # (host, seconds until it may go)
