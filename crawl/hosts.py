@@ -13,30 +13,13 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from crawl.model import Request
+from crawl.robots import Rules
 from primitives import TokenBucket
 
 Kind = Literal["page", "robots", "sitemap", "feed"]
-
-
-class RobotRules(Protocol):
-    """What robots.txt says to us."""
-
-    @property
-    def delay(self) -> float | None:
-        """Seconds between two requests; None: the site asks for none."""
-
-    @property
-    def size(self) -> int:
-        """Bytes that they take."""
-
-    def is_quick(self, url: str, /) -> bool:
-        """Whether `allows` takes no longer than a lock may be held, some 0.1 ms."""
-
-    def allows(self, url: str, /) -> bool | None:
-        """None: it would cost too much to say."""
 
 
 class Question(NamedTuple):
@@ -44,7 +27,7 @@ class Question(NamedTuple):
 
     host: str
     target: str
-    rules: RobotRules
+    rules: Rules
 
 
 class UrlRun(NamedTuple):

@@ -45,9 +45,9 @@ from coordination import new_lock
 from crawl.addresses import names_private
 from crawl.errors import FetchError
 from crawl.handover import HandoverFrontier
-from crawl.hosts import Kind, RobotRules
+from crawl.hosts import Kind
 from crawl.model import Request, ScrapeResult
-from crawl.robots import DISALLOW_ALL
+from crawl.robots import DISALLOW_ALL, Rules
 from crawl.rows import build_row
 from crawl.sync import Done, Found, Link, Move, Note, Queued, SyncAnswer, SyncBatch, clean, hashed
 from crawl.urls import host_of, normalise
@@ -85,7 +85,7 @@ class SharedFrontier(HandoverFrontier):
         self.follows = self.scoped = self.knows_first = False  # ``scoped``: the hosts of the list matter
         self.on_scope: Callable[[str], None] = lambda url: None
         self.as_duplicate: Callable[[Request, str], ScrapeResult] = _no_row
-        self.rules_of: Callable[[Found], RobotRules] = lambda found: found.rules("")
+        self.rules_of: Callable[[Found], Rules] = lambda found: found.rules("")
         self.token: int | None = None
         self.reading = False
         self.leases_lost = 0

@@ -220,8 +220,8 @@ class BodyDecoder:
         """Raises FetchError ``too_large`` if the ``length`` that the answer claims (None: none) is."""
         if length is not None and length > limit and not cut:
             raise FetchError("too_large", f"{length} bytes", status=status)
-        names = [name for name in (part.strip().lower() for part in (coding or "").split(",")) if name]
-        names = [name for name in names if name != "identity"]
+        names = [part.strip().lower() for part in (coding or "").split(",")]
+        names = [name for name in names if name not in ("", "identity")]
         known = len(names) <= 3 and all(name in _CODINGS for name in names)
         self._unknown = None if known else (coding or "")[:60]
         self._stages = [_CODINGS[name]() for name in reversed(names)] if known else []

@@ -19,9 +19,10 @@ import math
 from collections import OrderedDict, deque
 
 from crawl.errors import FetchError
-from crawl.hosts import HostQueue, Question, RobotRules
+from crawl.hosts import HostQueue, Question
 from crawl.limits import HostLimits
 from crawl.model import Request
+from crawl.robots import Rules
 from crawl.urls import origin
 from primitives import NANOSECOND
 
@@ -32,7 +33,7 @@ KEPT_BYTES = 64 << 10
 """Rules of so many bytes are kept while their host has nothing to do: it may come back, and is not asked again."""
 
 
-def why_forbidden(rules: RobotRules | None, allowed: bool | None) -> str | None:
+def why_forbidden(rules: Rules | None, allowed: bool | None) -> str | None:
     """Why a URL may not be fetched, by what its origin's rules say of it; None: it may."""
     if rules is None:
         return "robots.txt could not be read"
@@ -46,7 +47,7 @@ class OriginRules:
 
     def __init__(self, host: str) -> None:
         self.host = host
-        self.rules: RobotRules | None = None
+        self.rules: Rules | None = None
         self.until = -math.inf
         self.asking = False
 
@@ -69,7 +70,7 @@ class RulesCache:
             known = self._origins[name] = OriginRules(host)
         return known
 
-    def keep(self, name: str, host: str, rules: RobotRules, until: float) -> None:
+    def keep(self, name: str, host: str, rules: Rules, until: float) -> None:
         """These rules, just read; and not others if there is no room."""
         known = self.entry(name, host)
         self.free(name)
@@ -240,7 +241,7 @@ class RobotsGate:
                 self._refuse(host, known, allowed, ripe, now)
         return host
 
-    def known(self, target: str, now: float) -> tuple[RobotRules | None, str]:
+    def known(self, target: str, now: float) -> tuple[Rules | None, str]:
         """(The rules that a URL is under, what has to be read to know them if anything has)."""
         site = origin(target)
         known = self.rules.get(site)

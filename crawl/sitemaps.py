@@ -107,19 +107,13 @@ class _Found:
 
 def _read_lines(first: str, pieces: Iterator[str], found: _Found) -> None:
     rest = ""
-    for piece in itertools.chain([first], pieces):
+    for piece in itertools.chain([first], pieces, ["\n"]):
         *lines, rest = (rest + piece).split("\n")
         if len(rest) > 2 * MAX_URL:
             rest = "-"  # so that no part of it passes for an address
-        for line in lines:
-            _add_line(line, found)
-    _add_line(rest, found)
-
-
-def _add_line(line: str, found: _Found) -> None:
-    line = line.strip()
-    if line[:4].lower() == "http":  # no relative ones: any prose would be
-        found.add(line, index=False)
+        for line in map(str.strip, lines):
+            if line[:4].lower() == "http":  # no relative ones: any prose would be
+                found.add(line, index=False)
 
 
 def _read_xml(first: str, pieces: Iterator[str], found: _Found) -> None:

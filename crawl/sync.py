@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from crawl.errors import FetchError
-from crawl.hosts import Kind, RobotRules
+from crawl.hosts import Kind
 from crawl.model import Response, ScrapeResult
-from crawl.robots import rules_for
+from crawl.robots import Rules, rules_for
 
 
 def hashed(url: str) -> uuid.UUID:
@@ -86,7 +86,7 @@ class Found(NamedTuple):
     target: str
     ttl: float
 
-    def rules(self, user_agent: str) -> RobotRules:
+    def rules(self, user_agent: str) -> Rules:
         """What it says to this ``user_agent``."""
         if self.status is None:
             return rules_for(FetchError(self.body.decode(), ""), user_agent, self.target)
@@ -138,7 +138,7 @@ class SyncAnswer:
     hosts: list[tuple[str, float | None]] = field(default_factory=list)  # (host, seconds until it may go)
     urls: list[Queued] = field(default_factory=list)
     robots: list[Found] = field(default_factory=list)
-    rules: dict[str, RobotRules] = field(default_factory=dict)
+    rules: dict[str, Rules] = field(default_factory=dict)
     """What ``robots`` say, by origin, where it was read before."""
     scope: list[tuple[int, str]] = field(default_factory=list)
     finished: bool = False

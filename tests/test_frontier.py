@@ -238,7 +238,7 @@ def test_an_answer_counts_only_for_the_rules_that_hold() -> None:
 
 def test_what_costs_too_much_to_match_is_not_allowed() -> None:
     class Costly(Rules):
-        def allows(self, url: str, /) -> bool | None:
+        def allows(self, url: str) -> bool | None:
             return None
 
     for quick in (True, False):
