@@ -6,16 +6,15 @@ The model: each of up to ``concurrency`` worker threads runs the same plain loop
 the row; or take a URL that is to be looked up in a long robots.txt, and do that. It blocks wherever it likes, and the
 others go on. A thread may lose the interpreter between any two instructions, so what threads share has a lock.
 
-Which work runs where: everything in the workers (sockets, TLS, decompression, parsing, encoding and writing of rows)
-but the parsing of large robots.txt, in one thread; feeds and articles, in other processes (crawl/readers.py), for which
-the worker waits; DNS, in the resolver's threads, so that it can time out; the list, in a thread. What Python code
-computes does not run in parallel (one interpreter lock), only what waits or runs outside of it does.
+Which work runs where: everything in the workers but the parsing of large robots.txt, in one thread; feeds and articles,
+in other processes (crawl/readers.py), for which the worker waits; DNS, in the resolver's threads, so that it can time
+out; the list, in a thread. What Python code computes does not run in parallel (one interpreter lock).
 
 Waiting: workers with nothing to do block on one condition, ``WorkQueue``. Only one of them at a time, the timekeeper,
-waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
-not all. The main thread waits for the workers and for signals, which a thread of their own reads. Locks:
-``WorkQueue._condition`` guards who keeps the time and is held around ``Frontier.step`` (condition -> frontier), so
-that no wake-up is missed; ``Driver._lock`` guards the number of workers.
+waits with a time limit for the next host to be due; so a wake-up wakes one thread, not all. The main thread waits for
+the workers and for signals, which a thread of their own reads. Locks: ``WorkQueue._condition`` guards who keeps the
+time and is held around ``Frontier.step`` (condition -> frontier), so that no wake-up is missed; ``Driver._lock`` guards
+the number of workers.
 """
 
 from __future__ import annotations

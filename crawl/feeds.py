@@ -1,21 +1,17 @@
 """Feeds: RSS and Atom in, the articles that they announce out.
 
-Theory.  A feed is small and strange: feedparser, which knows every dialect, reads it, once its encoding is settled and
-its bad references are mended (crawl/xml.py).  It is shown an entry's own fields only, and dates are read by
-crawl/dates.py: it would guess.
+feedparser, which knows every dialect, reads them, once their encoding is settled and their bad references are mended
+(crawl/xml.py). It is shown an entry's own fields only, and dates are read by crawl/dates.py: it would guess.
 
 Promised
 - Nothing here raises but MemoryError, whatever the bytes; nothing is fetched or opened. At most MAX_FEED bytes are
   read, after inflating. Time and memory are linear in them as far as known: where feedparser's are not (nesting,
   authors, namespaces, white space), it is kept from them here.
 - What was found before a fault, a limit or a torn end is kept, and `fault` says so. A field that cannot be read is
-  None; the rest of its entry is kept.
-- All addresses are http or https, normalised, each once, in the order of the document.
+  None. All addresses are http or https, normalised, each once, in the order of the document.
 
 Not promised: to be quick. feedparser takes half a second for 1 MB, and what it does with a hostile document is bounded
-by nobody: read feeds where that can be ended (crawl/readers.py).
-
-Every function is pure.  feedparser is imported when the first feed comes: that costs 0.1 s.
+by nobody: read feeds where that can be ended (crawl/readers.py). It is imported when the first feed comes: 0.1 s.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """A host's queue: which URLs of it wait, in which order, and what is under way.
 
-A host that has nothing to do is forgotten, so what is here costs memory for the hosts at work only; what is remembered
-beyond that is in crawl/limits.py. A URL that waits costs little more than its text: what it has in common with those
-beside it stands once before them, in a ``UrlRun``.
-
-Everything here is plain data with a few pure methods, called under the frontier's lock.
+Only hosts at work are here; what is remembered beyond that is in crawl/limits.py. A URL that waits costs little more
+than its text: what it has in common with those beside it stands once before them, in a ``UrlRun``. Plain data with a
+few pure methods, called under the frontier's lock.
 """
 
 from __future__ import annotations

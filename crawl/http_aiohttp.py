@@ -3,9 +3,6 @@
 Everything runs in the event loop, but DNS, which does in the resolver's threads. Nothing holds the loop up: bodies are
 decoded in small steps, with a turn of the loop between them. Leave to send is asked for when the connection is open
 (``GatedConnector.connect``). Requests that may go anywhere, and those to public addresses only, have a pool each.
-
-Time limits: ``DeadlineScope`` is ``asyncio.timeout`` by a ``TimeLimit``: while the loop does something else, none is
-run down.
 """
 
 from __future__ import annotations

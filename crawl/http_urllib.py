@@ -1,8 +1,7 @@
 """The HTTP client of the crawler on threads: urllib, with kept connections and one deadline for each request.
 
-Time limits: a blocking socket's time limit holds for one system call, so a server that drips a byte a second would
-never meet it. ``_DeadlineSocket`` gives every call only what is left of the attempt, by a ``TimeLimit``: while the
-other threads parse, none is run down.
+A blocking socket's time limit holds for one system call, so a server that drips a byte a second would never meet it.
+``_DeadlineSocket`` gives every call only what is left of the attempt, by a ``TimeLimit``.
 
 Everything runs in the calling thread, but DNS, which does in the resolver's. ``_Pool._lock`` guards the idle
 connections and the set of those in use.

@@ -1,22 +1,17 @@
 """The journal: the rows of earlier runs, read back, so that a crawl goes on where it ended, however it ended.
 
 The output file in JSON lines is the journal; nothing else need survive a ``kill -9``. A row is written when its page
-is done with, so what is in the file is finished, and what was in flight is asked for again. From the rows follow
-
-- the visited set: their URLs, and where redirects led;
-- the frontier: the links in them (with their depth) that have no row yet; of feeds, the articles.
+is done with, so what is in the file is finished, and what was in flight is asked for again. Visited are the URLs of
+rows, and where redirects led; waiting are the links in them (of feeds, the articles) that have no row yet.
 
 Promised: a torn last line is cut off (what a crash leaves: no line end, or zeros), and rows that only say
 ``interrupted`` are taken out (of a copy, which then takes the file's place), so that in the end each URL has one row.
-A file that is something else is refused, and not touched.
 Only feeds have a row for each run in which they changed or failed; those without articles are taken out when a later
-one of the same feed is there, once they are a quarter of all. So the file grows with the articles, not with the runs.
-Two runs never write to one file: each holds a lock on it (flock), also one that begins anew.
+one of the same feed is there, once they are a quarter of all. A file that is something else is refused, and not
+touched. Two runs never write to one file: each holds a lock on it (flock), also one that begins anew.
 
 Not promised: anything about a file that others write to, or over a network whose file system has no locks. The list
-must be given again: what it names and no row has is fetched. What counts for traps is counted anew.
-
-Time and memory: the file is read twice, row by row.
+must be given again: what it names and no row has is fetched. The file is read twice, row by row.
 """
 
 from __future__ import annotations

@@ -1,17 +1,15 @@
 """Between the crawlers and the wire: time limits, names to addresses, and bodies out of their Content-Encoding.
 
-Promised: a time limit measures the other side: what holds up a whole process, its interpreter or its event loop counts
-for a twentieth of the limit at most, each time; a look-up of a name takes no longer than its caller waits, whatever the
-system's resolver does; a body takes no more memory than its limit, whatever it claims to be; a request that may not go
-to private addresses is connected to public ones only: ``allowed`` judges the very addresses that the socket gets, each
-time that one is opened, so a name that resolves to something else the next time gains nothing. Such connections have a
-pool of their own in both drivers: one that was opened without the check (to a proxy, or for a request that may go
-anywhere) never serves one that needs it. Not promised: which of several addresses answers; anything of names that a
-proxy resolves.
+Promised: a time limit measures the other side: what holds up the process, its interpreter or its event loop counts for
+a twentieth of the limit at most, each time. A look-up of a name takes no longer than its caller waits. A body takes no
+more memory than its limit, whatever it claims to be. A request that may not go to private addresses is connected to
+public ones only: ``allowed`` judges the very addresses that the socket gets, each time that one is opened; such
+connections have a pool of their own in both drivers. Not promised: which of several addresses answers; anything of
+names that a proxy resolves.
 
 Threads: ``socket.getaddrinfo`` can neither be awaited nor given a time limit, so it runs in daemon threads of the
 ``Resolver``, which serve both drivers. Decoding runs in the caller's thread, in pieces of 256 KiB, so that an event
-loop is never held up by one piece. ``Resolver._lock`` guards its cache.
+loop is never held up by one piece.
 """
 
 from __future__ import annotations

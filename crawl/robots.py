@@ -1,25 +1,20 @@
 """What a site's owner asks of crawlers: robots.txt (RFC 9309), X-Robots-Tag and <meta name=robots>.
 
-Theory.  Of a file is kept what concerns us: our group's patterns and delay, the sitemaps.  The longest pattern that
-matches a path wins, allow before disallow (section 2.2.2); "*", "$", percent-encoding and misspellings count as with
-Protego, which the tests compare with.  It is not what runs here: it keeps 10 to 40 bytes for each byte of a file, and
-nothing bounds what a URL costs.  A token counts as a whole and without its version (section 2.2.1), which Protego does
-not do.  A pattern is a head, up to its first wildcard, and a tail.  All heads stand sorted in one text, so those that a
-path begins with are found by one search; only their tails are tried, each of their parts by one `str.find`.
+The longest pattern that matches a path wins, allow before disallow (section 2.2.2); "*", "$", percent-encoding and
+misspellings count as with Protego, which the tests compare with, but which bounds neither its memory nor its time. A
+token counts as a whole and without its version (section 2.2.1). A pattern is a head, up to its first wildcard, and a
+tail. All heads stand sorted in one text, so those that a path begins with are found by one search; only their tails
+are tried, each of their parts by one `str.find`.
 
 Promised
 - Nothing here raises, whatever the bytes, or waits. 500 KiB are parsed in some 30 ms, with 20 MB of memory meanwhile.
 - Of a file, the first 500 KiB count; a line that this cuts is left out, as half a rule is another rule.
 - A file takes ``MAX_SIZE`` bytes of memory at most. A URL takes ``MAX_WORK`` steps at most; those that an origin
-  forbids take ``ORIGIN_WORK`` together, and what its allowed ones earn. Where more is needed nothing is guessed:
-  `allows` says None.
+  forbids take ``ORIGIN_WORK`` together, and what its allowed ones earn. Where more is needed, `allows` says None.
 - /robots.txt itself is always allowed.
 
-Not promised
-- Two escapes that are no UTF-8, such as "%E9" and "%E8", are the same.
-- Request-rate and Visit-time are ignored.
-
-Rules can be shared by threads: the one number that changes, the steps that are left, may then miss some.
+Not promised: two escapes that are no UTF-8, such as "%E9" and "%E8", are the same; Request-rate and Visit-time do not
+count. Threads may share rules: the one number that changes, the steps that are left, may then miss some.
 """
 
 from __future__ import annotations

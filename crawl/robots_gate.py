@@ -3,13 +3,12 @@
 Promised, with ``enabled``
 - Nothing is asked of an origin before its robots.txt is known, which is asked for once within ``ttl`` unless its rules
   had to be freed; what it forbids is never handed out to be sent. However a request for robots.txt ends, the host goes
-  on: if nobody said what the rules are, it was unreachable, and all is forbidden for ``ROBOTS_AGAIN``.
-- All rules together take ``rules_bytes`` at most: those that were asked longest ago are freed first, and large ones
-  when their host has nothing left to do.
+  on: if nobody said what the rules are, all is forbidden for ``ROBOTS_AGAIN``.
+- All rules together take ``rules_bytes`` at most: those that were asked longest ago are freed first.
 
 Rules are asked under the frontier's lock only where that is quick. Else the question is handed out like a request: one
-for each host, which waits for the answer while the others go on. Of a long run of forbidden URLs a step takes
-``SIFTED`` out at most. Pure, and called under the frontier's lock; a host that may go on is returned, to be scheduled.
+for each host, which waits for the answer while the others go on. Pure, and called under the frontier's lock; a host
+that may go on is returned, to be scheduled.
 """
 
 from __future__ import annotations

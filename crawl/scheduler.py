@@ -1,16 +1,15 @@
 """Which host goes next, and when.
 
-Each host has at most one live entry in a heap, ordered by the earliest time at which it may go (an entry that turns out
-to be early is put back: cheaper than finding and changing it); when that has come it moves to the ready, ordered by the
-work that is left, and by age. A step costs O(log hosts).
+Each host has at most one live entry in a heap, ordered by the earliest time at which it may go (one that turns out to
+be early is put back); when that has come it moves to the ready, ordered by the work that is left, and by age. A step
+costs O(log hosts).
 
 Promised
 - A slow, failing or limited host holds up no other.
-- Where more hosts are due than there are workers, the one whose URLs will take longest goes first: so the crawl ends
-  when the busiest host ends, or when all workers were busy throughout. No host starves: every ``FAIR``-th hand-out is
-  that of the host that has been due for longest, so one that is due behind n others waits for FAIR * (n + 1) at most.
-- Where workers are scarce, a host that will not be done before all else is has its requests handed out up to ``EARLY``
-  seconds earlier.
+- Where more hosts are due than there are workers, the one whose URLs will take longest goes first. No host starves:
+  every ``FAIR``-th hand-out is that of the host that has been due for longest, so one that is due behind n others waits
+  for FAIR * (n + 1) at most.
+- Where workers are scarce, a host that will not be done before all else is handed out up to ``EARLY`` seconds earlier.
 
 Pure, and called under the frontier's lock: time is an argument.
 """

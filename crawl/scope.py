@@ -1,16 +1,15 @@
 """Which of the links that a crawl finds belong to it: the scope that the user set, and the traps that the web sets.
 
-Both answer None, or why a URL is left out, in words for --explain.  URLs are normalised ones (crawl.urls.normalise).
+Both answer None, or why a URL is left out, in words for --explain. URLs are normalised ones (crawl.urls.normalise).
 
 Patterns (`--include`, `--exclude`) are globs over the whole URL, in which "*" stands for any run of characters, "/"
-and none included, and each other character for itself, "?" and "[" too: they are common in URLs.  They are matched in
-linear time.  After "re:" comes a regular expression of Python's, searched for anywhere: write ^ and $ where they are
-meant, and no nested repetition, which can take exponential time.
+and none included, and each other character for itself, "?" and "[" too. They are matched in linear time. After "re:"
+comes a regular expression of Python's, searched for anywhere; nested repetition can take it exponential time.
 
 Registrable domains follow the Public Suffix List as publicsuffixlist ships it, its private part included: one blog of
-github.io is not the other's.  Nothing is fetched or written; the 0.3 MB are read when the first domain is asked for.
+github.io is not the other's. The 0.3 MB are read when the first domain is asked for.
 
-`Traps` is bounded in memory (40 MB at worst): a path that others pushed out may have `variety` queries anew.
+`Traps` takes 40 MB at worst: a path that others pushed out may have `variety` queries anew.
 """
 
 from __future__ import annotations

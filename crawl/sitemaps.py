@@ -1,17 +1,12 @@
 """Sitemaps: XML, text, gzip; the addresses that they name out.
 
-Theory.  A sitemap may have 50,000 addresses in 50 MiB, in XML that is often broken: so it is streamed through
-inflating, decoding, mending (crawl/xml.py) and Expat.  Mending makes an "&" that is no reference of XML itself into
-text.  That saves the many sitemaps with bare "&" in their addresses, and no entity is ever expanded, whoever declares
-it; a document that declares one is refused on top.
+A sitemap may have 50,000 addresses in 50 MiB, in XML that is often broken: so it is streamed through inflating,
+decoding, mending (crawl/xml.py) and Expat. Mending makes an "&" that is no reference of XML itself into text, so no
+entity is ever expanded, whoever declares it; a document that declares one is refused on top.
 
-Promised
-- Nothing here raises, whatever the bytes. At most MAX_SITEMAP bytes are read, after inflating; time and memory are
-  linear in them.
-- What was found before a fault, a limit or a torn end is kept, and `error` says so.
-- All addresses are http or https, normalised, each once, in the order of the document.
-
-Addresses of the image, video and hreflang extensions are not looked at.
+Promised: nothing here raises, whatever the bytes. At most MAX_SITEMAP bytes are read, after inflating; time and memory
+are linear in them. What was found before a fault, a limit or a torn end is kept, and `error` says so. All addresses
+are http or https, normalised, each once, in the order of the document; those of images, videos and hreflang left out.
 """
 
 from __future__ import annotations
