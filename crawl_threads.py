@@ -137,7 +137,9 @@ class Driver:
                     os._exit(EXIT_INTERRUPTED)
                 self._work.changed()
         except BaseException:
-            self.cut_off()
+            crawl.frontier.stop()
+            self._force()
+            self._work.changed()
             raise
         finally:
             self._pool.shutdown()
@@ -170,7 +172,7 @@ class Driver:
             if self._running < self._most and not self._work.idle:
                 self._start()
             if isinstance(work, Question):
-                self._consult(work)
+                self._crawl.frontier.consult(work, self._crawl.clock)
             else:
                 self._handle(work)
             self._work.changed()
@@ -182,9 +184,6 @@ class Driver:
             last = self._running == 0
         if last:
             self._events.put("done")
-
-    def _consult(self, question: Question) -> None:
-        self._crawl.frontier.consult(question, self._crawl.clock)
 
     def _handle(self, request: Request) -> None:
         crawl = self._crawl
@@ -214,12 +213,6 @@ class Driver:
     def stop(self) -> None:
         """First call: finish what is in flight, at most for the grace time. Second: cut it off. Third: exit."""
         self._events.put("stop")
-
-    def cut_off(self) -> None:
-        """Finish nothing: end at once."""
-        self._crawl.frontier.stop()
-        self._force()
-        self._work.changed()
 
     def _force(self) -> None:
         self._fetcher.abort()

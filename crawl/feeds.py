@@ -101,8 +101,7 @@ def parse_feed(body: bytes, url: str, headers: Mapping[str, str] | None = None) 
     pieces: list[str] = []
     fault: str | None = None
     try:
-        for piece in decode_pieces(inflate_pieces(body, MAX_FEED), (headers or {}).get("Content-Type")):
-            pieces += (piece,)
+        pieces.extend(decode_pieces(inflate_pieces(body, MAX_FEED), (headers or {}).get("Content-Type")))
     except StopReading as stop:
         fault = str(stop)
     text = _LONG_SPACE.sub(" ", NOT_XML.sub("", "".join(pieces)).lstrip("\ufeff \t\r\n"))

@@ -305,10 +305,8 @@ class Resolver:
     keeps nobody from exiting. What is cached is the look-up itself, running or done.
     """
 
-    def __init__(
-        self, *, threads: int = 32, ttl: float = 300.0, size: int = 50_000, clock: Clock = time.monotonic
-    ) -> None:
-        self._cache: TTLCache[str, Lookup] = TTLCache(size, ttl, clock=clock)
+    def __init__(self, *, threads: int = 32, ttl: float = 300.0) -> None:
+        self._cache: TTLCache[str, Lookup] = TTLCache(50_000, ttl)
         self._running: set[Lookup] = set()
         self._pool = WorkerPool(self._ask, threads, 1_000_000, name="resolver").start_threads()
         self._pace = TokenBucket(LOOKUPS, LOOKUPS)

@@ -26,7 +26,6 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, repeat
-from typing import Literal
 from urllib.parse import quote
 
 from crawl.errors import FetchError
@@ -120,7 +119,7 @@ class Rules:
 
     def allows(self, url: str) -> bool | None:
         """Whether a normalised URL of this origin may be fetched; None: to say so would cost too much."""
-        if "/robots.txt" in url and _is_robots_txt(url):
+        if "/robots.txt" in url and re.split("[?#]", url.split("/", 3)[3], maxsplit=1)[0] == "robots.txt":
             return True
         if self._patterns is None:
             return self._answer
@@ -138,10 +137,6 @@ class Rules:
         if work > QUICK:
             self._left = min(ORIGIN_WORK, self._left + MAX_WORK) if allowed else self._left - work
         return allowed
-
-    def __repr__(self) -> str:
-        what = {True: "all allowed", False: "all forbidden", None: "too costly"}[self._answer]
-        return f"<Rules {'of a file' if self._patterns else what}, delay {self.delay}, {len(self.sitemaps)} sitemaps>"
 
 
 ALLOW_ALL = Rules(answer=True, why="nothing is forbidden")
@@ -216,16 +211,10 @@ def rules_for(outcome: Response | FetchError, user_agent: str, url: str = "") ->
 # --------------------------------------------------------------------------------------------- of single pages
 
 _VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
-_MEANING: dict[str, tuple[Literal["noindex", "nofollow"], ...]] = {
-    "noindex": ("noindex",),
-    "nofollow": ("nofollow",),
-    "none": ("noindex", "nofollow"),
-}
+_MEANING = {"noindex": {"noindex"}, "nofollow": {"nofollow"}, "none": {"noindex", "nofollow"}}
 
 
-def page_directives(
-    header: str | None, meta: Iterable[str], user_agent: str
-) -> frozenset[Literal["noindex", "nofollow"]]:
+def page_directives(header: str | None, meta: Iterable[str], user_agent: str) -> frozenset[str]:
     """What a page asks of us: "nofollow", not to follow its links; "noindex", not to keep what it says.
 
     ``header`` is the X-Robots-Tag, several of them separated by line ends; ``meta`` is `Page.robots` and
@@ -233,7 +222,7 @@ def page_directives(
     agent.  What is said to all and what is said to us add up, and the stricter counts, as with the large engines.
     """
     token = product_token(user_agent)
-    found: set[Literal["noindex", "nofollow"]] = set()
+    found: set[str] = set()
     for line in [*(header or "").splitlines(), *meta]:
         for_us = True
         for item in line.lower().split(","):
@@ -450,7 +439,3 @@ def _absolute(text: str, base: str) -> str | None:
     with contextlib.suppress(FetchError):
         return (join(base, text) if base else normalise(text))[0]
     return None
-
-
-def _is_robots_txt(url: str) -> bool:
-    return url.partition("://")[2].partition("/")[2].partition("#")[0].partition("?")[0] == "robots.txt"
