@@ -8,10 +8,9 @@ the loop to itself, so nothing here needs a lock against the other tasks, and no
 
 Which work runs where: sockets, TLS, decompression (in small steps) and the parsing of ordinary pages in the loop;
 parsing of pages above ``INLINE_PARSE`` bytes in one thread, looking URLs up in long robots.txt in another; feeds and
-articles, in other processes (crawl/readers.py), for each of which a thread waits, so that the exit never does; DNS, in
-the resolver's threads; the list, in a thread; the writing of rows, in one (a pipe may block), fed in batches by a
-bounded channel (``RowBatches``): when the reader of the rows is slow, the tasks wait, and the crawl slows down instead
-of filling the memory.
+articles, in other processes (crawl/readers.py), for each of which a thread waits; DNS, in the resolver's threads; the
+list, in a thread; the writing of rows, in one (a pipe may block), fed in batches by a bounded channel (``RowBatches``):
+when the reader of the rows is slow, the tasks wait, and the crawl slows down instead of filling the memory.
 
 Waiting: the dispatcher waits for one event, ``WorkQueue``, set when a task ends, when the list brings more, or by a
 timer when the next host is due. Signals come as callbacks of the loop. Locks: none of its own; what the threads beside
@@ -40,8 +39,7 @@ from crawl.output import run_in_loop
 from crawl.readers import Readers
 from runtime.options import EXIT_INTERRUPTED
 
-INLINE_PARSE = 256 * 1024
-"""Largest body in bytes that is parsed in the loop: 2 to 3 ms."""
+INLINE_PARSE = 256 * 1024  # largest body in bytes that is parsed in the loop: 2 to 3 ms
 
 Emit = Callable[[ScrapeResult], Awaitable[object]]
 """Takes a row; True: it says later when it is written (``RowBatches``)."""
@@ -56,10 +54,10 @@ class WorkQueue:
         self._crawl = crawl
         self._event = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self.changed = self._event.set
-        """The frontier may answer otherwise than before. In the loop."""
+        self.changed = self._event.set  # the frontier may answer otherwise than before. In the loop.
 
     async def next(self) -> Request | Question | None:
+        """What to do next; None: nothing will ever come. For the dispatcher only."""
         while True:
             decision = self._crawl.frontier.step(self._crawl.clock())
             if not isinstance(decision, float):

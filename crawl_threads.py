@@ -6,16 +6,15 @@ The model: each of up to ``concurrency`` worker threads runs the same plain loop
 the row; or take a URL that is to be looked up in a long robots.txt, and do that. It blocks wherever it likes, and the
 others go on. A thread may lose the interpreter between any two instructions, so what threads share has a lock.
 
-Which work runs where: everything in the workers (sockets, TLS, decompression, parsing, encoding and writing of rows)
-but the parsing of large robots.txt, in one thread; feeds and articles, in other processes (crawl/readers.py), for which
-the worker waits; DNS, in the resolver's threads, so that it can time out; the list, in a thread. What Python code
-computes does not run in parallel (one interpreter lock), only what waits or runs outside of it does.
+Which work runs where: everything in the workers but the parsing of large robots.txt, in one thread; feeds and articles,
+in other processes (crawl/readers.py), for which the worker waits; DNS, in the resolver's threads, so that it can time
+out; the list, in a thread. What Python code computes does not run in parallel (one interpreter lock).
 
 Waiting: workers with nothing to do block on one condition, ``WorkQueue``. Only one of them at a time, the timekeeper,
-waits with a time limit for the next host to be due; the others wait to be notified. So a wake-up wakes one thread,
-not all. The main thread waits for the workers and for signals, which a thread of their own reads. Locks:
-``WorkQueue._condition`` guards who keeps the time and is held around ``Frontier.step`` (condition -> frontier), so
-that no wake-up is missed; ``Driver._lock`` guards the number of workers.
+waits with a time limit for the next host to be due; so a wake-up wakes one thread, not all. The main thread waits for
+the workers and for signals, which a thread of their own reads. Locks: ``WorkQueue._condition`` guards who keeps the
+time and is held around ``Frontier.step`` (condition -> frontier), so that no wake-up is missed; ``Driver._lock`` guards
+the number of workers.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ from crawl.robots import LARGE
 from runtime.loop import stopped_by_signals_in_a_thread
 from runtime.options import EXIT_INTERRUPTED
 
-Emit = Callable[[ScrapeResult], object]
-"""Takes a row; returns when it is written."""
+Emit = Callable[[ScrapeResult], object]  # takes a row; returns when it is written
 
 # ------------------------------------------------------------------------------------------------------- waiting
 
@@ -54,8 +52,7 @@ class WorkQueue:
         self._crawl = crawl
         self._condition = threading.Condition(new_lock("WorkQueue"))
         self._waiting = 0
-        self._alarm = math.inf
-        """Until when the present timekeeper waits."""
+        self._alarm = math.inf  # until when the present timekeeper waits
 
     @property
     def idle(self) -> bool:
@@ -63,6 +60,7 @@ class WorkQueue:
         return self._waiting > 0
 
     def next(self) -> Request | Question | None:
+        """What to do next; None: nothing will ever come. For the workers."""
         with self._condition:
             while True:
                 now = self._crawl.clock()
@@ -139,7 +137,9 @@ class Driver:
                     os._exit(EXIT_INTERRUPTED)
                 self._work.changed()
         except BaseException:
-            self.cut_off()
+            crawl.frontier.stop()
+            self._force()
+            self._work.changed()
             raise
         finally:
             self._pool.shutdown()
@@ -172,7 +172,7 @@ class Driver:
             if self._running < self._most and not self._work.idle:
                 self._start()
             if isinstance(work, Question):
-                self._consult(work)
+                self._crawl.frontier.consult(work, self._crawl.clock)
             else:
                 self._handle(work)
             self._work.changed()
@@ -184,9 +184,6 @@ class Driver:
             last = self._running == 0
         if last:
             self._events.put("done")
-
-    def _consult(self, question: Question) -> None:
-        self._crawl.frontier.consult(question, self._crawl.clock)
 
     def _handle(self, request: Request) -> None:
         crawl = self._crawl
@@ -216,12 +213,6 @@ class Driver:
     def stop(self) -> None:
         """First call: finish what is in flight, at most for the grace time. Second: cut it off. Third: exit."""
         self._events.put("stop")
-
-    def cut_off(self) -> None:
-        """Finish nothing: end at once."""
-        self._crawl.frontier.stop()
-        self._force()
-        self._work.changed()
 
     def _force(self) -> None:
         self._fetcher.abort()

@@ -12,17 +12,7 @@ import ipaddress
 from crawl.errors import FetchError
 from crawl.model import Options, Request
 
-
-def _ranges(*networks: str) -> tuple[tuple[int, int], ...]:
-    parsed = [ipaddress.ip_network(network) for network in networks]
-    return tuple((int(network.network_address), int(network.broadcast_address)) for network in parsed)
-
-
-def _within(value: int, ranges: tuple[tuple[int, int], ...]) -> bool:
-    return any(first <= value <= last for first, last in ranges)
-
-
-_NOT_PUBLIC_4 = _ranges(
+_NOT_PUBLIC = (
     "0.0.0.0/8",  # this network (RFC 791)
     "10.0.0.0/8",  # private (RFC 1918)
     "100.64.0.0/10",  # behind a carrier's NAT (RFC 6598); a cloud's metadata at 100.100.100.200
@@ -39,13 +29,12 @@ _NOT_PUBLIC_4 = _ranges(
     "203.0.113.0/24",  # documentation
     "224.0.0.0/4",  # multicast
     "240.0.0.0/4",  # reserved, and broadcast
-)
-_PUBLIC_6 = _ranges("2000::/3")  # all that has been given out for unicast (RFC 4291): the rest is closed by default
-_NOT_PUBLIC_6 = _ranges(
     "2001::/23",  # IETF protocols: Teredo, benchmarks, ORCHID
     "2001:db8::/32",  # documentation
     "3fff::/20",  # documentation (RFC 9637)
 )
+_NETWORKS = [ipaddress.ip_network(network) for network in _NOT_PUBLIC]
+_PUBLIC_6 = ipaddress.IPv6Network("2000::/3")  # all that has been given out for unicast (RFC 4291)
 
 
 @functools.lru_cache(1 << 14)
@@ -61,18 +50,15 @@ def is_public(address: str) -> bool:
         parsed = ipaddress.ip_address(address)
     except ValueError:
         return False
-    value = int(parsed)
     if parsed.version == 6:
-        if "%" in address:
-            return False
-        prefix = value >> 32
+        value = int(parsed)
         if value >> 112 == 0x2002:
-            value = value >> 80 & 0xFFFF_FFFF
-        elif prefix in (0xFFFF, 0x64_FF9B << 64):
-            value &= 0xFFFF_FFFF
-        else:
-            return _within(value, _PUBLIC_6) and not _within(value, _NOT_PUBLIC_6)
-    return not _within(value, _NOT_PUBLIC_4)
+            parsed = ipaddress.IPv4Address(value >> 80 & 0xFFFF_FFFF)
+        elif value >> 32 in (0xFFFF, 0x64_FF9B << 64):
+            parsed = ipaddress.IPv4Address(value & 0xFFFF_FFFF)
+        if "%" in address or (parsed.version == 6 and parsed not in _PUBLIC_6):
+            return False
+    return not any(parsed in network for network in _NETWORKS)
 
 
 def names_private(host: str) -> bool:

@@ -20,10 +20,8 @@ from crawl.dates import iso_utc
 from crawl.xml import NOT_XML
 from html_parse import parse_page
 
-MAX_ARTICLE = 1_000_000
-"""Characters of an article's page that its text is looked for in."""
-MAX_TAGS = 50_000
-"""Tags of it: each costs trafilatura some 25 microseconds, however short it is."""
+MAX_ARTICLE = 1_000_000  # characters of an article's page that its text is looked for in
+MAX_TAGS = 50_000  # tags of it: each costs trafilatura some 25 microseconds, however short it is
 _GIANT_TAG = re.compile(r"<[^<>]{8192,}>")  # an image in its own address, mostly; with 50,000 attributes it takes 12 s
 _MAX_TABLES = 500  # trafilatura's time is quadratic in them
 _LONG_PAGE = 200_000  # from here without trafilatura's second opinion, of another algorithm
@@ -46,10 +44,11 @@ _DATED = tuple(
 
 
 class Article(NamedTuple):
+    """What an article says; None where it does not."""
+
     text: str | None
     author: str | None
-    published: str | None
-    """ISO 8601, UTC."""
+    published: str | None  # ISO 8601, UTC
 
 
 @cache

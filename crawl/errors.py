@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from crawl.model import Response
 
 
-MAX_RETRY_AFTER = 600.0
-"""Longest pause in seconds that a server can ask for."""
+MAX_RETRY_AFTER = 600.0  # longest pause in seconds that a server can ask for
 ERROR_KINDS = {
     "invalid_url": "the line of the list is not an http or https URL",
     "dns": "the host name has no address, or the name server did not answer",
@@ -32,8 +31,7 @@ ERROR_KINDS = {
     "interrupted": "the run was stopped before the answer was complete",
     "internal": "a fault of the crawler itself, kept to this one row",
 }
-CUT_OFF = "stopped before the answer was complete"
-"""What an ``interrupted`` request says of itself."""
+CUT_OFF = "stopped before the answer was complete"  # what an ``interrupted`` request says of itself
 RETRY_KINDS = frozenset({"connect", "timeout", "reset", "truncated"})
 RETRY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})

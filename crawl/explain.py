@@ -20,13 +20,7 @@ from crawl.robots import DISALLOW_ALL, Rules
 from crawl.urls import normalise, origin
 
 
-def _why_not(crawl: Crawl, target: str) -> str | None:
-    if not crawl.follows:
-        return "the list does not name it, and no links are followed (--depth)"
-    return crawl.scope.why_not(target) or crawl.traps.why_not(target, note=False)
-
-
-def explain_url(crawl: Crawl, url: str, listed: Iterable[str], ask: Callable[[str], Rules | None]) -> list[str]:
+def _explain_url(crawl: Crawl, url: str, listed: Iterable[str], ask: Callable[[str], Rules | None]) -> list[str]:
     """Why ``url`` would be fetched or not, in lines. ``listed`` is the list; ``ask`` reads the robots.txt that a
     URL is under, in vain if the answer is None. Of an earlier run is known what was recalled before."""
     url = crawl.listed.keep_credentials(url)
@@ -43,9 +37,14 @@ def explain_url(crawl: Crawl, url: str, listed: Iterable[str], ask: Callable[[st
     if crawl.follows and not in_list:
         target = normalise(crawl.scope.clean(target))[0]
     said = [f"as {target}"] if target != url else []
-    private = not crawl.options.allow_private and names_private(host) and not any(map(names_private, homes.values()))
-    why_not = "a private address, to which no public page leads" if private else _why_not(crawl, target)
-    why_not = None if in_list else why_not
+    why_not = None
+    if not in_list:
+        if not crawl.options.allow_private and names_private(host) and not any(map(names_private, homes.values())):
+            why_not = "a private address, to which no public page leads"
+        elif not crawl.follows:
+            why_not = "the list does not name it, and no links are followed (--depth)"
+        else:
+            why_not = crawl.scope.why_not(target) or crawl.traps.why_not(target, note=False)
     line = f"no: {why_not}" if why_not else crawl.frontier.explain(target, crawl.clock())
     if not line.startswith("no:") and crawl.obeys:
         rules = crawl.asked = ask(target)
@@ -76,5 +75,5 @@ def print_explanation(url: str, crawl: Crawl, urls: Iterable[str], journal: str 
         crawl.listed.know_all(listed)
         with open(journal, "rb") as file:
             recall(crawl, file)
-    for line in explain_url(crawl, url, listed, ask):
+    for line in _explain_url(crawl, url, listed, ask):
         print(line)

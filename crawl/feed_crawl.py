@@ -34,8 +34,7 @@ class FeedCrawl:
         self._lock = new_lock("FeedCrawl")
         self.validators: dict[str, tuple[str, str | None, str | None]] = {}
         """What an earlier run knew of feeds, by the list's URL (normalised): where it led, ETag, Last-Modified."""
-        self.listed: set[str] = set()
-        """The feeds of the list, normalised."""
+        self.listed: set[str] = set()  # the feeds of the list, normalised
         self.entries: dict[str, tuple[str, FeedEntry]] = {}
         """Articles on their way, by normalised URL: their feed, and what it says of them."""
 
@@ -52,6 +51,7 @@ class FeedCrawl:
         return known[1:] if known and known[0] == request.target else (None, None)
 
     def row(self, request: Request, outcome: Response | FetchError, read: Read) -> ScrapeResult | None:
+        """The row of a feed or an article; None of a feed that has nothing new. A feed's new articles are added."""
         now, private = self._clock(), leads_private(request.private, request.host)
         if request.kind == "page":
             known = normalise(request.url)[0]

@@ -1,21 +1,17 @@
 """Feeds: RSS and Atom in, the articles that they announce out.
 
-Theory.  A feed is small and strange: feedparser, which knows every dialect, reads it, once its encoding is settled and
-its bad references are mended (crawl/xml.py).  It is shown an entry's own fields only, and dates are read by
-crawl/dates.py: it would guess.
+feedparser, which knows every dialect, reads them, once their encoding is settled and their bad references are mended
+(crawl/xml.py). It is shown an entry's own fields only, and dates are read by crawl/dates.py: it would guess.
 
 Promised
 - Nothing here raises but MemoryError, whatever the bytes; nothing is fetched or opened. At most MAX_FEED bytes are
   read, after inflating. Time and memory are linear in them as far as known: where feedparser's are not (nesting,
   authors, namespaces, white space), it is kept from them here.
 - What was found before a fault, a limit or a torn end is kept, and `fault` says so. A field that cannot be read is
-  None; the rest of its entry is kept.
-- All addresses are http or https, normalised, each once, in the order of the document.
+  None. All addresses are http or https, normalised, each once, in the order of the document.
 
 Not promised: to be quick. feedparser takes half a second for 1 MB, and what it does with a hostile document is bounded
-by nobody: read feeds where that can be ended (crawl/readers.py).
-
-Every function is pure.  feedparser is imported when the first feed comes: that costs 0.1 s.
+by nobody: read feeds where that can be ended (crawl/readers.py). It is imported when the first feed comes: 0.1 s.
 """
 
 from __future__ import annotations
@@ -31,18 +27,15 @@ from typing import Any, NamedTuple
 from xml.sax.expatreader import create_parser
 from xml.sax.xmlreader import InputSource
 
-import ada_url
-
 from crawl.articles import MAX_ARTICLE
 from crawl.dates import iso_utc
 from crawl.errors import FetchError
-from crawl.urls import MAX_URL, normalise
+from crawl.urls import MAX_URL, join
 from crawl.xml import NOT_XML, XML_DECLARATION, StopReading, decode_pieces, inflate_pieces, local_name, mend_references
 from html_parse import parse_page
 
 MAX_FEED = 5 * 1024 * 1024
-MAX_TEXT = 100_000
-"""Characters of one entry's text that are kept."""
+MAX_TEXT = 100_000  # characters of one entry's text that are kept
 NO_FEED = "no RSS or Atom feed"
 
 _MAX_FEED_ELEMENTS = 200_000
@@ -70,19 +63,21 @@ _OF_AUTHORS = {"name", "email", "uri", "url", "homepage"}
 
 
 class FeedEntry(NamedTuple):
+    """An article, as its feed announces it."""
+
     url: str
     title: str | None
     author: str | None
     published: str | None
     """ISO 8601, UTC; when it was changed, if only that is said; None if there is no date, or none that can be read."""
-    summary: str | None
-    """Text without markup: the full content if the feed has it."""
+    summary: str | None  # text without markup: the full content if the feed has it
 
 
 class Feed(NamedTuple):
+    """What could be read of a feed."""
+
     entries: list[FeedEntry]
-    fault: str | None
-    """Why there may be more than these entries; ``NO_FEED``: there is nothing of a feed in it."""
+    fault: str | None  # why there may be more than these entries; ``NO_FEED``: there is nothing of a feed in it
 
 
 def bounds(function: Callable[..., Any], size: int) -> tuple[float, int]:
@@ -106,8 +101,7 @@ def parse_feed(body: bytes, url: str, headers: Mapping[str, str] | None = None) 
     pieces: list[str] = []
     fault: str | None = None
     try:
-        for piece in decode_pieces(inflate_pieces(body, MAX_FEED), (headers or {}).get("Content-Type")):
-            pieces += (piece,)
+        pieces.extend(decode_pieces(inflate_pieces(body, MAX_FEED), (headers or {}).get("Content-Type")))
     except StopReading as stop:
         fault = str(stop)
     text = _LONG_SPACE.sub(" ", NOT_XML.sub("", "".join(pieces)).lstrip("\ufeff \t\r\n"))
@@ -323,8 +317,8 @@ def _read_entry(entry: Any, base: str) -> FeedEntry | None:
     if not isinstance(link, str) or not link or len(link) > MAX_URL:
         return None
     try:
-        target = normalise(ada_url.join_url(base, link))[0]
-    except (ValueError, FetchError):
+        target = join(base, link)[0]
+    except FetchError:
         return None
     dates = (iso_utc(text) for what in _DATES if isinstance(text := dict.get(entry, what), str))
     contents = [entry.get("summary_detail"), *(entry.get("content") or ())]

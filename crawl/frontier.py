@@ -26,12 +26,13 @@ from typing import NamedTuple
 from coordination import Visited, new_lock
 from crawl.addresses import names_private
 from crawl.errors import FetchError, Postponed
-from crawl.hosts import FrontierStats, HostQueue, Kind, Question, RobotRules, UrlRun, host_of
+from crawl.hosts import FrontierStats, HostQueue, Kind, Question, UrlRun
 from crawl.limits import HostLimits, Outcome
 from crawl.model import Request
+from crawl.robots import Rules
 from crawl.robots_gate import RULES_BYTES, RobotsGate, why_forbidden
 from crawl.scheduler import Scheduler
-from crawl.urls import normalise, origin
+from crawl.urls import host_of, normalise, origin
 from primitives import NANOSECOND, TokenBucket
 
 
@@ -254,7 +255,7 @@ class Frontier:
                 if bucket:
                     bucket.pause(until)
 
-    def robots_known(self, origin_: str, rules: RobotRules, now: float, *, ttl: float | None = None) -> None:
+    def robots_known(self, origin_: str, rules: Rules, now: float, *, ttl: float | None = None) -> None:
         """The rules of an origin (``crawl.urls.origin``), good for ``ttl`` seconds (None: ``robots_ttl``).
 
         Told before the request is finished. A delay lowers the rate of the host, to a burst of 1.

@@ -16,8 +16,7 @@ from crawl.urls import is_secret, normalise, origin, split_credentials
 
 ACCEPT_ENCODING = "gzip, deflate, br, zstd"
 _WANTED = {name.lower().encode(): name for name in RESPONSE_HEADERS}
-_LISTS = {"Content-Encoding": ", ", "X-Robots-Tag": "\n"}
-"""Of these each line counts, of the others the first one."""
+_LISTS = {"Content-Encoding": ", ", "X-Robots-Tag": "\n"}  # of these each line counts, of the others the first one
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
 
 

@@ -1,10 +1,8 @@
 """A host's queue: which URLs of it wait, in which order, and what is under way.
 
-A host that has nothing to do is forgotten, so what is here costs memory for the hosts at work only; what is remembered
-beyond that is in crawl/limits.py. A URL that waits costs little more than its text: what it has in common with those
-beside it stands once before them, in a ``UrlRun``.
-
-Everything here is plain data with a few pure methods, called under the frontier's lock.
+Only hosts at work are here; what is remembered beyond that is in crawl/limits.py. A URL that waits costs little more
+than its text: what it has in common with those beside it stands once before them, in a ``UrlRun``. Plain data with a
+few pure methods, called under the frontier's lock.
 """
 
 from __future__ import annotations
@@ -13,37 +11,13 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from crawl.model import Request
+from crawl.robots import Rules
 from primitives import TokenBucket
 
 Kind = Literal["page", "robots", "sitemap", "feed"]
-
-
-class RobotRules(Protocol):
-    """What robots.txt says to us."""
-
-    @property
-    def delay(self) -> float | None: ...
-    @property
-    def size(self) -> int:
-        """Bytes that they take."""
-        ...
-
-    def is_quick(self, url: str, /) -> bool:
-        """Whether `allows` takes no longer than a lock may be held, some 0.1 ms."""
-        ...
-
-    def allows(self, url: str, /) -> bool | None:
-        """None: it would cost too much to say."""
-        ...
-
-
-def host_of(url: str) -> str:
-    """The host of a normalised URL or origin, as ``normalise`` gives it."""
-    host = url.split("/", 3)[2].rpartition("@")[2]
-    return host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
 class Question(NamedTuple):
@@ -51,7 +25,7 @@ class Question(NamedTuple):
 
     host: str
     target: str
-    rules: RobotRules
+    rules: Rules
 
 
 class UrlRun(NamedTuple):
@@ -87,32 +61,31 @@ class HostQueue:
         self.urgent: list[tuple[float, int, Request]] = []
         """Requests for robots.txt that were put back: they pass the gate that the others wait at."""
         self.in_flight = 0
-        self.due = math.inf
-        """The time of its live entry in the heap; -inf while it is among the ready."""
+        self.due = math.inf  # the time of its live entry in the heap; -inf while it is among the ready
         self.paused_until = -math.inf
-        self.asking = False
-        """One of its origins' robots.txt is being read: nothing else goes."""
-        self.cleared: str | None = None
-        """The target that the rules were asked about, and allow."""
-        self.question: Question | None = None
-        """It waits, or is out, to be answered: nothing goes meanwhile."""
+        self.asking = False  # one of its origins' robots.txt is being read: nothing else goes
+        self.cleared: str | None = None  # the target that the rules were asked about, and allow
+        self.question: Question | None = None  # it waits, or is out, to be answered: nothing goes meanwhile
         self.sifting = False
-        self.ready = self.since = 0
-        """Serial numbers of its live entries among the ready."""
+        self.ready = self.since = 0  # serial numbers of its live entries among the ready
 
     def has_work(self) -> bool:
+        """Whether anything waits."""
         return self.head < len(self.waiting) or bool(self.delayed) or bool(self.urgent)
 
     def work(self) -> int:
+        """How many requests wait, tried ones included."""
         return len(self.waiting) - self.head + len(self.delayed) + len(self.urgent)
 
     def append(self, entry: Entry, run: UrlRun) -> None:
+        """``entry`` goes last, with ``run`` before it unless the one before has that in common with it."""
         if run != self.last_run:
             self.waiting.append(run)
             self.last_run = run
         self.waiting.append(entry)
 
     def put_back(self, request: Request, not_before: float, serial: int) -> None:
+        """A request that was handed out waits again, until ``not_before`` at least."""
         queue = self.urgent if request.kind == "robots" else self.delayed
         heapq.heappush(queue, (not_before, serial, request))
 
@@ -126,6 +99,7 @@ class HostQueue:
         return (entry, entry) if isinstance(entry, str) else entry
 
     def pop_waiting(self, now: float) -> Request:
+        """Takes out the first that waits, what was put back apart; there is one."""
         url, target = self.first()
         self.head += 1
         if self.head >= 32 and self.head * 2 >= len(self.waiting):
@@ -137,6 +111,7 @@ class HostQueue:
         )
 
     def delayed_first(self, ripe: float) -> bool:
+        """Whether what was put back goes next: it may by ``ripe``, or nothing else waits."""
         return bool(self.delayed) and (self.delayed[0][0] <= ripe or self.head >= len(self.waiting))
 
     def next_target(self, ripe: float) -> tuple[str, Kind, bool] | None:
@@ -168,17 +143,16 @@ class HostQueue:
 
 @dataclass(frozen=True, slots=True)
 class FrontierStats:
+    """What a frontier holds, and what it has turned away."""
+
     waiting: int
     in_flight: int
     hosts: int
     seen: int
     duplicates: int
     closed: bool
-    hosts_ready: int = 0
-    """Due, and waiting for a worker."""
-    hosts_blocked: int = 0
-    """Waiting for robots.txt."""
-    capped: int = 0
-    """Times that a URL was not taken in because of ``max_pages`` or ``host_pages``."""
+    hosts_ready: int = 0  # due, and waiting for a worker
+    hosts_blocked: int = 0  # waiting for robots.txt
+    capped: int = 0  # times that a URL was not taken in because of ``max_pages`` or ``host_pages``
     forbidden: int = 0
     """URLs that robots.txt forbids, or that could not be allowed because it could not be read or matched."""

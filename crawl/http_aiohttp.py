@@ -3,9 +3,6 @@
 Everything runs in the event loop, but DNS, which does in the resolver's threads. Nothing holds the loop up: bodies are
 decoded in small steps, with a turn of the loop between them. Leave to send is asked for when the connection is open
 (``GatedConnector.connect``). Requests that may go anywhere, and those to public addresses only, have a pool each.
-
-Time limits: ``DeadlineScope`` is ``asyncio.timeout`` by a ``TimeLimit``: while the loop does something else, none is
-run down.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ import functools
 import math
 import re
 import socket
-import ssl
 import time
 import weakref
 from typing import Any, cast
@@ -32,14 +28,14 @@ from crawl.core import Crawl, patience
 from crawl.errors import CUT_OFF, FetchError
 from crawl.headers import read_headers
 from crawl.model import Request, Response
-from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_detail
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, tls_detail
 
 END_OF_HEAD = re.compile(rb"\n\r?\n")
 current_request: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
 """The request that the running task fetches, for the connector, to which aiohttp does not pass it."""
 
 
-def _payload_error(error: aiohttp.ClientPayloadError, status: int) -> FetchError:
+def _payload_error(error: aiohttp.ClientError, status: int) -> FetchError:
     cause = error.__cause__
     if isinstance(cause, aiohttp.http_exceptions.BadHttpMessage) and not isinstance(
         cause, (aiohttp.http_exceptions.ContentLengthError, aiohttp.http_exceptions.TransferEncodingError)
@@ -48,14 +44,32 @@ def _payload_error(error: aiohttp.ClientPayloadError, status: int) -> FetchError
     return FetchError("truncated", detail(cause or error), status=status)
 
 
+def _explained(error: Exception, seconds: float) -> FetchError:
+    """``explained``, of what aiohttp raises before the answer."""
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return FetchError("timeout", "no connection in time")
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return FetchError("dns", error.strerror or str(error))
+    if isinstance(error, aiohttp.ClientSSLError):
+        cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
+        return FetchError("tls", tls_detail(cause))
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return FetchError("connect", error.os_error.strerror or str(error.os_error))
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return FetchError("connect", f"the proxy answered {error.status}")
+    if isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, OSError):
+        return FetchError("reset", detail(error))
+    return explained(error, seconds)
+
+
 class HeadFirst(ResponseHandler):
     """aiohttp's end of a connection, which lets the parser have a head before the bytes of the body that came with it:
     a fault in those would take the head too, and what it says. Who reads the body is told of the fault."""
 
-    _end_of_last = b""
-    """The last bytes of what has come of a head."""
+    _end_of_last = b""  # the last bytes of what has come of a head
 
     def data_received(self, data: bytes) -> None:
+        """Gives the parser a head by itself, then what came behind it."""
         rest = data
         while rest and (self._payload is None or self._payload.is_eof()):  # interim heads may come before the answer's
             found = END_OF_HEAD.search(self._end_of_last + rest)
@@ -98,6 +112,7 @@ class GatedConnector(aiohttp.TCPConnector):
         return opened
 
     async def connect(self, *args: Any, **more: Any) -> Any:
+        """A connection on which the request of this task may be sent now. Raises Postponed."""
         connection = await super().connect(*args, **more)
         request, began, clock = current_request.get(), time.monotonic(), self._crawl.clock
         try:
@@ -130,6 +145,7 @@ class LoopResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
+        """The addresses of ``host`` that may be connected to."""
         addresses = allowed(host, await self._resolver.lookup_async(host), anywhere=self._anywhere)
         return [
             ResolveResult(hostname=host, host=address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
@@ -173,17 +189,11 @@ class Fetcher:
         self._crawl, self._options = crawl, options
         self._proxy = ProxyRule(options.proxy)
         self._resolver = Resolver()
-        self.aborted = False
-        """Whoever is cancelled from now on has been cut off."""
+        self.aborted = False  # whoever is cancelled from now on has been cut off
         self._free, self._guarded = (
             aiohttp.ClientSession(
                 connector=GatedConnector(
-                    crawl,
-                    self._resolver,
-                    anywhere=anywhere,
-                    limit=0,
-                    ssl=not options.insecure,
-                    use_dns_cache=False,
+                    crawl, self._resolver, anywhere=anywhere, limit=0, ssl=not options.insecure, use_dns_cache=False
                 ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
@@ -199,10 +209,8 @@ class Fetcher:
         request.held, limit = 0.0, TimeLimit(self._crawl.remaining(request))
         try:
             outcome = await self._fetch(request, limit)
-        except FetchError as error:
-            outcome = error
-        except (OSError, aiohttp.ClientError, ValueError) as error:
-            outcome = self._explain(error)
+        except (FetchError, OSError, aiohttp.ClientError, ValueError) as error:
+            outcome = _explained(error, self._options.timeout)
         outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours())
         return outcome
 
@@ -211,18 +219,10 @@ class Fetcher:
         url, headers = self._crawl.headers(request)
         proxy = self._proxy.find(url)
         session = self._free if anywhere or proxy else self._guarded
-        timeout = aiohttp.ClientTimeout(
-            total=None,
-            sock_connect=self._options.connect_timeout,
-            ceil_threshold=math.inf,
-        )
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._options.connect_timeout, ceil_threshold=math.inf)
         async with DeadlineScope(limit):
             response = await session.get(
-                URL(url, encoded=True),
-                headers=headers,
-                timeout=timeout,
-                allow_redirects=False,
-                proxy=proxy,
+                URL(url, encoded=True), headers=headers, timeout=timeout, allow_redirects=False, proxy=proxy
             )
         async with response:
             answer = Response(response.status, read_headers(response.raw_headers), b"")
@@ -231,14 +231,10 @@ class Fetcher:
                 async with DeadlineScope(limit if seconds is None else TimeLimit(seconds, limit)):
                     answer.body = await self._body(request, answer, response)
                 return answer
-            except FetchError as error:
-                failure = error
-            except TimeoutError:
-                failure = FetchError("timeout", self._too_late(), status=answer.status)
-            except aiohttp.ClientPayloadError as error:
+            except (FetchError, OSError) as error:
+                failure = explained(error, self._options.timeout, answer.status)
+            except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError) as error:
                 failure = _payload_error(error, answer.status)
-            except (OSError, aiohttp.ClientConnectionError) as error:
-                failure = FetchError("truncated", detail(error), status=answer.status)
             except asyncio.CancelledError:
                 response.close()
                 if not self.aborted:
@@ -252,9 +248,7 @@ class Fetcher:
         status = answer.status
         length = 0 if status in (204, 304) else response.content_length
         limit, cut = self._crawl.max_bytes(request)
-        if length is not None and length > limit and not cut:
-            raise FetchError("too_large", f"{length} bytes", status=status)
-        body = BodyDecoder(answer.headers.get("Content-Encoding"), limit, status, cut=cut)
+        body = BodyDecoder(answer.headers.get("Content-Encoding"), limit, status, cut=cut, length=length)
         while not body.full and (data := await response.content.readany()):
             for step, _ in enumerate(body.feed(data)):
                 if step:
@@ -263,28 +257,8 @@ class Fetcher:
             response.close()
         return body.finish()
 
-    def _too_late(self) -> str:
-        return f"no complete answer within {self._options.timeout:g} s"
-
-    def _explain(self, error: Exception) -> FetchError:
-        if isinstance(error, aiohttp.ConnectionTimeoutError):
-            return FetchError("timeout", "no connection in time")
-        if isinstance(error, TimeoutError):
-            return FetchError("timeout", self._too_late())
-        if isinstance(error, aiohttp.ClientConnectorDNSError):
-            return FetchError("dns", error.strerror or str(error))
-        if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):
-            cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
-            return FetchError("tls", tls_detail(cause))
-        if isinstance(error, aiohttp.ClientConnectorError):
-            return FetchError("connect", error.os_error.strerror or str(error.os_error))
-        if isinstance(error, aiohttp.ClientHttpProxyError):
-            return FetchError("connect", f"the proxy answered {error.status}")
-        if isinstance(error, (aiohttp.ClientConnectionError, OSError)):
-            return FetchError("reset", detail(error))
-        return FetchError("protocol", detail(error))
-
     async def close(self) -> None:
+        """Close every connection; look-ups that still run fail."""
         await self._free.close()
         await self._guarded.close()
         self._resolver.close()

@@ -1,8 +1,7 @@
 """The HTTP client of the crawler on threads: urllib, with kept connections and one deadline for each request.
 
-Time limits: a blocking socket's time limit holds for one system call, so a server that drips a byte a second would
-never meet it. ``_DeadlineSocket`` gives every call only what is left of the attempt, by a ``TimeLimit``: while the
-other threads parse, none is run down.
+A blocking socket's time limit holds for one system call, so a server that drips a byte a second would never meet it.
+``_DeadlineSocket`` gives every call only what is left of the attempt, by a ``TimeLimit``.
 
 Everything runs in the calling thread, but DNS, which does in the resolver's. ``_Pool._lock`` guards the idle
 connections and the set of those in use.
@@ -30,10 +29,9 @@ from crawl.core import Crawl, patience
 from crawl.errors import CUT_OFF, FetchError
 from crawl.headers import read_headers
 from crawl.model import Request, Response
-from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, tls_context, tls_detail
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, tls_context, tls_detail
 
-IDLE = 256
-"""Connections kept open for a next request to their host: a list often goes round many hosts."""
+IDLE = 256  # connections kept open for a next request to their host: a list often goes round many hosts
 
 
 class _DeadlineSocket:
@@ -45,15 +43,14 @@ class _DeadlineSocket:
 
     def __init__(self, sock: socket.socket, limit: TimeLimit) -> None:
         self.limit = limit
-        self.dry = False
-        """Answer "nothing there" instead of reading on."""
+        self.dry = False  # answer "nothing there" instead of reading on
         self.ended = False
         self._readers = 0
         self._closed = False
         self.use(sock)
 
     def use(self, sock: socket.socket) -> None:
-        self.sock = sock
+        self.sock: Any = sock
         sock.setblocking(False)
         self._decrypted: Callable[[], int] | None = getattr(sock, "pending", None)
 
@@ -71,36 +68,30 @@ class _DeadlineSocket:
             if error := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise OSError(error, os.strerror(error)) from None
 
-    def handshake(self) -> None:
-        assert isinstance(self.sock, ssl.SSLSocket)
+    def _complete(self, call: Callable[..., int], *args: Any, event: int = select.POLLIN) -> int:
+        """What ``call`` returns when it need not wait; ``event``: what it waits for, where TLS wants nothing else."""
         while True:
             try:
-                return self.sock.do_handshake()
+                return call(*args)
+            except BlockingIOError:
+                self._wait(event)
             except ssl.SSLWantReadError:
                 self._wait(select.POLLIN)
             except ssl.SSLWantWriteError:
                 self._wait(select.POLLOUT)
+
+    def handshake(self) -> None:
+        self._complete(self.sock.do_handshake)
 
     def sendall(self, data: Any) -> None:
         rest = memoryview(data)
         while rest:
-            try:
-                rest = rest[self.sock.send(rest) :]
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                self._wait(select.POLLOUT)
-            except ssl.SSLWantReadError:
-                self._wait(select.POLLIN)
+            rest = rest[self._complete(self.sock.send, rest, event=select.POLLOUT) :]
 
     def recv_into(self, buffer: Any) -> int:
         if not (self._decrypted and self._decrypted()):
             self._wait(select.POLLIN)
-        while True:
-            try:
-                return self.sock.recv_into(buffer)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                self._wait(select.POLLIN)
-            except ssl.SSLWantWriteError:
-                self._wait(select.POLLOUT)
+        return self._complete(self.sock.recv_into, buffer)
 
     def makefile(self, mode: str) -> io.BufferedReader:
         self._readers += 1
@@ -147,8 +138,7 @@ class _SocketReader(io.RawIOBase):
 class _Response(http.client.HTTPResponse):
     """http.client's answer, stricter with chunks, and with its connection given back as soon as it is read."""
 
-    release: Callable[[bool], None] | None = None
-    """Told once whether the connection can be used again."""
+    release: Callable[[bool], None] | None = None  # told once whether the connection can be used again
     wire: _DeadlineSocket
 
     def _read_status(self) -> tuple[str, int, str]:
@@ -274,45 +264,45 @@ class _Pool:
                     sock.shutdown(socket.SHUT_RDWR)
 
 
-class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Keep-alive for urllib: put it into any opener, and redirects, proxies and authentication go on as they do.
+class _Call(urllib.request.Request):
+    """A request with what ``_KeepAliveHandler`` needs to know."""
 
-    A request may carry ``limit`` and ``connect_limit`` (``TimeLimit``) and ``before_send``, which is called
-    when the connection is open, right before the request goes out. Unless it carries a true ``anywhere``, or goes to
-    a proxy, it is connected to public addresses only. A kept connection that the server closed while it was idle is
-    replaced once (RFC 9112, section 9.3.1). Raises FetchError of kind dns, blocked, connect, tls.
+    anywhere: bool
+    limit: TimeLimit
+    connect_limit: TimeLimit
+    before_send: Callable[[], None]  # called when the connection is open, right before the request goes out
+    _tunnel_host: str | None
+
+
+class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Keep-alive for urllib's opener, in which proxies and authentication go on as they do.
+
+    Unless a call may go ``anywhere``, or goes to a proxy, it is connected to public addresses only. A kept connection
+    that the server closed while it was idle is replaced once (RFC 9112, section 9.3.1). Raises FetchError of kind dns,
+    blocked, connect, tls.
     """
 
-    def __init__(self, pool: _Pool, resolver: Resolver, *, insecure: bool = False) -> None:
+    def __init__(self, pool: _Pool, resolver: Resolver, *, insecure: bool) -> None:
         urllib.request.HTTPHandler.__init__(self)
         self._pool, self._resolver, self._insecure = pool, resolver, insecure
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self._open("http", req)
-
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self._open("https", req)
-
-    def _open(self, scheme: str, req: urllib.request.Request) -> http.client.HTTPResponse:
-        tunnel: str | None = getattr(req, "_tunnel_host", None)
-        anywhere = bool(tunnel or req.has_proxy() or getattr(req, "anywhere", False))
-        key = (scheme, req.host, tunnel, anywhere)
-        limit: TimeLimit | None = getattr(req, "limit", None)
-        limit = limit or TimeLimit(req.timeout if isinstance(req.timeout, (int, float)) else 60.0)
+        assert isinstance(req, _Call)
+        tunnel = req._tunnel_host
+        anywhere = bool(tunnel or req.has_proxy() or req.anywhere)
+        key = (req.type, req.host, tunnel, anywhere)
         headers = {**req.headers, **req.unredirected_hdrs}
         headers.setdefault("Connection", "keep-alive")
         proxy_headers = {name: headers.pop(name) for name in list(headers) if tunnel and name == "Proxy-authorization"}
-        before_send = getattr(req, "before_send", None)
         while True:
             connection = self._pool.take(key)
             kept = connection is not None
             if connection is None:
-                connection = self._connect(key, proxy_headers, getattr(req, "connect_limit", limit))
+                connection = self._connect(key, proxy_headers, req.connect_limit)
             wire = connection.sock
-            wire.limit = limit
+            wire.limit = req.limit
             try:
-                if before_send:
-                    before_send()
+                req.before_send()
                 connection.request(req.get_method(), req.selector, req.data, headers)
                 response = connection.getresponse()
             except ConnectionError:
@@ -336,6 +326,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 response.wire = wire
                 response.release = functools.partial(self._pool.give, key, connection, wire.sock)
             return response
+
+    https_open = http_open
 
     def _connect(self, key: _Key, proxy_headers: dict[str, str], limit: TimeLimit) -> _Connection:
         scheme, authority, tunnel, anywhere = key
@@ -399,7 +391,7 @@ class Fetcher:
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = []
         self._opener.add_handler(urllib.request.ProxyHandler(ProxyRule(options.proxy).proxies))
-        self._opener.add_handler(KeepAliveHandler(self._pool, self._resolver, insecure=options.insecure))
+        self._opener.add_handler(_KeepAliveHandler(self._pool, self._resolver, insecure=options.insecure))
 
     def fetch(self, request: Request) -> Response | FetchError:
         """Raises Postponed; all that the network does comes back as a FetchError."""
@@ -408,10 +400,8 @@ class Fetcher:
         request.held, limit = 0.0, TimeLimit(self._crawl.remaining(request))
         try:
             outcome = self._fetch(request, limit)
-        except FetchError as error:
-            outcome = error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            outcome = self._explain(error)
+        except (FetchError, OSError, http.client.HTTPException, ValueError) as error:
+            outcome = explained(error, self._options.timeout)
         if self._pool.aborted and isinstance(outcome, FetchError):
             outcome = FetchError("interrupted", CUT_OFF, status=outcome.status)
         outcome.seconds = max(0.0, time.monotonic() - started - request.held - limit.ours())
@@ -420,7 +410,7 @@ class Fetcher:
     def _fetch(self, request: Request, limit: TimeLimit) -> Response:
         anywhere = may_go_anywhere(self._options, request)
         url, headers = self._crawl.headers(request)
-        call: Any = urllib.request.Request(url, headers=headers)
+        call = _Call(url, headers=headers)
         call.anywhere = anywhere
         call.limit, call.connect_limit = limit, TimeLimit(self._options.connect_timeout, limit)
         call.before_send = lambda: self._wait_for_turn(request, limit)
@@ -430,14 +420,10 @@ class Fetcher:
         try:
             answer.body = self._body(request, answer, response)
             return answer
-        except FetchError as error:
-            failure = error
-        except TimeoutError:
-            failure = FetchError("timeout", self._too_late(), status=answer.status)
-        except (OSError, http.client.IncompleteRead) as error:
+        except http.client.IncompleteRead as error:
             failure = FetchError("truncated", detail(error), status=answer.status)
-        except http.client.HTTPException as error:
-            failure = FetchError("protocol", detail(error), status=answer.status)
+        except (FetchError, OSError, http.client.HTTPException) as error:
+            failure = explained(error, self._options.timeout, answer.status)
         finally:
             response.close()
         failure.answer = answer
@@ -448,11 +434,9 @@ class Fetcher:
         if length is None and response.headers.get("Content-Length") and not response.chunked:
             raise FetchError("protocol", "not a Content-Length", status=status)
         limit, cut = self._crawl.max_bytes(request)
-        if length is not None and length > limit and not cut:
-            raise FetchError("too_large", f"{length} bytes", status=status)
+        body = BodyDecoder(answer.headers.get("Content-Encoding"), limit, status, cut=cut, length=length)
         if (seconds := patience(request, status)) is not None and not response.isclosed():
             response.wire.limit = TimeLimit(seconds, response.wire.limit)
-        body = BodyDecoder(answer.headers.get("Content-Encoding"), limit, status, cut=cut)
         received = 0
         while not body.full and (data := response.read(1 << 16)):
             received += len(data)
@@ -472,26 +456,17 @@ class Fetcher:
         request.held = time.monotonic() - began
         limit.skip()
 
-    def _too_late(self) -> str:
-        return f"no complete answer within {self._options.timeout:g} s"
-
-    def _explain(self, error: Exception) -> FetchError:
-        if isinstance(error, TimeoutError):
-            return FetchError("timeout", self._too_late())
-        if isinstance(error, ssl.SSLError):
-            return FetchError("tls", tls_detail(error))
-        if isinstance(error, OSError):
-            return FetchError("reset", detail(error))
-        return FetchError("protocol", detail(error))
-
     @property
     def aborted(self) -> bool:
+        """Whether ``abort`` was called."""
         return self._pool.aborted
 
     def abort(self) -> None:
+        """Cut off what is in flight, and what will be: it comes back as ``interrupted``."""
         self._pool.abort()
         self._resolver.close()
 
     def close(self) -> None:
+        """Close the idle connections; look-ups that still run fail."""
         self._pool.close()
         self._resolver.close()

@@ -1,22 +1,17 @@
 """The journal: the rows of earlier runs, read back, so that a crawl goes on where it ended, however it ended.
 
 The output file in JSON lines is the journal; nothing else need survive a ``kill -9``. A row is written when its page
-is done with, so what is in the file is finished, and what was in flight is asked for again. From the rows follow
-
-- the visited set: their URLs, and where redirects led;
-- the frontier: the links in them (with their depth) that have no row yet; of feeds, the articles.
+is done with, so what is in the file is finished, and what was in flight is asked for again. Visited are the URLs of
+rows, and where redirects led; waiting are the links in them (of feeds, the articles) that have no row yet.
 
 Promised: a torn last line is cut off (what a crash leaves: no line end, or zeros), and rows that only say
 ``interrupted`` are taken out (of a copy, which then takes the file's place), so that in the end each URL has one row.
-A file that is something else is refused, and not touched.
 Only feeds have a row for each run in which they changed or failed; those without articles are taken out when a later
-one of the same feed is there, once they are a quarter of all. So the file grows with the articles, not with the runs.
-Two runs never write to one file: each holds a lock on it (flock), also one that begins anew.
+one of the same feed is there, once they are a quarter of all. A file that is something else is refused, and not
+touched. Two runs never write to one file: each holds a lock on it (flock), also one that begins anew.
 
 Not promised: anything about a file that others write to, or over a network whose file system has no locks. The list
-must be given again: what it names and no row has is fetched. What counts for traps is counted anew.
-
-Time and memory: the file is read twice, row by row.
+must be given again: what it names and no row has is fetched. The file is read twice, row by row.
 """
 
 from __future__ import annotations
@@ -40,10 +35,8 @@ from crawl.urls import normalise, origin, split_credentials
 
 Row = dict[str, Any]
 
-BEGINNING = b'{"url":'
-"""Of every row."""
-USUAL = {"url", "error", "final_url"}
-"""What every row has."""
+BEGINNING = b'{"url":'  # of every row
+USUAL = {"url", "error", "final_url"}  # what every row has
 
 
 class JournalError(Exception):
@@ -57,9 +50,9 @@ def open_journal(path: str) -> BinaryIO:
             raise JournalError(f"{path} is no file, which could be read back")
         file = open(path, "a+b", buffering=0)  # noqa: SIM115
         try:
-            lock(file, path)
+            _lock(file, path)
             # Since it was opened, another run may have put a mended copy in its place.
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)) and not mend(file, path):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)) and not _mend(file, path):
                 return file
         except BaseException:
             file.close()
@@ -75,7 +68,7 @@ def open_anew(path: str) -> BinaryIO:
     file = open(path, "ab", buffering=0)  # noqa: SIM115
     try:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            lock(file, path)
+            _lock(file, path)
             with open(path, "rb") as before:
                 if before.read(len(BEGINNING)) == BEGINNING:
                     raise JournalError(f"{path} has the rows of another crawl: go on with --resume, or remove it")
@@ -86,7 +79,7 @@ def open_anew(path: str) -> BinaryIO:
     return file
 
 
-def lock(file: BinaryIO, path: str) -> None:
+def _lock(file: BinaryIO, path: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -95,26 +88,24 @@ def lock(file: BinaryIO, path: str) -> None:
         return  # a pipe, or a file system without locks
 
 
-def mend(file: BinaryIO, path: str) -> bool:
+def _mend(file: BinaryIO, path: str) -> bool:
     """Cut the torn end off. True if the file at ``path`` is another one now: without the rows of what was cut off."""
-    good = end = number = 0
+    good = end = number = torn = 0
     interrupted: set[int] = set()
     stale: set[int] = set()
     latest: dict[tuple[str, bool], int] = {}
-    wrong: int | None = None
     if not BEGINNING.startswith(os.pread(file.fileno(), len(BEGINNING), 0)):  # it may be one line of gigabytes
         raise _no_journal(path, 1)
-    for line in lines(file):
-        number += 1
+    for number, line in enumerate(_lines(file), 1):
         end += len(line)
-        row = parsed(line)
+        row = _parsed(line)
         if row is None:
-            wrong = wrong or number
-            if line.endswith(b"\n") and b"\0" not in line:
-                break  # that no crash left
+            torn = torn or number
+            if line.endswith(b"\n") and b"\0" not in line:  # that no crash left
+                raise _no_journal(path, torn)
             continue
-        if wrong is not None:
-            break
+        if torn:
+            raise _no_journal(path, torn)
         if str(row.get("error") or "").startswith("interrupted"):
             interrupted.add(number)
         elif row.get("kind") == "feed" and not row.get("entries"):
@@ -123,20 +114,15 @@ def mend(file: BinaryIO, path: str) -> bool:
                 stale.add(latest[key])
             latest[key] = number
         good = end
-    else:
-        wrong = None
-    if wrong is not None:
-        raise _no_journal(path, wrong)
     file.truncate(good)
     if not interrupted and len(stale) * 4 <= number:
         return False
-    left_out = interrupted | stale
     place = os.path.realpath(path)
     beside = f"{place}.mended"
     try:
         with open(beside, "wb") as copy:
-            for number, line in enumerate(lines(file), 1):
-                if number not in left_out:
+            for number, line in enumerate(_lines(file), 1):
+                if number not in interrupted and number not in stale:
                     copy.write(line)
             copy.flush()
             os.fsync(copy.fileno())
@@ -153,14 +139,14 @@ def _no_journal(path: str, line: int) -> JournalError:
     return JournalError(f"line {line} of {path} is no row of a crawl; is it JSON lines (--jsonl)?")
 
 
-def lines(file: BinaryIO) -> Iterator[bytes]:
+def _lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of ``file`` from its beginning, the last one too if it has no end."""
     with open(file.fileno(), "rb", closefd=False) as reader:
         reader.seek(0)
         yield from reader
 
 
-def parsed(line: bytes) -> Row | None:
+def _parsed(line: bytes) -> Row | None:
     """The row, or None if the line is none, or has no end."""
     with contextlib.suppress(ValueError):
         try:
@@ -175,12 +161,13 @@ def parsed(line: bytes) -> Row | None:
 
 
 def rows(file: BinaryIO) -> Iterator[Row]:
-    for line in lines(file):
-        if (row := parsed(line)) is not None:
-            yield without_credentials(row)
+    """The rows of ``file``, without the passwords that they once had."""
+    for line in _lines(file):
+        if (row := _parsed(line)) is not None:
+            yield _without_credentials(row)
 
 
-def without_credentials(row: Row) -> Row:
+def _without_credentials(row: Row) -> Row:
     """As rows are: once they had the user and password of the list in their URLs."""
     own = split_credentials(row["url"])[1]
     if not own:
@@ -197,12 +184,12 @@ def without_credentials(row: Row) -> Row:
     return {name: bare(value) for name, value in row.items()}
 
 
-def target(url: str) -> str:
-    """As the frontier knows it."""
+def known_as(url: str) -> tuple[str, str]:
+    """(URL as the frontier knows it, its host); of what is no URL the host is empty."""
     try:
-        return normalise(url)[0]
+        return normalise(url)
     except FetchError:
-        return url
+        return url, ""
 
 
 def recall(crawl: Crawl, file: BinaryIO) -> int:
@@ -215,10 +202,10 @@ def recall(crawl: Crawl, file: BinaryIO) -> int:
     try:
         for row in rows(file):
             count += 1
-            remember(crawl, row, asked)
+            _remember(crawl, row, asked)
         for row in rows(file):
             if row["error"] is None or row.get("entries"):  # a feed with a fault: articles from before it
-                follow(crawl, row)
+                _follow(crawl, row)
     except (TypeError, ValueError, AttributeError) as error:
         raise JournalError(f"{file.name} has what is no row of a crawl: {error}") from None
     if crawl.options.sitemaps:
@@ -226,13 +213,13 @@ def recall(crawl: Crawl, file: BinaryIO) -> int:
     return count
 
 
-def remember(crawl: Crawl, row: Row, asked: dict[str, None]) -> None:
+def _remember(crawl: Crawl, row: Row, asked: dict[str, None]) -> None:
     """That it has been visited, and where it led."""
     if row.get("kind") == "feed":  # asked again in each run, to see what is new
         if row["error"] is None:
             ended = row.get("final_url") or row["url"]
             known = ended, validator(row.get("etag")), validator(row.get("last_modified"))
-            crawl.feeds.validators[target(row["url"])] = known
+            crawl.feeds.validators[known_as(row["url"])[0]] = known
         return
     try:
         url, ended = normalise(row["url"])[0], normalise(row.get("final_url") or row["url"])[0]
@@ -251,30 +238,18 @@ def remember(crawl: Crawl, row: Row, asked: dict[str, None]) -> None:
         asked[origin(url)] = None
 
 
-def follow(crawl: Crawl, row: Row) -> None:
+def _follow(crawl: Crawl, row: Row) -> None:
     """Add what it led to and has no row yet."""
-    private = crawl.options.allow_private or names_private(host_of(row.get("final_url") or row["url"]))
+    private = crawl.options.allow_private or names_private(known_as(row.get("final_url") or row["url"])[1])
     if row.get("kind") == "feed":
-        crawl.feeds.recall(fields(FeedResult, row), private)
+        crawl.feeds.recall(_fields(FeedResult, row), private)
     elif crawl.follows and not row.get("duplicate_of"):
-        crawl.follow(fields(CrawlResult, row), private)
+        crawl.follow(_fields(CrawlResult, row), private)
 
 
-def host_of(url: str) -> str:
-    try:
-        return normalise(url)[1]
-    except FetchError:
-        return ""
-
-
-def fields(form: type[Any], row: Row) -> Any:
+def _fields(form: type[Any], row: Row) -> Any:
+    """The row as ``form``; what every row has, but this one has not, is empty."""
     known = form.__dataclass_fields__
-    usual: Row = {
-        "status": None,
-        "title": None,
-        "word_count": 0,
-        "links_found": [],
-        "fetched_at": "",
-        "duration_ms": 0.0,
-    }
+    usual: Row = {"status": None, "title": None, "word_count": 0, "links_found": []}
+    usual |= {"fetched_at": "", "duration_ms": 0.0}
     return form(**(usual | {name: value for name, value in row.items() if name in known}))

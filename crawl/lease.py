@@ -45,24 +45,19 @@ from coordination import new_lock
 from crawl.addresses import names_private
 from crawl.errors import FetchError
 from crawl.handover import HandoverFrontier
-from crawl.hosts import Kind, RobotRules, host_of
+from crawl.hosts import Kind
 from crawl.model import Request, ScrapeResult
-from crawl.robots import DISALLOW_ALL
+from crawl.robots import DISALLOW_ALL, Rules
 from crawl.rows import build_row
 from crawl.sync import Done, Found, Link, Move, Note, Queued, SyncAnswer, SyncBatch, clean, hashed
-from crawl.urls import normalise
+from crawl.urls import host_of, normalise
 from crawl.urls import origin as origin_of
 
-LEASE = 30.0
-"""Seconds."""
-MARGIN = 0.2
-"""Share of a lease in which its worker sends nothing any more."""
-AT_ONCE = 500
-"""Finished URLs that are not kept waiting for that; ten times as many make the tasks wait."""
-LINKS = 20_000
-"""Found URLs in one batch."""
-DELEGATED = 90.0
-"""Seconds that a host waits for its robots.txt from a host that another worker holds."""
+LEASE = 30.0  # seconds
+MARGIN = 0.2  # share of a lease in which its worker sends nothing any more
+AT_ONCE = 500  # finished URLs that are not kept waiting for that; ten times as many make the tasks wait
+LINKS = 20_000  # found URLs in one batch
+DELEGATED = 90.0  # seconds that a host waits for its robots.txt from a host that another worker holds
 MAX_HOST = 255
 
 
@@ -72,12 +67,9 @@ class _Held:
     __slots__ = ("drained", "last", "leaving", "local", "robots")
 
     def __init__(self) -> None:
-        self.last = 0
-        """The id up to which its URLs are here."""
-        self.local = 0
-        """Its URLs that are here, in flight or not."""
-        self.robots: set[int] = set()
-        """Ids of requests for the robots.txt of others that were redirected here."""
+        self.last = 0  # the id up to which its URLs are here
+        self.local = 0  # its URLs that are here, in flight or not
+        self.robots: set[int] = set()  # ids of requests for the robots.txt of others that were redirected here
         self.drained = self.leaving = False
 
 
@@ -90,11 +82,10 @@ class SharedFrontier(HandoverFrontier):
     def __init__(self, *, length: float = LEASE, margin: float = MARGIN, hosts: int = 100, **limits: Any) -> None:
         super().__init__(**limits)
         self.length, self.margin, self.most = length, margin, hosts
-        self.follows = self.scoped = self.knows_first = False
-        """``scoped``: the hosts of the list matter."""
+        self.follows = self.scoped = self.knows_first = False  # ``scoped``: the hosts of the list matter
         self.on_scope: Callable[[str], None] = lambda url: None
         self.as_duplicate: Callable[[Request, str], ScrapeResult] = _no_row
-        self.rules_of: Callable[[Found], RobotRules] = lambda found: found.rules("")
+        self.rules_of: Callable[[Found], Rules] = lambda found: found.rules("")
         self.token: int | None = None
         self.reading = False
         self.leases_lost = 0
@@ -103,19 +94,16 @@ class SharedFrontier(HandoverFrontier):
         self._held: dict[str, _Held] = {}
         self._keys: dict[Request, tuple[str, int, _Held]] = {}
         self._rows: dict[Request, ScrapeResult] = {}
-        self._asked: dict[str, float] = {}
-        """Origins whose robots.txt another host has, and until when to wait for it."""
+        self._asked: dict[str, float] = {}  # origins whose robots.txt another host has, and until when to wait for it
         self._paused: set[str] = set()
         self._spaced: set[str] = set()
         self._out = SyncBatch(None, 0, length)
         self._told: set[uuid.UUID] = set()
         self._scope_after = 0
         self._give = 0
-        self._share: float = math.inf
-        """Hosts to hold at most, while others have too little to do."""
+        self._share: float = math.inf  # hosts to hold at most, while others have too little to do
         self._starved = self._all_leave = False
-        self._others_read = True
-        """Somebody reads a list: with ``knows_first`` nothing is fetched until it is known."""
+        self._others_read = True  # somebody reads a list: with ``knows_first`` nothing is fetched until it is known
         self.lease(-math.inf)
 
     # What the crawl tells.
@@ -142,6 +130,7 @@ class SharedFrontier(HandoverFrontier):
     def add_links(
         self, targets: Iterable[str], depth: int, now: float, *, private: bool = False, kind: Kind = "page"
     ) -> int:
+        """Those that were not told yet go into the next batch. Returns how many."""
         with self._guard:
             before = len(self._out.links)
             for target in targets:
@@ -163,16 +152,19 @@ class SharedFrontier(HandoverFrontier):
             self._rows[request] = row
 
     def found_robots(self, found: Found) -> None:
+        """What a request for robots.txt came to, for the other workers."""
         with self._guard:
             self._out.robots.append(found)
             self._spaced.add(host_of(found.origin))
 
     def pause(self, host_name: str, until: float, now: float) -> None:
+        """Also told to the database, for whoever has the host next."""
         super().pause(host_name, until, now)
         with self._guard:
             self._paused.add(host_name)
 
     def finish(self, request: Request, now: float) -> None:
+        """Also told to the database, with its row."""
         super().finish(request, now)
         with self._guard:
             row, known = self._rows.pop(request, None), self._keys.pop(request, None)
@@ -186,6 +178,7 @@ class SharedFrontier(HandoverFrontier):
     def put_back(
         self, request: Request, now: float, not_before: float, target: str | None = None, host_name: str | None = None
     ) -> None:
+        """It waits here while its host is held; a redirect, or a host that leaves, goes through the database."""
         with self._guard:
             known = self._keys.get(request)
             held = known[2] if known else self._held.get(request.host)
@@ -229,6 +222,7 @@ class SharedFrontier(HandoverFrontier):
             )
 
     def backlog(self) -> int:
+        """How much waits to be told, in finished URLs."""
         with self._guard:
             return max(len(self._out.done), len(self._out.links) * AT_ONCE // LINKS)
 
@@ -238,11 +232,13 @@ class SharedFrontier(HandoverFrontier):
             self._all_leave = True
 
     def holds_nothing(self) -> bool:
+        """Whether no host is held, and all is told."""
         with self._guard:
             out = self._out
             return not self._held and not (out.done or out.links or out.moves or out.scope or out.again)
 
     def plan(self, now: float) -> SyncBatch:
+        """The next batch: what is new, and what is asked for."""
         free = max(0, self._room())
         with self._guard:
             reading = self.reading  # before its lines are taken

@@ -25,11 +25,9 @@ class Pace:
     """
 
     FLOOR = 0.05
-    UNLIMITED = 20.0
-    """Stands for a ceiling where there is none."""
+    UNLIMITED = 20.0  # stands for a ceiling where there is none
     WINDOW = 60.0
-    NOISE = 0.05
-    """Seconds by which latency may differ from the best without meaning anything."""
+    NOISE = 0.05  # seconds by which latency may differ from the best without meaning anything
     SAMPLES = 8
 
     __slots__ = ("_best", "_earlier", "_lowered", "_mean", "_successes", "_turn", "rate")
@@ -72,8 +70,7 @@ class HostRecord:
     def __init__(self) -> None:
         self.pages = 0
         self.pace: Pace | None = None
-        self.delays: dict[str, float] | None = None
-        """Crawl-delay of each origin that has one."""
+        self.delays: dict[str, float] | None = None  # Crawl-delay of each origin that has one
 
 
 class HostLimits:
@@ -86,12 +83,14 @@ class HostLimits:
         self.pages = 0
 
     def record(self, name: str) -> HostRecord:
+        """That of a host, a new one if there is none."""
         record = self._records.get(name)
         if record is None:
             record = self._records[name] = HostRecord()
         return record
 
     def forget(self, name: str) -> None:
+        """Nothing is known of the host any more."""
         self._records.pop(name, None)
 
     # Rates
@@ -163,6 +162,7 @@ class HostLimits:
         return "max_pages" if self.pages >= self._max_pages else "its host's pages"
 
     def count_page(self, name: str, n: int) -> None:
+        """``n`` pages more of the host; fewer, if negative."""
         self.pages += n
         if self._host_pages < math.inf:
             self.record(name).pages += n

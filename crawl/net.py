@@ -1,23 +1,22 @@
 """Between the crawlers and the wire: time limits, names to addresses, and bodies out of their Content-Encoding.
 
-Promised: a time limit measures the other side: what holds up a whole process, its interpreter or its event loop counts
-for a twentieth of the limit at most, each time; a look-up of a name takes no longer than its caller waits, whatever the
-system's resolver does; a body takes no more memory than its limit, whatever it claims to be; a request that may not go
-to private addresses is connected to public ones only: ``allowed`` judges the very addresses that the socket gets, each
-time that one is opened, so a name that resolves to something else the next time gains nothing. Such connections have a
-pool of their own in both drivers: one that was opened without the check (to a proxy, or for a request that may go
-anywhere) never serves one that needs it. Not promised: which of several addresses answers; anything of names that a
-proxy resolves.
+Promised: a time limit measures the other side: what holds up the process, its interpreter or its event loop counts for
+a twentieth of the limit at most, each time. A look-up of a name takes no longer than its caller waits. A body takes no
+more memory than its limit, whatever it claims to be. A request that may not go to private addresses is connected to
+public ones only: ``allowed`` judges the very addresses that the socket gets, each time that one is opened; such
+connections have a pool of their own in both drivers. Not promised: which of several addresses answers; anything of
+names that a proxy resolves.
 
 Threads: ``socket.getaddrinfo`` can neither be awaited nor given a time limit, so it runs in daemon threads of the
 ``Resolver``, which serve both drivers. Decoding runs in the caller's thread, in pieces of 256 KiB, so that an event
-loop is never held up by one piece. ``Resolver._lock`` guards its cache.
+loop is never held up by one piece.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import ipaddress
 import math
@@ -86,12 +85,10 @@ class TimeLimit:
 
 # ----------------------------------------------------------------------------------------------- content coding
 
-_PIECE = 1 << 18
-"""Bytes of output that a coding is asked for at a time; brotli may give twice as many."""
+_PIECE = 1 << 18  # bytes of output that a coding is asked for at a time; brotli may give twice as many
 _STEP = 1 << 14
 """Bytes of input that it is given at a time: what a member or frame leaves of them is copied for the next one."""
-_MEMBERS = 10_000
-"""Members or frames of a body, of which the empty ones cost time and nothing else."""
+_MEMBERS = 10_000  # members or frames of a body, of which the empty ones cost time and nothing else
 
 
 def _count(members: int) -> int:
@@ -106,8 +103,7 @@ class _Gzip:
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(zlib.MAX_WBITS + 16)
         self._begun, self._members = False, 1
-        self._head = b""
-        """What has come of a next member's magic number."""
+        self._head = b""  # what has come of a next member's magic number
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
         while data:
@@ -179,8 +175,7 @@ class _Zstandard:
 
     def __init__(self) -> None:
         self._decoder, self._frames = self._new(), 1
-        self._between = True
-        """Between two frames, or before the first one."""
+        self._between = True  # between two frames, or before the first one
 
     @staticmethod
     def _new() -> Any:
@@ -217,17 +212,21 @@ class BodyDecoder:
     bounded too, for a frame may hold nothing, and frames of them no end.
     """
 
-    def __init__(self, coding: str | None, limit: int, status: int, *, cut: bool = False) -> None:
-        names = [name for name in (part.strip().lower() for part in (coding or "").split(",")) if name]
-        names = [name for name in names if name != "identity"]
+    def __init__(
+        self, coding: str | None, limit: int, status: int, *, cut: bool = False, length: int | None = None
+    ) -> None:
+        """Raises FetchError ``too_large`` if the ``length`` that the answer claims (None: none) is."""
+        if length is not None and length > limit and not cut:
+            raise FetchError("too_large", f"{length} bytes", status=status)
+        names = [part.strip().lower() for part in (coding or "").split(",")]
+        names = [name for name in names if name not in ("", "identity")]
         known = len(names) <= 3 and all(name in _CODINGS for name in names)
         self._unknown = None if known else (coding or "")[:60]
         self._stages = [_CODINGS[name]() for name in reversed(names)] if known else []
         self._read = [0] * len(self._stages)
         self.coded = bool(names)
         self._limit, self._status, self._cut = limit, status, cut
-        self.full = False
-        """Nothing more is taken."""
+        self.full = False  # nothing more is taken
         self._parts: list[bytes] = []
         self._size = 0
 
@@ -266,11 +265,10 @@ class BodyDecoder:
             return
         self._size += len(data)
         if self._size > self._limit:
-            if self._cut:
-                self._parts.append(data[: len(data) - (self._size - self._limit)])
-                self.full = True
-                return
-            raise self._too_large()
+            if not self._cut:
+                raise self._too_large()
+            data = data[: len(data) - (self._size - self._limit)]
+            self.full = True
         self._parts.append(data)
 
     def _too_large(self) -> FetchError:
@@ -278,6 +276,7 @@ class BodyDecoder:
         return FetchError("too_large", f"more than {self._limit} bytes", status=self._status)
 
     def finish(self) -> bytes:
+        """The body, when all of it has been fed."""
         if not self.full and not all(stage.complete() for stage in self._stages):
             raise FetchError("decode", "the compressed data ends early", status=self._status)
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
@@ -288,12 +287,10 @@ class BodyDecoder:
 Address = tuple[socket.AddressFamily, str]
 Lookup = concurrent.futures.Future[list[Address]]
 
-LOOKUPS = 1000
-"""Look-ups in a second, at most: the name server has other users."""
+LOOKUPS = 1000  # look-ups in a second, at most: the name server has other users
 AGAIN = RetryPolicy(attempts=2, base=0.1, total=1.0)
 """For a name server that failed for the moment, and said so quickly."""
-FAILED_FOR = 5.0
-"""Seconds for which a failed look-up is not made again."""
+FAILED_FOR = 5.0  # seconds for which a failed look-up is not made again
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -308,10 +305,8 @@ class Resolver:
     keeps nobody from exiting. What is cached is the look-up itself, running or done.
     """
 
-    def __init__(
-        self, *, threads: int = 32, ttl: float = 300.0, size: int = 50_000, clock: Clock = time.monotonic
-    ) -> None:
-        self._cache: TTLCache[str, Lookup] = TTLCache(size, ttl, clock=clock)
+    def __init__(self, *, threads: int = 32, ttl: float = 300.0) -> None:
+        self._cache: TTLCache[str, Lookup] = TTLCache(50_000, ttl)
         self._running: set[Lookup] = set()
         self._pool = WorkerPool(self._ask, threads, 1_000_000, name="resolver").start_threads()
         self._pace = TokenBucket(LOOKUPS, LOOKUPS)
@@ -321,12 +316,10 @@ class Resolver:
         try:
             literal = ipaddress.ip_address(name)
         except ValueError:
-            pass
-        else:
-            future: Lookup = concurrent.futures.Future()
-            future.set_result([(socket.AF_INET if literal.version == 4 else socket.AF_INET6, name)])
-            return future
-        return self._cache.get_or_load(name, lambda: self._begin(name))
+            return self._cache.get_or_load(name, lambda: self._begin(name))
+        future: Lookup = concurrent.futures.Future()
+        future.set_result([(socket.AF_INET if literal.version == 4 else socket.AF_INET6, name)])
+        return future
 
     def _begin(self, name: str) -> Lookup:
         future: Lookup = concurrent.futures.Future()
@@ -344,23 +337,17 @@ class Resolver:
             again = _may_pass(error)
             detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             self._cache.put(name, future, ttl=FAILED_FOR)
-            self._settle(future, error=FetchError("dns", f"{name}: {detail}", retry=again))
+            self._settle(future, FetchError("dns", f"{name}: {detail}", retry=again))
         else:
             self._settle(future, list(dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found)))
 
     @staticmethod
-    def _settle(
-        future: Lookup,
-        addresses: list[Address] | None = None,
-        error: FetchError | None = None,
-    ) -> None:
-        try:
-            if error is None:
-                future.set_result(addresses or [])
+    def _settle(future: Lookup, outcome: list[Address] | FetchError) -> None:
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # close() was faster
+            if isinstance(outcome, FetchError):
+                future.set_exception(outcome)
             else:
-                future.set_exception(error)
-        except concurrent.futures.InvalidStateError:
-            return  # close() was faster
+                future.set_result(outcome)
 
     def lookup(self, name: str, limit: TimeLimit) -> list[Address]:
         """The addresses of ``name``, in the system's order of preference."""
@@ -385,7 +372,7 @@ class Resolver:
         """Let the threads go; look-ups that still run fail at once."""
         self._pool.close(0)
         for future in list(self._running):
-            self._settle(future, error=FetchError("interrupted", "stopped during the look-up of the name"))
+            self._settle(future, FetchError("interrupted", "stopped during the look-up of the name"))
 
 
 def allowed(name: str, addresses: list[Address], *, anywhere: bool) -> list[Address]:
@@ -413,6 +400,19 @@ def tls_detail(error: BaseException) -> str:
     return getattr(error, "verify_message", None) or getattr(error, "reason", None) or str(error)
 
 
+def explained(error: Exception, seconds: float, status: int | None = None) -> FetchError:
+    """Why an attempt of at most ``seconds`` failed, by what it raised: before its answer, or in the body of one with
+    this ``status``."""
+    if isinstance(error, FetchError):
+        return error
+    if isinstance(error, TimeoutError):
+        return FetchError("timeout", f"no complete answer within {seconds:g} s", status=status)
+    if isinstance(error, ssl.SSLError) and status is None:
+        return FetchError("tls", tls_detail(error))
+    kind = "protocol" if not isinstance(error, OSError) else "reset" if status is None else "truncated"
+    return FetchError(kind, detail(error), status=status)
+
+
 @functools.cache
 def tls_context(insecure: bool) -> ssl.SSLContext:
     """The system's trust, or (``insecure``) any certificate of any name. Made when it is needed: it takes 0.1 s."""
@@ -433,8 +433,7 @@ class ProxyRule:
         """Raises ValueError if a proxy cannot be used: else a run would go past it, or end in as many errors."""
         schemes = ("http", "https")
         found = dict.fromkeys(schemes, proxy) if proxy is not None else urllib.request.getproxies()
-        self.proxies: dict[str, str] = {}
-        """By the scheme of what is asked for."""
+        self.proxies: dict[str, str] = {}  # by the scheme of what is asked for
         for scheme in schemes:
             if named := found.get(scheme):
                 try:
@@ -443,6 +442,7 @@ class ProxyRule:
                     raise ValueError(f"the proxy of the environment for {scheme}: {error}") from None
 
     def find(self, url: str) -> str | None:
+        """The proxy of ``url``; None: it is asked for directly."""
         if not self.proxies:
             return None
         parts = urllib.parse.urlsplit(url)

@@ -1,25 +1,20 @@
 """What a site's owner asks of crawlers: robots.txt (RFC 9309), X-Robots-Tag and <meta name=robots>.
 
-Theory.  Of a file is kept what concerns us: our group's patterns and delay, the sitemaps.  The longest pattern that
-matches a path wins, allow before disallow (section 2.2.2); "*", "$", percent-encoding and misspellings count as with
-Protego, which the tests compare with.  It is not what runs here: it keeps 10 to 40 bytes for each byte of a file, and
-nothing bounds what a URL costs.  A token counts as a whole and without its version (section 2.2.1), which Protego does
-not do.  A pattern is a head, up to its first wildcard, and a tail.  All heads stand sorted in one text, so those that a
-path begins with are found by one search; only their tails are tried, each of their parts by one `str.find`.
+The longest pattern that matches a path wins, allow before disallow (section 2.2.2); "*", "$", percent-encoding and
+misspellings count as with Protego, which the tests compare with, but which bounds neither its memory nor its time. A
+token counts as a whole and without its version (section 2.2.1). A pattern is a head, up to its first wildcard, and a
+tail. All heads stand sorted in one text, so those that a path begins with are found by one search; only their tails
+are tried, each of their parts by one `str.find`.
 
 Promised
 - Nothing here raises, whatever the bytes, or waits. 500 KiB are parsed in some 30 ms, with 20 MB of memory meanwhile.
 - Of a file, the first 500 KiB count; a line that this cuts is left out, as half a rule is another rule.
 - A file takes ``MAX_SIZE`` bytes of memory at most. A URL takes ``MAX_WORK`` steps at most; those that an origin
-  forbids take ``ORIGIN_WORK`` together, and what its allowed ones earn. Where more is needed nothing is guessed:
-  `allows` says None.
+  forbids take ``ORIGIN_WORK`` together, and what its allowed ones earn. Where more is needed, `allows` says None.
 - /robots.txt itself is always allowed.
 
-Not promised
-- Two escapes that are no UTF-8, such as "%E9" and "%E8", are the same.
-- Request-rate and Visit-time are ignored.
-
-Rules can be shared by threads: the one number that changes, the steps that are left, may then miss some.
+Not promised: two escapes that are no UTF-8, such as "%E9" and "%E8", are the same; Request-rate and Visit-time do not
+count. Threads may share rules: the one number that changes, the steps that are left, may then miss some.
 """
 
 from __future__ import annotations
@@ -31,30 +26,23 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, repeat
-from typing import Literal
 from urllib.parse import quote
-
-import ada_url
 
 from crawl.errors import FetchError
 from crawl.model import Response
-from crawl.urls import normalise
+from crawl.urls import join, normalise
 
 MAX_ROBOTS = 500 * 1024
 """Bytes of a robots.txt that count: the least that RFC 9309, section 2.5 allows, and what the large engines read."""
-MAX_HOPS = 5
-"""Redirects that a robots.txt is followed through (section 2.3.1.2)."""
-MAX_DELAY = 300.0
-"""Longest Crawl-delay in seconds that is obeyed: a longer one counts as this."""
+MAX_HOPS = 5  # redirects that a robots.txt is followed through (section 2.3.1.2)
+MAX_DELAY = 300.0  # longest Crawl-delay in seconds that is obeyed: a longer one counts as this
 MAX_SITEMAPS = 1000
 MAX_LINES = 50_000
 """Lines of a file, not counting empty ones and comments: 500 KiB have as many if they are ten bytes long."""
 MAX_SIZE = 768 * 1024
 """Bytes that the patterns of a file may take, estimated: all plain ones of 500 KiB, or some 2,500 with wildcards."""
-MAX_WORK = 5_000_000
-"""Steps, of about a nanosecond, that a URL may take."""
-QUICK = 100_000
-"""Steps that may be taken anywhere, and do not count."""
+MAX_WORK = 5_000_000  # steps, of about a nanosecond, that a URL may take
+QUICK = 100_000  # steps that may be taken anywhere, and do not count
 ORIGIN_WORK = 200_000_000
 """Steps that an origin may take for URLs that it forbids. One that it allows gives ``MAX_WORK`` of them back: a request
 follows, and those are paced."""
@@ -62,10 +50,8 @@ LARGE = 32 * 1024
 """Bytes of a robots.txt that are parsed in 2 to 3 ms. Larger ones go one at a time, in a thread that is for them."""
 OUR_TOKEN = "flatcrawl"
 
-_FEW = 200
-"""Strings that are not worth packing."""
-_PART = 250
-"""Steps that looking for a part of a pattern takes, besides one for each character of the path."""
+_FEW = 200  # strings that are not worth packing
+_PART = 250  # steps that looking for a part of a pattern takes, besides one for each character of the path
 _COMPATIBLE = re.compile(r"compatible;\s*([a-zA-Z0-9_-]+)")
 _TOKEN = re.compile(r"[a-zA-Z0-9_-]+")
 _BROWSERS = frozenset({"mozilla", "opera", "msie"})
@@ -117,12 +103,10 @@ class Rules:
         why: str = "robots.txt forbids it",
     ) -> None:
         self._patterns, self._answer, self._left = patterns, answer, ORIGIN_WORK
-        self.delay = delay
-        """Seconds between two requests that the site asks for; None if it does not, or asks nonsense."""
+        self.delay = delay  # seconds between two requests that the site asks for; None if it does not, or asks nonsense
         self.sitemaps = sitemaps
         """Normalised URLs, each once; of any host: what they may list is `parse_sitemap`'s question."""
-        self.why = why
-        """What to say of a URL that is not allowed."""
+        self.why = why  # what to say of a URL that is not allowed
 
     @property
     def size(self) -> int:
@@ -135,7 +119,7 @@ class Rules:
 
     def allows(self, url: str) -> bool | None:
         """Whether a normalised URL of this origin may be fetched; None: to say so would cost too much."""
-        if "/robots.txt" in url and _is_robots_txt(url):
+        if "/robots.txt" in url and re.split("[?#]", url.split("/", 3)[3], maxsplit=1)[0] == "robots.txt":
             return True
         if self._patterns is None:
             return self._answer
@@ -154,10 +138,6 @@ class Rules:
             self._left = min(ORIGIN_WORK, self._left + MAX_WORK) if allowed else self._left - work
         return allowed
 
-    def __repr__(self) -> str:
-        what = {True: "all allowed", False: "all forbidden", None: "too costly"}[self._answer]
-        return f"<Rules {'of a file' if self._patterns else what}, delay {self.delay}, {len(self.sitemaps)} sitemaps>"
-
 
 ALLOW_ALL = Rules(answer=True, why="nothing is forbidden")
 DISALLOW_ALL = Rules(answer=False, why="robots.txt could not be read")
@@ -171,8 +151,7 @@ def parse_robots(body: bytes, user_agent: str, url: str = "") -> Rules:
         return TOO_COSTLY
     token = product_token(user_agent)
     groups: dict[str, _Group] = {}
-    current: dict[str, _Group] = {}
-    """The groups that a line belongs to."""
+    current: dict[str, _Group] = {}  # the groups that a line belongs to
     naming = False
     usual: dict[str, Callable[[str], object]] = {}
     """What to do with the value of the usual lines, until the next agent is named: short, as there are many."""
@@ -232,16 +211,10 @@ def rules_for(outcome: Response | FetchError, user_agent: str, url: str = "") ->
 # --------------------------------------------------------------------------------------------- of single pages
 
 _VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
-_MEANING: dict[str, tuple[Literal["noindex", "nofollow"], ...]] = {
-    "noindex": ("noindex",),
-    "nofollow": ("nofollow",),
-    "none": ("noindex", "nofollow"),
-}
+_MEANING = {"noindex": {"noindex"}, "nofollow": {"nofollow"}, "none": {"noindex", "nofollow"}}
 
 
-def page_directives(
-    header: str | None, meta: Iterable[str], user_agent: str
-) -> frozenset[Literal["noindex", "nofollow"]]:
+def page_directives(header: str | None, meta: Iterable[str], user_agent: str) -> frozenset[str]:
     """What a page asks of us: "nofollow", not to follow its links; "noindex", not to keep what it says.
 
     ``header`` is the X-Robots-Tag, several of them separated by line ends; ``meta`` is `Page.robots` and
@@ -249,7 +222,7 @@ def page_directives(
     agent.  What is said to all and what is said to us add up, and the stricter counts, as with the large engines.
     """
     token = product_token(user_agent)
-    found: set[Literal["noindex", "nofollow"]] = set()
+    found: set[str] = set()
     for line in [*(header or "").splitlines(), *meta]:
         for_us = True
         for item in line.lower().split(","):
@@ -358,10 +331,8 @@ def _split(pattern: str) -> tuple[str, tuple[str, ...] | None, str]:
     return head, tuple(filter(None, parts)), end
 
 
-_Group = dict[str, list[str]]
-"""What is said to an agent: values by what they are about."""
-_Tail = tuple[int, tuple[str, ...] | None, str]
-"""The rank of a pattern, and what `_split` finds behind its head."""
+_Group = dict[str, list[str]]  # what is said to an agent: values by what they are about
+_Tail = tuple[int, tuple[str, ...] | None, str]  # the rank of a pattern, and what `_split` finds behind its head
 
 
 class _Tails:
@@ -409,8 +380,7 @@ class _Patterns:
         self._plain = bytes(map(patterns.get, heads, repeat(2)))
         """Of each head: 0 if it forbids, 1 if it allows, 2 if it is no pattern by itself."""
         self._tails = {i: _Tails(tails[head]) for i, head in enumerate(heads) if head in tails} if tails else {}
-        self._shorter = array("i")
-        """Of each head: the longest other one that it begins with; -1: none."""
+        self._shorter = array("i")  # of each head: the longest other one that it begins with; -1: none
         nest, deepest = [-1], 1
         longer = list(map(str.startswith, heads, ["\n", *heads[:-1]]))
         if not any(longer):
@@ -466,11 +436,6 @@ def _longest(path: str, rank: int, begun: Iterable[tuple[int, _Tails]]) -> int:
 
 
 def _absolute(text: str, base: str) -> str | None:
-    try:
-        return normalise(ada_url.join_url(base, text) if base else text)[0]
-    except (ValueError, FetchError):
-        return None
-
-
-def _is_robots_txt(url: str) -> bool:
-    return url.partition("://")[2].partition("/")[2].partition("#")[0].partition("?")[0] == "robots.txt"
+    with contextlib.suppress(FetchError):
+        return (join(base, text) if base else normalise(text))[0]
+    return None

@@ -3,13 +3,12 @@
 Promised, with ``enabled``
 - Nothing is asked of an origin before its robots.txt is known, which is asked for once within ``ttl`` unless its rules
   had to be freed; what it forbids is never handed out to be sent. However a request for robots.txt ends, the host goes
-  on: if nobody said what the rules are, it was unreachable, and all is forbidden for ``ROBOTS_AGAIN``.
-- All rules together take ``rules_bytes`` at most: those that were asked longest ago are freed first, and large ones
-  when their host has nothing left to do.
+  on: if nobody said what the rules are, all is forbidden for ``ROBOTS_AGAIN``.
+- All rules together take ``rules_bytes`` at most: those that were asked longest ago are freed first.
 
 Rules are asked under the frontier's lock only where that is quick. Else the question is handed out like a request: one
-for each host, which waits for the answer while the others go on. Of a long run of forbidden URLs a step takes
-``SIFTED`` out at most. Pure, and called under the frontier's lock; a host that may go on is returned, to be scheduled.
+for each host, which waits for the answer while the others go on. Pure, and called under the frontier's lock; a host
+that may go on is returned, to be scheduled.
 """
 
 from __future__ import annotations
@@ -19,23 +18,21 @@ import math
 from collections import OrderedDict, deque
 
 from crawl.errors import FetchError
-from crawl.hosts import HostQueue, Question, RobotRules
+from crawl.hosts import HostQueue, Question
 from crawl.limits import HostLimits
 from crawl.model import Request
+from crawl.robots import Rules
 from crawl.urls import origin
 from primitives import NANOSECOND
 
-ROBOTS_AGAIN = 300.0
-"""Seconds until a robots.txt that could not be read is asked for again; all is forbidden meanwhile."""
-SIFTED = 16
-"""Forbidden URLs that one step takes out of a host's queue."""
-RULES_BYTES = 48 << 20
-"""Bytes that the rules of all origins may take."""
+ROBOTS_AGAIN = 300.0  # seconds until a robots.txt that could not be read is asked for again; all is forbidden meanwhile
+SIFTED = 16  # forbidden URLs that one step takes out of a host's queue
+RULES_BYTES = 48 << 20  # bytes that the rules of all origins may take
 KEPT_BYTES = 64 << 10
 """Rules of so many bytes are kept while their host has nothing to do: it may come back, and is not asked again."""
 
 
-def why_forbidden(rules: RobotRules | None, allowed: bool | None) -> str | None:
+def why_forbidden(rules: Rules | None, allowed: bool | None) -> str | None:
     """Why a URL may not be fetched, by what its origin's rules say of it; None: it may."""
     if rules is None:
         return "robots.txt could not be read"
@@ -49,7 +46,7 @@ class OriginRules:
 
     def __init__(self, host: str) -> None:
         self.host = host
-        self.rules: RobotRules | None = None
+        self.rules: Rules | None = None
         self.until = -math.inf
         self.asking = False
 
@@ -62,8 +59,7 @@ class RulesCache:
         self._origins: dict[str, OriginRules] = {}
         self._sizes: OrderedDict[str, int] = OrderedDict()
         """Bytes of the rules of each origin that has any; those asked last come last."""
-        self._large: dict[str, tuple[str, ...]] = {}
-        """The origins of each host whose rules are large."""
+        self._large: dict[str, tuple[str, ...]] = {}  # the origins of each host whose rules are large
         self.get = self._origins.get
 
     def entry(self, name: str, host: str) -> OriginRules:
@@ -73,7 +69,7 @@ class RulesCache:
             known = self._origins[name] = OriginRules(host)
         return known
 
-    def keep(self, name: str, host: str, rules: RobotRules, until: float) -> None:
+    def keep(self, name: str, host: str, rules: Rules, until: float) -> None:
         """These rules, just read; and not others if there is no room."""
         known = self.entry(name, host)
         self.free(name)
@@ -87,6 +83,7 @@ class RulesCache:
                 self.free(next(iter(self._sizes)))
 
     def touch(self, name: str) -> None:
+        """They were asked just now: others are freed before them."""
         if name in self._sizes:
             self._sizes.move_to_end(name)
 
@@ -102,6 +99,7 @@ class RulesCache:
             self._large[known.host] = tuple(one for one in large if one != name)
 
     def free_large(self, host: str) -> None:
+        """Free a host's rules above ``KEPT_BYTES``: it has nothing left to do."""
         for name in self._large.pop(host, ()):
             self.free(name)
 
@@ -130,10 +128,8 @@ class RobotsGate:
         self._hosts, self._limits, self._refused, self._lead = hosts, limits, refused, lead
         self.enabled = enabled
         self.rules = RulesCache(rules_bytes)
-        self.sifting: deque[HostQueue] = deque()
-        """Hosts that may have more forbidden URLs at their head."""
-        self.questions: deque[Question] = deque()
-        """Some of another time (``next_question``)."""
+        self.sifting: deque[HostQueue] = deque()  # hosts that may have more forbidden URLs at their head
+        self.questions: deque[Question] = deque()  # some of another time (``next_question``)
         self.blocked = self.forbidden = 0
 
     def ask(self, host: HostQueue, now: float) -> Request | None:
@@ -221,6 +217,7 @@ class RobotsGate:
         self.forbidden += 1
 
     def next_question(self) -> Question | None:
+        """A question that a host still waits with; None: there is none."""
         while self.questions:
             question = self.questions.popleft()
             if (host := self._hosts.get(question.host)) and host.question is question:
@@ -243,7 +240,7 @@ class RobotsGate:
                 self._refuse(host, known, allowed, ripe, now)
         return host
 
-    def known(self, target: str, now: float) -> tuple[RobotRules | None, str]:
+    def known(self, target: str, now: float) -> tuple[Rules | None, str]:
         """(The rules that a URL is under, what has to be read to know them if anything has)."""
         site = origin(target)
         known = self.rules.get(site)

@@ -70,15 +70,12 @@ def build_row(
 
 
 def in_place(function: Callable[..., Any], body: bytes, *more: Any) -> Any:
+    """A ``Read`` that just calls: for what need not be ended."""
     return function(body, *more)
 
 
 def build_article(
-    request: Request,
-    outcome: Response | FetchError,
-    feed: str | None,
-    entry: FeedEntry | None,
-    read: Read = in_place,
+    request: Request, outcome: Response | FetchError, feed: str | None, entry: FeedEntry | None, read: Read = in_place
 ) -> FeedResult:
     """The row of an article: what its feed says, else what the page says. Some 50 ms: trafilatura finds the text."""
     row = build_row(request, outcome, FeedResult)

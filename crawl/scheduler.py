@@ -1,16 +1,15 @@
 """Which host goes next, and when.
 
-Each host has at most one live entry in a heap, ordered by the earliest time at which it may go (an entry that turns out
-to be early is put back: cheaper than finding and changing it); when that has come it moves to the ready, ordered by the
-work that is left, and by age. A step costs O(log hosts).
+Each host has at most one live entry in a heap, ordered by the earliest time at which it may go (one that turns out to
+be early is put back); when that has come it moves to the ready, ordered by the work that is left, and by age. A step
+costs O(log hosts).
 
 Promised
 - A slow, failing or limited host holds up no other.
-- Where more hosts are due than there are workers, the one whose URLs will take longest goes first: so the crawl ends
-  when the busiest host ends, or when all workers were busy throughout. No host starves: every ``FAIR``-th hand-out is
-  that of the host that has been due for longest, so one that is due behind n others waits for FAIR * (n + 1) at most.
-- Where workers are scarce, a host that will not be done before all else is has its requests handed out up to ``EARLY``
-  seconds earlier.
+- Where more hosts are due than there are workers, the one whose URLs will take longest goes first. No host starves:
+  every ``FAIR``-th hand-out is that of the host that has been due for longest, so one that is due behind n others waits
+  for FAIR * (n + 1) at most.
+- Where workers are scarce, a host that will not be done before all else is handed out up to ``EARLY`` seconds earlier.
 
 Pure, and called under the frontier's lock: time is an argument.
 """
@@ -26,8 +25,7 @@ from crawl.limits import HostLimits
 from crawl.robots_gate import RobotsGate
 from primitives import NANOSECOND
 
-FAIR = 8
-"""Every so many hand-outs one goes by age instead of by the work that is left."""
+FAIR = 8  # every so many hand-outs one goes by age instead of by the work that is left
 EARLY = 0.25
 """Longest time in seconds that a worker is given a request before it may be sent, where the whole crawl waits for its
 host. The others may keep the workers busy just when such a host is due, and time that a host loses never comes back."""
@@ -41,24 +39,23 @@ class Scheduler:
     ) -> None:
         self._hosts, self._limits, self._robots = hosts, limits, robots
         self._per_host, self._lead = per_host, lead
-        self.waiting = 0
-        """URLs on all hosts, and refused ones."""
+        self.waiting = 0  # URLs on all hosts, and refused ones
         self.ready_hosts = 0
         self._heap: list[tuple[float, int, HostQueue]] = []
-        self._ready: list[tuple[float, int, HostQueue]] = []
-        """By the work that is left; some of another time."""
-        self._oldest: deque[tuple[int, HostQueue]] = deque()
-        """The same hosts by age; some of another time."""
+        self._ready: list[tuple[float, int, HostQueue]] = []  # by the work that is left; some of another time
+        self._oldest: deque[tuple[int, HostQueue]] = deque()  # the same hosts by age; some of another time
         self._picked = 0
         self._gap, self._handed_at = 0.0, -math.inf
         """Mean seconds from one hand-out to the next while hosts wait for workers; 0: they do not."""
         self._serial = 0
 
     def next_serial(self) -> int:
+        """A number above all before."""
         self._serial += 1
         return self._serial
 
     def host(self, name: str) -> HostQueue:
+        """The queue of a host, a new one if there is none."""
         host = self._hosts.get(name)
         if host is None:
             host = self._hosts[name] = self._limits.new_queue(name)
@@ -94,6 +91,7 @@ class Scheduler:
         return self._heap[0][0] - (now + self._lead) if self._heap else math.inf
 
     def schedule(self, host: HostQueue, now: float) -> None:
+        """Enter a host by when it may go, unless it is among the ready."""
         if host.due > -math.inf:
             self._push(host, self._due(host, now) - self._early(host, now))
 

@@ -1,16 +1,15 @@
 """Which of the links that a crawl finds belong to it: the scope that the user set, and the traps that the web sets.
 
-Both answer None, or why a URL is left out, in words for --explain.  URLs are normalised ones (crawl.urls.normalise).
+Both answer None, or why a URL is left out, in words for --explain. URLs are normalised ones (crawl.urls.normalise).
 
 Patterns (`--include`, `--exclude`) are globs over the whole URL, in which "*" stands for any run of characters, "/"
-and none included, and each other character for itself, "?" and "[" too: they are common in URLs.  They are matched in
-linear time.  After "re:" comes a regular expression of Python's, searched for anywhere: write ^ and $ where they are
-meant, and no nested repetition, which can take exponential time.
+and none included, and each other character for itself, "?" and "[" too. They are matched in linear time. After "re:"
+comes a regular expression of Python's, searched for anywhere; nested repetition can take it exponential time.
 
 Registrable domains follow the Public Suffix List as publicsuffixlist ships it, its private part included: one blog of
-github.io is not the other's.  Nothing is fetched or written; the 0.3 MB are read when the first domain is asked for.
+github.io is not the other's. The 0.3 MB are read when the first domain is asked for.
 
-`Traps` is bounded in memory (40 MB at worst): a path that others pushed out may have `variety` queries anew.
+`Traps` takes 40 MB at worst: a path that others pushed out may have `variety` queries anew.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 from urllib.parse import unquote_plus
@@ -27,8 +26,7 @@ from coordination import new_lock
 from crawl.errors import FetchError
 from crawl.urls import normalise
 
-MAX_QUERIES = 100_000
-"""Query strings that Traps keeps in mind."""
+MAX_QUERIES = 100_000  # query strings that Traps keeps in mind
 
 
 def glob(pattern: str, *, ignore_case: bool = False) -> Callable[[str], bool]:
@@ -75,11 +73,10 @@ def registrable(host: str) -> str:
 
 
 class Scope:
-    """Which links to follow from the seeds. Threads may share it; ``add`` may come at any time."""
+    """Which links to follow. Threads may share it; ``add`` may come at any time."""
 
     def __init__(
         self,
-        seeds: Iterable[str] = (),
         *,
         within: Literal["host", "domain", "any"] = "host",
         include: Sequence[str] = (),
@@ -94,8 +91,6 @@ class Scope:
         self._exclude = [(text, _pattern(text)) for text in exclude]
         self._drop = [glob(text, ignore_case=True) for text in drop_params]
         self.homes: set[str] = set()
-        for seed in seeds:
-            self.add(seed)
 
     def add(self, seed: str) -> None:
         """Where else the crawl is at home: a further seed, or where one redirects to. No URL: without effect."""
@@ -136,9 +131,6 @@ class Scope:
         name = unquote_plus(name)
         return bool(name) and any(matches(name) for matches in self._drop)
 
-    def __repr__(self) -> str:
-        return f"<Scope {self.within} of {len(self.homes)}, {len(self._include)} in, {len(self._exclude)} out>"
-
 
 class Traps:
     """Cuts off what never ends: calendars, sessions in the path, links that add to their own path. Thread-safe."""
@@ -147,14 +139,11 @@ class Traps:
         self.depth, self.repeats, self.length, self.variety = depth, repeats, length, variety
         self._lock = new_lock("Traps")
         self._seen: OrderedDict[int, set[int]] = OrderedDict()  # by host and path, hashed: the queries, hashed
-        self._queries = self._caught = 0
+        self._queries = 0
 
     def why_not(self, url: str, *, note: bool = True) -> str | None:
         """None: no trap. Else which. ``note=False`` only asks: the URL's query does not count as one more."""
-        why = self._path_trap(url) or self._query_trap(url, note)
-        with self._lock:
-            self._caught += bool(why and note)
-        return why
+        return self._path_trap(url) or self._query_trap(url, note)
 
     def _path_trap(self, url: str) -> str | None:
         if len(url) > self.length:
@@ -195,10 +184,3 @@ class Traps:
                 while self._queries > MAX_QUERIES:
                     self._queries -= len(self._seen.popitem(last=False)[1])
         return None
-
-    def stats(self) -> dict[str, int]:
-        with self._lock:
-            return {"paths": len(self._seen), "queries": self._queries, "caught": self._caught}
-
-    def __repr__(self) -> str:
-        return f"<Traps {self.stats()}>"

@@ -35,18 +35,15 @@ from primitives import Backoff
 from runtime.embedded import Embedded
 from runtime.postgres import BACK_OFF, Database, Unavailable, check_url, is_away
 
-EVERY = 0.5
-"""Seconds between two batches, at most."""
-LEAVE_LIMIT = 10.0
-"""Seconds that a worker tries to hand over what it holds when it stops."""
+EVERY = 0.5  # seconds between two batches, at most
+LEAVE_LIMIT = 10.0  # seconds that a worker tries to hand over what it holds when it stops
 SHARED = (
     *("rate", "burst", "depth", "within", "include", "exclude", "drop_params", "robots", "sitemaps"),
     *("max_redirects", "retries", "user_agent"),
 )
 """Options that have to be the same for all workers."""
 UNSUPPORTED = ("feeds", "dedupe", "max_pages", "host_pages")
-CONNECT_LIMIT = 10.0
-"""Seconds that a start waits for the database."""
+CONNECT_LIMIT = 10.0  # seconds that a start waits for the database
 
 Put = Callable[[ScrapeResult], Awaitable[object]]
 
@@ -101,18 +98,21 @@ class SharedCrawl(Crawl):
         return build_row(request, FetchError("duplicate", f"redirects to {target}"), self.form)
 
     def complete(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
+        """Also kept for the database, which stores it before it is written."""
         row = super().complete(request, outcome)
         if row is not None:
             self.mine.keep(request, row)
         return row
 
     def broken(self, request: Request, error: FetchError) -> ScrapeResult | None:
+        """Kept like those of ``complete``."""
         row = super().broken(request, error)
         if row is not None:
             self.mine.keep(request, row)
         return row
 
     def learn_robots(self, request: Request, outcome: Response | FetchError) -> None:
+        """Also told to the other workers, unless it is only this run that ended."""
         if not (isinstance(outcome, FetchError) and outcome.kind in ("interrupted", "internal")):
             answered = isinstance(outcome, Response)
             status, body = (outcome.status, outcome.body) if answered else (None, outcome.kind.encode())  # type: ignore[union-attr]
@@ -151,6 +151,7 @@ class SharedCrawl(Crawl):
 
     @contextlib.asynccontextmanager
     async def joined(self, put: Put) -> AsyncIterator[Put]:
+        """With the database: rows go to ``put`` when they are stored there."""
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
         self._database = Database(self._server, SCHEMA, size=2)
         store = PgStore(self._database, f"{os.uname().nodename}:{os.getpid()}")

@@ -33,8 +33,7 @@ class SitemapCrawl:
         self._lock = new_lock("SitemapCrawl")
         self.homes: dict[str, str] = {}
         """Sitemaps on their way, by normalised URL: the host whose robots.txt led there, and which they speak for."""
-        self._files: Counter[str] = Counter()
-        """How many there were, by that host."""
+        self._files: Counter[str] = Counter()  # how many there were, by that host
 
     def ask_again(self, origins: Iterable[str]) -> None:
         """Have robots.txt read, and so the sitemaps, where an earlier run may have left nothing else to ask for."""
@@ -45,6 +44,7 @@ class SitemapCrawl:
                 self.add([f"{name}/sitemap.xml"], host, private)
 
     def add(self, urls: Iterable[str], home: str, private: bool) -> None:
+        """Fetch these sitemaps of the host ``home``, those of them that are new, and as many as it may have."""
         for url in urls:
             try:
                 target = normalise(url)[0]
@@ -76,7 +76,7 @@ class SitemapCrawl:
         private = leads_private(request.private, request.host)
         self.add(found.sitemaps, home, private)
         targets = []
-        for url, _ in found.urls:
+        for url in found.urls:
             with contextlib.suppress(FetchError):
                 target = normalise(self._scope.clean(url))[0]
                 if self._scope.why_not(target) is None:

@@ -1,18 +1,12 @@
 """Sitemaps: XML, text, gzip; the addresses that they name out.
 
-Theory.  A sitemap may have 50,000 addresses in 50 MiB, in XML that is often broken: so it is streamed through
-inflating, decoding, mending (crawl/xml.py) and Expat.  Mending makes an "&" that is no reference of XML itself into
-text.  That saves the many sitemaps with bare "&" in their addresses, and no entity is ever expanded, whoever declares
-it; a document that declares one is refused on top.
+A sitemap may have 50,000 addresses in 50 MiB, in XML that is often broken: so it is streamed through inflating,
+decoding, mending (crawl/xml.py) and Expat. Mending makes an "&" that is no reference of XML itself into text, so no
+entity is ever expanded, whoever declares it; a document that declares one is refused on top.
 
-Promised
-- Nothing here raises, whatever the bytes. At most MAX_SITEMAP bytes are read, after inflating; time and memory are
-  linear in them.
-- What was found before a fault, a limit or a torn end is kept, and `truncated` says so. A date that cannot be read is
-  None.
-- All addresses are http or https, normalised, each once, in the order of the document.
-
-Addresses of the image, video and hreflang extensions are not looked at.
+Promised: nothing here raises, whatever the bytes. At most MAX_SITEMAP bytes are read, after inflating; time and memory
+are linear in them. What was found before a fault, a limit or a torn end is kept, and `error` says so. All addresses
+are http or https, normalised, each once, in the order of the document; those of images, videos and hreflang left out.
 """
 
 from __future__ import annotations
@@ -22,14 +16,11 @@ import itertools
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from xml.parsers import expat
 
-import ada_url
-
-from crawl.dates import iso_utc
 from crawl.errors import FetchError
-from crawl.urls import MAX_URL, normalise
+from crawl.urls import MAX_URL, join, normalise
 from crawl.xml import (
     MAX_DEPTH,
     MAX_ELEMENTS,
@@ -41,38 +32,21 @@ from crawl.xml import (
     local_name,
 )
 
-MAX_SITEMAP = 50 * 1024 * 1024
-"""Bytes of a sitemap that are read, after inflating (sitemaps.org's own limit)."""
-MAX_LOCATIONS = 50_000
-"""Addresses of one sitemap that are kept (sitemaps.org's own limit), left out ones counted in."""
+MAX_SITEMAP = 50 * 1024 * 1024  # bytes of a sitemap that are read, after inflating (sitemaps.org's own limit)
+MAX_LOCATIONS = 50_000  # addresses of one sitemap that are kept (sitemaps.org's own limit), left out ones counted in
 
 _BARE = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});)")
-# By the kind of entry, what its direct children are.
-_FIELDS = {
-    "url": {"loc": "loc", "lastmod": "date"},
-    "sitemap": {"loc": "loc", "lastmod": "date"},
-    "item": {"link": "loc", "pubdate": "date", "date": "date"},
-    "entry": {"link": "loc", "updated": "date", "modified": "date"},
-}
-
-
-class SitemapEntry(NamedTuple):
-    url: str
-    lastmod: str | None
-    """ISO 8601, UTC; None if there is none, or none that can be read."""
+_ADDRESS_OF = {"url": "loc", "sitemap": "loc", "item": "link", "entry": "link"}  # which child of an entry holds it
 
 
 @dataclass(slots=True)
 class Sitemap:
-    urls: list[SitemapEntry] = field(default_factory=list)
+    """What a sitemap names."""
+
+    urls: list[str] = field(default_factory=list)
     sitemaps: list[str] = field(default_factory=list)
     """Further sitemaps that this one, an index, names. Who follows them counts them, and keeps to each once."""
-    truncated: bool = False
-    """There was more, or there may have been."""
-    error: str | None = None
-    """Why it was not read to its end."""
-    foreign: int = 0
-    """Addresses left out as they are of other hosts."""
+    error: str | None = None  # why it was not read to its end
 
 
 def parse_sitemap(body: bytes, url: str, hosts: Collection[str] | None = ()) -> Sitemap:
@@ -92,9 +66,9 @@ def parse_sitemap(body: bytes, url: str, hosts: Collection[str] | None = ()) -> 
     except FetchError as error:
         sitemap.error = f"sitemap's own address: {error.detail}"
     except StopReading as stop:
-        sitemap.truncated, sitemap.error = True, str(stop)
+        sitemap.error = str(stop)
     except expat.ExpatError as error:
-        sitemap.truncated, sitemap.error = True, f"XML: {error}"
+        sitemap.error = f"XML: {error}"
     return sitemap
 
 
@@ -106,17 +80,15 @@ class _Found:
         self._seen: set[str] = set()
         self._left, self._looks = MAX_LOCATIONS, 4 * MAX_LOCATIONS
 
-    def add(self, text: str, lastmod: str | None, *, index: bool) -> None:
+    def add(self, text: str, *, index: bool) -> None:
         self._looks -= 1
         if self._looks < 0:
             raise StopReading(f"more than {4 * MAX_LOCATIONS} entries, bad and repeated ones counted in")
         if not text or len(text) > MAX_URL:
             return
         try:
-            if not text.startswith(("http://", "https://")):
-                text = ada_url.join_url(self.base, text)
-            target, host = normalise(text)
-        except (ValueError, FetchError):
+            target, host = normalise(text) if text.startswith(("http://", "https://")) else join(self.base, text)
+        except FetchError:
             return
         if target in self._seen:
             return
@@ -124,29 +96,19 @@ class _Found:
             raise StopReading(f"more than {MAX_LOCATIONS} addresses")
         self._left -= 1
         self._seen.add(target)
-        if self.hosts is not None and host not in self.hosts:
-            self.sitemap.foreign += 1
-        elif index:
-            self.sitemap.sitemaps.append(target)
-        else:
-            self.sitemap.urls.append(SitemapEntry(target, iso_utc(lastmod) if lastmod else None))
+        if self.hosts is None or host in self.hosts:
+            (self.sitemap.sitemaps if index else self.sitemap.urls).append(target)
 
 
 def _read_lines(first: str, pieces: Iterator[str], found: _Found) -> None:
     rest = ""
-    for piece in itertools.chain([first], pieces):
+    for piece in itertools.chain([first], pieces, ["\n"]):
         *lines, rest = (rest + piece).split("\n")
         if len(rest) > 2 * MAX_URL:
             rest = "-"  # so that no part of it passes for an address
-        for line in lines:
-            _add_line(line, found)
-    _add_line(rest, found)
-
-
-def _add_line(line: str, found: _Found) -> None:
-    line = line.strip()
-    if line[:4].lower() == "http":  # no relative ones: any prose would be
-        found.add(line, None, index=False)
+        for line in map(str.strip, lines):
+            if line[:4].lower() == "http":  # no relative ones: any prose would be
+                found.add(line, index=False)
 
 
 def _read_xml(first: str, pieces: Iterator[str], found: _Found) -> None:
@@ -178,11 +140,11 @@ class _Handlers:
     def __init__(self, parser: expat.XMLParserType, found: _Found) -> None:
         self._parser, self._found = parser, found
         self._depth = self._elements = 0
-        self._kind = self._field = ""  # of the entry that is open, and of the child that is open
+        self._kind = self._address = ""  # of the entry that is open
+        self._in_address = False
         self._entry_depth = 0
         self._text: list[str] = []
         self._size = 0
-        self._values: dict[str, str] = {}
         parser.StartElementHandler, parser.EndElementHandler = self._start, self._end
         parser.EntityDeclHandler = self._refuse
         parser.StartCdataSectionHandler = self._in_cdata
@@ -197,18 +159,17 @@ class _Handlers:
             raise StopReading("XML: nested too deep" if self._depth > MAX_DEPTH else "XML: too many elements")
         name = local_name(name).lower()
         if not self._kind:
-            if name in _FIELDS:
-                self._kind, self._entry_depth = name, self._depth
-                self._values = {}
+            if name in _ADDRESS_OF:
+                self._kind, self._entry_depth, self._address = name, self._depth, ""
             elif self._depth == 1 and name == "html":
                 raise StopReading("an HTML page")
-        elif self._depth == self._entry_depth + 1 and (what := _FIELDS[self._kind].get(name)):
+        elif self._depth == self._entry_depth + 1 and name == _ADDRESS_OF[self._kind]:
             href = attributes.get("href")
             if href is None:
-                self._field, self._text, self._size = what, [], 0
+                self._in_address, self._text, self._size = True, [], 0
                 self._parser.CharacterDataHandler = self._characters
             elif self._kind == "entry" and attributes.get("rel", "alternate").lower() == "alternate":
-                self._values.setdefault("loc", href.strip())
+                self._address = self._address or href.strip()
 
     def _characters(self, text: str) -> None:
         self._size += len(text)
@@ -216,19 +177,19 @@ class _Handlers:
             self._text.append(text)
 
     def _in_cdata(self) -> None:
-        if self._field:
+        if self._in_address:
             self._text.append("\0")  # which no XML has
 
     def _end(self, _: str) -> None:
-        if self._field and self._depth == self._entry_depth + 1:
+        if self._in_address and self._depth == self._entry_depth + 1:
             text, cdata, rest = "".join(self._text).partition("\0")
             if cdata:  # no references are read there, and mending put some in
                 text += html.unescape(rest.replace("\0", ""))
-            if self._size <= 2 * MAX_URL and (text := text.strip()):
-                self._values.setdefault(self._field, text)
-            self._field = ""
+            if self._size <= 2 * MAX_URL:
+                self._address = self._address or text.strip()
+            self._in_address = False
             self._parser.CharacterDataHandler = None
         elif self._kind and self._depth == self._entry_depth:
-            self._found.add(self._values.get("loc", ""), self._values.get("date"), index=self._kind == "sitemap")
+            self._found.add(self._address, index=self._kind == "sitemap")
             self._kind = ""
         self._depth -= 1

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from crawl.errors import FetchError
-from crawl.hosts import Kind, RobotRules
+from crawl.hosts import Kind
 from crawl.model import Response, ScrapeResult
-from crawl.robots import rules_for
+from crawl.robots import Rules, rules_for
 
 
 def hashed(url: str) -> uuid.UUID:
+    """The key of a URL."""
     return uuid.UUID(bytes=hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=16).digest())
 
 
@@ -55,16 +56,16 @@ class Queued(NamedTuple):
     strayed: bool
     hops: int
     attempt: int
-    wait: float | None
-    """Seconds."""
+    wait: float | None  # seconds
 
 
 class Done(NamedTuple):
+    """A URL that is finished."""
+
     host: str
     id: int
     url: str
-    row: ScrapeResult | None
-    """None: of a kind that has none."""
+    row: ScrapeResult | None  # None: of a kind that has none
 
 
 class Move(NamedTuple):
@@ -85,7 +86,8 @@ class Found(NamedTuple):
     target: str
     ttl: float
 
-    def rules(self, user_agent: str) -> RobotRules:
+    def rules(self, user_agent: str) -> Rules:
+        """What it says to this ``user_agent``."""
         if self.status is None:
             return rules_for(FetchError(self.body.decode(), ""), user_agent, self.target)
         return rules_for(Response(self.status, {}, self.body), user_agent, self.target)
@@ -103,8 +105,7 @@ class Note(NamedTuple):
 class SyncBatch:
     """What a worker tells and asks, in one transaction."""
 
-    token: int | None
-    """None: it wants to be one of the workers."""
+    token: int | None  # None: it wants to be one of the workers
     serial: int
     lease: float
     links: list[Link] = field(default_factory=list)
@@ -113,43 +114,36 @@ class SyncBatch:
     moves: list[Move] = field(default_factory=list)
     delegated: list[Queued] = field(default_factory=list)
     """Requests for robots.txt that were redirected to hosts that this worker may not hold."""
-    again: list[Queued] = field(default_factory=list)
-    """Given back after an attempt."""
+    again: list[Queued] = field(default_factory=list)  # given back after an attempt
     robots: list[Found] = field(default_factory=list)
     notes: dict[str, Note] = field(default_factory=dict)
     claim: int = 0
-    spacing: float = 0.0
-    """Of a host of which nothing is known."""
-    limit: int = 100
-    """URLs of a host that is new."""
-    refill: list[tuple[str, int, int]] = field(default_factory=list)
-    """(host, after which id, how many)"""
+    spacing: float = 0.0  # of a host of which nothing is known
+    limit: int = 100  # URLs of a host that is new
+    refill: list[tuple[str, int, int]] = field(default_factory=list)  # (host, after which id, how many)
     asked: list[str] = field(default_factory=list)
     held: list[str] = field(default_factory=list)
     hungry: bool = False
     reading: bool = False
     scope_after: int = 0
-    resync: bool = False
-    """The last answer may have been lost: what was claimed then is told again."""
+    resync: bool = False  # the last answer may have been lost: what was claimed then is told again
 
 
 @dataclass
 class SyncAnswer:
-    token: int | None = None
-    """None: the lease was lost, and nothing else was done."""
+    """What the tables say to a batch."""
+
+    token: int | None = None  # None: the lease was lost, and nothing else was done
     stored: list[ScrapeResult] = field(default_factory=list)
-    hosts: list[tuple[str, float | None]] = field(default_factory=list)
-    """(host, seconds until it may go)"""
+    hosts: list[tuple[str, float | None]] = field(default_factory=list)  # (host, seconds until it may go)
     urls: list[Queued] = field(default_factory=list)
     robots: list[Found] = field(default_factory=list)
-    rules: dict[str, RobotRules] = field(default_factory=dict)
+    rules: dict[str, Rules] = field(default_factory=dict)
     """What ``robots`` say, by origin, where it was read before."""
     scope: list[tuple[int, str]] = field(default_factory=list)
     finished: bool = False
     reading: bool = False
     workers: int = 1
     all_held: int = 0
-    hungry: bool = False
-    """Another worker has too little to do."""
-    dead: bool = False
-    """A lease has ended: ``reap``."""
+    hungry: bool = False  # another worker has too little to do
+    dead: bool = False  # a lease has ended: ``reap``

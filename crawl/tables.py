@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from crawl.hosts import host_of
 from crawl.model import ScrapeResult
 from crawl.sync import Done, Found, Move, Note, Queued, SyncAnswer, SyncBatch, clean, hashed
+from crawl.urls import host_of
 from runtime.postgres import Database
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 def encoded(row: ScrapeResult) -> str:
+    """The row as JSON that PostgreSQL takes."""
     try:
         data = orjson.dumps(row)
     except TypeError:
@@ -313,9 +314,11 @@ class PgStore:
             answer.finished = await connection.fetchval(FINISHED)
 
     async def reap(self) -> None:
+        """Give back what workers hold whose lease has ended."""
         async with self._database.connection() as connection:
             await connection.execute(REAP)
 
     async def leave(self, token: int) -> None:
+        """The worker holds nothing any more, and is none."""
         async with self._database.connection() as connection:
             await connection.execute(LEAVE, token)

@@ -14,10 +14,8 @@ import ada_url
 from crawl.errors import FetchError
 from html_parse import is_normal
 
-MAX_URL = 8192
-"""Longest URL in characters; RFC 9110, section 4.1 asks for at least 8000."""
-HIDDEN = "<password>"
-"""In the place of what may be one, in a line that is no URL; with it, it never becomes one."""
+MAX_URL = 8192  # longest URL in characters; RFC 9110, section 4.1 asks for at least 8000
+HIDDEN = "<password>"  # in the place of what may be one, in a line that is no URL; with it, it never becomes one
 
 _HOST_AND_PORT = re.compile(r"(?!javascript|sms|tel)[a-z0-9.-]+:[0-9]{1,5}(?:[/?#]|$)")
 _HARMLESS = re.compile(
@@ -48,9 +46,21 @@ def normalise(text: str) -> tuple[str, str]:
             raise FetchError("invalid_url", "not a URL; write http:// before it")
         raise FetchError("invalid_url", f"only http and https are fetched, not {url.partition(':')[0]}")
     url = url.partition("#")[0]
-    authority = url.split("/", 3)[2]
-    host = authority.rpartition("@")[2]
-    return url, host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
+    return url, host_of(url)
+
+
+def join(base: str, text: str) -> tuple[str, str]:
+    """``normalise``, of an address that a document at ``base`` names."""
+    try:
+        return normalise(ada_url.join_url(base, text))
+    except ValueError:
+        raise FetchError("invalid_url", "not a URL") from None
+
+
+def host_of(url: str) -> str:
+    """The host of a normalised URL or origin."""
+    host = url.split("/", 3)[2].rpartition("@")[2]
+    return host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
 
 
 def origin(url: str) -> str:

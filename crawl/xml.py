@@ -16,10 +16,8 @@ import webencodings
 
 MAX_DEPTH = 64
 MAX_ELEMENTS = 2_000_000
-MAX_TOKEN = 1 << 20
-"""Bytes of one tag, comment or the like: Expat scans an unfinished one anew with every piece."""
-NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]+")
-"""Characters that XML cannot have."""
+MAX_TOKEN = 1 << 20  # bytes of one tag, comment or the like: Expat scans an unfinished one anew with every piece
+NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]+")  # characters that XML cannot have
 XML_DECLARATION = re.compile(r"\A<\?xml\b[^>]*>\s*")
 
 _PIECE = 1 << 18
@@ -27,8 +25,8 @@ _REFERENCES = re.compile(r"(?:&#(?:[0-9]+|[xX][0-9a-fA-F]+);)+")
 _REFERENCE = re.compile(r"&#(?:([0-9]+)|[xX]([0-9a-fA-F]+));")
 _DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([a-zA-Z0-9._:-]{1,40})["']""")
 _CHARSET = re.compile(r"""charset\s*=\s*["']?([a-zA-Z0-9._:-]{1,40})""", re.IGNORECASE)
-_BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16le"), (b"\xfe\xff", "utf-16be"))
-_SHAPES = ((b"<\0", "utf-16le"), (b"\0<", "utf-16be"))
+_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+_MARKS |= {b"<\0": "utf-16-le", b"\0<": "utf-16-be"}  # no BOM, but the beginning of XML
 
 
 class StopReading(Exception):
@@ -108,9 +106,9 @@ def decode_pieces(pieces: Iterator[bytes], content_type: str | None = None) -> I
 
 
 def _codec(head: bytes, content_type: str | None) -> codecs.CodecInfo:
-    for mark, name in (*_BOMS, *_SHAPES):
+    for mark, name in _MARKS.items():
         if head.startswith(mark):
-            return codecs.lookup(name.replace("utf-16", "utf-16-"))
+            return codecs.lookup(name)
     told = _CHARSET.search(content_type or "")
     declared = _DECLARED.match(head[:1024])
     for label in (told[1] if told else None, declared[1].decode() if declared else None):

@@ -20,11 +20,11 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from crawl.hosts import host_of
+from crawl import robots
 from crawl.model import Request
 from crawl.robots_gate import ROBOTS_AGAIN
 from crawl.scheduler import EARLY, FAIR
-from crawl.urls import origin
+from crawl.urls import host_of, origin
 
 EPSILON = 1e-6
 
@@ -115,16 +115,21 @@ class Book:
     sent: int = 0
 
 
-class Rules:
+class Rules(robots.Rules):
     """A robots.txt that forbids each ``step``-th page (0: none); to say so may cost more than a moment."""
 
     def __init__(self, step: int, delay: float | None, *, quick: bool = True, size: int = 0) -> None:
-        self.step, self.delay, self.quick, self.size = step, delay, quick, size
+        super().__init__(delay=delay)
+        self.step, self.quick, self.bytes = step, quick, size
 
-    def is_quick(self, url: str, /) -> bool:
+    @property
+    def size(self) -> int:
+        return self.bytes
+
+    def is_quick(self, url: str) -> bool:
         return self.quick
 
-    def allows(self, url: str, /) -> bool | None:
+    def allows(self, url: str) -> bool | None:
         return not self.step or int(url.rpartition("/")[2]) % self.step != 0
 
 

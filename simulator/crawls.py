@@ -33,10 +33,10 @@ from typing import Any, NamedTuple, TypeVar
 from crawl.core import HELPERS_LEAD
 from crawl.errors import Postponed
 from crawl.frontier import Frontier
-from crawl.hosts import Question, host_of
+from crawl.hosts import Question
 from crawl.model import Request
 from crawl.processes import AHEAD
-from crawl.urls import origin
+from crawl.urls import host_of, origin
 from simulator.checker import Checker, Rules, demand
 
 Row = dict[str, Any]

@@ -26,11 +26,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from crawl.hosts import host_of
 from crawl.lease import SharedFrontier
 from crawl.model import Request, ScrapeResult
 from crawl.sync import Done, Found, Move, Note, Queued, SyncAnswer, SyncBatch, hashed
-from crawl.urls import origin
+from crawl.urls import host_of, origin
 from simulator.checker import Rules, Tokens, demand
 from simulator.crawls import Fates, Simulation, Web, Worker, each, named
 

@@ -14,11 +14,12 @@ import pytest
 from crawl import frontier as frontier_module
 from crawl import hosts, limits, scheduler
 from crawl.frontier import Frontier
-from crawl.hosts import FrontierStats, Question, host_of
+from crawl.hosts import FrontierStats, Question
 from crawl.limits import Pace
 from crawl.model import Request
 from crawl.robots_gate import KEPT_BYTES, ROBOTS_AGAIN
 from crawl.scheduler import FAIR
+from crawl.urls import host_of
 from simulator.checker import Rules
 from tests.helpers.crawl import taken
 
@@ -237,7 +238,7 @@ def test_an_answer_counts_only_for_the_rules_that_hold() -> None:
 
 def test_what_costs_too_much_to_match_is_not_allowed() -> None:
     class Costly(Rules):
-        def allows(self, url: str, /) -> bool | None:
+        def allows(self, url: str) -> bool | None:
             return None
 
     for quick in (True, False):
