@@ -1257,14 +1257,14 @@ class CircuitBreaker:
             with self.permit():
                 return await function(*args, **options)
         try:
-            return await function(*args, **options)
+            result = await function(*args, **options)
         except BaseException as error:
             if self._counts(error):
-                with self._lock:
-                    if generation == self._generation:
-                        self._record(True, self._clock())
-                self._tell()
+                self._settle(Permit(self, generation), failed=True)
             raise
+        if generation != self._unrecorded:  # others failed meanwhile
+            self._settle(Permit(self, generation), failed=False)
+        return result
 
     def stats(self, now: float | None = None) -> CircuitBreakerStats:
         with self._lock:
