@@ -771,7 +771,7 @@ class _Entry:
     __slots__ = ("expires_at", "fresh_until", "key", "put_at", "quiet_until", "stale_until", "value", "weight")
 
     def __init__(self, key: Any, value: Any, put_at: float, fresh_until: float, weight: float) -> None:
-        self.key = key  # the object that is the key in the map: it is let go with the entry, after the lock
+        self.key = key  # the object that is the key in the map: it is let go with the value, after the lock
         self.value, self.put_at, self.weight = value, put_at, weight
         self.fresh_until = self.stale_until = self.expires_at = fresh_until
         self.quiet_until = -math.inf
@@ -897,9 +897,9 @@ class TTLCache(Generic[K, T]):
                     self._endings = None
             return True
 
-    def _expire(self, now: float) -> list[_Entry | None]:
+    def _expire(self, now: float) -> list[tuple[Any, Any] | None]:
         """Let go what is gone. The caller has the lock, and keeps the answer until after it."""
-        dropped: list[_Entry | None] = []
+        dropped: list[tuple[Any, Any] | None] = []
         if now < self._gone_from:
             return dropped
         if self._endings is None:
@@ -912,11 +912,15 @@ class TTLCache(Generic[K, T]):
         self._gone_from = self._endings[0][0] if self._endings else math.inf
         return dropped
 
-    def _remove(self, key: K) -> _Entry | None:
+    def _remove(self, key: K) -> tuple[Any, Any] | None:
+        """Its key and its value, which the entry does not keep: ``_endings`` may have it for long."""
         entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._weight = self._weight - entry.weight if self._entries else 0.0
-        return entry
+        if entry is None:
+            return None
+        self._weight = self._weight - entry.weight if self._entries else 0.0
+        removed = entry.key, entry.value
+        entry.key = entry.value = None
+        return removed
 
     def generation(self, key: K) -> int:
         """To be read before a load and given to ``put``, so that what was loaded before ``invalidate`` is not kept."""
@@ -926,9 +930,9 @@ class TTLCache(Generic[K, T]):
         """Forget ``key``, and what is being loaded for it; True if it was there."""
         with self._lock:
             self._generations[hash(key) % 64] += 1
-            entry = self._remove(key)
+            removed = self._remove(key)
         self._flights.forget(key)
-        return entry is not None
+        return removed is not None
 
     def clear(self) -> None:
         """``invalidate`` everything."""
