@@ -709,7 +709,8 @@ class SingleFlight:
             await self._parked(key, flight, waiter)
         if waiter is None or waiter.value is _LEAD:
             waiter = flight.leader = Waiter(loop)
-            flight.task = loop.create_task(self._run(key, flight, load))
+            task = flight.task = loop.create_task(self._run(key, flight, load))
+            task.add_done_callback(lambda _: self._finish(key, flight, None) if flight.task is task else None)
             await self._parked(key, flight, waiter)
         return self._answer(waiter)  # type: ignore[no-any-return]
 
