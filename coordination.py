@@ -189,6 +189,8 @@ class FairCondition:
 
 
 class SemaphoreStats(NamedTuple):
+    """Permits in all, those that nobody holds, and how many wait for one."""
+
     permits: int
     available: int
     waiting: int
@@ -268,6 +270,7 @@ class Semaphore:
         self.release()
 
     def stats(self) -> SemaphoreStats:
+        """The counts of this moment."""
         with self._lock:
             return SemaphoreStats(self.permits, self._available, len(self._released))
 
@@ -278,6 +281,8 @@ class Semaphore:
 
 
 class ChannelStats(NamedTuple):
+    """Places, items in them, who waits to put and to get, and whether it is closed."""
+
     capacity: int
     items: int
     putters: int
@@ -429,6 +434,7 @@ class Channel(Generic[T]):
             return
 
     def stats(self) -> ChannelStats:
+        """The counts of this moment."""
         with self._lock:
             waiting = len(self._not_full), len(self._not_empty)
             return ChannelStats(self.capacity, len(self._items), *waiting, self._closed)
@@ -440,6 +446,8 @@ class Channel(Generic[T]):
 
 
 class VisitedStats(NamedTuple):
+    """Keys, and how often one was added that was there."""
+
     keys: int
     repeats: int
 
@@ -474,6 +482,7 @@ class Visited(Generic[K]):
             return set(self._keys)
 
     def stats(self) -> VisitedStats:
+        """The counts of this moment."""
         with self._lock:
             return VisitedStats(len(self._keys), self._repeats)
 
@@ -486,8 +495,11 @@ class Visited(Generic[K]):
 class Budget(Protocol):
     """What hedging asks before it adds load: ``primitives.RetryBudget``."""
 
-    def request(self) -> None: ...
-    def try_retry(self) -> bool: ...
+    def request(self) -> None:
+        """Count a first call."""
+
+    def try_retry(self) -> bool:
+        """Whether one more call may be made."""
 
 
 class Outcome(NamedTuple, Generic[T]):
@@ -592,6 +604,8 @@ async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
 
 
 class WorkerPoolStats(NamedTuple):
+    """Workers, items that wait, and items that were handled or failed."""
+
     workers: int
     queued: int
     handled: int
@@ -744,6 +758,7 @@ class WorkerPool(Generic[T]):
         return not pending and not self.stats().queued
 
     def stats(self) -> WorkerPoolStats:
+        """The counts of this moment."""
         queued = self._channel.stats().items
         with self._lock:
             return WorkerPoolStats(self._workers, queued, self._handled, self._failed)

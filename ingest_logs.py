@@ -28,9 +28,9 @@ from zoneinfo import ZoneInfo
 
 from logs.demo import LogDemo
 from logs.display import METRICS, LogCounts, draw, health, last_word
-from logs.enrich import make_template
 from logs.event_queue import Policy
 from logs.intake import KernelDrops, udp_socket
+from logs.metadata import make_template
 from logs.options import IngestOptions
 from logs.pipeline import FORCE_LIMIT, Ingester
 from logs.workers import ParentConnection, Supervisor
@@ -47,6 +47,7 @@ NAME = "ingest_logs"
 
 
 def make_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         "ingest_logs.py",
         IngestOptions(),
@@ -73,7 +74,7 @@ exit codes: 0 nothing was lost at the stop; 1 something was, or it could not sta
     option(intake, "--receivers", int, "processes that share the port", within=(1, 64))
     text = f"of each socket; the system may allow less; {SIZES}"
     option(intake, "--receive-buffer", size, text, "SIZE", within=(1, (1 << 30) - 1))
-    option(intake, "--zone", checked(check_zone), "time zone of times that name none", "NAME")
+    option(intake, "--zone", checked(_check_zone), "time zone of times that name none", "NAME")
     enrich = parser.add_argument_group("metadata")
     text = "http://host/services/{service}: team, environment, region, version"
     option(enrich, "--metadata", checked(make_template), text, "URL")
@@ -103,7 +104,7 @@ exit codes: 0 nothing was lost at the stop; 1 something was, or it could not sta
     return parser
 
 
-def check_zone(name: str) -> None:
+def _check_zone(name: str) -> None:
     """``ValueError`` if there is no such time zone."""
     try:
         ZoneInfo(name)
@@ -144,7 +145,7 @@ def check(options: IngestOptions, demo: bool) -> None:
         raise ValueError("--batch must be at least 1, and at most --queue")
 
 
-def open_sockets(options: IngestOptions, stack: contextlib.ExitStack) -> list[socket.socket]:
+def _open_sockets(options: IngestOptions, stack: contextlib.ExitStack) -> list[socket.socket]:
     """A socket for each receiver. ``CannotStart``."""
     host, port = split_address(options.listen)
     found: list[socket.socket] = []
@@ -162,7 +163,7 @@ def open_sockets(options: IngestOptions, stack: contextlib.ExitStack) -> list[so
     return found
 
 
-def make_program(options: IngestOptions, sockets: list[socket.socket]) -> Ingester | Supervisor:
+def _make_program(options: IngestOptions, sockets: list[socket.socket]) -> Ingester | Supervisor:
     kernel_drops = KernelDrops(sockets).total
     if len(sockets) == 1:
         return Ingester(options, sockets[0], kernel_drops=kernel_drops)
@@ -181,17 +182,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, options = parse_arguments(argv, os.environ)
     if args.worker is not None:
         with prepared_process(NAME, log):
-            return run_worker(args.worker)
+            return _run_worker(args.worker)
 
     demo = LogDemo(options, args.demo_seconds, args.demo_rate) if args.demo else None
 
     def wire(options: IngestOptions, stack: contextlib.ExitStack) -> Wiring[LogCounts]:
-        sockets = open_sockets(options, stack)
+        sockets = _open_sockets(options, stack)
         log.info("listening on %s", shown_address(sockets[0]))
         if demo is not None:
             demo.target = sockets[0].getsockname()
         return Wiring(
-            make=lambda: make_program(options, sockets),
+            make=lambda: _make_program(options, sockets),
             tell=lambda program: say(NAME, last_word(program.snapshot())),
             metrics=METRICS,
             health=lambda counts: health(counts, options.receivers),
@@ -202,17 +203,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(NAME, log, options, wire, demo)
 
 
-def run_worker(link: int) -> int:
+def _run_worker(link: int) -> int:
     """One of many, with a socketpair to its parent."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(_worker(ParentConnection(socket.socket(fileno=link))))
+        return runner.run(_work(socket.socket(fileno=link)))
 
 
-async def _worker(link: ParentConnection) -> int:
-    told = await link.open()
+async def _work(parent: socket.socket) -> int:
+    link, told = await ParentConnection.open(parent)
     options = IngestOptions(**{**told["options"], "allow": tuple(told["options"]["allow"])})
     sock = socket.socket(fileno=told["socket"])
     try:

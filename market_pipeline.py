@@ -43,16 +43,16 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(each.strip() for each in text.split(",") if each.strip()))
 
 
-def pairs(text: str) -> tuple[str, ...]:
+def _pairs(text: str) -> tuple[str, ...]:
     return words(text.upper())
 
 
 def tickers(text: str) -> tuple[str, ...]:
     """``AAPL`` -> AAPL-USD."""
-    return tuple(each if "-" in each else f"{each}-USD" for each in pairs(text))
+    return tuple(each if "-" in each else f"{each}-USD" for each in _pairs(text))
 
 
-def seconds_of(text: str) -> tuple[int, ...]:
+def _seconds(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(each) for each in words(text))
     except ValueError:
@@ -60,6 +60,7 @@ def seconds_of(text: str) -> tuple[int, ...]:
 
 
 def make_parser() -> Parser:
+    """The command line."""
     parser = Parser(
         "market_pipeline.py",
         MarketOptions(),
@@ -85,7 +86,7 @@ exit codes: 0 nothing was lost; 1 something was, or it could not start; 2 wrong 
         "command", nargs="?", choices=COMMANDS, default="run", help="run: feeds and figures (default); see the examples"
     )
     feeds = parser.add_argument_group("feeds")
-    option(feeds, "--symbols", pairs, "BASE-QUOTE", "LIST")
+    option(feeds, "--symbols", _pairs, "BASE-QUOTE", "LIST")
     text = "of which exchanges; several machines share them by this (default: all that need no key)"
     option(feeds, "--exchanges", words, text, "LIST")
     option(feeds, "--stocks", tickers, "from the stock feeds whose keys are in the environment", "LIST")
@@ -110,7 +111,7 @@ exit codes: 0 nothing was lost; 1 something was, or it could not start; 2 wrong 
     text = "time without an answer after which what waits goes to the spool"
     option(away, "--spool-after", float, text, "S", within=(0.1, 3600))
     figures = parser.add_argument_group("figures")
-    option(figures, "--windows", seconds_of, "of volatility and VWAP, seconds", "LIST")
+    option(figures, "--windows", _seconds, "of volatility and VWAP, seconds", "LIST")
     text = "of event time: what comes later is counted, not taken"
     option(figures, "--lateness", float, text, "S", within=(0, 60))
     option(figures, "--workers", int, "processes (default: all processors but one)", within=(1, 64))
@@ -141,6 +142,7 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
 
 
 def addresses(texts: Sequence[str]) -> dict[str, str]:
+    """``EXCHANGE=URL`` of each -> by exchange; ``ValueError`` if one is neither."""
     found = dict[str, str]()
     for text in texts:
         name, equals, url = text.partition("=")

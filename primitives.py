@@ -160,6 +160,8 @@ class RetryPolicy:
 
 
 class RetryBudgetStats(NamedTuple):
+    """First calls, retries, those that were refused, and the retries that are saved up."""
+
     requests: int
     retries: int
     refused: int
@@ -203,6 +205,7 @@ class RetryBudget:
             return True
 
     def stats(self) -> RetryBudgetStats:
+        """The counts of this moment."""
         with self._lock:
             return RetryBudgetStats(self._requests, self._retries, self._refused, self._saved / self._UNIT)
 
@@ -331,6 +334,8 @@ class _Place:
 
 
 class TokenBucketStats(NamedTuple):
+    """Tokens a second, tokens at most, and those of now."""
+
     rate: float
     burst: float
     tokens: float
@@ -569,6 +574,7 @@ class TokenBucket:
         return True
 
     def stats(self, now: float | None = None) -> TokenBucketStats:
+        """The counts of ``now`` (seconds by its clock; None: of this moment)."""
         with self._lock:
             if now is None:
                 now = self._clock()
@@ -603,6 +609,8 @@ class _Flight(FairCondition):
 
 
 class SingleFlightStats(NamedTuple):
+    """Loads that run and who waits for them; loads begun since the start, and calls that shared one."""
+
     flights: int
     waiting: int
     loads: int
@@ -749,6 +757,7 @@ class SingleFlight:
             return key in self._flights
 
     def stats(self) -> SingleFlightStats:
+        """The counts of this moment."""
         with self._lock:
             waiting = sum(map(len, self._flights.values()))
             return SingleFlightStats(len(self._flights), waiting, self._loads, self._shared)
@@ -779,6 +788,8 @@ class _Entry:
 
 
 class TTLCacheStats(NamedTuple):
+    """Living entries and their weight, and counts since the start."""
+
     entries: int
     weight: float
     hits: int
@@ -1005,6 +1016,7 @@ class TTLCache(Generic[K, T]):
             return entry is not None and self._clock() < entry.fresh_until
 
     def stats(self) -> TTLCacheStats:
+        """The counts of this moment."""
         loading = self._flights.stats().flights
         with self._lock:
             gone = self._expire(self._clock())
@@ -1032,9 +1044,11 @@ class Permit:
         self._breaker, self.generation, self.settled = breaker, generation, False
 
     def success(self, now: float | None = None) -> None:
+        """The call came to a good end."""
         self._breaker._settle(self, failed=False, now=now)
 
     def failure(self, now: float | None = None) -> None:
+        """The other side failed."""
         self._breaker._settle(self, failed=True, now=now)
 
     def ignore(self) -> None:
@@ -1054,6 +1068,8 @@ class Permit:
 
 
 class CircuitBreakerStats(NamedTuple):
+    """Its state, failures in the window, calls refused, times opened, and seconds until it may be called again."""
+
     name: str
     state: State
     failures: int
@@ -1272,6 +1288,7 @@ class CircuitBreaker:
         return result
 
     def stats(self, now: float | None = None) -> CircuitBreakerStats:
+        """The counts of ``now`` (seconds by its clock; None: of this moment)."""
         with self._lock:
             now = self._clock() if now is None else now
             wait = max(0.0, self._open_until - now) if self._state == "open" else 0.0
@@ -1286,6 +1303,8 @@ class CircuitBreaker:
 
 
 class BatchStats(NamedTuple):
+    """What waits."""
+
     items: int
     age: float
     """Seconds that the oldest has waited."""
@@ -1358,6 +1377,7 @@ class Batch(Generic[T]):
         return len(self._items)
 
     def stats(self, now: float | None = None) -> BatchStats:
+        """The counts of ``now`` (seconds by its clock; None: of this moment)."""
         with self._lock:
             now = self._clock() if now is None else now
             return BatchStats(len(self._items), now - self._begun if self._items else 0.0)

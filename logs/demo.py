@@ -25,15 +25,13 @@ from runtime.stderr import say
 
 log = logging.getLogger("ingest")
 
-DEMO_PATIENCE = 15.0
-"""Seconds without progress after which the demo no longer waits for what is on its way."""
+DEMO_PATIENCE = 15.0  # seconds without progress after which the demo no longer waits for what is on its way
 
 
 class LogDemo(Demo):
     """Simulated services that log for some seconds, their metadata API, and, unless one is named, a database."""
 
-    target: tuple[Any, ...]
-    """The address to which they send; to be set before ``play``."""
+    target: tuple[Any, ...]  # the address to which they send; to be set before ``play``
 
     def __init__(self, options: IngestOptions, seconds: float, rate: float) -> None:
         super().__init__("ingest_logs", options)

@@ -26,33 +26,24 @@ class LogCounts(NamedTuple):
     stored: Annotated[int, "Events in the table logs"] = 0
     dead: Annotated[int, "Events in the table dead_letter"] = 0
     dropped: Mapping[str, int] = {}
-    held: Mapping[str, int] = {}
-    """By place: queue, sealing, sealed, writing, spooling, spool."""
+    held: Mapping[str, int] = {}  # by place: queue, sealing, sealed, writing, spooling, spool
     handed: Annotated[int, "Events in the spool of workers that died; counted as recovered by the next"] = 0
     datagrams: Annotated[int, "Datagrams read"] = 0
     bytes: Annotated[int, "Bytes read"] = 0
     refused: Annotated[int, "Datagrams from addresses that are not allowed"] = 0
     truncated: Annotated[int, "Datagrams that were too long"] = 0
-    """Datagrams longer than what is read of one."""
     kernel_drops: Annotated[int, "Datagrams that found the socket's buffer full"] = 0
-    """Datagrams that found the socket's buffer full; 0 too where the system does not say."""
     missing: Annotated[int, "Rows that were stored before their metadata were known"] = 0
-    """Rows that were stored without the metadata that there should be."""
     filled: Annotated[int, "Rows whose metadata came later"] = 0
-    """Such rows whose metadata came later, of earlier runs too."""
     spool_bytes: int = 0
     spool_refused: Annotated[int, "Batches for which the spool had no room"] = 0
-    lag: float = 0.0
-    """Seconds from the receipt of a batch's oldest event to its commit: the longest of the last ones."""
-    loop_lag: float = 0.0
-    """Seconds by which the event loop was late; the longest of the last minute."""
+    lag: float = 0.0  # seconds from the receipt of a batch's oldest event to its commit: the longest of the last ones
+    loop_lag: float = 0.0  # seconds by which the event loop was late; the longest of the last minute
     database: str = "none"
-    metadata: str = "none"
-    """The state of the API's circuit."""
+    metadata: str = "none"  # the state of the API's circuit
     metadata_loads: Annotated[int, "Requests to the metadata API"] = 0
     metadata_failures: Annotated[int, "Loads of metadata that failed"] = 0
     faults: Annotated[int, "Counts that did not balance, and failures of the program"] = 0
-    """How often the counts did not balance, or a part failed in a way that nobody had foreseen."""
     lines_lost: Annotated[int, "Lines of the log that nobody read"] = 0
     workers: int = 1
     deaths: Annotated[int, "Workers that died"] = 0
@@ -60,16 +51,17 @@ class LogCounts(NamedTuple):
 
 
 LARGEST = {"lag", "loop_lag"}
-WORST = {
-    "database": ("down", "connecting", "none", "connected"),
-    "metadata": ("open", "half_open", "closed", "none"),
-}
+WORST = {"database": ("down", "connecting", "none", "connected"), "metadata": ("open", "half_open", "closed", "none")}
 
 
 def imbalance(counts: LogCounts) -> int:
     """How many events more came in than are accounted for; 0, or there is a fault in the program."""
     out = counts.stored + counts.dead + sum(counts.dropped.values()) + sum(counts.held.values()) + counts.handed
     return counts.received + counts.recovered - out
+
+
+def _open_share(counts: LogCounts) -> float:
+    return {"half_open": 0.5, "open": 1.0}.get(counts.metadata, 0.0)
 
 
 METRICS = (
@@ -81,11 +73,7 @@ METRICS = (
     gauge("ingest_lag_seconds", "From receipt to commit, longest of the last batches", "lag"),
     gauge("ingest_loop_lag_seconds", "Longest of the last minute", "loop_lag"),
     gauge("ingest_database_up", "1 if connected", lambda counts: float(counts.database == "connected")),
-    gauge(
-        "ingest_metadata_circuit_open",
-        "0 closed, 0.5 half-open, 1 open",
-        lambda counts: {"half_open": 0.5, "open": 1.0}.get(counts.metadata, 0.0),
-    ),
+    gauge("ingest_metadata_circuit_open", "0 closed, 0.5 half-open, 1 open", _open_share),
     gauge("ingest_workers", "Workers that run"),
 )
 
@@ -96,8 +84,7 @@ def add_up(snapshots: Iterable[LogCounts]) -> LogCounts:
     if not every:
         return LogCounts(workers=0)
     sums: dict[str, Any] = {}
-    for name in LogCounts._fields:
-        values = [getattr(each, name) for each in every]
+    for name, values in zip(LogCounts._fields, zip(*every, strict=True), strict=True):
         if isinstance(values[0], Mapping):
             total: Counter[str] = Counter()
             for value in values:
@@ -125,7 +112,7 @@ def counts_after_death(last: LogCounts) -> LogCounts:
     return last._replace(dropped=dropped, held={}, handed=handed, deaths=last.deaths + 1, stopping=False, **gone)
 
 
-def listed(counts: Mapping[str, int]) -> str:
+def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 
@@ -142,7 +129,7 @@ def status(counts: LogCounts, before: LogCounts, seconds: float, age: float) -> 
         f"received {counts.received:,} ({rate('received')})",
         f"stored {counts.stored:,} ({rate('stored')})",
         f"queue {sum(held.values()):,}",
-        f"dropped {dropped:,}" + (f" ({listed(counts.dropped)})" if dropped else ""),
+        f"dropped {dropped:,}" + (f" ({_listed(counts.dropped)})" if dropped else ""),
         *([f"kernel dropped {counts.kernel_drops:,}"] if counts.kernel_drops else []),
         *([f"dead {counts.dead:,}"] if counts.dead else []),
         f"spool {spool:,}",
@@ -162,17 +149,16 @@ def draw(*seen: Any) -> str:
 
 def last_word(counts: LogCounts) -> str:
     """What became of all that came."""
-    lost = {name: count for name, count in counts.dropped.items() if count}
-    left = {name: count for name, count in counts.held.items() if count}
+    lost, left = counts.dropped, dict(counts.held)
     spooled = left.pop("spool", 0)
     return (
         f"received {counts.received:,}"
         + (f" + recovered {counts.recovered:,}" if counts.recovered else "")
         + f" = stored {counts.stored:,} + dead {counts.dead:,} + dropped {sum(lost.values()):,}"
-        + (f" ({listed(lost)})" if lost else "")
+        + (f" ({_listed(lost)})" if any(lost.values()) else "")
         + f" + left in the spool {spooled:,}"
         + (f" + handed on {counts.handed:,}" if counts.handed else "")
-        + (f" + held {sum(left.values()):,} ({listed(left)})" if left else "")
+        + (f" + held {sum(left.values()):,} ({_listed(left)})" if any(left.values()) else "")
         + (f"; the kernel dropped {counts.kernel_drops:,} datagrams" if counts.kernel_drops else "")
         + (f"; {counts.refused:,} datagrams came from addresses that are not allowed" if counts.refused else "")
         + (f"; THE COUNTS DO NOT BALANCE: {imbalance(counts):,}" if imbalance(counts) else "")

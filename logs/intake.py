@@ -1,24 +1,16 @@
 """Where log events come in: the UDP socket that is read, and what the kernel dropped.
 
-=================  ===============================================================================================
-piece              promise (and what is not promised)
-=================  ===============================================================================================
-``udp_socket``     a bound socket that does not block, and how large its receive buffer really is.
-``Receiver``       each datagram that the socket gives is handed on once, in order, or counted as refused; a wake-up
-                   lasts about 10 ms however fast they come. Not promised: that UDP brought what was sent.
-``KernelDrops``    how many datagrams the kernel dropped at these sockets since they were made: sent to the socket =
-                   read + dropped + still in its buffer, exactly. Not counted there: what was lost on the way.
-=================  ===============================================================================================
+A ``Receiver`` hands on each datagram that its socket gives, once, in order, or counts it as refused; a wake-up lasts
+about 10 ms however fast they come. Not promised: that UDP brought what was sent. ``KernelDrops`` counts what the kernel
+dropped at the sockets: sent to a socket = read + dropped + still in its buffer, exactly; what was lost on the way is in
+no count.
 
-All of it runs in one event loop and is called from nowhere else, so there is no lock. Nothing here awaits, and nothing
-starts a task, a thread or a process: a ``Receiver`` is a callback of the loop.
-``KernelDrops`` may be asked in another process than the one that reads, as the counter is the socket's.
+All of it is callbacks of one event loop, so there is no lock; nothing here awaits, or starts a task, a thread or a
+process. ``KernelDrops`` may be asked in another process than the one that reads, as the counter is the socket's.
 
-Why the socket is drained at each wake-up, rather than read by an ``asyncio.DatagramProtocol``: that one reads a single
-datagram each time round the loop. Measured with datagrams of 200 bytes that wait in the buffer (CPU time of each, one
-of two busy cores, least of five runs): ``DatagramProtocol`` 3.4 µs, ``Receiver`` 1.5 µs, of which recvfrom alone is
-1.2. On uvloop 1.4 and 1.5 µs: there the protocol is as cheap, but says neither how long it holds the loop nor what is
-still there at the stop.
+The socket is drained at each wake-up, rather than read by an ``asyncio.DatagramProtocol``, which reads one datagram
+each time round the loop: 1.5 µs of CPU a datagram of 200 bytes, not 3.4, of which recvfrom alone is 1.2. (On uvloop
+both take 1.5; but the protocol says neither how long it holds the loop nor what is still there at the stop.)
 """
 
 from __future__ import annotations
@@ -39,50 +31,39 @@ from typing import NamedTuple
 from coordination import Clock, stats_repr
 
 Network = IPv4Network | IPv6Network
-Handle = Callable[[list[tuple[bytes, str]]], None]
-"""Is given datagrams and their source addresses."""
+Handle = Callable[[list[tuple[bytes, str]]], None]  # is given datagrams and their source addresses
 
 
 RECEIVE_BUFFER = 4 << 20
 """Bytes asked of the kernel, which doubles them and counts some 600 more for each datagram: twice 4 MiB hold about
 10,000 small ones, a pause of 0.16 s at 60,000 a second."""
-LARGEST = 65_535
-"""Bytes of a datagram: what UDP's length field can say."""
-CHUNK, CHUNK_BYTES = 100, 65_536
-"""Datagrams and bytes read before they are handed on and the clock is looked at."""
-MAX_SOURCES = 10_000
-"""Source addresses remembered: they can be invented, so they are forgotten when there are more."""
+MAX_DATAGRAM = 65_535  # bytes of a datagram: what UDP's length field can say
+CHUNK, CHUNK_BYTES = 100, 65_536  # datagrams and bytes read before they are handed on and the clock is looked at
+MAX_SOURCES = 10_000  # source addresses remembered: they can be invented, so they are forgotten when there are more
 MAX_ERRORS, ERROR_PAUSE = 10, 0.01
 """Errors of the socket after which a wake-up ends; seconds until the next, if it brought nothing else."""
-SMALLEST = 256
-"""Bytes that the kernel's buffer counts for a datagram at the very least (Linux 6: 832)."""
+MIN_BUFFERED = 256  # bytes that the kernel's buffer counts for a datagram at the very least (Linux 6: 832)
 
-SO_RCVBUFFORCE, SO_MEMINFO = 33, 55
-"""Linux, asm-generic/socket.h; the socket module does not name them."""
+SO_RCVBUFFORCE, SO_MEMINFO = 33, 55  # Linux, asm-generic/socket.h; the socket module does not name them
 MEMINFO_DROPS = slice(32, 36)
 """The ninth of the 32-bit numbers that SO_MEMINFO gives (SK_MEMINFO_DROPS, linux/sock_diag.h)."""
-COUNTER = 1 << 32
-"""Where the kernel's counter begins again."""
-
-
-# ------------------------------------------------------------------------------------------------------------ socket
+COUNTER_RANGE = 1 << 32  # where the kernel's counter begins again
 
 
 class Bound(NamedTuple):
+    """A socket, bound."""
+
     sock: socket.socket
-    receive_buffer: int
-    """Bytes, as one asks for them: the half of what Linux then uses."""
-    warning: str | None
-    """What to tell the operator if that is less than was asked for."""
+    receive_buffer: int  # bytes, as one asks for them: the half of what Linux then uses
+    warning: str | None  # what to tell the operator if that is less than was asked for
 
 
 def udp_socket(address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER, reuse_port: bool = False) -> Bound:
     """A socket bound to ``address`` (``0.0.0.0``, ``::`` for IPv6 and IPv4, a name: looked up here) and ``port``.
 
     ``receive_buffer`` bytes are asked for by SO_RCVBUFFORCE, which needs CAP_NET_ADMIN, then by SO_RCVBUF, which the
-    kernel clamps to net.core.rmem_max without a word; so it is read back. With ``reuse_port`` several sockets of one
-    user may be bound to the port; the kernel spreads the senders over them (by a hash of the addresses and ports). An
-    ``OSError`` says what could not be bound.
+    kernel clamps without a word; so it is read back. With ``reuse_port`` several sockets may be bound to the port; the
+    kernel spreads the senders over them (by a hash of the addresses and ports). ``OSError``: what could not be bound.
     """
     if not 0 <= port < 65_536 or not 1 <= receive_buffer < 1 << 30:
         raise ValueError(f"port must be below 65,536, the buffer of 1 byte to 1 GiB, not {port!r}, {receive_buffer!r}")
@@ -102,44 +83,28 @@ def udp_socket(address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER,
         if sock is not None:
             sock.close()
         raise OSError(error.errno, f"cannot receive UDP on {address} port {port}: {error.strerror}") from error
-    warning = None
-    if granted < receive_buffer:
-        warning = (
-            f"the kernel gives a receive buffer of {granted:,} bytes, not {receive_buffer:,}: bursts may be dropped; "
-            f"sysctl -w net.core.rmem_max={receive_buffer} allows it"
-        )
-    return Bound(sock, granted, warning)
+    warning = (
+        f"the kernel gives a receive buffer of {granted:,} bytes, not {receive_buffer:,}: bursts may be dropped; "
+        f"sysctl -w net.core.rmem_max={receive_buffer} allows it"
+    )
+    return Bound(sock, granted, warning if granted < receive_buffer else None)
 
 
 def _enlarge(sock: socket.socket, size: int) -> int:
     """Ask for a receive buffer of so many bytes; what was given, in the same measure."""
     linux = sys.platform == "linux"
-    try:
-        if not linux:
-            raise OSError
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
-    except OSError:
-        with contextlib.suppress(OSError):  # elsewhere too much is an error, and what was there stays
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    for option in (socket.SO_RCVBUF, SO_RCVBUFFORCE) if linux else (socket.SO_RCVBUF,):
+        with contextlib.suppress(OSError):  # not allowed; elsewhere too much is an error, and what was there stays
+            sock.setsockopt(socket.SOL_SOCKET, option, size)
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // (2 if linux else 1)
-
-
-# ------------------------------------------------------------------------------------------------------ kernel drops
-
-
-class KernelDropsStats(NamedTuple):
-    sockets: int
-    dropped: int | None
-    """As it was last read."""
 
 
 class KernelDrops:
     """How many datagrams the kernel dropped at these sockets because their buffer was full (or a checksum wrong).
 
-    It is asked of each socket by SO_MEMINFO (Linux 4.12): 0.5 µs, whenever one likes, also when no datagram comes any
-    more. Where that is unknown, the "drops" of the socket's line in /proc/net/udp and udp6 is read: 0.1 to 2 ms, more
-    where there are many sockets. (SO_RXQ_OVFL would come with each datagram, but needs recvmsg, 0.25 µs each, and tells
-    of a drop only when another datagram follows.) None where the system has neither.
+    Each socket is asked by SO_MEMINFO (Linux 4.12): 0.5 µs, also when no datagram comes any more, as SO_RXQ_OVFL would
+    need. Where that is unknown, the "drops" of the socket's line in /proc/net/udp and udp6 are read: 0.1 to 2 ms. None
+    where the system has neither.
 
     A counter belongs to the socket, whoever holds it, and begins when it is made. It has 32 bits, so it must be read
     once in 4 billion drops. Of a closed socket the last figure stays: read before you close.
@@ -161,13 +126,13 @@ class KernelDrops:
                 counter = table.get(os.fstat(sock.fileno()).st_ino)
             if counter is not None:
                 before = self._counts[index] or 0
-                self._counts[index] = before + (counter - before) % COUNTER
+                self._counts[index] = before + (counter - before) % COUNTER_RANGE
         return list(self._counts)
 
     def total(self) -> int | None:
         """The drops of all of them; None if that of one is not known."""
-        self.by_socket()
-        return self.stats().dropped
+        known = [count for count in self.by_socket() if count is not None]
+        return sum(known) if len(known) == len(self._sockets) else None
 
     def _table(self) -> dict[int, int]:
         """Inode of a socket -> its drops."""
@@ -179,25 +144,13 @@ class KernelDrops:
                     found[int(words[9])] = int(words[12])
         return found
 
-    def stats(self) -> KernelDropsStats:
-        known = [count for count in self._counts if count is not None]
-        return KernelDropsStats(len(self._sockets), sum(known) if len(known) == len(self._sockets) else None)
-
-    __repr__ = stats_repr
-
 
 def _socket_drops(sock: socket.socket) -> int | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        answer = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 64)
-    except OSError:
-        return None
-    drops = answer[MEMINFO_DROPS]
+    drops = b""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            drops = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 64)[MEMINFO_DROPS]
     return int.from_bytes(drops, sys.byteorder) if len(drops) == 4 else None
-
-
-# ---------------------------------------------------------------------------------------------------------- receiver
 
 
 class ReceiverStats(NamedTuple):
@@ -206,27 +159,21 @@ class ReceiverStats(NamedTuple):
     datagrams: int
     bytes: int
     wakeups: int
-    refused: int
-    """From addresses that are not allowed."""
-    truncated: int
-    """Longer than ``largest``: their rest was cut off."""
-    errors: int
-    """Of the socket: what it says instead of giving a datagram."""
-    unhandled: int
-    """Given to a ``handle`` that raised: nobody knows what became of them."""
+    refused: int  # from addresses that are not allowed
+    truncated: int  # longer than ``largest``: their rest was cut off
+    errors: int  # of the socket: what it says instead of giving a datagram
+    unhandled: int  # given to a ``handle`` that raised: nobody knows what became of them
 
 
 class Receiver:
     """Reads a UDP socket, which is its own from now on, and hands what comes to ``handle(datagrams)``.
 
     ``allow``: networks whose datagrams are wanted; none named: all. An IPv4 sender on an IPv6 socket is an IPv4
-    address, here and to ``handle``; the zone of a link-local one is left out. A source address in UDP is a claim, no
-    proof.
+    address, here and to ``handle``; the zone of a link-local one is left out. A source address is a claim, no proof.
 
-    A wake-up reads until the socket is empty, but at most ``at_once`` datagrams, and no more after ``seconds``; then
-    the loop's other callbacks have their turn. ``handle`` gets them in portions, at most ``CHUNK`` and about
-    ``CHUNK_BYTES``: what it does with one portion is how much longer a wake-up can last. If it raises, that is logged
-    once, and counted. The kernel's buffer waits meanwhile; see ``KernelDrops``.
+    A wake-up reads until the socket is empty, but at most ``at_once`` datagrams, and no more after ``seconds``.
+    ``handle`` gets portions of at most ``CHUNK`` and about ``CHUNK_BYTES``: what it does with one is how much longer a
+    wake-up can last. If it raises, that is logged once, and counted.
     """
 
     def __init__(
@@ -237,22 +184,20 @@ class Receiver:
         allow: Sequence[Network] = (),
         at_once: int = 500,
         seconds: float = 0.01,
-        largest: int = LARGEST,
+        largest: int = MAX_DATAGRAM,
         clock: Clock = time.monotonic,
     ) -> None:
-        if at_once < 1 or not seconds > 0 or not 0 <= largest <= LARGEST:
-            raise ValueError(f"at_once must be at least 1, seconds above 0, largest at most {LARGEST}")
+        if at_once < 1 or not seconds > 0 or not 0 <= largest <= MAX_DATAGRAM:
+            raise ValueError(f"at_once must be at least 1, seconds above 0, largest at most {MAX_DATAGRAM}")
         sock.setblocking(False)
         self.at_once, self.seconds, self.largest = at_once, seconds, largest
         self._sock, self._handle, self._clock = sock, handle, clock
         self._allow = [_unmapped(network) for network in allow]
-        self._loop: asyncio.AbstractEventLoop | None = None
-        """Set while it listens."""
+        self._loop: asyncio.AbstractEventLoop | None = None  # set while it listens
         self._pause: asyncio.TimerHandle | None = None
         self._source_of = functools.lru_cache(MAX_SOURCES)(self._learn)
         """What the socket calls a source -> what we call it; "": refused."""
-        self._left: int | None = None
-        """Datagrams that ``drain`` may still read."""
+        self._left: int | None = None  # datagrams that ``drain`` may still read
         self._datagrams = self._bytes = self._wakeups = self._refused = 0
         self._truncated = self._errors = self._unhandled = 0
 
@@ -264,12 +209,11 @@ class Receiver:
             self._loop.add_reader(self._sock, self._wake)
 
     def _stop(self) -> None:
-        loop, self._loop = self._loop, None
-        pause, self._pause = self._pause, None
-        if pause is not None:
-            pause.cancel()
-        if loop is not None:
-            loop.remove_reader(self._sock)
+        if self._pause is not None:
+            self._pause.cancel()
+        if self._loop is not None:
+            self._loop.remove_reader(self._sock)
+        self._loop = self._pause = None
 
     def drain(self) -> int:
         """Listen no more, read a wake-up's worth of what is there; how much that was, 0 when nothing is left.
@@ -281,7 +225,7 @@ class Receiver:
         if self._sock.fileno() < 0:
             return 0
         if self._left is None:
-            self._left = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // SMALLEST + 1
+            self._left = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // MIN_BUFFERED + 1
         read = self._turn(min(self._left, self.at_once))
         self._left -= read
         return read
@@ -360,10 +304,9 @@ class Receiver:
         return str(address) if allowed else ""
 
     def stats(self) -> ReceiverStats:
-        return ReceiverStats(
-            *(self._datagrams, self._bytes, self._wakeups, self._refused),
-            *(self._truncated, self._errors, self._unhandled),
-        )
+        """Counts since the beginning."""
+        counts = self._datagrams, self._bytes, self._wakeups, self._refused, self._truncated
+        return ReceiverStats(*counts, self._errors, self._unhandled)
 
     __repr__ = stats_repr
 

@@ -35,5 +35,6 @@ class IngestOptions:
 
 
 def database_of(options: IngestOptions) -> str | Embedded | None:
+    """The URL, or an embedded server by its folder (``embedded:FOLDER``)."""
     kind, _, folder = (options.database or "").partition(":")
     return Embedded(Path(folder)) if kind == "embedded" else options.database

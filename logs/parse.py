@@ -41,21 +41,16 @@ from typing import Any, NamedTuple
 
 import orjson
 
-AHEAD = timedelta(days=1)
-"""How far ahead of our clock a sender's may be."""
-BEHIND = timedelta(days=365)
-"""How old an event may be when it comes."""
+AHEAD = timedelta(days=1)  # how far ahead of our clock a sender's may be
+BEHIND = timedelta(days=365)  # how old an event may be when it comes
 MAX_LINES = 1000
 """Events from one datagram: a bound on the time that one may cost. What follows stays together in the last."""
-MAX_NAME = 255
-"""Characters of a service or a host."""
+MAX_NAME = 255  # characters of a service or a host
 
 _HALF_A_YEAR = timedelta(days=182)
 
-UNKNOWN = "unknown"
-"""The service of an event that names none."""
-INFORMATIONAL = 6
-"""The severity of an event that names none."""
+UNKNOWN_SERVICE = "unknown"  # the service of an event that names none
+INFORMATIONAL = 6  # the severity of an event that names none
 
 EMPTY = "empty"
 NOT_UTF8 = "not UTF-8"
@@ -73,21 +68,15 @@ LONG_HOST = f"host longer than {MAX_NAME} characters"
 class Event(NamedTuple):
     """One log record. See the head of this file for what its texts may hold."""
 
-    received_at: datetime
-    """Aware, by our clock."""
-    event_at: datetime
-    """Aware, UTC: what the sender says if that can be, else ``received_at``."""
+    received_at: datetime  # aware, by our clock
+    event_at: datetime  # aware, UTC: what the sender says if that can be, else ``received_at``
     service: str
-    """APP-NAME, tag, or a key of the JSON object; `UNKNOWN` if there is none. At most `MAX_NAME` characters."""
-    host: str
-    """What the sender says, else the source address. At most `MAX_NAME` characters."""
-    severity: int
-    """0 (emergency) to 7 (debug), as RFC 5424 numbers them; `INFORMATIONAL` if none is given."""
+    """APP-NAME, tag, or a key of the JSON object; `UNKNOWN_SERVICE` if there is none. At most `MAX_NAME` characters."""
+    host: str  # what the sender says, else the source address. At most `MAX_NAME` characters.
+    severity: int  # 0 (emergency) to 7 (debug), as RFC 5424 numbers them; `INFORMATIONAL` if none is given
     message: str
-    attributes: str
-    """A JSON object as text, ``{}`` if there is nothing more to say."""
-    parse_error: str | None
-    """Short reasons, by "; ". If there is one, ``message`` is the raw text."""
+    attributes: str  # a JSON object as text, ``{}`` if there is nothing more to say
+    parse_error: str | None  # short reasons, by "; ". If there is one, ``message`` is the raw text.
 
 
 class Metadata(NamedTuple):
@@ -98,8 +87,6 @@ class Metadata(NamedTuple):
     region: str
     version: str
 
-
-# ------------------------------------------------------------------------------------------------- the grammars
 
 # Patterns meet every byte a bounded number of times: what may follow a repetition never begins as it goes on.
 
@@ -176,9 +163,6 @@ _LEVELS = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------- events
-
-
 def parse(datagram: bytes, source: str, received_at: datetime, zone: tzinfo = UTC) -> list[Event]:
     """The events in ``datagram``, at least one. ``source``: the address it came from; ``received_at``: aware, UTC."""
     datagram = datagram.rstrip(b"\0\r\n")
@@ -220,7 +204,7 @@ def _event(line: bytes, source: str, received_at: datetime, zone: tzinfo, error:
         fields = _other(text, received_at, zone)
     at, service, host, severity, message, more, reason = fields
 
-    service, host = service or UNKNOWN, host or source
+    service, host = service or UNKNOWN_SERVICE, host or source
     attributes = "{}"
     try:
         if more:
@@ -254,9 +238,6 @@ def _other(text: str, received_at: datetime, zone: tzinfo) -> _Fields:
     if found and (found["priority"] or found["month"]):
         return _rfc3164(found, received_at, zone)
     return received_at, None, None, INFORMATIONAL, text, {}, None if text.strip() else EMPTY
-
-
-# ------------------------------------------------------------------------------------------------------- syslog
 
 
 def _rfc5424(groups: tuple[str | Any, ...], received_at: datetime, zone: tzinfo) -> _Fields:
@@ -333,9 +314,6 @@ def _rfc3164(found: re.Match[str], received_at: datetime, zone: tzinfo) -> _Fiel
     return at, service, host, severity, found["message"], more, error
 
 
-# --------------------------------------------------------------------------------------------------------- JSON
-
-
 def _json(text: str, received_at: datetime, zone: tzinfo) -> _Fields:
     """A JSON object. The first key of each kind that can be used fills its column; the others are attributes."""
     error = None
@@ -389,9 +367,6 @@ def _time_of(record: dict[str, Any], received_at: datetime, zone: tzinfo) -> dat
         del record[key]
         return _believed(claimed, said, received_at, record)
     return received_at
-
-
-# --------------------------------------------------------------------------------------------------------- time
 
 
 def _believed(claimed: datetime | None, said: Any, received_at: datetime, more: dict[str, Any]) -> datetime:

@@ -16,7 +16,7 @@ from logs.parse import Event, Metadata
 from runtime.spool import EncodedBatch
 
 Found = Metadata | Enum | None
-"""What is known of a service: its metadata; a marker (``logs.enrich.UNKNOWN``) if the API does not know it; None if
+"""What is known of a service: its metadata; a marker (``logs.metadata.UNKNOWN``) if the API does not know it; None if
 nothing is known yet."""
 
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})

@@ -123,23 +123,15 @@ END IF; END $do$;
 
 
 class BatchOutcome(NamedTuple):
+    """Rows of a batch in each table."""
+
     stored: int
     dead: int
-
-
-class Totals(NamedTuple):
-    batches: int
-    """Of those whose ids are still kept; so are the next two."""
-    stored: int
-    dead: int
-    rows: int | None
-    """In the table now. This and what follows is None (or empty) if counting took too long."""
-    services: int | None
-    enrichment: dict[str, int]
-    """Rows by ``enrichment``."""
 
 
 class StoreStats(NamedTuple):
+    """Counts since the start."""
+
     batches: int
     """That were written, by this store."""
     stored: int
@@ -164,6 +156,7 @@ _PARTITION = re.compile(r"logs_(\d{4})_(\d\d)_(\d\d)", re.A)
 
 
 def partition_name(day: date) -> str:
+    """The name of a day's partition."""
     return f"logs_{day:%Y_%m_%d}"
 
 
@@ -279,6 +272,7 @@ class Store:
         self._made = self._dropped = 0
 
     def stats(self) -> StoreStats:
+        """The counts of this moment."""
         return StoreStats(
             self._batches,
             self._stored,
@@ -446,23 +440,6 @@ class Store:
                 total += count
                 self._filled += count
         return total
-
-    async def totals(self, limit: float = 2.0) -> Totals:
-        """What there is. Counting rows reads the whole table, so it ends after ``limit`` seconds without a number."""
-        async with self._database.connection(limit=limit + 10) as connection:
-            counts = await connection.fetchrow("SELECT count(*), sum(stored), sum(dead) FROM log_batches")
-            assert counts is not None
-            kept = (counts[0], counts[1] or 0, counts[2] or 0)
-            try:
-                async with connection.transaction(readonly=True):
-                    await connection.execute(f"SET LOCAL statement_timeout = '{max(1, limit * 1000):.0f}ms'")
-                    rows = await connection.fetch("SELECT service, enrichment, count(*) FROM logs GROUP BY 1, 2")
-            except asyncpg.QueryCanceledError:
-                return Totals(*kept, None, None, {})
-        by = Counter[str]()
-        for _, enrichment, count in rows:
-            by[enrichment] += count
-        return Totals(*kept, by.total(), len({service for service, *_ in rows}), dict(by))
 
 
 async def _settle(

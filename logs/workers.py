@@ -21,11 +21,11 @@ import random
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
-from coordination import Clock, Rng, cancel_all, stats_repr, wait_for_event
+from coordination import Clock, Rng, cancel_all, wait_for_event
 from logs.display import LogCounts, add_up, counts_after_death
 from primitives import Backoff
 from runtime.loop import STOPPING, blocked
@@ -34,16 +34,11 @@ from runtime.stderr import lines_lost
 
 log = logging.getLogger("ingest")
 
-REPORT_EVERY = 0.25
-"""Seconds between two lines from a worker to its parent."""
-AGAIN = 0.2, 10.0
-"""Seconds before a dead worker is replaced, and at most."""
-HEALTHY = 30.0
-"""Seconds that a worker must have lived for the next wait to be short again."""
-LATE = 5.0
-"""Seconds beyond the limit of a stop after which a worker is killed."""
-LINE = 1 << 20
-"""Bytes of a line between a worker and its parent, at most."""
+REPORT_EVERY = 0.25  # seconds between two lines from a worker to its parent
+AGAIN = 0.2, 10.0  # seconds before a dead worker is replaced, and at most
+HEALTHY_AFTER = 30.0  # seconds that a worker must have lived for the next wait to be short again
+KILL_AFTER = 5.0  # seconds beyond the limit of a stop after which a worker is killed
+MAX_LINE = 1 << 20  # bytes of a line between a worker and its parent, at most
 STOP, FORCE = b"s", b"f"
 
 
@@ -52,24 +47,16 @@ class WorkerProcess:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.last: LogCounts | None = None
-        """Of the one that lives."""
-        self.past = LogCounts(workers=0, database="connected")
-        """Of those that died."""
+        self.last: LogCounts | None = None  # of the one that lives
+        self.past = LogCounts(workers=0, database="connected")  # of those that died
         self.code: int | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.process: asyncio.subprocess.Process | None = None
 
     def tell(self, word: bytes) -> None:
+        """Send it a word, STOP or FORCE, if it still hears."""
         if self.writer is not None and not self.writer.is_closing():
             self.writer.write(word)
-
-
-class SupervisorStats(NamedTuple):
-    workers: int
-    running: int
-    deaths: int
-    stage: int
 
 
 class Supervisor:
@@ -89,24 +76,23 @@ class Supervisor:
     ) -> None:
         self._command, self._config, self._sockets = list(command), config, list(sockets)
         self._stop_limit, self._kernel_drops, self._clock, self._rng = stop_limit, kernel_drops, clock, rng
-        self.list = [WorkerProcess(number) for number in range(len(sockets))]
-        self.workers = len(sockets)
-        self.failure: str | None = None
-        """Why a worker could not begin at all: there is no use in trying again."""
+        self.workers = [WorkerProcess(number) for number in range(len(sockets))]
+        self.failure: str | None = None  # why a worker could not begin at all: there is no use in trying again
         self._stage, self._stopped = 0, asyncio.Event()
         self._timers: list[asyncio.TimerHandle] = []
         self._spawning = asyncio.Lock()
 
     def stop(self) -> None:
+        """Have the workers stop; the second time at once, the third time by a kill."""
         self._stage += 1
         self._stopped.set()
-        for worker in self.list:
+        for worker in self.workers:
             worker.tell(STOP if self._stage == 1 else FORCE)
             if self._stage > 2:
                 self._kill(worker)
         if self._stage <= 2:
-            later = LATE + (self._stop_limit if self._stage == 1 else 0.0)
-            self._timers += [asyncio.get_running_loop().call_later(later, self._kill, each) for each in self.list]
+            later = KILL_AFTER + (self._stop_limit if self._stage == 1 else 0.0)
+            self._timers += [asyncio.get_running_loop().call_later(later, self._kill, each) for each in self.workers]
 
     def _kill(self, worker: WorkerProcess) -> None:
         if worker.process is not None and worker.process.returncode is None:
@@ -114,33 +100,26 @@ class Supervisor:
             worker.process.kill()
 
     def snapshot(self) -> LogCounts:
-        parts = [worker.past for worker in self.list]
-        parts += [worker.last for worker in self.list if worker.last is not None]
-        counts = add_up(parts)
+        """The sums over all workers, those that died too."""
+        counts = add_up(part for worker in self.workers for part in (worker.past, worker.last) if part is not None)
         return counts._replace(
             kernel_drops=self._kernel_drops() or 0,
             lines_lost=counts.lines_lost + lines_lost(),
             stopping=self._stage > 0,
         )
 
-    def stats(self) -> SupervisorStats:
-        running = sum(worker.process is not None for worker in self.list)
-        return SupervisorStats(self.workers, running, self.snapshot().deaths, self._stage)
-
-    __repr__ = stats_repr
-
     async def run(self) -> int:
         """1 if a worker could not begin, or lost events at the stop."""
-        tasks = [asyncio.create_task(self._keep(worker), name=f"worker {worker.number}") for worker in self.list]
+        tasks = [asyncio.create_task(self._keep(each), name=f"worker {each.number}") for each in self.workers]
         try:
             await asyncio.gather(*tasks)
         finally:
             for timer in self._timers:
                 timer.cancel()
-            for worker in self.list:
+            for worker in self.workers:
                 self._kill(worker)
             await cancel_all(tasks)
-        return 1 if self.failure or any(worker.code for worker in self.list) else 0
+        return 1 if self.failure or any(worker.code for worker in self.workers) else 0
 
     async def _keep(self, worker: WorkerProcess) -> None:
         """Have the worker live, again and again."""
@@ -157,7 +136,7 @@ class Supervisor:
                 self.stop()
                 return
             self._bury(worker)
-            if self._clock() - began > HEALTHY:
+            if self._clock() - began > HEALTHY_AFTER:
                 backoff.reset()
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             log.error("worker %d died (%s); another one goes on", worker.number, how)
@@ -195,7 +174,7 @@ class Supervisor:
                 return 1
             raise
         try:
-            reader, worker.writer = await asyncio.open_connection(sock=ours, limit=LINE)
+            reader, worker.writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE)
             worker.writer.write(json.dumps({**self._config(worker.number), "socket": udp.fileno()}).encode() + b"\n")
             if self._stage:
                 worker.tell(STOP if self._stage == 1 else FORCE)
@@ -221,25 +200,22 @@ class Supervisor:
 class ParentConnection:
     """A worker's side: tells its parent where it stands, and hears from it."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._writer: asyncio.StreamWriter | None = None
-        self._reader: asyncio.StreamReader | None = None
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
 
-    async def open(self) -> dict[str, Any]:
-        """The configuration."""
-        self._reader, self._writer = await asyncio.open_connection(sock=self._sock, limit=LINE)
-        told: dict[str, Any] = orjson.loads(await self._reader.readline())
-        return told
+    @classmethod
+    async def open(cls, sock: socket.socket) -> tuple[ParentConnection, dict[str, Any]]:
+        """The connection, and the configuration."""
+        reader, writer = await asyncio.open_connection(sock=sock, limit=MAX_LINE)
+        return cls(reader, writer), orjson.loads(await reader.readline())
 
     def tell(self, what: Mapping[str, Any]) -> None:
-        assert self._writer is not None
+        """Send a line, if the parent still hears."""
         if not self._writer.is_closing():
             self._writer.write(orjson.dumps(what) + b"\n")
 
     async def listen(self, program: Program[LogCounts]) -> None:
         """Obey, until the parent is gone; then stop."""
-        assert self._reader is not None
         stage = 0
         with contextlib.suppress(OSError):
             while word := await self._reader.read(1):
@@ -250,14 +226,15 @@ class ParentConnection:
             program.stop()
 
     async def report(self, program: Program[LogCounts]) -> None:
+        """Tell the counts, again and again."""
         while True:
             self.tell(program.snapshot()._asdict())
             await asyncio.sleep(REPORT_EVERY)
 
     async def close(self) -> None:
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                await self._writer.drain()
-            self._writer.close()
-            with contextlib.suppress(OSError):
-                await self._writer.wait_closed()
+        """Send what is to be sent, and end it."""
+        with contextlib.suppress(OSError):
+            await self._writer.drain()
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()

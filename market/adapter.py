@@ -1,7 +1,6 @@
 """What an exchange is to this program: what to ask it, what its frames mean, and whether its numbers leave a gap.
 
-An adapter says how to ask an exchange for its trades (`connect_url`, `subscribe`, `ping`) and what a frame means
-(`parse`). It opens nothing, waits for nothing and logs nothing: the connection belongs to `market.connect`. Time is an
+An adapter opens nothing, waits for nothing and logs nothing: the connection belongs to `market.connect`. Time is an
 argument (`received_ns`, Unix time; Gate.io's ping, which must carry a time, takes it from `clock`).
 
 Promised:
@@ -29,10 +28,11 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import orjson
 
+from coordination import stats_repr
 from market.trade import (
     AHEAD_NS,
     EARLIEST_NS,
@@ -44,6 +44,7 @@ from market.trade import (
     decimal,
     gunzip,
     short,
+    unknown,
 )
 
 HEARTBEAT = Parsed([], "heartbeat")  # these are shared: nobody appends to their lists
@@ -64,24 +65,33 @@ class Adapter(ABC):
     name: str
     url: str
     key_env: str | None = None  # the environment's variable without which the exchange says nothing
+    secret_env: str | None = None  # another one
+    ping_text: str | None = None
     ping_every: float | None = None  # seconds between the pings that the exchange wants as messages
     silent_after: float = 60.0  # seconds without any frame after which the feed is dead
-    most: int = 1000  # symbols of one connection
+    max_symbols: int = 1000  # of one connection
     pace: float = 0.0  # seconds between two messages of a subscription
     dollar: str = "USD"  # the quote currency that stands in for USD
-    words: frozenset[object] = frozenset()  # frames that are not JSON: heartbeats
+    separator: str = ""  # between base and quote currency
+    acknowledged: Literal["messages", "symbols"] | int = "messages"  # each of these is; or how many come in all
+    heartbeats: frozenset[object] = frozenset()  # frames that are not JSON
+    controls: ClassVar[Mapping[Any, Parsed]] = {}  # what messages without trades mean, by their kind
 
-    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
+    def __init__(self, *, clock: Callable[[], float] = time.time, keys: Sequence[str] = ()) -> None:
+        self._clock, self._keys = clock, keys
         self._asked: dict[str, str] = {}  # native -> ours
 
     def fresh(self) -> Self:
         """Another one, for another connection."""
-        return type(self)(clock=self._clock)
+        return type(self)(clock=self._clock, keys=self._keys)
 
     def with_keys(self, environment: Mapping[str, str]) -> Self:
-        """Another one with its key, if it needs any; `ValueError` if the variable is not set."""
-        return self.fresh()
+        """Another one with its keys, if it needs any; `ValueError` if a variable is not set."""
+        names = [name for name in (self.key_env, self.secret_env) if name]
+        for name in names:
+            if not environment.get(name):
+                raise ValueError(f"the environment has no {name}")
+        return type(self)(clock=self._clock, keys=[environment[name] for name in names])
 
     def context(self) -> str:
         """What `parse` knows of the connection, as JSON: with it a dead letter can be read again elsewhere."""
@@ -107,7 +117,7 @@ class Adapter(ABC):
         return self._join(base, self.dollar if currency == "USD" else currency)
 
     def _join(self, base: str, currency: str) -> str:
-        return base + currency
+        return base + self.separator + currency
 
     def symbol(self, native: object) -> str:
         """The other way: as it was asked for, else as the name says. `BadFrame` if it is neither."""
@@ -121,12 +131,14 @@ class Adapter(ABC):
         return str(found)
 
     def _split(self, native: str) -> str:
+        if self.separator:
+            return native.replace(self.separator, "-")
         for currency in _QUOTES:
             if native.endswith(currency) and native != currency:
                 return f"{native[: -len(currency)]}-{currency}"
         raise BadFrame(f"not a symbol: {short(native)}")
 
-    def connect_url(self, symbols: Sequence[str], url: str | None = None) -> str:
+    def connect_url(self, url: str | None = None) -> str:
         """Where to connect; `url` replaces the exchange's own address."""
         return url or self.url
 
@@ -135,11 +147,11 @@ class Adapter(ABC):
         found = len({self.native(symbol) for symbol in symbols})
         if not found:
             raise ValueError("no symbols")
-        if found > self.most:
-            raise ValueError(f"{found} symbols; a connection has {self.most} at most")
+        if found > self.max_symbols:
+            raise ValueError(f"{found} symbols; a connection has {self.max_symbols} at most")
         return found
 
-    def subscribe(self, symbols: Sequence[str]) -> list[str | bytes]:
+    def subscribe(self, symbols: Sequence[str]) -> list[str]:
         """What to send after connecting. Forgets the connection before this one."""
         self.check(symbols)
         stand_ins = {self.native(symbol): symbol for symbol in symbols}
@@ -153,16 +165,17 @@ class Adapter(ABC):
 
     def acks(self, messages: int, symbols: int) -> int:
         """How many acknowledgements `subscribe`'s so many messages for so many symbols bring; 0 if it brings none."""
-        return messages
+        wanted = self.acknowledged
+        return wanted if isinstance(wanted, int) else symbols if wanted == "symbols" else messages
 
-    def ping(self) -> str | bytes | None:
-        """The message to send every `ping_every` seconds."""
-        return None
+    def ping(self) -> str | None:
+        """The message to send every `ping_every` seconds; None if the exchange wants none."""
+        return self.ping_text
 
     def parse(self, frame: str | bytes, received_ns: int) -> Parsed:
         """What a frame means. `received_ns`: Unix time in nanoseconds. `BadFrame` is all that it raises."""
         try:
-            if self.words and frame in self.words:
+            if self.heartbeats and frame in self.heartbeats:
                 return HEARTBEAT
             if type(frame) is bytes and frame[:2] == b"\x1f\x8b":
                 frame = gunzip(frame)
@@ -175,6 +188,13 @@ class Adapter(ABC):
     @abstractmethod
     def _message(self, message: Any, received: int) -> Parsed:
         """What a decoded message means. Whatever it raises makes the frame a `BadFrame`."""
+
+    def _control(self, kind: object) -> Parsed:
+        """What a message without trades means by its kind alone; `BadFrame` if that is unknown."""
+        found = self.controls.get(kind)
+        if found is None:
+            raise unknown(kind)
+        return found
 
     def _trade(
         self,
@@ -197,13 +217,8 @@ class Adapter(ABC):
             raise BadFrame(f"not positive: price {price}, size {size}")
         if not EARLIEST_NS <= when <= received + AHEAD_NS:
             raise BadFrame(f"not a plausible time: {when} ns, received at {received} ns")
-        return _new(
-            Trade,
-            (
-                *(self.name, symbol, price, size, price_value, size_value),
-                *(side, trade_id, when, received, sequence, flags),
-            ),
-        )
+        parts = self.name, symbol, price, size, price_value, size_value, side, trade_id, when, received, sequence, flags
+        return _new(Trade, parts)
 
 
 class SequenceStats(NamedTuple):
@@ -256,13 +271,11 @@ class SequenceCheck:
         self._trades = self._gaps = self._missed = self._duplicates = self._disorder = self._restarts = 0
 
     def stats(self) -> SequenceStats:
-        return SequenceStats(
-            *(self._trades, self._gaps, self._missed),
-            *(self._duplicates, self._disorder, self._restarts),
-        )
+        """The counts of all symbols together."""
+        counts = self._trades, self._gaps, self._missed, self._duplicates, self._disorder, self._restarts
+        return SequenceStats(*counts)
 
-    def __repr__(self) -> str:
-        return f"<SequenceCheck {' '.join(f'{name}={value}' for name, value in self.stats()._asdict().items())}>"
+    __repr__ = stats_repr
 
     def reconnected(self) -> None:
         """Frames are counted from anew; the trades' ids and sequences go on."""
@@ -290,7 +303,7 @@ class SequenceCheck:
         if number:
             if number in seen.ids:
                 self._duplicates += 1
-                return _flagged(trade, "duplicate")
+                return flagged(trade, "duplicate")
             seen.ids.add(number)
             seen.order.append(number)
             if len(seen.order) > self._remembered:
@@ -317,7 +330,7 @@ class SequenceCheck:
         if self._frames_missing:
             self._frames_missing = False
             found = f"gap,{found}" if found and found != "gap" else "gap"
-        return _flagged(trade, found) if found else trade
+        return flagged(trade, found) if found else trade
 
     def _below(self, seen: _Seen, sequence: int) -> None:
         seen.run = seen.run + 1 if sequence == seen.latest + 1 else 1
@@ -327,5 +340,6 @@ class SequenceCheck:
             seen.high, seen.run = sequence, 0
 
 
-def _flagged(trade: Trade, found: str) -> Trade:
+def flagged(trade: Trade, found: str) -> Trade:
+    """The same trade with one more flag."""
     return trade._replace(flags=f"{trade.flags},{found}" if trade.flags else found)

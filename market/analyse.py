@@ -52,8 +52,7 @@ class Analyser(MarketProgram):
             rng=self._rng,
             **(group_options or {}),
         )
-        self._batch = asyncio.Lock()
-        """Held from when trades are taken until they are committed."""
+        self._batch = asyncio.Lock()  # held from when trades are taken until they are committed
         self._queued = self._skipped = 0
 
     async def _revoked(self, _: frozenset[int]) -> None:
@@ -119,6 +118,7 @@ class Analyser(MarketProgram):
             await self._tell(await self._computed_rows([], flush=True))
 
     async def run(self) -> int:
+        """Until it is stopped. The exit code: 1 if something was lost."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open_publisher(stack)
             stack.push_async_callback(self.workers.close, 0.0)
@@ -126,13 +126,13 @@ class Analyser(MarketProgram):
             self.tasks.start("loop lag", self._lag.watch)
             stack.push_async_callback(self.tasks.end)
             try:
-                joined = await ends_before(self._join(), self._stopped)
+                joined = await ends_before(self._join(), self.stop.stopped)
             except (TimeoutError, WorkerDied) as error:
                 raise CannotStart(str(error)) from None
             if joined:
                 stack.push_async_callback(self.group.stop)
                 self.tasks.start("analytics", self._work)
-                await self._stopped.wait()
+                await self.stop.stopped.wait()
                 self._deadline = self._clock() + self.options.stop_limit
                 await self._unless_forced(self._finish(), self.options.stop_limit * 0.6)
                 await self.tasks.end()

@@ -40,7 +40,7 @@ from market.trade import Trade
 from primitives import Backoff
 
 
-async def connected_consumer(
+async def _connected_consumer(
     brokers: str, group: str | None, request_timeout: float, security: Mapping[str, Any], limit: float, rng: Rng
 ) -> Any:
     """A consumer that is connected; tries for ``limit`` seconds, then raises ``TimeoutError``."""
@@ -88,7 +88,7 @@ async def dead_letters(
     """
     client_log.attach()
     try:
-        consumer = await connected_consumer(brokers, group, request_timeout, security or {}, limit, rng)
+        consumer = await _connected_consumer(brokers, group, request_timeout, security or {}, limit, rng)
         try:
             topic = prefix + DEAD_LETTERS
             places = [TopicPartition(topic, n) for n in await _partitions(consumer, topic)]
@@ -126,21 +126,22 @@ async def _partitions(consumer: Any, topic: str) -> list[int]:
 
 
 class Taken(NamedTuple):
+    """What came from the topic."""
+
     trades: list[Trade]
-    again: list[Trade]
-    """Of before the committed offset: for the state only."""
-    dead: list[DeadLetter]
-    """Records that are no trades."""
+    again: list[Trade]  # of before the committed offset: for the state only
+    dead: list[DeadLetter]  # records that are no trades
 
 
 class GroupStats(NamedTuple):
+    """The partitions that a member has now, and counts since it began."""
+
     partitions: tuple[int, ...]
     taken: int
     again: int
     dead: int
     commits: int
-    commits_failed: int
-    """Another member has the partitions now, and takes the records again."""
+    commits_failed: int  # another member has the partitions now, and takes the records again
     rebalances: int
 
 
@@ -181,7 +182,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         begun, backoff = time.monotonic(), Backoff(*BACK_OFF, self._rng)
         try:
             options = {**self._security, **self._member}
-            self._consumer = await connected_consumer(
+            self._consumer = await _connected_consumer(
                 self._brokers, self._group, self._timeout, options, limit, self._rng
             )
             while self.topic not in await self._consumer.topics():
@@ -237,6 +238,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         return True
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        """Called by aiokafka before partitions go to others."""
         gone = frozenset(revoked)
         if gone and self._revoked is not None:
             await self._revoked(frozenset(place.partition for place in gone))
@@ -244,6 +246,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
             self._done.pop(place, None)
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        """Called by aiokafka when partitions have come: they begin ``look_back`` seconds before what is committed."""
         self._rebalances += 1
         self._done = {}
         places = list(assigned)
@@ -264,7 +267,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _before(self, committed: Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
         """Where each partition was ``look_back`` seconds before its last committed record."""
         places = [place for place, offset in committed.items() if offset > 0]
-        reader = await connected_consumer(self._brokers, None, self._timeout, self._security, self._timeout, self._rng)
+        reader = await _connected_consumer(self._brokers, None, self._timeout, self._security, self._timeout, self._rng)
         try:
             times = dict[TopicPartition, int]()
             reader.assign(places)
@@ -281,15 +284,9 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         return {place: min(at.offset, committed[place]) for place, at in found.items() if at is not None}
 
     def stats(self) -> GroupStats:
-        partitions = self._consumer.assignment() if self._consumer is not None else ()
-        return GroupStats(
-            tuple(sorted(place.partition for place in partitions)),
-            self._taken,
-            self._again,
-            self._dead,
-            self._commits,
-            self._commits_failed,
-            self._rebalances,
-        )
+        """The counts, and the partitions."""
+        places = self._consumer.assignment() if self._consumer is not None else ()
+        counts = self._taken, self._again, self._dead, self._commits, self._commits_failed, self._rebalances
+        return GroupStats(tuple(sorted(place.partition for place in places)), *counts)
 
     __repr__ = stats_repr

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from aiokafka import AIOKafkaConsumer
 
-from market.display import MarketCounts, columns, latency, number, price
+from market.display import MarketCounts, columns, latency, percent, price
 from market.flow import MarketOptions
 from market.stats import ALL
 from market.topics import ANALYTICS, DEAD_LETTERS, TRADES, decode
@@ -27,8 +27,7 @@ from runtime.options import CannotStart
 from runtime.shell import Program
 from runtime.stderr import say
 
-DEMO_PATIENCE = 15.0
-"""Seconds that the demo waits for what is in Kafka."""
+DEMO_PATIENCE = 15.0  # seconds that the demo waits for what is in Kafka
 
 
 class MarketDemo(Demo):
@@ -85,7 +84,7 @@ class MarketDemo(Demo):
             return False
         found = [decode(record.value) for record in trades]
         live = {(each.exchange, each.symbol, each.trade_id) for each in found if "snapshot" not in each.flags}
-        wrong = misplaced(trades) + misplaced(rows)
+        wrong = _misplaced(trades) + _misplaced(rows)
         print(f"trades sent       {sent:>9,}    (snapshots come on top)")
         print(f"in Kafka          {len(trades):>9,}    of {len(live):,} live trades, {len(found) - len(live):,} others")
         print(f"rows of analytics {len(rows):>9,}")
@@ -105,10 +104,10 @@ class MarketDemo(Demo):
             if row["exchange"] == ALL and row["ts_ns"] >= last.get(row["symbol"], row)["ts_ns"]:
                 last[row["symbol"]] = row
         for symbol, row in sorted(last.items()):
-            volatility = (number(row["volatility"][w], ".1%") for w in windows)
+            volatility = (percent(row["volatility"][w]) for w in windows)
             cells = (f"{counts[symbol]:,}", price(row["last"]), price(row["vwap"][windows[-1]]))
-            lines.append((symbol, *cells, *volatility, number(row["ewma"], ".1%"), price(row["spread"])))
-        return columns(lines, right=range(1, len(lines[0])))
+            lines.append((symbol, *cells, *volatility, percent(row["ewma"]), price(row["spread"])))
+        return columns(lines)
 
     def _by_exchange(self, trades: Sequence[Trade], counts: MarketCounts) -> str:
         lines: list[tuple[str, ...]] = [
@@ -118,7 +117,7 @@ class MarketDemo(Demo):
         for name, feed in counts.feeds.items():
             cells = (by_exchange[name], feed.gaps, feed.missed, feed.duplicates, feed.bad, feed.reconnects)
             lines.append((name, *(f"{cell:,}" for cell in cells), latency(feed.lag)))
-        return columns(lines, right=range(1, 8))
+        return columns(lines)
 
     async def _look(self) -> tuple[list[Any], list[Any], list[Any]]:
         """All records of the three topics."""
@@ -139,7 +138,7 @@ class MarketDemo(Demo):
             await consumer.stop()
 
 
-def misplaced(records: Sequence[Any]) -> int:
+def _misplaced(records: Sequence[Any]) -> int:
     """Records whose key is not their symbol, or whose symbol is in another partition as well."""
     places, wrong = dict[bytes, int](), 0
     for record in records:

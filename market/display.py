@@ -4,8 +4,6 @@
                    trades + dead letters = taken by the publisher + waiting + given up,
                    taken + recovered = published + held + spooled + dropped + lost,
                    for the analytics = computed + not computed + skipped + queued.
-``METRICS``        what ``/metrics`` tells of them.
-``picture``        the table on a terminal.
 
 All here is pure.
 """
@@ -18,19 +16,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Annotated, Any, NamedTuple
 
-from market.backlog import Counts
+from market.kafka import Counts
 from market.stats import ALL, AnalyticsRow
 from market.trade import Trade
-from runtime.monitor import counter, counters, gauge, health_of
+from runtime.monitor import Measure, counter, counters, gauge, health_of
 
-MOST_SYMBOLS, MOST_ROWS = 500, 12
-"""Symbols in a snapshot, and on the screen."""
+MOST_SYMBOLS, MOST_ROWS = 500, 12  # symbols in a snapshot, and on the screen
 NOTHING = Counts(0, 0, 0, 0, 0, 0, 0)
-PRICES = 30
-"""Of a symbol's last seconds, for its line."""
+PRICES = 30  # of a symbol's last seconds, for its line
 SPARKS = "▁▂▃▄▅▆▇█"
-
-# ------------------------------------------------------------------------------------------------------ snapshots
 
 
 class FeedLine(NamedTuple):
@@ -38,81 +32,59 @@ class FeedLine(NamedTuple):
 
     state: str
     trades: int
-    bad: int
-    """Frames that became dead letters."""
+    bad: int  # frames that became dead letters
     gaps: int
-    missed: int
-    """Trades that the gaps left out, as far as the numbers tell."""
+    missed: int  # trades that the gaps left out, as far as the numbers tell
     duplicates: int
     disorder: int
     reconnects: int
-    lag: float | None
-    """Seconds from the exchange's time of a trade to ours; None before the first."""
+    lag: float | None  # seconds from the exchange's time of a trade to ours; None before the first
     breaker: str = "closed"
     error: str = ""
-    stale: tuple[str, ...] = ()
-    """Symbols that are silent while others trade."""
+    stale: tuple[str, ...] = ()  # symbols that are silent while others trade
 
 
 class SymbolLine(NamedTuple):
     """A symbol over all exchanges, as the last row of the analytics has it."""
 
     last: float
-    volatility: float | None
-    """Of the middle window."""
+    volatility: float | None  # of the middle window
     ewma: float | None
     spread: float | None
-    trades: int
-    """Since the start."""
-    trades_per_second: float
-    """Over the shortest window."""
-    prices: tuple[float, ...] = ()
-    """The last ones, a second apart."""
+    trades: int  # since the start
+    trades_per_second: float  # over the shortest window
+    prices: tuple[float, ...] = ()  # the last ones, a second apart
 
 
 class MarketCounts(NamedTuple):
     """Counts since the start; trades, but where it says otherwise."""
 
     trades: Annotated[int, "Trades parsed, or taken from Kafka"] = 0
-    """Parsed (run, replay) or taken from Kafka (analyse)."""
-    letters: int = 0
-    """Frames, or records, handed over as dead letters."""
-    waiting: int = 0
-    """Of both: their feeds wait for room."""
+    letters: int = 0  # frames, or records, handed over as dead letters
+    waiting: int = 0  # of both: their feeds wait for room
     given_up: Annotated[int, "Trades and dead letters that nobody took before the end"] = 0
     kafka: str = "new"
-    published: Counts = NOTHING
-    """Trades and dead letters; of ``analyse`` dead letters only."""
-    dead: int = 0
-    """Records in the topic of dead letters."""
-    rows: Counts = NOTHING
-    """Of analytics."""
-    offered: int = 0
-    """For the analytics."""
+    published: Counts = NOTHING  # trades and dead letters; of ``analyse`` dead letters only
+    dead: int = 0  # records in the topic of dead letters
+    rows: Counts = NOTHING  # of analytics
+    offered: int = 0  # for the analytics
     computed: Annotated[int, "Trades in the analytics"] = 0
     uncomputed: Annotated[int, "Trades whose job failed"] = 0
-    """Their job failed or killed its worker, again and again."""
     skipped: Annotated[int, "Trades published, but not in the analytics for want of room"] = 0
-    """There was no room for them in the queue, or no time at the stop: published, but in no row."""
     queued: int = 0
     late: Annotated[int, "Trades too late for the analytics"] = 0
     repeated: Annotated[int, "Trades that the analytics had already"] = 0
     worker_deaths: Annotated[int, "Workers that died, or were too late"] = 0
-    workers: tuple[int, ...] = ()
-    """Their process ids."""
+    workers: tuple[int, ...] = ()  # their process ids
     feeds: Mapping[str, FeedLine] = {}
     symbols: Mapping[str, SymbolLine] = {}
-    partitions: tuple[int, ...] | None = None
-    """Of ``analyse``."""
+    partitions: tuple[int, ...] | None = None  # of ``analyse``
     rebalances: Annotated[int, "Of the consumer group"] = 0
     commits: Annotated[int, "Of the consumer group"] = 0
-    loop_lag: float = 0.0
-    """Seconds by which the event loop was late; the longest of the last minute."""
+    loop_lag: float = 0.0  # seconds by which the event loop was late; the longest of the last minute
     faults: Annotated[int, "Counts that did not balance, and failures of the program"] = 0
-    """How often the counts did not balance, or a part failed in a way that nobody had foreseen."""
     lines_lost: Annotated[int, "Lines of the log that nobody read"] = 0
-    error: str = ""
-    """The last one of Kafka's."""
+    error: str = ""  # the last one of Kafka's
     stopping: bool = False
 
 
@@ -127,18 +99,20 @@ class Board:
         self._trades: Counter[str] = Counter()
 
     def count(self, trades: Iterable[Trade]) -> None:
+        """Add trades to those of their symbols."""
         counts = self._trades
         for trade in trades:
             if trade.symbol in counts or len(counts) < MOST_SYMBOLS:
                 counts[trade.symbol] += 1
 
     def take(self, rows: Iterable[AnalyticsRow]) -> None:
+        """Show the newest rows over all exchanges."""
         for row in rows:
-            symbol = row.symbol
+            symbol, second = row.symbol, row.ts_ns // 1_000_000_000
             if row.exchange != ALL or (symbol not in self._lines and len(self._lines) >= MOST_SYMBOLS):
                 continue
-            prices, second = self._prices.setdefault(symbol, deque(maxlen=PRICES)), row.ts_ns // 1_000_000_000
-            if second != self._seconds.get(symbol) or not prices:
+            prices = self._prices.setdefault(symbol, deque(maxlen=PRICES))
+            if second != self._seconds.get(symbol):
                 self._seconds[symbol] = second
                 prices.append(row.last)
             prices[-1] = row.last
@@ -148,6 +122,7 @@ class Board:
             )
 
     def lines(self) -> dict[str, SymbolLine]:
+        """By symbol, in their order."""
         return dict(sorted(self._lines.items()))
 
 
@@ -195,22 +170,24 @@ def health(counts: MarketCounts) -> tuple[int, dict[str, Any]]:
     return health_of(counts, imbalance(counts), away or counts.published.spooled > 0, **body)
 
 
-# ---------------------------------------------------------------------------------------------------------- metrics
+def _exchange(name: str, text: str, value: Callable[[FeedLine], float | None], make: Any = gauge) -> Measure:
+    """A metric of each exchange that has a value."""
+
+    def read(counts: MarketCounts) -> dict[str, float]:
+        return {name: each for name, line in counts.feeds.items() if (each := value(line)) is not None}
+
+    measure: Measure = make(f"market_exchange_{name}", text, read, "exchange")
+    return measure
 
 
-def by_exchange(value: Callable[[FeedLine], float | None]) -> Callable[[MarketCounts], dict[str, float]]:
-    """A value of each exchange that has one."""
-    return lambda counts: {name: each for name, line in counts.feeds.items() if (each := value(line)) is not None}
+def _symbol(field: str) -> Measure:
+    """A metric of each symbol; NaN where it is not known."""
 
-
-def by_symbol(field: str) -> Callable[[MarketCounts], dict[str, float]]:
-    """A field of each symbol's line; NaN if it is not known."""
-
-    def values(counts: MarketCounts) -> dict[str, float]:
+    def read(counts: MarketCounts) -> dict[str, float]:
         found = {name: getattr(line, field) for name, line in counts.symbols.items()}
         return {name: math.nan if value is None else value for name, value in found.items()}
 
-    return values
+    return gauge(f"market_symbol_{field}", f"By symbol: {field}", read, "symbol")
 
 
 METRICS = (
@@ -233,29 +210,14 @@ METRICS = (
     gauge("market_loop_lag_seconds", "Longest of the last minute", "loop_lag"),
     gauge("market_kafka_up", "1 if connected", lambda counts: float(counts.kafka == "connected")),
     *(
-        counter(f"market_exchange_{field}", f"By exchange: {field}", by_exchange(attrgetter(field)), "exchange")
+        _exchange(field, f"By exchange: {field}", attrgetter(field), counter)
         for field in ("trades", "bad", "gaps", "missed", "duplicates", "disorder", "reconnects")
     ),
-    gauge(
-        "market_exchange_up", "1 if its trades come", by_exchange(lambda line: float(line.state == "live")), "exchange"
-    ),
-    gauge(
-        "market_exchange_lag_seconds", "From the exchange's time to ours", by_exchange(attrgetter("lag")), "exchange"
-    ),
-    gauge(
-        "market_exchange_stale_symbols",
-        "Symbols that are silent while others trade",
-        by_exchange(lambda line: len(line.stale)),
-        "exchange",
-    ),
-    *(
-        gauge(f"market_symbol_{field}", f"By symbol: {field}", by_symbol(field), "symbol")
-        for field in ("last", "volatility", "ewma", "spread", "trades_per_second")
-    ),
+    _exchange("up", "1 if its trades come", lambda line: float(line.state == "live")),
+    _exchange("lag_seconds", "From the exchange's time to ours", attrgetter("lag")),
+    _exchange("stale_symbols", "Symbols that are silent while others trade", lambda line: len(line.stale)),
+    *map(_symbol, ("last", "volatility", "ewma", "spread", "trades_per_second")),
 )
-
-
-# ------------------------------------------------------------------------------------------------------- the table
 
 
 def sparkline(prices: Sequence[float]) -> str:
@@ -263,13 +225,13 @@ def sparkline(prices: Sequence[float]) -> str:
     if not prices:
         return ""
     low, high = min(prices), max(prices)
-    if high == low:
-        return SPARKS[0] * len(prices)
-    return "".join(SPARKS[round((price - low) / (high - low) * (len(SPARKS) - 1))] for price in prices)
+    step = (high - low) / (len(SPARKS) - 1) or 1.0
+    return "".join(SPARKS[round((price - low) / step)] for price in prices)
 
 
-def number(value: float | None, form: str = ",.2f") -> str:
-    return "–" if value is None else format(value, form)
+def percent(value: float | None) -> str:
+    """A share; a dash for None."""
+    return "–" if value is None else f"{value:.1%}"
 
 
 def price(value: float | None) -> str:
@@ -278,17 +240,17 @@ def price(value: float | None) -> str:
 
 
 def latency(seconds: float | None) -> str:
+    """In milliseconds; a dash for None."""
     return "–" if seconds is None else f"{seconds * 1000:,.0f} ms"
 
 
-def columns(lines: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """As text, in columns."""
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
-    right = set(right)
+def columns(lines: Sequence[Sequence[str]], right: Iterable[int] | None = None) -> str:
+    """As text, in columns. ``right``: those that are right-aligned; None: all but the first."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    ends = set(range(1, len(widths)) if right is None else right)
+    align = [str.rjust if n in ends else str.ljust for n in range(len(widths))]
     return "\n".join(
-        "  ".join(
-            cell.rjust(w) if n in right else cell.ljust(w) for n, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
+        "  ".join(put(cell, width) for put, cell, width in zip(align, line, widths, strict=True)).rstrip()
         for line in lines
     )
 
@@ -328,7 +290,7 @@ def picture(counts: MarketCounts, rate: float, age: float) -> Any:
 
     symbols = table("symbol", "last", "volatility", "ewma", "spread", "trades/s", "")
     for name, line in list(counts.symbols.items())[:MOST_ROWS]:
-        cells = (price(line.last), number(line.volatility, ".1%"), number(line.ewma, ".1%"), price(line.spread))
+        cells = (price(line.last), percent(line.volatility), percent(line.ewma), price(line.spread))
         symbols.add_row(name, *cells, f"{line.trades_per_second:,.1f}", sparkline(line.prices))
     parts: list[Any] = [symbols, ""]
     if counts.feeds:

@@ -1,22 +1,16 @@
 """Twelve exchanges' WebSocket feeds of trades: a small adapter for each.
 
-Theory
-------
-Each class says where its exchange is, how its trades are asked for, and what its frames mean; what all have in common,
-and what is promised of a trade, is in `market.adapter` and `market.trade`. A further exchange is
-one more class and its name in `ADAPTERS`.
+What all have in common, and what is promised of a trade, is in `market.adapter` and `market.trade`.
 
-Each states how its exchange tells the taker's side, the one convention of `Trade.side`, and where that is written: in
-quotation marks, the exchange's own words; without, what its documentation or other readers of it take it for. It says
-too whether its frames or ids are numbered without holes, so that `SequenceCheck` can see a gap. USD is USDT where an
-exchange has no books in USD (`dollar`).
+Each class states how its exchange tells the taker's side, the one convention of `Trade.side`, and where that is
+written: in quotation marks, the exchange's own words; without, what its documentation or other readers of it take it
+for. It says too whether its frames or ids are numbered without holes, so that `SequenceCheck` can see a gap. USD is
+USDT where an exchange has no books in USD (`dollar`).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from urllib.parse import quote
 
 import orjson
@@ -37,6 +31,8 @@ from market.trade import (
     unknown,
 )
 
+_KRAKEN_FLAGS = {"update": "", "snapshot": "snapshot"}
+_BITMEX_FLAGS = {"insert": "", "partial": "snapshot"}
 _SIDES: dict[Any, Side] = {"buy": "buy", "sell": "sell"}
 _CAPITAL_SIDES: dict[Any, Side] = {"Buy": "buy", "Sell": "sell"}
 _BITMEX_SIDES: dict[Any, Side] = _CAPITAL_SIDES | {"": "", None: ""}
@@ -52,7 +48,7 @@ class Binance(Adapter):
     """
 
     name, url, dollar = "binance", "wss://stream.binance.com:9443/ws", "USDT"
-    most, pace = 1024, 0.3
+    max_symbols, pace = 1024, 0.3
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         streams = [f"{native.lower()}@trade" for native in natives]
@@ -92,13 +88,9 @@ class Coinbase(Adapter):
     """
 
     name, url, silent_after = "coinbase", "wss://ws-feed.exchange.coinbase.com", 10.0
-    _taker: dict[Any, Side] = {"buy": "sell", "sell": "buy"}  # noqa: RUF012
-
-    def _join(self, base: str, currency: str) -> str:
-        return f"{base}-{currency}"
-
-    def _split(self, native: str) -> str:
-        return native
+    separator = "-"
+    controls: ClassVar = {"heartbeat": HEARTBEAT, "subscriptions": ACK, "status": Parsed([], "status")}
+    _taker: ClassVar[dict[Any, Side]] = {"buy": "sell", "sell": "buy"}
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"type": "subscribe", "product_ids": natives, "channels": ["matches", "heartbeat"]}]
@@ -111,15 +103,9 @@ class Coinbase(Adapter):
             price, size, flags = message["price"], message["size"], "" if kind == "match" else "snapshot"
             trade = self._trade(symbol, price, size, side, str(number), when, received, number, flags)
             return Parsed([trade], "trades")
-        if kind == "heartbeat":
-            return HEARTBEAT
-        if kind == "subscriptions":
-            return ACK
         if kind == "error":
             return Parsed([], "error", short(f"{message['message']}: {message.get('reason', '')}"))
-        if kind == "status":
-            return Parsed([], "status")
-        raise unknown(kind)
+        return self._control(kind)
 
 
 class Kraken(Adapter):
@@ -131,18 +117,11 @@ class Kraken(Adapter):
     """
 
     name, url, silent_after = "kraken", "wss://ws.kraken.com/v2", 10.0
-
-    def _join(self, base: str, currency: str) -> str:
-        return f"{base}/{currency}"
-
-    def _split(self, native: str) -> str:
-        return native.replace("/", "-")
+    separator, acknowledged = "/", "symbols"
+    controls: ClassVar = {"pong": HEARTBEAT, "subscribe": ACK}
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"method": "subscribe", "params": {"channel": "trade", "symbol": natives, "snapshot": True}}]
-
-    def acks(self, messages: int, symbols: int) -> int:
-        return symbols
 
     def _message(self, message: Any, received: int) -> Parsed:
         channel = message.get("channel")
@@ -158,17 +137,11 @@ class Kraken(Adapter):
         if channel == "status":
             system = message["data"][0]["system"]
             return Parsed([], "status", "" if system == "online" else short(f"system: {system}"))
-        method = message.get("method")
-        if method == "pong":
-            return HEARTBEAT
+        if channel is not None:
+            raise unknown(channel)
         if message.get("success") is False or "error" in message:
             return Parsed([], "error", short(message["error"]))
-        if method == "subscribe":
-            return ACK
-        raise unknown(channel or method)
-
-
-_KRAKEN_FLAGS = {"update": "", "snapshot": "snapshot"}
+        return self._control(message.get("method"))
 
 
 class Bitstamp(Adapter):
@@ -180,7 +153,14 @@ class Bitstamp(Adapter):
     """
 
     name, url, ping_every, silent_after = "bitstamp", "wss://ws.bitstamp.net", 30.0, 75.0
-    _taker: dict[Any, Side] = {0: "buy", 1: "sell"}  # noqa: RUF012
+    ping_text = '{"event":"bts:heartbeat"}'
+    controls: ClassVar = {
+        "bts:heartbeat": HEARTBEAT,
+        "bts:subscription_succeeded": ACK,
+        "bts:unsubscription_succeeded": ACK,
+        "bts:request_reconnect": Parsed([], "status", "the exchange asks for a new connection", reconnect=True),
+    }
+    _taker: ClassVar[dict[Any, Side]] = {0: "buy", 1: "sell"}
     _prefix = "live_trades_"
 
     def _join(self, base: str, currency: str) -> str:
@@ -192,9 +172,6 @@ class Bitstamp(Adapter):
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"event": "bts:subscribe", "data": {"channel": self._prefix + native}} for native in natives]
 
-    def ping(self) -> str:
-        return '{"event":"bts:heartbeat"}'
-
     def _message(self, message: Any, received: int) -> Parsed:
         event = message["event"]
         if event == "trade":
@@ -205,15 +182,9 @@ class Bitstamp(Adapter):
             price, size = data.get("price_str", data["price"]), data.get("amount_str", data["amount"])
             number, when = identity(data["id"]), sequence_number(data["microtimestamp"]) * 1000
             return Parsed([self._trade(symbol, price, size, side, number, when, received)], "trades")
-        if event == "bts:heartbeat":
-            return HEARTBEAT
-        if event == "bts:subscription_succeeded" or event == "bts:unsubscription_succeeded":
-            return ACK
-        if event == "bts:request_reconnect":
-            return Parsed([], "status", "the exchange asks for a new connection", reconnect=True)
         if event == "bts:error":
             return Parsed([], "error", short(message["data"]["message"]))
-        raise unknown(event)
+        return self._control(event)
 
 
 class Okx(Adapter):
@@ -225,23 +196,13 @@ class Okx(Adapter):
     """
 
     name, url, dollar = "okx", "wss://ws.okx.com:8443/ws/v5/public", "USDT"
-    ping_every, silent_after = 25.0, 60.0
-    words = frozenset(("pong", b"pong"))
-
-    def _join(self, base: str, currency: str) -> str:
-        return f"{base}-{currency}"
-
-    def _split(self, native: str) -> str:
-        return native
+    separator, acknowledged = "-", "symbols"
+    ping_text, ping_every, silent_after = "ping", 25.0, 60.0
+    heartbeats = frozenset(("pong", b"pong"))
+    controls: ClassVar = {"subscribe": ACK, "channel-conn-count": IGNORED, "channel-conn-count-error": IGNORED}
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"op": "subscribe", "args": [{"channel": "trades", "instId": native} for native in natives]}]
-
-    def ping(self) -> str:
-        return "ping"
-
-    def acks(self, messages: int, symbols: int) -> int:
-        return symbols
 
     def _message(self, message: Any, received: int) -> Parsed:
         event = message.get("event")
@@ -253,15 +214,11 @@ class Okx(Adapter):
                 side, number, when = _SIDES[item["side"]], identity(item["tradeId"]), milliseconds(item["ts"])
                 trades.append(made(symbol(item["instId"]), item["px"], item["sz"], side, number, when, received))
             return Parsed(trades, "trades")
-        if event == "subscribe":
-            return ACK
         if event == "error":
             return Parsed([], "error", short(f"{message['code']} {message['msg']}"))
         if event == "notice":
             return Parsed([], "status", short(message["msg"]), reconnect=message["code"] == "64008")
-        if event == "channel-conn-count" or event == "channel-conn-count-error":
-            return IGNORED
-        raise unknown(event)
+        return self._control(event)
 
 
 class Bybit(Adapter):
@@ -272,14 +229,11 @@ class Bybit(Adapter):
     """
 
     name, url, dollar = "bybit", "wss://stream.bybit.com/v5/public/spot", "USDT"
-    ping_every, silent_after = 20.0, 60.0
+    ping_text, ping_every, silent_after = '{"op":"ping"}', 20.0, 60.0
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         topics = [f"publicTrade.{native}" for native in natives]  # at most ten in one request
         return [{"op": "subscribe", "args": topics[at : at + 10]} for at in range(0, len(topics), 10)]
-
-    def ping(self) -> str:
-        return '{"op":"ping"}'
 
     def _message(self, message: Any, received: int) -> Parsed:
         topic = message.get("topic")
@@ -313,19 +267,22 @@ class Bitfinex(Adapter):
     connection" (Public Channels).
     """
 
-    name, url, silent_after, most = "bitfinex", "wss://api-pub.bitfinex.com/ws/2", 40.0, 25
-    _names: dict[str, str] = {"USDT": "UST", "USDC": "UDC"}  # noqa: RUF012
-    _ours: dict[str, str] = {"UST": "USDT", "UDC": "USDC"}  # noqa: RUF012
+    name, url, silent_after, max_symbols = "bitfinex", "wss://api-pub.bitfinex.com/ws/2", 40.0, 25
+    controls: ClassVar = {"conf": ACK, "unsubscribed": ACK, "pong": HEARTBEAT}
+    _names: ClassVar = {"USDT": "UST", "USDC": "UDC"}
+    _ours: ClassVar = {"UST": "USDT", "UDC": "USDC"}
 
-    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(clock=clock)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._channels: dict[int, str] = {}
 
     def context(self) -> str:
+        """As that of any adapter, with the channels' symbols."""
         channels = {str(channel): symbol for channel, symbol in self._channels.items()}
         return orjson.dumps({"asked": self._asked, "channels": channels}).decode()
 
     def within(self, context: str | bytes) -> Self:
+        """As that of any adapter, with the channels' symbols."""
         other = super().within(context)
         channels = orjson.loads(context).get("channels")
         if type(channels) is not dict or not all(type(symbol) is str for symbol in channels.values()):
@@ -353,20 +310,17 @@ class Bitfinex(Adapter):
     def _message(self, message: Any, received: int) -> Parsed:
         if type(message) is dict:
             return self._event(message)
-        body = message[1]
-        channel = message[0]
+        channel, body = message[:2]
         if type(channel) is not int or channel not in self._channels:
             raise BadFrame(f"a channel without a symbol: {short(channel)}")
+        symbol, at = self._channels[channel], 3 if body == "te" or body == "tu" else 2
+        sequence = sequence_number(message[at]) if len(message) > at else None
         if body == "te":
-            symbol, sequence = self._channels[channel], sequence_number(message[3]) if len(message) > 3 else None
             return Parsed([self._item(symbol, message[2], received, "")], "trades", sequence=sequence)
         if body == "hb" or body == "tu":
-            at = 2 if body == "hb" else 3
-            sequence = sequence_number(message[at]) if len(message) > at else None
             return Parsed([], "heartbeat" if body == "hb" else "ignored", sequence=sequence)
         if type(body) is not list:
             raise unknown(body)
-        symbol, sequence = self._channels[channel], sequence_number(message[2]) if len(message) > 2 else None
         trades = [self._item(symbol, item, received, "snapshot") for item in body]
         return Parsed(in_order(trades, newest_first=True), "trades", sequence=sequence)
 
@@ -375,9 +329,8 @@ class Bitfinex(Adapter):
         if type(amount) is not float and type(amount) is not int:
             raise BadFrame(f"{type(amount).__name__} instead of an amount")
         side: Side = "buy" if amount > 0 else "sell"
-        return self._trade(
-            symbol, price, abs(amount), side, identity(number), milliseconds(when), received, None, flags
-        )
+        number, when = identity(number), milliseconds(when)
+        return self._trade(symbol, price, abs(amount), side, number, when, received, None, flags)
 
     def _event(self, message: dict[str, Any]) -> Parsed:
         event = message["event"]
@@ -393,11 +346,7 @@ class Bitfinex(Adapter):
             return Parsed([], "status", short(f"{code} {message.get('msg', '')}"), reconnect=code in (20051, 20061))
         if event == "error":
             return Parsed([], "error", short(f"{message['code']} {message['msg']}"))
-        if event == "conf" or event == "unsubscribed":
-            return ACK
-        if event == "pong":
-            return HEARTBEAT
-        raise unknown(event)
+        return self._control(event)
 
 
 class Gemini(Adapter):
@@ -408,6 +357,10 @@ class Gemini(Adapter):
     """
 
     name, url, silent_after = "gemini", "wss://api.gemini.com/v2/marketdata", 30.0
+    acknowledged = 0
+    controls: ClassVar = {"heartbeat": HEARTBEAT, "subscription_ack": ACK} | dict.fromkeys(
+        ("auction_open", "auction_indicative", "auction_result", "block_trade"), IGNORED
+    )
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"type": "subscribe", "subscriptions": [{"name": "l2", "symbols": natives}]}]
@@ -416,9 +369,6 @@ class Gemini(Adapter):
         symbol, number, when = self.symbol(item["symbol"]), identity(item["tid"]), milliseconds(item["timestamp"])
         price, size, side = item["price"], item["quantity"], _SIDES[item["side"]]
         return self._trade(symbol, price, size, side, number, when, received, None, flags)
-
-    def acks(self, messages: int, symbols: int) -> int:
-        return 0
 
     def _message(self, message: Any, received: int) -> Parsed:
         kind = message.get("type")
@@ -430,15 +380,9 @@ class Gemini(Adapter):
                 return IGNORED
             trades = [self._item(item, received, "snapshot") for item in expect_list(message["trades"])]
             return Parsed(in_order(trades, newest_first=True), "trades")
-        if kind == "heartbeat":
-            return HEARTBEAT
-        if kind == "subscription_ack":
-            return ACK
         if kind is None and message["result"] == "error":
             return Parsed([], "error", short(f"{message['reason']} {message.get('message', '')}"))
-        if kind == "auction_open" or kind == "auction_indicative" or kind == "auction_result" or kind == "block_trade":
-            return IGNORED
-        raise unknown(kind)
+        return self._control(kind)
 
 
 class Gateio(Adapter):
@@ -448,20 +392,15 @@ class Gateio(Adapter):
     markets. The time is "create_time_ms": text, in milliseconds with a fraction.
     """
 
-    name, url, dollar = "gateio", "wss://api.gateio.ws/ws/v4/", "USDT"
+    name, url, dollar, separator = "gateio", "wss://api.gateio.ws/ws/v4/", "USDT", "_"
     ping_every, silent_after = 15.0, 45.0
-
-    def _join(self, base: str, currency: str) -> str:
-        return f"{base}_{currency}"
-
-    def _split(self, native: str) -> str:
-        return native.replace("_", "-")
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         now = int(self._clock())
         return [{"time": now, "channel": "spot.trades", "event": "subscribe", "payload": natives}]
 
     def ping(self) -> str:
+        """A ping as the exchange wants it: with the time, in Unix seconds."""
         return f'{{"time":{int(self._clock())},"channel":"spot.ping"}}'
 
     def _message(self, message: Any, received: int) -> Parsed:
@@ -490,8 +429,9 @@ class Bitmex(Adapter):
     client sends "ping" as text.
     """
 
-    name, url, ping_every, silent_after = "bitmex", "wss://ws.bitmex.com/realtime", 10.0, 30.0
-    words = frozenset(("pong", b"pong"))
+    name, url, acknowledged = "bitmex", "wss://ws.bitmex.com/realtime", "symbols"
+    ping_text, ping_every, silent_after = "ping", 10.0, 30.0
+    heartbeats = frozenset(("pong", b"pong"))
 
     def _join(self, base: str, currency: str) -> str:
         return ("XBT" if base == "BTC" else base) + currency
@@ -502,27 +442,14 @@ class Bitmex(Adapter):
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"op": "subscribe", "args": [f"trade:{native}" for native in natives]}]
 
-    def ping(self) -> str:
-        return "ping"
-
-    def acks(self, messages: int, symbols: int) -> int:
-        return symbols
-
     def _message(self, message: Any, received: int) -> Parsed:
         table = message.get("table")
         if table == "trade":
-            action = message["action"]
-            if action != "insert" and action != "partial":
-                raise unknown(action)
-            trades, made, symbol = [], self._trade, self.symbol
-            flags = "" if action == "insert" else "snapshot"
+            flags, trades, made, symbol = _BITMEX_FLAGS[message["action"]], [], self._trade, self.symbol
             for item in expect_list(message["data"]):
-                side, number, when = (
-                    _BITMEX_SIDES[item.get("side")],
-                    identity(item["trdMatchID"]),
-                    parse_iso_time(item["timestamp"]),
-                )
+                side, number = _BITMEX_SIDES[item.get("side")], identity(item["trdMatchID"])
                 name, price, size = symbol(item["symbol"]), item["price"], item["homeNotional"]
+                when = parse_iso_time(item["timestamp"])
                 trades.append(made(name, price, size, side, number, when, received, None, flags))
             return Parsed(in_order(trades) if flags else trades, "trades")
         if table is not None:
@@ -534,7 +461,19 @@ class Bitmex(Adapter):
         return Parsed([], "status", short(message["info"]))
 
 
-class Alpaca(Adapter):
+class _Stocks(Adapter):
+    """US stocks: a symbol is a ticker, in USD."""
+
+    def _join(self, base: str, currency: str) -> str:
+        if currency != "USD":
+            raise ValueError(f"US stocks are in USD, not {currency}")
+        return base
+
+    def _split(self, native: str) -> str:
+        return f"{native}-USD"
+
+
+class Alpaca(_Stocks):
     """Alpaca, US stocks (the IEX feed): arrays of messages. Symbols are tickers in USD: AAPL is AAPL-USD.
 
     Taker: not said ("tks" is, of its crypto feed). No sequence. An id is unique to a venue ("x"), so both make the id.
@@ -545,34 +484,13 @@ class Alpaca(Adapter):
     name, url = "alpaca", "wss://stream.data.alpaca.markets/v2/iex"
     key_env, secret_env = "APCA_API_KEY_ID", "APCA_API_SECRET_KEY"
     silent_after = 4 * 86_400.0
-    _taker: dict[Any, Side] = {"B": "buy", "S": "sell", "": "", "-": ""}  # noqa: RUF012
-    _known = frozenset(("c", "x", "q", "b", "d", "u", "l", "n", "o"))
-
-    def __init__(self, *, clock: Callable[[], float] = time.time, key: str = "", secret: str = "") -> None:
-        super().__init__(clock=clock)
-        self._key, self._secret = key, secret
-
-    def fresh(self) -> Self:
-        return type(self)(clock=self._clock, key=self._key, secret=self._secret)
-
-    def with_keys(self, environment: Mapping[str, str]) -> Self:
-        key, secret = _variable(environment, self.key_env), _variable(environment, self.secret_env)
-        return type(self)(clock=self._clock, key=key, secret=secret)
-
-    def _join(self, base: str, currency: str) -> str:
-        return _ticker(base, currency)
-
-    def _split(self, native: str) -> str:
-        return f"{native}-USD"
+    acknowledged = 3  # connected, authenticated, subscribed
+    controls: ClassVar = {"success": ACK, "subscription": ACK} | dict.fromkeys("cxqbdulno", IGNORED)
+    _taker: ClassVar[dict[Any, Side]] = {"B": "buy", "S": "sell", "": "", "-": ""}
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
-        return [
-            {"action": "auth", "key": self._key, "secret": self._secret},
-            {"action": "subscribe", "trades": natives},
-        ]
-
-    def acks(self, messages: int, symbols: int) -> int:
-        return 3  # connected, authenticated, subscribed
+        key, secret = self._keys or ("", "")
+        return [{"action": "auth", "key": key, "secret": secret}, {"action": "subscribe", "trades": natives}]
 
     def _message(self, message: Any, received: int) -> Parsed:
         trades: list[Trade] = []
@@ -585,20 +503,17 @@ class Alpaca(Adapter):
                 trades.append(self._trade(symbol, item["p"], item["s"], side, number, when, received))
             elif kind == "error":
                 other = Parsed([], "error", short(f"{item['code']} {item['msg']}"))
-            elif kind == "success" or kind == "subscription":
-                other = other or ACK
             elif kind == "s":
                 other = other or Parsed([], "status", short(f"{item['S']}: {item['sm']}"))
-            elif kind in self._known:
-                other = other or IGNORED
             else:
-                raise unknown(kind)
+                control = self._control(kind)
+                other = other or control
         if trades:
             return Parsed(trades, "trades", other.note if other else "")
         return other or IGNORED
 
 
-class Finnhub(Adapter):
+class Finnhub(_Stocks):
     """Finnhub, US stocks: up to some dozens of trades a frame. Symbols are tickers in USD: AAPL is AAPL-USD.
 
     Taker: not said. No ids, no sequence: repeated trades cannot be told from equal ones. A "ping" comes about every
@@ -606,31 +521,15 @@ class Finnhub(Adapter):
     """
 
     name, url, key_env, silent_after = "finnhub", "wss://ws.finnhub.io", "FINNHUB_API_KEY", 180.0
+    acknowledged = 0
+    controls: ClassVar = {"ping": HEARTBEAT}
 
-    def __init__(self, *, clock: Callable[[], float] = time.time, key: str = "") -> None:
-        super().__init__(clock=clock)
-        self._key = key
-
-    def fresh(self) -> Self:
-        return type(self)(clock=self._clock, key=self._key)
-
-    def with_keys(self, environment: Mapping[str, str]) -> Self:
-        return type(self)(clock=self._clock, key=_variable(environment, self.key_env))
-
-    def connect_url(self, symbols: Sequence[str], url: str | None = None) -> str:
-        return f"{url or self.url}?token={quote(self._key, safe='')}"
-
-    def _join(self, base: str, currency: str) -> str:
-        return _ticker(base, currency)
-
-    def _split(self, native: str) -> str:
-        return f"{native}-USD"
+    def connect_url(self, url: str | None = None) -> str:
+        """Where to connect, with the key."""
+        return f"{super().connect_url(url)}?token={quote(''.join(self._keys), safe='')}"
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"type": "subscribe", "symbol": native} for native in natives]
-
-    def acks(self, messages: int, symbols: int) -> int:
-        return 0
 
     def _message(self, message: Any, received: int) -> Parsed:
         kind = message["type"]
@@ -641,23 +540,9 @@ class Finnhub(Adapter):
                 for item in expect_list(message["data"])
             ]
             return Parsed(trades, "trades")
-        if kind == "ping":
-            return HEARTBEAT
         if kind == "error":
             return Parsed([], "error", short(message["msg"]))
-        raise unknown(kind)
-
-
-def _variable(environment: Mapping[str, str], name: str) -> str:
-    if not environment.get(name):
-        raise ValueError(f"the environment has no {name}")
-    return environment[name]
-
-
-def _ticker(base: str, currency: str) -> str:
-    if currency != "USD":
-        raise ValueError(f"US stocks are in USD, not {currency}")
-    return base
+        return self._control(kind)
 
 
 ADAPTERS: dict[str, Adapter] = {

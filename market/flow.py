@@ -42,7 +42,7 @@ import ssl
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,13 +55,13 @@ from market.adapter import Adapter
 from market.connect import TURN, Feed, new_session
 from market.display import Board, FeedLine, MarketCounts, imbalance, lost
 from market.feeds import ADAPTERS
-from market.kafka import Publisher, PublisherClosed
+from market.kafka import SAVE_LIMIT, Publisher, PublisherClosed
 from market.stats import WINDOWS, AnalyticsRow
 from market.topics import DeadLetter
 from market.trade import Trade
 from market.workers import MOST, AnalyticsPool, Uncomputed
-from runtime.loop import Lag, TaskSupervisor
-from runtime.options import CannotStart
+from runtime.loop import Lag, TaskSupervisor, ends_before
+from runtime.outlet import TwoStageStop, unusable
 from runtime.stderr import lines_lost
 
 log = logging.getLogger("market_pipeline")
@@ -74,8 +74,8 @@ COMPUTE_EVERY, IDLE = 0.05, 0.5
 """Seconds that trades may wait for more to be computed with; seconds of silence after which all rows are told."""
 FEED_LIMIT = 3.0
 """Seconds that the exchanges have to answer a close frame."""
-CLOSE_LIMIT = 20.0
-"""Seconds that the publisher has to put the rest into the spool."""
+CLOSE_LIMIT = 2 * SAVE_LIMIT
+"""Seconds that the publisher has to end after that, whatever the disk does."""
 WATCH_EVERY = 1.0
 """Seconds between two looks at the counts."""
 
@@ -188,40 +188,15 @@ class MarketProgram(ABC):
             rng=rng,
         )
         self.board = Board(options.windows)
-        self._trades = self._letters = self._waiting = self._given_up = 0
-        self._before: int | None = None
-        """What the publisher had accepted when the call that waits now began."""
-        self._turn = asyncio.Lock()
-        self._computed = self._uncomputed = 0
-        self._unbalanced = self._stage = 0
-        self._stopped, self._forced = asyncio.Event(), asyncio.Event()
+        self._trades = self._letters = self._computed = self._uncomputed = 0
+        self.stop = TwoStageStop(self.publisher.changes)
 
     def make_workers(self) -> AnalyticsPool:
+        """The processes that compute the figures."""
         figures = {"windows": self.options.windows, "lateness": self.options.lateness}
         return AnalyticsPool(self.options.workers, options=figures, nice=0)  # on a busy machine nicer ones fall behind
 
     # -------------------------------------------------------------------- publishing
-
-    async def _handed_over(self, items: int, call: Callable[[], Awaitable[None]]) -> bool:
-        """Have the publisher take so many items, when it has room for them; False if it never will."""
-        self._waiting += items
-        left = items
-        try:
-            async with self._turn:
-                self._before = before = self.publisher.stats().trades.accepted
-                try:
-                    await call()
-                finally:
-                    taken = self.publisher.stats().trades.accepted - before
-                    self._before = None
-                    self._waiting -= taken
-                    left -= taken
-        except PublisherClosed:
-            return False
-        finally:
-            self._waiting -= left
-            self._given_up += left
-        return not left
 
     async def _tell(self, rows: list[AnalyticsRow]) -> None:
         """Thousands at once would hold the loop for tens of milliseconds."""
@@ -234,7 +209,8 @@ class MarketProgram(ABC):
 
     async def _bury(self, letter: DeadLetter) -> None:
         self._letters += 1
-        await self._handed_over(1, partial(self.publisher.dead, *letter))
+        with contextlib.suppress(PublisherClosed):
+            await self.publisher.dead(*letter)
 
     # -------------------------------------------------------------------- life and end
 
@@ -242,56 +218,31 @@ class MarketProgram(ABC):
         """Whether the counts balance, should nobody else ask; whether the publisher lives."""
         while True:
             await asyncio.sleep(WATCH_EVERY)
-            if self.snapshot().kafka == "failed" and not self._stage:
+            if self.snapshot().kafka == "failed" and not self.stop.stage:
                 self.tasks.faults += 1
                 self.stop()
 
-    def stop(self) -> None:
-        """The first call: no more intake, and what is there is published. The second: the rest goes to the spool."""
-        self._stage += 1
-        self._stopped.set()
-        if self._stage > 1:
-            self._forced.set()
-
-    async def _unless_forced(self, work: Awaitable[Any], limit: float) -> bool:
-        """Whether that came to its end in time. It is cancelled otherwise."""
-        task, forced = asyncio.ensure_future(work), asyncio.ensure_future(self._forced.wait())
+    async def _unless_forced(self, work: Awaitable[Any], limit: float) -> None:
+        """Until that comes to its end, is cut off by a second stop, or the time is over."""
         try:
-            await asyncio.wait((task, forced), timeout=max(0.0, limit), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            forced.cancel()
-            ended = task.done()
-            if not ended:
-                task.cancel()
-            results = await asyncio.gather(task, forced, return_exceptions=True)
-        if isinstance(results[0], Exception):
-            self.tasks.fault("stopping", results[0])
-        return ended
+            await ends_before(work, self.stop.forced, limit)
+        except Exception as error:
+            self.tasks.fault("stopping", error)
 
     async def _open_publisher(self, stack: contextlib.AsyncExitStack) -> None:
         try:
             await self.publisher.start()
         except Exception as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise CannotStart(f"the spool {self.options.spool} cannot be used: {why}") from None
+            raise unusable(self.options.spool, error) from None
         stack.push_async_callback(self._close_publisher)
 
     _deadline = 0.0
 
     async def _close_publisher(self) -> None:
         """What is left after the time, or at once if forced, goes to the spool."""
-        limit = 0.0 if self._forced.is_set() else max(0.0, self._deadline - self._clock())
-        closing = asyncio.create_task(self.publisher.stop(limit))
-        forced = asyncio.create_task(self._forced.wait())
-        try:
-            await asyncio.wait((closing, forced), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait((closing,), timeout=0.0 if forced.done() else CLOSE_LIMIT)
-            if not closing.done():
-                closing.cancel()  # then it stops at once, but it does stop
-                await asyncio.wait((closing,), timeout=CLOSE_LIMIT)
-        finally:
-            forced.cancel()
-            await asyncio.gather(forced, return_exceptions=True)
+        limit = max(0.0, self._deadline - self._clock())
+        closing = asyncio.create_task(self.publisher.stop(limit, self.stop.forced))
+        await asyncio.wait((closing,), timeout=limit + CLOSE_LIMIT)
         if not closing.done():
             self.tasks.fault("publisher", TimeoutError("it does not end"))
         elif not closing.cancelled() and (error := closing.exception()) is not None:
@@ -308,12 +259,11 @@ class MarketProgram(ABC):
     def snapshot(self) -> MarketCounts:
         """All counts of this moment; an imbalance is logged."""
         found = self.publisher.stats()
-        under_way = 0 if self._before is None else found.trades.accepted - self._before
         counts = MarketCounts(
             trades=self._trades,
             letters=self._letters,
-            waiting=self._waiting - under_way,
-            given_up=self._given_up,
+            waiting=found.waiting,
+            given_up=found.given_up,
             kafka=found.state,
             published=found.trades,
             dead=found.dead,
@@ -324,13 +274,9 @@ class MarketProgram(ABC):
             loop_lag=self._lag.longest,
             lines_lost=lines_lost(),
             error=found.error,
-            stopping=self._stage > 0,
+            stopping=self.stop.stage > 0,
         )._replace(**self._more())
-        off = imbalance(counts)
-        if off and off != self._unbalanced:
-            self.tasks.faults += 1
-            log.error("the counts do not balance: %d are not accounted for: %s", off, counts)
-        self._unbalanced = off
+        self.tasks.balance(imbalance(counts), counts)
         return counts._replace(faults=self.tasks.faults)
 
     stats = snapshot
@@ -364,27 +310,29 @@ class Pipeline(MarketProgram):
     # -------------------------------------------------------------------- what the feeds call
 
     def emit(self, _: str, trades: list[Trade]) -> Awaitable[object] | None:
+        """Take a feed's trades; what is returned is to be awaited: there is no room."""
         self._trades += len(trades)
         try:
-            if not self._turn.locked() and self.publisher.offer(trades):
-                self._offer(trades)
-                return None
+            if not self.publisher.offer(trades):
+                return self._emit(trades)
         except PublisherClosed:
-            self._given_up += len(trades)
             return None
-        return self._emit(trades)
+        self._offer(trades)
+        return None
 
     async def _emit(self, trades: list[Trade]) -> None:
-        if await self._handed_over(len(trades), lambda: self.publisher.trades(trades)):
+        with contextlib.suppress(PublisherClosed):
+            await self.publisher.trades(trades)
             self._offer(trades)
 
     def dead(self, exchange: str, error: str, raw: bytes, received_ns: int) -> Awaitable[object] | None:
+        """Take a frame that did not parse; to be awaited."""
         feed = self.feeds.get(exchange)
         context = "" if feed is None else feed.adapter.context()
         return self._bury(DeadLetter(exchange, error, raw, received_ns, "text" if is_text(raw) else "binary", context))
 
     async def _feed(self, name: str, session: aiohttp.ClientSession) -> None:
-        if self._stage:
+        if self.stop.stage:
             return
         adapter, symbols = self._adapters[name]
         url = self.options.urls.get(name)
@@ -412,7 +360,7 @@ class Pipeline(MarketProgram):
                     await self._tell_all()
                     told = True
                 continue
-            if len(queue) < MOST and not self._stage:
+            if len(queue) < MOST and not self.stop.stage:
                 await asyncio.sleep(COMPUTE_EVERY)
             batch = [queue.popleft() for _ in range(min(MOST, len(queue)))]
             self._computing, told = len(batch), False
@@ -444,6 +392,7 @@ class Pipeline(MarketProgram):
     # -------------------------------------------------------------------- life and end
 
     async def run(self) -> int:
+        """Until it has stopped; 1 if something was lost."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open_publisher(stack)
             stack.push_async_callback(self.workers.close, 0.0)
@@ -454,7 +403,7 @@ class Pipeline(MarketProgram):
             self.tasks.start("loop lag", self._lag.watch)
             for name in self._adapters:
                 self.tasks.start(f"feed {name}", partial(self._feed, name, session))
-            await self._stopped.wait()
+            await self.stop.stopped.wait()
             begun = self._clock()
             self._deadline = begun + self.options.stop_limit
             limit = min(FEED_LIMIT, self.options.stop_limit)
@@ -484,6 +433,7 @@ class Pipeline(MarketProgram):
 
 
 def is_text(raw: bytes) -> bool:
+    """Whether it is UTF-8."""
     try:
         raw.decode()
     except ValueError:
@@ -492,6 +442,7 @@ def is_text(raw: bytes) -> bool:
 
 
 def feed_line(feed: Feed | None) -> FeedLine:
+    """What is shown of a feed."""
     if feed is None:
         return FeedLine("idle", *(0,) * 7, None)
     found = feed.stats()

@@ -1,14 +1,14 @@
 """The publisher: trades, analytics and dead letters into the topics of Kafka that ``market.topics`` describes.
 
-The way of a record: encoded when it is taken -> ``Backlog`` -> ``Producer`` -> acknowledged by all replicas. One round
-is under way at a time; the next is filled meanwhile. While the broker does not answer, the backlog fills; when it is
-full, and every ``spool_after`` seconds, all of it goes to the spool (``Overflow``). While anything is in the spool,
+The way of a record: encoded when it is taken -> ``Outlet`` -> a sink here -> ``Producer`` -> acknowledged by all
+replicas. One round is under way at a time; the next is filled meanwhile. While the broker does not answer, the backlog
+fills; when it is full, and every ``spool_after`` seconds, all of it goes to the spool. While anything is in the spool,
 records come from there, and what is newer queues behind it: a symbol is in the order of ``trades()``.
 
 Promised by ``Publisher``
-- accepted + recovered == published + held + spooled + dropped + lost, at every moment; ``dropped`` is analytics (the
-  oldest go first, beyond their bound), or what a stop without a spool left over, or a dead letter that the broker
-  refuses; the latter two are logged.
+- offered == accepted + waiting + given up, and accepted + recovered == published + held + spooled + dropped + lost, at
+  every moment; ``dropped`` is analytics (the oldest go first, beyond their bound), or what a stop without a spool left
+  over, or a dead letter that the broker refuses; the latter two are logged.
 - Trades and dead letters wait (``trades()`` and ``dead()`` block their callers) before one of them is dropped.
 - While the process lives, a broker that freezes, goes or restarts with its data gets each record once.
 - What cannot be written as JSON, is too large, or is refused by the broker for its own sake becomes a dead letter. Dead
@@ -30,18 +30,18 @@ spool's files have a thread, and what is read from them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from uuid import uuid4
 
 import orjson
 
 from coordination import Clock, Rng, cancel_all, stats_repr
-from market.backlog import FLIGHT, Backlog, Counts, LatestRows
-from market.overflow import Overflow
-from market.producer import AT_ONCE, Producer
+from market.producer import AT_ONCE, FLIGHT, FLIGHT_BYTES, Producer
 from market.topics import (
     ANALYTICS,
     DEAD_LETTERS,
@@ -53,26 +53,61 @@ from market.topics import (
     LetterKind,
     Record,
     client_log,
+    line_of_record,
     log,
     record_of,
+    records_of,
     unpublishable_record,
 )
 from market.trade import Trade
-from runtime.spool import Spool
+from runtime.backlog import Backlog
+from runtime.loop import ends_before
+from runtime.outlet import Changes, Outlet
+from runtime.spool import EncodedBatch, Spool
 
-ROWS = 2500
-"""Rows of analytics that are under way together, at most."""
+ROWS, FILE = 2500, 2500
+"""Rows of analytics that are under way together, and records of a file of the spool, at most."""
+HEAVY, EACH = 64_000_000, 640
+"""Bytes of records that may wait, or so many for each, if that is more: raw frames may be large, trades are not."""
 LARGEST_CONTEXT = 20_000
 """Characters."""
 ASK_AGAIN = 1.0
 """Seconds after which a disk that refused is asked again."""
+SAVE_LIMIT = 20.0
+"""Seconds that what is left at the end has to get into the spool."""
 
 
 class PublisherClosed(RuntimeError):
     """The publisher takes nothing any more."""
 
 
+class Counts(NamedTuple):
+    """accepted + recovered == published + held + spooled + dropped + lost."""
+
+    accepted: int
+    recovered: int
+    """Left in the spool by a previous life."""
+    published: int
+    """Acknowledged."""
+    held: int
+    """In memory, on its way included."""
+    spooled: int
+    dropped: int
+    lost: int
+    """The disk did not give back what it had taken."""
+
+
+def counts_of(backlog: Backlog[Record]) -> Counts:
+    """The counts of ``backlog`` now."""
+    dropped = backlog.refused + backlog.dropped.total()
+    return Counts(
+        *(backlog.accepted, backlog.recovered, backlog.stored, backlog.held(), backlog.spooled, dropped, backlog.lost)
+    )
+
+
 class PublisherStats(NamedTuple):
+    """Where it stands, and what became of its records."""
+
     state: Literal["new", "connecting", "connected", "away", "failed", "closed"]
     trades: Counts
     """Dead letters included."""
@@ -82,19 +117,87 @@ class PublisherStats(NamedTuple):
     connects: int
     error: str
     """The last one."""
+    waiting: int
+    """Trades and dead letters whose callers wait for room."""
+    given_up: int
+    """Those that were not taken before the end."""
 
 
-async def _finish(task: asyncio.Task[None]) -> None:
-    """Wait until it is over, also if that is cancelled, and then end cancelled."""
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    task.result()
-    if cancelled is not None:
-        raise cancelled
+def value_bytes(record: Record) -> int:
+    """Bytes of its value."""
+    return len(record.value)
+
+
+class RowSink:
+    """Analytics: what the broker refuses is logged."""
+
+    def __init__(self, producer: Producer) -> None:
+        self.producer = producer
+
+    async def write(self, items: list[Record]) -> tuple[int, int]:
+        """Published and refused, when all is acknowledged."""
+        refused = await self.producer.publish(items)
+        for row, error in refused:
+            log.error("kafka: analytics were refused: %s: %.200r", error, row.value)
+        return len(items) - len(refused), len(refused)
+
+    async def ready(self, _: float) -> bool:
+        """It waits for the broker itself."""
+        return True
+
+    def diverts(self) -> bool:
+        """Never: the spool gets what has no room."""
+        return False
+
+    def encode(self, items: Sequence[Record]) -> EncodedBatch:
+        """Lines as ``market.topics`` writes them: any later life can publish them."""
+        data = b"".join(line_of_record(record) + b"\n" for record in items)
+        return EncodedBatch(uuid4(), len(items), time.time(), data)
+
+    def decode(self, batch: EncodedBatch) -> list[Record]:
+        """None are spooled."""
+        raise NotImplementedError
+
+
+class TradeSink(RowSink):
+    """Trades and dead letters: a trade that the broker refuses becomes a dead letter."""
+
+    def __init__(self, producer: Producer, trades: str, dead_letters: str) -> None:
+        super().__init__(producer)
+        self._topics, self._dead_topic = (trades, dead_letters), dead_letters
+        self.dead = 0
+
+    async def write(self, items: list[Record]) -> tuple[int, int]:
+        """Publish them; how many trades and dead letters Kafka refused for good."""
+        unwanted, records = 0, list(items)
+        while records:
+            refused = await self.producer.publish(records)
+            self.dead += sum(record.topic is self._dead_topic for record in records)
+            records = []
+            for record, error in refused:
+                if record.topic == self._dead_topic:
+                    self.dead -= 1
+                    unwanted += 1
+                    log.error("kafka: a dead letter was refused: %s: %.200r", error, record.value)
+                else:
+                    records.append(unpublishable_record(record.value, error, self._dead_topic))
+        client_log.recovered()
+        return len(items) - unwanted, unwanted
+
+    def decode(self, batch: EncodedBatch) -> list[Record]:
+        """The records of a batch of the spool."""
+        return records_of(batch.data, *self._topics)
+
+
+async def _finished(task: asyncio.Task[None]) -> None:
+    """Wait until it is over; if that is cancelled, end cancelled after it."""
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        raise
 
 
 class Publisher:
@@ -139,42 +242,48 @@ class Publisher:
                 rng=rng,
             )
 
-        self._producer = producer(self._trades_topic, self._dead_topic)
-        self._analytics_producer = producer(self._analytics_topic)
-        self._linger, self._spool_after = linger, spool_after
-        self._backlog, self._rows = Backlog(buffer), LatestRows(analytics_buffer)
-        self._overflow: Overflow | None = None
-        if spool is not None:
-            files = Spool(spool, max_bytes=spool_bytes, clock=clock)
-            self._overflow = Overflow(self._backlog, files, (self._trades_topic, self._dead_topic), self._pulse)
-        self._state = "new"
+        self.changes = Changes(clock)
+        topics = self._trades_topic, self._dead_topic
+        self._sink, self._row_sink = TradeSink(producer(*topics), *topics), RowSink(producer(self._analytics_topic))
+        common: dict[str, Any] = {"log": log, "changes": self.changes, "linger": linger, "clock": clock, "rng": rng}
+        self._trades = Outlet(
+            Backlog[Record](
+                buffer,
+                max(HEAVY, EACH * buffer),
+                size=value_bytes,
+                round_items=FLIGHT,
+                round_bytes=FLIGHT_BYTES,
+                file_items=FILE,
+                in_order=True,
+            ),
+            self._sink,
+            [] if spool is None else [Spool(spool, max_bytes=spool_bytes, clock=clock)],
+            replay_files=max(1, FLIGHT // FILE),
+            stalls_after=spool_after,
+            ask_again=ASK_AGAIN,
+            **common,
+        )
+        self._rows = Outlet(
+            Backlog[Record](analytics_buffer, size=value_bytes, round_items=ROWS, newest=True),
+            self._row_sink,
+            **common,
+        )
+        self._state: Literal["new", "open", "stopping", "closed"] = "new"
         self._failed = False
-        """``open``, ``stopping``, ``closed``."""
         self._tasks: list[asyncio.Task[None]] = []
-
-        self._away = False
-        self._dead = 0
-
-        self._wake, self._rows_wake, self._pressed, self._enough = (asyncio.Event() for _ in range(4))
-        self._ending: asyncio.Task[Any]
-        """Waits for ``_enough``."""
-        self._changed = asyncio.Event()
-        """Set and replaced when anything was published or moved."""
         self._turn = asyncio.Lock()
         """Who waits for room waits in a queue."""
+        self._waiting = self._given_up = 0
 
     # ------------------------------------------------------------------------------------------------------------ verbs
 
     async def start(self) -> None:
         """Begin; the broker need not be there. Raises ``SpoolInUse``, ``OSError``."""
-        if self._overflow is not None:
-            self._backlog.recover(await asyncio.to_thread(self._overflow.spool.open))
+        await self._trades.open()
         self._state = "open"
         client_log.attach()
-        self._ending = asyncio.create_task(self._enough.wait())
-        self._tasks = [asyncio.create_task(main) for main in (self._pump(), self._pump_analytics())]
-        if self._overflow is not None:
-            self._tasks.append(asyncio.create_task(self._spill_when_pressed(self._overflow)))
+        for outlet in (self._trades, self._rows):
+            self._tasks += [asyncio.create_task(work()) for work in outlet.tasks().values()]
         for task in self._tasks:
             task.add_done_callback(self._ended)
 
@@ -184,18 +293,20 @@ class Publisher:
         if error is not None:
             log.critical("kafka: the publisher failed", exc_info=error)
             self._failed = True
-            self._enough.set()
-            self._pulse()
+            self.changes.tell()
+
+    def _is_closed(self) -> bool:
+        return self._failed or self._state not in ("new", "open")
 
     def offer(self, trades: Sequence[Trade]) -> bool:
         """Take the trades if there is room for all of them, and nobody waits for room."""
-        if self._failed or self._state not in ("new", "open"):
+        if self._is_closed():
+            self._given_up += len(trades)
             raise PublisherClosed("the publisher is stopped")
-        backlog = self._backlog
-        if len(backlog.waiting) + len(trades) > backlog.limit or len(trades) > AT_ONCE or self._turn.locked():
+        count = len(trades)
+        if count > AT_ONCE or count > self._trades.backlog.room(moves=True) or self._turn.locked():
             return False
-        backlog.accept(self._records(trades))
-        self._wake.set()
+        self._trades.put(self._records(trades))
         return True
 
     async def trades(self, trades: Sequence[Trade]) -> None:
@@ -224,224 +335,98 @@ class Publisher:
         return [record_of(item, self._trades_topic, self._dead_topic) for item in items]
 
     async def _take(self, items: Sequence[Item]) -> None:
-        async with self._turn:
-            done = 0
-            while done < len(items):
-                if self._failed or self._state not in ("new", "open"):
-                    raise PublisherClosed("the publisher is stopped")
-                part = items[done : done + min(AT_ONCE, self._backlog.room())]
-                if part:
-                    self._backlog.accept(self._records(part))
-                    done += len(part)
-                    self._wake.set()
-                    if done < len(items):
-                        await asyncio.sleep(0)
-                else:
-                    self._pressed.set()
-                    await self._changed.wait()
+        left = len(items)
+        self._waiting += left
+        try:
+            async with self._turn:
+                while left:
+                    if self._is_closed():
+                        raise PublisherClosed("the publisher is stopped")
+                    part = items[len(items) - left :][: min(AT_ONCE, self._trades.backlog.room())]
+                    if part:
+                        self._trades.put(self._records(part))
+                        left -= len(part)
+                        self._waiting -= len(part)
+                        if left:
+                            await asyncio.sleep(0)
+                    else:
+                        self._trades.press()
+                        await self.changes.wait()
+        finally:
+            self._waiting -= left
+            self._given_up += left
 
     def analytics(self, rows: Iterable[Any]) -> None:
         """Take rows (mappings or named tuples with ``symbol``); the oldest that wait make room, and are counted.
 
         Raises ``TypeError`` or ``ValueError`` for what cannot be written as JSON.
         """
-        if self._failed or self._state not in ("new", "open"):
+        if self._is_closed():
             raise PublisherClosed("the publisher is stopped")
-        at = time.time_ns() // 1_000_000
+        at, records = time.time_ns() // 1_000_000, list[Record]()
         for row in rows:
             fields = row if isinstance(row, Mapping) else row._asdict()
             key, value = fields["symbol"].encode(), orjson.dumps(fields)
-            self._rows.accept(Record(self._analytics_topic, key, value, at, HEADERS))
-        self._rows_wake.set()
+            records.append(Record(self._analytics_topic, key, value, at, HEADERS))
+        self._rows.put(records)
+
+    def _is_over(self) -> bool:
+        """Whether nothing waits, or nothing will ever go on."""
+        return self._failed or (self._trades.backlog.is_empty() and self._rows.backlog.is_empty())
 
     async def flush(self) -> None:
         """Return when nothing waits: all is acknowledged (analytics: or dropped). Raises if that will never be."""
-        while not (self._backlog.is_empty() and self._rows.is_empty()):
-            if self._failed or self._state == "closed":
-                raise PublisherClosed("the publisher is stopped")
-            await self._changed.wait()
+        await self.changes.until(lambda: self._is_over() or self._state == "closed")
+        if self._failed or not (self._trades.backlog.is_empty() and self._rows.backlog.is_empty()):
+            raise PublisherClosed("the publisher is stopped")
 
-    async def stop(self, limit: float = 10.0) -> int:
-        """Take nothing more, publish what waits for ``limit`` seconds at the most, spool the rest.
+    async def stop(self, limit: float = 10.0, forced: asyncio.Event | None = None) -> int:
+        """Take nothing more, publish what waits for ``limit`` seconds at the most, or until ``forced``; spool the rest.
 
         Returns how many trades and dead letters are neither published nor spooled: none, if there is a spool that takes
         them. Cancelled, it stops at once.
         """
+        backlog = self._trades.backlog
         if self._state == "new":
             self._state = "closed"
-            self._backlog.drop()
-        if self._state != "open":
-            return self._backlog.dropped
-        self._state = "stopping"
-        for event in (self._wake, self._rows_wake):
-            event.set()
-        self._pulse()
-        pumps = self._tasks[:2]
-        try:
-            await asyncio.wait(pumps, timeout=limit)
-        finally:
-            self._enough.set()
-            await _finish(asyncio.create_task(self._close(pumps)))
-        return self._backlog.dropped
+            backlog.drop("stopped")
+        if self._state == "open":
+            self._state = "stopping"
+            for outlet in (self._trades, self._rows):
+                outlet.stop()
+            self.changes.tell()
+            try:
+                over = forced or asyncio.Event()
+                await ends_before(self.changes.until(self._is_over), over, limit)
+            finally:
+                await _finished(asyncio.create_task(self._close()))
+        return backlog.refused + backlog.dropped.total()
 
-    async def _close(self, pumps: Sequence[asyncio.Task[None]]) -> None:
-        results = await asyncio.gather(*pumps, return_exceptions=True)
-        await self._ending
-        overflow, backlog = self._overflow, self._backlog
-        for task in self._tasks[2:]:
-            while overflow is not None and overflow.spilling:
-                await self._changed.wait()
-            await cancel_all([task])
-        if overflow is not None and (backlog.waiting or (backlog.under_way and not backlog.files)):
-            await overflow.spill()
-        await asyncio.gather(self._producer.drop(), self._analytics_producer.drop())
-        if left := backlog.drop():
+    async def _close(self) -> None:
+        await cancel_all(self._tasks)
+        left = await self._trades.save(SAVE_LIMIT)
+        await asyncio.gather(*(sink.producer.drop() for sink in (self._sink, self._row_sink)))
+        if left:
             log.error("kafka: %d trades and dead letters could be neither published nor spooled", left)
-        self._rows.drop()
-        if overflow is not None:
-            await overflow.spool.close()
+        self._rows.backlog.drop("stopped")
+        await self._trades.close()
         self._state = "closed"
         client_log.detach()
-        self._pulse()
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-
-    def _pulse(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    # -------------------------------------------------------------------------------------------------------- the pumps
-
-    async def _pump(self) -> None:
-        lingered, backlog, overflow = False, self._backlog, self._overflow
-        while not self._enough.is_set():
-            if overflow is not None and overflow.spilling:
-                await self._changed.wait()
-            elif overflow is not None and backlog.spooled:
-                await self._replay(overflow)
-            elif backlog.waiting and (lingered or self._state == "stopping" or len(backlog.waiting) >= FLIGHT):
-                lingered = False
-                await self._next_round()
-            elif backlog.waiting:
-                lingered = True
-                await asyncio.sleep(self._linger)
-            elif self._state == "stopping":
-                return
-            else:
-                self._wake.clear()
-                await self._wake.wait()
-
-    async def _next_round(self) -> None:
-        self._backlog.send(self._backlog.take(FLIGHT))
-        self._pulse()
-        if await self._publish() and (files := self._landed()):
-            assert self._overflow is not None
-            await self._overflow.spool.remove(files)
-
-    async def _replay(self, overflow: Overflow) -> None:
-        """The spool, file by file, the oldest first. The next ones are read while those before are under way."""
-        reading = asyncio.create_task(overflow.read(FLIGHT, 0))
-        removing: asyncio.Task[None] | None = None
-        try:
-            while found := await reading:
-                self._backlog.send([record for _, records in found for record in records], [name for name, _ in found])
-                reading = asyncio.create_task(overflow.read(FLIGHT, len(found)))
-                if not await self._publish():
-                    return
-                if removing is not None:
-                    await removing
-                removing = asyncio.create_task(overflow.spool.remove(self._landed()))
-        except OSError as error:  # neither files nor memory left: that passes
-            log.warning("kafka: the spool cannot be read: %s", error)
-            await asyncio.wait({self._ending}, timeout=ASK_AGAIN)
-        finally:
-            await cancel_all([reading])
-            if removing is not None:
-                await removing
-
-    def _landed(self) -> list[str]:
-        files = self._backlog.landed()
-        self._pulse()
-        return files
-
-    async def _publish(self) -> bool:
-        """Publish what is under way; False if it was enough before that was done."""
-        task = asyncio.create_task(self._publish_all(list(self._backlog.under_way)))
-        if await self._done(task, self._stalled):
-            self._away = False
-            client_log.recovered()
-            return True
-        return False
-
-    async def _publish_all(self, records: list[Record]) -> None:
-        self._backlog.unwanted = 0
-        while records:
-            refused = await self._producer.publish(records)
-            self._dead += sum(record.topic is self._dead_topic for record in records)
-            records = []
-            for record, error in refused:
-                if record.topic == self._dead_topic:
-                    self._dead -= 1
-                    self._backlog.unwanted += 1
-                    log.error("kafka: a dead letter was refused: %s: %.200r", error, record.value)
-                else:
-                    records.append(unpublishable_record(record.value, error, self._dead_topic))
-
-    def _stalled(self) -> None:
-        self._away = True
-        self._pressed.set()
-
-    async def _done(self, task: asyncio.Task[None], late: Callable[[], None]) -> bool:
-        """Wait for ``task``, tell ``late`` every ``spool_after`` seconds; cancel it when it is enough: then False."""
-        both = {task, self._ending}
-        try:
-            while not task.done() and not self._enough.is_set():
-                await asyncio.wait(both, timeout=self._spool_after, return_when=asyncio.FIRST_COMPLETED)
-                if not task.done():
-                    late()
-        finally:
-            if not task.done():
-                await cancel_all([task])
-        if task.cancelled():
-            return False
-        task.result()
-        return True
-
-    async def _pump_analytics(self) -> None:
-        while not self._enough.is_set():
-            if not self._rows.waiting:
-                if self._state == "stopping":
-                    return
-                self._rows_wake.clear()
-                await self._rows_wake.wait()
-                await asyncio.sleep(0 if self._state == "stopping" else self._linger)
-                continue
-            task = asyncio.create_task(self._publish_rows(self._rows.send(ROWS)))
-            if await self._done(task, lambda: None):
-                self._rows.landed()
-            self._pulse()
-
-    async def _publish_rows(self, rows: list[Record]) -> None:
-        for row, error in await self._analytics_producer.publish(rows):
-            self._rows.refused()
-            log.error("kafka: analytics were refused: %s: %.200r", error, row.value)
-
-    async def _spill_when_pressed(self, overflow: Overflow) -> None:
-        while True:
-            await self._pressed.wait()
-            self._pressed.clear()
-            if not await overflow.spill():
-                await asyncio.sleep(ASK_AGAIN)  # no room, or the disk refuses: those who wait go on waiting
-                self._pulse()
+        self.changes.tell()
+        for task in self._tasks:
+            if not task.cancelled():
+                task.result()
 
     def stats(self) -> PublisherStats:
-        producer = self._producer
+        """The counts of this moment."""
+        producer, outlet = self._sink.producer, self._trades
         state: Any = self._state
         if state in ("open", "stopping"):
             connected = "connected" if producer.connected else "connecting"
-            state = "failed" if self._failed else "away" if self._away else connected
-        counts = self._backlog.counts(), self._rows.counts()
-        return PublisherStats(state, *counts, self._dead, producer.connects, producer.error)
+            state = "failed" if self._failed else "away" if outlet.stalled else connected
+        counts = counts_of(outlet.backlog), counts_of(self._rows.backlog)
+        return PublisherStats(
+            *(state, *counts, self._sink.dead, producer.connects, producer.error, self._waiting, self._given_up)
+        )
 
     __repr__ = stats_repr

@@ -36,10 +36,11 @@ from aiokafka.errors import (
 from aiokafka.partitioner import DefaultPartitioner
 
 from coordination import Rng
-from market.backlog import FLIGHT_BYTES
 from market.topics import BACK_OFF, Record, log
 from primitives import Backoff
 
+FLIGHT, FLIGHT_BYTES = 5000, 1_300_000
+"""Records that are under way together at most, and bytes of their values, or one more."""
 AT_ONCE = 1000
 """Records that are encoded, or put into batches, in one go."""
 ROUND_BYTES = {"gzip": 180_000, "lz4": 500_000}
@@ -136,6 +137,7 @@ class Producer:
 
     @property
     def connected(self) -> bool:
+        """Whether there is a producer that has found the topics."""
         return self._producer is not None
 
     async def publish(self, rows: list[Record]) -> list[tuple[Record, str]]:

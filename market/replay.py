@@ -18,6 +18,7 @@ from market.consumers import dead_letters
 from market.display import columns, lost
 from market.feeds import ADAPTERS
 from market.flow import MarketOptions, MarketProgram
+from market.kafka import PublisherClosed
 from market.topics import DeadLetter, decode
 from market.trade import BadFrame, Trade
 from runtime.loop import ends_before
@@ -63,6 +64,7 @@ class Replayer(MarketProgram):
         self.early = False
 
     async def run(self) -> int:
+        """Until all letters are read, or it is stopped; 1 if it ended early."""
         async with contextlib.AsyncExitStack() as stack:
             if not self.options.dry_run:
                 await self._open_publisher(stack)
@@ -70,7 +72,7 @@ class Replayer(MarketProgram):
             self.tasks.start("loop lag", self._lag.watch)
             stack.push_async_callback(self.tasks.end)
             try:
-                self.early = not await ends_before(self._replay(), self._stopped)
+                self.early = not await ends_before(self._replay(), self.stop.stopped)
             except TimeoutError as error:
                 raise CannotStart(str(error)) from None
             self._deadline = self._clock() + self.options.stop_limit
@@ -105,13 +107,15 @@ class Replayer(MarketProgram):
         self.found += len(trades)
         if trades and not dry:
             self._trades += len(trades)
-            await self._handed_over(len(trades), lambda: self.publisher.trades(trades))
+            with contextlib.suppress(PublisherClosed):
+                await self.publisher.trades(trades)
 
     def _note(self, exchange: str, outcome: str, reason: str) -> None:
         key = exchange, outcome, reason[:60]
         self.seen[key if key in self.seen or len(self.seen) < 1000 else (exchange, outcome, "…")] += 1
 
     def report(self) -> str:
+        """The table of what became of the letters."""
         lines = [("exchange", "outcome", "letters", "reason")]
         lines += [(name, outcome, f"{count:,}", why) for (name, outcome, why), count in self.seen.most_common(50)]
         early = "; stopped early: some will come again" if self.early else ""

@@ -45,21 +45,15 @@ from operator import neg
 from typing import Any, NamedTuple
 
 from coordination import stats_repr
-from market.trade import Trade
+from market.trade import SECOND, Trade
 
-WINDOWS = (10, 60, 300)
-"""Seconds."""
-ALL = "*"
-"""The exchange of the rows over all exchanges."""
+WINDOWS = (10, 60, 300)  # seconds
+ALL = "*"  # the exchange of the rows over all exchanges
 YEAR = 365 * 86_400
-SECOND = 1_000_000_000
-LATEST = 1 << 62
-GREATEST = 1e100
-"""Prices lie between its inverse and it, sizes between 0 and it: no sum and no ratio overflows."""
-TERMS = 64
-"""Numbers that a sum is kept as, at most."""
-LONG = 64
-"""Characters of an id that is remembered as it is; a digest of longer ones."""
+MAX_TIME_NS = 1 << 62
+MAX_VALUE = 1e100  # prices lie between its inverse and it, sizes between 0 and it: no sum and no ratio overflows
+MAX_TERMS = 64  # numbers that a sum is kept as, at most
+MAX_ID = 64  # characters of an id that is remembered as it is; a digest of longer ones
 
 Key = tuple[int, str, int, str, float, float]
 
@@ -79,8 +73,7 @@ class AnalyticsRow(NamedTuple):
     ewma: float | None
     spread: float | None
     low: str
-    high: str
-    """The exchanges between which the spread lies; "" without one."""
+    high: str  # the exchanges between which the spread lies; "" without one
 
     def record(self) -> dict[str, Any]:
         """As JSON likes it: what has a value per window as an object, its keys the windows' seconds."""
@@ -189,7 +182,7 @@ class Series:
         bar.count += 1
         bar.sizes.append(size)
         bar.turnovers.append(price * size)
-        if len(bar.sizes) >= TERMS:
+        if len(bar.sizes) >= MAX_TERMS:
             bar.sizes, bar.turnovers = exact(bar.sizes), exact(bar.turnovers)
         return True
 
@@ -280,6 +273,7 @@ class Series:
         )  # fmt: skip
 
     def last(self) -> float:
+        """The newest trade's price."""
         return self.open[max(self.open)].key[4]  # the newest trade's bar is open
 
 
@@ -289,7 +283,7 @@ class Book:
     __slots__ = ("all", "changed", "exchanges", "told")
 
     def __init__(self, grid: Grid) -> None:
-        self.all, self.exchanges, self.changed, self.told = Series(grid), dict[str, Series](), set[str](), -LATEST
+        self.all, self.exchanges, self.changed, self.told = Series(grid), dict[str, Series](), set[str](), -MAX_TIME_NS
 
 
 class Analytics:
@@ -315,7 +309,7 @@ class Analytics:
         self._every, self._most_series, self._most_ids = round(every * SECOND), series, ids
         self._books: dict[str, Book] = {}
         self._changed: dict[str, Book] = {}
-        self._received = -LATEST
+        self._received = -MAX_TIME_NS
         self._series = self._ids = self._offered = self._taken = self._late = self._late_for_all = 0
         self._repeated = self._ahead = self._absurd = self._refused = self._unchecked = 0
 
@@ -331,7 +325,8 @@ class Analytics:
     ) -> bool:
         """``add``, for what has come from another process as a plain tuple."""
         self._offered += 1
-        if not (1 / GREATEST < price < GREATEST and 0 <= size < GREATEST and 0 <= at < LATEST and exchange != ALL):
+        bounded = 1 / MAX_VALUE < price < MAX_VALUE and 0 <= size < MAX_VALUE and 0 <= at < MAX_TIME_NS
+        if not bounded or exchange == ALL:
             self._absurd += 1
             return False
         if at > received + self._grid.ahead:
@@ -351,8 +346,8 @@ class Analytics:
                 self._series += 1
             series = book.exchanges[exchange] = Series(self._grid)
             self._series += 1
-        if len(trade_id) > LONG:
-            trade_id = blake2b(trade_id.encode(errors="replace"), digest_size=LONG // 4).hexdigest()
+        if len(trade_id) > MAX_ID:
+            trade_id = blake2b(trade_id.encode(errors="replace"), digest_size=MAX_ID // 4).hexdigest()
         if trade_id and trade_id in series.ids and at >= series.newest - self._grid.lateness:
             self._repeated += 1
             return False
@@ -408,6 +403,7 @@ class Analytics:
         return row._replace(spread=high - low, low=lowest, high=highest)
 
     def stats(self) -> AnalyticsStats:
+        """Counts since the beginning; what is kept."""
         return AnalyticsStats(
             self._offered, self._taken, self._late, self._late_for_all, self._repeated, self._ahead, self._absurd,
             self._refused, self._unchecked, len(self._books), self._series, self._ids,

@@ -24,15 +24,11 @@ from market.trade import Trade
 
 log = logging.getLogger("market_pipeline")
 
-SCHEMA = b"1"
-"""The version in the header ``schema``."""
+SCHEMA = b"1"  # the version in the header ``schema``
 TRADES, ANALYTICS, DEAD_LETTERS = "trades", "analytics", "dead-letter"
-LARGEST_RECORD = 900_000
-"""Bytes of a value; Kafka's own default for a batch is 1,048,588."""
-THROTTLE_FOR = 60.0
-"""Seconds for which aiokafka is not heard again after it complained."""
-BACK_OFF = 0.1, 5.0
-"""Seconds before trying again, and at most."""
+LARGEST_RECORD = 900_000  # bytes of a value; Kafka's own default for a batch is 1,048,588
+THROTTLE_FOR = 60.0  # seconds for which aiokafka is not heard again after it complained
+BACK_OFF = 0.1, 5.0  # seconds before trying again, and at most
 
 
 LetterKind = Literal["text", "binary", "trade"]
@@ -40,11 +36,12 @@ Headers = list[tuple[str, bytes]]
 
 
 class DeadLetter(NamedTuple):
+    """What could not be parsed or published: bytes, and why."""
+
     exchange: str
     error: str
     raw: bytes
-    at_ns: int
-    """When it came, epoch."""
+    at_ns: int  # when it came, epoch
     kind: LetterKind
     """``text``: a frame that was text, as UTF-8; ``trade``: a trade that could not be published, as JSON or repr."""
     context: str = ""
@@ -57,16 +54,12 @@ class Record(NamedTuple):
     topic: str
     key: bytes | None
     value: bytes
-    at: int
-    """Epoch, ms."""
+    at: int  # epoch, ms
     headers: Headers
 
 
-# -------------------------------------------------------------------------------------------------- records and lines
-
 _FIELDS = Trade._fields
-_TEXTS_AND_NUMBERS = (str, str, str, str, float, float, str, str, int, int)
-_TYPES = {(*_TEXTS_AND_NUMBERS, type(sequence), str) for sequence in (0, None)}
+_TYPES = {(*(str,) * 4, float, float, str, str, int, int, sequence, str) for sequence in (int, type(None))}
 _PLAIN_KEY = re.compile(rb"[!-~]+").fullmatch
 HEADERS: Headers = [("schema", SCHEMA)]
 Item = Trade | DeadLetter
@@ -95,11 +88,12 @@ def unpublishable(item: object, error: BaseException | str, at_ns: int) -> DeadL
     return DeadLetter(exchange if isinstance(exchange, str) else "", str(error), raw, at_ns, "trade")
 
 
-def _plain(text: str, limit: int = 500) -> bytes:
-    return text[:limit].encode("utf-8", "backslashreplace")
+def _plain(text: str) -> bytes:
+    return text[:500].encode("utf-8", "backslashreplace")
 
 
 def dead_letter_record(letter: DeadLetter, topic: str) -> Record:
+    """The record of a dead letter; what is above ``LARGEST_RECORD`` is cut."""
     raw = letter.raw
     error = letter.error[:400]
     if len(raw) > LARGEST_RECORD:
@@ -178,24 +172,20 @@ def record_of_line(line: bytes, trades: str, dead_letters: str) -> Record:
         if line.startswith(b"{"):
             return trade_record(decode(line), trades)
         exchange, error, raw, at_ns, kind, *context = orjson.loads(line)
-        return dead_letter_record(
-            DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind, *context), dead_letters
-        )
+        letter = DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind, *context)
+        return dead_letter_record(letter, dead_letters)
     except (ValueError, TypeError, AttributeError) as problem:
         letter = unpublishable(line, f"spooled by another version: {problem}", time.time_ns())
         return dead_letter_record(letter, dead_letters)
 
 
 def records_of(data: bytes, trades: str, dead_letters: str) -> list[Record]:
+    """``record_of_line`` of each line of the spool's data."""
     return [record_of_line(line, trades, dead_letters) for line in data.split(b"\n")[:-1]]
 
 
-# ------------------------------------------------------------------------------------------- the log of the clients
-
-
 class LogThrottle(logging.Handler):
-    """aiokafka's complaints: the first is told, those of the next ``THROTTLE_FOR`` seconds are
-    counted. Shared by all clients."""
+    """aiokafka's complaints: the first is told, those of the next ``THROTTLE_FOR`` seconds are counted."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         super().__init__(logging.WARNING)
@@ -205,6 +195,7 @@ class LogThrottle(logging.Handler):
         self.held_back = 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Tell it, or count it."""
         now = self._clock()
         if now < self._until:
             self.held_back += 1
@@ -214,6 +205,7 @@ class LogThrottle(logging.Handler):
         log.warning("kafka: %s%s", record.getMessage(), more)
 
     def attach(self) -> None:
+        """One client more: from the first on, aiokafka's logger is heard here only."""
         self._users += 1
         logger = logging.getLogger("aiokafka")
         if self._users == 1:
@@ -222,6 +214,7 @@ class LogThrottle(logging.Handler):
             logger.propagate = False
 
     def detach(self) -> None:
+        """One client less."""
         self._users -= 1
         if self._users == 0:
             logger = logging.getLogger("aiokafka")

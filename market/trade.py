@@ -35,6 +35,8 @@ class BadFrame(ValueError):
 
 
 class Trade(NamedTuple):
+    """A trade of any exchange, as the head of this file promises."""
+
     exchange: str
     symbol: str  # "BTC-USD"
     price: str  # exact, without exponent
@@ -55,13 +57,11 @@ class Parsed(NamedTuple):
     trades: list[Trade]
     kind: FrameKind  # "ignored": known and not needed
     note: str = ""  # the exchange's text: of an error, of a maintenance
-    reply: bytes | str | None = None  # to be sent back at once
     sequence: int | None = None  # the frame's number, contiguous over the connection (Bitfinex only)
     reconnect: bool = False  # the exchange asks for that, or is about to close
 
 
-PLAIN_NUMBER = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,36})?").fullmatch
-"""Matches a decimal without sign and exponent."""
+PLAIN_NUMBER = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,36})?").fullmatch  # matches a decimal without sign and exponent
 _SCIENTIFIC = re.compile(r"\+?([0-9]{0,18})(?:\.([0-9]{0,36}))?(?:[eE]([+-]?[0-9]{1,2}))?").fullmatch
 _DIGITS = re.compile(r"[0-9]{1,18}").fullmatch
 _MILLISECONDS = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?").fullmatch
@@ -121,8 +121,7 @@ def parse_iso_time(value: object) -> int:
     match = _ISO(value) if type(value) is str else None
     if match is None:
         raise BadFrame(f"not a time: {short(value)}")
-    fraction = match[2]
-    return _seconds(match[1]) + (int(fraction.ljust(9, "0")) if fraction else 0)
+    return _seconds(match[1]) + (int(match[2].ljust(9, "0")) if match[2] else 0)
 
 
 def identity(value: object) -> str:
@@ -162,6 +161,7 @@ def in_order(trades: list[Trade], newest_first: bool = False) -> list[Trade]:
 
 
 def expect_list(value: object) -> list[Any]:
+    """The value, if it is a list; else ``BadFrame``."""
     if type(value) is not list:
         raise BadFrame(f"{type(value).__name__} instead of a list")
     return value

@@ -14,23 +14,18 @@ Promised
   has its trades, and the rows of the other workers. The worker goes on without it.
 - Backpressure: ``waiting`` calls at a time; further ones wait their turn, first come, first served.
 - Bounded: a worker's batches since its checkpoint have at most ``retained`` bytes (or as many as the checkpoint, if
-  that has more) and are at most LOG; the next job then brings a new checkpoint along. ``Analytics`` bounds the state.
+  that has more) and are at most MAX_LOG; the next job then brings a new checkpoint. ``Analytics`` bounds the state.
 - The loop is held for the packing of MOST trades at a time, under 1 ms, and while ``Processes`` pickles a job.
 
 Not promised: anything about a call that was cancelled, of which some workers may have done their part and others not.
 A symbol's worker is the one that has the fewest symbols when it first comes (with three symbols a hash may put all on
 one); in the next run, which begins without state, it may be another. Machines share symbols by Kafka's partitions.
 
-Ways for a batch to travel: us of CPU per trade to pack + to unpack, in batches of 250 to 1,000 (Python 3.11):
-  pickle of the Trades 0.9 + 0.5; msgpack 0.21 + 0.15; orjson 0.18 + 0.16; struct records 0.24 + 0.20; of tuples of the
-  eight fields that count: marshal 0.26 + 0.13, pickle 0.23 + 0.12; columns (arrays in marshal) 0.18 + 0.12.
-Columns save 0.05, but fail at numbers of more than 64 bits: pickle of tuples. Then shared memory or the executor's
-pipe: a job costs 220 us of CPU in both with 250 trades (0.9 per trade), 225 and 260 with 1,000. That is no gain worth
-a segment that a ``kill -9`` leaves behind: the pipe.
-
-At 15,000 trades/s (33 series, 20 batches/s) this takes 0.04 of a core here and 0.06 in one worker, under 7 us per trade
-in all. Flat out, on two busy processors: 130,000 trades/s with one worker, 190,000 with two. A worker killed there was
-back in 0.3 to 0.4 s, spawned and rebuilt. A checkpoint of 33 full series: 0.6 MB, 3 ms.
+A batch travels as a pickle of tuples of the eight fields that count (0.35 us of CPU per trade, 1.4 of the ``Trade``s
+themselves; columns would save 0.05, but fail at numbers of more than 64 bits) through the executor's pipe: shared
+memory was no faster, and is left behind by a ``kill -9``. At 15,000 trades/s this takes 0.04 of a core here and 0.06 in
+one worker; flat out on two processors 130,000 trades/s with one worker, 190,000 with two. A worker killed there was
+back in 0.3 to 0.4 s.
 """
 
 from __future__ import annotations
@@ -49,12 +44,9 @@ from market.stats import Analytics, AnalyticsRow, AnalyticsStats
 from market.trade import Trade
 from runtime.processes import PoolClosed, Processes, WorkerDied
 
-LOG = 256
-"""Batches that a worker is rebuilt from at most, beside its checkpoint."""
-MOST = 2_048
-"""Trades per job."""
-SYMBOLS = 100_000
-"""Whose workers are remembered; those of more are found by hash."""
+MAX_LOG = 256  # batches that a worker is rebuilt from at most, beside its checkpoint
+MOST = 2_048  # trades per job
+MAX_SYMBOLS = 100_000  # whose workers are remembered; those of more are found by hash
 FIELDS = ("exchange", "symbol", "price_value", "size_value", "trade_id", "exchange_ts_ns", "received_ts_ns", "flags")
 """What ``Analytics.take`` takes, in its order."""
 
@@ -68,9 +60,6 @@ class Uncomputed(Exception):
     def __init__(self, trades: list[Trade], rows: list[AnalyticsRow]) -> None:
         super().__init__(f"{len(trades)} trades")
         self.trades, self.rows = trades, rows
-
-
-# ------------------------------------------------------------------------------------------ in a worker
 
 
 class _WorkerState:
@@ -111,9 +100,6 @@ def _work(number: int, packed: bytes, everything: bool, checkpoint: bool) -> _Do
     return done
 
 
-# ------------------------------------------------------------------------------------------ beside the loop
-
-
 class AnalyticsPoolStats(NamedTuple):
     """``died``: workers that died or were late. ``retained``: bytes that the workers would be rebuilt from."""
 
@@ -144,51 +130,46 @@ class _Slot:
         self.ready = False  # as far as is known
 
     async def run(self, packed: bytes, everything: bool) -> list[AnalyticsRow]:
-        """Raises ``WorkerDied``, ``TimeoutError``, ``PoolClosed``, what the job raised."""
+        """The rows of a job. Raises ``WorkerDied``, ``TimeoutError``, ``PoolClosed``, what the job raised."""
         async with self.turn:
-            return await self._run(packed, everything)
+            size = self.log_bytes + len(packed)
+            full = size > max(self.most, len(self.checkpoint or b"")) or len(self.log) >= MAX_LOG
+            done = await self._attempt(packed, everything, full)
+            self.number += 1
+            self.counts = done.counts
+            if done.checkpoint is None:
+                self.log.append((packed, everything))
+                self.log_bytes = size
+            else:
+                self.checkpoint, self.log, self.log_bytes = done.checkpoint, [], 0
+                self.checkpoints += 1
+            return list(map(AnalyticsRow._make, done.rows))
 
-    async def _run(self, packed: bytes, everything: bool) -> list[AnalyticsRow]:
-        size = self.log_bytes + len(packed)
-        full = size > max(self.most, len(self.checkpoint or b"")) or len(self.log) >= LOG
-        for attempt in range(1, self.attempts + 1):
+    async def _attempt(self, packed: bytes, everything: bool, checkpoint: bool) -> _Done:
+        job = _work, self.number + 1, packed, everything, checkpoint
+        failure: Exception | None = None
+        for _ in range(self.attempts):
+            ready, self.ready = self.ready, False  # until it is done
             try:
-                if not self.ready:
-                    await self.rebuild()
-                done = await self.pool.run(_work, self.number + 1, packed, everything, full, timeout=self.timeout)
-            except (WorkerDied, TimeoutError):
-                self.ready = False
-                self.died += 1
-                if attempt == self.attempts:
-                    raise
-                continue
-            except BaseException:
-                self.ready = False
-                raise
-            if done is not None:
-                break
-            self.ready = False  # it died when it had nothing to do
+                if not ready:
+                    await self._rebuild()
+                done = await self.pool.run(*job, timeout=self.timeout)
+            except (WorkerDied, TimeoutError) as error:
+                failure = error
+            else:
+                if done is not None:
+                    self.ready = True
+                    return done
+                failure = WorkerDied("the worker process died between jobs")
             self.died += 1
-        else:
-            raise WorkerDied(f"the worker process died between jobs, {self.attempts} times")
-        self.number += 1
-        self.counts = done.counts
-        if done.checkpoint is None:
-            self.log.append((packed, everything))
-            self.log_bytes = size
-        else:
-            self.checkpoint, self.log, self.log_bytes = done.checkpoint, [], 0
-            self.checkpoints += 1
-        return list(map(AnalyticsRow._make, done.rows))
+        assert failure is not None
+        raise failure
 
-    async def rebuild(self) -> None:
-        number = self.number - len(self.log)
-        again = self.pid != 0
-        self.pid = await self.pool.run(
-            _rebuild, self.options, self.checkpoint, number, self.log, timeout=self.timeout
-        )  # fmt: skip
+    async def _rebuild(self) -> None:
+        number, again = self.number - len(self.log), self.pid != 0
+        job = _rebuild, self.options, self.checkpoint, number, self.log
+        self.pid = await self.pool.run(*job, timeout=self.timeout)
         self.rebuilt += again
-        self.ready = True
 
 
 class AnalyticsPool:
@@ -274,7 +255,7 @@ class AnalyticsPool:
 
     def _home(self, symbol: str) -> _Slot:
         """The worker of a symbol that has none yet."""
-        if len(self._homes) >= SYMBOLS:
+        if len(self._homes) >= MAX_SYMBOLS:
             return self._slots[crc32(symbol.encode(errors="replace")) % len(self._slots)]
         slot = self._homes[symbol] = min(self._slots, key=lambda slot: slot.symbols)
         slot.symbols += 1
@@ -293,6 +274,7 @@ class AnalyticsPool:
         return AnalyticsStats(*map(sum, zip(*(slot.counts for slot in self._slots), strict=True)))
 
     def stats(self) -> AnalyticsPoolStats:
+        """Where the workers stand."""
         slots, places = self._slots, self._places.stats()
         retained = sum(slot.log_bytes + len(slot.checkpoint or b"") for slot in slots)
         return AnalyticsPoolStats(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -42,11 +43,13 @@ async def beside(work: Coroutine[Any, Any, Any], name: str) -> AsyncIterator[Non
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def ends_before(work: Awaitable[Any], event: asyncio.Event) -> bool:
-    """Whether ``work`` ended before ``event`` was set; it is cancelled otherwise. What it raises is raised here."""
+async def ends_before(work: Awaitable[Any], event: asyncio.Event, seconds: float = math.inf) -> bool:
+    """Whether ``work`` ended before ``event`` was set, and in so many ``seconds``; it is cancelled otherwise. What it
+    raises is raised here."""
     task, other = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+    limit = None if seconds == math.inf else max(0.0, seconds)
     try:
-        await asyncio.wait((task, other), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, other), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
     finally:
         ended = task.done()
         for each in (task, other):
@@ -81,7 +84,7 @@ class TaskSupervisor:
     """Tasks that last as long as their program. One that fails is begun again; ``faults`` counts how often that was."""
 
     def __init__(self, log: logging.Logger) -> None:
-        self._log, self.faults = log, 0
+        self._log, self.faults, self._off = log, 0, 0
         self.running: dict[str, asyncio.Task[None]] = {}
 
     def start(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -102,6 +105,13 @@ class TaskSupervisor:
         self.faults += 1
         if self.faults <= SHOWN:
             self._log.error("%s failed", where, exc_info=error)
+
+    def balance(self, off: int, counts: object) -> None:
+        """Count it as a failure if ``counts`` are ``off``, and were not by as much when they were looked at last."""
+        if off and off != self._off:
+            self.faults += 1
+            self._log.error("the counts do not balance: %d events are not accounted for: %s", off, counts)
+        self._off = off
 
     async def end(self) -> None:
         """Cancel all of them, and wait until they have ended."""

@@ -293,6 +293,7 @@ class Processes:
         self._keeper.shutdown()
 
     def stats(self) -> ProcessesStats:
+        """The counts of this moment."""
         running, counts = len(self._outcomes), (self._done, self._replaced, self._retried, self._failed)
         return ProcessesStats(self.workers, running, self._accepted - running, *counts)
 

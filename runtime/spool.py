@@ -5,9 +5,9 @@ renamed, so a file with its right name was complete when it got it. The checksum
 was written is set aside as ``.bad``, and counted.
 
 Promised
-- What ``put`` has answered True to survives ``kill -9`` at once, and a power cut ``fsync_every`` seconds later (0: at
+- What ``put`` has taken survives ``kill -9`` at once, and a power cut ``fsync_every`` seconds later (0: at
   once). The files come back in the order of their ``put``, until ``remove``.
-- ``max_bytes`` are never passed. A ``put`` for which there is no room, or that the disk refuses, answers False and
+- ``max_bytes`` are never passed. A ``put`` for which there is no room, or that the disk refuses, answers None and
   leaves nothing behind.
 - One process has a folder: another one's ``open`` raises ``SpoolInUse``.
 
@@ -72,6 +72,8 @@ class Damaged(ValueError):
 
 
 class SpoolStats(NamedTuple):
+    """What is in the folder, and counts since it was opened."""
+
     batches: int
     """In the folder; so are the next two."""
     rows: int
@@ -155,7 +157,7 @@ class Spool:
         self._unsynced: dict[str, None] = {}
         self._unsynced_since = 0.0
         self._timer: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[bool]] = set()
+        self._tasks: set[asyncio.Task[str | None]] = set()
         self._lock_file: int | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -229,8 +231,8 @@ class Spool:
 
     # ----------------------------------------------------------------------------------------------------------- verbs
 
-    async def put(self, batch: EncodedBatch) -> bool:
-        """Write ``batch`` to the end. False if there is no room, or the disk refuses.
+    async def put(self, batch: EncodedBatch) -> str | None:
+        """Write ``batch`` to the end. The name of its file; None if there is no room, or the disk refuses.
 
         Cancelled, it goes on nevertheless, and the batch may be there: ``stats`` counts it then, and its id tells.
         """
@@ -239,12 +241,12 @@ class Spool:
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
 
-    async def _put(self, batch: EncodedBatch) -> bool:
+    async def _put(self, batch: EncodedBatch) -> str | None:
         line = header(batch)
         size = len(line) + len(batch.data)
         if self._bytes + self._coming + size > self.max_bytes or len(line) > LONGEST_HEADER:
             self._refused += 1
-            return False
+            return None
         name = f"{self._next:016d}.batch"
         self._next += 1
         self._coming += size
@@ -253,13 +255,13 @@ class Spool:
         except OSError as error:
             self._refused += 1
             log.warning("spool: %s", error)
-            return False
+            return None
         finally:
             self._coming -= size
         self._add(name, _File(batch.rows, size))
         if self.fsync_every > 0:
             await self._note_unsynced(name)
-        return True
+        return name
 
     def _write(self, name: str, line: bytes, data: bytes) -> None:
         path = self.folder / name
@@ -394,6 +396,7 @@ class Spool:
             self._lock_file = None
 
     def stats(self) -> SpoolStats:
+        """The counts of this moment."""
         return SpoolStats(
             len(self._files),
             self._rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import itertools
 import json
@@ -35,6 +36,7 @@ from tests.helpers.market import (
     FakeSocket,
     MarketConnectWorld,
     Sink,
+    feed_options,
 )
 
 NUMBERED = ("binance", "coinbase", "kraken", "bitfinex")  # their frames or trades have numbers
@@ -294,7 +296,7 @@ def test_an_exchange_that_lets_nobody_in(market_connect_them: Exchanges, door: A
             later = 7.0 if door in ("503", "429") else 0.0
             assert naps[:3] == [later + 0.5, later + 1.0, later + 1.5]
             them.door("okx", "open")
-            feed._connect_within = feed._ack_within = HANG_LIMIT
+            feed._times = dataclasses.replace(feed._times, connect_within=HANG_LIMIT, ack_within=HANG_LIMIT)
             await world.until("okx", "live")
             them.emit(1, "okx")
             for name in world.feeds:
@@ -327,7 +329,9 @@ def market_connect_naps(script: list[BaseException | float], **options: Any) -> 
         sink = Sink()
         feed = Feed(
             *(ADAPTERS["binance"], ["BTC-USD"], sink.emit, sink.dead),
-            **{"session": session, "clock": world.clock, "sleep": world.asleep, "rng": lambda: 0.5, **options},
+            **feed_options(
+                {"session": session, "clock": world.clock, "sleep": world.asleep, "rng": lambda: 0.5, **options}
+            ),
         )
         with pytest.raises(KeyError, match="end of the script"):
             await feed.run()
@@ -633,7 +637,7 @@ def test_a_key_in_the_address_is_not_told(market_connect_them: Exchanges) -> Non
         adapter = ADAPTERS["finnhub"].with_keys({"FINNHUB_API_KEY": "sesame"})
         for url in (them.urls["okx"], "ws://[broken", "ws://127.0.0.1:1/x"):
             them.door("okx", "503")
-            feed = Feed(adapter, ["AAPL-USD"], sink.emit, sink.dead, url=url, base=1000.0)
+            feed = Feed(adapter, ["AAPL-USD"], sink.emit, sink.dead, url=url, **feed_options({"base": 1000.0}))
             run = asyncio.create_task(feed.run())
             await until_async(lambda f=feed: f.stats().state == "waiting")  # type: ignore[misc]
             assert feed.stats().last_error and "sesame" not in repr(feed)

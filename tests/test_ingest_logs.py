@@ -18,7 +18,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import ingest_logs
-from logs import display, outlet
+from logs import display, sink, upkeep
 from logs import pipeline as log_pipeline
 from logs import workers as log_workers
 from logs.display import LogCounts
@@ -477,22 +477,11 @@ def test_a_stop_while_replayed_files_are_removed_keeps_the_counts(
         monkeypatch.setattr(log_spool.Spool, "_unlink", slowly)
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url, durable=True) as up:
             await up.ingester.database.ready()
-            cancelled, remove = asyncio.Event(), log_spool.Spool.remove
-
-            async def removed(spool: log_spool.Spool, names: Iterable[str]) -> None:
-                try:
-                    await remove(spool, names)
-                except asyncio.CancelledError:
-                    cancelled.set()
-                    raise
-
-            monkeypatch.setattr(log_spool.Spool, "remove", removed)
             up.send(10)
             await asyncio.to_thread(removing.wait, HANG_LIMIT)
             up.ingester.stop()
             up.ingester.stop()
-            async with asyncio.timeout(HANG_LIMIT):
-                await cancelled.wait()
+            await until_async(up.ingester.tasks.running["replayer"].done)
             go_on.set()
         counts = up.ingester.snapshot()
         assert (counts.stored, counts.held["spool"], counts.faults) == (10, 0, 0)
@@ -507,7 +496,7 @@ def test_a_disk_too_slow_for_the_stop_leaves_no_batch_both_dropped_and_spooled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
     monkeypatch.setattr(log_pipeline, "FORCE_LIMIT", 0.1)
-    monkeypatch.setattr(outlet, "PATIENCE", 0.0)
+    monkeypatch.setattr(sink, "PATIENCE", 0.0)
 
     async def main() -> None:
         writing, go_on = threading.Event(), threading.Event()
@@ -555,8 +544,8 @@ def test_rows_set_aside_before_a_failure_to_read_are_counted(
             return read(spool, names)
 
         monkeypatch.setattr(log_spool.Spool, "_read", spoilt)
-        monkeypatch.setattr(outlet, "TOGETHER", 2)
-        monkeypatch.setattr(outlet, "PATIENCE", 0.0)
+        monkeypatch.setattr(log_pipeline, "TOGETHER", 2)
+        monkeypatch.setattr(sink, "PATIENCE", 0.0)
         async with logs_ingest_up(tmp_path, "postgresql://nobody@127.0.0.1:1/none") as up:
             up.send(50)
             await up.until(lambda counts: counts.held["spool"] == 50)
@@ -630,7 +619,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.Monk
 def test_services_that_the_api_refuses_do_not_keep_others_from_being_filled_in(
     logs_ingest_pg: PgServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_pipeline, "FILL_SERVICES", 2)
+    monkeypatch.setattr(upkeep, "FILL_SERVICES", 2)
 
     async def main() -> None:
         with MetadataApi() as api:
@@ -638,7 +627,7 @@ def test_services_that_the_api_refuses_do_not_keep_others_from_being_filled_in(
             api.answers = {f"bad-{n}": b'{"team": 7}' for n in range(5)}
 
             def change(ingester: Ingester) -> None:
-                ingester.enricher = Enricher(api.url(), failed_for=0.05, reset=0.05)
+                ingester.sealer.enricher = Enricher(api.url(), failed_for=0.05, reset=0.05)
 
             more: dict[str, Any] = {"metadata": api.url(), "change": change}
             async with logs_ingest_up(tmp_path, logs_ingest_pg.url, **more) as up:

@@ -120,12 +120,12 @@ def test_queue_nothing_gives_way_in_vain() -> None:
     intake_counts(queue)
 
 
-def test_queue_the_places_of_those_who_went_are_taken_along() -> None:
+def test_queue_those_who_went_leave_nothing() -> None:
     queue = event_queue.EventQueue(4, 1_000_000, "drop-lowest-severity", max_items=4, batch_bytes=400_000)
     queue.put([intake_event(0, 0), *(intake_event(n, 7, "x" * 100) for n in (1, 2, 3))])
     queue.put([intake_event(4, 5), intake_event(5, 5)])
-    assert (len(queue._items), queue.stats().bytes) == (6, 4 * event_queue.EVENT_BYTES + 100)
-    assert (intake_numbers(queue.drain()), queue.stats().bytes, queue._items) == ([0, 1, 4, 5], 0, [])
+    assert (len(queue), queue.stats().bytes) == (4, 4 * event_queue.EVENT_BYTES + 100)
+    assert (intake_numbers(queue.drain()), queue.stats().bytes, any(queue._levels)) == ([0, 1, 4, 5], 0, False)
     intake_counts(queue)
 
 
@@ -139,16 +139,15 @@ def test_queue_says_when_to_spool() -> None:
         assert queue.over() is over, (policy, count, size)
 
 
-def test_queue_times_that_are_close_are_one() -> None:
+def test_queue_knows_how_old_the_oldest_is() -> None:
     world = World(0.0)
     queue = event_queue.EventQueue(max_age=5.0, clock=world.clock)
     for serial in range(10_000):  # ten seconds, a put each ms, and nobody takes
         world.now = serial / 1000
         queue.put([intake_event(serial)])
-    assert len(queue._marks) <= 2000
     batches = [queue.drain() for _ in range(5)]
     assert sum(map(len, batches)) == 5000
-    assert world.now - 5.0 <= queue.stats().age <= world.now - 5.0 + 0.005  # never younger than it is
+    assert queue.stats().age == world.now - 5.0
 
 
 def test_queue_refuses_its_sizes() -> None:
@@ -300,8 +299,7 @@ class IntakeQueueMachine(RuleBasedStateMachine):
         assert self.queue.due_in() == wait
         half = waiting * 2 > self.capacity or size * 2 > self.max_bytes
         assert self.queue.over() == (half and self.policy == "spool")
-        assert len(self.queue._items) == len(self.queue._sizes) <= 2 * self.capacity  # empty places are bounded too
-        assert len(self.queue._marks) <= len(self.queue._items) + 1
+        assert sum(map(len, self.queue._levels)) == waiting
 
 
 def intake_check_queue(queue_type: type[event_queue.EventQueue], effort: settings = SETTINGS) -> None:
@@ -505,13 +503,13 @@ def test_sent_is_read_and_dropped_while_both_go_on() -> None:
 def test_drops_are_of_each_socket() -> None:
     with intake_socket(receive_buffer=2000) as one, intake_socket(receive_buffer=2000) as other:
         drops = li.KernelDrops([one, other])
-        assert (repr(drops), drops.total()) == ("<KernelDrops sockets=2 dropped=None>", 0)
+        assert drops.total() == 0
         intake_send(("127.0.0.1", intake_port(other)), [b"x" * 1000] * 50)
         first, second = drops.by_socket()
         assert first == 0
         assert second is not None
         assert 40 < second < 50
-        assert (drops.total(), drops.stats()) == (second, (2, second))
+        assert drops.total() == second
         other.close()
         assert drops.by_socket() == [0, second]  # the last that was known
 
@@ -528,7 +526,7 @@ def test_drops_where_nothing_tells_of_them(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(li, "SO_MEMINFO", 9999)
     with intake_socket() as one, intake_socket() as other:
         drops = li.KernelDrops([one, other], tmp_path)
-        assert (drops.by_socket(), drops.total(), drops.stats()) == ([None, None], None, (2, None))
+        assert (drops.by_socket(), drops.total()) == ([None, None], None)
         (tmp_path / "udp").write_text("a head\n rubbish\n")
         assert drops.total() is None
         (tmp_path / "udp6").write_text(f"a head\n{'x ' * 9}{one.fileno()} 2 0000 12\n")  # some other inode
@@ -604,7 +602,7 @@ def test_drain_ends_though_more_comes() -> None:
             while world.receiver.drain():
                 calls += 1
                 assert calls < 1000
-            assert len(world.got) == 20_000 // li.SMALLEST + 1
+            assert len(world.got) == 20_000 // li.MIN_BUFFERED + 1
             assert world.receiver.drain() == 0
 
 

@@ -23,7 +23,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.partitioner import DefaultPartitioner
 
-from market import backlog, consumers
+from market import consumers
 from market import kafka as mk
 from market import producer as producer_module
 from market import topics as mt
@@ -34,14 +34,15 @@ from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, pass_time, run_t
 from tests.helpers.market import (
     MARKET_KAFKA_NOW,
     balanced,
+    is_spilling,
     market_kafka_ids,
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
-    overflow_of,
     publish,
     read,
     read_all,
+    spool_of,
 )
 
 
@@ -69,7 +70,7 @@ def test_every_record_is_where_its_symbol_belongs_once_and_in_order(
                 await publisher.trades(trades[n : n + 50])
                 balanced(publisher)
                 if n % 1000 == 0:
-                    await until_async(lambda: not publisher._backlog.waiting)
+                    await until_async(lambda: not publisher._trades.backlog.waiting)
             publisher.analytics([{"symbol": f"S{n % 20}-USD", "vwap": n} for n in range(100)])
             await publisher.flush()
             stats = balanced(publisher)
@@ -211,7 +212,7 @@ def test_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
         await create_topic(address, "d.trades", 1)  # one is there, the other is not
         async with market_kafka_open(address, prefix="d.", partitions=1) as publisher:
             await publish(publisher, 0, 10)
-            producer = publisher._producer._producer
+            producer = publisher._sink.producer._producer
             numbers, place = producer._txn_manager._sequence_numbers, TopicPartition("d.trades", 0)
             assert producer._sender._acks == -1 and numbers[place] == 10
             numbers[place] = 0  # what was sent is sent again: the broker knows it
@@ -220,7 +221,7 @@ def test_the_producer_is_idempotent_and_begins_anew_when_the_broker_lost_count(
             numbers[place] = 17  # a hole
             await publish(publisher, 10, 20)
             assert publisher.stats().connects == 2 and "OutOfOrder" in publisher.stats().error
-            publisher._producer._sent = producer_module.RENEW_AFTER + 1
+            publisher._sink.producer._sent = producer_module.RENEW_AFTER + 1
             await publish(publisher, 20, 30)
             assert publisher.stats().connects == 3
         assert await market_kafka_ids(address, "d.trades") == list(range(30))
@@ -237,7 +238,7 @@ def test_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broke
             await publisher.trades(market_kafka_trades(0, 100, 1))
             waiting = [asyncio.create_task(publisher.trades(market_kafka_trades(100, 350, 1)))]
             await until_async(
-                lambda: len(publisher._backlog.waiting) == 100 and publisher.stats().trades.accepted == 200
+                lambda: len(publisher._trades.backlog.waiting) == 100 and publisher.stats().trades.accepted == 200
             )
             await until_async(lambda: publisher.stats().state == "away" and "Connection" in publisher.stats().error)
             stats = balanced(publisher)
@@ -253,7 +254,7 @@ def test_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broke
             broker.start()
             await asyncio.gather(*waiting)
             async with publisher._turn:  # somebody waits: nobody passes
-                await until_async(lambda: not publisher._backlog.waiting)
+                await until_async(lambda: not publisher._trades.backlog.waiting)
                 assert not publisher.offer(market_kafka_trades(350, 351, 1))
             await publisher.flush()
             assert balanced(publisher).trades.published == 401
@@ -272,17 +273,17 @@ def test_analytics_drop_the_oldest_and_trades_do_not_wait_for_them(
     async def main() -> None:
         async with market_kafka_open(broker.address, analytics_buffer=50) as publisher:
             publisher.analytics([{"symbol": "A", "n": 0}])
-            await until_async(lambda: publisher._rows.under_way == 1)
+            await until_async(lambda: publisher._rows.backlog.held_under_way() == 1)
             for n in range(1, 200):
                 publisher.analytics([{"symbol": "A", "n": n}])
             stats = balanced(publisher)
-            assert stats.analytics == backlog.Counts(200, 0, 0, 51, 0, 149, 0) and stats.trades.held == 0
+            assert stats.analytics == mk.Counts(200, 0, 0, 51, 0, 149, 0) and stats.trades.held == 0
             with pytest.raises((LookupError, AttributeError, TypeError)):
                 publisher.analytics([{"n": 1}])
             await publisher.trades([market_kafka_trade(1)])
             broker.start()
             await publisher.flush()
-            assert balanced(publisher).analytics == backlog.Counts(200, 0, 51, 0, 0, 149, 0)
+            assert balanced(publisher).analytics == mk.Counts(200, 0, 51, 0, 0, 149, 0)
         rows = await read_all(broker.address, "analytics")
         assert [orjson.loads(row.value)["n"] for row in rows] == [0, *range(150, 200)]
 
@@ -299,22 +300,24 @@ def test_absent_at_the_start_the_buffer_fills_then_the_spool_and_all_comes_in_or
         async with market_kafka_open(broker.address, buffer=500, spool=tmp_path / "spool", spool_after=60) as publisher:
             for n in range(0, 500, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
-            await until_async(lambda: len(publisher._backlog.under_way) == 500 and publisher.stats().error != "")
-            assert balanced(publisher).trades == backlog.Counts(500, 0, 0, 500, 0, 0, 0)
+            await until_async(
+                lambda: publisher._trades.backlog.held_under_way() == 500 and publisher.stats().error != ""
+            )
+            assert balanced(publisher).trades == mk.Counts(500, 0, 0, 500, 0, 0, 0)
             for n in range(500, 3000, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
                 balanced(publisher)
-            await until_async(lambda: not overflow_of(publisher).spilling)
+            await until_async(lambda: not is_spilling(publisher))
             counts = balanced(publisher).trades
             assert counts.spooled >= 2000 and counts.held <= 500 and counts.accepted == 3000
-            assert Spool.stats(overflow_of(publisher).spool).rows == counts.spooled
+            assert Spool.stats(spool_of(publisher)).rows == counts.spooled
             broker.start()
             for n in range(3000, 4000, 10):
                 await publisher.trades(market_kafka_trades(n, n + 10))
                 balanced(publisher)
                 await asyncio.sleep(0)
             await publisher.flush()
-            assert balanced(publisher).trades == backlog.Counts(4000, 0, 4000, 0, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(4000, 0, 4000, 0, 0, 0, 0)
             assert list((tmp_path / "spool").glob("*.batch")) == []
         assert await market_kafka_ids(broker.address) == list(range(4000))
 
@@ -342,13 +345,13 @@ def test_what_is_on_its_way_to_the_spool_is_not_overtaken(
         ) as publisher:
             await publisher.trades(market_kafka_trades(0, 100, 1))
             task = asyncio.create_task(publisher.trades(market_kafka_trades(100, 200, 1)))
-            await until_async(lambda: publisher._backlog.moving == 100)
+            await until_async(lambda: len(publisher._trades.backlog.moving) == 100)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await publisher.trades(market_kafka_trades(100, 200, 1))
             await pass_time(0.3)  # longer than it lingers
-            assert balanced(publisher).trades == backlog.Counts(200, 0, 0, 200, 0, 0, 0)
-            assert publisher._backlog.moving == len(publisher._backlog.waiting) == 100
+            assert balanced(publisher).trades == mk.Counts(200, 0, 0, 200, 0, 0, 0)
+            assert len(publisher._trades.backlog.moving) == len(publisher._trades.backlog.waiting) == 100
             go.set()
             await publisher.flush()
         assert await market_kafka_ids(address, "h.trades") == list(range(200))
@@ -379,7 +382,7 @@ def test_frozen_for_longer_than_its_limits_each_record_comes_once(
             assert balanced(publisher).trades.published == 100
             broker.thaw()
             await publisher.flush()
-            assert balanced(publisher).trades == backlog.Counts(1500, 0, 1500, 0, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(1500, 0, 1500, 0, 0, 0, 0)
             assert publisher.stats().connects == 1
         assert await market_kafka_ids(broker.address) == list(range(1500))
 
@@ -441,7 +444,7 @@ def test_stopped_and_restarted_under_load_each_record_comes_once(
                 await load_during(until_async(lambda: publisher.stats().state == "away"))
                 await load_during(asyncio.to_thread(broker.start))
             await publisher.flush()
-            assert balanced(publisher).trades == backlog.Counts(count, 0, count, 0, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(count, 0, count, 0, 0, 0, 0)
         ids = await market_kafka_ids(broker.address)
         assert len(ids) == len(set(ids)) and set(range(count)) - set(ids) <= forgotten and len(owners) >= len(ids)
 
@@ -455,7 +458,7 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
     broker, spool = market_kafka_broker, tmp_path / "spool"
 
     def sent_in_vain(publisher: mk.Publisher) -> bool:
-        client = publisher._producer._producer.client
+        client = publisher._sink.producer._producer.client
         unanswered = any(connection._requests for connection in client._conns.values())
         return unanswered if how == "frozen" else "kafka: " in caplog.text
 
@@ -465,12 +468,12 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
             caplog.clear()
             broker.freeze() if how == "frozen" else broker.stop()
             await publisher.trades(market_kafka_trades(100, 200))
-            await until_async(lambda: len(publisher._backlog.under_way) == 100 and sent_in_vain(publisher))
+            await until_async(lambda: publisher._trades.backlog.held_under_way() == 100 and sent_in_vain(publisher))
             await publisher.trades(market_kafka_trades(200, 5200))
             publisher.analytics([{"symbol": "A"}])
             assert await asyncio.wait_for(publisher.stop(0.2), HANG_LIMIT) == 0
             stats = balanced(publisher)
-            assert stats.trades == backlog.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
+            assert stats.trades == mk.Counts(5200, 0, 100, 0, 5100, 0, 0) and stats.analytics.dropped == 1
             with pytest.raises(mk.PublisherClosed):
                 await publisher.trades(market_kafka_trades(1, 2))
             with pytest.raises(mk.PublisherClosed):
@@ -482,7 +485,7 @@ def test_a_stop_without_an_answer_ends_in_time_and_the_next_life_goes_on(
             with pytest.raises(SpoolInUse):
                 await other.start()
             await publish(publisher, 5200, 5300)
-            assert balanced(publisher).trades == backlog.Counts(100, 5100, 5200, 0, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(100, 5100, 5200, 0, 0, 0, 0)
         if how == "absent":
             assert await market_kafka_ids(broker.address) == list(range(5300))
         else:  # what was under way when it was left may come twice
@@ -501,14 +504,14 @@ def test_a_stop_with_nowhere_to_go_says_what_is_lost(
     async def main() -> None:
         async with market_kafka_open(broker.address, request_timeout=3600) as publisher:
             await publisher.trades(market_kafka_trades(0, 3000))
-            await until_async(lambda: len(publisher._backlog.under_way) == 3000)
+            await until_async(lambda: publisher._trades.backlog.held_under_way() == 3000)
             stop = asyncio.create_task(publisher.stop(3600))
             await until_async(lambda: publisher._state == "stopping")
             stop.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await stop
             await until_async(lambda: publisher.stats().state == "closed")
-            assert balanced(publisher).trades == backlog.Counts(3000, 0, 0, 0, 0, 3000, 0)
+            assert balanced(publisher).trades == mk.Counts(3000, 0, 0, 0, 0, 3000, 0)
         never = mk.Publisher(broker.address)
         assert never.offer(market_kafka_trades(0, 5)) and await never.stop() == 5
         balanced(never)
@@ -549,21 +552,10 @@ def test_what_a_killed_process_had_spooled_the_next_one_publishes(market_kafka_b
         async with market_kafka_open(broker.address, spool=spool) as publisher:
             assert publisher.stats().trades.recovered == 2000
             await publish(publisher, 2000, 2100)
-            assert balanced(publisher).trades == backlog.Counts(100, 2000, 2100, 0, 0, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(100, 2000, 2100, 0, 0, 0, 0)
         assert await market_kafka_ids(broker.address) == list(range(2100))
 
     run_task(main())
-
-
-def test_what_moves_to_the_spool_keeps_its_place() -> None:
-    held = backlog.Backlog(100)
-    held.accept([mt.Record("t", b"k", b"", 0, []) for _ in range(100)])
-    taken = held.take(40)
-    held.moving = len(taken)
-    assert held.room() == 0 and held.counts().held == 100
-    held.moving = 0
-    held.put_back(taken)
-    assert held.room() == 0 and held.counts().held == 100
 
 
 def test_a_full_spool_blocks_and_a_damaged_one_is_counted(market_kafka_broker: Broker, tmp_path: Path) -> None:
@@ -574,7 +566,7 @@ def test_a_full_spool_blocks_and_a_damaged_one_is_counted(market_kafka_broker: B
         options: dict[str, Any] = {"spool": spool, "buffer": 100, "spool_after": 0.05}
         async with market_kafka_open(broker.address, 0.1, spool_bytes=100_000, **options) as publisher:
             task = asyncio.create_task(publisher.trades(market_kafka_trades(0, 1000)))
-            await until_async(lambda: Spool.stats(overflow_of(publisher).spool).refused > 0)
+            await until_async(lambda: Spool.stats(spool_of(publisher)).refused > 0)
             counts = balanced(publisher).trades
             assert 0 < counts.spooled < 500 and counts.held == 100 and not task.done()
             task.cancel()
@@ -587,7 +579,7 @@ def test_a_full_spool_blocks_and_a_damaged_one_is_counted(market_kafka_broker: B
             broker.start()
             await publisher.flush()
             counts = balanced(publisher).trades
-            assert counts == backlog.Counts(0, sum(rows), sum(rows) - rows[1], 0, 0, 0, rows[1])
+            assert counts == mk.Counts(0, sum(rows), sum(rows) - rows[1], 0, 0, 0, rows[1])
         first = sum(rows[:1])
         assert await market_kafka_ids(broker.address) == [*range(first), *range(first + rows[1], sum(rows))]
         assert sum(rows) <= accepted
@@ -668,7 +660,7 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
             assert len((await take(first, 100)).trades) == 100  # not committed: a death here
             assert first.stats().partitions == (0,) and first.stats().commits == 1
             await first.stop()
-            producer = publisher._producer
+            producer = publisher._sink.producer
             await producer.publish([mt.Record("f.trades", b"x", b"rubbish", MARKET_KAFKA_NOW // 1_000_000 + 1100, [])])
             second = consumers.Group(address, prefix="f.", look_back=0.1)
             await second.start()

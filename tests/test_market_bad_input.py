@@ -18,16 +18,16 @@ from typing import Any, cast
 import pytest
 
 import market_pipeline
-from market import backlog, overflow
 from market import display as md
 from market import flow as market_flow
 from market import kafka as mk
 from market import producer as producer_module
 from market import topics as mt
 from market.connect import Feed
+from market.feed_socket import FeedTimes
 from market.feeds import ADAPTERS
 from market.stats import Analytics, AnalyticsRow
-from market.trade import Trade
+from market.trade import Parsed, Trade
 from runtime import shell
 from runtime.monitor import Exporter
 from runtime.options import EXIT_INTERRUPTED
@@ -42,11 +42,11 @@ from tests.helpers.market import (
     MarketConnectWorld,
     Sink,
     balanced,
+    is_spilling,
     market_kafka_ids,
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
-    overflow_of,
     publish,
 )
 from tests.helpers.mechanisms import simulated
@@ -130,7 +130,7 @@ def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
         return trade_record(trade, topic)
 
     monkeypatch.setattr(mt, "trade_record", counted)
-    monkeypatch.setattr(overflow, "FILE", 500)
+    monkeypatch.setattr(mk, "FILE", 500)
     monkeypatch.setattr(mk, "FLIGHT", 1000)
     broker = market_kafka_broker
     broker.stop()
@@ -145,7 +145,7 @@ def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
             patched.setattr(mt, "decode", None)
             async with market_kafka_open(broker.address, spool=tmp_path / "spool") as publisher:
                 await publish(publisher, 4200, 4300)
-                assert balanced(publisher).trades == backlog.Counts(100, 4201, 4301, 0, 0, 0, 0)
+                assert balanced(publisher).trades == mk.Counts(100, 4201, 4301, 0, 0, 0, 0)
                 assert list((tmp_path / "spool").glob("*.batch")) == []
         assert encoded == 4300 and await market_kafka_ids(broker.address) == list(range(4300))
 
@@ -186,7 +186,7 @@ def test_kafka_what_comes_while_the_buffer_is_moved_does_not_keep_it_moving(
     """On a busy machine it was refilled as fast as it went to the spool, and nothing was published for so long."""
     put, puts = Spool.put, 0
 
-    async def refilling(self: Spool, batch: EncodedBatch) -> bool:
+    async def refilling(self: Spool, batch: EncodedBatch) -> str | None:
         nonlocal puts
         puts += 1
         assert publisher.offer(market_kafka_trades(puts * 50, puts * 50 + 50))
@@ -198,7 +198,8 @@ def test_kafka_what_comes_while_the_buffer_is_moved_does_not_keep_it_moving(
         await publisher.start()
         assert publisher.offer(market_kafka_trades(0, 50))
         monkeypatch.setattr(Spool, "put", refilling)
-        assert await overflow_of(publisher).spill()
+        publisher._trades.press()
+        await until_async(lambda: puts == 1 and not is_spilling(publisher))
         monkeypatch.setattr(Spool, "put", put)
         counts = balanced(publisher).trades
         assert (puts, counts.spooled, counts.held) == (1, 50, 50)
@@ -225,7 +226,7 @@ def test_kafka_a_stop_that_is_cancelled_while_it_closes_loses_nothing(
     """As a second signal does it: the rest was on its way to the spool, and its task was left behind."""
     put, gate, putting = Spool.put, asyncio.Event(), asyncio.Event()
 
-    async def held(self: Spool, batch: EncodedBatch) -> bool:
+    async def held(self: Spool, batch: EncodedBatch) -> str | None:
         putting.set()
         await gate.wait()
         return await put(self, batch)
@@ -245,7 +246,7 @@ def test_kafka_a_stop_that_is_cancelled_while_it_closes_loses_nothing(
             gate.set()
             await asyncio.wait((stopping,))
             assert stopping.cancelled() and publisher.stats().state == "closed"
-            assert balanced(publisher).trades == backlog.Counts(50, 0, 0, 0, 50, 0, 0)
+            assert balanced(publisher).trades == mk.Counts(50, 0, 0, 0, 50, 0, 0)
         spool = Spool(tmp_path / "spool")
         assert spool.open() == 50
         await spool.close()
@@ -313,43 +314,45 @@ def test_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_asked_fo
             *(ADAPTERS["binance"], symbols, sink.emit, sink.dead),
             clock=world.clock,
             wall=lambda: int(world.now * 1e9),
-            stale_after=300.0,
-            renew_after=1800.0,
+            times=FeedTimes(stale_after=300.0, renew_after=1800.0),
         )
 
         async def connect() -> None:
             connection = feed._begin(ws)
             await feed._subscribe(connection)
-            await feed._other(connection, feed.adapter.parse(b'{"result":null,"id":1}', 0), [])
+            ack = feed._reader.take(b'{"result":null,"id":1}', world.now)
+            assert isinstance(ack, Parsed)
+            await connection._control(ack)
             assert feed.stats().state == "live" and feed.stats().stale == ()
 
         def trade(symbol: str, after: float) -> None:
             world.now += after
-            connection = feed._connection
-            assert connection is not None
-            connection.told = world.now
-            feed._take(connection, frame(symbol, int(world.now), world.now))
+            feed._reader.take(frame(symbol, int(world.now), world.now), world.now)
+
+        def renewal() -> str:
+            assert feed._connection is not None
+            return feed._reader.silence.renewal(feed._connection.live_since)
 
         await connect()
         trade("BTCUSDT", 299.0)
         assert feed.stats().stale == ()
         trade("BTCUSDT", 1.0)
-        assert feed.stats().stale == ("SOL-USD",) and feed._silence.renewal(feed._since) == ""
+        assert feed.stats().stale == ("SOL-USD",) and renewal() == ""
         trade("SOLUSDT", 1.0)
         assert feed.stats().stale == ()
         world.now += 5000.0  # all are silent: that is not one symbol's
-        assert feed.stats().stale == () and feed._silence.renewal(feed._since) == ""
+        assert feed.stats().stale == () and renewal() == ""
         trade("BTCUSDT", 1.0)
-        assert feed._silence.renewal(feed._since) == "nothing of SOL-USD"
+        assert renewal() == "nothing of SOL-USD"
         await connect()
         trade("BTCUSDT", 1800.0)
-        assert feed.stats().stale == ("SOL-USD",) and feed._silence.renewal(feed._since) == ""  # twice as long now
+        assert feed.stats().stale == ("SOL-USD",) and renewal() == ""  # twice as long now
         trade("BTCUSDT", 1800.0)
-        assert feed._silence.renewal(feed._since) == "nothing of SOL-USD"
+        assert renewal() == "nothing of SOL-USD"
         await connect()
         trade("SOLUSDT", 1000.0)
         trade("BTCUSDT", 1000.0)
-        assert feed._silence.renewal(feed._since) == "" and feed._silence.patience == 1800.0  # it helped
+        assert renewal() == "" and feed._reader.silence.patience == 1800.0  # it helped
         assert len(sink.told["binance"]) == 8 and sink.letters == []
 
     run_task(main())

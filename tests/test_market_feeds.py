@@ -51,7 +51,7 @@ def test_documented_frames(case: Case, as_bytes: bool) -> None:
         Trade._make((case.exchange, *row[:3], float(row[1]), float(row[2]), *row[3:6], NOW, *row[6:]))
         for row in case.trades
     ]
-    assert parsed == Parsed(expected, case.kind, case.note, None, case.sequence, case.reconnect)  # type: ignore[arg-type]
+    assert parsed == Parsed(expected, case.kind, case.note, case.sequence, case.reconnect)  # type: ignore[arg-type]
     if not as_bytes and case.frame[0] in "[{":
         assert adapter.parse(gzip.compress(case.frame.encode()), NOW) == parsed
 
@@ -223,14 +223,14 @@ def test_keys() -> None:
     with pytest.raises(ValueError, match="FINNHUB_API_KEY"):
         ADAPTERS["finnhub"].with_keys({"FINNHUB_API_KEY": ""})
     finnhub = ADAPTERS["finnhub"].with_keys({"FINNHUB_API_KEY": "a b&c"}).fresh()
-    assert finnhub.connect_url(["AAPL-USD"]) == "wss://ws.finnhub.io?token=a%20b%26c"
-    assert finnhub.connect_url(["AAPL-USD"], "ws://127.0.0.1:1/x") == "ws://127.0.0.1:1/x?token=a%20b%26c"
+    assert finnhub.connect_url() == "wss://ws.finnhub.io?token=a%20b%26c"
+    assert finnhub.connect_url("ws://127.0.0.1:1/x") == "ws://127.0.0.1:1/x?token=a%20b%26c"
     assert "a b" not in repr(finnhub) and "'s'" not in repr(alpaca)
     for name in CRYPTO:
         adapter = ADAPTERS[name].with_keys({})
         assert adapter is not ADAPTERS[name]
-        assert adapter.connect_url(["BTC-USD"]) == adapter.url
-        assert adapter.connect_url(["BTC-USD"], "ws://127.0.0.1:1/") == "ws://127.0.0.1:1/"
+        assert adapter.connect_url() == adapter.url
+        assert adapter.connect_url("ws://127.0.0.1:1/") == "ws://127.0.0.1:1/"
 
 
 NO_NUMBERS: tuple[Any, ...] = (

@@ -33,9 +33,9 @@ from market import display as md
 from market import feeds as mf
 from market import flow as market_flow
 from market.analyse import Analyser
-from market.backlog import Counts
+from market.feed_socket import FeedTimes
 from market.flow import MarketProgram, Pipeline
-from market.kafka import Publisher
+from market.kafka import Counts, Publisher
 from market.replay import Replayer
 from market.topics import decode
 from market.trade import BadFrame, Trade
@@ -54,7 +54,7 @@ from tests.helpers.processes import answers_besieged, unread
 SYMBOLS = ("BTC-USD", "ETH-USD", "SOL-USD")
 
 
-FEEDS = {"base": 0.02, "cap": 0.05, "healthy_after": 0.2, "ping_every": 0.3}
+FEEDS = {"times": FeedTimes(base=0.02, cap=0.05, healthy_after=0.2, ping_every=0.3)}
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +175,9 @@ def test_an_exchange_that_fails_does_not_hold_up_the_others(market_pipeline_brok
                 stalled = pipeline.feeds["gemini"]
 
                 async def left_soon() -> None:
-                    patience, stalled._pong_within = stalled._pong_within, 0.6
+                    patience, stalled._times = stalled._times, dataclasses.replace(stalled._times, pong_within=0.6)
                     await until_async(lambda: pipeline.snapshot().feeds["gemini"].reconnects == 1)
-                    stalled._pong_within = patience
+                    stalled._times = patience
 
                 faults: list[tuple[str, Fault]] = [("kraken", "close"), ("okx", "reset"), ("gemini", "stall")]
                 faults += [("bybit", "half"), ("binance", "not json"), ("binance", "wrong types")]
@@ -635,9 +635,7 @@ def test_items_that_wait_are_counted_and_those_of_a_cancelled_call_too(tmp_path:
         program = MarketPipelineBase(market_pipeline_options("127.0.0.1:1", "full", tmp_path, buffer=10))
         trades = [market_pipeline_trade(n, "BTC-USD") for n in range(25)]
         program._trades = 50
-        waiting = [
-            asyncio.create_task(program._handed_over(25, lambda: program.publisher.trades(trades))) for _ in range(2)
-        ]
+        waiting = [asyncio.create_task(program.publisher.trades(trades)) for _ in range(2)]
         await ticks()
         counts = program.snapshot()
         assert (counts.published.accepted, counts.waiting, counts.given_up) == (10, 40, 0)
@@ -666,7 +664,7 @@ def test_a_second_stop_cuts_the_publishing_short(tmp_path: Path) -> None:
         await program.publisher.start()
         program._trades = 25
         trades = [market_pipeline_trade(n, "BTC-USD") for n in range(25)]
-        assert await program._handed_over(25, lambda: program.publisher.trades(trades))
+        await program.publisher.trades(trades)
         program.stop()
         program._deadline = time.monotonic() + 3600.0
         closing = asyncio.create_task(program._close_publisher())

@@ -300,9 +300,9 @@ def test_close_lets_a_call_end(tmp_path: Path) -> None:
 def test_what_is_retained_is_bounded() -> None:
     async def main(pool: mw.AnalyticsPool) -> None:
         (slot,) = pool._slots
-        for n in range(2 * mw.LOG + 3):
+        for n in range(2 * mw.MAX_LOG + 3):
             await pool.submit([market_stats_trade(n / 100)])
-            assert len(slot.log) <= mw.LOG
+            assert len(slot.log) <= mw.MAX_LOG
         assert pool.stats().checkpoints == 2
         stream = market_stats_stream(7, 20_000, 200.0)
         for begin in range(0, len(stream), 5_000):
@@ -316,7 +316,7 @@ def test_what_is_retained_is_bounded() -> None:
 
 
 def test_symbols_are_shared_out_evenly_and_remembered_boundedly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mw, "SYMBOLS", 6)
+    monkeypatch.setattr(mw, "MAX_SYMBOLS", 6)
     pool = mw.AnalyticsPool(3)
     homes = [pool._home(f"S{n}") for n in range(6)]
     assert [pool._slots.index(home) for home in homes] == [0, 1, 2, 0, 1, 2]

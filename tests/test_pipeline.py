@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from logs import display, outlet
+from logs import display, sealer, sink, upkeep
 from logs import parse as log_parse
 from logs import pipeline as log_pipeline
 from logs import seal as seal_module
@@ -45,7 +45,7 @@ def test_stores_each_event_once_and_enriched(logs_ingest_pg: PgServer, tmp_path:
             more: dict[str, Any] = {"metadata": api.url(), "durable": durable, "batch": 500}
             more["enrich_wait"] = HANG_LIMIT
             async with logs_ingest_up(tmp_path, logs_ingest_pg.url, **more) as up:
-                up.ingester.enricher.timeout = HANG_LIMIT
+                up.ingester.sealer.enricher.timeout = HANG_LIMIT
                 await up.ingester.database.ready()
                 patch.setattr(asyncio.Handle, "_run", timed)
                 with Senders(up.address, rate=5000, total=3000, services=50) as senders:
@@ -139,7 +139,7 @@ def test_stores_once_what_was_committed_unseen(logs_ingest_pg: PgServer, tmp_pat
 def test_stopped_without_a_database_leaves_all_to_the_next(
     logs_ingest_pg: PgServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outlet, "PATIENCE", 0.05)
+    monkeypatch.setattr(sink, "PATIENCE", 0.05)
 
     async def main() -> None:
         async with logs_ingest_up(tmp_path, "postgresql://nobody@127.0.0.1:1/none", flush=60.0, batch=100) as up:
@@ -184,7 +184,9 @@ def test_goes_on_without_metadata_and_fills_them_in(logs_ingest_pg: PgServer, tm
 
             def change(ingester: Ingester) -> None:
                 limit = 0.1 if mode == "silent" else HANG_LIMIT
-                ingester.enricher = Enricher(api.url(), timeout=limit, failed_for=0.05, reset=0.05, unknown_ttl=0.1)
+                ingester.sealer.enricher = Enricher(
+                    api.url(), timeout=limit, failed_for=0.05, reset=0.05, unknown_ttl=0.1
+                )
 
             more: dict[str, Any] = {"metadata": api.url(), "enrich_wait": 0.05, "change": change}
             async with logs_ingest_up(tmp_path, logs_ingest_pg.url, **more) as up:
@@ -197,7 +199,7 @@ def test_goes_on_without_metadata_and_fills_them_in(logs_ingest_pg: PgServer, tm
                 assert await logs_ingest_pg.do(look) == ["missing"] and counts.filled == 0
                 if mode == "down":
                     await up.until(lambda counts: counts.metadata == "open")
-                up.ingester.enricher.timeout = HANG_LIMIT
+                up.ingester.sealer.enricher.timeout = HANG_LIMIT
                 api.mode = "ok"
                 await up.until(lambda counts: counts.filled > 0)
                 await up.until(lambda counts: counts.metadata == "closed")
@@ -233,7 +235,7 @@ class Gate:
 
 @pytest.mark.parametrize("policy", ["drop-newest", "drop-lowest-severity", "spool"])
 def test_overload(logs_ingest_pg: PgServer, tmp_path: Path, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlet, "SEALED", 3)
+    monkeypatch.setattr(log_pipeline, "SEALED", 3)
 
     async def main() -> None:
         gates: list[Gate] = []
@@ -281,7 +283,7 @@ def test_overload(logs_ingest_pg: PgServer, tmp_path: Path, policy: Any, monkeyp
 def test_waits_in_memory_when_the_spool_is_full(logs_ingest_pg: PgServer, tmp_path: Path) -> None:
     async def main() -> None:
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url, spool_bytes=2000) as up:
-            up.ingester.outlet.begun = -1e9
+            up.ingester.sink.begun = -1e9
             up.send(100)
             counts = await up.until(lambda counts: counts.spool_refused > 0 and not counts.held["queue"])
             assert 0 < counts.held["spool"] < 100 and counts.held["spool"] + counts.held["spooling"] == 100
@@ -325,7 +327,7 @@ def test_reads_what_the_socket_holds_before_it_stops(
 
 
 def test_owns_up_to_what_it_could_not_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlet, "PATIENCE", 0.01)
+    monkeypatch.setattr(sink, "PATIENCE", 0.01)
 
     async def main() -> None:
         away = "postgresql://nobody@127.0.0.1:1/none"
@@ -403,7 +405,7 @@ def test_ends_though_its_cancellation_is_swallowed(
             await up.stored()
         assert swallowed == 7
 
-    monkeypatch.setattr(log_pipeline, "FILL_EVERY", 60.0)
+    monkeypatch.setattr(upkeep, "FILL_EVERY", 60.0)
     run_task(main())
 
 
@@ -421,7 +423,7 @@ def test_a_fault_costs_the_event_that_causes_it(
         return seal(events, *more)
 
     monkeypatch.setattr(log_pipeline, "parse", bad_parse)
-    monkeypatch.setattr(log_pipeline, "seal", bad_seal)
+    monkeypatch.setattr(sealer, "seal", bad_seal)
 
     async def main() -> None:
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url, flush=60.0) as up:

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import math
 import random
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -886,8 +885,7 @@ class IntakeQueueInVain(event_queue.EventQueue):
     """Drops what is less severe though it is not enough."""
 
     def _make_room(self, level: int, size: int) -> bool:
-        assert self._levels is not None
-        for least in range(7, level, -1):
+        for least in range(7, level if len(self._levels) > 1 else 7, -1):
             while self._levels[least] and self._refusal(size) is not None:
                 super()._make_room(least - 1, min(size, 1))
                 if self._refusal(0) is None:
@@ -899,7 +897,6 @@ class IntakeQueueOldestFirst(event_queue.EventQueue):
     """Of the least severe the oldest goes."""
 
     def _make_room(self, level: int, size: int) -> bool:
-        assert self._levels is not None
         for positions in self._levels:
             positions.reverse()
         done = super()._make_room(level, size)
@@ -908,49 +905,30 @@ class IntakeQueueOldestFirst(event_queue.EventQueue):
         return done
 
 
-class IntakeQueueGrows(event_queue.EventQueue):
-    """The empty places stay."""
-
-    def _squeeze(self, levels: Any) -> None:
-        pass
-
-
-class IntakeQueueSqueezesTimes(event_queue.EventQueue):
-    """Closing the gaps, it forgets when the rest came."""
-
-    def _squeeze(self, levels: Any) -> None:
-        super()._squeeze(levels)
-        self._marks = deque([self._marks[-1]])
-
-
-class IntakeQueueSqueezesLevels(event_queue.EventQueue):
-    """Closing the gaps, it forgets who is where."""
-
-    def _squeeze(self, levels: Any) -> None:
-        before = [deque(positions) for positions in levels]
-        super()._squeeze(levels)
-        for positions, old in zip(levels, before, strict=True):
-            positions.clear()
-            positions.extend(old)
-
-
 class IntakeQueueLate(event_queue.EventQueue):
     """Takes the time of what came last for that of all."""
 
+    def _oldest_since(self) -> float:
+        return max(waiting[-1] for waiting in self._levels if waiting)[1]
+
+
+class IntakeQueueUnordered(event_queue.EventQueue):
+    """The most severe come first."""
+
     def _admit(self, events: Sequence[Event], sizes: Sequence[int], size: int, now: float) -> None:
+        self._serial = events[0].severity * 1000 + self._received if events else 0
         super()._admit(events, sizes, size, now)
-        while len(self._marks) > 1:
-            self._marks.popleft()
 
 
 class IntakeQueueTooMuch(event_queue.EventQueue):
     """A batch may be larger than it should."""
 
-    def _batch(self) -> tuple[int, int]:
-        places, total = super()._batch()
-        if places < min(len(self._items), self.max_items):
-            return places + 1, total + self._sizes[places]
-        return places, total
+    def drain(self) -> list[Event]:
+        self.batch_bytes += 500
+        try:
+            return super().drain()
+        finally:
+            self.batch_bytes -= 500
 
 
 class IntakeQueueOneMore(event_queue.EventQueue):
@@ -967,9 +945,7 @@ class IntakeQueueOneMore(event_queue.EventQueue):
         IntakeQueueForgets,
         IntakeQueueInVain,
         IntakeQueueOldestFirst,
-        IntakeQueueGrows,
-        IntakeQueueSqueezesTimes,
-        IntakeQueueSqueezesLevels,
+        IntakeQueueUnordered,
         IntakeQueueLate,
         IntakeQueueTooMuch,
         IntakeQueueOneMore,

@@ -367,7 +367,7 @@ def test_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pytest.Monke
             ingester = Ingester(IngestOptions(spool=str(tmp_path / "logs"), database=None), sock)
             assert ingester.snapshot().lines_lost == stderr.UNREAD
             several = Supervisor(["unused"], lambda _: {}, [sock], stop_limit=1.0)
-            several.list[0].last = LogCounts(lines_lost=3)
+            several.workers[0].last = LogCounts(lines_lost=3)
             assert several.snapshot().lines_lost == stderr.UNREAD + 3
             found = {each.name: each for each in monitor.Exporter(display.METRICS, several.snapshot).collect()}
             assert found["ingest_lines_lost"].samples[0].value == stderr.UNREAD + 3

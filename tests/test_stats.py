@@ -381,10 +381,10 @@ def test_memory_is_bounded_whatever_comes() -> None:
         analytics.add(market_stats_trade(0.0, trade_id=str(n)))
     stats = analytics.stats()
     assert (stats.taken, stats.ids, stats.unchecked) == (20_000, 100, 19_900)
-    assert terms(analytics) <= 2 * 2 * mst.TERMS + 200
+    assert terms(analytics) <= 2 * 2 * mst.MAX_TERMS + 200
     for n in range(20_000):  # everywhere in time
         analytics.add(market_stats_trade(n * 0.37, trade_id=str(n)))
-    assert terms(analytics) <= 2 * (4 * 2 * mst.TERMS + 2 * 20) + 200
+    assert terms(analytics) <= 2 * (4 * 2 * mst.MAX_TERMS + 2 * 20) + 200
     assert analytics.stats().ids <= 100
     for n in range(1000):  # from anywhere
         analytics.add(market_stats_trade(n * 0.37, symbol=f"S{n}", trade_id="1"))

@@ -12,8 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from logs import display, outlet, seal
-from logs import pipeline as log_pipeline
+from logs import display, seal, sink, upkeep
 from logs import store as log_store
 from logs.display import LogCounts
 from logs.intake import udp_socket
@@ -99,8 +98,8 @@ async def logs_spool_open(folder: Path, **options: Any) -> AsyncIterator[log_spo
 def logs_ingest_pg(pg: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
     """The server without tables of logs; what is waited for comes quickly."""
     asyncio.run(pg.do(LET_GO, "DROP TABLE IF EXISTS logs, log_batches, dead_letter CASCADE"))
-    monkeypatch.setattr(log_pipeline, "FILL_EVERY", 0.02)
-    monkeypatch.setattr(outlet, "DISTRUST", 0.02)
+    monkeypatch.setattr(upkeep, "FILL_EVERY", 0.02)
+    monkeypatch.setattr(sink, "DISTRUST", 0.02)
     return pg
 
 

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -28,12 +28,13 @@ from market import producer as producer_module
 from market import topics as mt
 from market.adapter import Adapter
 from market.connect import Feed
+from market.feed_socket import FeedTimes
 from market.feeds import ADAPTERS
 from market.flow import MarketProgram
-from market.overflow import Overflow
 from market.trade import Parsed, Trade
 from primitives import CircuitBreaker
 from runtime.monitor import Exporter
+from runtime.spool import Spool
 from sandbox.broker import Broker
 from sandbox.exchanges import WIRES, Wire
 from sandbox.markets import Exchanges
@@ -482,6 +483,12 @@ class Sink:
         return found
 
 
+def feed_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A feed's options; the times among them as one."""
+    times = {name: options[name] for name in FeedTimes.__dataclass_fields__ if name in options}
+    return {name: each for name, each in options.items() if name not in times} | {"times": FeedTimes(**times)}
+
+
 class MarketConnectWorld:
     """Exchanges, a feed for each, and what they told. `async with` it: all are live then; they are stopped after."""
 
@@ -500,7 +507,7 @@ class MarketConnectWorld:
     def feed(self, name: str, adapter: Adapter | None = None, **options: Any) -> Feed:
         breaker = CircuitBreaker(name, failures=None, reset=0.01, max_reset=0.01)  # never opens
         chosen = {"breaker": breaker, "session": self.session, **{k: v for k, v in self.options.items() if v}}
-        options = {"url": self.them.urls[name], "symbols": SYMBOLS, **chosen, **options}
+        options = feed_options({"url": self.them.urls[name], "symbols": SYMBOLS, **chosen, **options})
         adapter = adapter or ADAPTERS[name]
         return Feed(adapter, options.pop("symbols"), self.sink.emit, self.sink.dead, **options)
 
@@ -738,6 +745,10 @@ class MarketPipelineBase(MarketProgram):
 ABSENT = "127.0.0.1:9"
 
 
-def overflow_of(publisher: mk.Publisher) -> Overflow:
-    assert publisher._overflow is not None
-    return publisher._overflow
+def spool_of(publisher: mk.Publisher) -> Spool:
+    (spool,) = publisher._trades.spools
+    return spool
+
+
+def is_spilling(publisher: mk.Publisher) -> bool:
+    return publisher._trades.backlog.is_spilling()
