@@ -717,7 +717,8 @@ class SingleFlight:
             await self._parked(key, flight, waiter)
         if waiter is None or waiter.value is _LEAD:
             waiter = flight.leader = Waiter(loop)
-            flight.task = loop.create_task(self._run(key, flight, load))
+            task = flight.task = loop.create_task(self._run(key, flight, load))
+            task.add_done_callback(lambda _: self._finish(key, flight, None) if flight.task is task else None)
             await self._parked(key, flight, waiter)
         return self._answer(waiter)  # type: ignore[no-any-return]
 
@@ -780,7 +781,7 @@ class _Entry:
     __slots__ = ("expires_at", "fresh_until", "key", "put_at", "quiet_until", "stale_until", "value", "weight")
 
     def __init__(self, key: Any, value: Any, put_at: float, fresh_until: float, weight: float) -> None:
-        self.key = key  # the object that is the key in the map: it is let go with the entry, after the lock
+        self.key = key  # the object that is the key in the map: it is let go with the value, after the lock
         self.value, self.put_at, self.weight = value, put_at, weight
         self.fresh_until = self.stale_until = self.expires_at = fresh_until
         self.quiet_until = -math.inf
@@ -908,9 +909,9 @@ class TTLCache(Generic[K, T]):
                     self._endings = None
             return True
 
-    def _expire(self, now: float) -> list[_Entry | None]:
+    def _expire(self, now: float) -> list[tuple[Any, Any] | None]:
         """Let go what is gone. The caller has the lock, and keeps the answer until after it."""
-        dropped: list[_Entry | None] = []
+        dropped: list[tuple[Any, Any] | None] = []
         if now < self._gone_from:
             return dropped
         if self._endings is None:
@@ -923,11 +924,15 @@ class TTLCache(Generic[K, T]):
         self._gone_from = self._endings[0][0] if self._endings else math.inf
         return dropped
 
-    def _remove(self, key: K) -> _Entry | None:
+    def _remove(self, key: K) -> tuple[Any, Any] | None:
+        """Its key and its value, which the entry does not keep: ``_endings`` may have it for long."""
         entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._weight = self._weight - entry.weight if self._entries else 0.0
-        return entry
+        if entry is None:
+            return None
+        self._weight = self._weight - entry.weight if self._entries else 0.0
+        removed = entry.key, entry.value
+        entry.key = entry.value = None
+        return removed
 
     def generation(self, key: K) -> int:
         """To be read before a load and given to ``put``, so that what was loaded before ``invalidate`` is not kept."""
@@ -937,9 +942,9 @@ class TTLCache(Generic[K, T]):
         """Forget ``key``, and what is being loaded for it; True if it was there."""
         with self._lock:
             self._generations[hash(key) % 64] += 1
-            entry = self._remove(key)
+            removed = self._remove(key)
         self._flights.forget(key)
-        return entry is not None
+        return removed is not None
 
     def clear(self) -> None:
         """``invalidate`` everything."""
@@ -1273,14 +1278,14 @@ class CircuitBreaker:
             with self.permit():
                 return await function(*args, **options)
         try:
-            return await function(*args, **options)
+            result = await function(*args, **options)
         except BaseException as error:
             if self._counts(error):
-                with self._lock:
-                    if generation == self._generation:
-                        self._record(True, self._clock())
-                self._tell()
+                self._settle(Permit(self, generation), failed=True)
             raise
+        if generation != self._unrecorded:  # others failed meanwhile
+            self._settle(Permit(self, generation), failed=False)
+        return result
 
     def stats(self, now: float | None = None) -> CircuitBreakerStats:
         """The counts of ``now`` (seconds by its clock; None: of this moment)."""

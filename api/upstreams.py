@@ -137,6 +137,7 @@ class Source:
         self._budget, self._hedges = RetryBudget(), RetryBudget()
         self._policy = RetryPolicy(1 + upstream.retries, base=0.05, cap=1.0, total=upstream.timeout)
         self.running: set[asyncio.Task[Loaded]] = set()  # tasks that wait for loads
+        self._current: dict[Key, asyncio.Task[Loaded]] = {}  # of these, one for each key that was not forgotten since
         self.calls = self.failures = 0
         self._forgot = -math.inf
         self.answers: Counter[str] = Counter()  # parts of answers by their state
@@ -155,7 +156,7 @@ class Source:
         if hit is None or hit.state == "expired":
             refusal = self.refusals.get(key)
             return (None, self.refresh(key)) if refusal is None else (self._instead(key, "error", str(refusal)), None)
-        if hit.needs_refresh and not self.cache.loading(key):
+        if hit.needs_refresh:
             self.refresh(key)
         return self._part(hit.state, hit.value, hit.age), None
 
@@ -189,17 +190,21 @@ class Source:
         return Part(state, error=error, retry_after=wait)
 
     def refresh(self, key: Key, anew: bool = False) -> asyncio.Task[Loaded]:
-        """A task that waits for the load of ``key``: that under way, or a new one if nothing fresh is there (``anew``:
-        whatever is there)."""
-        load = asyncio.create_task(
-            self.cache.get_or_load_async(key, lambda: self._load(key), anew=anew), name=f"load {self.upstream.name}"
-        )
-        self.running.add(load)
-        load.add_done_callback(self._ended)
+        """The task that waits for the load of ``key``, one for all who ask: the load under way, or a new one if nothing
+        fresh is there (``anew``: whatever is there)."""
+        load = self._current.get(key)
+        if load is None:
+            load = self._current[key] = asyncio.create_task(
+                self.cache.get_or_load_async(key, lambda: self._load(key), anew=anew), name=f"load {self.upstream.name}"
+            )
+            self.running.add(load)
+            load.add_done_callback(lambda load: self._ended(key, load))
         return load
 
-    def _ended(self, load: asyncio.Task[Loaded]) -> None:
+    def _ended(self, key: Key, load: asyncio.Task[Loaded]) -> None:
         self.running.discard(load)
+        if self._current.get(key) is load:
+            del self._current[key]
         if not load.cancelled():
             load.exception()  # ``_load`` has logged it
         self.changed()
@@ -314,10 +319,12 @@ class Source:
         if key is None:
             self.cache.clear()
             self.refusals.clear()
+            self._current.clear()
             self.renewals.forget()
         else:
             self.cache.invalidate(key)
             self.refusals.invalidate(key)
+            self._current.pop(key, None)
         self.changed()
 
     def health(self) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import math
 import random
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -516,3 +518,21 @@ def test_its_heap_stays_small() -> None:
         cache.put(n % 12, n, ttl=1.0 + n % 7)
         assert len(cache) <= 10
         assert cache._endings is None or len(cache._endings) <= 2 * 10 + 64
+
+
+@pytest.mark.parametrize("way", ["replaced", "evicted", "invalidated"])
+def test_what_is_removed_is_let_go_though_its_heap_has_it(way: str) -> None:
+    world = World(0.0)
+    cache: pr.TTLCache[int, Any] = pr.TTLCache(2, 1.0, stale_if_error=3600.0, clock=world.clock)
+    cache.put(0, 0)
+    world.now += 3601.0
+    assert len(cache) == 0 and cache._endings is not None
+    kept = []
+    for n in range(20):
+        value = threading.Event()
+        kept.append(weakref.ref(value))
+        cache.put(n if way == "evicted" else 0, value)
+        if way == "invalidated":
+            cache.invalidate(0)
+        del value
+    assert sum(each() is not None for each in kept) == len(cache) and len(cache._endings) == 20

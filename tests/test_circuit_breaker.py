@@ -298,6 +298,36 @@ def test_a_success_after_a_failure_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
+def test_a_success_between_failures_counts_whenever_it_was_admitted(shell: str) -> None:
+    """Calls that are all under way at once fail and succeed in turn."""
+    breaker = breaker_new(World(), failures=2)
+
+    async def main() -> None:
+        gates = [asyncio.Event() for _ in range(9)]
+
+        async def call(number: int) -> None:
+            await gates[number].wait()
+            if number % 2 == 0:
+                raise OSError
+
+        async def permitted(number: int) -> None:
+            with breaker.permit():
+                await call(number)
+
+        ask = permitted if shell == "permit" else functools.partial(breaker.call_async, call)
+        tasks = [asyncio.create_task(ask(number)) for number in range(9)]
+        await ticks()
+        for gate, task in zip(gates, tasks, strict=True):
+            gate.set()
+            await asyncio.wait((task,))
+            task.exception()
+            assert breaker.state == "closed"
+
+    run_task(main())
+    assert breaker.stats().failures == 1
+
+
+@pytest.mark.parametrize("shell", SHELLS)
 def test_one_failure_in_a_thousand_opens_nothing_by_default(shell: str) -> None:
     """A thousand calls a second for 20 s; then all fail, and five are enough."""
     world = World(0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import threading
 import traceback
@@ -228,6 +229,26 @@ def test_who_leaves_last_takes_the_load_along() -> None:
             await asyncio.wait(tasks)
             assert ended.pop() == "load" and len(asyncio.all_tasks()) == 1
         assert flights.stats() == pr.SingleFlightStats(0, 0, 3, 0)
+
+    run_task(main())
+
+
+def test_a_load_that_is_cancelled_before_it_began_is_replaced() -> None:
+    async def main() -> None:
+        flights, loads = pr.SingleFlight(), list[str]()
+
+        async def load(name: str) -> str:
+            loads.append(name)
+            return name
+
+        tasks = [asyncio.create_task(flights.do_async("key", functools.partial(load, name))) for name in "abc"]
+        await ticks(1)
+        (task,) = asyncio.all_tasks() - {*tasks, asyncio.current_task()}
+        assert flights.stats().waiting == 2 and not loads
+        task.cancel()
+        await asyncio.wait(tasks)
+        assert tasks[0].cancelled() and [task.result() for task in tasks[1:]] == ["b", "b"] and loads == ["b"]
+        assert flights.stats() == pr.SingleFlightStats(0, 0, 2, 1)
 
     run_task(main())
 

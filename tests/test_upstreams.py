@@ -313,6 +313,31 @@ def test_a_listener_that_raises_costs_nothing(web: Sandbox, caplog: pytest.LogCa
     assert "a listener failed" in caplog.text
 
 
+def test_requests_that_were_answered_without_a_load_leave_nothing_behind() -> None:
+    """A hundred that wait for 1 ms, and an upstream that says nothing until they are gone."""
+
+    async def main() -> None:
+        gate, asked = asyncio.Event(), 0
+
+        async def handler(head: str, body: bytes) -> Any:
+            nonlocal asked
+            asked += 1
+            await gate.wait()
+            return {"serial": asked}
+
+        async with app_upstream(handler) as url, aiohttp.ClientSession() as session:
+            source = app_source(url, World(), session)
+            for _ in range(100):
+                parts = await aggregate.gather({"a": source}, {}, 0.001)
+                assert parts["a"].state == "timeout" and len(source.running) == 1
+            gate.set()
+            await settled(source)
+            assert (asked, data_of((await aggregate.gather({"a": source}, {}, 1.0))["a"])) == (1, {"serial": 1})
+            assert not source.running
+
+    app_run(main())
+
+
 def test_what_was_invalidated_says_nothing_later() -> None:
     """A load from before an invalidation fails after it: whoever asks joins the new load, and is not refused."""
 
