@@ -44,6 +44,7 @@ def processes(text: str) -> int:
 
 
 def header(text: str) -> tuple[str, str]:
+    """``NAME: VALUE`` -> name and value; ``ValueError`` without a colon."""
     name, colon, value = text.partition(":")
     if not colon:
         raise ValueError
@@ -51,6 +52,7 @@ def header(text: str) -> tuple[str, str]:
 
 
 def make_parser(program: str) -> Parser:
+    """The options of ``program``."""
     kinds = "\n".join(f"  {kind:12} {text}" for kind, text in ERROR_KINDS.items())
     parser = Parser(
         program,
@@ -155,6 +157,7 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
 
 
 def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Namespace, Options]:
+    """What was given, and the options. Ends the program with one line if something is wrong with them."""
     parser = make_parser(program)
     args = parser.parse_intermixed_args(argv)
     args.sources = [source.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for source in args.sources]
@@ -190,6 +193,7 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
 
 
 def open_output(path: str | None, resume: bool) -> BinaryIO:
+    """Where the rows go: stdout, or a file, which ``resume`` continues. ``OSError``, ``JournalError``."""
     if path is None:
         return open(1, "wb", buffering=0, closefd=False)
     return open_journal(path) if resume else open_anew(path)
@@ -306,12 +310,14 @@ def needs(args: argparse.Namespace, options: Options) -> None:
 
 
 def join_shared(options: Options, frontier: str, lease: float | None) -> Crawl:
+    """A crawl whose frontier is in the database ``frontier``; hosts are leased for ``lease`` seconds."""
     from crawl.shared_crawl import join  # it needs asyncpg
 
     return join(options, frontier, lease)
 
 
 def shared_status(frontier: str) -> str:
+    """How far the crawl in the database ``frontier`` is, as text."""
     from crawl.shared_crawl import status
 
     return status(frontier)

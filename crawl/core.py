@@ -328,10 +328,12 @@ class Crawl:
         return (self.options.max_bytes, False) if own is None else (own + 1, True)
 
     def know_body(self, digest: str, url: str) -> None:
+        """A page with this body has a row: ``url``."""
         self.bodies.setdefault(digest, url)
 
     @property
     def list_kind(self) -> Literal["page", "feed"]:
+        """What the URLs of the list are."""
         return "feed" if self.options.feeds else "page"
 
     def feed(self, urls: Iterable[str]) -> threading.Thread:

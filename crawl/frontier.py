@@ -186,6 +186,7 @@ class Frontier:
         return decision
 
     def step(self, now: float) -> Request | Question | float | None:
+        """What is next: send a request, answer a question, or wait so many seconds (inf: for news); None: it is over."""
         with self._lock:
             if self._stopped or now >= self._until:
                 return None
@@ -299,6 +300,7 @@ class Frontier:
 
     @property
     def waiting(self) -> int:
+        """How many requests wait."""
         return self._scheduler.waiting
 
     def rate(self, host_name: str) -> float:
@@ -307,6 +309,7 @@ class Frontier:
             return self._limits.of(host_name)[0]
 
     def contents(self) -> Contents:
+        """All that waits, to be stored."""
         with self._lock:
             waiting: dict[str, dict[UrlRun, list[str]]] = {}
             for name, host in self._hosts.items():
@@ -341,6 +344,7 @@ class Frontier:
             return when if ahead is not None else f"{when}; not found yet"
 
     def stats(self) -> FrontierStats:
+        """The counts of this moment."""
         with self._lock:
             return FrontierStats(
                 self._scheduler.waiting,

@@ -45,6 +45,7 @@ class Grant(Request):
 
 
 def frame(*message: Any) -> bytes:
+    """A message as bytes, which tell its length."""
     data = marshal.dumps(message)
     return len(data).to_bytes(4, "little") + data
 
@@ -71,6 +72,7 @@ def pack(outcome: Response | FetchError, body: bytes, row: Message | None, new: 
 
 
 def unpack(packed: Message, form: type[ScrapeResult], home: int) -> Response | FetchError:
+    """What came of a request, as a helper packed it; links new to the helper count if it knew the same ``home``."""
     seconds, first, *more = packed
     if isinstance(first, int):
         headers, body, row, new, then = more

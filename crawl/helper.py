@@ -55,21 +55,26 @@ class HelperFrontier(Frontier):
         self._out: dict[int, Grant] = {}
 
     def granted(self, grant: Grant) -> None:
+        """Take a grant of the parent."""
         self._out[grant.number] = grant
         self._grants.append(grant)
 
     def turn(self, number: int, at: float) -> None:
+        """Grant ``number`` may be sent at that moment (monotonic)."""
         if grant := self._out.get(number):
             grant.turn = at
 
     def done(self, grant: Grant, *outcome: Any) -> None:
+        """Tell the parent what came of a grant."""
         self._out.pop(grant.number, None)
         self._tell((grant.number, *outcome), None)
 
     def step(self, now: float) -> Request | float | None:
+        """The oldest grant that waits, or inf: wait for one."""
         return None if self._stopped else self._grants.popleft() if self._grants else math.inf
 
     def clear_to_send(self, request: Request, now: float, ahead: float = 0.0) -> float:
+        """Seconds to wait before it is sent; the parent is asked for its turn once."""
         assert isinstance(request, Grant)
         if request.turn is None:
             if now < request.fresh_until:
@@ -88,6 +93,7 @@ class HelperFrontier(Frontier):
     def put_back(
         self, request: Request, now: float, not_before: float, target: str | None = None, host_name: str | None = None
     ) -> None:
+        """It was not sent: the parent has it again."""
         assert isinstance(request, Grant)
         self.done(request)
 
@@ -118,6 +124,7 @@ class HelperCrawl(Crawl, asyncio.Protocol):
     # What the driver calls
 
     def feed(self, urls: Iterable[str]) -> threading.Thread:
+        """Hear the parent, in a thread unless a loop does."""
         thread = threading.Thread(target=self._receive, name="parent", daemon=True)
         if self._loop is None:
             thread.start()
@@ -125,19 +132,23 @@ class HelperCrawl(Crawl, asyncio.Protocol):
 
     @contextlib.asynccontextmanager
     async def joined(self, put: Callable[[ScrapeResult], Awaitable[object]]) -> AsyncIterator[Any]:
+        """Hear the parent in the running loop."""
         self._loop = asyncio.get_running_loop()
         self._transport, _ = await self._loop.create_connection(lambda: self, sock=self._sock)
         yield put
 
     def headers(self, request: Request) -> tuple[str, dict[str, str]]:
+        """Those that the parent chose, or the usual ones."""
         assert isinstance(request, Grant)
         return request.sends or super().headers(request)
 
     def judge(self, request: Request, outcome: Response | FetchError) -> Response | FetchError | None:
+        """Nothing is judged here: the parent does that."""
         request.spent += outcome.seconds
         return outcome
 
     def complete(self, request: Request, outcome: Response | FetchError) -> None:
+        """Tell the parent the outcome, its row, and the links it has not been told of."""
         assert isinstance(request, Grant)
         body, row, new, home = b"", None, None, self._home
         if isinstance(outcome, Response):
@@ -149,6 +160,7 @@ class HelperCrawl(Crawl, asyncio.Protocol):
         self._mine.done(request, *pack(outcome, body, row, new, home))
 
     def broken(self, request: Request, error: FetchError) -> None:
+        """Tell the parent of a fault of ours."""
         assert isinstance(request, Grant)
         self._mine.done(request, *pack(error, b"", None, None, 0))
 
@@ -192,6 +204,7 @@ class HelperCrawl(Crawl, asyncio.Protocol):
     # From the parent
 
     def data_received(self, data: bytes) -> None:
+        """Take grants and turns."""
         self._received += data
         for home, grants, turns in messages(self._received):
             if home != self._home:
@@ -216,6 +229,7 @@ class HelperCrawl(Crawl, asyncio.Protocol):
         os._exit(0)
 
     def connection_lost(self, error: Exception | None) -> None:
+        """End at once: without a parent there is nothing to do."""
         os._exit(0)
 
     def _receive(self) -> None:

@@ -124,6 +124,8 @@ class Request:
 
 @dataclass(slots=True)
 class Response:
+    """An answer, read to its end."""
+
     status: int
     headers: dict[str, str]
     """Those of RESPONSE_HEADERS that came."""

@@ -39,6 +39,7 @@ FIELDS = [field.name for field in dataclasses.fields(ScrapeResult)]
 
 
 def encode_json(row: ScrapeResult) -> bytes:
+    """A row as JSON, in UTF-8."""
     try:
         return orjson.dumps(row)
     except TypeError:  # half a surrogate pair, in what the caller gave as a URL: no reader of UTF-8 would take it
@@ -52,6 +53,7 @@ def defuse(cell: object) -> object:
 
 
 def encode_csv(cells: Iterable[object]) -> bytes:
+    """A line of CSV (RFC 4180), which no spreadsheet takes for a formula."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\r\n").writerow([defuse(cell) for cell in cells])
     return line.getvalue().encode("utf-8", "replace")
@@ -79,6 +81,7 @@ class RowWriter:
         self._write(b"".join(map(self.encode, rows)))
 
     def encode(self, row: ScrapeResult) -> bytes:
+        """A row in the form of the output, with what stands before it."""
         first, self._rows = not self._rows, self._rows + 1
         if self.form == "csv":
             return encode_csv(cell(getattr(row, name)) for name in self._fields)
@@ -87,6 +90,7 @@ class RowWriter:
         return encode_json(row) + b"\n"
 
     def close(self) -> None:
+        """Write what ends the output."""
         if self.form == "json":
             self._write(b"\n]\n" if self._rows else b"[]\n")
 
@@ -143,6 +147,7 @@ class Output:
             self._crawl.stats.count_row(row)
 
     def close(self) -> None:
+        """End the output. What fails is an error of the crawl."""
         if not isinstance(self._crawl.failure, OSError):
             try:
                 self.writer.close()
@@ -210,8 +215,12 @@ class RowBatches:
 class LoopDriver(Protocol):
     """What crawls, in an event loop."""
 
-    async def run(self, urls: Iterable[str], /) -> None: ...
-    def stop(self) -> None: ...
+    async def run(self, urls: Iterable[str], /) -> None:
+        """Crawl ``urls`` to the end."""
+
+    def stop(self) -> None:
+        """The first call: begin nothing more. The second: cut off what is under way."""
+
     def give_back(self, rows: int, /) -> None:
         """So many of the rows that it emitted are written."""
 

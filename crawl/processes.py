@@ -80,27 +80,33 @@ class Helper(asyncio.Protocol):
         self._turns: list[tuple[int, float]] = []
 
     def start(self) -> None:
+        """Start the process; blocks."""
         self._sock, theirs = socket.socketpair()
         with theirs:
             self._process = start_child(help_out, theirs, self._options, self._program)
 
     async def join(self) -> None:
+        """Connect to it."""
         self.alive, self._received = True, bytearray()
         self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=self._sock)
 
     def grant(self, number: int, request: Request, *about: Any) -> None:
+        """Have it perform ``request``: sent by ``flush``."""
         self.granted[number] = request
         self._grants.append((number, *about, *of_request(request)))
 
     def turn(self, number: int, at: float) -> None:
+        """A request may be sent at that moment (monotonic): sent by ``flush``."""
         self._turns.append((number, at))
 
     def flush(self, home: int) -> None:
+        """Write what is to be told, in one message."""
         if (self._grants or self._turns) and not self._transport.is_closing():  # then it will be lost
             self._transport.write(frame(home, self._grants, self._turns))
             self._grants, self._turns = [], []
 
     def data_received(self, data: bytes) -> None:
+        """Take in what it has done."""
         self.stillborn = 0
         self._received += data
         for outcomes, asks, *usage in messages(self._received):
@@ -109,6 +115,7 @@ class Helper(asyncio.Protocol):
             self.parent.take_in(self, outcomes, asks)
 
     def connection_lost(self, error: Exception | None) -> None:
+        """It has ended, or is cut off."""
         self.alive = False
         self._grants, self._turns = [], []
         self.ended.set()
@@ -120,10 +127,12 @@ class Helper(asyncio.Protocol):
             self._transport.write_eof()
 
     def abort(self) -> None:
+        """Cut it off."""
         if self.alive:
             self._transport.abort()
 
     def kill(self) -> None:
+        """End the process."""
         self._process.kill()
 
     def bury(self) -> str:
@@ -278,6 +287,7 @@ class Parent:
     # What comes back
 
     def take_in(self, helper: Helper, outcomes: Iterable[Any], asks: Iterable[int]) -> None:
+        """What a helper has done, and the requests for which it asks a turn."""
         for number, *packed in outcomes:
             if request := helper.granted.pop(number, None):
                 helper.requests += bool(packed)

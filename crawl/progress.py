@@ -25,6 +25,7 @@ from runtime.monitor import Exporter, counter, gauge, http_in_thread
 
 
 def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``5 min``."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.0f} {unit}"
@@ -54,6 +55,7 @@ def describe(crawl: Crawl) -> str:
 
 @contextlib.contextmanager
 def progress(crawl: Crawl, wanted: bool) -> Iterator[None]:
+    """Show how the crawl goes on, on a terminal, if that is ``wanted``."""
     if not wanted:
         yield
         return
@@ -80,6 +82,7 @@ def progress(crawl: Crawl, wanted: bool) -> Iterator[None]:
 
 
 def write_stats(crawl: Crawl, file: TextIO) -> None:
+    """Write the counts of the run as JSON."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     frontier = crawl.frontier.stats()
     counts = (

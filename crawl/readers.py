@@ -102,6 +102,7 @@ class Template:
             raise
 
     def copy(self) -> Reader:
+        """Another reader, a copy of this process."""
         ours, theirs = _pair()
         try:
             with self.lock:
@@ -135,6 +136,7 @@ class Template:
             self._control.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        """End the process, by force if it does not end by itself."""
         self.end(())
         for patience in (PROMPT, REAP_LIMIT):
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -148,6 +150,8 @@ class Template:
 
 
 class ReadersStats(NamedTuple):
+    """Readers at most, those that run, and those that have nothing to do."""
+
     most: int
     started: int
     idle: int
@@ -277,6 +281,7 @@ class Readers:
             template.close()
 
     def stats(self) -> ReadersStats:
+        """The counts of this moment."""
         in_use = self.count - self._places.stats().available
         with self._lock:
             return ReadersStats(self.count, len(self._idle) + in_use, len(self._idle))
@@ -332,6 +337,7 @@ def _copy(template: int, descriptor: int) -> None:
 
 
 def main() -> None:
+    """The process that readers are copies of."""
     end_with(0)  # its other end closes when the program ends
     gc.set_threshold(10_000, 20, 50)
     feed_parsers()

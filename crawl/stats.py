@@ -25,11 +25,13 @@ class Stats:
         """What --stats tells besides, at the end, if there were helpers."""
 
     def count(self, **what: int) -> None:
+        """Add to these counts."""
         with self._lock:
             for name, n in what.items():
                 setattr(self, name, getattr(self, name) + n)
 
     def count_row(self, row: ScrapeResult) -> None:
+        """Count a row: its status, kind of error, size."""
         with self._lock:
             self.rows += 1
             self.bytes += row.bytes
