@@ -186,7 +186,7 @@ class Frontier:
         return decision
 
     def step(self, now: float) -> Request | Question | float | None:
-        """What is next: send a request, answer a question, or wait so many seconds (inf: for news); None: it is over."""
+        """Next: send a request, answer a question, or wait so many seconds (inf: for news); None: it is over."""
         with self._lock:
             if self._stopped or now >= self._until:
                 return None
