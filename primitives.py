@@ -58,7 +58,7 @@ from dataclasses import dataclass
 from types import CoroutineType, TracebackType
 from typing import Any, Generic, Literal, NamedTuple, NoReturn
 
-from coordination import Clock, FairCondition, K, Rng, T, Waiter, new_lock, stats_repr
+from coordination import Clock, FairCondition, K, Rng, T, Waiter, check_count, new_lock, stats_repr
 
 RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
 """Which errors are meant: an exception type, several, or a predicate."""
@@ -140,8 +140,7 @@ class RetryPolicy:
     total: float = 120.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise ValueError(f"attempts must be at least 1, not {self.attempts!r}")
+        check_count("attempts", self.attempts)
         if not (self.base >= 0 and self.cap >= 0 and self.total >= 0):
             raise ValueError("base, cap and total are seconds, not below 0")
 
@@ -820,8 +819,9 @@ class TTLCache(Generic[K, T]):
         maxweight: float = math.inf,
         clock: Clock = time.monotonic,
     ) -> None:
-        if maxsize < 1 or not maxweight > 0:
-            raise ValueError("maxsize must be at least 1, and maxweight above 0")
+        check_count("maxsize", maxsize)
+        if not maxweight > 0:
+            raise ValueError("maxweight must be above 0")
         if not (ttl > 0 and stale >= 0 and stale_if_error >= 0):
             raise ValueError("ttl must be above 0 s, stale and stale_if_error not below 0")
         self.maxsize, self.maxweight = maxsize, maxweight
@@ -1319,8 +1319,9 @@ class Batch(Generic[T]):
     def __init__(
         self, max_items: int, max_age: float, max_bytes: float = math.inf, *, clock: Clock = time.monotonic
     ) -> None:
-        if max_items < 1 or not max_age > 0 or not max_bytes > 0:
-            raise ValueError("max_items must be at least 1, max_age above 0 s, max_bytes above 0")
+        check_count("max_items", max_items)
+        if not max_age > 0 or not max_bytes > 0:
+            raise ValueError("max_age must be above 0 s, max_bytes above 0")
         self.max_items, self.max_age, self.max_bytes = max_items, max_age, max_bytes
         self._clock = clock
         self._lock = new_lock("Batch")

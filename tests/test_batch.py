@@ -33,8 +33,10 @@ def test_row_by_row() -> None:
 
 def test_refuses_its_sizes_and_has_a_clock() -> None:
     for wrong in ((0, 1.0), (-1, 1.0), (1, 0.0), (1, -1.0), (1, math.nan), (1, 1.0, 0), (1, 1.0, math.nan)):
-        with pytest.raises(ValueError, match="max_items must be"):
+        with pytest.raises(ValueError, match=r"max_(items|age) must be"):
             pr.Batch(*wrong)
+    with pytest.raises(TypeError):
+        pr.Batch(1.5, 1.0)  # type: ignore[arg-type]
     batch = pr.Batch[int](2, 3600.0)
     assert (batch.add(7), batch.take(), 0.0 < batch.due_in() <= 3600.0, batch.add(8)) == (None, [], True, [7, 8])
 

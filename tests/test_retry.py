@@ -64,6 +64,8 @@ def test_policy_defaults_and_refusals() -> None:
     for attempts in (0, -1):
         with pytest.raises(ValueError, match="attempts must be at least 1"):
             pr.RetryPolicy(attempts)
+    with pytest.raises(TypeError):
+        pr.RetryPolicy(2.5)  # type: ignore[arg-type]
     for wrong in ({"base": -0.1}, {"cap": -1.0}, {"total": -1.0}, {"base": float("nan")}, {"total": float("nan")}):
         with pytest.raises(ValueError, match="are seconds, not below 0"):
             pr.RetryPolicy(**wrong)  # type: ignore[arg-type]
