@@ -407,7 +407,7 @@ def test_one_process_has_a_folder(tmp_path: Path) -> None:
     async def main() -> None:
         body = """
             try:
-                print(spool.open())
+                print(spool.open(), flush=True)
                 os._exit(0)
             except log_spool.SpoolInUse as error:
                 print(error)
