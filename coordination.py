@@ -37,10 +37,8 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
-Clock = Callable[[], float]
-"""Returns monotonic seconds."""
-Rng = Callable[[], float]
-"""Returns a uniformly distributed number in [0, 1)."""
+Clock = Callable[[], float]  # returns monotonic seconds
+Rng = Callable[[], float]  # returns a uniformly distributed number in [0, 1)
 
 
 class ChannelClosed(Exception):

@@ -113,8 +113,7 @@ class Backoff:
         if not (base >= 0 and cap >= 0):
             raise ValueError("base and cap are seconds, not below 0")
         self.base, self.cap, self._rng = base, cap, rng
-        self.failures = 0
-        """In a row: how often ``next`` was asked since ``reset``."""
+        self.failures = 0  # in a row: how often ``next`` was asked since ``reset``
 
     def next(self) -> float:
         """Seconds to wait now that it failed once more."""
@@ -320,8 +319,7 @@ class _Place:
     def __init__(self, n: float, loop: asyncio.AbstractEventLoop | None) -> None:
         self.n, self.waiter = n, Waiter(loop)
         self.due = math.nan
-        self.after = math.nan
-        """When the bucket will be full again after it."""
+        self.after = math.nan  # when the bucket will be full again after it
 
     def is_told(self) -> bool:
         return self.due == self.due
@@ -337,8 +335,7 @@ class TokenBucketStats(NamedTuple):
 
     rate: float
     burst: float
-    tokens: float
-    """What could be had at once; negative while reservations wait."""
+    tokens: float  # what could be had at once; negative while reservations wait
 
 
 class TokenBucket:
@@ -369,11 +366,9 @@ class TokenBucket:
         self._depth = burst * self._interval
         self._reach = self._depth + NANOSECOND
         self._full_at = -math.inf
-        self._paused_until = self._unpaused = -math.inf
-        """``_unpaused``: what ``_full_at`` was before a pause moved it."""
+        self._paused_until = self._unpaused = -math.inf  # ``_unpaused``: what ``_full_at`` was before a pause moved it
         self._queue: deque[_Place] = deque()
-        self._queued = 0.0
-        """Tokens of those in the queue, which are in ``_full_at`` already."""
+        self._queued = 0.0  # tokens of those in the queue, which are in ``_full_at`` already
         self._clock = clock
         self._lock = new_lock("TokenBucket")
 
@@ -586,8 +581,7 @@ class TokenBucket:
 # -------------------------------------------------------------------------------------- single flight
 
 _ABSENT: Any = object()
-_LEAD: Any = object()
-"""What a follower is granted when the leader left without an answer: to load by itself."""
+_LEAD: Any = object()  # what a follower is granted when the leader left without an answer: to load by itself
 
 
 class _Answer(NamedTuple):
@@ -792,8 +786,7 @@ class TTLCacheStats(NamedTuple):
     entries: int
     weight: float
     hits: int
-    misses: int
-    """Of ``get`` and ``lookup``."""
+    misses: int  # of ``get`` and ``lookup``
     evicted: int
     loading: int
 
@@ -829,8 +822,7 @@ class TTLCache(Generic[K, T]):
         self._clock = clock
         self._lock = new_lock("TTLCache")
         self._entries: OrderedDict[K, _Entry] = OrderedDict()
-        self._gone_from = math.inf
-        """No entry is gone before."""
+        self._gone_from = math.inf  # no entry is gone before
         self._endings: list[tuple[float, int, _Entry]] | None = None
         """A heap of when each entry is gone; None until that matters. Entries that were replaced may still be in it."""
         self._serial = itertools.count()
@@ -1130,15 +1122,12 @@ class CircuitBreaker:
         self._state: State = "closed"
         self._generation = self._refused = self._opened = self._passed = 0
         self._calls = self._failed = 0
-        self._openings = 0
-        """In a row, without the circuit having been closed between them."""
+        self._openings = 0  # in a row, without the circuit having been closed between them
         self._open_until = -math.inf
-        self._failures: deque[float] = deque(maxlen=failures or 0)
-        """When, since the last success."""
+        self._failures: deque[float] = deque(maxlen=failures or 0)  # when, since the last success
         self._tenths: deque[list[int]] = deque()
         """For each tenth of the window: its number, its calls, its failures; their sums are _calls and _failed."""
-        self._probing: dict[Permit, float] = {}
-        """Probes under way, and when they expire."""
+        self._probing: dict[Permit, float] = {}  # probes under way, and when they expire
         self._listeners: list[Listener] = []
         self._news: deque[tuple[State, State, int]] = deque()
         self._telling = False
@@ -1306,8 +1295,7 @@ class BatchStats(NamedTuple):
     """What waits."""
 
     items: int
-    age: float
-    """Seconds that the oldest has waited."""
+    age: float  # seconds that the oldest has waited
 
 
 class Batch(Generic[T]):

@@ -111,8 +111,7 @@ class Crawl:
         )
         self.knows_first = self.follows and options.within != "any"
         """Whether the whole list is read before anything is fetched."""
-        self.form = FeedResult if options.feeds else CrawlResult if self.follows else ScrapeResult
-        """What the rows are."""
+        self.form = FeedResult if options.feeds else CrawlResult if self.follows else ScrapeResult  # what the rows are
         self.scope = Scope(
             within=options.within,
             include=options.include,
@@ -125,18 +124,15 @@ class Crawl:
         self.sitemaps = SitemapCrawl(self.frontier, self.scope, self.stats, clock, allow_private=options.allow_private)
         self.feeds = FeedCrawl(self.frontier, self.scope, self.stats, clock, since=options.since)
         self._lock = new_lock("Crawl")
-        self.bodies: dict[str, str] = {}
-        """With ``dedupe``: the digest of each body, and the URL that had it first."""
+        self.bodies: dict[str, str] = {}  # with ``dedupe``: the digest of each body, and the URL that had it first
         self.policy = RetryPolicy(attempts=options.retries + 1, base=0.5, cap=30.0, total=900.0)
         self.changed: Callable[[], None] = lambda: None
-        self.say: Callable[[str], None] = lambda text: None
-        """Told what a user should know, in one line."""
+        self.say: Callable[[str], None] = lambda text: None  # told what a user should know, in one line
         self.read: Read = in_place
         """By which feeds and articles are read; a driver has it done where it can be ended. Raises FetchError."""
         self.interrupted = False
         self.ask_robots_only = False
-        self.asked: Rules | None = None
-        """What robots.txt says, if only that was to be asked."""
+        self.asked: Rules | None = None  # what robots.txt says, if only that was to be asked
         self.failure: BaseException | None = None
         """Why the run ended early, if it did: the list or the output could not be read or written."""
         self.loop_lags: Sequence[float] = ()

@@ -41,10 +41,8 @@ class Contents(NamedTuple):
 
     visited: set[str]
     pages: int
-    host_pages: dict[str, int]
-    """Where there is a cap."""
-    waiting: dict[str, dict[UrlRun, list[str]]]
-    """Targets by host, and by what they have in common."""
+    host_pages: dict[str, int]  # where there is a cap
+    waiting: dict[str, dict[UrlRun, list[str]]]  # targets by host, and by what they have in common
 
 
 def parse_list(

@@ -35,13 +35,10 @@ class Grant(Request):
     """A request, in the helper that has it."""
 
     number: int = 0
-    sends: tuple[str, dict[str, str]] | None = None
-    """URL and headers, where there is more to them than the options say."""
-    fresh_until: float = -math.inf
-    """Until then it may be sent without asking."""
+    sends: tuple[str, dict[str, str]] | None = None  # URL and headers, where there is more to them than the options say
+    fresh_until: float = -math.inf  # until then it may be sent without asking
     asked_at: float | None = None
-    turn: float | None = None
-    """When it may be sent; below 0: not soon."""
+    turn: float | None = None  # when it may be sent; below 0: not soon
 
 
 def frame(*message: Any) -> bytes:

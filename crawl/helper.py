@@ -41,8 +41,7 @@ from crawl.output import Run, peak_memory_mb
 
 FRESH = 0.1
 TOLD = 200_000
-SOON = 0.01
-"""Seconds in which an answer to who asks for its turn should come; who waits for longer looks less often."""
+SOON = 0.01  # seconds in which an answer to who asks for its turn should come; who waits for longer looks less often
 
 
 class HelperFrontier(Frontier):
@@ -114,8 +113,7 @@ class HelperCrawl(Crawl, asyncio.Protocol):
         self._sending = new_lock("HelperCrawl")
         self._outcomes: deque[Message] = deque()
         self._asks: deque[int] = deque()
-        self._due = False
-        """Something waits to be sent, and will be."""
+        self._due = False  # something waits to be sent, and will be
         self._fields = row_fields(self.form)
         self._told: set[str] = set()
         self._remembers = not (options.max_pages or options.host_pages)  # with caps the parent decides again each time

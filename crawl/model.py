@@ -34,24 +34,19 @@ _FRAMING = frozenset({"content-length", "expect", "te", "trailer", "transfer-enc
 class ScrapeResult:
     """One row. ``status`` is None when no answer came; ``error`` is None or ``kind: detail`` (see ERROR_KINDS)."""
 
-    url: str
-    """As the list names it."""
+    url: str  # as the list names it
     status: int | None
     title: str | None
     word_count: int
     links_found: list[str]
     error: str | None
-    fetched_at: str
-    """ISO 8601, UTC: when the last answer or failure was complete."""
-    duration_ms: float
-    """The last attempt, its redirects included; the time spent waiting for politeness is not."""
-    final_url: str | None = None
-    """Where redirects led; None when no answer came."""
+    fetched_at: str  # ISO 8601, UTC: when the last answer or failure was complete
+    duration_ms: float  # the last attempt, its redirects included; the time spent waiting for politeness is not
+    final_url: str | None = None  # where redirects led; None when no answer came
     attempts: int = 1
     redirects: int = 0
     content_type: str | None = None
-    bytes: int = 0
-    """Size of the body after decompression."""
+    bytes: int = 0  # size of the body after decompression
     depth: int = 0
     language: str | None = None
     description: str | None = None
@@ -64,12 +59,9 @@ class CrawlResult(ScrapeResult):
 
     robots: str | None = None
     """What the page asks of robots that we are concerned by: ``noindex``, ``nofollow``, or both."""
-    nofollow: list[str] = field(default_factory=list)
-    """Those of ``links_found`` that are not to be followed."""
-    digest: str | None = None
-    """With ``--dedupe``: of the body."""
-    duplicate_of: str | None = None
-    """With ``--dedupe``: the URL whose body was the same, byte for byte, and came first."""
+    nofollow: list[str] = field(default_factory=list)  # those of ``links_found`` that are not to be followed
+    digest: str | None = None  # with ``--dedupe``: of the body
+    duplicate_of: str | None = None  # with ``--dedupe``: the URL whose body was the same, byte for byte, and came first
 
 
 @dataclass(slots=True)
@@ -77,17 +69,13 @@ class FeedResult(ScrapeResult):
     """One row of ``--feeds``: of a feed (``kind`` is ``feed``, ``links_found`` are its new articles) or an article."""
 
     kind: str = "article"
-    feed: str | None = None
-    """The feed that led to the article."""
+    feed: str | None = None  # the feed that led to the article
     author: str | None = None
-    published: str | None = None
-    """ISO 8601, UTC."""
+    published: str | None = None  # ISO 8601, UTC
     text: str | None = None
-    entries: list[dict[str, str | None]] = field(default_factory=list)
-    """What a feed says of its new articles."""
+    entries: list[dict[str, str | None]] = field(default_factory=list)  # what a feed says of its new articles
     etag: str | None = None
-    last_modified: str | None = None
-    """With ``etag``: what the feed's next request is made conditional on."""
+    last_modified: str | None = None  # with ``etag``: what the feed's next request is made conditional on
 
 
 @dataclass(slots=True, eq=False)
@@ -95,29 +83,20 @@ class Request:
     """One URL on its way. Owned by the worker that took it; by the frontier while it waits for a retry."""
 
     url: str
-    target: str
-    """What to fetch next: the normalised URL, later where a redirect led."""
+    target: str  # what to fetch next: the normalised URL, later where a redirect led
     host: str
     depth: int = 0
     attempt: int = 1
     hops: int = 0
-    spent: float = 0.0
-    """Seconds that this attempt has used on earlier hops."""
-    started: float = 0.0
-    """When it was first taken (monotonic)."""
-    last_of_host: bool = False
-    """The list is read and nothing more waits for this host: the connection need not be kept."""
-    error: FetchError | None = None
-    """Known to be wrong before any request was made."""
+    spent: float = 0.0  # seconds that this attempt has used on earlier hops
+    started: float = 0.0  # when it was first taken (monotonic)
+    last_of_host: bool = False  # the list is read and nothing more waits for this host: the connection need not be kept
+    error: FetchError | None = None  # known to be wrong before any request was made
     kind: Literal["page", "robots", "sitemap", "feed"] = "page"
-    private: bool = False
-    """The list names a private address, or such a page led here: it may go to private addresses."""
-    listed: bool = False
-    """The list names it: a page or sitemap did not lead here."""
-    held: float = 0.0
-    """Seconds that its present hop has waited for its turn to be sent."""
-    deaths: int = 0
-    """Helpers that died while they had it."""
+    private: bool = False  # the list names a private address, or such a page led here: it may go to private addresses
+    listed: bool = False  # the list names it: a page or sitemap did not lead here
+    held: float = 0.0  # seconds that its present hop has waited for its turn to be sent
+    deaths: int = 0  # helpers that died while they had it
     strayed: bool = False
     """A redirect led to another origin: from then on, also back at the first one, no credentials of the user's."""
 
@@ -127,12 +106,10 @@ class Response:
     """An answer, read to its end."""
 
     status: int
-    headers: dict[str, str]
-    """Those of RESPONSE_HEADERS that came."""
+    headers: dict[str, str]  # those of RESPONSE_HEADERS that came
     body: bytes
     seconds: float = 0.0
-    row: ScrapeResult | None = None
-    """Of a page that a helper has read; there is no body then."""
+    row: ScrapeResult | None = None  # of a page that a helper has read; there is no body then
     new_links: list[str] | None = None
     """Those of the row's links to follow that were not told of before; None: all of them."""
 
@@ -156,30 +133,22 @@ class Options:
     headers: tuple[tuple[str, str], ...] = ()
     proxy: str | None = None
     insecure: bool = False
-    depth: int = 0
-    """How many links away from the list; 0: the list only."""
+    depth: int = 0  # how many links away from the list; 0: the list only
     within: Literal["host", "domain", "any"] = "host"
     """Where links are followed to: the host of the page that the list names, its registrable domain, anywhere."""
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    """Patterns of URLs to follow links to (none: all), and not to."""
-    drop_params: tuple[str, ...] = ()
-    """Patterns of the query parameters that links are freed of."""
+    include: tuple[str, ...] = ()  # patterns of URLs to follow links to; none: all
+    exclude: tuple[str, ...] = ()  # and not to
+    drop_params: tuple[str, ...] = ()  # patterns of the query parameters that links are freed of
     max_pages: int = 0
     host_pages: int = 0
-    max_time: float = 0.0
-    """Bounds of the whole crawl; 0: none."""
-    robots: bool | None = None
-    """Whether robots.txt is obeyed; None: if links are followed."""
-    sitemaps: bool = False
-    """Whether the pages of the sitemaps that robots.txt names are crawled too."""
+    max_time: float = 0.0  # bounds of the whole crawl; 0: none
+    robots: bool | None = None  # whether robots.txt is obeyed; None: if links are followed
+    sitemaps: bool = False  # whether the pages of the sitemaps that robots.txt names are crawled too
     adaptive: bool = False
     dedupe: bool = False
     feeds: bool = False
-    since: str | None = None
-    """ISO 8601: no articles from before."""
-    allow_private: bool = False
-    """Any request may go to private addresses."""
+    since: str | None = None  # ISO 8601: no articles from before
+    allow_private: bool = False  # any request may go to private addresses
 
     def __post_init__(self) -> None:
         for names, allowed, unit in (

@@ -30,10 +30,8 @@ from crawl.model import ScrapeResult
 from primitives import Batch
 from runtime.loop import Lag, beside, new_loop, stopped_by_signals
 
-Emit = Callable[..., None]
-"""Takes rows; returns when they are written."""
-Run = Callable[[Crawl, Iterable[str], Emit], None]
-"""Crawls a list in this process, with signals."""
+Emit = Callable[..., None]  # takes rows; returns when they are written
+Run = Callable[[Crawl, Iterable[str], Emit], None]  # crawls a list in this process, with signals
 MakeDriver = Callable[[Crawl, Callable[[ScrapeResult], Awaitable[object]]], "LoopDriver"]
 FIELDS = [field.name for field in dataclasses.fields(ScrapeResult)]
 
@@ -167,8 +165,7 @@ class RowBatches:
         self._emit = emit
         self._loop = asyncio.get_running_loop()
         self._batch: Batch[ScrapeResult] = Batch(max(1, min(self.SIZE, concurrency // 4)), self.AGE)
-        self._unsent: list[ScrapeResult] = []
-        """A batch whose task was cancelled meanwhile."""
+        self._unsent: list[ScrapeResult] = []  # a batch whose task was cancelled meanwhile
         self._watched = False
         self._writer = WorkerPool(self._write, 1, self.QUEUED, name="writer").start_threads()
         self.written: Callable[[int], None] = lambda rows: None

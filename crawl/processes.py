@@ -51,15 +51,11 @@ from crawl.readers import Readers
 from runtime.options import EXIT_INTERRUPTED
 from runtime.processes import start_child
 
-AHEAD = 0.06
-"""Seconds before the moment of sending that a helper is told of it."""
-INLINE = 64 * 1024
-"""Largest body in bytes that is read in the loop; pages have none here."""
+AHEAD = 0.06  # seconds before the moment of sending that a helper is told of it
+INLINE = 64 * 1024  # largest body in bytes that is read in the loop; pages have none here
 STILLBORN = 3
-ALONE = 2
-"""Helpers that died with a request before it is tried alone."""
-PARTING = 1.0
-"""Seconds for a helper to say what it used."""
+ALONE = 2  # helpers that died with a request before it is tried alone
+PARTING = 1.0  # seconds for a helper to say what it used
 
 
 class Helper(asyncio.Protocol):
@@ -72,8 +68,7 @@ class Helper(asyncio.Protocol):
         self.granted: dict[int, Request] = {}
         self.alive = False
         self.requests = self.deaths = self.stillborn = 0
-        self.usage: tuple[float, float] = 0.0, 0.0
-        """Seconds of processor time, and MB at most."""
+        self.usage: tuple[float, float] = 0.0, 0.0  # seconds of processor time, and MB at most
         self.ended = asyncio.Event()
         self._transport: Any = None
         self._grants: list[Any] = []
@@ -156,8 +151,7 @@ class Parent:
         self._inbox: deque[tuple[Request, Response | FetchError | None]] = deque()
         """What came of requests; None: it was not sent."""
         self._suspects: deque[Request] = deque()
-        self._alone: Helper | None = None
-        """Has one suspect, or nothing, or is to have."""
+        self._alone: Helper | None = None  # has one suspect, or nothing, or is to have
         self._ready: list[Helper] = []
         self._withheld: set[str] = set()
         """Links that helpers told of with a page whose body had come before: others may have them, too."""

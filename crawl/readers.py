@@ -48,16 +48,11 @@ from crawl.feeds import bounds, feed_parsers
 from runtime.loop import STOPPING, blocked
 from runtime.processes import end_with, module_command
 
-MOST = 8
-"""Readers of one program, however many processors there are."""
-STUCK = 120
-"""Seconds that a reader, of which less time of a processor was asked, may keep its thread."""
-SPARE = 16 << 20
-"""Bytes that an idle reader may have more than it began with."""
-PROMPT = 1.0
-"""Seconds that the template gets to end by itself."""
-REAP_LIMIT = 5.0
-"""Seconds that what was killed gets to be gone; the system may hold it while it waits for a disk."""
+MOST = 8  # readers of one program, however many processors there are
+STUCK = 120  # seconds that a reader, of which less time of a processor was asked, may keep its thread
+SPARE = 16 << 20  # bytes that an idle reader may have more than it began with
+PROMPT = 1.0  # seconds that the template gets to end by itself
+REAP_LIMIT = 5.0  # seconds that what was killed gets to be gone; the system may hold it while it waits for a disk
 
 _NUMBER = struct.Struct("@i")
 _STOPPED = ("interrupted", "stopped before it was read")

@@ -21,8 +21,7 @@ class Stats:
         self.robots = self.sitemaps = self.sitemap_errors = self.unchanged = 0
         self.errors: Counter[str] = Counter()
         self.statuses: Counter[int] = Counter()
-        self.processes: dict[str, Any] = {}
-        """What --stats tells besides, at the end, if there were helpers."""
+        self.processes: dict[str, Any] = {}  # what --stats tells besides, at the end, if there were helpers
 
     def count(self, **what: int) -> None:
         """Add to these counts."""

@@ -138,8 +138,7 @@ class SyncAnswer:
     hosts: list[tuple[str, float | None]] = field(default_factory=list)  # (host, seconds until it may go)
     urls: list[Queued] = field(default_factory=list)
     robots: list[Found] = field(default_factory=list)
-    rules: dict[str, Rules] = field(default_factory=dict)
-    """What ``robots`` say, by origin, where it was read before."""
+    rules: dict[str, Rules] = field(default_factory=dict)  # what ``robots`` say, by origin, where it was read before
     scope: list[tuple[int, str]] = field(default_factory=list)
     finished: bool = False
     reading: bool = False

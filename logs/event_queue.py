@@ -41,8 +41,7 @@ class EventQueueStats(NamedTuple):
     bytes: int
     taken: int
     dropped: dict[Cause, int]
-    age: float
-    """Of the oldest event; 0.0 if there is none."""
+    age: float  # of the oldest event; 0.0 if there is none
 
 
 Waiting = tuple[int, float, Event, int]

@@ -62,20 +62,13 @@ from runtime.stderr import lines_lost
 
 log = logging.getLogger("ingest")
 
-WRITERS = 2
-"""Transactions at a time, that of the replay not counted."""
-TOGETHER, TOGETHER_BYTES = 16, 16_000_000
-"""Batches, and bytes of them, in one transaction, when so many wait."""
-SEALED, SEALED_BYTES = 64, 64_000_000
-"""Batches, and bytes of them, that may wait in memory to be written or spooled."""
-DRAIN_LIMIT = 1.0
-"""Seconds that reading what the socket holds may take at the stop: senders may go on."""
-FORCE_LIMIT = 2.0
-"""Seconds that putting the rest into the spool may take at a forced stop."""
-WATCH_EVERY = 1.0
-"""Seconds between two looks at the counts."""
-CANCEL_LIMIT = 0.5
-"""Seconds that the end of a task may take before the connections to the database are cut."""
+WRITERS = 2  # transactions at a time, that of the replay not counted
+TOGETHER, TOGETHER_BYTES = 16, 16_000_000  # batches, and bytes of them, in one transaction, when so many wait
+SEALED, SEALED_BYTES = 64, 64_000_000  # batches, and bytes of them, that may wait in memory to be written or spooled
+DRAIN_LIMIT = 1.0  # seconds that reading what the socket holds may take at the stop: senders may go on
+FORCE_LIMIT = 2.0  # seconds that putting the rest into the spool may take at a forced stop
+WATCH_EVERY = 1.0  # seconds between two looks at the counts
+CANCEL_LIMIT = 0.5  # seconds that the end of a task may take before the connections to the database are cut
 
 
 class Ingester:

@@ -20,8 +20,7 @@ from logs.seal import seal
 from runtime.outlet import Changes, Outlet
 from runtime.spool import EncodedBatch
 
-WAITS, WAITS_BYTES = 50, 32_000_000
-"""Batches, and bytes of them, that may wait for metadata; further ones do not wait."""
+WAITS, WAITS_BYTES = 50, 32_000_000  # batches, and bytes of them, that may wait for metadata; further ones do not wait
 
 
 class Sealer:
@@ -45,8 +44,7 @@ class Sealer:
         self.stopping = False
         self.waits: dict[asyncio.Task[None], tuple[list[Event], int]] = {}
         """Batches that wait for metadata, and their bytes."""
-        self._due, self._sleeping = asyncio.Event(), False
-        """``_sleeping``: it knows when the oldest event will be due."""
+        self._due, self._sleeping = asyncio.Event(), False  # ``_sleeping``: it knows when the oldest event will be due
 
     def wake(self) -> None:
         """Events came."""

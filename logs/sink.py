@@ -20,10 +20,8 @@ from runtime.spool import EncodedBatch
 
 log = logging.getLogger("ingest")
 
-PATIENCE = 5.0
-"""Seconds from the start for which batches wait for the first connection, and are not spooled yet."""
-DISTRUST = 1.0
-"""Seconds for which a database that is there, but could not write, is not asked again."""
+PATIENCE = 5.0  # seconds from the start for which batches wait for the first connection, and are not spooled yet
+DISTRUST = 1.0  # seconds for which a database that is there, but could not write, is not asked again
 
 
 def rows_in(batches: Collection[EncodedBatch]) -> int:
@@ -38,8 +36,7 @@ class DatabaseSink:
         self._database, self._store, self._clock, self._wall = database, store, clock, wall
         self.begun = self._distrust = -math.inf
         self.stopping = False
-        self.missing = 0
-        """Rows that were stored without the metadata that there should be."""
+        self.missing = 0  # rows that were stored without the metadata that there should be
         self.lags: deque[float] = deque([0.0], maxlen=100)
         """Seconds from the receipt of a batch's oldest event to its commit."""
         self._trouble = ""

@@ -56,25 +56,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("uvicorn.error")
 
-WRITE_LIMIT = 30.0
-"""Seconds that one transaction of batches may take before its connection is broken off."""
-HALVE_LIMIT = 120.0
-"""The same for a batch with bad rows in it: if all are bad, thousands of statements."""
-DROP_LIMIT = 0.5
-"""Seconds that a drop may wait for the table to stand still."""
-KEEP_IDS_DAYS = 7
-"""Days after which the id of a batch is forgotten."""
+WRITE_LIMIT = 30.0  # seconds that one transaction of batches may take before its connection is broken off
+HALVE_LIMIT = 120.0  # the same for a batch with bad rows in it: if all are bad, thousands of statements
+DROP_LIMIT = 0.5  # seconds that a drop may wait for the table to stand still
+KEEP_IDS_DAYS = 7  # days after which the id of a batch is forgotten
 DAYS_AT_ONCE = 8
 """Partitions that one batch may ask for. It spans seconds; more days than these mean that it is rubbish."""
 EARLIEST, LATEST = date(1970, 1, 1), date(2199, 12, 31)
 """Days that may get a partition: also those of a clock that was never set."""
-MAKE_TRIES = 5
-"""How often partitions are made for a batch, if others drop them at the same time."""
-PIECE = 1 << 20
-"""Bytes that are handed to the connection at a time."""
+MAKE_TRIES = 5  # how often partitions are made for a batch, if others drop them at the same time
+PIECE = 1 << 20  # bytes that are handed to the connection at a time
 FILL_AT_ONCE = 5000
-PARTITIONS_LOCK = 7063612
-"""The advisory lock for making and dropping partitions; the schemas have the number before it."""
+PARTITIONS_LOCK = 7063612  # the advisory lock for making and dropping partitions; the schemas have the number before it
 
 COLUMNS = (
     *("received_at", "event_at", "service", "host", "severity", "message", "attributes", "parse_error"),
@@ -132,16 +125,12 @@ class BatchOutcome(NamedTuple):
 class StoreStats(NamedTuple):
     """Counts since the start."""
 
-    batches: int
-    """That were written, by this store."""
+    batches: int  # that were written, by this store
     stored: int
     dead: int
-    repeated: int
-    """Batches that were there already."""
-    halved: int
-    """Batches with bad rows."""
-    filled: int
-    """Rows whose metadata came later."""
+    repeated: int  # batches that were there already
+    halved: int  # batches with bad rows
+    filled: int  # rows whose metadata came later
     partitions_made: int
     partitions_dropped: int
 

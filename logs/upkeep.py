@@ -13,8 +13,7 @@ log = logging.getLogger("ingest")
 
 FILL_EVERY, FILL_SERVICES = 2.0, 1000
 """Seconds between two looks for rows without metadata; services filled in at a time."""
-MAINTAIN_EVERY = 600.0
-"""Seconds between two looks at the partitions."""
+MAINTAIN_EVERY = 600.0  # seconds between two looks at the partitions
 
 
 async def maintain(database: Database, store: Store) -> None:

@@ -66,18 +66,13 @@ from runtime.stderr import lines_lost
 
 log = logging.getLogger("market_pipeline")
 
-QUEUE = 50_000
-"""Trades that may wait to be computed."""
-ROWS = 200
-"""That are handed over in one go: some 2 ms."""
+QUEUE = 50_000  # trades that may wait to be computed
+ROWS = 200  # that are handed over in one go: some 2 ms
 COMPUTE_EVERY, IDLE = 0.05, 0.5
 """Seconds that trades may wait for more to be computed with; seconds of silence after which all rows are told."""
-FEED_LIMIT = 3.0
-"""Seconds that the exchanges have to answer a close frame."""
-CLOSE_LIMIT = 2 * SAVE_LIMIT
-"""Seconds that the publisher has to end after that, whatever the disk does."""
-WATCH_EVERY = 1.0
-"""Seconds between two looks at the counts."""
+FEED_LIMIT = 3.0  # seconds that the exchanges have to answer a close frame
+CLOSE_LIMIT = 2 * SAVE_LIMIT  # seconds that the publisher has to end after that, whatever the disk does
+WATCH_EVERY = 1.0  # seconds between two looks at the counts
 
 
 @dataclass(frozen=True)

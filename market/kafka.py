@@ -65,16 +65,12 @@ from runtime.loop import ends_before
 from runtime.outlet import Changes, Outlet
 from runtime.spool import EncodedBatch, Spool
 
-ROWS, FILE = 2500, 2500
-"""Rows of analytics that are under way together, and records of a file of the spool, at most."""
+ROWS, FILE = 2500, 2500  # rows of analytics that are under way together, and records of a file of the spool, at most
 HEAVY, EACH = 64_000_000, 640
 """Bytes of records that may wait, or so many for each, if that is more: raw frames may be large, trades are not."""
-LARGEST_CONTEXT = 20_000
-"""Characters."""
-ASK_AGAIN = 1.0
-"""Seconds after which a disk that refused is asked again."""
-SAVE_LIMIT = 20.0
-"""Seconds that what is left at the end has to get into the spool."""
+LARGEST_CONTEXT = 20_000  # characters
+ASK_AGAIN = 1.0  # seconds after which a disk that refused is asked again
+SAVE_LIMIT = 20.0  # seconds that what is left at the end has to get into the spool
 
 
 class PublisherClosed(RuntimeError):
@@ -85,16 +81,12 @@ class Counts(NamedTuple):
     """accepted + recovered == published + held + spooled + dropped + lost."""
 
     accepted: int
-    recovered: int
-    """Left in the spool by a previous life."""
-    published: int
-    """Acknowledged."""
-    held: int
-    """In memory, on its way included."""
+    recovered: int  # left in the spool by a previous life
+    published: int  # acknowledged
+    held: int  # in memory, on its way included
     spooled: int
     dropped: int
-    lost: int
-    """The disk did not give back what it had taken."""
+    lost: int  # the disk did not give back what it had taken
 
 
 def counts_of(backlog: Backlog[Record]) -> Counts:
@@ -109,18 +101,13 @@ class PublisherStats(NamedTuple):
     """Where it stands, and what became of its records."""
 
     state: Literal["new", "connecting", "connected", "away", "failed", "closed"]
-    trades: Counts
-    """Dead letters included."""
+    trades: Counts  # dead letters included
     analytics: Counts
-    dead: int
-    """Records of the topic of dead letters, as published."""
+    dead: int  # records of the topic of dead letters, as published
     connects: int
-    error: str
-    """The last one."""
-    waiting: int
-    """Trades and dead letters whose callers wait for room."""
-    given_up: int
-    """Those that were not taken before the end."""
+    error: str  # the last one
+    waiting: int  # trades and dead letters whose callers wait for room
+    given_up: int  # those that were not taken before the end
 
 
 def value_bytes(record: Record) -> int:
@@ -271,8 +258,7 @@ class Publisher:
         self._state: Literal["new", "open", "stopping", "closed"] = "new"
         self._failed = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._turn = asyncio.Lock()
-        """Who waits for room waits in a queue."""
+        self._turn = asyncio.Lock()  # who waits for room waits in a queue
         self._waiting = self._given_up = 0
 
     # ------------------------------------------------------------------------------------------------------------ verbs

@@ -41,16 +41,13 @@ from primitives import Backoff
 
 FLIGHT, FLIGHT_BYTES = 5000, 1_300_000
 """Records that are under way together at most, and bytes of their values, or one more."""
-AT_ONCE = 1000
-"""Records that are encoded, or put into batches, in one go."""
+AT_ONCE = 1000  # records that are encoded, or put into batches, in one go
 ROUND_BYTES = {"gzip": 180_000, "lz4": 500_000}
 """Of the values of one round, which are compressed in one go; by the kinds that are slow."""
-BATCH_BYTES = 950_000
-"""Of a batch; Kafka's own default for the largest is 1,048,588."""
+BATCH_BYTES = 950_000  # of a batch; Kafka's own default for the largest is 1,048,588
 RENEW_AFTER = 1 << 30
 """Records of one producer: aiokafka's sequence numbers turn negative at 2**31 in a partition, where Kafka's turn 0."""
-KEYS = 100_000
-"""Symbols whose partition is remembered."""
+KEYS = 100_000  # symbols whose partition is remembered
 RECORDS_FAULT = (
     CorruptRecordException,
     InvalidMessageError,

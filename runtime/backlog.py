@@ -30,8 +30,7 @@ class Round(Generic[T]):
     """Items that are under way together."""
 
     def __init__(self, items: list[T], files: Sequence[str]) -> None:
-        self.items, self.files = items, files
-        """``files``: those of the spool that hold the items too."""
+        self.items, self.files = items, files  # ``files``: those of the spool that hold the items too
 
 
 class Backlog(Generic[T]):
@@ -56,10 +55,8 @@ class Backlog(Generic[T]):
         self._size, self._rows = size, rows
         self._round_bytes, self._file_items = round_bytes, file_items
         self.waiting, self.diverted = deque[T](), deque[T]()
-        self.moving: list[T] = []
-        """On their way to the spool."""
-        self.rounds: list[Round[T]] = []
-        """Under way to the sink."""
+        self.moving: list[T] = []  # on their way to the spool
+        self.rounds: list[Round[T]] = []  # under way to the sink
         self.accepted = self.recovered = self.stored = self.refused = self.spooled = self.lost = 0
         self.dropped = Counter[str]()
         self._bytes = 0

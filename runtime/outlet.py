@@ -35,10 +35,8 @@ from runtime.spool import EncodedBatch, Spool
 
 T = TypeVar("T")
 
-BACK_OFF = 0.1, 5.0
-"""Seconds before the spool is replayed again after a failure, and at most."""
-LOOK = 1.0
-"""Seconds after which somebody who waits for a change looks by himself, for what nobody tells."""
+BACK_OFF = 0.1, 5.0  # seconds before the spool is replayed again after a failure, and at most
+LOOK = 1.0  # seconds after which somebody who waits for a change looks by himself, for what nobody tells
 
 
 class SinkAway(Exception):
@@ -133,8 +131,7 @@ class Outlet(Generic[T]):
         self._log, self._changes, self._clock, self._rng = log, changes, clock, rng
         self._linger, self._stalls_after = linger, stalls_after
         self._replay_files, self._ask_again = replay_files, ask_again
-        self.stopping = self.stalled = self._pressed = self._full = False
-        """``stalled``: there was no answer in time."""
+        self.stopping = self.stalled = self._pressed = self._full = False  # ``stalled``: there was no answer in time
         self._work, self._spoolable = asyncio.Event(), asyncio.Event()
         self._putting: asyncio.Task[bool] | None = None
         self._removing = set[asyncio.Task[None]]()

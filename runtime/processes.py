@@ -46,8 +46,7 @@ from typing import Any, NamedTuple, cast
 from coordination import Semaphore, T, stats_repr
 from runtime.stderr import queue_stderr
 
-BURIAL = 5.0
-"""Seconds that a killed worker gets to be gone; the system may hold one that waits for a disk for longer."""
+BURIAL = 5.0  # seconds that a killed worker gets to be gone; the system may hold one that waits for a disk for longer
 
 
 _STOP = {signal.SIGINT, signal.SIGTERM}

@@ -44,12 +44,10 @@ T = TypeVar("T")
 
 log = logging.getLogger("uvicorn.error")
 
-LONGEST_HEADER = 300
-"""Bytes of the first line."""
+LONGEST_HEADER = 300  # bytes of the first line
 _PASSES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _NAME = re.compile(r"\d{16}\.batch", re.A)
-_NUMBER = re.compile(r"0\d{15}(?=\.)", re.A)
-"""Of a file that this program named: no rubbish may use the numbers up."""
+_NUMBER = re.compile(r"0\d{15}(?=\.)", re.A)  # of a file that this program named: no rubbish may use the numbers up
 
 
 class EncodedBatch(NamedTuple):
@@ -57,10 +55,8 @@ class EncodedBatch(NamedTuple):
 
     id: UUID
     rows: int
-    received_at: float
-    """Of the oldest row, in seconds since 1970."""
-    data: bytes
-    """A line for each row, each with its line end."""
+    received_at: float  # of the oldest row, in seconds since 1970
+    data: bytes  # a line for each row, each with its line end
 
 
 class SpoolInUse(OSError):
@@ -74,22 +70,15 @@ class Damaged(ValueError):
 class SpoolStats(NamedTuple):
     """What is in the folder, and counts since it was opened."""
 
-    batches: int
-    """In the folder; so are the next two."""
+    batches: int  # in the folder; so are the next two
     rows: int
     bytes: int
-    recovered: int
-    """Rows that a previous life left."""
-    bad: int
-    """Files that were not as they had been written."""
-    lost: int
-    """Rows that were in the folder, and could not be read when their turn came."""
-    refused: int
-    """Batches that found no room, or that the disk did not take."""
-    unsynced: int
-    """Files that a power cut may take."""
-    errors: int
-    """Times that the disk refused anything else."""
+    recovered: int  # rows that a previous life left
+    bad: int  # files that were not as they had been written
+    lost: int  # rows that were in the folder, and could not be read when their turn came
+    refused: int  # batches that found no room, or that the disk did not take
+    unsynced: int  # files that a power cut may take
+    errors: int  # times that the disk refused anything else
 
 
 class _File(NamedTuple):
@@ -148,12 +137,10 @@ class Spool:
     ) -> None:
         self.folder, self.max_bytes, self.fsync_every = folder, max_bytes, fsync_every
         self._clock = clock
-        self._files: dict[str, _File] = {}
-        """In their order, which is that of their names."""
+        self._files: dict[str, _File] = {}  # in their order, which is that of their names
         self._next = 0
         self._bytes = self._rows = self._recovered = self._bad = self._lost = self._refused = self._errors = 0
-        self._coming = 0
-        """Bytes of what is being written."""
+        self._coming = 0  # bytes of what is being written
         self._unsynced: dict[str, None] = {}
         self._unsynced_since = 0.0
         self._timer: asyncio.Task[None] | None = None
