@@ -223,6 +223,7 @@ class Course:
 def at_best(seed: int, part: str, workers: int) -> float:
     """Seconds from the first request to the last answer, if nothing but waiting took any time."""
     from crawl.frontier import Frontier
+    from crawl.hosts import Question
     from crawl.model import Request
 
     frontier = Frontier(rate=RATE, burst=1)
@@ -240,7 +241,8 @@ def at_best(seed: int, part: str, workers: int) -> float:
             if part == "whole" and done.kind == "feed":
                 frontier.add_links(articles[done.target.removesuffix("/feed.xml")], 1, now)
             frontier.finish(done, now)
-        decision = frontier.take(now) if len(waiting) < workers else float("inf")
+        decision = frontier.step(now) if len(waiting) < workers else float("inf")
+        assert not isinstance(decision, Question)  # robots.txt is not asked
         if isinstance(decision, Request):
             begin = now + frontier.clear_to_send(decision, now)
             pause = latency(seed, int(decision.host[1:].partition(".")[0]), decision.target.partition(".example")[2])

@@ -177,12 +177,6 @@ class Frontier:
 
     # What goes next
 
-    def take(self, now: float) -> Request | float | None:
-        """``step``, for those who may answer its questions themselves."""
-        while isinstance(decision := self.step(now), Question):
-            self.answer(decision, decision.rules.allows(decision.target), now)
-        return decision
-
     def step(self, now: float) -> Request | Question | float | None:
         """Next: send a request, answer a question, or wait so many seconds (inf: for news); None: it is over."""
         with self._lock:
@@ -324,9 +318,8 @@ class Frontier:
             return f"no: {error.detail}"
         with self._lock:
             rules, unread = self._robots.known(target, now)
-        forbidden = None  # not under the lock: rules may take their time
-        if self._robots.enabled and not unread:
-            forbidden = why_forbidden(rules, rules.allows(target) if rules else None)
+        asked = self._robots.enabled and not unread  # not under the lock: rules may take their time
+        forbidden = why_forbidden(rules, rules.allows(target) if rules else None) if asked else None
         with self._lock:
             host = self._hosts.get(name)
             ahead = host.ahead(target) if host and target in self._visited else None
@@ -357,8 +350,7 @@ class Frontier:
             )
 
     def __repr__(self) -> str:
-        s = self.stats()
-        return f"<Frontier {s.waiting} waiting on {s.hosts} hosts, {s.in_flight} in flight>"
+        return f"<Frontier {self.waiting} waiting on {len(self._hosts)} hosts, {self._in_flight} in flight>"
 
     # Called under the lock
 

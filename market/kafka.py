@@ -118,8 +118,8 @@ def value_bytes(record: Record) -> int:
 class RowSink:
     """Analytics: what the broker refuses is logged."""
 
-    def __init__(self, producer: Producer) -> None:
-        self.producer = producer
+    def __init__(self, producer: Producer, topic: str, dead_letters: str) -> None:
+        self.producer, self._topics, self._dead_topic = producer, (topic, dead_letters), dead_letters
 
     async def write(self, items: list[Record]) -> tuple[int, int]:
         """Published and refused, when all is acknowledged."""
@@ -142,17 +142,14 @@ class RowSink:
         return EncodedBatch(uuid4(), len(items), time.time(), data)
 
     def decode(self, batch: EncodedBatch) -> list[Record]:
-        """None are spooled."""
-        raise NotImplementedError
+        """The records of a batch of the spool."""
+        return records_of(batch.data, *self._topics)
 
 
 class TradeSink(RowSink):
     """Trades and dead letters: a trade that the broker refuses becomes a dead letter."""
 
-    def __init__(self, producer: Producer, trades: str, dead_letters: str) -> None:
-        super().__init__(producer)
-        self._topics, self._dead_topic = (trades, dead_letters), dead_letters
-        self.dead = 0
+    dead = 0  # records of the topic of dead letters, as published
 
     async def write(self, items: list[Record]) -> tuple[int, int]:
         """Publish them; how many trades and dead letters Kafka refused for good."""
@@ -170,10 +167,6 @@ class TradeSink(RowSink):
                     records.append(unpublishable_record(record.value, error, self._dead_topic))
         client_log.recovered()
         return len(items) - unwanted, unwanted
-
-    def decode(self, batch: EncodedBatch) -> list[Record]:
-        """The records of a batch of the spool."""
-        return records_of(batch.data, *self._topics)
 
 
 async def _finished(task: asyncio.Task[None]) -> None:
@@ -231,7 +224,8 @@ class Publisher:
 
         self.changes = Changes(clock)
         topics = self._trades_topic, self._dead_topic
-        self._sink, self._row_sink = TradeSink(producer(*topics), *topics), RowSink(producer(self._analytics_topic))
+        self._sink = TradeSink(producer(*topics), *topics)
+        self._row_sink = RowSink(producer(self._analytics_topic), self._analytics_topic, self._dead_topic)
         common: dict[str, Any] = {"log": log, "changes": self.changes, "linger": linger, "clock": clock, "rng": rng}
         self._trades = Outlet(
             Backlog[Record](

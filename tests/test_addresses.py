@@ -15,6 +15,7 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.model import Options, Request
 from crawl.urls import normalise
+from tests.helpers.crawl import take
 
 # The IANA special-purpose address registries of IPv4 and IPv6 (2025), multicast, and what else is not to be reached.
 # True: "globally reachable", and nothing speaks against it.
@@ -180,6 +181,6 @@ def test_the_list_is_what_names() -> None:
     crawl = Crawl(Options(rate=0))
     crawl.frontier.add_all(["http://127.0.0.1/", "http://a.example/", "http://localhost:1/", "http://[::1]/"], 0.0)
     found = {}
-    while isinstance(request := crawl.frontier.take(0.0), Request):
+    while isinstance(request := take(crawl.frontier, 0.0), Request):
         found[request.host] = request.private
     assert found == {"127.0.0.1": True, "a.example": False, "localhost": True, "[::1]": True}

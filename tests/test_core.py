@@ -23,7 +23,7 @@ from crawl.hosts import FrontierStats
 from crawl.model import Options, Request, Response, ScrapeResult
 from crawl.rows import build_row
 from crawl.urls import normalise
-from tests.helpers.crawl import answer, judged, taken
+from tests.helpers.crawl import answer, judged, take, taken
 
 
 @pytest.mark.parametrize(
@@ -83,21 +83,21 @@ def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_frontier_one_host_row_by_row() -> None:
     frontier = Frontier(rate=2.0, burst=1)
-    assert frontier.take(0.0) == math.inf
+    assert take(frontier, 0.0) == math.inf
     assert frontier.add_all(["http://a/1", "http://a/2", "http://a/1#again", "http://A:80/2"], 0.0) == 2
-    first = taken(frontier.take(0.0))
+    first = taken(take(frontier, 0.0))
     assert (first.url, first.target, first.host) == ("http://a/1", "http://a/1", "a")
-    assert frontier.take(0.1) == pytest.approx(0.4)
+    assert take(frontier, 0.1) == pytest.approx(0.4)
     assert frontier.clear_to_send(first, 0.2) == 0.0
-    assert frontier.take(0.2) == pytest.approx(0.3)  # the lower bound that is in the heap
-    assert frontier.take(0.5) == pytest.approx(0.2)  # half a second after it was *sent*
+    assert take(frontier, 0.2) == pytest.approx(0.3)  # the lower bound that is in the heap
+    assert take(frontier, 0.5) == pytest.approx(0.2)  # half a second after it was *sent*
     frontier.close()
-    second = taken(frontier.take(0.7))
+    second = taken(take(frontier, 0.7))
     assert (first.last_of_host, second.last_of_host) == (False, True)
     frontier.finish(first, 0.8)
-    assert frontier.take(0.8) == math.inf  # it may come back
+    assert take(frontier, 0.8) == math.inf  # it may come back
     frontier.finish(second, 0.9)
-    assert frontier.take(0.9) is None
+    assert take(frontier, 0.9) is None
     assert frontier.stats() == FrontierStats(waiting=0, in_flight=0, hosts=1, seen=2, duplicates=2, closed=True)
     assert "0 waiting" in repr(frontier)
 
@@ -105,80 +105,80 @@ def test_frontier_one_host_row_by_row() -> None:
 def test_frontier_holds_back_at_the_moment_of_sending() -> None:
     frontier = Frontier(rate=1.0, burst=1)
     frontier.add_all(["http://a/1", "http://a/2", "http://a/3"], 0.0)
-    slow = taken(frontier.take(0.0))
-    quick = taken(frontier.take(1.0))  # slow is still connecting
+    slow = taken(take(frontier, 0.0))
+    quick = taken(take(frontier, 1.0))  # slow is still connecting
     assert frontier.clear_to_send(quick, 1.0) == 0.0
     assert frontier.clear_to_send(slow, 1.4) == pytest.approx(0.6)  # both at once would be two within a second
     assert frontier.clear_to_send(slow, 2.0) == 0.0
-    third = taken(frontier.take(3.0))
+    third = taken(take(frontier, 3.0))
     frontier.pause("a", 60.0, 3.0)
     assert frontier.stats().in_flight == 3
     with pytest.raises(Postponed):
         frontier.clear_to_send(third, 3.0)
     frontier.put_back(third, 3.0, 3.0)
-    assert frontier.take(3.0) == pytest.approx(57.0)
-    assert taken(frontier.take(60.0)) is third
+    assert take(frontier, 3.0) == pytest.approx(57.0)
+    assert taken(take(frontier, 60.0)) is third
 
 
 def test_frontier_a_paused_or_slow_host_holds_up_no_other() -> None:
     frontier = Frontier(rate=0, per_host=1)
     frontier.add_all([f"http://{host}/{n}" for host in "abc" for n in range(2)], 0.0)
-    a = taken(frontier.take(0.0))
+    a = taken(take(frontier, 0.0))
     frontier.pause("a", 100.0, 0.0)
-    assert [taken(frontier.take(0.0)).host for _ in range(2)] == ["b", "c"]
-    assert frontier.take(0.0) == math.inf  # one in flight per host
+    assert [taken(take(frontier, 0.0)).host for _ in range(2)] == ["b", "c"]
+    assert take(frontier, 0.0) == math.inf  # one in flight per host
     frontier.finish(a, 1.0)
-    assert frontier.take(1.0) == 99.0
-    assert taken(frontier.take(100.0)).host == "a"
+    assert take(frontier, 1.0) == 99.0
+    assert taken(take(frontier, 100.0)).host == "a"
 
 
 def test_frontier_retries_wait_in_the_frontier_and_redirects_obey_the_target_host() -> None:
     frontier = Frontier(rate=10.0, burst=1)
     frontier.add_all(["http://a/1", "http://b/1"], 0.0)
-    a, b = taken(frontier.take(0.0)), taken(frontier.take(0.0))
+    a, b = taken(take(frontier, 0.0)), taken(take(frontier, 0.0))
     assert frontier.clear_to_send(a, 0.0) == frontier.clear_to_send(b, 0.0) == 0.0
     frontier.put_back(a, 0.01, 5.0)
     frontier.put_back(b, 0.02, 0.02, "http://a/target", "a")
-    assert frontier.take(0.02) == pytest.approx(0.08)
-    hop = taken(frontier.take(0.1))
+    assert take(frontier, 0.02) == pytest.approx(0.08)
+    hop = taken(take(frontier, 0.1))
     assert hop is b
     assert (hop.target, hop.host) == ("http://a/target", "a")
     frontier.finish(hop, 0.2)
-    assert frontier.take(0.2) == pytest.approx(4.8)
-    assert taken(frontier.take(5.0)) is a
+    assert take(frontier, 0.2) == pytest.approx(4.8)
+    assert taken(take(frontier, 5.0)) is a
 
 
 def test_frontier_total_rate_and_stop_and_refused_urls() -> None:
     frontier = Frontier(rate=0, total_rate=4.0)
     frontier.add_all(["http://a/", "http://b/", "http://c/", "no url", "no url"], 0.0)
-    refused = taken(frontier.take(0.0))
+    refused = taken(take(frontier, 0.0))
     assert refused.error and refused.error.kind == "invalid_url"
     frontier.finish(refused, 0.0)
-    a = taken(frontier.take(0.0))
+    a = taken(take(frontier, 0.0))
     assert frontier.clear_to_send(a, 0.0) == 0.0
-    assert frontier.take(0.0) == pytest.approx(0.25)
-    b = taken(frontier.take(0.25))
+    assert take(frontier, 0.0) == pytest.approx(0.25)
+    b = taken(take(frontier, 0.25))
     assert frontier.clear_to_send(b, 0.3) == 0.0
     frontier.stop()
-    assert frontier.take(9.0) is None
+    assert take(frontier, 9.0) is None
     frontier.finish(a, 9.0)
     frontier.put_back(b, 9.0, 10.0)
-    assert frontier.take(20.0) is None
+    assert take(frontier, 20.0) is None
     assert frontier.stats().waiting == 2
 
 
 def test_frontier_forgets_hosts_when_their_bucket_is_full_again() -> None:
     frontier = Frontier(rate=1.0, lead=0.002)
     frontier.add_all([f"http://h{n}/" for n in range(1000)], 0.0)
-    requests = [taken(frontier.take(0.0)) for _ in range(1000)]
+    requests = [taken(take(frontier, 0.0)) for _ in range(1000)]
     for request in requests:
         assert frontier.clear_to_send(request, 0.0) == 0.0
         frontier.finish(request, 0.1)
     assert frontier.stats().hosts == 1000
     frontier.add_all(["http://late/"], 5.0)
-    taken(frontier.take(5.0))
+    taken(take(frontier, 5.0))
     frontier.add_all(["http://later/"], 9.0)
-    taken(frontier.take(9.0))
+    taken(take(frontier, 9.0))
     assert frontier.stats().hosts <= 3
 
 
@@ -225,7 +225,7 @@ def play(seed: int, frontier_class: type[Frontier] = Frontier, **settings: Any) 
         steps += 1
         assert steps < 20_000, "the crawl does not end"
         while busy < workers:
-            decision = frontier.take(now)
+            decision = take(frontier, now)
             if not isinstance(decision, Request):
                 break
             busy += 1
@@ -303,7 +303,7 @@ def test_frontier_a_skewed_list_in_host_order_takes_as_long_as_its_busiest_host(
     frontier.add_all(urls, 0.0)
     frontier.close()
     now = 0.0
-    while (decision := frontier.take(now)) is not None:
+    while (decision := take(frontier, now)) is not None:
         if isinstance(decision, Request):
             assert frontier.clear_to_send(decision, now) == 0.0
             frontier.finish(decision, now)
@@ -334,13 +334,13 @@ def test_what_is_tried_again(outcome: Response | FetchError, again: bool) -> Non
 def test_retry_after_pauses_the_host_and_wins_over_the_back_off() -> None:
     crawl, request, final = judged(answer(429, retry_after="30"))
     assert final is None
-    assert crawl.frontier.take(100.0) == pytest.approx(30.0)
+    assert take(crawl.frontier, 100.0) == pytest.approx(30.0)
     crawl.frontier.add_all(["http://a.example/other", "http://b.example/"], 100.0)
-    assert taken(crawl.frontier.take(100.0)).host == "b.example"
-    assert crawl.frontier.take(129.9) == pytest.approx(0.1)
-    assert taken(crawl.frontier.take(130.0)) is request
-    assert judged(answer(503, retry_after="1000000000"))[0].frontier.take(100.0) == MAX_RETRY_AFTER
-    assert judged(answer(503, retry_after="soon"))[0].frontier.take(100.0) == pytest.approx(0.5)  # its rate: 2/s
+    assert taken(take(crawl.frontier, 100.0)).host == "b.example"
+    assert take(crawl.frontier, 129.9) == pytest.approx(0.1)
+    assert taken(take(crawl.frontier, 130.0)) is request
+    assert take(judged(answer(503, retry_after="1000000000"))[0].frontier, 100.0) == MAX_RETRY_AFTER
+    assert take(judged(answer(503, retry_after="soon"))[0].frontier, 100.0) == pytest.approx(0.5)  # its rate: 2/s
 
 
 @pytest.mark.parametrize(
@@ -396,5 +396,5 @@ def test_a_list_that_fails_ends_the_run_and_what_came_before_counts() -> None:
     crawl.changed = lambda: changes.append(1)
     crawl.feed(urls()).join()
     assert isinstance(crawl.failure, OSError)
-    assert crawl.frontier.take(0.0) is None
+    assert take(crawl.frontier, 0.0) is None
     assert changes

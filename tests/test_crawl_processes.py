@@ -36,7 +36,7 @@ from html_parse import Page, parse_page
 from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, wait_until
-from tests.helpers.crawl import DRIVERS, walk, walk_crawl, walk_main
+from tests.helpers.crawl import DRIVERS, take, walk, walk_crawl, walk_main
 
 AnyPage = tuple[int, dict[str, str], str]
 
@@ -322,7 +322,7 @@ def test_shares_a_pause_reaches_what_was_granted_before() -> None:
     with Web(lambda host, path: (200, {}, "")) as web:
         crawl = Crawl(Options(rate=0))
         crawl.frontier.add_all([web.url(1, "/1"), web.url(1, "/2")], 0.0)
-        one, two = (crawl.frontier.take(0.0) for _ in range(2))
+        one, two = (take(crawl.frontier, 0.0) for _ in range(2))
         assert isinstance(one, Request) and isinstance(two, Request)
         assert crawl.frontier.is_unmetered(one, 0.0)
         crawl.frontier.pause(two.host, 0.5, 0.1)
@@ -331,7 +331,7 @@ def test_shares_a_pause_reaches_what_was_granted_before() -> None:
         assert crawl.frontier.clear_to_send(one, 0.2, 0.4) == pytest.approx(0.3)
     metered = Frontier(rate=10.0)
     metered.add_all(["http://a.example/1", "http://a.example/2"], 0.0)
-    first = metered.take(0.0)
+    first = take(metered, 0.0)
     assert isinstance(first, Request) and not metered.is_unmetered(first, 0.0)
     assert metered.clear_to_send(first, 0.0, 0.03) == 0.0
     assert metered.clear_to_send(first, 0.05, 0.03) == pytest.approx(0.05)  # not taken

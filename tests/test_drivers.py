@@ -40,7 +40,7 @@ from sandbox.faults import FAULTS, status_expect
 from sandbox.sites import Sandbox
 from tests.helpers import lock_order
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, holds_the_loop, wait_until
-from tests.helpers.crawl import DRIVERS, kind, run_program, scrape, start, taken
+from tests.helpers.crawl import DRIVERS, kind, run_program, scrape, start, take, taken
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -198,7 +198,7 @@ def test_the_pool_of_the_threads_forgets_what_is_closed(web: Sandbox) -> None:
     paths = ["ok", "http10", "closes_keepalive", "closes", "junk_after", "never_answers"]
     crawl.frontier.add_all([web.fault_url(path, host=9, pool=1) for path in paths], crawl.clock())
     for _ in paths:
-        fetcher.fetch(taken(crawl.frontier.take(crawl.clock())))
+        fetcher.fetch(taken(take(crawl.frontier, crawl.clock())))
     assert len(fetcher._pool._in_use) == 0
     assert len(fetcher._pool._idle) <= 2
     fetcher.close()

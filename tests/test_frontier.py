@@ -21,7 +21,7 @@ from crawl.robots_gate import KEPT_BYTES, ROBOTS_AGAIN
 from crawl.scheduler import FAIR
 from crawl.urls import host_of
 from simulator.checker import Rules
-from tests.helpers.crawl import taken
+from tests.helpers.crawl import take, taken
 
 
 def test_links_keep_their_depth_and_flags_at_no_cost_for_each() -> None:
@@ -32,7 +32,7 @@ def test_links_keep_their_depth_and_flags_at_no_cost_for_each() -> None:
     assert frontier.add_links(["http://a/s.xml"], 0, 0.0, kind="sitemap") == 1
     frontier.close()
     requests = []
-    while not isinstance(decision := frontier.take(0.0), float):
+    while not isinstance(decision := take(frontier, 0.0), float):
         requests.append(taken(decision))
         assert not requests[-1].last_of_host  # more links may come
         if len(requests) % 3 == 0:
@@ -63,14 +63,14 @@ def test_takes_links_after_the_list_is_closed_while_something_is_in_flight() -> 
     frontier = Frontier(rate=0)
     frontier.add_all(["http://a/"], 0.0)
     frontier.close()
-    seed = taken(frontier.take(0.0))
-    assert frontier.take(0.0) == math.inf
+    seed = taken(take(frontier, 0.0))
+    assert take(frontier, 0.0) == math.inf
     assert frontier.add_links(["http://b/"], 1, 1.0) == 1
     frontier.finish(seed, 1.0)
-    page = taken(frontier.take(1.0))
+    page = taken(take(frontier, 1.0))
     assert page.depth == 1
     frontier.finish(page, 2.0)
-    assert frontier.take(2.0) is None
+    assert take(frontier, 2.0) is None
     with pytest.raises(ValueError, match="after the end"):
         frontier.add_links(["http://b/2"], 1, 2.0)
 
@@ -80,7 +80,7 @@ def test_mark_takes_a_url_for_visited() -> None:
     assert [frontier.mark("http://a/1", counts=True), frontier.mark("http://a/1", counts=True)] == [True, False]
     assert frontier.mark("http://a/target")
     assert frontier.add_links(["http://a/1", "http://a/target", "http://a/2", "http://a/3"], 1, 0.0) == 1  # 1 counted
-    assert taken(frontier.take(0.0)).url == "http://a/2"
+    assert taken(take(frontier, 0.0)).url == "http://a/2"
     stats = frontier.stats()
     assert (stats.seen, stats.capped, stats.waiting) == (3, 1, 0)
 
@@ -89,21 +89,21 @@ def test_wakes_a_host_that_had_only_a_retry_or_nothing_left() -> None:
     """Its entry in the heap may say when the retry is due, or when the host can be forgotten."""
     frontier = Frontier(rate=1.0, burst=5)
     frontier.add_all(["http://a/1"], 0.0)
-    first = taken(frontier.take(0.0))
+    first = taken(take(frontier, 0.0))
     frontier.put_back(first, 0.0, 60.0)
     frontier.add_links(["http://a/2"], 1, 0.0)
-    second = taken(frontier.take(0.0))
+    second = taken(take(frontier, 0.0))
     frontier.finish(second, 0.0)
     other = Frontier(rate=1.0, burst=5)
     other.add_all(["http://a/1"], 0.0)
-    other.finish(taken(other.take(0.0)), 0.1)
+    other.finish(taken(take(other, 0.0)), 0.1)
     other.add_all(["http://a/2"], 0.2)
-    assert taken(other.take(0.2)).url == "http://a/2"
+    assert taken(take(other, 0.2)).url == "http://a/2"
 
 
 def goes_at(frontier: Frontier, now: float) -> float:
     """When the next request leaves. A wait may end early, and the answer is then to wait on."""
-    while not isinstance(decision := frontier.take(now), Request):
+    while not isinstance(decision := take(frontier, now), Request):
         assert decision is not None
         now += decision
     assert frontier.clear_to_send(decision, now) == 0.0
@@ -121,62 +121,62 @@ def robots_frontier(*urls: str, **options: Any) -> Frontier:
 
 def test_asks_for_robots_txt_first_and_once_per_origin_within_its_time() -> None:
     frontier = robots_frontier("http://u:p@a/1", "http://a/2", "http://a:81/3", "http://b/1", rate=0, robots_ttl=100.0)
-    asked = [taken(frontier.take(0.0)) for _ in range(2)]
+    asked = [taken(take(frontier, 0.0)) for _ in range(2)]
     assert {(request.kind, request.target, request.host) for request in asked} == {
         ("robots", "http://a/robots.txt", "a"), ("robots", "http://b/robots.txt", "b")}  # fmt: skip
-    assert frontier.take(0.0) == math.inf
+    assert take(frontier, 0.0) == math.inf
     assert (frontier.stats().hosts_blocked, frontier.stats().waiting) == (2, 4)
     frontier.robots_known("http://a", Rules(0, None), 1.0)
     frontier.finish(next(request for request in asked if request.host == "a"), 1.0)
-    pages = [taken(frontier.take(1.0)) for _ in range(3)]
+    pages = [taken(take(frontier, 1.0)) for _ in range(3)]
     assert [page.target for page in pages] == ["http://u:p@a/1", "http://a/2", "http://a:81/robots.txt"]
     assert frontier.stats().hosts_blocked == 2
     frontier.robots_known("http://a:81", Rules(0, None), 2.0)
-    assert taken(frontier.take(2.0)).url == "http://a:81/3"
+    assert taken(take(frontier, 2.0)).url == "http://a:81/3"
     frontier.add_links(["http://a/4"], 1, 100.9)
-    assert taken(frontier.take(100.9)).url == "http://a/4"
+    assert taken(take(frontier, 100.9)).url == "http://a/4"
     frontier.add_links(["http://a/5"], 1, 101.0)
-    assert taken(frontier.take(101.0)).kind == "robots"
+    assert taken(take(frontier, 101.0)).kind == "robots"
 
 
 def test_robots_that_are_not_known_in_the_end_were_unreachable() -> None:
     frontier = robots_frontier("http://a/1", rate=0)
-    frontier.finish(taken(frontier.take(0.0)), 5.0)  # its worker died
-    page = taken(frontier.take(5.0))
+    frontier.finish(taken(take(frontier, 0.0)), 5.0)  # its worker died
+    page = taken(take(frontier, 5.0))
     assert str(page.error) == "robots: robots.txt could not be read"
     frontier.finish(page, 5.0)
     frontier.add_links(["http://a/2"], 1, 5.0 + ROBOTS_AGAIN - 0.1)
-    frontier.finish(refused := taken(frontier.take(5.0 + ROBOTS_AGAIN - 0.1)), 305.0)
+    frontier.finish(refused := taken(take(frontier, 5.0 + ROBOTS_AGAIN - 0.1)), 305.0)
     assert refused.error
     assert frontier.stats().forbidden == 2
     frontier.add_links(["http://a/3"], 1, 5.0 + ROBOTS_AGAIN)
-    assert taken(frontier.take(5.0 + ROBOTS_AGAIN)).kind == "robots"
+    assert taken(take(frontier, 5.0 + ROBOTS_AGAIN)).kind == "robots"
 
 
 def test_robots_go_round_by_other_hosts_while_their_own_waits() -> None:
     frontier = robots_frontier("http://a/1", "http://b/1", rate=0, per_host=1)
-    a, b = taken(frontier.take(0.0)), taken(frontier.take(0.0))
+    a, b = taken(take(frontier, 0.0)), taken(take(frontier, 0.0))
     frontier.put_back(a, 0.0, 0.0, "http://b/robots.txt", "b")  # each redirects to the other: nobody waits for ever
     frontier.put_back(b, 0.0, 0.0, "http://a/robots.txt", "a")
-    hops = [taken(frontier.take(0.0)), taken(frontier.take(0.0))]
+    hops = [taken(take(frontier, 0.0)), taken(take(frontier, 0.0))]
     assert {(hop.url, hop.host) for hop in hops} == {("http://a/robots.txt", "b"), ("http://b/robots.txt", "a")}
     frontier.put_back(a, 0.0, 9.0)
-    assert frontier.take(1.0) == pytest.approx(8.0)
-    assert taken(frontier.take(9.0)) is a
+    assert take(frontier, 1.0) == pytest.approx(8.0)
+    assert taken(take(frontier, 9.0)) is a
     frontier.robots_known("http://a", Rules(0, None), 9.5)
-    assert frontier.take(9.5) == math.inf  # a has b's robots.txt in flight, of one
+    assert take(frontier, 9.5) == math.inf  # a has b's robots.txt in flight, of one
     frontier.finish(b, 9.5)
-    assert {taken(frontier.take(9.5)).url, taken(frontier.take(9.5)).url} == {"http://a/1", "http://b/1"}
+    assert {taken(take(frontier, 9.5)).url, taken(take(frontier, 9.5)).url} == {"http://a/1", "http://b/1"}
 
 
 def test_what_robots_forbid_comes_out_as_refused_at_no_cost() -> None:
     frontier = robots_frontier(
         *(f"http://a/{n}" for n in range(200)), "http://b/1", rate=1.0, per_host=1, host_pages=200
     )
-    asked = taken(frontier.take(0.0))
+    asked = taken(take(frontier, 0.0))
     frontier.robots_known("http://a", Rules(1, None), 0.0)  # all of it
     frontier.finish(asked, 0.0)
-    refused = [request for _ in range(201) if (request := taken(frontier.take(0.0))).kind == "page"]
+    refused = [request for _ in range(201) if (request := taken(take(frontier, 0.0))).kind == "page"]
     assert [request.url for request in refused] == [f"http://a/{n}" for n in range(200)]
     assert {str(request.error) for request in refused} == {"robots: forbidden by robots.txt"}
     for request in refused:
@@ -184,27 +184,27 @@ def test_what_robots_forbid_comes_out_as_refused_at_no_cost() -> None:
     assert frontier.stats().forbidden == 200
     frontier.robots_known("http://a", Rules(3, None), 0.0)
     assert frontier.add_links(["http://a/300", "http://a/301"], 1, 0.0) == 2  # they gave their places back
-    assert taken(frontier.take(0.0)).error
-    assert frontier.take(0.0) == pytest.approx(1.0)  # robots.txt itself took the token
-    assert taken(frontier.take(1.0)).url == "http://a/301"
+    assert taken(take(frontier, 0.0)).error
+    assert take(frontier, 0.0) == pytest.approx(1.0)  # robots.txt itself took the token
+    assert taken(take(frontier, 1.0)).url == "http://a/301"
 
 
 def test_a_redirect_to_a_forbidden_page_and_a_sitemap() -> None:
     frontier = robots_frontier("http://a/1", rate=0)
     frontier.robots_known("http://a", Rules(0, None), 0.0)
     frontier.robots_known("http://b", Rules(3, None), 0.0)
-    page = taken(frontier.take(0.0))
+    page = taken(take(frontier, 0.0))
     frontier.put_back(page, 0.0, 0.0, "http://b/3", "b")
-    assert str(taken(frontier.take(0.0)).error) == "robots: forbidden by robots.txt"
+    assert str(taken(take(frontier, 0.0)).error) == "robots: forbidden by robots.txt"
     frontier.finish(page, 0.0)
     frontier.add_links(["http://b/6"], 0, 0.0, kind="sitemap")  # robots.txt names it
-    assert taken(frontier.take(0.0)).error is None
+    assert taken(take(frontier, 0.0)).error is None
     assert (frontier.stats().in_flight, frontier.stats().hosts) == (1, 1)
 
 
 def test_other_hosts_go_on_while_long_rules_are_asked() -> None:
     frontier = robots_frontier(*(f"http://{host}/{n}" for n in (3, 1) for host in "ab"), rate=0, host_pages=2)
-    for asked in [taken(frontier.take(0.0)) for _ in range(2)]:
+    for asked in [taken(take(frontier, 0.0)) for _ in range(2)]:
         frontier.robots_known(f"http://{asked.host}", Rules(3, None, quick=asked.host == "b"), 0.0)
         frontier.finish(asked, 0.0)
     first, question = frontier.step(0.0), frontier.step(0.0)
@@ -225,7 +225,7 @@ def test_other_hosts_go_on_while_long_rules_are_asked() -> None:
 
 def test_an_answer_counts_only_for_the_rules_that_hold() -> None:
     frontier = robots_frontier("http://a/1", rate=0)
-    asked = taken(frontier.take(0.0))
+    asked = taken(take(frontier, 0.0))
     frontier.robots_known("http://a", Rules(1, None, quick=False), 0.0)
     frontier.finish(asked, 0.0)
     question = frontier.step(0.0)
@@ -233,7 +233,7 @@ def test_an_answer_counts_only_for_the_rules_that_hold() -> None:
     frontier.robots_known("http://a", Rules(0, None), 1.0)  # meanwhile they are others
     frontier.answer(question, False, 1.0)
     frontier.answer(question, False, 1.0)  # and it is answered once
-    assert taken(frontier.take(1.0)).error is None
+    assert taken(take(frontier, 1.0)).error is None
 
 
 def test_what_costs_too_much_to_match_is_not_allowed() -> None:
@@ -245,47 +245,47 @@ def test_what_costs_too_much_to_match_is_not_allowed() -> None:
         frontier = robots_frontier("http://a/1", rate=0, host_pages=1)
         frontier.robots_known("http://a", Costly(0, None, quick=quick), 0.0)
         assert frontier.explain("http://a/9", 0.0) == "no: robots.txt is too costly to match"
-        refused = taken(frontier.take(0.0))
+        refused = taken(take(frontier, 0.0))
         assert (str(refused.error), frontier.stats().forbidden) == ("robots: robots.txt is too costly to match", 1)
         assert frontier.add_links(["http://a/2"], 1, 0.0) == 1
 
 
 def test_rules_have_a_bound_in_bytes_and_what_was_freed_is_asked_for_again() -> None:
     frontier = robots_frontier(*(f"http://{host}/{n}" for host in "abc" for n in range(2)), rate=0, rules_bytes=100)
-    first = {request.host: request for request in (taken(frontier.take(0.0)) for _ in range(3))}
+    first = {request.host: request for request in (taken(take(frontier, 0.0)) for _ in range(3))}
     for host in "abac":  # of a and b, those of a were asked last
         if host in first:
             frontier.robots_known(f"http://{host}", Rules(0, None, size=45), 0.0)
             frontier.finish(first.pop(host), 0.0)
         else:
             frontier.robots_known(f"http://{host}", Rules(0, None, size=45), 0.0)
-    found = Counter((request.host, request.kind) for request in (taken(frontier.take(0.0)) for _ in range(5)))
+    found = Counter((request.host, request.kind) for request in (taken(take(frontier, 0.0)) for _ in range(5)))
     assert found == {("a", "page"): 2, ("c", "page"): 2, ("b", "robots"): 1}
-    assert frontier.take(0.0) == math.inf
+    assert take(frontier, 0.0) == math.inf
     frontier.robots_known("http://b", Rules(1, None, size=1_000), 0.0)  # more than all may have: it alone stays
-    assert str(taken(frontier.take(0.0)).error) == FORBIDDEN
+    assert str(taken(take(frontier, 0.0)).error) == FORBIDDEN
 
 
 def test_large_rules_are_freed_with_their_host_and_small_ones_stay() -> None:
     frontier = robots_frontier("http://a/1", "http://b/1", rate=0)
     sizes = {"a": KEPT_BYTES + 1, "b": KEPT_BYTES}
-    for asked in [taken(frontier.take(0.0)) for _ in range(2)]:
+    for asked in [taken(take(frontier, 0.0)) for _ in range(2)]:
         frontier.robots_known(f"http://{asked.host}", Rules(0, None, size=sizes[asked.host]), 0.0)
         frontier.finish(asked, 0.0)
-    pages = [taken(frontier.take(0.0)) for _ in range(2)]
+    pages = [taken(take(frontier, 0.0)) for _ in range(2)]
     frontier.add_links(["http://a/2"], 1, 0.0)
-    assert taken(frontier.take(0.0)).kind == "page"  # it is in flight yet
+    assert taken(take(frontier, 0.0)).kind == "page"  # it is in flight yet
     for page in (*pages, dataclasses.replace(pages[0], host="a")):
         frontier.finish(page, 0.0)
     assert frontier.stats().hosts == 0
     frontier.add_links(["http://a/3", "http://b/3"], 1, 1.0)
-    found = {request.host: request.kind for request in (taken(frontier.take(1.0)) for _ in range(2))}
+    found = {request.host: request.kind for request in (taken(take(frontier, 1.0)) for _ in range(2))}
     assert found == {"a": "robots", "b": "page"}
 
 
 def test_crawl_delay_row_by_row() -> None:
     frontier = robots_frontier(*(f"http://a/{n}" for n in (1, 2, 4, 5, 7, 8)), rate=4.0, burst=2)
-    asked = taken(frontier.take(0.0))
+    asked = taken(take(frontier, 0.0))
     assert frontier.clear_to_send(asked, 0.0) == 0.0
     frontier.robots_known("http://a", Rules(0, 2.0), 0.25)
     frontier.finish(asked, 0.25)
@@ -298,11 +298,11 @@ def test_crawl_delay_row_by_row() -> None:
     assert frontier.rate("a") == 4.0
     assert goes_at(frontier, 9.25) == pytest.approx(9.25 + 0.9 / 4)
     free = robots_frontier("http://a/1", rate=0)
-    asked = taken(free.take(0.0))
+    asked = taken(take(free, 0.0))
     free.robots_known("http://a", Rules(0, 5.0), 1.0)
-    assert free.take(1.0) == pytest.approx(5.0)  # there was no limit before: what went before is not known
+    assert take(free, 1.0) == pytest.approx(5.0)  # there was no limit before: what went before is not known
     free.robots_known("http://a", Rules(0, math.nan), 1.0)
-    assert taken(free.take(1.0)).url == "http://a/1"
+    assert taken(take(free, 1.0)).url == "http://a/1"
 
 
 def test_caps_of_pages() -> None:
@@ -310,7 +310,7 @@ def test_caps_of_pages() -> None:
     assert frontier.add_all([f"http://a/{n}" for n in range(5)], 0.0) == 2
     assert frontier.add_links(["http://a/9", "http://b/1", "http://c/1"], 1, 0.0) == 1
     assert frontier.add_links(["http://c/sitemap.xml"], 0, 0.0, kind="sitemap") == 1  # no page
-    assert [taken(frontier.take(0.0)).kind for _ in range(4)].count("page") == 3
+    assert [taken(take(frontier, 0.0)).kind for _ in range(4)].count("page") == 3
     assert frontier.stats().capped == 5
     assert frontier.stats().seen == 4
 
@@ -318,7 +318,7 @@ def test_caps_of_pages() -> None:
 def test_stats_say_who_waits_for_what() -> None:
     frontier = Frontier(rate=1.0)
     frontier.add_all([f"http://{host}/{n}" for host in "abc" for n in range(2)], 0.0)
-    taken(frontier.take(0.0))
+    taken(take(frontier, 0.0))
     assert frontier.stats() == FrontierStats(5, 1, 3, 6, 0, False, hosts_ready=2)
 
 
@@ -373,7 +373,7 @@ def test_adaptive_rate_falls_when_the_latency_rises() -> None:
 
 def test_adaptive_obeys_robots_and_spaces_at_the_rate_found() -> None:
     frontier = robots_frontier("http://a/1", "http://a/2", "http://a/4", rate=10.0, adaptive=True)
-    asked = taken(frontier.take(0.0))
+    asked = taken(take(frontier, 0.0))
     assert frontier.clear_to_send(asked, 0.0) == 0.0
     frontier.robots_known("http://a", Rules(0, 1.0), 1.0)
     frontier.finish(asked, 1.0)
@@ -390,7 +390,7 @@ def test_the_longest_work_goes_first_and_nobody_is_passed_over_for_ever() -> Non
     frontier = Frontier(rate=1.0, per_host=1000)
     big = [f"http://big{h}/{n}" for h in range(20) for n in range(200)]
     frontier.add_all([*(f"http://small/{n}" for n in range(3)), *big, *(f"http://huge/{n}" for n in range(500))], 0.0)
-    order = [taken(frontier.take(n * 0.05)).host for n in range(100)]  # 20 a second for 22 hosts of one a second
+    order = [taken(take(frontier, n * 0.05)).host for n in range(100)]  # 20 a second for 22 hosts of one a second
     assert order[0] == "huge"
     at = [n for n, host in enumerate(order) if host == "huge"]
     gaps = [b - a for a, b in itertools.pairwise(at)]
@@ -406,7 +406,7 @@ def test_gives_the_critical_host_its_worker_early_only_where_workers_are_scarce(
     early, now, at = 0, 0.0, list[float]()
     for n in range(300):
         now = n * 0.012
-        request = taken(frontier.take(now))
+        request = taken(take(frontier, now))
         wait = frontier.clear_to_send(request, now)
         assert wait <= 3 * 0.012 + 1e-9
         early += wait > 0
@@ -418,8 +418,8 @@ def test_gives_the_critical_host_its_worker_early_only_where_workers_are_scarce(
     assert (at[-1] - at[0]) / (len(at) - 1) < 0.101  # it lost a moment at a turn by age only
     alone = Frontier(rate=10.0)
     alone.add_all([f"http://big/{n}" for n in range(9)], 0.0)
-    taken(alone.take(0.0))
-    assert alone.take(0.01) == pytest.approx(0.09)
+    taken(take(alone, 0.0))
+    assert take(alone, 0.01) == pytest.approx(0.09)
 
 
 def test_explains_itself() -> None:
@@ -428,7 +428,7 @@ def test_explains_itself() -> None:
     assert frontier.explain("http://a/1", 0.0) == "later: http://a/robots.txt is read first; not found yet"
     frontier.add_all(["http://a/1", "http://a/2", "http://a/4", "http://a/5"], 0.0)
     assert frontier.explain("http://a/1", 0.0) == "later: http://a/robots.txt is read first"
-    asked = taken(frontier.take(0.0))
+    asked = taken(take(frontier, 0.0))
     frontier.clear_to_send(asked, 0.0)
     assert frontier.explain("http://a/1", 0.5) == "later: http://a/robots.txt is being read"
     frontier.robots_known("http://a", Rules(3, None), 0.5)
@@ -437,10 +437,10 @@ def test_explains_itself() -> None:
     assert frontier.explain("http://A:80/3#x", 0.5) == "no: forbidden by robots.txt"
     assert frontier.explain("http://a/4", 0.5) == "in 1 s: 2 of its host go first, its host gets 2/s"
     assert frontier.explain("http://a/7", 0.5) == "no: its host's pages reached"
-    one = taken(frontier.take(0.5))
+    one = taken(take(frontier, 0.5))
     assert frontier.explain("http://a/1", 0.5) == "no: requested already, or on its way"
     assert frontier.explain("http://a/2", 0.5) == "in 0.5 s: its host gets 2/s"
-    two = taken(frontier.take(1.0))
+    two = taken(take(frontier, 1.0))
     assert frontier.explain("http://a/4", 2.0) == "later: 2 of its host are in flight"
     frontier.put_back(one, 2.0, 9.0)
     assert frontier.explain("http://a/1", 2.0) == "in 7 s: it is to be tried again"
@@ -448,7 +448,7 @@ def test_explains_itself() -> None:
     assert frontier.explain("http://a/4", 2.0) == "in 58 s: its host asked for a pause"
     frontier.finish(two, 2.0)
     frontier.add_all(["http://b/1"], 2.0)
-    frontier.finish(taken(frontier.take(2.0)), 2.0)
+    frontier.finish(taken(take(frontier, 2.0)), 2.0)
     assert frontier.explain("http://b/2", 2.0) == "no: robots.txt could not be read"
     frontier.stop()
     assert frontier.explain("http://a/4", 2.0) == "no: the crawl was stopped"

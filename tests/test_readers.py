@@ -40,6 +40,7 @@ from tests.helpers.crawl import (
     feeds_rows,
     feeds_rss,
     feeds_run,
+    take,
 )
 from tests.helpers.processes import proc_children, proc_gone, proc_open, proc_ticks
 
@@ -95,7 +96,7 @@ def test_of_one_host_share_its_rate() -> None:
     sent: list[tuple[float, str]] = []
     body = feeds_rss("/1", "/2", "http://b.example/3").encode()
     while True:
-        decision = crawl.frontier.take(now)
+        decision = take(crawl.frontier, now)
         if isinstance(decision, float):
             now += decision
             continue
@@ -130,7 +131,7 @@ def test_that_were_articles_are_polled() -> None:
     crawl.frontier.mark("http://b.example/feed")
     answer(crawl, "http://a.example/feed", feeds_rss("http://c.example/feed"))
     crawl.feed(["http://a.example/feed", "http://b.example/feed", "http://c.example/feed"]).join()
-    taken = [crawl.frontier.take(1e9) for _ in range(4)]
+    taken = [take(crawl.frontier, 1e9) for _ in range(4)]
     assert sorted((one.target[7], one.kind) for one in taken if isinstance(one, Request)) == [
         ("a", "feed"),
         ("b", "feed"),

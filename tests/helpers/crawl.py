@@ -39,6 +39,8 @@ from crawl import http_aiohttp, http_urllib
 from crawl import net as crawl_net
 from crawl.core import Crawl
 from crawl.errors import FetchError
+from crawl.frontier import Frontier
+from crawl.hosts import Question
 from crawl.model import CrawlResult, Options, Request, Response, ScrapeResult
 from crawl.net import BodyDecoder
 from crawl.output import RowWriter, Run
@@ -47,6 +49,13 @@ from crawl.robots import MAX_ROBOTS
 from runtime.loop import new_loop
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT
+
+
+def take(frontier: Frontier, now: float) -> Request | float | None:
+    """``step``, its questions answered."""
+    while isinstance(decision := frontier.step(now), Question):
+        frontier.answer(decision, decision.rules.allows(decision.target), now)
+    return decision
 
 
 def taken(decision: Request | float | None) -> Request:
@@ -63,7 +72,7 @@ def judged(outcome: Response | FetchError, **options: Any) -> tuple[Crawl, Reque
     clock = [100.0]
     crawl = Crawl(Options(**options), clock=lambda: clock[0], rng=lambda: 0.5)
     crawl.frontier.add_all(["http://a.example/x"], clock[0])
-    request = taken(crawl.frontier.take(clock[0]))
+    request = taken(take(crawl.frontier, clock[0]))
     crawl.frontier.clear_to_send(request, clock[0])
     return crawl, request, crawl.judge(request, outcome)
 
