@@ -82,8 +82,9 @@ class Aggregator(Starlette):
                 headers = [*kept.headers, (b"x-request-id", identity)]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 await send({"type": "http.response.body", "body": kept.body})
-                scope["states"] = kept.states
-                self._note(scope, identity, client, started, 200)
+                if service.log.wanted:
+                    scope["states"] = kept.states
+                    self._note(scope, identity, client, started, 200)
                 return
         status = 500
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import IO, Any, NamedTuple, cast
@@ -48,7 +48,7 @@ class KeptAnswer(NamedTuple):
     headers: list[tuple[bytes, bytes]]
     body: bytes
     states: dict[str, str]
-    counted: list[tuple[Counter[str], str]]  # the counts of its sources, and the state to count
+    counted: list[tuple[defaultdict[str, int], str]]  # the counts of its sources, and the state to count
 
 
 class Service:
