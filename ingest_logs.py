@@ -23,12 +23,11 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
 from zoneinfo import ZoneInfo
 
 from logs.demo import LogDemo
 from logs.display import METRICS, LogCounts, draw, health, last_word
-from logs.event_queue import Policy
+from logs.event_queue import POLICIES
 from logs.intake import KernelDrops, udp_socket
 from logs.metadata import make_template
 from logs.options import IngestOptions
@@ -89,7 +88,7 @@ exit codes: 0 nothing was lost at the stop; 1 something was, or it could not sta
     over = parser.add_argument_group("overload, and the database away")
     option(over, "--queue", int, "events that wait in memory, of each receiver; 64 MB at most")
     text = "when the queue is full (spool: half full, batches go to disk)"
-    option(over, "--overload", str, text, None, choices=get_args(Policy))
+    option(over, "--overload", str, text, None, choices=POLICIES)
     option(over, "--spool", str, "batches on disk (default: data/spool beside this program)", "FOLDER")
     option(over, "--spool-bytes", size, "of each receiver's spool, at most", "SIZE", within=(0,))
     text = "longest time that a power failure may cost the spool; 0: none"
@@ -167,10 +166,9 @@ def _make_program(options: IngestOptions, sockets: list[socket.socket]) -> Inges
     kernel_drops = KernelDrops(sockets).total
     if len(sockets) == 1:
         return Ingester(options, sockets[0], kernel_drops=kernel_drops)
-    told = {"options": dataclasses.asdict(options), "workers": len(sockets)}
     return Supervisor(
         [sys.executable, __file__, "--worker"],
-        lambda number: {**told, "number": number},
+        {"options": dataclasses.asdict(options), "workers": len(sockets)},
         sockets,
         stop_limit=options.stop_limit + FORCE_LIMIT,
         kernel_drops=kernel_drops,
@@ -214,7 +212,7 @@ def _run_worker(link: int) -> int:
 
 async def _work(parent: socket.socket) -> int:
     link, told = await ParentConnection.open(parent)
-    options = IngestOptions(**{**told["options"], "allow": tuple(told["options"]["allow"])})
+    options = IngestOptions(**told["options"])
     sock = socket.socket(fileno=told["socket"])
     try:
         ingester = Ingester(options, sock, number=told["number"], workers=told["workers"])

@@ -32,7 +32,6 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import random
 import re
 import socket
 import time
@@ -43,7 +42,7 @@ from functools import partial
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from coordination import Clock, Rng, stats_repr
+from coordination import stats_repr
 from logs.display import LogCounts, imbalance
 from logs.event_queue import EventQueue
 from logs.intake import Receiver
@@ -74,8 +73,6 @@ CANCEL_LIMIT = 0.5  # seconds that the end of a task may take before the connect
 class Ingester:
     """One worker, with ``sock`` as its source. ``run`` once. ``CannotStart`` if the spool cannot be looked at."""
 
-    workers = 1
-
     def __init__(
         self,
         options: IngestOptions,
@@ -83,26 +80,21 @@ class Ingester:
         *,
         number: int = 0,
         workers: int = 1,
-        kernel_drops: Callable[[], int | None] = lambda: 0,
-        clock: Clock = time.monotonic,
-        wall: Clock = time.time,
-        rng: Rng = random.random,
+        kernel_drops: Callable[[], int] = lambda: 0,
     ) -> None:
         self.tasks, self._lag = TaskSupervisor(log), Lag()
         self.options, self.number = options, number
-        self._of, self._kernel_drops, self._clock = workers, kernel_drops, clock
+        self._of, self._kernel_drops = workers, kernel_drops
         self._zone: tzinfo = UTC if options.zone == "UTC" else ZoneInfo(options.zone)
         allow = [ipaddress.ip_network(each, strict=False) for each in options.allow]
         self.receiver = Receiver(sock, self._handle, allow=allow)
-        self.queue = EventQueue(
-            options.queue, policy=options.overload, max_items=options.batch, max_age=options.flush, clock=clock
-        )
+        self.queue = EventQueue(options.queue, policy=options.overload, max_items=options.batch, max_age=options.flush)
         self.database = Database(database_of(options), SCHEMA, size=WRITERS + 3)
         self.store = Store(self.database, retain_days=options.retain)
-        self.sink = DatabaseSink(self.database, self.store, clock=clock, wall=wall)
+        self.sink = DatabaseSink(self.database, self.store)
         spools = [Spool(folder, max_bytes=options.spool_bytes, fsync_every=options.fsync) for folder in self._folders()]
         """The first is this worker's own; the others were those of workers that there are no more."""
-        self._changes = Changes(clock)
+        self._changes = Changes()
         self.outlet = Outlet[EncodedBatch](
             Backlog(
                 SEALED,
@@ -117,8 +109,6 @@ class Ingester:
             log=log,
             changes=self._changes,
             replay_files=TOGETHER,
-            clock=clock,
-            rng=rng,
         )
         self.sealer = Sealer(options, self.queue, self.outlet, changes=self._changes, fault=self.tasks.fault)
         self._received = 0
@@ -160,20 +150,19 @@ class Ingester:
 
     async def run(self) -> int:
         """1 if events were lost at the stop. ``CannotStart`` if the spool cannot be used."""
-        outlet, enricher, stages = self.outlet, self.sealer.enricher, self._stages
+        outlet, enricher, stopped = self.outlet, self.sealer.enricher, self._stages.stopped
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(outlet.close)
             try:
                 await outlet.open()
             except (OSError, RuntimeError, ValueError) as error:
                 raise unusable(self.options.spool, error) from None
-            await enricher.open()
-            stack.push_async_callback(enricher.close)
+            await stack.enter_async_context(enricher)
             await self.database.open(0.0)
             stack.push_async_callback(self.database.close)
             stack.callback(self.receiver.close)
             stack.push_async_callback(self._end_tasks)
-            self.sink.begun = self._clock()
+            self.sink.begun = time.monotonic()
             works = {
                 "sealer": self.sealer.run,
                 **outlet.tasks(WRITERS),
@@ -186,9 +175,9 @@ class Ingester:
             for name, work in works.items():
                 self.tasks.start(name, work)
             self.receiver.start()
-            if await ends_before(self.sink.first_connection(), stages.stopped) and self.database.state != "connected":
+            if await ends_before(self.sink.first_connection(), stopped) and self.database.state != "connected":
                 log.warning("database: not there yet (%s); batches go to the spool", self.database.stats().error or "")
-            await stages.stopped.wait()
+            await stopped.wait()
             await self._drain()
             await self._end_tasks()
             await self.sealer.seal_rest()
@@ -206,14 +195,16 @@ class Ingester:
 
     async def _drain(self) -> None:
         """Store what is there, while there is time and a database."""
-        deadline = self._clock() + self.options.stop_limit
-        intake = min(deadline, self._clock() + DRAIN_LIMIT)
-        while self.receiver.drain() and self._clock() < intake:  # noqa: ASYNC110  -- the others have their turn
+        deadline = time.monotonic() + self.options.stop_limit
+        intake = min(deadline, time.monotonic() + DRAIN_LIMIT)
+        while self.receiver.drain() and time.monotonic() < intake:  # noqa: ASYNC110  -- the others have their turn
             await asyncio.sleep(0)
         self._kernel_drops()  # of a closed socket nobody can tell
         self.receiver.close()
         self.sealer.stop()
-        await self._changes.until(lambda: self._stages.forced.is_set() or self._is_drained(), deadline - self._clock())
+        await self._changes.until(
+            lambda: self._stages.forced.is_set() or self._is_drained(), deadline - time.monotonic()
+        )
 
     def _is_drained(self) -> bool:
         """Whether nothing is in memory, nor in a spool while there is a database."""
@@ -256,8 +247,7 @@ class Ingester:
             datagrams=intake.datagrams,
             bytes=intake.bytes,
             refused=intake.refused,
-            truncated=intake.truncated,
-            kernel_drops=self._kernel_drops() or 0,
+            kernel_drops=self._kernel_drops(),
             missing=self.sink.missing,
             filled=self.store.stats().filled,
             spool_bytes=sum(each.bytes for each in spools),

@@ -29,12 +29,9 @@ def escaped(text: str) -> str:
     return text
 
 
-def row(event: Event) -> str:
-    """The columns of ``event`` up to ``parse_error`` as COPY text, without a tab after it or a line end."""
-    return _row(event, event.received_at.isoformat())
-
-
-def _row(event: Event, received: str) -> str:
+def row(event: Event, received: str) -> str:
+    """The columns of ``event`` up to ``parse_error`` as COPY text, without a tab after it or a line end. ``received``:
+    its ``received_at``, written."""
     received_at, event_at, service, host, severity, message, attributes, parse_error = event
     when = received if event_at is received_at else event_at.isoformat()
     line = f"{received}\t{when}\t{service}\t{host}\t{severity}\t{message}\t{attributes}"
@@ -62,24 +59,18 @@ def metadata_columns(found: Found, configured: bool = True) -> str:
 
 
 def new_id(now: float, randbits: Callable[[int], int] = secrets.randbits) -> UUID:
-    """An id for a batch, made of the Unix time ``now`` (seconds) and 74 random bits (UUID version 7, RFC 9562).
-
-    Its beginning is the time, so that the index of the ids grows at one end.
-    """
+    """An id for a batch (UUID version 7, RFC 9562): the Unix time ``now`` (seconds), so that the index of the ids grows
+    at one end, and 74 random bits."""
     milliseconds = int(now * 1000) & (1 << 48) - 1
     return UUID(int=milliseconds << 80 | 7 << 76 | randbits(12) << 64 | 2 << 62 | randbits(62))
 
 
-def seal(
-    events: Sequence[Event], look: Callable[[str], Found], configured: bool = True, *, id: UUID | None = None
-) -> EncodedBatch:
-    """A batch of ``events`` with the metadata that ``look(service)`` has at this moment.
+def seal(events: Sequence[Event], look: Callable[[str], Found], configured: bool = True) -> EncodedBatch:
+    """A batch of ``events``, at least one, with the metadata that ``look(service)`` has at this moment.
 
-    ``id``: None for a new one. ``ValueError`` without events. What UTF-8 cannot hold (a lone surrogate) is kept as
-    bytes that the database will refuse: that costs its row, not the batch.
+    What UTF-8 cannot hold (a lone surrogate) is kept as bytes that the database will refuse: that costs its row, not
+    the batch.
     """
-    if not events:
-        raise ValueError("a batch has at least one event")
     lines, columns = [], dict[str, str]()
     oldest = last = events[0].received_at
     received = last.isoformat()
@@ -92,6 +83,6 @@ def seal(
         rest = columns.get(service)
         if rest is None:
             rest = columns[service] = metadata_columns(look(service), configured)
-        lines.append(f"{_row(event, received)}\t{rest}\n")
+        lines.append(f"{row(event, received)}\t{rest}\n")
     data = "".join(lines).encode(errors="surrogatepass")
-    return EncodedBatch(id or new_id(time.time()), len(events), oldest.timestamp(), data)
+    return EncodedBatch(new_id(time.time()), len(events), oldest.timestamp(), data)

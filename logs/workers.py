@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import random
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from coordination import Clock, Rng, cancel_all, wait_for_event
+from coordination import cancel_all, wait_for_event
 from logs.display import LogCounts, add_up, counts_after_death
 from primitives import Backoff
 from runtime.loop import STOPPING, blocked
@@ -61,21 +59,19 @@ class WorkerProcess:
 
 class Supervisor:
     """Worker processes, one for each of ``sockets``, which stay the caller's. ``command`` starts one: it gets the
-    number of a descriptor as its last argument; ``config`` says what it is told."""
+    number of a descriptor as its last argument; it is told ``config``, its ``number``, and its ``socket``."""
 
     def __init__(
         self,
         command: Sequence[str],
-        config: Callable[[int], Mapping[str, Any]],
+        config: Mapping[str, Any],
         sockets: Sequence[socket.socket],
         *,
         stop_limit: float,
-        kernel_drops: Callable[[], int | None] = lambda: 0,
-        clock: Clock = time.monotonic,
-        rng: Rng = random.random,
+        kernel_drops: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._command, self._config, self._sockets = list(command), config, list(sockets)
-        self._stop_limit, self._kernel_drops, self._clock, self._rng = stop_limit, kernel_drops, clock, rng
+        self._command, self._config, self._sockets = command, config, sockets
+        self._stop_limit, self._kernel_drops = stop_limit, kernel_drops
         self.workers = [WorkerProcess(number) for number in range(len(sockets))]
         self.failure: str | None = None  # why a worker could not begin at all: there is no use in trying again
         self._stage, self._stopped = 0, asyncio.Event()
@@ -103,7 +99,7 @@ class Supervisor:
         """The sums over all workers, those that died too."""
         counts = add_up(part for worker in self.workers for part in (worker.past, worker.last) if part is not None)
         return counts._replace(
-            kernel_drops=self._kernel_drops() or 0,
+            kernel_drops=self._kernel_drops(),
             lines_lost=counts.lines_lost + lines_lost(),
             stopping=self._stage > 0,
         )
@@ -123,9 +119,9 @@ class Supervisor:
 
     async def _keep(self, worker: WorkerProcess) -> None:
         """Have the worker live, again and again."""
-        backoff = Backoff(*AGAIN, self._rng)
+        backoff = Backoff(*AGAIN)
         while True:
-            began = self._clock()
+            began = time.monotonic()
             worker.code = code = await self._live(worker)
             if self._stopped.is_set():
                 if code < 0 and worker.last is not None:
@@ -136,7 +132,7 @@ class Supervisor:
                 self.stop()
                 return
             self._bury(worker)
-            if self._clock() - began > HEALTHY_AFTER:
+            if time.monotonic() - began > HEALTHY_AFTER:
                 backoff.reset()
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             log.error("worker %d died (%s); another one goes on", worker.number, how)
@@ -175,7 +171,8 @@ class Supervisor:
             raise
         try:
             reader, worker.writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE)
-            worker.writer.write(json.dumps({**self._config(worker.number), "socket": udp.fileno()}).encode() + b"\n")
+            told = {**self._config, "number": worker.number, "socket": udp.fileno()}
+            worker.writer.write(orjson.dumps(told) + b"\n")
             if self._stage:
                 worker.tell(STOP if self._stage == 1 else FORCE)
             with contextlib.suppress(OSError, ValueError):  # it died in the middle of a line

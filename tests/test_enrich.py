@@ -21,6 +21,7 @@ from hypothesis.stateful import initialize, invariant, precondition, rule, run_s
 
 from logs import enrich as le
 from logs import metadata as lm
+from logs import seal
 from logs.parse import Metadata
 from sandbox import logs as sl
 from tests.helpers.base import (
@@ -52,7 +53,7 @@ def logs_enrich_new(api: sl.MetadataApi, world: World | None = None, **options: 
     return le.Enricher(api.url(), **{"clock": (world or World()).clock, "rng": lambda: 0.0, "timeout": 20.0, **options})
 
 
-async def loaded(enricher: le.Enricher, *services: str) -> list[le.Found]:
+async def loaded(enricher: le.Enricher, *services: str) -> list[seal.Found]:
     """What is known of them when nothing is under way any more."""
     await enricher.wait(services, math.inf)
     await until_async(lambda: not enricher._asked)
@@ -275,8 +276,8 @@ def test_refuses_what_is_no_url(url: str) -> None:
 @SETTINGS
 @given(name=st.text() | st.sampled_from(("", ".", "..", "/", "../x", "a?b#c", "%2e%2e", "@evil", "\r\nX: y", "\ud800")))
 def test_a_name_stays_one_segment(name: str) -> None:
-    path = lm.MetadataClient("http://user@h:81/s/{service}?v=1", 1).address(name)
-    query = lm.MetadataClient("http://h/s?name={service}&v=1", 1).address(name)
+    path = lm.MetadataClient("http://user@h:81/s/{service}?v=1").address(name)
+    query = lm.MetadataClient("http://h/s?name={service}&v=1").address(name)
     if path is None:
         assert query is None
         assert name in ("", ".", "..") or any("\ud800" <= char <= "\udfff" for char in name)
@@ -605,15 +606,13 @@ def test_close_ends_everything(logs_enrich_api: sl.MetadataApi) -> None:
         tasks, files = asyncio.all_tasks(), len(os.listdir("/proc/self/fd"))
         server = logs_enrich_api.stats().open
         enricher = logs_enrich_new(logs_enrich_api, tasks=2)
-        await enricher.open()
-        with pytest.raises(RuntimeError):
-            await enricher.open()
+        await enricher.__aenter__()
         assert await loaded(enricher, "a") == [logs_enrich_right("a")]
         logs_enrich_api.mode = "silent"
         load = asyncio.create_task(enricher.load("x"))
         wait = asyncio.create_task(enricher.wait([f"s-{n}" for n in range(20)], math.inf))
         await until_async(lambda: logs_enrich_api.stats().requests == 4)
-        closing = asyncio.create_task(enricher.close())
+        closing = asyncio.create_task(enricher.__aexit__())
         await asyncio.sleep(0)
         await enricher.wait([f"s-{n}" for n in range(20)], math.inf)  # nothing will come any more
         await closing
@@ -623,7 +622,7 @@ def test_close_ends_everything(logs_enrich_api: sl.MetadataApi) -> None:
         assert asyncio.all_tasks() == tasks
         await until_async(lambda: logs_enrich_api.stats().open == server)
         assert len(os.listdir("/proc/self/fd")) <= files
-        await enricher.close()
+        await enricher.__aexit__()
 
         assert enricher.look("a") == logs_enrich_right("a")
         assert enricher.look("s-1") is None
@@ -633,9 +632,9 @@ def test_close_ends_everything(logs_enrich_api: sl.MetadataApi) -> None:
         assert (stats.waiting, stats.loading, stats.waits, stats.loads) == (0, 0, 0, 4)
 
         logs_enrich_api.mode = "ok"
-        await enricher.open()
+        await enricher.__aenter__()
         assert await loaded(enricher, "s-1") == [logs_enrich_right("s-1")]
-        await enricher.close()
+        await enricher.__aexit__()
 
     run_task(main())
 
@@ -643,12 +642,12 @@ def test_close_ends_everything(logs_enrich_api: sl.MetadataApi) -> None:
 def test_a_close_that_is_cancelled_still_closes(logs_enrich_api: sl.MetadataApi) -> None:
     async def main() -> None:
         enricher = logs_enrich_new(logs_enrich_api)
-        await enricher.open()
+        await enricher.__aenter__()
         assert enricher.client is not None
         session, pool = enricher.client._session, enricher._pool
         assert session is not None and pool is not None
         workers = list(pool._tasks)
-        closing = asyncio.create_task(enricher.close())
+        closing = asyncio.create_task(enricher.__aexit__())
         await asyncio.sleep(0)
         closing.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -689,7 +688,7 @@ def test_without_an_api() -> None:
             assert "configured=False" in repr(enricher)
 
     run_task(main())
-    wrong: list[dict[str, Any]] = [{name: 0} for name in ("tasks", "waiting", "timeout", "max_bytes", "ttl", "maxsize")]
+    wrong: list[dict[str, Any]] = [{name: 0} for name in ("ttl", "maxsize")]
     for options in wrong:
         with pytest.raises(ValueError, match=r"must be"):
             le.Enricher(None, **options)
@@ -735,7 +734,7 @@ class Machine(LoopMachine):
     def begin(self) -> None:
         self.started = True
         self.enricher.client.fetch = self.fetch  # type: ignore[method-assign, union-attr]
-        self.spawn(self.enricher.open())
+        self.spawn(self.enricher.__aenter__())
         self.settle()
 
     @rule(seconds=st.sampled_from((0.3, 1.0, 2.1, 4.1, 10.0, 20.5)))
@@ -809,7 +808,7 @@ class Machine(LoopMachine):
         assert all(task.done() for task in self.tasks), "somebody waits for nothing"
         stats = self.enricher.stats()
         assert (stats.waiting, stats.loading, stats.waits, len(self.enricher._asked)) == (0, 0, 0, 0)
-        self.spawn(self.enricher.close())
+        self.spawn(self.enricher.__aexit__())
         self.settle()
         super().finish()
 
