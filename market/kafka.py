@@ -68,7 +68,7 @@ from runtime.spool import EncodedBatch, Spool
 ROWS, FILE = 2500, 2500  # rows of analytics that are under way together, and records of a file of the spool, at most
 HEAVY, EACH = 64_000_000, 640
 """Bytes of records that may wait, or so many for each, if that is more: raw frames may be large, trades are not."""
-LARGEST_CONTEXT = 20_000  # characters
+LARGEST_CONTEXT = 40_000  # characters: of some 1,000 symbols
 ASK_AGAIN = 1.0  # seconds after which a disk that refused is asked again
 SAVE_LIMIT = 20.0  # seconds that what is left at the end has to get into the spool
 
