@@ -18,14 +18,11 @@ from typing import Any
 
 from market.consumers import Group, Taken
 from market.display import lost
-from market.flow import MarketOptions, MarketProgram, log
-from market.kafka import PublisherClosed
-from market.stats import AnalyticsRow
-from market.trade import Trade
-from market.workers import MOST, Uncomputed
+from market.flow import MarketOptions, MarketProgram
+from market.workers import Uncomputed
 from runtime.loop import ends_before
 from runtime.options import CannotStart
-from runtime.processes import PoolClosed, WorkerDied
+from runtime.processes import WorkerDied
 
 
 class Analyser(MarketProgram):
@@ -41,7 +38,6 @@ class Analyser(MarketProgram):
     ) -> None:
         super().__init__(options, environ=environ, **more)
         assert options.kafka is not None
-        self.workers = self.make_workers()
         self.group = Group(
             options.kafka,
             options.group,
@@ -86,10 +82,12 @@ class Analyser(MarketProgram):
         try:
             for letter in taken.dead:
                 await self._bury(letter)
-            for at in range(0, len(taken.again), MOST):
-                await self._computed_rows(taken.again[at : at + MOST])
+            if taken.again:
+                with contextlib.suppress(Uncomputed):
+                    await self.workers.submit(taken.again)
             if taken.trades:
-                rows = await self._computed_rows(taken.trades, count=True)
+                rows = await self._computed_rows(taken.trades)
+                self._queued = 0
                 self.board.count(taken.trades)
                 await self._tell(rows)
         finally:
@@ -98,30 +96,11 @@ class Analyser(MarketProgram):
         await self.publisher.flush()
         await self.group.commit()
 
-    async def _computed_rows(
-        self, trades: list[Trade], *, count: bool = False, flush: bool = False
-    ) -> list[AnalyticsRow]:
-        try:
-            rows, failed = await (self.workers.flush() if flush else self.workers.submit(trades)), 0
-        except Uncomputed as error:
-            log.warning("%d trades could not be computed: %s", len(error.trades), error.__cause__)
-            rows, failed = error.rows, len(error.trades)
-        if count:
-            self._computed += len(trades) - failed
-            self._uncomputed += failed
-            self._queued = 0
-        return rows
-
-    async def _tell_all(self) -> None:
-        """The rows that were not due yet."""
-        with contextlib.suppress(PublisherClosed, PoolClosed):
-            await self._tell(await self._computed_rows([], flush=True))
-
     async def run(self) -> int:
         """Until it is stopped. The exit code: 1 if something was lost."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open_publisher(stack)
-            stack.push_async_callback(self.workers.close, 0.0)
+            stack.push_async_callback(self.workers.close)
             self.tasks.start("watch", self._watch)
             self.tasks.start("loop lag", self._lag.watch)
             stack.push_async_callback(self.tasks.end)
@@ -150,15 +129,11 @@ class Analyser(MarketProgram):
             await self._tell_all()
 
     def _more(self) -> dict[str, Any]:
-        workers, found, group = self.workers.stats(), self.workers.analytics(), self.group.stats()
-        return {
+        group = self.group.stats()
+        return super()._more() | {
             "offered": self._trades,
             "skipped": self._skipped,
             "queued": self._queued,
-            "late": found.late,
-            "repeated": found.repeated,
-            "worker_deaths": workers.died,
-            "workers": workers.pids,
             "partitions": group.partitions,
             "rebalances": group.rebalances,
             "commits": group.commits,

@@ -62,6 +62,7 @@ from market.trade import Trade
 from market.workers import MOST, AnalyticsPool, Uncomputed
 from runtime.loop import Lag, TaskSupervisor, ends_before
 from runtime.outlet import TwoStageStop, unusable
+from runtime.processes import PoolClosed
 from runtime.stderr import lines_lost
 
 log = logging.getLogger("market_pipeline")
@@ -186,12 +187,20 @@ class MarketProgram(ABC):
         self._trades = self._letters = self._computed = self._uncomputed = 0
         self.stop = TwoStageStop(self.publisher.changes)
 
-    def make_workers(self) -> AnalyticsPool:
-        """The processes that compute the figures."""
-        figures = {"windows": self.options.windows, "lateness": self.options.lateness}
-        return AnalyticsPool(self.options.workers, options=figures, nice=0)  # on a busy machine nicer ones fall behind
+        figures = {"windows": options.windows, "lateness": options.lateness}
+        self.workers = AnalyticsPool(options.workers, options=figures)  # its processes are not there before ``start``
 
-    # -------------------------------------------------------------------- publishing
+    # -------------------------------------------------------------------- figures and publishing
+
+    async def _computed_rows(self, trades: list[Trade]) -> list[AnalyticsRow]:
+        try:
+            rows, failed = await self.workers.submit(trades), 0
+        except Uncomputed as error:
+            log.warning("%d trades could not be computed: %s", len(error.trades), error.__cause__)
+            rows, failed = error.rows, len(error.trades)
+        self._computed += len(trades) - failed
+        self._uncomputed += failed
+        return rows
 
     async def _tell(self, rows: list[AnalyticsRow]) -> None:
         """Thousands at once would hold the loop for tens of milliseconds."""
@@ -201,6 +210,11 @@ class MarketProgram(ABC):
             part = rows[at : at + ROWS]
             self.board.take(part)
             self.publisher.analytics([row.record() for row in part])
+
+    async def _tell_all(self) -> None:
+        """The rows that were not due yet."""
+        with contextlib.suppress(PublisherClosed, PoolClosed):
+            await self._tell(await self.workers.flush())
 
     async def _bury(self, letter: DeadLetter) -> None:
         self._letters += 1
@@ -249,7 +263,13 @@ class MarketProgram(ABC):
 
     def _more(self) -> dict[str, Any]:
         """What a program adds to its snapshot."""
-        return {}
+        workers, found = self.workers.stats(), self.workers.analytics()
+        return {
+            "late": found.late,
+            "repeated": found.repeated,
+            "worker_deaths": workers.died,
+            "workers": workers.pids,
+        }
 
     def snapshot(self) -> MarketCounts:
         """All counts of this moment; an imbalance is logged."""
@@ -297,7 +317,6 @@ class Pipeline(MarketProgram):
         turn = TURN / max(1, len(self._adapters))
         self._feed_options = {"clock": self._clock, "rng": self._rng, "turn": turn, **(feed_options or {})}
         self.feeds: dict[str, Feed] = {}
-        self.workers = self.make_workers()
         self._queue: deque[Trade] = deque()
         self._wake = asyncio.Event()
         self._offered = self._skipped = self._computing = 0
@@ -360,28 +379,13 @@ class Pipeline(MarketProgram):
             batch = [queue.popleft() for _ in range(min(MOST, len(queue)))]
             self._computing, told = len(batch), False
             try:
-                rows = await self.workers.submit(batch)
-            except Uncomputed as error:
-                log.warning("%d trades could not be computed: %s", len(error.trades), error.__cause__)
-                rows, failed = error.rows, len(error.trades)
+                rows = await self._computed_rows(batch)
             except BaseException:
-                self._skipped += self._computing
-                self._computing = 0
+                self._skipped += len(batch)
                 raise
-            else:
-                failed = 0
-            self._computed += len(batch) - failed
-            self._uncomputed += failed
-            self._computing = 0
+            finally:
+                self._computing = 0
             self.board.count(batch)
-            await self._tell(rows)
-
-    async def _tell_all(self) -> None:
-        try:
-            rows = await self.workers.flush()
-        except Uncomputed as error:
-            rows = error.rows
-        with contextlib.suppress(PublisherClosed):
             await self._tell(rows)
 
     # -------------------------------------------------------------------- life and end
@@ -390,7 +394,7 @@ class Pipeline(MarketProgram):
         """Until it has stopped; 1 if something was lost."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open_publisher(stack)
-            stack.push_async_callback(self.workers.close, 0.0)
+            stack.push_async_callback(self.workers.close)
             stack.push_async_callback(self.tasks.end)
             session = await stack.enter_async_context(new_session())
             self.tasks.start("analytics", self._compute)
@@ -414,15 +418,10 @@ class Pipeline(MarketProgram):
         await self._tell_all()
 
     def _more(self) -> dict[str, Any]:
-        workers, found = self.workers.stats(), self.workers.analytics()
-        return {
+        return super()._more() | {
             "offered": self._offered,
             "skipped": self._skipped,
             "queued": len(self._queue) + self._computing,
-            "late": found.late,
-            "repeated": found.repeated,
-            "worker_deaths": workers.died,
-            "workers": workers.pids,
             "feeds": {name: feed_line(self.feeds.get(name)) for name in self._adapters},
         }
 

@@ -12,10 +12,11 @@ Promised
   with it.
 - A batch is begun ``attempts`` times at most. Then, or at once if it raises or ``close`` cuts it off, ``Uncomputed``
   has its trades, and the rows of the other workers. The worker goes on without it.
-- Backpressure: ``waiting`` calls at a time; further ones wait their turn, first come, first served.
+- Backpressure: ``waiting`` calls of at most MOST trades at a time; further ones wait their turn, first come, first
+  served.
 - Bounded: a worker's batches since its checkpoint have at most ``retained`` bytes (or as many as the checkpoint, if
   that has more) and are at most MAX_LOG; the next job then brings a new checkpoint. ``Analytics`` bounds the state.
-- The loop is held for the packing of MOST trades at a time, under 1 ms, and while ``Processes`` pickles a job.
+- The loop is held for the packing of a call's trades, under 1 ms, and while ``Processes`` pickles a job.
 
 Not promised: anything about a call that was cancelled, of which some workers may have done their part and others not.
 A symbol's worker is the one that has the fewest symbols when it first comes (with three symbols a hash may put all on
@@ -31,10 +32,9 @@ back in 0.3 to 0.4 s.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import pickle
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -119,9 +119,10 @@ class AnalyticsPoolStats(NamedTuple):
 class _Slot:
     """One worker. One job at a time, under ``turn``."""
 
-    def __init__(self, options: Mapping[str, Any], attempts: int, timeout: float, retained: int, nice: int) -> None:
+    def __init__(self, options: Mapping[str, Any], attempts: int, timeout: float, retained: int) -> None:
         self.options, self.attempts, self.timeout, self.most = options, attempts, timeout, retained
-        self.pool, self.turn = Processes(1, waiting=1, attempts=1, nice=nice), asyncio.Lock()
+        self.pool, self.turn = Processes(1, waiting=1, attempts=1, nice=0), asyncio.Lock()
+        """On a busy machine nicer processes fall behind."""
         self.checkpoint: bytes | None = None
         self.log: list[_Logged] = []
         self.log_bytes = self.number = 0  # the last job that is in the log or the checkpoint
@@ -187,18 +188,13 @@ class AnalyticsPool:
         attempts: int = 3,
         timeout: float = 10.0,
         retained: int = 2_000_000,
-        nice: int = 5,
     ) -> None:
         workers = max(1, (os.cpu_count() or 1) - 1) if workers is None else workers
-        if min(workers, waiting, attempts, retained) < 1 or timeout <= 0:
-            raise ValueError(f"{workers=}, {waiting=}, {attempts=}, {retained=}, {timeout=}: must be above 0")
-        options = dict(options or {})
-        self._slots = [_Slot(options, attempts, timeout, retained, nice) for _ in range(workers)]
+        self._slots = [_Slot(options or {}, attempts, timeout, retained) for _ in range(workers)]
         self._places = Semaphore(waiting)
         self._homes: dict[str, _Slot] = {}
         self._trades = self._rows = self._uncomputed = 0
-        self._closed, self._running, self._idle = False, 0, asyncio.Event()
-        self._idle.set()
+        self._closed = False
 
     async def start(self) -> None:
         """Have the processes started. Raises ``WorkerDied``, ``TimeoutError``."""
@@ -208,20 +204,21 @@ class AnalyticsPool:
         """Take the trades into the state; the rows that are due. Raises ``Uncomputed``, ``PoolClosed`` (none taken)."""
         rows, lost = list[AnalyticsRow](), list[Trade]()
         cause: BaseException | None = None
-        async with self._place():
-            for begin in range(0, len(trades), MOST):
-                parts: dict[_Slot, list[Trade]] = {}
-                for trade in trades[begin : begin + MOST]:
-                    parts.setdefault(self._homes.get(trade.symbol) or self._home(trade.symbol), []).append(trade)
-                packed = {slot: pickle.dumps(list(map(_fields, part)), 5) for slot, part in parts.items()}
-                outcomes = await fan_out({slot: slot.run(data, False) for slot, data in packed.items()})
-                for slot, (_, found, error) in outcomes.items():
-                    if error is not None:
-                        lost += parts[slot]
-                        cause = error
-                    else:
-                        rows += found or ()
-                        self._trades += len(parts[slot])
+        parts: dict[_Slot, list[Trade]] = {}
+        async with self._places:
+            if self._closed:
+                raise PoolClosed
+            for trade in trades:
+                parts.setdefault(self._homes.get(trade.symbol) or self._home(trade.symbol), []).append(trade)
+            packed = {slot: pickle.dumps(list(map(_fields, part)), 5) for slot, part in parts.items()}
+            outcomes = await fan_out({slot: slot.run(data, False) for slot, data in packed.items()})
+        for slot, (_, found, error) in outcomes.items():
+            if error is not None:
+                lost += parts[slot]
+                cause = error
+            else:
+                rows += found or ()
+                self._trades += len(parts[slot])
         self._rows += len(rows)
         if cause is not None:
             self._uncomputed += len(lost)
@@ -229,29 +226,14 @@ class AnalyticsPool:
         return rows
 
     async def flush(self) -> list[AnalyticsRow]:
-        """The rows that are not due yet: of all series that changed since they were told."""
-        async with self._place():
-            outcomes = await fan_out({slot: slot.run(pickle.dumps([]), True) for slot in self._slots})
-        rows = [row for outcome in outcomes.values() for row in outcome.value or ()]
-        self._rows += len(rows)
-        for outcome in outcomes.values():
-            if outcome.error is not None:
-                raise Uncomputed([], rows) from outcome.error
-        return rows
-
-    @contextlib.asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
+        """The rows that are not due yet: of all series that changed since they were told, but for workers that died."""
         async with self._places:
             if self._closed:
                 raise PoolClosed
-            self._running += 1
-            self._idle.clear()
-            try:
-                yield
-            finally:
-                self._running -= 1
-                if not self._running:
-                    self._idle.set()
+            outcomes = await fan_out({slot: slot.run(pickle.dumps([]), True) for slot in self._slots})
+        rows = [row for outcome in outcomes.values() for row in outcome.value or ()]
+        self._rows += len(rows)
+        return rows
 
     def _home(self, symbol: str) -> _Slot:
         """The worker of a symbol that has none yet."""
@@ -261,12 +243,9 @@ class AnalyticsPool:
         slot.symbols += 1
         return slot
 
-    async def close(self, grace: float = 5.0) -> None:
-        """Refuse calls that do not run yet, give those that do ``grace`` seconds, then kill. Leaves no process."""
+    async def close(self) -> None:
+        """Kill the processes: calls that run raise ``Uncomputed``, those that wait ``PoolClosed``."""
         self._closed = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace):
-                await self._idle.wait()
         await asyncio.gather(*(slot.pool.close(0.0) for slot in self._slots))
 
     def analytics(self) -> AnalyticsStats:
@@ -279,7 +258,7 @@ class AnalyticsPool:
         retained = sum(slot.log_bytes + len(slot.checkpoint or b"") for slot in slots)
         return AnalyticsPoolStats(
             tuple(slot.pid for slot in slots), tuple(slot.symbols for slot in slots),
-            self._running, places.waiting, self._trades, self._rows,
+            places.permits - places.available, places.waiting, self._trades, self._rows,
             sum(slot.died for slot in slots), sum(slot.rebuilt for slot in slots),
             sum(slot.checkpoints for slot in slots), self._uncomputed, retained,
         )  # fmt: skip

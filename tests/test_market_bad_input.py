@@ -47,6 +47,7 @@ from tests.helpers.market import (
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
+    market_stats_take,
     publish,
 )
 from tests.helpers.mechanisms import simulated
@@ -386,7 +387,7 @@ def test_connect_a_connection_is_left_for_a_silent_symbols_sake() -> None:
 
 def test_flow_thousands_of_rows_do_not_hold_the_loop() -> None:
     analytics = Analytics()
-    analytics.add(market_kafka_trade(1))
+    market_stats_take(analytics, market_kafka_trade(1))
     row = analytics.due(everything=True)[0]
     told: list[int] = []
     shown: list[AnalyticsRow] = []

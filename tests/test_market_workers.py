@@ -56,7 +56,7 @@ class Control:
 
     def submit(self, trades: list[Trade], everything: bool = False) -> list[mst.AnalyticsRow]:
         for trade in trades:
-            self.symbols.setdefault(trade.symbol, mst.Analytics(**self.options)).add(trade)
+            self.symbols.setdefault(trade.symbol, mst.Analytics(**self.options)).take(*mw._fields(trade))
         return sorted(row for each in self.symbols.values() for row in each.due(everything))
 
 
@@ -260,7 +260,7 @@ def test_close_tells_what_it_leaves(tmp_path: Path) -> None:
         held = market_stats_trade(1.0, trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
         jobs = [asyncio.create_task(pool.submit([held])) for _ in range(3)]
         writer = await proc_writer(gate)
-        await pool.close(0.0)
+        await pool.close()
         os.close(writer)
         *begun, waits = await asyncio.gather(*jobs, return_exceptions=True)
         for outcome in begun:
@@ -277,26 +277,6 @@ def test_close_tells_what_it_leaves(tmp_path: Path) -> None:
     market_workers_run(main, workers=1, waiting=2)
 
 
-def test_close_lets_a_call_end(tmp_path: Path) -> None:
-    """All of it: its second job had not begun."""
-    os.mkfifo(gate := tmp_path / "gate")
-
-    async def main(pool: mw.AnalyticsPool) -> None:
-        held = market_stats_trade(1.0, trade_id=cast(Any, Reduced("gate", Path.read_text, gate)))
-        job = asyncio.create_task(pool.submit([held] + [market_stats_trade(2.0)] * mw.MOST))
-        writer = await proc_writer(gate)
-        closing = asyncio.create_task(pool.close(HANG_LIMIT))
-        await asyncio.sleep(0)
-        with pytest.raises(processes.PoolClosed):
-            await pool.submit([market_stats_trade(2.0)])
-        os.close(writer)
-        assert [row.trades[0] for row in await job] == [mw.MOST] * 2
-        await asyncio.wait_for(closing, HANG_LIMIT / 2)
-        assert pool.stats().trades == mw.MOST + 1
-
-    market_workers_run(main, workers=1)
-
-
 def test_what_is_retained_is_bounded() -> None:
     async def main(pool: mw.AnalyticsPool) -> None:
         (slot,) = pool._slots
@@ -305,8 +285,8 @@ def test_what_is_retained_is_bounded() -> None:
             assert len(slot.log) <= mw.MAX_LOG
         assert pool.stats().checkpoints == 2
         stream = market_stats_stream(7, 20_000, 200.0)
-        for begin in range(0, len(stream), 5_000):
-            await pool.submit(stream[begin : begin + 5_000])  # in jobs of at most MOST
+        for begin in range(0, len(stream), 2_000):
+            await pool.submit(stream[begin : begin + 2_000])
             assert slot.log_bytes <= max(100_000, len(slot.checkpoint or b""))
         assert pool.stats().checkpoints > 5
         assert pool.stats().retained == slot.log_bytes + len(slot.checkpoint or b"")
@@ -324,11 +304,3 @@ def test_symbols_are_shared_out_evenly_and_remembered_boundedly(monkeypatch: pyt
     assert pool._home("another") is pool._home("another")
     assert len(pool._homes) == 6
     asyncio.run(pool.close())
-
-
-@pytest.mark.parametrize("bad", [{"workers": 0}, {"waiting": 0}, {"attempts": 0}, {"retained": 0}, {"timeout": 0.0}])
-def test_misuse(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be above 0"):
-        mw.AnalyticsPool(**bad)
-    with pytest.raises(ValueError, match="ascending"):
-        mw.AnalyticsPool(1, options={"windows": (5, 1)})

@@ -31,7 +31,9 @@ from market.connect import Feed
 from market.feed_socket import FeedTimes
 from market.feeds import ADAPTERS
 from market.flow import MarketProgram
+from market.stats import ALL, Analytics, AnalyticsRow
 from market.trade import Parsed, Trade
+from market.workers import FIELDS
 from primitives import CircuitBreaker
 from runtime.monitor import Exporter
 from runtime.spool import Spool
@@ -590,6 +592,24 @@ def market_stats_trade(
     """``at``, ``received``: seconds after T0; received as it happened if not given."""
     ts, got = (STATS_T0 + round(1e9 * seconds) for seconds in (at, at if received is None else received))
     return Trade(exchange, symbol, repr(price), repr(size), price, size, "", trade_id, ts, got, None, flags)
+
+
+def market_stats_take(analytics: Analytics, trade: Trade) -> bool:
+    """``take`` of a trade."""
+    return analytics.take(*(getattr(trade, name) for name in FIELDS))
+
+
+def market_stats_row(
+    analytics: Analytics, symbol: str = "BTC-USD", exchange: str = ALL, now_ns: int = 0
+) -> AnalyticsRow | None:
+    """As of ``now_ns`` or the newest trade, whichever is later; None if there was no trade."""
+    book = analytics._books.get(symbol)
+    if book is None:
+        return None
+    if exchange == ALL:
+        return analytics._all(symbol, book, now_ns)
+    series = book.exchanges.get(exchange)
+    return None if series is None else series.row(symbol, exchange, now_ns)
 
 
 def market_stats_stream(seed: int, n: int = 3000, seconds: float = 90.0) -> list[Trade]:
