@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,6 @@ class Analyser(MarketProgram):
             look_back=options.windows[-1] + options.lateness,
             revoked=self._revoked,
             security=self._security,
-            rng=self._rng,
             **(group_options or {}),
         )
         self._batch = asyncio.Lock()  # held from when trades are taken until they are committed
@@ -112,7 +112,7 @@ class Analyser(MarketProgram):
                 stack.push_async_callback(self.group.stop)
                 self.tasks.start("analytics", self._work)
                 await self.stop.stopped.wait()
-                self._deadline = self._clock() + self.options.stop_limit
+                self._deadline = time.monotonic() + self.options.stop_limit
                 await self._unless_forced(self._finish(), self.options.stop_limit * 0.6)
                 await self.tasks.end()
         return int(lost(self.snapshot()) > 0)

@@ -16,7 +16,6 @@ All is for one event loop, without locks.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
-from coordination import Rng, stats_repr
+from coordination import stats_repr
 from market.topics import (
     BACK_OFF,
     DEAD_LETTERS,
@@ -39,21 +38,22 @@ from market.topics import (
 from market.trade import Trade
 from primitives import Backoff
 
+REQUEST_TIMEOUT = 10.0  # seconds
+SESSION = 10.0  # seconds without a heartbeat after which a member is taken for dead
 
-async def _connected_consumer(
-    brokers: str, group: str | None, request_timeout: float, security: Mapping[str, Any], limit: float, rng: Rng
-) -> Any:
+
+async def _connected_consumer(brokers: str, group: str | None, options: Mapping[str, Any], limit: float) -> Any:
     """A consumer that is connected; tries for ``limit`` seconds, then raises ``TimeoutError``."""
-    begun, backoff = time.monotonic(), Backoff(*BACK_OFF, rng)
+    begun, backoff = time.monotonic(), Backoff(*BACK_OFF)
     while True:
         consumer = AIOKafkaConsumer(
             bootstrap_servers=brokers,
             group_id=group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            request_timeout_ms=int(request_timeout * 1000),
+            request_timeout_ms=int(REQUEST_TIMEOUT * 1000),
             fetch_max_wait_ms=100,
-            **security,
+            **options,
         )
         try:
             await consumer.start()
@@ -76,10 +76,8 @@ async def dead_letters(
     prefix: str = "",
     group: str | None = None,
     before_commit: Callable[[], Awaitable[None]] | None = None,
-    request_timeout: float = 10.0,
     limit: float = 30.0,
     security: Mapping[str, Any] | None = None,
-    rng: Rng = random.random,
 ) -> AsyncIterator[DeadLetter]:
     """The dead letters that are there now, in the order of each partition. ``TimeoutError`` without a broker.
 
@@ -88,7 +86,7 @@ async def dead_letters(
     """
     client_log.attach()
     try:
-        consumer = await _connected_consumer(brokers, group, request_timeout, security or {}, limit, rng)
+        consumer = await _connected_consumer(brokers, group, security or {}, limit)
         try:
             topic = prefix + DEAD_LETTERS
             places = [TopicPartition(topic, n) for n in await _partitions(consumer, topic)]
@@ -149,8 +147,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
     """A member of the consumer group ``group`` of the topic ``trades``. One task uses it.
 
     ``revoked`` is told, and waited for, before partitions go to others: publish and ``commit`` there, and forget their
-    symbols. ``look_back``, ``heartbeat`` (after which members hear of another), ``session`` (without a heartbeat, after
-    which a member is taken for dead): seconds.
+    symbols. ``look_back``, ``heartbeat`` (after which members hear of another): seconds.
     """
 
     def __init__(
@@ -162,15 +159,12 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         look_back: float = 0.0,
         revoked: Callable[[frozenset[int]], Awaitable[None]] | None = None,
         heartbeat: float = 1.0,
-        session: float = 10.0,
-        request_timeout: float = 10.0,
         security: Mapping[str, Any] | None = None,
-        rng: Rng = random.random,
     ) -> None:
         self.topic = prefix + TRADES
         self._brokers, self._group, self._look_back, self._revoked = brokers, group, look_back, revoked
-        self._timeout, self._security, self._rng = request_timeout, security or {}, rng
-        self._member = {"heartbeat_interval_ms": int(heartbeat * 1000), "session_timeout_ms": int(session * 1000)}
+        self._security = security or {}
+        self._member = {"heartbeat_interval_ms": int(heartbeat * 1000), "session_timeout_ms": int(SESSION * 1000)}
         self._consumer: Any = None
         self._done: dict[TopicPartition, int] = {}
         """Where to go on: what is below was taken, or had been committed before."""
@@ -179,22 +173,19 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
     async def start(self, limit: float = 30.0) -> None:
         """Join. ``TimeoutError`` without a broker or the topic: to subscribe would make it, in the wrong size."""
         client_log.attach()
-        begun, backoff = time.monotonic(), Backoff(*BACK_OFF, self._rng)
+        begun, backoff = time.monotonic(), Backoff(*BACK_OFF)
         try:
             options = {**self._security, **self._member}
-            self._consumer = await _connected_consumer(
-                self._brokers, self._group, self._timeout, options, limit, self._rng
-            )
+            self._consumer = await _connected_consumer(self._brokers, self._group, options, limit)
             while self.topic not in await self._consumer.topics():
                 if time.monotonic() - begun > limit:
                     raise TimeoutError(f"no topic {self.topic} in {limit:g} s")
                 await asyncio.sleep(backoff.next())
             self._consumer.subscribe([self.topic], listener=self)
         except BaseException:
-            consumer, self._consumer = self._consumer, None
-            if consumer is not None:
-                await asyncio.shield(asyncio.create_task(consumer.stop()))
-            client_log.detach()
+            if self._consumer is None:
+                client_log.detach()
+            await asyncio.shield(asyncio.create_task(self.stop()))
             raise
 
     async def stop(self) -> None:
@@ -267,13 +258,13 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _before(self, committed: Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
         """Where each partition was ``look_back`` seconds before its last committed record."""
         places = [place for place, offset in committed.items() if offset > 0]
-        reader = await _connected_consumer(self._brokers, None, self._timeout, self._security, self._timeout, self._rng)
+        reader = await _connected_consumer(self._brokers, None, self._security, REQUEST_TIMEOUT)
         try:
             times = dict[TopicPartition, int]()
             reader.assign(places)
             for place in places:
                 reader.seek(place, committed[place] - 1)
-            deadline = time.monotonic() + self._timeout
+            deadline = time.monotonic() + REQUEST_TIMEOUT
             while len(times) < len(places) and time.monotonic() < deadline:
                 for place, records in (await reader.getmany(timeout_ms=200, max_records=len(places))).items():
                     times.setdefault(place, max(0, records[0].timestamp - int(self._look_back * 1000)))

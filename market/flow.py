@@ -37,7 +37,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import random
 import ssl
 import time
 from abc import ABC, abstractmethod
@@ -50,7 +49,7 @@ from typing import Any
 
 import aiohttp
 
-from coordination import Clock, Rng, stats_repr, wait_for_event
+from coordination import stats_repr, wait_for_event
 from market.adapter import Adapter
 from market.connect import TURN, Feed, new_session
 from market.display import Board, FeedLine, MarketCounts, imbalance, lost
@@ -162,12 +161,10 @@ class MarketProgram(ABC):
         *,
         spool: bool = False,
         environ: Mapping[str, str] = os.environ,
-        clock: Clock = time.monotonic,
-        rng: Rng = random.random,
     ) -> None:
         assert options.kafka is not None
         self.tasks, self._lag = TaskSupervisor(log), Lag()
-        self.options, self._clock, self._rng = options, clock, rng
+        self.options = options
         self._security = security(options, environ)
         self.publisher = Publisher(
             options.kafka,
@@ -180,8 +177,6 @@ class MarketProgram(ABC):
             spool_after=options.spool_after,
             compression=None if options.compression == "none" else options.compression,  # type: ignore[arg-type]
             security=self._security,
-            clock=clock,
-            rng=rng,
         )
         self.board = Board(options.windows)
         self._trades = self._letters = self._computed = self._uncomputed = 0
@@ -219,7 +214,7 @@ class MarketProgram(ABC):
     async def _bury(self, letter: DeadLetter) -> None:
         self._letters += 1
         with contextlib.suppress(PublisherClosed):
-            await self.publisher.dead(*letter)
+            await self.publisher.dead(letter)
 
     # -------------------------------------------------------------------- life and end
 
@@ -249,7 +244,7 @@ class MarketProgram(ABC):
 
     async def _close_publisher(self) -> None:
         """What is left after the time, or at once if forced, goes to the spool."""
-        limit = max(0.0, self._deadline - self._clock())
+        limit = max(0.0, self._deadline - time.monotonic())
         closing = asyncio.create_task(self.publisher.stop(limit, self.stop.forced))
         await asyncio.wait((closing,), timeout=limit + CLOSE_LIMIT)
         if not closing.done():
@@ -315,7 +310,7 @@ class Pipeline(MarketProgram):
         super().__init__(options, spool=True, environ=environ, **more)
         self._adapters = feeds_of(options, environ)
         turn = TURN / max(1, len(self._adapters))
-        self._feed_options = {"clock": self._clock, "rng": self._rng, "turn": turn, **(feed_options or {})}
+        self._feed_options = {"turn": turn, **(feed_options or {})}
         self.feeds: dict[str, Feed] = {}
         self._queue: deque[Trade] = deque()
         self._wake = asyncio.Event()
@@ -403,11 +398,11 @@ class Pipeline(MarketProgram):
             for name in self._adapters:
                 self.tasks.start(f"feed {name}", partial(self._feed, name, session))
             await self.stop.stopped.wait()
-            begun = self._clock()
+            begun = time.monotonic()
             self._deadline = begun + self.options.stop_limit
             limit = min(FEED_LIMIT, self.options.stop_limit)
             await self._unless_forced(asyncio.gather(*(feed.stop(limit) for feed in self.feeds.values())), limit + 1.0)
-            await self._unless_forced(self._drain(), (self._deadline - self._clock()) * 0.6)
+            await self._unless_forced(self._drain(), (self._deadline - time.monotonic()) * 0.6)
         self._skipped += len(self._queue)
         self._queue.clear()
         return int(lost(self.snapshot()) > 0)

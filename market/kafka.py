@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,17 +39,15 @@ from uuid import uuid4
 
 import orjson
 
-from coordination import Clock, Rng, cancel_all, stats_repr
+from coordination import cancel_all, stats_repr
 from market.producer import AT_ONCE, FLIGHT, FLIGHT_BYTES, Producer
 from market.topics import (
     ANALYTICS,
     DEAD_LETTERS,
     HEADERS,
-    LARGEST_RECORD,
     TRADES,
     DeadLetter,
     Item,
-    LetterKind,
     Record,
     client_log,
     line_of_record,
@@ -68,7 +65,6 @@ from runtime.spool import EncodedBatch, Spool
 ROWS, FILE = 2500, 2500  # rows of analytics that are under way together, and records of a file of the spool, at most
 HEAVY, EACH = 64_000_000, 640
 """Bytes of records that may wait, or so many for each, if that is more: raw frames may be large, trades are not."""
-LARGEST_CONTEXT = 40_000  # characters: of some 1,000 symbols
 ASK_AGAIN = 1.0  # seconds after which a disk that refused is asked again
 SAVE_LIMIT = 20.0  # seconds that what is left at the end has to get into the spool
 
@@ -205,8 +201,6 @@ class Publisher:
         compression: Literal["zstd", "lz4", "snappy", "gzip"] | None = "zstd",
         request_timeout: float = 10.0,
         security: Mapping[str, Any] | None = None,
-        clock: Clock = time.monotonic,
-        rng: Rng = random.random,
     ) -> None:
         self.topics = {name: prefix + name for name in (TRADES, ANALYTICS, DEAD_LETTERS)}
         self._trades_topic, self._analytics_topic, self._dead_topic = self.topics.values()
@@ -219,14 +213,13 @@ class Publisher:
                 compression=compression,
                 request_timeout=request_timeout,
                 security=security or {},
-                rng=rng,
             )
 
-        self.changes = Changes(clock)
+        self.changes = Changes()
         topics = self._trades_topic, self._dead_topic
         self._sink = TradeSink(producer(*topics), *topics)
         self._row_sink = RowSink(producer(self._analytics_topic), self._analytics_topic, self._dead_topic)
-        common: dict[str, Any] = {"log": log, "changes": self.changes, "linger": linger, "clock": clock, "rng": rng}
+        common: dict[str, Any] = {"log": log, "changes": self.changes, "linger": linger}
         self._trades = Outlet(
             Backlog[Record](
                 buffer,
@@ -238,7 +231,7 @@ class Publisher:
                 in_order=True,
             ),
             self._sink,
-            [] if spool is None else [Spool(spool, max_bytes=spool_bytes, clock=clock)],
+            [] if spool is None else [Spool(spool, max_bytes=spool_bytes)],
             replay_files=max(1, FLIGHT // FILE),
             stalls_after=spool_after,
             ask_again=ASK_AGAIN,
@@ -294,22 +287,9 @@ class Publisher:
         if not self.offer(trades):
             await self._take(trades)
 
-    async def dead(
-        self,
-        exchange: str,
-        error: str,
-        raw: bytes | str,
-        when_ns: int,
-        kind: LetterKind | None = None,
-        context: str = "",
-    ) -> None:
+    async def dead(self, letter: DeadLetter) -> None:
         """Take a frame that cannot be parsed; waits while there is no room."""
-        if isinstance(raw, str):
-            raw, kind = raw.encode("utf-8", "surrogatepass"), kind or "text"
-        if len(raw) > LARGEST_RECORD:
-            error, raw = f"{error[:400]} (cut: it had {len(raw)} bytes)", raw[:LARGEST_RECORD]
-        context = context if len(context) <= LARGEST_CONTEXT else ""
-        await self._take([DeadLetter(exchange, error, bytes(raw), when_ns, kind or "binary", context)])
+        await self._take([letter])
 
     def _records(self, items: Sequence[Item]) -> list[Record]:
         return [record_of(item, self._trades_topic, self._dead_topic) for item in items]
@@ -336,28 +316,20 @@ class Publisher:
             self._waiting -= left
             self._given_up += left
 
-    def analytics(self, rows: Iterable[Any]) -> None:
-        """Take rows (mappings or named tuples with ``symbol``); the oldest that wait make room, and are counted.
-
-        Raises ``TypeError`` or ``ValueError`` for what cannot be written as JSON.
-        """
+    def analytics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take rows (with ``symbol``); the oldest that wait make room, and are counted."""
         if self._is_closed():
             raise PublisherClosed("the publisher is stopped")
-        at, records = time.time_ns() // 1_000_000, list[Record]()
-        for row in rows:
-            fields = row if isinstance(row, Mapping) else row._asdict()
-            key, value = fields["symbol"].encode(), orjson.dumps(fields)
-            records.append(Record(self._analytics_topic, key, value, at, HEADERS))
-        self._rows.put(records)
+        at, topic = time.time_ns() // 1_000_000, self._analytics_topic
+        self._rows.put([Record(topic, row["symbol"].encode(), orjson.dumps(row), at, HEADERS) for row in rows])
 
-    def _is_over(self) -> bool:
-        """Whether nothing waits, or nothing will ever go on."""
-        return self._failed or (self._trades.backlog.is_empty() and self._rows.backlog.is_empty())
+    def _is_empty(self) -> bool:
+        return self._trades.backlog.is_empty() and self._rows.backlog.is_empty()
 
     async def flush(self) -> None:
         """Return when nothing waits: all is acknowledged (analytics: or dropped). Raises if that will never be."""
-        await self.changes.until(lambda: self._is_over() or self._state == "closed")
-        if self._failed or not (self._trades.backlog.is_empty() and self._rows.backlog.is_empty()):
+        await self.changes.until(lambda: self._failed or self._is_empty() or self._state == "closed")
+        if self._failed or not self._is_empty():
             raise PublisherClosed("the publisher is stopped")
 
     async def stop(self, limit: float = 10.0, forced: asyncio.Event | None = None) -> int:
@@ -376,8 +348,8 @@ class Publisher:
                 outlet.stop()
             self.changes.tell()
             try:
-                over = forced or asyncio.Event()
-                await ends_before(self.changes.until(self._is_over), over, limit)
+                over = self.changes.until(lambda: self._failed or self._is_empty())
+                await ends_before(over, forced or asyncio.Event(), limit)
             finally:
                 await _finished(asyncio.create_task(self._close()))
         return backlog.refused + backlog.dropped.total()

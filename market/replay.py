@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -75,7 +76,7 @@ class Replayer(MarketProgram):
                 self.early = not await ends_before(self._replay(), self.stop.stopped)
             except TimeoutError as error:
                 raise CannotStart(str(error)) from None
-            self._deadline = self._clock() + self.options.stop_limit
+            self._deadline = time.monotonic() + self.options.stop_limit
         return int(lost(self.snapshot()) > 0 or self.early)
 
     async def _replay(self) -> None:
@@ -87,7 +88,6 @@ class Replayer(MarketProgram):
             group=None if dry else self.options.group,
             before_commit=None if dry else self.publisher.flush,
             security=self._security,
-            rng=self._rng,
         )
         async with contextlib.aclosing(letters) as every:  # type: ignore[type-var]
             async for letter in every:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ log = logging.getLogger("market_pipeline")
 SCHEMA = b"1"  # the version in the header ``schema``
 TRADES, ANALYTICS, DEAD_LETTERS = "trades", "analytics", "dead-letter"
 LARGEST_RECORD = 900_000  # bytes of a value; Kafka's own default for a batch is 1,048,588
+LARGEST_CONTEXT = 40_000  # characters of a dead letter's: those of some 1,000 symbols
 THROTTLE_FOR = 60.0  # seconds for which aiokafka is not heard again after it complained
 BACK_OFF = 0.1, 5.0  # seconds before trying again, and at most
 
@@ -104,7 +106,7 @@ def dead_letter_record(letter: DeadLetter, topic: str) -> Record:
         ("error", _plain(error)),
         ("at_ns", str(letter.at_ns).encode()),
         ("kind", letter.kind.encode()),
-        *([("context", letter.context.encode())] if letter.context else []),
+        *([("context", letter.context.encode())] if 0 < len(letter.context) <= LARGEST_CONTEXT else []),
     ]
     return Record(topic, None, raw, max(0, letter.at_ns // 1_000_000), headers)
 
@@ -189,10 +191,7 @@ class LogThrottle(logging.Handler):
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         super().__init__(logging.WARNING)
-        self._clock = clock
-        self._users = 0
-        self._until = float("-inf")
-        self.held_back = 0
+        self._clock, self._users, self._until, self.held_back = clock, 0, -math.inf, 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Tell it, or count it."""
@@ -209,7 +208,7 @@ class LogThrottle(logging.Handler):
         self._users += 1
         logger = logging.getLogger("aiokafka")
         if self._users == 1:
-            self._until, self.held_back = float("-inf"), 0
+            self._until, self.held_back = -math.inf, 0
             logger.addHandler(self)
             logger.propagate = False
 
@@ -224,9 +223,8 @@ class LogThrottle(logging.Handler):
     def recovered(self) -> None:
         """All is well again: the next complaint is a new one."""
         if self._until > self._clock():
-            self._until = float("-inf")
             log.info("kafka: answers again (%d lines were held back)", self.held_back)
-            self.held_back = 0
+            self._until, self.held_back = -math.inf, 0
 
 
 client_log = LogThrottle()

@@ -32,6 +32,7 @@ from market.feed_socket import FeedTimes
 from market.feeds import ADAPTERS
 from market.flow import MarketProgram
 from market.stats import ALL, Analytics, AnalyticsRow
+from market.topics import DeadLetter, LetterKind
 from market.trade import Parsed, Trade
 from market.workers import FIELDS
 from primitives import CircuitBreaker
@@ -592,6 +593,12 @@ def market_stats_trade(
     """``at``, ``received``: seconds after T0; received as it happened if not given."""
     ts, got = (STATS_T0 + round(1e9 * seconds) for seconds in (at, at if received is None else received))
     return Trade(exchange, symbol, repr(price), repr(size), price, size, "", trade_id, ts, got, None, flags)
+
+
+def market_kafka_letter(
+    exchange: str, error: str, raw: bytes, at_ns: int, kind: LetterKind = "binary", context: str = ""
+) -> DeadLetter:
+    return DeadLetter(exchange, error, raw, at_ns, kind, context)
 
 
 def market_stats_take(analytics: Analytics, trade: Trade) -> bool:
