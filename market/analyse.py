@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -29,15 +28,8 @@ from runtime.processes import WorkerDied
 class Analyser(MarketProgram):
     """A member of the consumer group that computes what is in ``trades``. ``run`` once."""
 
-    def __init__(
-        self,
-        options: MarketOptions,
-        *,
-        environ: Mapping[str, str] = os.environ,
-        group_options: Mapping[str, Any] | None = None,
-        **more: Any,
-    ) -> None:
-        super().__init__(options, environ=environ, **more)
+    def __init__(self, options: MarketOptions, *, group_options: Mapping[str, Any] | None = None, **more: Any) -> None:
+        super().__init__(options, **more)
         assert options.kafka is not None
         self.group = Group(
             options.kafka,
@@ -99,11 +91,7 @@ class Analyser(MarketProgram):
     async def run(self) -> int:
         """Until it is stopped. The exit code: 1 if something was lost."""
         async with contextlib.AsyncExitStack() as stack:
-            await self._open_publisher(stack)
-            stack.push_async_callback(self.workers.close)
-            self.tasks.start("watch", self._watch)
-            self.tasks.start("loop lag", self._lag.watch)
-            stack.push_async_callback(self.tasks.end)
+            await self._begin(stack)
             try:
                 joined = await ends_before(self._join(), self.stop.stopped)
             except (TimeoutError, WorkerDied) as error:

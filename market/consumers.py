@@ -16,8 +16,10 @@ All is for one event loop, without locks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -70,6 +72,20 @@ async def _connected_consumer(brokers: str, group: str | None, options: Mapping[
             return consumer
 
 
+async def records_now(
+    consumer: AIOKafkaConsumer, places: Sequence[TopicPartition], limit: float
+) -> AsyncIterator[dict[TopicPartition, list[Any]]]:
+    """What is in these partitions now, in portions. ``TimeoutError`` if nothing came for ``limit`` seconds."""
+    ends, waited = await consumer.end_offsets(places) if places else {}, time.monotonic()
+    while [place for place in places if await consumer.position(place) < ends[place]]:
+        found = await consumer.getmany(timeout_ms=200, max_records=500)
+        if found:
+            yield {place: [each for each in records if each.offset < ends[place]] for place, records in found.items()}
+            waited = time.monotonic()
+        elif time.monotonic() - waited > limit:
+            raise TimeoutError(f"no answer in {limit:g} s")
+
+
 async def dead_letters(
     brokers: str,
     *,
@@ -91,25 +107,14 @@ async def dead_letters(
             topic = prefix + DEAD_LETTERS
             places = [TopicPartition(topic, n) for n in await _partitions(consumer, topic)]
             consumer.assign(places)
-            ends = await consumer.end_offsets(places) if places else {}
-            at = {place: await consumer.position(place) for place in places}
-            waited = time.monotonic()
-            while any(at[place] < ends[place] for place in places):
-                lot = await consumer.getmany(timeout_ms=200, max_records=500)
-                for place, records in lot.items():
-                    for record in records:
-                        if record.offset < ends[place]:
-                            yield letter_of_record(record.value, record.headers)
-                for place in places:
-                    at[place] = await consumer.position(place)
-                if lot:
-                    waited = time.monotonic()
+            async with contextlib.aclosing(records_now(consumer, places, limit)) as every:  # type: ignore[type-var]
+                async for lot in every:
+                    for record in itertools.chain.from_iterable(lot.values()):
+                        yield letter_of_record(record.value, record.headers)
                     if group is not None:
                         if before_commit is not None:
                             await before_commit()
-                        await consumer.commit({place: min(at[place], ends[place]) for place in lot})
-                elif time.monotonic() - waited > limit:
-                    raise TimeoutError(f"no answer from {brokers} in {limit:g} s")
+                        await consumer.commit({place: got[-1].offset + 1 for place, got in lot.items() if got})
         finally:
             await consumer.stop()
     finally:

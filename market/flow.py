@@ -73,6 +73,7 @@ COMPUTE_EVERY, IDLE = 0.05, 0.5
 FEED_LIMIT = 3.0  # seconds that the exchanges have to answer a close frame
 CLOSE_LIMIT = 2 * SAVE_LIMIT  # seconds that the publisher has to end after that, whatever the disk does
 WATCH_EVERY = 1.0  # seconds between two looks at the counts
+PUBLISHING = ("prefix", "partitions", "replication", "buffer", "spool_bytes", "spool_after")  # options of ``Publisher``
 
 
 @dataclass(frozen=True)
@@ -168,15 +169,10 @@ class MarketProgram(ABC):
         self._security = security(options, environ)
         self.publisher = Publisher(
             options.kafka,
-            prefix=options.prefix,
-            partitions=options.partitions,
-            replication=options.replication,
-            buffer=options.buffer,
             spool=Path(options.spool) if spool else None,
-            spool_bytes=options.spool_bytes,
-            spool_after=options.spool_after,
             compression=None if options.compression == "none" else options.compression,  # type: ignore[arg-type]
             security=self._security,
+            **{name: getattr(options, name) for name in PUBLISHING},
         )
         self.board = Board(options.windows)
         self._trades = self._letters = self._computed = self._uncomputed = 0
@@ -233,12 +229,18 @@ class MarketProgram(ABC):
         except Exception as error:
             self.tasks.fault("stopping", error)
 
-    async def _open_publisher(self, stack: contextlib.AsyncExitStack) -> None:
-        try:
-            await self.publisher.start()
-        except Exception as error:
-            raise unusable(self.options.spool, error) from None
-        stack.push_async_callback(self._close_publisher)
+    async def _begin(self, stack: contextlib.AsyncExitStack, *, publishes: bool = True) -> None:
+        """What all programs have, until ``stack`` ends it."""
+        if publishes:
+            try:
+                await self.publisher.start()
+            except Exception as error:
+                raise unusable(self.options.spool, error) from None
+            stack.push_async_callback(self._close_publisher)
+        stack.push_async_callback(self.workers.close)
+        stack.push_async_callback(self.tasks.end)
+        self.tasks.start("watch", self._watch)
+        self.tasks.start("loop lag", self._lag.watch)
 
     _deadline = 0.0
 
@@ -388,13 +390,9 @@ class Pipeline(MarketProgram):
     async def run(self) -> int:
         """Until it has stopped; 1 if something was lost."""
         async with contextlib.AsyncExitStack() as stack:
-            await self._open_publisher(stack)
-            stack.push_async_callback(self.workers.close)
-            stack.push_async_callback(self.tasks.end)
+            await self._begin(stack)
             session = await stack.enter_async_context(new_session())
             self.tasks.start("analytics", self._compute)
-            self.tasks.start("watch", self._watch)
-            self.tasks.start("loop lag", self._lag.watch)
             for name in self._adapters:
                 self.tasks.start(f"feed {name}", partial(self._feed, name, session))
             await self.stop.stopped.wait()

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import time
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 from market.adapter import Adapter
@@ -56,8 +54,8 @@ class Reader:
 class Replayer(MarketProgram):
     """The dead letters that are there now, once more. ``run`` once."""
 
-    def __init__(self, options: MarketOptions, *, environ: Mapping[str, str] = os.environ, **more: Any) -> None:
-        super().__init__(options, environ=environ, **more)
+    def __init__(self, options: MarketOptions, **more: Any) -> None:
+        super().__init__(options, **more)
         self.reader = Reader()
         self.seen: Counter[tuple[str, str, str]] = Counter()
         """By exchange, outcome, reason; the rarest reasons are put together."""
@@ -67,11 +65,7 @@ class Replayer(MarketProgram):
     async def run(self) -> int:
         """Until all letters are read, or it is stopped; 1 if it ended early."""
         async with contextlib.AsyncExitStack() as stack:
-            if not self.options.dry_run:
-                await self._open_publisher(stack)
-            self.tasks.start("watch", self._watch)
-            self.tasks.start("loop lag", self._lag.watch)
-            stack.push_async_callback(self.tasks.end)
+            await self._begin(stack, publishes=not self.options.dry_run)
             try:
                 self.early = not await ends_before(self._replay(), self.stop.stopped)
             except TimeoutError as error:
