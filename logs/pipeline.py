@@ -1,13 +1,12 @@
 """The way of a log event through one process: socket, parser, queue, metadata, batches, PostgreSQL or the spool.
 
 socket -> ``Receiver`` -> ``parse`` -> ``EventQueue`` -> a batch is taken (``batch`` events, or the oldest is ``flush``
-seconds old) -> what is not known of its services is waited for, at most ``enrich_wait`` seconds -> sealed: COPY text
-and an id (``logs.sealer``) -> a writer -> PostgreSQL; or, the database being away, the spool -> replayed
-(``runtime.outlet``).
+seconds old) -> what is not known of its services is waited for, at most ``enrich_wait`` seconds -> sealed
+(``logs.sealer``) -> a writer -> PostgreSQL; or, the database being away, the spool -> replayed (``runtime.outlet``).
 
 Promised
-- At every moment ``received + recovered = stored + dead + dropped (by cause) + held``, in events. It is checked in each
-  snapshot, once a second at least; an imbalance is an error in the log and in /health.
+- The equation of ``logs.display``, at every moment. It is checked in each snapshot, once a second at least; an
+  imbalance is an error in the log and in /health.
 - A batch whose commit was not seen is stored once: it keeps its id, in the spool too, and over a restart.
 - Intake never waits for the database or for metadata. While the database is away, batches go to the spool; when that
   is full too, they wait in memory, at most ``SEALED`` of them and ``SEALED_BYTES``, and then the queue fills up and
@@ -18,12 +17,12 @@ Promised
 - The first ``stop`` ends the intake, when it has read what the socket holds, and stores the rest, that of the spool
   included, in at most ``stop_limit`` seconds; what is left then goes to the spool. The second goes there at once.
 
-Not promised: order in the table (there is received_at for that; the spool is replayed in order). UDP promises nothing:
-what the kernel dropped for want of room is counted beside the equation, for it was never received.
+Not promised: order in the table (there is received_at for that). UDP promises nothing: what the kernel dropped for want
+of room is counted beside the equation, for it was never received.
 
 Where what runs: parsing, sealing and the sockets in the event loop; files of the spool in threads. All state is the
-loop's: there is no lock. Of several workers, number 0 also keeps the tables (``maintain``), fills in metadata that came
-late (``logs.upkeep``), and replays what a run with more workers left.
+loop's: there is no lock. Of several workers, number 0 also does ``logs.upkeep``, and replays what a run with more
+workers left.
 """
 
 from __future__ import annotations

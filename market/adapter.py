@@ -13,12 +13,11 @@ Promised:
   that was not asked for is a bad frame, so nobody outside makes up symbols for us.
 
 Not promised: that an exchange tells the truth, or everything. What its sequences and ids show is labelled by
-`SequenceCheck` (gaps, duplicates, disorder), counted, and never patched.
+`SequenceCheck`, counted, and never patched.
 
-An adapter holds the state of one connection: the symbols asked for and, at Bitfinex, the numbers of its channels.
-`subscribe` begins it anew. For two connections to one exchange take two adapters: `fresh()`. A frame that is read again
-later (a dead letter) needs that state too: `context` tells it and `within` restores it.
-Nothing here has a lock: an adapter and its check belong to one event loop.
+An adapter holds the state of one connection, the symbols asked for; `subscribe` begins it anew. For two connections to
+one exchange take two adapters: `fresh()`. A frame that is read again later (a dead letter) needs that state too:
+`context` tells it and `within` restores it. Nothing here has a lock: an adapter and its check belong to one event loop.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Promised by ``Group``
   the windows can be filled again; those trades come as ``again``, and are for the state only.
 - A record that is no trade stops nobody: it comes as a dead letter.
 
-Not promised: that a trade is computed once (a death between publishing and committing); that a member which was away
-for longer than Kafka's session learns of it before its ``commit`` (which then does nothing, and says so).
+Not promised: that a member which was away for longer than Kafka's session learns of it before its ``commit`` (which
+then does nothing, and says so).
 
 All is for one event loop, without locks.
 """

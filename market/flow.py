@@ -1,11 +1,8 @@
 """The way of a trade through the program: exchanges -> Kafka, with the figures. And what all three programs share.
 
-``MarketProgram``   publisher, tasks, counts and the two stages of a stop: of ``Pipeline``, ``Analyser``, ``Replayer``.
-``Pipeline``        exchanges -> topics ``trades``, ``analytics``, ``dead-letter``.
-
-The way of a trade: a ``Feed`` per exchange -> ``Publisher`` (topic ``trades``) -> queue -> ``AnalyticsPool`` -> rows ->
-``Publisher`` (topic ``analytics``). A frame that cannot be parsed goes to the topic ``dead-letter``, with its reason,
-its time, and what the adapter knew of the connection.
+A ``Feed`` per exchange -> ``Publisher`` (topic ``trades``) -> queue -> ``AnalyticsPool`` -> rows -> ``Publisher``
+(topic ``analytics``). A frame that cannot be parsed goes to the topic ``dead-letter``, with its reason, its time, and
+what the adapter knew of the connection.
 
 What is bounded, and what happens at the bound
 - What an exchange sends: no queue; while its trade waits for room nothing more is read, and TCP holds the exchange.
@@ -15,9 +12,7 @@ What is bounded, and what happens at the bound
 - Rows that wait to be published: the oldest go, and are counted.
 
 Promised
-- At every moment: trades + dead letters + recovered = published + held + spooled + waiting + lost; and what was offered
-  to the analytics is computed, queued, or counted as left out. It is checked in each snapshot, once a second at least;
-  an imbalance is an error in the log and in /health.
+- The equations of ``market.display``, at every moment. They are checked in each snapshot, once a second at least.
 - Lost are trades only when the program is told to end while Kafka is away and the spool is full, or the disk fails. The
   exit code and the last line say so.
 - An exchange, a worker or Kafka that fails holds up nobody else, within the bounds above.
@@ -25,7 +20,7 @@ Promised
   most ``stop_limit`` seconds; the rest goes to the spool. The second: there at once.
 
 Not promised: that a trade is in the topic once over a ``kill -9`` (see ``market.kafka``); the order of trades of two
-exchanges. Figures of the analytics: see ``market.stats``.
+exchanges.
 
 Where what runs: all in one event loop, but the figures (processes), the spool's files and the table (threads).
 """

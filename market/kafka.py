@@ -6,13 +6,11 @@ fills; when it is full, and every ``spool_after`` seconds, all of it goes to the
 records come from there, and what is newer queues behind it: a symbol is in the order of ``trades()``.
 
 Promised by ``Publisher``
-- offered == accepted + waiting + given up, and accepted + recovered == published + held + spooled + dropped + lost, at
-  every moment; ``dropped`` is analytics (the oldest go first, beyond their bound), or what a stop without a spool left
-  over, or a dead letter that the broker refuses; the latter two are logged.
+- offered == accepted + waiting + given up, and the equation of ``Counts``, at every moment; ``dropped`` is analytics
+  (the oldest, beyond their bound), or, logged, what a stop without a spool left over, and refused dead letters.
 - Trades and dead letters wait (``trades()`` and ``dead()`` block their callers) before one of them is dropped.
 - While the process lives, a broker that freezes, goes or restarts with its data gets each record once.
-- What cannot be written as JSON, is too large, or is refused by the broker for its own sake becomes a dead letter. Dead
-  letters are cut to what a record may hold.
+- What cannot be written as JSON, is too large, or is refused by the broker for its own sake becomes a dead letter.
 - What is in the spool survives ``kill -9``, and is published first by the next life.
 
 Not promised
@@ -20,8 +18,7 @@ Not promised
   and may be in Kafka as well. A reader knows a trade by exchange, symbol and trade_id.
 - That what is in memory survives ``kill -9``: ``linger`` and a round trip of a broker that is well, else
   ``spool_after``.
-- That a partition whose leader is away does not hold up the others of its topic. Trades and analytics have a producer
-  each, and do not hold up one another.
+- That a partition whose leader is away does not hold up the others of its topic.
 
 All is for one event loop; there is no lock. Encoding and compression run in it, a few milliseconds in one go; the
 spool's files have a thread, and what is read from them.

@@ -1,10 +1,9 @@
 """Analytics in processes: every symbol has one worker, which keeps its state; one that dies takes nothing with it.
 
-A worker is a ``processes.Processes`` of one process (a ``ProcessPoolExecutor``), so that a death costs that worker
-alone; how one is started, found dead, killed and unpublishable is done there. What is added here is state, which a pool
-whose jobs go to any worker cannot have. Jobs have numbers: a process does n + 1 only after n, so a fresh one (after a
-kill, out of memory, a time-out) computes nothing from nothing. It is rebuilt first, from the *retained window*: a
-checkpoint of the state, and the batches since. Then the batch is tried again.
+A worker is a ``processes.Processes`` of one process. What is added here is state, which a pool whose jobs go to any
+worker cannot have. Jobs have numbers: a process does n + 1 only after n, so a fresh one (after a kill, out of memory, a
+time-out) computes nothing from nothing. It is rebuilt first, from the *retained window*: a checkpoint of the state, and
+the batches since. Then the batch is tried again.
 
 Promised
 - Rows are the same, to the last bit, as if no worker had died: rebuilding does what was done, in the same order.
@@ -12,8 +11,7 @@ Promised
   with it.
 - A batch is begun ``attempts`` times at most. Then, or at once if it raises or ``close`` cuts it off, ``Uncomputed``
   has its trades, and the rows of the other workers. The worker goes on without it.
-- Backpressure: ``waiting`` calls of at most MOST trades at a time; further ones wait their turn, first come, first
-  served.
+- Backpressure: ``waiting`` calls of at most MOST trades at a time; further ones wait, first come, first served.
 - Bounded: a worker's batches since its checkpoint have at most ``retained`` bytes (or as many as the checkpoint, if
   that has more) and are at most MAX_LOG; the next job then brings a new checkpoint. ``Analytics`` bounds the state.
 - The loop is held for the packing of a call's trades, under 1 ms, and while ``Processes`` pickles a job.
@@ -23,10 +21,7 @@ A symbol's worker is the one that has the fewest symbols when it first comes (wi
 one); in the next run, which begins without state, it may be another. Machines share symbols by Kafka's partitions.
 
 A batch travels as a pickle of tuples of the eight fields that count (0.35 us of CPU per trade, 1.4 of the ``Trade``s
-themselves; columns would save 0.05, but fail at numbers of more than 64 bits) through the executor's pipe: shared
-memory was no faster, and is left behind by a ``kill -9``. At 15,000 trades/s this takes 0.04 of a core here and 0.06 in
-one worker; flat out on two processors 130,000 trades/s with one worker, 190,000 with two. A worker killed there was
-back in 0.3 to 0.4 s.
+themselves). On two processors 130,000 trades/s with one worker, 190,000 with two.
 """
 
 from __future__ import annotations
