@@ -43,7 +43,7 @@ class Analyser(MarketProgram):
         self._batch = asyncio.Lock()  # held from when trades are taken until they are committed
         self._queued = self._skipped = 0
 
-    async def _revoked(self, _: frozenset[int]) -> None:
+    async def _revoked(self) -> None:
         """The batch in hand is committed, and its rows told, before its partition is another's."""
         async with self._batch:
             await self._tell_all()

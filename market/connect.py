@@ -31,7 +31,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import aiohttp
 
@@ -140,7 +140,8 @@ class Feed:
         try:
             await self._task
         except asyncio.CancelledError:
-            if not self._stopping or not self._task.done() or _being_cancelled():
+            caller = asyncio.current_task()
+            if not self._stopping or not self._task.done() or (caller is not None and caller.cancelling()):
                 raise
 
     async def stop(self, limit: float = 5.0) -> None:
@@ -274,8 +275,3 @@ class Feed:
         if since is not None and self._clock() - since >= self._times.healthy_after:
             self._backoff.reset()
             permit.success()
-
-
-def _being_cancelled() -> bool:
-    task: asyncio.Task[Any] | None = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

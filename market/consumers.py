@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -31,7 +31,6 @@ from market.topics import (
     DEAD_LETTERS,
     TRADES,
     DeadLetter,
-    client_log,
     decode,
     letter_of_record,
     log,
@@ -100,25 +99,21 @@ async def dead_letters(
     With a ``group`` those that it has not committed; each lot is committed when the next is asked for, after
     ``before_commit`` (``Publisher.flush``: what came of them is published). Left early, the lot comes again.
     """
-    client_log.attach()
+    consumer = await _connected_consumer(brokers, group, security or {}, limit)
     try:
-        consumer = await _connected_consumer(brokers, group, security or {}, limit)
-        try:
-            topic = prefix + DEAD_LETTERS
-            places = [TopicPartition(topic, n) for n in await _partitions(consumer, topic)]
-            consumer.assign(places)
-            async with contextlib.aclosing(records_now(consumer, places, limit)) as every:  # type: ignore[type-var]
-                async for lot in every:
-                    for record in itertools.chain.from_iterable(lot.values()):
-                        yield letter_of_record(record.value, record.headers)
-                    if group is not None:
-                        if before_commit is not None:
-                            await before_commit()
-                        await consumer.commit({place: got[-1].offset + 1 for place, got in lot.items() if got})
-        finally:
-            await consumer.stop()
+        topic = prefix + DEAD_LETTERS
+        places = [TopicPartition(topic, n) for n in await _partitions(consumer, topic)]
+        consumer.assign(places)
+        async with contextlib.aclosing(records_now(consumer, places, limit)) as every:  # type: ignore[type-var]
+            async for lot in every:
+                for record in itertools.chain.from_iterable(lot.values()):
+                    yield letter_of_record(record.value, record.headers)
+                if group is not None:
+                    if before_commit is not None:
+                        await before_commit()
+                    await consumer.commit({place: got[-1].offset + 1 for place, got in lot.items() if got})
     finally:
-        client_log.detach()
+        await consumer.stop()
 
 
 async def _partitions(consumer: Any, topic: str) -> list[int]:
@@ -162,7 +157,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         *,
         prefix: str = "",
         look_back: float = 0.0,
-        revoked: Callable[[frozenset[int]], Awaitable[None]] | None = None,
+        revoked: Callable[[], Awaitable[None]] | None = None,
         heartbeat: float = 1.0,
         security: Mapping[str, Any] | None = None,
     ) -> None:
@@ -177,7 +172,6 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def start(self, limit: float = 30.0) -> None:
         """Join. ``TimeoutError`` without a broker or the topic: to subscribe would make it, in the wrong size."""
-        client_log.attach()
         begun, backoff = time.monotonic(), Backoff(*BACK_OFF)
         try:
             options = {**self._security, **self._member}
@@ -188,8 +182,6 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
                 await asyncio.sleep(backoff.next())
             self._consumer.subscribe([self.topic], listener=self)
         except BaseException:
-            if self._consumer is None:
-                client_log.detach()
             await asyncio.shield(asyncio.create_task(self.stop()))
             raise
 
@@ -197,10 +189,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         """Leave the group; what is not committed is another's."""
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
-            try:
-                await consumer.stop()
-            finally:
-                client_log.detach()
+            await consumer.stop()
 
     async def take(self, wait: float = 0.5, at_once: int = 2000) -> Taken:
         """What there is, after ``wait`` seconds at the most; maybe nothing."""
@@ -233,22 +222,20 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         self._commits += 1
         return True
 
-    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Called by aiokafka before partitions go to others."""
-        gone = frozenset(revoked)
-        if gone and self._revoked is not None:
-            await self._revoked(frozenset(place.partition for place in gone))
-        for place in gone:
+        if revoked and self._revoked is not None:
+            await self._revoked()
+        for place in revoked:
             self._done.pop(place, None)
 
-    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """Called by aiokafka when partitions have come: they begin ``look_back`` seconds before what is committed."""
         self._rebalances += 1
         self._done = {}
-        places = list(assigned)
-        self._consumer.pause(*places)  # ``take`` gets nothing of them before it is clear where they begin
+        self._consumer.pause(*assigned)  # ``take`` gets nothing of them before it is clear where they begin
         try:
-            for place in places:
+            for place in assigned:
                 committed = await self._consumer.committed(place)
                 if committed is not None:
                     self._done[place] = committed
@@ -258,7 +245,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         except (KafkaError, TimeoutError) as error:  # no windows from before; else the partitions would hang
             log.warning("kafka: no look back: %s", error)
         finally:
-            self._consumer.resume(*places)
+            self._consumer.resume(*assigned)
 
     async def _before(self, committed: Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
         """Where each partition was ``look_back`` seconds before its last committed record."""

@@ -51,7 +51,7 @@ from market.display import Board, FeedLine, MarketCounts, imbalance, lost
 from market.feeds import ADAPTERS
 from market.kafka import SAVE_LIMIT, Publisher, PublisherClosed
 from market.stats import WINDOWS, AnalyticsRow
-from market.topics import DeadLetter
+from market.topics import DeadLetter, client_log
 from market.trade import Trade
 from market.workers import MOST, AnalyticsPool, Uncomputed
 from runtime.loop import Lag, TaskSupervisor, ends_before
@@ -122,21 +122,19 @@ def security(options: MarketOptions, environ: Mapping[str, str]) -> dict[str, An
 def feeds_of(options: MarketOptions, environ: Mapping[str, str]) -> dict[str, tuple[Adapter, tuple[str, ...]]]:
     """The adapters, and the symbols of each. ``ValueError`` if something is not there."""
     found = dict[str, tuple[Adapter, tuple[str, ...]]]()
+    keys = {name: adapter.key_env for name, adapter in ADAPTERS.items() if adapter.key_env is not None}
     for name in options.exchanges:
         if name not in ADAPTERS:
             raise ValueError(f"--exchanges: there is no {name!r}; known: {', '.join(ADAPTERS)}")
-        keyed = ADAPTERS[name].key_env is not None
-        if keyed and not options.stocks:
+        if name in keys and not options.stocks:
             raise ValueError(f"--exchanges {name} needs --stocks")
-        found[name] = ADAPTERS[name].with_keys(environ), options.stocks if keyed else options.symbols
-    if options.stocks and not any(ADAPTERS[name].key_env for name in found):
-        for name, adapter in ADAPTERS.items():
-            if adapter.key_env is not None:
-                with contextlib.suppress(ValueError):
-                    found[name] = adapter.with_keys(environ), options.stocks
-        if not any(ADAPTERS[name].key_env for name in found):
-            names = ", ".join(f"{name}: {adapter.key_env}" for name, adapter in ADAPTERS.items() if adapter.key_env)
-            raise ValueError(f"--stocks: no key is set ({names})")
+        found[name] = ADAPTERS[name].with_keys(environ), options.stocks if name in keys else options.symbols
+    if options.stocks and not keys.keys() & found:
+        for name in keys:
+            with contextlib.suppress(ValueError):
+                found[name] = ADAPTERS[name].with_keys(environ), options.stocks
+        if not keys.keys() & found:
+            raise ValueError(f"--stocks: no key is set ({', '.join(f'{name}: {key}' for name, key in keys.items())})")
     for name, (adapter, symbols) in found.items():
         try:
             adapter.check(symbols)
@@ -226,6 +224,7 @@ class MarketProgram(ABC):
 
     async def _begin(self, stack: contextlib.AsyncExitStack, *, publishes: bool = True) -> None:
         """What all programs have, until ``stack`` ends it."""
+        stack.enter_context(client_log.attached())
         if publishes:
             try:
                 await self.publisher.start()

@@ -98,7 +98,10 @@ class FrameReader:
         trades, kind = self.check.check(parsed), parsed.kind
         if trades:
             trades = self.silence.take(trades, now)
-            self._measure(trades[-1])
+            last = trades[-1]
+            if "snapshot" not in last.flags:
+                lag = (last.received_ts_ns - last.exchange_ts_ns) / 1e3
+                self.lag = lag if math.isnan(self.lag) else self.lag + 0.05 * (lag - self.lag)
             return self._emit(self.adapter.name, trades)
         if kind == "error":
             self.errors += 1
@@ -111,8 +114,3 @@ class FrameReader:
         """The WebSocket layer refused a frame, and shows nothing of it. Returns what to await."""
         self.bad += 1
         return self._dead(self.adapter.name, reason, b"", self._wall())
-
-    def _measure(self, trade: Trade) -> None:
-        if "snapshot" not in trade.flags:
-            lag = (trade.received_ts_ns - trade.exchange_ts_ns) / 1e3
-            self.lag = lag if self.lag != self.lag else self.lag + 0.05 * (lag - self.lag)

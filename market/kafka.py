@@ -251,7 +251,6 @@ class Publisher:
         """Begin; the broker need not be there. Raises ``SpoolInUse``, ``OSError``."""
         await self._trades.open()
         self._state = "open"
-        client_log.attach()
         for outlet in (self._trades, self._rows):
             self._tasks += [asyncio.create_task(work()) for work in outlet.tasks().values()]
         for task in self._tasks:
@@ -360,7 +359,6 @@ class Publisher:
         self._rows.backlog.drop("stopped")
         await self._trades.close()
         self._state = "closed"
-        client_log.detach()
         self.changes.tell()
         for task in self._tasks:
             if not task.cancelled():

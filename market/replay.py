@@ -35,28 +35,12 @@ def adapter_of(exchange: str, context: str) -> Adapter:
         raise BadFrame(str(error)) from None
 
 
-class Reader:
-    """Dead letters -> trades, by the adapters as they are now."""
-
-    def __init__(self) -> None:
-        self._adapter = functools.lru_cache(100)(adapter_of)  # its own: they know what they have read
-
-    def read(self, letter: DeadLetter) -> list[Trade]:
-        """``BadFrame`` if it still cannot be parsed."""
-        if letter.kind == "trade":
-            try:
-                return [decode(letter.raw)]
-            except ValueError as error:
-                raise BadFrame(str(error)) from None
-        return self._adapter(letter.exchange, letter.context).parse(letter.raw, letter.at_ns).trades
-
-
 class Replayer(MarketProgram):
     """The dead letters that are there now, once more. ``run`` once."""
 
     def __init__(self, options: MarketOptions, **more: Any) -> None:
         super().__init__(options, **more)
-        self.reader = Reader()
+        self._adapter = functools.lru_cache(100)(adapter_of)  # its own: they know what they have read
         self.seen: Counter[tuple[str, str, str]] = Counter()
         """By exchange, outcome, reason; the rarest reasons are put together."""
         self.read = self.failed = self.found = 0
@@ -87,10 +71,19 @@ class Replayer(MarketProgram):
             async for letter in every:
                 await self._one(letter, dry)
 
+    def _read(self, letter: DeadLetter) -> list[Trade]:
+        """``BadFrame`` if it still cannot be parsed."""
+        if letter.kind == "trade":
+            try:
+                return [decode(letter.raw)]
+            except ValueError as error:
+                raise BadFrame(str(error)) from None
+        return self._adapter(letter.exchange, letter.context).parse(letter.raw, letter.at_ns).trades
+
     async def _one(self, letter: DeadLetter, dry: bool) -> None:
         self.read += 1
         try:
-            trades = self.reader.read(letter)
+            trades = self._read(letter)
         except BadFrame as error:
             self.failed += 1
             self._note(letter.exchange, "still bad", str(error))

@@ -15,7 +15,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import orjson
@@ -191,7 +191,7 @@ class LogThrottle(logging.Handler):
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         super().__init__(logging.WARNING)
-        self._clock, self._users, self._until, self.held_back = clock, 0, -math.inf, 0
+        self._clock, self._until, self.held_back = clock, -math.inf, 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Tell it, or count it."""
@@ -203,20 +203,16 @@ class LogThrottle(logging.Handler):
         self._until, self.held_back = now + THROTTLE_FOR, 0
         log.warning("kafka: %s%s", record.getMessage(), more)
 
-    def attach(self) -> None:
-        """One client more: from the first on, aiokafka's logger is heard here only."""
-        self._users += 1
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """While it is entered, aiokafka's logger is heard here only."""
         logger = logging.getLogger("aiokafka")
-        if self._users == 1:
-            self._until, self.held_back = -math.inf, 0
-            logger.addHandler(self)
-            logger.propagate = False
-
-    def detach(self) -> None:
-        """One client less."""
-        self._users -= 1
-        if self._users == 0:
-            logger = logging.getLogger("aiokafka")
+        self._until, self.held_back = -math.inf, 0
+        logger.addHandler(self)
+        logger.propagate = False
+        try:
+            yield
+        finally:
             logger.removeHandler(self)
             logger.propagate = True
 

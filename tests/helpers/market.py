@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import math
 import random
 import threading
@@ -732,18 +731,19 @@ async def market_kafka_open(address: str, limit: float = HANG_LIMIT, **options: 
     tasks, threads, files = asyncio.all_tasks(), set(threading.enumerate()), psutil.Process().num_fds()
     options = {"linger": 0.005, "request_timeout": 0.5, "partitions": 3, **options}
     publisher = mk.Publisher(address, **options)
-    await publisher.start()
-    try:
-        yield publisher
-    finally:
-        await publisher.stop(limit)
-        balanced(publisher)
-        assert publisher.stats().trades.held == publisher.stats().analytics.held == 0
-        await ticks(5)
-        assert asyncio.all_tasks() == tasks
-        assert [each for each in threading.enumerate() if each not in threads and each.name.startswith("spool")] == []
-        assert psutil.Process().num_fds() <= files
-        assert logging.getLogger("aiokafka").handlers == []
+    with mt.client_log.attached():
+        await publisher.start()
+        try:
+            yield publisher
+        finally:
+            await publisher.stop(limit)
+            balanced(publisher)
+            assert publisher.stats().trades.held == publisher.stats().analytics.held == 0
+            await ticks(5)
+            assert asyncio.all_tasks() == tasks
+            now = [each for each in threading.enumerate() if each not in threads]
+            assert [each for each in now if each.name.startswith("spool")] == []
+            assert psutil.Process().num_fds() <= files
 
 
 def market_pipeline_options(kafka: str, prefix: str, folder: Path, **more: Any) -> market_flow.MarketOptions:
