@@ -55,19 +55,13 @@ _ABSENT: Any = object()
 class EnricherStats(NamedTuple):
     """What an enricher knows, did and does."""
 
-    configured: bool
     cached: int  # services that are known, fresh or stale (or gone, but nobody looked since)
     unknown: int  # names that the API does not know
     hits: int  # looks that were answered, be it with UNKNOWN; those that ``wait`` takes are looks too
     misses: int
     loads: int  # requests that were begun for some name; retries do not count, nor what the open circuit refused
     failures: int  # loads that failed
-    retries: int
-    refused: int  # loads that the open circuit refused
     turned_away: int  # names that found the queue full
-    waiting: int  # names in the queue
-    loading: int
-    waits: int  # calls of ``wait`` that still do
     breaker: str
     failed: dict[str, int]  # the failures by kind
     last_error: str | None
@@ -125,7 +119,7 @@ class Enricher:
         self._flights = SingleFlight()
         self._pool: WorkerPool[str] | None = None  # loads names; None while the enricher is not open
         self._asked: dict[str, asyncio.Future[None]] = {}  # what is in the pool, until that has ended
-        self._looks = self._misses = self._loads = self._turned_away = self._waits = 0
+        self._looks = self._misses = self._loads = self._turned_away = 0
         self._failures: Counter[str] = Counter()
         self._last_error: str | None = None
 
@@ -195,13 +189,8 @@ class Enricher:
         What cannot be asked for (the queue is full, it failed just now, nothing is open) is not waited for.
         """
         ends = [self._asked[name] for name in set(services) if self.look(name) is None and name in self._asked]
-        if not ends or limit <= 0:
-            return
-        self._waits += 1
-        try:
+        if ends and limit > 0:
             await asyncio.wait(ends, timeout=limit)
-        finally:
-            self._waits -= 1
 
     def _end_wait(self, service: str) -> None:
         """What is known of it by now is to be looked up again."""
@@ -281,23 +270,16 @@ class Enricher:
             raise MetadataError("internal", type(error).__name__) from None
 
     def stats(self) -> EnricherStats:
-        """Counts since the beginning, and what is under way."""
-        breaker = self.breaker.stats()
+        """Counts since the beginning."""
         return EnricherStats(
-            configured=self.configured,
             cached=len(self._known),
             unknown=len(self._unknown),
             hits=self._looks - self._misses,
             misses=self._misses,
             loads=self._loads,
             failures=self._failures.total(),
-            retries=self._budget.stats().retries,
-            refused=breaker.refused,
             turned_away=self._turned_away,
-            waiting=0 if self._pool is None else self._pool.stats().queued,
-            loading=self._flights.stats().flights,
-            waits=self._waits,
-            breaker=breaker.state,
+            breaker=self.breaker.state,
             failed=dict(self._failures),
             last_error=self._last_error,
         )
