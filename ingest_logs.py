@@ -31,11 +31,11 @@ from logs.event_queue import POLICIES
 from logs.intake import KernelDrops, udp_socket
 from logs.metadata import make_template
 from logs.options import IngestOptions
-from logs.pipeline import FORCE_LIMIT, Ingester
-from logs.workers import ParentConnection, Supervisor
+from logs.pipeline import Ingester
+from logs.workers import Supervisor, work
 from runtime.embedded import Embedded
-from runtime.loop import STOPPING, beside, new_loop
-from runtime.options import EXIT_FAILED, SIZES, CannotStart, Parser, address, checked, size, split_address
+from runtime.loop import STOPPING, new_loop
+from runtime.options import SIZES, CannotStart, Parser, address, checked, size, split_address
 from runtime.postgres import check_url
 from runtime.shell import Wiring, prepared_process, run, shown_address
 from runtime.stderr import say
@@ -166,13 +166,7 @@ def _make_program(options: IngestOptions, sockets: list[socket.socket]) -> Inges
     kernel_drops = KernelDrops(sockets).total
     if len(sockets) == 1:
         return Ingester(options, sockets[0], kernel_drops=kernel_drops)
-    return Supervisor(
-        [sys.executable, __file__, "--worker"],
-        {"options": dataclasses.asdict(options), "workers": len(sockets)},
-        sockets,
-        stop_limit=options.stop_limit + FORCE_LIMIT,
-        kernel_drops=kernel_drops,
-    )
+    return Supervisor([sys.executable, __file__, "--worker"], options, sockets, kernel_drops=kernel_drops)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,24 +201,7 @@ def _run_worker(link: int) -> int:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(_work(socket.socket(fileno=link)))
-
-
-async def _work(parent: socket.socket) -> int:
-    link, told = await ParentConnection.open(parent)
-    options = IngestOptions(**told["options"])
-    sock = socket.socket(fileno=told["socket"])
-    try:
-        ingester = Ingester(options, sock, number=told["number"], workers=told["workers"])
-        async with beside(link.listen(ingester), "parent"), beside(link.report(ingester), "report"):
-            code = await ingester.run()
-            link.tell(ingester.snapshot()._asdict())
-            return code
-    except CannotStart as error:
-        link.tell({"failed": str(error)})
-        return EXIT_FAILED
-    finally:
-        await link.close()
+        return runner.run(work(socket.socket(fileno=link)))
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def last_word(counts: MarketCounts) -> str:
 
 def health(counts: MarketCounts) -> tuple[int, dict[str, Any]]:
     """The status code and the body of ``/health``."""
-    away = counts.kafka in ("away", "failed") or any(feed.state != "live" for feed in counts.feeds.values())
+    away = counts.kafka == "away" or any(feed.state != "live" for feed in counts.feeds.values())
     body: dict[str, Any] = {name: getattr(counts, name)._asdict() for name in ("published", "rows")}
     for name in ("feeds", "symbols"):
         body[name] = {key: line._asdict() for key, line in getattr(counts, name).items()}

@@ -208,12 +208,10 @@ class MarketProgram(ABC):
     # -------------------------------------------------------------------- life and end
 
     async def _watch(self) -> None:
-        """Whether the counts balance, should nobody else ask; whether the publisher lives."""
+        """Whether the counts balance, should nobody else ask."""
         while True:
             await asyncio.sleep(WATCH_EVERY)
-            if self.snapshot().kafka == "failed" and not self.stop.stage:
-                self.tasks.faults += 1
-                self.stop()
+            self.snapshot()
 
     async def _unless_forced(self, work: Awaitable[Any], limit: float) -> None:
         """Until that comes to its end, is cut off by a second stop, or the time is over."""
@@ -283,7 +281,7 @@ class MarketProgram(ABC):
             stopping=self.stop.stage > 0,
         )._replace(**self._more())
         self.tasks.balance(imbalance(counts), counts)
-        return counts._replace(faults=self.tasks.faults)
+        return counts._replace(faults=self.tasks.faults + self.publisher.tasks.faults)
 
     stats = snapshot
     __repr__ = stats_repr

@@ -55,7 +55,7 @@ from market.topics import (
 )
 from market.trade import Trade
 from runtime.backlog import Backlog
-from runtime.loop import ends_before
+from runtime.loop import TaskSupervisor, ends_before
 from runtime.outlet import Changes, Outlet
 from runtime.spool import EncodedBatch, Spool
 
@@ -93,7 +93,7 @@ def counts_of(backlog: Backlog[Record]) -> Counts:
 class PublisherStats(NamedTuple):
     """Where it stands, and what became of its records."""
 
-    state: Literal["new", "connecting", "connected", "away", "failed", "closed"]
+    state: Literal["new", "connecting", "connected", "away", "closed"]
     trades: Counts  # dead letters included
     analytics: Counts
     dead: int  # records of the topic of dead letters, as published
@@ -240,8 +240,7 @@ class Publisher:
             **common,
         )
         self._state: Literal["new", "open", "stopping", "closed"] = "new"
-        self._failed = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self.tasks = TaskSupervisor(log)
         self._turn = asyncio.Lock()  # who waits for room waits in a queue
         self._waiting = self._given_up = 0
 
@@ -251,21 +250,12 @@ class Publisher:
         """Begin; the broker need not be there. Raises ``SpoolInUse``, ``OSError``."""
         await self._trades.open()
         self._state = "open"
-        for outlet in (self._trades, self._rows):
-            self._tasks += [asyncio.create_task(work()) for work in outlet.tasks().values()]
-        for task in self._tasks:
-            task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """A mistake in this file is loud: nothing is taken any more, nobody waits for ever. ``stop`` raises it."""
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            log.critical("kafka: the publisher failed", exc_info=error)
-            self._failed = True
-            self.changes.tell()
+        for name, outlet in (("trades", self._trades), ("analytics", self._rows)):
+            for task, work in outlet.tasks().items():
+                self.tasks.start(f"{name}: {task}", work)
 
     def _is_closed(self) -> bool:
-        return self._failed or self._state not in ("new", "open")
+        return self._state not in ("new", "open")
 
     def offer(self, trades: Sequence[Trade]) -> bool:
         """Take the trades if there is room for all of them, and nobody waits for room."""
@@ -324,8 +314,8 @@ class Publisher:
 
     async def flush(self) -> None:
         """Return when nothing waits: all is acknowledged (analytics: or dropped). Raises if that will never be."""
-        await self.changes.until(lambda: self._failed or self._is_empty() or self._state == "closed")
-        if self._failed or not self._is_empty():
+        await self.changes.until(lambda: self._is_empty() or self._state == "closed")
+        if not self._is_empty():
             raise PublisherClosed("the publisher is stopped")
 
     async def stop(self, limit: float = 10.0, forced: asyncio.Event | None = None) -> int:
@@ -344,14 +334,13 @@ class Publisher:
                 outlet.stop()
             self.changes.tell()
             try:
-                over = self.changes.until(lambda: self._failed or self._is_empty())
-                await ends_before(over, forced or asyncio.Event(), limit)
+                await ends_before(self.changes.until(self._is_empty), forced or asyncio.Event(), limit)
             finally:
                 await _finished(asyncio.create_task(self._close()))
         return backlog.refused + backlog.dropped.total()
 
     async def _close(self) -> None:
-        await cancel_all(self._tasks)
+        await cancel_all(self.tasks.running.values())
         left = await self._trades.save(SAVE_LIMIT)
         await asyncio.gather(*(sink.producer.drop() for sink in (self._sink, self._row_sink)))
         if left:
@@ -360,17 +349,13 @@ class Publisher:
         await self._trades.close()
         self._state = "closed"
         self.changes.tell()
-        for task in self._tasks:
-            if not task.cancelled():
-                task.result()
 
     def stats(self) -> PublisherStats:
         """The counts of this moment."""
         producer, outlet = self._sink.producer, self._trades
         state: Any = self._state
         if state in ("open", "stopping"):
-            connected = "connected" if producer.connected else "connecting"
-            state = "failed" if self._failed else "away" if outlet.stalled else connected
+            state = "away" if outlet.stalled else "connected" if producer.connected else "connecting"
         counts = counts_of(outlet.backlog), counts_of(self._rows.backlog)
         return PublisherStats(
             *(state, *counts, self._sink.dead, producer.connects, producer.error, self._waiting, self._given_up)

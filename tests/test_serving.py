@@ -366,7 +366,7 @@ def test_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pytest.Monke
         with udp_socket("127.0.0.1", 0, receive_buffer=4096).sock as sock:
             ingester = Ingester(IngestOptions(spool=str(tmp_path / "logs"), database=None), sock)
             assert ingester.snapshot().lines_lost == stderr.UNREAD
-            several = Supervisor(["unused"], {}, [sock], stop_limit=1.0)
+            several = Supervisor(["unused"], IngestOptions(), [sock])
             several.workers[0].last = LogCounts(lines_lost=3)
             assert several.snapshot().lines_lost == stderr.UNREAD + 3
             found = {each.name: each for each in monitor.Exporter(display.METRICS, several.snapshot).collect()}
