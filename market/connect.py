@@ -82,10 +82,9 @@ class FeedStats(NamedTuple):
 class Feed:
     """The trades of one exchange: `await Feed(ADAPTERS["kraken"], ["BTC-USD"], emit, dead).run()`.
 
-    `adapter` is copied (`fresh`); the copy is `self.adapter`, whose `context` a dead letter needs, as it is when `dead`
-    is called. `url`: instead of the exchange's own. `session`: shared; None: one of its own. `turn`: seconds of the
-    loop at a time. `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts.
-    ValueError for symbols that the exchange cannot have, or not so many.
+    `adapter` is copied (`fresh`). `url`: instead of the exchange's own. `session`: shared; None: one of its own.
+    `turn`: seconds of the loop at a time. `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait
+    between attempts. ValueError for symbols that the exchange cannot have, or not so many.
     """
 
     def __init__(

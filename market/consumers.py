@@ -135,11 +135,7 @@ class GroupStats(NamedTuple):
     """The partitions that a member has now, and counts since it began."""
 
     partitions: tuple[int, ...]
-    taken: int
-    again: int
-    dead: int
     commits: int
-    commits_failed: int  # another member has the partitions now, and takes the records again
     rebalances: int
 
 
@@ -168,7 +164,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         self._consumer: Any = None
         self._done: dict[TopicPartition, int] = {}
         """Where to go on: what is below was taken, or had been committed before."""
-        self._taken = self._again = self._dead = self._commits = self._commits_failed = self._rebalances = 0
+        self._commits = self._rebalances = 0
 
     async def start(self, limit: float = 30.0) -> None:
         """Join. ``TimeoutError`` without a broker or the topic: to subscribe would make it, in the wrong size."""
@@ -204,9 +200,6 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
                     if record.offset >= floor:
                         dead.append(unpublishable(record.value or b"", error, time.time_ns()))
             self._done[place] = max(floor, records[-1].offset + 1)
-        self._taken += len(trades)
-        self._again += len(again)
-        self._dead += len(dead)
         return Taken(trades, again, dead)
 
     async def commit(self) -> bool:
@@ -216,7 +209,6 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         try:
             await self._consumer.commit(dict(self._done))
         except (CommitFailedError, IllegalStateError, KafkaError) as error:
-            self._commits_failed += 1
             log.warning("kafka: not committed: %s", error)
             return False
         self._commits += 1
@@ -269,7 +261,6 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
     def stats(self) -> GroupStats:
         """The counts, and the partitions."""
         places = self._consumer.assignment() if self._consumer is not None else ()
-        counts = self._taken, self._again, self._dead, self._commits, self._commits_failed, self._rebalances
-        return GroupStats(tuple(sorted(place.partition for place in places)), *counts)
+        return GroupStats(tuple(sorted(place.partition for place in places)), self._commits, self._rebalances)
 
     __repr__ = stats_repr

@@ -328,18 +328,12 @@ class Pipeline(MarketProgram):
             await self.publisher.trades(trades)
             self._offer(trades)
 
-    def dead(self, exchange: str, error: str, raw: bytes, received_ns: int) -> Awaitable[object] | None:
-        """Take a frame that did not parse; to be awaited."""
-        feed = self.feeds.get(exchange)
-        context = "" if feed is None else feed.adapter.context()
-        return self._bury(DeadLetter(exchange, error, raw, received_ns, "text" if is_text(raw) else "binary", context))
-
     async def _feed(self, name: str, session: aiohttp.ClientSession) -> None:
         if self.stop.stage:
             return
         adapter, symbols = self._adapters[name]
         url = self.options.urls.get(name)
-        self.feeds[name] = Feed(adapter, symbols, self.emit, self.dead, url=url, session=session, **self._feed_options)
+        self.feeds[name] = Feed(adapter, symbols, self.emit, self._bury, url=url, session=session, **self._feed_options)
         await self.feeds[name].run()
 
     # -------------------------------------------------------------------- the figures
@@ -409,15 +403,6 @@ class Pipeline(MarketProgram):
             "queued": len(self._queue) + self._computing,
             "feeds": {name: feed_line(self.feeds.get(name)) for name in self._adapters},
         }
-
-
-def is_text(raw: bytes) -> bool:
-    """Whether it is UTF-8."""
-    try:
-        raw.decode()
-    except ValueError:
-        return False
-    return True
 
 
 def feed_line(feed: Feed | None) -> FeedLine:

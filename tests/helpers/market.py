@@ -469,8 +469,8 @@ class Sink:
         self.told.setdefault(exchange, []).extend(trades)
         return None if self.gate is None or self.gate.is_set() else self.gate.wait()
 
-    def dead(self, exchange: str, error: str, raw: bytes, received_ns: int) -> None:
-        self.letters.append((exchange, error, raw, received_ns))
+    def dead(self, letter: DeadLetter) -> None:
+        self.letters.append(letter[:4])
 
     def live(self, exchange: str) -> list[Trade]:
         """Each trade once, without those of snapshots."""
