@@ -38,9 +38,8 @@ from typing import Any, NamedTuple
 import yarl
 
 from coordination import Clock, Rng, WorkerPool, stats_repr
-from logs.metadata import UNKNOWN, MetadataClient, MetadataError, Unknown
+from logs.metadata import UNKNOWN, Found, MetadataClient, MetadataError, Unknown
 from logs.parse import Metadata
-from logs.seal import Found
 from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, SingleFlight, TTLCache, retry_async
 
 log = logging.getLogger(__name__)

@@ -34,6 +34,9 @@ class Unknown(enum.Enum):
 
 UNKNOWN: Final = Unknown.UNKNOWN
 
+Found = Metadata | enum.Enum | None
+"""What is known of a service: its metadata; UNKNOWN if the API does not know it; None if nothing is known yet."""
+
 
 class MetadataError(Exception):
     """A load failed; ``kind``: "connect", "timeout", "status", "redirect", "too large", "rubbish"; "name": the API

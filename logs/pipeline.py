@@ -2,7 +2,7 @@
 
 socket -> ``Receiver`` -> ``parse`` -> ``EventQueue`` -> a batch is taken (``batch`` events, or the oldest is ``flush``
 seconds old) -> what is not known of its services is waited for, at most ``enrich_wait`` seconds -> sealed
-(``logs.sealer``) -> a writer -> PostgreSQL; or, the database being away, the spool -> replayed (``runtime.outlet``).
+(``logs.seal``) -> a writer -> PostgreSQL; or, the database being away, the spool -> replayed (``runtime.outlet``).
 
 Promised
 - The equation of ``logs.display``, at every moment. It is checked in each snapshot, once a second at least; an
@@ -47,7 +47,7 @@ from logs.event_queue import EventQueue
 from logs.intake import Receiver
 from logs.options import IngestOptions, database_of
 from logs.parse import Event, parse
-from logs.sealer import Sealer
+from logs.seal import Sealer
 from logs.sink import DatabaseSink, rows_in
 from logs.store import SCHEMA, Store
 from logs.upkeep import fill_in, maintain

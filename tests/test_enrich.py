@@ -21,7 +21,6 @@ from hypothesis.stateful import initialize, invariant, precondition, rule, run_s
 
 from logs import enrich as le
 from logs import metadata as lm
-from logs import seal
 from logs.parse import Metadata
 from sandbox import logs as sl
 from tests.helpers.base import (
@@ -59,7 +58,7 @@ def queued(enricher: le.Enricher) -> int:
     return enricher._pool.stats().queued
 
 
-async def loaded(enricher: le.Enricher, *services: str) -> list[seal.Found]:
+async def loaded(enricher: le.Enricher, *services: str) -> list[lm.Found]:
     """What is known of them when nothing is under way any more."""
     await enricher.wait(services, math.inf)
     await until_async(lambda: not enricher._asked)
