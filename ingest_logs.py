@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import ipaddress
 import logging
 import os
@@ -22,7 +21,6 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from logs.demo import LogDemo
@@ -126,9 +124,6 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
             check(options, args.demo)
     except ValueError as error:
         parser.error(str(error))
-    if options.database == "embedded":
-        folder = Path(__file__).resolve().with_name("data") / "postgres"
-        options = dataclasses.replace(options, database=f"embedded:{folder}")
     return args, options
 
 
@@ -162,13 +157,6 @@ def _open_sockets(options: IngestOptions, stack: contextlib.ExitStack) -> list[s
     return found
 
 
-def _make_program(options: IngestOptions, sockets: list[socket.socket]) -> Ingester | Supervisor:
-    kernel_drops = KernelDrops(sockets).total
-    if len(sockets) == 1:
-        return Ingester(options, sockets[0], kernel_drops=kernel_drops)
-    return Supervisor([sys.executable, __file__, "--worker"], options, sockets, kernel_drops=kernel_drops)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole program. Returns the exit code."""
     args, options = parse_arguments(argv, os.environ)
@@ -183,8 +171,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info("listening on %s", shown_address(sockets[0]))
         if demo is not None:
             demo.target = sockets[0].getsockname()
+        drops = KernelDrops(sockets).total
+
+        def make() -> Ingester | Supervisor:
+            if len(sockets) == 1:
+                return Ingester(options, sockets[0], kernel_drops=drops)
+            return Supervisor([sys.executable, __file__, "--worker"], options, sockets, kernel_drops=drops)
+
         return Wiring(
-            make=lambda: _make_program(options, sockets),
+            make=make,
             tell=lambda program: say(NAME, last_word(program.snapshot())),
             metrics=METRICS,
             health=lambda counts: health(counts, options.receivers),

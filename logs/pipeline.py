@@ -46,7 +46,7 @@ from logs.display import LogCounts, imbalance
 from logs.event_queue import EventQueue
 from logs.intake import Receiver
 from logs.options import IngestOptions, database_of
-from logs.parse import Event, parse
+from logs.parse import INFORMATIONAL, UNKNOWN_SERVICE, Event, parse
 from logs.seal import Sealer
 from logs.sink import DatabaseSink, rows_in
 from logs.store import SCHEMA, Store
@@ -134,7 +134,8 @@ class Ingester:
                 events += parse(data, source, now, zone)
             except Exception as error:  # it promises not to; but one datagram must not cost the others
                 self.tasks.fault("parser", error)
-                events.append(unparsed(data, source, now, error))
+                reason = f"the parser failed: {type(error).__name__}"
+                events.append(Event(now, now, UNKNOWN_SERVICE, source, INFORMATIONAL, ascii(data), "{}", reason))
         self._received += len(events)
         self.queue.put(events)
         self.sealer.wake()
@@ -265,8 +266,3 @@ class Ingester:
 
     stats = snapshot
     __repr__ = stats_repr
-
-
-def unparsed(data: bytes, source: str, now: datetime, error: Exception) -> Event:
-    """The event of a datagram that the parser failed on."""
-    return Event(now, now, "unknown", source, 6, ascii(data), "{}", f"the parser failed: {type(error).__name__}")

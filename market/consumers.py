@@ -34,7 +34,7 @@ from market.topics import (
     decode,
     letter_of_record,
     log,
-    unpublishable,
+    unpublishable_letter,
 )
 from market.trade import Trade
 from primitives import Backoff
@@ -198,7 +198,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
                     (again if record.offset < floor else trades).append(decode(record.value or b""))
                 except ValueError as error:
                     if record.offset >= floor:
-                        dead.append(unpublishable(record.value or b"", error, time.time_ns()))
+                        dead.append(unpublishable_letter(record.value or b"", error))
             self._done[place] = max(floor, records[-1].offset + 1)
         return Taken(trades, again, dead)
 

@@ -51,7 +51,7 @@ from market.topics import (
     log,
     record_of,
     records_of,
-    unpublishable_record,
+    unpublishable,
 )
 from market.trade import Trade
 from runtime.backlog import Backlog
@@ -157,7 +157,7 @@ class TradeSink(RowSink):
                     unwanted += 1
                     log.error("kafka: a dead letter was refused: %s: %.200r", error, record.value)
                 else:
-                    records.append(unpublishable_record(record.value, error, self._dead_topic))
+                    records.append(unpublishable(record.value, error, self._dead_topic))
         client_log.recovered()
         return len(items) - unwanted, unwanted
 

@@ -83,11 +83,19 @@ def decode(value: bytes) -> Trade:
     return trade
 
 
-def unpublishable(item: object, error: BaseException | str, at_ns: int) -> DeadLetter:
-    """The dead letter of a trade that cannot be published."""
-    raw = item if isinstance(item, bytes) else repr(item).encode("utf-8", "backslashreplace")
+def unpublishable(item: object, error: BaseException | str, topic: str) -> Record:
+    """The dead letter, as a record, of what cannot be published: a trade, or bytes that may be the value of one."""
+    return dead_letter_record(unpublishable_letter(item, error), topic)
+
+
+def unpublishable_letter(item: object, error: BaseException | str) -> DeadLetter:
+    """The same, as a dead letter."""
     exchange = getattr(item, "exchange", "")
-    return DeadLetter(exchange if isinstance(exchange, str) else "", str(error), raw, at_ns, "trade")
+    if isinstance(item, bytes):
+        with contextlib.suppress(ValueError):
+            exchange = decode(item).exchange
+    raw = item if isinstance(item, bytes) else repr(item).encode("utf-8", "backslashreplace")
+    return DeadLetter(exchange if isinstance(exchange, str) else "", str(error), raw, time.time_ns(), "trade")
 
 
 def _plain(text: str) -> bytes:
@@ -143,16 +151,7 @@ def record_of(item: Item, trades: str, dead_letters: str) -> Record:
     try:
         return trade_record(item, trades)
     except (TypeError, ValueError, AttributeError) as error:
-        return unpublishable_record(item, error, dead_letters)
-
-
-def unpublishable_record(item: object, error: BaseException | str, topic: str) -> Record:
-    """The dead letter, as a record, of a trade or the value of one."""
-    letter = unpublishable(item, error, time.time_ns())
-    if isinstance(item, bytes):
-        with contextlib.suppress(ValueError):
-            letter = letter._replace(exchange=decode(item).exchange)
-    return dead_letter_record(letter, topic)
+        return unpublishable(item, error, dead_letters)
 
 
 def line_of_record(row: Record) -> bytes:
@@ -177,8 +176,7 @@ def record_of_line(line: bytes, trades: str, dead_letters: str) -> Record:
         letter = DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind, *context)
         return dead_letter_record(letter, dead_letters)
     except (ValueError, TypeError, AttributeError) as problem:
-        letter = unpublishable(line, f"spooled by another version: {problem}", time.time_ns())
-        return dead_letter_record(letter, dead_letters)
+        return unpublishable(line, f"spooled by another version: {problem}", dead_letters)
 
 
 def records_of(data: bytes, trades: str, dead_letters: str) -> list[Record]:
