@@ -19,7 +19,6 @@ from typing import Any
 from market.consumers import Group, Taken
 from market.display import lost
 from market.flow import MarketOptions, MarketProgram
-from market.workers import Uncomputed
 from runtime.loop import ends_before
 from runtime.options import CannotStart
 from runtime.processes import WorkerDied
@@ -75,8 +74,7 @@ class Analyser(MarketProgram):
             for letter in taken.dead:
                 await self._bury(letter)
             if taken.again:
-                with contextlib.suppress(Uncomputed):
-                    await self.workers.submit(taken.again)
+                await self.workers.submit(taken.again)
             if taken.trades:
                 rows = await self._computed_rows(taken.trades)
                 self._queued = 0

@@ -53,7 +53,7 @@ from market.kafka import SAVE_LIMIT, Publisher, PublisherClosed
 from market.stats import WINDOWS, AnalyticsRow
 from market.topics import DeadLetter, client_log
 from market.trade import Trade
-from market.workers import MOST, AnalyticsPool, Uncomputed
+from market.workers import MOST, AnalyticsPool
 from runtime.loop import Lag, TaskSupervisor, ends_before
 from runtime.outlet import TwoStageStop, unusable
 from runtime.processes import PoolClosed
@@ -177,13 +177,9 @@ class MarketProgram(ABC):
     # -------------------------------------------------------------------- figures and publishing
 
     async def _computed_rows(self, trades: list[Trade]) -> list[AnalyticsRow]:
-        try:
-            rows, failed = await self.workers.submit(trades), 0
-        except Uncomputed as error:
-            log.warning("%d trades could not be computed: %s", len(error.trades), error.__cause__)
-            rows, failed = error.rows, len(error.trades)
-        self._computed += len(trades) - failed
-        self._uncomputed += failed
+        rows, left_out = await self.workers.submit(trades)
+        self._computed += len(trades) - len(left_out)
+        self._uncomputed += len(left_out)
         return rows
 
     async def _tell(self, rows: list[AnalyticsRow]) -> None:

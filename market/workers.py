@@ -9,8 +9,8 @@ Promised
 - Rows are the same, to the last bit, as if no worker had died: rebuilding does what was done, in the same order.
 - A batch whose rows came back is in the state once, any other not at all: what a worker did and did not tell died
   with it.
-- A batch is begun ``attempts`` times at most. Then, or at once if it raises or ``close`` cuts it off, ``Uncomputed``
-  has its trades, and the rows of the other workers. The worker goes on without it.
+- A batch is begun ``attempts`` times at most. Then, or at once if it raises or ``close`` cuts it off, its trades
+  are lost: in no state and no row. The worker goes on without it, and the others with theirs.
 - Backpressure: ``waiting`` calls of at most MOST trades at a time; further ones wait, first come, first served.
 - Bounded: a worker's batches since its checkpoint have at most ``retained`` bytes (or as many as the checkpoint, if
   that has more) and are at most MAX_LOG; the next job then brings a new checkpoint. ``Analytics`` bounds the state.
@@ -36,6 +36,7 @@ from zlib import crc32
 
 from coordination import Semaphore, fan_out, stats_repr
 from market.stats import Analytics, AnalyticsRow, AnalyticsStats
+from market.topics import log
 from market.trade import Trade
 from runtime.processes import PoolClosed, Processes, WorkerDied
 
@@ -47,14 +48,6 @@ FIELDS = ("exchange", "symbol", "price_value", "size_value", "trade_id", "exchan
 
 _fields = itemgetter(*(Trade._fields.index(name) for name in FIELDS))
 _Logged = tuple[bytes, bool]
-
-
-class Uncomputed(Exception):
-    """``trades`` are in no state and no row; ``rows`` are those of the others. The cause is its ``__cause__``."""
-
-    def __init__(self, trades: list[Trade], rows: list[AnalyticsRow]) -> None:
-        super().__init__(f"{len(trades)} trades")
-        self.trades, self.rows = trades, rows
 
 
 class _WorkerState:
@@ -195,11 +188,9 @@ class AnalyticsPool:
         """Have the processes started. Raises ``WorkerDied``, ``TimeoutError``."""
         await asyncio.gather(*(slot.run(pickle.dumps([]), False) for slot in self._slots))
 
-    async def submit(self, trades: Sequence[Trade]) -> list[AnalyticsRow]:
-        """Take the trades into the state; the rows that are due. Raises ``Uncomputed``, ``PoolClosed`` (none taken)."""
-        rows, lost = list[AnalyticsRow](), list[Trade]()
-        cause: BaseException | None = None
-        parts: dict[_Slot, list[Trade]] = {}
+    async def submit(self, trades: Sequence[Trade]) -> tuple[list[AnalyticsRow], list[Trade]]:
+        """Take the trades into the state; the rows that are due, and the trades that are lost. ``PoolClosed``."""
+        rows, lost, parts = list[AnalyticsRow](), list[Trade](), dict[_Slot, list[Trade]]()
         async with self._places:
             if self._closed:
                 raise PoolClosed
@@ -208,17 +199,14 @@ class AnalyticsPool:
             packed = {slot: pickle.dumps(list(map(_fields, part)), 5) for slot, part in parts.items()}
             outcomes = await fan_out({slot: slot.run(data, False) for slot, data in packed.items()})
         for slot, (_, found, error) in outcomes.items():
+            rows += found or ()
             if error is not None:
+                log.warning("%d trades could not be computed: %s: %s", len(parts[slot]), type(error).__name__, error)
                 lost += parts[slot]
-                cause = error
-            else:
-                rows += found or ()
-                self._trades += len(parts[slot])
         self._rows += len(rows)
-        if cause is not None:
-            self._uncomputed += len(lost)
-            raise Uncomputed(lost, rows) from cause
-        return rows
+        self._trades += len(trades) - len(lost)
+        self._uncomputed += len(lost)
+        return rows, lost
 
     async def flush(self) -> list[AnalyticsRow]:
         """The rows that are not due yet: of all series that changed since they were told, but for workers that died."""
@@ -239,7 +227,7 @@ class AnalyticsPool:
         return slot
 
     async def close(self) -> None:
-        """Kill the processes: calls that run raise ``Uncomputed``, those that wait ``PoolClosed``."""
+        """Kill the processes: calls that run lose their trades, those that wait raise ``PoolClosed``."""
         self._closed = True
         await asyncio.gather(*(slot.pool.close(0.0) for slot in self._slots))
 
