@@ -48,7 +48,7 @@ from logs.intake import Receiver
 from logs.options import IngestOptions, database_of
 from logs.parse import INFORMATIONAL, UNKNOWN_SERVICE, Event, parse
 from logs.seal import Sealer
-from logs.sink import DatabaseSink, rows_in
+from logs.sink import PATIENCE, DatabaseSink
 from logs.store import SCHEMA, Store
 from logs.upkeep import fill_in, maintain
 from runtime.backlog import Backlog
@@ -99,7 +99,7 @@ class Ingester:
                 SEALED,
                 SEALED_BYTES,
                 size=lambda batch: len(batch.data),
-                rows=rows_in,
+                rows=lambda batches: sum(batch.rows for batch in batches),
                 round_items=TOGETHER,
                 round_bytes=TOGETHER_BYTES,
             ),
@@ -175,7 +175,7 @@ class Ingester:
             for name, work in works.items():
                 self.tasks.start(name, work)
             self.receiver.start()
-            if await ends_before(self.sink.first_connection(), stopped) and self.database.state != "connected":
+            if await ends_before(self.database.ready(PATIENCE), stopped) and self.database.state != "connected":
                 log.warning("database: not there yet (%s); batches go to the spool", self.database.stats().error or "")
             await stopped.wait()
             await self._drain()

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from logs.store import Store
 from runtime.outlet import SinkAway
@@ -21,11 +21,6 @@ log = logging.getLogger("ingest")
 
 PATIENCE = 5.0  # seconds from the start for which batches wait for the first connection, and are not spooled yet
 DISTRUST = 1.0  # seconds for which a database that is there, but could not write, is not asked again
-
-
-def rows_in(batches: Collection[EncodedBatch]) -> int:
-    """Their rows together."""
-    return sum(batch.rows for batch in batches)
 
 
 class DatabaseSink:
@@ -64,10 +59,6 @@ class DatabaseSink:
     async def ready(self, seconds: float) -> bool:
         """Whether there is a connection, after so many seconds at the most."""
         return await self._database.ready(seconds)
-
-    async def first_connection(self) -> bool:
-        """Whether there is one before the start's patience is over."""
-        return await self._database.ready(PATIENCE)
 
     def diverts(self) -> bool:
         """Whether the database is not to be asked now."""

@@ -245,8 +245,6 @@ class SequenceCheck:
     RESTARTED = 16
 
     def __init__(self, *, remembered: int = 4096) -> None:
-        if remembered < 1:
-            raise ValueError("remembered is at least 1")
         self._remembered = remembered
         self._seen: dict[str, _Seen] = {}
         self._frame: int | None = None

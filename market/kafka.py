@@ -103,11 +103,6 @@ class PublisherStats(NamedTuple):
     given_up: int  # those that were not taken before the end
 
 
-def value_bytes(record: Record) -> int:
-    """Bytes of its value."""
-    return len(record.value)
-
-
 class RowSink:
     """Analytics: what the broker refuses is logged."""
 
@@ -221,7 +216,7 @@ class Publisher:
             Backlog[Record](
                 buffer,
                 max(HEAVY, EACH * buffer),
-                size=value_bytes,
+                size=lambda record: len(record.value),
                 round_items=FLIGHT,
                 round_bytes=FLIGHT_BYTES,
                 file_items=FILE,
@@ -235,7 +230,7 @@ class Publisher:
             **common,
         )
         self._rows = Outlet(
-            Backlog[Record](analytics_buffer, size=value_bytes, round_items=ROWS, newest=True),
+            Backlog[Record](analytics_buffer, size=lambda record: len(record.value), round_items=ROWS, newest=True),
             self._row_sink,
             **common,
         )
