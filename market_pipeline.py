@@ -34,7 +34,7 @@ from runtime.stderr import say
 
 log = logging.getLogger("market_pipeline")
 
-COMMANDS = ("run", "analyse", "replay")
+COMMANDS: dict[str, type[MarketProgram]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
 NAME = "market_pipeline"
 
 
@@ -187,13 +187,11 @@ def tell(program: MarketProgram) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole program. Returns the exit code."""
     args, options = parse_arguments(argv, os.environ)
-
-    kinds: dict[str, type[MarketProgram]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
     demo = MarketDemo(options, args.demo_seconds, args.demo_rate) if args.demo else None
 
     def wire(options: MarketOptions, _: contextlib.ExitStack) -> Wiring[MarketCounts]:
         return Wiring(
-            make=lambda: kinds[args.command](options),
+            make=lambda: COMMANDS[args.command](options),
             tell=tell,
             metrics=METRICS,
             health=health,

@@ -146,24 +146,16 @@ class Supervisor:
         worker.past = add_up([worker.past, counts_after_death(worker.last or LogCounts())])
         worker.last = None
 
-    async def _spawn(self, *sockets: socket.socket) -> asyncio.subprocess.Process:
-        """Signals are blocked until the process ignores them. One at a time: the mask is this thread's."""
-        async with self._spawning:
-            with blocked(*STOPPING):
-                return await asyncio.create_subprocess_exec(
-                    *self._command,
-                    str(sockets[0].fileno()),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=[sock.fileno() for sock in sockets],
-                )
-
     async def _live(self, worker: WorkerProcess) -> int:
         """One life; how it ended."""
         ours, theirs = socket.socketpair()
         udp = self._sockets[worker.number]
         try:
-            with theirs:
-                worker.process = await self._spawn(theirs, udp)
+            async with self._spawning:  # the mask is this thread's
+                with theirs, blocked(*STOPPING):  # until the process ignores them
+                    command = (*self._command, str(theirs.fileno()))
+                    files, nothing = (theirs.fileno(), udp.fileno()), asyncio.subprocess.DEVNULL
+                    worker.process = await asyncio.create_subprocess_exec(*command, stdin=nothing, pass_fds=files)
         except BaseException as error:
             ours.close()
             if isinstance(error, OSError):  # no memory, too many processes: that may pass
