@@ -146,14 +146,14 @@ def _open_sockets(options: IngestOptions, stack: contextlib.ExitStack) -> list[s
     for _ in range(options.receivers):
         shared = options.receivers > 1
         try:
-            bound = udp_socket(host, port, receive_buffer=options.receive_buffer, reuse_port=shared)
+            sock, warning = udp_socket(host, port, receive_buffer=options.receive_buffer, reuse_port=shared)
         except OSError as error:
             raise CannotStart(error.strerror or str(error)) from None
-        stack.callback(bound.sock.close)
-        port = bound.sock.getsockname()[1]
-        if bound.warning and not found:
-            log.warning("%s", bound.warning)
-        found.append(bound.sock)
+        stack.callback(sock.close)
+        port = sock.getsockname()[1]
+        if warning and not found:
+            log.warning("%s", warning)
+        found.append(sock)
     return found
 
 

@@ -46,16 +46,11 @@ MEMINFO_DROPS = slice(32, 36)
 COUNTER_RANGE = 1 << 32  # where the kernel's counter begins again
 
 
-class Bound(NamedTuple):
-    """A socket, bound."""
-
-    sock: socket.socket
-    receive_buffer: int  # bytes, as one asks for them: the half of what Linux then uses
-    warning: str | None  # what to tell the operator if that is less than was asked for
-
-
-def udp_socket(address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER, reuse_port: bool = False) -> Bound:
-    """A socket bound to ``address`` (``0.0.0.0``, ``::`` for IPv6 and IPv4, a name: looked up here) and ``port``.
+def udp_socket(
+    address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER, reuse_port: bool = False
+) -> tuple[socket.socket, str | None]:
+    """A socket bound to ``address`` (``0.0.0.0``, ``::`` for IPv6 and IPv4, a name: looked up here) and ``port``; what
+    to tell the operator, if its buffer is smaller than was asked for.
 
     ``receive_buffer`` bytes are asked for by SO_RCVBUFFORCE, which needs CAP_NET_ADMIN, then by SO_RCVBUF, which the
     kernel clamps without a word; so it is read back. With ``reuse_port`` several sockets may be bound to the port; the
@@ -81,7 +76,7 @@ def udp_socket(address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER,
         f"the kernel gives a receive buffer of {granted:,} bytes, not {receive_buffer:,}: bursts may be dropped; "
         f"sysctl -w net.core.rmem_max={receive_buffer} allows it"
     )
-    return Bound(sock, granted, warning if granted < receive_buffer else None)
+    return sock, warning if granted < receive_buffer else None
 
 
 def _enlarge(sock: socket.socket, size: int) -> int:

@@ -115,12 +115,5 @@ class Analyser(MarketProgram):
             await self._tell_all()
 
     def _more(self) -> dict[str, Any]:
-        group = self.group.stats()
-        return super()._more() | {
-            "offered": self._trades,
-            "skipped": self._skipped,
-            "queued": self._queued,
-            "partitions": group.partitions,
-            "rebalances": group.rebalances,
-            "commits": group.commits,
-        }
+        counts = {"offered": self._trades, "skipped": self._skipped, "queued": self._queued}
+        return super()._more() | counts | self.group.stats()._asdict()

@@ -321,7 +321,7 @@ INTAKE_LOOPBACKS = [
 
 @contextlib.contextmanager
 def intake_socket(address: str = "127.0.0.1", **options: Any) -> Iterator[socket.socket]:
-    with li.udp_socket(address, 0, **options).sock as sock:
+    with li.udp_socket(address, 0, **options)[0] as sock:
         yield sock
 
 
@@ -699,7 +699,7 @@ def test_a_handler_that_raises_is_counted_and_said_once(caplog: pytest.LogCaptur
 
 def test_closing() -> None:
     async def main() -> None:
-        sock = li.udp_socket("127.0.0.1", 0).sock
+        sock = li.udp_socket("127.0.0.1", 0)[0]
         with IntakeWorld(sock, lambda: world.receiver.close()) as world:
             intake_send(("127.0.0.1", intake_port(sock)), [b"x"] * 250)
             world.receiver.start()
@@ -721,25 +721,22 @@ def test_buffer_that_the_kernel_clamps(monkeypatch: pytest.MonkeyPatch) -> None:
             may_force = True
         except PermissionError:
             may_force = False
-    bound = li.udp_socket("127.0.0.1", 0, receive_buffer=most + 1000)
-    with bound.sock:
-        if may_force:
-            assert bound[1:] == (most + 1000, None)
-        else:
-            assert bound.receive_buffer == most
+
+    def asked_for(size: int) -> tuple[int, str | None]:
+        sock, warning = li.udp_socket("127.0.0.1", 0, receive_buffer=size)
+        with sock:
+            assert not sock.getblocking()
+            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2, warning
+
+    granted, warning = asked_for(most + 1000)
+    assert (granted, warning) == (most + 1000, None) if may_force else granted == most
     monkeypatch.setattr(li, "SO_RCVBUFFORCE", 9999)
-    bound = li.udp_socket("127.0.0.1", 0, receive_buffer=most + 1000)
-    with bound.sock:
-        assert bound.receive_buffer == most
-        assert bound.warning == (
-            f"the kernel gives a receive buffer of {most:,} bytes, not {most + 1000:,}: bursts may be dropped; "
-            f"sysctl -w net.core.rmem_max={most + 1000} allows it"
-        )
-    bound = li.udp_socket("127.0.0.1", 0, receive_buffer=most)
-    with bound.sock:
-        assert bound[1:] == (most, None)
-        assert bound.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * most
-        assert not bound.sock.getblocking()
+    warning = (
+        f"the kernel gives a receive buffer of {most:,} bytes, not {most + 1000:,}: bursts may be dropped; "
+        f"sysctl -w net.core.rmem_max={most + 1000} allows it"
+    )
+    assert asked_for(most + 1000) == (most, warning)
+    assert asked_for(most) == (most, None)
 
 
 @pytest.mark.parametrize(
@@ -784,7 +781,7 @@ def test_what_cannot_be_bound_is_said() -> None:
 def test_several_sockets_share_a_port() -> None:
     with (
         intake_socket(reuse_port=True) as one,
-        li.udp_socket("127.0.0.1", intake_port(one), reuse_port=True).sock as two,
+        li.udp_socket("127.0.0.1", intake_port(one), reuse_port=True)[0] as two,
         IntakeWorld(one) as first,
         IntakeWorld(two) as second,
     ):

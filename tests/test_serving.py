@@ -363,7 +363,7 @@ def test_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pytest.Monke
     async def main() -> None:
         program = MarketPipelineBase(market_pipeline_options("127.0.0.1:1", "lost", tmp_path))
         assert b"market_lines_lost_total %.1f\n" % stderr.UNREAD in market_pipeline_metrics(program)
-        with udp_socket("127.0.0.1", 0, receive_buffer=4096).sock as sock:
+        with udp_socket("127.0.0.1", 0, receive_buffer=4096)[0] as sock:
             ingester = Ingester(IngestOptions(spool=str(tmp_path / "logs"), database=None), sock)
             assert ingester.snapshot().lines_lost == stderr.UNREAD
             several = Supervisor(["unused"], IngestOptions(), [sock])
