@@ -52,12 +52,8 @@ _ABSENT: Any = object()
 
 
 class EnricherStats(NamedTuple):
-    """What an enricher knows, did and does."""
+    """What an enricher did."""
 
-    cached: int  # services that are known, fresh or stale (or gone, but nobody looked since)
-    unknown: int  # names that the API does not know
-    hits: int  # looks that were answered, be it with UNKNOWN; those that ``wait`` takes are looks too
-    misses: int
     loads: int  # requests that were begun for some name; retries do not count, nor what the open circuit refused
     failures: int  # loads that failed
     turned_away: int  # names that found the queue full
@@ -118,7 +114,7 @@ class Enricher:
         self._flights = SingleFlight()
         self._pool: WorkerPool[str] | None = None  # loads names; None while the enricher is not open
         self._asked: dict[str, asyncio.Future[None]] = {}  # what is in the pool, until that has ended
-        self._looks = self._misses = self._loads = self._turned_away = 0
+        self._loads = self._turned_away = 0
         self._failures: Counter[str] = Counter()
         self._last_error: str | None = None
 
@@ -145,12 +141,9 @@ class Enricher:
 
     def look(self, service: str) -> Found:
         """What is known, at once: ``Metadata``, ``UNKNOWN``, or None, and then it is asked for."""
-        self._looks += 1
         found: Found = self._front.get(service, _ABSENT)
         if found is _ABSENT or self._clock() >= self._front_until:
-            found = self._find(service)
-        if found is None:
-            self._misses += 1
+            return self._find(service)
         return found
 
     def _find(self, service: str) -> Found:
@@ -271,10 +264,6 @@ class Enricher:
     def stats(self) -> EnricherStats:
         """Counts since the beginning."""
         return EnricherStats(
-            cached=len(self._known),
-            unknown=len(self._unknown),
-            hits=self._looks - self._misses,
-            misses=self._misses,
             loads=self._loads,
             failures=self._failures.total(),
             turned_away=self._turned_away,

@@ -80,8 +80,7 @@ def test_a_thousand_want_one_service(logs_enrich_api: sl.MetadataApi) -> None:
             await asyncio.gather(*waits)
             assert enricher.look("a") == await enricher.load("a") == logs_enrich_right("a")
         assert logs_enrich_api.requests == {"a": 1}
-        stats = enricher.stats()
-        assert (stats.loads, stats.hits, stats.misses) == (1, 1, 1100)
+        assert enricher.stats().loads == 1
 
     run_task(main())
 
@@ -95,7 +94,7 @@ def test_all_services_are_known_after_a_wait(logs_enrich_api: sl.MetadataApi) ->
             await enricher.wait(names, math.inf)
         assert logs_enrich_api.requests == dict.fromkeys(names, 1)
         assert logs_enrich_api.stats().connections <= 8
-        assert enricher.stats().cached == 500
+        assert len(enricher._known) == 500
         assert [enricher.look(name) for name in names] == [logs_enrich_right(name) for name in names], "after the close"
 
     run_task(main())
@@ -507,7 +506,7 @@ def test_invented_names_fill_nothing(logs_enrich_api: sl.MetadataApi) -> None:
             for first in range(0, 300, 5):
                 names = [f"unknown-{n}" for n in range(first, first + 5)]
                 assert await loaded(enricher, *names) == [lm.UNKNOWN] * 5
-            assert enricher.stats().unknown == 50
+            assert len(enricher._unknown) == 50
             logs_enrich_api.mode = "refuse"
             for first in range(0, 100, 5):
                 await loaded(enricher, *(f"odd-{n}" for n in range(first, first + 5)))
@@ -688,8 +687,7 @@ def test_without_an_api() -> None:
             await enricher.wait(["a"], math.inf)
             assert await enricher.load("a") is None
             assert enricher._front == {}
-            assert enricher.stats().misses == 11
-            assert "misses=11" in repr(enricher)
+            assert "loads=0" in repr(enricher)
 
     run_task(main())
     wrong: list[dict[str, Any]] = [{name: 0} for name in ("ttl", "maxsize")]
