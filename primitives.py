@@ -213,13 +213,15 @@ class RetryBudget:
 class _Attempts:
     """The decision of both retry shells: after a failure, how long to wait; or the failure itself."""
 
-    def __init__(
-        self, on: RetryOn, policy: RetryPolicy, budget: RetryBudget | None, clock: Clock, rng: Rng, started: float
-    ) -> None:
-        self._on, self._policy, self._budget = on, policy, budget
-        self._clock, self._rng, self._started = clock, rng, started
-        self._made = 0
-        self._history: deque[str] = deque(maxlen=10)
+    __slots__ = ("_budget", "_clock", "_history", "_made", "_on", "_policy", "_rng", "_started")
+
+    def __init__(self, on: RetryOn, policy: RetryPolicy, budget: RetryBudget | None, clock: Clock, rng: Rng) -> None:
+        _check_on(on)
+        if budget is not None:
+            budget.request()
+        self._on, self._policy, self._budget, self._clock, self._rng = on, policy, budget, clock, rng
+        self._started, self._made = clock(), 0
+        self._history: list[str] = []
 
     def failed(self, error: Exception) -> float | None:
         """Seconds to wait before the next try; None when there is none: ``error`` now has the history as its note."""
@@ -238,7 +240,7 @@ class _Attempts:
             if delay is not None and (self._budget is None or self._budget.try_retry()):
                 return delay
         if self._made > 1:
-            error.add_note(f"retry: gave up after {self._made} attempts: " + "; ".join(self._history))
+            error.add_note(f"retry: gave up after {self._made} attempts: " + "; ".join(self._history[-10:]))
         return None
 
 
@@ -260,17 +262,11 @@ def retry(
     (seconds) replaces the back-off. The last error is raised as it is, the history of the attempts as its note.
     ``TypeError`` if ``on`` is something else, or ``call`` a coroutine function.
     """
-    if not callable(on):
-        _check_on(on)
-    if budget is not None:
-        budget.request()
-    started = clock()
-    attempts: _Attempts | None = None
+    attempts = _Attempts(on, policy, budget, clock, rng)
     while True:
         try:
             result = call()
         except Exception as error:
-            attempts = attempts or _Attempts(on, policy, budget, clock, rng, started)
             delay = attempts.failed(error)
             if delay is None:
                 raise
@@ -291,17 +287,11 @@ async def retry_async(
     rng: Rng = random.random,
 ) -> T:
     """``retry`` for an async call. Cancellation is never retried."""
-    if not callable(on):
-        _check_on(on)
-    if budget is not None:
-        budget.request()
-    started = clock()
-    attempts: _Attempts | None = None
+    attempts = _Attempts(on, policy, budget, clock, rng)
     while True:
         try:
             return await call()
         except Exception as error:
-            attempts = attempts or _Attempts(on, policy, budget, clock, rng, started)
             delay = attempts.failed(error)
             if delay is None:
                 raise
@@ -383,12 +373,9 @@ class TokenBucket:
         """Book ``n`` tokens and return the seconds to wait before using them (0.0: go)."""
         self._check_size(n)
         with self._lock:
-            if now is None:
-                now = self._clock()
-            if self._queue:
-                self._settle()
-            wait, self._full_at = self._look(n, now)
-        return wait
+            self._settle()
+            wait, self._full_at = self._look(n, self._clock() if now is None else now)
+            return wait
 
     def _check_size(self, n: float) -> None:
         if not 0 < n <= self.burst:
@@ -431,8 +418,7 @@ class TokenBucket:
         burst = self.burst if burst is None else burst
         self._check(rate, burst)
         with self._lock:
-            if now is None:
-                now = self._clock()
+            now = self._clock() if now is None else now
             self._settle()
             held = now < self._paused_until and self._full_at == self._paused_until + self._depth - self._interval
             full_at = self._unpaused if held else self._full_at
@@ -538,21 +524,8 @@ class TokenBucket:
 
     async def acquire_async(self, n: float = 1, timeout: float | None = None) -> bool:
         """``acquire`` for tasks. A cancelled one has taken nothing."""
-        # What try_acquire does: to call it would be a fourth of the time, ``with`` a third. A signal handler that
-        # raises between the next two lines would leave the lock held; in a thread that matters, here the loop ends.
-        lock = self._lock
-        lock.acquire()
-        try:
-            now = self._clock()
-            after = self._full_at
-            if after < now:
-                after = now
-            after += n * self._interval
-            if after <= now + self._reach and now >= self._paused_until and 0 < n <= self.burst:
-                self._full_at = after
-                return True
-        finally:
-            lock.release()
+        if self.try_acquire(n):
+            return True
         place = self._enter(n, timeout, asyncio.get_running_loop())
         if isinstance(place, bool):
             return place
@@ -570,10 +543,9 @@ class TokenBucket:
     def stats(self, now: float | None = None) -> TokenBucketStats:
         """The counts of ``now`` (seconds by its clock; None: of this moment)."""
         with self._lock:
-            if now is None:
-                now = self._clock()
+            now = self._clock() if now is None else now
             tokens = self.burst - max(0.0, self._full_at - now) * self.rate
-        return TokenBucketStats(self.rate, self.burst, tokens)
+            return TokenBucketStats(self.rate, self.burst, tokens)
 
     __repr__ = stats_repr
 
@@ -681,11 +653,7 @@ class SingleFlight:
         """The answer of the one load of ``key`` that is under way, or of ``load()``."""
         flight, waiter = self._join(key, None)
         if waiter is not None:
-            try:
-                waiter.block(None)
-            except BaseException:
-                self._leave(key, flight, waiter)
-                raise
+            waiter.block_or(lambda waiter: self._leave(key, flight, waiter), None)
             if waiter.value is not _LEAD:
                 return self._answer(waiter)  # type: ignore[no-any-return]
         answer = None
@@ -743,11 +711,6 @@ class SingleFlight:
         """``forget`` every key."""
         with self._lock:
             self._flights = {}
-
-    def loading(self, key: Hashable) -> bool:
-        """Whether a load of ``key`` is under way that others would join."""
-        with self._lock:
-            return key in self._flights
 
     def stats(self) -> SingleFlightStats:
         """The counts of this moment."""
@@ -967,10 +930,6 @@ class TTLCache(Generic[K, T]):
         if found is not _ABSENT:
             return found  # type: ignore[no-any-return]
         return await self._flights.do_async(key, lambda: self._load_async(key, load, anew))
-
-    def loading(self, key: K) -> bool:
-        """Whether a load of ``key`` is under way."""
-        return self._flights.loading(key)
 
     def _fresh(self, key: K) -> Any:
         """Its value, or ``_ABSENT``: asked for by who leads, too, since another load may have come and gone."""
@@ -1323,7 +1282,8 @@ class Batch(Generic[T]):
         It has ``item``, unless that would be too many bytes: then this is the first of the next one.
         """
         with self._lock:
-            full = self._weigh(size) if size else None
+            full = self._take() if size and self._items and self._bytes + size > self.max_bytes else None
+            self._bytes += size
             items = self._items
             if not items:
                 self._begun = self._clock() if now is None else now
@@ -1331,11 +1291,6 @@ class Batch(Generic[T]):
             if full is None and (len(items) >= self.max_items or (size and self._bytes >= self.max_bytes)):
                 return self._take()
             return full
-
-    def _weigh(self, size: float) -> list[T] | None:
-        full = self._take() if self._items and self._bytes + size > self.max_bytes else None
-        self._bytes += size
-        return full
 
     def due_in(self, now: float | None = None) -> float:
         """Seconds until ``take`` has something: the oldest is ``max_age`` old then; infinity if there is none."""

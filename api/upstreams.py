@@ -211,7 +211,7 @@ class Source:
 
     def renew(self) -> int:
         """Load what is in use and about to expire; returns how many loads that began."""
-        due = [key for key in self.renewals.due(self._clock()) if not self.cache.loading(key)]
+        due = [key for key in self.renewals.due(self._clock()) if key not in self._current]
         for key in due:
             self.refresh(key, anew=True)
         return len(due)
