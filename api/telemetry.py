@@ -23,7 +23,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 
-from api.upstreams import Source, percentiles
+from api.report import percentiles
+from api.upstreams import Source
 from coordination import Clock, wait_for_event
 from runtime.monitor import Measure, counter, gauge
 from runtime.stderr import lines_lost

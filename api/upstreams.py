@@ -22,7 +22,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ import orjson
 
 from api.config import Key, Upstream
 from api.renewals import Renewals
+from api.report import percentiles
 from coordination import Clock, Outcome, Semaphore, hedged
 from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, TTLCache, retry_async
 from runtime.http_dates import parse_retry_after
@@ -347,9 +348,3 @@ class Source:
             "last_error": self.last_error,
             "cache": self.cache.stats()._asdict(),
         }
-
-
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p50, p95 and p99 by the nearest rank; {} of no values."""
-    ranked = sorted(seconds)
-    return {f"p{p}": ranked[math.ceil(len(ranked) * p / 100) - 1] for p in (50, 95, 99)} if ranked else {}
