@@ -32,15 +32,16 @@ from crawl.scope import Scope
 from crawl.url_list import read_urls
 from runtime.options import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PIPE, SIZES, CannotStart, Parser, size
 from runtime.packages import missing
+from runtime.processes import processors
 from runtime.stderr import queue_stderr, say
 
 
-def processes(text: str) -> int:
+def helpers(text: str) -> int:
     """``auto`` -> as many as there are processors."""
     count = 0 if text == "auto" else int(text)
     if count < 0:
         raise ValueError
-    return count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count() or 1
+    return count or processors()
 
 
 def header(text: str) -> tuple[str, str]:
@@ -102,7 +103,7 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     option(load, "--burst", int, "requests to one host that may go at once after a rest")
     option(load, "--total-rate", float, "requests per second to all hosts together; 0: no limit")
     text = "that fetch and read pages, for one frontier; 0 or auto: one for each processor (default 1: this one)"
-    load.add_argument("--processes", type=processes, default=1, metavar="N", help=text)
+    load.add_argument("--processes", type=helpers, default=1, metavar="N", help=text)
     load.add_argument("--adaptive", action="store_true", default=None, help="find each host's rate, up to --rate")
     crawl = parser.add_argument_group("following links")
     option(crawl, "--depth", int, "links away from the list; 0: the list only")
@@ -245,12 +246,15 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
         try:
             needs(args, options)
             if args.status:
-                print(shared_status(args.frontier))
+                from crawl.shared_crawl import status  # it needs asyncpg
+
+                print(status(args.frontier))
                 return EXIT_OK
+            crawl = Crawl(options, lead=HELPERS_LEAD if args.processes > 1 else None)
             if args.frontier:
-                crawl = join_shared(options, args.frontier, args.lease)
-            else:
-                crawl = Crawl(options, lead=HELPERS_LEAD if args.processes > 1 else None)
+                from crawl.shared_crawl import join
+
+                crawl = join(options, args.frontier, args.lease)
         except (ValueError, RuntimeError) as error:
             raise CannotStart(str(error)) from error
         if args.explain:
@@ -307,20 +311,6 @@ def needs(args: argparse.Namespace, options: Options) -> None:
     ):
         if wanted and (line := missing(option, *modules)):
             raise RuntimeError(line)
-
-
-def join_shared(options: Options, frontier: str, lease: float | None) -> Crawl:
-    """A crawl whose frontier is in the database ``frontier``; hosts are leased for ``lease`` seconds."""
-    from crawl.shared_crawl import join  # it needs asyncpg
-
-    return join(options, frontier, lease)
-
-
-def shared_status(frontier: str) -> str:
-    """How far the crawl in the database ``frontier`` is, as text."""
-    from crawl.shared_crawl import status
-
-    return status(frontier)
 
 
 def demo_urls(stack: contextlib.ExitStack) -> Iterable[str]:

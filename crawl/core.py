@@ -113,10 +113,7 @@ class Crawl:
         """Whether the whole list is read before anything is fetched."""
         self.form = FeedResult if options.feeds else CrawlResult if self.follows else ScrapeResult  # what the rows are
         self.scope = Scope(
-            within=options.within,
-            include=options.include,
-            exclude=options.exclude,
-            drop_params=options.drop_params,
+            within=options.within, include=options.include, exclude=options.exclude, drop_params=options.drop_params
         )
         self.traps = Traps()
         self.listed = UrlList(self.scope, guarded=any(is_secret(name) for name, _ in options.headers))
@@ -323,18 +320,9 @@ class Crawl:
         own = {"robots": MAX_ROBOTS, "sitemap": MAX_SITEMAP}.get(request.kind)
         return (self.options.max_bytes, False) if own is None else (own + 1, True)
 
-    def know_body(self, digest: str, url: str) -> None:
-        """A page with this body has a row: ``url``."""
-        self.bodies.setdefault(digest, url)
-
-    @property
-    def list_kind(self) -> Literal["page", "feed"]:
-        """What the URLs of the list are."""
-        return "feed" if self.options.feeds else "page"
-
     def feed(self, urls: Iterable[str]) -> threading.Thread:
         """Read ``urls`` into the frontier in a thread: the list may be long, or a pipe that blocks."""
-        kind = self.list_kind
+        kind: Literal["page", "feed"] = "feed" if self.options.feeds else "page"  # what the URLs of the list are
         if self.options.max_time:
             self.frontier.stop_at(self.clock() + self.options.max_time)
 

@@ -205,7 +205,7 @@ def _remember(crawl: Crawl, row: Row, asked: dict[str, None]) -> None:
     crawl.frontier.mark(url, counts=not forbidden and not crawl.options.feeds)  # of feeds, each run may fetch so many
     crawl.frontier.mark(ended)
     if row.get("digest"):  # of a page whose row is not here, that one is the first again
-        crawl.know_body(row["digest"], row.get("duplicate_of") or row["url"])
+        crawl.bodies.setdefault(row["digest"], row.get("duplicate_of") or row["url"])
     if crawl.follows:
         if not row.get("depth"):
             crawl.scope.add(url)

@@ -69,6 +69,11 @@ class WorkerDied(Exception):
     """The worker died in each attempt: killed, out of memory, or it could not even start."""
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def end_with(descriptor: int) -> None:
     """Have a signal end this process when the other end of a pipe, in which nothing comes, is closed."""
     if hasattr(os, "O_ASYNC"):

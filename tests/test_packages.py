@@ -52,7 +52,7 @@ def test_crawlers_say_what_to_install(option: str, hint: str, capfd: pytest.Capt
 
 @pytest.mark.usefixtures("absent")
 def test_crawlers_need_none_of_them_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nor rich, for the progress display: there is none then."""
+    """Nor rich, which only the table of trades needs."""
     for name in ("rich", "rich.console"):
         monkeypatch.setitem(sys.modules, name, None)
     crawled: list[Crawl] = []
