@@ -1012,8 +1012,8 @@ class Permit:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         failed: bool | None = False if error is None else None
         try:
-            if error is not None:
-                failed = self._breaker._counts(error) or None
+            if isinstance(error, Exception):
+                failed = _matches(error, self._breaker._on) or None
         finally:
             self._breaker._settle(self, failed=failed)
 
@@ -1126,9 +1126,6 @@ class CircuitBreaker:
             raise CircuitOpen(self.name, refusal)
         return permit
 
-    def _counts(self, error: BaseException) -> bool:
-        return isinstance(error, Exception) and _matches(error, self._on)
-
     def _settle(self, permit: Permit, failed: bool | None, now: float | None = None) -> None:
         if failed is False and permit.generation == self._unrecorded:
             permit.settled = True
@@ -1221,19 +1218,8 @@ class CircuitBreaker:
 
     async def call_async(self, function: Callable[..., Awaitable[T]], /, *args: Any, **options: Any) -> T:
         """``await function(*args, **options)``, or ``CircuitOpen``. Nothing is locked while it runs."""
-        generation = self._unrecorded
-        if generation is None:
-            with self.permit():
-                return await function(*args, **options)
-        try:
-            result = await function(*args, **options)
-        except BaseException as error:
-            if self._counts(error):
-                self._settle(Permit(self, generation), failed=True)
-            raise
-        if generation != self._unrecorded:  # others failed meanwhile
-            self._settle(Permit(self, generation), failed=False)
-        return result
+        with self.permit():
+            return await function(*args, **options)
 
     def stats(self, now: float | None = None) -> CircuitBreakerStats:
         """The counts of ``now`` (seconds by its clock; None: of this moment)."""
