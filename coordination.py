@@ -1,20 +1,15 @@
 """Where threads and tasks meet: who waits for whom, and in which order they go on. Hand-written on one lock each.
 
-``primitives`` decides *when* something may happen; here is what makes one worker wait for another. Every object works
-for threads and for tasks of any number of event loops at the same time: a waiter is a parked thread (blocked on a lock
-of its own) or a parked task (awaiting a future of its loop), and both stand in the same queue.
+Every object works for threads and for tasks of any number of event loops at the same time: a waiter is a parked thread
+(blocked on a lock of its own) or a parked task (awaiting a future of its loop), and both stand in the same queue.
 
-==================  ==============================================================================================
-mechanism           promise (and what is not promised)
-==================  ==============================================================================================
-``Semaphore``       at most ``permits`` holders; FIFO, nobody barges past a queue, a cancelled holder loses nothing.
-``Channel``         a bounded FIFO between workers; what ``put`` accepted is delivered, exactly once, also after
-                    ``close()``; a cancelled ``put`` leaves nothing in it. Not promised: that nobody has got the item
-                    of a ``put`` that is cancelled in the moment in which it is accepted.
-``Visited``         of any number of workers that ask, exactly one is told that it is the first.
-``fan_out``         an outcome for every call at the deadline; no task is left behind.
-``WorkerPool``      every accepted item is handled once, errors or not; closing drains.
-==================  ==============================================================================================
+``Semaphore``   at most ``permits`` holders; FIFO, nobody barges past a queue, a cancelled holder loses nothing.
+``Channel``     a bounded FIFO between workers; what ``put`` accepted is delivered, exactly once, also after ``close``;
+                a cancelled ``put`` leaves nothing in it. Not promised: that nobody has got the item of one that is
+                cancelled in the moment in which it is accepted.
+``Visited``     of any number of workers that ask, exactly one is told that it is the first.
+``fan_out``     an outcome for every call at the deadline; no task is left behind.
+``WorkerPool``  every accepted item is handled once, errors or not; closing drains.
 
 Each object owns one lock, which guards all its fields and is held for the decision only: never while waiting, never
 during a call of the user's. No lock is taken while another is held, so no order between them can be got wrong. Only

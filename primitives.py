@@ -1,34 +1,19 @@
-"""The mechanisms of a concurrent program, hand-written on the standard library.
+"""The mechanisms of a concurrent program, hand-written on the standard library: *when* something may happen.
 
-Every mechanism here is a *pure core* with two *thin shells*:
+Each is a *pure core* with two *thin shells*. The core is a decision, ``(now, event) -> what to do``: it never sleeps,
+awaits, does I/O or calls foreign code. Time (``now``, in seconds of a monotonic clock) and randomness (``rng``) are
+arguments, so that a test can play an hour in a millisecond and a failing seed again. The thread shell obeys with
+``time.sleep``, the async shell with ``await asyncio.sleep``; they differ in nothing else. ``coordination`` has what
+makes one worker wait for another; docs/primitives.md says what is promised and what is not.
 
-- The core is a decision: ``(now, event) -> what to do``. It never sleeps, awaits, does I/O or calls foreign code.
-  Time (``now``, in seconds of a monotonic clock) and randomness (``rng``) are arguments, so that a test can play an
-  hour in a millisecond and a failing seed can be played again.
-- The thread shell obeys the decision with ``time.sleep``, the async shell with ``await asyncio.sleep``. They differ
-  in nothing else.
-
-This file decides *when* something may happen; ``coordination`` has what makes one worker wait for another.
-
-==================  ==============================================================================================
-mechanism           promise (and what is not promised)
-==================  ==============================================================================================
-``RetryPolicy``     bounded attempts, bounded total time; full jitter after the cap. Not promised: idempotence of
-                    what is retried; that is the caller's knowledge.
+``RetryPolicy``     bounded attempts, bounded total time; full jitter after the cap.
 ``Backoff``         the waits of a loop that never gives up, jittered in the same way.
 ``RetryBudget``     retries <= reserve + ratio * requests, always.
-``TokenBucket``     at most ``burst + rate * t`` grants in *any* window of ``t`` seconds; FIFO, also for unequal sizes;
-                    the place of one who leaves the queue goes to those behind. Not promised: that, once a ``reserve``,
-                    a ``pause`` or a new rate stands behind it.
-``SingleFlight``    one load at a time for each key, whoever asks; it ends when nobody wants it any more. Not promised:
-                    anything about loads that do not overlap.
-``TTLCache``        nothing outside of its windows is served, nothing above its bounds is kept; what is gone makes room
-                    first. Not promised: that what is within them is still true.
-``CircuitBreaker``  closed, open, half-open; a late result of an earlier state changes nothing; a call that never
-                    reports wedges nothing. Not promised: that nobody suffers from a probe; probes are real calls.
-``Batch``           full at ``max_items`` or ``max_bytes``, due at ``max_age`` of its oldest item. It says when; it
-                    flushes nothing.
-==================  ==============================================================================================
+``TokenBucket``     at most ``burst + rate * t`` grants in *any* window of ``t`` seconds; FIFO, also for unequal sizes.
+``SingleFlight``    one load at a time for each key, whoever asks; it ends when nobody wants it any more.
+``TTLCache``        nothing outside of its windows is served, nothing above its bounds is kept; what is gone goes first.
+``CircuitBreaker``  closed, open, half-open; a late result changes nothing; a call that never reports wedges nothing.
+``Batch``           full at ``max_items`` or ``max_bytes``, due at ``max_age`` of its oldest item. It flushes nothing.
 
 Each object owns one lock, which guards all its fields, held for the decision only: never while sleeping, never during
 a call of the user's. So one object serves threads and tasks, of any number of event loops, at the same time (but a
