@@ -27,7 +27,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -485,16 +485,6 @@ class Visited(Generic[K]):
 # -------------------------------------------------------------------------------------------- fan-out
 
 
-class Budget(Protocol):
-    """What hedging asks before it adds load: ``primitives.RetryBudget``."""
-
-    def request(self) -> None:
-        """Count a first call."""
-
-    def try_retry(self) -> bool:
-        """Whether one more call may be made."""
-
-
 class Outcome(NamedTuple, Generic[T]):
     """What became of one call: at the deadline it had a ``value``, an ``error``, or neither yet."""
 
@@ -511,34 +501,6 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
     except TimeoutError:
         pass
     return event.is_set()
-
-
-async def hedged(call: Callable[[], Awaitable[T]], delay: float, budget: Budget | None = None) -> T:
-    """The first answer of two equal calls, the second of which starts if the first has not answered after ``delay``
-    seconds and ``budget`` allows it (Dean and Barroso, "The Tail at Scale", CACM 2013). The other is cancelled and
-    awaited. If both fail, the first one's error is raised. For calls that may be made twice only.
-    """
-    if budget is not None:
-        budget.request()
-    first = task = asyncio.ensure_future(_awaited(call))
-    tasks = [first]
-    done = pending = set(tasks)
-    try:
-        done, _ = await asyncio.wait(tasks, timeout=delay)
-        if not done and (budget is None or budget.try_retry()):
-            tasks.append(asyncio.ensure_future(_awaited(call)))
-        pending = set(tasks)
-        while pending:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if not task.cancelled() and task.exception() is None:
-                    return task.result()
-        return await first
-    finally:
-        try:
-            await cancel_all(tasks)
-        finally:
-            del first, tasks, done, pending, task
 
 
 async def fan_out(
@@ -569,10 +531,6 @@ def _outcome(task: asyncio.Future[T]) -> Outcome[T]:
         return Outcome("timeout", None, None)
     error = asyncio.CancelledError() if task.cancelled() else task.exception()
     return Outcome("ok", task.result(), None) if error is None else Outcome("error", None, error)
-
-
-async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
-    return await call()
 
 
 async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:

@@ -19,8 +19,8 @@ Each object owns one lock, which guards all its fields, held for the decision on
 a call of the user's. So one object serves threads and tasks, of any number of event loops, at the same time (but a
 ``Backoff``, which has no lock and belongs to its loop). No lock is taken while another is held: the cache asks its
 ``SingleFlight`` after it let go of its own. No lock can be re-entered: a destructor or a signal handler that uses the
-object which was just being used waits for itself. Nothing in this file starts a thread or a process, and only
-``SingleFlight`` starts tasks, one for each load that a task asks for.
+object which was just being used waits for itself. Nothing in this file starts a thread or a process; only ``hedged``
+starts tasks, and ``SingleFlight``, one for each load that a task asks for.
 
 Blocking verbs are for threads: ``SingleFlight.do`` in the thread of an event loop, for a key that a task of this loop
 is loading, waits for ever. So does a load that asks for its own key.
@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from types import CoroutineType, TracebackType
 from typing import Any, Generic, Literal, NamedTuple, NoReturn
 
-from coordination import Clock, FairCondition, K, Rng, T, Waiter, check_count, new_lock, stats_repr
+from coordination import Clock, FairCondition, K, Rng, T, Waiter, cancel_all, check_count, new_lock, stats_repr
 
 RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
 """Which errors are meant: an exception type, several, or a predicate."""
@@ -281,6 +281,38 @@ async def retry_async(
             if delay is None:
                 raise
         await sleep(delay)
+
+
+async def hedged(call: Callable[[], Awaitable[T]], delay: float, budget: RetryBudget | None = None) -> T:
+    """The first answer of two equal calls, the second of which starts if the first has not answered after ``delay``
+    seconds and ``budget`` allows it (Dean and Barroso, "The Tail at Scale", CACM 2013). The other is cancelled and
+    awaited. If both fail, the first one's error is raised. For calls that may be made twice only.
+    """
+    if budget is not None:
+        budget.request()
+    first = task = asyncio.ensure_future(_awaited(call))
+    tasks = [first]
+    done = pending = set(tasks)
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=delay)
+        if not done and (budget is None or budget.try_retry()):
+            tasks.append(asyncio.ensure_future(_awaited(call)))
+        pending = set(tasks)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if not task.cancelled() and task.exception() is None:
+                    return task.result()
+        return await first
+    finally:
+        try:
+            await cancel_all(tasks)
+        finally:
+            del first, tasks, done, pending, task
+
+
+async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
+    return await call()
 
 
 # --------------------------------------------------------------------------------------- token bucket

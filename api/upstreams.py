@@ -32,8 +32,8 @@ import orjson
 from api.config import Key, Upstream
 from api.renewals import Renewals
 from api.report import percentiles
-from coordination import Clock, Outcome, Semaphore, hedged
-from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, TTLCache, retry_async
+from coordination import Clock, Outcome, Semaphore
+from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, TTLCache, hedged, retry_async
 from runtime.http_dates import parse_retry_after
 
 log = logging.getLogger("uvicorn.error")
