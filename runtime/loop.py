@@ -54,10 +54,10 @@ async def ends_before(work: Awaitable[Any], event: asyncio.Event, seconds: float
     finally:
         ended = task.done()
         await cancel_all([task, other])
-    if task.cancelled():
-        return False
-    task.result()
-    return ended
+    error = None if task.cancelled() else task.exception()
+    if isinstance(error, Exception):  # that of a ``gather`` which was cancelled is none
+        raise error
+    return ended and not task.cancelled()
 
 
 class Lag:
