@@ -195,38 +195,41 @@ class RetryBudget:
     __repr__ = stats_repr
 
 
-class _Attempts:
-    """The decision of both retry shells: after a failure, how long to wait; or the failure itself."""
-
-    __slots__ = ("_budget", "_clock", "_history", "_made", "_on", "_policy", "_rng", "_started")
-
-    def __init__(self, on: RetryOn, policy: RetryPolicy, budget: RetryBudget | None, clock: Clock, rng: Rng) -> None:
+def _begun(on: RetryOn, budget: RetryBudget | None, clock: Clock) -> float:
+    """When the first try begins."""
+    if not callable(on):
         _check_on(on)
-        if budget is not None:
-            budget.request()
-        self._on, self._policy, self._budget, self._clock, self._rng = on, policy, budget, clock, rng
-        self._started, self._made = clock(), 0
-        self._history: list[str] = []
+    if budget is not None:
+        budget.request()
+    return clock()
 
-    def failed(self, error: Exception) -> float | None:
-        """Seconds to wait before the next try; None when there is none: ``error`` now has the history as its note."""
-        wanted = _matches(error, self._on)
-        self._made += 1
-        try:
-            self._history.append(f"{type(error).__name__}: {error}")
-        except Exception:  # of its __str__
-            self._history.append(type(error).__name__)
-        if wanted:
-            elapsed = self._clock() - self._started
-            retry_after = getattr(error, "retry_after", None)
-            if not isinstance(retry_after, (int, float)):
-                retry_after = None
-            delay = self._policy.delay(self._made, self._rng, retry_after, elapsed)
-            if delay is not None and (self._budget is None or self._budget.try_retry()):
-                return delay
-        if self._made > 1:
-            error.add_note(f"retry: gave up after {self._made} attempts: " + "; ".join(self._history[-10:]))
-        return None
+
+def _after(
+    error: Exception,
+    history: list[str],
+    on: RetryOn,
+    policy: RetryPolicy,
+    budget: RetryBudget | None,
+    elapsed: float,
+    rng: Rng,
+) -> float | None:
+    """The decision of both retry shells: seconds to wait before the next try; None when there is none: ``error`` now
+    has the history as its note."""
+    wanted = _matches(error, on)
+    try:
+        history.append(f"{type(error).__name__}: {error}")
+    except Exception:  # of its __str__
+        history.append(type(error).__name__)
+    if wanted:
+        retry_after = getattr(error, "retry_after", None)
+        if not isinstance(retry_after, (int, float)):
+            retry_after = None
+        delay = policy.delay(len(history), rng, retry_after, elapsed)
+        if delay is not None and (budget is None or budget.try_retry()):
+            return delay
+    if len(history) > 1:
+        error.add_note(f"retry: gave up after {len(history)} attempts: " + "; ".join(history[-10:]))
+    return None
 
 
 _DEFAULT_POLICY = RetryPolicy()
@@ -247,12 +250,13 @@ def retry(
     (seconds) replaces the back-off. The last error is raised as it is, the history of the attempts as its note.
     ``TypeError`` if ``on`` is something else, or ``call`` a coroutine function.
     """
-    attempts = _Attempts(on, policy, budget, clock, rng)
+    started = _begun(on, budget, clock)
+    history: list[str] = []
     while True:
         try:
             result = call()
         except Exception as error:
-            delay = attempts.failed(error)
+            delay = _after(error, history, on, policy, budget, clock() - started, rng)
             if delay is None:
                 raise
         else:
@@ -272,12 +276,13 @@ async def retry_async(
     rng: Rng = random.random,
 ) -> T:
     """``retry`` for an async call. Cancellation is never retried."""
-    attempts = _Attempts(on, policy, budget, clock, rng)
+    started = _begun(on, budget, clock)
+    history: list[str] = []
     while True:
         try:
             return await call()
         except Exception as error:
-            delay = attempts.failed(error)
+            delay = _after(error, history, on, policy, budget, clock() - started, rng)
             if delay is None:
                 raise
         await sleep(delay)
@@ -1235,8 +1240,18 @@ class CircuitBreaker:
 
     async def call_async(self, function: Callable[..., Awaitable[T]], /, *args: Any, **options: Any) -> T:
         """``await function(*args, **options)``, or ``CircuitOpen``. Nothing is locked while it runs."""
-        with self.permit():
-            return await function(*args, **options)
+        generation = self._unrecorded
+        if generation is None:
+            with self.permit():
+                return await function(*args, **options)
+        try:
+            result = await function(*args, **options)
+        except BaseException as error:
+            Permit(self, generation).__exit__(None, error, None)
+            raise
+        if generation != self._unrecorded:  # others failed meanwhile
+            self._settle(Permit(self, generation), failed=False)
+        return result
 
     def stats(self, now: float | None = None) -> CircuitBreakerStats:
         """The counts of ``now`` (seconds by its clock; None: of this moment)."""
