@@ -546,8 +546,21 @@ class TokenBucket:
 
     async def acquire_async(self, n: float = 1, timeout: float | None = None) -> bool:
         """``acquire`` for tasks. A cancelled one has taken nothing."""
-        if self.try_acquire(n):
-            return True
+        # What try_acquire does: to call it would be a third of the time, ``with`` another. A signal handler that
+        # raises between the next two lines would leave the lock held; in a thread that matters, here the loop ends.
+        lock = self._lock
+        lock.acquire()
+        try:
+            now = self._clock()
+            after = self._full_at
+            if after < now:
+                after = now
+            after += n * self._interval
+            if after <= now + self._reach and now >= self._paused_until and 0 < n <= self.burst:
+                self._full_at = after
+                return True
+        finally:
+            lock.release()
         place = self._enter(n, timeout, asyncio.get_running_loop())
         if isinstance(place, bool):
             return place
