@@ -284,14 +284,8 @@ class Crawl:
 
     def follow(self, row: CrawlResult, private: bool, links: Iterable[str] | None = None) -> None:
         """Add the links of a page that are to be followed; of ``links`` only, if they are given."""
-        targets = []
-        for link in self.links_to_follow(row) if links is None else links:
-            try:
-                target = normalise(self.scope.clean(link))[0]
-            except FetchError:
-                continue
-            if self.scope.why_not(target) is None and self.traps.why_not(target) is None:
-                targets.append(target)
+        found = self.scope.targets(self.links_to_follow(row) if links is None else links)
+        targets = [target for target in found if self.traps.why_not(target) is None]
         if targets and self.frontier.add_links(targets, row.depth + 1, self.clock(), private=private):
             self.changed()
 

@@ -2,7 +2,6 @@
 
 A document is a stranger's: it is never held as a whole but streamed, 256 KiB at a time. Promised: no more than the
 caller's limit comes out, whatever was compressed; what cannot go on ends with `StopReading`, nothing else is raised.
-The limits of size and depth are for the parsers, which count.
 """
 
 from __future__ import annotations
@@ -16,9 +15,6 @@ import webencodings
 
 from crawl.net import Gzip
 
-MAX_DEPTH = 64
-MAX_ELEMENTS = 2_000_000
-MAX_TOKEN = 1 << 20  # bytes of one tag, comment or the like: Expat scans an unfinished one anew with every piece
 NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]+")  # characters that XML cannot have
 XML_DECLARATION = re.compile(r"\A<\?xml\b[^>]*>\s*")
 
