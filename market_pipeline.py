@@ -27,8 +27,7 @@ from market.display import METRICS, MarketCounts, draw, health, last_word
 from market.feeds import ADAPTERS
 from market.flow import MarketOptions, MarketProgram, Pipeline, feeds_of, security
 from market.replay import Replayer
-from runtime.options import SIZES, Parser, address, size, split_address
-from runtime.packages import missing
+from runtime.options import SIZES, Parser, address, missing, size, split_address
 from runtime.shell import Wiring, run
 from runtime.stderr import say
 

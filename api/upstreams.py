@@ -22,7 +22,7 @@ import logging
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -31,8 +31,9 @@ import orjson
 
 from api.config import Key, Upstream
 from api.renewals import Renewals
-from coordination import Clock, Outcome, Semaphore, hedged
-from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, TTLCache, retry_async
+from api.report import percentiles
+from coordination import Clock, Outcome, Semaphore
+from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, TTLCache, hedged, retry_async
 from runtime.http_dates import parse_retry_after
 
 log = logging.getLogger("uvicorn.error")
@@ -207,7 +208,7 @@ class Source:
 
     def renew(self) -> int:
         """Load what is in use and about to expire; returns how many loads that began."""
-        due = [key for key in self.renewals.due(self._clock()) if not self.cache.loading(key)]
+        due = [key for key in self.renewals.due(self._clock()) if key not in self._current]
         for key in due:
             self.refresh(key, anew=True)
         return len(due)
@@ -342,9 +343,3 @@ class Source:
             "last_error": self.last_error,
             "cache": self.cache.stats()._asdict(),
         }
-
-
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p50, p95 and p99 by the nearest rank; {} of no values."""
-    ranked = sorted(seconds)
-    return {f"p{p}": ranked[math.ceil(len(ranked) * p / 100) - 1] for p in (50, 95, 99)} if ranked else {}

@@ -34,7 +34,7 @@ from starlette.routing import Route
 
 import aggregate_app
 import coordination as co
-from api import aggregate, config, middleware, openapi, upstreams
+from api import aggregate, config, middleware, openapi, report, upstreams
 from api import service as service_module
 from api.history import History, Result
 from sandbox.faults import FAULTS
@@ -278,8 +278,8 @@ def test_counts_what_it_answers(aggregate_port: int) -> None:
     assert f'aggregate_answers_total{{source="news",state="fresh"}} {state(after, "news")}.0' in lines
     assert 'aggregate_circuit_open{source="news"} 0.0' in lines
     assert any(line.startswith("aggregate_loop_lag_seconds ") for line in lines)
-    assert upstreams.percentiles([]) == {}
-    assert upstreams.percentiles(range(1, 201)) == {"p50": 100, "p95": 190, "p99": 198}
+    assert report.percentiles([]) == {}
+    assert report.percentiles(range(1, 201)) == {"p50": 100, "p95": 190, "p99": 198}
 
 
 @pytest.mark.parametrize(
