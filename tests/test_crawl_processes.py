@@ -11,6 +11,7 @@ import http.server
 import io
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -21,11 +22,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 
+from coordination import Waiter
 from crawl import grants, helper
 from crawl.core import Crawl
 from crawl.errors import FetchError, Postponed
@@ -298,10 +300,20 @@ def test_shares_a_helper_asks_once_and_sends_at_the_moment_it_is_told() -> None:
     told = Told()
     assert told.frontier.step(0.0) == float("inf")
     grant, clear = told.grant(), told.frontier.clear_to_send
-    assert 0 < clear(grant, 1.0) < clear(grant, 2.0) <= helper.SOON and told.asks == [7]
+    assert clear(grant, 1.0) == clear(grant, 2.0) == math.inf and told.asks == [7]
+    waiting = threading.Thread(target=cast(Waiter, grant.told).block, args=(None,))
+    waiting.start()
     told.frontier.turn(7, 2.5)
+    waiting.join(HANG_LIMIT)
+    assert not waiting.is_alive()  # nothing but the turn woke it
     assert (clear(grant, 2.25), clear(grant, 2.5)) == (0.25, 0.0)
-    assert clear(grant, 2.6) > 0 and told.asks == [7, 7]  # on another connection it is another request
+    assert clear(grant, 2.6) == math.inf and told.asks == [7, 7]  # on another connection it is another request
+    told.frontier.turn(7, 2.75)
+    late = 2.75 + helper.LATE
+    assert clear(grant, late) == math.inf and told.asks == [7, 7, 7]  # others may have had their turns since
+    told.frontier.turn(7, 3.0)
+    assert clear(grant, 2.9) == pytest.approx(0.1) and clear(grant, 3.0 + helper.LATE / 2) == 0.0
+    assert clear(grant, 3.1) == math.inf
     told.frontier.turn(7, -1.0)
     with pytest.raises(Postponed):
         clear(grant, 2.7)
