@@ -302,10 +302,10 @@ class Parent:
     def take_in(self, helper: Helper, outcomes: Iterable[Any], asks: Iterable[int]) -> None:
         """What a helper has done, and the requests for which it asks a turn."""
         for number, *packed in outcomes:
-            if request := helper.granted.get(number):
-                self._inbox.append((request, unpack(packed, self._crawl.form, self.home) if packed else None))
+            if not self._cut_off:  # then nothing is granted
+                outcome = unpack(packed, self._crawl.form, self.home) if packed else None
+                self._inbox.append((helper.granted.pop(number), outcome))
                 helper.requests += bool(packed)
-                del helper.granted[number]
         for number in asks:
             self._ask(helper, number)
         self._news.set()
