@@ -243,6 +243,7 @@ def help_out(sock: socket.socket, options: Options, run: Run) -> None:
     """What a helper process runs: ``run`` is the program's own. Does not return."""
     crawl = HelperCrawl(options, sock)
     gc.set_threshold(10_000, 20, 50)
-    sock.sendall(frame([], []))
+    with contextlib.suppress(OSError):  # the parent is gone already: who reads sees it too
+        sock.sendall(frame([], []))
     run(crawl, (), lambda *rows: None)
     os._exit(1)

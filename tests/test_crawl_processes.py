@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -444,34 +445,45 @@ def test_shares_a_killed_helper_costs_nothing_and_a_killed_parent_leaves_nothing
         assert sum(times == 2 for times in web.paths().values()) <= 8
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_shares_helpers_that_die_all_the_time_and_each_page_once(driver: str) -> None:
-    """Helpers are killed as they ask for a page, some of them with others in hand; links are followed."""
-    victims: set[int] = set()
-    lock = threading.Lock()
+def test_shares_twenty_kills_and_each_page_once(tmp_path: Path) -> None:
+    """Of helpers as they ask for a page, some of them with others in hand, and of the parent, after which the other
+    driver goes on; links are followed."""
+    rng, lock, out = random.Random(7), threading.Lock(), tmp_path / "rows.jsonl"
+    victims = ["helper"] * 14 + ["parent"] * 6
+    rng.shuffle(victims)
+    moments = sorted(rng.sample(range(10, 440), len(victims)))  # how many requests there have been
+    killed: list[int] = []
+    programs: list[subprocess.Popen[bytes]] = []
 
     def page(host: int, path: str) -> AnyPage:
         number = int(path[1:] or 0)
         with lock:
-            due = number % 15 == 14 and len(victims) < 9 and web.paths()[path] == 1
-            if due and (one := shares_client(programs[0].pid, web.client.port)):
-                victims.add(one.pid)
-                one.kill()
+            due = len(killed) < len(victims) and len(web.log) >= moments[len(killed)] and web.paths()[path] == 1
+            if due and (one := shares_client(programs[-1].pid, web.client.port)):
+                killed.append(programs[-1].pid if victims[len(killed)] == "parent" else one.pid)
+                os.kill(killed[-1], signal.SIGKILL)
         links = "".join(f"<a href=/{n}>x</a>" for n in (2 * number + 1, 2 * number + 2) if n < 400)
         return 200, {}, f"<title>{path}</title>{links}"
 
-    programs: list[subprocess.Popen[bytes]] = []
     with Web(page) as web:
         argv = (web.url(1, "/0"), "--depth", 99, "--no-robots", "--rate", 0, "--concurrency", 6, "--processes", 3)
-        with shares_start(*argv, driver=driver) as program:
-            programs.append(program)
-            out, err = program.communicate(timeout=PROGRAM_LIMIT)
-    rows = shares_rows(out)
-    assert program.returncode == 0 and b"Traceback" not in err, err
+        codes: list[int] = []
+        told = b""
+        while not codes or codes[-1] == -signal.SIGKILL:
+            more: dict[str, Any] = {"driver": DRIVERS[len(codes) % 2], "stdout": None}
+            with shares_start(*argv, "-o", out, "--resume", **more) as program:
+                programs.append(program)
+                _, err = program.communicate(timeout=PROGRAM_LIMIT)
+            codes.append(program.returncode)
+            told += err
+        asked = web.paths()
+    assert b"Traceback" not in told, told
+    assert codes == [-signal.SIGKILL] * 6 + [0], (codes, killed, moments)
+    rows = shares_rows(out.read_bytes())
     assert Counter(row["url"] for row in rows) == Counter(web.url(1, f"/{n}") for n in range(400))
     assert [row["error"] for row in rows if row["error"]] == []
-    assert len(victims) == 9
-    assert web.paths().total() <= 400 + 6 * len(victims)
+    assert len(killed) == len(victims) and len(set(killed)) == len(victims)
+    assert set(asked) == {f"/{n}" for n in range(400)} and asked.total() <= 400 + 6 * len(killed)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
