@@ -255,7 +255,7 @@ def test_shares_links_are_in_scope_from_when_a_redirect_brings_them_there() -> N
     [(2, {"rate": 100.0}), (4, {"rate": 100.0}), (4, {"rate": 50.0, "burst": 4}), (4, {"total_rate": 80.0, "rate": 0})],
 )
 def test_shares_a_server_never_sees_more_than_the_bound(driver: str, count: int, options: dict[str, float]) -> None:
-    """By the server's log: the best of three runs, for a busy machine holds up the server too."""
+    """By the server's log: the best of five runs, for a busy machine holds up the server too."""
     rate, burst = options.get("total_rate") or options["rate"], options.get("burst", 1)
     argv = [*itertools.chain.from_iterable((f"--{name.replace('_', '-')}", v) for name, v in options.items())]
 
@@ -270,14 +270,15 @@ def test_shares_a_server_never_sees_more_than_the_bound(driver: str, count: int,
         assert len(times) == len(urls)
         return times
 
-    for last in (False, False, True):
+    excess, speeds = math.inf, [100.0] if rate < 100 else []
+    for _ in range(5):
         times = crawl()
         pairs = itertools.combinations_with_replacement(range(len(times)), 2)
-        excess = max(j - i + 1 - burst - rate * (times[j] - times[i]) for i, j in pairs)
-        speed = (len(times) - 1) / (times[-1] - times[0])
-        if excess <= 3 and (rate < 100 or 99 <= speed <= 101):
-            break
-        assert not last, (excess, speed)
+        excess = min(excess, max(j - i + 1 - burst - rate * (times[j] - times[i]) for i, j in pairs))
+        speeds.append((len(times) - 1) / (times[-1] - times[0]))
+        if excess <= 3 and any(99 <= speed <= 101 for speed in speeds):
+            return
+    raise AssertionError((excess, speeds))
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -518,11 +519,13 @@ def test_shares_a_helper_that_says_nothing_is_replaced(driver: str, monkeypatch:
     monkeypatch.setattr(processes, "FROZEN", 0.5)
     monkeypatch.setattr(processes, "WATCH", 0.05)
     frozen: list[psutil.Process] = []
+    lock = threading.Lock()
 
     def page(host: int, path: str) -> AnyPage:
-        if path == "/20" and not frozen and (one := shares_client(os.getpid(), web.client.port)):
-            frozen.append(one)
-            one.suspend()
+        with lock:
+            if len(web.log) > 20 and not frozen and (one := shares_client(os.getpid(), web.client.port)):
+                frozen.append(one)
+                one.suspend()
         return 200, {}, f"<title>{path}</title>"
 
     said: list[str] = []
