@@ -589,6 +589,39 @@ def test_shares_helpers_that_cannot_begin_end_it(
     assert f"died {STILLBORN} times before it began (exit code 5)" in err and "Traceback" not in err
 
 
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_shares_a_slow_output_holds_up_the_crawl_and_fills_nothing(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents: list[processes.Parent] = []
+
+    class Watched(processes.Parent):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            parents.append(self)
+
+    monkeypatch.setattr(processes, "Parent", Watched)
+    links = "".join(f"<a href=/none/{n}>{'x' * 100}</a>" for n in range(100))
+    ahead: list[int] = []
+    buffered: list[int] = []
+
+    def emit(row: Any) -> None:
+        (parent,) = parents
+        ahead.append(max(len(web.log) - len(ahead), len(parent._inbox), parent._in_hand + parent._unwritten))
+        buffered.append(sum(len(one._received) + one._transport.get_write_buffer_size() for one in parent._helpers))
+        if len(ahead) == 1:
+            wait_until(lambda: len(web.log) == 40)
+
+    with Web(lambda host, path: (200, {}, f"<title>{path}</title>{links}")) as web:
+        crawl = Crawl(Options(rate=0, timeout=HANG_LIMIT, concurrency=40, per_host=40))
+        walk(f"{driver} --processes 4", crawl, (web.url(1 + n % 4, f"/{n}") for n in range(400)), emit)
+    assert len(ahead) == 400 and max(ahead) <= 40 + 1  # a row is in hand until it is given to the writer
+    assert max(buffered) <= 1 << 20
+
+
 # -------------------------------------------------------------------------------------------------------------- stops
 
 
