@@ -50,7 +50,7 @@ from crawl.output import Emit, Run, peak_memory_mb, run_in_loop
 from crawl.readers import Readers
 from runtime.loop import beside
 from runtime.options import EXIT_INTERRUPTED
-from runtime.processes import start_child
+from runtime.processes import how_it_ended, start_child
 
 AHEAD = 0.06  # seconds before the moment of sending that a helper is told of it
 INLINE = 64 * 1024  # largest body in bytes that is read in the loop; pages have none here
@@ -152,8 +152,7 @@ class Helper(asyncio.Protocol):
         """How it ended."""
         self._process.kill()
         self._process.join()
-        code = self._process.exitcode or 0
-        return self._why or f"signal {-code}" if code < 0 else f"exit code {code}"
+        return self._why or how_it_ended(self._process.exitcode or 0)
 
 
 class Parent:

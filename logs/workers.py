@@ -29,6 +29,7 @@ from coordination import Clock, Rng, cancel_all, wait_for_event
 from logs.display import LogCounts, add_up, counts_after_death
 from primitives import Backoff
 from runtime.loop import STOPPING, blocked
+from runtime.processes import how_it_ended
 from runtime.shell import Program
 from runtime.stderr import lines_lost
 
@@ -138,8 +139,7 @@ class Supervisor:
             self._bury(worker)
             if self._clock() - began > HEALTHY_AFTER:
                 backoff.reset()
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            log.error("worker %d died (%s); another one goes on", worker.number, how)
+            log.error("worker %d died (%s); another one goes on", worker.number, how_it_ended(code))
             await wait_for_event(self._stopped, backoff.next())
             if self._stopped.is_set():
                 return
