@@ -13,6 +13,7 @@ import contextlib
 import functools
 import http.client
 import io
+import math
 import os
 import select
 import socket
@@ -452,7 +453,9 @@ class Fetcher:
         while (wait := self._crawl.frontier.clear_to_send(request, time.monotonic())) > 0.0:
             # The system wakes a sleeper late, and with a burst of 1 what is late is lost: sleep a little less, yield
             # for most of the rest, and spin at the end, for even sleep(0) takes some 60 microseconds.
-            if wait > 0.0001:
+            if wait == math.inf and request.told:
+                request.told.block(None)
+            elif wait > 0.0001:
                 time.sleep(wait - 0.0003 if wait > 0.0004 else 0)
         request.held = time.monotonic() - began
         limit.skip()

@@ -30,6 +30,7 @@ from logs.pipeline import FORCE_LIMIT, Ingester
 from primitives import Backoff
 from runtime.loop import STOPPING, beside, blocked
 from runtime.options import EXIT_FAILED, CannotStart
+from runtime.processes import how_it_ended
 from runtime.stderr import lines_lost
 
 log = logging.getLogger("ingest")
@@ -135,8 +136,7 @@ class Supervisor:
             self._bury(worker)
             if time.monotonic() - began > HEALTHY_AFTER:
                 backoff.reset()
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            log.error("worker %d died (%s); another one goes on", worker.number, how)
+            log.error("worker %d died (%s); another one goes on", worker.number, how_it_ended(code))
             await wait_for_event(self._stopped, backoff.next())
             if self._stopped.is_set():
                 return

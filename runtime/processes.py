@@ -86,6 +86,11 @@ def module_command(module: str, *arguments: object) -> list[str]:
     return [sys.executable, "-P", "-c", program, *map(str, arguments)]
 
 
+def how_it_ended(code: int) -> str:
+    """Of an exit code: "signal 9", or "exit code 1"."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
 def may_fork() -> bool:
     """Whether a copy of this process works: another thread could hold a lock, which nobody would release in it. That
     which writes our stderr has none but its own, and a copy has a stderr of its own."""
