@@ -172,6 +172,9 @@ class Crawl:
         delay = self.policy.delay(request.attempt, self.rng, retry_after, now - request.started)
         if delay is None:
             return outcome
+        if outcome.status == 429 and retry_after is None:  # too much for the host, not for this request alone
+            self.frontier.pause(request.host, now + delay, now)
+            self.stats.count(pauses=1)
         request.attempt += 1
         request.spent = 0.0
         self.stats.count(retries=1)

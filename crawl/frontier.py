@@ -30,7 +30,7 @@ from crawl.hosts import FrontierStats, HostQueue, Kind, Question, UrlRun
 from crawl.limits import HostLimits, Outcome
 from crawl.model import Request
 from crawl.robots import Rules
-from crawl.robots_gate import RULES_BYTES, RobotsGate, why_forbidden
+from crawl.robots_gate import ROBOTS_AGAIN, RULES_BYTES, RobotsGate, why_forbidden
 from crawl.scheduler import Scheduler
 from crawl.urls import host_of, normalise, origin
 from primitives import NANOSECOND, TokenBucket
@@ -248,19 +248,14 @@ class Frontier:
                 if bucket:
                     bucket.pause(until)
 
-    def robots_known(self, origin_: str, rules: Rules, now: float, *, ttl: float | None = None) -> None:
+    def robots_known(self, origin_: str, rules: Rules | None, now: float, *, ttl: float | None = None) -> None:
         """The rules of an origin (``crawl.urls.origin``), good for ``ttl`` seconds (None: ``robots_ttl``).
 
-        Told before the request is finished. A delay lowers the rate of the host, to a burst of 1.
+        Told before the request is finished. A delay lowers the rate of the host, to a burst of 1. ``rules`` None: they
+        could not be read, which is believed for ``ROBOTS_AGAIN``.
         """
-        name = host_of(origin_)
         with self._lock:
-            self._robots.rules.keep(origin_, name, rules, now + (self._robots_ttl if ttl is None else ttl))
-            self._limits.learn_delay(name, origin_, rules.delay)
-            if host := self._hosts.get(name):
-                self._limits.apply(host, now)
-            if host := self._robots.release(origin_):
-                self._scheduler.schedule(host, now)
+            self._learn_rules(origin_, rules, now, ttl)
 
     def report(self, request: Request, outcome: Outcome, seconds: float, now: float) -> None:
         """How a request went that took ``seconds``: before ``finish`` or ``put_back``. Only ``adaptive`` listens."""
@@ -275,8 +270,8 @@ class Frontier:
     def finish(self, request: Request, now: float) -> None:
         """The request is done with: its row is written."""
         with self._lock:
-            if request.kind == "robots":
-                self._no_rules(origin(request.url), now)
+            if request.kind == "robots" and self._robots.is_asking(name := origin(request.url)):
+                self._learn_rules(name, None, now, None)
             self._leave(request, now)
 
     def put_back(
@@ -420,9 +415,15 @@ class Frontier:
         self._scheduler.waiting += 1
         self._scheduler.schedule(host, now)
 
-    def _no_rules(self, name: str, now: float) -> None:
-        """The robots.txt of an origin, should it still be asked for, cannot be had."""
-        if host := self._robots.give_up(name, now):
+    def _learn_rules(self, origin_: str, rules: Rules | None, now: float, ttl: float | None) -> None:
+        name = host_of(origin_)
+        usual = self._robots_ttl if rules else ROBOTS_AGAIN
+        self._robots.rules.keep(origin_, name, rules, now + (usual if ttl is None else ttl))
+        if rules:
+            self._limits.learn_delay(name, origin_, rules.delay)
+            if host := self._hosts.get(name):
+                self._limits.apply(host, now)
+        if host := self._robots.release(origin_):
             self._scheduler.schedule(host, now)
 
     def _leave(self, request: Request, now: float) -> None:

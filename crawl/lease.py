@@ -297,10 +297,10 @@ class SharedFrontier(HandoverFrontier):
             for found in answer.robots:
                 self._asked.pop(found.origin, None)
                 rules = answer.rules.get(found.origin) or self.rules_of(found)
-                self.robots_known(found.origin, rules, now, ttl=found.ttl)
+                self.robots_known(found.origin, None if rules is DISALLOW_ALL else rules, now, ttl=found.ttl)
             for name in [name for name, until in self._asked.items() if until < now]:
                 del self._asked[name]
-                self.robots_known(name, DISALLOW_ALL, now, ttl=60.0)
+                self.robots_known(name, None, now, ttl=60.0)
             for name in (*claimed, *(name for name, _, _ in batch.refill)):
                 if name in self._held:
                     self._held[name].drained = True

@@ -27,6 +27,8 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.lease import AT_ONCE, LEASE, SharedFrontier
 from crawl.model import Options, Request, Response, ScrapeResult
+from crawl.robots import says_nothing
+from crawl.robots_gate import ROBOTS_AGAIN
 from crawl.rows import build_row
 from crawl.sync import Found
 from crawl.tables import SCHEMA, PgStore
@@ -43,6 +45,7 @@ SHARED = (
 )
 """Options that have to be the same for all workers."""
 UNSUPPORTED = ("feeds", "dedupe", "max_pages", "host_pages")
+ROLLED_BACK = asyncpg.TransactionRollbackError, asyncpg.IdleInTransactionSessionTimeoutError
 CONNECT_LIMIT = 10.0  # seconds that a start waits for the database
 
 Put = Callable[[ScrapeResult], Awaitable[object]]
@@ -116,7 +119,8 @@ class SharedCrawl(Crawl):
         if not (isinstance(outcome, FetchError) and outcome.kind in ("interrupted", "internal")):
             answered = isinstance(outcome, Response)
             status, body = (outcome.status, outcome.body) if answered else (None, outcome.kind.encode())  # type: ignore[union-attr]
-            self.mine.found_robots(Found(origin_of(request.url), status, body, request.target, 86400.0))
+            ttl = ROBOTS_AGAIN if says_nothing(outcome) else 86400.0
+            self.mine.found_robots(Found(origin_of(request.url), status, body, request.target, ttl))
         super().learn_robots(request, outcome)
 
     def feed(self, urls: Iterable[str]) -> threading.Thread:
@@ -210,7 +214,7 @@ class SharedCrawl(Crawl):
                 answer = await store.sync(batch)
                 break
             except Exception as error:
-                if not is_away(error) and not isinstance(error, asyncpg.TransactionRollbackError):
+                if not is_away(error) and not isinstance(error, ROLLED_BACK):
                     raise
                 batch.resync = True
                 await asyncio.sleep(backoff.next())
@@ -225,7 +229,7 @@ class SharedCrawl(Crawl):
         else:
             self._room.clear()
         if answer.dead:
-            with contextlib.suppress(Unavailable, asyncpg.TransactionRollbackError):
+            with contextlib.suppress(Unavailable, *ROLLED_BACK):
                 await store.reap()
                 self._wake.set()  # to claim what is free now
         if answer.stored:

@@ -71,8 +71,12 @@ CREATE TABLE IF NOT EXISTS crawl_scope (serial bigserial PRIMARY KEY, url text C
 END IF; END $do$;
 """
 
-# Plans must not depend on how large the tables were when a statement was first planned.
-PLANS = "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off"
+# Plans must not depend on how large the tables were when a statement was first planned. And whoever stands still, or is
+# cut off, holds its locks for a quarter of its lease at most: others wait for them, whose leases go on.
+BEGIN = """
+SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
+SET LOCAL idle_in_transaction_session_timeout = {0}; SET LOCAL tcp_user_timeout = {0}
+"""
 
 JOIN = """
 INSERT INTO crawl_workers (lease_until, name, reading) VALUES (now() + $1 * interval '1 s', $2, $3) RETURNING id
@@ -83,6 +87,14 @@ UPDATE crawl_workers w SET renewed_at = now(), lease_until = now() + $2 * interv
 WHERE w.id = old.id RETURNING old.batch
 """
 SEE = "INSERT INTO crawl_seen SELECT unnest($1::uuid[]) ON CONFLICT DO NOTHING RETURNING hash"
+# No COPY: who stands still in one is waited for without end.
+ENTER = """
+INSERT INTO crawl_queue (host, url, target, depth, kind, private)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::text[], $6::bool[])
+"""
+STORE = """
+INSERT INTO crawl_results (hash, url, row) SELECT * FROM unnest($1::uuid[], $2::text[], $3::jsonb[])
+"""
 DELETE = """
 DELETE FROM crawl_queue q USING unnest($1::text[], $2::bigint[]) AS d(host, id) WHERE q.host = d.host AND q.id = d.id
 RETURNING q.id
@@ -184,7 +196,7 @@ class PgStore:
     async def sync(self, batch: SyncBatch) -> SyncAnswer:
         """One transaction. Raises what asyncpg raises; then nothing, or all, was done."""
         async with self._database.connection(limit=60.0) as connection, connection.transaction():
-            await connection.execute(PLANS)
+            await connection.execute(BEGIN.format(max(500, int(batch.lease * 250))))
             token = batch.token
             if token is None:
                 token = int(await connection.fetchval(JOIN, batch.lease, self._name, batch.reading))
@@ -249,8 +261,7 @@ class PgStore:
             failed = one.row is not None and one.row.error is not None
             change(one.host, -1, one.row is not None and not failed, failed)
         if enter:
-            given = ("host", "url", "target", "depth", "kind", "private")
-            await connection.copy_records_to_table("crawl_queue", records=enter, columns=given)
+            await connection.execute(ENTER, *map(list, zip(*enter, strict=True)))
         if moves:
             to = [move.to for move in moves]
             columns: list[list[Any]] = [[move.host for move in moves], [move.id for move in moves]]
@@ -261,8 +272,8 @@ class PgStore:
             columns = [[getattr(one, name) for one in again] for name in ("host", "id", "attempt", "wait")]
             await connection.execute(AGAIN, *columns)
         if rows := {hashed(one.url): one.row for one in done if one.row is not None}:
-            records = [(key, row.url, encoded(row)) for key, row in rows.items()]
-            await connection.copy_records_to_table("crawl_results", records=records, columns=("hash", "url", "row"))
+            urls = [row.url for row in rows.values()]
+            await connection.execute(STORE, list(rows), urls, [encoded(row) for row in rows.values()])
             answer.stored = list(rows.values())
         if count:
             hosts = sorted(count)
