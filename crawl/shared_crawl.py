@@ -69,7 +69,9 @@ def server_of(text: str) -> str | Embedded:
 class SharedCrawl(Crawl):
     """A worker of a shared crawl."""
 
-    def __init__(self, options: Options, server: str | Embedded, *, length: float = LEASE) -> None:
+    def __init__(
+        self, options: Options, server: str | Embedded, *, length: float = LEASE, lead: float | None = None
+    ) -> None:
         unsupported = [name for name in UNSUPPORTED if getattr(options, name)]
         if unsupported:
             raise ValueError(f"not with --frontier: {', '.join(unsupported)}".replace("_", "-"))
@@ -77,7 +79,7 @@ class SharedCrawl(Crawl):
         def make(**limits: Any) -> SharedFrontier:
             return SharedFrontier(length=length, hosts=max(100, 2 * options.concurrency), **limits)
 
-        super().__init__(options, clock=clock, frontier=make)
+        super().__init__(options, clock=clock, frontier=make, lead=lead)
         assert isinstance(self.frontier, SharedFrontier)
         self.mine = self.frontier
         self.mine.follows, self.mine.knows_first = self.follows, self.knows_first
@@ -258,14 +260,14 @@ async def _agree(server: str | Embedded, options: Options) -> Options:
     return dataclasses.replace(options, **known)
 
 
-def join(options: Options, frontier: str, length: float | None = None) -> SharedCrawl:
+def join(options: Options, frontier: str, length: float | None = None, lead: float | None = None) -> SharedCrawl:
     """A worker of the crawl in the database ``frontier``. Raises ValueError, ``Unavailable``.
 
     What a dead worker held goes on ``length`` seconds after its last sign at the latest: the lease itself is shorter.
     """
     server, length = server_of(frontier), length or LEASE
     noticing = min(2 * EVERY, length / 2)
-    return SharedCrawl(asyncio.run(_agree(server, options)), server, length=length - noticing)
+    return SharedCrawl(asyncio.run(_agree(server, options)), server, length=length - noticing, lead=lead)
 
 
 STATUS = """

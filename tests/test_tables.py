@@ -26,7 +26,7 @@ from crawl.hosts import Question
 from crawl.model import Options, Request, Response, ScrapeResult
 from runtime import postgres as db
 from sandbox.sites import Sandbox
-from tests.helpers.base import HANG_LIMIT, HERE, until_async
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, until_async
 from tests.helpers.postgres import LET_GO, PgServer
 
 
@@ -488,3 +488,17 @@ def test_command_line(shared_pg: PgServer, capfd: pytest.CaptureFixture[str]) ->
     assert "secret" not in capfd.readouterr().err
     with pytest.raises(SystemExit):
         run(["--status"])
+
+
+@pytest.mark.parametrize("program", ["crawl_async.py", "crawl_threads.py"])
+def test_worker_with_helpers(program: str, shared_pg: PgServer, shared_site: Sandbox, tmp_path: Path) -> None:
+    before = len(shared_site.log)
+    urls = [shared_site.url("/", host) for host in range(4)]
+    options = ["--depth", "20", "--rate", "40", "--no-robots", "--processes", "2", "--stats", str(tmp_path / "stats")]
+    command = [sys.executable, program, *urls, "--frontier", shared_pg.url, *options, "-q"]
+    done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, timeout=PROGRAM_LIMIT)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 80
+    asyncio.run(all_stored(shared_pg, shared_site))
+    assert len(shared_site.log) - before == 80, "each page was asked for once"
+    helpers = json.loads((tmp_path / "stats").read_text())["processes"]
+    assert sum(helper["requests"] for helper in helpers) == 80 and all(helper["requests"] for helper in helpers)
