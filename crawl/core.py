@@ -138,6 +138,11 @@ class Crawl:
         self.loop_lags: Sequence[float] = ()
         """Seconds, of the last minute; none where there is no event loop, or none yet."""
 
+    @property
+    def told_anew(self) -> int:
+        """How often all links that were told of have had to be told again."""
+        return 0
+
     @contextlib.asynccontextmanager
     async def joined(
         self, put: Callable[[ScrapeResult], Awaitable[object]]

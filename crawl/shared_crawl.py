@@ -83,7 +83,7 @@ class SharedCrawl(Crawl):
         assert isinstance(self.frontier, SharedFrontier)
         self.mine = self.frontier
         self.mine.follows, self.mine.knows_first = self.follows, self.knows_first
-        self.mine.scoped = self.follows or self.listed.origins is not None
+        self.mine.outbox.scoped = self.follows or self.listed.origins is not None
         self.mine.on_scope = self._know
         self.mine.rules_of = lambda found: found.rules(options.user_agent)
         self.mine.as_duplicate = self._as_duplicate
@@ -95,6 +95,11 @@ class SharedCrawl(Crawl):
         self._stored: WorkerPool[list[ScrapeResult]]
         self._unprinted = 0
         self._over = False
+
+    @property
+    def told_anew(self) -> int:
+        """How often all that was told has had to be told again."""
+        return self.mine.leases_lost
 
     def _know(self, url: str) -> None:
         self.listed.know(url)
@@ -218,7 +223,6 @@ class SharedCrawl(Crawl):
             except Exception as error:
                 if not is_away(error) and not isinstance(error, ROLLED_BACK):
                     raise
-                batch.resync = True
                 await asyncio.sleep(backoff.next())
                 await self._database.ready()
         if answer.robots:  # some are long, and this is a loop

@@ -33,7 +33,7 @@ from tests.helpers.postgres import LET_GO, PgServer
 @pytest.fixture
 def shared_pg(pg: PgServer) -> PgServer:
     """Without a crawl in it."""
-    tables = ["settings", "workers", "hosts", "seen", "queue", "results", "robots", "scope"]
+    tables = ["settings", "workers", "hosts", "seen", "queue", "results", "robots", "scope", "server"]
     asyncio.run(pg.do(LET_GO, f"DROP TABLE IF EXISTS {', '.join('crawl_' + name for name in tables)}"))
     return pg
 
@@ -193,7 +193,7 @@ async def test_batch_sent_twice_is_applied_once(server: PgServer, store: ct.PgSt
     batch = sync.SyncBatch(first.token, 2, 30.0, done=[shared_done(held.urls[0])], claim=1, held=[host])
     batch.links = [link(host, "/found")]
     one = await store.sync(batch)
-    two = await store.sync(dataclasses.replace(batch, resync=True))
+    two = await store.sync(batch)
     assert [row.url for row in one.stored] == [row.url for row in two.stored] == [held.urls[0].url]
     assert {name for name, _ in one.hosts} < {name for name, _ in two.hosts} <= {"a", "b", "c"} - {host}
     assert (
