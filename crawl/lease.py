@@ -149,6 +149,7 @@ class Outbox:
         self.batch = SyncBatch(None, 0, self._length)
         self.batch.links, self.batch.robots = kept + batch.links + old.links, batch.robots + old.robots
         self.batch.scope = batch.scope + old.scope
+        self.batch.notes = {name: note._replace(back=False) for name, note in batch.notes.items() if note.wait}
         self._add_scope(kept)
 
     def backlog(self) -> int:

@@ -12,7 +12,7 @@ checked, all in true time:
   nothing in a pause that the tables, or its worker, know of;
 - each URL stored once; at the end none waits, every one that was seen is stored or is a redirect's target, and every
   link of a stored page, and every line of the list, was seen;
-- no worker has hosts in the tables that it does not know of, once it has heard;
+- workers and tables agree on who has which host, once an answer was heard;
 - no locks are held for longer than half a lease;
 - a URL is said to be the death of its workers only if the last of them had nothing else;
 - the crawl ends.
@@ -163,12 +163,14 @@ class Tables:
             self._apply(token, batch, answer, now)
         mine = [name for name, host in self.hosts.items() if host.owner == token and name not in batch.held]
         demand(applied or not mine, "hosts that their worker does not know of:", *mine)
+        theirs = [name for name in batch.held if self.hosts[name].owner != token]
+        demand(not theirs or not self.fence, "hosts held that belong to others:", *theirs)
         claimed = mine if applied else []
-        if batch.claim and not batch.held and not claimed:
+        if batch.claim and not batch.held and not claimed and self.tries_alone:
             claimed = self._claim(token, batch, 1, True, now)
-        answer.alone = any(self.hosts[name].suspect for name in claimed)
+        answer.alone = self.tries_alone and any(self.hosts[name].suspect for name in claimed)
         if batch.claim and not answer.alone:
-            claimed = claimed + self._claim(token, batch, batch.claim, not self.tries_alone or None, now)
+            claimed = claimed + self._claim(token, batch, batch.claim, False if self.tries_alone else None, now)
         answer.hosts = [(name, self._wait(self.hosts[name], now)) for name in claimed]
         answer.careful = {name: self.hosts[name].careful for name in claimed if self.hosts[name].careful}
         new = [(name, 0, 1 if name in answer.careful else batch.limit) for name in claimed]
@@ -195,7 +197,7 @@ class Tables:
         free = [
             (host.due, name)
             for name, host in self.hosts.items()
-            if host.due <= now + 1.0 and host.suspect is bool(suspect) and not self._locked(name, now)
+            if host.due <= now + 1.0 and suspect in (None, host.suspect) and not self._locked(name, now)
         ]
         names = [name for _, name in sorted(free)[:count]] if self.grace_until < now else []
         for name in names:
@@ -312,12 +314,19 @@ class SharedWorker(Worker):
     def after(self, seconds: float, what: Callable[..., None], *about: Any) -> None:
         self.run.at(self.run.now + seconds / self.speed, self, what, *about)
 
+    def read_list(self, lines: list[str]) -> None:
+        """Some now, the rest later."""
+        self.mine.add_list(lines[:8])
+        self.mine.reading = len(lines) > 8
+        if self.mine.reading:
+            self.after(self.rng.choice((0.01, 0.5)), self.read_list, lines[8:])
+
     def sync(self) -> None:
         stats = self.mine.stats()
         if stats.closed and not stats.waiting and not stats.in_flight and self.mine.holds_nothing():
             self.alive = False  # the crawl is over
             return
-        self.pauses = [pause for pause in self.run.pauses.values() if pause.learner is self]
+        self.pauses = {name: pause for name, pause in self.run.pauses.items() if pause.learner is self}
         self._send(self.mine.plan(self.clock()))
 
     def _send(self, batch: SyncBatch) -> None:
@@ -349,8 +358,9 @@ class SharedWorker(Worker):
         tables = self.run.tables
         if server == tables.started:
             answer = tables.sync(dataclasses.replace(batch), self.run.now)
-            for pause in self.pauses if answer.token is not None else ():
-                pause.told = True
+            for name, pause in self.pauses.items():  # who has the host of a late worker does not hear of it
+                if answer.token is not None and (host := tables.hosts.get(name)):
+                    pause.told |= host.owner in (None, answer.token)
         if server != tables.started or self.rng.random() < 0.03:
             self.after(1.0, self._send, batch)
         else:
@@ -438,7 +448,7 @@ class Run(Simulation):
         self.workers: list[SharedWorker] = []
         self.lister: SharedWorker
         self.listed = [self.url(page) for page in range(0, self.web.pages, 9)]
-        self.deadly = {rng.randrange(self.web.pages) for _ in range(rng.choice((0, 0, 0, 1, 2)))}
+        self.deadly = {rng.randrange(self.web.pages) for _ in range(rng.choice((0, 0, 1, 2)))}
 
     def url(self, page: int) -> str:
         return f"http://{self.web.names[page % 7 * page % len(self.web.names)]}/{page}"
@@ -458,7 +468,7 @@ class Run(Simulation):
         self.workers.append(worker)
         if first:
             self.lister = worker
-            frontier.add_list(self.listed)
+            worker.read_list(list(self.listed))
         worker.sync()
 
     def _replicate(self) -> None:
@@ -494,7 +504,7 @@ class Run(Simulation):
             self.workers_left -= 1
             self.at(self.rng.random() * 3, None, self._join)
         if self.rng.random() < 0.4:
-            self.at(self.rng.random() * 40, None, self._replicate)
+            self.at(self.rng.random() * self.rng.choice((1, 40)), None, self._replicate)
         for step in itertools.count():
             if not any(worker.alive for worker in self.workers):
                 told = all(hashed(url) in self.tables.seen for url in self.listed)
