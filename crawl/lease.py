@@ -36,6 +36,7 @@ Locks: ``SharedFrontier._guard`` is taken before the frontier's own.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import uuid
 from collections.abc import Callable, Iterable
@@ -277,6 +278,31 @@ class SharedFrontier(HandoverFrontier):
             batch.asked = list(self._asked)
             batch.reading, batch.scope_after = reading or bool(self._out.links), self._scope_after
             return batch
+
+    def halve(self, batch: SyncBatch) -> bool:
+        """Keep half of what ``batch`` tells, which was not applied; the rest goes before what comes next.
+
+        False if there is nothing to halve. Links stay before the rows of their pages, and rows before their host goes.
+        """
+        with self._guard:
+            rest, later = dataclasses.replace(batch, links=[], done=[], robots=[], claim=0), self._out
+            if len(batch.links) > 1 or (batch.links and batch.done):
+                half = max(1, len(batch.links) // 2)
+                batch.links, rest.links, rest.done = batch.links[:half], batch.links[half:], batch.done
+                batch.done, batch.reading = [], True
+            elif len(batch.done) > 1:
+                half = len(batch.done) // 2
+                batch.done, rest.done = batch.done[:half], batch.done[half:]
+            else:
+                return False
+            half = len(batch.scope) // 2
+            batch.scope, rest.scope = batch.scope[:half], batch.scope[half:]
+            for name in ("links", "scope", "done", "moves", "delegated", "again", "robots"):
+                setattr(later, name, getattr(rest, name) + getattr(later, name))
+            later.notes = batch.notes
+            batch.moves, batch.delegated, batch.again, batch.notes = [], [], [], {}
+            batch.held += [name for name, note in later.notes.items() if note.back]  # they are told of, not claimed
+            return True
 
     def answered(self, batch: SyncBatch, answer: SyncAnswer, asked_at: float, now: float) -> None:
         """``asked_at``: before the batch was sent."""
