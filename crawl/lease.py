@@ -103,7 +103,7 @@ class SharedFrontier(HandoverFrontier):
         self._scope_after = 0
         self._give = 0
         self._share: float = math.inf  # hosts to hold at most, while others have too little to do
-        self._starved = self._all_leave = False
+        self._starved = self._all_leave = self._halved = False
         self._others_read = True  # somebody reads a list: with ``knows_first`` nothing is fetched until it is known
         self.lease(-math.inf)
 
@@ -216,7 +216,8 @@ class SharedFrontier(HandoverFrontier):
         with self._guard:
             out = self._out
             return bool(
-                len(out.done) >= AT_ONCE
+                self._halved
+                or len(out.done) >= AT_ONCE
                 or len(out.links) >= LINKS
                 or (self._paused & self._held.keys())
                 or (not self._keys and (out.done or out.moves))
@@ -242,7 +243,7 @@ class SharedFrontier(HandoverFrontier):
         """The next batch: what is new, and what is asked for."""
         free = max(0, self._room())
         with self._guard:
-            reading = self.reading  # before its lines are taken
+            reading, self._halved = self.reading, False  # before its lines are taken
             out = self._out
             batch, self._out = out, SyncBatch(None, 0, self.length)
             self._out.links, batch.links = out.links[LINKS:], out.links[:LINKS]
@@ -299,8 +300,9 @@ class SharedFrontier(HandoverFrontier):
             batch.scope, rest.scope = batch.scope[:half], batch.scope[half:]
             for name in ("links", "scope", "done", "moves", "delegated", "again", "robots"):
                 setattr(later, name, getattr(rest, name) + getattr(later, name))
-            later.notes = batch.notes
+            later.notes |= batch.notes
             batch.moves, batch.delegated, batch.again, batch.notes = [], [], [], {}
+            self._halved = True
             batch.held += [name for name, note in later.notes.items() if note.back]  # they are told of, not claimed
             return True
 
