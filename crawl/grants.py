@@ -28,7 +28,6 @@ SENT = (
 """What a helper is told of a request."""
 of_request = attrgetter(*SENT)
 MOST = 1 << 30  # bytes of a frame
-LATE = 0.02  # seconds after its turn in which a request may still be sent; twice as long when it has missed one
 Message = tuple[Any, ...]
 
 
@@ -40,7 +39,7 @@ class Grant(Request):
     sends: tuple[str, dict[str, str]] | None = None  # URL and headers, where there is more to them than the options say
     fresh_until: float = -math.inf  # until then it may be sent without asking
     turn: float = math.inf  # when it may be sent, once that is told; below 0: not soon
-    late: float = LATE
+    missed: int = 0  # turns
 
 
 def frame(*message: Any) -> bytes:

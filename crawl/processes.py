@@ -7,7 +7,7 @@ to parse it, is done by the ``helpers`` (crawl/helper.py): processes that run th
 Promised
 - A host is sent ``burst + rate * t`` requests at most: a helper asks for its turn when the connection is open. The
   answer is the moment of sending, and comes ``AHEAD`` seconds before it, so that the way between processes costs no
-  time; the requests of a host are as far apart as these moments, for who is late (``crawl.grants.LATE``) asks again.
+  time; the requests of a host are as far apart as these moments, for who is late (``crawl.helper.LATE``) asks again.
 - A helper that dies is replaced, and gives its grants back to the frontier: what was in flight is asked for again. A
   request that two died with is tried alone, by a helper that has nothing else. If that one dies too its row is
   ``internal``, and the crawl goes on. ``STILLBORN`` helpers in a row that died before they began end it.

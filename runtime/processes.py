@@ -44,12 +44,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from coordination import Semaphore, T, stats_repr
+from runtime.loop import STOPPING, blocked
 from runtime.stderr import queue_stderr
 
 BURIAL = 5.0  # seconds that a killed worker gets to be gone; the system may hold one that waits for a disk for longer
-
-
-_STOP = {signal.SIGINT, signal.SIGTERM}
 ROOT = str(Path(__file__).resolve().parents[1])
 
 
@@ -67,6 +65,11 @@ class PoolClosed(RuntimeError):
 
 class WorkerDied(Exception):
     """The worker died in each attempt: killed, out of memory, or it could not even start."""
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with(descriptor: int) -> None:
@@ -103,11 +106,8 @@ def start_child(function: Callable[..., None], sock: socket.socket, *args: Any) 
         resource_tracker.ensure_running()  # which clears the mask
     make = SpawnProcess if fresh else ForkProcess
     process = make(target=_child, args=(function, sock, *args))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
-    try:
+    with blocked(*STOPPING):
         process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return process
 
 

@@ -305,7 +305,7 @@ def test_a_fault_of_its_own_is_one_row(driver: str, walked: Web, monkeypatch: py
 
 
 @pytest.mark.parametrize("driver", WALKERS)
-@pytest.mark.parametrize("name", ["rules_for", "parse_sitemap", "page_directives", "Scope.why_not"])
+@pytest.mark.parametrize("name", ["rules_for", "parse_sitemap", "page_directives", "Scope.targets"])
 def test_a_fault_where_there_is_no_row_to_tell(
     driver: str, name: str, walked: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,7 +325,7 @@ def test_a_fault_where_there_is_no_row_to_tell(
         "rules_for": {"0/": "robots"},
         "parse_sitemap": {"0/": None, "0/a": None, "0/b": None},
         "page_directives": dict.fromkeys(("0/", "0/c"), "internal"),
-        "Scope.why_not": {"0/": "internal"},
+        "Scope.targets": {"0/": "internal"},
     }
     assert errors(rows) == expected[name]
 
@@ -509,6 +509,7 @@ def test_keeps_the_delay_that_robots_ask_for(driver: str, walked: Web, monkeypat
         return wait
 
     monkeypatch.setattr(Frontier, "clear_to_send", clear)
+    monkeypatch.setattr("crawl.helper.LATE", HANG_LIMIT)  # a helper that is late would ask again
     walked.robots(0, "User-agent: *", "Crawl-delay: 0.125")
     walked.page("0/", *(f"/{n}" for n in range(4)))
     for n in range(4):

@@ -336,10 +336,10 @@ def test_shares_a_helper_asks_once_and_sends_at_the_moment_it_is_told() -> None:
     assert (clear(grant, 2.25), clear(grant, 2.5)) == (0.25, 0.0)
     assert clear(grant, 2.6) == math.inf and told.asks == [7, 7]  # on another connection it is another request
     told.frontier.turn(7, 2.75)
-    late = 2.75 + grants.LATE
+    late = 2.75 + helper.LATE
     assert clear(grant, late) == math.inf and told.asks == [7, 7, 7]  # others may have had their turns since
     told.frontier.turn(7, 3.0)
-    assert clear(grant, 2.9) == pytest.approx(0.1) and clear(grant, 3.0 + 1.9 * grants.LATE) == 0.0  # its second one
+    assert clear(grant, 2.9) == pytest.approx(0.1) and clear(grant, 3.0 + 1.9 * helper.LATE) == 0.0  # its second one
     assert clear(grant, 3.1) == math.inf
     told.frontier.turn(7, -1.0)
     with pytest.raises(Postponed):
