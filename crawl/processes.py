@@ -218,8 +218,9 @@ class Parent:
 
     @property
     def home(self) -> int:
-        """Changes when links come into scope that were not."""
-        return 0 if self._crawl.options.within == "any" else len(self._crawl.scope.homes)
+        """Grows when links come into scope that were not, or have to be told again."""
+        crawl = self._crawl
+        return crawl.told_anew + (0 if crawl.options.within == "any" else len(crawl.scope.homes))
 
     # Requests on their way out
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import orjson
@@ -27,13 +27,18 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.lease import AT_ONCE, LEASE, SharedFrontier
 from crawl.model import Options, Request, Response, ScrapeResult
+from crawl.robots import says_nothing
+from crawl.robots_gate import ROBOTS_AGAIN
 from crawl.rows import build_row
 from crawl.sync import Found
-from crawl.tables import SCHEMA, PgStore
+from crawl.tables import SCHEMA, NotApplied, PgStore
 from crawl.urls import origin as origin_of
 from primitives import Backoff
 from runtime.embedded import Embedded
-from runtime.postgres import BACK_OFF, Database, Unavailable, check_url, is_away
+from runtime.postgres import BACK_OFF, Database, Misconfigured, Unavailable, check_url, is_away, log, may_pass
+
+if TYPE_CHECKING:
+    from runtime.postgres import PooledConnection
 
 EVERY = 0.5  # seconds between two batches, at most
 LEAVE_LIMIT = 10.0  # seconds that a worker tries to hand over what it holds when it stops
@@ -66,7 +71,9 @@ def server_of(text: str) -> str | Embedded:
 class SharedCrawl(Crawl):
     """A worker of a shared crawl."""
 
-    def __init__(self, options: Options, server: str | Embedded, *, length: float = LEASE) -> None:
+    def __init__(
+        self, options: Options, server: str | Embedded, *, length: float = LEASE, lead: float | None = None
+    ) -> None:
         unsupported = [name for name in UNSUPPORTED if getattr(options, name)]
         if unsupported:
             raise ValueError(f"not with --frontier: {', '.join(unsupported)}".replace("_", "-"))
@@ -74,11 +81,11 @@ class SharedCrawl(Crawl):
         def make(**limits: Any) -> SharedFrontier:
             return SharedFrontier(length=length, hosts=max(100, 2 * options.concurrency), **limits)
 
-        super().__init__(options, clock=clock, frontier=make)
+        super().__init__(options, clock=clock, frontier=make, lead=lead)
         assert isinstance(self.frontier, SharedFrontier)
         self.mine = self.frontier
         self.mine.follows, self.mine.knows_first = self.follows, self.knows_first
-        self.mine.scoped = self.follows or self.listed.origins is not None
+        self.mine.outbox.scoped = self.follows or self.listed.origins is not None
         self.mine.on_scope = self._know
         self.mine.rules_of = lambda found: found.rules(options.user_agent)
         self.mine.as_duplicate = self._as_duplicate
@@ -90,6 +97,11 @@ class SharedCrawl(Crawl):
         self._stored: WorkerPool[list[ScrapeResult]]
         self._unprinted = 0
         self._over = False
+
+    @property
+    def told_anew(self) -> int:
+        """How often all that was told has had to be told again."""
+        return self.mine.leases_lost
 
     def _know(self, url: str) -> None:
         self.listed.know(url)
@@ -116,7 +128,8 @@ class SharedCrawl(Crawl):
         if not (isinstance(outcome, FetchError) and outcome.kind in ("interrupted", "internal")):
             answered = isinstance(outcome, Response)
             status, body = (outcome.status, outcome.body) if answered else (None, outcome.kind.encode())  # type: ignore[union-attr]
-            self.mine.found_robots(Found(origin_of(request.url), status, body, request.target, 86400.0))
+            ttl = ROBOTS_AGAIN if says_nothing(outcome) else 86400.0
+            self.mine.found_robots(Found(origin_of(request.url), status, body, request.target, ttl))
         super().learn_robots(request, outcome)
 
     def feed(self, urls: Iterable[str]) -> threading.Thread:
@@ -189,7 +202,7 @@ class SharedCrawl(Crawl):
                     if self._wake.is_set():
                         break
             if self.mine.token is not None:
-                with contextlib.suppress(Unavailable):
+                with contextlib.suppress(Unavailable, asyncpg.PostgresError):
                     await store.leave(self.mine.token)
         except Exception as error:
             self.fail(error)
@@ -210,11 +223,16 @@ class SharedCrawl(Crawl):
                 answer = await store.sync(batch)
                 break
             except Exception as error:
-                if not is_away(error) and not isinstance(error, asyncpg.TransactionRollbackError):
+                if isinstance(error, NotApplied) and self.mine.halve(batch):
+                    log.warning("%s: the batch is halved", error)
+                    continue
+                if not may_pass(error):
                     raise
-                batch.resync = True
+                if not is_away(error):
+                    self._database.stored(error, "the crawl waits")
                 await asyncio.sleep(backoff.next())
                 await self._database.ready()
+        self._database.stored()
         if answer.robots:  # some are long, and this is a loop
             rules_of = self.mine.rules_of
             answer.rules = await asyncio.to_thread(lambda: {found.origin: rules_of(found) for found in answer.robots})
@@ -225,7 +243,7 @@ class SharedCrawl(Crawl):
         else:
             self._room.clear()
         if answer.dead:
-            with contextlib.suppress(Unavailable, asyncpg.TransactionRollbackError):
+            with contextlib.suppress(Unavailable, asyncpg.PostgresError):
                 await store.reap()
                 self._wake.set()  # to claim what is free now
         if answer.stored:
@@ -233,19 +251,28 @@ class SharedCrawl(Crawl):
             self._stored.submit(answer.stored, 0)
 
 
-async def _agree(server: str | Embedded, options: Options) -> Options:
-    """The options of this crawl. The first worker's count for all in ``SHARED``; ValueError for one that differs."""
+@contextlib.asynccontextmanager
+async def _connection(server: str | Embedded) -> AsyncIterator[PooledConnection]:
+    """A connection for one question. ``Unavailable``, ``Misconfigured``."""
     database = Database(server, SCHEMA, size=1)
     await database.open(CONNECT_LIMIT)
     try:
-        async with database.connection() as connection:
-            mine = {name: getattr(options, name) for name in SHARED}
-            await connection.execute(
-                "INSERT INTO crawl_settings (options) VALUES ($1) ON CONFLICT DO NOTHING", orjson.dumps(mine).decode()
-            )
-            known = orjson.loads(await connection.fetchval("SELECT options::text FROM crawl_settings"))
+        async with database.connection(limit=120.0) as connection:
+            yield connection
+    except asyncpg.PostgresError as error:
+        raise Misconfigured(f"database: {error}") from error
     finally:
         await database.close()
+
+
+async def _agree(server: str | Embedded, options: Options) -> Options:
+    """The options of this crawl. The first worker's count for all in ``SHARED``; ValueError for one that differs."""
+    async with _connection(server) as connection:
+        mine = {name: getattr(options, name) for name in SHARED}
+        await connection.execute(
+            "INSERT INTO crawl_settings (options) VALUES ($1) ON CONFLICT DO NOTHING", orjson.dumps(mine).decode()
+        )
+        known = orjson.loads(await connection.fetchval("SELECT options::text FROM crawl_settings"))
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
     usual = Options()
     for name, value in known.items():
@@ -254,14 +281,14 @@ async def _agree(server: str | Embedded, options: Options) -> Options:
     return dataclasses.replace(options, **known)
 
 
-def join(options: Options, frontier: str, length: float | None = None) -> SharedCrawl:
+def join(options: Options, frontier: str, length: float | None = None, lead: float | None = None) -> SharedCrawl:
     """A worker of the crawl in the database ``frontier``. Raises ValueError, ``Unavailable``.
 
     What a dead worker held goes on ``length`` seconds after its last sign at the latest: the lease itself is shorter.
     """
     server, length = server_of(frontier), length or LEASE
     noticing = min(2 * EVERY, length / 2)
-    return SharedCrawl(asyncio.run(_agree(server, options)), server, length=length - noticing)
+    return SharedCrawl(asyncio.run(_agree(server, options)), server, length=length - noticing, lead=lead)
 
 
 STATUS = """
@@ -278,15 +305,10 @@ LATELY = "SELECT count(*) / 60.0 FROM (SELECT FROM crawl_results WHERE stored_at
 
 async def progress(server: str | Embedded) -> dict[str, Any]:
     """The whole crawl: hosts, URLs, workers, rows a second in the last minute, seconds since the oldest renewal."""
-    database = Database(server, SCHEMA, size=1)
-    await database.open(CONNECT_LIMIT)
-    try:
-        async with database.connection(limit=120.0) as connection, connection.transaction(readonly=True):
-            found = dict(await connection.fetchrow(STATUS) or {}) | dict(await connection.fetchrow(WORKERS) or {})
-            found["rows_per_second"] = float(await connection.fetchval(LATELY))
-            return found
-    finally:
-        await database.close()
+    async with _connection(server) as connection, connection.transaction(readonly=True):
+        found = dict(await connection.fetchrow(STATUS) or {}) | dict(await connection.fetchrow(WORKERS) or {})
+        found["rows_per_second"] = float(await connection.fetchval(LATELY))
+        return found
 
 
 def status(frontier: str) -> str:
