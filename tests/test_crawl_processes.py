@@ -255,11 +255,12 @@ def test_shares_links_are_in_scope_from_when_a_redirect_brings_them_there() -> N
     [(2, {"rate": 100.0}), (4, {"rate": 100.0}), (4, {"rate": 50.0, "burst": 4}), (4, {"total_rate": 80.0, "rate": 0})],
 )
 def test_shares_a_server_never_sees_more_than_the_bound(driver: str, count: int, options: dict[str, float]) -> None:
-    """By the server's log: the best of five runs, for a busy machine holds up the server too."""
+    """By the server's log: the best of three runs, for a busy machine holds up the server too. Where no run is as fast
+    as it may be, it is no slower than without helpers."""
     rate, burst = options.get("total_rate") or options["rate"], options.get("burst", 1)
     argv = [*itertools.chain.from_iterable((f"--{name.replace('_', '-')}", v) for name, v in options.items())]
 
-    def crawl() -> list[float]:
+    def crawl(count: int) -> list[float]:
         with Sandbox(hosts=3 if "total_rate" in options else 1, pages=300, page_bytes=200) as site:
             urls = [*itertools.islice(site.site_urls(), 200 if rate == 100 else 90)]
             given = "\n".join(urls).encode()
@@ -271,14 +272,15 @@ def test_shares_a_server_never_sees_more_than_the_bound(driver: str, count: int,
         return times
 
     excess, speeds = math.inf, [100.0] if rate < 100 else []
-    for _ in range(5):
-        times = crawl()
+    for _ in range(3):
+        times = crawl(count)
         pairs = itertools.combinations_with_replacement(range(len(times)), 2)
         excess = min(excess, max(j - i + 1 - burst - rate * (times[j] - times[i]) for i, j in pairs))
         speeds.append((len(times) - 1) / (times[-1] - times[0]))
         if excess <= 3 and any(99 <= speed <= 101 for speed in speeds):
             return
-    raise AssertionError((excess, speeds))
+    alone = crawl(1)
+    assert excess <= 3 and (len(alone) - 1) / (alone[-1] - alone[0]) - 1 <= max(speeds) <= 101, (excess, speeds)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
