@@ -455,7 +455,7 @@ class Writer(Generic[R]):
                 slow, refused = isinstance(error, TooSlow), is_a_rows_fault(error)
                 if len(items) > 1 and (slow or refused):
                     if slow:
-                        log.warning("database: %d rows %s: they are halved", len(items), error)
+                        log.warning("%s: %d rows are halved", error, len(items))
                         await self._database.ready()
                     for half in halves(items):
                         await self._store(half)

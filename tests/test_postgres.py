@@ -18,10 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.history import History
+import aggregate_app
+from api.history import UPSTREAM_RESULTS, History
 from runtime import postgres as db
+from tests.helpers.api import ask
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, ticks, until_async
-from tests.helpers.postgres import PgServer, Proxy, pg_history, pg_open, pg_result
+from tests.helpers.postgres import BEGUN, PgServer, Proxy, bouncer, pg_history, pg_open, pg_result, refusing
 
 
 class Fake:
@@ -589,6 +591,79 @@ def test_history_refuses_rows_that_the_database_does_not_take(pg: PgServer) -> N
             assert (len(shown), more) == (len(good) + 2, False)
 
     asyncio.run(main())
+
+
+def test_history_halves_what_takes_too_long(pg: PgServer, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        limited = refusing(pg, "upstream_results", "57014", 3)
+        async with pg_history(pg.url, max_items=8, max_age=60.0) as history, limited:
+            for n in range(8):
+                history.keep(pg_result(n))
+            await until_async(lambda: history.writer.stats().queued == 0)
+            assert history.writer.stats()[1:] == (8, 0, 0, 4)
+
+    asyncio.run(main())
+    assert "database took too long: QueryCanceledError: 8 rows are halved" in caplog.text
+
+
+def test_history_says_that_nothing_can_be_stored(pg: PgServer, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        app = aggregate_app.create_app({}, 0, database=lambda: db.Database(pg.url, UPSTREAM_RESULTS))
+        async with aggregate_app.lifespan(app):
+            database, history = app.state.service.database, app.state.service.history
+            assert await database.ready(HANG_LIMIT)
+            async with refusing(pg, "upstream_results", "53100"):
+                history.keep(pg_result(1))
+                await until_async(lambda: database.stats().state == "refusing")
+                health = json.loads((await ask(app, "/health"))[2])
+                assert (health["status"], health["database"]["state"]) == ("degraded", "refusing")
+                assert health["database"]["error"] == "DiskFullError"
+            await until_async(lambda: history.writer.stats().written == 1)
+            assert json.loads((await ask(app, "/health"))[2])["status"] == "ok"
+
+    asyncio.run(main())
+    said = [record.getMessage() for record in caplog.records if "stored" in record.getMessage()]
+    assert said == ["database: what is to be stored waits: DiskFullError: refused", "database: it is stored again"]
+
+
+def test_history_names_the_table_of_somebody_else(pg: PgServer, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        await pg.do("CREATE TABLE upstream_results (source text)")
+        database = db.Database(pg.url, UPSTREAM_RESULTS)
+        with pytest.raises(db.Misconfigured, match="the table upstream_results is another"):
+            await database.open(HANG_LIMIT)
+        assert database.stats().state == "none"
+        await database.open(0.0)  # whoever can do without goes on, and it may be mended
+        await until_async(lambda: database.state == "down")
+        assert database.stats().error == "Misconfigured"
+        await pg.do("DROP TABLE upstream_results")
+        assert await database.ready(HANG_LIMIT)
+        await database.close()
+
+    asyncio.run(main())
+    assert caplog.text.count("the table upstream_results") == 1
+
+
+def test_all_goes_through_pgbouncer(pg: PgServer) -> None:
+    """In transaction mode with one connection to the server, which all use in turn."""
+
+    async def main(url: str) -> None:
+        async with pg_history(url, max_items=8, max_age=0.001) as history:
+            for n in range(20):
+                history.keep(pg_result(n))
+
+            async def look() -> None:
+                for _ in range(10):
+                    await history.page("a", "{}", datetime.now(UTC), 5, 1 << 30)
+                    await history.latest("a", 1e6, 5)
+                    await history.outcomes("a", BEGUN, 5)
+
+            await asyncio.gather(*(look() for _ in range(3)))
+            await until_async(lambda: history.writer.stats().written == 20)
+            assert await history.forget(0.0) == 20
+
+    with bouncer(pg) as url:
+        asyncio.run(main(url))
 
 
 def test_history_waits_for_what_may_be_mended(pg: PgServer) -> None:
