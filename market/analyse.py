@@ -160,6 +160,7 @@ class Analyser(MarketProgram):
             "worker_deaths": workers.died,
             "workers": workers.pids,
             "partitions": group.partitions,
+            "silent": group.silent,
             "rebalances": group.rebalances,
             "commits": group.commits,
         }

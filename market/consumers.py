@@ -143,6 +143,8 @@ class GroupStats(NamedTuple):
     commits: int
     commits_failed: int  # another member has the partitions now, and takes the records again
     rebalances: int
+    silent: float
+    """Seconds since a partition answered; or, while the group forms, since it began to."""
 
 
 class Group(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -174,6 +176,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         self._consumer: Any = None
         self._done: dict[TopicPartition, int] = {}
         """Where to go on: what is below was taken, or had been committed before."""
+        self._heard, self._forming = time.time(), False
         self._taken = self._again = self._dead = self._commits = self._commits_failed = self._rebalances = 0
 
     async def start(self, limit: float = 30.0) -> None:
@@ -189,6 +192,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
                 if time.monotonic() - begun > limit:
                     raise TimeoutError(f"no topic {self.topic} in {limit:g} s")
                 await asyncio.sleep(backoff.next())
+            self._heard, self._forming = time.time(), True
             self._consumer.subscribe([self.topic], listener=self)
         except BaseException:
             consumer, self._consumer = self._consumer, None
@@ -240,6 +244,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         """Called by aiokafka before partitions go to others."""
         gone = frozenset(revoked)
+        self._heard, self._forming = time.time(), True
         if gone and self._revoked is not None:
             await self._revoked(frozenset(place.partition for place in gone))
         for place in gone:
@@ -263,6 +268,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
             log.warning("kafka: no look back: %s", error)
         finally:
             self._consumer.resume(*places)
+            self._heard, self._forming = time.time(), False
 
     async def _before(self, committed: Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
         """Where each partition was ``look_back`` seconds before its last committed record."""
@@ -285,8 +291,11 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def stats(self) -> GroupStats:
         """The counts, and the partitions."""
-        places = self._consumer.assignment() if self._consumer is not None else ()
+        places, silent = self._consumer.assignment() if self._consumer is not None else (), 0.0
+        if places or self._forming:
+            polled = [] if self._forming else [self._consumer.last_poll_timestamp(place) or 0 for place in places]
+            silent = max(0.0, time.time() - max([self._heard, *(ms / 1000 for ms in polled)]))
         counts = self._taken, self._again, self._dead, self._commits, self._commits_failed, self._rebalances
-        return GroupStats(tuple(sorted(place.partition for place in places)), *counts)
+        return GroupStats(tuple(sorted(place.partition for place in places)), *counts, silent)
 
     __repr__ = stats_repr
