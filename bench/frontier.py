@@ -73,7 +73,7 @@ async def claims(url: str, count: int) -> list[float]:
     for _ in range(count):
         started = time.perf_counter()
         async with connection.transaction():
-            claimed = await connection.fetch(CLAIM, 0, 100, 0.5)
+            claimed = await connection.fetch(CLAIM, 0, 100, 0.5, False)
         times.append(time.perf_counter() - started)
         await connection.execute(
             "UPDATE crawl_hosts SET owner = NULL, due = now() WHERE host = ANY($1)", [row[0] for row in claimed]

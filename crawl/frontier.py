@@ -30,7 +30,7 @@ from crawl.hosts import FrontierStats, HostQueue, Kind, Question, UrlRun
 from crawl.limits import HostLimits, Outcome
 from crawl.model import Request
 from crawl.robots import Rules
-from crawl.robots_gate import RULES_BYTES, RobotsGate, why_forbidden
+from crawl.robots_gate import ROBOTS_AGAIN, RULES_BYTES, RobotsGate, why_forbidden
 from crawl.scheduler import Scheduler
 from crawl.urls import host_of, normalise, origin
 from primitives import NANOSECOND, TokenBucket
@@ -248,19 +248,14 @@ class Frontier:
                 if bucket:
                     bucket.pause(until)
 
-    def robots_known(self, origin_: str, rules: Rules, now: float, *, ttl: float | None = None) -> None:
+    def robots_known(self, origin_: str, rules: Rules | None, now: float, *, ttl: float | None = None) -> None:
         """The rules of an origin (``crawl.urls.origin``), good for ``ttl`` seconds (None: ``robots_ttl``).
 
-        Told before the request is finished. A delay lowers the rate of the host, to a burst of 1.
+        Told before the request is finished. A delay lowers the rate of the host, to a burst of 1. ``rules`` None: they
+        could not be read, which is believed for ``ROBOTS_AGAIN``.
         """
-        name = host_of(origin_)
         with self._lock:
-            self._robots.rules.keep(origin_, name, rules, now + (self._robots_ttl if ttl is None else ttl))
-            self._limits.learn_delay(name, origin_, rules.delay)
-            if host := self._hosts.get(name):
-                self._limits.apply(host, now)
-            if host := self._robots.release(origin_):
-                self._scheduler.schedule(host, now)
+            self._learn_rules(origin_, rules, now, ttl)
 
     def report(self, request: Request, outcome: Outcome, seconds: float, now: float) -> None:
         """How a request went that took ``seconds``: before ``finish`` or ``put_back``. Only ``adaptive`` listens."""
@@ -275,8 +270,8 @@ class Frontier:
     def finish(self, request: Request, now: float) -> None:
         """The request is done with: its row is written."""
         with self._lock:
-            if request.kind == "robots":
-                self._no_rules(origin(request.url), now)
+            if request.kind == "robots" and self._robots.is_asking(name := origin(request.url)):
+                self._learn_rules(name, None, now, None)
             self._leave(request, now)
 
     def put_back(
@@ -287,6 +282,51 @@ class Frontier:
             self._leave(request, now)
             request.target, request.host = target or request.target, host_name or request.host
             self._enqueue(request, not_before, now)
+
+    # What others hand over, and have again
+
+    def adopt(self, request: Request, now: float, not_before: float = -math.inf) -> None:
+        """Take in a request that somebody else knows too: whether its URL was seen is not asked here."""
+        with self._lock:
+            if request.error:
+                self._refused.append(request)
+                self._scheduler.waiting += 1
+            else:
+                self._enqueue(request, not_before, now)
+
+    def pass_on(self, request: Request, now: float) -> None:
+        """The request goes on elsewhere. If it is for robots.txt, its host waits for ``robots_known``."""
+        with self._lock:
+            self._leave(request, now)
+
+    def evict(self, name: str, now: float) -> list[tuple[float, Request]]:
+        """Forget a host's rules and what waits there: (not before, request). What is in flight ends as usual."""
+        with self._lock:
+            self._limits.forget(name)
+            self._robots.forget(name)
+            host = self._hosts.get(name)
+            if host is None:
+                return []
+            left = [(at, request) for at, _, request in (*host.urgent, *host.delayed)]
+            host.urgent.clear()
+            host.delayed.clear()
+            self._scheduler.waiting -= len(left)
+            self._scheduler.schedule(host, now)
+            return left
+
+    def load(self, name: str, now: float) -> tuple[int, float]:
+        """(Requests in flight to a host, seconds until it may be sent another)."""
+        with self._lock:
+            host = self._hosts.get(name)
+            if host is None:
+                return 0, 0.0
+            wait = host.gate.wait_for(1, now) if host.gate else 0.0
+            return host.in_flight, max(wait, host.paused_until - now)
+
+    def lease(self, end: float) -> None:
+        """Hand out and send nothing from ``end`` on, unless told another end before or then."""
+        with self._lock:
+            self._lease_end = end
 
     # What it is doing
 
@@ -420,9 +460,15 @@ class Frontier:
         self._scheduler.waiting += 1
         self._scheduler.schedule(host, now)
 
-    def _no_rules(self, name: str, now: float) -> None:
-        """The robots.txt of an origin, should it still be asked for, cannot be had."""
-        if host := self._robots.give_up(name, now):
+    def _learn_rules(self, origin_: str, rules: Rules | None, now: float, ttl: float | None) -> None:
+        name = host_of(origin_)
+        usual = self._robots_ttl if rules else ROBOTS_AGAIN
+        self._robots.rules.keep(origin_, name, rules, now + (usual if ttl is None else ttl))
+        if rules:
+            self._limits.learn_delay(name, origin_, rules.delay)
+            if host := self._hosts.get(name):
+                self._limits.apply(host, now)
+        if host := self._robots.release(origin_):
             self._scheduler.schedule(host, now)
 
     def _leave(self, request: Request, now: float) -> None:

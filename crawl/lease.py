@@ -22,14 +22,20 @@ Promised
   What overlaps is only a request that had its leave to be sent before its process stood still: ``per_host`` at most.
 - A URL is stored once: its row enters with the transaction that takes it out of the queue, behind the fence. It is
   lost never: it stays in the queue until then, and the links of a page enter before or with its row.
-- After a connection broke in a commit, the same batch is sent again; its number says if it was applied.
-- What a dead worker held waits for a lease at most, and what was in flight there is asked for again.
+- After a connection broke in a commit, the same batch is sent again; its number says if it was applied. It also says
+  if earlier ones are gone: a replica that lacks them was promoted, or a backup is in the database's place. Then the
+  worker drops its hosts, tells again what it read of its list within ``KEPT`` seconds, and joins anew; what pages said
+  is found again, for they are in the queue again. No host is given out meanwhile until all leases of before have ended.
+- What a dead worker held waits for a lease at most, and what was in flight there is asked for again. That was perhaps
+  the death of it: the host's next URLs are tried one at a time. The one that is the death of a second worker waits for
+  one that has nothing else; if that dies too, its row is ``internal``.
 - The end is exact: no URL waits, and nobody reads a list.
 
 Not promised: that all workers start with the same options; the first one's count (``crawl.shared_crawl.SHARED``).
 ``--total-rate`` and ``--adaptive`` are each worker's own.
-A Crawl-delay or Retry-After that came within the last moment before a kill -9 is learnt again. Traps are counted by
-each worker for itself.
+A Crawl-delay or Retry-After that came within the last moment before a kill -9, or was told to a commit that is lost,
+is learnt again. Traps are counted by each worker for itself. If all workers leave, and then commits are lost, the list
+has to be given again.
 
 Locks: ``SharedFrontier._guard`` is taken before the frontier's own.
 """
@@ -39,13 +45,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from coordination import new_lock
 from crawl.addresses import names_private
 from crawl.errors import FetchError
-from crawl.handover import HandoverFrontier
+from crawl.frontier import Frontier
 from crawl.hosts import Kind
 from crawl.model import Request, ScrapeResult
 from crawl.robots import DISALLOW_ALL, Rules
@@ -58,23 +65,131 @@ LEASE = 30.0  # seconds
 MARGIN = 0.2  # share of a lease in which its worker sends nothing any more
 AT_ONCE = 500  # finished URLs that are not kept waiting for that; ten times as many make the tasks wait
 LINKS = 20_000  # found URLs in one batch
+PORTION = 200  # URLs of a host that a worker has at most
 DELEGATED = 90.0  # seconds that a host waits for its robots.txt from a host that another worker holds
 MAX_HOST = 255
+TOLD = 200_000  # found URLs of which it is kept in mind that they were told
+KEPT, KEPT_LINES = 300.0, 50_000  # seconds, and how many at most, that lines of the list are kept after they were told
+ALONE = 2  # workers that died with a URL, the second one with nothing else, before its row says so
 
 
 class _Held:
     """A host of ours."""
 
-    __slots__ = ("drained", "last", "leaving", "local", "robots")
+    __slots__ = ("alone", "careful", "drained", "last", "leaving", "local", "robots")
 
-    def __init__(self) -> None:
+    def __init__(self, careful: int, alone: bool) -> None:
         self.last = 0  # the id up to which its URLs are here
         self.local = 0  # its URLs that are here, in flight or not
         self.robots: set[int] = set()  # ids of requests for the robots.txt of others that were redirected here
         self.drained = self.leaving = False
+        self.careful = careful  # so many of its URLs are tried one at a time
+        self.alone = alone  # nothing else is held until its first URL is done
 
 
-class SharedFrontier(HandoverFrontier):
+class Outbox:
+    """What is to be told to the tables, and what is to be told again if they forget it."""
+
+    def __init__(self, length: float) -> None:
+        self._length = length
+        self.batch = SyncBatch(None, 0, length)  # in the making
+        self.scoped = False  # the hosts of the list matter
+        self.halved = False  # the rest of a batch waits
+        self._told: set[uuid.UUID] = set()
+        self._kept: deque[tuple[float, list[Link]]] = deque()
+
+    def add_list(self, texts: Iterable[str]) -> None:
+        """Lines of a list."""
+        for raw in texts:
+            text = clean(raw)
+            try:
+                target, host = normalise(text)
+                if len(host) > MAX_HOST:
+                    raise FetchError("invalid_url", "host name too long")
+            except FetchError:
+                self.batch.links.append(Link(hashed(text), "", text, text))
+            else:
+                link = Link(hashed(target), host, text, target, private=names_private(host))
+                self.batch.links.append(link)
+                self._add_scope([link])
+
+    def _add_scope(self, links: Iterable[Link]) -> None:
+        if self.scoped:
+            self.batch.scope += [link.target for link in links if link.host]
+
+    def add_links(self, targets: Iterable[str], depth: int, private: bool, kind: Kind) -> int:
+        """Those that were not told yet. Returns how many."""
+        before = len(self.batch.links)
+        for target in targets:
+            key, host = hashed(target), host_of(target)
+            if key not in self._told and len(host) <= MAX_HOST:
+                if len(self._told) >= TOLD:
+                    self._told.clear()
+                self._told.add(key)
+                self.batch.links.append(Link(key, host, target, target, depth, kind, private))
+        return len(self.batch.links) - before
+
+    def take(self) -> SyncBatch:
+        """All that there is, or ``LINKS`` of the links."""
+        batch, self.batch, self.halved = self.batch, SyncBatch(None, 0, self._length), False
+        self.batch.links, batch.links = batch.links[LINKS:], batch.links[:LINKS]
+        return batch
+
+    def halve(self, batch: SyncBatch) -> bool:
+        """Keep half of what ``batch`` tells, which was not applied; the rest goes before what comes next.
+
+        False if there is nothing to halve. Links stay before the rows of their pages, and rows before their host goes.
+        """
+        rest, later = dataclasses.replace(batch, links=[], done=[], robots=[], claim=0), self.batch
+        if len(batch.links) > 1 or (batch.links and batch.done):
+            half = max(1, len(batch.links) // 2)
+            batch.links, rest.links, rest.done = batch.links[:half], batch.links[half:], batch.done
+            batch.done, batch.reading = [], True
+        elif len(batch.done) > 1:
+            half = len(batch.done) // 2
+            batch.done, rest.done = batch.done[:half], batch.done[half:]
+        else:
+            return False
+        half = len(batch.scope) // 2
+        batch.scope, rest.scope = batch.scope[:half], batch.scope[half:]
+        for name in ("links", "scope", "done", "moves", "delegated", "again", "robots"):
+            setattr(later, name, getattr(rest, name) + getattr(later, name))
+        later.notes |= batch.notes
+        batch.moves, batch.delegated, batch.again, batch.notes = [], [], [], {}
+        batch.held += [name for name, note in later.notes.items() if note.back]  # they are told of, not claimed
+        self.halved = True
+        return True
+
+    def was_told(self, batch: SyncBatch, now: float) -> None:
+        """The tables have it. Lines of the list are kept for a while."""
+        if listed := [link for link in batch.links if not link.depth]:
+            self._kept.append((now, listed))
+        while self._kept and (self._kept[0][0] < now - KEPT or sum(len(links) for _, links in self._kept) > KEPT_LINES):
+            self._kept.popleft()
+
+    def tell_again(self, batch: SyncBatch) -> None:
+        """``batch`` did not reach the tables, and they may have forgotten what was told before. What was finished, or
+        is given back, is no longer ours to tell."""
+        old, kept = self.batch, [link for _, links in self._kept for link in links]
+        self._told.clear()
+        self._kept.clear()
+        self.batch = SyncBatch(None, 0, self._length)
+        self.batch.links, self.batch.robots = kept + batch.links + old.links, batch.robots + old.robots
+        self.batch.scope = batch.scope + old.scope
+        self.batch.notes = {name: note._replace(back=False) for name, note in batch.notes.items() if note.wait}
+        self._add_scope(kept)
+
+    def backlog(self) -> int:
+        """How much waits, in finished URLs."""
+        return max(len(self.batch.done), len(self.batch.links) * AT_ONCE // LINKS)
+
+    def is_empty(self) -> bool:
+        """Whether all is told."""
+        out = self.batch
+        return not (out.done or out.links or out.moves or out.scope or out.again)
+
+
+class SharedFrontier(Frontier):
     """A ``Frontier`` over the hosts that this worker holds, and what it has to tell the database.
 
     ``plan(now)`` makes the next batch; ``answered`` takes what came back. One batch at a time.
@@ -83,65 +198,41 @@ class SharedFrontier(HandoverFrontier):
     def __init__(self, *, length: float = LEASE, margin: float = MARGIN, hosts: int = 100, **limits: Any) -> None:
         super().__init__(**limits)
         self.length, self.margin, self.most = length, margin, hosts
-        self.follows = self.scoped = self.knows_first = False  # ``scoped``: the hosts of the list matter
+        self.follows = self.knows_first = False
         self.on_scope: Callable[[str], None] = lambda url: None
         self.as_duplicate: Callable[[Request, str], ScrapeResult] = _no_row
         self.rules_of: Callable[[Found], Rules] = lambda found: found.rules("")
         self.token: int | None = None
         self.reading = False
         self.leases_lost = 0
+        self.outbox = Outbox(length)
         self._guard = new_lock("SharedFrontier")
-        self._serial_of_batch = 0
+        self._serial = 0  # of the last batch that was answered
         self._held: dict[str, _Held] = {}
         self._keys: dict[Request, tuple[str, int, _Held]] = {}
         self._rows: dict[Request, ScrapeResult] = {}
         self._asked: dict[str, float] = {}  # origins whose robots.txt another host has, and until when to wait for it
-        self._paused: set[str] = set()
-        self._spaced: set[str] = set()
-        self._out = SyncBatch(None, 0, length)
-        self._told: set[uuid.UUID] = set()
+        self._changed: set[str] = set()  # hosts that were paused, or have another delay
+        self._paused = False
         self._scope_after = 0
-        self._give = 0
-        self._share: float = math.inf  # hosts to hold at most, while others have too little to do
-        self._starved = self._all_leave = self._halved = False
+        self._share: float = math.inf  # hosts to hold at most, while others have too little to do; 0: all go
+        self._starved = self._all_leave = False
         self._others_read = True  # somebody reads a list: with ``knows_first`` nothing is fetched until it is known
         self.lease(-math.inf)
 
-    # What the crawl tells.
+    # What the crawl tells
 
     def add_list(self, texts: Iterable[str]) -> None:
         """Lines of a list."""
-        links, scope = [], []
-        for raw in texts:
-            text = clean(raw)
-            try:
-                target, host = normalise(text)
-                if len(host) > MAX_HOST:
-                    raise FetchError("invalid_url", "host name too long")
-            except FetchError:
-                links.append(Link(hashed(text), "", text, text))
-            else:
-                links.append(Link(hashed(target), host, text, target, private=names_private(host)))
-                scope.append(target)
         with self._guard:
-            self._out.links += links
-            if self.scoped:
-                self._out.scope += scope
+            self.outbox.add_list(texts)
 
     def add_links(
         self, targets: Iterable[str], depth: int, now: float, *, private: bool = False, kind: Kind = "page"
     ) -> int:
         """Those that were not told yet go into the next batch. Returns how many."""
         with self._guard:
-            before = len(self._out.links)
-            for target in targets:
-                key, host = hashed(target), host_of(target)
-                if key not in self._told and len(host) <= MAX_HOST:
-                    if len(self._told) >= 200_000:
-                        self._told.clear()
-                    self._told.add(key)
-                    self._out.links.append(Link(key, host, target, target, depth, kind, private))
-            return len(self._out.links) - before
+            return self.outbox.add_links(targets, depth, private, kind)
 
     def mark(self, target: str, *, counts: bool = False) -> bool:
         """Whether somebody had it is seen when it comes to the database."""
@@ -155,14 +246,15 @@ class SharedFrontier(HandoverFrontier):
     def found_robots(self, found: Found) -> None:
         """What a request for robots.txt came to, for the other workers."""
         with self._guard:
-            self._out.robots.append(found)
-            self._spaced.add(host_of(found.origin))
+            self.outbox.batch.robots.append(found)
+            self._changed.add(host_of(found.origin))
 
     def pause(self, host_name: str, until: float, now: float) -> None:
         """Also told to the database, for whoever has the host next."""
         super().pause(host_name, until, now)
         with self._guard:
-            self._paused.add(host_name)
+            self._changed.add(host_name)
+            self._paused = True
 
     def finish(self, request: Request, now: float) -> None:
         """Also told to the database, with its row."""
@@ -173,8 +265,9 @@ class SharedFrontier(HandoverFrontier):
                 return  # for robots.txt, or its lease is lost
             host, id_, held = known
             held.local -= 1
+            held.careful -= held.careful > 0
             if row is None or not (row.error or "").startswith("interrupted"):
-                self._out.done.append(Done(host, id_, request.url, row))
+                self.outbox.batch.done.append(Done(host, id_, request.url, row))
 
     def put_back(
         self, request: Request, now: float, not_before: float, target: str | None = None, host_name: str | None = None
@@ -191,42 +284,42 @@ class SharedFrontier(HandoverFrontier):
             self.pass_on(request, now)
             if held is None or (known is None and (not moves or request.kind != "robots")):
                 return  # its lease was lost, or its host is leaving
+            out = self.outbox.batch
             if known is None:  # our own request for robots.txt, to a host that may be another's
                 assert target is not None and host_name is not None
-                name = origin_of(request.url)
-                self._asked[name] = now + DELEGATED
-                self._out.delegated.append(_queued(request, host_name, 0, target, None))
+                self._asked[origin_of(request.url)] = now + DELEGATED
+                out.delegated.append(_queued(request, host_name, 0, target, None))
                 return
             del self._keys[request]
             held.local -= 1
             host, id_, _ = known
             if target is None or host_name is None:
-                self._out.again.append(_queued(request, host, id_, request.target, max(0.0, not_before - now)))
+                out.again.append(_queued(request, host, id_, request.target, max(0.0, not_before - now)))
                 return
             checked = self.follows and request.kind == "page"
             if checked and not request.depth:
-                self._out.scope.append(target)
+                out.scope.append(target)
             to = _queued(request, host_name, 0, target, None)
-            self._out.moves.append(Move(host, id_, to, self.as_duplicate(request, target) if checked else None))
+            out.moves.append(Move(host, id_, to, self.as_duplicate(request, target) if checked else None))
 
-    # What is told to the database, and what comes back.
+    # What is told to the database, and what comes back
 
     def urgent(self) -> bool:
         """The next batch should not be kept waiting."""
         with self._guard:
-            out = self._out
+            out = self.outbox.batch
             return bool(
-                self._halved
-                or len(out.done) >= AT_ONCE
-                or len(out.links) >= LINKS
-                or (self._paused & self._held.keys())
+                self.outbox.halved
+                or self.outbox.backlog() >= AT_ONCE
+                or self._paused
                 or (not self._keys and (out.done or out.moves))
+                or any(held.careful and not held.local and not held.leaving for held in self._held.values())
             )
 
     def backlog(self) -> int:
         """How much waits to be told, in finished URLs."""
         with self._guard:
-            return max(len(self._out.done), len(self._out.links) * AT_ONCE // LINKS)
+            return self.outbox.backlog()
 
     def leave(self) -> None:
         """Give all hosts back with the next batches."""
@@ -236,75 +329,65 @@ class SharedFrontier(HandoverFrontier):
     def holds_nothing(self) -> bool:
         """Whether no host is held, and all is told."""
         with self._guard:
-            out = self._out
-            return not self._held and not (out.done or out.links or out.moves or out.scope or out.again)
+            return not self._held and self.outbox.is_empty()
 
     def plan(self, now: float) -> SyncBatch:
         """The next batch: what is new, and what is asked for."""
-        free = max(0, self._room())
+        free = max(0, self.most - self.stats().hosts_ready)
         with self._guard:
-            reading, self._halved = self.reading, False  # before its lines are taken
-            out = self._out
-            batch, self._out = out, SyncBatch(None, 0, self.length)
-            self._out.links, batch.links = out.links[LINKS:], out.links[:LINKS]
-            batch.token, batch.serial = self.token, self._serial_of_batch + 1
-            fair = self.rate("")  # of a host of which nothing is known
-            batch.spacing, batch.limit = (0.0 if fair == math.inf else 1 / fair), self._portion("")
+            reading = self.reading  # before its lines are taken
+            batch = self.outbox.take()
+            batch.token, batch.serial = self.token, self._serial + 1
+            batch.spacing, batch.limit = self._spacing(""), self._portion("")  # of hosts of which nothing is known
             self._choose_leaving()
             for name, held in list(self._held.items()):
-                if held.leaving:
-                    self._clear(name, held, batch, now)
-                in_flight, wait = self.load(name, now)
-                delegating = any(host_of(key) == name for key in self._asked) if self._asked else False
-                if held.local or in_flight or (delegating and not held.leaving):
-                    portion = self._portion(name)
-                    if not held.leaving and held.local <= portion // 2:
-                        batch.refill.append((name, held.last, portion))
-                    if name in self._paused or name in self._spaced:
-                        batch.notes[name] = Note(wait, self._spacing(name), False)
-                elif held.leaving or held.drained:
-                    batch.notes[name] = Note(wait, self._spacing(name), True)
-                    self.evict(name, now)
-                    del self._held[name]
-                else:
-                    batch.refill.append((name, held.last, self._portion(name)))
-            self._paused.clear()
-            self._spaced.clear()
+                self._review(name, held, batch, now)
+            for name in self._changed - self._held.keys():
+                if (wait := self.load(name, now)[1]) > 0:  # its lease was lost meanwhile: its next owner is to know
+                    batch.notes.setdefault(name, Note(wait, None, False))
+            self._changed.clear()
+            self._paused = False
             batch.held = list(self._held)
-            staying = sum(not held.leaving for held in self._held.values())
-            waits = self.token is None or (self.knows_first and self._others_read)
-            most = 0.0 if self._all_leave or waits else min(self._share, self.most)
-            batch.claim = int(min(free, max(0, most - staying)))
+            batch.claim = self._wanted(free)
             batch.hungry = self._starved and batch.claim > 0
-            batch.asked = list(self._asked)
-            batch.reading, batch.scope_after = reading or bool(self._out.links), self._scope_after
+            batch.asked, batch.rejoins = list(self._asked), self.leases_lost > 0
+            batch.reading, batch.scope_after = reading or bool(self.outbox.batch.links), self._scope_after
             return batch
 
-    def halve(self, batch: SyncBatch) -> bool:
-        """Keep half of what ``batch`` tells, which was not applied; the rest goes before what comes next.
+    def _wanted(self, free: int) -> int:
+        """How many hosts more."""
+        if self._all_leave or self.token is None or (self.knows_first and self._others_read):
+            return 0
+        if any(held.alone for held in self._held.values()):
+            return 0
+        if not self._share:
+            return int(not self._held)
+        return int(min(free, max(0, min(self._share, self.most) - sum(not one.leaving for one in self._held.values()))))
 
-        False if there is nothing to halve. Links stay before the rows of their pages, and rows before their host goes.
-        """
+    def _review(self, name: str, held: _Held, batch: SyncBatch, now: float) -> None:
+        """What to tell of a host, and to ask."""
+        in_flight, wait = self.load(name, now)
+        held.leaving |= held.alone and not in_flight and wait > 1.0
+        if held.leaving:
+            self._clear(name, held, batch, now)
+        delegating = any(host_of(key) == name for key in self._asked) if self._asked else False
+        portion = 1 if held.careful else self._portion(name)
+        if held.local or in_flight or (delegating and not held.leaving):
+            if not held.leaving and not held.alone and held.local <= portion // 2:
+                batch.refill.append((name, held.last, portion))
+            if name in self._changed:
+                batch.notes[name] = Note(wait, self._spacing(name), False)
+        elif held.leaving or held.drained or held.alone:
+            batch.notes[name] = Note(wait, self._spacing(name), True)
+            self.evict(name, now)
+            del self._held[name]
+        else:
+            batch.refill.append((name, held.last, portion))
+
+    def halve(self, batch: SyncBatch) -> bool:
+        """Keep half of what ``batch`` tells, as the outbox does."""
         with self._guard:
-            rest, later = dataclasses.replace(batch, links=[], done=[], robots=[], claim=0), self._out
-            if len(batch.links) > 1 or (batch.links and batch.done):
-                half = max(1, len(batch.links) // 2)
-                batch.links, rest.links, rest.done = batch.links[:half], batch.links[half:], batch.done
-                batch.done, batch.reading = [], True
-            elif len(batch.done) > 1:
-                half = len(batch.done) // 2
-                batch.done, rest.done = batch.done[:half], batch.done[half:]
-            else:
-                return False
-            half = len(batch.scope) // 2
-            batch.scope, rest.scope = batch.scope[:half], batch.scope[half:]
-            for name in ("links", "scope", "done", "moves", "delegated", "again", "robots"):
-                setattr(later, name, getattr(rest, name) + getattr(later, name))
-            later.notes |= batch.notes
-            batch.moves, batch.delegated, batch.again, batch.notes = [], [], [], {}
-            self._halved = True
-            batch.held += [name for name, note in later.notes.items() if note.back]  # they are told of, not claimed
-            return True
+            return self.outbox.halve(batch)
 
     def answered(self, batch: SyncBatch, answer: SyncAnswer, asked_at: float, now: float) -> None:
         """``asked_at``: before the batch was sent."""
@@ -312,73 +395,74 @@ class SharedFrontier(HandoverFrontier):
             if answer.token is None:
                 self._lose(batch, now)
                 return
-            self.token, self._serial_of_batch = answer.token, batch.serial
-            if batch.token is None:
-                self._serial_of_batch = 0
+            self.token, self._serial = answer.token, 0 if batch.token is None else batch.serial
+            self.outbox.was_told(batch, now)
             self.lease(asked_at + self.length * (1 - self.margin))
             claimed = {name for name, _ in answer.hosts if name not in self._held}
             for name, wait in answer.hosts:
                 if name in claimed:
-                    self._held[name] = _Held()
+                    self._held[name] = _Held(answer.careful.get(name, 0), answer.alone)
                     if wait is not None:
                         super().pause(name, now + wait, now)
-            for found in answer.robots:
-                self._asked.pop(found.origin, None)
-                rules = answer.rules.get(found.origin) or self.rules_of(found)
-                self.robots_known(found.origin, rules, now, ttl=found.ttl)
-            for name in [name for name, until in self._asked.items() if until < now]:
-                del self._asked[name]
-                self.robots_known(name, DISALLOW_ALL, now, ttl=60.0)
+            self._learn_robots(answer, now)
             for name in (*claimed, *(name for name, _, _ in batch.refill)):
                 if name in self._held:
                     self._held[name].drained = True
             for queued in answer.urls:
-                held = self._held.get(queued.host)
-                if held is None or held.leaving:
-                    continue
-                if queued.kind == "robots":  # they overtake the others
-                    if queued.id in held.robots:
-                        continue
-                    held.robots.add(queued.id)
-                elif queued.id <= held.last:
-                    continue
-                else:
-                    held.last = queued.id
-                held.drained = False
-                request = _request(queued, now)
-                self._keys[request] = queued.host, queued.id, held
-                held.local += 1
-                self.adopt(request, now, -math.inf if queued.wait is None else now + queued.wait)
+                self._take_in(queued, now)
             for serial, url in answer.scope:
                 self._scope_after = max(self._scope_after, serial)
                 self.on_scope(url)
             self._others_read = answer.reading
             self._starved = batch.claim > 0 and not claimed
-            self._share = math.ceil(answer.all_held / max(1, answer.workers)) if answer.hungry else math.inf
-            self._give = int(max(0, len(self._held) - self._share))
-            if answer.finished and not batch.links and not self._out.links and not self.reading:
+            fair = math.ceil(answer.all_held / max(1, answer.workers)) if answer.hungry else math.inf
+            self._share = 0 if answer.try_alone else fair
+            if answer.finished and not batch.links and not self.outbox.batch.links and not self.reading:
                 self.close()
+
+    def _learn_robots(self, answer: SyncAnswer, now: float) -> None:
+        for found in answer.robots:
+            self._asked.pop(found.origin, None)
+            rules = answer.rules.get(found.origin) or self.rules_of(found)
+            self.robots_known(found.origin, None if rules is DISALLOW_ALL else rules, now, ttl=found.ttl)
+        for name in [name for name, until in self._asked.items() if until < now]:
+            del self._asked[name]
+            self.robots_known(name, None, now, ttl=60.0)
+
+    def _take_in(self, queued: Queued, now: float) -> None:
+        held = self._held.get(queued.host)
+        if held is None or held.leaving:
+            return
+        if queued.kind == "robots":  # they overtake the others
+            if queued.id in held.robots:
+                return
+            held.robots.add(queued.id)
+        elif queued.id <= held.last:
+            return
+        else:
+            held.last = queued.id
+        held.drained = False
+        request = _request(queued, now)
+        self._keys[request] = queued.host, queued.id, held
+        held.local += 1
+        self.adopt(request, now, -math.inf if queued.wait is None else now + queued.wait)
 
     def _portion(self, name: str) -> int:
         """URLs of a host that are worth having here: for two leases."""
-        return int(max(4, min(200, 2 * self.length * min(100.0, self.rate(name)))))
+        return int(max(4, min(PORTION, 2 * self.length * min(100.0, self.rate(name)))))
 
     def _spacing(self, name: str) -> float:
         rate = self.rate(name)
         return 0.0 if rate == math.inf else 1 / rate
 
-    def _room(self) -> int:
-        """Hosts that could be put to use."""
-        return self.most - self.stats().hosts_ready
-
     def _choose_leaving(self) -> None:
-        self._give -= sum(held.leaving for held in self._held.values())
-        for held in reversed(self._held.values()):
-            if not held.leaving and (self._all_leave or self._give > 0):
-                held.leaving = True
-                self._give -= 1
+        stay = [held for held in self._held.values() if not held.leaving]
+        most = 0 if self._all_leave else min(self._share, len(stay))
+        for held in stay[int(most) :]:
+            held.leaving = self._all_leave or not held.alone
 
     def _clear(self, name: str, held: _Held, batch: SyncBatch, now: float) -> None:
+        """What waits on a host that leaves is left to others."""
         for key in [key for key in self._asked if host_of(key) == name]:
             del self._asked[key]
         for at, request in self.evict(name, now):
@@ -393,16 +477,16 @@ class SharedFrontier(HandoverFrontier):
         """Others have our hosts now: what was found stays to be told, what was finished they do anew."""
         self.leases_lost += 1
         self.lease(-math.inf)
-        for name in list(self._held):
+        self.outbox.tell_again(batch)
+        for name in self._held:
+            _, wait = self.load(name, now)
+            if wait > 0:
+                self.outbox.batch.notes[name] = Note(wait, self._spacing(name), False)
             self.evict(name, now)
         self._held.clear()
         self._keys.clear()
         self._asked.clear()
-        self.token, self._serial_of_batch, self._give, self._share = None, 0, 0, math.inf
-        links, scope, robots = self._out.links, self._out.scope, self._out.robots
-        self._out = SyncBatch(None, 0, self.length)
-        self._out.links, self._out.scope = batch.links + links, batch.scope + scope
-        self._out.robots = batch.robots + robots
+        self.token, self._serial, self._share, self._scope_after = None, 0, math.inf, 0
 
 
 def _no_row(request: Request, target: str) -> ScrapeResult:
@@ -427,7 +511,9 @@ def _request(queued: Queued, now: float) -> Request:
         private=queued.private,
         strayed=queued.strayed,
     )
-    if not queued.host:
+    if queued.deaths >= ALONE:
+        request.error = FetchError("internal", f"{queued.deaths} workers died with it")
+    elif not queued.host:
         try:
             normalise(queued.url)
             request.error = FetchError("invalid_url", "host name too long")

@@ -194,6 +194,13 @@ def parse_robots(body: bytes, user_agent: str, url: str = "") -> Rules:
     return Rules(_Patterns(patterns, wild, size), delay=delay, sitemaps=tuple(filter(None, known)))
 
 
+def says_nothing(outcome: Response | FetchError) -> bool:
+    """Whether the outcome of fetching a robots.txt does not tell if there is one, nor what it says."""
+    if isinstance(outcome, FetchError):
+        return outcome.kind != "redirects"
+    return outcome.status == 429 or not 200 <= outcome.status < 500
+
+
 def rules_for(outcome: Response | FetchError, user_agent: str, url: str = "") -> Rules:
     """The rules that the outcome of fetching a robots.txt stands for (RFC 9309, section 2.3.1).
 
@@ -201,11 +208,11 @@ def rules_for(outcome: Response | FetchError, user_agent: str, url: str = "") ->
     or leading nowhere) allows everything; one that says nothing (5xx, no answer, one broken off) forbids everything.
     429 is with the latter though section 2.3.1.3 counts it to the former: it says "not now", which is no leave.
     """
-    if isinstance(outcome, FetchError):
-        return ALLOW_ALL if outcome.kind == "redirects" else DISALLOW_ALL
-    if 200 <= outcome.status < 300:
-        return parse_robots(outcome.body, user_agent, url)
-    return ALLOW_ALL if 300 <= outcome.status < 500 and outcome.status != 429 else DISALLOW_ALL
+    if says_nothing(outcome):
+        return DISALLOW_ALL
+    if isinstance(outcome, FetchError) or outcome.status >= 300:
+        return ALLOW_ALL
+    return parse_robots(outcome.body, user_agent, url)
 
 
 # --------------------------------------------------------------------------------------------- of single pages

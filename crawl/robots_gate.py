@@ -69,12 +69,12 @@ class RulesCache:
             known = self._origins[name] = OriginRules(host)
         return known
 
-    def keep(self, name: str, host: str, rules: Rules, until: float) -> None:
-        """These rules, just read; and not others if there is no room."""
+    def keep(self, name: str, host: str, rules: Rules | None, until: float) -> None:
+        """These rules, just read; and not others if there is no room. None: they could not be read."""
         known = self.entry(name, host)
         self.free(name)
         known.rules, known.until = rules, until
-        if size := rules.size:
+        if rules and (size := rules.size):
             self._sizes[name] = size
             self._size += size
             if size > KEPT_BYTES:
@@ -161,14 +161,10 @@ class RobotsGate:
             host.cleared = None
         return host
 
-    def give_up(self, name: str, now: float) -> HostQueue | None:
-        """The robots.txt of an origin, should it still be asked for, cannot be had."""
+    def is_asking(self, name: str) -> bool:
+        """Whether the robots.txt of an origin is being read."""
         known = self.rules.get(name)
-        if known is None or not known.asking:
-            return None
-        self.rules.free(name)
-        known.rules, known.until = None, now + ROBOTS_AGAIN
-        return self.release(name)
+        return known is not None and known.asking
 
     def sift(self, host: HostQueue, now: float) -> bool:
         """Move what is forbidden from the head of the host's queues to what is handed out as refused. True if that is

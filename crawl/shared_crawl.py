@@ -27,6 +27,8 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.lease import AT_ONCE, LEASE, SharedFrontier
 from crawl.model import Options, Request, Response, ScrapeResult
+from crawl.robots import says_nothing
+from crawl.robots_gate import ROBOTS_AGAIN
 from crawl.rows import build_row
 from crawl.sync import Found
 from crawl.tables import SCHEMA, NotApplied, PgStore
@@ -69,7 +71,9 @@ def server_of(text: str) -> str | Embedded:
 class SharedCrawl(Crawl):
     """A worker of a shared crawl."""
 
-    def __init__(self, options: Options, server: str | Embedded, *, length: float = LEASE) -> None:
+    def __init__(
+        self, options: Options, server: str | Embedded, *, length: float = LEASE, lead: float | None = None
+    ) -> None:
         unsupported = [name for name in UNSUPPORTED if getattr(options, name)]
         if unsupported:
             raise ValueError(f"not with --frontier: {', '.join(unsupported)}".replace("_", "-"))
@@ -77,11 +81,11 @@ class SharedCrawl(Crawl):
         def make(**limits: Any) -> SharedFrontier:
             return SharedFrontier(length=length, hosts=max(100, 2 * options.concurrency), **limits)
 
-        super().__init__(options, clock=clock, frontier=make)
+        super().__init__(options, clock=clock, frontier=make, lead=lead)
         assert isinstance(self.frontier, SharedFrontier)
         self.mine = self.frontier
         self.mine.follows, self.mine.knows_first = self.follows, self.knows_first
-        self.mine.scoped = self.follows or self.listed.origins is not None
+        self.mine.outbox.scoped = self.follows or self.listed.origins is not None
         self.mine.on_scope = self._know
         self.mine.rules_of = lambda found: found.rules(options.user_agent)
         self.mine.as_duplicate = self._as_duplicate
@@ -93,6 +97,11 @@ class SharedCrawl(Crawl):
         self._stored: WorkerPool[list[ScrapeResult]]
         self._unprinted = 0
         self._over = False
+
+    @property
+    def told_anew(self) -> int:
+        """How often all that was told has had to be told again."""
+        return self.mine.leases_lost
 
     def _know(self, url: str) -> None:
         self.listed.know(url)
@@ -119,7 +128,8 @@ class SharedCrawl(Crawl):
         if not (isinstance(outcome, FetchError) and outcome.kind in ("interrupted", "internal")):
             answered = isinstance(outcome, Response)
             status, body = (outcome.status, outcome.body) if answered else (None, outcome.kind.encode())  # type: ignore[union-attr]
-            self.mine.found_robots(Found(origin_of(request.url), status, body, request.target, 86400.0))
+            ttl = ROBOTS_AGAIN if says_nothing(outcome) else 86400.0
+            self.mine.found_robots(Found(origin_of(request.url), status, body, request.target, ttl))
         super().learn_robots(request, outcome)
 
     def feed(self, urls: Iterable[str]) -> threading.Thread:
@@ -220,7 +230,6 @@ class SharedCrawl(Crawl):
                     raise
                 if not is_away(error):
                     self._database.stored(error, "the crawl waits")
-                batch.resync = True
                 await asyncio.sleep(backoff.next())
                 await self._database.ready()
         self._database.stored()
@@ -272,14 +281,14 @@ async def _agree(server: str | Embedded, options: Options) -> Options:
     return dataclasses.replace(options, **known)
 
 
-def join(options: Options, frontier: str, length: float | None = None) -> SharedCrawl:
+def join(options: Options, frontier: str, length: float | None = None, lead: float | None = None) -> SharedCrawl:
     """A worker of the crawl in the database ``frontier``. Raises ValueError, ``Unavailable``.
 
     What a dead worker held goes on ``length`` seconds after its last sign at the latest: the lease itself is shorter.
     """
     server, length = server_of(frontier), length or LEASE
     noticing = min(2 * EVERY, length / 2)
-    return SharedCrawl(asyncio.run(_agree(server, options)), server, length=length - noticing)
+    return SharedCrawl(asyncio.run(_agree(server, options)), server, length=length - noticing, lead=lead)
 
 
 STATUS = """

@@ -57,6 +57,7 @@ class Queued(NamedTuple):
     hops: int
     attempt: int
     wait: float | None  # seconds
+    deaths: int = 0  # workers that died while this was the only one of its host that they could have had under way
 
 
 class Done(NamedTuple):
@@ -126,16 +127,20 @@ class SyncBatch:
     hungry: bool = False
     reading: bool = False
     scope_after: int = 0
-    resync: bool = False  # the last answer may have been lost: what was claimed then is told again
+    rejoins: bool = False  # it was a worker before
 
 
 @dataclass
 class SyncAnswer:
     """What the tables say to a batch."""
 
-    token: int | None = None  # None: the lease was lost, and nothing else was done
+    token: int | None = None
+    """None: the lease was lost, or what earlier batches told; nothing else was done."""
     stored: list[ScrapeResult] = field(default_factory=list)
     hosts: list[tuple[str, float | None]] = field(default_factory=list)  # (host, seconds until it may go)
+    careful: dict[str, int] = field(default_factory=dict)
+    """How many URLs of these hosts, the next ones, are to be tried one at a time: a worker died with one of them."""
+    alone: bool = False  # the host is to be tried by a worker that has nothing else
     urls: list[Queued] = field(default_factory=list)
     robots: list[Found] = field(default_factory=list)
     rules: dict[str, Rules] = field(default_factory=dict)  # what ``robots`` say, by origin, where it was read before
@@ -146,3 +151,4 @@ class SyncAnswer:
     all_held: int = 0
     hungry: bool = False  # another worker has too little to do
     dead: bool = False  # a lease has ended: ``reap``
+    try_alone: bool = False  # a host waits for a worker that has nothing else, and it is this one's turn

@@ -139,9 +139,9 @@ def columns_of(schema: str) -> list[tuple[str, str]]:
 
 
 _LACKING = """
-SELECT name, attribute FROM unnest($1::text[], $2::text[]) AS ours (name, attribute)
+SELECT name, attribute FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS ours (name, attribute, place)
 WHERE NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass(name) AND attname = attribute AND attnum > 0)
-ORDER BY to_regclass(name) IS NULL LIMIT 1
+ORDER BY to_regclass(name) IS NULL, place LIMIT 1
 """
 
 _HOST, _PAIR = r"(?:\[[^\[\]@/?#]*\]|[^\[\]@/?#:,]*)(?::[0-9]*)?", "[^=&]+=[^&]*"

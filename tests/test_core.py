@@ -331,6 +331,14 @@ def test_what_is_tried_again(outcome: Response | FetchError, again: bool) -> Non
     assert judged(outcome, retries=0)[2] is outcome
 
 
+def test_a_bare_429_slows_its_host_and_a_bare_503_only_the_request() -> None:
+    for status, paused in ((429, True), (503, False)):
+        crawl, request, _ = judged(answer(status), rate=0.0)
+        crawl.frontier.add_links([request.url + "other"], 0, 100.0)
+        wait = take(crawl.frontier, 100.1)
+        assert isinstance(wait, float) is paused, status
+
+
 def test_retry_after_pauses_the_host_and_wins_over_the_back_off() -> None:
     crawl, request, final = judged(answer(429, retry_after="30"))
     assert final is None

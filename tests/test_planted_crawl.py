@@ -357,6 +357,44 @@ class LateLinks(cs.SharedFrontier):
         return super().holds_nothing() and not self.late
 
 
+class ReadsOnce(cs.SharedFrontier):
+    """What it read of its list is not told again."""
+
+    def answered(self, *about: Any) -> None:
+        super().answered(*about)
+        self.outbox._kept.clear()
+
+
+class TellsOnce(cs.SharedFrontier):
+    """What it found is not told again, though the tables have forgotten it."""
+
+    def _lose(self, batch: sync.SyncBatch, now: float) -> None:
+        told = set(self.outbox._told)
+        super()._lose(batch, now)
+        self.outbox._told |= told
+
+
+class KeepsHosts(cs.SharedFrontier):
+    """Goes on with the hosts of before when it joins anew."""
+
+    def _lose(self, batch: sync.SyncBatch, now: float) -> None:
+        held, self._held = self._held, {}
+        super()._lose(batch, now)
+        self._held = held
+
+
+class SilentPauses(cs.SharedFrontier):
+    """Nobody else hears of a pause."""
+
+    def pause(self, host_name: str, until: float, now: float) -> None:
+        Frontier.pause(self, host_name, until, now)
+
+    def plan(self, now: float) -> sync.SyncBatch:
+        batch = super().plan(now)
+        batch.notes = {name: note._replace(wait=0.0) for name, note in batch.notes.items()}
+        return batch
+
+
 @pytest.mark.parametrize(
     ("frontier", "tables", "given"),
     [
@@ -364,8 +402,22 @@ class LateLinks(cs.SharedFrontier):
         (cs.SharedFrontier, {"keeps_next": False}, {}),
         (cs.SharedFrontier, {}, {"margin": -1.0}),
         (LateLinks, {}, {}),
+        (cs.SharedFrontier, {"idle": 1e9}, {}),
+        (cs.SharedFrontier, {"notices": False}, {}),
+        (cs.SharedFrontier, {"grace": False}, {}),
+        (cs.SharedFrontier, {"sequence": True, "notices": False}, {}),
+        (cs.SharedFrontier, {"counts": False}, {}),
+        (cs.SharedFrontier, {"alone": False}, {}),
+        (ReadsOnce, {}, {}),
+        (TellsOnce, {}, {}),
+        (KeepsHosts, {}, {}),
+        (SilentPauses, {}, {}),
     ],
-    ids=["no fence", "no next_at", "no margin", "links lost"],
+    ids=[
+        *("no fence", "no next_at", "no margin", "links lost", "locks for ever", "lost commits", "no grace"),
+        *("numbers given again", "deaths not counted", "not alone", "list told once", "links told once", "kept hosts"),
+        "silent pauses",
+    ],
 )
 def test_shared_simulation_finds_planted_faults(
     frontier: type[cs.SharedFrontier], tables: dict[str, bool], given: dict[str, float]

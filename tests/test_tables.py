@@ -20,19 +20,20 @@ import crawl_async
 from crawl import cli as crawl_cli
 from crawl import shared_crawl, sync
 from crawl import tables as ct
+from crawl.errors import FetchError
 from crawl.frontier import Frontier
 from crawl.hosts import Question
-from crawl.model import Options, Request, ScrapeResult
+from crawl.model import Options, Request, Response, ScrapeResult
 from runtime import postgres as db
 from sandbox.sites import Sandbox
-from tests.helpers.base import HANG_LIMIT, HERE, until_async
+from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, until_async
 from tests.helpers.postgres import LET_GO, PgServer, bouncer, refusing
 
 
 @pytest.fixture
 def shared_pg(pg: PgServer) -> PgServer:
     """Without a crawl in it."""
-    tables = ["settings", "workers", "hosts", "seen", "queue", "results", "robots", "scope"]
+    tables = ["settings", "workers", "hosts", "seen", "queue", "results", "robots", "scope", "server"]
     asyncio.run(pg.do(LET_GO, f"DROP TABLE IF EXISTS {', '.join('crawl_' + name for name in tables)}"))
     return pg
 
@@ -72,6 +73,10 @@ def shared_test(check: Callable[[PgServer, ct.PgStore], Coroutine[Any, Any, None
     return test
 
 
+ENDED = "UPDATE crawl_workers SET renewed_at = now() - '1 s'::interval, lease_until = now() - '1 s'::interval"
+"""All leases have."""
+
+
 @shared_test
 async def test_claims_skip_what_is_leased_or_locked(server: PgServer, store: ct.PgStore) -> None:
     hosts = [f"h{n}" for n in range(4)]
@@ -108,9 +113,7 @@ async def test_host_goes_back_with_its_next_time(server: PgServer, store: ct.PgS
 async def test_late_worker_is_fenced_off(server: PgServer, store: ct.PgStore) -> None:
     late = await store.sync(sync.SyncBatch(None, 1, 30.0, links=[link("a")]))
     held = await store.sync(sync.SyncBatch(late.token, 1, 30.0, claim=1, spacing=100.0))
-    await server.do(
-        "UPDATE crawl_workers SET renewed_at = '-1 s'::interval + now(), lease_until = now() - '1 s'::interval"
-    )
+    await server.do(ENDED)
     next_one = await store.sync(sync.SyncBatch(None, 1, 30.0))
     assert next_one.dead and not next_one.finished
     await store.reap()
@@ -126,6 +129,62 @@ async def test_late_worker_is_fenced_off(server: PgServer, store: ct.PgStore) ->
     assert await server.do("SELECT row->>'title' FROM crawl_results") == "a \ufffd title"
 
 
+class Stuck(ct.PgStore):
+    """Stands still in its transaction, until it is let go."""
+
+    def __init__(self, database: db.Database) -> None:
+        super().__init__(database)
+        self.there, self.let_go = asyncio.Event(), asyncio.Event()
+
+    async def _read(self, *about: Any) -> None:
+        self.there.set()
+        await self.let_go.wait()
+        await super()._read(*about)
+
+
+@shared_test
+async def test_worker_that_stands_still_in_its_transaction_does_not_keep_its_hosts(
+    server: PgServer, store: ct.PgStore
+) -> None:
+    first = await store.sync(sync.SyncBatch(None, 1, 2.0, links=[link("a")]))
+    held = await store.sync(sync.SyncBatch(first.token, 1, 2.0, claim=1))
+    stuck = Stuck(store._database)
+    batch = sync.SyncBatch(first.token, 2, 2.0, held=["a"], done=[shared_done(held.urls[0])], links=[link("b")])
+    sent = asyncio.create_task(stuck.sync(batch))
+    await stuck.there.wait()
+    await server.do(ENDED)
+    await store.reap()
+    other = await store.sync(sync.SyncBatch(None, 1, 2.0, links=[link("b")]))
+    claimed = await store.sync(sync.SyncBatch(other.token, 1, 2.0, claim=9))
+    assert sorted(host for host, _ in claimed.hosts) == ["a", "b"], "and what it had found is for others to find"
+    stuck.let_go.set()
+    with pytest.raises((db.Unavailable, *db.PASSING)):
+        await sent
+    assert (await store.sync(batch)).token is None
+
+
+@shared_test
+async def test_robots_txt_that_could_not_be_read_is_believed_for_a_while_only(
+    server: PgServer, store: ct.PgStore
+) -> None:
+    crawl = shared_crawl.SharedCrawl(Options(depth=1), server.url)
+    for path, outcome in ("a", Response(503, {}, b"")), ("b", FetchError("timeout", "")), ("c", Response(404, {}, b"")):
+        url = f"http://{path}/robots.txt"
+        crawl.learn_robots(Request(url, url, path, kind="robots"), outcome)
+    batch = crawl.mine.plan(0.0)
+    batch.links = [link(host) for host in "abc"]
+    first = await store.sync(batch)
+    claimed = await store.sync(sync.SyncBatch(first.token, 1, 30.0, claim=3))
+    assert {found.origin[-1]: round(found.ttl, -1) for found in claimed.robots} == {"a": 300, "b": 300, "c": 86400}
+    other = shared_start(server)[0].mine
+    other.answered(other.plan(0.0), claimed, 0.0, 0.0)
+    assert other.explain("http://a/", 0.0).startswith("now")
+    robots = shared_start(server, robots=True)[0].mine
+    robots.answered(robots.plan(0.0), claimed, 0.0, 0.0)
+    assert robots.explain("http://a/", 299.0) == "no: robots.txt could not be read"
+    assert "robots.txt is read first" in robots.explain("http://a/", 301.0)
+
+
 @shared_test
 async def test_batch_sent_twice_is_applied_once(server: PgServer, store: ct.PgStore) -> None:
     first = await store.sync(sync.SyncBatch(None, 1, 30.0, links=[link("a"), link("b"), link("c")]))
@@ -134,7 +193,7 @@ async def test_batch_sent_twice_is_applied_once(server: PgServer, store: ct.PgSt
     batch = sync.SyncBatch(first.token, 2, 30.0, done=[shared_done(held.urls[0])], claim=1, held=[host])
     batch.links = [link(host, "/found")]
     one = await store.sync(batch)
-    two = await store.sync(dataclasses.replace(batch, resync=True))
+    two = await store.sync(batch)
     assert [row.url for row in one.stored] == [row.url for row in two.stored] == [held.urls[0].url]
     assert {name for name, _ in one.hosts} < {name for name, _ in two.hosts} <= {"a", "b", "c"} - {host}
     assert (
@@ -503,3 +562,17 @@ def test_command_line(shared_pg: PgServer, capfd: pytest.CaptureFixture[str]) ->
     assert "secret" not in capfd.readouterr().err
     with pytest.raises(SystemExit):
         run(["--status"])
+
+
+@pytest.mark.parametrize("program", ["crawl_async.py", "crawl_threads.py"])
+def test_worker_with_helpers(program: str, shared_pg: PgServer, shared_site: Sandbox, tmp_path: Path) -> None:
+    before = len(shared_site.log)
+    urls = [shared_site.url("/", host) for host in range(4)]
+    options = ["--depth", "20", "--rate", "40", "--no-robots", "--processes", "2", "--stats", str(tmp_path / "stats")]
+    command = [sys.executable, program, *urls, "--frontier", shared_pg.url, *options, "-q"]
+    done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, timeout=PROGRAM_LIMIT)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 80
+    asyncio.run(all_stored(shared_pg, shared_site))
+    assert len(shared_site.log) - before == 80, "each page was asked for once"
+    helpers = json.loads((tmp_path / "stats").read_text())["processes"]
+    assert sum(helper["requests"] for helper in helpers) == 80 and all(helper["requests"] for helper in helpers)
