@@ -1,4 +1,4 @@
-"""runtime/postgres.py: a real server, which is stopped, killed and frozen; a proxy that swallows."""
+"""runtime/postgres.py, writer.py: a real server, which is stopped, killed and frozen; a proxy that swallows."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import aggregate_app
 from api.history import UPSTREAM_RESULTS, History
 from runtime import postgres as db
+from runtime.writer import Writer, WriterStats
 from tests.helpers.api import ask
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, ticks, until_async
 from tests.helpers.postgres import BEGUN, PgServer, Proxy, bouncer, pg_history, pg_open, pg_result, refusing
@@ -65,8 +66,8 @@ class Fake:
         if self.after:
             raise self.after.popleft()
 
-    def writer(self, **options: Any) -> db.Writer[int]:
-        writer = db.Writer(self, self.insert, **{"max_age": 0.001, **options})  # type: ignore[arg-type]
+    def writer(self, **options: Any) -> Writer[int]:
+        writer = Writer(self, self.insert, **{"max_age": 0.001, **options})  # type: ignore[arg-type]
         writer._backoff.base = 0.0
         return writer
 
@@ -88,11 +89,11 @@ def test_writer_batches_by_count_and_by_age() -> None:
         await until_async(lambda: writer.stats().written == 6)
         looked = looks
         await until_async(lambda: looks > looked + 6)  # it looked thrice, and the last row is not due
-        assert (fake.batches, writer.stats()) == ([[0, 1, 2], [3, 4, 5]], db.WriterStats(1, 6, 0, 0, 2))
+        assert (fake.batches, writer.stats()) == ([[0, 1, 2], [3, 4, 5]], WriterStats(1, 6, 0, 0, 2))
         world.now += 0.001
         await until_async(lambda: writer.stats().written == 7)
         assert writer.offer(7)
-        assert (await writer.close(writing, HANG_LIMIT), writer.stats()) == (0, db.WriterStats(0, 8, 0, 0, 4))
+        assert (await writer.close(writing, HANG_LIMIT), writer.stats()) == (0, WriterStats(0, 8, 0, 0, 4))
         assert not writer.offer(8) and writer.stats().lost == 1
 
     run_task(main())
@@ -167,7 +168,7 @@ def test_writer_sends_the_same_rows_again(error: Exception) -> None:
         writer.offer(2)
         assert await writer.close(writing, HANG_LIMIT) == 0
         assert (fake.batches, fake.rows) == ([[1, 2]] * 5, Counter((1, 2)))
-        assert writer.stats() == db.WriterStats(0, 2, 0, 0, 1)
+        assert writer.stats() == WriterStats(0, 2, 0, 0, 1)
 
     run_task(main())
 
@@ -183,7 +184,7 @@ def test_writer_cut_off_while_halving_counts_each_row_once() -> None:
         await until_async(lambda: not fake.gate.is_set())
         assert (fake.batches, writer.stats().queued) == ([[0, 1, 2, 3], [0, 1], [2, 3]], 2)
         assert (await writer.close(writing, 0.0), fake.rows) == (2, Counter((0, 1)))
-        assert writer.stats() == db.WriterStats(0, 2, 2, 0, 1)
+        assert writer.stats() == WriterStats(0, 2, 2, 0, 1)
 
     run_task(main())
 
@@ -196,7 +197,7 @@ def test_writer_close_waits_so_long_and_no_longer() -> None:
         writing = asyncio.create_task(writer.run())
         writer.offer(1)
         assert (await writer.close(writing, 0.01), writing.cancelled()) == (1, True)
-        assert writer.stats() == db.WriterStats(0, 0, 1, 0, 0)
+        assert writer.stats() == WriterStats(0, 0, 1, 0, 0)
         fake = Fake()
         fake.gate.clear()
         writer = fake.writer()
@@ -472,7 +473,7 @@ def test_database_none_is_none() -> None:
                 raise AssertionError("there is none")
         history = History(database)
         history.keep(pg_result(1))
-        assert history.writer.stats() == db.WriterStats(0, 0, 0, 0, 0)
+        assert history.writer.stats() == WriterStats(0, 0, 0, 0, 0)
         await database.close()
 
     run_task(main())

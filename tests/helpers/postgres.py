@@ -24,6 +24,7 @@ import pytest
 
 from api.history import UPSTREAM_RESULTS, History, Result
 from runtime import postgres as db
+from runtime import writer as writer_module
 from runtime.embedded import Account, Embedded, find_programs
 from tests.helpers.base import HANG_LIMIT, until_async, wait_until
 
@@ -200,6 +201,7 @@ def pg(pg_server: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
     monkeypatch.setattr(db, "CHECK_LIMIT", HANG_LIMIT)
     monkeypatch.setattr(db, "CLOSE_LIMIT", HANG_LIMIT)
     monkeypatch.setattr(db, "BACK_OFF", AT_ONCE)
+    monkeypatch.setattr(writer_module, "BACK_OFF", AT_ONCE)
     return pg_server
 
 
@@ -234,7 +236,7 @@ async def pg_history(url: str, **options: Any) -> AsyncIterator[History]:
     async with pg_open(url) as database:
         history = History(database)
         if options:
-            history.writer = db.Writer(database, history._insert, **options)
+            history.writer = writer_module.Writer(database, history._insert, **options)
         writing = asyncio.create_task(history.writer.run())
         yield history
         await history.writer.close(writing, HANG_LIMIT)
