@@ -7,7 +7,7 @@ import logging
 
 from logs.enrich import Enricher
 from logs.store import Store
-from runtime.postgres import Database
+from runtime.postgres import Database, first_line
 
 log = logging.getLogger("ingest")
 
@@ -24,7 +24,7 @@ async def maintain(database: Database, store: Store) -> None:
         try:
             await store.maintain()
         except Exception as error:
-            if said != (said := f"{type(error).__name__}: {error}"):
+            if said != (said := f"{type(error).__name__}: {first_line(error)}"):
                 log.warning("maintenance: %s", said)
             await asyncio.sleep(FILL_EVERY)
             continue
@@ -48,5 +48,5 @@ async def fill_in(database: Database, store: Store, enricher: Enricher) -> None:
                     await store.fill_in(service, found)
             said = ""
         except Exception as error:
-            if said != (said := f"{type(error).__name__}: {error}"):
+            if said != (said := f"{type(error).__name__}: {first_line(error)}"):
                 log.warning("filling in: %s", said)

@@ -99,6 +99,11 @@ def is_away(error: BaseException) -> bool:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines of a hint or of details."""
+    return str(error).partition("\n")[0]
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether the same may be done later."""
     return is_away(error) or isinstance(error, PASSING)
@@ -217,7 +222,7 @@ class Database:
             await wait_for_event(self._known, wait)
             if self._opening and (error := self._hopeless) is not None:
                 await self.close()
-                raise Misconfigured(f"database: {error}") from error
+                raise Misconfigured(f"database: {first_line(error)}") from error
             self._opening = False
 
     async def ready(self, wait: float = math.inf) -> bool:
@@ -287,7 +292,7 @@ class Database:
         trouble = type(error).__name__ if error is not None else ""
         if trouble != self._trouble and not (self._trouble and isinstance(error, Unavailable)):
             self._trouble = trouble
-            log.warning("database: %s", f"{then}: {trouble}: {error}" if error else "it is stored again")
+            log.warning("database: %s", f"{then}: {trouble}: {first_line(error)}" if error else "it is stored again")
 
     def stats(self) -> DatabaseStats:
         """The state, the kind of server, connects so far, the type of the last error."""
@@ -314,7 +319,7 @@ class Database:
         else:
             self._up.clear()
             if error is not None and not (self._opening and self._hopeless):
-                log.warning("database: %s: %s", kind, error)
+                log.warning("database: %s: %s", kind, first_line(error))
         self.state, self._since = state, datetime.now(UTC)
 
     async def _supervise(self) -> None:
