@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -454,18 +455,21 @@ def test_shares_twenty_kills_and_each_page_once(tmp_path: Path) -> None:
     rng, lock, out = random.Random(7), threading.Lock(), tmp_path / "rows.jsonl"
     victims = ["helper"] * 14 + ["parent"] * 6
     rng.shuffle(victims)
-    moments = sorted(rng.sample(range(10, 440), len(victims)))  # how many requests there have been
+    moments = [10 + 12 * n + rng.randrange(6) for n in range(len(victims))]  # how many requests there have been
     killed: list[int] = []
     programs: list[subprocess.Popen[bytes]] = []
 
     def page(host: int, path: str) -> AnyPage:
         number = int(path[1:] or 0)
         with lock:
-            due = len(killed) < len(victims) and len(web.log) >= moments[len(killed)] and web.paths()[path] == 1
+            paths = web.paths()
+            due = len(killed) < len(victims) and len(web.log) >= moments[len(killed)] and paths[path] == 1
+            # not one that two helpers have died with, nor of a parent that is dead
+            due = due and number == max(int(asked[1:]) for asked in paths) and programs[-1].pid not in killed
             if due and (one := shares_client(programs[-1].pid, web.client.port)):
                 killed.append(programs[-1].pid if victims[len(killed)] == "parent" else one.pid)
                 os.kill(killed[-1], signal.SIGKILL)
-        links = "".join(f"<a href=/{n}>x</a>" for n in (2 * number + 1, 2 * number + 2) if n < 400)
+        links = "".join(f"<a href=/{n}>x</a>" for n in (2 * number + 1, 2 * number + 2) if n < 900)
         return 200, {}, f"<title>{path}</title>{links}"
 
     with Web(page) as web:
@@ -480,13 +484,14 @@ def test_shares_twenty_kills_and_each_page_once(tmp_path: Path) -> None:
             codes.append(program.returncode)
             told += err
         asked = web.paths()
-    assert b"Traceback" not in told, told
+    # of a helper whose parent died before it had told it what to run, multiprocessing itself prints a traceback
+    assert not re.search(rb'File "\S*/(crawl|runtime|\w+_threads|\w+_async)\S*py"', told), told.decode()
     assert codes == [-signal.SIGKILL] * 6 + [0], (codes, killed, moments)
     rows = shares_rows(out.read_bytes())
-    assert Counter(row["url"] for row in rows) == Counter(web.url(1, f"/{n}") for n in range(400))
+    assert Counter(row["url"] for row in rows) == Counter(web.url(1, f"/{n}") for n in range(900))
     assert [row["error"] for row in rows if row["error"]] == []
     assert len(killed) == len(victims) and len(set(killed)) == len(victims)
-    assert set(asked) == {f"/{n}" for n in range(400)} and asked.total() <= 400 + 6 * len(killed)
+    assert set(asked) == {f"/{n}" for n in range(900)} and asked.total() <= 900 + 6 * len(killed)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
