@@ -9,8 +9,6 @@ Promised
 - A request waits for its deadline at most; the deadline cuts the wait, not the load: what comes late fills the cache.
 - What is stale is served at once, while one load in the background renews it; it never carries a full max-age. What
   is in use is loaded again before it gets stale.
-- An assembled answer is handed out again for ``KEPT`` seconds, while nothing in it changed: its ages are of the moment
-  that its ``generated_at`` says.
 - The database may be away at any time. A stop takes ten seconds at most.
 
 Three layers: what waits for a socket runs in the event loop of the server (the upstreams, PostgreSQL), what blocks in

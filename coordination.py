@@ -1,20 +1,15 @@
 """Where threads and tasks meet: who waits for whom, and in which order they go on. Hand-written on one lock each.
 
-``primitives`` decides *when* something may happen; here is what makes one worker wait for another. Every object works
-for threads and for tasks of any number of event loops at the same time: a waiter is a parked thread (blocked on a lock
-of its own) or a parked task (awaiting a future of its loop), and both stand in the same queue.
+Every object works for threads and for tasks of any number of event loops at the same time: a waiter is a parked thread
+(blocked on a lock of its own) or a parked task (awaiting a future of its loop), and both stand in the same queue.
 
-==================  ==============================================================================================
-mechanism           promise (and what is not promised)
-==================  ==============================================================================================
-``Semaphore``       at most ``permits`` holders; FIFO, nobody barges past a queue, a cancelled holder loses nothing.
-``Channel``         a bounded FIFO between workers; what ``put`` accepted is delivered, exactly once, also after
-                    ``close()``; a cancelled ``put`` leaves nothing in it. Not promised: that nobody has got the item
-                    of a ``put`` that is cancelled in the moment in which it is accepted.
-``Visited``         of any number of workers that ask, exactly one is told that it is the first.
-``fan_out``         an outcome for every call at the deadline; no task is left behind.
-``WorkerPool``      every accepted item is handled once, errors or not; closing drains.
-==================  ==============================================================================================
+``Semaphore``   at most ``permits`` holders; FIFO, nobody barges past a queue, a cancelled holder loses nothing.
+``Channel``     a bounded FIFO between workers; what ``put`` accepted is delivered, exactly once, also after ``close``;
+                a cancelled ``put`` leaves nothing in it. Not promised: that nobody has got the item of one that is
+                cancelled in the moment in which it is accepted.
+``Visited``     of any number of workers that ask, exactly one is told that it is the first.
+``fan_out``     an outcome for every call at the deadline; no task is left behind.
+``WorkerPool``  every accepted item is handled once, errors or not; closing drains.
 
 Each object owns one lock, which guards all its fields and is held for the decision only: never while waiting, never
 during a call of the user's. No lock is taken while another is held, so no order between them can be got wrong. Only
@@ -32,7 +27,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -490,16 +485,6 @@ class Visited(Generic[K]):
 # -------------------------------------------------------------------------------------------- fan-out
 
 
-class Budget(Protocol):
-    """What hedging asks before it adds load: ``primitives.RetryBudget``."""
-
-    def request(self) -> None:
-        """Count a first call."""
-
-    def try_retry(self) -> bool:
-        """Whether one more call may be made."""
-
-
 class Outcome(NamedTuple, Generic[T]):
     """What became of one call: at the deadline it had a ``value``, an ``error``, or neither yet."""
 
@@ -516,34 +501,6 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
     except TimeoutError:
         pass
     return event.is_set()
-
-
-async def hedged(call: Callable[[], Awaitable[T]], delay: float, budget: Budget | None = None) -> T:
-    """The first answer of two equal calls, the second of which starts if the first has not answered after ``delay``
-    seconds and ``budget`` allows it (Dean and Barroso, "The Tail at Scale", CACM 2013). The other is cancelled and
-    awaited. If both fail, the first one's error is raised. For calls that may be made twice only.
-    """
-    if budget is not None:
-        budget.request()
-    first = task = asyncio.ensure_future(_awaited(call))
-    tasks = [first]
-    done = pending = set(tasks)
-    try:
-        done, _ = await asyncio.wait(tasks, timeout=delay)
-        if not done and (budget is None or budget.try_retry()):
-            tasks.append(asyncio.ensure_future(_awaited(call)))
-        pending = set(tasks)
-        while pending:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if not task.cancelled() and task.exception() is None:
-                    return task.result()
-        return await first
-    finally:
-        try:
-            await cancel_all(tasks)
-        finally:
-            del first, tasks, done, pending, task
 
 
 async def fan_out(
@@ -574,10 +531,6 @@ def _outcome(task: asyncio.Future[T]) -> Outcome[T]:
         return Outcome("timeout", None, None)
     error = asyncio.CancelledError() if task.cancelled() else task.exception()
     return Outcome("ok", task.result(), None) if error is None else Outcome("error", None, error)
-
-
-async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
-    return await call()
 
 
 async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:

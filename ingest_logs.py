@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import ipaddress
 import logging
 import os
@@ -22,21 +21,19 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import get_args
 from zoneinfo import ZoneInfo
 
 from logs.demo import LogDemo
 from logs.display import METRICS, LogCounts, draw, health, last_word
-from logs.event_queue import Policy
+from logs.event_queue import POLICIES
 from logs.intake import KernelDrops, udp_socket
 from logs.metadata import make_template
 from logs.options import IngestOptions
-from logs.pipeline import FORCE_LIMIT, Ingester
-from logs.workers import ParentConnection, Supervisor
+from logs.pipeline import Ingester
+from logs.workers import Supervisor, work
 from runtime.embedded import Embedded
-from runtime.loop import STOPPING, beside, new_loop
-from runtime.options import EXIT_FAILED, SIZES, CannotStart, Parser, address, checked, size, split_address
+from runtime.loop import STOPPING, new_loop
+from runtime.options import SIZES, CannotStart, Parser, address, checked, size, split_address
 from runtime.postgres import check_url
 from runtime.shell import Wiring, prepared_process, run, shown_address
 from runtime.stderr import say
@@ -89,7 +86,7 @@ exit codes: 0 nothing was lost at the stop; 1 something was, or it could not sta
     over = parser.add_argument_group("overload, and the database away")
     option(over, "--queue", int, "events that wait in memory, of each receiver; 64 MB at most")
     text = "when the queue is full (spool: half full, batches go to disk)"
-    option(over, "--overload", str, text, None, choices=get_args(Policy))
+    option(over, "--overload", str, text, None, choices=POLICIES)
     option(over, "--spool", str, "batches on disk (default: data/spool beside this program)", "FOLDER")
     option(over, "--spool-bytes", size, "of each receiver's spool, at most", "SIZE", within=(0,))
     text = "longest time that a power failure may cost the spool; 0: none"
@@ -127,9 +124,6 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
             check(options, args.demo)
     except ValueError as error:
         parser.error(str(error))
-    if options.database == "embedded":
-        folder = Path(__file__).resolve().with_name("data") / "postgres"
-        options = dataclasses.replace(options, database=f"embedded:{folder}")
     return args, options
 
 
@@ -152,29 +146,15 @@ def _open_sockets(options: IngestOptions, stack: contextlib.ExitStack) -> list[s
     for _ in range(options.receivers):
         shared = options.receivers > 1
         try:
-            bound = udp_socket(host, port, receive_buffer=options.receive_buffer, reuse_port=shared)
+            sock, warning = udp_socket(host, port, receive_buffer=options.receive_buffer, reuse_port=shared)
         except OSError as error:
             raise CannotStart(error.strerror or str(error)) from None
-        stack.callback(bound.sock.close)
-        port = bound.sock.getsockname()[1]
-        if bound.warning and not found:
-            log.warning("%s", bound.warning)
-        found.append(bound.sock)
+        stack.callback(sock.close)
+        port = sock.getsockname()[1]
+        if warning and not found:
+            log.warning("%s", warning)
+        found.append(sock)
     return found
-
-
-def _make_program(options: IngestOptions, sockets: list[socket.socket]) -> Ingester | Supervisor:
-    kernel_drops = KernelDrops(sockets).total
-    if len(sockets) == 1:
-        return Ingester(options, sockets[0], kernel_drops=kernel_drops)
-    told = {"options": dataclasses.asdict(options), "workers": len(sockets)}
-    return Supervisor(
-        [sys.executable, __file__, "--worker"],
-        lambda number: {**told, "number": number},
-        sockets,
-        stop_limit=options.stop_limit + FORCE_LIMIT,
-        kernel_drops=kernel_drops,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,8 +171,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info("listening on %s", shown_address(sockets[0]))
         if demo is not None:
             demo.target = sockets[0].getsockname()
+        drops = KernelDrops(sockets).total
+
+        def make() -> Ingester | Supervisor:
+            if len(sockets) == 1:
+                return Ingester(options, sockets[0], kernel_drops=drops)
+            return Supervisor([sys.executable, __file__, "--worker"], options, sockets, kernel_drops=drops)
+
         return Wiring(
-            make=lambda: _make_program(options, sockets),
+            make=make,
             tell=lambda program: say(NAME, last_word(program.snapshot())),
             metrics=METRICS,
             health=lambda counts: health(counts, options.receivers),
@@ -209,24 +196,7 @@ def _run_worker(link: int) -> int:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(_work(socket.socket(fileno=link)))
-
-
-async def _work(parent: socket.socket) -> int:
-    link, told = await ParentConnection.open(parent)
-    options = IngestOptions(**{**told["options"], "allow": tuple(told["options"]["allow"])})
-    sock = socket.socket(fileno=told["socket"])
-    try:
-        ingester = Ingester(options, sock, number=told["number"], workers=told["workers"])
-        async with beside(link.listen(ingester), "parent"), beside(link.report(ingester), "report"):
-            code = await ingester.run()
-            link.tell(ingester.snapshot()._asdict())
-            return code
-    except CannotStart as error:
-        link.tell({"failed": str(error)})
-        return EXIT_FAILED
-    finally:
-        await link.close()
+        return runner.run(work(socket.socket(fileno=link)))
 
 
 if __name__ == "__main__":

@@ -27,14 +27,13 @@ from market.display import METRICS, MarketCounts, draw, health, last_word
 from market.feeds import ADAPTERS
 from market.flow import MarketOptions, MarketProgram, Pipeline, feeds_of, security
 from market.replay import Replayer
-from runtime.options import SIZES, Parser, address, size, split_address
-from runtime.packages import missing
+from runtime.options import SIZES, Parser, address, missing, size, split_address
 from runtime.shell import Wiring, run
 from runtime.stderr import say
 
 log = logging.getLogger("market_pipeline")
 
-COMMANDS = ("run", "analyse", "replay")
+COMMANDS: dict[str, type[MarketProgram]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
 NAME = "market_pipeline"
 
 
@@ -57,6 +56,13 @@ def _seconds(text: str) -> tuple[int, ...]:
         return tuple(int(each) for each in words(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"whole seconds with commas are needed, not {text!r}") from None
+
+
+def _address(text: str) -> tuple[str, str]:
+    name, equals, url = text.partition("=")
+    if name not in ADAPTERS or not equals or not re.match(r"wss?://.", url):
+        raise argparse.ArgumentTypeError(f"EXCHANGE=ws://... or wss://... is needed, not {text!r}")
+    return name, url
 
 
 def make_parser() -> Parser:
@@ -91,7 +97,7 @@ exit codes: 0 nothing was lost; 1 something was, or it could not start; 2 wrong 
     option(feeds, "--exchanges", words, text, "LIST")
     option(feeds, "--stocks", tickers, "from the stock feeds whose keys are in the environment", "LIST")
     text = "another address of an exchange: a proxy, a simulation"
-    option(feeds, "--url", str, text, "EXCHANGE=URL", action="append")
+    option(feeds, "--url", _address, text, "EXCHANGE=URL", action="append")
     kafka = parser.add_argument_group("Kafka")
     option(kafka, "--kafka", str, "the brokers, with commas; or KAFKA_BROKERS", "HOST:PORT")
     option(kafka, "--prefix", str, "of the topics' names", "TEXT")
@@ -133,23 +139,12 @@ def parse_arguments(argv: Sequence[str] | None, environ: Mapping[str, str]) -> t
     if "kafka" not in given and environ.get("KAFKA_BROKERS") and not args.demo:
         given["kafka"] = environ["KAFKA_BROKERS"]
     try:
-        given["urls"] = addresses(args.url or ())
+        given["urls"] = dict(args.url or ())
         options = MarketOptions(**given)
         check(options, args, environ)
     except ValueError as error:
         parser.error(str(error))
     return args, options
-
-
-def addresses(texts: Sequence[str]) -> dict[str, str]:
-    """``EXCHANGE=URL`` of each -> by exchange; ``ValueError`` if one is neither."""
-    found = dict[str, str]()
-    for text in texts:
-        name, equals, url = text.partition("=")
-        if name not in ADAPTERS or not equals or not re.match(r"wss?://.", url):
-            raise ValueError(f"--url: EXCHANGE=ws://... or wss://... is needed, not {text!r}")
-        found[name] = url
-    return found
 
 
 def check(options: MarketOptions, args: argparse.Namespace, environ: Mapping[str, str]) -> None:
@@ -191,13 +186,11 @@ def tell(program: MarketProgram) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole program. Returns the exit code."""
     args, options = parse_arguments(argv, os.environ)
-
-    kinds: dict[str, type[MarketProgram]] = {"run": Pipeline, "analyse": Analyser, "replay": Replayer}
     demo = MarketDemo(options, args.demo_seconds, args.demo_rate) if args.demo else None
 
     def wire(options: MarketOptions, _: contextlib.ExitStack) -> Wiring[MarketCounts]:
         return Wiring(
-            make=lambda: kinds[args.command](options),
+            make=lambda: COMMANDS[args.command](options),
             tell=tell,
             metrics=METRICS,
             health=health,

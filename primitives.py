@@ -1,41 +1,26 @@
-"""The mechanisms of a concurrent program, hand-written on the standard library.
+"""The mechanisms of a concurrent program, hand-written on the standard library: *when* something may happen.
 
-Every mechanism here is a *pure core* with two *thin shells*:
+Each is a *pure core* with two *thin shells*. The core is a decision, ``(now, event) -> what to do``: it never sleeps,
+awaits, does I/O or calls foreign code. Time (``now``, in seconds of a monotonic clock) and randomness (``rng``) are
+arguments, so that a test can play an hour in a millisecond and a failing seed again. The thread shell obeys with
+``time.sleep``, the async shell with ``await asyncio.sleep``; they differ in nothing else. ``coordination`` has what
+makes one worker wait for another; docs/primitives.md says what is promised and what is not.
 
-- The core is a decision: ``(now, event) -> what to do``. It never sleeps, awaits, does I/O or calls foreign code.
-  Time (``now``, in seconds of a monotonic clock) and randomness (``rng``) are arguments, so that a test can play an
-  hour in a millisecond and a failing seed can be played again.
-- The thread shell obeys the decision with ``time.sleep``, the async shell with ``await asyncio.sleep``. They differ
-  in nothing else.
-
-This file decides *when* something may happen; ``coordination`` has what makes one worker wait for another.
-
-==================  ==============================================================================================
-mechanism           promise (and what is not promised)
-==================  ==============================================================================================
-``RetryPolicy``     bounded attempts, bounded total time; full jitter after the cap. Not promised: idempotence of
-                    what is retried; that is the caller's knowledge.
+``RetryPolicy``     bounded attempts, bounded total time; full jitter after the cap.
 ``Backoff``         the waits of a loop that never gives up, jittered in the same way.
 ``RetryBudget``     retries <= reserve + ratio * requests, always.
-``TokenBucket``     at most ``burst + rate * t`` grants in *any* window of ``t`` seconds; FIFO, also for unequal sizes;
-                    the place of one who leaves the queue goes to those behind. Not promised: that, once a ``reserve``,
-                    a ``pause`` or a new rate stands behind it.
-``SingleFlight``    one load at a time for each key, whoever asks; it ends when nobody wants it any more. Not promised:
-                    anything about loads that do not overlap.
-``TTLCache``        nothing outside of its windows is served, nothing above its bounds is kept; what is gone makes room
-                    first. Not promised: that what is within them is still true.
-``CircuitBreaker``  closed, open, half-open; a late result of an earlier state changes nothing; a call that never
-                    reports wedges nothing. Not promised: that nobody suffers from a probe; probes are real calls.
-``Batch``           full at ``max_items`` or ``max_bytes``, due at ``max_age`` of its oldest item. It says when; it
-                    flushes nothing.
-==================  ==============================================================================================
+``TokenBucket``     at most ``burst + rate * t`` grants in *any* window of ``t`` seconds; FIFO, also for unequal sizes.
+``SingleFlight``    one load at a time for each key, whoever asks; it ends when nobody wants it any more.
+``TTLCache``        nothing outside of its windows is served, nothing above its bounds is kept; what is gone goes first.
+``CircuitBreaker``  closed, open, half-open; a late result changes nothing; a call that never reports wedges nothing.
+``Batch``           full at ``max_items`` or ``max_bytes``, due at ``max_age`` of its oldest item. It flushes nothing.
 
 Each object owns one lock, which guards all its fields, held for the decision only: never while sleeping, never during
 a call of the user's. So one object serves threads and tasks, of any number of event loops, at the same time (but a
 ``Backoff``, which has no lock and belongs to its loop). No lock is taken while another is held: the cache asks its
 ``SingleFlight`` after it let go of its own. No lock can be re-entered: a destructor or a signal handler that uses the
-object which was just being used waits for itself. Nothing in this file starts a thread or a process, and only
-``SingleFlight`` starts tasks, one for each load that a task asks for.
+object which was just being used waits for itself. Nothing in this file starts a thread or a process; only ``hedged``
+starts tasks, and ``SingleFlight``, one for each load that a task asks for.
 
 Blocking verbs are for threads: ``SingleFlight.do`` in the thread of an event loop, for a key that a task of this loop
 is loading, waits for ever. So does a load that asks for its own key.
@@ -58,7 +43,7 @@ from dataclasses import dataclass
 from types import CoroutineType, TracebackType
 from typing import Any, Generic, Literal, NamedTuple, NoReturn
 
-from coordination import Clock, FairCondition, K, Rng, T, Waiter, check_count, new_lock, stats_repr
+from coordination import Clock, FairCondition, K, Rng, T, Waiter, cancel_all, check_count, new_lock, stats_repr
 
 RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
 """Which errors are meant: an exception type, several, or a predicate."""
@@ -210,36 +195,41 @@ class RetryBudget:
     __repr__ = stats_repr
 
 
-class _Attempts:
-    """The decision of both retry shells: after a failure, how long to wait; or the failure itself."""
+def _begun(on: RetryOn, budget: RetryBudget | None, clock: Clock) -> float:
+    """When the first try begins."""
+    if not callable(on):
+        _check_on(on)
+    if budget is not None:
+        budget.request()
+    return clock()
 
-    def __init__(
-        self, on: RetryOn, policy: RetryPolicy, budget: RetryBudget | None, clock: Clock, rng: Rng, started: float
-    ) -> None:
-        self._on, self._policy, self._budget = on, policy, budget
-        self._clock, self._rng, self._started = clock, rng, started
-        self._made = 0
-        self._history: deque[str] = deque(maxlen=10)
 
-    def failed(self, error: Exception) -> float | None:
-        """Seconds to wait before the next try; None when there is none: ``error`` now has the history as its note."""
-        wanted = _matches(error, self._on)
-        self._made += 1
-        try:
-            self._history.append(f"{type(error).__name__}: {error}")
-        except Exception:  # of its __str__
-            self._history.append(type(error).__name__)
-        if wanted:
-            elapsed = self._clock() - self._started
-            retry_after = getattr(error, "retry_after", None)
-            if not isinstance(retry_after, (int, float)):
-                retry_after = None
-            delay = self._policy.delay(self._made, self._rng, retry_after, elapsed)
-            if delay is not None and (self._budget is None or self._budget.try_retry()):
-                return delay
-        if self._made > 1:
-            error.add_note(f"retry: gave up after {self._made} attempts: " + "; ".join(self._history))
-        return None
+def _after(
+    error: Exception,
+    history: list[str],
+    on: RetryOn,
+    policy: RetryPolicy,
+    budget: RetryBudget | None,
+    elapsed: float,
+    rng: Rng,
+) -> float | None:
+    """The decision of both retry shells: seconds to wait before the next try; None when there is none: ``error`` now
+    has the history as its note."""
+    wanted = _matches(error, on)
+    try:
+        history.append(f"{type(error).__name__}: {error}")
+    except Exception:  # of its __str__
+        history.append(type(error).__name__)
+    if wanted:
+        retry_after = getattr(error, "retry_after", None)
+        if not isinstance(retry_after, (int, float)):
+            retry_after = None
+        delay = policy.delay(len(history), rng, retry_after, elapsed)
+        if delay is not None and (budget is None or budget.try_retry()):
+            return delay
+    if len(history) > 1:
+        error.add_note(f"retry: gave up after {len(history)} attempts: " + "; ".join(history[-10:]))
+    return None
 
 
 _DEFAULT_POLICY = RetryPolicy()
@@ -260,18 +250,13 @@ def retry(
     (seconds) replaces the back-off. The last error is raised as it is, the history of the attempts as its note.
     ``TypeError`` if ``on`` is something else, or ``call`` a coroutine function.
     """
-    if not callable(on):
-        _check_on(on)
-    if budget is not None:
-        budget.request()
-    started = clock()
-    attempts: _Attempts | None = None
+    started = _begun(on, budget, clock)
+    history: list[str] = []
     while True:
         try:
             result = call()
         except Exception as error:
-            attempts = attempts or _Attempts(on, policy, budget, clock, rng, started)
-            delay = attempts.failed(error)
+            delay = _after(error, history, on, policy, budget, clock() - started, rng)
             if delay is None:
                 raise
         else:
@@ -291,21 +276,48 @@ async def retry_async(
     rng: Rng = random.random,
 ) -> T:
     """``retry`` for an async call. Cancellation is never retried."""
-    if not callable(on):
-        _check_on(on)
-    if budget is not None:
-        budget.request()
-    started = clock()
-    attempts: _Attempts | None = None
+    started = _begun(on, budget, clock)
+    history: list[str] = []
     while True:
         try:
             return await call()
         except Exception as error:
-            attempts = attempts or _Attempts(on, policy, budget, clock, rng, started)
-            delay = attempts.failed(error)
+            delay = _after(error, history, on, policy, budget, clock() - started, rng)
             if delay is None:
                 raise
         await sleep(delay)
+
+
+async def hedged(call: Callable[[], Awaitable[T]], delay: float, budget: RetryBudget | None = None) -> T:
+    """The first answer of two equal calls, the second of which starts if the first has not answered after ``delay``
+    seconds and ``budget`` allows it (Dean and Barroso, "The Tail at Scale", CACM 2013). The other is cancelled and
+    awaited. If both fail, the first one's error is raised. For calls that may be made twice only.
+    """
+    if budget is not None:
+        budget.request()
+    first = task = asyncio.ensure_future(_awaited(call))
+    tasks = [first]
+    done = pending = set(tasks)
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=delay)
+        if not done and (budget is None or budget.try_retry()):
+            tasks.append(asyncio.ensure_future(_awaited(call)))
+        pending = set(tasks)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if not task.cancelled() and task.exception() is None:
+                    return task.result()
+        return await first
+    finally:
+        try:
+            await cancel_all(tasks)
+        finally:
+            del first, tasks, done, pending, task
+
+
+async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
+    return await call()
 
 
 # --------------------------------------------------------------------------------------- token bucket
@@ -383,12 +395,9 @@ class TokenBucket:
         """Book ``n`` tokens and return the seconds to wait before using them (0.0: go)."""
         self._check_size(n)
         with self._lock:
-            if now is None:
-                now = self._clock()
-            if self._queue:
-                self._settle()
-            wait, self._full_at = self._look(n, now)
-        return wait
+            self._settle()
+            wait, self._full_at = self._look(n, self._clock() if now is None else now)
+            return wait
 
     def _check_size(self, n: float) -> None:
         if not 0 < n <= self.burst:
@@ -431,8 +440,7 @@ class TokenBucket:
         burst = self.burst if burst is None else burst
         self._check(rate, burst)
         with self._lock:
-            if now is None:
-                now = self._clock()
+            now = self._clock() if now is None else now
             self._settle()
             held = now < self._paused_until and self._full_at == self._paused_until + self._depth - self._interval
             full_at = self._unpaused if held else self._full_at
@@ -538,7 +546,7 @@ class TokenBucket:
 
     async def acquire_async(self, n: float = 1, timeout: float | None = None) -> bool:
         """``acquire`` for tasks. A cancelled one has taken nothing."""
-        # What try_acquire does: to call it would be a fourth of the time, ``with`` a third. A signal handler that
+        # What try_acquire does: to call it would be a third of the time, ``with`` another. A signal handler that
         # raises between the next two lines would leave the lock held; in a thread that matters, here the loop ends.
         lock = self._lock
         lock.acquire()
@@ -570,10 +578,9 @@ class TokenBucket:
     def stats(self, now: float | None = None) -> TokenBucketStats:
         """The counts of ``now`` (seconds by its clock; None: of this moment)."""
         with self._lock:
-            if now is None:
-                now = self._clock()
+            now = self._clock() if now is None else now
             tokens = self.burst - max(0.0, self._full_at - now) * self.rate
-        return TokenBucketStats(self.rate, self.burst, tokens)
+            return TokenBucketStats(self.rate, self.burst, tokens)
 
     __repr__ = stats_repr
 
@@ -681,11 +688,7 @@ class SingleFlight:
         """The answer of the one load of ``key`` that is under way, or of ``load()``."""
         flight, waiter = self._join(key, None)
         if waiter is not None:
-            try:
-                waiter.block(None)
-            except BaseException:
-                self._leave(key, flight, waiter)
-                raise
+            waiter.block_or(lambda waiter: self._leave(key, flight, waiter), None)
             if waiter.value is not _LEAD:
                 return self._answer(waiter)  # type: ignore[no-any-return]
         answer = None
@@ -743,11 +746,6 @@ class SingleFlight:
         """``forget`` every key."""
         with self._lock:
             self._flights = {}
-
-    def loading(self, key: Hashable) -> bool:
-        """Whether a load of ``key`` is under way that others would join."""
-        with self._lock:
-            return key in self._flights
 
     def stats(self) -> SingleFlightStats:
         """The counts of this moment."""
@@ -968,10 +966,6 @@ class TTLCache(Generic[K, T]):
             return found  # type: ignore[no-any-return]
         return await self._flights.do_async(key, lambda: self._load_async(key, load, anew))
 
-    def loading(self, key: K) -> bool:
-        """Whether a load of ``key`` is under way."""
-        return self._flights.loading(key)
-
     def _fresh(self, key: K) -> Any:
         """Its value, or ``_ABSENT``: asked for by who leads, too, since another load may have come and gone."""
         with self._lock:
@@ -1053,8 +1047,8 @@ class Permit:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         failed: bool | None = False if error is None else None
         try:
-            if error is not None:
-                failed = self._breaker._counts(error) or None
+            if isinstance(error, Exception):
+                failed = _matches(error, self._breaker._on) or None
         finally:
             self._breaker._settle(self, failed=failed)
 
@@ -1167,9 +1161,6 @@ class CircuitBreaker:
             raise CircuitOpen(self.name, refusal)
         return permit
 
-    def _counts(self, error: BaseException) -> bool:
-        return isinstance(error, Exception) and _matches(error, self._on)
-
     def _settle(self, permit: Permit, failed: bool | None, now: float | None = None) -> None:
         if failed is False and permit.generation == self._unrecorded:
             permit.settled = True
@@ -1269,8 +1260,7 @@ class CircuitBreaker:
         try:
             result = await function(*args, **options)
         except BaseException as error:
-            if self._counts(error):
-                self._settle(Permit(self, generation), failed=True)
+            Permit(self, generation).__exit__(None, error, None)
             raise
         if generation != self._unrecorded:  # others failed meanwhile
             self._settle(Permit(self, generation), failed=False)
@@ -1323,7 +1313,8 @@ class Batch(Generic[T]):
         It has ``item``, unless that would be too many bytes: then this is the first of the next one.
         """
         with self._lock:
-            full = self._weigh(size) if size else None
+            full = self._take() if size and self._items and self._bytes + size > self.max_bytes else None
+            self._bytes += size
             items = self._items
             if not items:
                 self._begun = self._clock() if now is None else now
@@ -1331,11 +1322,6 @@ class Batch(Generic[T]):
             if full is None and (len(items) >= self.max_items or (size and self._bytes >= self.max_bytes)):
                 return self._take()
             return full
-
-    def _weigh(self, size: float) -> list[T] | None:
-        full = self._take() if self._items and self._bytes + size > self.max_bytes else None
-        self._bytes += size
-        return full
 
     def due_in(self, now: float | None = None) -> float:
         """Seconds until ``take`` has something: the oldest is ``max_age`` old then; infinity if there is none."""

@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
+from api.aggregate import assemble
 from api.requests import Problem, problem
 from api.service import Service
 from api.upstreams import request_id
@@ -59,64 +60,64 @@ class Aggregator(Starlette):
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
-        started, identity, plain = time.monotonic(), b"", scope["method"] == "GET"
+        started, identity, tags = time.monotonic(), b"", b""
         size, length = 0, b"0"
         for name, value in scope["headers"]:
             size += len(name) + len(value)
             if name == b"x-request-id":
                 identity = value
             elif name == b"if-none-match":
-                plain = False
+                tags = tags + b"," + value
             elif name == b"content-length":
                 length = value
         if not identity or not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", identity):
             # random for the process, counted within it: a random one each would be a sixteenth of a cached answer
             identity = b"%s%08x" % (self._process, next(self._serial) & 0xFFFFFFFF)
         service, client = self.service, scope["client"][0] if scope.get("client") else ""
-        wait = self._wait(client) if self._rate else 0.0
-        if plain and not wait and service is not None and size <= MAX_HEADERS:
-            kept = service.kept.get((scope["path"], scope["query_string"]))
-            if kept is not None:
-                for answers, state in kept.counted:
-                    answers[state] += 1
-                headers = [*kept.headers, (b"x-request-id", identity)]
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                await send({"type": "http.response.body", "body": kept.body})
-                scope["states"] = kept.states
-                self._note(scope, identity, client, started, 200)
-                return
+        refusal = refused(self._wait(client) if self._rate else 0.0, len(scope["query_string"]), size, int(length))
         status = 500
-
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", identity)]
-            await send(message)
-
         token = request_id.set(identity.decode())
         try:
-            refusal = refused(wait, len(scope["query_string"]), size, int(length))
+            plan = service.plans.get((scope["path"], scope["query_string"])) if service and not refusal else None
+            if plan is not None and scope["method"] == "GET":
+                begun = plan.begin()
+                if not begun.loads:
+                    answer = assemble(plan, begun.parts, started, tags)
+                    status, headers, scope["states"] = answer.status, answer.headers, answer.states
+                    headers.append((b"x-request-id", identity))
+                    await send({"type": "http.response.start", "status": status, "headers": headers})
+                    await send({"type": "http.response.body", "body": answer.body})
+                    return
+                scope["begun"] = begun
+
+            async def with_id(message: Message) -> None:
+                nonlocal status
+                if message["type"] == "http.response.start":
+                    status = message["status"]
+                    message["headers"] = [*message["headers"], (b"x-request-id", identity)]
+                await send(message)
+
+            scope["started"], scope["tags"], scope["plan"] = started, tags, plan
             if refusal is not None:
-                await (await problem(Request(scope), refusal))(scope, receive, answer)
+                await (await problem(Request(scope), refusal))(scope, receive, with_id)
             else:
-                await super().__call__(scope, receive, answer)
+                await super().__call__(scope, receive, with_id)
         finally:
             request_id.reset(token)
-            self._note(scope, identity, client, started, status)
+            if service is not None and service.log.wanted:
+                self._note(service, scope, identity, client, started, status)
 
-    def _note(self, scope: Scope, identity: bytes, client: str, started: float, status: int) -> None:
-        if self.service is not None and self.service.log.wanted:
-            fields = {
-                "client": client,
-                "method": scope["method"],
-                "path": scope["path"],
-                "query": scope["query_string"].decode("latin-1"),
-                "status": status,
-                "duration_ms": round((time.monotonic() - started) * 1000, 3),
-                "sources": scope.get("states"),
-            }
-            self.service.log.note("request", identity.decode(), fields)
+    def _note(self, service: Service, scope: Scope, identity: bytes, client: str, started: float, status: int) -> None:
+        fields = {
+            "client": client,
+            "method": scope["method"],
+            "path": scope["path"],
+            "query": scope["query_string"].decode("latin-1"),
+            "status": status,
+            "duration_ms": round((time.monotonic() - started) * 1000, 3),
+            "sources": scope.get("states"),
+        }
+        service.log.note("request", identity.decode(), fields)
 
     def _wait(self, client: str) -> float:
         """Seconds until the client may ask; 0.0: it may."""

@@ -29,7 +29,7 @@ import time
 from array import array
 from bisect import bisect, bisect_left, insort
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -69,10 +69,11 @@ def _summary(columns: Columns) -> dict[str, Any]:
     ok = errors.pop("ok", 0)
     known = [pair for pair in zip(columns.times, columns.latencies, strict=True) if 0 <= pair[1] < math.inf]
     seconds = [latency for _, latency in known]
+    ranks = percentiles(seconds) | ({"max": max(seconds)} if seconds else {})
     return {
         "results": results,
         "availability": round(ok / results, 4) if results else None,
-        "latency_ms": {name: _ms(value) for name, value in ranks(seconds).items()},
+        "latency_ms": {name: _ms(value) for name, value in ranks.items()},
         "errors": dict(errors.most_common()),
         "change_points": [
             {"at": _iso(known[at][0]), "before_ms": _ms(before), "after_ms": _ms(after)}
@@ -90,11 +91,10 @@ def _iso(when: float) -> str:
     return datetime.fromtimestamp(known, UTC).isoformat(timespec="seconds")
 
 
-def ranks(values: Sequence[float]) -> dict[str, float]:
-    """p50, p95 and p99 by the nearest rank, and the maximum; {} of no values."""
+def percentiles(values: Collection[float]) -> dict[str, float]:
+    """p50, p95 and p99 by the nearest rank; {} of no values."""
     ranked = sorted(values)
-    shown = {f"p{p}": ranked[math.ceil(len(ranked) * p / 100) - 1] for p in (50, 95, 99)} if ranked else {}
-    return shown | {"max": ranked[-1]} if ranked else {}
+    return {f"p{p}": ranked[math.ceil(len(ranked) * p / 100) - 1] for p in (50, 95, 99)} if ranked else {}
 
 
 # ------------------------------------------------------------------------------------------------- change points

@@ -10,10 +10,9 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import asyncpg
 import orjson
@@ -30,25 +29,18 @@ from runtime.monitor import Exporter
 from runtime.postgres import Database, Unavailable
 from runtime.processes import Processes, in_daemon
 
+if TYPE_CHECKING:
+    from api.aggregate import Plan
+
 log = logging.getLogger("uvicorn.error")
 
 GRACE = 5.0  # seconds that loads under way get when the server stops
-KEPT, KEPT_MOST, KEPT_BYTES = 0.05, 1000, 16_000_000
-"""Seconds for which an assembled answer is handed out again; how many there may be, and of how many bytes in sum."""
+PLANS = 1000  # paths with their queries whose meaning is remembered
 RENEW_EVERY, RETAIN_EVERY = 0.1, 600.0
 """Seconds between two searches for what is to be renewed, and for what is too old to be kept."""
 WARM = 3.0  # seconds that the start waits for the database and what it knows
 REPORTS, INSPECTIONS = 16, 4  # reports, and inspections of hosts for them, at a time
 PLACES = 256  # calls under way to all upstreams together
-
-
-class KeptAnswer(NamedTuple):
-    """An answer as it was sent, to be sent again."""
-
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-    states: dict[str, str]
-    counted: list[tuple[Counter[str], str]]  # the counts of its sources, and the state to count
 
 
 class Service:
@@ -65,11 +57,9 @@ class Service:
         self.force: Callable[[], object] = lambda: None
         self.timers: list[asyncio.TimerHandle] = []
         self.tasks: dict[str, asyncio.Task[Any]] = {}
-        self.kept: TTLCache[tuple[str, bytes], KeptAnswer] = TTLCache(KEPT_MOST, KEPT, maxweight=KEPT_BYTES)
-        self.changes = 0
+        self.plans: TTLCache[tuple[str, bytes], Plan] = TTLCache(PLANS, math.inf)  # by path and query
         for source in sources.values():
             source.listeners.append(self.loaded)
-            source.changed = self.drop_kept
             source.breaker.listen(self._switched)
 
     def begin(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -101,11 +91,6 @@ class Service:
         fields = {"source": source, "state": state, "previous": previous}
         self.events.publish("breaker", fields)
         self.log.note("breaker", request_id.get(), fields)
-
-    def drop_kept(self) -> None:
-        """Send no kept answer again: something changed."""
-        self.changes += 1
-        self.kept.clear()
 
     async def renew(self) -> None:
         """Load what is in use before it gets stale, until the stop."""

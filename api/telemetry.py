@@ -23,9 +23,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 
-from api.upstreams import Source, percentiles
-from coordination import Clock, wait_for_event
+from api.report import percentiles
+from api.upstreams import Source
+from coordination import Clock
 from runtime.monitor import Measure, counter, gauge
+from runtime.outlet import Changes
 from runtime.stderr import lines_lost
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class Events:
     def __init__(self, keep: int = 256) -> None:
         self._ring: deque[tuple[int, bytes]] = deque(maxlen=keep)
         self._serial = 0
-        self._news = asyncio.Event()
+        self._news = Changes()
         self.streams = 0
         self._ended = False
 
@@ -95,16 +97,12 @@ class Events:
         self._serial += 1
         body = orjson.dumps({**data, "at": datetime.now(UTC).isoformat(timespec="milliseconds")})
         self._ring.append((self._serial, b"id: %d\nevent: %s\ndata: %s\n\n" % (self._serial, kind.encode(), body)))
-        self._wake()
+        self._news.tell()
 
     def end(self) -> None:
         """End all streams, and those that begin from now on."""
         self._ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+        self._news.tell()
 
     async def stream(self, last: int | None = None) -> AsyncIterator[bytes]:
         """The events after number ``last``, as far as they are known; None: those from now on."""
@@ -113,12 +111,11 @@ class Events:
         try:
             yield b"retry: 2000\n\n"
             while not self._ended:
-                news = self._news
                 text = b"".join(event for serial, event in self._ring if serial > seen)
                 seen = self._serial
                 if text:
                     yield text
-                elif not await wait_for_event(news, KEEP_ALIVE):
+                elif not await self._news.wait(KEEP_ALIVE):
                     yield b": keep-alive\n\n"
         finally:
             self.streams -= 1

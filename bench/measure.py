@@ -95,7 +95,7 @@ def present(name: str) -> bool:
 
 def require(name: str, *modules: str) -> None:
     """SystemExit with one line if something is not installed without which the command cannot run."""
-    from runtime.packages import missing
+    from runtime.options import missing
 
     if line := missing(name, *modules):
         raise SystemExit(f"bench: {line}")

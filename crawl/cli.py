@@ -30,17 +30,17 @@ from crawl.output import Output, RowWriter, Run
 from crawl.progress import describe, progress, serve_metrics, write_stats
 from crawl.scope import Scope
 from crawl.url_list import read_urls
-from runtime.options import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PIPE, SIZES, CannotStart, Parser, size
-from runtime.packages import missing
+from runtime.options import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PIPE, SIZES, CannotStart, Parser, missing, size
+from runtime.processes import processors
 from runtime.stderr import queue_stderr, say
 
 
-def processes(text: str) -> int:
+def helpers(text: str) -> int:
     """``auto`` -> as many as there are processors."""
     count = 0 if text == "auto" else int(text)
     if count < 0:
         raise ValueError
-    return count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count() or 1
+    return count or processors()
 
 
 def header(text: str) -> tuple[str, str]:
@@ -102,43 +102,35 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     option(load, "--burst", int, "requests to one host that may go at once after a rest")
     option(load, "--total-rate", float, "requests per second to all hosts together; 0: no limit")
     text = "that fetch and read pages, for one frontier; 0 or auto: one for each processor (default 1: this one)"
-    load.add_argument("--processes", type=processes, default=1, metavar="N", help=text)
+    load.add_argument("--processes", type=helpers, default=1, metavar="N", help=text)
     load.add_argument("--adaptive", action="store_true", default=None, help="find each host's rate, up to --rate")
     crawl = parser.add_argument_group("following links")
     option(crawl, "--depth", int, "links away from the list; 0: the list only")
-    crawl.add_argument(
-        "--within", choices=("host", "domain", "any"), help="links to the same host (default), registrable domain, any"
-    )
+    text = "links to the same host (default), registrable domain, any"
+    crawl.add_argument("--within", choices=("host", "domain", "any"), help=text)
     for name, what in (
         ("--include", "follow only links that match: * is any text, or re:EXPRESSION"),
         ("--exclude", "follow no links that match"),
         ("--drop-params", "free links of these query parameters: utm_*"),
     ):
-        field = name[2:].replace("-", "_")
-        crawl.add_argument(name, action="append", dest=field, metavar="PATTERN", help=what + "; may be repeated")
+        option(crawl, name, str, f"{what}; may be repeated", "PATTERN", action="append")
     option(crawl, "--max-pages", int, "pages in all; 0: no limit")
     option(crawl, "--host-pages", int, "pages of one host; 0: no limit")
     option(crawl, "--max-time", float, "time for the whole crawl; 0: no limit", "S")
-    crawl.add_argument(
-        "--robots", action=argparse.BooleanOptionalAction, help="obey robots.txt (default: if links are followed)"
-    )
+    text = "obey robots.txt (default: if links are followed)"
+    crawl.add_argument("--robots", action=argparse.BooleanOptionalAction, help=text)
     crawl.add_argument("--sitemaps", action="store_true", default=None, help="crawl what the sites' sitemaps name too")
     crawl.add_argument(
-        "--dedupe", action="store_true", default=None, help="mark equal bodies; follow links of the first"
+        "--dedupe", action="store_true", default=None, help="mark equal bodies; follow the first's links"
     )
-    crawl.add_argument(
-        "--resume", action="store_true", help="go on with the JSON lines in the --output of an earlier run"
-    )
-    crawl.add_argument(
-        "--explain", metavar="URL", help="would this URL be fetched, why (not), and when? fetches robots.txt"
-    )
+    crawl.add_argument("--resume", action="store_true", help="go on with the JSON lines in --output of an earlier run")
+    option(crawl, "--explain", str, "would this URL be fetched, why (not), and when? fetches robots.txt", "URL")
     feeds = parser.add_argument_group("feeds")
     feeds.add_argument(
-        "--feeds", action="store_true", default=None, help="the list holds RSS and Atom feeds: fetch articles"
+        "--feeds", action="store_true", default=None, help="the list has RSS or Atom feeds: fetch articles"
     )
-    feeds.add_argument(
-        "--since", metavar="DATE", help="no articles from before: 2030-01-31, or with a time and zone (default: UTC)"
-    )
+    text = "no articles from before: 2030-01-31, or with a time and zone (default: UTC)"
+    option(feeds, "--since", str, text, "DATE")
     limits = parser.add_argument_group("limits")
     option(limits, "--timeout", float, "time for one attempt, body included", "S")
     option(limits, "--connect-timeout", float, "time to connect within that", "S")
@@ -245,10 +237,17 @@ def _main(program: str, run: Run, argv: list[str] | None) -> int:
         try:
             needs(args, options)
             if args.status:
-                print(shared_status(args.frontier))
+                from crawl.shared_crawl import status  # it needs asyncpg
+
+                print(status(args.frontier))
                 return EXIT_OK
             lead = HELPERS_LEAD if args.processes > 1 else None
-            crawl = join_shared(args, options, lead) if args.frontier else Crawl(options, lead=lead)
+            if args.frontier:
+                from crawl.shared_crawl import join
+
+                crawl: Crawl = join(options, args.frontier, args.lease, lead)
+            else:
+                crawl = Crawl(options, lead=lead)
         except (ValueError, RuntimeError) as error:
             raise CannotStart(str(error)) from error
         if args.explain:
@@ -305,20 +304,6 @@ def needs(args: argparse.Namespace, options: Options) -> None:
     ):
         if wanted and (line := missing(option, *modules)):
             raise RuntimeError(line)
-
-
-def join_shared(args: argparse.Namespace, options: Options, lead: float | None) -> Crawl:
-    """A crawl whose frontier is in a database."""
-    from crawl.shared_crawl import join  # it needs asyncpg
-
-    return join(options, args.frontier, args.lease, lead)
-
-
-def shared_status(frontier: str) -> str:
-    """How far the crawl in the database ``frontier`` is, as text."""
-    from crawl.shared_crawl import status
-
-    return status(frontier)
 
 
 def demo_urls(stack: contextlib.ExitStack) -> Iterable[str]:

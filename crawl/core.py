@@ -113,10 +113,7 @@ class Crawl:
         """Whether the whole list is read before anything is fetched."""
         self.form = FeedResult if options.feeds else CrawlResult if self.follows else ScrapeResult  # what the rows are
         self.scope = Scope(
-            within=options.within,
-            include=options.include,
-            exclude=options.exclude,
-            drop_params=options.drop_params,
+            within=options.within, include=options.include, exclude=options.exclude, drop_params=options.drop_params
         )
         self.traps = Traps()
         self.listed = UrlList(self.scope, guarded=any(is_secret(name) for name, _ in options.headers))
@@ -295,14 +292,8 @@ class Crawl:
 
     def follow(self, row: CrawlResult, private: bool, links: Iterable[str] | None = None) -> None:
         """Add the links of a page that are to be followed; of ``links`` only, if they are given."""
-        targets = []
-        for link in self.links_to_follow(row) if links is None else links:
-            try:
-                target = normalise(self.scope.clean(link))[0]
-            except FetchError:
-                continue
-            if self.scope.why_not(target) is None and self.traps.why_not(target) is None:
-                targets.append(target)
+        found = self.scope.targets(self.links_to_follow(row) if links is None else links)
+        targets = [target for target in found if self.traps.why_not(target) is None]
         if targets and self.frontier.add_links(targets, row.depth + 1, self.clock(), private=private):
             self.changed()
 
@@ -331,18 +322,9 @@ class Crawl:
         own = {"robots": MAX_ROBOTS, "sitemap": MAX_SITEMAP}.get(request.kind)
         return (self.options.max_bytes, False) if own is None else (own + 1, True)
 
-    def know_body(self, digest: str, url: str) -> None:
-        """A page with this body has a row: ``url``."""
-        self.bodies.setdefault(digest, url)
-
-    @property
-    def list_kind(self) -> Literal["page", "feed"]:
-        """What the URLs of the list are."""
-        return "feed" if self.options.feeds else "page"
-
     def feed(self, urls: Iterable[str]) -> threading.Thread:
         """Read ``urls`` into the frontier in a thread: the list may be long, or a pipe that blocks."""
-        kind = self.list_kind
+        kind: Literal["page", "feed"] = "feed" if self.options.feeds else "page"  # what the URLs of the list are
         if self.options.max_time:
             self.frontier.stop_at(self.clock() + self.options.max_time)
 

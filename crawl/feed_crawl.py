@@ -30,7 +30,9 @@ class FeedCrawl:
     """The feeds of the list, and the articles on their way. ``since``: ISO 8601, no articles from before."""
 
     def __init__(self, frontier: Frontier, scope: Scope, stats: Stats, clock: Clock, *, since: str | None) -> None:
-        self._frontier, self._scope, self._stats, self._clock, self._since = frontier, scope, stats, clock, since
+        self._frontier, self._scope, self._stats, self._clock = frontier, scope, stats, clock
+        first = datetime.fromisoformat(since) if since else None
+        self._since = first if first is None or first.tzinfo else first.replace(tzinfo=UTC)
         self._lock = new_lock("FeedCrawl")
         self.validators: dict[str, tuple[str, str | None, str | None]] = {}
         """What an earlier run knew of feeds, by the list's URL (normalised): where it led, ETag, Last-Modified."""
@@ -96,7 +98,7 @@ class FeedCrawl:
     def add_articles(self, row: FeedResult, entries: Iterable[FeedEntry], private: bool, now: float) -> None:
         """Add the articles of a feed that are new, and not from before ``since``."""
         for entry in entries:
-            if self._too_old(entry.published):
+            if self._since and entry.published and datetime.fromisoformat(entry.published) < self._since:
                 continue
             try:
                 target = normalise(self._scope.clean(entry.url))[0]
@@ -118,9 +120,3 @@ class FeedCrawl:
         """The articles that a feed named in an earlier run, and that have no row yet."""
         found = [FeedEntry(*(entry.get(name) for name in FeedEntry._fields)) for entry in row.entries]  # type: ignore[arg-type]
         self.add_articles(row, found, private, self._clock())
-
-    def _too_old(self, published: str | None) -> bool:
-        if self._since is None or published is None:
-            return False
-        since = datetime.fromisoformat(self._since)
-        return datetime.fromisoformat(published) < (since if since.tzinfo else since.replace(tzinfo=UTC))

@@ -27,6 +27,7 @@ SENT = (
 )  # fmt: skip
 """What a helper is told of a request."""
 of_request = attrgetter(*SENT)
+MOST = 1 << 30  # bytes of a frame
 Message = tuple[Any, ...]
 
 
@@ -37,8 +38,7 @@ class Grant(Request):
     number: int = 0
     sends: tuple[str, dict[str, str]] | None = None  # URL and headers, where there is more to them than the options say
     fresh_until: float = -math.inf  # until then it may be sent without asking
-    asked_at: float | None = None
-    turn: float | None = None  # when it may be sent; below 0: not soon
+    turn: float = math.inf  # when it may be sent, once that is told; below 0: not soon
 
 
 def frame(*message: Any) -> bytes:
@@ -48,8 +48,13 @@ def frame(*message: Any) -> bytes:
 
 
 def messages(received: bytearray) -> Iterator[Message]:
-    """Those that are complete; they are taken out of ``received``."""
-    while len(received) >= 4 and len(received) >= (end := 4 + int.from_bytes(received[:4], "little")):
+    """Those that are complete; they are taken out of ``received``. Raises ValueError, and others, for what is none."""
+    while len(received) >= 4:
+        end = 4 + int.from_bytes(received[:4], "little")
+        if end > MOST:
+            raise ValueError(f"a frame of {end:,} bytes")
+        if len(received) < end:
+            return
         data = bytes(received[4:end])
         del received[:end]
         yield marshal.loads(data)

@@ -4,9 +4,10 @@ It is the program itself: its driver, threads or tasks, runs over a crawl whose 
 whose rows go to the parent. It decides nothing: what an answer means, what goes next and when, the parent says. Pages
 are read here; the bodies of robots.txt, sitemaps, feeds and articles go to the parent as they are.
 
-Leave to send. Where its host has a limit, a request whose connection is open asks for its turn, and is told the moment;
-to tell that ahead of time is the parent's business. Where there is none, it may be sent within ``FRESH`` seconds of its
-grant; later it asks too, for its host may have asked for a pause.
+Leave to send. Where its host has a limit, a request whose connection is open asks for its turn, and sleeps until it is
+told the moment; to tell that ahead of time is the parent's business. Who is more than ``LATE`` asks again, so that what
+the system held up is not sent together with what comes after it. Where there is no limit, a request may be sent within
+``FRESH`` seconds of its grant; later it asks too, for its host may have asked for a pause.
 
 Memory: of the links of all pages those that were not told before go to the parent apart, ``TOLD`` at most are kept in
 mind. They are forgotten when the crawl has new homes: what was out of scope may be within now.
@@ -31,7 +32,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from coordination import new_lock
+from coordination import Waiter, new_lock
 from crawl.core import Crawl
 from crawl.errors import REDIRECT_STATUSES, FetchError, Postponed
 from crawl.frontier import Frontier
@@ -41,7 +42,7 @@ from crawl.output import Run, peak_memory_mb
 
 FRESH = 0.1
 TOLD = 200_000
-SOON = 0.01  # seconds in which an answer to who asks for its turn should come; who waits for longer looks less often
+LATE = 0.02  # seconds after its turn in which a request may still be sent
 
 
 class HelperFrontier(Frontier):
@@ -52,6 +53,7 @@ class HelperFrontier(Frontier):
         self._tell = tell
         self._grants: deque[Grant] = deque()
         self._out: dict[int, Grant] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None  # the driver's, if it has one
 
     def granted(self, grant: Grant) -> None:
         """Take a grant of the parent."""
@@ -60,8 +62,9 @@ class HelperFrontier(Frontier):
 
     def turn(self, number: int, at: float) -> None:
         """Grant ``number`` may be sent at that moment (monotonic)."""
-        if grant := self._out.get(number):
+        if (grant := self._out.get(number)) and grant.told:
             grant.turn = at
+            grant.told.wake()
 
     def done(self, grant: Grant, *outcome: Any) -> None:
         """Tell the parent what came of a grant."""
@@ -73,21 +76,21 @@ class HelperFrontier(Frontier):
         return None if self._stopped else self._grants.popleft() if self._grants else math.inf
 
     def clear_to_send(self, request: Request, now: float, ahead: float = 0.0) -> float:
-        """Seconds to wait before it is sent; the parent is asked for its turn once."""
+        """Seconds to wait before it is sent; inf: until its turn is told, which the parent is asked for."""
         assert isinstance(request, Grant)
-        if request.turn is None:
+        if request.told is None:
             if now < request.fresh_until:
                 return 0.0
-            if request.asked_at is None:
-                request.asked_at = now
-                self._tell(None, request.number)
-            return 0.002 if now < request.asked_at + SOON else SOON
-        if request.turn < 0:
+        elif request.turn < 0:
             raise Postponed
-        if request.turn > now:
-            return request.turn - now
-        request.turn = request.asked_at = None  # should the connection turn out to be closed, it asks again
-        return 0.0
+        elif now < request.turn + LATE:
+            if request.turn > now:
+                return request.turn - now
+            request.told = None  # should the connection turn out to be closed, it asks again
+            return 0.0
+        request.told, request.turn = Waiter(self.loop), math.inf
+        self._tell(None, request.number)
+        return math.inf
 
     def put_back(
         self, request: Request, now: float, not_before: float, target: str | None = None, host_name: str | None = None
@@ -108,7 +111,6 @@ class HelperCrawl(Crawl, asyncio.Protocol):
         super().__init__(own, frontier=lambda **_: HelperFrontier(self._tell))
         assert isinstance(self.frontier, HelperFrontier)
         self._mine, self._sock, self._received = self.frontier, sock, bytearray()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._transport: Any = None
         self._sending = new_lock("HelperCrawl")
         self._outcomes: deque[Message] = deque()
@@ -124,15 +126,15 @@ class HelperCrawl(Crawl, asyncio.Protocol):
     def feed(self, urls: Iterable[str]) -> threading.Thread:
         """Hear the parent, in a thread unless a loop does."""
         thread = threading.Thread(target=self._receive, name="parent", daemon=True)
-        if self._loop is None:
+        if self._mine.loop is None:
             thread.start()
         return thread
 
     @contextlib.asynccontextmanager
     async def joined(self, put: Callable[[ScrapeResult], Awaitable[object]]) -> AsyncIterator[Any]:
         """Hear the parent in the running loop."""
-        self._loop = asyncio.get_running_loop()
-        self._transport, _ = await self._loop.create_connection(lambda: self, sock=self._sock)
+        self._mine.loop = loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.create_connection(lambda: self, sock=self._sock)
         yield put
 
     def headers(self, request: Request) -> tuple[str, dict[str, str]]:
@@ -179,11 +181,11 @@ class HelperCrawl(Crawl, asyncio.Protocol):
             self._outcomes.append(outcome)
         if ask is not None:
             self._asks.append(ask)
-        if self._loop is None:
+        if self._mine.loop is None:
             self._send()
         elif not self._due:
             self._due = True
-            self._loop.call_soon_threadsafe(self._send)
+            self._mine.loop.call_soon_threadsafe(self._send)
 
     def _send(self) -> None:
         """All that there is, in one piece."""
@@ -241,6 +243,7 @@ def help_out(sock: socket.socket, options: Options, run: Run) -> None:
     """What a helper process runs: ``run`` is the program's own. Does not return."""
     crawl = HelperCrawl(options, sock)
     gc.set_threshold(10_000, 20, 50)
-    sock.sendall(frame([], []))
+    with contextlib.suppress(OSError):  # the parent is gone already: who reads sees it too
+        sock.sendall(frame([], []))
     run(crawl, (), lambda *rows: None)
     os._exit(1)

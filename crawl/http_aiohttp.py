@@ -116,9 +116,11 @@ class GatedConnector(aiohttp.TCPConnector):
         connection = await super().connect(*args, **more)
         request, began, clock = current_request.get(), time.monotonic(), self._crawl.clock
         try:
-            while (wait := self._crawl.frontier.clear_to_send(request, clock())) > 0.0:  # noqa: ASYNC110
-                # The loop's timers are good to a millisecond: sleep a little less, and yield for the rest.
-                await asyncio.sleep(wait - 0.001 if wait > 0.0015 else 0)
+            while (wait := self._crawl.frontier.clear_to_send(request, clock())) > 0.0:
+                if wait == math.inf and request.told:
+                    await request.told.parked()
+                else:  # the loop's timers are good to a millisecond: sleep a little less, and yield for the rest
+                    await asyncio.sleep(wait - 0.001 if wait > 0.0015 else 0)
         except BaseException:
             connection.release()
             raise

@@ -13,13 +13,13 @@ import contextlib
 import functools
 import http.client
 import io
+import math
 import os
 import select
 import socket
 import ssl
 import time
 import urllib.request
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -199,7 +199,7 @@ class _Pool:
     def __init__(self, idle: int) -> None:
         self._limit = idle
         self._lock = new_lock("Pool")
-        self._idle: OrderedDict[_Connection, _Key] = OrderedDict()
+        self._idle: dict[_Connection, _Key] = {}
         self._by_key: dict[_Key, list[_Connection]] = {}
         self._in_use: set[socket.socket] = set()
         self.aborted = False
@@ -211,10 +211,8 @@ class _Pool:
                 connections = self._by_key.get(key)
                 if not connections:
                     return None
-                connection = connections.pop()
-                if not connections:
-                    del self._by_key[key]
-                del self._idle[connection]
+                connection = connections[-1]
+                self._forget(connection)
                 self._in_use.add(connection.sock.sock)
             if not connection.sock.readable():
                 return connection
@@ -229,14 +227,18 @@ class _Pool:
                 self._idle[connection] = key
                 self._by_key.setdefault(key, []).append(connection)
                 if len(self._idle) > self._limit:
-                    oldest, key = self._idle.popitem(last=False)
-                    self._by_key[key].remove(oldest)
-                    if not self._by_key[key]:
-                        del self._by_key[key]
+                    oldest = next(iter(self._idle))
+                    self._forget(oldest)
         if oldest:
             oldest.close()
         if not usable or self.aborted:
             connection.close()
+
+    def _forget(self, connection: _Connection) -> None:
+        key = self._idle.pop(connection)
+        self._by_key[key].remove(connection)
+        if not self._by_key[key]:
+            del self._by_key[key]
 
     def watch(self, sock: socket.socket) -> None:
         with self._lock:
@@ -251,7 +253,7 @@ class _Pool:
 
     def close(self) -> None:
         with self._lock:
-            idle, self._idle, self._by_key = list(self._idle), OrderedDict(), {}
+            idle, self._idle, self._by_key = list(self._idle), {}, {}
         for connection in idle:
             connection.close()
 
@@ -451,7 +453,9 @@ class Fetcher:
         while (wait := self._crawl.frontier.clear_to_send(request, time.monotonic())) > 0.0:
             # The system wakes a sleeper late, and with a burst of 1 what is late is lost: sleep a little less, yield
             # for most of the rest, and spin at the end, for even sleep(0) takes some 60 microseconds.
-            if wait > 0.0001:
+            if wait == math.inf and request.told:
+                request.told.block(None)
+            elif wait > 0.0001:
                 time.sleep(wait - 0.0003 if wait > 0.0004 else 0)
         request.held = time.monotonic() - began
         limit.skip()

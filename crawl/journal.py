@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import stat
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.model import CrawlResult, FeedResult
 from crawl.rows import validator
-from crawl.urls import normalise, origin, split_credentials
+from crawl.urls import normalise, origin
 
 Row = dict[str, Any]
 
@@ -149,39 +148,15 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 def _parsed(line: bytes) -> Row | None:
     """The row, or None if the line is none, or has no end."""
     with contextlib.suppress(ValueError):
-        try:
-            row = orjson.loads(line)
-        except ValueError:
-            if b"\\ud" not in line:
-                raise
-            row = json.loads(line)  # half a surrogate pair, which rows had once
+        row = orjson.loads(line)
         if line.endswith(b"\n") and isinstance(row, dict) and row.keys() >= USUAL and isinstance(row["url"], str):
             return row
     return None
 
 
 def rows(file: BinaryIO) -> Iterator[Row]:
-    """The rows of ``file``, without the passwords that they once had."""
-    for line in _lines(file):
-        if (row := _parsed(line)) is not None:
-            yield _without_credentials(row)
-
-
-def _without_credentials(row: Row) -> Row:
-    """As rows are: once they had the user and password of the list in their URLs."""
-    own = split_credentials(row["url"])[1]
-    if not own:
-        return row
-
-    def bare(value: Any) -> Any:
-        if isinstance(value, str):
-            text, userinfo = split_credentials(value)
-            return text if userinfo == own else value
-        if isinstance(value, list):
-            return [bare(item) for item in value]
-        return {name: bare(item) for name, item in value.items()} if isinstance(value, dict) else value
-
-    return {name: bare(value) for name, value in row.items()}
+    """The rows of ``file``."""
+    return filter(None, map(_parsed, _lines(file)))
 
 
 def known_as(url: str) -> tuple[str, str]:
@@ -230,7 +205,7 @@ def _remember(crawl: Crawl, row: Row, asked: dict[str, None]) -> None:
     crawl.frontier.mark(url, counts=not forbidden and not crawl.options.feeds)  # of feeds, each run may fetch so many
     crawl.frontier.mark(ended)
     if row.get("digest"):  # of a page whose row is not here, that one is the first again
-        crawl.know_body(row["digest"], row.get("duplicate_of") or row["url"])
+        crawl.bodies.setdefault(row["digest"], row.get("duplicate_of") or row["url"])
     if crawl.follows:
         if not row.get("depth"):
             crawl.scope.add(url)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from coordination import Waiter
 from crawl.errors import FetchError
 from crawl.urls import proxy_url
 from runtime.options import Range
@@ -97,6 +98,7 @@ class Request:
     listed: bool = False  # the list names it: a page or sitemap did not lead here
     held: float = 0.0  # seconds that its present hop has waited for its turn to be sent
     deaths: int = 0  # helpers that died while they had it
+    told: Waiter | None = None  # in a helper: woken when its parent has said when it may be sent
     strayed: bool = False
     """A redirect led to another origin: from then on, also back at the first one, no credentials of the user's."""
 

@@ -97,7 +97,7 @@ def _count(members: int) -> int:
     return members + 1
 
 
-class _Gzip:
+class Gzip:
     """gzip (RFC 1952), several members included; what follows them and begins like none is no part of the body."""
 
     def __init__(self) -> None:
@@ -106,6 +106,7 @@ class _Gzip:
         self._head = b""  # what has come of a next member's magic number
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
+        """What ``data`` gives, 256 KiB at a time. Raises ``zlib.error``; EOFError for too many members."""
         while data:
             if self._inflate.eof:
                 self._head, data = (self._head + data)[:2], self._head + data
@@ -118,6 +119,7 @@ class _Gzip:
             data = self._inflate.unused_data
 
     def complete(self) -> bool:
+        """Whether it does not end within a member."""
         return not self._begun or (self._inflate.eof and self._head != b"\x1f")
 
 
@@ -195,9 +197,9 @@ class _Zstandard:
         return self._between
 
 
-_CODINGS: dict[str, Callable[[], _Gzip | _Deflate | _Brotli | _Zstandard]] = {
-    "gzip": _Gzip,
-    "x-gzip": _Gzip,
+_CODINGS: dict[str, Callable[[], Gzip | _Deflate | _Brotli | _Zstandard]] = {
+    "gzip": Gzip,
+    "x-gzip": Gzip,
     "deflate": _Deflate,
     "br": _Brotli,
     "zstd": _Zstandard,

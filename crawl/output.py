@@ -45,23 +45,19 @@ def encode_json(row: ScrapeResult) -> bytes:
         return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 
 
-def defuse(cell: object) -> object:
-    """A text cell that no spreadsheet takes for a formula (OWASP, "CSV Injection")."""
-    return "'" + cell if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
-
-
 def encode_csv(cells: Iterable[object]) -> bytes:
     """A line of CSV (RFC 4180), which no spreadsheet takes for a formula."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow([defuse(cell) for cell in cells])
+    csv.writer(line, lineterminator="\r\n").writerow(map(cell, cells))
     return line.getvalue().encode("utf-8", "replace")
 
 
 def cell(value: object) -> object:
-    """A value as a table has it: URLs separated by spaces, what has a structure of its own as JSON."""
-    if not isinstance(value, list):
-        return value
-    return " ".join(value) if all(isinstance(item, str) for item in value) else orjson.dumps(value).decode()
+    """A value as a table has it: URLs separated by spaces, what has a structure of its own as JSON; no text that a
+    spreadsheet takes for a formula (OWASP, "CSV Injection")."""
+    if isinstance(value, list):
+        value = " ".join(value) if all(isinstance(item, str) for item in value) else orjson.dumps(value).decode()
+    return "'" + value if isinstance(value, str) and value.startswith(tuple("=+-@\t\r\n")) else value
 
 
 class RowWriter:
@@ -82,7 +78,7 @@ class RowWriter:
         """A row in the form of the output, with what stands before it."""
         first, self._rows = not self._rows, self._rows + 1
         if self.form == "csv":
-            return encode_csv(cell(getattr(row, name)) for name in self._fields)
+            return encode_csv(getattr(row, name) for name in self._fields)
         if self.form == "json":
             return (b"[\n" if first else b",\n") + encode_json(row)
         return encode_json(row) + b"\n"

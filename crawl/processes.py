@@ -7,14 +7,14 @@ to parse it, is done by the ``helpers`` (crawl/helper.py): processes that run th
 Promised
 - A host is sent ``burst + rate * t`` requests at most: a helper asks for its turn when the connection is open. The
   answer is the moment of sending, and comes ``AHEAD`` seconds before it, so that the way between processes costs no
-  time; the requests of a host are as far apart as these moments, but for what a system's scheduler adds.
+  time; the requests of a host are as far apart as these moments, for who is late (``crawl.helper.LATE``) asks again.
 - A helper that dies is replaced, and gives its grants back to the frontier: what was in flight is asked for again. A
   request that two died with is tried alone, by a helper that has nothing else. If that one dies too its row is
   ``internal``, and the crawl goes on. ``STILLBORN`` helpers in a row that died before they began end it.
+- So is one that sends what is no message, or says nothing for ``FROZEN`` seconds longer than a request may take: it is
+  killed.
 - Helpers do not hear Ctrl-C; the first one lets them finish what is granted, the second ends them. They end with this
   process, also if it is killed.
-
-Not promised: that a helper that is alive and stuck is noticed before the second Ctrl-C.
 
 A host goes to the same helper if that one has not much more to do than the others: its connections are there.
 
@@ -48,13 +48,16 @@ from crawl.model import CrawlResult, Options, Request, Response, ScrapeResult
 from crawl.net import detail
 from crawl.output import Emit, Run, peak_memory_mb, run_in_loop
 from crawl.readers import Readers
+from runtime.loop import beside
 from runtime.options import EXIT_INTERRUPTED
-from runtime.processes import start_child
+from runtime.processes import how_it_ended, start_child
 
 AHEAD = 0.06  # seconds before the moment of sending that a helper is told of it
 INLINE = 64 * 1024  # largest body in bytes that is read in the loop; pages have none here
 STILLBORN = 3
 ALONE = 2  # helpers that died with a request before it is tried alone
+FROZEN = 10.0  # seconds beyond the time limit of a request that a helper, which has one, may say nothing
+WATCH = 0.5  # seconds between two looks at that
 PARTING = 1.0  # seconds for a helper to say what it used
 
 
@@ -68,9 +71,11 @@ class Helper(asyncio.Protocol):
         self.granted: dict[int, Request] = {}
         self.alive = False
         self.requests = self.deaths = self.stillborn = 0
+        self.quiet = 0.0  # seconds for which it has said nothing, and has something to do
         self.usage: tuple[float, float] = 0.0, 0.0  # seconds of processor time, and MB at most
         self.ended = asyncio.Event()
         self._transport: Any = None
+        self._why: str | None = None  # it was killed
         self._grants: list[Any] = []
         self._turns: list[tuple[int, float]] = []
 
@@ -82,37 +87,49 @@ class Helper(asyncio.Protocol):
 
     async def join(self) -> None:
         """Connect to it."""
-        self.alive, self._received = True, bytearray()
-        self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=self._sock)
+        self.alive, self.quiet, self._why, self._received = True, 0.0, None, bytearray()
+        self._loop = asyncio.get_running_loop()
+        self._transport, _ = await self._loop.create_connection(lambda: self, sock=self._sock)
 
     def grant(self, number: int, request: Request, *about: Any) -> None:
-        """Have it perform ``request``: sent by ``flush``."""
+        """Have it perform ``request``."""
         self.granted[number] = request
-        self._grants.append((number, *about, *of_request(request)))
+        self._tell(self._grants, (number, *about, *of_request(request)))
 
     def turn(self, number: int, at: float) -> None:
-        """A request may be sent at that moment (monotonic): sent by ``flush``."""
-        self._turns.append((number, at))
+        """A request may be sent at that moment (monotonic)."""
+        self._tell(self._turns, (number, at))
 
-    def flush(self, home: int) -> None:
-        """Write what is to be told, in one message."""
+    def _tell(self, among: list[Any], what: tuple[Any, ...]) -> None:
+        if not self._grants and not self._turns:
+            self._loop.call_soon(self._flush)
+        among.append(what)
+
+    def _flush(self) -> None:
+        """Write all that is to be told, in one message."""
         if (self._grants or self._turns) and not self._transport.is_closing():  # then it will be lost
-            self._transport.write(frame(home, self._grants, self._turns))
-            self._grants, self._turns = [], []
+            self._transport.write(frame(self.parent.home, self._grants, self._turns))
+        self._grants.clear()
+        self._turns.clear()
 
     def data_received(self, data: bytes) -> None:
         """Take in what it has done."""
-        self.stillborn = 0
         self._received += data
-        for outcomes, asks, *usage in messages(self._received):
-            if usage:
-                self.usage = usage[0], usage[1]
-            self.parent.take_in(self, outcomes, asks)
+        try:
+            for outcomes, asks, *usage in messages(self._received):
+                if usage:
+                    self.usage = usage[0], usage[1]
+                self.parent.take_in(self, outcomes, asks)
+                self.stillborn, self.quiet = 0, 0.0
+        except Exception as error:
+            self.kill(f"it sent what is no message: {detail(error)}")
+            self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         """It has ended, or is cut off."""
         self.alive = False
-        self._grants, self._turns = [], []
+        self._grants.clear()
+        self._turns.clear()
         self.ended.set()
         self.parent.lost(self)
 
@@ -126,16 +143,16 @@ class Helper(asyncio.Protocol):
         if self.alive:
             self._transport.abort()
 
-    def kill(self) -> None:
-        """End the process."""
+    def kill(self, why: str | None = None) -> None:
+        """End the process; the first reason counts."""
+        self._why = self._why or why
         self._process.kill()
 
     def bury(self) -> str:
         """How it ended."""
         self._process.kill()
         self._process.join()
-        code = self._process.exitcode or 0
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        return self._why or how_it_ended(self._process.exitcode or 0)
 
 
 class Parent:
@@ -174,18 +191,8 @@ class Parent:
             for helper in self._helpers:
                 await helper.join()
             self._joined()
-            while True:
-                self._news.clear()
-                while self._inbox:
-                    await self._settle(*self._inbox.popleft())
-                wait = self._hand_out()
-                for helper in self._helpers:
-                    helper.flush(self._home)
-                if wait is None and not self._in_hand:
-                    break
-                await wait_for_event(self._news, math.inf if wait is None else wait)
-                if crawl.failure is not None and not self._cut_off:
-                    self._force()
+            async with beside(self._watch(), "helpers"):
+                await self._work()
         finally:
             self._over = True
             crawl.frontier.stop()
@@ -205,12 +212,24 @@ class Parent:
             await asyncio.to_thread(self._readers.close)
             crawl.stats.processes = self._usage()
 
+    async def _work(self) -> None:
+        while True:
+            self._news.clear()
+            while self._inbox:
+                await self._settle(*self._inbox.popleft())
+            wait = self._hand_out()
+            if wait is None and not self._in_hand:
+                return
+            await wait_for_event(self._news, math.inf if wait is None else wait)
+            if self._crawl.failure is not None and not self._cut_off:
+                self._force()
+
     def _changed_elsewhere(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._news.set)
 
     @property
-    def _home(self) -> int:
+    def home(self) -> int:
         """Grows when links come into scope that were not, or have to be told again."""
         crawl = self._crawl
         return crawl.told_anew + (0 if crawl.options.within == "any" else len(crawl.scope.homes))
@@ -267,7 +286,6 @@ class Parent:
                 self._loop.call_later(wait - AHEAD / 2, self._ask, helper, number)
                 return
             helper.turn(number, time.monotonic() + wait)
-        self._news.set()
 
     async def _consult(self, question: Question) -> None:
         crawl = self._crawl
@@ -284,9 +302,10 @@ class Parent:
     def take_in(self, helper: Helper, outcomes: Iterable[Any], asks: Iterable[int]) -> None:
         """What a helper has done, and the requests for which it asks a turn."""
         for number, *packed in outcomes:
-            if request := helper.granted.pop(number, None):
+            if not self._cut_off:  # then nothing is granted
+                outcome = unpack(packed, self._crawl.form, self.home) if packed else None
+                self._inbox.append((helper.granted.pop(number), outcome))
                 helper.requests += bool(packed)
-                self._inbox.append((request, unpack(packed, self._crawl.form, self._home) if packed else None))
         for number in asks:
             self._ask(helper, number)
         self._news.set()
@@ -385,6 +404,17 @@ class Parent:
             helper.deaths += 1
             self._start(self._replace(helper))
         self._joined()
+
+    async def _watch(self) -> None:
+        """End helpers that have said nothing for longer than a request may take. Counted in steps: where this process
+        was held up, they may have been, too."""
+        limit = self._crawl.options.timeout + FROZEN
+        while True:
+            await asyncio.sleep(WATCH)
+            for helper in self._helpers:
+                helper.quiet = helper.quiet + WATCH if helper.granted else 0.0
+                if helper.quiet > limit:
+                    helper.kill(f"it said nothing for {limit:g} s")
 
     async def _replace(self, helper: Helper) -> None:
         helper.stillborn += 1

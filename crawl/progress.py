@@ -13,8 +13,7 @@ import os
 import resource
 import socket
 import stat
-import threading
-from collections.abc import Iterator
+import textwrap
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import TextIO
@@ -22,6 +21,7 @@ from typing import TextIO
 from crawl.core import Crawl
 from crawl.output import peak_memory_mb
 from runtime.monitor import Exporter, counter, gauge, http_in_thread
+from runtime.stderr import status_shown, terminal_size
 
 
 def duration(seconds: float) -> str:
@@ -53,32 +53,13 @@ def describe(crawl: Crawl) -> str:
     )
 
 
-@contextlib.contextmanager
-def progress(crawl: Crawl, wanted: bool) -> Iterator[None]:
-    """Show how the crawl goes on, on a terminal, if that is ``wanted``."""
-    if not wanted:
-        yield
-        return
-    try:
-        from rich.console import Console
-    except ImportError:  # no display
-        yield
-        return
+def progress(crawl: Crawl, wanted: bool) -> contextlib.AbstractContextManager[None]:
+    """Show how the crawl goes on, on a terminal, while it is entered, if that is ``wanted``."""
 
-    over = threading.Event()
-    with Console(stderr=True).status(describe(crawl)) as line:
+    def picture() -> str:
+        return textwrap.fill(describe(crawl), terminal_size().columns - 1)
 
-        def show() -> None:
-            while not over.wait(0.25):
-                line.update(describe(crawl))
-
-        thread = threading.Thread(target=show, name="progress")
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    return status_shown(picture, 0.25) if wanted else contextlib.nullcontext()
 
 
 def write_stats(crawl: Crawl, file: TextIO) -> None:

@@ -46,7 +46,7 @@ from crawl.articles import read_article
 from crawl.errors import FetchError
 from crawl.feeds import bounds, feed_parsers
 from runtime.loop import STOPPING, blocked
-from runtime.processes import end_with, module_command
+from runtime.processes import end_with, how_it_ended, module_command, processors
 
 MOST = 8  # readers of one program, however many processors there are
 STUCK = 120  # seconds that a reader, of which less time of a processor was asked, may keep its thread
@@ -156,8 +156,7 @@ class Readers:
     """``read(function, body, *more)`` in one of ``count`` processes. For threads."""
 
     def __init__(self) -> None:
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.count = max(2, min(MOST, processors))  # two: a slow document never has the only one
+        self.count = max(2, min(MOST, processors()))  # two: a slow document never has the only one
         self._places = Semaphore(self.count)
         self._lock = new_lock("Readers")
         self._template: Template | None = None
@@ -185,7 +184,7 @@ class Readers:
                 if code == -signal.SIGPROF:
                     raise FetchError("decode", f"reading it takes more than {seconds:.1f} s") from None
                 stuck = isinstance(failure, BlockingIOError)
-                why = f"no answer in {STUCK} s" if stuck else f"signal {-code}" if code < 0 else f"exit code {code}"
+                why = f"no answer in {STUCK} s" if stuck else how_it_ended(code)
                 raise FetchError("decode", f"its reader died: {why}") from None
             except BaseException:
                 self._reap(reader)

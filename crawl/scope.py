@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 from urllib.parse import unquote_plus
@@ -107,9 +107,11 @@ class Scope:
     def why_not(self, url: str) -> str | None:
         """None: the link belongs to the crawl. Else why not."""
         try:
-            url, host = normalise(url)
+            return self._outside(*normalise(url))
         except FetchError as error:
             return error.detail
+
+    def _outside(self, url: str, host: str) -> str | None:
         if not self.has(host):
             return f"{self._home(host)} is not a {self.within} of the list"
         for text, matches in self._exclude:
@@ -118,6 +120,16 @@ class Scope:
         if self._include and not any(matches(url) for _, matches in self._include):
             return "included by no pattern"
         return None
+
+    def targets(self, links: Iterable[str]) -> Iterator[str]:
+        """Those that belong to the crawl, clean and normalised."""
+        for link in links:
+            try:
+                target, host = normalise(self.clean(link))
+            except FetchError:
+                continue
+            if self._outside(target, host) is None:
+                yield target
 
     def clean(self, url: str) -> str:
         """A normalised URL without the parameters to drop, the others as they were and in their order."""

@@ -8,7 +8,6 @@ and only those in scope are taken. A sitemap speaks for its own host and for the
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterable
 
@@ -75,10 +74,4 @@ class SitemapCrawl:
         self._stats.count(sitemap_errors=found.error is not None)
         private = leads_private(request.private, request.host)
         self.add(found.sitemaps, home, private)
-        targets = []
-        for url in found.urls:
-            with contextlib.suppress(FetchError):
-                target = normalise(self._scope.clean(url))[0]
-                if self._scope.why_not(target) is None:
-                    targets.append(target)
-        self._frontier.add_links(targets, 0, self._clock(), private=private)
+        self._frontier.add_links(list(self._scope.targets(found.urls)), 0, self._clock(), private=private)

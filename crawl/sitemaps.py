@@ -21,19 +21,12 @@ from xml.parsers import expat
 
 from crawl.errors import FetchError
 from crawl.urls import MAX_URL, join, normalise
-from crawl.xml import (
-    MAX_DEPTH,
-    MAX_ELEMENTS,
-    MAX_TOKEN,
-    NOT_XML,
-    StopReading,
-    decode_pieces,
-    inflate_pieces,
-    local_name,
-)
+from crawl.xml import NOT_XML, StopReading, decode_pieces, inflate_pieces, local_name
 
 MAX_SITEMAP = 50 * 1024 * 1024  # bytes of a sitemap that are read, after inflating (sitemaps.org's own limit)
 MAX_LOCATIONS = 50_000  # addresses of one sitemap that are kept (sitemaps.org's own limit), left out ones counted in
+MAX_DEPTH, MAX_ELEMENTS = 64, 2_000_000
+MAX_TOKEN = 1 << 20  # bytes of one tag, comment or the like: Expat scans an unfinished one anew with every piece
 
 _BARE = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});)")
 _ADDRESS_OF = {"url": "loc", "sitemap": "loc", "item": "link", "entry": "link"}  # which child of an entry holds it

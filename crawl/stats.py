@@ -9,6 +9,8 @@ from typing import Any
 from coordination import Clock, new_lock
 from crawl.model import ScrapeResult
 
+COUNTED = ("retries", "redirects", "pauses", "robots", "sitemaps", "sitemap_errors", "unchanged")  # by ``Stats.count``
+
 
 class Stats:
     """What a run has done so far."""
@@ -51,13 +53,7 @@ class Stats:
                 "failed": self.rows - self.ok,
                 "errors": dict(self.errors.most_common()),
                 "statuses": {str(status): n for status, n in sorted(self.statuses.items())},
-                "retries": self.retries,
-                "redirects": self.redirects,
-                "pauses": self.pauses,
-                "robots": self.robots,
-                "sitemaps": self.sitemaps,
-                "sitemap_errors": self.sitemap_errors,
-                "unchanged": self.unchanged,
+                **{name: getattr(self, name) for name in COUNTED},
                 "bytes": self.bytes,
                 "seconds": round(seconds, 3),
                 "rows_per_second": round(self.rows / seconds, 1),

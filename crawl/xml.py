@@ -2,7 +2,6 @@
 
 A document is a stranger's: it is never held as a whole but streamed, 256 KiB at a time. Promised: no more than the
 caller's limit comes out, whatever was compressed; what cannot go on ends with `StopReading`, nothing else is raised.
-The limits of size and depth are for the parsers, which count.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from collections.abc import Iterator
 
 import webencodings
 
-MAX_DEPTH = 64
-MAX_ELEMENTS = 2_000_000
-MAX_TOKEN = 1 << 20  # bytes of one tag, comment or the like: Expat scans an unfinished one anew with every piece
+from crawl.net import Gzip
+
 NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]+")  # characters that XML cannot have
 XML_DECLARATION = re.compile(r"\A<\?xml\b[^>]*>\s*")
 
@@ -61,37 +59,21 @@ def _mended(run: re.Match[str]) -> str:
 
 def inflate_pieces(body: bytes, limit: int) -> Iterator[bytes]:
     """The body in pieces, without its gzip if it begins like one; StopReading past ``limit``, or where it is torn."""
-    if not body.startswith(b"\x1f\x8b"):
-        for start in range(0, min(len(body), limit), _PIECE):
-            yield body[start : min(start + _PIECE, limit)]
-        if len(body) > limit:
-            raise StopReading(f"larger than {limit} bytes")
-        return
-    total, start = 0, 0
-    inflate, data = zlib.decompressobj(31), b""
-    step = _PIECE >> 4  # what is left of it is copied after each member, of which a hostile file has many
+    gzip = Gzip() if body.startswith(b"\x1f\x8b") else None
+    step, total = _PIECE >> 4 if gzip else _PIECE, 0  # what is left of it is copied after each member
     try:
-        while True:
-            if not data:
-                if start >= len(body):
-                    break
-                data = body[start : start + step]
-                start += step
-            piece = inflate.decompress(data, _PIECE)
-            data = inflate.unconsumed_tail
-            if piece:
-                yield piece[: max(0, limit - total)]
+        for start in range(0, len(body), step):
+            data = body[start : start + step]
+            for piece in gzip.pieces(data) if gzip else [data]:
+                if piece:
+                    yield piece[: max(0, limit - total)]
                 total += len(piece)
                 if total > limit:
                     raise StopReading(f"larger than {limit} bytes")
-            if inflate.eof:
-                data = inflate.unused_data or body[start : (start := start + step)]
-                if not data.startswith(b"\x1f\x8b"):
-                    return  # padding, or nothing
-                inflate = zlib.decompressobj(31)
-    except zlib.error as error:
+    except (zlib.error, EOFError) as error:
         raise StopReading(f"gzip: {error}") from None
-    raise StopReading("gzip: it ends too soon")
+    if gzip and not gzip.complete():
+        raise StopReading("gzip: it ends too soon")
 
 
 def decode_pieces(pieces: Iterator[bytes], content_type: str | None = None) -> Iterator[str]:

@@ -31,7 +31,6 @@ class LogCounts(NamedTuple):
     datagrams: Annotated[int, "Datagrams read"] = 0
     bytes: Annotated[int, "Bytes read"] = 0
     refused: Annotated[int, "Datagrams from addresses that are not allowed"] = 0
-    truncated: Annotated[int, "Datagrams that were too long"] = 0
     kernel_drops: Annotated[int, "Datagrams that found the socket's buffer full"] = 0
     missing: Annotated[int, "Rows that were stored before their metadata were known"] = 0
     filled: Annotated[int, "Rows whose metadata came later"] = 0

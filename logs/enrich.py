@@ -5,16 +5,13 @@ asks for: the name goes into a bounded queue, a few tasks take from it, and each
 
     single flight -> circuit breaker -> time limit -> retries, under a budget -> `logs.metadata` -> cache.
 
-Who would rather wait a moment than store an event without metadata calls `wait`; who fills in later calls `load`.
-
 Three things are remembered, each in a `TTLCache` of its own, so that invented names push out nothing that is real: what
 is *known* (fresh for `ttl`, then stale for `stale` seconds: answered at once, while one load renews it), which names
 the API does *not know* (404; for `unknown_ttl`), and which loads *failed* (not asked for again for `failed_for`).
 
-In front of them is a plain dict of what `look` answered: that makes 0.15 us of the 0.9 that asking the caches costs
-(measured), and an event can afford about 10 in all. It is emptied every `FRONT` seconds and whenever it has `maxsize`
-names, and a name leaves it when its load ends. So an answer can be `FRONT` seconds older than the windows say. It holds
-"not known" too: while the API is away, events cost no more.
+In front of them is a plain dict of what `look` answered, "not known" too: that makes 0.15 us of the 0.9 that asking the
+caches costs, and an event can afford about 10 in all. It is emptied every `FRONT` seconds and whenever it has `maxsize`
+names, and a name leaves it when its load ends: an answer can be `FRONT` seconds older than the windows say.
 
 Promised
 - `look` never waits, raises nothing, and costs O(1). `wait` ends after its limit, whatever the API does.
@@ -25,8 +22,7 @@ Promised
 Not promised: that a service gets its turn while more names than the queue holds are invented; that the API is asked
 slowly for them (it is asked by no more than `tasks` at a time); or that what is stale is still true.
 
-Everything runs in one event loop and belongs to it. `open` starts the tasks, `close` ends them; what is not loaded by
-then stays unknown, until somebody asks again.
+Everything belongs to one event loop.
 """
 
 from __future__ import annotations
@@ -42,7 +38,7 @@ from typing import Any, NamedTuple
 import yarl
 
 from coordination import Clock, Rng, WorkerPool, stats_repr
-from logs.metadata import UNKNOWN, MetadataClient, MetadataError, Unknown
+from logs.metadata import UNKNOWN, Found, MetadataClient, MetadataError, Unknown
 from logs.parse import Metadata
 from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, SingleFlight, TTLCache, retry_async
 
@@ -52,27 +48,15 @@ FRONT = 1.0  # seconds for which an answer of ``look`` is given again without an
 SPREAD = 0.1
 """The share of ``ttl`` by which entries expire earlier, at random: what was loaded together is not renewed together."""
 
-Found = Metadata | Unknown | None  # None: nothing is known, yet or any more
-
 _ABSENT: Any = object()
 
 
 class EnricherStats(NamedTuple):
-    """What an enricher knows, did and does."""
+    """What an enricher did."""
 
-    configured: bool
-    cached: int  # services that are known, fresh or stale (or gone, but nobody looked since)
-    unknown: int  # names that the API does not know
-    hits: int  # looks that were answered, be it with UNKNOWN; those that ``wait`` takes are looks too
-    misses: int
     loads: int  # requests that were begun for some name; retries do not count, nor what the open circuit refused
     failures: int  # loads that failed
-    retries: int
-    refused: int  # loads that the open circuit refused
     turned_away: int  # names that found the queue full
-    waiting: int  # names in the queue
-    loading: int
-    waits: int  # calls of ``wait`` that still do
     breaker: str
     failed: dict[str, int]  # the failures by kind
     last_error: str | None
@@ -83,8 +67,7 @@ class Enricher:
 
     Seconds: ``ttl`` and ``stale`` of what is known, ``unknown_ttl`` and ``failed_for`` of what is not, ``timeout`` of a
     load with its retry. ``maxsize``: names in each cache. ``tasks``: loads at a time, ``waiting``: names in the queue.
-    ``max_bytes``: of an answer. ``reset``: seconds until an open circuit lets a probe through. Raises ValueError for a
-    URL that is none, and for what the mechanisms refuse.
+    ``reset``: seconds until an open circuit lets a probe through. ``ValueError`` for a URL that is none.
     """
 
     def __init__(
@@ -99,14 +82,12 @@ class Enricher:
         tasks: int = 8,
         waiting: int = 1000,
         timeout: float = 2.0,
-        max_bytes: int = 65_536,
         reset: float = 2.0,
         clock: Clock = time.monotonic,
         rng: Rng = random.random,
     ) -> None:
-        if not (min(tasks, waiting, max_bytes) >= 1 and timeout > 0):
-            raise ValueError("tasks, waiting and max_bytes must be at least 1, timeout above 0 s")
-        self.client = None if url is None else MetadataClient(url, max_bytes)
+        self.client = None if url is None else MetadataClient(url)
+        self.configured = url is not None  # whether there is an API at all
         self.maxsize, self.tasks, self.waiting = maxsize, tasks, waiting
         self.timeout, self.failed_for = timeout, failed_for
         self._clock, self._rng = clock, rng
@@ -133,26 +114,19 @@ class Enricher:
         self._flights = SingleFlight()
         self._pool: WorkerPool[str] | None = None  # loads names; None while the enricher is not open
         self._asked: dict[str, asyncio.Future[None]] = {}  # what is in the pool, until that has ended
-        self._looks = self._misses = self._loads = self._turned_away = self._waits = 0
+        self._loads = self._turned_away = 0
         self._failures: Counter[str] = Counter()
         self._last_error: str | None = None
 
-    @property
-    def configured(self) -> bool:
-        """Whether there is an API at all."""
-        return self.client is not None
+    async def __aenter__(self) -> Enricher:
+        """Begin to load what is asked for."""
+        if self.client is not None:
+            self.client.open()
+            self._front.clear()
+            self._pool = WorkerPool(self._load_asked, self.tasks, self.waiting, name="enrich").start_tasks()
+        return self
 
-    async def open(self) -> None:
-        """Begin to load what is asked for. Without an API nothing is started."""
-        if self._pool is not None:
-            raise RuntimeError("the enricher is open already")
-        if self.client is None:
-            return
-        self.client.open()
-        self._front.clear()
-        self._pool = WorkerPool(self._load_asked, self.tasks, self.waiting, name="enrich").start_tasks()
-
-    async def close(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Give up what is being loaded; whoever waits goes on. ``look`` still answers what is known."""
         pool, self._pool = self._pool, None
         for service in list(self._asked):
@@ -165,21 +139,11 @@ class Enricher:
             if self.client is not None:
                 await self.client.close()
 
-    async def __aenter__(self) -> Enricher:
-        await self.open()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
     def look(self, service: str) -> Found:
         """What is known, at once: ``Metadata``, ``UNKNOWN``, or None, and then it is asked for."""
-        self._looks += 1
         found: Found = self._front.get(service, _ABSENT)
         if found is _ABSENT or self._clock() >= self._front_until:
-            found = self._find(service)
-        if found is None:
-            self._misses += 1
+            return self._find(service)
         return found
 
     def _find(self, service: str) -> Found:
@@ -217,13 +181,8 @@ class Enricher:
         What cannot be asked for (the queue is full, it failed just now, nothing is open) is not waited for.
         """
         ends = [self._asked[name] for name in set(services) if self.look(name) is None and name in self._asked]
-        if not ends or limit <= 0:
-            return
-        self._waits += 1
-        try:
+        if ends and limit > 0:
             await asyncio.wait(ends, timeout=limit)
-        finally:
-            self._waits -= 1
 
     def _end_wait(self, service: str) -> None:
         """What is known of it by now is to be looked up again."""
@@ -303,23 +262,12 @@ class Enricher:
             raise MetadataError("internal", type(error).__name__) from None
 
     def stats(self) -> EnricherStats:
-        """Counts since the beginning, and what is under way."""
-        breaker = self.breaker.stats()
+        """Counts since the beginning."""
         return EnricherStats(
-            configured=self.configured,
-            cached=len(self._known),
-            unknown=len(self._unknown),
-            hits=self._looks - self._misses,
-            misses=self._misses,
             loads=self._loads,
             failures=self._failures.total(),
-            retries=self._budget.stats().retries,
-            refused=breaker.refused,
             turned_away=self._turned_away,
-            waiting=0 if self._pool is None else self._pool.stats().queued,
-            loading=self._flights.stats().flights,
-            waits=self._waits,
-            breaker=breaker.state,
+            breaker=self.breaker.state,
             failed=dict(self._failures),
             last_error=self._last_error,
         )

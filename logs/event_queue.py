@@ -29,8 +29,8 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 """Of a dropped event: no place, or no bytes, were left for it; it gave way to a more severe one; it alone is larger
 than all that the queue may hold."""
 EVENT_BYTES = 400
-"""What an event takes in memory besides the characters of its message and attributes: the tuple, a datetime, the heads
-of four strings, and short names."""
+"""An estimate of what an event takes in memory besides the characters of its message and attributes: the tuple, a
+datetime, the heads of four strings, and short names."""
 
 
 class EventQueueStats(NamedTuple):
@@ -51,15 +51,13 @@ Waiting = tuple[int, float, Event, int]
 class EventQueue:
     """Events that wait to be stored: at most ``capacity`` of them and about ``max_bytes`` bytes.
 
-    They leave in the order in which they came, in batches: as soon as there are ``max_items`` or ``batch_bytes``, or
-    when the oldest has waited ``max_age`` seconds. A batch has at most ``max_items`` and ``batch_bytes``, or one event.
+    They leave in batches: as soon as there are ``max_items`` or ``batch_bytes``, or when the oldest has waited
+    ``max_age`` seconds. A batch has at most ``max_items`` and ``batch_bytes`` (half of ``max_bytes``), or one event.
 
     What comes when there is no room: ``drop-newest`` drops it. ``drop-lowest-severity`` drops the least severe that
     waits, of these the newest, as long as that is less severe than what comes; if not even all of those would make
     room, what comes is dropped and they stay. ``spool`` is ``drop-newest``, with ``over()`` telling in time that
     batches should be put on disk.
-
-    The bytes are an estimate of the memory: ``EVENT_BYTES`` and the strings that a sender can make long.
 
     Not built on ``primitives.Batch``: that one hands out all it has, and nothing in it gives way. Inside, what waits is
     one queue, or one for each severity if the least severe is to go; a batch is merged from their heads by ``serial``.
@@ -76,14 +74,6 @@ class EventQueue:
         batch_bytes: int = 4_000_000,
         clock: Clock = time.monotonic,
     ) -> None:
-        if not 1 <= max_items <= capacity:
-            raise ValueError(f"a batch holds between 1 event and the queue's capacity of {capacity}, not {max_items}")
-        if not 1 <= batch_bytes <= max_bytes / 2:  # or the queue could be too full for what comes, and no batch be due
-            raise ValueError(f"a batch holds between 1 byte and half of the queue's {max_bytes}, not {batch_bytes}")
-        if not max_age > 0:
-            raise ValueError(f"max_age must be above 0 s, not {max_age!r}")
-        if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
         self.capacity, self.max_bytes, self.policy = capacity, max_bytes, policy
         self.max_items, self.max_age, self.batch_bytes = max_items, max_age, batch_bytes
         self._clock = clock
@@ -175,7 +165,6 @@ class EventQueue:
         return batch
 
     def _oldest_since(self) -> float:
-        """When the oldest that waits came."""
         return min(waiting[0] for waiting in self._levels if waiting)[1]
 
     def due_in(self) -> float:

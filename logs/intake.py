@@ -8,9 +8,8 @@ no count.
 All of it is callbacks of one event loop, so there is no lock; nothing here awaits, or starts a task, a thread or a
 process. ``KernelDrops`` may be asked in another process than the one that reads, as the counter is the socket's.
 
-The socket is drained at each wake-up, rather than read by an ``asyncio.DatagramProtocol``, which reads one datagram
-each time round the loop: 1.5 µs of CPU a datagram of 200 bytes, not 3.4, of which recvfrom alone is 1.2. (On uvloop
-both take 1.5; but the protocol says neither how long it holds the loop nor what is still there at the stop.)
+The socket is drained at each wake-up: 1.5 µs of CPU a datagram of 200 bytes. An ``asyncio.DatagramProtocol`` takes
+3.4 (on uvloop 1.5 as well), and says neither how long it holds the loop nor what is still there at the stop.
 """
 
 from __future__ import annotations
@@ -19,13 +18,11 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from pathlib import Path
 from typing import NamedTuple
 
 from coordination import Clock, stats_repr
@@ -33,11 +30,10 @@ from coordination import Clock, stats_repr
 Network = IPv4Network | IPv6Network
 Handle = Callable[[list[tuple[bytes, str]]], None]  # is given datagrams and their source addresses
 
-
 RECEIVE_BUFFER = 4 << 20
 """Bytes asked of the kernel, which doubles them and counts some 600 more for each datagram: twice 4 MiB hold about
 10,000 small ones, a pause of 0.16 s at 60,000 a second."""
-MAX_DATAGRAM = 65_535  # bytes of a datagram: what UDP's length field can say
+MAX_DATAGRAM = 65_535  # bytes of a datagram: what UDP's length field can say, so none is cut off
 CHUNK, CHUNK_BYTES = 100, 65_536  # datagrams and bytes read before they are handed on and the clock is looked at
 MAX_SOURCES = 10_000  # source addresses remembered: they can be invented, so they are forgotten when there are more
 MAX_ERRORS, ERROR_PAUSE = 10, 0.01
@@ -50,23 +46,16 @@ MEMINFO_DROPS = slice(32, 36)
 COUNTER_RANGE = 1 << 32  # where the kernel's counter begins again
 
 
-class Bound(NamedTuple):
-    """A socket, bound."""
-
-    sock: socket.socket
-    receive_buffer: int  # bytes, as one asks for them: the half of what Linux then uses
-    warning: str | None  # what to tell the operator if that is less than was asked for
-
-
-def udp_socket(address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER, reuse_port: bool = False) -> Bound:
-    """A socket bound to ``address`` (``0.0.0.0``, ``::`` for IPv6 and IPv4, a name: looked up here) and ``port``.
+def udp_socket(
+    address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER, reuse_port: bool = False
+) -> tuple[socket.socket, str | None]:
+    """A socket bound to ``address`` (``0.0.0.0``, ``::`` for IPv6 and IPv4, a name: looked up here) and ``port``; what
+    to tell the operator, if its buffer is smaller than was asked for.
 
     ``receive_buffer`` bytes are asked for by SO_RCVBUFFORCE, which needs CAP_NET_ADMIN, then by SO_RCVBUF, which the
     kernel clamps without a word; so it is read back. With ``reuse_port`` several sockets may be bound to the port; the
     kernel spreads the senders over them (by a hash of the addresses and ports). ``OSError``: what could not be bound.
     """
-    if not 0 <= port < 65_536 or not 1 <= receive_buffer < 1 << 30:
-        raise ValueError(f"port must be below 65,536, the buffer of 1 byte to 1 GiB, not {port!r}, {receive_buffer!r}")
     sock: socket.socket | None = None
     try:
         flags = socket.AI_PASSIVE
@@ -87,7 +76,7 @@ def udp_socket(address: str, port: int, *, receive_buffer: int = RECEIVE_BUFFER,
         f"the kernel gives a receive buffer of {granted:,} bytes, not {receive_buffer:,}: bursts may be dropped; "
         f"sysctl -w net.core.rmem_max={receive_buffer} allows it"
     )
-    return Bound(sock, granted, warning if granted < receive_buffer else None)
+    return sock, warning if granted < receive_buffer else None
 
 
 def _enlarge(sock: socket.socket, size: int) -> int:
@@ -102,55 +91,29 @@ def _enlarge(sock: socket.socket, size: int) -> int:
 class KernelDrops:
     """How many datagrams the kernel dropped at these sockets because their buffer was full (or a checksum wrong).
 
-    Each socket is asked by SO_MEMINFO (Linux 4.12): 0.5 µs, also when no datagram comes any more, as SO_RXQ_OVFL would
-    need. Where that is unknown, the "drops" of the socket's line in /proc/net/udp and udp6 are read: 0.1 to 2 ms. None
-    where the system has neither.
-
-    A counter belongs to the socket, whoever holds it, and begins when it is made. It has 32 bits, so it must be read
-    once in 4 billion drops. Of a closed socket the last figure stays: read before you close.
+    Each socket is asked by SO_MEMINFO (Linux 4.12; elsewhere there is no figure, and 0 is told): 0.5 µs, also when no
+    datagram comes any more, as SO_RXQ_OVFL would need. A counter belongs to the socket, whoever holds it, and begins
+    when it is made. It has 32 bits, so it must be read once in 4 billion drops. Of a closed socket the last figure
+    stays: read before you close.
     """
 
-    def __init__(self, sockets: Sequence[socket.socket], folder: Path = Path("/proc/net")) -> None:
-        self._sockets, self._folder = list(sockets), folder
-        self._counts: list[int | None] = [None] * len(self._sockets)
+    def __init__(self, sockets: Sequence[socket.socket]) -> None:
+        self._sockets, self._counts = list(sockets), [0] * len(sockets)
 
-    def by_socket(self) -> list[int | None]:
-        """The drops of each socket since it was made."""
-        table: dict[int, int] | None = None
+    def total(self) -> int:
+        """The drops of all of them since they were made."""
         for index, sock in enumerate(self._sockets):
-            if sock.fileno() < 0:
-                continue
-            counter = _socket_drops(sock)
-            if counter is None:
-                table = self._table() if table is None else table
-                counter = table.get(os.fstat(sock.fileno()).st_ino)
-            if counter is not None:
-                before = self._counts[index] or 0
-                self._counts[index] = before + (counter - before) % COUNTER_RANGE
-        return list(self._counts)
-
-    def total(self) -> int | None:
-        """The drops of all of them; None if that of one is not known."""
-        known = [count for count in self.by_socket() if count is not None]
-        return sum(known) if len(known) == len(self._sockets) else None
-
-    def _table(self) -> dict[int, int]:
-        """Inode of a socket -> its drops."""
-        found: dict[int, int] = {}
-        for name in ("udp", "udp6"):
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                for line in (self._folder / name).read_text().splitlines()[1:]:
-                    words = line.split()
-                    found[int(words[9])] = int(words[12])
-        return found
+            if sock.fileno() >= 0:
+                self._counts[index] += (_socket_drops(sock) - self._counts[index]) % COUNTER_RANGE
+        return sum(self._counts)
 
 
-def _socket_drops(sock: socket.socket) -> int | None:
+def _socket_drops(sock: socket.socket) -> int:
     drops = b""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             drops = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 64)[MEMINFO_DROPS]
-    return int.from_bytes(drops, sys.byteorder) if len(drops) == 4 else None
+    return int.from_bytes(drops, sys.byteorder)
 
 
 class ReceiverStats(NamedTuple):
@@ -160,7 +123,6 @@ class ReceiverStats(NamedTuple):
     bytes: int
     wakeups: int
     refused: int  # from addresses that are not allowed
-    truncated: int  # longer than ``largest``: their rest was cut off
     errors: int  # of the socket: what it says instead of giving a datagram
     unhandled: int  # given to a ``handle`` that raised: nobody knows what became of them
 
@@ -184,13 +146,10 @@ class Receiver:
         allow: Sequence[Network] = (),
         at_once: int = 500,
         seconds: float = 0.01,
-        largest: int = MAX_DATAGRAM,
         clock: Clock = time.monotonic,
     ) -> None:
-        if at_once < 1 or not seconds > 0 or not 0 <= largest <= MAX_DATAGRAM:
-            raise ValueError(f"at_once must be at least 1, seconds above 0, largest at most {MAX_DATAGRAM}")
         sock.setblocking(False)
-        self.at_once, self.seconds, self.largest = at_once, seconds, largest
+        self.at_once, self.seconds = at_once, seconds
         self._sock, self._handle, self._clock = sock, handle, clock
         self._allow = [_unmapped(network) for network in allow]
         self._loop: asyncio.AbstractEventLoop | None = None  # set while it listens
@@ -198,8 +157,7 @@ class Receiver:
         self._source_of = functools.lru_cache(MAX_SOURCES)(self._learn)
         """What the socket calls a source -> what we call it; "": refused."""
         self._left: int | None = None  # datagrams that ``drain`` may still read
-        self._datagrams = self._bytes = self._wakeups = self._refused = 0
-        self._truncated = self._errors = self._unhandled = 0
+        self._datagrams = self._bytes = self._wakeups = self._refused = self._errors = self._unhandled = 0
 
     def start(self) -> None:
         """Listen, in the running loop."""
@@ -259,18 +217,14 @@ class Receiver:
 
     def _read(self, most: int) -> tuple[int, bool]:
         """Read a portion and hand it on; how many datagrams, and whether there may be more."""
-        receive, source_of, largest = self._sock.recvfrom, self._source_of, self.largest
+        receive, source_of = self._sock.recvfrom, self._source_of
         found: list[tuple[bytes, str]] = []
         size = refused = 0
         more = True
         try:
             for _ in range(most):
-                data, address = receive(largest + 1)
-                length = len(data)
-                if length > largest:
-                    data, length = data[:largest], largest
-                    self._truncated += 1
-                size += length
+                data, address = receive(MAX_DATAGRAM)
+                size += len(data)
                 source = source_of(address[0])
                 if source:
                     found.append((data, source))
@@ -305,8 +259,8 @@ class Receiver:
 
     def stats(self) -> ReceiverStats:
         """Counts since the beginning."""
-        counts = self._datagrams, self._bytes, self._wakeups, self._refused, self._truncated
-        return ReceiverStats(*counts, self._errors, self._unhandled)
+        counts = self._datagrams, self._bytes, self._wakeups, self._refused, self._errors, self._unhandled
+        return ReceiverStats(*counts)
 
     __repr__ = stats_repr
 

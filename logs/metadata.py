@@ -4,7 +4,7 @@ Promised
 - A name is part of one path segment or query value: it changes neither the host nor the path. Names that no URL can
   hold ("", ".", "..") are not asked for: the API does not know them.
 - Whatever the API sends, `Metadata` holds four texts of at most `MAX_TEXT` characters that PostgreSQL can store, and no
-  more than `max_bytes` are read. How long a request may take is the caller's to say.
+  more than `MAX_BYTES` are read. How long a request may take is the caller's to say.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import yarl
 from logs.parse import Metadata
 from runtime.http_dates import parse_retry_after
 
+MAX_BYTES = 65_536  # of an answer
 MAX_TEXT = 255  # characters of a text of the API's; one with more is as wrong as a number
 RETRYABLE = (429, 500, 502, 503, 504)
 
@@ -33,15 +34,14 @@ class Unknown(enum.Enum):
 
 UNKNOWN: Final = Unknown.UNKNOWN
 
+Found = Metadata | enum.Enum | None
+"""What is known of a service: its metadata; UNKNOWN if the API does not know it; None if nothing is known yet."""
+
 
 class MetadataError(Exception):
-    """A load failed; ``kind`` is one of KINDS.
-
-    "internal" is an error that should not be; "closed": the enricher was closed meanwhile; "name": the API refuses
-    this one (another status of 400 to 499).
+    """A load failed; ``kind``: "connect", "timeout", "status", "redirect", "too large", "rubbish"; "name": the API
+    refuses this one (another status of 400 to 499); "closed": the enricher was meanwhile; "internal": a fault of ours.
     """
-
-    KINDS = ("connect", "timeout", "status", "name", "redirect", "too large", "rubbish", "internal", "closed")
 
     def __init__(self, kind: str, detail: str, *, retryable: bool = False, retry_after: float | None = None) -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -82,13 +82,11 @@ def read_metadata(body: bytes | bytearray) -> Metadata:
 
 
 class MetadataClient:
-    """The API at ``url`` (``http://host/services/{service}``; ValueError if it cannot be one).
+    """The API at ``url`` (``http://host/services/{service}``; ValueError if it cannot be one). Requests can be made
+    from ``open`` to ``close``."""
 
-    ``max_bytes``: of an answer. Requests can be made from ``open`` to ``close``.
-    """
-
-    def __init__(self, url: str, max_bytes: int) -> None:
-        self._template, self._max_bytes = make_template(url), max_bytes
+    def __init__(self, url: str) -> None:
+        self._template = make_template(url)
         self._session: aiohttp.ClientSession | None = None
 
     def open(self) -> None:
@@ -132,8 +130,8 @@ class MetadataClient:
                 if status in (200, 404):  # read to the end, and the connection can be used again
                     async for piece in response.content.iter_chunked(1 << 16):
                         body += piece
-                        if len(body) > self._max_bytes:
-                            raise MetadataError("too large", f"more than {self._max_bytes} bytes")
+                        if len(body) > MAX_BYTES:
+                            raise MetadataError("too large", f"more than {MAX_BYTES} bytes")
         except (aiohttp.ClientError, OSError, ValueError) as error:
             if self._session is None:
                 raise MetadataError("closed", "") from None

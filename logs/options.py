@@ -8,6 +8,8 @@ from pathlib import Path
 from logs.event_queue import Policy
 from runtime.embedded import Embedded
 
+DATA = Path(__file__).resolve().parents[1] / "data"
+
 
 @dataclass(frozen=True)
 class IngestOptions:
@@ -24,7 +26,7 @@ class IngestOptions:
     flush: float = 5.0
     queue: int = 100_000
     overload: Policy = "drop-newest"
-    spool: str = str(Path(__file__).resolve().parents[1] / "data" / "spool")
+    spool: str = str(DATA / "spool")
     spool_bytes: int = 1 << 30
     fsync: float = 1.0
     durable: bool = False
@@ -35,6 +37,5 @@ class IngestOptions:
 
 
 def database_of(options: IngestOptions) -> str | Embedded | None:
-    """The URL, or an embedded server by its folder (``embedded:FOLDER``)."""
-    kind, _, folder = (options.database or "").partition(":")
-    return Embedded(Path(folder)) if kind == "embedded" else options.database
+    """The URL, or an embedded server."""
+    return Embedded(DATA / "postgres") if options.database == "embedded" else options.database

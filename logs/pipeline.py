@@ -1,13 +1,12 @@
 """The way of a log event through one process: socket, parser, queue, metadata, batches, PostgreSQL or the spool.
 
 socket -> ``Receiver`` -> ``parse`` -> ``EventQueue`` -> a batch is taken (``batch`` events, or the oldest is ``flush``
-seconds old) -> what is not known of its services is waited for, at most ``enrich_wait`` seconds -> sealed: COPY text
-and an id (``logs.sealer``) -> a writer -> PostgreSQL; or, the database being away, the spool -> replayed
-(``runtime.outlet``).
+seconds old) -> what is not known of its services is waited for, at most ``enrich_wait`` seconds -> sealed
+(``logs.seal``) -> a writer -> PostgreSQL; or, the database being away, the spool -> replayed (``runtime.outlet``).
 
 Promised
-- At every moment ``received + recovered = stored + dead + dropped (by cause) + held``, in events. It is checked in each
-  snapshot, once a second at least; an imbalance is an error in the log and in /health.
+- The equation of ``logs.display``, at every moment. It is checked in each snapshot, once a second at least; an
+  imbalance is an error in the log and in /health.
 - A batch whose commit was not seen is stored once: it keeps its id, in the spool too, and over a restart.
 - Intake never waits for the database or for metadata. While the database is away, batches go to the spool; when that
   is full too, they wait in memory, at most ``SEALED`` of them and ``SEALED_BYTES``, and then the queue fills up and
@@ -18,12 +17,12 @@ Promised
 - The first ``stop`` ends the intake, when it has read what the socket holds, and stores the rest, that of the spool
   included, in at most ``stop_limit`` seconds; what is left then goes to the spool. The second goes there at once.
 
-Not promised: order in the table (there is received_at for that; the spool is replayed in order). UDP promises nothing:
-what the kernel dropped for want of room is counted beside the equation, for it was never received.
+Not promised: order in the table (there is received_at for that). UDP promises nothing: what the kernel dropped for want
+of room is counted beside the equation, for it was never received.
 
 Where what runs: parsing, sealing and the sockets in the event loop; files of the spool in threads. All state is the
-loop's: there is no lock. Of several workers, number 0 also keeps the tables (``maintain``), fills in metadata that came
-late (``logs.upkeep``), and replays what a run with more workers left.
+loop's: there is no lock. Of several workers, number 0 also does ``logs.upkeep``, and replays what a run with more
+workers left.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import random
 import re
 import socket
 import time
@@ -43,14 +41,14 @@ from functools import partial
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from coordination import Clock, Rng, stats_repr
+from coordination import stats_repr
 from logs.display import LogCounts, imbalance
 from logs.event_queue import EventQueue
 from logs.intake import Receiver
 from logs.options import IngestOptions, database_of
-from logs.parse import Event, parse
-from logs.sealer import Sealer
-from logs.sink import DatabaseSink, rows_in
+from logs.parse import INFORMATIONAL, UNKNOWN_SERVICE, Event, parse
+from logs.seal import Sealer
+from logs.sink import PATIENCE, DatabaseSink
 from logs.store import SCHEMA, Store
 from logs.upkeep import fill_in, maintain
 from runtime.backlog import Backlog
@@ -74,8 +72,6 @@ CANCEL_LIMIT = 0.5  # seconds that the end of a task may take before the connect
 class Ingester:
     """One worker, with ``sock`` as its source. ``run`` once. ``CannotStart`` if the spool cannot be looked at."""
 
-    workers = 1
-
     def __init__(
         self,
         options: IngestOptions,
@@ -83,32 +79,27 @@ class Ingester:
         *,
         number: int = 0,
         workers: int = 1,
-        kernel_drops: Callable[[], int | None] = lambda: 0,
-        clock: Clock = time.monotonic,
-        wall: Clock = time.time,
-        rng: Rng = random.random,
+        kernel_drops: Callable[[], int] = lambda: 0,
     ) -> None:
         self.tasks, self._lag = TaskSupervisor(log), Lag()
         self.options, self.number = options, number
-        self._of, self._kernel_drops, self._clock = workers, kernel_drops, clock
+        self._of, self._kernel_drops = workers, kernel_drops
         self._zone: tzinfo = UTC if options.zone == "UTC" else ZoneInfo(options.zone)
         allow = [ipaddress.ip_network(each, strict=False) for each in options.allow]
         self.receiver = Receiver(sock, self._handle, allow=allow)
-        self.queue = EventQueue(
-            options.queue, policy=options.overload, max_items=options.batch, max_age=options.flush, clock=clock
-        )
+        self.queue = EventQueue(options.queue, policy=options.overload, max_items=options.batch, max_age=options.flush)
         self.database = Database(database_of(options), SCHEMA, size=WRITERS + 3)
         self.store = Store(self.database, retain_days=options.retain)
-        self.sink = DatabaseSink(self.database, self.store, clock=clock, wall=wall)
+        self.sink = DatabaseSink(self.database, self.store)
         spools = [Spool(folder, max_bytes=options.spool_bytes, fsync_every=options.fsync) for folder in self._folders()]
         """The first is this worker's own; the others were those of workers that there are no more."""
-        self._changes = Changes(clock)
+        self._changes = Changes()
         self.outlet = Outlet[EncodedBatch](
             Backlog(
                 SEALED,
                 SEALED_BYTES,
                 size=lambda batch: len(batch.data),
-                rows=rows_in,
+                rows=lambda batches: sum(batch.rows for batch in batches),
                 round_items=TOGETHER,
                 round_bytes=TOGETHER_BYTES,
             ),
@@ -117,8 +108,6 @@ class Ingester:
             log=log,
             changes=self._changes,
             replay_files=TOGETHER,
-            clock=clock,
-            rng=rng,
         )
         self.sealer = Sealer(options, self.queue, self.outlet, changes=self._changes, fault=self.tasks.fault)
         self._received = 0
@@ -145,7 +134,8 @@ class Ingester:
                 events += parse(data, source, now, zone)
             except Exception as error:  # it promises not to; but one datagram must not cost the others
                 self.tasks.fault("parser", error)
-                events.append(unparsed(data, source, now, error))
+                reason = f"the parser failed: {type(error).__name__}"
+                events.append(Event(now, now, UNKNOWN_SERVICE, source, INFORMATIONAL, ascii(data), "{}", reason))
         self._received += len(events)
         self.queue.put(events)
         self.sealer.wake()
@@ -160,20 +150,19 @@ class Ingester:
 
     async def run(self) -> int:
         """1 if events were lost at the stop. ``CannotStart`` if the spool cannot be used."""
-        outlet, enricher, stages = self.outlet, self.sealer.enricher, self._stages
+        outlet, enricher, stopped = self.outlet, self.sealer.enricher, self._stages.stopped
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(outlet.close)
             try:
                 await outlet.open()
             except (OSError, RuntimeError, ValueError) as error:
                 raise unusable(self.options.spool, error) from None
-            await enricher.open()
-            stack.push_async_callback(enricher.close)
+            await stack.enter_async_context(enricher)
             await self.database.open(0.0)
             stack.push_async_callback(self.database.close)
             stack.callback(self.receiver.close)
             stack.push_async_callback(self._end_tasks)
-            self.sink.begun = self._clock()
+            self.sink.begun = time.monotonic()
             works = {
                 "sealer": self.sealer.run,
                 **outlet.tasks(WRITERS),
@@ -186,9 +175,9 @@ class Ingester:
             for name, work in works.items():
                 self.tasks.start(name, work)
             self.receiver.start()
-            if await ends_before(self.sink.first_connection(), stages.stopped) and self.database.state != "connected":
+            if await ends_before(self.database.ready(PATIENCE), stopped) and self.database.state != "connected":
                 log.warning("database: not there yet (%s); batches go to the spool", self.database.stats().error or "")
-            await stages.stopped.wait()
+            await stopped.wait()
             await self._drain()
             await self._end_tasks()
             await self.sealer.seal_rest()
@@ -206,14 +195,16 @@ class Ingester:
 
     async def _drain(self) -> None:
         """Store what is there, while there is time and a database."""
-        deadline = self._clock() + self.options.stop_limit
-        intake = min(deadline, self._clock() + DRAIN_LIMIT)
-        while self.receiver.drain() and self._clock() < intake:  # noqa: ASYNC110  -- the others have their turn
+        deadline = time.monotonic() + self.options.stop_limit
+        intake = min(deadline, time.monotonic() + DRAIN_LIMIT)
+        while self.receiver.drain() and time.monotonic() < intake:  # noqa: ASYNC110  -- the others have their turn
             await asyncio.sleep(0)
         self._kernel_drops()  # of a closed socket nobody can tell
         self.receiver.close()
         self.sealer.stop()
-        await self._changes.until(lambda: self._stages.forced.is_set() or self._is_drained(), deadline - self._clock())
+        await self._changes.until(
+            lambda: self._stages.forced.is_set() or self._is_drained(), deadline - time.monotonic()
+        )
 
     def _is_drained(self) -> bool:
         """Whether nothing is in memory, nor in a spool while there is a database."""
@@ -256,8 +247,7 @@ class Ingester:
             datagrams=intake.datagrams,
             bytes=intake.bytes,
             refused=intake.refused,
-            truncated=intake.truncated,
-            kernel_drops=self._kernel_drops() or 0,
+            kernel_drops=self._kernel_drops(),
             missing=self.sink.missing,
             filled=self.store.stats().filled,
             spool_bytes=sum(each.bytes for each in spools),
@@ -276,8 +266,3 @@ class Ingester:
 
     stats = snapshot
     __repr__ = stats_repr
-
-
-def unparsed(data: bytes, source: str, now: datetime, error: Exception) -> Event:
-    """The event of a datagram that the parser failed on."""
-    return Event(now, now, "unknown", source, 6, ascii(data), "{}", f"the parser failed: {type(error).__name__}")

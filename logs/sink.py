@@ -10,9 +10,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from coordination import Clock
 from logs.store import Store
 from runtime.outlet import SinkAway
 from runtime.postgres import Database
@@ -24,16 +23,11 @@ PATIENCE = 5.0  # seconds from the start for which batches wait for the first co
 DISTRUST = 1.0  # seconds for which a database that is there, but could not write, is not asked again
 
 
-def rows_in(batches: Collection[EncodedBatch]) -> int:
-    """Their rows together."""
-    return sum(batch.rows for batch in batches)
-
-
 class DatabaseSink:
     """``store``, in ``database``."""
 
-    def __init__(self, database: Database, store: Store, *, clock: Clock, wall: Clock = time.time) -> None:
-        self._database, self._store, self._clock, self._wall = database, store, clock, wall
+    def __init__(self, database: Database, store: Store) -> None:
+        self._database, self._store = database, store
         self.begun = self._distrust = -math.inf
         self.stopping = False
         self.missing = 0  # rows that were stored without the metadata that there should be
@@ -47,13 +41,13 @@ class DatabaseSink:
             outcomes = await self._store.write(items)
         except Exception as error:
             if self._database.state == "connected":
-                self._distrust = self._clock() + DISTRUST
+                self._distrust = time.monotonic() + DISTRUST
             trouble = f"{type(error).__name__}: {error}"
             if trouble != self._trouble:
                 log.warning("database: batches go to the spool: %s", trouble)
                 self._trouble = trouble
             raise SinkAway from error
-        now = self._wall()
+        now = time.time()
         for batch in items:
             self.missing += batch.data.count(b"\tmissing\n")
             self.lags.append(max(0.0, now - batch.received_at))
@@ -66,13 +60,9 @@ class DatabaseSink:
         """Whether there is a connection, after so many seconds at the most."""
         return await self._database.ready(seconds)
 
-    async def first_connection(self) -> bool:
-        """Whether there is one before the start's patience is over."""
-        return await self._database.ready(PATIENCE)
-
     def diverts(self) -> bool:
         """Whether the database is not to be asked now."""
-        now = self._clock()
+        now = time.monotonic()
         if self._database.state == "connected":
             return now < self._distrust
         return self.stopping or now >= self.begun + PATIENCE

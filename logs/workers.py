@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import random
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +23,14 @@ from typing import Any
 
 import orjson
 
-from coordination import Clock, Rng, cancel_all, wait_for_event
+from coordination import cancel_all, wait_for_event
 from logs.display import LogCounts, add_up, counts_after_death
+from logs.options import IngestOptions
+from logs.pipeline import FORCE_LIMIT, Ingester
 from primitives import Backoff
-from runtime.loop import STOPPING, blocked
-from runtime.shell import Program
+from runtime.loop import STOPPING, beside, blocked
+from runtime.options import EXIT_FAILED, CannotStart
+from runtime.processes import how_it_ended
 from runtime.stderr import lines_lost
 
 log = logging.getLogger("ingest")
@@ -60,22 +61,19 @@ class WorkerProcess:
 
 
 class Supervisor:
-    """Worker processes, one for each of ``sockets``, which stay the caller's. ``command`` starts one: it gets the
-    number of a descriptor as its last argument; ``config`` says what it is told."""
+    """Worker processes with ``options``, one for each of ``sockets``, which stay the caller's. ``command`` starts one,
+    with the number of a descriptor as its last argument, with which it is to ``work``."""
 
     def __init__(
         self,
         command: Sequence[str],
-        config: Callable[[int], Mapping[str, Any]],
+        options: IngestOptions,
         sockets: Sequence[socket.socket],
         *,
-        stop_limit: float,
-        kernel_drops: Callable[[], int | None] = lambda: 0,
-        clock: Clock = time.monotonic,
-        rng: Rng = random.random,
+        kernel_drops: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._command, self._config, self._sockets = list(command), config, list(sockets)
-        self._stop_limit, self._kernel_drops, self._clock, self._rng = stop_limit, kernel_drops, clock, rng
+        self._command, self._options, self._sockets = command, options, sockets
+        self._kernel_drops = kernel_drops
         self.workers = [WorkerProcess(number) for number in range(len(sockets))]
         self.failure: str | None = None  # why a worker could not begin at all: there is no use in trying again
         self._stage, self._stopped = 0, asyncio.Event()
@@ -91,7 +89,7 @@ class Supervisor:
             if self._stage > 2:
                 self._kill(worker)
         if self._stage <= 2:
-            later = KILL_AFTER + (self._stop_limit if self._stage == 1 else 0.0)
+            later = KILL_AFTER + (self._options.stop_limit + FORCE_LIMIT if self._stage == 1 else 0.0)
             self._timers += [asyncio.get_running_loop().call_later(later, self._kill, each) for each in self.workers]
 
     def _kill(self, worker: WorkerProcess) -> None:
@@ -103,7 +101,7 @@ class Supervisor:
         """The sums over all workers, those that died too."""
         counts = add_up(part for worker in self.workers for part in (worker.past, worker.last) if part is not None)
         return counts._replace(
-            kernel_drops=self._kernel_drops() or 0,
+            kernel_drops=self._kernel_drops(),
             lines_lost=counts.lines_lost + lines_lost(),
             stopping=self._stage > 0,
         )
@@ -123,9 +121,9 @@ class Supervisor:
 
     async def _keep(self, worker: WorkerProcess) -> None:
         """Have the worker live, again and again."""
-        backoff = Backoff(*AGAIN, self._rng)
+        backoff = Backoff(*AGAIN)
         while True:
-            began = self._clock()
+            began = time.monotonic()
             worker.code = code = await self._live(worker)
             if self._stopped.is_set():
                 if code < 0 and worker.last is not None:
@@ -136,10 +134,9 @@ class Supervisor:
                 self.stop()
                 return
             self._bury(worker)
-            if self._clock() - began > HEALTHY_AFTER:
+            if time.monotonic() - began > HEALTHY_AFTER:
                 backoff.reset()
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            log.error("worker %d died (%s); another one goes on", worker.number, how)
+            log.error("worker %d died (%s); another one goes on", worker.number, how_it_ended(code))
             await wait_for_event(self._stopped, backoff.next())
             if self._stopped.is_set():
                 return
@@ -149,24 +146,16 @@ class Supervisor:
         worker.past = add_up([worker.past, counts_after_death(worker.last or LogCounts())])
         worker.last = None
 
-    async def _spawn(self, *sockets: socket.socket) -> asyncio.subprocess.Process:
-        """Signals are blocked until the process ignores them. One at a time: the mask is this thread's."""
-        async with self._spawning:
-            with blocked(*STOPPING):
-                return await asyncio.create_subprocess_exec(
-                    *self._command,
-                    str(sockets[0].fileno()),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=[sock.fileno() for sock in sockets],
-                )
-
     async def _live(self, worker: WorkerProcess) -> int:
         """One life; how it ended."""
         ours, theirs = socket.socketpair()
         udp = self._sockets[worker.number]
         try:
-            with theirs:
-                worker.process = await self._spawn(theirs, udp)
+            async with self._spawning:  # the mask is this thread's
+                with theirs, blocked(*STOPPING):  # until the process ignores them
+                    command = (*self._command, str(theirs.fileno()))
+                    files, nothing = (theirs.fileno(), udp.fileno()), asyncio.subprocess.DEVNULL
+                    worker.process = await asyncio.create_subprocess_exec(*command, stdin=nothing, pass_fds=files)
         except BaseException as error:
             ours.close()
             if isinstance(error, OSError):  # no memory, too many processes: that may pass
@@ -175,7 +164,8 @@ class Supervisor:
             raise
         try:
             reader, worker.writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE)
-            worker.writer.write(json.dumps({**self._config(worker.number), "socket": udp.fileno()}).encode() + b"\n")
+            place = {"number": worker.number, "workers": len(self.workers), "socket": udp.fileno()}
+            worker.writer.write(orjson.dumps({"options": self._options, **place}) + b"\n")
             if self._stage:
                 worker.tell(STOP if self._stage == 1 else FORCE)
             with contextlib.suppress(OSError, ValueError):  # it died in the middle of a line
@@ -197,44 +187,43 @@ class Supervisor:
             worker.process = None
 
 
-class ParentConnection:
-    """A worker's side: tells its parent where it stands, and hears from it."""
+async def work(parent: socket.socket) -> int:
+    """The life of a worker, which tells its parent where it stands, and hears from it. The exit code."""
+    reader, writer = await asyncio.open_connection(sock=parent, limit=MAX_LINE)
+    told = orjson.loads(await reader.readline())
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+    def tell(what: Mapping[str, Any]) -> None:
+        if not writer.is_closing():
+            writer.write(orjson.dumps(what) + b"\n")
 
-    @classmethod
-    async def open(cls, sock: socket.socket) -> tuple[ParentConnection, dict[str, Any]]:
-        """The connection, and the configuration."""
-        reader, writer = await asyncio.open_connection(sock=sock, limit=MAX_LINE)
-        return cls(reader, writer), orjson.loads(await reader.readline())
-
-    def tell(self, what: Mapping[str, Any]) -> None:
-        """Send a line, if the parent still hears."""
-        if not self._writer.is_closing():
-            self._writer.write(orjson.dumps(what) + b"\n")
-
-    async def listen(self, program: Program[LogCounts]) -> None:
-        """Obey, until the parent is gone; then stop."""
-        stage = 0
-        with contextlib.suppress(OSError):
-            while word := await self._reader.read(1):
-                for _ in range((1 if word == STOP else 2) - stage):
-                    stage += 1
-                    program.stop()
-        if not stage:
-            program.stop()
-
-    async def report(self, program: Program[LogCounts]) -> None:
-        """Tell the counts, again and again."""
+    async def report(ingester: Ingester) -> None:
         while True:
-            self.tell(program.snapshot()._asdict())
+            tell(ingester.snapshot()._asdict())
             await asyncio.sleep(REPORT_EVERY)
 
-    async def close(self) -> None:
-        """Send what is to be sent, and end it."""
+    async def obey(ingester: Ingester) -> None:
+        stage = 0
         with contextlib.suppress(OSError):
-            await self._writer.drain()
-        self._writer.close()
+            while word := await reader.read(1):
+                for _ in range((1 if word == STOP else 2) - stage):
+                    stage += 1
+                    ingester.stop()
+        if not stage:  # the parent is gone
+            ingester.stop()
+
+    try:
+        options, sock = IngestOptions(**told["options"]), socket.socket(fileno=told["socket"])
+        ingester = Ingester(options, sock, number=told["number"], workers=told["workers"])
+        async with beside(obey(ingester), "parent"), beside(report(ingester), "report"):
+            code = await ingester.run()
+            tell(ingester.snapshot()._asdict())
+            return code
+    except CannotStart as error:
+        tell({"failed": str(error)})
+        return EXIT_FAILED
+    finally:
         with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+            await writer.drain()
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()

@@ -9,16 +9,15 @@ Promised:
   (`kind`), or bad; nothing is guessed and nothing is passed over in silence. A frame with one bad trade is bad as a
   whole: the dead letters hold it, and no half of it is counted twice when it is replayed.
 * A symbol is BASE-QUOTE in capitals ("BTC-USD"). An exchange whose books are in USDT (`dollar`) stands in for USD: ask
-  it for BTC-USD and its BTC-USDT trades come back as BTC-USD (as BTC-USDT if that was asked for). After `subscribe`, a
-  trade of a symbol that was not asked for is a bad frame, so nobody outside makes up symbols for us.
+  it for BTC-USD and its BTC-USDT trades come back as BTC-USD (as BTC-USDT if that was asked for). A trade of a symbol
+  that was not asked for is a bad frame, so nobody outside makes up symbols for us.
 
 Not promised: that an exchange tells the truth, or everything. What its sequences and ids show is labelled by
-`SequenceCheck` (gaps, duplicates, disorder), counted, and never patched.
+`SequenceCheck`, counted, and never patched.
 
-An adapter holds the state of one connection: the symbols asked for and, at Bitfinex, the numbers of its channels.
-`subscribe` begins it anew. For two connections to one exchange take two adapters: `fresh()`. A frame that is read again
-later (a dead letter) needs that state too: `context` tells it and `within` restores it.
-Nothing here has a lock: an adapter and its check belong to one event loop.
+An adapter holds the state of one connection, the symbols asked for; `subscribe` begins it anew. For two connections to
+one exchange take two adapters: `fresh()`. A frame that is read again later (a dead letter) needs that state too:
+`context` tells it and `within` restores it. Nothing here has a lock: an adapter and its check belong to one event loop.
 """
 
 from __future__ import annotations
@@ -52,10 +51,6 @@ ACK = Parsed([], "ack")
 IGNORED = Parsed([], "ignored")
 
 _SYMBOL = re.compile(r"[A-Z0-9.]{1,20}-[A-Z0-9]{2,10}").fullmatch
-_QUOTES = (
-    *("FDUSD", "USDT", "USDC", "USDE", "TUSD", "BUSD", "GUSD", "EURC", "USD1"),
-    *("USD", "EUR", "GBP", "JPY", "TRY", "BRL", "AUD", "CAD", "CHF", "SGD", "DAI", "BTC", "ETH", "BNB", "SOL"),
-)
 _new = tuple.__new__
 
 
@@ -119,24 +114,12 @@ class Adapter(ABC):
     def _join(self, base: str, currency: str) -> str:
         return base + self.separator + currency
 
-    def symbol(self, native: object) -> str:
-        """The other way: as it was asked for, else as the name says. `BadFrame` if it is neither."""
-        found = self._asked.get(native)  # type: ignore[call-overload]
+    def symbol(self, native: Any) -> str:
+        """The other way, as it was asked for; `BadFrame` if it was not."""
+        found = self._asked.get(native)
         if found is None:
-            if self._asked or type(native) is not str:
-                raise BadFrame(f"a symbol that was not asked for: {short(native)}")
-            found = self._split(native)
-            if not _SYMBOL(found):
-                raise BadFrame(f"not a symbol: {short(native)}")
-        return str(found)
-
-    def _split(self, native: str) -> str:
-        if self.separator:
-            return native.replace(self.separator, "-")
-        for currency in _QUOTES:
-            if native.endswith(currency) and native != currency:
-                return f"{native[: -len(currency)]}-{currency}"
-        raise BadFrame(f"not a symbol: {short(native)}")
+            raise BadFrame(f"a symbol that was not asked for: {short(native)}")
+        return found
 
     def connect_url(self, url: str | None = None) -> str:
         """Where to connect; `url` replaces the exchange's own address."""
@@ -262,8 +245,6 @@ class SequenceCheck:
     RESTARTED = 16
 
     def __init__(self, *, remembered: int = 4096) -> None:
-        if remembered < 1:
-            raise ValueError("remembered is at least 1")
         self._remembered = remembered
         self._seen: dict[str, _Seen] = {}
         self._frame: int | None = None

@@ -12,36 +12,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from market.consumers import Group, Taken
 from market.display import lost
-from market.flow import MarketOptions, MarketProgram, log
-from market.kafka import PublisherClosed
-from market.stats import AnalyticsRow
-from market.trade import Trade
-from market.workers import MOST, Uncomputed
+from market.flow import MarketOptions, MarketProgram
 from runtime.loop import ends_before
 from runtime.options import CannotStart
-from runtime.processes import PoolClosed, WorkerDied
+from runtime.processes import WorkerDied
 
 
 class Analyser(MarketProgram):
     """A member of the consumer group that computes what is in ``trades``. ``run`` once."""
 
-    def __init__(
-        self,
-        options: MarketOptions,
-        *,
-        environ: Mapping[str, str] = os.environ,
-        group_options: Mapping[str, Any] | None = None,
-        **more: Any,
-    ) -> None:
-        super().__init__(options, environ=environ, **more)
+    def __init__(self, options: MarketOptions, *, group_options: Mapping[str, Any] | None = None, **more: Any) -> None:
+        super().__init__(options, **more)
         assert options.kafka is not None
-        self.workers = self.make_workers()
         self.group = Group(
             options.kafka,
             options.group,
@@ -49,13 +37,12 @@ class Analyser(MarketProgram):
             look_back=options.windows[-1] + options.lateness,
             revoked=self._revoked,
             security=self._security,
-            rng=self._rng,
             **(group_options or {}),
         )
         self._batch = asyncio.Lock()  # held from when trades are taken until they are committed
         self._queued = self._skipped = 0
 
-    async def _revoked(self, _: frozenset[int]) -> None:
+    async def _revoked(self) -> None:
         """The batch in hand is committed, and its rows told, before its partition is another's."""
         async with self._batch:
             await self._tell_all()
@@ -86,10 +73,11 @@ class Analyser(MarketProgram):
         try:
             for letter in taken.dead:
                 await self._bury(letter)
-            for at in range(0, len(taken.again), MOST):
-                await self._computed_rows(taken.again[at : at + MOST])
+            if taken.again:
+                await self.workers.submit(taken.again)
             if taken.trades:
-                rows = await self._computed_rows(taken.trades, count=True)
+                rows = await self._computed_rows(taken.trades)
+                self._queued = 0
                 self.board.count(taken.trades)
                 await self._tell(rows)
         finally:
@@ -98,33 +86,10 @@ class Analyser(MarketProgram):
         await self.publisher.flush()
         await self.group.commit()
 
-    async def _computed_rows(
-        self, trades: list[Trade], *, count: bool = False, flush: bool = False
-    ) -> list[AnalyticsRow]:
-        try:
-            rows, failed = await (self.workers.flush() if flush else self.workers.submit(trades)), 0
-        except Uncomputed as error:
-            log.warning("%d trades could not be computed: %s", len(error.trades), error.__cause__)
-            rows, failed = error.rows, len(error.trades)
-        if count:
-            self._computed += len(trades) - failed
-            self._uncomputed += failed
-            self._queued = 0
-        return rows
-
-    async def _tell_all(self) -> None:
-        """The rows that were not due yet."""
-        with contextlib.suppress(PublisherClosed, PoolClosed):
-            await self._tell(await self._computed_rows([], flush=True))
-
     async def run(self) -> int:
         """Until it is stopped. The exit code: 1 if something was lost."""
         async with contextlib.AsyncExitStack() as stack:
-            await self._open_publisher(stack)
-            stack.push_async_callback(self.workers.close, 0.0)
-            self.tasks.start("watch", self._watch)
-            self.tasks.start("loop lag", self._lag.watch)
-            stack.push_async_callback(self.tasks.end)
+            await self._begin(stack)
             try:
                 joined = await ends_before(self._join(), self.stop.stopped)
             except (TimeoutError, WorkerDied) as error:
@@ -133,7 +98,7 @@ class Analyser(MarketProgram):
                 stack.push_async_callback(self.group.stop)
                 self.tasks.start("analytics", self._work)
                 await self.stop.stopped.wait()
-                self._deadline = self._clock() + self.options.stop_limit
+                self._deadline = time.monotonic() + self.options.stop_limit
                 await self._unless_forced(self._finish(), self.options.stop_limit * 0.6)
                 await self.tasks.end()
         return int(lost(self.snapshot()) > 0)
@@ -150,16 +115,5 @@ class Analyser(MarketProgram):
             await self._tell_all()
 
     def _more(self) -> dict[str, Any]:
-        workers, found, group = self.workers.stats(), self.workers.analytics(), self.group.stats()
-        return {
-            "offered": self._trades,
-            "skipped": self._skipped,
-            "queued": self._queued,
-            "late": found.late,
-            "repeated": found.repeated,
-            "worker_deaths": workers.died,
-            "workers": workers.pids,
-            "partitions": group.partitions,
-            "rebalances": group.rebalances,
-            "commits": group.commits,
-        }
+        counts = {"offered": self._trades, "skipped": self._skipped, "queued": self._queued}
+        return super()._more() | counts | self.group.stats()._asdict()

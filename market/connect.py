@@ -1,28 +1,25 @@
 """One supervised WebSocket connection to an exchange: `Feed`.
 
 `Feed.run` connects, subscribes, reads until the connection ends (`market.feed_socket`), waits, and begins again, until
-`stop`. All of it is one task in one event loop, with one more that watches the time while a connection lasts; frames
-are parsed in the loop (`market.frames`), and after `turn` of it the others have theirs. There is no lock and no queue:
-a frame's trades go to `emit` before the next frame is looked at. So when `emit` waits, nothing more is read, aiohttp
-stops reading the socket after some 128 KB, and the exchange's writes stall: the bound of memory. (An exchange that is
-kept waiting for long closes the connection, and is connected to again.)
+`stop`. All of it is one task in one event loop, with one more that watches the time while a connection lasts. There is
+no lock and no queue: a frame's trades go to `emit` before the next frame is looked at. So when `emit` waits, nothing
+more is read, aiohttp stops reading the socket after some 128 KB, and the exchange's writes stall: the bound of memory.
 
 Promised:
 
 * Every frame that arrives whole comes to trades for `emit`, or to one call of `dead` with the reason, or is known and
   not needed. A frame that the WebSocket layer refuses (too large, reserved bits) has no bytes to show: `dead` is called
-  with none, and the connection ends. What was under way when a connection broke off cannot be known; where an exchange
-  numbers its trades, the numbers tell; where it does not, each symbol's first trade afterwards is labelled "gap",
-  unless a snapshot overlaps with what came before.
+  with none, and the connection ends. What was under way when a connection broke off cannot be known (`market.frames`
+  labels it).
 * Waits between attempts are uniform in [0, min(cap, base * 2**n)], n counted since a connection was last healthy, that
   is subscribed for `healthy_after`; a Retry-After comes on top. Five failures in a row within a minute open the
   breaker, which waits longer. A failure is an attempt or connection that ended unhealthy, unless the exchange had asked
   for that.
 * A feed that says nothing for the adapter's `silent_after` is left for a new connection, and so is one that does not
   answer a ping. While `emit` waits that is not asked: silence is our own then.
-* A symbol without a trade for `stale_after` while others trade is told (`stats().stale`). It may trade seldom, or its
-  subscription may have died, or been refused: after `renew_after` the connection is left for a new one, and after twice
-  as long, and so on, for as long as any is stale.
+* A symbol without a trade for `stale_after` while others trade is told (`stats().stale`). Its subscription may have
+  died, or been refused: after `renew_after` the connection is left for a new one, and after twice as long, and so on,
+  for as long as any is stale.
 
 Not promised: that each of several symbols is served (an exchange may refuse one and acknowledge the others: `stats`
 shows the error); that `emit` is called again for what it raised on: its error, and that of `dead`, ends `run`.
@@ -34,7 +31,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import aiohttp
 
@@ -85,10 +82,9 @@ class FeedStats(NamedTuple):
 class Feed:
     """The trades of one exchange: `await Feed(ADAPTERS["kraken"], ["BTC-USD"], emit, dead).run()`.
 
-    `adapter` is copied (`fresh`); the copy is `self.adapter`, whose `context` a dead letter needs, as it is when `dead`
-    is called. `url`: instead of the exchange's own. `session`: shared; None: one of its own. `turn`: seconds of the
-    loop at a time. `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts.
-    ValueError for symbols that the exchange cannot have, or not so many.
+    `adapter` is copied (`fresh`). `url`: instead of the exchange's own. `session`: shared; None: one of its own.
+    `turn`: seconds of the loop at a time. `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait
+    between attempts. ValueError for symbols that the exchange cannot have, or not so many.
     """
 
     def __init__(
@@ -143,7 +139,8 @@ class Feed:
         try:
             await self._task
         except asyncio.CancelledError:
-            if not self._stopping or not self._task.done() or _being_cancelled():
+            caller = asyncio.current_task()
+            if not self._stopping or not self._task.done() or (caller is not None and caller.cancelling()):
                 raise
 
     async def stop(self, limit: float = 5.0) -> None:
@@ -277,8 +274,3 @@ class Feed:
         if since is not None and self._clock() - since >= self._times.healthy_after:
             self._backoff.reset()
             permit.success()
-
-
-def _being_cancelled() -> bool:
-    task: asyncio.Task[Any] | None = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -7,8 +7,8 @@ Promised by ``Group``
   the windows can be filled again; those trades come as ``again``, and are for the state only.
 - A record that is no trade stops nobody: it comes as a dead letter.
 
-Not promised: that a trade is computed once (a death between publishing and committing); that a member which was away
-for longer than Kafka's session learns of it before its ``commit`` (which then does nothing, and says so).
+Not promised: that a member which was away for longer than Kafka's session learns of it before its ``commit`` (which
+then does nothing, and says so).
 
 All is for one event loop, without locks.
 """
@@ -16,44 +16,45 @@ All is for one event loop, without locks.
 from __future__ import annotations
 
 import asyncio
-import random
+import contextlib
+import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
-from coordination import Rng, stats_repr
+from coordination import stats_repr
 from market.topics import (
     BACK_OFF,
     DEAD_LETTERS,
     TRADES,
     DeadLetter,
-    client_log,
     decode,
     letter_of_record,
     log,
-    unpublishable,
+    unpublishable_letter,
 )
 from market.trade import Trade
 from primitives import Backoff
 
+REQUEST_TIMEOUT = 10.0  # seconds
+SESSION = 10.0  # seconds without a heartbeat after which a member is taken for dead
 
-async def _connected_consumer(
-    brokers: str, group: str | None, request_timeout: float, security: Mapping[str, Any], limit: float, rng: Rng
-) -> Any:
+
+async def _connected_consumer(brokers: str, group: str | None, options: Mapping[str, Any], limit: float) -> Any:
     """A consumer that is connected; tries for ``limit`` seconds, then raises ``TimeoutError``."""
-    begun, backoff = time.monotonic(), Backoff(*BACK_OFF, rng)
+    begun, backoff = time.monotonic(), Backoff(*BACK_OFF)
     while True:
         consumer = AIOKafkaConsumer(
             bootstrap_servers=brokers,
             group_id=group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            request_timeout_ms=int(request_timeout * 1000),
+            request_timeout_ms=int(REQUEST_TIMEOUT * 1000),
             fetch_max_wait_ms=100,
-            **security,
+            **options,
         )
         try:
             await consumer.start()
@@ -70,52 +71,49 @@ async def _connected_consumer(
             return consumer
 
 
+async def records_now(
+    consumer: AIOKafkaConsumer, places: Sequence[TopicPartition], limit: float
+) -> AsyncIterator[dict[TopicPartition, list[Any]]]:
+    """What is in these partitions now, in portions. ``TimeoutError`` if nothing came for ``limit`` seconds."""
+    ends, waited = await consumer.end_offsets(places) if places else {}, time.monotonic()
+    while [place for place in places if await consumer.position(place) < ends[place]]:
+        found = await consumer.getmany(timeout_ms=200, max_records=500)
+        if found:
+            yield {place: [each for each in records if each.offset < ends[place]] for place, records in found.items()}
+            waited = time.monotonic()
+        elif time.monotonic() - waited > limit:
+            raise TimeoutError(f"no answer in {limit:g} s")
+
+
 async def dead_letters(
     brokers: str,
     *,
     prefix: str = "",
     group: str | None = None,
     before_commit: Callable[[], Awaitable[None]] | None = None,
-    request_timeout: float = 10.0,
     limit: float = 30.0,
     security: Mapping[str, Any] | None = None,
-    rng: Rng = random.random,
 ) -> AsyncIterator[DeadLetter]:
     """The dead letters that are there now, in the order of each partition. ``TimeoutError`` without a broker.
 
     With a ``group`` those that it has not committed; each lot is committed when the next is asked for, after
     ``before_commit`` (``Publisher.flush``: what came of them is published). Left early, the lot comes again.
     """
-    client_log.attach()
+    consumer = await _connected_consumer(brokers, group, security or {}, limit)
     try:
-        consumer = await _connected_consumer(brokers, group, request_timeout, security or {}, limit, rng)
-        try:
-            topic = prefix + DEAD_LETTERS
-            places = [TopicPartition(topic, n) for n in await _partitions(consumer, topic)]
-            consumer.assign(places)
-            ends = await consumer.end_offsets(places) if places else {}
-            at = {place: await consumer.position(place) for place in places}
-            waited = time.monotonic()
-            while any(at[place] < ends[place] for place in places):
-                lot = await consumer.getmany(timeout_ms=200, max_records=500)
-                for place, records in lot.items():
-                    for record in records:
-                        if record.offset < ends[place]:
-                            yield letter_of_record(record.value, record.headers)
-                for place in places:
-                    at[place] = await consumer.position(place)
-                if lot:
-                    waited = time.monotonic()
-                    if group is not None:
-                        if before_commit is not None:
-                            await before_commit()
-                        await consumer.commit({place: min(at[place], ends[place]) for place in lot})
-                elif time.monotonic() - waited > limit:
-                    raise TimeoutError(f"no answer from {brokers} in {limit:g} s")
-        finally:
-            await consumer.stop()
+        topic = prefix + DEAD_LETTERS
+        places = [TopicPartition(topic, n) for n in await _partitions(consumer, topic)]
+        consumer.assign(places)
+        async with contextlib.aclosing(records_now(consumer, places, limit)) as every:  # type: ignore[type-var]
+            async for lot in every:
+                for record in itertools.chain.from_iterable(lot.values()):
+                    yield letter_of_record(record.value, record.headers)
+                if group is not None:
+                    if before_commit is not None:
+                        await before_commit()
+                    await consumer.commit({place: got[-1].offset + 1 for place, got in lot.items() if got})
     finally:
-        client_log.detach()
+        await consumer.stop()
 
 
 async def _partitions(consumer: Any, topic: str) -> list[int]:
@@ -137,11 +135,7 @@ class GroupStats(NamedTuple):
     """The partitions that a member has now, and counts since it began."""
 
     partitions: tuple[int, ...]
-    taken: int
-    again: int
-    dead: int
     commits: int
-    commits_failed: int  # another member has the partitions now, and takes the records again
     rebalances: int
 
 
@@ -149,8 +143,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
     """A member of the consumer group ``group`` of the topic ``trades``. One task uses it.
 
     ``revoked`` is told, and waited for, before partitions go to others: publish and ``commit`` there, and forget their
-    symbols. ``look_back``, ``heartbeat`` (after which members hear of another), ``session`` (without a heartbeat, after
-    which a member is taken for dead): seconds.
+    symbols. ``look_back``, ``heartbeat`` (after which members hear of another): seconds.
     """
 
     def __init__(
@@ -160,51 +153,39 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         *,
         prefix: str = "",
         look_back: float = 0.0,
-        revoked: Callable[[frozenset[int]], Awaitable[None]] | None = None,
+        revoked: Callable[[], Awaitable[None]] | None = None,
         heartbeat: float = 1.0,
-        session: float = 10.0,
-        request_timeout: float = 10.0,
         security: Mapping[str, Any] | None = None,
-        rng: Rng = random.random,
     ) -> None:
         self.topic = prefix + TRADES
         self._brokers, self._group, self._look_back, self._revoked = brokers, group, look_back, revoked
-        self._timeout, self._security, self._rng = request_timeout, security or {}, rng
-        self._member = {"heartbeat_interval_ms": int(heartbeat * 1000), "session_timeout_ms": int(session * 1000)}
+        self._security = security or {}
+        self._member = {"heartbeat_interval_ms": int(heartbeat * 1000), "session_timeout_ms": int(SESSION * 1000)}
         self._consumer: Any = None
         self._done: dict[TopicPartition, int] = {}
         """Where to go on: what is below was taken, or had been committed before."""
-        self._taken = self._again = self._dead = self._commits = self._commits_failed = self._rebalances = 0
+        self._commits = self._rebalances = 0
 
     async def start(self, limit: float = 30.0) -> None:
         """Join. ``TimeoutError`` without a broker or the topic: to subscribe would make it, in the wrong size."""
-        client_log.attach()
-        begun, backoff = time.monotonic(), Backoff(*BACK_OFF, self._rng)
+        begun, backoff = time.monotonic(), Backoff(*BACK_OFF)
         try:
             options = {**self._security, **self._member}
-            self._consumer = await _connected_consumer(
-                self._brokers, self._group, self._timeout, options, limit, self._rng
-            )
+            self._consumer = await _connected_consumer(self._brokers, self._group, options, limit)
             while self.topic not in await self._consumer.topics():
                 if time.monotonic() - begun > limit:
                     raise TimeoutError(f"no topic {self.topic} in {limit:g} s")
                 await asyncio.sleep(backoff.next())
             self._consumer.subscribe([self.topic], listener=self)
         except BaseException:
-            consumer, self._consumer = self._consumer, None
-            if consumer is not None:
-                await asyncio.shield(asyncio.create_task(consumer.stop()))
-            client_log.detach()
+            await asyncio.shield(asyncio.create_task(self.stop()))
             raise
 
     async def stop(self) -> None:
         """Leave the group; what is not committed is another's."""
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
-            try:
-                await consumer.stop()
-            finally:
-                client_log.detach()
+            await consumer.stop()
 
     async def take(self, wait: float = 0.5, at_once: int = 2000) -> Taken:
         """What there is, after ``wait`` seconds at the most; maybe nothing."""
@@ -217,11 +198,8 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
                     (again if record.offset < floor else trades).append(decode(record.value or b""))
                 except ValueError as error:
                     if record.offset >= floor:
-                        dead.append(unpublishable(record.value or b"", error, time.time_ns()))
+                        dead.append(unpublishable_letter(record.value or b"", error))
             self._done[place] = max(floor, records[-1].offset + 1)
-        self._taken += len(trades)
-        self._again += len(again)
-        self._dead += len(dead)
         return Taken(trades, again, dead)
 
     async def commit(self) -> bool:
@@ -231,28 +209,25 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         try:
             await self._consumer.commit(dict(self._done))
         except (CommitFailedError, IllegalStateError, KafkaError) as error:
-            self._commits_failed += 1
             log.warning("kafka: not committed: %s", error)
             return False
         self._commits += 1
         return True
 
-    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Called by aiokafka before partitions go to others."""
-        gone = frozenset(revoked)
-        if gone and self._revoked is not None:
-            await self._revoked(frozenset(place.partition for place in gone))
-        for place in gone:
+        if revoked and self._revoked is not None:
+            await self._revoked()
+        for place in revoked:
             self._done.pop(place, None)
 
-    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """Called by aiokafka when partitions have come: they begin ``look_back`` seconds before what is committed."""
         self._rebalances += 1
         self._done = {}
-        places = list(assigned)
-        self._consumer.pause(*places)  # ``take`` gets nothing of them before it is clear where they begin
+        self._consumer.pause(*assigned)  # ``take`` gets nothing of them before it is clear where they begin
         try:
-            for place in places:
+            for place in assigned:
                 committed = await self._consumer.committed(place)
                 if committed is not None:
                     self._done[place] = committed
@@ -262,18 +237,18 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         except (KafkaError, TimeoutError) as error:  # no windows from before; else the partitions would hang
             log.warning("kafka: no look back: %s", error)
         finally:
-            self._consumer.resume(*places)
+            self._consumer.resume(*assigned)
 
     async def _before(self, committed: Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
         """Where each partition was ``look_back`` seconds before its last committed record."""
         places = [place for place, offset in committed.items() if offset > 0]
-        reader = await _connected_consumer(self._brokers, None, self._timeout, self._security, self._timeout, self._rng)
+        reader = await _connected_consumer(self._brokers, None, self._security, REQUEST_TIMEOUT)
         try:
             times = dict[TopicPartition, int]()
             reader.assign(places)
             for place in places:
                 reader.seek(place, committed[place] - 1)
-            deadline = time.monotonic() + self._timeout
+            deadline = time.monotonic() + REQUEST_TIMEOUT
             while len(times) < len(places) and time.monotonic() < deadline:
                 for place, records in (await reader.getmany(timeout_ms=200, max_records=len(places))).items():
                     times.setdefault(place, max(0, records[0].timestamp - int(self._look_back * 1000)))
@@ -286,7 +261,6 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
     def stats(self) -> GroupStats:
         """The counts, and the partitions."""
         places = self._consumer.assignment() if self._consumer is not None else ()
-        counts = self._taken, self._again, self._dead, self._commits, self._commits_failed, self._rebalances
-        return GroupStats(tuple(sorted(place.partition for place in places)), *counts)
+        return GroupStats(tuple(sorted(place.partition for place in places)), self._commits, self._rebalances)
 
     __repr__ = stats_repr

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import orjson
 from aiokafka import AIOKafkaConsumer
 
+from market.consumers import records_now
 from market.display import MarketCounts, columns, latency, percent, price
 from market.flow import MarketOptions
 from market.stats import ALL
@@ -27,7 +27,7 @@ from runtime.options import CannotStart
 from runtime.shell import Program
 from runtime.stderr import say
 
-DEMO_PATIENCE = 15.0  # seconds that the demo waits for what is in Kafka
+DEMO_PATIENCE = 15.0  # seconds without an answer of Kafka
 
 
 class MarketDemo(Demo):
@@ -125,13 +125,9 @@ class MarketDemo(Demo):
         consumer = AIOKafkaConsumer(*topics, bootstrap_servers=self.options.kafka, auto_offset_reset="earliest")
         try:
             await consumer.start()
-            places = list(consumer.assignment())
-            ends, found = await consumer.end_offsets(places), {topic: list[Any]() for topic in topics}
-            deadline = time.monotonic() + DEMO_PATIENCE
-            while [place for place in places if await consumer.position(place) < ends[place]]:
-                if time.monotonic() > deadline:
-                    raise TimeoutError("no answer")
-                for place, records in (await consumer.getmany(timeout_ms=200)).items():
+            found = {topic: list[Any]() for topic in topics}
+            async for portion in records_now(consumer, list(consumer.assignment()), DEMO_PATIENCE):
+                for place, records in portion.items():
                     found[place.topic] += records
             return found[topics[0]], found[topics[1]], found[topics[2]]
         finally:

@@ -163,7 +163,7 @@ def last_word(counts: MarketCounts) -> str:
 
 def health(counts: MarketCounts) -> tuple[int, dict[str, Any]]:
     """The status code and the body of ``/health``."""
-    away = counts.kafka in ("away", "failed") or any(feed.state != "live" for feed in counts.feeds.values())
+    away = counts.kafka == "away" or any(feed.state != "live" for feed in counts.feeds.values())
     body: dict[str, Any] = {name: getattr(counts, name)._asdict() for name in ("published", "rows")}
     for name in ("feeds", "symbols"):
         body[name] = {key: line._asdict() for key, line in getattr(counts, name).items()}
@@ -194,11 +194,7 @@ METRICS = (
     *counters("market", MarketCounts),
     counter("market_dead_letters", "Frames handed over as dead letters", "letters"),
     counter("market_published", "Trades and dead letters that Kafka acknowledged", attrgetter("published.published")),
-    counter(
-        "market_recovered",
-        "Trades and dead letters that were in the spool at the start",
-        attrgetter("published.recovered"),
-    ),
+    counter("market_recovered", "Trades and dead letters found in the spool", attrgetter("published.recovered")),
     counter("market_lost", "Trades and dead letters that are nowhere", lost),
     counter("market_rows", "Rows of analytics that Kafka acknowledged", attrgetter("rows.published")),
     counter("market_rows_dropped", "Rows of analytics dropped, the oldest", attrgetter("rows.dropped")),

@@ -166,9 +166,6 @@ class Bitstamp(Adapter):
     def _join(self, base: str, currency: str) -> str:
         return (base + currency).lower()
 
-    def _split(self, native: str) -> str:
-        return super()._split(native.upper())
-
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"event": "bts:subscribe", "data": {"channel": self._prefix + native}} for native in natives]
 
@@ -270,7 +267,6 @@ class Bitfinex(Adapter):
     name, url, silent_after, max_symbols = "bitfinex", "wss://api-pub.bitfinex.com/ws/2", 40.0, 25
     controls: ClassVar = {"conf": ACK, "unsubscribed": ACK, "pong": HEARTBEAT}
     _names: ClassVar = {"USDT": "UST", "USDC": "UDC"}
-    _ours: ClassVar = {"UST": "USDT", "UDC": "USDC"}
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -293,14 +289,6 @@ class Bitfinex(Adapter):
     def _join(self, base: str, currency: str) -> str:
         base, currency = self._names.get(base, base), self._names.get(currency, currency)
         return f"t{base}:{currency}" if len(base) > 3 or len(currency) > 3 else f"t{base}{currency}"
-
-    def _split(self, native: str) -> str:
-        base, colon, currency = native[1:].partition(":")
-        if not colon:
-            base, currency = native[1:4], native[4:]
-        if not native.startswith("t"):
-            raise BadFrame(f"not a symbol: {short(native)}")
-        return f"{self._ours.get(base, base)}-{self._ours.get(currency, currency)}"
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         self._channels = {}
@@ -436,9 +424,6 @@ class Bitmex(Adapter):
     def _join(self, base: str, currency: str) -> str:
         return ("XBT" if base == "BTC" else base) + currency
 
-    def _split(self, native: str) -> str:
-        return super()._split("BTC" + native[3:] if native.startswith("XBT") else native)
-
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"op": "subscribe", "args": [f"trade:{native}" for native in natives]}]
 
@@ -468,9 +453,6 @@ class _Stocks(Adapter):
         if currency != "USD":
             raise ValueError(f"US stocks are in USD, not {currency}")
         return base
-
-    def _split(self, native: str) -> str:
-        return f"{native}-USD"
 
 
 class Alpaca(_Stocks):

@@ -1,11 +1,8 @@
 """The way of a trade through the program: exchanges -> Kafka, with the figures. And what all three programs share.
 
-``MarketProgram``   publisher, tasks, counts and the two stages of a stop: of ``Pipeline``, ``Analyser``, ``Replayer``.
-``Pipeline``        exchanges -> topics ``trades``, ``analytics``, ``dead-letter``.
-
-The way of a trade: a ``Feed`` per exchange -> ``Publisher`` (topic ``trades``) -> queue -> ``AnalyticsPool`` -> rows ->
-``Publisher`` (topic ``analytics``). A frame that cannot be parsed goes to the topic ``dead-letter``, with its reason,
-its time, and what the adapter knew of the connection.
+A ``Feed`` per exchange -> ``Publisher`` (topic ``trades``) -> queue -> ``AnalyticsPool`` -> rows -> ``Publisher``
+(topic ``analytics``). A frame that cannot be parsed goes to the topic ``dead-letter``, with its reason, its time, and
+what the adapter knew of the connection.
 
 What is bounded, and what happens at the bound
 - What an exchange sends: no queue; while its trade waits for room nothing more is read, and TCP holds the exchange.
@@ -15,9 +12,7 @@ What is bounded, and what happens at the bound
 - Rows that wait to be published: the oldest go, and are counted.
 
 Promised
-- At every moment: trades + dead letters + recovered = published + held + spooled + waiting + lost; and what was offered
-  to the analytics is computed, queued, or counted as left out. It is checked in each snapshot, once a second at least;
-  an imbalance is an error in the log and in /health.
+- The equations of ``market.display``, at every moment. They are checked in each snapshot, once a second at least.
 - Lost are trades only when the program is told to end while Kafka is away and the spool is full, or the disk fails. The
   exit code and the last line say so.
 - An exchange, a worker or Kafka that fails holds up nobody else, within the bounds above.
@@ -25,7 +20,7 @@ Promised
   most ``stop_limit`` seconds; the rest goes to the spool. The second: there at once.
 
 Not promised: that a trade is in the topic once over a ``kill -9`` (see ``market.kafka``); the order of trades of two
-exchanges. Figures of the analytics: see ``market.stats``.
+exchanges.
 
 Where what runs: all in one event loop, but the figures (processes), the spool's files and the table (threads).
 """
@@ -37,7 +32,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import random
 import ssl
 import time
 from abc import ABC, abstractmethod
@@ -50,18 +44,19 @@ from typing import Any
 
 import aiohttp
 
-from coordination import Clock, Rng, stats_repr, wait_for_event
+from coordination import stats_repr, wait_for_event
 from market.adapter import Adapter
 from market.connect import TURN, Feed, new_session
 from market.display import Board, FeedLine, MarketCounts, imbalance, lost
 from market.feeds import ADAPTERS
 from market.kafka import SAVE_LIMIT, Publisher, PublisherClosed
 from market.stats import WINDOWS, AnalyticsRow
-from market.topics import DeadLetter
+from market.topics import DeadLetter, client_log
 from market.trade import Trade
-from market.workers import MOST, AnalyticsPool, Uncomputed
+from market.workers import MOST, AnalyticsPool
 from runtime.loop import Lag, TaskSupervisor, ends_before
 from runtime.outlet import TwoStageStop, unusable
+from runtime.processes import PoolClosed
 from runtime.stderr import lines_lost
 
 log = logging.getLogger("market_pipeline")
@@ -73,6 +68,7 @@ COMPUTE_EVERY, IDLE = 0.05, 0.5
 FEED_LIMIT = 3.0  # seconds that the exchanges have to answer a close frame
 CLOSE_LIMIT = 2 * SAVE_LIMIT  # seconds that the publisher has to end after that, whatever the disk does
 WATCH_EVERY = 1.0  # seconds between two looks at the counts
+PUBLISHING = ("prefix", "partitions", "replication", "buffer", "spool_bytes", "spool_after")  # options of ``Publisher``
 
 
 @dataclass(frozen=True)
@@ -126,21 +122,19 @@ def security(options: MarketOptions, environ: Mapping[str, str]) -> dict[str, An
 def feeds_of(options: MarketOptions, environ: Mapping[str, str]) -> dict[str, tuple[Adapter, tuple[str, ...]]]:
     """The adapters, and the symbols of each. ``ValueError`` if something is not there."""
     found = dict[str, tuple[Adapter, tuple[str, ...]]]()
+    keys = {name: adapter.key_env for name, adapter in ADAPTERS.items() if adapter.key_env is not None}
     for name in options.exchanges:
         if name not in ADAPTERS:
             raise ValueError(f"--exchanges: there is no {name!r}; known: {', '.join(ADAPTERS)}")
-        keyed = ADAPTERS[name].key_env is not None
-        if keyed and not options.stocks:
+        if name in keys and not options.stocks:
             raise ValueError(f"--exchanges {name} needs --stocks")
-        found[name] = ADAPTERS[name].with_keys(environ), options.stocks if keyed else options.symbols
-    if options.stocks and not any(ADAPTERS[name].key_env for name in found):
-        for name, adapter in ADAPTERS.items():
-            if adapter.key_env is not None:
-                with contextlib.suppress(ValueError):
-                    found[name] = adapter.with_keys(environ), options.stocks
-        if not any(ADAPTERS[name].key_env for name in found):
-            names = ", ".join(f"{name}: {adapter.key_env}" for name, adapter in ADAPTERS.items() if adapter.key_env)
-            raise ValueError(f"--stocks: no key is set ({names})")
+        found[name] = ADAPTERS[name].with_keys(environ), options.stocks if name in keys else options.symbols
+    if options.stocks and not keys.keys() & found:
+        for name in keys:
+            with contextlib.suppress(ValueError):
+                found[name] = ADAPTERS[name].with_keys(environ), options.stocks
+        if not keys.keys() & found:
+            raise ValueError(f"--stocks: no key is set ({', '.join(f'{name}: {key}' for name, key in keys.items())})")
     for name, (adapter, symbols) in found.items():
         try:
             adapter.check(symbols)
@@ -161,37 +155,32 @@ class MarketProgram(ABC):
         *,
         spool: bool = False,
         environ: Mapping[str, str] = os.environ,
-        clock: Clock = time.monotonic,
-        rng: Rng = random.random,
     ) -> None:
         assert options.kafka is not None
         self.tasks, self._lag = TaskSupervisor(log), Lag()
-        self.options, self._clock, self._rng = options, clock, rng
+        self.options = options
         self._security = security(options, environ)
         self.publisher = Publisher(
             options.kafka,
-            prefix=options.prefix,
-            partitions=options.partitions,
-            replication=options.replication,
-            buffer=options.buffer,
             spool=Path(options.spool) if spool else None,
-            spool_bytes=options.spool_bytes,
-            spool_after=options.spool_after,
             compression=None if options.compression == "none" else options.compression,  # type: ignore[arg-type]
             security=self._security,
-            clock=clock,
-            rng=rng,
+            **{name: getattr(options, name) for name in PUBLISHING},
         )
         self.board = Board(options.windows)
         self._trades = self._letters = self._computed = self._uncomputed = 0
         self.stop = TwoStageStop(self.publisher.changes)
 
-    def make_workers(self) -> AnalyticsPool:
-        """The processes that compute the figures."""
-        figures = {"windows": self.options.windows, "lateness": self.options.lateness}
-        return AnalyticsPool(self.options.workers, options=figures, nice=0)  # on a busy machine nicer ones fall behind
+        figures = {"windows": options.windows, "lateness": options.lateness}
+        self.workers = AnalyticsPool(options.workers, options=figures)  # its processes are not there before ``start``
 
-    # -------------------------------------------------------------------- publishing
+    # -------------------------------------------------------------------- figures and publishing
+
+    async def _computed_rows(self, trades: list[Trade]) -> list[AnalyticsRow]:
+        rows, left_out = await self.workers.submit(trades)
+        self._computed += len(trades) - len(left_out)
+        self._uncomputed += len(left_out)
+        return rows
 
     async def _tell(self, rows: list[AnalyticsRow]) -> None:
         """Thousands at once would hold the loop for tens of milliseconds."""
@@ -202,20 +191,23 @@ class MarketProgram(ABC):
             self.board.take(part)
             self.publisher.analytics([row.record() for row in part])
 
+    async def _tell_all(self) -> None:
+        """The rows that were not due yet."""
+        with contextlib.suppress(PublisherClosed, PoolClosed):
+            await self._tell(await self.workers.flush())
+
     async def _bury(self, letter: DeadLetter) -> None:
         self._letters += 1
         with contextlib.suppress(PublisherClosed):
-            await self.publisher.dead(*letter)
+            await self.publisher.dead(letter)
 
     # -------------------------------------------------------------------- life and end
 
     async def _watch(self) -> None:
-        """Whether the counts balance, should nobody else ask; whether the publisher lives."""
+        """Whether the counts balance, should nobody else ask."""
         while True:
             await asyncio.sleep(WATCH_EVERY)
-            if self.snapshot().kafka == "failed" and not self.stop.stage:
-                self.tasks.faults += 1
-                self.stop()
+            self.snapshot()
 
     async def _unless_forced(self, work: Awaitable[Any], limit: float) -> None:
         """Until that comes to its end, is cut off by a second stop, or the time is over."""
@@ -224,18 +216,25 @@ class MarketProgram(ABC):
         except Exception as error:
             self.tasks.fault("stopping", error)
 
-    async def _open_publisher(self, stack: contextlib.AsyncExitStack) -> None:
-        try:
-            await self.publisher.start()
-        except Exception as error:
-            raise unusable(self.options.spool, error) from None
-        stack.push_async_callback(self._close_publisher)
+    async def _begin(self, stack: contextlib.AsyncExitStack, *, publishes: bool = True) -> None:
+        """What all programs have, until ``stack`` ends it."""
+        stack.enter_context(client_log.attached())
+        if publishes:
+            try:
+                await self.publisher.start()
+            except Exception as error:
+                raise unusable(self.options.spool, error) from None
+            stack.push_async_callback(self._close_publisher)
+        stack.push_async_callback(self.workers.close)
+        stack.push_async_callback(self.tasks.end)
+        self.tasks.start("watch", self._watch)
+        self.tasks.start("loop lag", self._lag.watch)
 
     _deadline = 0.0
 
     async def _close_publisher(self) -> None:
         """What is left after the time, or at once if forced, goes to the spool."""
-        limit = max(0.0, self._deadline - self._clock())
+        limit = max(0.0, self._deadline - time.monotonic())
         closing = asyncio.create_task(self.publisher.stop(limit, self.stop.forced))
         await asyncio.wait((closing,), timeout=limit + CLOSE_LIMIT)
         if not closing.done():
@@ -249,7 +248,13 @@ class MarketProgram(ABC):
 
     def _more(self) -> dict[str, Any]:
         """What a program adds to its snapshot."""
-        return {}
+        workers, found = self.workers.stats(), self.workers.analytics()
+        return {
+            "late": found.late,
+            "repeated": found.repeated,
+            "worker_deaths": workers.died,
+            "workers": workers.pids,
+        }
 
     def snapshot(self) -> MarketCounts:
         """All counts of this moment; an imbalance is logged."""
@@ -272,7 +277,7 @@ class MarketProgram(ABC):
             stopping=self.stop.stage > 0,
         )._replace(**self._more())
         self.tasks.balance(imbalance(counts), counts)
-        return counts._replace(faults=self.tasks.faults)
+        return counts._replace(faults=self.tasks.faults + self.publisher.tasks.faults)
 
     stats = snapshot
     __repr__ = stats_repr
@@ -295,9 +300,8 @@ class Pipeline(MarketProgram):
         super().__init__(options, spool=True, environ=environ, **more)
         self._adapters = feeds_of(options, environ)
         turn = TURN / max(1, len(self._adapters))
-        self._feed_options = {"clock": self._clock, "rng": self._rng, "turn": turn, **(feed_options or {})}
+        self._feed_options = {"turn": turn, **(feed_options or {})}
         self.feeds: dict[str, Feed] = {}
-        self.workers = self.make_workers()
         self._queue: deque[Trade] = deque()
         self._wake = asyncio.Event()
         self._offered = self._skipped = self._computing = 0
@@ -320,18 +324,12 @@ class Pipeline(MarketProgram):
             await self.publisher.trades(trades)
             self._offer(trades)
 
-    def dead(self, exchange: str, error: str, raw: bytes, received_ns: int) -> Awaitable[object] | None:
-        """Take a frame that did not parse; to be awaited."""
-        feed = self.feeds.get(exchange)
-        context = "" if feed is None else feed.adapter.context()
-        return self._bury(DeadLetter(exchange, error, raw, received_ns, "text" if is_text(raw) else "binary", context))
-
     async def _feed(self, name: str, session: aiohttp.ClientSession) -> None:
         if self.stop.stage:
             return
         adapter, symbols = self._adapters[name]
         url = self.options.urls.get(name)
-        self.feeds[name] = Feed(adapter, symbols, self.emit, self.dead, url=url, session=session, **self._feed_options)
+        self.feeds[name] = Feed(adapter, symbols, self.emit, self._bury, url=url, session=session, **self._feed_options)
         await self.feeds[name].run()
 
     # -------------------------------------------------------------------- the figures
@@ -360,28 +358,13 @@ class Pipeline(MarketProgram):
             batch = [queue.popleft() for _ in range(min(MOST, len(queue)))]
             self._computing, told = len(batch), False
             try:
-                rows = await self.workers.submit(batch)
-            except Uncomputed as error:
-                log.warning("%d trades could not be computed: %s", len(error.trades), error.__cause__)
-                rows, failed = error.rows, len(error.trades)
+                rows = await self._computed_rows(batch)
             except BaseException:
-                self._skipped += self._computing
-                self._computing = 0
+                self._skipped += len(batch)
                 raise
-            else:
-                failed = 0
-            self._computed += len(batch) - failed
-            self._uncomputed += failed
-            self._computing = 0
+            finally:
+                self._computing = 0
             self.board.count(batch)
-            await self._tell(rows)
-
-    async def _tell_all(self) -> None:
-        try:
-            rows = await self.workers.flush()
-        except Uncomputed as error:
-            rows = error.rows
-        with contextlib.suppress(PublisherClosed):
             await self._tell(rows)
 
     # -------------------------------------------------------------------- life and end
@@ -389,21 +372,17 @@ class Pipeline(MarketProgram):
     async def run(self) -> int:
         """Until it has stopped; 1 if something was lost."""
         async with contextlib.AsyncExitStack() as stack:
-            await self._open_publisher(stack)
-            stack.push_async_callback(self.workers.close, 0.0)
-            stack.push_async_callback(self.tasks.end)
+            await self._begin(stack)
             session = await stack.enter_async_context(new_session())
             self.tasks.start("analytics", self._compute)
-            self.tasks.start("watch", self._watch)
-            self.tasks.start("loop lag", self._lag.watch)
             for name in self._adapters:
                 self.tasks.start(f"feed {name}", partial(self._feed, name, session))
             await self.stop.stopped.wait()
-            begun = self._clock()
+            begun = time.monotonic()
             self._deadline = begun + self.options.stop_limit
             limit = min(FEED_LIMIT, self.options.stop_limit)
             await self._unless_forced(asyncio.gather(*(feed.stop(limit) for feed in self.feeds.values())), limit + 1.0)
-            await self._unless_forced(self._drain(), (self._deadline - self._clock()) * 0.6)
+            await self._unless_forced(self._drain(), (self._deadline - time.monotonic()) * 0.6)
         self._skipped += len(self._queue)
         self._queue.clear()
         return int(lost(self.snapshot()) > 0)
@@ -414,26 +393,12 @@ class Pipeline(MarketProgram):
         await self._tell_all()
 
     def _more(self) -> dict[str, Any]:
-        workers, found = self.workers.stats(), self.workers.analytics()
-        return {
+        return super()._more() | {
             "offered": self._offered,
             "skipped": self._skipped,
             "queued": len(self._queue) + self._computing,
-            "late": found.late,
-            "repeated": found.repeated,
-            "worker_deaths": workers.died,
-            "workers": workers.pids,
             "feeds": {name: feed_line(self.feeds.get(name)) for name in self._adapters},
         }
-
-
-def is_text(raw: bytes) -> bool:
-    """Whether it is UTF-8."""
-    try:
-        raw.decode()
-    except ValueError:
-        return False
-    return True
 
 
 def feed_line(feed: Feed | None) -> FeedLine:

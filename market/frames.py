@@ -12,13 +12,14 @@ import math
 from collections.abc import Awaitable, Callable
 
 from market.adapter import Adapter, SequenceCheck, flagged
+from market.topics import DeadLetter, LetterKind
 from market.trade import BadFrame, Parsed, Trade, short
 
 Emit = Callable[[str, list[Trade]], Awaitable[object] | None]
 """Told the exchange and a frame's trades, labelled. What it returns is awaited if it is not None."""
 
-Dead = Callable[[str, str, bytes, int], Awaitable[object] | None]
-"""Told the exchange, the reason, the frame, and when it was received (Unix time, ns). Awaited likewise."""
+Dead = Callable[[DeadLetter], Awaitable[object] | None]
+"""Told a frame that is bad, with the adapter's context. Awaited likewise."""
 
 
 class SymbolSilence:
@@ -93,12 +94,14 @@ class FrameReader:
             parsed = self.adapter.parse(frame, received)
         except Exception as error:  # an adapter raises nothing but BadFrame; if it does, the frame is not lost
             reason = str(error) if isinstance(error, BadFrame) else f"{type(error).__name__}: {short(error)}"
-            self.bad += 1
-            return self._dead(self.adapter.name, reason, frame, received)
+            return self._bury(reason, frame, received)
         trades, kind = self.check.check(parsed), parsed.kind
         if trades:
             trades = self.silence.take(trades, now)
-            self._measure(trades[-1])
+            last = trades[-1]
+            if "snapshot" not in last.flags:
+                lag = (last.received_ts_ns - last.exchange_ts_ns) / 1e3
+                self.lag = lag if math.isnan(self.lag) else self.lag + 0.05 * (lag - self.lag)
             return self._emit(self.adapter.name, trades)
         if kind == "error":
             self.errors += 1
@@ -109,10 +112,13 @@ class FrameReader:
 
     def broken(self, reason: str) -> Awaitable[object] | None:
         """The WebSocket layer refused a frame, and shows nothing of it. Returns what to await."""
-        self.bad += 1
-        return self._dead(self.adapter.name, reason, b"", self._wall())
+        return self._bury(reason, b"", self._wall())
 
-    def _measure(self, trade: Trade) -> None:
-        if "snapshot" not in trade.flags:
-            lag = (trade.received_ts_ns - trade.exchange_ts_ns) / 1e3
-            self.lag = lag if self.lag != self.lag else self.lag + 0.05 * (lag - self.lag)
+    def _bury(self, reason: str, frame: bytes, received: int) -> Awaitable[object] | None:
+        self.bad += 1
+        kind: LetterKind = "text"
+        try:
+            frame.decode()
+        except ValueError:
+            kind = "binary"
+        return self._dead(DeadLetter(self.adapter.name, reason, frame, received, kind, self.adapter.context()))

@@ -6,13 +6,11 @@ fills; when it is full, and every ``spool_after`` seconds, all of it goes to the
 records come from there, and what is newer queues behind it: a symbol is in the order of ``trades()``.
 
 Promised by ``Publisher``
-- offered == accepted + waiting + given up, and accepted + recovered == published + held + spooled + dropped + lost, at
-  every moment; ``dropped`` is analytics (the oldest go first, beyond their bound), or what a stop without a spool left
-  over, or a dead letter that the broker refuses; the latter two are logged.
+- offered == accepted + waiting + given up, and the equation of ``Counts``, at every moment; ``dropped`` is analytics
+  (the oldest, beyond their bound), or, logged, what a stop without a spool left over, and refused dead letters.
 - Trades and dead letters wait (``trades()`` and ``dead()`` block their callers) before one of them is dropped.
 - While the process lives, a broker that freezes, goes or restarts with its data gets each record once.
-- What cannot be written as JSON, is too large, or is refused by the broker for its own sake becomes a dead letter. Dead
-  letters are cut to what a record may hold.
+- What cannot be written as JSON, is too large, or is refused by the broker for its own sake becomes a dead letter.
 - What is in the spool survives ``kill -9``, and is published first by the next life.
 
 Not promised
@@ -20,8 +18,7 @@ Not promised
   and may be in Kafka as well. A reader knows a trade by exchange, symbol and trade_id.
 - That what is in memory survives ``kill -9``: ``linger`` and a round trip of a broker that is well, else
   ``spool_after``.
-- That a partition whose leader is away does not hold up the others of its topic. Trades and analytics have a producer
-  each, and do not hold up one another.
+- That a partition whose leader is away does not hold up the others of its topic.
 
 All is for one event loop; there is no lock. Encoding and compression run in it, a few milliseconds in one go; the
 spool's files have a thread, and what is read from them.
@@ -31,7 +28,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,35 +36,32 @@ from uuid import uuid4
 
 import orjson
 
-from coordination import Clock, Rng, cancel_all, stats_repr
+from coordination import cancel_all, stats_repr
 from market.producer import AT_ONCE, FLIGHT, FLIGHT_BYTES, Producer
 from market.topics import (
     ANALYTICS,
     DEAD_LETTERS,
     HEADERS,
-    LARGEST_RECORD,
     TRADES,
     DeadLetter,
     Item,
-    LetterKind,
     Record,
     client_log,
     line_of_record,
     log,
     record_of,
     records_of,
-    unpublishable_record,
+    unpublishable,
 )
 from market.trade import Trade
 from runtime.backlog import Backlog
-from runtime.loop import ends_before
+from runtime.loop import TaskSupervisor, ends_before
 from runtime.outlet import Changes, Outlet
 from runtime.spool import EncodedBatch, Spool
 
 ROWS, FILE = 2500, 2500  # rows of analytics that are under way together, and records of a file of the spool, at most
 HEAVY, EACH = 64_000_000, 640
 """Bytes of records that may wait, or so many for each, if that is more: raw frames may be large, trades are not."""
-LARGEST_CONTEXT = 20_000  # characters
 ASK_AGAIN = 1.0  # seconds after which a disk that refused is asked again
 SAVE_LIMIT = 20.0  # seconds that what is left at the end has to get into the spool
 
@@ -100,7 +93,7 @@ def counts_of(backlog: Backlog[Record]) -> Counts:
 class PublisherStats(NamedTuple):
     """Where it stands, and what became of its records."""
 
-    state: Literal["new", "connecting", "connected", "away", "failed", "closed"]
+    state: Literal["new", "connecting", "connected", "away", "closed"]
     trades: Counts  # dead letters included
     analytics: Counts
     dead: int  # records of the topic of dead letters, as published
@@ -108,11 +101,6 @@ class PublisherStats(NamedTuple):
     error: str  # the last one
     waiting: int  # trades and dead letters whose callers wait for room
     given_up: int  # those that were not taken before the end
-
-
-def value_bytes(record: Record) -> int:
-    """Bytes of its value."""
-    return len(record.value)
 
 
 class RowSink:
@@ -164,7 +152,7 @@ class TradeSink(RowSink):
                     unwanted += 1
                     log.error("kafka: a dead letter was refused: %s: %.200r", error, record.value)
                 else:
-                    records.append(unpublishable_record(record.value, error, self._dead_topic))
+                    records.append(unpublishable(record.value, error, self._dead_topic))
         client_log.recovered()
         return len(items) - unwanted, unwanted
 
@@ -205,8 +193,6 @@ class Publisher:
         compression: Literal["zstd", "lz4", "snappy", "gzip"] | None = "zstd",
         request_timeout: float = 10.0,
         security: Mapping[str, Any] | None = None,
-        clock: Clock = time.monotonic,
-        rng: Rng = random.random,
     ) -> None:
         self.topics = {name: prefix + name for name in (TRADES, ANALYTICS, DEAD_LETTERS)}
         self._trades_topic, self._analytics_topic, self._dead_topic = self.topics.values()
@@ -219,39 +205,37 @@ class Publisher:
                 compression=compression,
                 request_timeout=request_timeout,
                 security=security or {},
-                rng=rng,
             )
 
-        self.changes = Changes(clock)
+        self.changes = Changes()
         topics = self._trades_topic, self._dead_topic
         self._sink = TradeSink(producer(*topics), *topics)
         self._row_sink = RowSink(producer(self._analytics_topic), self._analytics_topic, self._dead_topic)
-        common: dict[str, Any] = {"log": log, "changes": self.changes, "linger": linger, "clock": clock, "rng": rng}
+        common: dict[str, Any] = {"log": log, "changes": self.changes, "linger": linger}
         self._trades = Outlet(
             Backlog[Record](
                 buffer,
                 max(HEAVY, EACH * buffer),
-                size=value_bytes,
+                size=lambda record: len(record.value),
                 round_items=FLIGHT,
                 round_bytes=FLIGHT_BYTES,
                 file_items=FILE,
                 in_order=True,
             ),
             self._sink,
-            [] if spool is None else [Spool(spool, max_bytes=spool_bytes, clock=clock)],
+            [] if spool is None else [Spool(spool, max_bytes=spool_bytes)],
             replay_files=max(1, FLIGHT // FILE),
             stalls_after=spool_after,
             ask_again=ASK_AGAIN,
             **common,
         )
         self._rows = Outlet(
-            Backlog[Record](analytics_buffer, size=value_bytes, round_items=ROWS, newest=True),
+            Backlog[Record](analytics_buffer, size=lambda record: len(record.value), round_items=ROWS, newest=True),
             self._row_sink,
             **common,
         )
         self._state: Literal["new", "open", "stopping", "closed"] = "new"
-        self._failed = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self.tasks = TaskSupervisor(log)
         self._turn = asyncio.Lock()  # who waits for room waits in a queue
         self._waiting = self._given_up = 0
 
@@ -261,22 +245,12 @@ class Publisher:
         """Begin; the broker need not be there. Raises ``SpoolInUse``, ``OSError``."""
         await self._trades.open()
         self._state = "open"
-        client_log.attach()
-        for outlet in (self._trades, self._rows):
-            self._tasks += [asyncio.create_task(work()) for work in outlet.tasks().values()]
-        for task in self._tasks:
-            task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """A mistake in this file is loud: nothing is taken any more, nobody waits for ever. ``stop`` raises it."""
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            log.critical("kafka: the publisher failed", exc_info=error)
-            self._failed = True
-            self.changes.tell()
+        for name, outlet in (("trades", self._trades), ("analytics", self._rows)):
+            for task, work in outlet.tasks().items():
+                self.tasks.start(f"{name}: {task}", work)
 
     def _is_closed(self) -> bool:
-        return self._failed or self._state not in ("new", "open")
+        return self._state not in ("new", "open")
 
     def offer(self, trades: Sequence[Trade]) -> bool:
         """Take the trades if there is room for all of them, and nobody waits for room."""
@@ -294,22 +268,9 @@ class Publisher:
         if not self.offer(trades):
             await self._take(trades)
 
-    async def dead(
-        self,
-        exchange: str,
-        error: str,
-        raw: bytes | str,
-        when_ns: int,
-        kind: LetterKind | None = None,
-        context: str = "",
-    ) -> None:
+    async def dead(self, letter: DeadLetter) -> None:
         """Take a frame that cannot be parsed; waits while there is no room."""
-        if isinstance(raw, str):
-            raw, kind = raw.encode("utf-8", "surrogatepass"), kind or "text"
-        if len(raw) > LARGEST_RECORD:
-            error, raw = f"{error[:400]} (cut: it had {len(raw)} bytes)", raw[:LARGEST_RECORD]
-        context = context if len(context) <= LARGEST_CONTEXT else ""
-        await self._take([DeadLetter(exchange, error, bytes(raw), when_ns, kind or "binary", context)])
+        await self._take([letter])
 
     def _records(self, items: Sequence[Item]) -> list[Record]:
         return [record_of(item, self._trades_topic, self._dead_topic) for item in items]
@@ -336,28 +297,20 @@ class Publisher:
             self._waiting -= left
             self._given_up += left
 
-    def analytics(self, rows: Iterable[Any]) -> None:
-        """Take rows (mappings or named tuples with ``symbol``); the oldest that wait make room, and are counted.
-
-        Raises ``TypeError`` or ``ValueError`` for what cannot be written as JSON.
-        """
+    def analytics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take rows (with ``symbol``); the oldest that wait make room, and are counted."""
         if self._is_closed():
             raise PublisherClosed("the publisher is stopped")
-        at, records = time.time_ns() // 1_000_000, list[Record]()
-        for row in rows:
-            fields = row if isinstance(row, Mapping) else row._asdict()
-            key, value = fields["symbol"].encode(), orjson.dumps(fields)
-            records.append(Record(self._analytics_topic, key, value, at, HEADERS))
-        self._rows.put(records)
+        at, topic = time.time_ns() // 1_000_000, self._analytics_topic
+        self._rows.put([Record(topic, row["symbol"].encode(), orjson.dumps(row), at, HEADERS) for row in rows])
 
-    def _is_over(self) -> bool:
-        """Whether nothing waits, or nothing will ever go on."""
-        return self._failed or (self._trades.backlog.is_empty() and self._rows.backlog.is_empty())
+    def _is_empty(self) -> bool:
+        return self._trades.backlog.is_empty() and self._rows.backlog.is_empty()
 
     async def flush(self) -> None:
         """Return when nothing waits: all is acknowledged (analytics: or dropped). Raises if that will never be."""
-        await self.changes.until(lambda: self._is_over() or self._state == "closed")
-        if self._failed or not (self._trades.backlog.is_empty() and self._rows.backlog.is_empty()):
+        await self.changes.until(lambda: self._is_empty() or self._state == "closed")
+        if not self._is_empty():
             raise PublisherClosed("the publisher is stopped")
 
     async def stop(self, limit: float = 10.0, forced: asyncio.Event | None = None) -> int:
@@ -376,14 +329,13 @@ class Publisher:
                 outlet.stop()
             self.changes.tell()
             try:
-                over = forced or asyncio.Event()
-                await ends_before(self.changes.until(self._is_over), over, limit)
+                await ends_before(self.changes.until(self._is_empty), forced or asyncio.Event(), limit)
             finally:
                 await _finished(asyncio.create_task(self._close()))
         return backlog.refused + backlog.dropped.total()
 
     async def _close(self) -> None:
-        await cancel_all(self._tasks)
+        await cancel_all(self.tasks.running.values())
         left = await self._trades.save(SAVE_LIMIT)
         await asyncio.gather(*(sink.producer.drop() for sink in (self._sink, self._row_sink)))
         if left:
@@ -391,19 +343,14 @@ class Publisher:
         self._rows.backlog.drop("stopped")
         await self._trades.close()
         self._state = "closed"
-        client_log.detach()
         self.changes.tell()
-        for task in self._tasks:
-            if not task.cancelled():
-                task.result()
 
     def stats(self) -> PublisherStats:
         """The counts of this moment."""
         producer, outlet = self._sink.producer, self._trades
         state: Any = self._state
         if state in ("open", "stopping"):
-            connected = "connected" if producer.connected else "connecting"
-            state = "failed" if self._failed else "away" if outlet.stalled else connected
+            state = "away" if outlet.stalled else "connected" if producer.connected else "connecting"
         counts = counts_of(outlet.backlog), counts_of(self._rows.backlog)
         return PublisherStats(
             *(state, *counts, self._sink.dead, producer.connects, producer.error, self._waiting, self._given_up)

@@ -35,7 +35,6 @@ from aiokafka.errors import (
 )
 from aiokafka.partitioner import DefaultPartitioner
 
-from coordination import Rng
 from market.topics import BACK_OFF, Record, log
 from primitives import Backoff
 
@@ -116,13 +115,11 @@ class Producer:
         compression: str | None,
         request_timeout: float,
         security: Mapping[str, Any],
-        rng: Rng,
     ) -> None:
         self._brokers, self._topics, self._replication = brokers, topics, replication
         self._timeout = request_timeout
         self._compression = compression
         self._security = security
-        self._rng = rng
         self._producer: Any = None
         self._sent = 0
         self._partitions: dict[str, list[int]] = {}
@@ -142,7 +139,7 @@ class Producer:
         refused = list[tuple[Record, str]]()
         todo = list(rounds(rows, ROUND_BYTES.get(self._compression or "", 2 * FLIGHT_BYTES)))
         """Groups that may not share a batch; each in its order."""
-        backoff, at_once = Backoff(*BACK_OFF, self._rng), True
+        backoff, at_once = Backoff(*BACK_OFF), True
         while todo:
             producer = await self._connected()
             again = list[list[Record]]()
@@ -231,7 +228,7 @@ class Producer:
     async def _connected(self) -> Any:
         if self._producer is not None and self._sent > RENEW_AFTER:
             await self.drop()
-        backoff = Backoff(*BACK_OFF, self._rng)
+        backoff = Backoff(*BACK_OFF)
         while self._producer is None:
             milliseconds = int(self._timeout * 1000)
             producer = AIOKafkaProducer(

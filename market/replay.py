@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import time
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 from market.adapter import Adapter
@@ -36,28 +35,12 @@ def adapter_of(exchange: str, context: str) -> Adapter:
         raise BadFrame(str(error)) from None
 
 
-class Reader:
-    """Dead letters -> trades, by the adapters as they are now."""
-
-    def __init__(self) -> None:
-        self._adapter = functools.lru_cache(100)(adapter_of)  # its own: they know what they have read
-
-    def read(self, letter: DeadLetter) -> list[Trade]:
-        """``BadFrame`` if it still cannot be parsed."""
-        if letter.kind == "trade":
-            try:
-                return [decode(letter.raw)]
-            except ValueError as error:
-                raise BadFrame(str(error)) from None
-        return self._adapter(letter.exchange, letter.context).parse(letter.raw, letter.at_ns).trades
-
-
 class Replayer(MarketProgram):
     """The dead letters that are there now, once more. ``run`` once."""
 
-    def __init__(self, options: MarketOptions, *, environ: Mapping[str, str] = os.environ, **more: Any) -> None:
-        super().__init__(options, environ=environ, **more)
-        self.reader = Reader()
+    def __init__(self, options: MarketOptions, **more: Any) -> None:
+        super().__init__(options, **more)
+        self._adapter = functools.lru_cache(100)(adapter_of)  # its own: they know what they have read
         self.seen: Counter[tuple[str, str, str]] = Counter()
         """By exchange, outcome, reason; the rarest reasons are put together."""
         self.read = self.failed = self.found = 0
@@ -66,16 +49,12 @@ class Replayer(MarketProgram):
     async def run(self) -> int:
         """Until all letters are read, or it is stopped; 1 if it ended early."""
         async with contextlib.AsyncExitStack() as stack:
-            if not self.options.dry_run:
-                await self._open_publisher(stack)
-            self.tasks.start("watch", self._watch)
-            self.tasks.start("loop lag", self._lag.watch)
-            stack.push_async_callback(self.tasks.end)
+            await self._begin(stack, publishes=not self.options.dry_run)
             try:
                 self.early = not await ends_before(self._replay(), self.stop.stopped)
             except TimeoutError as error:
                 raise CannotStart(str(error)) from None
-            self._deadline = self._clock() + self.options.stop_limit
+            self._deadline = time.monotonic() + self.options.stop_limit
         return int(lost(self.snapshot()) > 0 or self.early)
 
     async def _replay(self) -> None:
@@ -87,16 +66,24 @@ class Replayer(MarketProgram):
             group=None if dry else self.options.group,
             before_commit=None if dry else self.publisher.flush,
             security=self._security,
-            rng=self._rng,
         )
         async with contextlib.aclosing(letters) as every:  # type: ignore[type-var]
             async for letter in every:
                 await self._one(letter, dry)
 
+    def _read(self, letter: DeadLetter) -> list[Trade]:
+        """``BadFrame`` if it still cannot be parsed."""
+        if letter.kind == "trade":
+            try:
+                return [decode(letter.raw)]
+            except ValueError as error:
+                raise BadFrame(str(error)) from None
+        return self._adapter(letter.exchange, letter.context).parse(letter.raw, letter.at_ns).trades
+
     async def _one(self, letter: DeadLetter, dry: bool) -> None:
         self.read += 1
         try:
-            trades = self.reader.read(letter)
+            trades = self._read(letter)
         except BadFrame as error:
             self.failed += 1
             self._note(letter.exchange, "still bad", str(error))

@@ -1,16 +1,16 @@
 """Rolling volatility, EWMA volatility, VWAP and spread of trades, per exchange and over all. Pure: no clock, no I/O.
 
 What a row says
-- Event time (``exchange_ts_ns``) is cut into bars of ``step`` seconds. A bar has the sums of price · size and of size,
+- Event time (``exchange_ts_ns``) is cut into bars of a second. A bar has the sums of price · size and of size,
   a count, and its last price: that of the greatest (time, exchange, length of the id, id, price, size).
-- A window of w seconds at ``now`` is the bar that holds ``now``, as far as it has come, and the w / step - 1 before.
+- A window of w seconds at ``now`` is the bar that holds ``now``, as far as it has come, and the w - 1 before.
 - ``vwap``: Σ price · size / Σ size over the window's trades. None if Σ size is 0.
 - ``volatility``: r is the log of a bar's last price over the last price of the latest earlier bar with a trade; a bar
-  without trades has r = 0. √(Σ r² / n · year / step) over the n bars of the window after the series' first bar: the
+  without trades has r = 0. √(Σ r² / n · year) over the n bars of the window after the series' first bar: the
   realised volatility on a regular grid (from trade to trade it would measure the bounce between bid and ask, and
   between exchanges). A year is 365 days; no mean is subtracted. None while n is 0.
-- ``ewma``: √(Σ λ^k r² / Σ λ^k · year / step) over all bars since the series' first, k bars ago; λ = 2^(-step /
-  half_life). None while there is but one bar.
+- ``ewma``: √(Σ λ^k r² / Σ λ^k · year) over all bars since the series' first, k bars ago; λ = 2^(-1 / half_life). None
+  while there is but one bar.
 - ``spread``: of the exchanges that traded in the seconds of the shortest window before ``now``, the greatest last price
   less the least. None with fewer than two.
 
@@ -20,15 +20,15 @@ What is taken
   exchange that lags sends is late for "*" only.
 - A trade_id is taken once per exchange and symbol, the first to come; a trade labelled "duplicate" is not taken. An id
   is remembered until its bar is closed, after which it would be late. Without an id nothing can be told.
-- *Ahead* is what claims to be more than ``ahead`` seconds later than it was received: one bad clock would make all
+- *Ahead* is what claims to be more than two seconds later than it was received: one bad clock would make all
   else late. *Absurd*: a price that is not finite and above 0, a size below 0, a time that is none.
 
 Promised
 - The order in which trades come changes no row, not in the last bit, while none is late. A bar that can still change
   keeps its sums exactly (Shewchuk's expansions, by ``fsum``).
 - No drift, after any number of trades: nothing is ever subtracted, a window is summed anew from its bars.
-- Bounded: per series two bars per step of the longest window, 40 bytes each, and lateness / step + 2 bars that can
-  change, 3 KB each; ``series`` and ``ids`` in all, beyond which trades are ``refused`` or ``unchecked``.
+- Bounded: per series two bars per second of the longest window, 40 bytes each, and lateness + 2 bars that can change,
+  3 KB each; ``series`` and ``ids`` in all, beyond which trades are ``refused`` or ``unchecked``.
 
 Not promised: thread safety. CPU: 2.3 us per trade; 13 us per row, 45 for a series' first in a bar (Python 3.11).
 """
@@ -45,12 +45,13 @@ from operator import neg
 from typing import Any, NamedTuple
 
 from coordination import stats_repr
-from market.trade import SECOND, Trade
+from market.trade import SECOND
 
 WINDOWS = (10, 60, 300)  # seconds
 ALL = "*"  # the exchange of the rows over all exchanges
 YEAR = 365 * 86_400
 MAX_TIME_NS = 1 << 62
+AHEAD_NS = 2 * SECOND  # how far a trade's time may be ahead of when it was received
 MAX_VALUE = 1e100  # prices lie between its inverse and it, sizes between 0 and it: no sum and no ratio overflows
 MAX_TERMS = 64  # numbers that a sum is kept as, at most
 MAX_ID = 64  # characters of an id that is remembered as it is; a digest of longer ones
@@ -113,26 +114,12 @@ def exact(terms: Iterable[float]) -> list[float]:
     return found
 
 
-class Grid:
+class Grid(NamedTuple):
     """What the series of one ``Analytics`` have in common."""
 
-    __slots__ = ("ahead", "decay", "lateness", "longest", "per_year", "step", "widths", "windows")
-
-    def __init__(self, windows: Sequence[int], step: float, lateness: float, ahead: float, half_life: float) -> None:
-        self.windows = tuple(windows)
-        self.step, self.lateness, self.ahead = (round(seconds * SECOND) for seconds in (step, lateness, ahead))
-        if not self.windows or list(self.windows) != sorted(set(self.windows)):
-            raise ValueError(f"{windows=}: needs at least one, ascending")
-        if self.step < 1 or self.lateness < 0 or self.ahead < 0 or not 0 < half_life < 1e9:
-            raise ValueError(f"{step=} and {half_life=} must be above 0, {lateness=} and {ahead=} at least 0")
-        if any(window < 1 or window * SECOND % self.step for window in windows):
-            raise ValueError(f"{windows=}: each must be a multiple of {step=}")
-        self.widths = tuple(window * SECOND // self.step for window in windows)
-        self.longest = self.widths[-1]
-        if self.longest > 100_000 or self.lateness > 1_000 * self.step:
-            raise ValueError(f"{windows=}, {lateness=}: at most 100,000 and 1,000 steps of {step=}")
-        self.decay = -math.log(2) * step / half_life
-        self.per_year = YEAR / step
+    windows: tuple[int, ...]
+    lateness: int  # nanoseconds
+    decay: float  # the log of what a bar's weight is multiplied by with each bar after it
 
 
 class Bar:
@@ -173,7 +160,7 @@ class Series:
                 self._close()
         elif at < self.newest - grid.lateness:
             return False
-        number = at // grid.step
+        number = at // SECOND
         bar = self.open.get(number)
         if bar is None:
             bar = self.open[number] = Bar(key)
@@ -204,8 +191,8 @@ class Series:
     def _close(self) -> None:
         """Close the bars in which any trade would be late from now on."""
         grid = self.grid
-        edge = (self.newest - grid.lateness) // grid.step
-        self.closes = (edge + 1) * grid.step + grid.lateness
+        edge = (self.newest - grid.lateness) // SECOND
+        self.closes = (edge + 1) * SECOND + grid.lateness
         for number in sorted(number for number in self.open if number < edge):
             bar = self.open.pop(number)
             self.ids.difference_update(bar.ids)
@@ -221,8 +208,8 @@ class Series:
             self.sizes.append(math.fsum(bar.sizes))
             self.squares.append(square)
             self.sums = None
-        if len(self.bars) > 2 * grid.longest:
-            old = bisect_left(self.bars, self.bars[-1] - grid.longest)
+        if len(self.bars) > 2 * grid.windows[-1]:
+            old = bisect_left(self.bars, self.bars[-1] - grid.windows[-1])
             for column in (self.bars, self.counts, self.turnovers, self.sizes, self.squares):
                 del column[:old]
 
@@ -230,7 +217,7 @@ class Series:
         """Σ turnover, size, r², count of the closed bars of each window at the bar ``now``, summed anew."""
         if self.sums is None or self.sums[0] != now:
             end, found, sums = len(self.bars), list[tuple[float, float, float, int]](), (0.0, 0.0, 0.0, 0)
-            for width in self.grid.widths:
+            for width in self.grid.windows:
                 begin = bisect_left(self.bars, now - width + 1, 0, end)
                 part = slice(begin, end)
                 sums = (
@@ -242,10 +229,10 @@ class Series:
             self.sums = now, found
         return self.sums[1]
 
-    def row(self, symbol: str, exchange: str, at: int) -> AnalyticsRow:
+    def row(self, symbol: str, exchange: str, at: int = 0) -> AnalyticsRow:
         """At ``at`` or the newest trade, whichever is later. Without a spread."""
         grid, at = self.grid, max(at, self.newest)
-        now = at // grid.step
+        now = at // SECOND
         recent = list[tuple[int, float, float, float, int]]()
         before, last, ewma, weight, first = self.closed, self.price, self.ewma, self.weight, self.first
         for number, bar in sorted(self.open.items()):
@@ -254,7 +241,7 @@ class Series:
             recent.append((number, math.fsum(bar.turnovers), math.fsum(bar.sizes), square, bar.count))
         ewma, weight = self._idle(now - before, ewma, weight)
         vwap, volatility, counts, volumes = [], [], [], []
-        for width, sums in zip(grid.widths, self._closed_sums(now), strict=True):
+        for width, sums in zip(grid.windows, self._closed_sums(now), strict=True):
             turnover, volume, squares, count = sums
             for number, *bar_sums in recent:
                 if number > now - width:
@@ -264,12 +251,12 @@ class Series:
                     count += int(bar_sums[3])
             n = min(width, now - first)
             vwap.append(turnover / volume if volume else None)
-            volatility.append(math.sqrt(squares / n * grid.per_year) if n else None)
+            volatility.append(math.sqrt(squares / n * YEAR) if n else None)
             counts.append(count)
             volumes.append(volume)
         return AnalyticsRow(
             symbol, exchange, at, last, grid.windows, tuple(vwap), tuple(volatility), tuple(counts), tuple(volumes),
-            math.sqrt(ewma / weight * grid.per_year) if weight else None, None, "", "",
+            math.sqrt(ewma / weight * YEAR) if weight else None, None, "", "",
         )  # fmt: skip
 
     def last(self) -> float:
@@ -287,25 +274,23 @@ class Book:
 
 
 class Analytics:
-    """Any number of symbols. ``add`` each trade; ``due`` gives the rows that changed, ``row`` any one.
+    """Any number of symbols. ``take`` each trade; ``due`` gives the rows that changed.
 
-    ``windows``, ``step``, ``lateness``, ``ahead``, ``half_life``, ``every``: seconds. A symbol's rows are due at most
-    once per ``every``, by the time at which the last trade was received; at once if that clock was put back.
+    ``windows`` (ascending), ``lateness``, ``half_life``, ``every``: seconds. A symbol's rows are due at most once per
+    ``every``, by the time at which the last trade was received; at once if that clock was put back.
     """
 
     def __init__(
         self,
         windows: Sequence[int] = WINDOWS,
         *,
-        step: float = 1.0,
         lateness: float = 2.0,
-        ahead: float = 2.0,
         half_life: float = 60.0,
         every: float = 0.25,
         series: int = 4_000,
         ids: int = 500_000,
     ) -> None:
-        self._grid = Grid(windows, step, lateness, ahead, half_life)
+        self._grid = Grid(tuple(windows), round(lateness * SECOND), -math.log(2) / half_life)
         self._every, self._most_series, self._most_ids = round(every * SECOND), series, ids
         self._books: dict[str, Book] = {}
         self._changed: dict[str, Book] = {}
@@ -313,23 +298,16 @@ class Analytics:
         self._series = self._ids = self._offered = self._taken = self._late = self._late_for_all = 0
         self._repeated = self._ahead = self._absurd = self._refused = self._unchecked = 0
 
-    def add(self, trade: Trade) -> bool:
-        """Whether it was taken."""
-        return self.take(
-            trade.exchange, trade.symbol, trade.price_value, trade.size_value, trade.trade_id,
-            trade.exchange_ts_ns, trade.received_ts_ns, trade.flags,
-        )  # fmt: skip
-
     def take(
         self, exchange: str, symbol: str, price: float, size: float, trade_id: str, at: int, received: int, flags: str
     ) -> bool:
-        """``add``, for what has come from another process as a plain tuple."""
+        """Whether the trade of these fields was taken."""
         self._offered += 1
         bounded = 1 / MAX_VALUE < price < MAX_VALUE and 0 <= size < MAX_VALUE and 0 <= at < MAX_TIME_NS
         if not bounded or exchange == ALL:
             self._absurd += 1
             return False
-        if at > received + self._grid.ahead:
+        if at > received + AHEAD_NS:
             self._ahead += 1
             return False
         if flags and "duplicate" in flags.split(","):
@@ -359,7 +337,7 @@ class Analytics:
         if trade_id:
             if self._ids < self._most_ids:
                 series.ids.add(trade_id)
-                series.open[at // self._grid.step].ids.append(trade_id)
+                series.open[at // SECOND].ids.append(trade_id)
             else:
                 self._unchecked += 1
         self._ids += len(series.ids) - known
@@ -378,22 +356,12 @@ class Analytics:
             if everything or not 0 <= self._received - book.told < self._every:
                 del self._changed[symbol]
                 book.told = self._received
-                found.append(self._all(symbol, book, 0))
-                found += (book.exchanges[name].row(symbol, name, 0) for name in sorted(book.changed))
+                found.append(self._all(symbol, book))
+                found += (book.exchanges[name].row(symbol, name) for name in sorted(book.changed))
                 book.changed.clear()
         return found
 
-    def row(self, symbol: str, exchange: str = ALL, now_ns: int = 0) -> AnalyticsRow | None:
-        """As of ``now_ns`` or the newest trade, whichever is later; None if there was no trade."""
-        book = self._books.get(symbol)
-        if book is None:
-            return None
-        if exchange == ALL:
-            return self._all(symbol, book, now_ns)
-        series = book.exchanges.get(exchange)
-        return None if series is None else series.row(symbol, exchange, now_ns)
-
-    def _all(self, symbol: str, book: Book, at: int) -> AnalyticsRow:
+    def _all(self, symbol: str, book: Book, at: int = 0) -> AnalyticsRow:
         row = book.all.row(symbol, ALL, at)
         since = row.ts_ns - self._grid.windows[0] * SECOND
         lasts = [(series.last(), name) for name, series in book.exchanges.items() if series.newest > since]

@@ -12,9 +12,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
+import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import orjson
@@ -27,6 +28,7 @@ log = logging.getLogger("market_pipeline")
 SCHEMA = b"1"  # the version in the header ``schema``
 TRADES, ANALYTICS, DEAD_LETTERS = "trades", "analytics", "dead-letter"
 LARGEST_RECORD = 900_000  # bytes of a value; Kafka's own default for a batch is 1,048,588
+LARGEST_CONTEXT = 40_000  # characters of a dead letter's: those of some 1,000 symbols
 THROTTLE_FOR = 60.0  # seconds for which aiokafka is not heard again after it complained
 BACK_OFF = 0.1, 5.0  # seconds before trying again, and at most
 
@@ -81,11 +83,19 @@ def decode(value: bytes) -> Trade:
     return trade
 
 
-def unpublishable(item: object, error: BaseException | str, at_ns: int) -> DeadLetter:
-    """The dead letter of a trade that cannot be published."""
-    raw = item if isinstance(item, bytes) else repr(item).encode("utf-8", "backslashreplace")
+def unpublishable(item: object, error: BaseException | str, topic: str) -> Record:
+    """The dead letter, as a record, of what cannot be published: a trade, or bytes that may be the value of one."""
+    return dead_letter_record(unpublishable_letter(item, error), topic)
+
+
+def unpublishable_letter(item: object, error: BaseException | str) -> DeadLetter:
+    """The same, as a dead letter."""
     exchange = getattr(item, "exchange", "")
-    return DeadLetter(exchange if isinstance(exchange, str) else "", str(error), raw, at_ns, "trade")
+    if isinstance(item, bytes):
+        with contextlib.suppress(ValueError):
+            exchange = decode(item).exchange
+    raw = item if isinstance(item, bytes) else repr(item).encode("utf-8", "backslashreplace")
+    return DeadLetter(exchange if isinstance(exchange, str) else "", str(error), raw, time.time_ns(), "trade")
 
 
 def _plain(text: str) -> bytes:
@@ -104,7 +114,7 @@ def dead_letter_record(letter: DeadLetter, topic: str) -> Record:
         ("error", _plain(error)),
         ("at_ns", str(letter.at_ns).encode()),
         ("kind", letter.kind.encode()),
-        *([("context", letter.context.encode())] if letter.context else []),
+        *([("context", letter.context.encode())] if 0 < len(letter.context) <= LARGEST_CONTEXT else []),
     ]
     return Record(topic, None, raw, max(0, letter.at_ns // 1_000_000), headers)
 
@@ -141,16 +151,7 @@ def record_of(item: Item, trades: str, dead_letters: str) -> Record:
     try:
         return trade_record(item, trades)
     except (TypeError, ValueError, AttributeError) as error:
-        return unpublishable_record(item, error, dead_letters)
-
-
-def unpublishable_record(item: object, error: BaseException | str, topic: str) -> Record:
-    """The dead letter, as a record, of a trade or the value of one."""
-    letter = unpublishable(item, error, time.time_ns())
-    if isinstance(item, bytes):
-        with contextlib.suppress(ValueError):
-            letter = letter._replace(exchange=decode(item).exchange)
-    return dead_letter_record(letter, topic)
+        return unpublishable(item, error, dead_letters)
 
 
 def line_of_record(row: Record) -> bytes:
@@ -175,8 +176,7 @@ def record_of_line(line: bytes, trades: str, dead_letters: str) -> Record:
         letter = DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind, *context)
         return dead_letter_record(letter, dead_letters)
     except (ValueError, TypeError, AttributeError) as problem:
-        letter = unpublishable(line, f"spooled by another version: {problem}", time.time_ns())
-        return dead_letter_record(letter, dead_letters)
+        return unpublishable(line, f"spooled by another version: {problem}", dead_letters)
 
 
 def records_of(data: bytes, trades: str, dead_letters: str) -> list[Record]:
@@ -189,10 +189,7 @@ class LogThrottle(logging.Handler):
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         super().__init__(logging.WARNING)
-        self._clock = clock
-        self._users = 0
-        self._until = float("-inf")
-        self.held_back = 0
+        self._clock, self._until, self.held_back = clock, -math.inf, 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Tell it, or count it."""
@@ -204,29 +201,24 @@ class LogThrottle(logging.Handler):
         self._until, self.held_back = now + THROTTLE_FOR, 0
         log.warning("kafka: %s%s", record.getMessage(), more)
 
-    def attach(self) -> None:
-        """One client more: from the first on, aiokafka's logger is heard here only."""
-        self._users += 1
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """While it is entered, aiokafka's logger is heard here only."""
         logger = logging.getLogger("aiokafka")
-        if self._users == 1:
-            self._until, self.held_back = float("-inf"), 0
-            logger.addHandler(self)
-            logger.propagate = False
-
-    def detach(self) -> None:
-        """One client less."""
-        self._users -= 1
-        if self._users == 0:
-            logger = logging.getLogger("aiokafka")
+        self._until, self.held_back = -math.inf, 0
+        logger.addHandler(self)
+        logger.propagate = False
+        try:
+            yield
+        finally:
             logger.removeHandler(self)
             logger.propagate = True
 
     def recovered(self) -> None:
         """All is well again: the next complaint is a new one."""
         if self._until > self._clock():
-            self._until = float("-inf")
             log.info("kafka: answers again (%d lines were held back)", self.held_back)
-            self.held_back = 0
+            self._until, self.held_back = -math.inf, 0
 
 
 client_log = LogThrottle()

@@ -1,46 +1,42 @@
 """Analytics in processes: every symbol has one worker, which keeps its state; one that dies takes nothing with it.
 
-A worker is a ``processes.Processes`` of one process (a ``ProcessPoolExecutor``), so that a death costs that worker
-alone; how one is started, found dead, killed and unpublishable is done there. What is added here is state, which a pool
-whose jobs go to any worker cannot have. Jobs have numbers: a process does n + 1 only after n, so a fresh one (after a
-kill, out of memory, a time-out) computes nothing from nothing. It is rebuilt first, from the *retained window*: a
-checkpoint of the state, and the batches since. Then the batch is tried again.
+A worker is a ``processes.Processes`` of one process. What is added here is state, which a pool whose jobs go to any
+worker cannot have. Jobs have numbers: a process does n + 1 only after n, so a fresh one (after a kill, out of memory, a
+time-out) computes nothing from nothing. It is rebuilt first, from the *retained window*: a checkpoint of the state, and
+the batches since. Then the batch is tried again.
 
 Promised
 - Rows are the same, to the last bit, as if no worker had died: rebuilding does what was done, in the same order.
 - A batch whose rows came back is in the state once, any other not at all: what a worker did and did not tell died
   with it.
-- A batch is begun ``attempts`` times at most. Then, or at once if it raises or ``close`` cuts it off, ``Uncomputed``
-  has its trades, and the rows of the other workers. The worker goes on without it.
-- Backpressure: ``waiting`` calls at a time; further ones wait their turn, first come, first served.
+- A batch is begun ``attempts`` times at most. Then, or at once if it raises or ``close`` cuts it off, its trades
+  are lost: in no state and no row. The worker goes on without it, and the others with theirs.
+- Backpressure: ``waiting`` calls of at most MOST trades at a time; further ones wait, first come, first served.
 - Bounded: a worker's batches since its checkpoint have at most ``retained`` bytes (or as many as the checkpoint, if
   that has more) and are at most MAX_LOG; the next job then brings a new checkpoint. ``Analytics`` bounds the state.
-- The loop is held for the packing of MOST trades at a time, under 1 ms, and while ``Processes`` pickles a job.
+- The loop is held for the packing of a call's trades, under 1 ms, and while ``Processes`` pickles a job.
 
 Not promised: anything about a call that was cancelled, of which some workers may have done their part and others not.
 A symbol's worker is the one that has the fewest symbols when it first comes (with three symbols a hash may put all on
 one); in the next run, which begins without state, it may be another. Machines share symbols by Kafka's partitions.
 
 A batch travels as a pickle of tuples of the eight fields that count (0.35 us of CPU per trade, 1.4 of the ``Trade``s
-themselves; columns would save 0.05, but fail at numbers of more than 64 bits) through the executor's pipe: shared
-memory was no faster, and is left behind by a ``kill -9``. At 15,000 trades/s this takes 0.04 of a core here and 0.06 in
-one worker; flat out on two processors 130,000 trades/s with one worker, 190,000 with two. A worker killed there was
-back in 0.3 to 0.4 s.
+themselves). On two processors 130,000 trades/s with one worker, 190,000 with two.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import pickle
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from coordination import Semaphore, fan_out, stats_repr
 from market.stats import Analytics, AnalyticsRow, AnalyticsStats
+from market.topics import log
 from market.trade import Trade
 from runtime.processes import PoolClosed, Processes, WorkerDied
 
@@ -52,14 +48,6 @@ FIELDS = ("exchange", "symbol", "price_value", "size_value", "trade_id", "exchan
 
 _fields = itemgetter(*(Trade._fields.index(name) for name in FIELDS))
 _Logged = tuple[bytes, bool]
-
-
-class Uncomputed(Exception):
-    """``trades`` are in no state and no row; ``rows`` are those of the others. The cause is its ``__cause__``."""
-
-    def __init__(self, trades: list[Trade], rows: list[AnalyticsRow]) -> None:
-        super().__init__(f"{len(trades)} trades")
-        self.trades, self.rows = trades, rows
 
 
 class _WorkerState:
@@ -119,9 +107,10 @@ class AnalyticsPoolStats(NamedTuple):
 class _Slot:
     """One worker. One job at a time, under ``turn``."""
 
-    def __init__(self, options: Mapping[str, Any], attempts: int, timeout: float, retained: int, nice: int) -> None:
+    def __init__(self, options: Mapping[str, Any], attempts: int, timeout: float, retained: int) -> None:
         self.options, self.attempts, self.timeout, self.most = options, attempts, timeout, retained
-        self.pool, self.turn = Processes(1, waiting=1, attempts=1, nice=nice), asyncio.Lock()
+        self.pool, self.turn = Processes(1, waiting=1, attempts=1, nice=0), asyncio.Lock()
+        """On a busy machine nicer processes fall behind."""
         self.checkpoint: bytes | None = None
         self.log: list[_Logged] = []
         self.log_bytes = self.number = 0  # the last job that is in the log or the checkpoint
@@ -187,71 +176,47 @@ class AnalyticsPool:
         attempts: int = 3,
         timeout: float = 10.0,
         retained: int = 2_000_000,
-        nice: int = 5,
     ) -> None:
         workers = max(1, (os.cpu_count() or 1) - 1) if workers is None else workers
-        if min(workers, waiting, attempts, retained) < 1 or timeout <= 0:
-            raise ValueError(f"{workers=}, {waiting=}, {attempts=}, {retained=}, {timeout=}: must be above 0")
-        options = dict(options or {})
-        self._slots = [_Slot(options, attempts, timeout, retained, nice) for _ in range(workers)]
+        self._slots = [_Slot(options or {}, attempts, timeout, retained) for _ in range(workers)]
         self._places = Semaphore(waiting)
         self._homes: dict[str, _Slot] = {}
         self._trades = self._rows = self._uncomputed = 0
-        self._closed, self._running, self._idle = False, 0, asyncio.Event()
-        self._idle.set()
+        self._closed = False
 
     async def start(self) -> None:
         """Have the processes started. Raises ``WorkerDied``, ``TimeoutError``."""
         await asyncio.gather(*(slot.run(pickle.dumps([]), False) for slot in self._slots))
 
-    async def submit(self, trades: Sequence[Trade]) -> list[AnalyticsRow]:
-        """Take the trades into the state; the rows that are due. Raises ``Uncomputed``, ``PoolClosed`` (none taken)."""
-        rows, lost = list[AnalyticsRow](), list[Trade]()
-        cause: BaseException | None = None
-        async with self._place():
-            for begin in range(0, len(trades), MOST):
-                parts: dict[_Slot, list[Trade]] = {}
-                for trade in trades[begin : begin + MOST]:
-                    parts.setdefault(self._homes.get(trade.symbol) or self._home(trade.symbol), []).append(trade)
-                packed = {slot: pickle.dumps(list(map(_fields, part)), 5) for slot, part in parts.items()}
-                outcomes = await fan_out({slot: slot.run(data, False) for slot, data in packed.items()})
-                for slot, (_, found, error) in outcomes.items():
-                    if error is not None:
-                        lost += parts[slot]
-                        cause = error
-                    else:
-                        rows += found or ()
-                        self._trades += len(parts[slot])
-        self._rows += len(rows)
-        if cause is not None:
-            self._uncomputed += len(lost)
-            raise Uncomputed(lost, rows) from cause
-        return rows
-
-    async def flush(self) -> list[AnalyticsRow]:
-        """The rows that are not due yet: of all series that changed since they were told."""
-        async with self._place():
-            outcomes = await fan_out({slot: slot.run(pickle.dumps([]), True) for slot in self._slots})
-        rows = [row for outcome in outcomes.values() for row in outcome.value or ()]
-        self._rows += len(rows)
-        for outcome in outcomes.values():
-            if outcome.error is not None:
-                raise Uncomputed([], rows) from outcome.error
-        return rows
-
-    @contextlib.asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
+    async def submit(self, trades: Sequence[Trade]) -> tuple[list[AnalyticsRow], list[Trade]]:
+        """Take the trades into the state; the rows that are due, and the trades that are lost. ``PoolClosed``."""
+        rows, lost, parts = list[AnalyticsRow](), list[Trade](), dict[_Slot, list[Trade]]()
         async with self._places:
             if self._closed:
                 raise PoolClosed
-            self._running += 1
-            self._idle.clear()
-            try:
-                yield
-            finally:
-                self._running -= 1
-                if not self._running:
-                    self._idle.set()
+            for trade in trades:
+                parts.setdefault(self._homes.get(trade.symbol) or self._home(trade.symbol), []).append(trade)
+            packed = {slot: pickle.dumps(list(map(_fields, part)), 5) for slot, part in parts.items()}
+            outcomes = await fan_out({slot: slot.run(data, False) for slot, data in packed.items()})
+        for slot, (_, found, error) in outcomes.items():
+            rows += found or ()
+            if error is not None:
+                log.warning("%d trades could not be computed: %s: %s", len(parts[slot]), type(error).__name__, error)
+                lost += parts[slot]
+        self._rows += len(rows)
+        self._trades += len(trades) - len(lost)
+        self._uncomputed += len(lost)
+        return rows, lost
+
+    async def flush(self) -> list[AnalyticsRow]:
+        """The rows that are not due yet: of all series that changed since they were told, but for workers that died."""
+        async with self._places:
+            if self._closed:
+                raise PoolClosed
+            outcomes = await fan_out({slot: slot.run(pickle.dumps([]), True) for slot in self._slots})
+        rows = [row for outcome in outcomes.values() for row in outcome.value or ()]
+        self._rows += len(rows)
+        return rows
 
     def _home(self, symbol: str) -> _Slot:
         """The worker of a symbol that has none yet."""
@@ -261,12 +226,9 @@ class AnalyticsPool:
         slot.symbols += 1
         return slot
 
-    async def close(self, grace: float = 5.0) -> None:
-        """Refuse calls that do not run yet, give those that do ``grace`` seconds, then kill. Leaves no process."""
+    async def close(self) -> None:
+        """Kill the processes: calls that run lose their trades, those that wait raise ``PoolClosed``."""
         self._closed = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace):
-                await self._idle.wait()
         await asyncio.gather(*(slot.pool.close(0.0) for slot in self._slots))
 
     def analytics(self) -> AnalyticsStats:
@@ -279,7 +241,7 @@ class AnalyticsPool:
         retained = sum(slot.log_bytes + len(slot.checkpoint or b"") for slot in slots)
         return AnalyticsPoolStats(
             tuple(slot.pid for slot in slots), tuple(slot.symbols for slot in slots),
-            self._running, places.waiting, self._trades, self._rows,
+            places.permits - places.available, places.waiting, self._trades, self._rows,
             sum(slot.died for slot in slots), sum(slot.rebuilt for slot in slots),
             sum(slot.checkpoints for slot in slots), self._uncomputed, retained,
         )  # fmt: skip

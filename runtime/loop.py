@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
+from coordination import cancel_all
+
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # the signals that stop a program
 PAUSE = 0.5  # seconds after which a task that failed in a way that nobody had foreseen goes on
 SHOWN = 10  # such failures in the log with their tracebacks
@@ -39,8 +41,7 @@ async def beside(work: Coroutine[Any, Any, Any], name: str) -> AsyncIterator[Non
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await cancel_all([task])
 
 
 async def ends_before(work: Awaitable[Any], event: asyncio.Event, seconds: float = math.inf) -> bool:
@@ -52,11 +53,10 @@ async def ends_before(work: Awaitable[Any], event: asyncio.Event, seconds: float
         await asyncio.wait((task, other), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
     finally:
         ended = task.done()
-        for each in (task, other):
-            each.cancel()
-        results = await asyncio.gather(task, other, return_exceptions=True)
-    if isinstance(results[0], Exception):
-        raise results[0]
+        await cancel_all([task, other])
+    error = None if task.cancelled() else task.exception()
+    if isinstance(error, Exception):  # that of a ``gather`` which was cancelled is none
+        raise error
     return ended and not task.cancelled()
 
 
@@ -115,9 +115,7 @@ class TaskSupervisor:
 
     async def end(self) -> None:
         """Cancel all of them, and wait until they have ended."""
-        for task in self.running.values():
-            task.cancel()
-        await asyncio.gather(*self.running.values(), return_exceptions=True)
+        await cancel_all(self.running.values())
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The command line of a program: options of a dataclass with their defaults and ranges, sizes, addresses, exit codes.
 
-What is wrong is said in one line, before anything starts. A size means the same to all programs.
+What is wrong, a missing package too, is one line, before anything starts. A size means the same to all programs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from importlib.util import find_spec
 from typing import Any, NamedTuple, NoReturn
 
 EXIT_OK = 0
@@ -44,6 +45,12 @@ def shown_size(count: int) -> str:
             if count and count % base**power == 0:
                 return f"{count // base**power}{' kMGT'[power]}{mark}B"
     return str(count)
+
+
+def missing(option: str, *modules: str) -> str | None:
+    """What to install for ``option``; None if all of ``modules`` is there."""
+    names = [module.replace("_", "-") for module in modules if find_spec(module) is None]
+    return f"{option} needs {', '.join(names)}: pip install {' '.join(names)}" if names else None
 
 
 def split_address(text: str) -> tuple[str, int]:

@@ -79,9 +79,9 @@ class Changes:
         self._event.set()
         self._event = asyncio.Event()
 
-    async def wait(self, seconds: float = math.inf) -> None:
-        """Until the next ``tell``, at most so many ``seconds``."""
-        await wait_for_event(self._event, seconds)
+    async def wait(self, seconds: float = math.inf) -> bool:
+        """Until the next ``tell``, at most so many ``seconds``. Whether it came."""
+        return await wait_for_event(self._event, seconds)
 
     async def until(self, condition: Callable[[], bool], seconds: float = math.inf) -> None:
         """Wait for ``condition``, at most so many ``seconds``."""

@@ -44,12 +44,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from coordination import Semaphore, T, stats_repr
+from runtime.loop import STOPPING, blocked
 from runtime.stderr import queue_stderr
 
 BURIAL = 5.0  # seconds that a killed worker gets to be gone; the system may hold one that waits for a disk for longer
-
-
-_STOP = {signal.SIGINT, signal.SIGTERM}
 ROOT = str(Path(__file__).resolve().parents[1])
 
 
@@ -69,6 +67,11 @@ class WorkerDied(Exception):
     """The worker died in each attempt: killed, out of memory, or it could not even start."""
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def end_with(descriptor: int) -> None:
     """Have a signal end this process when the other end of a pipe, in which nothing comes, is closed."""
     if hasattr(os, "O_ASYNC"):
@@ -81,6 +84,11 @@ def module_command(module: str, *arguments: object) -> list[str]:
     """The command line that runs ``main`` of a module of this project, whatever the current folder."""
     program = f"import sys; sys.path.insert(0, {ROOT!r}); from {module} import main; main()"
     return [sys.executable, "-P", "-c", program, *map(str, arguments)]
+
+
+def how_it_ended(code: int) -> str:
+    """Of an exit code: "signal 9", or "exit code 1"."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def may_fork() -> bool:
@@ -98,11 +106,8 @@ def start_child(function: Callable[..., None], sock: socket.socket, *args: Any) 
         resource_tracker.ensure_running()  # which clears the mask
     make = SpawnProcess if fresh else ForkProcess
     process = make(target=_child, args=(function, sock, *args))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
-    try:
+    with blocked(*STOPPING):
         process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return process
 
 

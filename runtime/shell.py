@@ -13,11 +13,9 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -27,7 +25,7 @@ from runtime.demo import Demo
 from runtime.loop import beside, new_loop, stopped_by_signals
 from runtime.monitor import Exporter, Measure, http
 from runtime.options import EXIT_FAILED, EXIT_INTERRUPTED, CannotStart, split_address
-from runtime.stderr import queue_stderr, say, show_status, terminal_size
+from runtime.stderr import queue_stderr, say, status_shown
 
 EVERY = 0.5  # seconds between two drawings
 RATES = 5.0  # seconds over which rates are shown
@@ -149,9 +147,8 @@ async def _screen(
     snapshot: Callable[[], C], draw: Callable[[C, C, float, float], str], stays: bool
 ) -> AsyncIterator[None]:
     """The picture below the log's lines, while it is entered. The loop takes the snapshots, a thread draws them."""
-    began, over = time.monotonic(), threading.Event()
+    began = time.monotonic()
     seen = deque([(began, snapshot())], maxlen=round(RATES / EVERY))
-    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
 
     async def look() -> None:
         while True:
@@ -162,20 +159,9 @@ async def _screen(
         (then, before), (now, counts) = seen[0], seen[-1]
         return draw(counts, before, now - then, now - began)
 
-    def show() -> None:
-        while not over.wait(EVERY):
-            if not dumb:
-                show_status("\n".join(picture().splitlines()[: terminal_size().lines - 1]))
-        show_status("")
-        if stays:
-            print(picture(), file=sys.stderr)
-
-    thread = threading.Thread(target=show, name="screen", daemon=True)
-    thread.start()
-    try:
-        async with beside(look(), "screen"):
-            yield
-    finally:
-        seen.append((time.monotonic(), snapshot()))
-        over.set()
-        thread.join(2.0)
+    with status_shown(picture, EVERY, stays):
+        try:
+            async with beside(look(), "screen"):
+                yield
+        finally:
+            seen.append((time.monotonic(), snapshot()))

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
-from coordination import Clock, stats_repr
+from coordination import Clock, cancel_all, stats_repr
 
 T = TypeVar("T")
 
@@ -128,12 +128,7 @@ class Spool:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        max_bytes: int = 1 << 30,
-        fsync_every: float = 1.0,
-        clock: Clock = time.monotonic,
+        self, folder: Path, *, max_bytes: int = 1 << 30, fsync_every: float = 1.0, clock: Clock = time.monotonic
     ) -> None:
         self.folder, self.max_bytes, self.fsync_every = folder, max_bytes, fsync_every
         self._clock = clock
@@ -372,8 +367,7 @@ class Spool:
         while self._tasks:
             await asyncio.wait(self._tasks)
         if self._timer is not None:
-            self._timer.cancel()
-            await asyncio.gather(self._timer, return_exceptions=True)
+            await cancel_all([self._timer])
             self._timer = None
         await self.sync()
         thread, self._thread = self._thread, None
@@ -384,16 +378,7 @@ class Spool:
 
     def stats(self) -> SpoolStats:
         """The counts of this moment."""
-        return SpoolStats(
-            len(self._files),
-            self._rows,
-            self._bytes,
-            self._recovered,
-            self._bad,
-            self._lost,
-            self._refused,
-            len(self._unsynced),
-            self._errors,
-        )
+        there, unsynced = (len(self._files), self._rows, self._bytes), len(self._unsynced)
+        return SpoolStats(*there, self._recovered, self._bad, self._lost, self._refused, unsynced, self._errors)
 
     __repr__ = stats_repr

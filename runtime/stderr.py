@@ -13,7 +13,7 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 UNREAD = 256 << 10  # bytes that wait to be written
@@ -149,10 +149,29 @@ def say(name: str, text: object) -> None:
     print(f"{name}: {text}", file=sys.stderr)
 
 
-def show_status(text: str) -> None:
-    """Show ``text`` on the terminal below the log's lines; no line of it may be too long."""
-    if _stderr is not None:
-        _stderr.status(text)
+@contextlib.contextmanager
+def status_shown(picture: Callable[[], str], every: float, stays: bool = False) -> Iterator[None]:
+    """Show ``picture()`` on the terminal below the log's lines, anew ``every`` so many seconds, while it is entered; a
+    thread draws. No line of it may be too long. The last one ``stays``, or none."""
+    over = threading.Event()
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+
+    def show() -> None:
+        while not over.wait(every):
+            if not dumb and _stderr is not None:
+                _stderr.status("\n".join(picture().splitlines()[: terminal_size().lines - 1]))
+        if _stderr is not None:
+            _stderr.status("")
+        if stays:
+            print(picture(), file=sys.stderr)
+
+    thread = threading.Thread(target=show, name="screen", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(2.0)
 
 
 def terminal_size() -> os.terminal_size:

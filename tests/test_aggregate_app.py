@@ -34,7 +34,7 @@ from starlette.routing import Route
 
 import aggregate_app
 import coordination as co
-from api import aggregate, config, middleware, openapi, upstreams
+from api import aggregate, config, middleware, openapi, report, upstreams
 from api import service as service_module
 from api.history import History, Result
 from sandbox.faults import FAULTS
@@ -142,11 +142,11 @@ def test_serves_old_data_in_an_outage_within_its_window(web: Sandbox) -> None:
         source.forget()
         assert await aggregate_ask(source) == ("fresh", 2, 0.0)
         world.now += 20.0
-        part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
+        part = (await aggregate.Plan.of({"a": source}, {}, 20.0).gather())["a"]
         assert part.data is not None
         assert (part.state, data_of(part)["serial"], part.age, part.error) == ("stale", 2, 20.0, "http: 503")
         world.now += 40.0  # past the window
-        part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
+        part = (await aggregate.Plan.of({"a": source}, {}, 20.0).gather())["a"]
         assert (part.state, part.data, part.error) == ("error", None, "http: 503")
         assert await aggregate_ask(source) == ("fresh", 5, 0.0)
         fallback = make("/status/500", retries=0, fallback={"serial": "better than nothing"})
@@ -172,7 +172,7 @@ def test_serves_old_data_in_an_outage_within_its_window(web: Sandbox) -> None:
 def test_names_what_is_wrong_with_an_upstream(web: Sandbox, path: str, options: dict[str, Any], error: str) -> None:
     async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         source = make(path, **{"timeout": 20.0, "retries": 0, **options})
-        part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
+        part = (await aggregate.Plan.of({"a": source}, {}, 20.0).gather())["a"]
         assert (part.state, part.error) == ("error", error)
 
     play(web, case)
@@ -181,7 +181,7 @@ def test_names_what_is_wrong_with_an_upstream(web: Sandbox, path: str, options: 
 def test_every_fault_of_the_catalogue_is_an_answer(web: Sandbox) -> None:
     async def case(make: Callable[..., upstreams.Source], world: World) -> None:
         faults = {name: make(fault.path, timeout=1.0, retries=0) for name, fault in FAULTS.items()}
-        parts = await aggregate.gather(faults, {}, HANG_LIMIT)
+        parts = await aggregate.Plan.of(faults, {}, HANG_LIMIT).gather()
         assert {part.state for part in parts.values()} == {"error"}
         for part in parts.values():
             assert str(part.error).partition(":")[0] in upstreams.UpstreamError.KINDS
@@ -194,7 +194,7 @@ def test_a_silent_upstream_opens_its_circuit_and_recovers(web: Sandbox) -> None:
         source = make("/fault/never_answers", timeout=0.02, failures=5, reset=30.0, retries=0)
         for _ in range(5):
             assert (await aggregate_ask(source))[0] == "error"
-        part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
+        part = (await aggregate.Plan.of({"a": source}, {}, 20.0).gather())["a"]
         assert (part.state, source.calls, source.health()["breaker"]) == ("open", 5, "open")
         assert 30.0 <= part.retry_after <= 33.0
         world.now += 33.0
@@ -278,8 +278,8 @@ def test_counts_what_it_answers(aggregate_port: int) -> None:
     assert f'aggregate_answers_total{{source="news",state="fresh"}} {state(after, "news")}.0' in lines
     assert 'aggregate_circuit_open{source="news"} 0.0' in lines
     assert any(line.startswith("aggregate_loop_lag_seconds ") for line in lines)
-    assert upstreams.percentiles([]) == {}
-    assert upstreams.percentiles(range(1, 201)) == {"p50": 100, "p95": 190, "p99": 198}
+    assert report.percentiles([]) == {}
+    assert report.percentiles(range(1, 201)) == {"p50": 100, "p95": 190, "p99": 198}
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_what_cannot_be_mended_is_not_asked_for_again_at_once(web: Sandbox) -> N
         source = make("/status/404", retries=3)
         for later, calls in ((0.0, 1), (0.75, 1), (0.25, 2), (0.0, 2)):
             world.now += later
-            part = (await aggregate.gather({"a": source}, {}, 20.0))["a"]
+            part = (await aggregate.Plan.of({"a": source}, {}, 20.0).gather())["a"]
             await settled(source)
             assert (part.state, part.error, source.calls) == ("error", "http: 404", calls)
         source.forget()

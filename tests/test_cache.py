@@ -216,7 +216,7 @@ def test_and_flight_tell_of_themselves() -> None:
     before = cache.stats()
     assert (cache.get("a"), cache.get("b", 7), cache.lookup("c"), cache.put("b", 2)) == (1, 7, None, True)
     assert (before, cache.stats()) == (pr.TTLCacheStats(1, 2.5, 0, 0, 0, 0), pr.TTLCacheStats(1, 1.0, 1, 2, 1, 0))
-    assert cache.get_or_load("d", lambda: cache.stats().loading) == 1 and not cache.loading("d")
+    assert cache.get_or_load("d", lambda: cache.stats().loading) == 1 and not cache.stats().loading
     with pytest.raises(AttributeError):
         before.hits = 5  # type: ignore[misc]
     assert repr(cache) == "<TTLCache entries=1 weight=1 hits=1 misses=2 evicted=2 loading=0>"
@@ -411,7 +411,7 @@ def test_loads_what_is_not_fresh(cache_load: Load) -> None:
 
     def load() -> int | None:
         loads.append(world.now)
-        assert not cache._lock.locked() and not cache._flights._lock.locked() and repr(cache) and cache.loading("key")
+        assert not cache._lock.locked() and not cache._flights._lock.locked() and repr(cache) and cache.stats().loading
         if len(loads) in (2, 3):
             raise FlightError
         return None if len(loads) == 1 else len(loads)
@@ -438,13 +438,13 @@ def test_loads_anew_what_is_fresh() -> None:
         cache.put("key", 1)
         tasks = [asyncio.create_task(cache.get_or_load_async("key", load, anew=True)) for _ in range(3)]
         await ticks()
-        assert cache.loading("key") and await cache.get_or_load_async("key", load) == 1
+        assert cache.stats().loading and await cache.get_or_load_async("key", load) == 1
         gates[0].set_result(2)
         assert await asyncio.gather(*tasks) == [2, 2, 2] and len(gates) == 1 and cache.get("key") == 2
         late = asyncio.create_task(cache.get_or_load_async("key", load, anew=True))
         await ticks()
         cache.clear()
-        assert not cache.loading("key")
+        assert not cache.stats().loading
         gates[1].set_result(3)
         assert await late == 3 and "key" not in cache
 

@@ -276,7 +276,7 @@ FAN_ONE, FAN_TWO = OSError("one"), OSError("two")
 def test_fan_hedged(tries: list[tuple[float, Any]], answer: Any, ends: list[str]) -> None:
     async def main() -> None:
         calls = FanCalls()
-        given = await asyncio.gather(co.hedged(calls.make("a", *tries), 0.1), return_exceptions=True)
+        given = await asyncio.gather(pr.hedged(calls.make("a", *tries), 0.1), return_exceptions=True)
         assert list(given) == [answer]
         assert [" ".join(map(str, end)) for end in calls.ends] == ends
 
@@ -286,9 +286,9 @@ def test_fan_hedged(tries: list[tuple[float, Any]], answer: Any, ends: list[str]
 def test_fan_hedged_asks_its_budget() -> None:
     async def main() -> None:
         budget, calls = pr.RetryBudget(0.5, 0), FanCalls()
-        answers = [await co.hedged(calls.make(name, (0.5, "A"), (0.1, "B")), 0.1, budget) for name in "abcde"]
+        answers = [await pr.hedged(calls.make(name, (0.5, "A"), (0.1, "B")), 0.1, budget) for name in "abcde"]
         assert answers == ["A", "B", "A", "B", "A"]
-        assert await co.hedged(calls.make("quick", (0.05, "A")), 0.1, budget) == "A"  # earns, and spends nothing
+        assert await pr.hedged(calls.make("quick", (0.05, "A")), 0.1, budget) == "A"  # earns, and spends nothing
         assert budget.stats() == (6, 2, 3, 1.0)
 
     fan_run(main())
@@ -297,7 +297,7 @@ def test_fan_hedged_asks_its_budget() -> None:
 def test_fan_hedged_cancelled_ends_both() -> None:
     async def main(moments: list[float], ends: list[tuple[str, str, float]]) -> None:
         calls = FanCalls()
-        hedging = asyncio.ensure_future(co.hedged(calls.make("a", (9.0, 1), (9.0, 2), cleanup=0.2), 0.1))
+        hedging = asyncio.ensure_future(pr.hedged(calls.make("a", (9.0, 1), (9.0, 2), cleanup=0.2), 0.1))
         with pytest.raises(asyncio.CancelledError):
             await calls.cancel_at(moments, hedging)
         assert calls.ends == ends
@@ -499,7 +499,7 @@ def test_fan_out_leaves_no_cycle(hedge: float | None) -> None:
         raise FanError
 
     def call() -> Awaitable[None]:
-        return fail() if hedge is None else co.hedged(fail, hedge)
+        return fail() if hedge is None else pr.hedged(fail, hedge)
 
     async def main() -> None:
         gc.collect()

@@ -191,6 +191,98 @@ def test_goes_on_after_each_kill(driver: str, walked: Web, tmp_path: Path) -> No
     assert asked.total() - 120 <= 4 * concurrency
 
 
+def every_kind(web: Web) -> None:
+    """Two hosts that have something of everything, in a tree: no page's depth depends on which is first."""
+    for host in (0, 1):
+        web.robots(host, "User-agent: *", "Disallow: /forbidden", f"Sitemap: {web.url(f'{host}/map.xml')}")
+        web.sitemap(f"{host}/map.xml", f"{host}/mapped/1", f"{host}/mapped/2", "2/mapped")
+        web.page(f"{host}/", *(f"{host}/{n}/" for n in range(6)), "/forbidden/1", "/gone", "/moved", "/moved-away")
+        for n in range(6):
+            web.page(f"{host}/{n}/", *(f"{host}/{n}/{m}" for m in range(4)), f"{host}/{n}/?session={n}&page=1")
+            for m in range(4):  # pairs of them are the same, byte for byte
+                web.page(f"{host}/{n}/{m}", f"{host}/{n}/below/{m // 2}", tag=f"twins {n} {m // 2}")
+            for m in range(2):
+                web.page(f"{host}/{n}/below/{m}", '<a rel=nofollow href="/unwanted">x</a>', "2/elsewhere")
+        web.page(f"{host}/0/?page=1", "/a/a/a/", "/day?n=0")
+        for n in range(1, 6):  # without end
+            web.page(f"{host}/{'a/' * n}", f"/{'a/' * (n + 1)}")
+        for n in range(120):
+            web.page(f"{host}/day?n={n}", f"/day?n={n + 1}", head='<meta name="robots" content="noindex">' * (n % 2))
+        web.redirect(f"{host}/moved", "/new")
+        web.page(f"{host}/new", "/after")
+        web.page(f"{host}/after")
+        web.redirect(f"{host}/moved-away", f"2/new/{host}")
+        for n in (1, 2):
+            web.page(f"{host}/mapped/{n}", f"{host}/mapped/below/{n}")
+            web.page(f"{host}/mapped/below/{n}")
+        articles = [web.url(f"{host}/article/{n}") for n in range(6)]
+        items = "".join(
+            f"<item><link>{url}</link><title>t</title></item>" for url in [*articles, web.url(f"2/none/{host}")]
+        )
+        web.pages[f"{host}/feed.xml"] = sf.reply(f"<rss><channel>{items}</channel></rss>".encode(), kind="text/xml")
+        for n in range(6):
+            web.page(f"{host}/article/{n}", tag=f"article {n} " + "with many words " * 20)
+
+
+WHATEVER = {
+    "links": ("--depth", 9),
+    "dedupe": ("--depth", 9, "--dedupe"),
+    "host pages": ("--depth", 9, "--host-pages", 20),
+    "max pages": ("--depth", 9, "--max-pages", 30, "--no-robots"),
+    "sitemaps": ("--depth", 9, "--sitemaps", "--no-robots"),
+    "adaptive": ("--depth", 2, "--adaptive", "--rate", 500, "--burst", 5),
+    "any": ("--depth", 3, "--within", "any", "--drop-params", "session", "--exclude", "*/below/*"),
+    "feeds": ("--feeds",),
+    "explain": ("--depth", 9, "--explain", "1/0/?page=1"),
+    "resume": ("--depth", 9, "--dedupe", "--resume"),
+}
+"""What must be the same whatever the number of processes, and what is asked of the program for it."""
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("what", WHATEVER)
+def test_four_processes_have_the_rows_of_one(
+    driver: str, what: str, walked: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every_kind(walked)
+    seeds = ["0/feed.xml", "1/feed.xml"] if what == "feeds" else ["0/", "1/", "0/"]
+    listed = tmp_path / "list"
+    listed.write_text("\n".join(["not a URL", *map(walked.url, seeds)]))
+    options = [walked.url(each) if each.startswith("1/") else each for each in map(str, WHATEVER[what])]
+
+    def crawl(count: int) -> tuple[set[tuple[Any, ...]], *tuple[Any, ...]]:
+        out, stats = tmp_path / f"{count}.jsonl", tmp_path / f"{count}.stats"
+        if what == "resume":
+            out.write_bytes(
+                walk_row(walked.url("0/"), *(walked.url(f"0/{n}/") for n in range(6)))
+                + walk_row(walked.url("0/1/"), walked.url("0/1/0"), walked.url("0/1/3"), depth=1)
+            )
+        argv = [str(listed), "--rate", "0", "--timeout", "60", "-q", "--retries", "0", "-o", str(out)]
+        argv += options if what == "explain" else [*options, "--stats", str(stats)]
+        assert walk_main(driver, *argv, "--processes", str(count)) == 0
+        if what == "explain":
+            return set(), capsys.readouterr().out
+        rows = [json.loads(line) for line in out.read_bytes().splitlines()]
+        twins = Counter((row.get("digest"), row.pop("duplicate_of", None) is None) for row in rows)
+        for row in rows:
+            del row["fetched_at"], row["duration_ms"]
+        found = {tuple(map(str, row.values())) for row in rows}
+        assert len({row["url"] for row in rows}) == len(rows) == len(found)
+        hosts = Counter(row["url"].split("/")[2] for row in rows if "/" in row["url"])
+        counts = json.loads(stats.read_text())
+        same = "rows", "ok", "errors", "statuses", "redirects", "retries", "robots", "sitemaps", "capped"
+        return found, twins, hosts, {name: counts[name] for name in same}
+
+    (rows, *one), (also, *four) = crawl(1), crawl(4)
+    if what == "max pages":  # which of them is a matter of chance
+        assert len(rows) == len(also) and one[-1]["capped"] and four[-1]["capped"]
+    elif what == "host pages":
+        assert one[1] == four[1] and one[-1]["capped"] and four[-1]["capped"]
+    else:
+        assert (one, rows ^ also) == (four, set())
+    assert capsys.readouterr().err == ""
+
+
 # ------------------------------------------------------------------------------------------- what must not end a crawl
 
 
@@ -213,7 +305,7 @@ def test_a_fault_of_its_own_is_one_row(driver: str, walked: Web, monkeypatch: py
 
 
 @pytest.mark.parametrize("driver", WALKERS)
-@pytest.mark.parametrize("name", ["rules_for", "parse_sitemap", "page_directives", "Scope.why_not"])
+@pytest.mark.parametrize("name", ["rules_for", "parse_sitemap", "page_directives", "Scope.targets"])
 def test_a_fault_where_there_is_no_row_to_tell(
     driver: str, name: str, walked: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +325,7 @@ def test_a_fault_where_there_is_no_row_to_tell(
         "rules_for": {"0/": "robots"},
         "parse_sitemap": {"0/": None, "0/a": None, "0/b": None},
         "page_directives": dict.fromkeys(("0/", "0/c"), "internal"),
-        "Scope.why_not": {"0/": "internal"},
+        "Scope.targets": {"0/": "internal"},
     }
     assert errors(rows) == expected[name]
 

@@ -11,7 +11,9 @@ import http.server
 import io
 import itertools
 import json
+import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,12 +23,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 
-from crawl import grants, helper
+from coordination import Waiter
+from crawl import grants, helper, processes
 from crawl.core import Crawl
 from crawl.errors import FetchError, Postponed
 from crawl.frontier import Frontier
@@ -116,12 +119,21 @@ def shares_rows(out: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-def shares_helpers(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def shares_helpers(parent: int) -> list[psutil.Process]:
     """Those that run; the newest last."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        found = psutil.Process(program.pid).children()
+        found = psutil.Process(parent).children()
         return [one for one in found if is_alive(one) and "resource_tracker" not in " ".join(one.cmdline())]
     return []
+
+
+def shares_client(parent: int, port: int) -> psutil.Process | None:
+    """The helper that has a connection from ``port``."""
+    for one in shares_helpers(parent):
+        with contextlib.suppress(psutil.Error):
+            if port in {connection.laddr.port for connection in one.net_connections()}:
+                return one
+    return None
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -145,12 +157,12 @@ def test_shares_a_list_has_the_same_rows_as_in_one_process(driver: str) -> None:
     light = [name for name, fault in FAULTS.items() if not fault.heavy and not fault.needs_retry]
     names = [name for name in light if FAULTS[name].expect != ("timeout",)]
 
-    def crawl(processes: int) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
+    def crawl(count: int) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
         with Sandbox(hosts=5, pages=6, page_bytes=3000) as site:
             urls = [*site.site_urls(), *(site.fault_url(name, n % 5) for n, name in enumerate(names))]
             urls += [url + "#again" for url in urls] + [url.replace("http:", "HTTP:") for url in urls[:9]]
             urls += ["no url", "http://", "ftp://a/", "no url", "http://[", "x" * 9000]
-            argv = ("-", "--rate", 0, "--timeout", 900, "--retries", 0, "--processes", processes)
+            argv = ("-", "--rate", 0, "--timeout", 900, "--retries", 0, "--processes", count)
             given = "\n".join(urls).encode()
             code, out, err = shares_run(*argv, "--stats", "/dev/stderr", "-q", input=given, driver=driver)
             assert code == 0, err
@@ -238,18 +250,35 @@ def test_shares_links_are_in_scope_from_when_a_redirect_brings_them_there() -> N
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("options", [{"rate": 50.0}, {"rate": 50.0, "burst": 4}, {"total_rate": 80.0, "rate": 0.0}])
-def test_shares_a_server_never_sees_more_than_the_bound(driver: str, options: dict[str, Any]) -> None:
-    with Web(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
-        urls = [web.url(1 + n % (3 if "total_rate" in options else 1), f"/{n}") for n in range(90)]
-        argv = itertools.chain.from_iterable((f"--{k.replace('_', '-')}", v) for k, v in options.items())
-        code, out, err = shares_run(*urls, *argv, "--processes", 4, driver=driver)
-        assert code == 0, err
-        assert [row["error"] for row in shares_rows(out)] == [None] * 90
-        times = sorted(at for at, _, _ in web.log)
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [(2, {"rate": 100.0}), (4, {"rate": 100.0}), (4, {"rate": 50.0, "burst": 4}), (4, {"total_rate": 80.0, "rate": 0})],
+)
+def test_shares_a_server_never_sees_more_than_the_bound(driver: str, count: int, options: dict[str, float]) -> None:
+    """By the server's log: the best of five runs, for a busy machine holds up the server too."""
     rate, burst = options.get("total_rate") or options["rate"], options.get("burst", 1)
-    for i, j in itertools.combinations_with_replacement(range(len(times)), 2):
-        assert j - i + 1 <= burst + rate * (times[j] - times[i]) + 12, (i, j)  # what the server's threads were late
+    argv = [*itertools.chain.from_iterable((f"--{name.replace('_', '-')}", v) for name, v in options.items())]
+
+    def crawl() -> list[float]:
+        with Sandbox(hosts=3 if "total_rate" in options else 1, pages=300, page_bytes=200) as site:
+            urls = [*itertools.islice(site.site_urls(), 200 if rate == 100 else 90)]
+            given = "\n".join(urls).encode()
+            code, out, err = shares_run("-", *argv, "--processes", count, input=given, driver=driver)
+            assert code == 0, err
+            assert [row["error"] for row in shares_rows(out)] == [None] * len(urls)
+            times = [entry.t for entry in site.log]
+        assert len(times) == len(urls)
+        return times
+
+    excess, speeds = math.inf, [100.0] if rate < 100 else []
+    for _ in range(5):
+        times = crawl()
+        pairs = itertools.combinations_with_replacement(range(len(times)), 2)
+        excess = min(excess, max(j - i + 1 - burst - rate * (times[j] - times[i]) for i, j in pairs))
+        speeds.append((len(times) - 1) / (times[-1] - times[0]))
+        if excess <= 3 and any(99 <= speed <= 101 for speed in speeds):
+            return
+    raise AssertionError((excess, speeds))
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -298,10 +327,20 @@ def test_shares_a_helper_asks_once_and_sends_at_the_moment_it_is_told() -> None:
     told = Told()
     assert told.frontier.step(0.0) == float("inf")
     grant, clear = told.grant(), told.frontier.clear_to_send
-    assert 0 < clear(grant, 1.0) < clear(grant, 2.0) <= helper.SOON and told.asks == [7]
+    assert clear(grant, 1.0) == clear(grant, 2.0) == math.inf and told.asks == [7]
+    waiting = threading.Thread(target=cast(Waiter, grant.told).block, args=(None,))
+    waiting.start()
     told.frontier.turn(7, 2.5)
+    waiting.join(HANG_LIMIT)
+    assert not waiting.is_alive()  # nothing but the turn woke it
     assert (clear(grant, 2.25), clear(grant, 2.5)) == (0.25, 0.0)
-    assert clear(grant, 2.6) > 0 and told.asks == [7, 7]  # on another connection it is another request
+    assert clear(grant, 2.6) == math.inf and told.asks == [7, 7]  # on another connection it is another request
+    told.frontier.turn(7, 2.75)
+    late = 2.75 + helper.LATE
+    assert clear(grant, late) == math.inf and told.asks == [7, 7, 7]  # others may have had their turns since
+    told.frontier.turn(7, 3.0)
+    assert clear(grant, 2.9) == pytest.approx(0.1) and clear(grant, 3.0 + helper.LATE / 2) == 0.0
+    assert clear(grant, 3.1) == math.inf
     told.frontier.turn(7, -1.0)
     with pytest.raises(Postponed):
         clear(grant, 2.7)
@@ -379,9 +418,9 @@ def test_shares_a_killed_helper_costs_nothing_and_a_killed_parent_leaves_nothing
             tell(program, *urls)
             wait_until(lambda: len([1 for _, _, path in web.log if path[-1] in "67"]) >= 8)
             wait_until(lambda: rows.read_bytes().count(b"\n") >= 10)
-            victim = shares_helpers(program)[0]
+            victim = shares_helpers(program.pid)[0]
             victim.kill()
-            wait_until(lambda: len({one.pid for one in shares_helpers(program)} - {victim.pid}) == 2)
+            wait_until(lambda: len({one.pid for one in shares_helpers(program.pid)} - {victim.pid}) == 2)
             open_.set()
             _, err = program.communicate(timeout=PROGRAM_LIMIT)
         assert program.returncode == 0 and b"died (signal 9); another one goes on" in err
@@ -395,8 +434,8 @@ def test_shares_a_killed_helper_costs_nothing_and_a_killed_parent_leaves_nothing
         web.log.clear()
         with shares_start(*command[:-1], tmp_path / "anew", "--resume", driver=driver) as program:
             tell(program, *urls)
-            wait_until(lambda: len(shares_helpers(program)) == 2 and len(web.log) > 20)
-            orphans = shares_helpers(program)
+            wait_until(lambda: len(shares_helpers(program.pid)) == 2 and len(web.log) > 20)
+            orphans = shares_helpers(program.pid)
             program.kill()
             wait_until(lambda: not any(map(is_alive, orphans)))
         open_.set()
@@ -407,36 +446,45 @@ def test_shares_a_killed_helper_costs_nothing_and_a_killed_parent_leaves_nothing
         assert sum(times == 2 for times in web.paths().values()) <= 8
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_shares_helpers_that_die_all_the_time_and_each_page_once(driver: str) -> None:
-    """Helpers are killed as they ask for a page, some of them with others in hand; links are followed."""
-    victims: set[int] = set()
-    lock = threading.Lock()
+def test_shares_twenty_kills_and_each_page_once(tmp_path: Path) -> None:
+    """Of helpers as they ask for a page, some of them with others in hand, and of the parent, after which the other
+    driver goes on; links are followed."""
+    rng, lock, out = random.Random(7), threading.Lock(), tmp_path / "rows.jsonl"
+    victims = ["helper"] * 14 + ["parent"] * 6
+    rng.shuffle(victims)
+    moments = sorted(rng.sample(range(10, 440), len(victims)))  # how many requests there have been
+    killed: list[int] = []
+    programs: list[subprocess.Popen[bytes]] = []
 
     def page(host: int, path: str) -> AnyPage:
         number = int(path[1:] or 0)
         with lock:
-            if number % 15 == 14 and len(victims) < 9 and web.paths()[path] == 1:
-                for one in shares_helpers(programs[0]):
-                    with contextlib.suppress(psutil.Error):
-                        if web.client.port in {connection.laddr.port for connection in one.net_connections()}:
-                            victims.add(one.pid)
-                            one.kill()
+            due = len(killed) < len(victims) and len(web.log) >= moments[len(killed)] and web.paths()[path] == 1
+            if due and (one := shares_client(programs[-1].pid, web.client.port)):
+                killed.append(programs[-1].pid if victims[len(killed)] == "parent" else one.pid)
+                os.kill(killed[-1], signal.SIGKILL)
         links = "".join(f"<a href=/{n}>x</a>" for n in (2 * number + 1, 2 * number + 2) if n < 400)
         return 200, {}, f"<title>{path}</title>{links}"
 
-    programs: list[subprocess.Popen[bytes]] = []
     with Web(page) as web:
         argv = (web.url(1, "/0"), "--depth", 99, "--no-robots", "--rate", 0, "--concurrency", 6, "--processes", 3)
-        with shares_start(*argv, driver=driver) as program:
-            programs.append(program)
-            out, err = program.communicate(timeout=PROGRAM_LIMIT)
-    rows = shares_rows(out)
-    assert program.returncode == 0 and b"Traceback" not in err, err
+        codes: list[int] = []
+        told = b""
+        while not codes or codes[-1] == -signal.SIGKILL:
+            more: dict[str, Any] = {"driver": DRIVERS[len(codes) % 2], "stdout": None}
+            with shares_start(*argv, "-o", out, "--resume", **more) as program:
+                programs.append(program)
+                _, err = program.communicate(timeout=PROGRAM_LIMIT)
+            codes.append(program.returncode)
+            told += err
+        asked = web.paths()
+    assert b"Traceback" not in told, told
+    assert codes == [-signal.SIGKILL] * 6 + [0], (codes, killed, moments)
+    rows = shares_rows(out.read_bytes())
     assert Counter(row["url"] for row in rows) == Counter(web.url(1, f"/{n}") for n in range(400))
     assert [row["error"] for row in rows if row["error"]] == []
-    assert len(victims) == 9
-    assert web.paths().total() <= 400 + 6 * len(victims)
+    assert len(killed) == len(victims) and len(set(killed)) == len(victims)
+    assert set(asked) == {f"/{n}" for n in range(400)} and asked.total() <= 400 + 6 * len(killed)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -466,6 +514,69 @@ def test_shares_a_page_that_is_the_death_of_its_reader_costs_one_row(
     assert max(times for path, times in asked.items() if path != "/13") <= ALONE + 1
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_shares_a_helper_that_says_nothing_is_replaced(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "FROZEN", 0.5)
+    monkeypatch.setattr(processes, "WATCH", 0.05)
+    frozen: list[psutil.Process] = []
+    lock = threading.Lock()
+
+    def page(host: int, path: str) -> AnyPage:
+        with lock:
+            if len(web.log) > 20 and not frozen and (one := shares_client(os.getpid(), web.client.port)):
+                frozen.append(one)
+                one.suspend()
+        return 200, {}, f"<title>{path}</title>"
+
+    said: list[str] = []
+    with Web(page) as web:
+        urls = [web.url(1 + n % 4, f"/{n}") for n in range(80)]
+        rows: list[Any] = []
+        crawl = Crawl(Options(rate=0, timeout=1.0, concurrency=8))
+        crawl.say = said.append
+        walk(f"{driver} --processes 2", crawl, urls, rows.append)
+        asked = web.paths()
+    assert [row.error for row in rows] == [None] * 80 and {row.url for row in rows} == {*urls}
+    assert len(said) == 1 and said[0].endswith("died (it said nothing for 1.5 s); another one goes on")
+    assert max(asked.values()) == 2 and asked.total() <= 80 + 8
+    assert len(frozen) == 1 and not is_alive(frozen[0])
+
+
+RUBBISH = {
+    "long": b"\xff" * 100,
+    "no value": b"\7\0\0\0" + b"\xff" * 7,
+    "another form": grants.frame(7),
+    "another outcome": grants.frame([(0, 1.0, 200, {})], []),
+    "no number": grants.frame([([], 0)], []),
+}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("what", RUBBISH)
+def test_shares_a_helper_that_sends_rubbish_is_replaced(
+    driver: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def frame(outcomes: Any, *more: Any) -> bytes:
+        with contextlib.suppress(FileExistsError):
+            if outcomes:
+                (tmp_path / "sent").touch(exist_ok=False)
+                return RUBBISH[what]
+        return grants.frame(outcomes, *more)
+
+    monkeypatch.setattr(helper, "frame", frame)
+    said: list[str] = []
+    with Web(lambda host, path: (200, {}, f"<title>{path}</title>")) as web:
+        urls = [web.url(1 + n % 4, f"/{n}") for n in range(40)]
+        rows: list[Any] = []
+        crawl = Crawl(Options(rate=0, timeout=HANG_LIMIT, concurrency=8))
+        crawl.say = said.append
+        walk(f"{driver} --processes 2", crawl, urls, rows.append)
+        asked = web.paths()
+    assert [row.error for row in rows] == [None] * 40 and {row.url for row in rows} == {*urls}
+    assert len(said) == 1 and "died (it sent what is no message: " in said[0], said
+    assert max(asked.values()) <= 2 and asked.total() <= 40 + 8
+
+
 def test_shares_helpers_that_cannot_begin_end_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -476,6 +587,39 @@ def test_shares_helpers_that_cannot_begin_end_it(
     assert walk_main("crawl_async", "http://127.0.2.1:9/", "--processes", "2", "-q") == 1
     err = capsys.readouterr().err
     assert f"died {STILLBORN} times before it began (exit code 5)" in err and "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_shares_a_slow_output_holds_up_the_crawl_and_fills_nothing(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents: list[processes.Parent] = []
+
+    class Watched(processes.Parent):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            parents.append(self)
+
+    monkeypatch.setattr(processes, "Parent", Watched)
+    links = "".join(f"<a href=/none/{n}>{'x' * 100}</a>" for n in range(100))
+    ahead: list[int] = []
+    buffered: list[int] = []
+
+    def emit(row: Any) -> None:
+        (parent,) = parents
+        ahead.append(max(len(web.log) - len(ahead), len(parent._inbox), parent._in_hand + parent._unwritten))
+        buffered.append(sum(len(one._received) + one._transport.get_write_buffer_size() for one in parent._helpers))
+        if len(ahead) == 1:
+            wait_until(lambda: len(web.log) == 40)
+
+    with Web(lambda host, path: (200, {}, f"<title>{path}</title>{links}")) as web:
+        crawl = Crawl(Options(rate=0, timeout=HANG_LIMIT, concurrency=40, per_host=40))
+        walk(f"{driver} --processes 4", crawl, (web.url(1 + n % 4, f"/{n}") for n in range(400)), emit)
+    assert len(ahead) == 400 and max(ahead) <= 40 + 1  # a row is in hand until it is given to the writer
+    assert max(buffered) <= 1 << 20
 
 
 # -------------------------------------------------------------------------------------------------------------- stops
@@ -496,7 +640,7 @@ def test_shares_stop_in_two_stages(driver: str, first: int) -> None:
         with shares_start("-", "--rate", 5, "--json", "--grace", 60, "--processes", 2, driver=driver) as program:
             tell(program, *urls)
             wait_until(lambda: web.paths()["/slow"] == 8)
-            helpers = shares_helpers(program)
+            helpers = shares_helpers(program.pid)
             os.kill(program.pid, first)
             for one in helpers:  # as a terminal does
                 one.send_signal(signal.SIGINT)
@@ -522,7 +666,7 @@ def test_shares_a_reader_that_leaves_ends_it() -> None:
             os.close(writing)
             tell(program, *site.site_urls())
             os.read(reading, 100)
-            helpers = shares_helpers(program)
+            helpers = shares_helpers(program.pid)
             os.close(reading)
             _, err = program.communicate(timeout=PROGRAM_LIMIT)
     assert (program.returncode, err) == (141, b"") and len(helpers) == 2

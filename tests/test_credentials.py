@@ -27,7 +27,6 @@ from tests.helpers.crawl import (
     raw_answer,
     run_program,
     scrape,
-    walk_row,
 )
 
 SECRETS = (
@@ -134,29 +133,6 @@ def test_a_line_of_the_list_without_its_credentials(line: str, text: str, creden
     if "<password>" in text:
         with pytest.raises(FetchError):
             normalise(text)
-
-
-@pytest.mark.parametrize("driver", ["crawl_threads", "crawl_async", "crawl_async --processes 2"])
-def test_a_row_of_an_older_version_had_the_password_of_the_list(driver: str, tmp_path: Path) -> None:
-    name, *more = driver.split()
-    html = "Content-Type: text/html"
-    with RawWeb({}) as web:
-        web.answers = {
-            **{f"/{n}": [[raw_answer(b"<title>t", "200 OK", html)]] for n in ("", "1", "2")},
-            "/new": [[raw_answer(b"", "302 Found", "Location: " + web.url("/3").replace("//", "//u:s@"))]],
-            "/3": [[raw_answer(b"<title>t", "200 OK", html)]],
-        }
-        old = [web.url(path).replace("//", "//u:s@") for path in ("/", "/1", "/2")]
-        rows = [walk_row(old[0], old[1], old[2]), walk_row(old[1], depth=1)]
-        out = tmp_path / "rows.jsonl"
-        out.write_bytes(b"".join(rows))
-        argv = [old[0], web.url("/new").replace("//", "//u:s@"), "--depth", "1", "--rate", "0", "-o", str(out)]
-        code, _, err = run_program(name, *argv, "--resume", "--no-robots", *more)
-        assert code == 0, err
-        assert Counter(path for path, _ in web.asked) == {"/2": 1, "/new": 1, "/3": 1}
-        assert all(b"authorization: basic" in head.lower() for head in web.heads)
-    new = out.read_bytes().removeprefix(b"".join(rows))
-    assert b"u:s" not in new and new.count(b"\n") == 2
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -49,7 +49,7 @@ BESIDE = {"simulator", "bench", "tests", "test_all", "conftest"}
 
 LEAVES = (
     *("coordination", "html_parse", "logs.parse", "market.trade", "api.report"),
-    *("runtime.loop", "runtime.monitor", "runtime.options", "runtime.stderr"),
+    *("runtime.monitor", "runtime.options", "runtime.stderr"),
 )
 """These import nothing of the project, their own room included."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -23,7 +22,6 @@ from tests.helpers.crawl import (
     RAW_OK,
     RawAnswer,
     RawWeb,
-    a_row,
     kind,
     pack,
     raw_answer,
@@ -294,19 +292,6 @@ def test_a_sitemap_is_read_up_to_its_own_limit(driver: str, monkeypatch: pytest.
         }
         rows = scrape(driver, [web.url("/")], sitemaps=True)
     assert {row.url for row in rows} == {web.url("/"), web.url("/1"), web.url("/2")}, "half a line is no address"
-
-
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_rows_that_an_older_version_wrote_are_read_back(driver: str, tmp_path: Path) -> None:
-    out = tmp_path / "rows.jsonl"
-    row = dataclasses.asdict(a_row(url="http://a.example/", content_type="text/html; x=\udce9"))
-    out.write_text(json.dumps(row, separators=(",", ":")) + "\n")
-    with RawWeb({"/": [[raw_answer(b"<title>t", "200 OK", b"Content-Type: text/html; x=\xe9")]]}) as web:
-        for _ in range(2):
-            argv = ["http://a.example/", web.url("/"), "-q", "-o", str(out), "--resume"]
-            assert run_program(driver, *argv) == (0, b"", "")
-        assert len(web.times("/")) == 1
-    assert [json.loads(line)["url"] for line in out.read_text().splitlines()] == ["http://a.example/", web.url("/")]
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -32,6 +32,7 @@ from logs import pipeline as log_pipeline
 from logs import workers as log_workers
 from logs.display import LogCounts
 from logs.enrich import Enricher
+from logs.options import IngestOptions
 from logs.pipeline import Ingester
 from logs.workers import Supervisor
 from runtime import postgres as db
@@ -606,7 +607,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.Monk
         )
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2)]
-            supervisor = Supervisor([sys.executable, "-c", worker], lambda number: {}, sockets, stop_limit=5.0)
+            supervisor = Supervisor([sys.executable, "-c", worker], IngestOptions(), sockets)
             running = asyncio.create_task(supervisor.run())
             await until_async(lambda: running.done() or supervisor.snapshot().workers == 2)
             assert failures < 0 and supervisor.snapshot().deaths == 3

@@ -36,6 +36,7 @@ from tests.helpers.market import (
     balanced,
     is_spilling,
     market_kafka_ids,
+    market_kafka_letter,
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
@@ -124,6 +125,9 @@ def test_a_line_of_the_spool_gives_back_what_it_was_made_of() -> None:
         assert row.topic == "p-dead" and "another version" in letter.error and letter.raw == line
 
 
+SURROGATE = "frame \ud800 ü".encode("utf-8", "surrogatepass")
+
+
 def test_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
     running_broker: Broker,
 ) -> None:
@@ -146,9 +150,9 @@ def test_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
             good = market_kafka_trades(0, 2 * len(bad))
             for n, each in enumerate(bad):
                 await publisher.trades([good[2 * n], each, good[2 * n + 1]])
-            await publisher.dead("okx", "no price \ud800", b"\x00\xff{raw", MARKET_KAFKA_NOW)
-            await publisher.dead("bybit", "text", "frame \ud800 ü", MARKET_KAFKA_NOW + 5)
-            await publisher.dead("gateio", "huge", b"y" * 3_000_000, MARKET_KAFKA_NOW)
+            await publisher.dead(market_kafka_letter("okx", "no price \ud800", b"\x00\xff{raw", MARKET_KAFKA_NOW))
+            await publisher.dead(market_kafka_letter("bybit", "text", SURROGATE, MARKET_KAFKA_NOW + 5, "text"))
+            await publisher.dead(market_kafka_letter("gateio", "huge", b"y" * 3_000_000, MARKET_KAFKA_NOW))
             await publisher.flush()
             stats = balanced(publisher)
             assert stats.trades.published == stats.trades.accepted == 3 * len(bad) + 3
@@ -165,7 +169,7 @@ def test_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
         assert bybit[:5] == (
             "bybit",
             "text",
-            "frame \ud800 ü".encode("utf-8", "surrogatepass"),
+            SURROGATE,
             MARKET_KAFKA_NOW + 5,
             "text",
         )
@@ -192,7 +196,7 @@ def test_the_broker_refuses_a_record_and_the_rest_of_its_batch_goes_on_in_order(
             stats = balanced(publisher)
             assert stats.trades.published == 1000 and stats.dead == len(culprits) and stats.connects > 1
             assert "MessageSizeTooLarge" in stats.error
-            await publisher.dead("okx", "huge", os.urandom(400_000), MARKET_KAFKA_NOW)
+            await publisher.dead(market_kafka_letter("okx", "huge", os.urandom(400_000), MARKET_KAFKA_NOW))
             await publisher.flush()
             assert balanced(publisher).trades[2:] == (1000, 0, 0, 1, 0)
         assert await market_kafka_ids(address, "c.trades") == [n for n in range(1000) if n not in culprits]
@@ -246,7 +250,7 @@ def test_without_a_spool_callers_wait_for_room_in_their_order(market_kafka_broke
             assert not publisher.offer(market_kafka_trades(350, 351, 1)) and not waiting[0].done()
             waiting.append(asyncio.create_task(publisher.trades(market_kafka_trades(350, 400, 1))))
             gone = asyncio.create_task(publisher.trades(market_kafka_trades(900, 901, 1)))
-            waiting.append(asyncio.create_task(publisher.dead("x", "y", b"z", 1)))
+            waiting.append(asyncio.create_task(publisher.dead(market_kafka_letter("x", "y", b"z", 1))))
             await ticks()
             assert not any(task.done() for task in (*waiting, gone))
             gone.cancel()
@@ -594,7 +598,7 @@ def test_dead_letters_are_committed_after_what_came_of_them(running_broker: Brok
         tasks = asyncio.all_tasks()
         async with market_kafka_open(address, prefix="e.", partitions=1) as publisher:
             for n in range(10):
-                await publisher.dead("okx", "bad", str(n).encode(), MARKET_KAFKA_NOW + n)
+                await publisher.dead(market_kafka_letter("okx", "bad", str(n).encode(), MARKET_KAFKA_NOW + n))
             await publisher.flush()
 
             async def left_early() -> int:
@@ -668,7 +672,6 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
             assert [int(trade.trade_id) for trade in taken.trades] == list(range(1000, 1100))
             assert [int(trade.trade_id) for trade in taken.again] == list(range(899, 1000))
             assert [letter.raw for letter in taken.dead] == [b"rubbish"]
-            assert second.stats().again == 101
             assert await second.commit()
             await second.stop()
         await asyncio.sleep(0)
@@ -685,10 +688,10 @@ def test_a_member_that_leaves_hands_its_partitions_over_with_all_done(
     async def main() -> None:
         async with market_kafka_open(address, prefix="g.", partitions=4) as publisher:
             seen: dict[str, list[int]] = {"a": [], "b": []}
-            revoked: list[frozenset[int]] = []
+            revoked: list[set[int]] = []
 
-            async def told(partitions: frozenset[int]) -> None:
-                revoked.append(partitions)
+            async def told() -> None:
+                revoked.append({place.partition for place in a._done})
 
             async def member(name: str, group: consumers.Group) -> None:
                 while True:
@@ -725,18 +728,15 @@ def test_aiokafka_is_heard_once_in_a_while(caplog: pytest.LogCaptureFixture) -> 
     throttle = mt.LogThrottle(lambda: now[0])
     noise = logging.getLogger("aiokafka.conn")
     with caplog.at_level(logging.INFO):
-        throttle.attach()
-        throttle.attach()
-        for n in range(50):
-            noise.warning("away %d", n)
-            noise.info("no matter")
-        throttle.detach()
-        now[0] += mt.THROTTLE_FOR
-        noise.error("still away")
-        throttle.recovered()
-        throttle.recovered()
-        noise.error("away again")
-        throttle.detach()
+        with throttle.attached():
+            for n in range(50):
+                noise.warning("away %d", n)
+                noise.info("no matter")
+            now[0] += mt.THROTTLE_FOR
+            noise.error("still away")
+            throttle.recovered()
+            throttle.recovered()
+            noise.error("away again")
         noise.error("heard by all")
     assert [record.getMessage() for record in caplog.records] == [
         *("kafka: away 0", "kafka: still away (49 more lines were held back)"),

@@ -115,7 +115,7 @@ def order_check_nothing_nests(pool_type: type[co.WorkerPool[Any]] = co.WorkerPoo
                     if item:  # the other one is loaded
                         await asyncio.to_thread(channel.get)
                 await asyncio.to_thread(threads.close)
-            gets = {str(n): co.hedged(channel.get_async, 0.0, budget) for n in range(3)}
+            gets = {str(n): pr.hedged(channel.get_async, 0.0, budget) for n in range(3)}
             await co.fan_out(gets, 0.01)
         for function in (breaker.stats, channel.put, print):  # passes; fails, opens; is refused
             with contextlib.suppress(TypeError, pr.CircuitOpen), breaker.permit():

@@ -44,9 +44,11 @@ from tests.helpers.market import (
     balanced,
     is_spilling,
     market_kafka_ids,
+    market_kafka_letter,
     market_kafka_open,
     market_kafka_trade,
     market_kafka_trades,
+    market_stats_take,
     publish,
 )
 from tests.helpers.mechanisms import simulated
@@ -138,7 +140,7 @@ def test_kafka_what_the_spool_gives_back_is_not_encoded_again(
     async def main() -> None:
         async with market_kafka_open(broker.address, spool=tmp_path / "spool", limit=0.0) as publisher:
             await publisher.trades(market_kafka_trades(0, 4200))
-            await publisher.dead("okx", "bad", b"\x00\n", MARKET_KAFKA_NOW, "binary", "{}")
+            await publisher.dead(market_kafka_letter("okx", "bad", b"\x00\n", MARKET_KAFKA_NOW, "binary", "{}"))
         assert encoded == 4200 and len(list((tmp_path / "spool").glob("*.batch"))) >= 8
         broker.start()
         with monkeypatch.context() as patched:
@@ -213,7 +215,7 @@ def test_kafka_dead_letters_go_to_the_spool_in_files_of_bounded_size(tmp_path: P
     async def main() -> None:
         async with market_kafka_open(ABSENT, spool=tmp_path / "spool", limit=0.0) as publisher:
             for _ in range(6):
-                await publisher.dead("okx", "bad", b"x" * 800_000, MARKET_KAFKA_NOW)
+                await publisher.dead(market_kafka_letter("okx", "bad", b"x" * 800_000, MARKET_KAFKA_NOW))
         assert [Spool(tmp_path / "spool").open()] == [6]
         assert len(list((tmp_path / "spool").glob("*.batch"))) == 3  # beyond FLIGHT_BYTES no further one
 
@@ -386,7 +388,7 @@ def test_connect_a_connection_is_left_for_a_silent_symbols_sake() -> None:
 
 def test_flow_thousands_of_rows_do_not_hold_the_loop() -> None:
     analytics = Analytics()
-    analytics.add(market_kafka_trade(1))
+    market_stats_take(analytics, market_kafka_trade(1))
     row = analytics.due(everything=True)[0]
     told: list[int] = []
     shown: list[AnalyticsRow] = []

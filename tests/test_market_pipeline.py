@@ -45,6 +45,7 @@ from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, run_task, ticks,
 from tests.helpers.market import (
     ABSENT,
     MarketPipelineBase,
+    market_kafka_letter,
     market_pipeline_metrics,
     market_pipeline_options,
     read_all,
@@ -562,8 +563,10 @@ def test_analyse_and_replay_as_commands(market_pipeline_broker: str) -> None:
         publisher = Publisher(market_pipeline_broker, prefix="commands-", partitions=2)
         await publisher.start()
         await publisher.trades([market_pipeline_trade(n, "BTC-USD") for n in range(3)])
-        await publisher.dead("kraken", "cut off", '{"channel": "heart', time.time_ns())
-        await publisher.dead("kraken", "a fault of ours", '{"channel": "heartbeat"}', time.time_ns())
+        await publisher.dead(market_kafka_letter("kraken", "cut off", b'{"channel": "heart', time.time_ns(), "text"))
+        await publisher.dead(
+            market_kafka_letter("kraken", "a fault of ours", b'{"channel": "heartbeat"}', time.time_ns(), "text")
+        )
         await publisher.stop()
 
     asyncio.run(fill())

@@ -1,4 +1,4 @@
-"""runtime/packages.py, and what each program says of a package that is not there."""
+"""What each program says of a package that is not there."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from crawl import cli
 from crawl.core import Crawl
 from crawl.model import Options
 from crawl.progress import progress
-from runtime import packages
+from runtime import options
 from runtime.embedded import Embedded
 from sandbox.broker import Broker
 
 
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
 
 
 def test_names_only_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "find_spec", lambda name: None if name.startswith("b") else packages)
-    assert packages.missing("--option", "a", "c") is None
-    assert packages.missing("--option", "a", "b_c", "bd") == "--option needs b-c, bd: pip install b-c bd"
+    monkeypatch.setattr(options, "find_spec", lambda name: None if name.startswith("b") else options)
+    assert options.missing("--option", "a", "c") is None
+    assert options.missing("--option", "a", "b_c", "bd") == "--option needs b-c, bd: pip install b-c bd"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_crawlers_say_what_to_install(option: str, hint: str, capfd: pytest.Capt
 
 @pytest.mark.usefixtures("absent")
 def test_crawlers_need_none_of_them_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nor rich, for the progress display: there is none then."""
+    """Nor rich, which only the table of trades needs."""
     for name in ("rich", "rich.console"):
         monkeypatch.setitem(sys.modules, name, None)
     crawled: list[Crawl] = []

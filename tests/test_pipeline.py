@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from logs import display, sealer, sink, upkeep
+from logs import display, sink, upkeep
 from logs import parse as log_parse
 from logs import pipeline as log_pipeline
 from logs import seal as seal_module
@@ -423,7 +423,7 @@ def test_a_fault_costs_the_event_that_causes_it(
         return seal(events, *more)
 
     monkeypatch.setattr(log_pipeline, "parse", bad_parse)
-    monkeypatch.setattr(sealer, "seal", bad_seal)
+    monkeypatch.setattr(seal_module, "seal", bad_seal)
 
     async def main() -> None:
         async with logs_ingest_up(tmp_path, logs_ingest_pg.url, flush=60.0) as up:

@@ -363,10 +363,10 @@ def test_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pytest.Monke
     async def main() -> None:
         program = MarketPipelineBase(market_pipeline_options("127.0.0.1:1", "lost", tmp_path))
         assert b"market_lines_lost_total %.1f\n" % stderr.UNREAD in market_pipeline_metrics(program)
-        with udp_socket("127.0.0.1", 0, receive_buffer=4096).sock as sock:
+        with udp_socket("127.0.0.1", 0, receive_buffer=4096)[0] as sock:
             ingester = Ingester(IngestOptions(spool=str(tmp_path / "logs"), database=None), sock)
             assert ingester.snapshot().lines_lost == stderr.UNREAD
-            several = Supervisor(["unused"], lambda _: {}, [sock], stop_limit=1.0)
+            several = Supervisor(["unused"], IngestOptions(), [sock])
             several.workers[0].last = LogCounts(lines_lost=3)
             assert several.snapshot().lines_lost == stderr.UNREAD + 3
             found = {each.name: each for each in monitor.Exporter(display.METRICS, several.snapshot).collect()}

@@ -222,12 +222,11 @@ def test_notes_every_request_once_and_the_loads_behind_it(app_world: World) -> N
             output = io.BytesIO()
             output.close = lambda: None  # type: ignore[method-assign]
             async with living({"a": config.Upstream("a", url, ttl=10.0)}, output) as app:
-                for i in range(3):  # loaded, from the cache, kept
+                for i in range(3):  # loaded, from the cache, by a known plan
                     path = "/aggregate/a?deadline_ms=20000"
                     status, headers, _ = await ask(app, path, headers={"X-Request-ID": f"r{i}"})
                     assert (status, headers["x-request-id"]) == (200, f"r{i}")
                 app_world.now += 10.0
-                app.service.drop_kept()
                 await ask(app, "/aggregate/a?x=1", headers={"X-Request-ID": "wrong"})
                 await ask(app, "/aggregate/a", headers={"X-Request-ID": "stale"})
                 await until_async(lambda: not app.service.sources["a"].running)

@@ -216,13 +216,13 @@ def test_posts_json_in_which_values_stay_text() -> None:
             parameters = {"x": "1", "y": "2"}
             source = app_source(url + "/s/{x}", World(), session, method="POST", body=body, parameters=parameters)
             for x, y in (("1", "2"), ('"},{"', "{x}\\ü")):
-                part = (await aggregate.gather({"a": source}, {"x": x, "y": y}, HANG_LIMIT))["a"]
+                part = (await aggregate.Plan.of({"a": source}, {"x": x, "y": y}, HANG_LIMIT).gather())["a"]
                 assert part.data is not None
                 assert data_of(part)["line"].startswith("POST /s/") and data_of(part)["kind"]
                 expected = {"q": f"{x} and {x}{y}", "all": [y, 5, None, {"{x}": "{unknown}"}]}
                 assert json.loads(data_of(part)["body"]) == expected
             plain = app_source(url + "/none", World(), session, method="POST")
-            part = (await aggregate.gather({"a": plain}, {}, HANG_LIMIT))["a"]
+            part = (await aggregate.Plan.of({"a": plain}, {}, HANG_LIMIT).gather())["a"]
             assert part.data is not None and data_of(part) == {"line": "POST /none", "kind": False, "body": ""}
 
     app_run(main())
@@ -328,11 +328,14 @@ def test_requests_that_were_answered_without_a_load_leave_nothing_behind() -> No
         async with app_upstream(handler) as url, aiohttp.ClientSession() as session:
             source = app_source(url, World(), session)
             for _ in range(100):
-                parts = await aggregate.gather({"a": source}, {}, 0.001)
+                parts = await aggregate.Plan.of({"a": source}, {}, 0.001).gather()
                 assert parts["a"].state == "timeout" and len(source.running) == 1
             gate.set()
             await settled(source)
-            assert (asked, data_of((await aggregate.gather({"a": source}, {}, 1.0))["a"])) == (1, {"serial": 1})
+            assert (asked, data_of((await aggregate.Plan.of({"a": source}, {}, 1.0).gather())["a"])) == (
+                1,
+                {"serial": 1},
+            )
             assert not source.running
 
     app_run(main())

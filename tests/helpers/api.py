@@ -56,7 +56,7 @@ def data_of(part: upstreams.Part | upstreams.Loaded) -> Any:
 
 
 async def aggregate_ask(source: upstreams.Source, deadline: float = 20.0) -> tuple[str, Any, float | None]:
-    part = (await aggregate.gather({"a": source}, {}, deadline))["a"]
+    part = (await aggregate.Plan.of({"a": source}, {}, deadline).gather())["a"]
     return part.state, part.data and data_of(part).get("serial", data_of(part)), part.age
 
 
@@ -158,10 +158,9 @@ app_run = functools.partial(run_task, excused=lambda _: False)
 
 @pytest.fixture
 def app_world(monkeypatch: pytest.MonkeyPatch) -> World:
-    """The sources of an application get this clock; kept answers stay for ever, so that only a change can end them."""
+    """The sources of an application get this clock."""
     world = World()
     monkeypatch.setattr(aggregate_app, "Source", functools.partial(upstreams.Source, clock=world.clock))
-    monkeypatch.setattr(aggregate, "KEPT", 1e9)
     monkeypatch.setattr(service_module, "RENEW_EVERY", 1e6)
     access = logging.getLogger("uvicorn.access")
     monkeypatch.setattr(access, "handlers", [logging.NullHandler()])

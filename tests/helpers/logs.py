@@ -154,7 +154,7 @@ async def logs_ingest_up(
 ) -> AsyncIterator[LogsIngestUp]:
     """At the end it stops, has lost nothing that it does not own up to, and leaves nothing behind."""
     before = asyncio.all_tasks()
-    sock = udp_socket("127.0.0.1", 0, receive_buffer=4 << 20).sock
+    sock = udp_socket("127.0.0.1", 0, receive_buffer=4 << 20)[0]
     options = IngestOptions(
         **{
             "spool": str(folder / "spool"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import math
 import random
 import threading
@@ -31,7 +30,10 @@ from market.connect import Feed
 from market.feed_socket import FeedTimes
 from market.feeds import ADAPTERS
 from market.flow import MarketProgram
+from market.stats import ALL, Analytics, AnalyticsRow
+from market.topics import DeadLetter, LetterKind
 from market.trade import Parsed, Trade
+from market.workers import FIELDS
 from primitives import CircuitBreaker
 from runtime.monitor import Exporter
 from runtime.spool import Spool
@@ -467,8 +469,8 @@ class Sink:
         self.told.setdefault(exchange, []).extend(trades)
         return None if self.gate is None or self.gate.is_set() else self.gate.wait()
 
-    def dead(self, exchange: str, error: str, raw: bytes, received_ns: int) -> None:
-        self.letters.append((exchange, error, raw, received_ns))
+    def dead(self, letter: DeadLetter) -> None:
+        self.letters.append(letter[:4])
 
     def live(self, exchange: str) -> list[Trade]:
         """Each trade once, without those of snapshots."""
@@ -592,6 +594,30 @@ def market_stats_trade(
     return Trade(exchange, symbol, repr(price), repr(size), price, size, "", trade_id, ts, got, None, flags)
 
 
+def market_kafka_letter(
+    exchange: str, error: str, raw: bytes, at_ns: int, kind: LetterKind = "binary", context: str = ""
+) -> DeadLetter:
+    return DeadLetter(exchange, error, raw, at_ns, kind, context)
+
+
+def market_stats_take(analytics: Analytics, trade: Trade) -> bool:
+    """``take`` of a trade."""
+    return analytics.take(*(getattr(trade, name) for name in FIELDS))
+
+
+def market_stats_row(
+    analytics: Analytics, symbol: str = "BTC-USD", exchange: str = ALL, now_ns: int = 0
+) -> AnalyticsRow | None:
+    """As of ``now_ns`` or the newest trade, whichever is later; None if there was no trade."""
+    book = analytics._books.get(symbol)
+    if book is None:
+        return None
+    if exchange == ALL:
+        return analytics._all(symbol, book, now_ns)
+    series = book.exchanges.get(exchange)
+    return None if series is None else series.row(symbol, exchange, now_ns)
+
+
 def market_stats_stream(seed: int, n: int = 3000, seconds: float = 90.0) -> list[Trade]:
     """Walks of two symbols on three exchanges, with holes; 5 % come late, 5 % twice, all in disorder."""
     rng = random.Random(seed)
@@ -705,18 +731,19 @@ async def market_kafka_open(address: str, limit: float = HANG_LIMIT, **options: 
     tasks, threads, files = asyncio.all_tasks(), set(threading.enumerate()), psutil.Process().num_fds()
     options = {"linger": 0.005, "request_timeout": 0.5, "partitions": 3, **options}
     publisher = mk.Publisher(address, **options)
-    await publisher.start()
-    try:
-        yield publisher
-    finally:
-        await publisher.stop(limit)
-        balanced(publisher)
-        assert publisher.stats().trades.held == publisher.stats().analytics.held == 0
-        await ticks(5)
-        assert asyncio.all_tasks() == tasks
-        assert [each for each in threading.enumerate() if each not in threads and each.name.startswith("spool")] == []
-        assert psutil.Process().num_fds() <= files
-        assert logging.getLogger("aiokafka").handlers == []
+    with mt.client_log.attached():
+        await publisher.start()
+        try:
+            yield publisher
+        finally:
+            await publisher.stop(limit)
+            balanced(publisher)
+            assert publisher.stats().trades.held == publisher.stats().analytics.held == 0
+            await ticks(5)
+            assert asyncio.all_tasks() == tasks
+            now = [each for each in threading.enumerate() if each not in threads]
+            assert [each for each in now if each.name.startswith("spool")] == []
+            assert psutil.Process().num_fds() <= files
 
 
 def market_pipeline_options(kafka: str, prefix: str, folder: Path, **more: Any) -> market_flow.MarketOptions:

@@ -78,7 +78,8 @@ def proc_alone(make: Callable[[], Pool], main: Callable[[Pool], Awaitable[None]]
         try:
             await main(pool)
         finally:
-            await asyncio.wait_for(pool.close(0.0), HANG_LIMIT)
+            ends = pool.close(0.0) if isinstance(pool, processes.Processes) else pool.close()
+            await asyncio.wait_for(ends, HANG_LIMIT)
         assert (proc_children() - children, set(threading.enumerate()) - threads) == (set(), set())
         assert proc_open() - before == set()
         return pool
