@@ -45,7 +45,11 @@ SHARED = (
 )
 """Options that have to be the same for all workers."""
 UNSUPPORTED = ("feeds", "dedupe", "max_pages", "host_pages")
-ROLLED_BACK = asyncpg.TransactionRollbackError, asyncpg.IdleInTransactionSessionTimeoutError
+TRANSIENT = (
+    asyncpg.TransactionRollbackError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.ReadOnlySQLTransactionError,  # a replica that is about to be promoted
+)
 CONNECT_LIMIT = 10.0  # seconds that a start waits for the database
 
 Put = Callable[[ScrapeResult], Awaitable[object]]
@@ -221,7 +225,7 @@ class SharedCrawl(Crawl):
                 answer = await store.sync(batch)
                 break
             except Exception as error:
-                if not is_away(error) and not isinstance(error, ROLLED_BACK):
+                if not is_away(error) and not isinstance(error, TRANSIENT):
                     raise
                 await asyncio.sleep(backoff.next())
                 await self._database.ready()
@@ -235,7 +239,7 @@ class SharedCrawl(Crawl):
         else:
             self._room.clear()
         if answer.dead:
-            with contextlib.suppress(Unavailable, *ROLLED_BACK):
+            with contextlib.suppress(Unavailable, *TRANSIENT):
                 await store.reap()
                 self._wake.set()  # to claim what is free now
         if answer.stored:

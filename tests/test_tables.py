@@ -159,7 +159,7 @@ async def test_worker_that_stands_still_in_its_transaction_does_not_keep_its_hos
     claimed = await store.sync(sync.SyncBatch(other.token, 1, 2.0, claim=9))
     assert sorted(host for host, _ in claimed.hosts) == ["a", "b"], "and what it had found is for others to find"
     stuck.let_go.set()
-    with pytest.raises((db.Unavailable, *shared_crawl.ROLLED_BACK)):
+    with pytest.raises((db.Unavailable, *shared_crawl.TRANSIENT)):
         await sent
     assert (await store.sync(batch)).token is None
 
@@ -269,7 +269,7 @@ async def all_stored(server: PgServer, site: Sandbox) -> None:
     assert await server.do("SELECT count(*) FROM crawl_hosts WHERE owner IS NOT NULL") == 0
 
 
-OPTIONS = Options(depth=20, rate=10.0, robots=False)
+OPTIONS = Options(depth=20, rate=5.0, robots=False)
 
 
 NOTE = """if True:
@@ -580,6 +580,7 @@ async def test_url_that_is_the_death_of_its_workers(server: PgServer, store: ct.
     assert not after.alone and [(one.url, one.deaths) for one in after.urls] == [("http://a/1", 0)], "one at a time"
 
 
+STORED = "SELECT count(*) FROM crawl_results"
 REPLICATED = "-c", "wal_level=replica", "-c", "max_wal_senders=4", "-c", "hot_standby=on", "-c", "max_wal_size=200MB"
 
 
@@ -607,9 +608,11 @@ def test_crawl_goes_on_at_a_replica_that_lacks_the_last_commits(
             crawls = [shared_crawl.SharedCrawl(OPTIONS, url, length=2.0) for _ in range(2)]
             urls = [shared_site.url("/", host) for host in range(4)]
             work = [asyncio.create_task(shared_work(crawl, [], urls[i::2])) for i, crawl in enumerate(crawls)]
-            await until_async(lambda: pages() >= 20)
+            await until_async(lambda: pages() >= 12)
             await replica.do("ALTER SYSTEM SET primary_conninfo = ''", "SELECT pg_reload_conf()")
-            await until_async(lambda: pages() >= 50)
+            await until_async(lambda: replica.do("SELECT count(*) = 0 FROM pg_stat_wal_receiver"))
+            few = await replica.do(STORED) + 4
+            await until_async(lambda: primary.do(f"SELECT ({STORED}) >= {few}"))
             await asyncio.to_thread(primary.stop, signal.SIGQUIT)
             proxy.port = replica.port
             await replica.do("SELECT pg_promote()")
