@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from runtime.postgres import PooledConnection
 
 UPSTREAM_RESULTS = """
+DO $do$ BEGIN IF to_regclass('upstream_results') IS NULL THEN
 CREATE TABLE IF NOT EXISTS upstream_results (
     writer     bigint           NOT NULL,  -- drawn by each process: with serial it makes a row sent twice one row
     serial     bigint           NOT NULL,
@@ -34,6 +35,7 @@ CREATE TABLE IF NOT EXISTS upstream_results (
 );
 CREATE INDEX IF NOT EXISTS upstream_results_by_time ON upstream_results (source, fetched_at DESC);
 CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results (fetched_at);
+END IF; END $do$;
 """
 RECENT = 20_000  # results of one source among which a start looks for the last of each combination of parameters
 

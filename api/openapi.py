@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from api.config import Upstream
 from api.upstreams import UpstreamError
 from primitives import TTLCacheStats
+from runtime.postgres import DatabaseState
 
 Json = dict[str, Any]
 
@@ -101,7 +102,7 @@ def _schemas(names: Sequence[str]) -> dict[str, Json]:
     parts = _by_name(names, _ref("schemas", "Part")) | {"minProperties": 1}
     answered = {"partial": {"type": "boolean"}, "generated_at": TIME, "duration_ms": NUMBER, "sources": parts}
     database = {
-        "state": _one_of(("connected", "connecting", "down", "none")),
+        "state": _one_of(get_args(DatabaseState)),
         "kind": {"enum": ["embedded", "DATABASE_URL", None]},
         "since": TIME,
         **dict.fromkeys(("queued", "written", "lost", "refused", "batches"), COUNT),

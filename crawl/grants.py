@@ -39,6 +39,7 @@ class Grant(Request):
     sends: tuple[str, dict[str, str]] | None = None  # URL and headers, where there is more to them than the options say
     fresh_until: float = -math.inf  # until then it may be sent without asking
     turn: float = math.inf  # when it may be sent, once that is told; below 0: not soon
+    missed: int = 0  # turns
 
 
 def frame(*message: Any) -> bytes:

@@ -5,9 +5,9 @@ whose rows go to the parent. It decides nothing: what an answer means, what goes
 are read here; the bodies of robots.txt, sitemaps, feeds and articles go to the parent as they are.
 
 Leave to send. Where its host has a limit, a request whose connection is open asks for its turn, and sleeps until it is
-told the moment; to tell that ahead of time is the parent's business. Who is more than ``LATE`` asks again, so that what
-the system held up is not sent together with what comes after it. Where there is no limit, a request may be sent within
-``FRESH`` seconds of its grant; later it asks too, for its host may have asked for a pause.
+told the moment; to tell that ahead of time is the parent's business. Who is late (``LATE``) asks again, so
+that what the system held up is not sent together with what comes after it. Where there is no limit, a request may be
+sent within ``FRESH`` seconds of its grant; later it asks too, for its host may have asked for a pause.
 
 Memory: of the links of all pages those that were not told before go to the parent apart, ``TOLD`` at most are kept in
 mind. They are forgotten when the crawl has new homes: what was out of scope may be within now.
@@ -41,8 +41,8 @@ from crawl.model import CrawlResult, Options, Request, Response, ScrapeResult
 from crawl.output import Run, peak_memory_mb
 
 FRESH = 0.1
+LATE = 0.02  # seconds after its turn in which a request may still be sent; twice as long for each that it has missed
 TOLD = 200_000
-LATE = 0.02  # seconds after its turn in which a request may still be sent
 
 
 class HelperFrontier(Frontier):
@@ -83,11 +83,13 @@ class HelperFrontier(Frontier):
                 return 0.0
         elif request.turn < 0:
             raise Postponed
-        elif now < request.turn + LATE:
+        elif now < request.turn + LATE * 2**request.missed:
             if request.turn > now:
                 return request.turn - now
             request.told = None  # should the connection turn out to be closed, it asks again
             return 0.0
+        else:
+            request.missed += 1  # so that it is sent at last, however slow this process is
         request.told, request.turn = Waiter(self.loop), math.inf
         self._tell(None, request.number)
         return math.inf

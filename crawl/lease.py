@@ -42,6 +42,7 @@ Locks: ``SharedFrontier._guard`` is taken before the frontier's own.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import uuid
 from collections import deque
@@ -93,6 +94,7 @@ class Outbox:
         self._length = length
         self.batch = SyncBatch(None, 0, length)  # in the making
         self.scoped = False  # the hosts of the list matter
+        self.halved = False  # the rest of a batch waits
         self._told: set[uuid.UUID] = set()
         self._kept: deque[tuple[float, list[Link]]] = deque()
 
@@ -129,9 +131,34 @@ class Outbox:
 
     def take(self) -> SyncBatch:
         """All that there is, or ``LINKS`` of the links."""
-        batch, self.batch = self.batch, SyncBatch(None, 0, self._length)
+        batch, self.batch, self.halved = self.batch, SyncBatch(None, 0, self._length), False
         self.batch.links, batch.links = batch.links[LINKS:], batch.links[:LINKS]
         return batch
+
+    def halve(self, batch: SyncBatch) -> bool:
+        """Keep half of what ``batch`` tells, which was not applied; the rest goes before what comes next.
+
+        False if there is nothing to halve. Links stay before the rows of their pages, and rows before their host goes.
+        """
+        rest, later = dataclasses.replace(batch, links=[], done=[], robots=[], claim=0), self.batch
+        if len(batch.links) > 1 or (batch.links and batch.done):
+            half = max(1, len(batch.links) // 2)
+            batch.links, rest.links, rest.done = batch.links[:half], batch.links[half:], batch.done
+            batch.done, batch.reading = [], True
+        elif len(batch.done) > 1:
+            half = len(batch.done) // 2
+            batch.done, rest.done = batch.done[:half], batch.done[half:]
+        else:
+            return False
+        half = len(batch.scope) // 2
+        batch.scope, rest.scope = batch.scope[:half], batch.scope[half:]
+        for name in ("links", "scope", "done", "moves", "delegated", "again", "robots"):
+            setattr(later, name, getattr(rest, name) + getattr(later, name))
+        later.notes |= batch.notes
+        batch.moves, batch.delegated, batch.again, batch.notes = [], [], [], {}
+        batch.held += [name for name, note in later.notes.items() if note.back]  # they are told of, not claimed
+        self.halved = True
+        return True
 
     def was_told(self, batch: SyncBatch, now: float) -> None:
         """The tables have it. Lines of the list are kept for a while."""
@@ -149,7 +176,9 @@ class Outbox:
         self.batch = SyncBatch(None, 0, self._length)
         self.batch.links, self.batch.robots = kept + batch.links + old.links, batch.robots + old.robots
         self.batch.scope = batch.scope + old.scope
-        self.batch.notes = {name: note._replace(back=False) for name, note in batch.notes.items() if note.wait}
+        self.batch.notes = {
+            name: note._replace(back=False) for name, note in (old.notes | batch.notes).items() if note.wait
+        }
         self._add_scope(kept)
 
     def backlog(self) -> int:
@@ -282,7 +311,8 @@ class SharedFrontier(Frontier):
         with self._guard:
             out = self.outbox.batch
             return bool(
-                self.outbox.backlog() >= AT_ONCE
+                self.outbox.halved
+                or self.outbox.backlog() >= AT_ONCE
                 or self._paused
                 or (not self._keys and (out.done or out.moves))
                 or any(held.careful and not held.local and not held.leaving for held in self._held.values())
@@ -355,6 +385,11 @@ class SharedFrontier(Frontier):
             del self._held[name]
         else:
             batch.refill.append((name, held.last, portion))
+
+    def halve(self, batch: SyncBatch) -> bool:
+        """Keep half of what ``batch`` tells, as the outbox does."""
+        with self._guard:
+            return self.outbox.halve(batch)
 
     def answered(self, batch: SyncBatch, answer: SyncAnswer, asked_at: float, now: float) -> None:
         """``asked_at``: before the batch was sent."""

@@ -73,7 +73,6 @@ class Helper(asyncio.Protocol):
         self.requests = self.deaths = self.stillborn = 0
         self.quiet = 0.0  # seconds for which it has said nothing, and has something to do
         self.usage: tuple[float, float] = 0.0, 0.0  # seconds of processor time, and MB at most
-        self.ended = asyncio.Event()
         self._transport: Any = None
         self._why: str | None = None  # it was killed
         self._grants: list[Any] = []
@@ -88,7 +87,7 @@ class Helper(asyncio.Protocol):
     async def join(self) -> None:
         """Connect to it."""
         self.alive, self.quiet, self._why, self._received = True, 0.0, None, bytearray()
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         self._transport, _ = await self._loop.create_connection(lambda: self, sock=self._sock)
 
     def grant(self, number: int, request: Request, *about: Any) -> None:
@@ -123,24 +122,20 @@ class Helper(asyncio.Protocol):
                 self.stillborn, self.quiet = 0, 0.0
         except Exception as error:
             self.kill(f"it sent what is no message: {detail(error)}")
-            self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         """It has ended, or is cut off."""
         self.alive = False
         self._grants.clear()
         self._turns.clear()
-        self.ended.set()
+        self._ended.set()
         self.parent.lost(self)
 
-    def dismiss(self) -> None:
-        """It has nothing left to do, and ends."""
+    async def dismiss(self) -> None:
+        """It has nothing left to do, says what it used, and ends; or is cut off."""
         if self.alive and not self._transport.is_closing():
             self._transport.write_eof()
-
-    def abort(self) -> None:
-        """Cut it off."""
-        if self.alive:
+            await wait_for_event(self._ended, PARTING)
             self._transport.abort()
 
     def kill(self, why: str | None = None) -> None:
@@ -200,14 +195,7 @@ class Parent:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._matcher.shutdown(wait=False)
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            for helper in self._helpers:
-                helper.dismiss()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PARTING):
-                    for helper in self._helpers:
-                        await helper.ended.wait()
-            for helper in self._helpers:
-                helper.abort()
+            await asyncio.gather(*(helper.dismiss() for helper in self._helpers))
             await asyncio.sleep(0)  # until their sockets are closed
             await asyncio.to_thread(self._readers.close)
             crawl.stats.processes = self._usage()
@@ -466,13 +454,13 @@ class Parent:
 
 def run_processes(crawl: Crawl, urls: Iterable[str], emit: Emit, count: int, program: Run) -> None:
     """The crawl of the command line, with signals, and ``count`` helpers, each of which runs ``program``."""
-    helpers = [Helper(number, crawl.options, program) for number in range(min(count, crawl.options.concurrency))]
-    started: list[Helper] = []
+    helpers: list[Helper] = []
     try:
-        for helper in helpers:  # before there are threads, and a loop
+        for number in range(min(count, crawl.options.concurrency)):  # before there are threads, and a loop
+            helper = Helper(number, crawl.options, program)
             helper.start()
-            started.append(helper)
+            helpers.append(helper)
         run_in_loop(crawl, urls, emit, lambda crawl, put: Parent(crawl, put, helpers))
     finally:
-        for helper in started:
+        for helper in helpers:
             helper.bury()

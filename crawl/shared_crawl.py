@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import orjson
@@ -31,11 +31,14 @@ from crawl.robots import says_nothing
 from crawl.robots_gate import ROBOTS_AGAIN
 from crawl.rows import build_row
 from crawl.sync import Found
-from crawl.tables import SCHEMA, PgStore
+from crawl.tables import SCHEMA, NotApplied, PgStore
 from crawl.urls import origin as origin_of
 from primitives import Backoff
 from runtime.embedded import Embedded
-from runtime.postgres import BACK_OFF, Database, Unavailable, check_url, is_away
+from runtime.postgres import BACK_OFF, Database, Misconfigured, Unavailable, check_url, is_away, log, may_pass
+
+if TYPE_CHECKING:
+    from runtime.postgres import PooledConnection
 
 EVERY = 0.5  # seconds between two batches, at most
 LEAVE_LIMIT = 10.0  # seconds that a worker tries to hand over what it holds when it stops
@@ -45,11 +48,6 @@ SHARED = (
 )
 """Options that have to be the same for all workers."""
 UNSUPPORTED = ("feeds", "dedupe", "max_pages", "host_pages")
-TRANSIENT = (
-    asyncpg.TransactionRollbackError,
-    asyncpg.IdleInTransactionSessionTimeoutError,
-    asyncpg.ReadOnlySQLTransactionError,  # a replica that is about to be promoted
-)
 CONNECT_LIMIT = 10.0  # seconds that a start waits for the database
 
 Put = Callable[[ScrapeResult], Awaitable[object]]
@@ -204,7 +202,7 @@ class SharedCrawl(Crawl):
                     if self._wake.is_set():
                         break
             if self.mine.token is not None:
-                with contextlib.suppress(Unavailable):
+                with contextlib.suppress(Unavailable, asyncpg.PostgresError):
                     await store.leave(self.mine.token)
         except Exception as error:
             self.fail(error)
@@ -225,10 +223,16 @@ class SharedCrawl(Crawl):
                 answer = await store.sync(batch)
                 break
             except Exception as error:
-                if not is_away(error) and not isinstance(error, TRANSIENT):
+                if isinstance(error, NotApplied) and self.mine.halve(batch):
+                    log.warning("%s: the batch is halved", error)
+                    continue
+                if not may_pass(error):
                     raise
+                if not is_away(error):
+                    self._database.stored(error, "the crawl waits")
                 await asyncio.sleep(backoff.next())
                 await self._database.ready()
+        self._database.stored()
         if answer.robots:  # some are long, and this is a loop
             rules_of = self.mine.rules_of
             answer.rules = await asyncio.to_thread(lambda: {found.origin: rules_of(found) for found in answer.robots})
@@ -239,7 +243,7 @@ class SharedCrawl(Crawl):
         else:
             self._room.clear()
         if answer.dead:
-            with contextlib.suppress(Unavailable, *TRANSIENT):
+            with contextlib.suppress(Unavailable, asyncpg.PostgresError):
                 await store.reap()
                 self._wake.set()  # to claim what is free now
         if answer.stored:
@@ -247,19 +251,28 @@ class SharedCrawl(Crawl):
             self._stored.submit(answer.stored, 0)
 
 
-async def _agree(server: str | Embedded, options: Options) -> Options:
-    """The options of this crawl. The first worker's count for all in ``SHARED``; ValueError for one that differs."""
+@contextlib.asynccontextmanager
+async def _connection(server: str | Embedded) -> AsyncIterator[PooledConnection]:
+    """A connection for one question. ``Unavailable``, ``Misconfigured``."""
     database = Database(server, SCHEMA, size=1)
     await database.open(CONNECT_LIMIT)
     try:
-        async with database.connection() as connection:
-            mine = {name: getattr(options, name) for name in SHARED}
-            await connection.execute(
-                "INSERT INTO crawl_settings (options) VALUES ($1) ON CONFLICT DO NOTHING", orjson.dumps(mine).decode()
-            )
-            known = orjson.loads(await connection.fetchval("SELECT options::text FROM crawl_settings"))
+        async with database.connection(limit=120.0) as connection:
+            yield connection
+    except asyncpg.PostgresError as error:
+        raise Misconfigured(f"database: {error}") from error
     finally:
         await database.close()
+
+
+async def _agree(server: str | Embedded, options: Options) -> Options:
+    """The options of this crawl. The first worker's count for all in ``SHARED``; ValueError for one that differs."""
+    async with _connection(server) as connection:
+        mine = {name: getattr(options, name) for name in SHARED}
+        await connection.execute(
+            "INSERT INTO crawl_settings (options) VALUES ($1) ON CONFLICT DO NOTHING", orjson.dumps(mine).decode()
+        )
+        known = orjson.loads(await connection.fetchval("SELECT options::text FROM crawl_settings"))
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
     usual = Options()
     for name, value in known.items():
@@ -292,15 +305,10 @@ LATELY = "SELECT count(*) / 60.0 FROM (SELECT FROM crawl_results WHERE stored_at
 
 async def progress(server: str | Embedded) -> dict[str, Any]:
     """The whole crawl: hosts, URLs, workers, rows a second in the last minute, seconds since the oldest renewal."""
-    database = Database(server, SCHEMA, size=1)
-    await database.open(CONNECT_LIMIT)
-    try:
-        async with database.connection(limit=120.0) as connection, connection.transaction(readonly=True):
-            found = dict(await connection.fetchrow(STATUS) or {}) | dict(await connection.fetchrow(WORKERS) or {})
-            found["rows_per_second"] = float(await connection.fetchval(LATELY))
-            return found
-    finally:
-        await database.close()
+    async with _connection(server) as connection, connection.transaction(readonly=True):
+        found = dict(await connection.fetchrow(STATUS) or {}) | dict(await connection.fetchrow(WORKERS) or {})
+        found["rows_per_second"] = float(await connection.fetchval(LATELY))
+        return found
 
 
 def status(frontier: str) -> str:

@@ -22,7 +22,7 @@ from crawl.lease import PORTION
 from crawl.model import ScrapeResult
 from crawl.sync import Done, Found, Move, Note, Queued, SyncAnswer, SyncBatch, clean, hashed
 from crawl.urls import host_of
-from runtime.postgres import Database
+from runtime.postgres import TOO_SLOW, AdvisoryLock, Database, TooSlow
 
 if TYPE_CHECKING:
     from runtime.postgres import PooledConnection
@@ -151,7 +151,7 @@ FROM unnest($1::text[], $2::text[], $3::int[], $4::bytea[], $5::text[], $6::floa
 ON CONFLICT (origin) DO UPDATE SET status = excluded.status, body = excluded.body, target = excluded.target,
     until = excluded.until
 """
-SCOPE_LOCK = "SELECT pg_advisory_xact_lock(7063612)"  # so that serials become visible in their order
+SCOPE_LOCK = f"SELECT pg_advisory_xact_lock({AdvisoryLock.SCOPE:d})"  # so that serials become visible in their order
 SCOPE = "INSERT INTO crawl_scope (url) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
 CLAIM = """
 WITH d AS (
@@ -218,6 +218,10 @@ FROM left_over l WHERE h.host = l.host
 """
 
 
+class NotApplied(TooSlow):
+    """What a batch tells took too long, and was rolled back for sure."""
+
+
 class PgStore:
     """The tables in PostgreSQL."""
 
@@ -240,7 +244,10 @@ class PgStore:
                 return SyncAnswer()
             answer = SyncAnswer(token)
             if known < batch.serial:
-                await self._apply(connection, token, batch, answer)
+                try:
+                    await self._apply(connection, token, batch, answer)
+                except TOO_SLOW as error:
+                    raise NotApplied(f"took too long: {type(error).__name__}") from error
             else:
                 rows = {hashed(done.url): done.row for done in batch.done if done.row is not None}
                 rows |= {hashed(move.to.url): move.instead for move in batch.moves if move.instead is not None}

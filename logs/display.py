@@ -50,7 +50,10 @@ class LogCounts(NamedTuple):
 
 
 LARGEST = {"lag", "loop_lag"}
-WORST = {"database": ("down", "connecting", "none", "connected"), "metadata": ("open", "half_open", "closed", "none")}
+WORST = {
+    "database": ("down", "refusing", "connecting", "none", "connected"),
+    "metadata": ("open", "half_open", "closed", "none"),
+}
 
 
 def imbalance(counts: LogCounts) -> int:

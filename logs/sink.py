@@ -33,7 +33,6 @@ class DatabaseSink:
         self.missing = 0  # rows that were stored without the metadata that there should be
         self.lags: deque[float] = deque([0.0], maxlen=100)
         """Seconds from the receipt of a batch's oldest event to its commit."""
-        self._trouble = ""
 
     async def write(self, items: list[EncodedBatch]) -> tuple[int, int]:
         """Rows stored, and rows in ``dead_letter``. ``SinkAway``."""
@@ -42,18 +41,13 @@ class DatabaseSink:
         except Exception as error:
             if self._database.state == "connected":
                 self._distrust = time.monotonic() + DISTRUST
-            trouble = f"{type(error).__name__}: {error}"
-            if trouble != self._trouble:
-                log.warning("database: batches go to the spool: %s", trouble)
-                self._trouble = trouble
+            self._database.stored(error, "batches go to the spool", log)
             raise SinkAway from error
         now = time.time()
         for batch in items:
             self.missing += batch.data.count(b"\tmissing\n")
             self.lags.append(max(0.0, now - batch.received_at))
-        if self._trouble:
-            log.warning("database: batches are stored again")
-            self._trouble = ""
+        self._database.stored(log=log)
         return sum(outcome.stored for outcome in outcomes), sum(outcome.dead for outcome in outcomes)
 
     async def ready(self, seconds: float) -> bool:

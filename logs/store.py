@@ -48,7 +48,7 @@ import asyncpg
 
 from coordination import Clock, stats_repr
 from logs.parse import Metadata
-from runtime.postgres import Database, is_a_rows_fault
+from runtime.postgres import TOO_SLOW, AdvisoryLock, Database, TooSlow, halves, is_a_rows_fault
 from runtime.spool import EncodedBatch
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ EARLIEST, LATEST = date(1970, 1, 1), date(2199, 12, 31)
 MAKE_TRIES = 5  # how often partitions are made for a batch, if others drop them at the same time
 PIECE = 1 << 20  # bytes that are handed to the connection at a time
 FILL_AT_ONCE = 5000
-PARTITIONS_LOCK = 7063612  # the advisory lock for making and dropping partitions; the schemas have the number before it
 
 COLUMNS = (
     *("received_at", "event_at", "service", "host", "severity", "message", "attributes", "parse_error"),
@@ -301,9 +300,11 @@ class Store:
                     raise _Repeated
                 await _copy(connection, [batch.data for batch in batches], rows)
         except Exception as error:
-            if refuses(error) or isinstance(error, _Repeated):
-                return False
-            raise
+            if isinstance(error, TooSlow) and rows > 1:
+                log.warning("database: %d rows %s: they are halved", rows, error)
+            elif not refuses(error) and not isinstance(error, _Repeated):
+                raise
+            return False
         self._add(len(batches), BatchOutcome(rows, 0))
         return True
 
@@ -354,7 +355,7 @@ class Store:
         if {*days} <= {*await _partitions(connection)}:
             return
         async with connection.transaction():
-            await connection.execute(f"SELECT pg_advisory_xact_lock({PARTITIONS_LOCK})")
+            await connection.execute(f"SELECT pg_advisory_xact_lock({AdvisoryLock.PARTITIONS:d})")
             there = await _partitions(connection)
             missing = sorted({*days} - {*there})
             for day in missing:
@@ -377,7 +378,7 @@ class Store:
             try:
                 async with self._database.connection(limit=WRITE_LIMIT) as connection, connection.transaction():
                     await connection.execute(
-                        f"SELECT pg_advisory_xact_lock({PARTITIONS_LOCK});"
+                        f"SELECT pg_advisory_xact_lock({AdvisoryLock.PARTITIONS:d});"
                         f"SET LOCAL lock_timeout = '{DROP_LIMIT * 1000:.0f}ms'"
                     )
                     found = day in await _partitions(connection)
@@ -439,7 +440,7 @@ async def _settle(
         record = await connection.fetchrow("SELECT stored, dead FROM log_batches WHERE id = $1", id)
         assert record is not None, "it was kept for days, and forgotten in this moment"
         return BatchOutcome(*record), False
-    await connection.execute(f"SELECT pg_advisory_xact_lock_shared({PARTITIONS_LOCK})")
+    await connection.execute(f"SELECT pg_advisory_xact_lock_shared({AdvisoryLock.PARTITIONS:d})")
     if not {*days} <= {*await _partitions(connection)}:  # and nobody drops one from here on
         raise _Dropped
     letters = list[RefusedRow]()
@@ -477,12 +478,12 @@ async def _halve(
             await _copy(connection, [b"\n".join(lines) + b"\n"], len(lines))
             return
     except Exception as error:
-        if not refuses(error):
+        if not (refuses(error) or (isinstance(error, TOO_SLOW) and len(lines) > 1)):
             raise
         if len(lines) == 1:
             code = getattr(error, "sqlstate", None) or type(error).__name__
             letters.append(RefusedRow(position, lines[0], f"{code}: {error}".replace("\0", "\\0")[:1000]))
             return
-    middle = len(lines) // 2
-    await _halve(connection, lines[:middle], position, letters)
-    await _halve(connection, lines[middle:], position + middle, letters)
+    for half in halves(lines):
+        await _halve(connection, half, position, letters)
+        position += len(half)

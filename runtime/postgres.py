@@ -8,8 +8,12 @@ Promised by ``Writer``
 - A row that was taken is written once, however often the connection breaks in the middle of a batch: it is sent again
   until the database has said yes, and its key makes the second time do nothing.
 - A row that the database does not take (a text with a NUL, say) costs its batch nothing; it is counted as refused.
+- A batch that takes longer than the server or the pool allows is halved.
 
 Not promised: that what is still in the queue survives ``kill -9``.
+
+PgBouncer may stand between, in transaction mode too: no connection keeps a prepared statement, a setting or a lock from
+one transaction to the next.
 
 Where what runs: all in the event loop, but for starting and stopping the embedded server, which is in threads.
 """
@@ -26,6 +30,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -52,6 +57,14 @@ BACK_OFF = 0.2, 2.0
 """Seconds before trying again, and at most: no more than two, so that all is well soon after its return."""
 
 
+class AdvisoryLock(IntEnum):
+    """The locks that our programs take in a database, each for a transaction."""
+
+    SCHEMA = 7063611  # tables are made
+    SCOPE = 7063612  # the crawl's scope grows
+    PARTITIONS = 7063613  # partitions of the logs are made, dropped, or counted on
+
+
 class Unavailable(RuntimeError):
     """There is no database just now."""
 
@@ -59,6 +72,33 @@ class Unavailable(RuntimeError):
 
     def __init__(self, state: str) -> None:
         super().__init__(f"database {state}")
+
+
+class TooSlow(Unavailable):
+    """What was asked took longer than the server or the pool allows: it was broken off."""
+
+
+class Misconfigured(RuntimeError):
+    """The database cannot be used until somebody changes it, or the options: one line."""
+
+
+TOO_SLOW = asyncpg.QueryCanceledError, TimeoutError
+HOPELESS = (
+    Misconfigured,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.SyntaxOrAccessError,
+)
+"""What waiting does not change, when tables are looked for."""
+PASSING = (
+    asyncpg.InsufficientResourcesError,
+    asyncpg.PostgresSystemError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+)
+"""The database is there, but full, busy, read-only, or has rolled back what was asked."""
 
 
 def is_away(error: BaseException) -> bool:
@@ -69,11 +109,40 @@ def is_away(error: BaseException) -> bool:
     )
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether the same may be done later."""
+    return is_away(error) or isinstance(error, PASSING)
+
+
 def is_a_rows_fault(error: BaseException) -> bool:
     """Whether the database refused what is in a row: its text, its size, its depth, a constraint."""
     fault = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
     return isinstance(error, (*fault, ValueError))
 
+
+def halves(items: Sequence[R]) -> tuple[Sequence[R], Sequence[R]]:
+    """What was refused, in two parts, the first of which is no longer."""
+    middle = len(items) // 2
+    return items[:middle], items[middle:]
+
+
+def columns_of(schema: str) -> list[tuple[str, str]]:
+    """Each table that ``schema`` makes, with each of its columns."""
+    found = []
+    text = re.sub(r"--.*", "", schema)
+    for table, body in re.findall(r"TABLE IF NOT EXISTS (\w+) \((.*?)\)\s*(?:WITH|PARTITION|;)", text, re.DOTALL):
+        while body != (body := re.sub(r"\([^()]*\)", "", body)):
+            pass
+        names = [words[0] for part in body.split(",") if (words := part.split())]
+        found += [(table, name) for name in names if name not in ("PRIMARY", "UNIQUE")]
+    return found
+
+
+_LACKING = """
+SELECT name, attribute FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS ours (name, attribute, place)
+WHERE NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass(name) AND attname = attribute AND attnum > 0)
+ORDER BY to_regclass(name) IS NULL, place LIMIT 1
+"""
 
 _HOST, _PAIR = r"(?:\[[^\[\]@/?#]*\]|[^\[\]@/?#:,]*)(?::[0-9]*)?", "[^=&]+=[^&]*"
 _URL = re.compile(rf"postgres(?:ql)?://(?:[^/?#]*@)?{_HOST}(?:,{_HOST})*(?:/[^?#]*)?(?:\?(?:{_PAIR}(?:&{_PAIR})*)?)?")
@@ -95,7 +164,8 @@ def _cut(connection: Any) -> None:
         connection.terminate()
 
 
-DatabaseState = Literal["none", "connecting", "connected", "down"]
+DatabaseState = Literal["none", "connecting", "connected", "refusing", "down"]
+"""``refusing``: there is a connection, but nothing can be stored; the disk is full, say."""
 
 
 class DatabaseStats(NamedTuple):
@@ -125,6 +195,10 @@ class Database:
         self._probe: asyncpg.Connection[asyncpg.Record] | None = None
         self._look = asyncio.Event()
         self._up = asyncio.Event()
+        self._known = asyncio.Event()  # it is up, or will not be
+        self._hopeless: Exception | None = None
+        self._opening = False  # somebody waits, who is told
+        self._trouble = ""
         self._task: asyncio.Task[None] | None = None
         self._held: set[PooledConnection] = set()  # in use: broken off when the database is found away
 
@@ -146,10 +220,15 @@ class Database:
         return cls(Embedded(folder / "postgres"), schema)
 
     async def open(self, wait: float) -> None:
-        """Begin to connect, and wait for that at most ``wait`` seconds."""
+        """Begin to connect, and wait for that at most ``wait`` seconds. ``Misconfigured`` if that is of no use."""
         if self.server is not None:
+            self._opening = wait > 0
             self._task = asyncio.create_task(self._supervise(), name="database")
-            await self.ready(wait)
+            await wait_for_event(self._known, wait)
+            if self._opening and (error := self._hopeless) is not None:
+                await self.close()
+                raise Misconfigured(f"database: {error}") from error
+            self._opening = False
 
     async def ready(self, wait: float = math.inf) -> bool:
         """Whether there is a connection after ``wait`` seconds at the latest."""
@@ -180,14 +259,17 @@ class Database:
         has the database checked at once. After ``limit`` it is broken off: even a rollback may wait for ever.
         """
         if self._pool is None or self.state != "connected":
-            raise Unavailable("away" if self.server else "not configured")
+            raise Unavailable(": ".join(filter(None, ("away", self._error))) if self.server else "not configured")
+        pool, over, slow = self._pool, asyncio.get_running_loop().time() + limit, False
         try:
-            pool = self._pool
             connection = await pool.acquire(timeout=wait)
-            end = asyncio.get_running_loop().call_later(limit, _cut, connection)
+            end = asyncio.get_running_loop().call_at(over, _cut, connection)
             self._held.add(connection)
             try:
                 yield connection
+            except Exception as error:
+                slow = isinstance(error, TOO_SLOW) or end.when() <= asyncio.get_running_loop().time()
+                raise
             finally:
                 self._held.discard(connection)
                 end.cancel()
@@ -199,29 +281,50 @@ class Database:
             if not is_away(error) or isinstance(error, Unavailable):
                 raise
             self._look.set()
+            if slow:
+                raise TooSlow(f"took too long: {type(error).__name__}") from error
             raise Unavailable(f"away: {type(error).__name__}") from error
+
+    def stored(
+        self, error: Exception | None = None, then: str = "what is to be stored waits", log: logging.Logger = log
+    ) -> None:
+        """Take note of an attempt to store something: a line in the log, with what happens ``then``, when that changes.
+
+        Until the next one that succeeds ``stats`` says so too.
+        """
+        if isinstance(error, asyncpg.TransactionRollbackError):  # the next attempt comes at once
+            return
+        trouble = type(error).__name__ if error is not None else ""
+        if trouble != self._trouble and not (self._trouble and isinstance(error, Unavailable)):
+            self._trouble = trouble
+            log.warning("database: %s", f"{then}: {trouble}: {error}" if error else "it is stored again")
 
     def stats(self) -> DatabaseStats:
         """The state, the kind of server, connects so far, the type of the last error."""
         kind = None if self.server is None else "embedded" if isinstance(self.server, Embedded) else "DATABASE_URL"
-        return DatabaseStats(self.state, kind, self._since, self._connects, self._error or None)
+        state = "refusing" if self._trouble and self.state == "connected" else self.state
+        return DatabaseStats(state, kind, self._since, self._connects, self._error or self._trouble or None)
 
     __repr__ = stats_repr
 
     def _enter(self, state: DatabaseState, error: Exception | None) -> None:
-        if error is not None:
-            self._error = type(error).__name__
-        if state == self.state:
+        kind = type(error).__name__ if error is not None else self._error
+        self._hopeless = error if isinstance(error, HOPELESS) else None
+        news, self._error = state != self.state or (self._hopeless and kind != self._error), kind
+        if self._hopeless:
+            self._known.set()
+        if not news:
             return
         if state == "connected":
             self._connects += 1
             self._error = ""
             self._up.set()
+            self._known.set()
             log.info("database: connected")
         else:
             self._up.clear()
-            if error is not None:
-                log.warning("database: %s: %s", type(error).__name__, error)
+            if error is not None and not (self._opening and self._hopeless):
+                log.warning("database: %s: %s", kind, error)
         self.state, self._since = state, datetime.now(UTC)
 
     async def _supervise(self) -> None:
@@ -250,15 +353,20 @@ class Database:
             if isinstance(url, Embedded):
                 async with asyncio.timeout(START_LIMIT):
                     url = await asyncio.to_thread(url.start)
-            self._probe = await asyncpg.connect(url, timeout=CHECK_LIMIT)
+            options: dict[str, Any] = {"timeout": CHECK_LIMIT, "statement_cache_size": 0}
+            self._probe = await asyncpg.connect(url, **options)
             self._probe.add_termination_listener(lambda _: self._look.set())
             if self.schema:
                 # one statement, so one transaction; two programs that create one table at once would collide
                 async with asyncio.timeout(START_LIMIT):
-                    await self._probe.execute(f"SELECT pg_advisory_xact_lock(7063611); {self.schema}")
+                    await self._probe.execute(f"SELECT pg_advisory_xact_lock({AdvisoryLock.SCHEMA:d}); {self.schema}")
+                    lacking = await self._probe.fetchrow(_LACKING, *zip(*columns_of(self.schema), strict=True))
+                if lacking:
+                    what = "the table {} is another program's or version's, it lacks the column {}".format(*lacking)
+                    raise Misconfigured(f"{what}: rename it, or use another database")
             if self._pool is None:
                 self._pool = await asyncpg.create_pool(
-                    url, min_size=0, max_size=self.size, timeout=CHECK_LIMIT, command_timeout=10.0
+                    url, min_size=0, max_size=self.size, command_timeout=10.0, **options
                 )
             else:
                 await self._pool.expire_connections()
@@ -344,19 +452,24 @@ class Writer(Generic[R]):
                 async with self._database.connection() as connection:
                     await self._insert(connection, rows)
             except Exception as error:  # what is nobody's fault, such as a full disk, may pass
-                if not is_a_rows_fault(error):
-                    if not is_away(error):
-                        log.warning("database: cannot write: %s: %s", type(error).__name__, error)
+                slow, refused = isinstance(error, TooSlow), is_a_rows_fault(error)
+                if len(items) > 1 and (slow or refused):
+                    if slow:
+                        log.warning("database: %d rows %s: they are halved", len(items), error)
+                        await self._database.ready()
+                    for half in halves(items):
+                        await self._store(half)
+                    return
+                if not refused:
+                    if slow or not is_away(error):
+                        self._database.stored(error)
                     await asyncio.sleep(self._backoff.next())
                     await self._database.ready()
                     continue
-                if len(items) > 1:
-                    await self._store(items[: len(items) // 2])
-                    await self._store(items[len(items) // 2 :])
-                    return
                 self._refused += 1
                 log.warning("database: a row was refused: %s", type(error).__name__)
             else:
+                self._database.stored()
                 self._written += len(items)
                 self._batches += 1
             self._backoff.reset()

@@ -509,6 +509,7 @@ def test_keeps_the_delay_that_robots_ask_for(driver: str, walked: Web, monkeypat
         return wait
 
     monkeypatch.setattr(Frontier, "clear_to_send", clear)
+    monkeypatch.setattr("crawl.helper.LATE", HANG_LIMIT)  # a helper that is late would ask again
     walked.robots(0, "User-agent: *", "Crawl-delay: 0.125")
     walked.page("0/", *(f"/{n}" for n in range(4)))
     for n in range(4):

@@ -47,6 +47,9 @@ class Fake:
     async def ready(self) -> bool:
         return await self.up.wait()
 
+    def stored(self, error: Exception | None = None) -> None:
+        self.trouble = error
+
     async def insert(self, _: Any, rows: Sequence[int]) -> None:
         self.batches.append(list(rows))
         if len(self.batches) == self.shut_at:

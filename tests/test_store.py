@@ -663,7 +663,7 @@ def test_two_maintain_at_once(logs_pg: PgServer) -> None:
         options: dict[str, Any] = {"retain_days": 1, "ahead_days": 3, "clock": clock.clock}
         async with logs_store_open(logs_pg.url, **options) as one, logs_store_open(logs_pg.url, **options) as two:
             for made, dropped in [(4, 0), (8, 4)]:
-                blocker = await lock_holder(logs_pg, log_store.PARTITIONS_LOCK)
+                blocker = await lock_holder(logs_pg, db.AdvisoryLock.PARTITIONS)
                 both = asyncio.gather(one.maintain(), two.maintain())
                 await until_async(functools.partial(blocker.fetchval, QUEUED, 2))
                 await blocker.close()
@@ -682,7 +682,7 @@ def test_two_drop_at_once(logs_pg: PgServer) -> None:
         async with logs_store_open(logs_pg.url, **options) as one, logs_store_open(logs_pg.url, **options) as two:
             await one.maintain()
             await one.write([logs_store_batch(1, NOON - timedelta(days=n)) for n in range(5, 8)])
-            blocker = await lock_holder(logs_pg, log_store.PARTITIONS_LOCK)
+            blocker = await lock_holder(logs_pg, db.AdvisoryLock.PARTITIONS)
             both = asyncio.gather(one.maintain(), two.maintain())
             await until_async(lambda: blocker.fetchval(QUEUED, 2))
             await blocker.close()

@@ -28,7 +28,7 @@ from crawl.model import Options, Request, Response, ScrapeResult
 from runtime import postgres as db
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, until_async
-from tests.helpers.postgres import LET_GO, PgServer, Proxy
+from tests.helpers.postgres import LET_GO, PgServer, Proxy, refusing
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ async def test_worker_that_stands_still_in_its_transaction_does_not_keep_its_hos
     claimed = await store.sync(sync.SyncBatch(other.token, 1, 2.0, claim=9))
     assert sorted(host for host, _ in claimed.hosts) == ["a", "b"], "and what it had found is for others to find"
     stuck.let_go.set()
-    with pytest.raises((db.Unavailable, *shared_crawl.TRANSIENT)):
+    with pytest.raises((db.Unavailable, *db.PASSING)):
         await sent
     assert (await store.sync(batch)).token is None
 
@@ -386,6 +386,63 @@ def test_crawl_outlives_a_restart_of_the_database(shared_pg: PgServer, shared_si
     assert len(shared_site.log) - before == 80 == len({row.url for row in rows}) == len(rows), (
         "nothing lost or done twice"
     )
+
+
+def test_full_disk_is_waited_for(
+    shared_pg: PgServer, shared_site: Sandbox, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, rows = len(shared_site.log), list[ScrapeResult]()
+    crawl, _ = shared_start(shared_pg)
+    tries = 0
+    real = ct.PgStore.sync
+
+    async def sync(self: ct.PgStore, batch: Any) -> Any:
+        nonlocal tries
+        tries += bool(batch.done)
+        return await real(self, batch)
+
+    monkeypatch.setattr(ct.PgStore, "sync", sync)
+
+    async def run() -> None:
+        urls = [shared_site.url("/", host) for host in range(4)]
+        work = asyncio.create_task(shared_work(crawl, rows, urls))
+        await until_async(lambda: len(rows) >= 15)
+        begun = tries
+        async with refusing(shared_pg, "crawl_results", "53100"):
+            await until_async(lambda: crawl._database.stats().state == "refusing" and tries > begun + 3)
+        await work
+        await all_stored(shared_pg, shared_site)
+
+    asyncio.run(run())
+    said = [record.getMessage() for record in caplog.records if "database" in record.getMessage()]
+    assert said == ["database: the crawl waits: DiskFullError: refused", "database: it is stored again"]
+    assert len(shared_site.log) - before == 80 == len({row.url for row in rows}) == len(rows)
+
+
+def test_batch_that_takes_too_long_is_halved(
+    shared_pg: PgServer, shared_site: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared_crawl.join(Options(depth=20, rate=40.0, robots=False), shared_pg.url)  # makes the tables
+    crawl, rows = shared_start(shared_pg)
+
+    async def run() -> None:
+        async with refusing(shared_pg, "crawl_results", "57014", 3), refusing(shared_pg, "crawl_seen", "57014", 5):
+            await shared_work(crawl, rows, [shared_site.url("/", host) for host in range(4)])
+            await all_stored(shared_pg, shared_site)
+
+    asyncio.run(run())
+    assert "took too long: QueryCanceledError: the batch is halved" in caplog.text
+    assert len(rows) == len({row.url for row in rows}) == 80
+
+
+def test_table_of_somebody_else_is_named(shared_pg: PgServer, capfd: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(shared_pg.do("CREATE TABLE crawl_scope (name text)"))
+    for more in ([], ["--status"]):
+        assert crawl_cli.main("crawl_async.py", crawl_async.run, ["--frontier", shared_pg.url, *more]) == 1
+        assert capfd.readouterr().err == (
+            "crawl_async.py: database: the table crawl_scope is another program's or version's, it lacks the column"
+            " serial: rename it, or use another database\n"
+        )
 
 
 def test_stop_gives_all_back(shared_pg: PgServer, shared_site: Sandbox) -> None:

@@ -134,6 +134,24 @@ async def pg_do(url: str, *statements: str) -> Any:
         await connection.close()
 
 
+@contextlib.asynccontextmanager
+async def refusing(server: PgServer, table: str, code: str, rows: int = 0) -> AsyncIterator[None]:
+    """Whatever enters more than ``rows`` rows into ``table`` at a time is refused with the error ``code``."""
+    name = f"refuse_{table}"
+    make = (
+        f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" IF (SELECT count(*) FROM entered) > {rows} THEN RAISE EXCEPTION 'refused' USING ERRCODE = '{code}'; END IF;"
+        " RETURN NULL; END $$",
+        f"CREATE TRIGGER {name} AFTER INSERT ON {table} REFERENCING NEW TABLE AS entered"
+        f" FOR EACH STATEMENT EXECUTE FUNCTION {name}()",
+    )
+    await server.do(*make)
+    try:
+        yield
+    finally:
+        await server.do(f"DROP FUNCTION {name} CASCADE")
+
+
 LET_GO = (
     "SELECT count(pg_terminate_backend(pid)) FROM pg_locks JOIN pg_stat_activity USING (pid)"
     " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
