@@ -202,7 +202,7 @@ class SharedFrontier(Frontier):
         self.length, self.margin, self.most = length, margin, hosts
         self.follows = self.knows_first = False
         self.on_scope: Callable[[str], None] = lambda url: None
-        self.as_duplicate: Callable[[Request, str], ScrapeResult] = _no_row
+        self.form = ScrapeResult  # what rows are
         self.rules_of: Callable[[Found], Rules] = lambda found: found.rules("")
         self.token: int | None = None
         self.reading = False
@@ -301,8 +301,8 @@ class SharedFrontier(Frontier):
             checked = self.follows and request.kind == "page"
             if checked and not request.depth:
                 out.scope.append(target)
-            to = _queued(request, host_name, 0, target, None)
-            out.moves.append(Move(host, id_, to, self.as_duplicate(request, target) if checked else None))
+            seen = build_row(request, FetchError("duplicate", f"redirects to {target}"), self.form) if checked else None
+            out.moves.append(Move(host, id_, _queued(request, host_name, 0, target, None), seen))
 
     # What is told to the database, and what comes back
 
@@ -489,10 +489,6 @@ class SharedFrontier(Frontier):
         self._keys.clear()
         self._asked.clear()
         self.token, self._serial, self._share, self._scope_after = None, 0, math.inf, 0
-
-
-def _no_row(request: Request, target: str) -> ScrapeResult:
-    return build_row(request, FetchError("duplicate", f"redirects to {target}"))
 
 
 def _queued(request: Request, host: str, id_: int, target: str, wait: float | None) -> Queued:
