@@ -10,8 +10,9 @@ Promised
   changes (Crawl-delay, ``adaptive``) the bound holds with what each rate allowed in its time.
 - What crawl/scheduler.py promises of which host goes next, and crawl/robots_gate.py of what robots.txt forbids.
 
-``Frontier`` is put together of parts that have one job each: the queue of each host (crawl/hosts.py), how fast it may
-go and how many pages it has (crawl/limits.py), which goes next (``Scheduler``), and what may not (``RobotsGate``).
+``Frontier`` is put together of parts that have one job each: what is taken in (``Intake``), the queue of each host
+(crawl/hosts.py), how fast it may go and how many pages it has (crawl/limits.py), which goes next (``Scheduler``), and
+what may not (``RobotsGate``).
 ``Frontier._lock`` guards all of them; each bucket and the visited set have locks of their own below it.
 """
 
@@ -21,10 +22,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from coordination import Visited, new_lock
+from coordination import new_lock
 from crawl.addresses import names_private
 from crawl.errors import FetchError
 from crawl.hosts import FrontierStats, HostQueue, Kind, Question, UrlRun
+from crawl.intake import Intake, parse_list
 from crawl.limits import HostLimits, Outcome, SendGate
 from crawl.model import Request
 from crawl.robots import Rules
@@ -32,23 +34,6 @@ from crawl.robots_gate import ROBOTS_AGAIN, RULES_BYTES, RobotsGate, why_forbidd
 from crawl.scheduler import Scheduler
 from crawl.urls import host_of, normalise, origin
 from primitives import NANOSECOND
-
-
-def parse_list(
-    texts: Iterable[str], kind: Kind, is_private: Callable[[str], bool]
-) -> tuple[list[tuple[str, str, str, UrlRun]], list[Request]]:
-    """(line, target, host, what it has in common) of the lines that are URLs, and refused requests for the others."""
-    known: list[tuple[str, str, str, UrlRun]] = []
-    refused: list[Request] = []
-    open_run, private_run = UrlRun(0, False, kind, listed=True), UrlRun(0, True, kind, listed=True)
-    for text in texts:
-        try:
-            target, host_name = normalise(text)
-        except FetchError as error:
-            refused.append(Request(text, text, "", kind=kind, error=error))
-        else:
-            known.append((text, target, host_name, private_run if is_private(host_name) else open_run))
-    return known, refused
 
 
 def say_when(
@@ -73,36 +58,6 @@ def say_when(
             reasons.append(f"{host.in_flight} of its host are in flight")
     when = f"in {wait:.3g} s" if wait > NANOSECOND else "later" if reasons else "now"
     return f"{when}: {', '.join(reasons)}" if reasons else when
-
-
-class Intake:
-    """Which URLs are taken in: each once, under the caps."""
-
-    def __init__(self, limits: HostLimits, scheduler: Scheduler) -> None:
-        self._limits, self._scheduler = limits, scheduler
-        self.visited: Visited[str] = Visited()
-        self.capped = 0
-
-    def mark(self, target: str, counts: bool) -> bool:
-        """Take it for visited; True if it was new. ``counts``: as a page under the caps."""
-        new = self.visited.add(target)
-        if new and counts:
-            self._limits.count_page(host_of(target), 1)
-        return new
-
-    def add(self, text: str, target: str, host_name: str, run: UrlRun, now: float) -> bool:
-        """Into its host's queue, if it is new."""
-        if run.kind == "page" and self._limits.is_full(host_name):
-            self.capped += target not in self.visited
-            return False
-        # A feed of the list is polled in each run, whatever an article of that address was in this or an earlier one.
-        if not self.mark(target if run.kind != "feed" else f"feed {target}", run.kind == "page"):
-            return False
-        host = self._scheduler.host(host_name)
-        idle = host.head >= len(host.waiting)
-        host.append(target if text == target else (text, target), run)
-        self._scheduler.added(host, idle, now)
-        return True
 
 
 class Frontier:

@@ -25,8 +25,9 @@ import orjson
 from coordination import WorkerPool, cancel_all, wait_for_event
 from crawl.core import Crawl
 from crawl.errors import FetchError
-from crawl.lease import AT_ONCE, LEASE, SharedFrontier
+from crawl.lease import LEASE, SharedFrontier
 from crawl.model import Options, Request, Response, ScrapeResult
+from crawl.outbox import AT_ONCE
 from crawl.robots import says_nothing
 from crawl.robots_gate import ROBOTS_AGAIN
 from crawl.sync import Found

@@ -15,8 +15,9 @@ from crawl import lease as cs
 from crawl import processes as cp
 from crawl import sync
 from crawl.errors import Postponed
-from crawl.frontier import Frontier, Intake
+from crawl.frontier import Frontier
 from crawl.hosts import HostQueue
+from crawl.intake import Intake
 from crawl.limits import HostLimits
 from crawl.model import Request
 from crawl.robots_gate import RobotsGate
