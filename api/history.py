@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
-from runtime.postgres import Database, Writer
+from runtime.postgres import Database
+from runtime.writer import Writer
 
 if TYPE_CHECKING:
     from runtime.postgres import PooledConnection

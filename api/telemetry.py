@@ -32,7 +32,7 @@ from runtime.stderr import lines_lost
 
 if TYPE_CHECKING:
     from api.service import Service
-    from runtime.postgres import WriterStats
+    from runtime.writer import WriterStats
 
 KEEP_ALIVE = 15.0  # seconds after which a silent stream says that it is still there
 WAITING = 20_000  # log lines that may wait for the output

@@ -35,7 +35,17 @@ from crawl.tables import SCHEMA, NotApplied, PgStore
 from crawl.urls import origin as origin_of
 from primitives import Backoff
 from runtime.embedded import Embedded
-from runtime.postgres import BACK_OFF, Database, Misconfigured, Unavailable, check_url, is_away, log, may_pass
+from runtime.postgres import (
+    BACK_OFF,
+    Database,
+    Misconfigured,
+    Unavailable,
+    check_url,
+    first_line,
+    is_away,
+    log,
+    may_pass,
+)
 
 if TYPE_CHECKING:
     from runtime.postgres import PooledConnection
@@ -252,7 +262,7 @@ async def _connection(server: str | Embedded) -> AsyncIterator[PooledConnection]
         async with database.connection(limit=120.0) as connection:
             yield connection
     except asyncpg.PostgresError as error:
-        raise Misconfigured(f"database: {error}") from error
+        raise Misconfigured(f"database: {first_line(error)}") from error
     finally:
         await database.close()
 

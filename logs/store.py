@@ -301,7 +301,7 @@ class Store:
                 await _copy(connection, [batch.data for batch in batches], rows)
         except Exception as error:
             if isinstance(error, TooSlow) and rows > 1:
-                log.warning("database: %d rows %s: they are halved", rows, error)
+                log.warning("%s: %d rows are halved", error, rows)
             elif not refuses(error) and not isinstance(error, _Repeated):
                 raise
             return False

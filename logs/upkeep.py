@@ -7,7 +7,7 @@ import logging
 
 from logs.enrich import Enricher
 from logs.store import Store
-from runtime.postgres import Database
+from runtime.postgres import Database, first_line
 
 log = logging.getLogger("ingest")
 
@@ -18,21 +18,24 @@ MAINTAIN_EVERY = 600.0  # seconds between two looks at the partitions
 
 async def maintain(database: Database, store: Store) -> None:
     """Partitions ahead, and none that are too old; for ever."""
+    said = ""
     while True:
         await database.ready()
         try:
             await store.maintain()
         except Exception as error:
-            log.warning("maintenance: %s: %s", type(error).__name__, error)
+            if said != (said := f"{type(error).__name__}: {first_line(error)}"):
+                log.warning("maintenance: %s", said)
             await asyncio.sleep(FILL_EVERY)
             continue
+        said = ""
         await asyncio.sleep(MAINTAIN_EVERY)
 
 
 async def fill_in(database: Database, store: Store, enricher: Enricher) -> None:
     """Metadata for rows that were stored without; for ever. Services whose metadata never come, however many, must not
     be all that is looked at."""
-    after = ""
+    after = said = ""
     while enricher.configured:
         await asyncio.sleep(FILL_EVERY)
         await database.ready()
@@ -43,5 +46,7 @@ async def fill_in(database: Database, store: Store, enricher: Enricher) -> None:
                 found = await enricher.load(service)
                 if found is not None:
                     await store.fill_in(service, found)
+            said = ""
         except Exception as error:
-            log.warning("filling in: %s: %s", type(error).__name__, error)
+            if said != (said := f"{type(error).__name__}: {first_line(error)}"):
+                log.warning("filling in: %s", said)

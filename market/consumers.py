@@ -137,6 +137,8 @@ class GroupStats(NamedTuple):
     partitions: tuple[int, ...]
     commits: int
     rebalances: int
+    silent: float
+    """Seconds since a partition answered; or, while the group forms, since it began to."""
 
 
 class Group(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -164,6 +166,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
         self._consumer: Any = None
         self._done: dict[TopicPartition, int] = {}
         """Where to go on: what is below was taken, or had been committed before."""
+        self._heard, self._forming = time.time(), False
         self._commits = self._rebalances = 0
 
     async def start(self, limit: float = 30.0) -> None:
@@ -176,6 +179,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
                 if time.monotonic() - begun > limit:
                     raise TimeoutError(f"no topic {self.topic} in {limit:g} s")
                 await asyncio.sleep(backoff.next())
+            self._heard, self._forming = time.time(), True
             self._consumer.subscribe([self.topic], listener=self)
         except BaseException:
             await asyncio.shield(asyncio.create_task(self.stop()))
@@ -216,6 +220,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Called by aiokafka before partitions go to others."""
+        self._heard, self._forming = time.time(), True
         if revoked and self._revoked is not None:
             await self._revoked()
         for place in revoked:
@@ -238,6 +243,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
             log.warning("kafka: no look back: %s", error)
         finally:
             self._consumer.resume(*assigned)
+            self._heard, self._forming = time.time(), False
 
     async def _before(self, committed: Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
         """Where each partition was ``look_back`` seconds before its last committed record."""
@@ -260,7 +266,11 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def stats(self) -> GroupStats:
         """The counts, and the partitions."""
-        places = self._consumer.assignment() if self._consumer is not None else ()
-        return GroupStats(tuple(sorted(place.partition for place in places)), self._commits, self._rebalances)
+        places, silent = self._consumer.assignment() if self._consumer is not None else (), 0.0
+        if places or self._forming:
+            polled = [] if self._forming else [self._consumer.last_poll_timestamp(place) or 0 for place in places]
+            silent = max(0.0, time.time() - max([self._heard, *(ms / 1000 for ms in polled)]))
+        places = tuple(sorted(place.partition for place in places))
+        return GroupStats(places, self._commits, self._rebalances, silent)
 
     __repr__ = stats_repr

@@ -79,6 +79,7 @@ class MarketCounts(NamedTuple):
     feeds: Mapping[str, FeedLine] = {}
     symbols: Mapping[str, SymbolLine] = {}
     partitions: tuple[int, ...] | None = None  # of ``analyse``
+    silent: float = 0.0  # seconds for which no partition answered, or the group forms
     rebalances: Annotated[int, "Of the consumer group"] = 0
     commits: Annotated[int, "Of the consumer group"] = 0
     loop_lag: float = 0.0  # seconds by which the event loop was late; the longest of the last minute
@@ -161,9 +162,13 @@ def last_word(counts: MarketCounts) -> str:
     )
 
 
+SILENT = 30.0  # seconds without an answer from a partition, after which a member of the group is not well
+
+
 def health(counts: MarketCounts) -> tuple[int, dict[str, Any]]:
     """The status code and the body of ``/health``."""
-    away = counts.kafka == "away" or any(feed.state != "live" for feed in counts.feeds.values())
+    away = counts.kafka == "away" or counts.silent > SILENT
+    away = away or any(feed.state != "live" for feed in counts.feeds.values())
     body: dict[str, Any] = {name: getattr(counts, name)._asdict() for name in ("published", "rows")}
     for name in ("feeds", "symbols"):
         body[name] = {key: line._asdict() for key, line in getattr(counts, name).items()}

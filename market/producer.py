@@ -265,7 +265,11 @@ class Producer:
             )
             try:
                 await admin.start()
-                for topic, code, *text in (await admin.create_topics(missing)).topic_errors:
+                try:
+                    errors = (await admin.create_topics(missing)).topic_errors
+                except AttributeError:  # aiokafka's, of the controller that is None
+                    raise KafkaError("the cluster has no controller, which makes topics") from None
+                for topic, code, *text in errors:
                     if code not in (0, 36):  # 36: another was quicker
                         self.error = f"topic {topic}: {text[0] if text and text[0] else f'error {code}'}"
                         log.warning("kafka: %s", self.error)

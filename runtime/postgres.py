@@ -1,16 +1,8 @@
-"""PostgreSQL for the programs that keep something: the pool of connections, and a writer of batches.
+"""PostgreSQL for the programs that keep something: the pool of connections, and what an error means.
 
-A database is away some day. So nothing here ever waits for it without a time limit, and nobody who has a row to keep
-waits at all. One task of ``Database`` connects, checks, and connects again with back-off for as long as it is open.
-
-Promised by ``Writer``
-- ``offer`` returns at once. What finds the queue full is counted as lost, and nothing else is.
-- A row that was taken is written once, however often the connection breaks in the middle of a batch: it is sent again
-  until the database has said yes, and its key makes the second time do nothing.
-- A row that the database does not take (a text with a NUL, say) costs its batch nothing; it is counted as refused.
-- A batch that takes longer than the server or the pool allows is halved.
-
-Not promised: that what is still in the queue survives ``kill -9``.
+A database is away some day. So nothing here ever waits for it without a time limit. One task of ``Database`` connects,
+checks, and connects again with back-off for as long as it is open. What is away, full, busy or read-only may be asked
+the same later; what is too slow, less at a time; what is misconfigured is told in one line.
 
 PgBouncer may stand between, in transaction mode too: no connection keeps a prepared statement, a setting or a lock from
 one transaction to the next.
@@ -26,19 +18,17 @@ import logging
 import math
 import random
 import re
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
 
-from coordination import Clock, Rng, cancel_all, stats_repr, wait_for_event
-from primitives import Backoff, Batch
+from coordination import Rng, cancel_all, stats_repr, wait_for_event
+from primitives import Backoff
 from runtime.embedded import CHECK_LIMIT, START_LIMIT, Embedded
 
 if TYPE_CHECKING:
@@ -107,6 +97,11 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, away) or (
         isinstance(error, asyncpg.InterfaceError) and not isinstance(error, (asyncpg.DataError, ValueError))
     )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines of a hint or of details."""
+    return str(error).partition("\n")[0]
 
 
 def may_pass(error: BaseException) -> bool:
@@ -227,7 +222,7 @@ class Database:
             await wait_for_event(self._known, wait)
             if self._opening and (error := self._hopeless) is not None:
                 await self.close()
-                raise Misconfigured(f"database: {error}") from error
+                raise Misconfigured(f"database: {first_line(error)}") from error
             self._opening = False
 
     async def ready(self, wait: float = math.inf) -> bool:
@@ -297,7 +292,7 @@ class Database:
         trouble = type(error).__name__ if error is not None else ""
         if trouble != self._trouble and not (self._trouble and isinstance(error, Unavailable)):
             self._trouble = trouble
-            log.warning("database: %s", f"{then}: {trouble}: {error}" if error else "it is stored again")
+            log.warning("database: %s", f"{then}: {trouble}: {first_line(error)}" if error else "it is stored again")
 
     def stats(self) -> DatabaseStats:
         """The state, the kind of server, connects so far, the type of the last error."""
@@ -324,7 +319,7 @@ class Database:
         else:
             self._up.clear()
             if error is not None and not (self._opening and self._hopeless):
-                log.warning("database: %s: %s", kind, error)
+                log.warning("database: %s: %s", kind, first_line(error))
         self.state, self._since = state, datetime.now(UTC)
 
     async def _supervise(self) -> None:
@@ -377,123 +372,3 @@ class Database:
         probe, self._probe = self._probe, None
         if probe is not None:
             _cut(probe)
-
-
-class WriterStats(NamedTuple):
-    """Rows and batches of a ``Writer``."""
-
-    queued: int
-    written: int
-    lost: int  # rows that came while the queue was full, or were in it when it was closed
-    refused: int  # rows that the database does not take
-    batches: int
-
-
-class Writer(Generic[R]):
-    """Hands rows to ``insert`` in batches of ``max_items``, or when the oldest has waited ``max_age`` seconds.
-
-    ``insert(connection, rows)`` may be called again with the same rows, and must then do nothing to those it has
-    written. At most ``capacity`` rows of at most ``max_bytes`` in sum wait. A batch has at most ``portion`` bytes, or
-    one row, for encoding it holds the event loop.
-    """
-
-    def __init__(
-        self,
-        database: Database,
-        insert: Callable[[PooledConnection, Sequence[R]], Awaitable[object]],
-        *,
-        capacity: int = 10_000,
-        max_bytes: int = 64_000_000,
-        max_items: int = 500,
-        max_age: float = 0.25,
-        portion: int = 2_000_000,
-        clock: Clock = time.monotonic,
-        rng: Rng = random.random,
-    ) -> None:
-        self._database, self._insert, self._backoff = database, insert, Backoff(*BACK_OFF, rng)
-        self.capacity, self.max_bytes = capacity, max_bytes
-        self._batch: Batch[tuple[R, int]] = Batch(max_items, max_age, portion, clock=clock)
-        self._full: deque[list[tuple[R, int]]] = deque()
-        self._queued = self._bytes = self._written = self._lost = self._refused = self._batches = 0
-        self._wake = asyncio.Event()
-        self._closing = False
-
-    def offer(self, row: R, size: int = 0) -> bool:
-        """Take ``row``, of ``size`` bytes; False, and one more lost, if there is no room for it."""
-        if self._closing or self._queued >= self.capacity or self._bytes + size > self.max_bytes:
-            self._lost += 1
-            return False
-        self._queued += 1
-        self._bytes += size
-        full = self._batch.add((row, size), size=size)
-        if full is not None:
-            self._full.append(full)
-        if full is not None or len(self._batch) == 1:
-            self._wake.set()
-        return True
-
-    async def run(self) -> None:
-        """Write until ``close``. Cancelled, it leaves what is not written in the queue, for ``close`` to count."""
-        while True:
-            self._wake.clear()
-            items = self._full.popleft() if self._full else self._batch.drain() if self._closing else self._batch.take()
-            if items:
-                await self._store(items)
-            elif self._closing:
-                return
-            else:
-                await wait_for_event(self._wake, self._batch.due_in())
-
-    async def _store(self, items: Sequence[tuple[R, int]]) -> None:
-        """Write ``items``, however long that takes; halve what is refused until the row is found whose fault it is."""
-        rows = [row for row, _ in items]
-        while True:
-            try:
-                async with self._database.connection() as connection:
-                    await self._insert(connection, rows)
-            except Exception as error:  # what is nobody's fault, such as a full disk, may pass
-                slow, refused = isinstance(error, TooSlow), is_a_rows_fault(error)
-                if len(items) > 1 and (slow or refused):
-                    if slow:
-                        log.warning("database: %d rows %s: they are halved", len(items), error)
-                        await self._database.ready()
-                    for half in halves(items):
-                        await self._store(half)
-                    return
-                if not refused:
-                    if slow or not is_away(error):
-                        self._database.stored(error)
-                    await asyncio.sleep(self._backoff.next())
-                    await self._database.ready()
-                    continue
-                self._refused += 1
-                log.warning("database: a row was refused: %s", type(error).__name__)
-            else:
-                self._database.stored()
-                self._written += len(items)
-                self._batches += 1
-            self._backoff.reset()
-            self._queued -= len(items)
-            self._bytes -= sum(size for _, size in items)
-            return
-
-    async def close(self, task: asyncio.Task[None], timeout: float = 2.0) -> int:
-        """End ``task`` (of ``run``) when all is written, or after ``timeout`` seconds. How many rows were lost.
-
-        What was under way then counts as lost; the database may have it nevertheless.
-        """
-        self._closing = True
-        self._wake.set()
-        try:
-            await asyncio.wait([task], timeout=timeout)
-        finally:
-            await cancel_all([task])
-        self._lost += self._queued
-        lost, self._queued, self._bytes = self._queued, 0, 0
-        return lost
-
-    def stats(self) -> WriterStats:
-        """Counts since the start."""
-        return WriterStats(self._queued, self._written, self._lost, self._refused, self._batches)
-
-    __repr__ = stats_repr

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -24,6 +25,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.partitioner import DefaultPartitioner
 
 from market import consumers
+from market import display as md
 from market import kafka as mk
 from market import producer as producer_module
 from market import topics as mt
@@ -32,6 +34,7 @@ from runtime.spool import Spool, SpoolInUse
 from sandbox.broker import Broker
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, pass_time, run_task, ticks, until_async
 from tests.helpers.market import (
+    ABSENT,
     MARKET_KAFKA_NOW,
     balanced,
     is_spilling,
@@ -330,6 +333,33 @@ def test_absent_at_the_start_the_buffer_fills_then_the_spool_and_all_comes_in_or
     lines = [(record.name, record.levelname) for record in caplog.records if record.name == "market_pipeline"]
     assert lines == [("market_pipeline", "WARNING"), ("market_pipeline", "INFO")]
     assert [each for each in caplog.records if "aiokafka" in each.name and each.levelno >= logging.WARNING] == []
+
+
+def test_without_a_controller_topics_wait_and_trades_are_spooled(
+    market_kafka_broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, real, absent = market_kafka_broker.address, AIOKafkaAdminClient.create_topics, [True]
+
+    async def create_topics(self: Any, topics: Any) -> Any:
+        if absent[0]:
+            self._client.cluster.controller = None
+            monkeypatch.setattr(self._client, "force_metadata_update", ticks)
+        return await real(self, topics)
+
+    monkeypatch.setattr(AIOKafkaAdminClient, "create_topics", create_topics)
+
+    async def main() -> None:
+        async with market_kafka_open(address, buffer=500, spool=tmp_path / "spool", spool_after=60) as publisher:
+            for n in range(0, 2000, 10):
+                await publisher.trades(market_kafka_trades(n, n + 10))
+            await until_async(lambda: not is_spilling(publisher) and "no controller" in publisher.stats().error)
+            assert balanced(publisher).trades.spooled >= 1000
+            absent[0] = False
+            await publisher.flush()
+            assert balanced(publisher).trades == mk.Counts(2000, 0, 2000, 0, 0, 0, 0)
+        assert await market_kafka_ids(address) == list(range(2000))
+
+    run_task(main())
 
 
 def test_what_is_on_its_way_to_the_spool_is_not_overtaken(
@@ -678,6 +708,52 @@ def test_a_group_shares_the_symbols_commits_what_was_done_and_looks_back(
         assert asyncio.all_tasks() == tasks and psutil.Process().num_fds() <= files
 
     run_task(main())
+
+
+def test_a_member_that_hears_nothing_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``last_poll_timestamp`` is set by every answer to a fetch, also by one without records."""
+    now, polled = [1000.0], dict[TopicPartition, int | None]()
+
+    class Consumer:
+        def assignment(self) -> set[TopicPartition]:
+            return set(polled)
+
+        def last_poll_timestamp(self, place: TopicPartition) -> int | None:
+            return polled[place]
+
+        def pause(self, *_: object) -> None: ...
+
+        resume = pause
+
+        async def committed(self, place: TopicPartition) -> None: ...
+
+    monkeypatch.setattr(consumers, "time", SimpleNamespace(time=lambda: now[0]))
+    group = consumers.Group(ABSENT)
+    group._consumer = Consumer()
+
+    def silent() -> tuple[float, str]:
+        found = group.stats().silent
+        return found, md.health(md.MarketCounts(silent=found))[1]["status"]
+
+    async def main() -> None:
+        await group.on_partitions_assigned([])  # there are more members than partitions
+        now[0] += 100
+        assert silent() == (0.0, "ok")
+        places = [TopicPartition("trades", n) for n in range(2)]
+        await group.on_partitions_assigned(places)
+        polled.update(dict.fromkeys(places))
+        now[0] += 31
+        assert silent() == (31.0, "degraded")
+        polled[places[1]] = int(now[0] * 1000) - 2000
+        assert silent() == (2.0, "ok")
+        polled.clear()
+        await group.on_partitions_revoked(places)  # and nobody is told what is his
+        now[0] += 31
+        assert silent() == (31.0, "degraded")
+        await group.on_partitions_assigned([])
+        assert silent() == (0.0, "ok")
+
+    asyncio.run(main())
 
 
 def test_a_member_that_leaves_hands_its_partitions_over_with_all_done(

@@ -447,7 +447,7 @@ def test_pipeline_sigterm_before_and_after_the_loop_is_as_ctrl_c(monkeypatch: py
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(market_pipeline, "MarketDemo", Demo)
-    monkeypatch.setattr(market_pipeline, "Pipeline", Ended)
+    monkeypatch.setitem(market_pipeline.COMMANDS, "run", Ended)
     monkeypatch.setattr(market_pipeline, "last_word", lambda _: "")
     assert market_pipeline.main(["--demo"]) == EXIT_INTERRUPTED and closed == ["demo"]
     monkeypatch.setattr(shell, "open_http", killed)

@@ -23,7 +23,7 @@ from runtime.postgres import Unavailable
 from sandbox.logs import MetadataApi, Senders
 from tests.helpers.base import HANG_LIMIT, run_task, until_async
 from tests.helpers.logs import files, logs_ingest_serials, logs_ingest_up
-from tests.helpers.postgres import PgServer
+from tests.helpers.postgres import PgServer, refusing
 
 ROWS = "SELECT {} FROM logs"
 
@@ -108,6 +108,26 @@ def test_survives_a_database_that_comes_and_goes(logs_ingest_pg: PgServer, tmp_p
         assert await logs_ingest_serials(logs_ingest_pg) == list(range(up.sent))
 
     run_task(main())
+
+
+def test_health_says_that_nothing_can_be_stored(
+    logs_ingest_pg: PgServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with logs_ingest_up(tmp_path, logs_ingest_pg.url) as up:
+            assert await up.ingester.database.ready(HANG_LIMIT)
+            async with refusing(logs_ingest_pg, "log_batches", "53100"):
+                up.send(20)
+                counts = await up.until(lambda counts: counts.database == "refusing")
+                code, body = display.health(counts, 1)
+                assert (code, body["status"]) == (200, "degraded")
+            counts = await up.stored()
+            assert display.health(counts, 1)[1]["status"] == "ok" and counts.stored == 20
+
+    run_task(main())
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("database: ")]
+    said = [text for text in said if "connected" not in text]
+    assert said == ["database: batches go to the spool: DiskFullError: refused", "database: it is stored again"]
 
 
 def test_stores_once_what_was_committed_unseen(logs_ingest_pg: PgServer, tmp_path: Path) -> None:

@@ -501,7 +501,7 @@ class ForgetsLinks(cp.Parent):
 class HearsOldHomes(cp.Parent):
     """What was told before the scope grew counts as told."""
 
-    _home = 0
+    home = 0
 
 
 @pytest.mark.parametrize(

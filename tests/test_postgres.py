@@ -1,4 +1,4 @@
-"""runtime/postgres.py: a real server, which is stopped, killed and frozen; a proxy that swallows."""
+"""runtime/postgres.py, writer.py: a real server, which is stopped, killed and frozen; a proxy that swallows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.history import History
+import aggregate_app
+from api.history import UPSTREAM_RESULTS, History
 from runtime import postgres as db
+from runtime.writer import Writer, WriterStats
+from tests.helpers.api import ask
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, run_task, ticks, until_async
-from tests.helpers.postgres import PgServer, Proxy, pg_history, pg_open, pg_result
+from tests.helpers.postgres import BEGUN, PgServer, Proxy, bouncer, pg_history, pg_open, pg_result, refusing
 
 
 class Fake:
@@ -63,8 +66,8 @@ class Fake:
         if self.after:
             raise self.after.popleft()
 
-    def writer(self, **options: Any) -> db.Writer[int]:
-        writer = db.Writer(self, self.insert, **{"max_age": 0.001, **options})  # type: ignore[arg-type]
+    def writer(self, **options: Any) -> Writer[int]:
+        writer = Writer(self, self.insert, **{"max_age": 0.001, **options})  # type: ignore[arg-type]
         writer._backoff.base = 0.0
         return writer
 
@@ -86,11 +89,11 @@ def test_writer_batches_by_count_and_by_age() -> None:
         await until_async(lambda: writer.stats().written == 6)
         looked = looks
         await until_async(lambda: looks > looked + 6)  # it looked thrice, and the last row is not due
-        assert (fake.batches, writer.stats()) == ([[0, 1, 2], [3, 4, 5]], db.WriterStats(1, 6, 0, 0, 2))
+        assert (fake.batches, writer.stats()) == ([[0, 1, 2], [3, 4, 5]], WriterStats(1, 6, 0, 0, 2))
         world.now += 0.001
         await until_async(lambda: writer.stats().written == 7)
         assert writer.offer(7)
-        assert (await writer.close(writing, HANG_LIMIT), writer.stats()) == (0, db.WriterStats(0, 8, 0, 0, 4))
+        assert (await writer.close(writing, HANG_LIMIT), writer.stats()) == (0, WriterStats(0, 8, 0, 0, 4))
         assert not writer.offer(8) and writer.stats().lost == 1
 
     run_task(main())
@@ -165,7 +168,7 @@ def test_writer_sends_the_same_rows_again(error: Exception) -> None:
         writer.offer(2)
         assert await writer.close(writing, HANG_LIMIT) == 0
         assert (fake.batches, fake.rows) == ([[1, 2]] * 5, Counter((1, 2)))
-        assert writer.stats() == db.WriterStats(0, 2, 0, 0, 1)
+        assert writer.stats() == WriterStats(0, 2, 0, 0, 1)
 
     run_task(main())
 
@@ -181,7 +184,7 @@ def test_writer_cut_off_while_halving_counts_each_row_once() -> None:
         await until_async(lambda: not fake.gate.is_set())
         assert (fake.batches, writer.stats().queued) == ([[0, 1, 2, 3], [0, 1], [2, 3]], 2)
         assert (await writer.close(writing, 0.0), fake.rows) == (2, Counter((0, 1)))
-        assert writer.stats() == db.WriterStats(0, 2, 2, 0, 1)
+        assert writer.stats() == WriterStats(0, 2, 2, 0, 1)
 
     run_task(main())
 
@@ -194,7 +197,7 @@ def test_writer_close_waits_so_long_and_no_longer() -> None:
         writing = asyncio.create_task(writer.run())
         writer.offer(1)
         assert (await writer.close(writing, 0.01), writing.cancelled()) == (1, True)
-        assert writer.stats() == db.WriterStats(0, 0, 1, 0, 0)
+        assert writer.stats() == WriterStats(0, 0, 1, 0, 0)
         fake = Fake()
         fake.gate.clear()
         writer = fake.writer()
@@ -470,7 +473,7 @@ def test_database_none_is_none() -> None:
                 raise AssertionError("there is none")
         history = History(database)
         history.keep(pg_result(1))
-        assert history.writer.stats() == db.WriterStats(0, 0, 0, 0, 0)
+        assert history.writer.stats() == WriterStats(0, 0, 0, 0, 0)
         await database.close()
 
     run_task(main())
@@ -589,6 +592,79 @@ def test_history_refuses_rows_that_the_database_does_not_take(pg: PgServer) -> N
             assert (len(shown), more) == (len(good) + 2, False)
 
     asyncio.run(main())
+
+
+def test_history_halves_what_takes_too_long(pg: PgServer, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        limited = refusing(pg, "upstream_results", "57014", 3)
+        async with pg_history(pg.url, max_items=8, max_age=60.0) as history, limited:
+            for n in range(8):
+                history.keep(pg_result(n))
+            await until_async(lambda: history.writer.stats().queued == 0)
+            assert history.writer.stats()[1:] == (8, 0, 0, 4)
+
+    asyncio.run(main())
+    assert "database took too long: QueryCanceledError: 8 rows are halved" in caplog.text
+
+
+def test_history_says_that_nothing_can_be_stored(pg: PgServer, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        app = aggregate_app.create_app({}, 0, database=lambda: db.Database(pg.url, UPSTREAM_RESULTS))
+        async with aggregate_app.lifespan(app):
+            database, history = app.state.service.database, app.state.service.history
+            assert await database.ready(HANG_LIMIT)
+            async with refusing(pg, "upstream_results", "53100"):
+                history.keep(pg_result(1))
+                await until_async(lambda: database.stats().state == "refusing")
+                health = json.loads((await ask(app, "/health"))[2])
+                assert (health["status"], health["database"]["state"]) == ("degraded", "refusing")
+                assert health["database"]["error"] == "DiskFullError"
+            await until_async(lambda: history.writer.stats().written == 1)
+            assert json.loads((await ask(app, "/health"))[2])["status"] == "ok"
+
+    asyncio.run(main())
+    said = [record.getMessage() for record in caplog.records if "stored" in record.getMessage()]
+    assert said == ["database: what is to be stored waits: DiskFullError: refused", "database: it is stored again"]
+
+
+def test_history_names_the_table_of_somebody_else(pg: PgServer, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        await pg.do("CREATE TABLE upstream_results (source text)")
+        database = db.Database(pg.url, UPSTREAM_RESULTS)
+        with pytest.raises(db.Misconfigured, match="the table upstream_results is another"):
+            await database.open(HANG_LIMIT)
+        assert database.stats().state == "none"
+        await database.open(0.0)  # whoever can do without goes on, and it may be mended
+        await until_async(lambda: database.state == "down")
+        assert database.stats().error == "Misconfigured"
+        await pg.do("DROP TABLE upstream_results")
+        assert await database.ready(HANG_LIMIT)
+        await database.close()
+
+    asyncio.run(main())
+    assert caplog.text.count("the table upstream_results") == 1
+
+
+def test_all_goes_through_pgbouncer(pg: PgServer) -> None:
+    """In transaction mode with one connection to the server, which all use in turn."""
+
+    async def main(url: str) -> None:
+        async with pg_history(url, max_items=8, max_age=0.001) as history:
+            for n in range(20):
+                history.keep(pg_result(n))
+
+            async def look() -> None:
+                for _ in range(10):
+                    await history.page("a", "{}", datetime.now(UTC), 5, 1 << 30)
+                    await history.latest("a", 1e6, 5)
+                    await history.outcomes("a", BEGUN, 5)
+
+            await asyncio.gather(*(look() for _ in range(3)))
+            await until_async(lambda: history.writer.stats().written == 20)
+            assert await history.forget(0.0) == 20
+
+    with bouncer(pg) as url:
+        asyncio.run(main(url))
 
 
 def test_history_waits_for_what_may_be_mended(pg: PgServer) -> None:

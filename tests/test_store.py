@@ -34,7 +34,7 @@ from tests.helpers.logs import (
     logs_store_event,
     logs_store_open,
 )
-from tests.helpers.postgres import PgServer, Proxy
+from tests.helpers.postgres import PgServer, Proxy, bouncer, refusing
 
 
 class Marker(enum.Enum):
@@ -815,6 +815,37 @@ def test_looks_for_missing_without_reading_the_table(logs_pg: PgServer) -> None:
                     assert "logs_2024_02_28_service_idx" in plan and "Seq Scan" not in plan, plan
 
     asyncio.run(main())
+
+
+def test_all_goes_through_pgbouncer(logs_pg: PgServer) -> None:
+    async def main(url: str) -> None:
+        async with logs_store_open(url, retain_days=1) as store:
+            bad = spoilt(logs_store_batch(9, found=Marker.UNKNOWN), {4: b"rubbish"})
+            written = [store.write([logs_store_batch(9, service=f"s{n}")]) for n in range(6)]
+            assert sum([outcome.dead for (outcome,) in await asyncio.gather(*written, store.write([bad]))]) == 1
+            await asyncio.gather(store.maintain(), store.missing(9), store.fill_in("s1", META))
+            assert await logs_store_counts(logs_pg) == (62, 7, 1)
+
+    with bouncer(logs_pg) as url:
+        asyncio.run(main(url))
+
+
+def test_what_takes_too_long_is_halved(logs_pg: PgServer, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with logs_store_open(logs_pg.url) as store:
+            assert await store.write([logs_store_batch(1)]) == [(1, 0)]  # the partition is there
+            batches = [logs_store_batch(7), logs_store_batch(20)]
+            async with refusing(logs_pg, "logs", "57014", 5):
+                assert await store.write(batches) == [(7, 0), (20, 0)]
+                assert await store.write(batches) == [(7, 0), (20, 0)]
+            assert await logs_store_counts(logs_pg) == (28, 3, 0)
+            async with refusing(logs_pg, "logs", "57014"):
+                with pytest.raises(db.TooSlow):
+                    await store.write([logs_store_batch(2)])
+            assert await logs_store_counts(logs_pg) == (28, 3, 0)
+
+    asyncio.run(main())
+    assert "database took too long: QueryCanceledError: 27 rows are halved" in caplog.text
 
 
 def test_without_a_database_says_so_at_once() -> None:

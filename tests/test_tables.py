@@ -28,7 +28,7 @@ from crawl.model import Options, Request, Response, ScrapeResult
 from runtime import postgres as db
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, until_async
-from tests.helpers.postgres import LET_GO, PgServer, Proxy, refusing
+from tests.helpers.postgres import LET_GO, PgServer, Proxy, bouncer, refusing
 
 
 @pytest.fixture
@@ -433,6 +433,23 @@ def test_batch_that_takes_too_long_is_halved(
     asyncio.run(run())
     assert "took too long: QueryCanceledError: the batch is halved" in caplog.text
     assert len(rows) == len({row.url for row in rows}) == 80
+
+
+def test_workers_share_through_pgbouncer(
+    shared_pg: PgServer, shared_site: Sandbox, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with bouncer(shared_pg) as url:
+        options = Options(depth=20, rate=40.0, robots=False)
+        workers = [(shared_crawl.join(options, url), list[ScrapeResult]()) for _ in range(3)]
+
+        async def run() -> None:
+            lists = [[shared_site.url("/", host) for host in range(4)], [], []]
+            await asyncio.gather(*(shared_work(*one, urls) for one, urls in zip(workers, lists, strict=True)))
+            await all_stored(shared_pg, shared_site)
+
+        asyncio.run(run())
+        assert "80 done, 0 failed" in shared_crawl.status(url)
+    assert sum(len(rows) for _, rows in workers) == 80
 
 
 def test_table_of_somebody_else_is_named(shared_pg: PgServer, capfd: pytest.CaptureFixture[str]) -> None:

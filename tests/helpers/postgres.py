@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import psutil
@@ -24,6 +25,7 @@ import pytest
 
 from api.history import UPSTREAM_RESULTS, History, Result
 from runtime import postgres as db
+from runtime import writer as writer_module
 from runtime.embedded import Account, Embedded, find_programs
 from tests.helpers.base import HANG_LIMIT, until_async, wait_until
 
@@ -152,6 +154,41 @@ async def refusing(server: PgServer, table: str, code: str, rows: int = 0) -> As
         await server.do(f"DROP FUNCTION {name} CASCADE")
 
 
+@contextlib.contextmanager
+def bouncer(server: PgServer) -> Iterator[str]:
+    """The URL of a PgBouncer in transaction mode, which has two connections to ``server``."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("needs pgbouncer: apt-get install pgbouncer")
+    parts = urlsplit(server.url)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    folder = Path(tempfile.mkdtemp(prefix="bouncer-test-"))
+    inner = f"host=127.0.0.1 port={server.port} user={parts.username} password={parts.password}"
+    (folder / "ini").write_text(
+        f"[databases]\n* = {inner}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        "auth_type = any\npool_mode = transaction\ndefault_pool_size = 2\n"
+    )
+    for path in (folder, folder / "ini"):
+        os.chown(path, *server.account)
+    options = {"cwd": folder, **server.account.options()}
+    silent = subprocess.DEVNULL
+    process = subprocess.Popen([program, folder / "ini"], stdout=silent, stderr=silent, **options)
+
+    def ready() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return True
+        return False
+
+    try:
+        wait_until(ready)
+        yield f"postgresql://anybody@127.0.0.1:{port}/postgres"
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder)
+
+
 LET_GO = (
     "SELECT count(pg_terminate_backend(pid)) FROM pg_locks JOIN pg_stat_activity USING (pid)"
     " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
@@ -182,6 +219,7 @@ def pg(pg_server: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
     monkeypatch.setattr(db, "CHECK_LIMIT", HANG_LIMIT)
     monkeypatch.setattr(db, "CLOSE_LIMIT", HANG_LIMIT)
     monkeypatch.setattr(db, "BACK_OFF", AT_ONCE)
+    monkeypatch.setattr(writer_module, "BACK_OFF", AT_ONCE)
     return pg_server
 
 
@@ -216,7 +254,7 @@ async def pg_history(url: str, **options: Any) -> AsyncIterator[History]:
     async with pg_open(url) as database:
         history = History(database)
         if options:
-            history.writer = db.Writer(database, history._insert, **options)
+            history.writer = writer_module.Writer(database, history._insert, **options)
         writing = asyncio.create_task(history.writer.run())
         yield history
         await history.writer.close(writing, HANG_LIMIT)
