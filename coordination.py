@@ -469,11 +469,6 @@ class Visited(Generic[K]):
     def __len__(self) -> int:
         return len(self._keys)
 
-    def keys(self) -> set[K]:
-        """A copy."""
-        with self._lock:
-            return set(self._keys)
-
     def stats(self) -> VisitedStats:
         """The counts of this moment."""
         with self._lock:

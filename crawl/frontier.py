@@ -10,56 +10,30 @@ Promised
   changes (Crawl-delay, ``adaptive``) the bound holds with what each rate allowed in its time.
 - What crawl/scheduler.py promises of which host goes next, and crawl/robots_gate.py of what robots.txt forbids.
 
-``Frontier`` is put together of parts that have one job each: the queue of each host (crawl/hosts.py), how fast it may
-go and how many pages it has (crawl/limits.py), which goes next (``Scheduler``), and what may not (``RobotsGate``).
+``Frontier`` is put together of parts that have one job each: what is taken in (``Intake``), the queue of each host
+(crawl/hosts.py), how fast it may go and how many pages it has (crawl/limits.py), which goes next (``Scheduler``), and
+what may not (``RobotsGate``).
 ``Frontier._lock`` guards all of them; each bucket and the visited set have locks of their own below it.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
-from coordination import Visited, new_lock
+from coordination import new_lock
 from crawl.addresses import names_private
-from crawl.errors import FetchError, Postponed
+from crawl.errors import FetchError
 from crawl.hosts import FrontierStats, HostQueue, Kind, Question, UrlRun
-from crawl.limits import HostLimits, Outcome
+from crawl.intake import Intake, parse_list
+from crawl.limits import HostLimits, Outcome, SendGate
 from crawl.model import Request
 from crawl.robots import Rules
 from crawl.robots_gate import ROBOTS_AGAIN, RULES_BYTES, RobotsGate, why_forbidden
 from crawl.scheduler import Scheduler
 from crawl.urls import host_of, normalise, origin
-from primitives import NANOSECOND, TokenBucket
-
-
-class Contents(NamedTuple):
-    """All that a frontier holds, for others to go on with."""
-
-    visited: set[str]
-    pages: int
-    host_pages: dict[str, int]  # where there is a cap
-    waiting: dict[str, dict[UrlRun, list[str]]]  # targets by host, and by what they have in common
-
-
-def parse_list(
-    texts: Iterable[str], kind: Kind, is_private: Callable[[str], bool]
-) -> tuple[list[tuple[str, str, str, UrlRun]], list[Request]]:
-    """(line, target, host, what it has in common) of the lines that are URLs, and refused requests for the others."""
-    known: list[tuple[str, str, str, UrlRun]] = []
-    refused: list[Request] = []
-    open_run, private_run = UrlRun(0, False, kind, listed=True), UrlRun(0, True, kind, listed=True)
-    for text in texts:
-        try:
-            target, host_name = normalise(text)
-        except FetchError as error:
-            refused.append(Request(text, text, "", kind=kind, error=error))
-        else:
-            known.append((text, target, host_name, private_run if is_private(host_name) else open_run))
-    return known, refused
+from primitives import NANOSECOND
 
 
 def say_when(
@@ -117,8 +91,7 @@ class Frontier:
         private: Callable[[str], bool] = names_private,
     ) -> None:
         self._per_host, self._lead, self._robots_ttl, self._private = per_host, lead, robots_ttl, private
-        self._total_schedule = TokenBucket(total_rate) if total_rate else None
-        self._total_gate = TokenBucket(total_rate) if total_rate else None
+        self._gate = SendGate(total_rate)
         self._lock = new_lock("Frontier")
         self._hosts: dict[str, HostQueue] = {}
         self._refused: deque[Request] = deque()
@@ -127,10 +100,10 @@ class Frontier:
             self._hosts, self._limits, self._refused, enabled=robots, rules_bytes=rules_bytes, lead=lead
         )
         self._scheduler = Scheduler(self._hosts, self._limits, self._robots, per_host=per_host, lead=lead)
-        self._visited: Visited[str] = Visited()
-        self._in_flight = self._capped = 0
+        self._intake = Intake(self._limits, self._scheduler)
+        self._in_flight = 0
         self._closed = self._stopped = self._grows = False
-        self._until = self._lease_end = math.inf
+        self._until = math.inf
 
     # What is found
 
@@ -138,14 +111,12 @@ class Frontier:
         """Add URLs as they stand in a list; each distinct one once. Returns how many were new."""
         known, refused = parse_list(texts, kind, self._private)
         with self._lock:
-            before = len(self._visited)
-            for text, target, host_name, run in known:
-                self._add(text, target, host_name, run, now)
+            new = sum(self._intake.add(*line, now) for line in known)
             for request in refused:
-                if self._visited.add(request.url):
-                    self._refused.append(request)
-                    self._scheduler.waiting += 1
-            return len(self._visited) - before
+                if self._intake.visited.add(request.url):
+                    self._refuse(request)
+                    new += 1
+            return new
 
     def add_links(
         self, targets: Iterable[str], depth: int, now: float, *, private: bool = False, kind: Kind = "page"
@@ -160,15 +131,12 @@ class Frontier:
             if self._closed and not self._scheduler.waiting and not self._in_flight:
                 raise ValueError("links were added after the end of the crawl")
             self._grows = True
-            return sum(self._add(target, target, host_name, run, now) for target, host_name in found)
+            return sum(self._intake.add(target, target, host_name, run, now) for target, host_name in found)
 
     def mark(self, target: str, *, counts: bool = False) -> bool:
         """Take ``target`` for visited without fetching it; True if it was new. ``counts``: as a page under the caps."""
         with self._lock:
-            new = self._visited.add(target)
-            if new and counts:
-                self._limits.count_page(host_of(target), 1)
-            return new
+            return self._intake.mark(target, counts)
 
     def close(self) -> None:
         """No more URLs will be added from outside."""
@@ -182,7 +150,7 @@ class Frontier:
         with self._lock:
             if self._stopped or now >= self._until:
                 return None
-            if now >= self._lease_end:
+            if now >= self._gate.lease_end:
                 return self._until - now
             decision = self._take(now)
             return min(decision, self._until - now) if isinstance(decision, float) else decision
@@ -204,8 +172,7 @@ class Frontier:
     def is_unmetered(self, request: Request, now: float) -> bool:
         """Whether the request may be sent now, and needs no token for it."""
         with self._lock:
-            host = self._hosts[request.host]
-            return not (host.gate or self._total_gate) and host.paused_until <= now < self._lease_end
+            return self._gate.is_open(self._hosts[request.host], now)
 
     def clear_to_send(self, request: Request, now: float, ahead: float = 0.0) -> float:
         """0.0, or at most ``ahead``: send in so many seconds, the tokens are taken. Else when to ask again.
@@ -214,18 +181,7 @@ class Frontier:
         the worker puts the request back instead of waiting for it.
         """
         with self._lock:
-            if now >= self._lease_end:
-                raise Postponed
-            host = self._hosts[request.host]
-            gates = [gate for gate in (host.gate, self._total_gate) if gate]
-            wait = max(host.paused_until - now, *(gate.wait_for(1, now) for gate in gates), 0.0)
-            if wait > 1.0:
-                raise Postponed
-            if wait > max(ahead, NANOSECOND):
-                return wait
-            for gate in gates:
-                gate.reserve(1, now)
-            return wait if wait > NANOSECOND else 0.0
+            return self._gate.clear(self._hosts[request.host], now, ahead)
 
     def stop(self) -> None:
         """Hand out nothing more."""
@@ -242,11 +198,7 @@ class Frontier:
     def pause(self, host_name: str, until: float, now: float) -> None:
         """Send nothing to this host before ``until`` (Retry-After)."""
         with self._lock:
-            host = self._scheduler.host(host_name)
-            host.paused_until = max(host.paused_until, until)
-            for bucket in (host.schedule, host.gate):
-                if bucket:
-                    bucket.pause(until)
+            self._scheduler.host(host_name).pause(until)
 
     def robots_known(self, origin_: str, rules: Rules | None, now: float, *, ttl: float | None = None) -> None:
         """The rules of an origin (``crawl.urls.origin``), good for ``ttl`` seconds (None: ``robots_ttl``).
@@ -254,8 +206,10 @@ class Frontier:
         Told before the request is finished. A delay lowers the rate of the host, to a burst of 1. ``rules`` None: they
         could not be read, which is believed for ``ROBOTS_AGAIN``.
         """
+        usual = self._robots_ttl if rules else ROBOTS_AGAIN
         with self._lock:
-            self._learn_rules(origin_, rules, now, ttl)
+            if host := self._robots.learn(origin_, rules, now, usual if ttl is None else ttl):
+                self._scheduler.schedule(host, now)
 
     def report(self, request: Request, outcome: Outcome, seconds: float, now: float) -> None:
         """How a request went that took ``seconds``: before ``finish`` or ``put_back``. Only ``adaptive`` listens."""
@@ -270,8 +224,8 @@ class Frontier:
     def finish(self, request: Request, now: float) -> None:
         """The request is done with: its row is written."""
         with self._lock:
-            if request.kind == "robots" and self._robots.is_asking(name := origin(request.url)):
-                self._learn_rules(name, None, now, None)
+            if request.kind == "robots" and (host := self._robots.give_up(origin(request.url), now)):
+                self._scheduler.schedule(host, now)
             self._leave(request, now)
 
     def put_back(
@@ -281,7 +235,7 @@ class Frontier:
         with self._lock:
             self._leave(request, now)
             request.target, request.host = target or request.target, host_name or request.host
-            self._enqueue(request, not_before, now)
+            self._scheduler.put_back(request, not_before, now)
 
     # What others hand over, and have again
 
@@ -289,10 +243,9 @@ class Frontier:
         """Take in a request that somebody else knows too: whether its URL was seen is not asked here."""
         with self._lock:
             if request.error:
-                self._refused.append(request)
-                self._scheduler.waiting += 1
+                self._refuse(request)
             else:
-                self._enqueue(request, not_before, now)
+                self._scheduler.put_back(request, not_before, now)
 
     def pass_on(self, request: Request, now: float) -> None:
         """The request goes on elsewhere. If it is for robots.txt, its host waits for ``robots_known``."""
@@ -304,29 +257,18 @@ class Frontier:
         with self._lock:
             self._limits.forget(name)
             self._robots.forget(name)
-            host = self._hosts.get(name)
-            if host is None:
-                return []
-            left = [(at, request) for at, _, request in (*host.urgent, *host.delayed)]
-            host.urgent.clear()
-            host.delayed.clear()
-            self._scheduler.waiting -= len(left)
-            self._scheduler.schedule(host, now)
-            return left
+            return self._scheduler.evict(name, now)
 
     def load(self, name: str, now: float) -> tuple[int, float]:
         """(Requests in flight to a host, seconds until it may be sent another)."""
         with self._lock:
             host = self._hosts.get(name)
-            if host is None:
-                return 0, 0.0
-            wait = host.gate.wait_for(1, now) if host.gate else 0.0
-            return host.in_flight, max(wait, host.paused_until - now)
+            return (host.in_flight, host.turn_in(now)) if host else (0, 0.0)
 
     def lease(self, end: float) -> None:
         """Hand out and send nothing from ``end`` on, unless told another end before or then."""
         with self._lock:
-            self._lease_end = end
+            self._gate.lease_end = end
 
     # What it is doing
 
@@ -340,54 +282,16 @@ class Frontier:
         with self._lock:
             return self._limits.of(host_name)[0]
 
-    def contents(self) -> Contents:
-        """All that waits, to be stored."""
-        with self._lock:
-            waiting: dict[str, dict[UrlRun, list[str]]] = {}
-            for name, host in self._hosts.items():
-                found = waiting.setdefault(name, {})
-                for target, run in host.targets():
-                    found.setdefault(run, []).append(target)
-            return Contents(self._visited.keys(), self._limits.pages, self._limits.page_counts(), waiting)
-
     def explain(self, url: str, now: float) -> str:
         """Whether ``url`` would be fetched and why (not), now or when: one line. Looks through its host's queue."""
-        try:
-            target, name = normalise(url)
-        except FetchError as error:
-            return f"no: {error.detail}"
-        with self._lock:
-            rules, unread = self._robots.known(target, now)
-        asked = self._robots.enabled and not unread  # not under the lock: rules may take their time
-        forbidden = why_forbidden(rules, rules.allows(target) if rules else None) if asked else None
-        with self._lock:
-            host = self._hosts.get(name)
-            ahead = host.ahead(target) if host and target in self._visited else None
-            if self._stopped:
-                return "no: the crawl was stopped"
-            if target in self._visited and ahead is None:
-                return "no: requested already, or on its way"
-            if forbidden:
-                return f"no: {forbidden}"
-            if ahead is None and (full := self._limits.why_full(name)):
-                return f"no: {full} reached"
-            when = say_when(host, ahead or (0, now), self._limits.of(name)[0], self._per_host, unread, now)
-            return when if ahead is not None else f"{when}; not found yet"
+        return _explain(self, url, now)
 
     def stats(self) -> FrontierStats:
         """The counts of this moment."""
         with self._lock:
-            return FrontierStats(
-                self._scheduler.waiting,
-                self._in_flight,
-                len(self._hosts),
-                *self._visited.stats(),
-                self._closed,
-                self._scheduler.ready_hosts,
-                self._robots.blocked,
-                self._capped,
-                self._robots.forbidden,
-            )
+            queued = self._scheduler.waiting, self._in_flight, len(self._hosts), *self._intake.visited.stats()
+            kept_back = self._robots.blocked, self._intake.capped, self._robots.forbidden
+            return FrontierStats(*queued, self._closed, self._scheduler.ready_hosts, *kept_back)
 
     def __repr__(self) -> str:
         return f"<Frontier {self.waiting} waiting on {len(self._hosts)} hosts, {self._in_flight} in flight>"
@@ -409,10 +313,8 @@ class Frontier:
                 return question
             if not scheduler.waiting:
                 return None if self._closed and not self._in_flight else math.inf
-            if self._total_schedule and self._total_gate:
-                wait = max(self._total_schedule.wait_for(1, now), self._total_gate.wait_for(1, now)) - self._lead
-                if wait > NANOSECOND:
-                    return wait
+            if (wait := self._gate.wait(now) - self._lead) > NANOSECOND:
+                return wait
             if next_host := scheduler.next_host(now):
                 return self._hand_out(next_host, now)
             if not self._refused and not robots.sifting and not robots.questions:
@@ -421,55 +323,22 @@ class Frontier:
     def _hand_out(self, host: HostQueue, now: float) -> Request:
         self._scheduler.handed_out(now)
         ripe = now + self._lead + NANOSECOND
-        if host.urgent and host.urgent[0][0] <= ripe:
-            request = heapq.heappop(host.urgent)[2]
-            self._scheduler.waiting -= 1
-        elif asked := self._robots.enabled and self._robots.ask(host, now):
+        request = host.pop_urgent(ripe)
+        if request is None and self._robots.enabled and (asked := self._robots.ask(host, now)):
             request = asked
         else:
-            request = heapq.heappop(host.delayed)[2] if host.delayed_first(ripe) else host.pop_waiting(now)
+            request = request or host.pop(ripe, now)
             self._scheduler.waiting -= 1
         self._in_flight += 1
         host.in_flight += 1
-        for bucket in (host.schedule, self._total_schedule):
-            if bucket:
-                bucket.reserve(1, now)
+        self._gate.hand_out(host, now)
         request.last_of_host = self._closed and not self._grows and not host.has_work()
         self._scheduler.schedule(host, now)
         return request
 
-    def _add(self, text: str, target: str, host_name: str, run: UrlRun, now: float) -> bool:
-        page = run.kind == "page"
-        if page and self._limits.is_full(host_name):
-            self._capped += target not in self._visited
-            return False
-        # A feed of the list is polled in each run, whatever an article of that address was in this or an earlier one.
-        if not self._visited.add(target if run.kind != "feed" else f"feed {target}"):
-            return False
-        if page:
-            self._limits.count_page(host_name, 1)
-        host = self._scheduler.host(host_name)
-        idle = host.head >= len(host.waiting)
-        host.append(target if text == target else (text, target), run)
-        self._scheduler.added(host, idle, now)
-        return True
-
-    def _enqueue(self, request: Request, not_before: float, now: float) -> None:
-        host = self._scheduler.host(request.host)
-        host.put_back(request, not_before, self._scheduler.next_serial())
+    def _refuse(self, request: Request) -> None:
+        self._refused.append(request)
         self._scheduler.waiting += 1
-        self._scheduler.schedule(host, now)
-
-    def _learn_rules(self, origin_: str, rules: Rules | None, now: float, ttl: float | None) -> None:
-        name = host_of(origin_)
-        usual = self._robots_ttl if rules else ROBOTS_AGAIN
-        self._robots.rules.keep(origin_, name, rules, now + (usual if ttl is None else ttl))
-        if rules:
-            self._limits.learn_delay(name, origin_, rules.delay)
-            if host := self._hosts.get(name):
-                self._limits.apply(host, now)
-        if host := self._robots.release(origin_):
-            self._scheduler.schedule(host, now)
 
     def _leave(self, request: Request, now: float) -> None:
         self._in_flight -= 1
@@ -483,3 +352,27 @@ class Frontier:
             self._scheduler.schedule(host, now)
         else:
             self._scheduler.forget_idle(host, now)
+
+
+def _explain(frontier: Frontier, url: str, now: float) -> str:
+    try:
+        target, name = normalise(url)
+    except FetchError as error:
+        return f"no: {error.detail}"
+    with frontier._lock:
+        rules, unread = frontier._robots.known(target, now)
+    asked = frontier._robots.enabled and not unread  # not under the lock: rules may take their time
+    forbidden = why_forbidden(rules, rules.allows(target) if rules else None) if asked else None
+    with frontier._lock:
+        host = frontier._hosts.get(name)
+        ahead = host.ahead(target) if host and target in frontier._intake.visited else None
+        if frontier._stopped:
+            return "no: the crawl was stopped"
+        if target in frontier._intake.visited and ahead is None:
+            return "no: requested already, or on its way"
+        if forbidden:
+            return f"no: {forbidden}"
+        if ahead is None and (full := frontier._limits.why_full(name)):
+            return f"no: {full} reached"
+        when = say_when(host, ahead or (0, now), frontier._limits.of(name)[0], frontier._per_host, unread, now)
+        return when if ahead is not None else f"{when}; not found yet"

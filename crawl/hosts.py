@@ -110,6 +110,32 @@ class HostQueue:
             url, target, self.name, run.depth, started=now, kind=run.kind, private=run.private, listed=run.listed
         )
 
+    def pop_urgent(self, ripe: float) -> Request | None:
+        """Takes out the first request for robots.txt that was put back, if it may go by ``ripe``."""
+        return heapq.heappop(self.urgent)[2] if self.urgent and self.urgent[0][0] <= ripe else None
+
+    def pop(self, ripe: float, now: float) -> Request:
+        """Takes out the one that goes next; there is one."""
+        return heapq.heappop(self.delayed)[2] if self.delayed_first(ripe) else self.pop_waiting(now)
+
+    def pause(self, until: float) -> None:
+        """Nothing goes before."""
+        self.paused_until = max(self.paused_until, until)
+        for bucket in (self.schedule, self.gate):
+            if bucket:
+                bucket.pause(until)
+
+    def turn_in(self, now: float) -> float:
+        """Seconds until it may be sent another request."""
+        return max(self.gate.wait_for(1, now) if self.gate else 0.0, self.paused_until - now)
+
+    def drop_put_back(self) -> list[tuple[float, Request]]:
+        """Takes out all that was put back: (not before, request)."""
+        left = [(at, request) for at, _, request in (*self.urgent, *self.delayed)]
+        self.urgent.clear()
+        self.delayed.clear()
+        return left
+
     def delayed_first(self, ripe: float) -> bool:
         """Whether what was put back goes next: it may by ``ripe``, or nothing else waits."""
         return bool(self.delayed) and (self.delayed[0][0] <= ripe or self.head >= len(self.waiting))

@@ -24,8 +24,9 @@ Promised
   lost never: it stays in the queue until then, and the links of a page enter before or with its row.
 - After a connection broke in a commit, the same batch is sent again; its number says if it was applied. It also says
   if earlier ones are gone: a replica that lacks them was promoted, or a backup is in the database's place. Then the
-  worker drops its hosts, tells again what it read of its list within ``KEPT`` seconds, and joins anew; what pages said
-  is found again, for they are in the queue again. No host is given out meanwhile until all leases of before have ended.
+  worker drops its hosts, tells again what it read of its list within ``crawl.outbox.KEPT`` seconds, and joins anew;
+  what pages said is found again, for they are in the queue again. No host is given out meanwhile until all leases of
+  before have ended.
 - What a dead worker held waits for a lease at most, and what was in flight there is asked for again. That was perhaps
   the death of it: the host's next URLs are tried one at a time. The one that is the death of a second worker waits for
   one that has nothing else; if that dies too, its row is ``internal``.
@@ -42,34 +43,26 @@ Locks: ``SharedFrontier._guard`` is taken before the frontier's own.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import uuid
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from coordination import new_lock
-from crawl.addresses import names_private
 from crawl.errors import FetchError
 from crawl.frontier import Frontier
 from crawl.hosts import Kind
 from crawl.model import Request, ScrapeResult
+from crawl.outbox import AT_ONCE, Outbox
 from crawl.robots import DISALLOW_ALL, Rules
 from crawl.rows import build_row
-from crawl.sync import Done, Found, Link, Move, Note, Queued, SyncAnswer, SyncBatch, clean, hashed
+from crawl.sync import Done, Found, Move, Note, Queued, SyncAnswer, SyncBatch
 from crawl.urls import host_of, normalise
 from crawl.urls import origin as origin_of
 
 LEASE = 30.0  # seconds
 MARGIN = 0.2  # share of a lease in which its worker sends nothing any more
-AT_ONCE = 500  # finished URLs that are not kept waiting for that; ten times as many make the tasks wait
-LINKS = 20_000  # found URLs in one batch
 PORTION = 200  # URLs of a host that a worker has at most
 DELEGATED = 90.0  # seconds that a host waits for its robots.txt from a host that another worker holds
-MAX_HOST = 255
-TOLD = 200_000  # found URLs of which it is kept in mind that they were told
-KEPT, KEPT_LINES = 300.0, 50_000  # seconds, and how many at most, that lines of the list are kept after they were told
 ALONE = 2  # workers that died with a URL, the second one with nothing else, before its row says so
 
 
@@ -87,108 +80,6 @@ class _Held:
         self.alone = alone  # nothing else is held until its first URL is done
 
 
-class Outbox:
-    """What is to be told to the tables, and what is to be told again if they forget it."""
-
-    def __init__(self, length: float) -> None:
-        self._length = length
-        self.batch = SyncBatch(None, 0, length)  # in the making
-        self.scoped = False  # the hosts of the list matter
-        self.halved = False  # the rest of a batch waits
-        self._told: set[uuid.UUID] = set()
-        self._kept: deque[tuple[float, list[Link]]] = deque()
-
-    def add_list(self, texts: Iterable[str]) -> None:
-        """Lines of a list."""
-        for raw in texts:
-            text = clean(raw)
-            try:
-                target, host = normalise(text)
-                if len(host) > MAX_HOST:
-                    raise FetchError("invalid_url", "host name too long")
-            except FetchError:
-                self.batch.links.append(Link(hashed(text), "", text, text))
-            else:
-                link = Link(hashed(target), host, text, target, private=names_private(host))
-                self.batch.links.append(link)
-                self._add_scope([link])
-
-    def _add_scope(self, links: Iterable[Link]) -> None:
-        if self.scoped:
-            self.batch.scope += [link.target for link in links if link.host]
-
-    def add_links(self, targets: Iterable[str], depth: int, private: bool, kind: Kind) -> int:
-        """Those that were not told yet. Returns how many."""
-        before = len(self.batch.links)
-        for target in targets:
-            key, host = hashed(target), host_of(target)
-            if key not in self._told and len(host) <= MAX_HOST:
-                if len(self._told) >= TOLD:
-                    self._told.clear()
-                self._told.add(key)
-                self.batch.links.append(Link(key, host, target, target, depth, kind, private))
-        return len(self.batch.links) - before
-
-    def take(self) -> SyncBatch:
-        """All that there is, or ``LINKS`` of the links."""
-        batch, self.batch, self.halved = self.batch, SyncBatch(None, 0, self._length), False
-        self.batch.links, batch.links = batch.links[LINKS:], batch.links[:LINKS]
-        return batch
-
-    def halve(self, batch: SyncBatch) -> bool:
-        """Keep half of what ``batch`` tells, which was not applied; the rest goes before what comes next.
-
-        False if there is nothing to halve. Links stay before the rows of their pages, and rows before their host goes.
-        """
-        rest, later = dataclasses.replace(batch, links=[], done=[], robots=[], claim=0), self.batch
-        if len(batch.links) > 1 or (batch.links and batch.done):
-            half = max(1, len(batch.links) // 2)
-            batch.links, rest.links, rest.done = batch.links[:half], batch.links[half:], batch.done
-            batch.done, batch.reading = [], True
-        elif len(batch.done) > 1:
-            half = len(batch.done) // 2
-            batch.done, rest.done = batch.done[:half], batch.done[half:]
-        else:
-            return False
-        half = len(batch.scope) // 2
-        batch.scope, rest.scope = batch.scope[:half], batch.scope[half:]
-        for name in ("links", "scope", "done", "moves", "delegated", "again", "robots"):
-            setattr(later, name, getattr(rest, name) + getattr(later, name))
-        later.notes |= batch.notes
-        batch.moves, batch.delegated, batch.again, batch.notes = [], [], [], {}
-        batch.held += [name for name, note in later.notes.items() if note.back]  # they are told of, not claimed
-        self.halved = True
-        return True
-
-    def was_told(self, batch: SyncBatch, now: float) -> None:
-        """The tables have it. Lines of the list are kept for a while."""
-        if listed := [link for link in batch.links if not link.depth]:
-            self._kept.append((now, listed))
-        while self._kept and (self._kept[0][0] < now - KEPT or sum(len(links) for _, links in self._kept) > KEPT_LINES):
-            self._kept.popleft()
-
-    def tell_again(self, batch: SyncBatch) -> None:
-        """``batch`` did not reach the tables, and they may have forgotten what was told before. What was finished, or
-        is given back, is no longer ours to tell."""
-        old, kept = self.batch, [link for _, links in self._kept for link in links]
-        self._told.clear()
-        self._kept.clear()
-        self.batch = SyncBatch(None, 0, self._length)
-        self.batch.links, self.batch.robots = kept + batch.links + old.links, batch.robots + old.robots
-        self.batch.scope = batch.scope + old.scope
-        self.batch.notes = {name: note._replace(back=False) for name, note in batch.notes.items() if note.wait}
-        self._add_scope(kept)
-
-    def backlog(self) -> int:
-        """How much waits, in finished URLs."""
-        return max(len(self.batch.done), len(self.batch.links) * AT_ONCE // LINKS)
-
-    def is_empty(self) -> bool:
-        """Whether all is told."""
-        out = self.batch
-        return not (out.done or out.links or out.moves or out.scope or out.again)
-
-
 class SharedFrontier(Frontier):
     """A ``Frontier`` over the hosts that this worker holds, and what it has to tell the database.
 
@@ -200,7 +91,7 @@ class SharedFrontier(Frontier):
         self.length, self.margin, self.most = length, margin, hosts
         self.follows = self.knows_first = False
         self.on_scope: Callable[[str], None] = lambda url: None
-        self.as_duplicate: Callable[[Request, str], ScrapeResult] = _no_row
+        self.form = ScrapeResult  # what rows are
         self.rules_of: Callable[[Found], Rules] = lambda found: found.rules("")
         self.token: int | None = None
         self.reading = False
@@ -299,8 +190,8 @@ class SharedFrontier(Frontier):
             checked = self.follows and request.kind == "page"
             if checked and not request.depth:
                 out.scope.append(target)
-            to = _queued(request, host_name, 0, target, None)
-            out.moves.append(Move(host, id_, to, self.as_duplicate(request, target) if checked else None))
+            seen = build_row(request, FetchError("duplicate", f"redirects to {target}"), self.form) if checked else None
+            out.moves.append(Move(host, id_, _queued(request, host_name, 0, target, None), seen))
 
     # What is told to the database, and what comes back
 
@@ -487,10 +378,6 @@ class SharedFrontier(Frontier):
         self._keys.clear()
         self._asked.clear()
         self.token, self._serial, self._share, self._scope_after = None, 0, math.inf, 0
-
-
-def _no_row(request: Request, target: str) -> ScrapeResult:
-    return build_row(request, FetchError("duplicate", f"redirects to {target}"))
 
 
 def _queued(request: Request, host: str, id_: int, target: str, wait: float | None) -> Queued:

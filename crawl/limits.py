@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from crawl.errors import Postponed
 from crawl.hosts import HostQueue
-from primitives import TokenBucket
+from primitives import NANOSECOND, TokenBucket
 
 Outcome = Literal["ok", "refused", "timeout"]
 
@@ -71,6 +72,45 @@ class HostRecord:
         self.pages = 0
         self.pace: Pace | None = None
         self.delays: dict[str, float] | None = None  # Crawl-delay of each origin that has one
+
+
+class SendGate:
+    """Leave to be handed out, and to be sent: the buckets of a host, and those of all hosts together."""
+
+    def __init__(self, total_rate: float) -> None:
+        self.schedule, self.gate = (TokenBucket(total_rate) if total_rate else None for _ in range(2))
+        self.lease_end = math.inf  # nothing is sent from then on
+
+    def wait(self, now: float) -> float:
+        """Seconds until the rate of all hosts lets another request leave."""
+        return max((bucket.wait_for(1, now) for bucket in (self.schedule, self.gate) if bucket), default=0.0)
+
+    def hand_out(self, host: HostQueue, now: float) -> None:
+        """A request leaves."""
+        for bucket in (host.schedule, self.schedule):
+            if bucket:
+                bucket.reserve(1, now)
+
+    def is_open(self, host: HostQueue, now: float) -> bool:
+        """Whether a request may be sent now, and needs no token for it."""
+        return not (host.gate or self.gate) and host.paused_until <= now < self.lease_end
+
+    def clear(self, host: HostQueue, now: float, ahead: float) -> float:
+        """0.0, or at most ``ahead``: send in so many seconds, the tokens are taken. Else when to ask again.
+
+        Raises Postponed where that would be longer than a second.
+        """
+        if now >= self.lease_end:
+            raise Postponed
+        gates = [gate for gate in (host.gate, self.gate) if gate]
+        wait = max(host.paused_until - now, *(gate.wait_for(1, now) for gate in gates), 0.0)
+        if wait > 1.0:
+            raise Postponed
+        if wait > max(ahead, NANOSECOND):
+            return wait
+        for gate in gates:
+            gate.reserve(1, now)
+        return wait if wait > NANOSECOND else 0.0
 
 
 class HostLimits:
@@ -166,7 +206,3 @@ class HostLimits:
         self.pages += n
         if self._host_pages < math.inf:
             self.record(name).pages += n
-
-    def page_counts(self) -> dict[str, int]:
-        """Of the hosts that have any, where there is a cap."""
-        return {name: record.pages for name, record in self._records.items() if record.pages}

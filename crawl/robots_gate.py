@@ -22,7 +22,7 @@ from crawl.hosts import HostQueue, Question
 from crawl.limits import HostLimits
 from crawl.model import Request
 from crawl.robots import Rules
-from crawl.urls import origin
+from crawl.urls import host_of, origin
 from primitives import NANOSECOND
 
 ROBOTS_AGAIN = 300.0  # seconds until a robots.txt that could not be read is asked for again; all is forbidden meanwhile
@@ -161,10 +161,20 @@ class RobotsGate:
             host.cleared = None
         return host
 
-    def is_asking(self, name: str) -> bool:
-        """Whether the robots.txt of an origin is being read."""
+    def learn(self, name: str, rules: Rules | None, now: float, ttl: float) -> HostQueue | None:
+        """The rules of an origin; None: they could not be read. The host that may go on."""
+        host = host_of(name)
+        self.rules.keep(name, host, rules, now + ttl)
+        if rules:
+            self._limits.learn_delay(host, name, rules.delay)
+            if queue := self._hosts.get(host):
+                self._limits.apply(queue, now)
+        return self.release(name)
+
+    def give_up(self, name: str, now: float) -> HostQueue | None:
+        """The robots.txt of an origin, should it still be asked for, cannot be had."""
         known = self.rules.get(name)
-        return known is not None and known.asking
+        return self.learn(name, None, now, ROBOTS_AGAIN) if known and known.asking else None
 
     def sift(self, host: HostQueue, now: float) -> bool:
         """Move what is forbidden from the head of the host's queues to what is handed out as refused. True if that is

@@ -22,6 +22,7 @@ from collections import deque
 
 from crawl.hosts import HostQueue
 from crawl.limits import HostLimits
+from crawl.model import Request
 from crawl.robots_gate import RobotsGate
 from primitives import NANOSECOND
 
@@ -53,6 +54,13 @@ class Scheduler:
         """A number above all before."""
         self._serial += 1
         return self._serial
+
+    def put_back(self, request: Request, not_before: float, now: float) -> None:
+        """Have a request wait that was handed out, here or elsewhere."""
+        host = self.host(request.host)
+        host.put_back(request, not_before, self.next_serial())
+        self.waiting += 1
+        self.schedule(host, now)
 
     def host(self, name: str) -> HostQueue:
         """The queue of a host, a new one if there is none."""
@@ -102,6 +110,16 @@ class Scheduler:
             self.schedule(host, now)
         elif host.due == -math.inf and not host.work() & (host.work() - 1):
             self._rank(host)  # its work has doubled since
+
+    def evict(self, name: str, now: float) -> list[tuple[float, Request]]:
+        """Take out what was put back on a host: (not before, request)."""
+        host = self._hosts.get(name)
+        if host is None:
+            return []
+        left = host.drop_put_back()
+        self.waiting -= len(left)
+        self.schedule(host, now)
+        return left
 
     def handed_out(self, now: float) -> None:
         """Measures how long workers take to come back for more."""

@@ -25,11 +25,11 @@ import orjson
 from coordination import WorkerPool, cancel_all, wait_for_event
 from crawl.core import Crawl
 from crawl.errors import FetchError
-from crawl.lease import AT_ONCE, LEASE, SharedFrontier
+from crawl.lease import LEASE, SharedFrontier
 from crawl.model import Options, Request, Response, ScrapeResult
+from crawl.outbox import AT_ONCE
 from crawl.robots import says_nothing
 from crawl.robots_gate import ROBOTS_AGAIN
-from crawl.rows import build_row
 from crawl.sync import Found
 from crawl.tables import SCHEMA, NotApplied, PgStore
 from crawl.urls import origin as origin_of
@@ -94,11 +94,10 @@ class SharedCrawl(Crawl):
         super().__init__(options, clock=clock, frontier=make, lead=lead)
         assert isinstance(self.frontier, SharedFrontier)
         self.mine = self.frontier
-        self.mine.follows, self.mine.knows_first = self.follows, self.knows_first
+        self.mine.follows, self.mine.knows_first, self.mine.form = self.follows, self.knows_first, self.form
         self.mine.outbox.scoped = self.follows or self.listed.origins is not None
-        self.mine.on_scope = self._know
+        self.mine.on_scope = self.listed.know
         self.mine.rules_of = lambda found: found.rules(options.user_agent)
-        self.mine.as_duplicate = self._as_duplicate
         self._server = server
         self._database = Database(None)
         self._wake: asyncio.Event
@@ -113,22 +112,15 @@ class SharedCrawl(Crawl):
         """How often all that was told has had to be told again."""
         return self.mine.leases_lost
 
-    def _know(self, url: str) -> None:
-        self.listed.know(url)
-
-    def _as_duplicate(self, request: Request, target: str) -> ScrapeResult:
-        return build_row(request, FetchError("duplicate", f"redirects to {target}"), self.form)
-
     def complete(self, request: Request, outcome: Response | FetchError) -> ScrapeResult | None:
         """Also kept for the database, which stores it before it is written."""
-        row = super().complete(request, outcome)
-        if row is not None:
-            self.mine.keep(request, row)
-        return row
+        return self._kept(request, super().complete(request, outcome))
 
     def broken(self, request: Request, error: FetchError) -> ScrapeResult | None:
         """Kept like those of ``complete``."""
-        row = super().broken(request, error)
+        return self._kept(request, super().broken(request, error))
+
+    def _kept(self, request: Request, row: ScrapeResult | None) -> ScrapeResult | None:
         if row is not None:
             self.mine.keep(request, row)
         return row
@@ -136,8 +128,8 @@ class SharedCrawl(Crawl):
     def learn_robots(self, request: Request, outcome: Response | FetchError) -> None:
         """Also told to the other workers, unless it is only this run that ended."""
         if not (isinstance(outcome, FetchError) and outcome.kind in ("interrupted", "internal")):
-            answered = isinstance(outcome, Response)
-            status, body = (outcome.status, outcome.body) if answered else (None, outcome.kind.encode())  # type: ignore[union-attr]
+            status = outcome.status if isinstance(outcome, Response) else None
+            body = outcome.body if isinstance(outcome, Response) else outcome.kind.encode()
             ttl = ROBOTS_AGAIN if says_nothing(outcome) else 86400.0
             self.mine.found_robots(Found(origin_of(request.url), status, body, request.target, ttl))
         super().learn_robots(request, outcome)

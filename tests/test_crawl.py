@@ -899,7 +899,7 @@ def test_counts_agree_and_nothing_is_kept(driver: str, walked: Web, tmp_path: Pa
     walk(driver, crawl, [walked.url("0/"), "not a URL"], emit)
     assert max(kept.values()) <= 12, kept
     assert crawl.frontier._hosts == {}
-    assert (len(crawl.frontier._visited), len(crawl.bodies)) == (86, 81)
+    assert (len(crawl.frontier._intake.visited), len(crawl.bodies)) == (86, 81)
     text = walk_metrics(crawl)
     with open(tmp_path / "stats", "a", encoding="utf-8") as file:
         write_stats(crawl, file)

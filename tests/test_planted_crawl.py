@@ -17,6 +17,7 @@ from crawl import sync
 from crawl.errors import Postponed
 from crawl.frontier import Frontier
 from crawl.hosts import HostQueue
+from crawl.intake import Intake
 from crawl.limits import HostLimits
 from crawl.model import Request
 from crawl.robots_gate import RobotsGate
@@ -47,7 +48,7 @@ class ForgetfulFrontier(Frontier):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._visited = ForgetfulVisited()
+        self._intake.visited = ForgetfulVisited()
 
 
 class LosingScheduler(Scheduler):
@@ -125,7 +126,7 @@ class PlantedRace(Frontier):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._visited = PlantedVisited()
+        self._intake.visited = PlantedVisited()
 
 
 class OpenGate(RobotsGate):
@@ -275,12 +276,18 @@ class PlantedUnanswered(Frontier):
             host.due = math.inf
 
 
+class FlatIntake(Intake):
+    def add(self, text: str, target: str, host_name: str, run: Any, now: float) -> bool:
+        host = self._scheduler._hosts.get(host_name)
+        return super().add(text, target, host_name, host.last_run if host and host.waiting else run, now)
+
+
 class PlantedFlat(Frontier):
     """Depth is that of the first of the queue."""
 
-    def _add(self, text: str, target: str, host_name: str, run: Any, now: float) -> bool:
-        host = self._hosts.get(host_name)
-        return super()._add(text, target, host_name, host.last_run if host and host.waiting else run, now)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._intake.__class__ = FlatIntake
 
 
 class UnfairScheduler(Scheduler):

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -27,7 +28,7 @@ from crawl.model import Options, Request, Response, ScrapeResult
 from runtime import postgres as db
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, until_async
-from tests.helpers.postgres import LET_GO, PgServer, bouncer, refusing
+from tests.helpers.postgres import LET_GO, PgServer, Proxy, bouncer, refusing
 
 
 @pytest.fixture
@@ -266,6 +267,9 @@ async def all_stored(server: PgServer, site: Sandbox) -> None:
     assert await server.do(count) == len(site.hosts) * site.pages
     assert await server.do("SELECT count(*) FROM crawl_queue") == 0
     assert await server.do("SELECT count(*) FROM crawl_hosts WHERE owner IS NOT NULL") == 0
+
+
+OPTIONS = Options(depth=20, rate=5.0, robots=False)
 
 
 NOTE = """if True:
@@ -576,3 +580,126 @@ def test_worker_with_helpers(program: str, shared_pg: PgServer, shared_site: San
     assert len(shared_site.log) - before == 80, "each page was asked for once"
     helpers = json.loads((tmp_path / "stats").read_text())["processes"]
     assert sum(helper["requests"] for helper in helpers) == 80 and all(helper["requests"] for helper in helpers)
+
+
+# ------------------------------------------------------------------------------------------- commits lost, workers lost
+
+
+@shared_test
+async def test_commits_that_are_lost_are_noticed_and_told_again(server: PgServer, store: ct.PgStore) -> None:
+    one = shared_start(server, robots=False)[0].mine
+    one.add_list(["http://a/", "http://b/"])
+
+    async def exchange() -> sync.SyncAnswer:
+        batch = one.plan(0.0)
+        answer = await store.sync(batch)
+        one.answered(batch, answer, 0.0, 0.0)
+        return answer
+
+    await exchange()
+    held = await exchange()
+    assert sorted(host for host, _ in held.hosts) == ["a", "b"]
+    one.add_links(["http://a/found"], 1, 0.0)
+    await exchange()
+    # What a server holds that lacks the last two commits, and half of the first one.
+    await server.do(
+        "UPDATE crawl_workers SET batch = batch - 2",
+        "UPDATE crawl_hosts SET owner = NULL, due = now(), waiting = 1",
+        "DELETE FROM crawl_queue WHERE host = 'b' OR depth > 0",
+        "DELETE FROM crawl_hosts WHERE host = 'b'",
+        "TRUNCATE crawl_seen",
+        f"INSERT INTO crawl_seen VALUES ('{sync.hashed('http://a/')}')",
+        "UPDATE crawl_server SET started = 'epoch'",
+    )
+    one.pause("a", 500.0, 0.0)
+    assert (await exchange()).token is None and one.leases_lost == 1 and one.load("a", 0.0)[0] == 0
+    assert isinstance(one.step(0.0), float), "nothing is sent any more"
+    again = await exchange()
+    assert again.token is not None and await server.do("SELECT count(*) FROM crawl_queue") == 2, "the list, told again"
+    assert not (await exchange()).hosts, "no host is given out until all leases of before have ended"
+    await server.do(
+        "UPDATE crawl_server SET grace_until = now() - '1 s'::interval", "UPDATE crawl_hosts SET spacing = 20"
+    )
+    claimed = await exchange()
+    assert [host for host, _ in claimed.hosts] == ["b"], "the other one asked for a pause"
+    wait = claimed.hosts[0][1]
+    assert wait is not None and 15 < wait < 20, "one interval after the last lease"
+
+
+@shared_test
+async def test_url_that_is_the_death_of_its_workers(server: PgServer, store: ct.PgStore) -> None:
+    """It costs three of them, and has its row; the URLs of other hosts go on."""
+    await store.sync(sync.SyncBatch(None, 1, 30.0, links=[*(link("a", f"/{n}") for n in range(3)), link("b")]))
+    seen = []
+    for _ in range(3):
+        worker = await store.sync(sync.SyncBatch(None, 1, 30.0))
+        answer = await store.sync(sync.SyncBatch(worker.token, 1, 30.0, claim=9, limit=9))
+        seen.append((len(answer.urls), sorted(answer.careful), answer.alone, answer.urls[0].deaths))
+        await server.do(ENDED)
+        await store.reap()
+    assert seen == [(4, [], False, 0), (2, ["a", "b"], False, 0), (1, ["a"], True, 1)]
+    worker = await store.sync(sync.SyncBatch(None, 1, 30.0))
+    other = await store.sync(sync.SyncBatch(worker.token, 1, 30.0, claim=9))
+    assert other.alone and [(one.host, one.deaths) for one in other.urls] == [("b", 1)]
+    batch = sync.SyncBatch(worker.token, 2, 30.0, claim=9, done=[shared_done(other.urls[0])])
+    answer = await store.sync(batch)
+    assert answer.alone and [(one.host, one.deaths) for one in answer.urls] == [("a", 2)]
+    crawl = shared_start(server)[0].mine
+    crawl.answered(crawl.plan(0.0), answer, 0.0, 0.0)
+    guilty = crawl.step(0.0)
+    assert isinstance(guilty, Request) and str(guilty.error) == "internal: 2 workers died with it"
+    notes = {"a": sync.Note(0.0, 0.0, True)}
+    rest = sync.SyncBatch(worker.token, 3, 30.0, claim=9, done=[shared_done(answer.urls[0])], notes=notes)
+    after = await store.sync(rest)
+    assert not after.alone and [(one.url, one.deaths) for one in after.urls] == [("http://a/1", 0)], "one at a time"
+
+
+STORED = "SELECT count(*) FROM crawl_results"
+REPLICATED = "-c", "wal_level=replica", "-c", "max_wal_senders=4", "-c", "hot_standby=on", "-c", "max_wal_size=200MB"
+
+
+def test_crawl_goes_on_at_a_replica_that_lacks_the_last_commits(
+    pg: PgServer, shared_site: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one, promoted: every page is stored once, and no host gets more than its rate."""
+    note(tmp_path / "noted", monkeypatch)
+    before = len(shared_site.log)
+    primary = pg.twin("primary", pg.fresh, *REPLICATED)
+    primary.start()  # its own log says from then on what replicas need
+    primary.stop()
+    replica = pg.twin("replica", primary.data, *REPLICATED)
+    (replica.data / "standby.signal").touch()
+    source = f"primary_conninfo = 'host=127.0.0.1 port={primary.port} user=postgres'"
+    (replica.data / "postgresql.conf").write_text(source)
+    proxy = Proxy(primary.port, lambda data: False)
+
+    def pages() -> int:
+        return len(shared_site.log) - before
+
+    async def run() -> None:
+        async with await asyncio.start_server(proxy.serve, "127.0.0.1", 0) as door:
+            url = f"postgresql://postgres@127.0.0.1:{door.sockets[0].getsockname()[1]}/postgres"
+            crawls = [shared_crawl.SharedCrawl(OPTIONS, url, length=2.0) for _ in range(2)]
+            urls = [shared_site.url("/", host) for host in range(4)]
+            work = [asyncio.create_task(shared_work(crawl, [], urls[i::2])) for i, crawl in enumerate(crawls)]
+            await until_async(lambda: pages() >= 12)
+            await replica.do("ALTER SYSTEM SET primary_conninfo = ''", "SELECT pg_reload_conf()")
+            await until_async(lambda: replica.do("SELECT count(*) = 0 FROM pg_stat_wal_receiver"))
+            few = await replica.do(STORED) + 4
+            await until_async(lambda: primary.do(f"SELECT ({STORED}) >= {few}"))
+            await asyncio.to_thread(primary.stop, signal.SIGQUIT)
+            proxy.port = replica.port
+            await replica.do("SELECT pg_promote()")
+            await asyncio.gather(*work)
+            assert max(crawl.mine.leases_lost for crawl in crawls) > 0
+            await all_stored(replica, shared_site)
+
+    try:
+        primary.start()
+        replica.start()
+        asyncio.run(run())
+    finally:
+        for server in (primary, replica):
+            if server.process is not None and server.process.poll() is None:
+                server.stop(signal.SIGQUIT)
+    assert rate_held(tmp_path / "noted", OPTIONS.rate) >= 80

@@ -205,7 +205,7 @@ def unused(checked: list[str]) -> list[str]:
 
 KNOWN = {
     "coordination": {"Visited.add": "crawl.frontier", "Semaphore.try_acquire": "api.pages"},
-    "primitives": {"TokenBucket.pause": "crawl.frontier", "Permit.ignore": "market.connect"},
+    "primitives": {"TokenBucket.pause": "crawl.hosts", "Permit.ignore": "market.connect"},
 }
 """Some uses, each of which is seen in another way."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import os
 import secrets
@@ -52,9 +53,25 @@ class PgServer:
             self.port = probe.getsockname()[1]
         self.url = f"postgresql://postgres:{password}@127.0.0.1:{self.port}/postgres"
         self.process: subprocess.Popen[bytes] | None = None
+        self.options: tuple[str, ...] = ()
+
+    def twin(self, name: str, source: Path, *options: str) -> PgServer:
+        """Another one, which is not started, of the data in ``source``, and with these options besides."""
+        other = copy.copy(self)
+        other.data, other.process, other.options = self.folder / name, None, options
+        shutil.rmtree(other.data, ignore_errors=True)
+        self.copy_of(source, other.data)
+        (other.data / "pg_hba.conf").write_text("host all,replication all 127.0.0.1/32 trust\n")
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            other.port = probe.getsockname()[1]
+        other.url = f"postgresql://postgres@127.0.0.1:{other.port}/postgres"
+        return other
 
     def copy_fresh(self, folder: Path) -> None:
-        shutil.copytree(self.fresh, folder)
+        self.copy_of(self.fresh, folder)
+
+    def copy_of(self, source: Path, folder: Path) -> None:
+        shutil.copytree(source, folder)
         for path in (folder, *folder.rglob("*")):
             os.chown(path, *self.account)
 
@@ -65,6 +82,7 @@ class PgServer:
             str(self.bin / "postgres"), "-D", here, "-h", "127.0.0.1", "-p", str(self.port), "-k", "",
             "-c", "fsync=off", "-c", "full_page_writes=off", "-c", "shared_buffers=16MB", "-c", "max_connections=40",
             "-c", "wal_level=minimal", "-c", "max_wal_senders=0", "-c", "autovacuum=off", "-c", "io_method=sync",
+            *self.options,
         ]  # fmt: skip
         pid_file = self.data / "postmaster.pid"
 
@@ -75,7 +93,7 @@ class PgServer:
                 self.process = subprocess.Popen(command, stdout=silent, stderr=silent, **options)
             with contextlib.suppress(OSError):
                 lines = pid_file.read_text().split()
-                return lines[:1] == [str(self.process.pid)] and lines[-1:] == ["ready"]
+                return lines[:1] == [str(self.process.pid)] and lines[-1] in ("ready", "standby")
             return False
 
         wait_until(ready)
