@@ -150,7 +150,7 @@ def configured(environ: Mapping[str, str]) -> dict[str, Upstream] | None:
     if not (path := environ.get("AGGREGATE_CONFIG")):
         return None
     try:
-        return read_config(Path(path).read_text("utf-8"), environ)
+        return read_config(Path(path).read_text("utf-8-sig"), environ)
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise SystemExit(f"AGGREGATE_CONFIG={path}: {error}") from None
 

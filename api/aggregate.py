@@ -20,7 +20,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.config import Key
-from api.requests import authorised, check, known_sources, names_in, query_of, reply, service_of, whole_number
+from api.requests import (
+    authorised,
+    check,
+    check_segments,
+    known_sources,
+    names_in,
+    query_of,
+    reply,
+    service_of,
+    whole_number,
+)
 from api.upstreams import Loaded, Part, Source
 from coordination import fan_out
 
@@ -56,6 +66,8 @@ class Plan(NamedTuple):
             allowed.add("sources")
         sources = known_sources(request, names)
         check(query, allowed.union(*(source.upstream.parameters for source in sources.values())))
+        for source in sources.values():
+            check_segments(query, source.upstream.in_path())
         return cls.of(sources, query, whole_number(query, "deadline_ms", *DEADLINE_MS) / 1000)
 
     def begin(self) -> Begun:

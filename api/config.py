@@ -10,7 +10,7 @@ import dataclasses
 import re
 import string
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -63,26 +63,26 @@ class Upstream:
         values = zip(self.parameters, key, strict=True)
         return self.url.format_map({name: quote(value, safe="") for name, value in values})
 
+    def in_path(self) -> set[str]:
+        """The parameters that are part of its path."""
+        return {field for _, field, _, _ in string.Formatter().parse(urlsplit(self.url).path) if field}
+
     def content(self, key: Key) -> bytes | None:
         """The body for these values of the parameters: JSON, in which a value stays a part of its text."""
         if self.body is None:
             return None
         values = dict(zip(self.parameters, key, strict=True))
 
-        def filled(part: Any) -> Any:
-            if isinstance(part, str):
-                return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), part)
-            if isinstance(part, list):
-                return [filled(inner) for inner in part]
-            return {name: filled(inner) for name, inner in part.items()} if isinstance(part, dict) else part
-
-        return orjson.dumps(filled(self.body))
+        return orjson.dumps(
+            _each_text(self.body, lambda text: re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), text))
+        )
 
 
 def read_config(text: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
     """The upstreams of a TOML configuration, by name: a table ``[name]`` each. Raises ``ConfigError``.
 
-    ``${NAME}`` in a header's value stands for a variable of the environment: secrets need not be in the file.
+    ``${NAME}`` in a URL, a body or a header's value stands for a variable of the environment (in a URL it is
+    percent-encoded): secrets need not be in the file.
     """
     try:
         tables = tomllib.loads(text)
@@ -109,7 +109,7 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
                 raise ConfigError(f"{name}.{key}: a table of names and texts is needed")
             if key == "parameters" and (reserved := RESERVED.intersection(value)):
                 raise ConfigError(f"{name}.parameters: {', '.join(sorted(reserved))} means something to the API itself")
-            value = {inner: str(text) for inner, text in value.items()}
+            value = {name: str(text).lower() if isinstance(text, bool) else str(text) for name, text in value.items()}
         elif key in ("url", "keep", "method"):
             if not isinstance(value, str):
                 raise ConfigError(f"{name}.{key}: a text is needed, not {value!r}")
@@ -132,28 +132,64 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
         raise ConfigError(f"{name}.url: missing")
     if "body" in given and given.get("method") != "POST":
         raise ConfigError(f"{name}.body: only a POST has one")
+    if given.get("method") == "POST":
+        given.setdefault("retries", 0)  # whether it may be sent twice, only its owner knows
     for header, value in given.get("headers", {}).items():
-        try:
-            given["headers"][header] = string.Template(value).substitute(environ)
-        except (KeyError, ValueError) as error:
-            raise ConfigError(f"{name}.headers.{header}: {error} is not in the environment") from None
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header):
+            raise ConfigError(f"{name}.headers: {header!r} is no name of a header")
+        text = given["headers"][header] = _substituted(value, environ, f"{name}.headers.{header}").strip()
+        if not re.fullmatch(r"[\t\x20-\x7e\x80-\xff]*", text):
+            raise ConfigError(f"{name}.headers.{header}: a character that no header can have")
+    given["url"] = _substituted(given["url"], environ, f"{name}.url", lambda text: quote(text, safe=""))
+    if "body" in given:
+        given["body"] = _each_text(given["body"], lambda text: _substituted(text, environ, f"{name}.body"))
     upstream = Upstream(name=name, **given)
     _check_url(upstream)
     return upstream
 
 
+def _substituted(
+    text: str, environ: Mapping[str, str], where: str, change: Callable[[str], str] = lambda text: text
+) -> str:
+    """With the variables that ``${NAME}`` stands for, without the blanks and line ends around them."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in environ:
+            raise ConfigError(f"{where}: {match[1]!r} is not in the environment")
+        return change(environ[match[1]].strip())
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def _each_text(part: Any, change: Callable[[str], str]) -> Any:
+    """JSON with each of its texts changed."""
+    if isinstance(part, str):
+        return change(part)
+    if isinstance(part, list):
+        return [_each_text(inner, change) for inner in part]
+    return {name: _each_text(inner, change) for name, inner in part.items()} if isinstance(part, dict) else part
+
+
 def _check_url(upstream: Upstream) -> None:
     """A placeholder may stand in a path segment or in the query only, where it can change nothing else."""
+    where = f"{upstream.name}.url"
     try:
-        placeholders = [field for _, field, _, _ in string.Formatter().parse(upstream.url) if field is not None]
+        fields = [field for field in string.Formatter().parse(upstream.url) if field[1] is not None]
+        parts = urlsplit(upstream.url)
+        port = parts.port
     except ValueError as error:
-        raise ConfigError(f"{upstream.name}.url: {error}") from None
-    for placeholder in placeholders:
-        if placeholder not in upstream.parameters:
-            raise ConfigError(f"{upstream.name}.url: {{{placeholder}}} is not among its parameters")
-    parts = urlsplit(upstream.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "{" in parts.netloc or "@" in parts.netloc:
-        raise ConfigError(f"{upstream.name}.url: http:// or https:// and a fixed host are needed")
+        raise ConfigError(f"{where}: {error}") from None
+    for _, name, form, conversion in fields:
+        if name not in upstream.parameters:
+            raise ConfigError(f"{where}: {{{name}}} is not among its parameters")
+        if form or conversion:
+            raise ConfigError(f"{where}: {{{name}}} is written without ! and :")
+    fixed = parts.hostname and port != 0 and not re.search(r"[{@\s]", parts.netloc) and "{" not in parts.fragment
+    if parts.scheme not in ("http", "https") or not fixed:
+        raise ConfigError(f"{where}: http:// or https:// and a fixed host are needed")
+    used = {name for _, name, _, _ in fields} | set(re.findall(r"\{(\w+)\}", orjson.dumps(upstream.body).decode()))
+    if unused := upstream.parameters.keys() - used:
+        raise ConfigError(f"{upstream.name}.parameters: {', '.join(sorted(unused))} is used nowhere")
 
 
 DEMO = """

@@ -23,8 +23,10 @@ from api.service import Service
 from api.upstreams import request_id
 from primitives import TokenBucket, TTLCache
 
-CLIENT_RATE, CLIENT_BURST, CLIENTS = 1000.0, 2000, 10_000
-"""Requests per second of one client (``AGGREGATE_RATE`` overrides, 0: any number), and how many are known at a time."""
+CLIENT_RATE, BURST_SECONDS, CLIENTS = 1000.0, 2.0, 10_000
+"""Requests per second of one client (``AGGREGATE_RATE`` overrides, 0: any number), of how many seconds it may ask at
+once, and how many clients are known at a time."""
+EXEMPT = "/health", "/metrics"  # who watches is not held up by what he is to see
 MAX_QUERY, MAX_HEADERS, MAX_BODY = 4096, 32 * 1024, 64 * 1024
 """Bytes of a query, of all headers, and of the body that a request announces (no body is read)."""
 
@@ -74,7 +76,8 @@ class Aggregator(Starlette):
             # random for the process, counted within it: a random one each would be a sixteenth of a cached answer
             identity = b"%s%08x" % (self._process, next(self._serial) & 0xFFFFFFFF)
         service, client = self.service, scope["client"][0] if scope.get("client") else ""
-        refusal = refused(self._wait(client) if self._rate else 0.0, len(scope["query_string"]), size, int(length))
+        limited = self._rate and not scope["path"].startswith(EXEMPT)
+        refusal = refused(self._wait(client) if limited else 0.0, len(scope["query_string"]), size, int(length))
         status = 500
         token = request_id.set(identity.decode())
         try:
@@ -123,6 +126,6 @@ class Aggregator(Starlette):
         """Seconds until the client may ask; 0.0: it may."""
         bucket = self._buckets.get(client)
         if bucket is None:
-            bucket = TokenBucket(self._rate, CLIENT_BURST)
+            bucket = TokenBucket(self._rate, max(1.0, BURST_SECONDS * self._rate))
             self._buckets.put(client, bucket)
         return 0.0 if bucket.try_acquire() else max(bucket.wait_for(), 0.001)

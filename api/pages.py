@@ -93,7 +93,9 @@ async def events(request: Request) -> Response:
         raise Problem(503, "too many streams", {"Retry-After": "5"})
     last = request.headers.get("Last-Event-ID", "")
     after = int(last) if re.fullmatch(r"[0-9]{1,18}", last, re.A) else None
-    headers = {"Cache-Control": "no-store"}
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # or nginx would keep them to itself
+    if request.method == "HEAD":
+        return Response(headers=headers, media_type="text/event-stream")
     return StreamingResponse(published.stream(after), headers=headers, media_type="text/event-stream")
 
 

@@ -71,6 +71,15 @@ def check(query: Mapping[str, str], allowed: Iterable[str]) -> None:
             raise Problem(422, what, parameter=name)
 
 
+def check_segments(query: Mapping[str, str], names: Iterable[str]) -> None:
+    """``Problem`` if one of these would be more, or another, than a segment of a path to whoever unquotes it once more
+    (``..;`` is a dot segment to some)."""
+    for name in names:
+        value = query.get(name, "")
+        if re.search(r"[/\\]|%(2f|5c|2e)", value, re.IGNORECASE) or value.partition(";")[0] in (".", ".."):
+            raise Problem(422, f"{name} must not have / or \\, nor be a dot segment", parameter=name)
+
+
 def whole_number(query: Mapping[str, str], name: str, least: int, usual: int, most: int) -> int:
     """Parameter ``name`` as a whole number. ``Problem`` if it is none, or out of its bounds."""
     text = query.get(name, str(usual))
@@ -96,8 +105,8 @@ def authorised(request: Request) -> None:
     """
     token = os.environ.get("AGGREGATE_TOKEN")
     if token:
-        given = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
             raise Problem(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
         return
     headers, client = request.headers, request.client

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import orjson
+from yarl import URL
 
 from api.config import Key, Upstream
 from api.renewals import Renewals
@@ -287,9 +288,13 @@ class Source:
         body = bytearray()
         try:
             async with self._session.request(
-                self.upstream.method, self.upstream.address(key), data=content, headers=headers, allow_redirects=False
+                self.upstream.method,
+                URL(self.upstream.address(key), encoded=True),  # what was quoted stays so
+                data=content,
+                headers=headers,
+                allow_redirects=False,
             ) as response:
-                if response.status != 200:
+                if not 200 <= response.status < 300:
                     later = parse_retry_after(response.headers.get("Retry-After"))
                     raise UpstreamError("http", str(response.status), later)
                 async for piece in response.content.iter_chunked(1 << 16):

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote, unquote
 
 import ada_url
 import aiohttp
@@ -39,7 +40,7 @@ from api import service as service_module
 from api.history import History, Result
 from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
-from tests.helpers.api import aggregate_ask, aggregate_http, data_of, play, settled
+from tests.helpers.api import aggregate_ask, aggregate_http, app_run, ask, data_of, living, play, settled
 from tests.helpers.base import HANG_LIMIT, HERE, SETTINGS, World, wait_until
 
 if TYPE_CHECKING:  # imported where it is used: it takes half a second
@@ -71,6 +72,14 @@ if TYPE_CHECKING:  # imported where it is used: it takes half a second
         ("[a]\nurl = 'http://h/'\ntimeuot = 1", "a.timeuot: no such key"),
         ("[a]\nurl = 'http://h/'\nparameters = 'x'", "a.parameters: a table"),
         ("[a]\nurl = 'http://h/'\nheaders = { X = '${NO_SUCH}' }", "a.headers.X: 'NO_SUCH'"),
+        ("[a]\nurl = 'http://h/'\nheaders = { 'X Y' = '1' }", "a.headers: 'X Y' is no name"),
+        ("[a]\nurl = 'http://h/'\nheaders = { X = 'a\u2192b' }", "a.headers.X: a character"),
+        ("[a]\nurl = 'http://[::1/'", "a.url: "),
+        ("[a]\nurl = 'http://h:99999/'", "a.url: Port out of range"),
+        ("[a]\nurl = 'http://h/{x!r}'\nparameters = { x = 1 }", "a.url: {x} is written without"),
+        ("[a]\nurl = 'http://h/{x:>9}'\nparameters = { x = 1 }", "a.url: {x} is written without"),
+        ("[a]\nurl = 'http://h/'\nparameters = { x = 1 }", "a.parameters: x is used nowhere"),
+        ("[a]\nurl = 'http://h/${NO_SUCH}'", "a.url: 'NO_SUCH' is not in the environment"),
     ],
 )
 def test_refuses_a_wrong_configuration_by_its_key(text: str, message: str, tmp_path: Path) -> None:
@@ -91,6 +100,12 @@ def test_reads_a_configuration(tmp_path: Path) -> None:
     upstream = config.read_config(text, {"KEY": "secret"})["a"]
     assert (upstream.ttl, upstream.headers) == (3, {"Authorization": "Bearer secret"})
     assert upstream.address(("a b", "&z=1#")) == "http://h/a%20b?y=%26z%3D1%23"
+    (tmp_path / "bom.toml").write_bytes(b"\xef\xbb\xbf[a]\nurl = 'http://h/'")
+    assert aggregate_app.configured({"AGGREGATE_CONFIG": str(tmp_path / "bom.toml")}) is not None
+    text = "[a]\nurl='http://h/${K}?on={on}'\nmethod='POST'\nbody={k='${K}'}\nparameters={on=true}\nheaders={X='${K}'}"
+    upstream = config.read_config(text, {"K": "a b\n"})["a"]
+    assert (upstream.address(("true",)), upstream.content(("true",))) == ("http://h/a%20b?on=true", b'{"k":"a b"}')
+    assert (upstream.headers, upstream.parameters, upstream.retries) == ({"X": "a b"}, {"on": "true"}, 0)
 
 
 @settings(SETTINGS, max_examples=200)
@@ -336,7 +351,7 @@ def test_invalidation_is_for_those_who_may(aggregate_port: int, monkeypatch: pyt
         assert (status, headers["www-authenticate"]) == (401, "Bearer")
     assert aggregate_http(aggregate_port, path, "POST", {"Authorization": "Bearer secret"})[0] == 200
     assert serial() == 3
-    assert aggregate_http(aggregate_port, "/cache/invalidate", "POST", {"Authorization": "Bearer secret"})[0] == 200
+    assert aggregate_http(aggregate_port, "/cache/invalidate", "POST", {"Authorization": "bEARER secret"})[0] == 200
     assert serial() == 4
 
 
@@ -359,8 +374,10 @@ def test_what_cannot_be_mended_is_not_asked_for_again_at_once(web: Sandbox) -> N
     play(web, case)
 
 
-def asgi(app: Any, client: str, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str]]:
-    """A request of /health/live from any address."""
+def asgi(
+    app: Any, client: str, headers: dict[str, str] | None = None, path: str = "/openapi.json"
+) -> tuple[int, dict[str, str]]:
+    """A request from any address."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -373,7 +390,7 @@ def asgi(app: Any, client: str, headers: dict[str, str] | None = None) -> tuple[
     scope = {
         "type": "http",
         "method": "GET",
-        "path": "/health/live",
+        "path": path,
         "client": (client, 1),
         "headers": raw,
         "query_string": b"",
@@ -383,7 +400,7 @@ def asgi(app: Any, client: str, headers: dict[str, str] | None = None) -> tuple[
 
 
 def test_a_client_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "CLIENT_BURST", 3)
+    monkeypatch.setattr(middleware, "BURST_SECONDS", 3000.0)
     app = aggregate_app.create_app({}, client_rate=0.001)
     assert [asgi(app, "192.0.2.1")[0] for _ in range(5)] == [200, 200, 200, 429, 429]
     status, headers = asgi(app, "192.0.2.1")
@@ -391,6 +408,29 @@ def test_a_client_has_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asgi(app, "192.0.2.2")[0] == 200
     app = aggregate_app.create_app({}, client_rate=0)
     assert {asgi(app, "192.0.2.1")[0] for _ in range(9)} == {200}
+
+
+def test_who_watches_has_no_rate() -> None:
+    app = aggregate_app.create_app({}, client_rate=0.5)
+    assert [asgi(app, "192.0.2.1")[0] for _ in range(2)] == [200, 429], "the burst follows the rate"
+    assert {asgi(app, "192.0.2.1", path="/health/live")[0] for _ in range(9)} == {200}
+
+
+@pytest.mark.parametrize("value", ["..%2F..%2Fkeys", "a%2Fb", "a%5Cb", "..;", ".;x", "%252e%252e", "a%252Fb"])
+def test_a_value_of_a_path_is_one_segment(value: str, web: Sandbox) -> None:
+    async def main() -> None:
+        url = web.url("/api/rates")
+        table = {
+            "path": config.Upstream("path", url + "/{x}", {"x": "EUR"}),
+            "query": config.Upstream("query", url + "/EUR?q={x}", {"x": "EUR"}),
+        }
+        async with living(table) as app:
+            status, _, body = await ask(app, f"/aggregate/path?x={value}")
+            assert (status, json.loads(body)["parameter"]) == (422, "x")
+            assert (await ask(app, f"/aggregate/query?x={value}&deadline_ms=20000"))[0] == 200
+            assert web.log[-1].path.endswith("?q=" + quote(unquote(value), safe="")), "what was quoted is what is sent"
+
+    app_run(main())
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from api import config, pages, telemetry
 from tests.helpers.api import app_run, app_upstream, ask, living
 from tests.helpers.base import HANG_LIMIT, World, ticks, until_async
 
+EVENT_STREAM = "text/event-stream; charset=utf-8"
+
 
 def app_told(parts: list[bytes]) -> list[tuple[int, str, dict[str, Any]]]:
     found = re.findall(rb"id: (\d+)\nevent: (\w+)\ndata: (.*)\n\n", b"".join(parts))
@@ -241,6 +243,31 @@ def test_notes_every_request_once_and_the_loads_behind_it(app_world: World) -> N
     failed = [line for line in lines if line["event"] == "failed load"]
     assert [(line["request_id"], line["error"]) for line in failed] == [("stale", "http: 404")]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines)
+
+
+def test_events_pass_through_a_proxy_and_a_head_opens_no_stream(app_world: World) -> None:
+    async def main() -> None:
+        async with living({}) as app:
+            status, headers, body = await ask(app, "/events", "HEAD")
+            assert (status, headers["x-accel-buffering"], headers["content-type"]) == (200, "no", EVENT_STREAM)
+            assert body == b"" and app.service.events.streams == 0
+
+    app_run(main())
+
+
+def test_any_2xx_with_json_is_an_answer(app_world: World) -> None:
+    async def handler(head: str, body: bytes) -> Any:
+        return int(head.split()[1][1:])
+
+    async def main() -> None:
+        async with app_upstream(handler) as url:
+            table = {str(n): config.Upstream(str(n), f"{url}/{n}", retries=0) for n in (201, 202, 299, 300)}
+            async with living(table) as app:
+                sources = json.loads((await ask(app, "/aggregate?deadline_ms=20000"))[2])["sources"]
+                assert [sources[str(n)]["data"] for n in (201, 202, 299)] == [201, 202, 299]
+                assert sources["300"]["error"] == "http: 300"
+
+    app_run(main())
 
 
 def test_metrics_are_those_of_its_health(app_world: World) -> None:

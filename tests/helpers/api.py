@@ -93,7 +93,7 @@ async def app_upstream(handler: Handler) -> AsyncIterator[str]:
             said = await handler(head, body)
             if said is not None:
                 text = json.dumps(said).encode()
-                status = 404 if said == 404 else 200
+                status = said if isinstance(said, int) else 200
                 writer.write(b"HTTP/1.1 %d X\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (status, len(text)))
                 writer.write(text)
                 await writer.drain()
