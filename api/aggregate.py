@@ -35,6 +35,7 @@ from api.upstreams import Loaded, Part, Source
 from coordination import fan_out
 
 DEADLINE_MS = 1, 1000, 30_000  # the least, usual and greatest ``deadline_ms``
+NO_DATA = b'{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"no source has data",'
 ONLY_FRESH, FROM_CACHE = frozenset({"fresh"}), frozenset({"fresh", "stale"})
 
 
@@ -132,7 +133,7 @@ def assemble(plan: Plan, parts: Mapping[str, Part], started: float, tags: bytes 
         later = max(1, round(min(part.retry_after for part in parts.values())))
         status, control, kind = 503, b"no-store", b"application/problem+json"
         headers = [(b"retry-after", b"%d" % later)]
-        body = b'{"type":"about:blank","title":"no source has data","status":503,' + body
+        body = NO_DATA + body
     else:
         etag = _etag(";".join(content))
         headers = [(b"etag", etag)]

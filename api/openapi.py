@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, get_args
 
 from api.config import Upstream
@@ -92,7 +93,7 @@ def _percentiles(*names: str) -> Json:
 
 
 def _schemas(names: Sequence[str]) -> dict[str, Json]:
-    members = {"sources": _array(STRING), "parameter": STRING, "parameters": _array(STRING)}
+    members = {"detail": STRING, "sources": _array(STRING), "parameter": STRING, "parameters": _array(STRING)}
     problem = {"type": STRING, "title": STRING, "status": {"type": "integer", "minimum": 400, "maximum": 599}}
     part = {
         "state": _one_of(STATES),
@@ -142,7 +143,7 @@ def _schemas(names: Sequence[str]) -> dict[str, Json]:
     result = {"fetched_at": TIME, "parameters": asked, "status": status_of, "latency_ms": NUMBER, "data": {}}
     return {
         "Problem": _object({**problem, **members}, optional=list(members)),
-        "NoData": _object({**problem, **answered}),
+        "NoData": _object({**problem, "detail": STRING, **answered}),
         "Part": _object(part),
         "Answer": _object(answered),
         "Invalidated": _object({"invalidated": _array(_one_of(names))}),
@@ -231,7 +232,7 @@ def _components(upstreams: Mapping[str, Upstream]) -> Json:
     ]
     problems = {}
     for status, (about, extra) in PROBLEMS.items():
-        shown = {"type": "about:blank", "title": about, "status": status}
+        shown = {"type": "about:blank", "title": HTTPStatus(status).phrase, "detail": about, "status": status}
         body = _content("application/problem+json", _ref("schemas", "Problem"), shown)
         problems[str(status)] = _answer(about, body, *extra)
     return {
@@ -247,7 +248,8 @@ def document(upstreams: Mapping[str, Upstream], version: str) -> dict[str, Any]:
     """The OpenAPI document of the API before these upstreams (at least one); ``version`` is the API's own."""
     part = {"state": "fresh", "data": {"value": 1}, "age_s": 0.25, "latency_ms": 12.5, "error": None}
     late = {"state": "timeout", "data": None, "age_s": None, "latency_ms": None, "error": "not here in time"}
-    refused = {"type": "about:blank", "title": "no source has data", "status": 503}
+    unavailable = HTTPStatus.SERVICE_UNAVAILABLE
+    refused = {"type": "about:blank", "title": unavailable.phrase, "detail": "no source has data", "status": 503}
     caching = ("ETag", "Cache-Control", "Age")
 
     def aggregate(asked: Mapping[str, Upstream], one: bool) -> Json:

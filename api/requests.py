@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
@@ -28,10 +29,10 @@ MAX_PARAMETER = 200  # characters of a parameter's value
 
 
 class Problem(HTTPException):
-    """An RFC 9457 problem document, with members of its own."""
+    """An RFC 9457 problem document, with members of its own: its title is the status, ``detail`` a sentence."""
 
-    def __init__(self, status: int, title: str, headers: dict[str, str] | None = None, **members: Any) -> None:
-        super().__init__(status, title, headers)
+    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None, **members: Any) -> None:
+        super().__init__(status, detail, headers)
         self.members = members
 
 
@@ -39,7 +40,9 @@ async def problem(_: Request, error: Exception) -> Response:
     """The problem document that an ``HTTPException`` means."""
     failure = cast(HTTPException, error)
     members = failure.members if isinstance(failure, Problem) else {}
-    body = {"type": "about:blank", "title": failure.detail, "status": failure.status_code, **members}
+    title = HTTPStatus(failure.status_code).phrase
+    said = {} if failure.detail == title else {"detail": failure.detail}
+    body = {"type": "about:blank", "title": title, "status": failure.status_code, **said, **members}
     return Response(orjson.dumps(body), failure.status_code, failure.headers, "application/problem+json")
 
 

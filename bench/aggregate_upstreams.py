@@ -215,7 +215,7 @@ def wrong(reply: Reply, names: Collection[str]) -> str | None:
     if reply.status != right:
         return f"status {reply.status} for {sorted(states)}"
     members = {"partial", "sources", "generated_at", "duration_ms"}
-    members |= {"type", "title", "status"} if right == 503 else set()
+    members |= {"type", "title", "status", "detail"} if right == 503 else set()
     if body.keys() != members or set(parts) != set(names) or not keys or not shown or states - WITH_DATA - WITHOUT:
         return f"the wrong shape: {reply.body[:100]!r}"
     return None

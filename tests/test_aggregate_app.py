@@ -301,8 +301,8 @@ def test_counts_what_it_answers(aggregate_port: int) -> None:
     ("method", "path", "status", "member"),
     [
         ("GET", "/aggregate/nobody", 404, {"sources": ["news", "silent", "weather"]}),
-        ("GET", "/aggregate?sources=news,nobody", 404, {"title": "unknown source nobody"}),
-        ("GET", "/aggregate?sources=", 404, {"title": "unknown source "}),
+        ("GET", "/aggregate?sources=news,nobody", 404, {"detail": "unknown source nobody"}),
+        ("GET", "/aggregate?sources=", 404, {"detail": "unknown source "}),
         ("GET", "/aggregate/news?deadline_ms=0", 422, {"parameter": "deadline_ms"}),
         ("GET", "/aggregate/news?deadline_ms=-1", 422, {"parameter": "deadline_ms"}),
         ("GET", "/aggregate/news?deadline_ms=99999", 422, {"parameter": "deadline_ms"}),
@@ -312,7 +312,7 @@ def test_counts_what_it_answers(aggregate_port: int) -> None:
         ("GET", "/aggregate/weather?city=" + "x" * 201, 422, {"parameter": "city"}),
         ("GET", "/nothing", 404, {"title": "Not Found"}),
         ("POST", "/aggregate", 405, {"title": "Method Not Allowed"}),
-        ("POST", "/cache/invalidate?source=nobody", 404, {"title": "unknown source nobody"}),
+        ("POST", "/cache/invalidate?source=nobody", 404, {"detail": "unknown source nobody"}),
         ("POST", "/cache/invalidate?source=news&city=Oslo", 422, {"parameters": []}),
     ],
 )
@@ -699,8 +699,8 @@ def test_openapi_is_valid_and_so_are_its_examples(openapi_port: int) -> None:
         ("GET", "/aggregate/weather?city=%00", {}, 422, {"parameter": "city"}),
         ("GET", "/aggregate/weather?city=a%0Ab", {}, 422, {"parameter": "city"}),
         ("GET", "/aggregate/weather?city", {}, 422, {"parameter": "city"}),
-        ("GET", "/aggregate/weather?city=%C3", {}, 422, {"title": "the query is not percent-encoded UTF-8"}),
-        ("GET", "/aggregate/news?%C3=a", {}, 422, {"title": "the query is not percent-encoded UTF-8"}),
+        ("GET", "/aggregate/weather?city=%C3", {}, 422, {"detail": "the query is not percent-encoded UTF-8"}),
+        ("GET", "/aggregate/news?%C3=a", {}, 422, {"detail": "the query is not percent-encoded UTF-8"}),
         ("GET", "/aggregate/%C3", {}, 404, {"sources": ["flaky", "news", "rates", "weather"]}),
         ("GET", "/aggregate/", {}, 404, {"title": "Not Found"}),
         ("GET", "/health/", {}, 404, {"title": "Not Found"}),
@@ -763,7 +763,7 @@ def test_openapi_an_error_of_our_own_is_a_problem_too(monkeypatch: pytest.Monkey
         asyncio.run(aggregate_app.create_app({}, 0)(scope, receive, send))
     headers = dict(sent[0]["headers"])
     assert (sent[0]["status"], headers[b"content-type"]) == (500, b"application/problem+json")
-    assert b"x-request-id" in headers and json.loads(sent[1]["body"])["title"] == "internal error"
+    assert b"x-request-id" in headers and json.loads(sent[1]["body"])["detail"] == "internal error"
 
 
 def test_openapi_a_parameter_cannot_hide_one_of_the_api() -> None:

@@ -41,7 +41,7 @@ def aggregate_answer(status: int = 200, state: str = "fresh", **changes: object)
     part = {"state": state, "data": 1 if status == 200 else None, "age_s": None, "latency_ms": None, "error": None}
     body = {"partial": False, "generated_at": "", "duration_ms": 1, "sources": {"a": part}}
     if status == 503:
-        body |= {"type": "about:blank", "title": "", "status": 503}
+        body |= {"type": "about:blank", "title": "", "status": 503, "detail": ""}
     return aggregate_upstreams.Reply(0.1, status, json.dumps(body | changes).encode())
 
 

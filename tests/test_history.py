@@ -289,7 +289,7 @@ def test_aggregate_keeps_what_it_loaded_over_an_outage_and_a_restart(pg: PgServe
         assert ([row["parameters"] for row in rows["results"]], rows["next"]) == ([{"city": "c7"}], None)
         asyncio.run(pg.do("DROP TABLE upstream_results CASCADE"))
         status, body, headers = aggregate_http(port, "/history/weather")
-        assert (status, body["title"]) == (503, "the history cannot be read: failed") and "retry-after" in headers
+        assert (status, body["detail"]) == (503, "the history cannot be read: failed") and "retry-after" in headers
 
 
 def test_aggregate_begins_with_what_the_last_life_knew(pg: PgServer, web: Sandbox) -> None:

@@ -273,7 +273,7 @@ def test_reports_though_workers_die(monkeypatch: pytest.MonkeyPatch, tmp_path: A
                 service.reports.release()
             await service.processes.close(0.0)
             status, headers, body = await ask(app, "/report")
-            assert (status, headers["retry-after"], json.loads(body)["title"]) == (
+            assert (status, headers["retry-after"], json.loads(body)["detail"]) == (
                 503,
                 "2",
                 "no report could be computed",
