@@ -24,9 +24,13 @@ LOGGERS = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error", "uvi
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """A program that ran inside of a test has left its own, of signals and of log lines."""
+    """A program that ran inside of a test has left its own, of signals and of log lines; a server that runs over many
+    tests keeps the lines to itself."""
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     logs = [(logger.level, logger.propagate, logger.handlers[:]) for logger in LOGGERS]
+    for logger in LOGGERS:
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
     yield
     for number, handler in signals.items():
         signal.signal(number, handler)
