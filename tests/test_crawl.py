@@ -44,6 +44,7 @@ from crawl.robots import LARGE, rules_for
 from sandbox import faults as sf
 from sandbox import sites as sb
 from sandbox.sites import Sandbox
+from tests.absent import needs
 from tests.helpers.base import HANG_LIMIT, HERE, free_port, wait_until
 from tests.helpers.crawl import (
     DRIVERS,
@@ -240,7 +241,10 @@ WHATEVER = {
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("what", WHATEVER)
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(what, marks=needs("feedparser", "trafilatura") if what == "feeds" else ()) for what in WHATEVER],
+)
 def test_four_processes_have_the_rows_of_one(
     driver: str, what: str, walked: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
