@@ -16,7 +16,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -584,14 +583,18 @@ def test_shares_a_helper_that_sends_rubbish_is_replaced(
     assert max(asked.values()) <= 2 and asked.total() <= 40 + 8
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("begun", ["crawl.processes.help_out", "crawl.helper.HelperCrawl.feed"])
 def test_shares_helpers_that_cannot_begin_end_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    driver: str, begun: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stillborn(sock: socket.socket, *_: Any) -> None:
+    """Also those whose driver cannot: for want of threads, say."""
+
+    def stillborn(*_: Any) -> None:
         os._exit(5)
 
-    monkeypatch.setattr("crawl.processes.help_out", stillborn)
-    assert walk_main("crawl_async", "http://127.0.2.1:9/", "--processes", "2", "-q") == 1
+    monkeypatch.setattr(begun, stillborn)
+    assert walk_main(driver, "http://127.0.2.1:9/", "--processes", "2", "-q") == 1
     err = capsys.readouterr().err
     assert f"died {STILLBORN} times before it began (exit code 5)" in err and "Traceback" not in err
 
