@@ -114,7 +114,7 @@ async def read(consumer: Any, marks: dict[Any, Marks], each: int, pairs: int) ->
                 at, found = readable(record.offset) / SECOND, orjson.loads(record.value)
                 who = found["exchange"], found["symbol"]
                 if "trade_id" in found:
-                    times = found["exchange_ts_ns"] / SECOND, found["received_ts_ns"] / SECOND
+                    times = found["ts_event"] / SECOND, found["ts_recv"] / SECOND
                     ledger.take(*who, found["trade_id"], *times, at)
                 else:
                     ledger.take(*who, found["id"], found["timestamp"], found["receipt_timestamp"], at)

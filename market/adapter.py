@@ -22,7 +22,6 @@ one exchange take two adapters: `fresh()`. A frame that is read again later (a d
 
 from __future__ import annotations
 
-import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -36,6 +35,7 @@ from market.trade import (
     AHEAD_NS,
     EARLIEST_NS,
     PLAIN_NUMBER,
+    SYMBOL,
     BadFrame,
     Parsed,
     Side,
@@ -50,7 +50,6 @@ HEARTBEAT = Parsed([], "heartbeat")  # these are shared: nobody appends to their
 ACK = Parsed([], "ack")
 IGNORED = Parsed([], "ignored")
 
-_SYMBOL = re.compile(r"[A-Z0-9.]{1,20}-[A-Z0-9]{2,10}").fullmatch
 _new = tuple.__new__
 
 
@@ -106,7 +105,7 @@ class Adapter(ABC):
 
     def native(self, symbol: str) -> str:
         """ "BTC-USD" as the exchange writes it; `ValueError` if it is not BASE-QUOTE."""
-        if not _SYMBOL(symbol):
+        if not SYMBOL(symbol):
             raise ValueError(f"not a symbol such as BTC-USD: {symbol!r}")
         base, _, currency = symbol.partition("-")
         return self._join(base, self.dollar if currency == "USD" else currency)
@@ -292,11 +291,11 @@ class SequenceCheck:
         found = ""
         sequence = trade.sequence
         if sequence is None:
-            if trade.exchange_ts_ns < seen.latest:
+            if trade.ts_event < seen.latest:
                 self._disorder += 1
                 found = "disorder"
             else:
-                seen.latest = trade.exchange_ts_ns
+                seen.latest = trade.ts_event
         elif seen.high is None or sequence == seen.high + 1:
             seen.high, seen.run = sequence, 0
         elif sequence > seen.high:

@@ -101,7 +101,7 @@ class MarketDemo(Demo):
         ]
         counts, last = Counter(trade.symbol for trade in trades), dict[str, Mapping[str, Any]]()
         for row in rows:
-            if row["exchange"] == ALL and row["ts_ns"] >= last.get(row["symbol"], row)["ts_ns"]:
+            if row["exchange"] == ALL and row["ts_event"] >= last.get(row["symbol"], row)["ts_event"]:
                 last[row["symbol"]] = row
         for symbol, row in sorted(last.items()):
             volatility = (percent(row["volatility"][w]) for w in windows)

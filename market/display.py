@@ -109,7 +109,7 @@ class Board:
     def take(self, rows: Iterable[AnalyticsRow]) -> None:
         """Show the newest rows over all exchanges."""
         for row in rows:
-            symbol, second = row.symbol, row.ts_ns // 1_000_000_000
+            symbol, second = row.symbol, row.ts_event // 1_000_000_000
             if row.exchange != ALL or (symbol not in self._lines and len(self._lines) >= MOST_SYMBOLS):
                 continue
             prices = self._prices.setdefault(symbol, deque(maxlen=PRICES))

@@ -100,7 +100,7 @@ class FrameReader:
             trades = self.silence.take(trades, now)
             last = trades[-1]
             if "snapshot" not in last.flags:
-                lag = (last.received_ts_ns - last.exchange_ts_ns) / 1e3
+                lag = (last.ts_recv - last.ts_event) / 1e3
                 self.lag = lag if math.isnan(self.lag) else self.lag + 0.05 * (lag - self.lag)
             return self._emit(self.adapter.name, trades)
         if kind == "error":

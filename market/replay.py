@@ -78,7 +78,7 @@ class Replayer(MarketProgram):
                 return [decode(letter.raw)]
             except ValueError as error:
                 raise BadFrame(str(error)) from None
-        return self._adapter(letter.exchange, letter.context).parse(letter.raw, letter.at_ns).trades
+        return self._adapter(letter.exchange, letter.context).parse(letter.raw, letter.ts_recv).trades
 
     async def _one(self, letter: DeadLetter, dry: bool) -> None:
         self.read += 1

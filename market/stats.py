@@ -1,7 +1,7 @@
 """Rolling volatility, EWMA volatility, VWAP and spread of trades, per exchange and over all. Pure: no clock, no I/O.
 
 What a row says
-- Event time (``exchange_ts_ns``) is cut into bars of a second. A bar has the sums of price · size and of size,
+- Event time (``ts_event``) is cut into bars of a second. A bar has the sums of price · size and of size,
   a count, and its last price: that of the greatest (time, exchange, length of the id, id, price, size).
 - A window of w seconds at ``now`` is the bar that holds ``now``, as far as it has come, and the w - 1 before.
 - ``vwap``: Σ price · size / Σ size over the window's trades. None if Σ size is 0.
@@ -60,11 +60,11 @@ Key = tuple[int, str, int, str, float, float]
 
 
 class AnalyticsRow(NamedTuple):
-    """One series at ``ts_ns``; the tuples have a value per window, in the order of ``windows`` (seconds)."""
+    """One series at ``ts_event``; the tuples have a value per window, in the order of ``windows`` (seconds)."""
 
     symbol: str
     exchange: str
-    ts_ns: int
+    ts_event: int
     last: float
     windows: tuple[int, ...]
     vwap: tuple[float | None, ...]
@@ -363,7 +363,7 @@ class Analytics:
 
     def _all(self, symbol: str, book: Book, at: int = 0) -> AnalyticsRow:
         row = book.all.row(symbol, ALL, at)
-        since = row.ts_ns - self._grid.windows[0] * SECOND
+        since = row.ts_event - self._grid.windows[0] * SECOND
         lasts = [(series.last(), name) for name, series in book.exchanges.items() if series.newest > since]
         if len(lasts) < 2:
             return row

@@ -21,11 +21,12 @@ from typing import Literal, NamedTuple
 import orjson
 
 from coordination import Clock
-from market.trade import Trade
+from market.trade import SYMBOL, Trade, short
 
 log = logging.getLogger("market_pipeline")
 
-SCHEMA = b"1"  # the version in the header ``schema``
+SCHEMA = b"2"  # the version in the header ``schema``: times are ``ts_event`` and ``ts_recv``
+OLD_NAMES = {"exchange_ts_ns": "ts_event", "received_ts_ns": "ts_recv"}  # what schema 1 called them
 TRADES, ANALYTICS, DEAD_LETTERS = "trades", "analytics", "dead-letter"
 LARGEST_RECORD = 900_000  # bytes of a value; Kafka's own default for a batch is 1,048,588
 LARGEST_CONTEXT = 40_000  # characters of a dead letter's: those of some 1,000 symbols
@@ -43,7 +44,7 @@ class DeadLetter(NamedTuple):
     exchange: str
     error: str
     raw: bytes
-    at_ns: int  # when it came, epoch
+    ts_recv: int  # when it came, epoch
     kind: LetterKind
     """``text``: a frame that was text, as UTF-8; ``trade``: a trade that could not be published, as JSON or repr."""
     context: str = ""
@@ -62,8 +63,10 @@ class Record(NamedTuple):
 
 _FIELDS = Trade._fields
 _TYPES = {(*(str,) * 4, float, float, str, str, int, int, sequence, str) for sequence in (int, type(None))}
+_EXCHANGE = re.compile(r"[a-z0-9._-]{1,40}").fullmatch
 _PLAIN_KEY = re.compile(rb"[!-~]+").fullmatch
 HEADERS: Headers = [("schema", SCHEMA)]
+HEADERS_BEFORE: Headers = [("schema", b"1")]  # of a trade that an older version left in the spool
 Item = Trade | DeadLetter
 
 
@@ -73,9 +76,19 @@ def encode(trade: Trade) -> bytes:
 
 
 def decode(value: bytes) -> Trade:
-    """The trade of a value. ``ValueError`` if it is none of this version."""
+    """The trade of a value, whoever wrote it, in this schema or the one before. ``ValueError`` if it is none."""
+    trade = _decode(value)
+    if not (SYMBOL(trade.symbol) and _EXCHANGE(trade.exchange)):
+        raise ValueError(f"not a symbol of an exchange: {short(trade.symbol)} of {short(trade.exchange)}")
+    return trade
+
+
+def _decode(value: bytes) -> Trade:
     try:
-        trade = Trade(**orjson.loads(value))
+        found = orjson.loads(value)
+        if "exchange_ts_ns" in found:
+            found = {OLD_NAMES.get(name, name): each for name, each in found.items()}
+        trade = Trade(**found)
     except TypeError as error:
         raise ValueError(f"not a trade: {error}") from error
     if tuple(map(type, trade)) not in _TYPES:
@@ -112,22 +125,22 @@ def dead_letter_record(letter: DeadLetter, topic: str) -> Record:
         *HEADERS,
         ("exchange", _plain(letter.exchange)),
         ("error", _plain(error)),
-        ("at_ns", str(letter.at_ns).encode()),
+        ("ts_recv", str(letter.ts_recv).encode()),
         ("kind", letter.kind.encode()),
         *([("context", letter.context.encode())] if 0 < len(letter.context) <= LARGEST_CONTEXT else []),
     ]
-    return Record(topic, None, raw, max(0, letter.at_ns // 1_000_000), headers)
+    return Record(topic, None, raw, max(0, letter.ts_recv // 1_000_000), headers)
 
 
 def letter_of_record(value: bytes | None, headers: Iterable[tuple[str, bytes]]) -> DeadLetter:
     """The dead letter of a record, whoever wrote it."""
     said = {name: (text or b"").decode("utf-8", "replace") for name, text in headers}
-    at_ns, kind = said.get("at_ns", ""), said.get("kind")
+    ts_recv, kind = said.get("ts_recv") or said.get("at_ns", ""), said.get("kind")
     return DeadLetter(
         said.get("exchange", ""),
         said.get("error", ""),
         value or b"",
-        int(at_ns) if at_ns.isascii() and at_ns.isdigit() and len(at_ns) < 20 else 0,
+        int(ts_recv) if ts_recv.isascii() and ts_recv.isdigit() and len(ts_recv) < 20 else 0,
         "text" if kind == "text" else "trade" if kind == "trade" else "binary",
         said.get("context", ""),
     )
@@ -138,9 +151,9 @@ def trade_record(trade: Trade, topic: str) -> Record:
     value = encode(trade)
     if len(value) > LARGEST_RECORD:
         raise ValueError(f"a record of {len(value)} bytes")
-    at = trade.received_ts_ns // 1_000_000
+    at = trade.ts_recv // 1_000_000
     if type(at) is not int or not 0 <= at < 1 << 62:
-        raise ValueError(f"received_ts_ns is {trade.received_ts_ns!r}")
+        raise ValueError(f"ts_recv is {trade.ts_recv!r}")
     return Record(topic, trade.symbol.encode(), value, at, HEADERS)
 
 
@@ -160,8 +173,8 @@ def line_of_record(row: Record) -> bytes:
     _, key, value, at, headers = row
     if key is not None:
         return b"%d\t%b\t%b" % (at, key, value) if _PLAIN_KEY(key) else value
-    exchange, error, raw, at_ns, kind, context = letter_of_record(value, headers)
-    return orjson.dumps([exchange, error, base64.b64encode(raw).decode(), at_ns, kind, context])
+    exchange, error, raw, ts_recv, kind, context = letter_of_record(value, headers)
+    return orjson.dumps([exchange, error, base64.b64encode(raw).decode(), ts_recv, kind, context])
 
 
 def record_of_line(line: bytes, trades: str, dead_letters: str) -> Record:
@@ -169,11 +182,11 @@ def record_of_line(line: bytes, trades: str, dead_letters: str) -> Record:
     try:
         if line[:1].isdigit():
             at, key, value = line.split(b"\t", 2)
-            return Record(trades, key, value, int(at), HEADERS)
+            return Record(trades, key, value, int(at), HEADERS_BEFORE if b'"exchange_ts_ns":' in value else HEADERS)
         if line.startswith(b"{"):
-            return trade_record(decode(line), trades)
-        exchange, error, raw, at_ns, kind, *context = orjson.loads(line)
-        letter = DeadLetter(exchange, error, base64.b64decode(raw), int(at_ns), kind, *context)
+            return trade_record(_decode(line), trades)
+        exchange, error, raw, ts_recv, kind, *context = orjson.loads(line)
+        letter = DeadLetter(exchange, error, base64.b64decode(raw), int(ts_recv), kind, *context)
         return dead_letter_record(letter, dead_letters)
     except (ValueError, TypeError, AttributeError) as problem:
         return unpublishable(line, f"spooled by another version: {problem}", dead_letters)

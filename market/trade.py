@@ -45,8 +45,8 @@ class Trade(NamedTuple):
     size_value: float
     side: Side  # the taker's; "" where the feed does not say
     trade_id: str  # "" if the feed has none
-    exchange_ts_ns: int
-    received_ts_ns: int
+    ts_event: int
+    ts_recv: int
     sequence: int | None  # per symbol, contiguous where the feed is complete; None if the feed has none
     flags: str  # "", or of "snapshot", "gap", "duplicate", "disorder", joined with ","
 
@@ -61,17 +61,19 @@ class Parsed(NamedTuple):
     reconnect: bool = False  # the exchange asks for that, or is about to close
 
 
+SYMBOL = re.compile(r"[A-Z0-9.]{1,20}-[A-Z0-9]{2,10}").fullmatch  # matches "BTC-USD"
 PLAIN_NUMBER = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,36})?").fullmatch  # matches a decimal without sign and exponent
 _SCIENTIFIC = re.compile(r"\+?([0-9]{0,18})(?:\.([0-9]{0,36}))?(?:[eE]([+-]?[0-9]{1,2}))?").fullmatch
 _DIGITS = re.compile(r"[0-9]{1,18}").fullmatch
 _MILLISECONDS = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?").fullmatch
 _ISO = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?(?:Z|\+00:00)").fullmatch
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")  # C0, DEL, C1, bidi
 _ID = re.compile(r"[!-~]{1,64}").fullmatch
 
 
 def short(text: object) -> str:
-    """An exchange's text, fit to be logged and stored."""
-    return str(text)[:NOTE_LIMIT].encode("utf-8", "backslashreplace").decode()
+    """An exchange's text, fit to be logged, stored and shown: short, and without what steers a terminal."""
+    return _STEERING.sub("\ufffd", str(text)[:NOTE_LIMIT]).encode("utf-8", "backslashreplace").decode()
 
 
 def unknown(what: object) -> BadFrame:
@@ -154,7 +156,7 @@ def gunzip(data: bytes) -> bytes:
 def in_order(trades: list[Trade], newest_first: bool = False) -> list[Trade]:
     """A snapshot, oldest first. `newest_first`: how the exchange has it, where the times are too coarse to tell."""
     if len(trades) > 1:
-        first, last = trades[0].exchange_ts_ns, trades[-1].exchange_ts_ns
+        first, last = trades[0].ts_event, trades[-1].ts_event
         if first > last or (first == last and newest_first):
             trades.reverse()
     return trades

@@ -43,7 +43,7 @@ from runtime.processes import PoolClosed, Processes, WorkerDied
 MAX_LOG = 256  # batches that a worker is rebuilt from at most, beside its checkpoint
 MOST = 2_048  # trades per job
 MAX_SYMBOLS = 100_000  # whose workers are remembered; those of more are found by hash
-FIELDS = ("exchange", "symbol", "price_value", "size_value", "trade_id", "exchange_ts_ns", "received_ts_ns", "flags")
+FIELDS = ("exchange", "symbol", "price_value", "size_value", "trade_id", "ts_event", "ts_recv", "flags")
 """What ``Analytics.take`` takes, in its order."""
 
 _fields = itemgetter(*(Trade._fields.index(name) for name in FIELDS))

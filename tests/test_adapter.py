@@ -43,9 +43,9 @@ def test_wires_and_adapters_agree(name: str) -> None:
             (symbol, side, wire.trade_id(each), at // step * step, price, amount)
             for price, amount, side, each, at in ticks
         ]
-        assert [(t.symbol, t.side, t.trade_id, t.exchange_ts_ns, t.price, t.size) for t in got] == expected
+        assert [(t.symbol, t.side, t.trade_id, t.ts_event, t.price, t.size) for t in got] == expected
         assert all(t.price_value == float(t.price) and t.size_value == float(t.size) for t in got)
-        assert all(t.exchange == name and t.received_ts_ns == NOW for t in got)
+        assert all(t.exchange == name and t.ts_recv == NOW for t in got)
         assert all(t.sequence in (None, each) for t, each in zip(got, numbers, strict=True))
         again = [trade for frame in wire.snapshot(native, ticks) for trade in adapter.parse(frame, NOW).trades]
         assert all(t.flags == "snapshot" for t in again)
@@ -354,8 +354,8 @@ def test_feeds_100_000_mutated_frames() -> None:
                 assert DECIMAL.fullmatch(trade.price) and DECIMAL.fullmatch(trade.size)
                 assert float(trade.price) == trade.price_value
                 assert float(trade.size) == trade.size_value
-                assert type(trade.exchange_ts_ns) is int
-                assert EARLIEST_NS <= trade.exchange_ts_ns <= NOW + AHEAD_NS
+                assert type(trade.ts_event) is int
+                assert EARLIEST_NS <= trade.ts_event <= NOW + AHEAD_NS
                 assert trade.sequence is None or 0 <= trade.sequence < 2**63
                 assert type(trade.trade_id) is str and trade.trade_id.isascii() and len(trade.trade_id) <= 64
                 assert trade.flags in ("", "snapshot")

@@ -86,9 +86,9 @@ def test_every_record_is_where_its_symbol_belongs_once_and_in_order(
         for partition, records in found.items():
             for record in records:
                 trade = mt.decode(record.value)
-                assert record.key == trade.symbol.encode() and record.headers == (("schema", b"1"),)
+                assert record.key == trade.symbol.encode() and record.headers == (("schema", b"2"),)
                 assert trade == trades[int(trade.trade_id)]
-                assert record.timestamp == trade.received_ts_ns // 1_000_000
+                assert record.timestamp == trade.ts_recv // 1_000_000
                 assert partition == DefaultPartitioner()(record.key, [0, 1, 2], [0, 1, 2])
         assert await market_kafka_ids(address, "a.trades") == list(range(5000))
         rows = await read_all(address, "a.analytics")
@@ -140,10 +140,10 @@ def test_what_cannot_be_published_is_a_dead_letter_and_holds_up_nobody(
         market_kafka_trade(0, symbol="\udfff"),
         market_kafka_trade(0, symbol=7),
         market_kafka_trade(0, price=object()),
-        market_kafka_trade(0, received_ts_ns=10**40),
-        market_kafka_trade(0, received_ts_ns=-1),
-        market_kafka_trade(0, received_ts_ns=1.5),
-        market_kafka_trade(0, received_ts_ns="now"),
+        market_kafka_trade(0, ts_recv=10**40),
+        market_kafka_trade(0, ts_recv=-1),
+        market_kafka_trade(0, ts_recv=1.5),
+        market_kafka_trade(0, ts_recv="now"),
         market_kafka_trade(0, flags="x" * 1_000_000),
         ("not", "a", "trade"),
     ]

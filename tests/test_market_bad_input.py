@@ -68,7 +68,7 @@ def restored_sigterm() -> Iterator[None]:
     "field",
     [
         *({"symbol": ["BTC-USD"]}, {"symbol": None}, {"price": 1}, {"price_value": "1"}, {"size_value": 1}),
-        *({"exchange_ts_ns": "1"}, {"received_ts_ns": 1.5}, {"sequence": "1"}, {"flags": 7}, {"side": {}}),
+        *({"ts_event": "1"}, {"ts_recv": 1.5}, {"sequence": "1"}, {"flags": 7}, {"side": {}}),
         *({"sequence": True}, {"trade_id": 1}),
     ],
 )
@@ -78,6 +78,26 @@ def test_kafka_a_record_with_wrong_types_is_no_trade(field: dict[str, Any]) -> N
     assert mt.decode(mt.encode(good)) == good and mt.decode(mt.encode(good._replace(sequence=None))).sequence is None
     with pytest.raises(ValueError, match="not a trade"):
         mt.decode(json.dumps({**good._asdict(), **field}).encode())
+
+
+@pytest.mark.parametrize("symbol", ["[/oops]", "BTC", "btc-usd", "BTC-USD\n", "\x1b[2J-USD", "B" * 21 + "-USD", ""])
+def test_kafka_a_record_whose_symbol_is_none_is_no_trade(symbol: str) -> None:
+    for changes in ({"symbol": symbol}, {"exchange": symbol or "*"}):
+        if changes != {"exchange": "btc-usd"}:
+            with pytest.raises(ValueError, match="not a symbol"):
+                mt.decode(mt.encode(market_kafka_trade(**{"n": 1, **changes})))
+
+
+def test_kafka_records_of_the_schema_before_are_read_and_spooled_ones_stay_what_they_are() -> None:
+    trade = market_kafka_trade(1)
+    before = mt.encode(trade).replace(b"ts_event", b"exchange_ts_ns").replace(b"ts_recv", b"received_ts_ns")
+    assert mt.decode(before) == trade
+    line = b"%d\tBTC-USD\t%b" % (MARKET_KAFKA_NOW // 10**6, before)
+    record = mt.record_of_line(line, "trades", "dead")
+    assert (record.value, record.headers) == (before, [("schema", b"1")])
+    assert mt.record_of_line(before, "trades", "dead") == mt.trade_record(trade, "trades")
+    headers = [("exchange", b"okx"), ("at_ns", b"17"), ("kind", b"text")]
+    assert mt.letter_of_record(b"x", headers) == mt.DeadLetter("okx", "", b"x", 17, "text")
 
 
 def test_kafka_rounds_are_bounded_and_in_order() -> None:

@@ -316,7 +316,7 @@ def test_implausible_trades_are_bad_frames() -> None:
     adapter.subscribe(["BTC-USD"])
     borders = (EARLIEST_NS // 10**6, (NOW + AHEAD_NS) // 10**6)
     for when in borders:
-        assert market_feeds_trade(adapter, T=when).trades[0].exchange_ts_ns == when * 10**6
+        assert market_feeds_trade(adapter, T=when).trades[0].ts_event == when * 10**6
     for when in (borders[0] - 1, borders[1] + 1, 0, -1, 10**30, NOW):
         with pytest.raises(BadFrame, match=r"plausible time|time in milliseconds"):
             market_feeds_trade(adapter, T=when)

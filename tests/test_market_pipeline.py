@@ -87,7 +87,7 @@ async def market_pipeline_trades(kafka: str, prefix: str) -> list[Trade]:
     for record in records:
         symbol = decode(record.value).symbol
         assert record.key == symbol.encode() and places.setdefault(symbol, record.partition) == record.partition
-        assert dict(record.headers) == {"schema": b"1"}
+        assert dict(record.headers) == {"schema": b"2"}
     return [decode(record.value) for record in records]
 
 
@@ -217,7 +217,9 @@ def test_an_exchange_that_fails_does_not_hold_up_the_others(market_pipeline_brok
                 }
         letters = await read_all(market_pipeline_broker, "fails-dead-letter")
         said = [dict(record.headers) for record in letters if dict(record.headers)["exchange"] == b"binance"]
-        assert len(said) == 3 and all(head["error"] and head["at_ns"] and b"asked" in head["context"] for head in said)
+        assert len(said) == 3 and all(
+            head["error"] and head["ts_recv"] and b"asked" in head["context"] for head in said
+        )
 
     run_task(main())
 

@@ -48,8 +48,8 @@ def market_stats_taken(trades: Iterable[Trade], lateness: int = 2 * 10**9) -> Ta
     for trade in trades:
         own, every = (trade.symbol, trade.exchange), (trade.symbol, "*")
         identity = (*own, trade.trade_id)
-        at = trade.exchange_ts_ns
-        if at > trade.received_ts_ns + 2 * 10**9:
+        at = trade.ts_event
+        if at > trade.ts_recv + 2 * 10**9:
             counts["ahead"] += 1
         elif "duplicate" in trade.flags:
             counts["repeated"] += 1
@@ -82,10 +82,10 @@ def weight(age: int, half_life: float) -> Decimal:
 def by_the_formulas(trades: Sequence[Trade], now_ns: int, windows: Sequence[int], half_life: float) -> dict[str, Any]:
     """The figures of a series, from all its trades at once: sums without rounding, logarithms of 28 digits."""
     trades = sorted(
-        trades, key=lambda t: (t.exchange_ts_ns, t.exchange, len(t.trade_id), t.trade_id, t.price_value, t.size_value)
+        trades, key=lambda t: (t.ts_event, t.exchange, len(t.trade_id), t.trade_id, t.price_value, t.size_value)
     )
     now = now_ns // 10**9
-    closes = {trade.exchange_ts_ns // 10**9: trade.price_value for trade in trades}  # the last of each second
+    closes = {trade.ts_event // 10**9: trade.price_value for trade in trades}  # the last of each second
     squares = dict.fromkeys(range(now, min(closes), -1), Decimal(0))  # the newest first
     for (_, before), (second, close) in itertools.pairwise(closes.items()):
         squares[second] = (ln(close) - ln(before)) ** 2
@@ -94,7 +94,7 @@ def by_the_formulas(trades: Sequence[Trade], now_ns: int, windows: Sequence[int]
     weighted = sum(map(operator.mul, weights, squares.values()))
     found["ewma"] = float((weighted / sum(weights) * mst.YEAR).sqrt()) if squares else None
     for window in windows:
-        inside = [trade for trade in trades if trade.exchange_ts_ns // 10**9 > now - window]
+        inside = [trade for trade in trades if trade.ts_event // 10**9 > now - window]
         volume = math.fsum(trade.size_value for trade in inside)
         turnover = math.fsum(trade.price_value * trade.size_value for trade in inside)
         of_window = list(squares.values())[:window]
@@ -131,7 +131,7 @@ def test_agree_with_the_formulas(seed: int) -> None:
         assert {name: got[name] for name in counts} == counts
         assert got["offered"] == n + 1 == sum(counts.values()) - counts["late_for_all"]
         for (symbol, exchange), trades in series.items():
-            newest = max(trade.exchange_ts_ns for trade in trades)
+            newest = max(trade.ts_event for trade in trades)
             for now in (newest, newest + 3 * 10**9, newest + 200 * 10**9):
                 row = market_stats_row(analytics, symbol, exchange, now)
                 assert row is not None
@@ -160,12 +160,12 @@ def test_any_order_within_the_lateness_gives_the_same_rows(data: st.DataObject) 
             max_size=60,
         )
     )
-    trades = [trade._replace(trade_id=str(n), received_ts_ns=STATS_T0 + 10**11) for n, trade in enumerate(trades)]
+    trades = [trade._replace(trade_id=str(n), ts_recv=STATS_T0 + 10**11) for n, trade in enumerate(trades)]
     trades += data.draw(st.lists(st.sampled_from(trades), max_size=20))
     results = []
     for _ in range(3):
         delays = data.draw(st.lists(st.integers(0, 2 * 10**9), min_size=len(trades), max_size=len(trades)))
-        arrivals = sorted(zip(delays, trades, strict=True), key=lambda each: each[1].exchange_ts_ns + each[0])
+        arrivals = sorted(zip(delays, trades, strict=True), key=lambda each: each[1].ts_event + each[0])
         analytics = mst.Analytics(**SMALL)
         for _, trade in arrivals:
             market_stats_take(analytics, trade)
@@ -185,7 +185,7 @@ def test_thousands_of_trades_in_any_order_give_the_same_bits() -> None:
     found = []
     for _ in range(3):
         analytics = mst.Analytics(**SMALL)
-        for _, trade in sorted((trade.exchange_ts_ns + rng.uniform(0, 2e9), trade) for trade in trades):
+        for _, trade in sorted((trade.ts_event + rng.uniform(0, 2e9), trade) for trade in trades):
             market_stats_take(analytics, trade)
         assert analytics.stats()[1:4] == (6_000, 0, 0)
         found.append(analytics.due())
@@ -262,10 +262,10 @@ def test_a_tie_in_time_is_decided_by_the_id_as_a_number() -> None:
         ({"size_value": math.nan}, "absurd"),
         ({"size_value": math.inf}, "absurd"),
         ({"size_value": -1e-9}, "absurd"),
-        ({"exchange_ts_ns": -1}, "absurd"),
-        ({"exchange_ts_ns": 10**30, "received_ts_ns": 10**30}, "absurd"),
+        ({"ts_event": -1}, "absurd"),
+        ({"ts_event": 10**30, "ts_recv": 10**30}, "absurd"),
         ({"exchange": "*"}, "absurd"),
-        ({"exchange_ts_ns": STATS_T0 + 2 * 10**9 + 1}, "ahead"),
+        ({"ts_event": STATS_T0 + 2 * 10**9 + 1}, "ahead"),
     ],
 )
 def test_what_cannot_be_is_counted_and_changes_nothing(fields: dict[str, Any], reason: str) -> None:
@@ -276,7 +276,7 @@ def test_what_cannot_be_is_counted_and_changes_nothing(fields: dict[str, Any], r
     assert not market_stats_take(analytics, good._replace(**fields))
     assert analytics.stats()._asdict()[reason] == 1
     assert market_stats_row(analytics, "BTC-USD") == before
-    assert market_stats_take(analytics, good._replace(exchange_ts_ns=STATS_T0 + 2 * 10**9, size_value=0.0))
+    assert market_stats_take(analytics, good._replace(ts_event=STATS_T0 + 2 * 10**9, size_value=0.0))
 
 
 def test_the_first_trades_and_the_silence_after() -> None:

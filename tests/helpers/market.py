@@ -595,9 +595,9 @@ def market_stats_trade(
 
 
 def market_kafka_letter(
-    exchange: str, error: str, raw: bytes, at_ns: int, kind: LetterKind = "binary", context: str = ""
+    exchange: str, error: str, raw: bytes, ts_recv: int, kind: LetterKind = "binary", context: str = ""
 ) -> DeadLetter:
-    return DeadLetter(exchange, error, raw, at_ns, kind, context)
+    return DeadLetter(exchange, error, raw, ts_recv, kind, context)
 
 
 def market_stats_take(analytics: Analytics, trade: Trade) -> bool:
@@ -637,9 +637,7 @@ def market_stats_stream(seed: int, n: int = 3000, seconds: float = 90.0) -> list
         if rng.random() < 0.01:
             arrivals.append((at, trade._replace(trade_id=trade_id + "x", flags="gap,duplicate")))
         if rng.random() < 0.01:
-            arrivals.append(
-                (at, trade._replace(trade_id=trade_id + "y", exchange_ts_ns=trade.received_ts_ns + 2 * 10**9 + 1))
-            )
+            arrivals.append((at, trade._replace(trade_id=trade_id + "y", ts_event=trade.ts_recv + 2 * 10**9 + 1)))
     return [trade for _, trade in sorted(arrivals, key=lambda each: each[0])]
 
 
