@@ -80,7 +80,8 @@ def make_parser() -> Parser:
   python market_pipeline.py replay --kafka broker:9092 --dry-run            what a mended parser would make of them
 
 exchanges: {", ".join(ADAPTERS)}
-On Binance, OKX, Bybit and Gate.io, USD means their books in USDT; BitMEX's are perpetual swaps.
+Binance, OKX, Bybit, Gate.io and Bitget have books in USDT only: where BTC-USD is asked for, their trades come as
+BTC-USDT, apart from those in USD; with --merge-quotes as BTC-USD.
 
 Kafka may be away, at the start too: trades go to the spool then, and from there, in order, when it is back.
 SIGTERM or Ctrl-C: close the feeds, publish what is there, say what is left; again: put it into the spool and end.
@@ -96,6 +97,8 @@ exit codes: 0 nothing was lost; 1 something was, or it could not start; 2 wrong 
     text = "of which exchanges; several machines share them by this (default: all that need no key)"
     option(feeds, "--exchanges", words, text, "LIST")
     option(feeds, "--stocks", tickers, "from the stock feeds whose keys are in the environment", "LIST")
+    text = "tell trades in USDT as USD's, where an exchange has no books in USD"
+    feeds.add_argument("--merge-quotes", action="store_true", default=None, help=text)
     text = "another address of an exchange: a proxy, a simulation"
     option(feeds, "--url", _address, text, "EXCHANGE=URL", action="append")
     kafka = parser.add_argument_group("Kafka")

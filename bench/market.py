@@ -76,8 +76,8 @@ def soak(course: Course, name: str, rate: int, seconds: int) -> list[Row]:
     "market --peers market_pipeline,cryptofeed --rates 1000,2000,4000 --halvings 2",
     "market --soak 60 --rate 15000",
     peers=(
-        "market_pipeline,market_pipeline-7,cryptofeed,cryptofeed-batched",
-        "contestants; -7: the exchanges of the next",
+        "market_pipeline,market_pipeline-6,cryptofeed,cryptofeed-batched",
+        "contestants; -6: the exchanges of the next",
     ),
     rates=("5000,10000,15000,20000,30000,40000", "trades/s of all exchanges together, the ladder"),
     halvings=(1, "steps between the last good and the first bad rate"),

@@ -1,7 +1,7 @@
 """The contestants of `bench market`, each as a child that reads from all exchanges when its block is entered.
 
 ``market_pipeline`` runs as its user starts it, ten exchanges, figures and all (no option leaves them out);
-``market_pipeline-7``, with the exchanges of the peer only, at the same rates in all. The peer is in
+``market_pipeline-6``, with the exchanges of the peer only, at the same rates in all. The peer is in
 bench/market_peer.py. Whoever it is, it is stopped as its user would, when the block is left.
 """
 
@@ -31,12 +31,11 @@ NATIVE: dict[str, tuple[str, str, str]] = {
     "bitfinex": ("BITFINEX", "{}-USD", "t{}USD"),
     "gemini": ("GEMINI", "{}-USD", "{}USD"),
     "gateio": ("GATEIO", "{}-USDT", "{}_USDT"),
-    "bitmex": ("BITMEX", "{}-USD-PERP", "{}USD"),
 }
 """Of cryptofeed: its name for an exchange, for a symbol there, and what the exchange calls it."""
 EVENT_IDS = {"GEMINI": 7}
 """Where it keeps another number than the trade's: by how much that is greater in the simulation."""
-OURS = {"market_pipeline": tuple(WIRES), "market_pipeline-7": tuple(NATIVE)}
+OURS = {"market_pipeline": tuple(WIRES), "market_pipeline-6": tuple(NATIVE)}
 PEERS = {"cryptofeed": tuple(NATIVE), "cryptofeed-batched": tuple(NATIVE)}
 
 

@@ -7,9 +7,9 @@ answer to each record before it sends the next, and has the settings of ours (ac
 * **What it does not do**: no rolling figures, no dead letters, no labels for gaps and repetitions (at a gap of Bitfinex
   it connects anew), no spool, no bound of its queues (they grow while Kafka is slow or away), no key by symbol. Prices
   become floats in its records.
-* **Seven of the exchanges**: its classes speak to the simulation unchanged at those in `NATIVE`; at the other three
+* **Six of the exchanges**: its classes speak to the simulation unchanged at those in `NATIVE`; at four others
   they speak another protocol than our adapters and thus the simulation: aggregate trades, named in the URL, at Binance;
-  the Advanced Trade API, which needs keys, at Coinbase; version 1 of Kraken's.
+  the Advanced Trade API, which needs keys, at Coinbase; version 1 of Kraken's and of Bitget's.
 * **Two things are replaced** in its process: the symbols that it would ask the REST interfaces for, and ``wss://`` of
   its addresses, as the simulation has no TLS.
 """
@@ -84,8 +84,6 @@ def cryptofeed(name: str, broker: str, topic: str, urls: Mapping[str, str]) -> N
 
 
 def as_named(exchange: str, base: str) -> str:
-    if exchange == "bitmex":
-        return "XBT" if base == "BTC" else base
     return base.lower() if exchange == "bitstamp" else base
 
 

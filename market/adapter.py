@@ -6,11 +6,11 @@ argument (`received_ns`, Unix time; Gate.io's ping, which must carry a time, tak
 Promised:
 
 * `parse` raises `BadFrame` and nothing else, whatever the frame. A frame is trades, or known and said to be so
-  (`kind`), or bad; nothing is guessed and nothing is passed over in silence. A frame with one bad trade is bad as a
-  whole: the dead letters hold it, and no half of it is counted twice when it is replayed.
-* A symbol is BASE-QUOTE in capitals ("BTC-USD"). An exchange whose books are in USDT (`dollar`) stands in for USD: ask
-  it for BTC-USD and its BTC-USDT trades come back as BTC-USD (as BTC-USDT if that was asked for). A trade of a symbol
-  that was not asked for is a bad frame, so nobody outside makes up symbols for us.
+  (`kind`), or bad; nothing is guessed and nothing is passed over in silence. A bad trade among good ones is lost alone:
+  `Parsed.bad` holds the frame as it would be with that trade only, which can be read again by itself.
+* A symbol is BASE-QUOTE in capitals ("BTC-USD"). An exchange whose books are in USDT (`dollar`) is asked for BTC-USDT
+  where BTC-USD is wanted, and its trades are BTC-USDT's. With `merge_quotes` they are told as BTC-USD, unless BTC-USDT
+  was asked for as well. A trade of a symbol that was not asked for is bad, so nobody outside makes up symbols for us.
 
 Not promised: that an exchange tells the truth, or everything. What its sequences and ids show is labelled by
 `SequenceCheck`, counted, and never patched.
@@ -22,10 +22,12 @@ one exchange take two adapters: `fresh()`. A frame that is read again later (a d
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import orjson
@@ -41,10 +43,18 @@ from market.trade import (
     Side,
     Trade,
     decimal,
+    expect_list,
     gunzip,
+    identity,
+    in_order,
+    milliseconds,
+    sequence_number,
     short,
     unknown,
 )
+
+Fields = Sequence[str | tuple[str, ...]]
+"""Where a trade's symbol, price, size, side, id and time stand; a tuple: the documented spellings, the first wins."""
 
 HEARTBEAT = Parsed([], "heartbeat")  # these are shared: nobody appends to their lists
 ACK = Parsed([], "ack")
@@ -53,8 +63,28 @@ IGNORED = Parsed([], "ignored")
 _new = tuple.__new__
 
 
+def picker(fields: Fields) -> Callable[[Any], Sequence[Any]]:
+    """Takes the six `fields` out of a trade; the function raises `KeyError` if one has none of its spellings."""
+    spellings = [(field,) if isinstance(field, str) else field for field in fields]
+    first = itemgetter(*(names[0] for names in spellings))
+
+    def pick(item: Any) -> Sequence[Any]:
+        try:
+            return first(item)  # type: ignore[no-any-return]
+        except KeyError:
+            return [item[next((name for name in names if name in item), names[0])] for names in spellings]
+
+    return pick if any(len(names) > 1 for names in spellings) else first
+
+
+def reason_of(error: Exception) -> str:
+    """Why a frame or a trade is bad."""
+    return str(error) if isinstance(error, BadFrame) else f"{type(error).__name__}: {short(error)}"
+
+
 class Adapter(ABC):
-    """What all have in common. An exchange is a subclass with `_subscriptions` and `_message`."""
+    """What all have in common. An exchange is a subclass with `_subscriptions`, `_message` and, for its trades,
+    `fields`, `sides`, `moment` and `numbered`."""
 
     name: str
     url: str
@@ -70,22 +100,35 @@ class Adapter(ABC):
     acknowledged: Literal["messages", "symbols"] | int = "messages"  # each of these is; or how many come in all
     heartbeats: frozenset[object] = frozenset()  # frames that are not JSON
     controls: ClassVar[Mapping[Any, Parsed]] = {}  # what messages without trades mean, by their kind
+    fields: Fields = ()
+    sides: ClassVar[Mapping[Any, Side]] = {"buy": "buy", "sell": "sell"}  # the taker's, by what the exchange writes
+    side_type: type = str
+    moment: Callable[[object], int] = staticmethod(milliseconds)  # nanoseconds of what the exchange writes
+    numbered = False  # ids count up by one per symbol: they are the sequence
+    newest_first = False  # how several trades of one time stand in a frame or a snapshot
 
-    def __init__(self, *, clock: Callable[[], float] = time.time, keys: Sequence[str] = ()) -> None:
-        self._clock, self._keys = clock, keys
+    def __init_subclass__(cls) -> None:
+        if "fields" in vars(cls):
+            cls._pick = staticmethod(picker(cls.fields))
+
+    def __init__(
+        self, *, clock: Callable[[], float] = time.time, keys: Sequence[str] = (), merge_quotes: bool = False
+    ) -> None:
+        self._clock, self._keys, self._merge_quotes = clock, keys, merge_quotes
         self._asked: dict[str, str] = {}  # native -> ours
 
     def fresh(self) -> Self:
         """Another one, for another connection."""
-        return type(self)(clock=self._clock, keys=self._keys)
+        return type(self)(clock=self._clock, keys=self._keys, merge_quotes=self._merge_quotes)
 
-    def with_keys(self, environment: Mapping[str, str]) -> Self:
+    def with_keys(self, environment: Mapping[str, str], merge_quotes: bool = False) -> Self:
         """Another one with its keys, if it needs any; `ValueError` if a variable is not set."""
         names = [name for name in (self.key_env, self.secret_env) if name]
         for name in names:
             if not environment.get(name):
                 raise ValueError(f"the environment has no {name}")
-        return type(self)(clock=self._clock, keys=[environment[name] for name in names])
+        keys = [environment[name] for name in names]
+        return type(self)(clock=self._clock, keys=keys, merge_quotes=merge_quotes)
 
     def context(self) -> str:
         """What `parse` knows of the connection, as JSON: with it a dead letter can be read again elsewhere."""
@@ -113,8 +156,16 @@ class Adapter(ABC):
     def _join(self, base: str, currency: str) -> str:
         return base + self.separator + currency
 
+    def told(self, symbols: Sequence[str]) -> dict[str, str]:
+        """By the exchange's names, what their trades are told as."""
+        found = dict[str, str]()
+        for symbol in sorted(symbols, key=lambda each: not each.endswith("-USD")):  # what is exact comes last, and wins
+            stands_in = symbol.endswith("-USD") and not self._merge_quotes
+            found[self.native(symbol)] = f"{symbol[:-3]}{self.dollar}" if stands_in else symbol
+        return {native: found[native] for native in map(self.native, symbols)}
+
     def symbol(self, native: Any) -> str:
-        """The other way, as it was asked for; `BadFrame` if it was not."""
+        """The other way, as it is told; `BadFrame` if it was not asked for."""
         found = self._asked.get(native)
         if found is None:
             raise BadFrame(f"a symbol that was not asked for: {short(native)}")
@@ -136,9 +187,7 @@ class Adapter(ABC):
     def subscribe(self, symbols: Sequence[str]) -> list[str]:
         """What to send after connecting. Forgets the connection before this one."""
         self.check(symbols)
-        stand_ins = {self.native(symbol): symbol for symbol in symbols}
-        exact = {self.native(symbol): symbol for symbol in symbols if not symbol.endswith("-USD")}
-        self._asked = stand_ins | exact
+        self._asked = self.told(symbols)
         return [orjson.dumps(message).decode() for message in self._subscriptions(list(self._asked))]
 
     @abstractmethod
@@ -162,10 +211,8 @@ class Adapter(ABC):
             if type(frame) is bytes and frame[:2] == b"\x1f\x8b":
                 frame = gunzip(frame)
             return self._message(orjson.loads(frame), received_ns)
-        except BadFrame:
-            raise
         except Exception as error:  # a missing key, a wrong type, a number out of range: all are the frame's fault
-            raise BadFrame(f"{type(error).__name__}: {short(error)}") from None
+            raise BadFrame(reason_of(error)) from None
 
     @abstractmethod
     def _message(self, message: Any, received: int) -> Parsed:
@@ -177,6 +224,45 @@ class Adapter(ABC):
         if found is None:
             raise unknown(kind)
         return found
+
+    def _trades(
+        self,
+        message: Any,
+        items: Any,
+        received: int,
+        flags: str = "",
+        read: Callable[[Any, int, str], Trade] | None = None,
+    ) -> Parsed:
+        """The trades of a list within the message; a bad one loses itself only. `BadFrame` if there is no good one."""
+        trades, bad, read = list[Trade](), list[tuple[Any, Exception]](), read or self._item
+        for item in expect_list(items):
+            try:
+                trades.append(read(item, received, flags))
+            except Exception as error:
+                bad.append((item, error))
+        if flags or self.newest_first:
+            in_order(trades, self.newest_first)
+        if not bad:
+            return Parsed(trades, "trades")
+        if not trades:
+            raise bad[0][1]
+        letters = list[tuple[str, bytes]]()
+        for item, why in bad:
+            items[:] = [item]
+            letters.append((reason_of(why), json.dumps(message).encode()))
+        return Parsed(trades, "trades", bad=letters)
+
+    _pick: Callable[[Any], Sequence[Any]]
+
+    def _item(self, item: Any, received: int, flags: str = "") -> Trade:
+        """A trade as the exchange writes it."""
+        symbol, price, size, side, number, when = self._pick(item)
+        if type(side) is not self.side_type:  # True equals 1
+            raise BadFrame(f"not a side: {short(side)}")
+        sequence = sequence_number(number) if self.numbered else None
+        number = identity(number) if sequence is None else str(sequence)
+        name, side, when = self.symbol(symbol), self.sides[side], self.moment(when)
+        return self._trade(name, price, size, side, number, when, received, sequence, flags)
 
     def _trade(
         self,

@@ -121,7 +121,8 @@ class Feed:
             clock=clock,
             rng=rng,
         )
-        self._reader = FrameReader(self.adapter, SymbolSilence(self.symbols, times.renew_after), emit, dead, wall)
+        told = tuple(dict.fromkeys(self.adapter.told(symbols).values()))
+        self._reader = FrameReader(self.adapter, SymbolSilence(told, times.renew_after), emit, dead, wall)
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._state: FeedState = "idle"

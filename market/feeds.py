@@ -4,12 +4,12 @@ What all have in common, and what is promised of a trade, is in `market.adapter`
 
 Each class states how its exchange tells the taker's side, the one convention of `Trade.side`, and where that is
 written: in quotation marks, the exchange's own words; without, what its documentation or other readers of it take it
-for. It says too whether its frames or ids are numbered without holes, so that `SequenceCheck` can see a gap. USD is
-USDT where an exchange has no books in USD (`dollar`).
+for. It says too whether its frames or ids are numbered without holes, so that `SequenceCheck` can see a gap.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar, Self
 from urllib.parse import quote
 
@@ -23,7 +23,6 @@ from market.trade import (
     Trade,
     expect_list,
     identity,
-    in_order,
     milliseconds,
     parse_iso_time,
     sequence_number,
@@ -31,11 +30,15 @@ from market.trade import (
     unknown,
 )
 
-_KRAKEN_FLAGS = {"update": "", "snapshot": "snapshot"}
-_BITMEX_FLAGS = {"insert": "", "partial": "snapshot"}
-_SIDES: dict[Any, Side] = {"buy": "buy", "sell": "sell"}
-_CAPITAL_SIDES: dict[Any, Side] = {"Buy": "buy", "Sell": "sell"}
-_BITMEX_SIDES: dict[Any, Side] = _CAPITAL_SIDES | {"": "", None: ""}
+_SNAPSHOT = {"update": "", "snapshot": "snapshot"}
+
+
+def _error(text: object) -> Parsed:
+    return Parsed([], "error", short(text))
+
+
+def _status(text: object, reconnect: bool = False) -> Parsed:
+    return Parsed([], "status", short(text), reconnect=reconnect)
 
 
 class Binance(Adapter):
@@ -49,6 +52,9 @@ class Binance(Adapter):
 
     name, url, dollar = "binance", "wss://stream.binance.com:9443/ws", "USDT"
     max_symbols, pace = 1024, 0.3
+    fields, numbered = ("s", "p", "q", "m", "t", "T"), True
+    sides: ClassVar = {True: "sell", False: "buy"}
+    side_type = bool
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         streams = [f"{native.lower()}@trade" for native in natives]
@@ -60,22 +66,15 @@ class Binance(Adapter):
             message = message["data"]
         event = message.get("e")
         if event == "trade":
-            maker = message["m"]
-            if maker is not True and maker is not False:
-                raise BadFrame(f"m is neither true nor false: {short(maker)}")
-            number = sequence_number(message["t"])
-            side: Side = "sell" if maker else "buy"
-            symbol, when = self.symbol(message["s"]), milliseconds(message["T"])
-            price, size = message["p"], message["q"]
-            return Parsed([self._trade(symbol, price, size, side, str(number), when, received, number)], "trades")
+            return Parsed([self._item(message, received)], "trades")
         if event == "serverShutdown":
-            return Parsed([], "status", "server shutdown", reconnect=True)
+            return _status("server shutdown", reconnect=True)
         if event is not None:
             raise unknown(event)
         if "result" in message:
             return ACK
         error = message.get("error", message)
-        return Parsed([], "error", short(f"{error['code']} {error['msg']}"))
+        return _error(f"{error['code']} {error['msg']}")
 
 
 class Coinbase(Adapter):
@@ -90,7 +89,9 @@ class Coinbase(Adapter):
     name, url, silent_after = "coinbase", "wss://ws-feed.exchange.coinbase.com", 10.0
     separator = "-"
     controls: ClassVar = {"heartbeat": HEARTBEAT, "subscriptions": ACK, "status": Parsed([], "status")}
-    _taker: ClassVar[dict[Any, Side]] = {"buy": "sell", "sell": "buy"}
+    fields, numbered = ("product_id", "price", "size", "side", "trade_id", "time"), True
+    sides: ClassVar = {"buy": "sell", "sell": "buy"}
+    moment = staticmethod(parse_iso_time)
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"type": "subscribe", "product_ids": natives, "channels": ["matches", "heartbeat"]}]
@@ -98,13 +99,9 @@ class Coinbase(Adapter):
     def _message(self, message: Any, received: int) -> Parsed:
         kind = message["type"]
         if kind == "match" or kind == "last_match":
-            number, side = sequence_number(message["trade_id"]), self._taker[message["side"]]
-            symbol, when = self.symbol(message["product_id"]), parse_iso_time(message["time"])
-            price, size, flags = message["price"], message["size"], "" if kind == "match" else "snapshot"
-            trade = self._trade(symbol, price, size, side, str(number), when, received, number, flags)
-            return Parsed([trade], "trades")
+            return Parsed([self._item(message, received, "" if kind == "match" else "snapshot")], "trades")
         if kind == "error":
-            return Parsed([], "error", short(f"{message['message']}: {message.get('reason', '')}"))
+            return _error(f"{message['message']}: {message.get('reason', '')}")
         return self._control(kind)
 
 
@@ -119,6 +116,8 @@ class Kraken(Adapter):
     name, url, silent_after = "kraken", "wss://ws.kraken.com/v2", 10.0
     separator, acknowledged = "/", "symbols"
     controls: ClassVar = {"pong": HEARTBEAT, "subscribe": ACK}
+    fields, numbered = ("symbol", "price", "qty", "side", "trade_id", "timestamp"), True
+    moment = staticmethod(parse_iso_time)
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"method": "subscribe", "params": {"channel": "trade", "symbol": natives, "snapshot": True}}]
@@ -126,21 +125,16 @@ class Kraken(Adapter):
     def _message(self, message: Any, received: int) -> Parsed:
         channel = message.get("channel")
         if channel == "trade":
-            flags, trades, made, symbol = _KRAKEN_FLAGS[message["type"]], [], self._trade, self.symbol
-            for item in expect_list(message["data"]):
-                number, when = sequence_number(item["trade_id"]), parse_iso_time(item["timestamp"])
-                side, name = _SIDES[item["side"]], symbol(item["symbol"])
-                trades.append(made(name, item["price"], item["qty"], side, str(number), when, received, number, flags))
-            return Parsed(in_order(trades) if flags else trades, "trades")
+            return self._trades(message, message["data"], received, _SNAPSHOT[message["type"]])
         if channel == "heartbeat":
             return HEARTBEAT
         if channel == "status":
             system = message["data"][0]["system"]
-            return Parsed([], "status", "" if system == "online" else short(f"system: {system}"))
+            return _status("" if system == "online" else f"system: {system}")
         if channel is not None:
             raise unknown(channel)
         if message.get("success") is False or "error" in message:
-            return Parsed([], "error", short(message["error"]))
+            return _error(message["error"])
         return self._control(message.get("method"))
 
 
@@ -158,10 +152,17 @@ class Bitstamp(Adapter):
         "bts:heartbeat": HEARTBEAT,
         "bts:subscription_succeeded": ACK,
         "bts:unsubscription_succeeded": ACK,
-        "bts:request_reconnect": Parsed([], "status", "the exchange asks for a new connection", reconnect=True),
+        "bts:request_reconnect": _status("the exchange asks for a new connection", reconnect=True),
     }
-    _taker: ClassVar[dict[Any, Side]] = {0: "buy", 1: "sell"}
+    fields = ("channel", ("price_str", "price"), ("amount_str", "amount"), "type", "id", "microtimestamp")
+    sides: ClassVar = {0: "buy", 1: "sell"}
+    side_type = int
     _prefix = "live_trades_"
+
+    @staticmethod
+    def moment(value: object) -> int:
+        """Nanoseconds from text or a number of microseconds."""
+        return sequence_number(value) * 1000
 
     def _join(self, base: str, currency: str) -> str:
         return (base + currency).lower()
@@ -172,15 +173,12 @@ class Bitstamp(Adapter):
     def _message(self, message: Any, received: int) -> Parsed:
         event = message["event"]
         if event == "trade":
-            channel, data = message["channel"], message["data"]
-            if not channel.startswith(self._prefix) or type(data["type"]) is not int:
-                raise BadFrame(f"channel {short(channel)}, type {short(data['type'])}")
-            side, symbol = self._taker[data["type"]], self.symbol(channel[len(self._prefix) :])
-            price, size = data.get("price_str", data["price"]), data.get("amount_str", data["amount"])
-            number, when = identity(data["id"]), sequence_number(data["microtimestamp"]) * 1000
-            return Parsed([self._trade(symbol, price, size, side, number, when, received)], "trades")
+            channel = message["channel"]
+            if not channel.startswith(self._prefix):
+                raise unknown(channel)
+            return Parsed([self._item(message["data"] | {"channel": channel[len(self._prefix) :]}, received)], "trades")
         if event == "bts:error":
-            return Parsed([], "error", short(message["data"]["message"]))
+            return _error(message["data"]["message"])
         return self._control(event)
 
 
@@ -197,6 +195,7 @@ class Okx(Adapter):
     ping_text, ping_every, silent_after = "ping", 25.0, 60.0
     heartbeats = frozenset(("pong", b"pong"))
     controls: ClassVar = {"subscribe": ACK, "channel-conn-count": IGNORED, "channel-conn-count-error": IGNORED}
+    fields = ("instId", "px", "sz", "side", "tradeId", "ts")
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"op": "subscribe", "args": [{"channel": "trades", "instId": native} for native in natives]}]
@@ -206,15 +205,45 @@ class Okx(Adapter):
         if event is None:
             if message["arg"]["channel"] != "trades":
                 raise unknown(message["arg"]["channel"])
-            trades, made, symbol = [], self._trade, self.symbol
-            for item in expect_list(message["data"]):
-                side, number, when = _SIDES[item["side"]], identity(item["tradeId"]), milliseconds(item["ts"])
-                trades.append(made(symbol(item["instId"]), item["px"], item["sz"], side, number, when, received))
-            return Parsed(trades, "trades")
+            return self._trades(message, message["data"], received)
         if event == "error":
-            return Parsed([], "error", short(f"{message['code']} {message['msg']}"))
+            return _error(f"{message['code']} {message['msg']}")
         if event == "notice":
-            return Parsed([], "status", short(message["msg"]), reconnect=message["code"] == "64008")
+            return _status(message["msg"], reconnect=message["code"] == "64008")
+        return self._control(event)
+
+
+class Bitget(Adapter):
+    """Bitget v2 spot, public channel "trade"; a snapshot of past trades comes first.
+
+    Taker: "side", "Transaction direction" (Spot, WebSocket, "Trading Channel"); whose is not said, other readers take
+    it for the taker's. No sequence; ids grow but not by one. The newest trade of a frame comes first. The symbol is
+    the subscription's. The client sends "ping" as text every 30 s ("Websocket API", which also says: 1,000 channels
+    of a connection at most, 10 messages in a second).
+    """
+
+    name, url, dollar, acknowledged = "bitget", "wss://ws.bitget.com/v2/ws/public", "USDT", "symbols"
+    ping_text, ping_every, silent_after = "ping", 25.0, 60.0
+    heartbeats = frozenset(("pong", b"pong"))
+    controls: ClassVar = {"subscribe": ACK}
+    fields, newest_first = ("instId", "price", "size", "side", "tradeId", "ts"), True
+
+    def _subscriptions(self, natives: list[str]) -> list[object]:
+        args = [{"instType": "SPOT", "channel": "trade", "instId": native} for native in natives]
+        return [{"op": "subscribe", "args": args[at : at + 50]} for at in range(0, len(args), 50)]
+
+    def _message(self, message: Any, received: int) -> Parsed:
+        event = message.get("event")
+        if event is None:
+            flags, arg = _SNAPSHOT[message["action"]], message["arg"]
+            if arg["channel"] != "trade":
+                raise unknown(arg["channel"])
+            symbol = {"instId": arg["instId"]}
+            return self._trades(
+                message, message["data"], received, flags, lambda item, *more: self._item(item | symbol, *more)
+            )
+        if event == "error":
+            return _error(f"{message['code']} {message['msg']}")
         return self._control(event)
 
 
@@ -227,6 +256,7 @@ class Bybit(Adapter):
 
     name, url, dollar = "bybit", "wss://stream.bybit.com/v5/public/spot", "USDT"
     ping_text, ping_every, silent_after = '{"op":"ping"}', 20.0, 60.0
+    fields, sides = ("s", "p", "v", "S", "i", "T"), {"Buy": "buy", "Sell": "sell"}
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         topics = [f"publicTrade.{native}" for native in natives]  # at most ten in one request
@@ -237,16 +267,12 @@ class Bybit(Adapter):
         if topic is not None:
             if not topic.startswith("publicTrade."):
                 raise unknown(topic)
-            trades, made, symbol, sides = [], self._trade, self.symbol, _CAPITAL_SIDES
-            for item in expect_list(message["data"]):
-                side, number, when = sides[item["S"]], identity(item["i"]), milliseconds(item["T"])
-                trades.append(made(symbol(item["s"]), item["p"], item["v"], side, number, when, received))
-            return Parsed(trades, "trades")
+            return self._trades(message, message["data"], received)
         op = message["op"]
         if op == "pong" or message.get("ret_msg") == "pong":
             return HEARTBEAT
         if message["success"] is False:
-            return Parsed([], "error", short(message["ret_msg"]))
+            return _error(message["ret_msg"])
         if op == "subscribe" and message["success"] is True:
             return ACK
         raise unknown(op)
@@ -266,24 +292,23 @@ class Bitfinex(Adapter):
 
     name, url, silent_after, max_symbols = "bitfinex", "wss://api-pub.bitfinex.com/ws/2", 40.0, 25
     controls: ClassVar = {"conf": ACK, "unsubscribed": ACK, "pong": HEARTBEAT}
+    newest_first = True
     _names: ClassVar = {"USDT": "UST", "USDC": "UDC"}
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._channels: dict[int, str] = {}
+        self._channels: dict[str, str] = {}  # symbols by the channel's number, as JSON has keys
 
     def context(self) -> str:
         """As that of any adapter, with the channels' symbols."""
-        channels = {str(channel): symbol for channel, symbol in self._channels.items()}
-        return orjson.dumps({"asked": self._asked, "channels": channels}).decode()
+        return orjson.dumps({"asked": self._asked, "channels": self._channels}).decode()
 
     def within(self, context: str | bytes) -> Self:
         """As that of any adapter, with the channels' symbols."""
-        other = super().within(context)
-        channels = orjson.loads(context).get("channels")
-        if type(channels) is not dict or not all(type(symbol) is str for symbol in channels.values()):
+        other, channels = super().within(context), orjson.loads(context).get("channels")
+        if type(channels) is not dict or not all(each.isdigit() and type(channels[each]) is str for each in channels):
             raise ValueError(f"not a context: {short(context)}")
-        other._channels = {int(channel): symbol for channel, symbol in channels.items()}
+        other._channels = channels
         return other
 
     def _join(self, base: str, currency: str) -> str:
@@ -299,20 +324,21 @@ class Bitfinex(Adapter):
         if type(message) is dict:
             return self._event(message)
         channel, body = message[:2]
-        if type(channel) is not int or channel not in self._channels:
+        symbol = self._channels.get(str(channel))
+        if type(channel) is not int or symbol is None:
             raise BadFrame(f"a channel without a symbol: {short(channel)}")
-        symbol, at = self._channels[channel], 3 if body == "te" or body == "tu" else 2
+        at = 3 if body == "te" or body == "tu" else 2
         sequence = sequence_number(message[at]) if len(message) > at else None
         if body == "te":
-            return Parsed([self._item(symbol, message[2], received, "")], "trades", sequence=sequence)
+            return Parsed([self._item(message[2], received, "", symbol)], "trades", sequence=sequence)
         if body == "hb" or body == "tu":
             return Parsed([], "heartbeat" if body == "hb" else "ignored", sequence=sequence)
         if type(body) is not list:
             raise unknown(body)
-        trades = [self._item(symbol, item, received, "snapshot") for item in body]
-        return Parsed(in_order(trades, newest_first=True), "trades", sequence=sequence)
+        found = self._trades(message, body, received, "snapshot", partial(self._item, symbol=symbol))
+        return found._replace(sequence=sequence)
 
-    def _item(self, symbol: str, item: Any, received: int, flags: str) -> Trade:
+    def _item(self, item: Any, received: int, flags: str = "", symbol: str = "") -> Trade:
         number, when, amount, price = item
         if type(amount) is not float and type(amount) is not int:
             raise BadFrame(f"{type(amount).__name__} instead of an amount")
@@ -325,15 +351,15 @@ class Bitfinex(Adapter):
         if event == "subscribed":
             if message["channel"] != "trades" or type(message["chanId"]) is not int or len(self._channels) >= 1000:
                 raise BadFrame(f"subscribed to {short(message)}")
-            self._channels[message["chanId"]] = self.symbol(message["symbol"])
+            self._channels[str(message["chanId"])] = self.symbol(message["symbol"])
             return ACK
         if event == "info":
             code = message.get("code")
             if code is None:
-                return Parsed([], "status", "" if message["platform"]["status"] == 1 else "maintenance")
-            return Parsed([], "status", short(f"{code} {message.get('msg', '')}"), reconnect=code in (20051, 20061))
+                return _status("" if message["platform"]["status"] == 1 else "maintenance")
+            return _status(f"{code} {message.get('msg', '')}", reconnect=code in (20051, 20061))
         if event == "error":
-            return Parsed([], "error", short(f"{message['code']} {message['msg']}"))
+            return _error(f"{message['code']} {message['msg']}")
         return self._control(event)
 
 
@@ -341,7 +367,8 @@ class Gemini(Adapter):
     """Gemini, market data v2, "l2": the book's changes (ignored), the trades, and the last 50 trades at the beginning.
 
     Taker: "side", "Side of the taker in the trade. buy or sell" (Market Data v2, "Level 2 Data", "Trade Response").
-    No sequence: "tid" grows, but over all symbols.
+    No sequence: ids grow, but over all symbols. The id is "tid"; where that is missing, as in live trades of 2026,
+    "event_id", or "eventid" as the snapshot has it.
     """
 
     name, url, silent_after = "gemini", "wss://api.gemini.com/v2/marketdata", 30.0
@@ -349,27 +376,23 @@ class Gemini(Adapter):
     controls: ClassVar = {"heartbeat": HEARTBEAT, "subscription_ack": ACK} | dict.fromkeys(
         ("auction_open", "auction_indicative", "auction_result", "block_trade"), IGNORED
     )
+    fields = ("symbol", "price", "quantity", "side", ("tid", "event_id", "eventid"), "timestamp")
+    newest_first = True
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"type": "subscribe", "subscriptions": [{"name": "l2", "symbols": natives}]}]
 
-    def _item(self, item: Any, received: int, flags: str) -> Trade:
-        symbol, number, when = self.symbol(item["symbol"]), identity(item["tid"]), milliseconds(item["timestamp"])
-        price, size, side = item["price"], item["quantity"], _SIDES[item["side"]]
-        return self._trade(symbol, price, size, side, number, when, received, None, flags)
-
     def _message(self, message: Any, received: int) -> Parsed:
         kind = message.get("type")
         if kind == "trade":
-            return Parsed([self._item(message, received, "")], "trades")
+            return Parsed([self._item(message, received)], "trades")
         if kind == "l2_updates":
-            if "trades" not in message:
-                expect_list(message["changes"])
-                return IGNORED
-            trades = [self._item(item, received, "snapshot") for item in expect_list(message["trades"])]
-            return Parsed(in_order(trades, newest_first=True), "trades")
+            if "trades" in message:
+                return self._trades(message, message["trades"], received, "snapshot")
+            expect_list(message["changes"])
+            return IGNORED
         if kind is None and message["result"] == "error":
-            return Parsed([], "error", short(f"{message['reason']} {message.get('message', '')}"))
+            return _error(f"{message['reason']} {message.get('message', '')}")
         return self._control(kind)
 
 
@@ -382,6 +405,7 @@ class Gateio(Adapter):
 
     name, url, dollar, separator = "gateio", "wss://api.gateio.ws/ws/v4/", "USDT", "_"
     ping_every, silent_after = 15.0, 45.0
+    fields = ("currency_pair", "price", "amount", "side", "id", "create_time_ms")
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         now = int(self._clock())
@@ -394,13 +418,10 @@ class Gateio(Adapter):
     def _message(self, message: Any, received: int) -> Parsed:
         channel, event = message["channel"], message.get("event")
         if channel == "spot.trades" and event == "update":
-            item = message["result"]
-            symbol, when = self.symbol(item["currency_pair"]), milliseconds(item["create_time_ms"])
-            price, size, side, number = item["price"], item["amount"], _SIDES[item["side"]], identity(item["id"])
-            return Parsed([self._trade(symbol, price, size, side, number, when, received)], "trades")
+            return Parsed([self._item(message["result"], received)], "trades")
         error = message.get("error")
         if error is not None:
-            return Parsed([], "error", short(f"{error['code']} {error['message']}"))
+            return _error(f"{error['code']} {error['message']}")
         if channel == "spot.pong":
             return HEARTBEAT
         if channel == "spot.trades" and event in ("subscribe", "unsubscribe"):
@@ -408,46 +429,10 @@ class Gateio(Adapter):
         raise unknown(channel)
 
 
-class Bitmex(Adapter):
-    """BitMEX, table "trade": perpetual contracts (XBTUSD, ETHUSD, XBTUSDT …), not spot.
-
-    Taker: "side" is the aggressor's, as nautilus_trader reads it too; a trade without one (a settlement) is "".
-    "size" counts contracts, which are USD for XBTUSD: "homeNotional", the amount of the base currency, is taken
-    instead, and a trade without it is a bad frame. No sequence: "trdMatchID" is a UUID. "partial" is a snapshot. The
-    client sends "ping" as text.
-    """
-
-    name, url, acknowledged = "bitmex", "wss://ws.bitmex.com/realtime", "symbols"
-    ping_text, ping_every, silent_after = "ping", 10.0, 30.0
-    heartbeats = frozenset(("pong", b"pong"))
-
-    def _join(self, base: str, currency: str) -> str:
-        return ("XBT" if base == "BTC" else base) + currency
-
-    def _subscriptions(self, natives: list[str]) -> list[object]:
-        return [{"op": "subscribe", "args": [f"trade:{native}" for native in natives]}]
-
-    def _message(self, message: Any, received: int) -> Parsed:
-        table = message.get("table")
-        if table == "trade":
-            flags, trades, made, symbol = _BITMEX_FLAGS[message["action"]], [], self._trade, self.symbol
-            for item in expect_list(message["data"]):
-                side, number = _BITMEX_SIDES[item.get("side")], identity(item["trdMatchID"])
-                name, price, size = symbol(item["symbol"]), item["price"], item["homeNotional"]
-                when = parse_iso_time(item["timestamp"])
-                trades.append(made(name, price, size, side, number, when, received, None, flags))
-            return Parsed(in_order(trades) if flags else trades, "trades")
-        if table is not None:
-            raise unknown(table)
-        if "error" in message:
-            return Parsed([], "error", short(f"{message.get('status', '')} {message['error']}"))
-        if "subscribe" in message:
-            return ACK
-        return Parsed([], "status", short(message["info"]))
-
-
 class _Stocks(Adapter):
     """US stocks: a symbol is a ticker, in USD."""
+
+    moment = staticmethod(parse_iso_time)
 
     def _join(self, base: str, currency: str) -> str:
         if currency != "USD":
@@ -468,31 +453,32 @@ class Alpaca(_Stocks):
     silent_after = 4 * 86_400.0
     acknowledged = 3  # connected, authenticated, subscribed
     controls: ClassVar = {"success": ACK, "subscription": ACK} | dict.fromkeys("cxqbdulno", IGNORED)
-    _taker: ClassVar[dict[Any, Side]] = {"B": "buy", "S": "sell", "": "", "-": ""}
+    sides: ClassVar = {"B": "buy", "S": "sell", "": "", "-": ""}
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         key, secret = self._keys or ("", "")
         return [{"action": "auth", "key": key, "secret": secret}, {"action": "subscribe", "trades": natives}]
 
+    def _pick(self, item: Any) -> tuple[Any, ...]:
+        if item["T"] != "t":
+            raise unknown(item["T"])
+        number = f"{identity(item['x'])}-{identity(item['i'])}"
+        return item["S"], item["p"], item["s"], item.get("tks", ""), number, item["t"]
+
     def _message(self, message: Any, received: int) -> Parsed:
-        trades: list[Trade] = []
-        other: Parsed | None = None
+        told, trades = list[Parsed](), list[Any]()  # trades, and what is no message at all
         for item in expect_list(message):
-            kind = item["T"]
-            if kind == "t":
-                number, when = f"{identity(item['x'])}-{identity(item['i'])}", parse_iso_time(item["t"])
-                symbol, side = self.symbol(item["S"]), self._taker[item.get("tks", "")]
-                trades.append(self._trade(symbol, item["p"], item["s"], side, number, when, received))
-            elif kind == "error":
-                other = Parsed([], "error", short(f"{item['code']} {item['msg']}"))
+            kind = item.get("T") if type(item) is dict else None
+            if kind == "error":
+                told.append(_error(f"{item['code']} {item['msg']}"))
             elif kind == "s":
-                other = other or Parsed([], "status", short(f"{item['S']}: {item['sm']}"))
+                told.append(_status(f"{item['S']}: {item['sm']}"))
+            elif type(kind) is str and kind in self.controls:
+                told.append(self.controls[kind])
             else:
-                control = self._control(kind)
-                other = other or control
-        if trades:
-            return Parsed(trades, "trades", other.note if other else "")
-        return other or IGNORED
+                trades.append(item)
+        first = max(told, key=lambda each: each.kind == "error", default=IGNORED)
+        return self._trades(trades, trades, received)._replace(note=first.note) if trades else first
 
 
 class Finnhub(_Stocks):
@@ -513,17 +499,16 @@ class Finnhub(_Stocks):
     def _subscriptions(self, natives: list[str]) -> list[object]:
         return [{"type": "subscribe", "symbol": native} for native in natives]
 
+    def _item(self, item: Any, received: int, flags: str = "") -> Trade:
+        when = milliseconds(item["t"])
+        return self._trade(self.symbol(item["s"]), item["p"], item["v"], "", "", when, received, None, flags)
+
     def _message(self, message: Any, received: int) -> Parsed:
         kind = message["type"]
         if kind == "trade":
-            made, symbol = self._trade, self.symbol
-            trades = [
-                made(symbol(item["s"]), item["p"], item["v"], "", "", milliseconds(item["t"]), received)
-                for item in expect_list(message["data"])
-            ]
-            return Parsed(trades, "trades")
+            return self._trades(message, message["data"], received)
         if kind == "error":
-            return Parsed([], "error", short(message["msg"]))
+            return _error(message["msg"])
         return self._control(kind)
 
 
@@ -531,6 +516,6 @@ ADAPTERS: dict[str, Adapter] = {
     kind.name: kind()
     for kind in (
         *(Binance, Coinbase, Kraken, Bitstamp, Okx, Bybit),
-        *(Bitfinex, Gemini, Gateio, Bitmex, Alpaca, Finnhub),
+        *(Bitfinex, Gemini, Gateio, Bitget, Alpaca, Finnhub),
     )
 }

@@ -78,6 +78,7 @@ class MarketOptions:
     symbols: tuple[str, ...] = ("BTC-USD", "ETH-USD", "SOL-USD")
     exchanges: tuple[str, ...] = tuple(name for name, adapter in ADAPTERS.items() if adapter.key_env is None)
     stocks: tuple[str, ...] = ()
+    merge_quotes: bool = False
     urls: Mapping[str, str] = dataclasses.field(default_factory=dict)
     kafka: str | None = None
     prefix: str = ""
@@ -128,7 +129,8 @@ def feeds_of(options: MarketOptions, environ: Mapping[str, str]) -> dict[str, tu
             raise ValueError(f"--exchanges: there is no {name!r}; known: {', '.join(ADAPTERS)}")
         if name in keys and not options.stocks:
             raise ValueError(f"--exchanges {name} needs --stocks")
-        found[name] = ADAPTERS[name].with_keys(environ), options.stocks if name in keys else options.symbols
+        adapter = ADAPTERS[name].with_keys(environ, options.merge_quotes)
+        found[name] = adapter, options.stocks if name in keys else options.symbols
     if options.stocks and not keys.keys() & found:
         for name in keys:
             with contextlib.suppress(ValueError):

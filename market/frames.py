@@ -9,17 +9,23 @@ A ``FrameReader`` lasts over the connections of its feed, and belongs to its eve
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
-from market.adapter import Adapter, SequenceCheck, flagged
+from market.adapter import Adapter, SequenceCheck, flagged, reason_of
 from market.topics import DeadLetter, LetterKind
-from market.trade import BadFrame, Parsed, Trade, short
+from market.trade import Parsed, Trade, short
 
 Emit = Callable[[str, list[Trade]], Awaitable[object] | None]
 """Told the exchange and a frame's trades, labelled. What it returns is awaited if it is not None."""
 
 Dead = Callable[[DeadLetter], Awaitable[object] | None]
 """Told a frame that is bad, with the adapter's context. Awaited likewise."""
+
+
+async def one_by_one(waits: Iterable[Awaitable[object]]) -> None:
+    """Await each."""
+    for each in waits:
+        await each
 
 
 class SymbolSilence:
@@ -82,6 +88,7 @@ class FrameReader:
         self.frames = self.bad = self.errors = 0
         self.lag = math.nan
         self.note = self.last_error = ""
+        self._waits: list[Awaitable[object]] = []  # what is to be awaited of this frame, but for its trades
 
     def take(self, frame: bytes, now: float) -> Awaitable[object] | Parsed | None:
         """Tell a frame's trades, or why it is bad. Returns what to await, or a message about the connection.
@@ -93,8 +100,9 @@ class FrameReader:
         try:
             parsed = self.adapter.parse(frame, received)
         except Exception as error:  # an adapter raises nothing but BadFrame; if it does, the frame is not lost
-            reason = str(error) if isinstance(error, BadFrame) else f"{type(error).__name__}: {short(error)}"
-            return self._bury(reason, frame, received)
+            return self._bury(reason_of(error), frame, received)
+        for reason, alone in parsed.bad:
+            self._later(self._bury(reason, alone, received))
         trades, kind = self.check.check(parsed), parsed.kind
         if trades:
             trades = self.silence.take(trades, now)
@@ -102,13 +110,22 @@ class FrameReader:
             if "snapshot" not in last.flags:
                 lag = (last.ts_recv - last.ts_event) / 1e3
                 self.lag = lag if math.isnan(self.lag) else self.lag + 0.05 * (lag - self.lag)
-            return self._emit(self.adapter.name, trades)
+            told = self._emit(self.adapter.name, trades)
+            if self._waits:
+                self._later(told)
+                waits, self._waits = self._waits, []
+                return one_by_one(waits)
+            return told
         if kind == "error":
             self.errors += 1
             self.last_error = f"the exchange says: {parsed.note}"
         elif kind == "status":
             self.note = parsed.note
         return parsed if kind == "ack" or kind == "error" or kind == "status" else None
+
+    def _later(self, told: Awaitable[object] | None) -> None:
+        if told is not None:
+            self._waits.append(told)
 
     def broken(self, reason: str) -> Awaitable[object] | None:
         """The WebSocket layer refused a frame, and shows nothing of it. Returns what to await."""

@@ -19,7 +19,7 @@ from market.feeds import ADAPTERS
 from market.flow import MarketOptions, MarketProgram
 from market.kafka import PublisherClosed
 from market.topics import DeadLetter, decode
-from market.trade import BadFrame, Trade
+from market.trade import BadFrame, Parsed
 from runtime.loop import ends_before
 from runtime.options import CannotStart
 
@@ -71,31 +71,37 @@ class Replayer(MarketProgram):
             async for letter in every:
                 await self._one(letter, dry)
 
-    def _read(self, letter: DeadLetter) -> list[Trade]:
+    def _read(self, letter: DeadLetter) -> Parsed:
         """``BadFrame`` if it still cannot be parsed."""
         if letter.kind == "trade":
             try:
-                return [decode(letter.raw)]
+                return Parsed([decode(letter.raw)], "trades")
             except ValueError as error:
                 raise BadFrame(str(error)) from None
-        return self._adapter(letter.exchange, letter.context).parse(letter.raw, letter.ts_recv).trades
+        return self._adapter(letter.exchange, letter.context).parse(letter.raw, letter.ts_recv)
 
     async def _one(self, letter: DeadLetter, dry: bool) -> None:
         self.read += 1
         try:
-            trades = self._read(letter)
+            parsed = self._read(letter)
         except BadFrame as error:
             self.failed += 1
-            self._note(letter.exchange, "still bad", str(error))
-            if not dry:
-                await self._bury(letter._replace(error=str(error)))
+            await self._still_bad(letter, str(error), dry)
             return
+        for reason, alone in parsed.bad:  # of a whole frame, as older versions left it
+            await self._still_bad(letter._replace(raw=alone), reason, dry)
+        trades = parsed.trades
         self._note(letter.exchange, "parsed", letter.error)
         self.found += len(trades)
         if trades and not dry:
             self._trades += len(trades)
             with contextlib.suppress(PublisherClosed):
                 await self.publisher.trades(trades)
+
+    async def _still_bad(self, letter: DeadLetter, reason: str, dry: bool) -> None:
+        self._note(letter.exchange, "still bad", reason)
+        if not dry:
+            await self._bury(letter._replace(error=reason))
 
     def _note(self, exchange: str, outcome: str, reason: str) -> None:
         key = exchange, outcome, reason[:60]

@@ -3,11 +3,11 @@
 Promised:
 
 * Price and size are finite and positive. Their text is the exchange's, digit by digit, where it sends text; where it
-  sends JSON numbers (Kraken, Bitfinex, BitMEX, Alpaca, Finnhub), it is the shortest decimal that gives that double,
+  sends JSON numbers (Kraken, Bitfinex, Alpaca, Finnhub), it is the shortest decimal that gives that double,
   which is the number itself up to 15 digits (trailing zeros are not kept). Never an exponent.
 * The time of a trade is after 2009 and at most a minute ahead of `received_ns`.
 * `side` is the taker's: "buy" if the aggressor bought. Each adapter says how its exchange puts it, and where that is
-  written. `size` is in units of the base currency, BitMEX's contracts included.
+  written. `size` is in units of the base currency.
 
 What is wrong raises `BadFrame` with the reason. There is no state and no clock here.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import re
 import zlib
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
@@ -59,6 +60,7 @@ class Parsed(NamedTuple):
     note: str = ""  # the exchange's text: of an error, of a maintenance
     sequence: int | None = None  # the frame's number, contiguous over the connection (Bitfinex only)
     reconnect: bool = False  # the exchange asks for that, or is about to close
+    bad: Sequence[tuple[str, bytes]] = ()  # of each bad trade among good ones: why, and a frame of that trade alone
 
 
 SYMBOL = re.compile(r"[A-Z0-9.]{1,20}-[A-Z0-9]{2,10}").fullmatch  # matches "BTC-USD"

@@ -8,7 +8,7 @@ Theory
   so that a misreading is not made twice; each says where its format is written.
 * The servers that speak them are in `sandbox.markets`.
 
-Promised: a tick's price, size and id come out as they went in (BitMEX and Bybit make a UUID of the id: `trade_id`); the
+Promised: a tick's price, size and id come out as they went in (Bybit makes a UUID of the id: `trade_id`); the
 time is cut to what the exchange's format can hold. Prices and sizes must be plain decimal text: they are put into JSON
 as they are. Not promised: books, candles, or anything else than trades.
 """
@@ -520,55 +520,43 @@ class Gateio(Wire):
         return [_json(answer | {"error": {"code": 2, "message": text}, "result": None})]
 
 
-class Bitmex(Wire):
-    """The BitMEX API: "WebSocket API" (welcome, subscriptions, heartbeats), table "trade"."""
+class Bitget(Wire):
+    """API v2: "Websocket API" (ping, errors), Spot "Trading Channel"; the newest trade of a frame comes first."""
 
-    name, per_frame = "bitmex", 1000
-
-    def welcome(self) -> list[str]:
-        now, text = iso(int(self._clock() * SECOND), 3), "Welcome to the BitMEX Realtime API."
-        docs = "https://www.bitmex.com/app/wsAPI"
-        return [_json({"info": text, "version": "2.0.0", "timestamp": now, "docs": docs, "limit": {"remaining": 39}})]
-
-    def pair(self, native: str) -> tuple[str, str]:
-        base, currency = super().pair(native)
-        return ("BTC" if base == "XBT" else base), currency
+    name, per_frame = "bitget", 100
 
     def _symbols_of(self, message: Any) -> list[Any]:
         asked = message["args"] if message["op"] == "subscribe" else []
-        asked = [asked] if isinstance(asked, str) else asked
-        return [topic.removeprefix("trade:") for topic in asked if topic.startswith("trade:")]
+        return [item["instId"] for item in asked if item["channel"] == "trade" and item["instType"] == "SPOT"]
+
+    def _arg(self, native: str) -> str:
+        return f'"arg":{{"instType":"SPOT","channel":"trade","instId":"{native}"}}'
 
     def _acks(self, message: Any, symbols: list[str]) -> list[str]:
-        return [_json({"success": True, "subscribe": f"trade:{symbol}", "request": message}) for symbol in symbols]
+        return [f'{{"event":"subscribe",{self._arg(symbol)}}}' for symbol in symbols]
 
     def _answer(self, message: str | bytes) -> list[str]:
-        return ["pong"] if message in ("ping", b"ping") else self.error("Unrecognized request")
+        return ["pong"] if message in ("ping", b"ping") else self.error("Invalid request")
 
-    def trade_id(self, number: int) -> str:
-        return _uuid(number)
-
-    def _items(self, native: str, trades: Sequence[tuple[str, str, str, int, int]]) -> str:
-        return ",".join(
-            f'{{"timestamp":"{iso(ts, 3)}","symbol":"{native}","side":"{"Sell" if side == "sell" else "Buy"}",'
-            f'"size":{max(1, round(float(price) * float(size)))},"price":{price},"tickDirection":"ZeroPlusTick",'
-            f'"trdMatchID":"{_uuid(number)}","grossValue":{round(float(size) * 1e8)},"homeNotional":{size},'
-            f'"foreignNotional":{float(price) * float(size):.2f},"trdType":"Regular"}}'
-            for price, size, side, number, ts in trades
-        )
+    def _frames(self, action: str, native: str, trades: Sequence[tuple[str, str, str, int, int]]) -> list[str]:
+        items = [
+            f'{{"ts":"{ts // 1_000_000}","price":"{price}","size":"{size}","side":"{side}","tradeId":"{number}"}}'
+            for price, size, side, number, ts in reversed(trades)
+        ]
+        now = int(self._clock() * 1000)
+        head = f'{{"action":"{action}",{self._arg(native)},"data":['
+        return [f'{head}{",".join(items)}],"ts":{now}}}'] if items else []
 
     def trades(self, native: str, trades: Sequence[tuple[str, str, str, int, int]]) -> list[str]:
-        return [f'{{"table":"trade","action":"insert","data":[{self._items(native, trades)}]}}'] if trades else []
+        return self._frames("update", native, trades)
 
     def snapshot(self, native: str, trades: Sequence[tuple[str, str, str, int, int]]) -> list[str]:
-        types = '{"timestamp":"timestamp","symbol":"symbol","side":"symbol","size":"long","price":"float"}'
-        head = f'{{"table":"trade","action":"partial","keys":[],"types":{types},"filter":{{"symbol":"{native}"}}'
-        return [f'{head},"data":[{self._items(native, trades[-1:])}]}}']
+        return self._frames("snapshot", native, trades[-50:])
 
     def error(self, text: str = "something went wrong") -> list[str]:
-        return [_json({"status": 400, "error": text, "meta": {}, "request": {"op": "subscribe", "args": []}})]
+        return [_json({"event": "error", "code": "30001", "msg": text})]
 
 
 WIRES: dict[str, type[Wire]] = {
-    kind.name: kind for kind in (Binance, Coinbase, Kraken, Bitstamp, Okx, Bybit, Bitfinex, Gemini, Gateio, Bitmex)
+    kind.name: kind for kind in (Binance, Coinbase, Kraken, Bitstamp, Okx, Bybit, Bitfinex, Gemini, Gateio, Bitget)
 }

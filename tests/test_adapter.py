@@ -327,7 +327,7 @@ def test_feeds_100_000_mutated_frames() -> None:
         asked = (
             ["AAPL-USD", "BRK.B-USD"] if adapter.key_env else ["BTC-USD", "MATIC-USD", "BNB-BTC", "GT-USD", "ETH-USDT"]
         )
-        allowed = set(asked)
+        allowed = set(adapter.told(asked).values())
         for number in range(each):
             if number % 500 == 0:
                 adapter = adapter.fresh()
@@ -344,6 +344,9 @@ def test_feeds_100_000_mutated_frames() -> None:
                 str(error).encode()
                 continue
             here[parsed.kind] += 1
+            for reason, alone in parsed.bad:  # what is told of a bad trade is bad by itself, for the same reason
+                with pytest.raises(BadFrame, match=f"^{re.escape(reason)}$"):
+                    adapter.parse(alone, NOW)
             parsed.note.encode()
             assert len(parsed.note) <= 2000
             for trade in parsed.trades:

@@ -80,10 +80,10 @@ def test_a_rate_holds_if_each_is_there_once_and_in_time() -> None:
 
 def test_counts_each_trade_once() -> None:
     ledger = market_kafka.Ledger(3, 3)
-    for exchange, numbers in (("okx", (1, 2, 2)), ("bitmex", (1, 3)), ("GEMINI", (-20, 0, 1, 2, 3, 4))):
+    for exchange, numbers in (("okx", (1, 2, 2)), ("bybit", (1, 3)), ("GEMINI", (-20, 0, 1, 2, 3, 4))):
         for number in numbers:
             known = FIRST + number + market_contestants.EVENT_IDS.get(exchange, 0)
-            text = f"00000000-0000-4000-8000-{known:012x}" if exchange == "bitmex" else str(known)
+            text = f"00000000-0000-4000-8000-{known:012x}" if exchange == "bybit" else str(known)
             ledger.take(exchange, "BTC-USD", text, 10.0, 10.25, 10.5)
     assert (ledger.missing, ledger.repeated, ledger.others) == (2, 1, 3)
     assert set(ledger.whole) == {0.5} and set(ledger.inside) == {0.25} and len(ledger.whole) == 7

@@ -226,13 +226,11 @@ def test_a_fault_that_ends_the_connection(market_connect_them: Exchanges, fault:
                     if missing:
                         flags = [t.flags for t in world.sink.told[name] if t.symbol == symbol and "gap" in t.flags]
                         assert len(flags) == 1, (name, symbol)
-                if name in ("kraken", "gemini", "bitfinex"):  # their snapshots tell everything
+                if name in ("kraken", "gemini", "bitfinex", "bitget"):  # their snapshots tell everything
                     assert found.gaps == found.outages == 0
                     assert all(len(each) >= happened for each in all_ids.values())
                 elif name in ("binance", "coinbase"):
                     assert found.outages == 0 and found.gaps == (0 if fault == "stall" else 2)
-                elif name == "bitmex" and fault == "stall":  # the snapshot is the last trade, which is known
-                    assert found.outages == 0
                 else:
                     assert found.outages == 2
             letters = [(letter[0], letter[2]) for letter in world.sink.letters]
@@ -598,7 +596,7 @@ def test_pings_as_the_exchange_wants_them(market_connect_them: Exchanges) -> Non
 
     async def main() -> None:
         async with MarketConnectWorld(them, names=()) as world:
-            for name in ("okx", "bybit", "gateio", "bitmex", "bitstamp"):
+            for name in ("okx", "bybit", "gateio", "bitget", "bitstamp"):
                 hasty = type("Hasty", (type(ADAPTERS[name]),), {"ping_every": 0.03})()
                 feed = world.begin(name, hasty, symbols=["BTC-USD"])
                 ping = re.sub(r'"time":\d+', "", str(hasty.ping()))

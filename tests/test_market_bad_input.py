@@ -49,6 +49,7 @@ from tests.helpers.market import (
     market_kafka_trade,
     market_kafka_trades,
     market_stats_take,
+    merged,
     publish,
 )
 from tests.helpers.mechanisms import simulated
@@ -85,7 +86,7 @@ def test_kafka_a_record_whose_symbol_is_none_is_no_trade(symbol: str) -> None:
     for changes in ({"symbol": symbol}, {"exchange": symbol or "*"}):
         if changes != {"exchange": "btc-usd"}:
             with pytest.raises(ValueError, match="not a symbol"):
-                mt.decode(mt.encode(market_kafka_trade(**{"n": 1, **changes})))
+                mt.decode(mt.encode(market_kafka_trade(1, **cast("dict[str, Any]", changes))))
 
 
 def test_kafka_records_of_the_schema_before_are_read_and_spooled_ones_stay_what_they_are() -> None:
@@ -333,7 +334,7 @@ def test_connect_a_symbol_that_is_silent_while_others_trade_is_told_and_asked_fo
         ws: Any = FakeSocket(world, 1.0)
         symbols = ["BTC-USD", "SOL-USD"]
         feed = Feed(
-            *(ADAPTERS["binance"], symbols, sink.emit, sink.dead),
+            *(merged("binance"), symbols, sink.emit, sink.dead),
             clock=world.clock,
             wall=lambda: int(world.now * 1e9),
             times=FeedTimes(stale_after=300.0, renew_after=1800.0),

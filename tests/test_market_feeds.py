@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import random
+import re
 import zlib
 from typing import Any
 
@@ -34,6 +35,7 @@ from tests.helpers.market import (
     Case,
     connected,
     market_feeds_ns,
+    merged,
 )
 
 CRYPTO = tuple(name for name, adapter in ADAPTERS.items() if adapter.key_env is None)
@@ -78,13 +80,13 @@ def test_every_kind_is_covered() -> None:
         ("bitfinex", "tBTCUSD"),
         ("gemini", "BTCUSD"),
         ("gateio", "BTC_USDT"),
-        ("bitmex", "XBTUSD"),
+        ("bitget", "BTCUSDT"),
         ("alpaca", "BTC"),
         ("finnhub", "BTC"),
     ],
 )
 def test_symbols(name: str, native: str) -> None:
-    adapter = ADAPTERS[name].fresh()
+    adapter = merged(name)
     assert adapter.native("BTC-USD") == native
     with pytest.raises(BadFrame, match="not asked for"):
         adapter.symbol(native)
@@ -123,7 +125,7 @@ def test_symbols(name: str, native: str) -> None:
 
 def test_an_exact_symbol_is_not_stood_in_for() -> None:
     for symbols in (["BTC-USD", "BTC-USDT"], ["BTC-USDT", "BTC-USD"]):
-        adapter = ADAPTERS["binance"].fresh()
+        adapter = merged("binance")
         (message,) = adapter.subscribe(symbols)
         assert json.loads(message)["params"] == ["btcusdt@trade"]
         assert adapter.symbol("BTCUSDT") == "BTC-USDT"
@@ -194,7 +196,17 @@ def test_what_is_sent() -> None:
             ],
             '{"time":1611541000,"channel":"spot.ping"}',
         ),
-        "bitmex": ([{"op": "subscribe", "args": ["trade:XBTUSD", "trade:DOGEUSDT"]}], "ping"),
+        "bitget": (
+            [
+                {
+                    "op": "subscribe",
+                    "args": [
+                        {"instType": "SPOT", "channel": "trade", "instId": name} for name in ("BTCUSDT", "DOGEUSDT")
+                    ],
+                }
+            ],
+            "ping",
+        ),
         "alpaca": (
             [{"action": "auth", "key": "", "secret": ""}, {"action": "subscribe", "trades": ["AAPL"]}],
             None,
@@ -363,13 +375,65 @@ def test_implausible_trades_are_bad_frames() -> None:
         adapter.parse('{"e":"kline"}', NOW)
 
 
-def test_one_bad_trade_makes_a_bad_frame() -> None:
-    wire, adapter, _ = connected("bybit", ["BTC-USD"])
-    ticks = [("1", "1", "buy", number, NOW) for number in range(3)]
-    (frame,) = wire.trades("BTCUSDT", ticks)
-    assert len(adapter.parse(frame, NOW).trades) == 3
+# What of a wire makes a frame of three trades.
+THREE = {
+    **dict.fromkeys(("kraken", "okx", "bybit", "bitget"), "trades"),
+    **dict.fromkeys(("bitfinex", "gemini"), "snapshot"),
+}
+
+
+@pytest.mark.parametrize("wound", ["null", '"wound"', "-5.5", "[[]]", "-0.0", '{"a": 1}', "true"])
+@pytest.mark.parametrize("name", [*THREE, "alpaca", "finnhub"])
+def test_one_bad_trade_loses_that_trade_only(name: str, wound: str) -> None:
+    if name in THREE:
+        wire, adapter, _ = connected(name, ["BTC-USD"])
+        native = adapter.native("BTC-USD")
+        (frame,) = getattr(wire, THREE[name])(native, [(f"{n}.25", "1", "buy", n, NOW) for n in (101, 102, 103)])
+    else:
+        adapter = merged(name)
+        adapter.subscribe(["AAPL-USD"])
+        item = {"alpaca": '{"T":"t","i":%d,"S":"AAPL","x":"V","p":%d.25,"s":1,"t":"2021-02-22T15:51:44Z"}'}.get(
+            name, '{"s":"AAPL","t":1575526690%d,"p":%d.25,"v":1}'
+        )
+        items = ",".join(item % (n, n) for n in (101, 102, 103))
+        frame = f"[{items}]" if name == "alpaca" else f'{{"type":"trade","data":[{items}]}}'
+    good = adapter.parse(frame, NOW)
+    assert [trade.price for trade in good.trades] == ["101.25", "102.25", "103.25"] and good.bad == ()
+    broken = re.sub(r'"?102\.25"?', wound, frame)
+    parsed = adapter.parse(broken, NOW)
+    assert parsed._replace(bad=()) == good._replace(trades=[good.trades[0], good.trades[2]])
+    ((reason, alone),) = parsed.bad
+    assert reason and json.loads(alone) != json.loads(broken) and b"101.25" not in alone
     with pytest.raises(BadFrame):
-        adapter.parse(frame[::-1].replace('"1":"p"', '"0":"p"', 1)[::-1], NOW)
+        adapter.parse(alone, NOW)
+    mended = alone.replace(json.dumps(json.loads(wound)).encode(), b"102.25", 1)  # what a mended parser would see
+    assert adapter.parse(mended, NOW).trades == [good.trades[1]]
+
+
+def test_what_stands_among_trades_and_is_none_is_bad_alone() -> None:
+    adapter = merged("alpaca")
+    adapter.subscribe(["AAPL-USD"])
+    trade = {"T": "t", "i": 1, "S": "AAPL", "x": "V", "p": 1, "s": 1, "t": "2021-02-22T15:51:44Z"}
+    strange = [trade, None, {"T": "new"}, {"T": ["t"]}, {"S": "AAPL"}, {"T": "c"}, {**trade, "S": "MSFT"}]
+    parsed = adapter.parse(json.dumps(strange), NOW)
+    assert len(parsed.trades) == 1
+    assert [json.loads(alone)[0] for _, alone in parsed.bad] == [each for each in strange[1:] if each != {"T": "c"}]
+
+
+@pytest.mark.parametrize("name", CRYPTO)
+def test_a_symbol_for_each_quote_currency(name: str) -> None:
+    """An exchange without books in USD is asked for those in USDT, and says so."""
+    apart, dollar = ADAPTERS[name].fresh(), ADAPTERS[name].dollar
+    for symbols in (["BTC-USD"], ["BTC-USD", "BTC-USDT"], ["BTC-USDT", "BTC-USD"]):
+        messages = apart.subscribe(symbols)
+        assert apart.symbol(apart.native("BTC-USD")) == f"BTC-{dollar}"
+        assert set(apart.told(symbols).values()) == {*symbols} - ({"BTC-USD"} if dollar == "USDT" else set()) | {
+            f"BTC-{dollar}"
+        }
+        assert [*map(len, (messages, apart.told(symbols)))] != [0, 0]
+    assert merged(name).told(["BTC-USD"]) == {apart.native("BTC-USD"): "BTC-USD"}
+    assert apart.fresh().told(["ETH-USD"]) == {apart.native("ETH-USD"): f"ETH-{dollar}"}
+    assert ADAPTERS[name].with_keys({}, merge_quotes=True).fresh().told(["ETH-USD"]).popitem()[1] == "ETH-USD"
 
 
 def test_gzip_is_bounded() -> None:
@@ -413,7 +477,7 @@ def test_snapshots_come_oldest_first_where_times_are_equal() -> None:
 
 def test_the_state_of_a_connection_goes_with_a_dead_letter() -> None:
     for name in ADAPTERS:
-        adapter = ADAPTERS[name].fresh()
+        adapter = merged(name)
         adapter.subscribe(["BTC-USD"])
         native, context = adapter.native("BTC-USD"), adapter.context()
         if name == "bitfinex":
@@ -454,10 +518,4 @@ def test_types_are_not_mixed_up() -> None:
     for kind in ("false", "0.0", '"0"', "2", "-1", "null", "[]"):
         with pytest.raises(BadFrame):
             adapter.parse(frame.replace('"type":0', f'"type":{kind}'), NOW)
-    frame = next(case.frame for case in CASES if case.exchange == "bitmex" and case.trades)
-    adapter = ADAPTERS["bitmex"].fresh()
-    adapter.subscribe(["BTC-USD"])
-    for kind, side in (('"Buy"', "buy"), ('"Sell"', "sell"), ('""', ""), ("null", "")):
-        parsed = adapter.parse(frame.replace('"Sell"', kind), NOW)
-        assert [trade.side for trade in parsed.trades] == [side]
     assert short("a\ud800" + "b" * 300) == "a\\ud800" + "b" * 198

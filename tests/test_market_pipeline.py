@@ -508,7 +508,7 @@ def market_pipeline_process(*arguments: str, **environ: str) -> Iterator[MarketP
 
 def market_pipeline_arguments(them: Exchanges, kafka: str, prefix: str, folder: Path) -> list[str]:
     urls = [word for name, url in them.urls.items() for word in ("--url", f"{name}={url}")]
-    names = ["--exchanges", ",".join(them.urls), "--workers", "1", "--http", "127.0.0.1:0"]
+    names = ["--merge-quotes", "--exchanges", ",".join(them.urls), "--workers", "1", "--http", "127.0.0.1:0"]
     return [*urls, *names, "--kafka", kafka, "--prefix", f"{prefix}-", "--spool", str(folder / "spool")]
 
 

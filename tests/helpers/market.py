@@ -330,6 +330,18 @@ CASES = [
         '"0.09110000","side":"buy","tid":2840140800042677}',
         trades=(expected("BTC-USD 9004.21000000 0.09110000 buy 2840140800042677", 1512314110000000000),),
     ),
+    Case(
+        "gemini",
+        '{"type":"trade","symbol":"BTCUSD","event_id":122278173770,"timestamp":1789999999981,"price":"22530.80","quantity":'
+        '"0.04","side":"buy"}',
+        trades=(expected("BTC-USD 22530.80 0.04 buy 122278173770", 1789999999981000000),),
+    ),
+    Case(
+        "gemini",
+        '{"type":"l2_updates","symbol":"BTCUSD","changes":[],"trades":[{"type":"trade","symbol":"BTCUSD","eventid":169841459,'
+        '"timestamp":1560976400429,"price":"9122.05","quantity":"0.1","side":"buy"}]}',
+        trades=(expected("BTC-USD 9122.05 0.1 buy 169841459", 1560976400429000000, flags="snapshot"),),
+    ),
     Case("gemini", '{"type":"heartbeat","timestamp":1512314110000}', "heartbeat"),
     Case("gemini", '{"result":"error","reason":"InvalidJson"}', "error", note="InvalidJson "),
     Case(
@@ -353,49 +365,29 @@ CASES = [
         "error",
         note="2 unknown currency pair GT_USDTX",
     ),
+    Case("bitget", '{"event":"subscribe","arg":{"instType":"SPOT","channel":"trade","instId":"BTCUSDT"}}', "ack"),
+    Case("bitget", "pong", "heartbeat"),
     Case(
-        "bitmex",
-        '{"info":"Welcome to the BitMEX Realtime API.","version":"2024","timestamp":"2015-01-18T10:14:06.802Z","docs":'
-        '"https://www.bitmex.com/app/wsAPI","limit":{"remaining":39}}',
-        "status",
-        note="Welcome to the BitMEX Realtime API.",
-    ),
-    Case(
-        "bitmex",
-        '{"success":true,"subscribe":"trade:XBTUSD","request":{"op":"subscribe","args":["trade:XBTUSD"]}}',
-        "ack",
-    ),
-    Case("bitmex", "pong", "heartbeat"),
-    Case(
-        "bitmex",
-        '{"table":"trade","action":"partial","keys":[],"types":{"timestamp":"timestamp"},"filter":{"symbol":"XBTUSD"},"data":'
-        '[{"timestamp":"2020-01-24T15:30:27.621Z","symbol":"XBTUSD","side":"Sell","size":500,"price":8479.5,"tickDirection":'
-        '"MinusTick","trdMatchID":"34153f08-a2f7-8749-72b4-061da3d3f070","grossValue":5896500,"homeNotional":0.058965,'
-        '"foreignNotional":500}]}',
+        "bitget",
+        '{"action":"snapshot","arg":{"instType":"SPOT","channel":"trade","instId":"BTCUSDT"},"data":[{"ts":"1695709835823",'
+        '"price":"26293.5","size":"0.002","side":"sell","tradeId":"1000000001"},{"ts":"1695709835822","price":"26293.4",'
+        '"size":"0.0013","side":"buy","tradeId":"1000000000"}],"ts":1695711090682}',
         trades=(
-            expected(
-                "BTC-USD 8479.5 0.058965 sell 34153f08-a2f7-8749-72b4-061da3d3f070",
-                "2020-01-24T15:30:27.621Z",
-                flags="snapshot",
-            ),
+            expected("BTC-USDT 26293.4 0.0013 buy 1000000000", 1695709835822000000, flags="snapshot"),
+            expected("BTC-USDT 26293.5 0.002 sell 1000000001", 1695709835823000000, flags="snapshot"),
         ),
     ),
     Case(
-        "bitmex",
-        '{"table":"trade","action":"insert","data":[{"timestamp":"2020-01-24T15:30:29.366Z","symbol":"XBTUSD","side":"Buy",'
-        '"size":2100,"price":8479.5,"tickDirection":"ZeroMinusTick","trdMatchID":"c2d665a3-bb51-f45f-6ce7-40f732f0609f",'
-        '"grossValue":24765300,"homeNotional":0.247653,"foreignNotional":2100}]}',
+        "bitget",
+        '{"action":"update","arg":{"instType":"SPOT","channel":"trade","instId":"BTCUSDT"},"data":[{"ts":"1695709835824",'
+        '"price":"26293.6","size":"0.1","side":"buy","tradeId":"1000000003"},{"ts":"1695709835824","price":"26293.5",'
+        '"size":"0.2","side":"buy","tradeId":"1000000002"}],"ts":1695711090683}',
         trades=(
-            expected("BTC-USD 8479.5 0.247653 buy c2d665a3-bb51-f45f-6ce7-40f732f0609f", "2020-01-24T15:30:29.366Z"),
+            expected("BTC-USDT 26293.5 0.2 buy 1000000002", 1695709835824000000),
+            expected("BTC-USDT 26293.6 0.1 buy 1000000003", 1695709835824000000),
         ),
     ),
-    Case(
-        "bitmex",
-        '{"status":400,"error":"Unknown or expired symbol.","meta":{},"request":{"op":"subscribe",'
-        '"args":["trade:FOO"]}}',
-        "error",
-        note="400 Unknown or expired symbol.",
-    ),
+    Case("bitget", '{"event":"error","code":"30001","msg":"instId is wrong"}', "error", note="30001 instId is wrong"),
     Case("alpaca", '[{"T":"success","msg":"connected"}]', "ack"),
     Case("alpaca", '[{"T":"success","msg":"authenticated"}]', "ack"),
     Case("alpaca", '[{"T":"subscription","trades":["AAPL"],"quotes":[],"bars":[]}]', "ack"),
@@ -440,9 +432,14 @@ CASES = [
 ]
 
 
+def merged(name: str) -> Adapter:
+    """One whose books in USDT stand in for USD."""
+    return type(ADAPTERS[name])(merge_quotes=True)
+
+
 def connected(name: str, symbols: list[str]) -> tuple[Wire, Adapter, list[Parsed]]:
     """A wire and an adapter after the subscription, and what the frames until then came to."""
-    wire, adapter = WIRES[name](clock=lambda: NOW / 1e9), ADAPTERS[name].fresh()
+    wire, adapter = WIRES[name](clock=lambda: NOW / 1e9), merged(name)
     frames, natives = wire.welcome(), []
     for message in adapter.subscribe(symbols):
         natives += wire.symbols_of(message)
@@ -510,7 +507,7 @@ class MarketConnectWorld:
         breaker = CircuitBreaker(name, failures=None, reset=0.01, max_reset=0.01)  # never opens
         chosen = {"breaker": breaker, "session": self.session, **{k: v for k, v in self.options.items() if v}}
         options = feed_options({"url": self.them.urls[name], "symbols": SYMBOLS, **chosen, **options})
-        adapter = adapter or ADAPTERS[name]
+        adapter = adapter or merged(name)
         return Feed(adapter, options.pop("symbols"), self.sink.emit, self.sink.dead, **options)
 
     def begin(self, name: str, adapter: Adapter | None = None, **options: Any) -> Feed:
@@ -748,7 +745,7 @@ def market_pipeline_options(kafka: str, prefix: str, folder: Path, **more: Any) 
     exchanges = more.pop("them", None)
     if exchanges is not None:
         more |= {"urls": exchanges.urls, "exchanges": more.get("exchanges", tuple(exchanges.urls))}
-    more = {"spool": str(folder / "spool"), "workers": 1, "partitions": 3, **more}
+    more = {"spool": str(folder / "spool"), "workers": 1, "partitions": 3, "merge_quotes": True, **more}
     return market_flow.MarketOptions(kafka=kafka, prefix=f"{prefix}-", **more)
 
 
