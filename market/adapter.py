@@ -261,7 +261,7 @@ class Adapter(ABC):
             raise BadFrame(f"not a side: {short(side)}")
         sequence = sequence_number(number) if self.numbered else None
         number = identity(number) if sequence is None else str(sequence)
-        name, side, when = self.symbol(symbol), self.sides[side], self.moment(when)
+        name, side, when = self._asked.get(symbol) or self.symbol(symbol), self.sides[side], self.moment(when)
         return self._trade(name, price, size, side, number, when, received, sequence, flags)
 
     def _trade(

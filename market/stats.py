@@ -7,8 +7,13 @@ What a row says
 - ``vwap``: Σ price · size / Σ size over the window's trades. None if Σ size is 0.
 - ``volatility``: r is the log of a bar's last price over the last price of the latest earlier bar with a trade; a bar
   without trades has r = 0. √(Σ r² / n · year) over the n bars of the window after the series' first bar: the
-  realised volatility on a regular grid (from trade to trade it would measure the bounce between bid and ask, and
-  between exchanges). A year is 365 days; no mean is subtracted. None while n is 0.
+  realised volatility on a regular grid (from trade to trade it would measure the bounce between bid and ask). A year is
+  365 days; no mean is subtracted. None while n is 0.
+- Over all exchanges each has returns of its own, so that what one price is beside another (a basis) does not count.
+  They are taken for returns of one common factor with independent noise: a bar's r² is d · (Σ r_v / s_v)² / Σ Σ o_uv /
+  (s_u s_v), with s_v the time that the return of v spans, o_uv that which two have in common, and d that since the last
+  bar with a return. So it is the factor's variance, whoever trades how often; of one exchange it is r². (The overlaps
+  are those of Hayashi and Yoshida, On covariance estimation of non-synchronously observed diffusion processes, 2005.)
 - ``ewma``: √(Σ λ^k r² / Σ λ^k · year) over all bars since the series' first, k bars ago; λ = 2^(-1 / half_life). None
   while there is but one bar.
 - ``spread``: of the exchanges that traded in the seconds of the shortest window before ``now``, the greatest last price
@@ -38,7 +43,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain
 from operator import neg
@@ -123,21 +128,61 @@ class Grid(NamedTuple):
 
 
 class Bar:
-    """One that can still change."""
+    """One that can still change. ``keys``: by exchange, that of its last trade."""
 
-    __slots__ = ("count", "ids", "key", "sizes", "turnovers")
+    __slots__ = ("count", "ids", "keys", "sizes", "turnovers")
 
-    def __init__(self, key: Key) -> None:
-        self.key, self.count = key, 0
+    def __init__(self) -> None:
+        self.keys, self.count = dict[str, Key](), 0
         self.sizes, self.turnovers, self.ids = list[float](), list[float](), list[str]()
+
+    def last(self) -> float:
+        """The last price."""
+        return max(self.keys.values())[4]
+
+
+class Past(NamedTuple):
+    """What a bar goes on from: the bar before, its last price, and each exchange's last trade (time, price).
+
+    ``since``: the time up to which returns are told.
+    """
+
+    bar: int = -1
+    price: float = 0.0
+    since: int = 0
+    ewma: float = 0.0
+    weight: float = 0.0
+    ends: Mapping[str, tuple[int, float]] = {}
+
+
+def squared(keys: Mapping[str, Key], past: Past) -> tuple[float, int]:
+    """A bar's r², and the time up to which returns are told then."""
+    returns = [
+        (past.ends[name][0], key[0], math.log(key[4] / past.ends[name][1]))
+        for name, key in sorted(keys.items())
+        if name in past.ends
+    ]
+    if not returns:
+        return 0.0, past.since or max(keys.values())[0]
+    until = max(end for _, end, _ in returns)
+    if len(returns) == 1:
+        ((begin, end, change),) = returns
+        return change * change * ((until - past.since) / (end - begin)), until
+    speed = sum(change / (end - begin) for begin, end, change in returns)
+    common = sum(
+        max(0, min(end, other_end) - max(begin, other)) / ((end - begin) * (other_end - other))
+        for begin, end, _ in returns
+        for other, other_end, _ in returns
+    )
+    return speed * speed / common * (until - past.since), until
 
 
 class Series:
     """One symbol on one exchange, or on all."""
 
     __slots__ = (
-        "bars", "closed", "closes", "counts", "ewma", "first", "grid", "ids", "newest", "open", "price", "sizes",
-        "squares", "sums", "turnovers", "weight",
+        "bars", "closes", "counts", "first", "grid", "ids", "newest", "open", "past", "sizes", "squares", "sums",
+        "turnovers",
     )  # fmt: skip
 
     def __init__(self, grid: Grid) -> None:
@@ -147,8 +192,7 @@ class Series:
         self.ids: set[str] = set()  # of the open bars
         self.bars, self.counts = array("q"), array("q")  # of the closed bars that have trades
         self.turnovers, self.sizes, self.squares = array("d"), array("d"), array("d")
-        self.first = self.closed = -1  # the first and the last of these bars
-        self.price = self.ewma = self.weight = 0.0  # after the last of them
+        self.first, self.past = -1, Past()  # the first of these bars; the past after the last of them
         self.sums: tuple[int, list[tuple[float, float, float, int]]] | None = None  # per window, closed bars, of a now
 
     def take(self, key: Key, price: float, size: float) -> bool:
@@ -163,9 +207,10 @@ class Series:
         number = at // SECOND
         bar = self.open.get(number)
         if bar is None:
-            bar = self.open[number] = Bar(key)
-        elif key > bar.key:
-            bar.key = key
+            bar = self.open[number] = Bar()
+        last = bar.keys.get(key[1])
+        if last is None or key > last:
+            bar.keys[key[1]] = key
         bar.count += 1
         bar.sizes.append(size)
         bar.turnovers.append(price * size)
@@ -173,14 +218,12 @@ class Series:
             bar.sizes, bar.turnovers = exact(bar.sizes), exact(bar.turnovers)
         return True
 
-    def _step(self, number: int, price: float, state: tuple[int, float, float, float]) -> tuple[float, float, float]:
-        """A bar after (bar, price, ewma, weight): its r², the new ewma and weight."""
-        before, last, ewma, weight = state
-        if before < 0:
-            return 0.0, 0.0, 0.0
-        square = math.log(price / last) ** 2
-        ewma, weight = self._idle(number - before, ewma, weight)
-        return square, ewma + square, weight
+    def _step(self, number: int, bar: Bar, past: Past) -> tuple[float, Past]:
+        """A bar's r², and the past after it."""
+        square, until = squared(bar.keys, past)
+        ewma, weight = self._idle(number - past.bar, past.ewma, past.weight) if past.bar >= 0 else (0.0, 0.0)
+        ends = {**past.ends, **{name: (key[0], key[4]) for name, key in bar.keys.items()}}
+        return square, Past(number, bar.last(), until, ewma + square, weight, ends)
 
     def _idle(self, bars: int, ewma: float, weight: float) -> tuple[float, float]:
         """So many bars on, all with r = 0."""
@@ -196,11 +239,7 @@ class Series:
         for number in sorted(number for number in self.open if number < edge):
             bar = self.open.pop(number)
             self.ids.difference_update(bar.ids)
-            price = bar.key[4]
-            square, self.ewma, self.weight = self._step(
-                number, price, (self.closed, self.price, self.ewma, self.weight)
-            )
-            self.closed, self.price = number, price
+            square, self.past = self._step(number, bar, self.past)
             self.first = number if self.first < 0 else self.first
             self.bars.append(number)
             self.counts.append(bar.count)
@@ -234,12 +273,12 @@ class Series:
         grid, at = self.grid, max(at, self.newest)
         now = at // SECOND
         recent = list[tuple[int, float, float, float, int]]()
-        before, last, ewma, weight, first = self.closed, self.price, self.ewma, self.weight, self.first
+        past, first = self.past, self.first
         for number, bar in sorted(self.open.items()):
-            square, ewma, weight = self._step(number, bar.key[4], (before, last, ewma, weight))
-            before, last, first = number, bar.key[4], number if first < 0 else first
+            square, past = self._step(number, bar, past)
+            first = number if first < 0 else first
             recent.append((number, math.fsum(bar.turnovers), math.fsum(bar.sizes), square, bar.count))
-        ewma, weight = self._idle(now - before, ewma, weight)
+        ewma, weight = self._idle(now - past.bar, past.ewma, past.weight)
         vwap, volatility, counts, volumes = [], [], [], []
         for width, sums in zip(grid.windows, self._closed_sums(now), strict=True):
             turnover, volume, squares, count = sums
@@ -255,13 +294,14 @@ class Series:
             counts.append(count)
             volumes.append(volume)
         return AnalyticsRow(
-            symbol, exchange, at, last, grid.windows, tuple(vwap), tuple(volatility), tuple(counts), tuple(volumes),
+            symbol, exchange, at, past.price, grid.windows,
+            tuple(vwap), tuple(volatility), tuple(counts), tuple(volumes),
             math.sqrt(ewma / weight * YEAR) if weight else None, None, "", "",
         )  # fmt: skip
 
     def last(self) -> float:
         """The newest trade's price."""
-        return self.open[max(self.open)].key[4]  # the newest trade's bar is open
+        return self.open[max(self.open)].last()  # the newest trade's bar is open
 
 
 class Book:
