@@ -300,12 +300,23 @@ class SequenceStats(NamedTuple):
     restarts: int  # times that a sequence began again below where it was
 
 
+class Gap(NamedTuple):
+    """Where trades of a symbol are missing, or may be: the times of those around it, and which."""
+
+    symbol: str
+    begin: int | None
+    end: int
+    sequence: tuple[int, int] | None
+    cause: str
+
+
 class _Seen:
     """What is known of one symbol."""
 
-    __slots__ = ("high", "ids", "latest", "order", "run")
+    __slots__ = ("at", "high", "ids", "latest", "order", "run")
 
     def __init__(self) -> None:
+        self.at: int | None = None  # the newest trade's time, ns
         self.high: int | None = None  # of the sequence
         self.run = 0  # how many came one after the other below `high`
         self.latest = 0  # exchange's time, ns
@@ -333,7 +344,8 @@ class SequenceCheck:
         self._remembered = remembered
         self._seen: dict[str, _Seen] = {}
         self._frame: int | None = None
-        self._frames_missing = False
+        self._frames_missing: tuple[int, int] | None = None
+        self.found: list[Gap] = []  # since somebody took them
         self._trades = self._gaps = self._missed = self._duplicates = self._disorder = self._restarts = 0
 
     def stats(self) -> SequenceStats:
@@ -345,7 +357,11 @@ class SequenceCheck:
 
     def reconnected(self) -> None:
         """Frames are counted from anew; the trades' ids and sequences go on."""
-        self._frame, self._frames_missing = None, False
+        self._frame = self._frames_missing = None
+
+    def ends(self) -> dict[str, int | None]:
+        """The time of each symbol's newest trade."""
+        return {symbol: seen.at for symbol, seen in self._seen.items()}
 
     def check(self, parsed: Parsed) -> list[Trade]:
         """The frame's trades, labelled. Give it every frame, those without trades too."""
@@ -354,7 +370,7 @@ class SequenceCheck:
             if last is not None and parsed.sequence > last + 1:
                 self._gaps += 1
                 self._missed += parsed.sequence - last - 1
-                self._frames_missing = True
+                self._frames_missing = last + 1, parsed.sequence - 1
             if last is None or parsed.sequence > last:
                 self._frame = parsed.sequence
         return [self.label(trade) for trade in parsed.trades]
@@ -387,6 +403,7 @@ class SequenceCheck:
         elif sequence > seen.high:
             self._gaps += 1
             self._missed += sequence - seen.high - 1
+            self.found.append(Gap(trade.symbol, seen.at, trade.ts_event, (seen.high + 1, sequence - 1), "sequence"))
             seen.high, seen.run = sequence, 0
             found = "gap"
         else:
@@ -394,8 +411,10 @@ class SequenceCheck:
             found = "disorder"
             self._below(seen, sequence)
         if self._frames_missing:
-            self._frames_missing = False
+            self.found.append(Gap(trade.symbol, seen.at, trade.ts_event, self._frames_missing, "frame numbers"))
+            self._frames_missing = None
             found = f"gap,{found}" if found and found != "gap" else "gap"
+        seen.at = trade.ts_event
         return flagged(trade, found) if found else trade
 
     def _below(self, seen: _Seen, sequence: int) -> None:

@@ -38,7 +38,7 @@ import aiohttp
 from coordination import Clock, Rng, stats_repr
 from market.adapter import Adapter
 from market.feed_socket import NORMAL, End, FeedSocket, FeedTimes, Socket, open_socket
-from market.frames import Dead, Emit, FrameReader, SymbolSilence
+from market.frames import Dead, Emit, FrameReader, SymbolSilence, Tell
 from primitives import Backoff, CircuitBreaker, CircuitOpen, Permit, TokenBucket
 
 FeedState = Literal["idle", "connecting", "subscribing", "live", "closing", "waiting", "refused", "stopped"]
@@ -82,9 +82,10 @@ class FeedStats(NamedTuple):
 class Feed:
     """The trades of one exchange: `await Feed(ADAPTERS["kraken"], ["BTC-USD"], emit, dead).run()`.
 
-    `adapter` is copied (`fresh`). `url`: instead of the exchange's own. `session`: shared; None: one of its own.
-    `turn`: seconds of the loop at a time. `clock`: seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait
-    between attempts. ValueError for symbols that the exchange cannot have, or not so many.
+    `adapter` is copied (`fresh`). `tell`: told of gaps, of a connection's end and return, of back-fills. `url`: instead
+    of the exchange's own. `session`: shared; None: one of its own. `turn`: seconds of the loop at a time. `clock`:
+    seconds, monotonic; `wall`: Unix time in ns; `sleep`: how to wait between attempts. ValueError for symbols that the
+    exchange cannot have, or not so many.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Feed:
         emit: Emit,
         dead: Dead,
         *,
+        tell: Tell = lambda _: None,
         url: str | None = None,
         session: aiohttp.ClientSession | None = None,
         times: FeedTimes = TIMES,
@@ -122,7 +124,7 @@ class Feed:
             rng=rng,
         )
         told = tuple(dict.fromkeys(self.adapter.told(symbols).values()))
-        self._reader = FrameReader(self.adapter, SymbolSilence(told, times.renew_after), emit, dead, wall)
+        self._reader = FrameReader(self.adapter, SymbolSilence(told, times.renew_after), emit, dead, wall, tell)
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._state: FeedState = "idle"
@@ -227,6 +229,8 @@ class Feed:
                 connection = self._begin(ws)
                 end = await self._use(connection, permit)
                 self._note_health(connection, permit)
+                if connection.live_since is not None and not self._stopping:
+                    await self._reader.lost(end.reason)
             finally:
                 self._connection = None
         if not end.asked:
@@ -252,7 +256,7 @@ class Feed:
             raise
         finally:
             if self._reader.check.stats().trades:
-                self._reader.silence.lost()
+                self._reader.silence.lost(self._reader.check.ends())
             await connection.finish(watch, broken_off, lambda: self._stopping)
 
     async def _subscribe(self, connection: FeedSocket) -> bool:
@@ -262,7 +266,7 @@ class Feed:
                 await self._sends.acquire_async()
             if not await connection.send(message):
                 return False
-        connection.subscribed(self.adapter.acks(len(messages), self._natives))
+        await connection.subscribed(self.adapter.acks(len(messages), self._natives))
         return True
 
     async def _watch(self, connection: FeedSocket, permit: Permit) -> None:

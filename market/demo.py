@@ -92,7 +92,9 @@ class MarketDemo(Demo):
         print(f"in a wrong partition, or with a wrong key: {wrong}\n")
         print(self._symbols([orjson.loads(record.value) for record in rows], found), end="\n\n")
         print(self._by_exchange(found, counts))
-        return sent == len(live) and not wrong and len(trades) == counts.published.published - counts.dead
+        return (
+            sent == len(live) and not wrong and len(trades) == counts.published.published - counts.dead - counts.events
+        )
 
     def _symbols(self, rows: Sequence[Mapping[str, Any]], trades: Sequence[Trade]) -> str:
         windows = [str(window) for window in self.options.windows]

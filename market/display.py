@@ -1,7 +1,7 @@
 """What ``market_pipeline.py`` shows of itself: the counts, a live table, ``/metrics`` and ``/health``.
 
 ``MarketCounts``   those of one moment. ``imbalance`` is 0 in every one of them:
-                   trades + dead letters = taken by the publisher + waiting + given up,
+                   trades + dead letters + events = taken by the publisher + waiting + given up,
                    taken + recovered = published + held + spooled + dropped + lost,
                    for the analytics = computed + not computed + skipped + queued.
 
@@ -61,10 +61,11 @@ class MarketCounts(NamedTuple):
 
     trades: Annotated[int, "Trades parsed, or taken from Kafka"] = 0
     letters: int = 0  # frames, or records, handed over as dead letters
-    waiting: int = 0  # of both: their feeds wait for room
+    events: Annotated[int, "Gaps, lost and new connections, back-fills, by symbol"] = 0
+    waiting: int = 0  # of all three: their feeds wait for room
     given_up: Annotated[int, "Trades and dead letters that nobody took before the end"] = 0
     kafka: str = "new"
-    published: Counts = NOTHING  # trades and dead letters; of ``analyse`` dead letters only
+    published: Counts = NOTHING  # trades, events and dead letters; of ``analyse`` dead letters only
     dead: int = 0  # records in the topic of dead letters
     rows: Counts = NOTHING  # of analytics
     offered: int = 0  # for the analytics
@@ -129,7 +130,7 @@ class Board:
 
 def imbalance(counts: MarketCounts) -> int:
     """How many trades or rows are not accounted for; 0, or there is a fault in the program."""
-    handed = counts.letters if counts.partitions is not None else counts.trades + counts.letters
+    handed = counts.letters + counts.events + (counts.trades if counts.partitions is None else 0)
     found = abs(handed - counts.published.accepted - counts.waiting - counts.given_up)
     for kind in (counts.published, counts.rows):
         out = kind.published + kind.held + kind.spooled + kind.dropped + kind.lost
@@ -150,6 +151,7 @@ def last_word(counts: MarketCounts) -> str:
     begin = f"trades {counts.trades:,} + dead letters {counts.letters:,}"
     if counts.partitions is not None:
         begin = f"trades taken {counts.trades:,}, computed {counts.computed:,}; dead letters {counts.letters:,}"
+    begin += f" + events {counts.events:,}" if counts.events else ""
     return (
         begin
         + (f" + recovered {out.recovered:,}" if out.recovered else "")
@@ -166,13 +168,36 @@ SILENT = 30.0  # seconds without an answer from a partition, after which a membe
 
 
 def health(counts: MarketCounts) -> tuple[int, dict[str, Any]]:
-    """The status code and the body of ``/health``."""
-    away = counts.kafka == "away" or counts.silent > SILENT
-    away = away or any(feed.state != "live" for feed in counts.feeds.values())
+    """The status code and the body of ``/health``. A feed that is away is degraded itself; all is, if no feed lives."""
     body: dict[str, Any] = {name: getattr(counts, name)._asdict() for name in ("published", "rows")}
-    for name in ("feeds", "symbols"):
-        body[name] = {key: line._asdict() for key, line in getattr(counts, name).items()}
-    return health_of(counts, imbalance(counts), away or counts.published.spooled > 0, **body)
+    body["symbols"] = {name: line._asdict() for name, line in counts.symbols.items()}
+    body["feeds"] = {
+        name: {"status": "ok" if line.state == "live" else "degraded", **line._asdict()}
+        for name, line in counts.feeds.items()
+    }
+    body["degraded_feeds"] = away = [name for name, line in counts.feeds.items() if line.state != "live"]
+    degraded = counts.kafka == "away" or counts.silent > SILENT or counts.published.spooled > 0
+    return health_of(counts, imbalance(counts), degraded or 0 < len(counts.feeds) == len(away), **body)
+
+
+class StateChanges:
+    """What has changed in the states of feeds, Kafka and spool since somebody asked, as one line for the log."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {"spool": "empty"}
+
+    def line(self, counts: MarketCounts) -> str:
+        """Empty if nothing changed. What is on its way to be live or connected keeps its state until it is."""
+        known = {"live": "live", "waiting": "away", "refused": "away", "connected": "connected", "away": "away"}
+        states = {name: known.get(line.state, "") for name, line in counts.feeds.items()}
+        states |= {"kafka": known.get(counts.kafka, ""), "spool": "in use" if counts.published.spooled else "empty"}
+        changed = dict[str, list[str]]()
+        for name, state in states.items():
+            if state and state != self._known.get(name):
+                self._known[name] = state
+                error = counts.error if name == "kafka" else counts.feeds[name].error if name in counts.feeds else ""
+                changed.setdefault(state, []).append(f"{name} ({error})" if state == "away" and error else name)
+        return "; ".join(f"{', '.join(names)}: {state}" for state, names in changed.items())
 
 
 def _exchange(name: str, text: str, value: Callable[[FeedLine], float | None], make: Any = gauge) -> Measure:

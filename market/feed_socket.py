@@ -169,15 +169,16 @@ class FeedSocket:
             return False  # the connection's end comes to the reader
         return True
 
-    def subscribed(self, wanted: int) -> None:
+    async def subscribed(self, wanted: int) -> None:
         """The subscription is sent; so many acknowledgements are to come."""
         self._wanted = wanted
-        self._count_acks()
+        await self._count_acks()
 
-    def _count_acks(self) -> None:
+    async def _count_acks(self) -> None:
         answered = self._acks + self._refusals >= self._wanted and (self._acks or not self._wanted)
         if answered and self.state == "subscribing":
             self.live_since = self._clock()
+            await self._reader.live()
 
     async def read(self) -> End:
         """Read until the connection ends; how it did."""
@@ -216,7 +217,7 @@ class FeedSocket:
         """What the exchange says of the connection."""
         self._acks += said.kind == "ack"
         self._refusals += said.kind == "error"
-        self._count_acks()
+        await self._count_acks()
         if said.reconnect:
             await self.begin_close(End(f"the exchange asked for it: {said.note}", asked=True))
 

@@ -47,11 +47,11 @@ import aiohttp
 from coordination import stats_repr, wait_for_event
 from market.adapter import Adapter
 from market.connect import TURN, Feed, new_session
-from market.display import Board, FeedLine, MarketCounts, imbalance, lost
+from market.display import Board, FeedLine, MarketCounts, StateChanges, imbalance, lost
 from market.feeds import ADAPTERS
 from market.kafka import SAVE_LIMIT, Publisher, PublisherClosed
 from market.stats import WINDOWS, AnalyticsRow
-from market.topics import DeadLetter, client_log
+from market.topics import DeadLetter, MarketEvent, client_log
 from market.trade import Trade
 from market.workers import MOST, AnalyticsPool
 from runtime.loop import Lag, TaskSupervisor, ends_before
@@ -170,7 +170,7 @@ class MarketProgram(ABC):
             **{name: getattr(options, name) for name in PUBLISHING},
         )
         self.board = Board(options.windows)
-        self._trades = self._letters = self._computed = self._uncomputed = 0
+        self._trades = self._letters = self._events = self._computed = self._uncomputed = 0
         self.stop = TwoStageStop(self.publisher.changes)
 
         figures = {"windows": options.windows, "lateness": options.lateness}
@@ -203,13 +203,20 @@ class MarketProgram(ABC):
         with contextlib.suppress(PublisherClosed):
             await self.publisher.dead(letter)
 
+    async def _attest(self, event: MarketEvent) -> None:
+        self._events += 1
+        with contextlib.suppress(PublisherClosed):
+            await self.publisher.event(event)
+
     # -------------------------------------------------------------------- life and end
 
     async def _watch(self) -> None:
-        """Whether the counts balance, should nobody else ask."""
+        """Whether the counts balance, should nobody else ask; and a line in the log when a state has changed."""
+        changes = StateChanges()
         while True:
             await asyncio.sleep(WATCH_EVERY)
-            self.snapshot()
+            if line := changes.line(self.snapshot()):
+                log.info("%s", line)
 
     async def _unless_forced(self, work: Awaitable[Any], limit: float) -> None:
         """Until that comes to its end, is cut off by a second stop, or the time is over."""
@@ -264,6 +271,7 @@ class MarketProgram(ABC):
         counts = MarketCounts(
             trades=self._trades,
             letters=self._letters,
+            events=self._events,
             waiting=found.waiting,
             given_up=found.given_up,
             kafka=found.state,
@@ -331,7 +339,8 @@ class Pipeline(MarketProgram):
             return
         adapter, symbols = self._adapters[name]
         url = self.options.urls.get(name)
-        self.feeds[name] = Feed(adapter, symbols, self.emit, self._bury, url=url, session=session, **self._feed_options)
+        options = {"tell": self._attest, "url": url, "session": session, **self._feed_options}
+        self.feeds[name] = Feed(adapter, symbols, self.emit, self._bury, **options)
         await self.feeds[name].run()
 
     # -------------------------------------------------------------------- the figures
@@ -377,6 +386,7 @@ class Pipeline(MarketProgram):
             await self._begin(stack)
             session = await stack.enter_async_context(new_session())
             self.tasks.start("analytics", self._compute)
+            self.tasks.start("connect", self.publisher.connect)
             for name in self._adapters:
                 self.tasks.start(f"feed {name}", partial(self._feed, name, session))
             await self.stop.stopped.wait()

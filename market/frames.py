@@ -9,33 +9,32 @@ A ``FrameReader`` lasts over the connections of its feed, and belongs to its eve
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
-from market.adapter import Adapter, SequenceCheck, flagged, reason_of
-from market.topics import DeadLetter, LetterKind
+from market.adapter import Adapter, Gap, SequenceCheck, flagged, reason_of
+from market.topics import DeadLetter, LetterKind, MarketEvent
 from market.trade import Parsed, Trade, short
 
 Emit = Callable[[str, list[Trade]], Awaitable[object] | None]
 """Told the exchange and a frame's trades, labelled. What it returns is awaited if it is not None."""
 
+Tell = Callable[[MarketEvent], Awaitable[object] | None]
+"""Told of a gap, of the connection's end and return, of a back-fill. Awaited likewise."""
+
 Dead = Callable[[DeadLetter], Awaitable[object] | None]
 """Told a frame that is bad, with the adapter's context. Awaited likewise."""
-
-
-async def one_by_one(waits: Iterable[Awaitable[object]]) -> None:
-    """Await each."""
-    for each in waits:
-        await each
 
 
 class SymbolSilence:
     """Which of these symbols are silent, or had an outage. ``since``: when the connection went live, or None."""
 
     def __init__(self, symbols: tuple[str, ...], renew_after: float) -> None:
-        self._symbols, self._renew_after = symbols, renew_after
+        self.symbols, self._renew_after = symbols, renew_after
         self.patience = renew_after  # seconds of silence after which a new connection is worth a try
         self._traded: dict[str, float] = {}  # when each symbol's last trade came
-        self._pending: set[str] = set()  # symbols of which nothing has come since the connection was lost
+        self._pending = dict[str, int | None]()  # when each symbol's last trade was, of those still silent since a loss
+        self.found: list[Gap] = []  # since somebody took them
         self.outages = 0
 
     def stale(self, since: float | None, seconds: float) -> tuple[str, ...]:
@@ -43,7 +42,7 @@ class SymbolSilence:
         if since is None or not self._traded:
             return ()
         newest, traded = max(self._traded.values()), self._traded.get
-        return tuple(name for name in self._symbols if newest - max(traded(name, since), since) >= seconds)
+        return tuple(name for name in self.symbols if newest - max(traded(name, since), since) >= seconds)
 
     def renewal(self, since: float | None) -> str:
         """Why a new connection is worth a try, for a symbol's sake; it takes longer and longer until that helps."""
@@ -55,9 +54,9 @@ class SymbolSilence:
             self.patience = self._renew_after
         return ""
 
-    def lost(self) -> None:
-        """The connection was lost."""
-        self._pending.update(self._symbols)
+    def lost(self, ends: Mapping[str, int | None]) -> None:
+        """The connection was lost. ``ends``: the time of each symbol's newest trade."""
+        self._pending = {symbol: ends.get(symbol) for symbol in self.symbols} | self._pending
 
     def take(self, trades: list[Trade], now: float) -> list[Trade]:
         """The same trades, labelled if they are the first ones after a lost connection."""
@@ -69,9 +68,10 @@ class SymbolSilence:
 
     def _after_outage(self, trade: Trade) -> Trade:
         if trade.symbol in self._pending:
-            self._pending.discard(trade.symbol)
+            begin = self._pending.pop(trade.symbol)
             if trade.sequence is None and not ("snapshot" in trade.flags and "duplicate" in trade.flags):
                 self.outages += 1
+                self.found.append(Gap(trade.symbol, begin, trade.ts_event, None, "lost connection"))
                 if "gap" not in trade.flags:
                     return flagged(trade, "gap")
         return trade
@@ -81,10 +81,17 @@ class FrameReader:
     """Reads the frames of one feed. ``wall``: Unix time in ns."""
 
     def __init__(
-        self, adapter: Adapter, silence: SymbolSilence, emit: Emit, dead: Dead, wall: Callable[[], int]
+        self,
+        adapter: Adapter,
+        silence: SymbolSilence,
+        emit: Emit,
+        dead: Dead,
+        wall: Callable[[], int],
+        tell: Tell = lambda _: None,
     ) -> None:
         self.adapter, self.silence, self.check = adapter, silence, SequenceCheck()
-        self._emit, self._dead, self._wall = emit, dead, wall
+        self._emit, self._dead, self._wall, self._tell = emit, dead, wall, tell
+        self._lost: tuple[int, str] | None = None  # when and why, while there is no connection after the first one
         self.frames = self.bad = self.errors = 0
         self.lag = math.nan
         self.note = self.last_error = ""
@@ -107,14 +114,19 @@ class FrameReader:
         if trades:
             trades = self.silence.take(trades, now)
             last = trades[-1]
-            if "snapshot" not in last.flags:
+            if "snapshot" in last.flags:
+                self._back_filled(trades)
+            else:
                 lag = (last.ts_recv - last.ts_event) / 1e3
                 self.lag = lag if math.isnan(self.lag) else self.lag + 0.05 * (lag - self.lag)
             told = self._emit(self.adapter.name, trades)
+            if self.check.found or self.silence.found:
+                for gap in self.check.found + self.silence.found:
+                    self._event("gap", *gap)
+                self.check.found, self.silence.found = [], []
             if self._waits:
                 self._later(told)
-                waits, self._waits = self._waits, []
-                return one_by_one(waits)
+                return self._told()
             return told
         if kind == "error":
             self.errors += 1
@@ -122,6 +134,37 @@ class FrameReader:
         elif kind == "status":
             self.note = parsed.note
         return parsed if kind == "ack" or kind == "error" or kind == "status" else None
+
+    def _event(self, event: Any, *more: Any) -> None:
+        self._later(self._tell(MarketEvent(event, self.adapter.name, *more)))
+
+    def _back_filled(self, trades: list[Trade]) -> None:
+        new = [trade for trade in trades if "duplicate" not in trade.flags]
+        for symbol in dict.fromkeys(trade.symbol for trade in new):
+            times = [trade.ts_event for trade in new if trade.symbol == symbol]
+            numbers = [trade.sequence for trade in new if trade.symbol == symbol and trade.sequence is not None]
+            sequence = (min(numbers), max(numbers)) if numbers else None
+            self._event("back-fill", symbol, min(times), max(times), sequence, "snapshot")
+
+    async def lost(self, cause: str) -> None:
+        """A connection that was live has ended."""
+        self._lost = self._wall(), cause
+        for symbol in self.silence.symbols:
+            self._event("disconnect", symbol, self._lost[0], None, None, cause)
+        await self._told()
+
+    async def live(self) -> None:
+        """A connection is live."""
+        if self._lost is not None:
+            (begin, cause), self._lost = self._lost, None
+            for symbol in self.silence.symbols:
+                self._event("reconnect", symbol, begin, self._wall(), None, cause)
+            await self._told()
+
+    async def _told(self) -> None:
+        waits, self._waits = self._waits, []
+        for each in waits:
+            await each
 
     def _later(self, told: Awaitable[object] | None) -> None:
         if told is not None:

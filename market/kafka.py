@@ -1,4 +1,4 @@
-"""The publisher: trades, analytics and dead letters into the topics of Kafka that ``market.topics`` describes.
+"""The publisher: trades, events, analytics and dead letters into the topics of Kafka that ``market.topics`` describes.
 
 The way of a record: encoded when it is taken -> ``Outlet`` -> a sink here -> ``Producer`` -> acknowledged by all
 replicas. One round is under way at a time; the next is filled meanwhile. While the broker does not answer, the backlog
@@ -8,7 +8,7 @@ records come from there, and what is newer queues behind it: a symbol is in the 
 Promised by ``Publisher``
 - offered == accepted + waiting + given up, and the equation of ``Counts``, at every moment; ``dropped`` is analytics
   (the oldest, beyond their bound), or, logged, what a stop without a spool left over, and refused dead letters.
-- Trades and dead letters wait (``trades()`` and ``dead()`` block their callers) before one of them is dropped.
+- Trades, events and dead letters wait (``trades()`` and the like block their callers) before one of them is dropped.
 - While the process lives, a broker that freezes, goes or restarts with its data gets each record once.
 - What cannot be written as JSON, is too large, or is refused by the broker for its own sake becomes a dead letter.
 - What is in the spool survives ``kill -9``, and is published first by the next life.
@@ -41,10 +41,12 @@ from market.producer import AT_ONCE, FLIGHT, FLIGHT_BYTES, Producer
 from market.topics import (
     ANALYTICS,
     DEAD_LETTERS,
+    EVENTS,
     HEADERS,
     TRADES,
     DeadLetter,
     Item,
+    MarketEvent,
     Record,
     client_log,
     line_of_record,
@@ -106,8 +108,8 @@ class PublisherStats(NamedTuple):
 class RowSink:
     """Analytics: what the broker refuses is logged."""
 
-    def __init__(self, producer: Producer, topic: str, dead_letters: str) -> None:
-        self.producer, self._topics, self._dead_topic = producer, (topic, dead_letters), dead_letters
+    def __init__(self, producer: Producer, topic: str, dead_letters: str, *events: str) -> None:
+        self.producer, self._topics, self._dead_topic = producer, (topic, dead_letters, *events), dead_letters
 
     async def write(self, items: list[Record]) -> tuple[int, int]:
         """Published and refused, when all is acknowledged."""
@@ -194,8 +196,8 @@ class Publisher:
         request_timeout: float = 10.0,
         security: Mapping[str, Any] | None = None,
     ) -> None:
-        self.topics = {name: prefix + name for name in (TRADES, ANALYTICS, DEAD_LETTERS)}
-        self._trades_topic, self._analytics_topic, self._dead_topic = self.topics.values()
+        self.topics = {name: prefix + name for name in (TRADES, ANALYTICS, DEAD_LETTERS, EVENTS)}
+        self._trades_topic, self._analytics_topic, self._dead_topic, self._events_topic = self.topics.values()
 
         def producer(*topics: str) -> Producer:
             return Producer(
@@ -208,7 +210,7 @@ class Publisher:
             )
 
         self.changes = Changes()
-        topics = self._trades_topic, self._dead_topic
+        topics = self._trades_topic, self._dead_topic, self._events_topic
         self._sink = TradeSink(producer(*topics), *topics)
         self._row_sink = RowSink(producer(self._analytics_topic), self._analytics_topic, self._dead_topic)
         common: dict[str, Any] = {"log": log, "changes": self.changes, "linger": linger}
@@ -249,6 +251,10 @@ class Publisher:
             for task, work in outlet.tasks().items():
                 self.tasks.start(f"{name}: {task}", work)
 
+    async def connect(self) -> None:
+        """Return when Kafka is there. So its absence is seen before there is anything to publish."""
+        await self._sink.producer.connect()
+
     def _is_closed(self) -> bool:
         return self._state not in ("new", "open")
 
@@ -272,8 +278,13 @@ class Publisher:
         """Take a frame that cannot be parsed; waits while there is no room."""
         await self._take([letter])
 
+    async def event(self, event: MarketEvent) -> None:
+        """Take an event; waits while there is no room."""
+        await self._take([event])
+
     def _records(self, items: Sequence[Item]) -> list[Record]:
-        return [record_of(item, self._trades_topic, self._dead_topic) for item in items]
+        topics = self._trades_topic, self._dead_topic, self._events_topic
+        return [record_of(item, *topics) for item in items]
 
     async def _take(self, items: Sequence[Item]) -> None:
         left = len(items)
@@ -350,7 +361,8 @@ class Publisher:
         producer, outlet = self._sink.producer, self._trades
         state: Any = self._state
         if state in ("open", "stopping"):
-            state = "away" if outlet.stalled else "connected" if producer.connected else "connecting"
+            absent = outlet.stalled or (producer.error and not producer.connected)
+            state = "away" if absent else "connected" if producer.connected else "connecting"
         counts = counts_of(outlet.backlog), counts_of(self._rows.backlog)
         return PublisherStats(
             *(state, *counts, self._sink.dead, producer.connects, producer.error, self._waiting, self._given_up)

@@ -122,6 +122,7 @@ class Producer:
         self._security = security
         self._producer: Any = None
         self._sent = 0
+        self._connecting = asyncio.Lock()
         self._partitions: dict[str, list[int]] = {}
         self._place = functools.lru_cache(KEYS)(self._partition_of)
         self._partitioner = DefaultPartitioner()
@@ -225,9 +226,17 @@ class Producer:
                 return pieces[n:], error
         return [], None
 
+    async def connect(self) -> None:
+        """Return when there is a producer that has found the topics."""
+        await self._connected()
+
     async def _connected(self) -> Any:
         if self._producer is not None and self._sent > RENEW_AFTER:
             await self.drop()
+        async with self._connecting:
+            return await self._connect()
+
+    async def _connect(self) -> Any:
         backoff = Backoff(*BACK_OFF)
         while self._producer is None:
             milliseconds = int(self._timeout * 1000)

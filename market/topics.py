@@ -1,8 +1,9 @@
 """What is in the topics of Kafka, and the lines of the spool: records, and what they say. Pure, but for the log.
 
 Topics (behind a prefix of the user's): ``trades`` (key: the symbol; value: the fields of ``Trade`` by name, JSON),
-``analytics`` (key: the symbol; value: the row's fields, JSON) and ``dead-letter`` (no key; value: the raw frame as it
-came; who, why, when and what kind are headers). Every record has the header ``schema``.
+``analytics`` (key: the symbol; value: the row's fields, JSON), ``dead-letter`` (no key; value: the raw frame as it
+came; who, why, when and what kind are headers) and ``market-events`` (key: the symbol; value: a ``MarketEvent``, JSON).
+Every record has the header ``schema``. Trades of schema 1, with other names for the times, are still read.
 
 What cannot be a record becomes a dead letter, whoever wrote it; nothing here raises for what a topic or a file holds.
 """
@@ -27,7 +28,7 @@ log = logging.getLogger("market_pipeline")
 
 SCHEMA = b"2"  # the version in the header ``schema``: times are ``ts_event`` and ``ts_recv``
 OLD_NAMES = {"exchange_ts_ns": "ts_event", "received_ts_ns": "ts_recv"}  # what schema 1 called them
-TRADES, ANALYTICS, DEAD_LETTERS = "trades", "analytics", "dead-letter"
+TRADES, ANALYTICS, DEAD_LETTERS, EVENTS = "trades", "analytics", "dead-letter", "market-events"
 LARGEST_RECORD = 900_000  # bytes of a value; Kafka's own default for a batch is 1,048,588
 LARGEST_CONTEXT = 40_000  # characters of a dead letter's: those of some 1,000 symbols
 THROTTLE_FOR = 60.0  # seconds for which aiokafka is not heard again after it complained
@@ -51,6 +52,28 @@ class DeadLetter(NamedTuple):
     """What the adapter knew of its connection (``Adapter.context``): a frame may mean nothing without it."""
 
 
+class MarketEvent(NamedTuple):
+    """Evidence of what a feed left out, for a symbol: what its trades themselves cannot tell.
+
+    gap: trades are, or may be, missing between those of ``begin`` and ``end``, the exchange's times. disconnect: from
+    ``begin`` on, by our clock, nothing comes; reconnect: since ``end`` it does again. back-fill: a snapshot brought
+    trades that were not known, of the exchange's times from ``begin`` to ``end``.
+    """
+
+    event: Literal["gap", "disconnect", "reconnect", "back-fill"]
+    exchange: str
+    symbol: str
+    begin: int | None  # Unix time in ns; "from" and "to" in JSON; None: not known
+    end: int | None
+    sequence: tuple[int, int] | None  # the first and the last that are missing, or were filled in
+    cause: str
+
+    def record(self) -> dict[str, object]:
+        """As JSON has it."""
+        names = "event", "exchange", "symbol", "from", "to", "sequence", "cause"
+        return dict(zip(names, self, strict=True))
+
+
 class Record(NamedTuple):
     """A record as Kafka has it."""
 
@@ -67,7 +90,7 @@ _EXCHANGE = re.compile(r"[a-z0-9._-]{1,40}").fullmatch
 _PLAIN_KEY = re.compile(rb"[!-~]+").fullmatch
 HEADERS: Headers = [("schema", SCHEMA)]
 HEADERS_BEFORE: Headers = [("schema", b"1")]  # of a trade that an older version left in the spool
-Item = Trade | DeadLetter
+Item = Trade | DeadLetter | MarketEvent
 
 
 def encode(trade: Trade) -> bytes:
@@ -157,10 +180,13 @@ def trade_record(trade: Trade, topic: str) -> Record:
     return Record(topic, trade.symbol.encode(), value, at, HEADERS)
 
 
-def record_of(item: Item, trades: str, dead_letters: str) -> Record:
-    """The record of a trade or a dead letter, for the topics of these names; a dead letter if there is none."""
+def record_of(item: Item, trades: str, dead_letters: str, events: str = EVENTS) -> Record:
+    """The record of an item, for the topics of these names; a dead letter if there is none."""
     if isinstance(item, DeadLetter):
         return dead_letter_record(item, dead_letters)
+    if isinstance(item, MarketEvent):
+        at = time.time_ns() // 1_000_000
+        return Record(events, item.symbol.encode(), orjson.dumps(item.record()), at, HEADERS)
     try:
         return trade_record(item, trades)
     except (TypeError, ValueError, AttributeError) as error:
@@ -169,20 +195,26 @@ def record_of(item: Item, trades: str, dead_letters: str) -> Record:
 
 def line_of_record(row: Record) -> bytes:
     """A line of the spool. A trade: time, key and value as Kafka gets them, so that nothing is read or written anew on
-    the way back; its value alone, if the key could be taken for something else. A list: a dead letter."""
-    _, key, value, at, headers = row
+    the way back; its value alone, if the key could be taken for something else. The same after a "!": an event. A list:
+    a dead letter."""
+    topic, key, value, at, headers = row
+    if key is not None and topic.endswith(EVENTS):
+        return b"!%d\t%b\t%b" % (at, key, value)
     if key is not None:
         return b"%d\t%b\t%b" % (at, key, value) if _PLAIN_KEY(key) else value
     exchange, error, raw, ts_recv, kind, context = letter_of_record(value, headers)
     return orjson.dumps([exchange, error, base64.b64encode(raw).decode(), ts_recv, kind, context])
 
 
-def record_of_line(line: bytes, trades: str, dead_letters: str) -> Record:
+def record_of_line(line: bytes, trades: str, dead_letters: str, events: str = EVENTS) -> Record:
     """What ``line_of_record`` wrote, for the topics of these names; a line of another version is a dead letter."""
     try:
         if line[:1].isdigit():
             at, key, value = line.split(b"\t", 2)
             return Record(trades, key, value, int(at), HEADERS_BEFORE if b'"exchange_ts_ns":' in value else HEADERS)
+        if line.startswith(b"!"):
+            at, key, value = line[1:].split(b"\t", 2)
+            return Record(events, key, value, int(at), HEADERS)
         if line.startswith(b"{"):
             return trade_record(_decode(line), trades)
         exchange, error, raw, ts_recv, kind, *context = orjson.loads(line)
@@ -192,9 +224,9 @@ def record_of_line(line: bytes, trades: str, dead_letters: str) -> Record:
         return unpublishable(line, f"spooled by another version: {problem}", dead_letters)
 
 
-def records_of(data: bytes, trades: str, dead_letters: str) -> list[Record]:
+def records_of(data: bytes, *topics: str) -> list[Record]:
     """``record_of_line`` of each line of the spool's data."""
-    return [record_of_line(line, trades, dead_letters) for line in data.split(b"\n")[:-1]]
+    return [record_of_line(line, *topics) for line in data.split(b"\n")[:-1]]
 
 
 class LogThrottle(logging.Handler):

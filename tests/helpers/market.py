@@ -31,7 +31,7 @@ from market.feed_socket import FeedTimes
 from market.feeds import ADAPTERS
 from market.flow import MarketProgram
 from market.stats import ALL, Analytics, AnalyticsRow
-from market.topics import DeadLetter, LetterKind
+from market.topics import DeadLetter, LetterKind, MarketEvent
 from market.trade import Parsed, Trade
 from market.workers import FIELDS
 from primitives import CircuitBreaker
@@ -460,6 +460,7 @@ class Sink:
     def __init__(self) -> None:
         self.told: dict[str, list[Trade]] = {}
         self.letters: list[tuple[str, str, bytes, int]] = []
+        self.events: list[MarketEvent] = []
         self.gate: asyncio.Event | None = None
 
     def emit(self, exchange: str, trades: list[Trade]) -> Awaitable[object] | None:
@@ -468,6 +469,9 @@ class Sink:
 
     def dead(self, letter: DeadLetter) -> None:
         self.letters.append(letter[:4])
+
+    def tell(self, event: MarketEvent) -> None:
+        self.events.append(event)
 
     def live(self, exchange: str) -> list[Trade]:
         """Each trade once, without those of snapshots."""
@@ -508,6 +512,7 @@ class MarketConnectWorld:
         chosen = {"breaker": breaker, "session": self.session, **{k: v for k, v in self.options.items() if v}}
         options = feed_options({"url": self.them.urls[name], "symbols": SYMBOLS, **chosen, **options})
         adapter = adapter or merged(name)
+        options = {"tell": self.sink.tell, **options}
         return Feed(adapter, options.pop("symbols"), self.sink.emit, self.sink.dead, **options)
 
     def begin(self, name: str, adapter: Adapter | None = None, **options: Any) -> Feed:
