@@ -11,6 +11,7 @@ All here is pure.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
@@ -18,13 +19,17 @@ from typing import Annotated, Any, NamedTuple
 
 from market.kafka import Counts
 from market.stats import ALL, AnalyticsRow
-from market.trade import Trade
+from market.trade import Trade, short
 from runtime.monitor import Measure, counter, counters, gauge, health_of
 
 MOST_SYMBOLS, MOST_ROWS = 500, 12  # symbols in a snapshot, and on the screen
 NOTHING = Counts(0, 0, 0, 0, 0, 0, 0)
 PRICES = 30  # of a symbol's last seconds, for its line
 SPARKS = "▁▂▃▄▅▆▇█"
+LEAST = 12  # characters that a table's last column keeps while others give way
+STYLES = {"live": "green", "connecting": "yellow"} | dict.fromkeys(
+    ("idle", "subscribing", "closing", "waiting", "refused", "stopped"), "red"
+)
 
 
 class FeedLine(NamedTuple):
@@ -196,7 +201,7 @@ class StateChanges:
             if state and state != self._known.get(name):
                 self._known[name] = state
                 error = counts.error if name == "kafka" else counts.feeds[name].error if name in counts.feeds else ""
-                changed.setdefault(state, []).append(f"{name} ({error})" if state == "away" and error else name)
+                changed.setdefault(state, []).append(f"{name} ({short(error)})" if state == "away" and error else name)
         return "; ".join(f"{', '.join(names)}: {state}" for state, names in changed.items())
 
 
@@ -281,54 +286,79 @@ def columns(lines: Sequence[Sequence[str]], right: Iterable[int] | None = None) 
     )
 
 
-def status(counts: MarketCounts, rate: float, age: float) -> str:
-    """One line on where all stands."""
-    out = counts.published
-    parts = [
-        f"{age:,.0f} s",
-        f"trades {counts.trades:,} ({rate:,.0f}/s)",
-        f"published {out.published:,}",
-        f"held {out.held + counts.waiting:,}",
-        f"spool {out.spooled:,}",
-        *([f"lost {lost(counts):,}"] if lost(counts) else []),
-        f"dead letters {counts.letters:,}",
-        f"rows {counts.rows.published:,}",
-        *([f"left out {counts.skipped + counts.uncomputed:,}"] if counts.skipped + counts.uncomputed else []),
-        *([f"partitions {','.join(map(str, counts.partitions)) or 'none'}"] if counts.partitions is not None else []),
-        f"kafka {counts.kafka}",
-        *(["stopping"] if counts.stopping else []),
-        *([f"FAULTS {counts.faults}"] if counts.faults else []),
-    ]
-    return " · ".join(parts)
+def fitted(lines: Sequence[Sequence[str]], width: int, give_way: Iterable[str]) -> list[list[str]]:
+    """The lines without those columns, by their headings and in this order, that leave the others no room; the last
+    column is cut to what is left, but keeps ``LEAST``. Two spaces are between columns."""
+    columns = [list(column) for column in zip(*lines, strict=True)]
+
+    def taken() -> int:
+        return sum(max(map(len, column)) + 2 for column in columns[:-1])
+
+    for heading in give_way:
+        if taken() + min(LEAST, max(map(len, columns[-1]))) > width:
+            columns = [column for column in columns if column[0] != heading or column is columns[-1]]
+    columns[-1] = [cell[: max(0, width - taken())] for cell in columns[-1]]
+    return [list(line) for line in zip(*columns, strict=True)]
 
 
-def picture(counts: MarketCounts, rate: float, age: float) -> Any:
-    """The table, for rich."""
+def status(counts: MarketCounts, rate: float, age: float, width: int = sys.maxsize) -> str:
+    """One line on where all stands; where there is no room, counts are left out."""
+    out, left_out = counts.published, counts.skipped + counts.uncomputed
+    places = "" if counts.partitions is None else ",".join(map(str, counts.partitions)) or "none"
+    parts = {
+        "age": f"{age:,.0f} s",
+        "trades": f"trades {counts.trades:,} ({rate:,.0f}/s)",
+        "published": f"published {out.published:,}",
+        "held": f"held {out.held + counts.waiting:,}",
+        "spool": f"spool {out.spooled:,}",
+        "lost": f"lost {lost(counts):,}" if lost(counts) else "",
+        "letters": f"dead letters {counts.letters:,}",
+        "rows": f"rows {counts.rows.published:,}",
+        "left out": f"left out {left_out:,}" if left_out else "",
+        "partitions": places and f"partitions {places}",
+        "kafka": f"kafka {counts.kafka}",
+        "stopping": "stopping" if counts.stopping else "",
+        "faults": f"FAULTS {counts.faults}" if counts.faults else "",
+    }
+    for name in ("", "rows", "letters", "held", "published", "age", "left out", "spool", "trades", "partitions"):
+        parts.pop(name, None)
+        line = " · ".join(filter(None, parts.values()))
+        if len(line) <= width:
+            break
+    return line[:width]
+
+
+def picture(counts: MarketCounts, rate: float, age: float, width: int = sys.maxsize) -> Any:
+    """The table, for rich. Nothing in it is markup: names come from outside."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    def table(*columns: str) -> Table:
+    def table(lines: Sequence[Sequence[str]], give_way: Iterable[str], last: str = "") -> Table:
         made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for place, column in enumerate(columns):
+        head, *rows = fitted(lines, width, give_way)
+        for place, column in enumerate(head):
             made.add_column(column, justify="right" if place and column else "left", no_wrap=True)
+        for row in rows:
+            made.add_row(
+                *(Text(cell, STYLES.get(cell, last if n == len(row) - 1 else "")) for n, cell in enumerate(row))
+            )
         return made
 
-    symbols = table("symbol", "last", "volatility", "ewma", "spread", "trades/s", "")
+    symbols = [("symbol", "last", "volatility", "ewma", "spread", "trades/s", "")]
     for name, line in list(counts.symbols.items())[:MOST_ROWS]:
         cells = (price(line.last), percent(line.volatility), percent(line.ewma), price(line.spread))
-        symbols.add_row(name, *cells, f"{line.trades_per_second:,.1f}", sparkline(line.prices))
-    parts: list[Any] = [symbols, ""]
+        symbols.append((name, *cells, f"{line.trades_per_second:,.1f}", sparkline(line.prices)))
+    parts: list[Any] = [table(symbols, ("trades/s", "ewma", "spread", "volatility")), ""]
     if counts.feeds:
-        feeds = table("exchange", "state", "trades", "lag", "gaps", "repeated", "bad", "reconnects", "")
+        feeds = [("exchange", "state", "trades", "lag", "gaps", "repeated", "bad", "reconnects", "")]
         for name, feed in counts.feeds.items():
-            style = {"live": "green", "connecting": "yellow"}.get(feed.state, "red")
             told = (f"{feed.trades:,}", latency(feed.lag), f"{feed.gaps:,}", f"{feed.duplicates:,}", f"{feed.bad:,}")
             silent = f"silent: {' '.join(feed.stale)}" if feed.stale else ""
-            error = Text((feed.error if feed.state != "live" else silent)[:40], "dim")
-            feeds.add_row(name, Text(feed.state, style), *told, str(feed.reconnects), error)
-        parts += [feeds, ""]
-    return Group(*parts, Text(status(counts, rate, age), no_wrap=True, overflow="ellipsis"))
+            error = (feed.error if feed.state != "live" else silent)[:40]
+            feeds.append((name, feed.state, *told, str(feed.reconnects), error))
+        parts += [table(feeds, ("repeated", "gaps", "bad", "reconnects", "trades", "lag"), "dim"), ""]
+    return Group(*parts, Text(status(counts, rate, age, width), no_wrap=True))
 
 
 def draw(counts: MarketCounts, before: MarketCounts, seconds: float, age: float) -> str:
@@ -337,5 +367,5 @@ def draw(counts: MarketCounts, before: MarketCounts, seconds: float, age: float)
 
     console = Console(stderr=True, highlight=False)
     with console.capture() as text:
-        console.print(picture(counts, (counts.trades - before.trades) / max(seconds, 1e-9), age))
+        console.print(picture(counts, (counts.trades - before.trades) / max(seconds, 1e-9), age, console.width))
     return text.get().rstrip("\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,41 @@ def test_each_change_of_state_is_one_line() -> None:
     assert told[6] and at("connecting", "connecting", 1) == ""
     assert at("live", "connected") == f"{', '.join(names)}: live; kafka: connected; spool: empty"
     assert at("live", "connected") == ""
+
+
+SYMBOLS = ("BTC-USD", "[/oops]", "[bold]ETH-USD", "ABCDEFGHIJKLMNOPQRST-USDT")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 160])
+def test_a_screen_keeps_the_names_and_what_comes_from_outside_is_text(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = ("binance", "coinbase", "bitfinex", "gateio")
+    feeds = {
+        name: md.FeedLine(state, *(1_234_567,) * 7, 0.012, error="the exchange closed: [red]1001 going away")
+        for name, state in zip(names, ("live", "subscribing", "waiting", "refused"), strict=True)
+    }
+    line = md.SymbolLine(64_123.45, 1.234, 1.2, 12.5, 1000, 1234.5, tuple(range(30)))
+    counts = md.MarketCounts(trades=123_456_789, kafka="connecting", feeds=feeds, symbols=dict.fromkeys(SYMBOLS, line))
+    text = md.draw(counts, counts, 1.0, 86_400.0)
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", each) for each in text.splitlines()]
+    assert max(map(len, lines)) <= width
+    for name in (*names, *SYMBOLS):
+        assert any(each.startswith(f"{name} ") for each in lines), (name, text)
+    for state in ("live", "subscribing", "waiting", "refused"):
+        assert any(f" {state}" in each for each in lines)
+    assert lines[-1].endswith("kafka connecting")
+    assert ("repeated" in lines[6]) == (width >= 100) and ("reconnects" in lines[6]) == (width >= 80)
+    assert ("[red]1001" in text) == (width == 160)
+
+
+def test_counts_give_way_in_their_order() -> None:
+    lines = [("name", "a", "b", "c", ""), ("x" * 10, "1" * 10, "2" * 10, "3" * 10, "why " * 10)]
+    for width, kept in ((100, "abc"), (60, "abc"), (59, "ac"), (48, "ac"), (36, "c"), (24, ""), (5, "")):
+        found = md.fitted(lines, width, ("b", "a", "c"))
+        assert "".join(found[0][1:]) == kept, width
+        assert found[1][0] == "x" * 10 and len(found[1][-1]) == min(40, max(0, width - 12 * (len(kept) + 1)))
 
 
 def test_that_kafka_is_away_is_seen_before_there_is_a_trade(tmp_path: Path) -> None:

@@ -518,4 +518,7 @@ def test_types_are_not_mixed_up() -> None:
     for kind in ("false", "0.0", '"0"', "2", "-1", "null", "[]"):
         with pytest.raises(BadFrame):
             adapter.parse(frame.replace('"type":0', f'"type":{kind}'), NOW)
+    assert (
+        short("\x1b]0;x\x07\x9b2J\u202eb\r\n") == "\ufffd]0;x\ufffd\ufffd2J\ufffdb\ufffd\ufffd"
+    )  # nothing steers a terminal
     assert short("a\ud800" + "b" * 300) == "a\\ud800" + "b" * 198
