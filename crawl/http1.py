@@ -1,0 +1,274 @@
+"""HTTP/1.1 as both crawlers read it: bytes in, as they come; an answer's head and the pieces of its body out. Pure.
+
+Promised: what becomes of any bytes is decided here, and in no HTTP client; into which segments they were cut makes no
+difference. Time is linear in them. At most MAX_HEAD bytes are held of a head or trailer, and MAX_LINE of a chunk's. A
+fault of how the body is framed is one of the body: status and headers count.
+
+Lenient where browsers are, strict where two readers could take different bytes for the body (9110, 9112: RFCs):
+
+===================================================== ================================== =============================
+what comes                                            is                                 as
+===================================================== ================================== =============================
+heads above 256 KiB, interim ones included            protocol                           Chromium; 9110, 5.4
+any number of lines, each of any length, within that  read                               Chromium
+empty lines before the status line                    skipped                            Chromium: 4 bytes
+HTTP/2, 1.2, http/1.1, more blanks before the status  HTTP/1.1                           Chromium; curl: some
+a status that is no three digits, or below 100        protocol                           9110, 15; curl
+LF without CR, in a head or around chunks             the end of a line                  9112, 2.2; Chromium, curl
+CR without LF                                         a space                            9112, 2.2
+NUL in a head                                         protocol                           9110, 5.5; Chromium, curl
+a line that begins with a blank                       more of the line before            9112, 5.2; Chromium, curl
+a line without a colon                                skipped                            Chromium
+blanks before the colon                               no part of the name                9112, 5.1; Chromium
+Content-Length more than once, or a list, all equal   that length                        9112, 6.3; Chromium
+the same, not all equal                               protocol                           9112, 6.3; Chromium
+signs, ``_``, other digits, nothing as a length       protocol                           9112, 6.3
+chunked beside a Content-Length                       chunked; the connection is closed  9112, 6.3; Chromium, curl
+gzip or deflate before chunked, or alone              undone before Content-Encoding     9112, 6.1, 6.3; curl
+chunked more than once at the end                     once                               Chromium, curl
+identity, or nothing, as a Transfer-Encoding          none                               Chromium
+any other Transfer-Encoding                           protocol                           9112, 6.1; curl
+a chunk's size with blanks or an extension behind it  that size                          9112, 7.1; Chromium, curl
+signs, ``0x``, blanks before it, more than 15 digits  protocol                           Chromium, curl
+a line with a chunk's size above 16 KiB               protocol                           Chromium
+a trailer, of whatever lines                          skipped                            9112, 7.1.2; Chromium
+the connection's end behind the line of the last one  the body's end                     9112, 8
+the connection's end before that, or a given length   truncated                          9112, 8; Chromium, curl
+the connection's end in a head                        reset; another connection is asked 9112, 9.3.1
+more bytes than the body has                          ignored; the connection is closed  Chromium, curl
+101                                                   no body; the connection is closed  9110, 15.2.2
+===================================================== ================================== =============================
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from crawl.errors import FetchError
+from crawl.headers import read_headers
+
+MAX_HEAD = 1 << 18  # bytes
+MAX_LINE = 1 << 14  # bytes of a line with a chunk's size
+
+_STATUS_LINE = re.compile(
+    rb"HTTP/([0-9]{1,3})(?:\.([0-9]{1,3}))?[ \t]+([1-9][0-9][0-9])(?:[ \t].*)?", re.IGNORECASE | re.DOTALL
+)
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
+_FOLD = re.compile(rb"\r?\n[ \t]+")
+_CHUNK_SIZE = re.compile(rb"0*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?", re.DOTALL)
+_TO_THE_END = sys.maxsize  # bytes of a body that ends with its connection
+_TRANSFER_CODINGS = {b"gzip", b"x-gzip", b"deflate", b"chunked"}
+
+Lines = list[tuple[bytes, bytes]]
+"""The lines of a head: names in lower case, and values."""
+
+
+class Head(NamedTuple):
+    """What a driver needs of an answer's head."""
+
+    status: int
+    headers: dict[str, str]  # those of RESPONSE_HEADERS that came
+    length: int | None  # bytes of its body, if it says so
+
+
+class Answer:
+    """The answer to one request. ``feed`` it what comes, tell it the ``end``, until it is ``over``."""
+
+    def __init__(self) -> None:
+        self.head: Head | None = None
+        self.over = False
+        self.fault: FetchError | None = None  # why it is over before it was complete
+        self._keep = False  # whether its connection is to be kept
+        self._buffer = bytearray()
+        self._searched = 0  # bytes of the buffer in which no end was found
+        self._room = MAX_HEAD  # bytes that heads and trailer may have yet
+        self._version, self._status = (0, 0), 0  # of the head that comes
+        self._left = 0  # bytes of the body, or of the present chunk
+        self._chunked = False
+        self._read: Callable[[list[bytes]], bool] = self._read_head  # takes from the buffer; False: there is too little
+
+    def feed(self, data: bytes) -> bytes:
+        """What is of the body in ``data``; if there is a fault, what comes before it."""
+        pieces: list[bytes] = []
+        self._buffer += data
+        try:
+            while self._buffer and not self.over and self._read(pieces):
+                pass
+        except FetchError as fault:
+            self.end(fault)
+        return b"".join(pieces)
+
+    def end(self, fault: FetchError | None = None) -> None:
+        """Nothing more comes: the connection was closed, or ``fault`` befell it."""
+        if not self.over:
+            self.fault = fault or self._cut_off()
+            if self.fault and self.head:
+                self.fault.status = self.head.status
+        self.over, self._keep = True, False
+
+    @property
+    def reusable(self) -> bool:
+        """Whether its connection can be used for another request: it is over, and nothing came behind it."""
+        return self.over and self._keep and not self._buffer
+
+    def _cut_off(self) -> FetchError | None:
+        if self.head is None:
+            return FetchError("reset", "closed in the head" if self._buffer else "closed without an answer")
+        if self._chunked and self._read != self._read_trailer:
+            return FetchError("truncated", "more chunks were to come")
+        if self.head.length is not None:
+            return FetchError("truncated", f"{self._left} more bytes were to come")
+        return None
+
+    def _read_head(self, pieces: list[bytes]) -> bool:
+        buffer = self._buffer
+        if not self._status:
+            if buffer[:1] in b"\r\n":
+                self._room -= len(buffer)
+                buffer[:] = buffer.lstrip(b"\r\n")
+                self._room += len(buffer)
+            if not b"http/".startswith(buffer[:5].lower()):
+                raise FetchError("protocol", "not HTTP")
+            if (end := buffer.find(b"\n", self._searched, max(0, self._room))) >= 0:
+                self._version, self._status = _read_status(bytes(buffer[:end]).rstrip(b"\r"))
+        found = _END_OF_HEAD.search(buffer, max(0, self._searched - 2), max(0, self._room))
+        if found is None:
+            if len(buffer) >= self._room:
+                raise FetchError("protocol", f"more than {MAX_HEAD} bytes of headers")
+            self._searched = len(buffer)
+            return False
+        head = bytes(buffer[: found.end()])
+        del buffer[: len(head)]
+        self._searched, self._room = 0, self._room - len(head)
+        status, self._status = self._status, 0
+        if not 100 <= status < 200 or status == 101:
+            self._begin(status, _read_lines(head))
+        return True
+
+    def _begin(self, status: int, lines: Lines) -> None:
+        codings, length, fault = list[bytes](), 0, None
+        if status not in (101, 204, 304):
+            try:
+                codings = _read_codings(lines)
+                length = _TO_THE_END if codings else _read_length(lines)
+            except FetchError as error:
+                fault = error
+        self._chunked = codings[-1:] == [b"chunked"]
+        lines += ((b"content-encoding", coding) for coding in codings if coding != b"chunked")
+        self.head = Head(status, read_headers(lines), length if length < _TO_THE_END else None)
+        self._keep = status != 101 and _is_persistent(self._version, lines) and (self._chunked or length < _TO_THE_END)
+        if fault:
+            self.end(fault)  # of the body: what status and headers say is known all the same
+        elif self._chunked:
+            self._keep = self._keep and not _values(lines, b"content-length")
+            self._read = self._read_size
+        else:
+            self._read, self._left, self.over = self._read_data, length, length == 0
+
+    def _read_data(self, pieces: list[bytes]) -> bool:
+        buffer = self._buffer
+        pieces.append(bytes(buffer if len(buffer) <= self._left else buffer[: self._left]))
+        del buffer[: len(pieces[-1])]
+        self._left -= len(pieces[-1])
+        if self._left == 0:
+            self._read, self.over = self._read_end_of_chunk, not self._chunked
+        return True
+
+    def _read_size(self, pieces: list[bytes]) -> bool:
+        line = self._line(MAX_LINE)
+        if line is None:
+            return False
+        size = _CHUNK_SIZE.fullmatch(line)
+        if size is None:
+            raise FetchError("protocol", f"not a chunk's size: {line[:60]!r}")
+        self._left = int(size[1], 16)
+        self._read = self._read_data if self._left else self._read_trailer
+        return True
+
+    def _read_end_of_chunk(self, pieces: list[bytes]) -> bool:
+        end = bytes(self._buffer[:2])
+        if end == b"\r":
+            return False
+        if end != b"\r\n" and end[:1] != b"\n":
+            raise FetchError("protocol", "a chunk is longer than its size")
+        del self._buffer[: end.index(b"\n") + 1]
+        self._read = self._read_size
+        return True
+
+    def _read_trailer(self, pieces: list[bytes]) -> bool:
+        before = len(self._buffer)
+        line = self._line(self._room)
+        self._room -= before - len(self._buffer)
+        self.over = line == b""
+        return line is not None
+
+    def _line(self, most: int) -> bytes | None:
+        """The next line, without its end; None: it is not here yet."""
+        end = self._buffer.find(b"\n", self._searched, max(0, most))
+        if end < 0:
+            if len(self._buffer) >= most:
+                raise FetchError("protocol", f"a line of more than {most} bytes around a chunk")
+            self._searched = len(self._buffer)
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._searched = 0
+        return line.removesuffix(b"\r")
+
+
+def _read_status(line: bytes) -> tuple[tuple[int, int], int]:
+    """(HTTP's version, status)."""
+    found = _STATUS_LINE.fullmatch(line)
+    if found is None:
+        raise FetchError("protocol", f"not a status line: {line[:60]!r}")
+    return (int(found[1]), int(found[2] or 0)), int(found[3])
+
+
+def _read_lines(head: bytes) -> Lines:
+    if b"\0" in head:
+        raise FetchError("protocol", "NUL in the head")
+    lines: Lines = []
+    for line in _FOLD.sub(b" ", head).split(b"\n")[1:]:
+        name, colon, value = line.partition(b":")
+        if colon:
+            lines.append((name.strip(b" \t").lower(), value.strip(b" \t\r").replace(b"\r", b" ")))
+    return lines
+
+
+def _values(lines: Lines, name: bytes) -> list[bytes]:
+    """The members of all lists of that name, in lower case."""
+    found = (part.strip(b" \t").lower() for own, value in lines if own == name for part in value.split(b","))
+    return [part for part in found if part]
+
+
+def _read_codings(lines: Lines) -> list[bytes]:
+    """The transfer codings, ``chunked`` once at the end if it is one."""
+    codings = [coding for coding in _values(lines, b"transfer-encoding") if coding != b"identity"]
+    while codings[-2:] == [b"chunked"] * 2:
+        del codings[-1]
+    if b"chunked" in codings[:-1] or not _TRANSFER_CODINGS.issuperset(codings):
+        raise FetchError("protocol", f"Transfer-Encoding: {b', '.join(codings)[:60]!r}")
+    return codings
+
+
+def _read_length(lines: Lines) -> int:
+    """The Content-Length, or _TO_THE_END if there is none."""
+    if not any(name == b"content-length" for name, _ in lines):
+        return _TO_THE_END
+    values = _values(lines, b"content-length")
+    lengths = {value.lstrip(b"0") for value in values}
+    if len(lengths) != 1 or b"".join(values).strip(b"0123456789"):
+        raise FetchError("protocol", f"Content-Length: {b', '.join(values)[:60]!r}")
+    length = lengths.pop()
+    return int(length or b"0") if len(length) <= 18 else 10**18
+
+
+def _is_persistent(version: tuple[int, int], lines: Lines) -> bool:
+    """Whether the connection is kept by both sides (RFC 9112, section 9.3)."""
+    options = _values(lines, b"connection")
+    if (1, 1) <= version < (2, 0):
+        return b"close" not in options
+    return version < (2, 0) and b"keep-alive" in options
