@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import os
 import socket
 import time
 import weakref
@@ -46,7 +47,8 @@ def _explained(error: Exception, seconds: float) -> FetchError:
         cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
         return FetchError("tls", tls_detail(cause))
     if isinstance(error, aiohttp.ClientConnectorError):
-        return FetchError("connect", error.os_error.strerror or str(error.os_error))
+        reason = error.os_error  # whose text names the address
+        return FetchError("connect", os.strerror(reason.errno) if reason.errno else str(reason))
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return FetchError("connect", f"the proxy answered {error.status}")
     if isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, OSError):
