@@ -34,7 +34,8 @@ a line with a chunk's size above 16 KiB               protocol                  
 a trailer, of whatever lines                          skipped                            9112, 7.1.2; Chromium
 the connection's end behind the line of the last one  the body's end                     9112, 8
 the connection's end before that, or a given length   truncated                          9112, 8; Chromium, curl
-the connection's end in a head                        reset; another connection is asked 9112, 9.3.1
+the connection's end in a head                        reset                              9112, 8
+no head on a connection that was kept                 another connection is asked        9112, 9.3.1
 more bytes than the body has                          ignored; the connection is closed  Chromium, curl
 101                                                   no body; the connection is closed  9110, 15.2.2
 ===================================================== ================================== =============================

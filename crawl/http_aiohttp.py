@@ -57,7 +57,7 @@ def _explained(error: Exception, seconds: float) -> FetchError:
 
 
 class Lost(Exception):
-    """A kept connection was closed before it brought an answer: another one is to be asked (RFC 9112, 9.3.1)."""
+    """A kept connection brought no answer but its end, or rubbish: another one is to be asked (RFC 9112, 9.3.1)."""
 
 
 class Body(aiohttp.StreamReader):
@@ -74,7 +74,7 @@ class Reading(ResponseHandler):
     _kept = False  # it has brought an answer
 
     def without_answer(self, fault: FetchError) -> Exception:
-        """What to raise where it is closed."""
+        """What to raise where none comes."""
         return Lost() if self._kept else fault
 
     def set_response_params(self, *, read_bufsize: int = 1 << 16, **_: Any) -> None:
@@ -108,7 +108,7 @@ class Reading(ResponseHandler):
             self._should_close = True
         if answer.head is None:
             if fault := answer.fault:
-                self.set_exception(fault if fault.kind == "protocol" else self.without_answer(fault))
+                self.set_exception(self.without_answer(fault))
             return
         if not body.begun:
             body.begun = self._kept = True

@@ -215,7 +215,7 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
     """Keep-alive for urllib's opener, in which proxies and authentication go on as they do.
 
     Unless a call may go ``anywhere``, or goes to a proxy, it is connected to public addresses only. Where a kept
-    connection is closed before it brings an answer, the request goes to another one (RFC 9112, section 9.3.1). Raises
+    connection brings no answer but its end, or rubbish, another one is asked (RFC 9112, section 9.3.1). Raises
     FetchError of kind dns, blocked, connect, tls.
     """
 
@@ -243,8 +243,8 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
                 return connection
             except BaseException as error:
                 self._pool.give(connection, usable=False)
-                closed = error.kind == "reset" if isinstance(error, FetchError) else isinstance(error, OSError)
-                if not (kept and closed) or isinstance(error, TimeoutError) or self._pool.aborted:
+                lost = isinstance(error, (OSError, FetchError)) and not isinstance(error, TimeoutError)
+                if not (kept and lost) or self._pool.aborted:
                     raise
 
     https_open = http_open
