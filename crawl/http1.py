@@ -184,7 +184,7 @@ class Answer:
             return False
         size = _CHUNK_SIZE.fullmatch(line)
         if size is None:
-            raise FetchError("protocol", f"not a chunk's size: {line[:60]!r}")
+            raise FetchError("protocol", f"not a chunk's size: {_quoted(line)}")
         self._left = int(size[1], 16)
         self._read = self._read_data if self._left else self._read_trailer
         return True
@@ -220,11 +220,15 @@ class Answer:
         return line.removesuffix(b"\r")
 
 
+def _quoted(data: bytes) -> str:
+    return repr(data[:60])[1:]
+
+
 def _read_status(line: bytes) -> tuple[tuple[int, int], int]:
     """(HTTP's version, status)."""
     found = _STATUS_LINE.fullmatch(line)
     if found is None:
-        raise FetchError("protocol", f"not a status line: {line[:60]!r}")
+        raise FetchError("protocol", f"not a status line: {_quoted(line)}")
     return (int(found[1]), int(found[2] or 0)), int(found[3])
 
 
@@ -251,7 +255,7 @@ def _read_codings(lines: Lines) -> list[bytes]:
     while codings[-2:] == [b"chunked"] * 2:
         del codings[-1]
     if b"chunked" in codings[:-1] or not _TRANSFER_CODINGS.issuperset(codings):
-        raise FetchError("protocol", f"Transfer-Encoding: {b', '.join(codings)[:60]!r}")
+        raise FetchError("protocol", f"Transfer-Encoding: {_quoted(b', '.join(codings))}")
     return codings
 
 
@@ -262,7 +266,7 @@ def _read_length(lines: Lines) -> int:
     values = _values(lines, b"content-length")
     lengths = {value.lstrip(b"0") for value in values}
     if len(lengths) != 1 or b"".join(values).strip(b"0123456789"):
-        raise FetchError("protocol", f"Content-Length: {b', '.join(values)[:60]!r}")
+        raise FetchError("protocol", f"Content-Length: {_quoted(b', '.join(values))}")
     length = lengths.pop()
     return int(length or b"0") if len(length) <= 18 else 10**18
 

@@ -83,12 +83,15 @@ class Reading(ResponseHandler):
         self._body.answer = Answer()
         early, self._tail = self._tail, b""
         self.data_received(early)
+        self.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         """Reads on. What comes when nothing was asked for, or nothing any more, belongs to no request."""
         body = self._body
         if body is None:
-            self._tail += data[: MAX_HEAD - len(self._tail)]  # more is none
+            self._tail += data
+            if len(self._tail) > MAX_HEAD:
+                self.pause_reading()
         elif not body.answer.over:
             self._hand_on(body, body.answer.feed(data))
         elif data and self.transport:

@@ -30,8 +30,6 @@ from crawl.model import Request, Response
 from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, explained, tls_context, tls_detail
 
 IDLE = 256  # connections kept open for a next request to their host: a list often goes round many hosts
-
-
 _Key = tuple[str, str, str | None, bool]
 """Scheme, host and port, the host behind a proxy's tunnel, and whether it was opened without a look at its address."""
 

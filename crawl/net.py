@@ -221,7 +221,7 @@ class BodyDecoder:
         if length is not None and length > limit and not cut:
             raise FetchError("too_large", f"{length} bytes", status=status)
         names = [part.strip().lower() for part in (coding or "").split(",")]
-        names = [name for name in names if name not in ("", "identity")]
+        names = [name for name in names if name not in ("", "identity", "none")]  # the last is wrong, and frequent
         known = len(names) <= 3 and all(name in _CODINGS for name in names)
         self._unknown = None if known else (coding or "")[:60]
         self._stages = [_CODINGS[name]() for name in reversed(names)] if known else []
