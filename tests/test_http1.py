@@ -236,7 +236,7 @@ LINES = [
     b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding: identity", b"Transfer-Encoding: gzip",
     b"Transfer-Encoding:", b"Transfer-Encoding: x", b"Content-Encoding: gzip", b"Content-Encoding: br",
     b"Content-Encoding: identity", b"Connection: close", b"Connection: keep-alive", b"Location: /ok",
-    b"Location: /ok?\xe9\xc3\xa9", b"Retry-After: 1", b"no colon", b" folded", b"\tContent-Length: 9",
+    b"Location: /ok?\xe9\xc3\xa9", b"Retry-After: 0", b"no colon", b" folded", b"\tContent-Length: 9",
     b": nameless", b"X: \r", b"X: a\rb", b"X: \0", b"X: \x01\xff", b"", b"Set-Cookie: a=b",
     b"X-Robots-Tag: noindex",
 ]  # fmt: skip
@@ -273,7 +273,7 @@ def any_answer(rng: random.Random) -> RawAnswer:
     return [*pieces, None] if answer.over and rng.random() < 0.7 else pieces
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_both_drivers_have_the_same_rows_whatever_comes(seed: int, count: int = 100) -> None:
     rng = random.Random(seed)
     answers = {f"/{n}": [any_answer(rng)] for n in range(count)}
