@@ -30,7 +30,7 @@ from crawl.core import Crawl, patience
 from crawl.errors import CUT_OFF, FetchError
 from crawl.http1 import MAX_HEAD, Answer, Head
 from crawl.model import Request, Response
-from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, tls_detail
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, has_input, tls_detail
 
 _NO_HEADERS = CIMultiDictProxy(CIMultiDict[str]())
 current_request: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
@@ -73,6 +73,12 @@ class Reading(ResponseHandler):
     _body: Body | None = None
     _kept = False  # it has brought an answer
 
+    def is_idle(self) -> bool:
+        """Whether a request can be sent on it: it is open, and since its last answer nothing has come."""
+        if self.transport is None or self.transport.is_closing():
+            return False
+        return not (self._kept and has_input(self.transport.get_extra_info("socket")))
+
     def without_answer(self, fault: FetchError) -> Exception:
         """What to raise where none comes."""
         return Lost() if self._kept else fault
@@ -100,6 +106,8 @@ class Reading(ResponseHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """The answer ends here, complete or not."""
         if (body := self._body) and not (answer := body.answer).over:
+            while answer.more:
+                self._hand_on(body, answer.feed())
             status = answer.head.status if answer.head else None
             answer.end(explained(exc, 0, status) if isinstance(exc, Exception) else None)
             self._hand_on(body, b"")
@@ -121,6 +129,14 @@ class Reading(ResponseHandler):
         body.feed_data(data)
         if answer.over:
             body.feed_eof()
+        elif answer.more:
+            self.pause_reading()
+            self._loop.call_soon(self._go_on, body)
+
+    def _go_on(self, body: Body) -> None:
+        if body.answer.more:
+            self._hand_on(body, body.answer.feed())
+            self.resume_reading()
 
     def pause_reading(self) -> None:
         """More has come than is read."""
@@ -130,7 +146,7 @@ class Reading(ResponseHandler):
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """It is read again."""
-        if self.transport and self._reading_paused:
+        if self.transport and self._reading_paused and not (self._body and self._body.answer.more):
             self._reading_paused = False
             self.transport.resume_reading()
 
@@ -168,7 +184,8 @@ class GatedConnector(aiohttp.TCPConnector):
                 else:  # the loop's timers are good to a millisecond: sleep a little less, and yield for the rest
                     await asyncio.sleep(wait - 0.001 if wait > 0.0015 else 0)
             reading = cast(Reading, connection.protocol)
-            if not reading.is_connected():
+            if not reading.is_idle():
+                connection.close()
                 raise reading.without_answer(FetchError("reset", "closed without an answer"))
         except BaseException:
             connection.release()
