@@ -105,9 +105,10 @@ class Reading(ResponseHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The answer ends here, complete or not."""
-        if (body := self._body) and not (answer := body.answer).over:
-            while answer.more:
-                self._hand_on(body, answer.feed())
+        body = self._body
+        while body and body.answer.more:
+            self._hand_on(body, body.answer.feed())
+        if body and not (answer := body.answer).over:
             status = answer.head.status if answer.head else None
             answer.end(explained(exc, 0, status) if isinstance(exc, Exception) else None)
             self._hand_on(body, b"")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import gzip
 import itertools
 import random
+import socket
 import time
 import zlib
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crawl.http1 import MAX_HEAD, MAX_LINE, STEPS, Answer
+from crawl.http_aiohttp import Body, Reading
 from tests.helpers.crawl import DRIVERS, RAW_OK, RawAnswer, RawWeb, kind, raw_answer, scrape
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
@@ -346,3 +350,42 @@ def test_what_comes_behind_an_answer_is_no_answer_to_the_next_request(driver: st
     with RawWeb({"/1": [pieces], "/2": [[RAW_OK]]}) as web:
         rows = scrape(driver, [web.url("/1"), web.url("/2")], retries=0, concurrency=1, rate=20.0)
     assert [(row.status, row.title) for row in rows] == [(200, "ok")] * 2
+
+
+def test_what_comes_before_the_loop_looks_is_no_answer_to_the_next_request() -> None:
+    async def ask() -> tuple[bool, bool]:
+        ours, theirs = socket.socketpair()
+        _, reading = await asyncio.get_running_loop().create_connection(
+            lambda: Reading(loop=asyncio.get_running_loop()), sock=ours
+        )
+        with theirs, contextlib.closing(reading):
+            reading.set_response_params()
+            theirs.sendall(RAW_OK)
+            await reading.read()
+            before = reading.is_idle()
+            theirs.sendall(RAW_OK)
+            return before, reading.is_idle()
+
+    assert asyncio.run(ask()) == (True, False)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_many_chunks_do_not_hold_the_loop(lost: bool) -> None:
+    async def read_body() -> tuple[bytes, int]:
+        ours, theirs = socket.socketpair()
+        loop = asyncio.get_running_loop()
+        _, reading = await loop.create_connection(lambda: Reading(loop=loop), sock=ours)
+        with theirs, contextlib.closing(reading):
+            reading.set_response_params()
+            reading.data_received(chunks(b"1\r\na\r\n" * 20_000, LAST))
+            body = cast(Body, (await reading.read())[1])
+            pieces = [await body.readany()]
+            if lost:
+                reading.connection_lost(None)
+            while not body.at_eof():
+                pieces.append(await body.readany())
+            assert body.answer.fault is None
+            return b"".join(pieces), len(pieces)
+
+    body, count = asyncio.run(read_body())
+    assert body == b"a" * 20_000 and count == 2 if lost else count >= 60_000 // STEPS
