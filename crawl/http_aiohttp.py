@@ -41,8 +41,6 @@ def _explained(error: Exception, seconds: float) -> FetchError:
     """``explained``, of what aiohttp raises before the answer."""
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return FetchError("timeout", "no connection in time")
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return FetchError("dns", error.strerror or str(error))
     if isinstance(error, aiohttp.ClientSSLError):
         cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
         return FetchError("tls", tls_detail(cause))
@@ -132,12 +130,11 @@ class Reading(ResponseHandler):
             body.feed_eof()
         elif answer.more:
             self.pause_reading()
-            self._loop.call_soon(self._go_on, body)
+            self._loop.call_soon(self._go_on)
 
-    def _go_on(self, body: Body) -> None:
-        if body.answer.more:
-            self._hand_on(body, body.answer.feed())
-            self.resume_reading()
+    def _go_on(self) -> None:
+        self.data_received(b"")
+        self.resume_reading()
 
     def pause_reading(self) -> None:
         """More has come than is read."""
