@@ -73,9 +73,11 @@ class Reading(ResponseHandler):
 
     def is_idle(self) -> bool:
         """Whether a request can be sent on it: it is open, and since its last answer nothing has come."""
-        if self.transport is None or self.transport.is_closing():
-            return False
-        return not (self._kept and has_input(self.transport.get_extra_info("socket")))
+        transport = self._live()
+        return transport is not None and not (self._kept and has_input(transport.get_extra_info("socket")))
+
+    def _live(self) -> asyncio.Transport | None:
+        return self.transport if self.is_connected() else None
 
     def without_answer(self, fault: FetchError) -> Exception:
         """What to raise where none comes."""
@@ -116,6 +118,9 @@ class Reading(ResponseHandler):
         answer = body.answer
         if answer.over and not answer.reusable:
             self._should_close = True
+        if answer.more:
+            self.pause_reading()
+            self._loop.call_soon(self._go_on)
         if answer.head is None:
             if fault := answer.fault:
                 self.set_exception(self.without_answer(fault))
@@ -128,9 +133,6 @@ class Reading(ResponseHandler):
         body.feed_data(data)
         if answer.over:
             body.feed_eof()
-        elif answer.more:
-            self.pause_reading()
-            self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         self.data_received(b"")
@@ -138,15 +140,16 @@ class Reading(ResponseHandler):
 
     def pause_reading(self) -> None:
         """More has come than is read."""
-        if self.transport and not self._reading_paused:
+        if (transport := self._live()) and not self._reading_paused:
             self._reading_paused = True
-            self.transport.pause_reading()
+            transport.pause_reading()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """It is read again."""
-        if self.transport and self._reading_paused and not (self._body and self._body.answer.more):
+        unread = self._body and self._body.answer.more
+        if (transport := self._live()) and self._reading_paused and not unread:
             self._reading_paused = False
-            self.transport.resume_reading()
+            transport.resume_reading()
 
 
 class GatedConnector(aiohttp.TCPConnector):

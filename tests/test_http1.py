@@ -73,6 +73,7 @@ ROWS: dict[str, tuple[bytes, str]] = {
     "both": (GOOD.replace(b"\r\n\r\n", b"\n\r\n"), KEPT),
     "empty lines before": (b"\r\n\n\r\n" + GOOD, KEPT),
     "interim heads": (b"HTTP/1.1 103 Hints\r\nContent-Length: 5\r\n\r\n" * 50 + GOOD, KEPT),
+    "thousands of interim heads": (b"HTTP/1.1 100 Go\r\n\r\n" * 5000 + GOOD, KEPT),
     "interim heads without end": (b"HTTP/1.1 103 Hints\r\nX: %b\r\n\r\n" % (b"a" * 9000) * 30, "protocol"),
     "no reason": (GOOD.replace(b" OK", b""), KEPT),
     "any reason": (GOOD.replace(b"OK", b"\xff\x01" * 5000), KEPT),
@@ -388,4 +389,4 @@ def test_many_chunks_do_not_hold_the_loop(lost: bool) -> None:
             return b"".join(pieces), len(pieces)
 
     body, count = asyncio.run(read_body())
-    assert body == b"a" * 20_000 and count == 2 if lost else count >= 60_000 // STEPS
+    assert body == b"a" * 20_000 and count == 2 if lost else count > 60_000 // STEPS // 3
