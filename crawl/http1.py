@@ -71,6 +71,7 @@ _NAMES = ("Content-Length", "Transfer-Encoding", "Connection", *RESPONSE_HEADERS
 _LINE = re.compile(rb"\n(%b)[ \t]*:([^\n]*)" % "|".join(_NAMES).encode(), re.IGNORECASE)
 _CHUNK_SIZE = re.compile(rb"0*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?", re.DOTALL)
 _ALMOST_A_NUMBER = re.compile(rb"[0-9]*[+_][0-9+_]*")  # to some readers it is one
+_TOO_LONG = f"more than {MAX_HEAD} bytes of headers"
 _TO_THE_END = sys.maxsize  # bytes of a body that ends with its connection
 _TRANSFER_CODINGS = {b"gzip", b"x-gzip", b"deflate", b"chunked"}
 
@@ -152,7 +153,7 @@ class Answer:
         found = _END_OF_HEAD.search(buffer, max(0, self._searched - 2), max(0, self._room))
         if found is None:
             if len(buffer) >= self._room:
-                raise FetchError("protocol", f"more than {MAX_HEAD} bytes of headers")
+                raise FetchError("protocol", _TOO_LONG)
             self._searched = len(buffer)
             return False
         head = bytes(buffer[: found.end()])
@@ -197,7 +198,7 @@ class Answer:
         return True
 
     def _read_size(self, pieces: list[bytes]) -> bool:
-        line = self._line(MAX_LINE)
+        line = self._line(MAX_LINE, f"a chunk's line of more than {MAX_LINE} bytes")
         if line is None:
             return False
         size = _CHUNK_SIZE.fullmatch(line)
@@ -219,17 +220,17 @@ class Answer:
 
     def _read_trailer(self, pieces: list[bytes]) -> bool:
         before = len(self._buffer)
-        line = self._line(self._room)
+        line = self._line(self._room, _TOO_LONG)
         self._room -= before - len(self._buffer)
         self.over = line == b""
         return line is not None
 
-    def _line(self, most: int) -> bytes | None:
-        """The next line, without its end; None: it is not here yet."""
+    def _line(self, most: int, fault: str) -> bytes | None:
+        """The next line, without its end; None: it is not here yet. ``fault``: it has more than ``most`` bytes."""
         end = self._buffer.find(b"\n", self._searched, max(0, most))
         if end < 0:
             if len(self._buffer) >= most:
-                raise FetchError("protocol", f"a line of more than {most} bytes around a chunk")
+                raise FetchError("protocol", fault)
             self._searched = len(self._buffer)
             return None
         line = bytes(self._buffer[:end])
