@@ -30,7 +30,7 @@ from crawl.core import Crawl, patience
 from crawl.errors import CUT_OFF, FetchError
 from crawl.http1 import MAX_HEAD, Answer, Head
 from crawl.model import Request, Response
-from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, has_input, tls_detail
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, readable, tls_detail
 
 _NO_HEADERS = CIMultiDictProxy(CIMultiDict[str]())
 current_request: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
@@ -74,7 +74,7 @@ class Reading(ResponseHandler):
     def is_idle(self) -> bool:
         """Whether a request can be sent on it: it is open, and since its last answer nothing has come."""
         transport = self._live()
-        return transport is not None and not (self._kept and has_input(transport.get_extra_info("socket")))
+        return transport is not None and not (self._kept and readable(transport.get_extra_info("socket")))
 
     def _live(self) -> asyncio.Transport | None:
         return self.transport if self.is_connected() else None

@@ -27,17 +27,7 @@ from crawl.core import Crawl, patience
 from crawl.errors import CUT_OFF, FetchError
 from crawl.http1 import Answer, Head
 from crawl.model import Request, Response
-from crawl.net import (
-    BodyDecoder,
-    ProxyRule,
-    Resolver,
-    TimeLimit,
-    allowed,
-    explained,
-    has_input,
-    tls_context,
-    tls_detail,
-)
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, explained, readable, tls_context, tls_detail
 
 IDLE = 256  # connections kept open for a next request to their host: a list often goes round many hosts
 _Key = tuple[str, str, str | None, bool]
@@ -134,7 +124,7 @@ class _Connection:
 
     def readable(self) -> bool:
         """Something has come, or the end."""
-        return bool(self._decrypted()) or has_input(self.sock)
+        return bool(self._decrypted()) or readable(self.sock)
 
     def close(self) -> None:
         self.sock.close()

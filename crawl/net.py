@@ -84,7 +84,7 @@ class TimeLimit:
         return min(self.left(), self.step)
 
 
-def has_input(sock: Any) -> bool:
+def readable(sock: Any) -> bool:
     """Whether something has come on ``sock``, or its end. On an idle connection either means that it is of no more use:
     what comes before a request is no answer to it."""
     poll = select.poll()
