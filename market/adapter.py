@@ -102,7 +102,6 @@ class Adapter(ABC):
     controls: ClassVar[Mapping[Any, Parsed]] = {}  # what messages without trades mean, by their kind
     fields: Fields = ()
     sides: ClassVar[Mapping[Any, Side]] = {"buy": "buy", "sell": "sell"}  # the taker's, by what the exchange writes
-    side_type: type = str
     moment: Callable[[object], int] = staticmethod(milliseconds)  # nanoseconds of what the exchange writes
     numbered = False  # ids count up by one per symbol: they are the sequence
     newest_first = False  # how several trades of one time stand in a frame or a snapshot
@@ -257,8 +256,6 @@ class Adapter(ABC):
     def _item(self, item: Any, received: int, flags: str = "") -> Trade:
         """A trade as the exchange writes it."""
         symbol, price, size, side, number, when = self._pick(item)
-        if type(side) is not self.side_type:  # True equals 1
-            raise BadFrame(f"not a side: {short(side)}")
         sequence = sequence_number(number) if self.numbered else None
         number = identity(number) if sequence is None else str(sequence)
         name, side, when = self._asked.get(symbol) or self.symbol(symbol), self.sides[side], self.moment(when)

@@ -54,7 +54,6 @@ class Binance(Adapter):
     max_symbols, pace = 1024, 0.3
     fields, numbered = ("s", "p", "q", "m", "t", "T"), True
     sides: ClassVar = {True: "sell", False: "buy"}
-    side_type = bool
 
     def _subscriptions(self, natives: list[str]) -> list[object]:
         streams = [f"{native.lower()}@trade" for native in natives]
@@ -66,6 +65,8 @@ class Binance(Adapter):
             message = message["data"]
         event = message.get("e")
         if event == "trade":
+            if type(message["m"]) is not bool:  # 1 equals True
+                raise BadFrame(f"m is neither true nor false: {short(message['m'])}")
             return Parsed([self._item(message, received)], "trades")
         if event == "serverShutdown":
             return _status("server shutdown", reconnect=True)
@@ -156,7 +157,6 @@ class Bitstamp(Adapter):
     }
     fields = ("channel", ("price_str", "price"), ("amount_str", "amount"), "type", "id", "microtimestamp")
     sides: ClassVar = {0: "buy", 1: "sell"}
-    side_type = int
     _prefix = "live_trades_"
 
     @staticmethod
@@ -173,10 +173,11 @@ class Bitstamp(Adapter):
     def _message(self, message: Any, received: int) -> Parsed:
         event = message["event"]
         if event == "trade":
-            channel = message["channel"]
-            if not channel.startswith(self._prefix):
-                raise unknown(channel)
-            return Parsed([self._item(message["data"] | {"channel": channel[len(self._prefix) :]}, received)], "trades")
+            channel, data = message["channel"], message["data"]
+            if not channel.startswith(self._prefix) or type(data["type"]) is not int:
+                raise BadFrame(f"channel {short(channel)}, type {short(data['type'])}")
+            data["channel"] = channel[len(self._prefix) :]
+            return Parsed([self._item(data, received)], "trades")
         if event == "bts:error":
             return _error(message["data"]["message"])
         return self._control(event)
