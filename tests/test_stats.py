@@ -92,6 +92,10 @@ def common_squares(trades: Sequence[Trade]) -> dict[int, Decimal]:
     told = max(trade.ts_event for trade in trades if trade.ts_event // 10**9 == first)
     found = dict[int, Decimal]()
     for second, those in sorted(returns.items()):
+        if len(those) == 1:
+            ((begin, until, change),) = those
+            found[second], told = change**2 * (until - told) / (until - begin), until
+            continue
         speed, overlaps = Decimal(0), Fraction(0)
         for begin, end, change in those:
             speed += change / (end - begin)
