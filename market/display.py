@@ -196,13 +196,15 @@ class StateChanges:
         known = {"live": "live", "waiting": "away", "refused": "away", "connected": "connected", "away": "away"}
         states = {name: known.get(line.state, "") for name, line in counts.feeds.items()}
         states |= {"kafka": known.get(counts.kafka, ""), "spool": "in use" if counts.published.spooled else "empty"}
-        changed = dict[str, list[str]]()
+        changed = dict[tuple[str, str], list[str]]()
         for name, state in states.items():
             if state and state != self._known.get(name):
                 self._known[name] = state
-                error = counts.error if name == "kafka" else counts.feeds[name].error if name in counts.feeds else ""
-                changed.setdefault(state, []).append(f"{name} ({short(error)})" if state == "away" and error else name)
-        return "; ".join(f"{', '.join(names)}: {state}" for state, names in changed.items())
+                error = counts.feeds[name].error if name in counts.feeds else counts.error
+                changed.setdefault((state, short(error) if state == "away" else ""), []).append(name)
+        return "; ".join(
+            f"{', '.join(names)}: {state}{f' ({error})' if error else ''}" for (state, error), names in changed.items()
+        )
 
 
 def _exchange(name: str, text: str, value: Callable[[FeedLine], float | None], make: Any = gauge) -> Measure:

@@ -196,8 +196,8 @@ def test_each_change_of_state_is_one_line() -> None:
     assert at("connecting", "connecting") == ""
     assert at("live", "connected") == f"{', '.join(names)}: live; kafka: connected"
     told = [at(("waiting", "connecting", "refused")[n % 3], "away", n > 5) for n in range(60)]
-    gone = ", ".join(f"{name} (no connection)" for name in names)
-    assert [each for each in told if each] == [f"{gone}, kafka (KafkaConnectionError): away", "spool: in use"]
+    gone = f"{', '.join(names)}: away (no connection); kafka: away (KafkaConnectionError)"
+    assert [each for each in told if each] == [gone, "spool: in use"]
     assert told[6] and at("connecting", "connecting", 1) == ""
     assert at("live", "connected") == f"{', '.join(names)}: live; kafka: connected; spool: empty"
     assert at("live", "connected") == ""
@@ -245,7 +245,7 @@ def test_that_kafka_is_away_is_seen_before_there_is_a_trade(tmp_path: Path) -> N
         assert program.snapshot().kafka == "connecting"
         program.tasks.start("connect", program.publisher.connect)
         await until_async(lambda: program.snapshot().kafka == "away")
-        assert md.StateChanges().line(program.snapshot()).startswith("kafka (KafkaConnectionError: ")
+        assert md.StateChanges().line(program.snapshot()).startswith("kafka: away (KafkaConnectionError: ")
         await program.tasks.end()
         await program.publisher.stop(0.0)
         await program.workers.close()
