@@ -45,7 +45,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, combinations
 from operator import neg
 from typing import Any, NamedTuple
 
@@ -157,11 +157,9 @@ class Past(NamedTuple):
 
 def squared(keys: Mapping[str, Key], past: Past) -> tuple[float, int]:
     """A bar's r², and the time up to which returns are told then."""
-    returns = [
-        (past.ends[name][0], key[0], math.log(key[4] / past.ends[name][1]))
-        for name, key in sorted(keys.items())
-        if name in past.ends
-    ]
+    ends = past.ends
+    told = sorted(keys.items()) if len(keys) > 1 else keys.items()
+    returns = [(ends[name][0], key[0], math.log(key[4] / ends[name][1])) for name, key in told if name in ends]
     if not returns:
         return 0.0, past.since or max(keys.values())[0]
     until = max(end for _, end, _ in returns)
@@ -169,10 +167,9 @@ def squared(keys: Mapping[str, Key], past: Past) -> tuple[float, int]:
         ((begin, end, change),) = returns
         return change * change * ((until - past.since) / (end - begin)), until
     speed = sum(change / (end - begin) for begin, end, change in returns)
-    common = sum(
-        max(0, min(end, other_end) - max(begin, other)) / ((end - begin) * (other_end - other))
-        for begin, end, _ in returns
-        for other, other_end, _ in returns
+    common = sum(1 / (end - begin) for begin, end, _ in returns) + 2 * sum(
+        max(0, min(one[1], other[1]) - max(one[0], other[0])) / ((one[1] - one[0]) * (other[1] - other[0]))
+        for one, other in combinations(returns, 2)
     )
     return speed * speed / common * (until - past.since), until
 
@@ -208,9 +205,9 @@ class Series:
         bar = self.open.get(number)
         if bar is None:
             bar = self.open[number] = Bar()
-        last = bar.keys.get(key[1])
-        if last is None or key > last:
-            bar.keys[key[1]] = key
+        keys, exchange = bar.keys, key[1]
+        if exchange not in keys or key > keys[exchange]:
+            keys[exchange] = key
         bar.count += 1
         bar.sizes.append(size)
         bar.turnovers.append(price * size)
