@@ -246,8 +246,15 @@ WHATEVER = {
     [pytest.param(what, marks=needs("feedparser", "trafilatura") if what == "feeds" else ()) for what in WHATEVER],
 )
 def test_four_processes_have_the_rows_of_one(
-    driver: str, what: str, walked: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    driver: str,
+    what: str,
+    walked: Web,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
+    if what == "feeds":
+        request.getfixturevalue("lent_template")
     every_kind(walked)
     seeds = ["0/feed.xml", "1/feed.xml"] if what == "feeds" else ["0/", "1/", "0/"]
     listed = tmp_path / "list"
