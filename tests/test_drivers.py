@@ -41,7 +41,7 @@ from sandbox.faults import FAULTS, status_expect
 from sandbox.sites import Sandbox
 from tests.helpers import lock_order
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, holds_the_loop, wait_until
-from tests.helpers.crawl import DRIVERS, kind, run_program, scrape, start, take, taken
+from tests.helpers.crawl import DRIVERS, kind, run_program, scrape, start, take, taken, walk_main
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -482,33 +482,40 @@ def test_a_reader_that_leaves_ends_it_quietly(driver: str, web: Sandbox) -> None
         assert child.stderr.read() == b""
 
 
+def run_here(capfd: pytest.CaptureFixture[str], driver: str, *argv: str) -> tuple[int, str, str]:
+    """As ``run_program``, in this process."""
+    return walk_main(driver, *argv), *capfd.readouterr()
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_a_full_disk_is_said_in_one_line(driver: str, web: Sandbox) -> None:
+def test_a_full_disk_is_said_in_one_line(driver: str, web: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full (Linux)")
     code, _, err = run_program(driver, web.url("/"), "-q", "-o", "/dev/full")
     assert (code, err.count("\n")) == (1, 1)
     assert "No space left on device" in err
-    code, _, err = run_program(driver, web.url("/"), "-o", "/no/such/folder/x")
+    code, _, err = run_here(capfd, driver, web.url("/"), "-o", "/no/such/folder/x")
     assert (code, err.count("\n")) == (1, 1)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_what_cannot_be_written_is_said_before_the_crawl(driver: str, web: Sandbox, tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_said_before_the_crawl(
+    driver: str, web: Sandbox, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     stats = tmp_path / "missing" / "stats.json"
     path = f"/?{driver}"
-    code, out, err = run_program(driver, web.url(path), "--stats", str(stats))
-    assert (code, out, err.count("\n")) == (1, b"", 1)
+    code, out, err = run_here(capfd, driver, web.url(path), "--stats", str(stats))
+    assert (code, out, err.count("\n")) == (1, "", 1)
     assert str(stats) in err and not web.requests_for(path)
     rows = tmp_path / "rows.jsonl"
-    assert run_program(driver, web.url(path), "-q", "-o", str(rows)) == (0, b"", "")
+    assert run_here(capfd, driver, web.url(path), "-q", "-o", str(rows)) == (0, "", "")
     written = rows.read_bytes()
     for form in ("--jsonl", "--csv"):
-        code, out, err = run_program(driver, web.url(path), form, "-o", str(rows))
-        assert (code, out, err.count("\n"), rows.read_bytes()) == (1, b"", 1, written)
+        code, out, err = run_here(capfd, driver, web.url(path), form, "-o", str(rows))
+        assert (code, out, err.count("\n"), rows.read_bytes()) == (1, "", 1, written)
     table = tmp_path / "rows.csv"
     for _ in range(2):  # no journal, which could be gone on with
-        assert run_program(driver, web.url(path), "-q", "--csv", "-o", str(table))[0] == 0
+        assert run_here(capfd, driver, web.url(path), "-q", "--csv", "-o", str(table))[0] == 0
     assert len(web.requests_for(path)) == 3
 
 
