@@ -41,7 +41,7 @@ from sandbox.faults import FAULTS, status_expect
 from sandbox.sites import Sandbox
 from tests.helpers import lock_order
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, holds_the_loop, wait_until
-from tests.helpers.crawl import DRIVERS, kind, run_program, scrape, start, take, taken, walk_main
+from tests.helpers.crawl import DRIVERS, kind, run_here, run_program, scrape, start, take, taken
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -480,11 +480,6 @@ def test_a_reader_that_leaves_ends_it_quietly(driver: str, web: Sandbox) -> None
         child.stdout.close()
         assert child.wait(PROGRAM_LIMIT) == EXIT_PIPE
         assert child.stderr.read() == b""
-
-
-def run_here(capfd: pytest.CaptureFixture[str], driver: str, *argv: str) -> tuple[int, str, str]:
-    """As ``run_program``, in this process."""
-    return walk_main(driver, *argv), *capfd.readouterr()
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

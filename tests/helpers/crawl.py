@@ -138,6 +138,11 @@ def walk_main(driver: str, *argv: str) -> int:
         gc.set_threshold(*threshold)
 
 
+def run_here(capfd: pytest.CaptureFixture[str], driver: str, *argv: str) -> tuple[int, str, str]:
+    """As ``run_program``, in this process."""
+    return walk_main(driver, *argv), *capfd.readouterr()
+
+
 @pytest.fixture(scope="session")
 def web() -> Iterator[Sandbox]:
     with Sandbox(hosts=24, pages=20, page_bytes=4000) as sandbox:
