@@ -29,7 +29,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import IO
 
-import aiohttp
 import anyio
 import orjson
 from starlette.applications import Starlette
@@ -45,7 +44,7 @@ from api.pages import alive, dashboard_page, events, health, history, metrics, o
 from api.requests import failed, problem
 from api.service import PLACES, WARM, Service, log
 from api.telemetry import standard_output
-from api.upstreams import Source
+from api.upstreams import Source, make_session
 from coordination import Semaphore
 from runtime.loop import handled_before_the_server
 from runtime.postgres import Database
@@ -74,13 +73,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             pass  # imports what the first stream of events would hold the loop for
         gc.freeze()  # what was imported is no garbage: a full collection of it held the loop for 30 ms
         stack.callback(gc.unfreeze)
-        session = await stack.enter_async_context(
-            aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=PLACES, limit_per_host=0, resolver=aiohttp.ThreadedResolver()),
-                timeout=aiohttp.ClientTimeout(total=None),
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
-        )
+        session = await stack.enter_async_context(make_session(PLACES))
         places = Semaphore(PLACES)
         sources = {name: Source(upstream, session, places) for name, upstream in upstreams.items()}
         access = logging.getLogger("uvicorn.access")

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.config import Key
+from api.parts import Loaded, Part
 from api.requests import (
     authorised,
     check,
@@ -31,7 +32,7 @@ from api.requests import (
     service_of,
     whole_number,
 )
-from api.upstreams import Loaded, Part, Source
+from api.upstreams import Source
 from coordination import fan_out
 
 DEADLINE_MS = 1, 1000, 30_000  # the least, usual and greatest ``deadline_ms``
@@ -130,7 +131,7 @@ def assemble(plan: Plan, parts: Mapping[str, Part], started: float, tags: bytes 
     )
     status, control, kind = 200, b"no-cache", b"application/json"
     if not any(part.data for part in parts.values()):
-        later = max(1, round(min(part.retry_after for part in parts.values())))
+        later = max(1, math.ceil(min(part.retry_after for part in parts.values())))
         status, control, kind = 503, b"no-store", b"application/problem+json"
         headers = [(b"retry-after", b"%d" % later)]
         body = NO_DATA + body

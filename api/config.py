@@ -18,8 +18,10 @@ import orjson
 
 # Parameters of the API itself, which those of an upstream would hide.
 RESERVED = frozenset(("source", "sources", "deadline_ms", "limit", "before", "hours"))
-MOST = {"max_bytes": 5e6, "timeout": 60.0, "keys": 1e5, "retries": 10, "concurrency": 1000, "failures": 1000}
+MOST = {"max_bytes": 5e6, "timeout": 60.0, "keys": 1e5, "retries": 10, "concurrency": 1000, "queue": 1e5, "ratio": 1.0}
+MOST |= dict.fromkeys(("failures", "minimum"), 1000) | dict.fromkeys(("rate", "max_pause"), 1e5)
 """The greatest values in a configuration. To read 5 MB of JSON keeps the event loop for about 25 ms."""
+NONE = frozenset(("retries", "stale", "stale_if_error", "hedge", "ratio", "queue", "rate", "max_pause"))  # may be 0
 Key = tuple[str, ...]  # the values of an upstream's parameters, in their order
 
 
@@ -32,8 +34,11 @@ class Upstream:
     """What the configuration says of an upstream; times are in seconds, ``parameters`` are names and defaults.
 
     ``body`` is sent as JSON; its texts may hold placeholders too. ``hedge``: ask a second time when the first has not
-    answered after so long (0: never), for at most a tenth of the calls. An open circuit lets a probe through after
+    answered after so long (0: never), for at most a tenth of the calls. The circuit opens at ``failures`` in a row, or
+    when ``ratio`` (0: no share) of at least ``minimum`` calls failed, within ``window``. It lets a probe through after
     ``reset``, and if that fails, after twice as long, up to ``max_reset``: the shorter, the sooner all is well again.
+    A 429 or Retry-After is heeded for ``max_pause`` at most. ``concurrency`` calls are made at a time, of ``rate``
+    requests a second (0: any number), and ``queue`` wait.
     """
 
     name: str
@@ -49,10 +54,15 @@ class Upstream:
     stale_if_error: float = 600.0
     retries: int = 1
     failures: int = 5
+    ratio: float = 0.5
+    minimum: int = 20
     window: float = 10.0
     reset: float = 2.0
     max_reset: float = 3.0
+    max_pause: float = 300.0
     concurrency: int = 16
+    queue: int = 100
+    rate: float = 100.0
     max_bytes: int = 1_000_000
     keys: int = 1000
     keep: str = ""
@@ -99,7 +109,7 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,40}", name):
         raise ConfigError(f"{name!r}: a name is made of up to 41 letters, digits, _ and -, and begins with a letter")
     known = {field.name for field in dataclasses.fields(Upstream)} - {"name"}
-    whole = ("retries", "failures", "concurrency", "max_bytes", "keys")
+    whole = ("retries", "failures", "minimum", "concurrency", "queue", "max_bytes", "keys")
     given: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
@@ -123,7 +133,7 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
         else:
             if not isinstance(value, int if key in whole else (int, float)) or isinstance(value, bool):
                 raise ConfigError(f"{name}.{key}: a {'whole ' * (key in whole)}number is needed, not {value!r}")
-            least = 0 if key in ("retries", "stale", "stale_if_error", "hedge") else 1 if key in whole else 0.001
+            least = 0 if key in NONE else 1 if key in whole else 0.001
             most = MOST.get(key, 1e9)
             if not least <= float(value) <= most:
                 raise ConfigError(f"{name}.{key}: a number from {least} to {most:g} is needed, not {value!r}")

@@ -16,13 +16,13 @@ from http import HTTPStatus
 from typing import Any, get_args
 
 from api.config import Upstream
-from api.upstreams import UpstreamError
+from api.parts import Refused, UpstreamError
 from primitives import TTLCacheStats
 from runtime.postgres import DatabaseState
 
 Json = dict[str, Any]
 
-STATES = ("fresh", "stale", "fallback", "timeout", "error", "open")  # what a part of an answer can be
+STATES = ("fresh", "stale", "fallback", "timeout", "error", *Refused.STATES)  # what a part of an answer can be
 EXAMPLE = "2026-01-31T12:00:00+00:00"
 TOKEN = "The value of AGGREGATE_TOKEN. While that is not set, clients on loopback need none."
 
@@ -111,9 +111,11 @@ def _schemas(names: Sequence[str]) -> dict[str, Json]:
     }
     source_health = {
         "breaker": _one_of(("closed", "half_open", "open")),
-        "next_probe_s": NUMBER,
+        "waits_for_call": {"type": "boolean"},
+        **dict.fromkeys(("next_probe_s", "paused_s"), NUMBER),
         **dict.fromkeys(("recent_failures", "calls", "failed_loads", "loading", "renewing"), COUNT),
         "answers": _by_name(STATES, COUNT),
+        "refused_loads": _object(dict.fromkeys(Refused.STATES, COUNT)),
         "latency_ms": _percentiles("p50", "p95", "p99"),
         "recent_ms": _array(NUMBER) | {"maxItems": 60},
         **_maybe(TIME, "last_success") | _maybe(STRING, "last_error") | _maybe(NUMBER, "age_s"),

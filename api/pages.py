@@ -48,7 +48,8 @@ async def health(request: Request) -> Response:
     database, writer = service.database.stats(), service.history.writer.stats()
     tasks = {name: "ended" if task.done() else "running" for name, task in service.tasks.items()}
     away = database.kind is not None and database.state != "connected"
-    degraded = away or any(source["breaker"] != "closed" for source in sources.values()) or "ended" in tasks.values()
+    shut = [name for name, source in sources.items() if source["breaker"] != "closed" and not source["waits_for_call"]]
+    degraded = away or bool(shut) or "ended" in tasks.values()
     return reply(
         {
             "status": "degraded" if degraded else "ok",

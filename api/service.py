@@ -19,9 +19,10 @@ import orjson
 from prometheus_client import CollectorRegistry
 
 from api.history import History, Result
+from api.parts import Load, Loaded
 from api.report import inspect_host
 from api.telemetry import METRICS, Events, RequestLog
-from api.upstreams import Load, Loaded, Source, request_id
+from api.upstreams import Source, request_id
 from coordination import Semaphore, T, cancel_all
 from primitives import State, TTLCache
 from runtime.loop import Lag
@@ -123,7 +124,7 @@ class Service:
                 given = orjson.loads(result.parameters)
                 if given.keys() == upstream.parameters.keys() and result.payload is not None:
                     age = (datetime.now(UTC) - result.fetched_at).total_seconds()
-                    source.warm(source.key(given), orjson.loads(result.payload), age, result.latency)
+                    source.warm(source.key(given), result.payload.encode(), age, result.latency)
                 await asyncio.sleep(0)
 
     def inspection(self, name: str) -> asyncio.Task[dict[str, Any]]:

@@ -45,6 +45,11 @@ def _answers(service: Service) -> dict[tuple[str, str], int]:
     return {(name, state): n for name, source in service.sources.items() for state, n in source.answers.items()}
 
 
+def _refused(service: Service) -> dict[tuple[str, str], int]:
+    """Counts by source and reason."""
+    return {(name, reason): n for name, source in service.sources.items() for reason, n in source.refused.items()}
+
+
 def _latencies(service: Service) -> dict[tuple[str, str], float]:
     """Seconds, by source and quantile."""
     every = {name: percentiles(source.latencies) for name, source in service.sources.items()}
@@ -69,7 +74,7 @@ METRICS = (
     counter("aggregate_answers", "Parts of answers by their state", _answers, "source", "state"),
     _sources("upstream_calls", "Requests sent, retries included", attrgetter("calls")),
     _sources("failed_loads", "Loads that ended in an error", attrgetter("failures")),
-    _sources("refused_calls", "Calls that the breaker refused", lambda source: source.breaker.stats().refused),
+    counter("aggregate_refused_loads", "Loads that made no call", _refused, "source", "reason"),
     _sources("circuit_open", "0 closed, 0.5 half-open, 1 open", lambda source: CIRCUIT[source.breaker.state], gauge),
     _sources("cache_entries", "Answers kept", lambda source: len(source.cache), gauge),
     gauge("aggregate_upstream_latency_seconds", "Of the last 1,000 loads", _latencies, "source", "quantile"),

@@ -93,8 +93,8 @@ def test_keeps_no_answer_from_before_an_invalidation(app_world: World) -> None:
                 await until_async(lambda: asked == 1)
                 await ask(app, "/cache/invalidate", "POST")
                 gates[0].set()
-                assert b'"serial":1' in (await first)[2]
-                assert b'"serial":2' in (await ask(app, "/aggregate?deadline_ms=20000"))[2]
+                assert b'"serial": 1' in (await first)[2]
+                assert b'"serial": 2' in (await ask(app, "/aggregate?deadline_ms=20000"))[2]
 
     app_run(main())
 
