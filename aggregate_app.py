@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
@@ -67,7 +68,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             site = Sandbox(hosts=1, pages=1)
             await asyncio.to_thread(site.start)
             stack.push_async_callback(asyncio.to_thread, site.stop)
-            upstreams = read_config(DEMO.format(base=site.url("")), os.environ)
+            demo = read_config(DEMO.format(base=site.url("")), os.environ)
+            upstreams = {name: dataclasses.replace(upstream, base=site.url("")) for name, upstream in demo.items()}
             log.info("no AGGREGATE_CONFIG: four demo upstreams at %s", site.url("/api/"))
         async with anyio.create_task_group():
             pass  # imports what the first stream of events would hold the loop for

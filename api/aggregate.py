@@ -24,7 +24,7 @@ from api.parts import Loaded, Part
 from api.requests import (
     authorised,
     check,
-    check_segments,
+    check_values,
     known_sources,
     names_in,
     query_of,
@@ -68,8 +68,7 @@ class Plan(NamedTuple):
             allowed.add("sources")
         sources = known_sources(request, names)
         check(query, allowed.union(*(source.upstream.parameters for source in sources.values())))
-        for source in sources.values():
-            check_segments(query, source.upstream.in_path())
+        check_values(query, [source.upstream for source in sources.values()])
         return cls.of(sources, query, whole_number(query, "deadline_ms", *DEADLINE_MS) / 1000)
 
     def begin(self) -> Begun:
@@ -175,6 +174,7 @@ async def invalidate(request: Request) -> Response:
     name = query.pop("source", None)
     sources = known_sources(request, None if name is None else [name])
     check(query, ("source",) if name is None else sources[name].upstream.parameters)
+    check_values(query, [source.upstream for source in sources.values()])
     for source in sources.values():
         source.forget(source.key(query) if query else None)
     service_of(request).events.publish("invalidate", {"sources": sorted(sources)})

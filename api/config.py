@@ -7,6 +7,7 @@ can change neither the host nor the path. Pure: the text and the environment are
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import string
 import tomllib
@@ -22,6 +23,11 @@ MOST = {"max_bytes": 5e6, "timeout": 60.0, "keys": 1e5, "retries": 10, "concurre
 MOST |= dict.fromkeys(("failures", "minimum"), 1000) | dict.fromkeys(("rate", "max_pause"), 1e5)
 """The greatest values in a configuration. To read 5 MB of JSON keeps the event loop for about 25 ms."""
 NONE = frozenset(("retries", "stale", "stale_if_error", "hedge", "ratio", "queue", "rate", "max_pause"))  # may be 0
+SEGMENT = r"^(?!\.\.?(;|$))(?!.*%(2[Ff]|5[Cc]|2[Ee]))[^/\\]*$"
+"""A value that is one segment of a path, also to whoever unquotes it once more (``..;`` is a dot segment to some)."""
+IN_TEXT = r"\$(?:(\$)(?=\{)|\{([^}]*)\})"  # ``${NAME}``; ``$${`` is a ``${``
+IN_HEADERS = r"\$(?:(\$)|\{([^}]*)\}|(\w+))"  # also ``$NAME``; ``$$`` is a ``$``
+FRAMING = frozenset(("connection", "content-length", "transfer-encoding", "upgrade"))  # the client's own headers
 Key = tuple[str, ...]  # the values of an upstream's parameters, in their order
 
 
@@ -31,7 +37,8 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Upstream:
-    """What the configuration says of an upstream; times are in seconds, ``parameters`` are names and defaults.
+    """What the configuration says of an upstream; times are in seconds, ``parameters`` are names and defaults,
+    ``patterns`` regular expressions that their values match as a whole.
 
     ``body`` is sent as JSON; its texts may hold placeholders too. ``hedge``: ask a second time when the first has not
     answered after so long (0: never), for at most a tenth of the calls. The circuit opens at ``failures`` in a row, or
@@ -44,6 +51,7 @@ class Upstream:
     name: str
     url: str
     parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     method: str = "GET"
     body: Any = None
@@ -67,11 +75,19 @@ class Upstream:
     keys: int = 1000
     keep: str = ""
     fallback: Any = None
+    base: str = ""  # how the URL begins, if that is another at each start: the demo's
+
+    @property
+    def digest(self) -> str:
+        """Of what is asked for, and how: answers of another one are not this one's."""
+        asked = orjson.dumps([self.url.removeprefix(self.base), self.method, self.body, self.keep])
+        return hashlib.blake2b(asked, digest_size=12).hexdigest()
 
     def address(self, key: Key) -> str:
-        """The URL for these values of the parameters."""
+        """The URL for these values of the parameters, percent-encoded where it was not."""
         values = zip(self.parameters, key, strict=True)
-        return self.url.format_map({name: quote(value, safe="") for name, value in values})
+        url = self.url.format_map({name: quote(value, safe="") for name, value in values})
+        return quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", url), safe="%!#$&'()*+,/:;=?@[]~")
 
     def in_path(self) -> set[str]:
         """The parameters that are part of its path."""
@@ -91,8 +107,8 @@ class Upstream:
 def read_config(text: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
     """The upstreams of a TOML configuration, by name: a table ``[name]`` each. Raises ``ConfigError``.
 
-    ``${NAME}`` in a URL, a body or a header's value stands for a variable of the environment (in a URL it is
-    percent-encoded): secrets need not be in the file.
+    ``${NAME}`` in a URL, a body or a header's value stands for a variable of the environment: secrets need not be in
+    the file.
     """
     try:
         tables = tomllib.loads(text)
@@ -108,13 +124,13 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
         raise ConfigError(f"{name}: not a table; an upstream is [{name}] with a url")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,40}", name):
         raise ConfigError(f"{name!r}: a name is made of up to 41 letters, digits, _ and -, and begins with a letter")
-    known = {field.name for field in dataclasses.fields(Upstream)} - {"name"}
+    known = {field.name for field in dataclasses.fields(Upstream)} - {"name", "base"}
     whole = ("retries", "failures", "minimum", "concurrency", "queue", "max_bytes", "keys")
     given: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
             raise ConfigError(f"{name}.{key}: no such key; there are {', '.join(sorted(known))}")
-        if key in ("parameters", "headers"):
+        if key in ("parameters", "patterns", "headers"):
             if not isinstance(value, dict) or not all(isinstance(v, (str, int, float)) for v in value.values()):
                 raise ConfigError(f"{name}.{key}: a table of names and texts is needed")
             if key == "parameters" and (reserved := RESERVED.intersection(value)):
@@ -144,13 +160,15 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
         raise ConfigError(f"{name}.body: only a POST has one")
     if given.get("method") == "POST":
         given.setdefault("retries", 0)  # whether it may be sent twice, only its owner knows
+    for parameter, pattern in given.get("patterns", {}).items():
+        _check_pattern(f"{name}.patterns.{parameter}", pattern, given.get("parameters", {}).get(parameter))
     for header, value in given.get("headers", {}).items():
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header):
-            raise ConfigError(f"{name}.headers: {header!r} is no name of a header")
-        text = given["headers"][header] = _substituted(value, environ, f"{name}.headers.{header}").strip()
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header) or header.lower() in FRAMING:
+            raise ConfigError(f"{name}.headers: {header!r} is no name of a header, or not to be set")
+        text = given["headers"][header] = _substituted(value, environ, f"{name}.headers.{header}", IN_HEADERS).strip()
         if not re.fullmatch(r"[\t\x20-\x7e\x80-\xff]*", text):
             raise ConfigError(f"{name}.headers.{header}: a character that no header can have")
-    given["url"] = _substituted(given["url"], environ, f"{name}.url", lambda text: quote(text, safe=""))
+    given["url"] = _read_url(given["url"].strip(), environ, f"{name}.url")
     if "body" in given:
         given["body"] = _each_text(given["body"], lambda text: _substituted(text, environ, f"{name}.body"))
     upstream = Upstream(name=name, **given)
@@ -159,16 +177,41 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
 
 
 def _substituted(
-    text: str, environ: Mapping[str, str], where: str, change: Callable[[str], str] = lambda text: text
+    text: str, environ: Mapping[str, str], where: str, form: str = IN_TEXT, change: Callable[[str], str] = str
 ) -> str:
-    """With the variables that ``${NAME}`` stands for, without the blanks and line ends around them."""
+    """With the values of variables, without the blanks and line ends around them, in place of what ``form`` matches."""
 
     def value(match: re.Match[str]) -> str:
-        if match[1] not in environ:
-            raise ConfigError(f"{where}: {match[1]!r} is not in the environment")
-        return change(environ[match[1]].strip())
+        name = match[match.lastindex or 0]
+        if name == "$":
+            return name
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.A):
+            raise ConfigError(f"{where}: {match[0]!r} holds no name of a variable")
+        if name not in environ:
+            raise ConfigError(f"{where}: {name!r} is not in the environment")
+        return change(environ[name].strip())
 
-    return re.sub(r"\$\{(\w+)\}", value, text)
+    return re.sub(form, value, text)
+
+
+def _read_url(text: str, environ: Mapping[str, str], where: str) -> str:
+    """With its variables (percent-encoded after the host: there they are part of something) and a host in ASCII."""
+    end = re.match(r"([^/?#]*//)?[^/?#]*", text).end()  # type: ignore[union-attr]
+    rest = _substituted(text[end:], environ, where, change=lambda value: quote(value, safe=""))
+    url = _substituted(text[:end], environ, where) + rest
+    try:
+        host = urlsplit(url).netloc
+        return url if host.isascii() else url.replace(host, host.encode("idna").decode(), 1)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_pattern(where: str, pattern: str, default: str | None) -> None:
+    try:
+        if default is None or not re.fullmatch(pattern, default):
+            raise ConfigError(f"{where}: there must be a parameter of this name, whose default matches")
+    except re.error as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _each_text(part: Any, change: Callable[[str], str]) -> Any:
@@ -197,7 +240,13 @@ def _check_url(upstream: Upstream) -> None:
     fixed = parts.hostname and port != 0 and not re.search(r"[{@\s]", parts.netloc) and "{" not in parts.fragment
     if parts.scheme not in ("http", "https") or not fixed:
         raise ConfigError(f"{where}: http:// or https:// and a fixed host are needed")
-    used = {name for _, name, _, _ in fields} | set(re.findall(r"\{(\w+)\}", orjson.dumps(upstream.body).decode()))
+    used = {name for _, name, _, _ in fields}
+
+    def note(text: str) -> str:
+        used.update(re.findall(r"\{(\w+)\}", text))
+        return text
+
+    _each_text(upstream.body, note)
     if unused := upstream.parameters.keys() - used:
         raise ConfigError(f"{upstream.name}.parameters: {', '.join(sorted(unused))} is used nowhere")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, get_args
 
-from api.config import Upstream
+from api.config import SEGMENT, Upstream
 from api.parts import Refused, UpstreamError
 from primitives import TTLCacheStats
 from runtime.postgres import DatabaseState
@@ -168,16 +168,22 @@ def _header(pattern: str, about: str, required: bool) -> Json:
 def _params(upstreams: Iterable[Upstream], defaults: bool = True) -> list[Json]:
     """The parameters of these upstreams; one with the same name goes to each of them."""
     defaults_of: dict[str, dict[str, str]] = {}
+    patterns: dict[str, list[Json]] = {}
     for upstream in upstreams:
         for name, default in upstream.parameters.items():
             defaults_of.setdefault(name, {})[upstream.name] = default
+        for name in upstream.in_path():
+            patterns.setdefault(name, []).append({"pattern": SEGMENT})
+        for name, pattern in upstream.patterns.items():
+            patterns.setdefault(name, []).append({"pattern": f"^(?:{pattern})$"})
     listed = []
     for name, values in defaults_of.items():
         default = next(iter(values.values()))
         usable = re.fullmatch(r"[^\x00-\x1f\x7f]{1,200}", default) is not None and default not in (".", "..")
         agreed = {"default": default} if defaults and usable and len(set(values.values())) == 1 else {}
         example = {"example": default} if usable else {}
-        listed.append(_parameter(name, TEXT | agreed, f"Of {', '.join(values)}", **example))
+        more = {"allOf": patterns[name]} if name in patterns else {}
+        listed.append(_parameter(name, TEXT | agreed | more, f"Of {', '.join(values)}", **example))
     return listed
 
 

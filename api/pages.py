@@ -25,7 +25,18 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from api.report import Columns, summarise
-from api.requests import Problem, check, known_sources, names_in, parse_time, query_of, reply, service_of, whole_number
+from api.requests import (
+    Problem,
+    check,
+    check_values,
+    known_sources,
+    names_in,
+    parse_time,
+    query_of,
+    reply,
+    service_of,
+    whole_number,
+)
 from api.service import log
 from coordination import fan_out
 from runtime.postgres import Unavailable
@@ -117,6 +128,7 @@ async def history(request: Request) -> Response:
     name = request.path_params["source"]
     source, query = known_sources(request, [name])[name], query_of(request)
     check(query, {"limit", "before", *source.upstream.parameters})
+    check_values(query, [source.upstream])
     limit = whole_number(query, "limit", *HISTORY)
     given = {key: value for key, value in query.items() if key in source.upstream.parameters}
     before = parse_time(query.get("before", "9999-01-01T00:00:00Z"), "before")

@@ -81,7 +81,8 @@ class Service:
         parameters = load.parameters
         state, error = ("ok", None) if load.error is None else (load.error.kind, str(load.error))
         payload = None if load.data is None else load.data.encoded.decode()
-        self.history.keep(Result(load.source, orjson.dumps(parameters).decode(), load.at, load.latency, state, payload))
+        asked, digest = orjson.dumps(parameters).decode(), self.sources[load.source].upstream.digest
+        self.history.keep(Result(load.source, asked, load.at, load.latency, state, payload, digest))
         latency = round(load.latency * 1000, 1)
         fields = {"source": load.source, "parameters": parameters, "latency_ms": latency, "error": error}
         self.events.publish("refresh", {**fields, "state": "ok" if error is None else "error"})
@@ -116,7 +117,7 @@ class Service:
             upstream = source.upstream
             within = upstream.ttl + max(upstream.stale, upstream.stale_if_error)
             try:
-                results = await self.history.latest(name, within, upstream.keys)
+                results = await self.history.latest(name, within, upstream.keys, configuration=upstream.digest)
             except (Unavailable, asyncpg.PostgresError) as error:
                 log.warning("no warm start: %s", type(error).__name__)
                 return

@@ -81,6 +81,18 @@ if TYPE_CHECKING:  # imported where it is used: it takes half a second
         ("[a]\nurl = 'http://h/{x:>9}'\nparameters = { x = 1 }", "a.url: {x} is written without"),
         ("[a]\nurl = 'http://h/'\nparameters = { x = 1 }", "a.parameters: x is used nowhere"),
         ("[a]\nurl = 'http://h/${NO_SUCH}'", "a.url: 'NO_SUCH' is not in the environment"),
+        ("[a]\nurl = 'http://h/${MY-KEY}'", "a.url: '${MY-KEY}' holds no name"),
+        ("[a]\nurl = 'http://h/${}'", "a.url: '${}' holds no name"),
+        ("[a]\nurl = '${NO_SUCH}/x'", "a.url: 'NO_SUCH' is not"),
+        ("[a]\nurl = 'http://h /'", "a.url: http"),
+        ("[a]\nurl = 'http://\u2024..x/'", "a.url: "),
+        ("[a]\nurl = 'http://h/'\nheaders = { X = '$NO_SUCH' }", "a.headers.X: 'NO_SUCH'"),
+        ("[a]\nurl = 'http://h/'\nheaders = { X = 'a${b c}' }", "a.headers.X: '${b c}' holds no name"),
+        ("[a]\nurl = 'http://h/'\nheaders = { content-Length = '5' }", "a.headers: 'content-Length' is"),
+        ("[a]\nurl = 'http://h/'\nparameters = { x = 1 }\nmethod = 'POST'\nbody = { '{x}' = 1 }", "a.parameters: x is"),
+        ("[a]\nurl = 'http://h/{x}'\nparameters = { x = 'y' }\npatterns = { x = '(' }", "a.patterns.x: missing )"),
+        ("[a]\nurl = 'http://h/{x}'\nparameters = { x = 'y' }\npatterns = { x = 'z' }", "a.patterns.x: there must"),
+        ("[a]\nurl = 'http://h/'\npatterns = { x = 'z' }", "a.patterns.x: there must"),
     ],
 )
 def test_refuses_a_wrong_configuration_by_its_key(text: str, message: str, tmp_path: Path) -> None:
@@ -107,6 +119,46 @@ def test_reads_a_configuration(tmp_path: Path) -> None:
     upstream = config.read_config(text, {"K": "a b\n"})["a"]
     assert (upstream.address(("true",)), upstream.content(("true",))) == ("http://h/a%20b?on=true", b'{"k":"a b"}')
     assert (upstream.headers, upstream.parameters, upstream.retries) == ({"X": "a b"}, {"on": "true"}, 0)
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("http://h/a b?q=é|{{x}}", "http://h/a%20b?q=%C3%A9%7C%7Bx%7D"),
+        ("http://h/100%?a=%zz&b=%2F", "http://h/100%25?a=%25zz&b=%2F"),
+        ("http://bücher.example:8080/ü", "http://xn--bcher-kva.example:8080/%C3%BC"),
+        (" http://h/x\n", "http://h/x"),
+        ("${BASE}/x/${KEY}?k=${KEY}", "http://api.example:81/v1/x/a%20%2F%7Bb%7D?k=a%20%2F%7Bb%7D"),
+        ("https://${HOST}/x", "https://api.example/x"),
+        ("http://h/odata?$filter=x&$top=1", "http://h/odata?$filter=x&$top=1"),
+    ],
+)
+def test_a_url_is_sent_percent_encoded(url: str, sent: str) -> None:
+    environ = {"BASE": "http://api.example:81/v1", "HOST": "api.example\n", "KEY": " a /{b}\n"}
+    assert config.read_config(f"[a]\nurl = {json.dumps(url)}", environ)["a"].address(()) == sent
+
+
+def test_a_dollar_is_a_dollar_where_it_names_nothing() -> None:
+    text = "[a]\nurl='http://h/'\nmethod='POST'\nbody={q='query($id: ID) $$ ${K} $${K}'}\nheaders={X='$$5 $K${K}'}"
+    upstream = config.read_config(text, {"K": "v"})["a"]
+    assert (upstream.content(()), upstream.headers) == (b'{"q":"query($id: ID) $$ v ${K}"}', {"X": "$5 vv"})
+
+
+def test_a_value_matches_its_pattern(web: Sandbox) -> None:
+    url = web.url("/api/weather?city={city}")
+    table = {"a": config.Upstream("a", url, {"city": "Rome"}, {"city": "[A-Z][a-z]+"})}
+
+    async def main() -> None:
+        async with living(table) as app:
+            for path, method in (("/aggregate?", "GET"), ("/cache/invalidate?source=a&", "POST")):
+                assert (await ask(app, path + "city=Oslo", method))[0] == 200
+                for value in ("oslo", "Oslo2", "xOslo"):
+                    status, _, body = await ask(app, path + "city=" + value, method)
+                    assert (status, json.loads(body)["parameter"]) == (422, "city")
+            described = json.loads((await ask(app, "/openapi.json"))[2])["paths"]["/aggregate/a"]["get"]["parameters"]
+            assert [{"pattern": "^(?:[A-Z][a-z]+)$"}] in [each.get("schema", {}).get("allOf") for each in described]
+
+    app_run(main())
 
 
 @settings(SETTINGS, max_examples=200)
