@@ -26,15 +26,18 @@ import gc
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import anyio
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from api.aggregate import aggregate, invalidate
 from api.config import DEMO, ConfigError, Upstream, read_config
@@ -109,11 +112,12 @@ def create_app(
     database: Callable[[], Database] = lambda: Database(None),
     retention: float = 7 * 86400.0,
     output: IO[bytes] | None = None,
+    hosts: Iterable[str] = (),
 ) -> Aggregator:
     """The application before these upstreams (None: those of the demo, which it then serves itself).
 
     ``database`` makes the database of each life, which keeps results for ``retention`` seconds; the log of the requests
-    goes to ``output``.
+    goes to ``output``. ``hosts`` are served besides the names and addresses of this machine.
     """
     routes = [
         Route("/", dashboard_page()),
@@ -131,7 +135,7 @@ def create_app(
     ]
     rate = CLIENT_RATE if client_rate is None else client_rate
     handlers = {HTTPException: problem, Exception: failed}
-    application = Aggregator(rate, routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    application = Aggregator(rate, hosts, routes=routes, exception_handlers=handlers, lifespan=lifespan)
     application.router.redirect_slashes = False
     known = upstreams if upstreams is not None else read_config(DEMO.format(base="http://127.0.0.1"), os.environ)
     application.state.openapi = orjson.dumps(document(known, VERSION))
@@ -159,7 +163,16 @@ def configured_number(environ: Mapping[str, str], name: str, needed: str) -> flo
     return float(text)
 
 
-def configured_app(environ: Mapping[str, str]) -> Aggregator:
+def configured_list(environ: Mapping[str, str], name: str, form: str, needed: str) -> list[str]:
+    """What stands between commas in the environment; ``SystemExit`` with one line if it is not of this form."""
+    values = [value.strip() for value in environ.get(name, "").split(",") if value.strip()]
+    for value in values:
+        if not re.fullmatch(form, value):
+            raise SystemExit(f"{name}={value}: {needed}")
+    return values
+
+
+def configured_app(environ: Mapping[str, str]) -> ASGIApp:
     """The application as the environment describes it. ``SystemExit`` with one line if that cannot be."""
     of_rate = "requests per second of one client are needed, 0 for any number"
     rate = configured_number(environ, "AGGREGATE_RATE", of_rate)
@@ -170,7 +183,23 @@ def configured_app(environ: Mapping[str, str]) -> Aggregator:
         database()
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    return create_app(configured(environ), rate, database=database, retention=retention, output=standard_output())
+    hosts = configured_list(environ, "AGGREGATE_HOSTS", r"[\w.-]+|\*", "names of hosts are needed, without ports")
+    of_origins = "origins such as https://app.example are needed, or *"
+    origins = configured_list(environ, "AGGREGATE_ORIGINS", r"https?://[^/\s]+|\*", of_origins)
+    smallest = configured_number(environ, "AGGREGATE_GZIP", "a number of bytes is needed")
+    options: dict[str, Any] = {"retention": retention, "output": standard_output(), "hosts": hosts}
+    app: ASGIApp = create_app(configured(environ), rate, database=database, **options)
+    if smallest is not None:
+        app = GZipMiddleware(app, int(smallest), compresslevel=5)
+    if origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("Authorization", "If-None-Match", "Last-Event-ID", "X-Request-ID"),
+            expose_headers=("Age", "ETag", "Retry-After", "X-Request-ID"),
+        )
+    return app
 
 
 app = configured_app(os.environ)

@@ -46,13 +46,14 @@ PROBLEMS = {
     405: ("Another method is needed", ("Allow",)),
     413: ("The request announces a body of more than 64 KB", ()),
     414: ("The query has more than 4,096 bytes", ()),
+    421: ("Another host is asked for than those that are served", ()),
     422: ("A parameter is unknown, there twice, empty, too long, or out of its range", ()),
     429: ("The client is over its rate", ("Retry-After",)),
     431: ("The headers have more than 32 KB in all", ()),
     503: ("Not now", ("Retry-After",)),
 }
 """What an answer that is a problem document means, and the headers it has."""
-ALWAYS = (405, 413, 414, 429, 431)  # what every route can answer with
+ALWAYS = (405, 413, 414, 421, 429, 431)  # what every route can answer with
 
 
 def _ref(kind: str, name: str) -> Json:
@@ -230,7 +231,7 @@ def _components(upstreams: Mapping[str, Upstream]) -> Json:
     parameters = [
         _parameter("X-Request-ID", STRING, "Kept if it has 1 to 64 of A-Z a-z 0-9 _ -", "header"),
         _parameter("If-None-Match", STRING, "ETags of answers that are at hand", "header"),
-        _parameter("Last-Event-ID", STRING, "The last event that arrived", "header"),
+        _parameter("Last-Event-ID", STRING, "The id of the last event that arrived", "header"),
         _parameter("sources", listed, "Names of sources, with commas between them"),
         _parameter("source", _one_of(names), "Of this source only"),
         _parameter("deadline_ms", _int(30_000, 1000), "Milliseconds to wait for what is not at hand"),

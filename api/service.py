@@ -10,13 +10,14 @@ import contextlib
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import asyncpg
 import orjson
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 
 from api.history import History, Result
 from api.parts import Load, Loaded
@@ -26,7 +27,7 @@ from api.upstreams import Source, request_id
 from coordination import Semaphore, T, cancel_all
 from primitives import State, TTLCache
 from runtime.loop import Lag
-from runtime.monitor import Exporter
+from runtime.monitor import Exporter, Histogram
 from runtime.postgres import Database, Unavailable
 from runtime.processes import Processes, in_daemon
 
@@ -54,6 +55,9 @@ class Service:
         self.reports, self._inspections = Semaphore(REPORTS), Semaphore(INSPECTIONS)
         self.registry = CollectorRegistry()
         self.registry.register(cast(Any, Exporter(METRICS, lambda: self)))
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self.requests: defaultdict[tuple[str, int], Histogram] = defaultdict(Histogram)  # by route and status
         self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
         self.force: Callable[[], object] = lambda: None
         self.timers: list[asyncio.TimerHandle] = []

@@ -39,6 +39,7 @@ from api.report import percentiles
 from coordination import Clock, Outcome, Semaphore
 from primitives import CircuitBreaker, CircuitOpen, RetryBudget, RetryPolicy, TokenBucket, TTLCache, hedged, retry_async
 from runtime.http_dates import parse_retry_after
+from runtime.monitor import Histogram
 
 log = logging.getLogger("uvicorn.error")
 
@@ -102,6 +103,7 @@ class Source:
         self.refused = dict.fromkeys(Refused.STATES, 0)  # loads that made no call
         self._forgot = -math.inf
         self.answers: defaultdict[str, int] = defaultdict(int)  # parts of answers by state; a Counter is slower
+        self.durations = Histogram()
         self.latencies: deque[float] = deque(maxlen=1000)  # seconds that the last loads took, failed ones included
         self.last_success: datetime | None = None
         self.last_error: str | None = None
@@ -220,6 +222,7 @@ class Source:
             failure = problem if isinstance(problem, UpstreamError) else None
             if data is not None or failure is not None:
                 self.latencies.append(latency)
+                self.durations.observe(latency)
                 parameters = dict(zip(self.upstream.parameters, key, strict=True))
                 self._tell(Load(self.upstream.name, parameters, at, latency, data, failure))
             problem = failure = None  # its traceback leads here

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -499,6 +500,63 @@ def test_reads_the_rate(text: str, rate: float | str | None) -> None:
         return
     with pytest.raises(SystemExit, match=f"AGGREGATE_RATE={text}: "):
         aggregate_app.configured_app({"AGGREGATE_RATE": text, "DATABASE_URL": "none"})
+
+
+@pytest.mark.parametrize(
+    ("host", "hosts", "status"),
+    [
+        ("", [], 200),
+        ("127.0.0.1:8000", [], 200),
+        ("192.0.2.7", [], 200),
+        ("[::1]:8000", [], 200),
+        ("LOCALHOST:8000", [], 200),
+        ("x.localhost", [], 200),
+        (socket.gethostname() + ":80", [], 200),
+        ("evil.example", [], 421),
+        ("127.0.0.1.evil.example", [], 421),
+        ("localhost.evil.example:8000", [], 421),
+        ("evil.example", ["api.example"], 421),
+        ("api.example:443", ["API.example"], 200),
+        ("x.api.example", ["api.example"], 421),
+        ("evil.example", ["*"], 200),
+    ],
+)
+def test_serves_its_own_hosts_only(host: str, hosts: list[str], status: int) -> None:
+    app = aggregate_app.create_app({}, 0, hosts=hosts)
+    for _ in range(2):
+        assert asgi(app, "192.0.2.1", {"Host": host})[0] == status
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "message"),
+    [
+        ("AGGREGATE_HOSTS", "api.example, http://b", "AGGREGATE_HOSTS=http://b: names"),
+        ("AGGREGATE_HOSTS", "api.example:80", "names of hosts are needed, without ports"),
+        ("AGGREGATE_ORIGINS", "app.example", "AGGREGATE_ORIGINS=app.example: origins"),
+        ("AGGREGATE_ORIGINS", "https://app.example/", "AGGREGATE_ORIGINS=https://app.example/: origins"),
+        ("AGGREGATE_GZIP", "yes", "AGGREGATE_GZIP=yes: a number of bytes"),
+    ],
+)
+def test_refuses_a_wrong_environment(variable: str, text: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        aggregate_app.configured_app({variable: text, "DATABASE_URL": "none"})
+
+
+def test_compression_and_other_origins_are_configured() -> None:
+    environ = {"DATABASE_URL": "none", "AGGREGATE_GZIP": "1000", "AGGREGATE_ORIGINS": "https://app.example"}
+    app = aggregate_app.configured_app(environ)
+    origin = {"Origin": "https://app.example", "Accept-Encoding": "gzip"}
+    status, headers = asgi(app, "192.0.2.1", origin)
+    assert (status, headers["content-encoding"]) == (200, "gzip")
+    assert {"Accept-Encoding", "Origin"} == set(headers["vary"].split(", "))
+    assert (
+        headers["access-control-allow-origin"] == "https://app.example"
+        and "ETag" in headers["access-control-expose-headers"]
+    )
+    _, headers = asgi(app, "192.0.2.1", {"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in headers and "content-encoding" not in headers
+    plain = aggregate_app.configured_app({"DATABASE_URL": "none"})
+    assert not {"vary", "content-encoding", "access-control-allow-origin"} & asgi(plain, "192.0.2.1", origin)[1].keys()
 
 
 def test_a_request_keeps_its_id() -> None:
