@@ -47,7 +47,7 @@ from api.openapi import document
 from api.pages import alive, dashboard_page, events, health, history, metrics, openapi, ready, report
 from api.requests import failed, problem
 from api.service import PLACES, WARM, Service, log
-from api.telemetry import standard_output
+from api.telemetry import is_worker, standard_output
 from api.upstreams import Source, make_session
 from coordination import Semaphore
 from runtime.loop import handled_before_the_server
@@ -91,10 +91,13 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         stack.push_async_callback(service.processes.close)
         if service.database.server is None:
             log.info("no database: nothing is kept over a restart")
+            if is_worker():
+                log.warning("no database: of several workers, each has answers, circuits and invalidations of its own")
         else:
             stack.push_async_callback(service.database.close)
             await service.database.open(0.0)
             service.begin("retention", service.retain(app.state.retention))
+            service.begin("news of others", service.bus.run())
             await asyncio.wait([service.begin("warm start", service.warm())], timeout=WARM)
         writing = asyncio.create_task(service.history.writer.run(), name="history writer")
         stack.push_async_callback(service.history.writer.close, writing)

@@ -1167,6 +1167,13 @@ class CircuitBreaker:
             raise CircuitOpen(self.name, refusal)
         return permit
 
+    def trip(self, now: float | None = None) -> None:
+        """Open the circuit, if it is closed: somebody else has seen the failures."""
+        with self._lock:
+            if self._state == "closed":
+                self._open(self._clock() if now is None else now)
+        self._tell()
+
     def _settle(self, permit: Permit, failed: bool | None, now: float | None = None) -> None:
         if failed is False and permit.generation == self._unrecorded:
             permit.settled = True

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.bus import News
 from api.config import Key
 from api.parts import Loaded, Part
 from api.requests import (
@@ -175,7 +176,6 @@ async def invalidate(request: Request) -> Response:
     sources = known_sources(request, None if name is None else [name])
     check(query, ("source",) if name is None else sources[name].upstream.parameters)
     check_values(query, [source.upstream for source in sources.values()])
-    for source in sources.values():
-        source.forget(source.key(query) if query else None)
-    service_of(request).events.publish("invalidate", {"sources": sorted(sources)})
-    return reply({"invalidated": sorted(sources)})
+    service, key = service_of(request), sources[name].key(query) if name is not None and query else None
+    service.bus.tell(News("invalidate", name or "", key))
+    return reply({"invalidated": service.invalidate(name, key)})

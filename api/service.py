@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -19,6 +20,8 @@ import asyncpg
 import orjson
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 
+from api.bus import Bus, News
+from api.config import Key
 from api.history import History, Result
 from api.parts import Load, Loaded
 from api.report import inspect_host
@@ -63,9 +66,11 @@ class Service:
         self.timers: list[asyncio.TimerHandle] = []
         self.tasks: dict[str, asyncio.Task[Any]] = {}
         self.plans: TTLCache[tuple[str, bytes], Plan] = TTLCache(PLANS, math.inf)  # by path and query
-        for source in sources.values():
+        self.bus, self._hearing = Bus(database, self.heard), False
+        for name, source in sources.items():
             source.listeners.append(self.loaded)
             source.breaker.listen(self._switched)
+            source.tell = functools.partial(self._paused, name)
 
     def begin(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task beside the requests. One that fails is an error in the log, and shown by /health."""
@@ -97,6 +102,36 @@ class Service:
         fields = {"source": source, "state": state, "previous": previous}
         self.events.publish("breaker", fields)
         self.log.note("breaker", request_id.get(), fields)
+        if state == "open" and not self._hearing:
+            self.bus.tell(News("open", source))
+
+    def _paused(self, source: str, key: Key | None, seconds: float) -> None:
+        self.bus.tell(News("pause", source, key, seconds))
+
+    def invalidate(self, source: str | None, key: Key | None) -> list[str]:
+        """Forget the answers of a source (None: of all; ``key``: that one only), here and wherever else it is served.
+        Returns the names."""
+        names = sorted(self.sources) if source is None else [source]
+        for name in names:
+            self.sources[name].forget(key)
+        self.events.publish("invalidate", {"sources": names})
+        return names
+
+    def heard(self, news: News) -> None:
+        """Do here what happened elsewhere; what does not fit is another configuration's."""
+        if news.kind == "invalidate" and not news.source:
+            self.invalidate(None, None)
+        source, key = self.sources.get(news.source), news.key
+        if source is None or (key is not None and len(key) != len(source.upstream.parameters)):
+            return
+        if news.kind == "invalidate":
+            self.invalidate(news.source, key)
+        elif news.kind == "pause":
+            source.pause(news.seconds, key)
+        elif news.kind == "open":
+            self._hearing = True
+            source.breaker.trip()
+            self._hearing = False
 
     async def renew(self) -> None:
         """Load what is in use before it gets stale, until the stop."""

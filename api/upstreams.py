@@ -72,6 +72,7 @@ class Source:
     ) -> None:
         self.upstream, self._session, self._all_places, self._clock = upstream, session, places, clock
         self.listeners: list[Callable[[Load], None]] = []  # called for each load that ended, in its task
+        self.tell: Callable[[Key | None, float], object] = lambda key, seconds: None  # of pauses that it wants
         self.renewals = Renewals(upstream.ttl, upstream.keys)
         self.cache: TTLCache[Key, Loaded] = TTLCache(
             upstream.keys, upstream.ttl, stale=upstream.stale, stale_if_error=upstream.stale_if_error, clock=clock
@@ -254,6 +255,8 @@ class Source:
                 and not error.is_pause
             ):
                 self.pause(self._pause_of(error), key, str(error))
+                if error.retry_after:
+                    self.tell(key, self._pause_of(error))
         if isinstance(error, UpstreamError):
             self.last_error = str(error)
         elif not isinstance(error, Refused):
@@ -322,6 +325,7 @@ class Source:
                     error = UpstreamError("http", str(response.status), later)
                     if error.is_pause:
                         self.pause(self._pause_of(error))
+                        self.tell(None, self._pause_of(error))
                     raise error
                 async for piece in response.content.iter_chunked(1 << 16):
                     body += piece

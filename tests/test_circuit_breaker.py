@@ -597,6 +597,21 @@ def test_is_its_model() -> None:
     check_breaker(pr.CircuitBreaker, settings(SETTINGS, max_examples=80, stateful_step_count=40))
 
 
+def test_is_tripped_by_what_others_have_seen() -> None:
+    heard: list[tuple[str, str]] = []
+    breaker = breaker_new(World(0.0), failures=9)
+    breaker.listen(lambda _, before, after, __: heard.append((before, after)))
+    early = breaker.permit(0.0)
+    breaker.trip(1.0)
+    breaker.trip(5.0)  # it is open already
+    early.success(6.0)
+    assert breaker.stats(6.0)[1:] == ("open", 0, 0, 1, 25.0)
+    probe = breaker.permit(31.0)
+    breaker.trip(32.0)  # here it is being tried
+    probe.success(33.0)
+    assert heard == [("closed", "open"), ("open", "half_open"), ("half_open", "closed")]
+
+
 def test_takes_the_callers_clock_all_the_way() -> None:
     breaker = pr.CircuitBreaker("b", failures=1, reset=30, rng=lambda: 0.0)
     breaker.permit(now=1.0).success(now=5.75)

@@ -1,0 +1,106 @@
+"""What the workers and machines that serve the same upstreams tell each other, over PostgreSQL (LISTEN and NOTIFY).
+
+Told: an invalidation, a circuit that opened, a pause that an upstream wants. One connection listens and tells; whoever
+has something to tell never waits for it.
+
+Not promised: that all hear of everything. What is told while a worker has no connection it never hears; invalidations
+wait for the teller's own. PgBouncer has to be in session mode: in transaction mode nobody hears anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import secrets
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import asyncpg
+import orjson
+
+from api.config import Key
+from primitives import Backoff
+from runtime.postgres import BACK_OFF, Database, Unavailable
+
+if TYPE_CHECKING:
+    from runtime.postgres import PooledConnection
+
+CHANNEL = "aggregate"
+LONGEST = 7900  # bytes of a message: PostgreSQL takes fewer than 8,000
+WAITING = 1000  # messages that may wait for the connection; the oldest are lost
+
+
+class News(NamedTuple):
+    """What happened to a source ("": to all); ``key``: to that one only; ``seconds``: for so long."""
+
+    kind: str  # "invalidate", "open" or "pause"
+    source: str
+    key: Key | None = None
+    seconds: float = 0.0
+
+
+class Bus:
+    """Hands what others tell to ``hear``, in the event loop, and tells them what it is given."""
+
+    def __init__(self, database: Database, hear: Callable[[News], object]) -> None:
+        self._database, self._hear, self._sender = database, hear, secrets.token_hex(8)
+        self._waiting: deque[str] = deque(maxlen=WAITING)
+        self._wake = asyncio.Event()
+        self.listening = False
+
+    def tell(self, news: News) -> None:
+        """Have the others told. Without a connection, only an invalidation waits for one."""
+        if self._database.server is None or not (self.listening or news.kind == "invalidate"):
+            return
+        message = orjson.dumps([self._sender, *news]).decode()
+        if len(message.encode()) > LONGEST:
+            if news.kind != "invalidate":
+                return
+            message = orjson.dumps([self._sender, *news._replace(key=None)]).decode()  # all keys: more, not less
+        self._waiting.append(message)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Listen and tell, for ever."""
+        backoff = Backoff(*BACK_OFF)
+        while True:
+            await self._database.ready()
+            with contextlib.suppress(Unavailable, asyncpg.PostgresError, asyncpg.InterfaceError):
+                async with self._database.connection(limit=math.inf) as connection:
+                    await connection.add_listener(CHANNEL, self._heard)
+                    try:
+                        self.listening = True
+                        backoff.reset()
+                        await self._serve(connection)
+                    finally:
+                        self.listening = False
+                        with contextlib.suppress(Exception):  # it is closed
+                            await connection.remove_listener(CHANNEL, self._heard)
+            await asyncio.sleep(backoff.next())
+
+    async def _serve(self, connection: PooledConnection) -> None:
+        """Tell what waits, until the connection is lost."""
+
+        def lost(_: object) -> None:
+            self._wake.set()
+
+        connection.add_termination_listener(lost)
+        try:
+            while not connection.is_closed():
+                self._wake.clear()
+                while self._waiting:
+                    await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, self._waiting[0])
+                    self._waiting.popleft()
+                await self._wake.wait()
+        finally:
+            connection.remove_termination_listener(lost)
+
+    def _heard(self, _: object, pid: int, channel: str, message: Any) -> None:
+        """What is not of our form is somebody else's."""
+        with contextlib.suppress(ValueError, TypeError):
+            sender, kind, source, key, seconds = orjson.loads(message)
+            news = News(kind, source, None if key is None else tuple(map(str, key)), float(seconds))
+            if sender != self._sender:
+                self._hear(news)
