@@ -1,6 +1,7 @@
 """The aggregation API: one fast, honest endpoint before flaky upstreams.
 
     uvicorn aggregate_app:app
+    python aggregate_app.py --check upstreams.toml
 
 ``GET /aggregate`` asks many upstreams at once and answers with what is there at the deadline. This file is the routes,
 the start and the end; docs/aggregate.md says what the routes answer, ``api/upstreams.py`` the way of a call.
@@ -27,7 +28,6 @@ import logging
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from pathlib import Path
 from typing import IO, Any
 
 import anyio
@@ -40,7 +40,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from api.aggregate import aggregate, invalidate
-from api.config import DEMO, ConfigError, Upstream, read_config
+from api.check import main
+from api.config import DEMO, ConfigError, Upstream, load_config, read_config
 from api.history import UPSTREAM_RESULTS
 from api.middleware import CLIENT_RATE, Aggregator
 from api.openapi import document
@@ -152,7 +153,7 @@ def configured(environ: Mapping[str, str]) -> dict[str, Upstream] | None:
     if not (path := environ.get("AGGREGATE_CONFIG")):
         return None
     try:
-        return read_config(Path(path).read_text("utf-8-sig"), environ)
+        return load_config(path, environ)
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise SystemExit(f"AGGREGATE_CONFIG={path}: {error}") from None
 
@@ -205,4 +206,6 @@ def configured_app(environ: Mapping[str, str]) -> ASGIApp:
     return app
 
 
+if __name__ == "__main__":
+    raise SystemExit(main())
 app = configured_app(os.environ)

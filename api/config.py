@@ -1,7 +1,7 @@
 """What the configuration says of the upstreams: a table of TOML for each, checked to the last value.
 
 What is wrong is one line that names it (``ConfigError``). A parameter is part of a path segment or of a query value; it
-can change neither the host nor the path. Pure: the text and the environment are arguments.
+can change neither the host nor the path. Pure, but for ``load_config``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import string
 import tomllib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -117,6 +118,11 @@ def read_config(text: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
     if not tables:
         raise ConfigError("no upstream: a table [name] with a url is needed for each")
     return {name: _upstream(name, table, environ) for name, table in tables.items()}
+
+
+def load_config(path: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
+    """``read_config`` of a file. Raises ``OSError``, ``UnicodeDecodeError``, ``ConfigError``."""
+    return read_config(Path(path).read_text("utf-8-sig"), environ)
 
 
 def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:

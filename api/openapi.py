@@ -112,7 +112,7 @@ def _schemas(names: Sequence[str]) -> dict[str, Json]:
     }
     source_health = {
         "breaker": _one_of(("closed", "half_open", "open")),
-        "waits_for_call": {"type": "boolean"},
+        **{name: {"type": "boolean"} for name in ("waits_for_call", "failing")},
         **dict.fromkeys(("next_probe_s", "paused_s"), NUMBER),
         **dict.fromkeys(("recent_failures", "calls", "failed_loads", "loading", "renewing"), COUNT),
         "answers": _by_name(STATES, COUNT),

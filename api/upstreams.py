@@ -106,6 +106,7 @@ class Source:
         self.answers: defaultdict[str, int] = defaultdict(int)  # parts of answers by state; a Counter is slower
         self.durations = Histogram()
         self.latencies: deque[float] = deque(maxlen=1000)  # seconds that the last loads took, failed ones included
+        self.failing = False  # whether the last load was
         self.last_success: datetime | None = None
         self.last_error: str | None = None
 
@@ -230,7 +231,7 @@ class Source:
         loaded = Loaded(data, latency, self._clock())
         if self.cache.generation(key) == generation:
             self.renewals.loaded(key, loaded.at)
-        self.last_success = at
+        self.last_success, self.failing = at, False
         return loaded
 
     def _tell(self, load: Load) -> None:
@@ -242,6 +243,7 @@ class Source:
 
     def _failed(self, key: Key, error: Exception, current: bool) -> None:
         """Not ``current``: the key was invalidated meanwhile, and this says nothing about it any more."""
+        self.failing = True
         if isinstance(error, Refused):
             self.refused[error.state] += 1
         else:
@@ -369,5 +371,6 @@ class Source:
             "age_s": None if last is None else round((datetime.now(UTC) - last).total_seconds(), 3),
             "ttl_s": self.upstream.ttl,
             "last_error": self.last_error,
+            "failing": self.failing,
             "cache": cache._asdict(),
         }
