@@ -232,6 +232,8 @@ def _each_text(part: Any, change: Callable[[str], str]) -> Any:
 def _check_url(upstream: Upstream) -> None:
     """A placeholder may stand in a path segment or in the query only, where it can change nothing else."""
     where = f"{upstream.name}.url"
+    if re.search(r"[\x00-\x1f\x7f]", upstream.url):  # urlsplit would take them out
+        raise ConfigError(f"{where}: a control character")
     try:
         fields = [field for field in string.Formatter().parse(upstream.url) if field[1] is not None]
         parts = urlsplit(upstream.url)

@@ -265,7 +265,8 @@ class Source:
             log.error("source %s: %r", self.upstream.name, error)
 
     async def _call(self, key: Key) -> Data:
-        if self._places.stats().waiting >= self.upstream.queue:
+        places = self._places.stats()
+        if not places.available and places.waiting >= self.upstream.queue:
             raise Refused("busy", f"{self.upstream.queue} calls wait already", 1.0)
         async with contextlib.AsyncExitStack() as held:
             try:

@@ -86,6 +86,7 @@ if TYPE_CHECKING:  # imported where it is used: it takes half a second
         ("[a]\nurl = 'http://h/${}'", "a.url: '${}' holds no name"),
         ("[a]\nurl = '${NO_SUCH}/x'", "a.url: 'NO_SUCH' is not"),
         ("[a]\nurl = 'http://h /'", "a.url: http"),
+        ('[a]\nurl = "http://h\\nx/"', "a.url: a control character"),
         ("[a]\nurl = 'http://\u2024..x/'", "a.url: "),
         ("[a]\nurl = 'http://h/'\nheaders = { X = '$NO_SUCH' }", "a.headers.X: 'NO_SUCH'"),
         ("[a]\nurl = 'http://h/'\nheaders = { X = 'a${b c}' }", "a.headers.X: '${b c}' holds no name"),

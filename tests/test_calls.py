@@ -135,6 +135,12 @@ def test_the_queue_for_places_is_bounded() -> None:
         assert source._places.stats().available == 1 and source._all_places.stats().available == 99
         source.gate.set()
         assert (await part_of(source, 9)).state == "fresh"
+        none_waits = Gated(World(), concurrency=1, queue=0)
+        first = asyncio.create_task(part_of(none_waits, 0))
+        await ticks(50)
+        assert (await part_of(none_waits, 1)).state == "busy"
+        none_waits.gate.set()
+        assert (await first).state == "fresh"
 
     app_run(main())
 
@@ -248,3 +254,19 @@ def test_an_answer_is_checked_and_passed_on_as_it_came(body: bytes, keep: str, e
             read_data(body, keep)
     else:
         assert read_data(body, keep).encoded == (body if expected is None else expected)
+
+
+def test_no_data_is_a_503_with_the_least_wait_of_its_sources() -> None:
+    async def main() -> None:
+        world = World()
+        sources = {name: Gated(world) for name in ("a", "b", "c")}
+        for source, seconds in zip(sources.values(), (60.0, 30.5, 7200.0), strict=True):
+            source.pause(seconds)
+        for asked, later in (("abc", b"31"), ("ac", b"60"), ("c", b"300")):
+            plan = aggregate.Plan.of({name: sources[name] for name in asked}, {}, HANG_LIMIT)
+            answer = aggregate.assemble(plan, await plan.gather(), 0.0)
+            assert (answer.status, dict(answer.headers)[b"retry-after"]) == (503, later)
+            assert set(answer.states.values()) == {"paused"}
+        assert not any(source.sent for source in sources.values())
+
+    app_run(main())
