@@ -144,12 +144,11 @@ class Aggregator(Starlette):
         service.log.note("request", identity.decode(), fields)
 
     def _serves(self, host: bytes) -> bool:
-        """Whether a request may name this host: an address, a name of this machine, or one that was configured.
-
-        A name that anybody may make lead here (DNS rebinding) would let its page read everything.
+        """Whether a request may name this host: an address, a name without a dot or of this machine, or a configured
+        one. A name that anybody may make lead here (DNS rebinding) would let its page read everything.
         """
         name = re.sub(r":[0-9]*$", "", host.decode("latin-1").lower())
-        good = name in {"localhost", socket.gethostname().lower(), *self._hosts} or "*" in self._hosts
+        good = "." not in name or name in {socket.gethostname().lower(), *self._hosts} or "*" in self._hosts
         if not good and not name.endswith(".localhost"):
             try:
                 ipaddress.ip_address(name.strip("[]"))

@@ -512,6 +512,8 @@ def test_reads_the_rate(text: str, rate: float | str | None) -> None:
         ("[::1]:8000", [], 200),
         ("LOCALHOST:8000", [], 200),
         ("x.localhost", [], 200),
+        ("api:8000", [], 200),
+        ("evil.example.", [], 421),
         (socket.gethostname() + ":80", [], 200),
         ("evil.example", [], 421),
         ("127.0.0.1.evil.example", [], 421),
