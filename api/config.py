@@ -109,7 +109,7 @@ def read_config(text: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
     """The upstreams of a TOML configuration, by name: a table ``[name]`` each. Raises ``ConfigError``.
 
     ``${NAME}`` in a URL, a body or a header's value stands for a variable of the environment: secrets need not be in
-    the file.
+    the file. In a header ``$NAME`` does, too, and ``$$`` is ``$``; elsewhere ``$${`` is ``${``.
     """
     try:
         tables = tomllib.loads(text)
@@ -200,9 +200,17 @@ def _substituted(
     return re.sub(form, value, text)
 
 
+def _check_pattern(where: str, pattern: str, default: str | None) -> None:
+    try:
+        if default is None or not re.fullmatch(pattern, default):
+            raise ConfigError(f"{where}: there must be a parameter of this name, whose default matches")
+    except re.error as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
 def _read_url(text: str, environ: Mapping[str, str], where: str) -> str:
     """With its variables (percent-encoded after the host: there they are part of something) and a host in ASCII."""
-    end = re.match(r"([^/?#]*//)?[^/?#]*", text).end()  # type: ignore[union-attr]
+    end = len(re.findall(r"^(?:[^/?#]*//)?[^/?#]*", text)[0])
     rest = _substituted(text[end:], environ, where, change=lambda value: quote(value, safe=""))
     url = _substituted(text[:end], environ, where) + rest
     try:
@@ -212,15 +220,7 @@ def _read_url(text: str, environ: Mapping[str, str], where: str) -> str:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _check_pattern(where: str, pattern: str, default: str | None) -> None:
-    try:
-        if default is None or not re.fullmatch(pattern, default):
-            raise ConfigError(f"{where}: there must be a parameter of this name, whose default matches")
-    except re.error as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _each_text(part: Any, change: Callable[[str], str]) -> Any:
+def _each_text(part: Any, change: Callable[[str], Any]) -> Any:
     """JSON with each of its texts changed."""
     if isinstance(part, str):
         return change(part)
@@ -249,12 +249,7 @@ def _check_url(upstream: Upstream) -> None:
     if parts.scheme not in ("http", "https") or not fixed:
         raise ConfigError(f"{where}: http:// or https:// and a fixed host are needed")
     used = {name for _, name, _, _ in fields}
-
-    def note(text: str) -> str:
-        used.update(re.findall(r"\{(\w+)\}", text))
-        return text
-
-    _each_text(upstream.body, note)
+    _each_text(upstream.body, lambda text: used.update(re.findall(r"\{(\w+)\}", text)))
     if unused := upstream.parameters.keys() - used:
         raise ConfigError(f"{upstream.name}.parameters: {', '.join(sorted(unused))} is used nowhere")
 

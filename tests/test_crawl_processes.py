@@ -16,7 +16,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -458,9 +457,10 @@ def test_shares_twenty_kills_and_each_page_once(tmp_path: Path) -> None:
     moments = [10 + 12 * n + rng.randrange(6) for n in range(len(victims))]  # how many requests there have been
     killed: list[int] = []
     programs: list[subprocess.Popen[bytes]] = []
+    linked: dict[int, list[int]] = {}
 
     def page(host: int, path: str) -> AnyPage:
-        number = int(path[1:] or 0)
+        number = int(path[1:])
         with lock:
             paths = web.paths()
             due = len(killed) < len(victims) and len(web.log) >= moments[len(killed)] and paths[path] == 1
@@ -469,11 +469,14 @@ def test_shares_twenty_kills_and_each_page_once(tmp_path: Path) -> None:
             if due and (one := shares_client(programs[-1].pid, web.client.port)):
                 killed.append(programs[-1].pid if victims[len(killed)] == "parent" else one.pid)
                 os.kill(killed[-1], signal.SIGKILL)
-        links = "".join(f"<a href=/{n}>x</a>" for n in (2 * number + 1, 2 * number + 2) if n < 900)
-        return 200, {}, f"<title>{path}</title>{links}"
+            more = (
+                [number + 1] if number >= 599 and len(killed) < len(victims) else []
+            )  # one by one, until all are dead
+            links = linked.setdefault(number, [n for n in (2 * number + 1, 2 * number + 2) if n < 600] + more)
+        return 200, {}, f"<title>{path}</title>" + "".join(f"<a href=/{n}>x</a>" for n in links)
 
     with Web(page) as web:
-        argv = (web.url(1, "/0"), "--depth", 99, "--no-robots", "--rate", 0, "--concurrency", 6, "--processes", 3)
+        argv = (web.url(1, "/0"), "--depth", 9999, "--no-robots", "--rate", 0, "--concurrency", 6, "--processes", 3)
         codes: list[int] = []
         told = b""
         while not codes or codes[-1] == -signal.SIGKILL:
@@ -488,10 +491,11 @@ def test_shares_twenty_kills_and_each_page_once(tmp_path: Path) -> None:
     assert not re.search(rb'File "\S*/(crawl|runtime|\w+_threads|\w+_async)\S*py"', told), told.decode()
     assert codes == [-signal.SIGKILL] * 6 + [0], (codes, killed, moments)
     rows = shares_rows(out.read_bytes())
-    assert Counter(row["url"] for row in rows) == Counter(web.url(1, f"/{n}") for n in range(900))
+    pages = range(max(600, *(n + 1 for links in linked.values() for n in links)))
+    assert Counter(row["url"] for row in rows) == Counter(web.url(1, f"/{n}") for n in pages)
     assert [row["error"] for row in rows if row["error"]] == []
     assert len(killed) == len(victims) and len(set(killed)) == len(victims)
-    assert set(asked) == {f"/{n}" for n in range(900)} and asked.total() <= 900 + 6 * len(killed)
+    assert set(asked) == {f"/{n}" for n in pages} and asked.total() <= len(pages) + 6 * len(killed)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -584,14 +588,18 @@ def test_shares_a_helper_that_sends_rubbish_is_replaced(
     assert max(asked.values()) <= 2 and asked.total() <= 40 + 8
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("begun", ["crawl.processes.help_out", "crawl.helper.HelperCrawl.feed"])
 def test_shares_helpers_that_cannot_begin_end_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    driver: str, begun: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stillborn(sock: socket.socket, *_: Any) -> None:
+    """Also those whose driver cannot: for want of threads, say."""
+
+    def stillborn(*_: Any) -> None:
         os._exit(5)
 
-    monkeypatch.setattr("crawl.processes.help_out", stillborn)
-    assert walk_main("crawl_async", "http://127.0.2.1:9/", "--processes", "2", "-q") == 1
+    monkeypatch.setattr(begun, stillborn)
+    assert walk_main(driver, "http://127.0.2.1:9/", "--processes", "2", "-q") == 1
     err = capsys.readouterr().err
     assert f"died {STILLBORN} times before it began (exit code 5)" in err and "Traceback" not in err
 
