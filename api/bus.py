@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import secrets
 from collections import deque
@@ -21,6 +22,7 @@ import asyncpg
 import orjson
 
 from api.config import Key
+from coordination import wait_for_event
 from primitives import Backoff
 from runtime.postgres import BACK_OFF, Database, Unavailable
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 CHANNEL = "aggregate"
 LONGEST = 7900  # bytes of a message: PostgreSQL takes fewer than 8,000
+CHECK_EVERY = 10.0  # seconds between two checks of a connection on which nothing is told
 WAITING = 1000  # messages that may wait for the connection; the oldest are lost
 
 
@@ -54,11 +57,11 @@ class Bus:
         """Have the others told. Without a connection, only an invalidation waits for one."""
         if self._database.server is None or not (self.listening or news.kind == "invalidate"):
             return
-        message = orjson.dumps([self._sender, *news]).decode()
-        if len(message.encode()) > LONGEST:
+        message = json.dumps([self._sender, *news])  # in ASCII, which each database takes
+        if len(message) > LONGEST:
             if news.kind != "invalidate":
                 return
-            message = orjson.dumps([self._sender, *news._replace(key=None)]).decode()  # all keys: more, not less
+            message = json.dumps([self._sender, *news._replace(key=None)])  # all keys: more, not less
         self._waiting.append(message)
         self._wake.set()
 
@@ -91,9 +94,12 @@ class Bus:
             while not connection.is_closed():
                 self._wake.clear()
                 while self._waiting:
-                    await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, self._waiting[0])
-                    self._waiting.popleft()
-                await self._wake.wait()
+                    message = self._waiting[0]
+                    await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, message)
+                    if self._waiting[0] is message:  # it may have been lost meanwhile, as the oldest of too many
+                        self._waiting.popleft()
+                if not await wait_for_event(self._wake, CHECK_EVERY):
+                    await connection.execute("SELECT 1")  # a way that was cut somewhere else would not be noticed
         finally:
             connection.remove_termination_listener(lost)
 

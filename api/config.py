@@ -24,8 +24,9 @@ MOST = {"max_bytes": 5e6, "timeout": 60.0, "keys": 1e5, "retries": 10, "concurre
 MOST |= dict.fromkeys(("failures", "minimum"), 1000) | dict.fromkeys(("rate", "max_pause"), 1e5)
 """The greatest values in a configuration. To read 5 MB of JSON keeps the event loop for about 25 ms."""
 NONE = frozenset(("retries", "stale", "stale_if_error", "hedge", "ratio", "queue", "rate", "max_pause"))  # may be 0
-SEGMENT = r"^(?!\.\.?(;|$))(?!.*%(2[Ff]|5[Cc]|2[Ee]))[^/\\]*$"
-"""A value that is one segment of a path, also to whoever unquotes it once more (``..;`` is a dot segment to some)."""
+SEGMENT = r"^(?! *\.\.? *(;|$))(?!.*%(2[5EeFf]|3[Bb]|5[Cc]))[^/\\]*$"
+"""A value that is one segment of a path, also to whoever unquotes it again (``..;`` and ``.. `` are dot segments to
+some)."""
 IN_TEXT = r"\$(?:(\$)(?=\{)|\{([^}]*)\})"  # ``${NAME}``; ``$${`` is a ``${``
 IN_HEADERS = r"\$(?:(\$)|\{([^}]*)\}|(\w+))"  # also ``$NAME``; ``$$`` is a ``$``
 FRAMING = frozenset(("connection", "content-length", "transfer-encoding", "upgrade"))  # the client's own headers
@@ -178,6 +179,8 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
     if "body" in given:
         given["body"] = _each_text(given["body"], lambda text: _substituted(text, environ, f"{name}.body"))
     upstream = Upstream(name=name, **given)
+    if "rate" not in given:  # enough to renew all that is kept
+        upstream = dataclasses.replace(upstream, rate=max(upstream.rate, upstream.keys / upstream.ttl))
     _check_url(upstream)
     return upstream
 

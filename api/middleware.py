@@ -32,8 +32,9 @@ CLIENT_RATE, BURST_SECONDS, CLIENTS = 1000.0, 2.0, 10_000
 once, and how many clients are known at a time."""
 EXEMPT = frozenset(("/health", "/health/live", "/health/ready", "/metrics"))
 """Paths without a rate: who watches is not held up by what he is to see."""
-MAX_QUERY, MAX_HEADERS, MAX_BODY = 4096, 32 * 1024, 64 * 1024
-"""Bytes of a query, of all headers, and of the body that a request announces (no body is read)."""
+MAX_QUERY, MAX_HEADERS, MAX_HOST, MAX_BODY = 4096, 32 * 1024, 300, 64 * 1024
+"""Bytes of a query, of all headers, of the one that names the host, and of the body that a request announces (no body
+is read)."""
 
 
 def refused(wait: float, query: int, headers: int, body: int) -> Problem | None:
@@ -94,7 +95,7 @@ class Aggregator(Starlette):
         limited = self._rate and scope["path"] not in EXEMPT
         refusal = refused(self._wait(client) if limited else 0.0, len(scope["query_string"]), size, int(length))
         if host not in self._served and not self._serves(host):
-            refusal = Problem(421, "another host is asked for: AGGREGATE_HOSTS names those that are served")
+            refusal = Problem(400, "this host is not served: set AGGREGATE_HOSTS to the names that are")
         status = 500
         token = request_id.set(identity.decode())
         try:
@@ -147,6 +148,8 @@ class Aggregator(Starlette):
         """Whether a request may name this host: an address, a name without a dot or of this machine, or a configured
         one. A name that anybody may make lead here (DNS rebinding) would let its page read everything.
         """
+        if len(host) > MAX_HOST:
+            return False
         name = re.sub(r":[0-9]*$", "", host.decode("latin-1").lower())
         good = "." not in name or name in {socket.gethostname().lower(), *self._hosts} or "*" in self._hosts
         if not good and not name.endswith(".localhost"):

@@ -40,20 +40,20 @@ COUNT: Json = {"type": "integer", "minimum": 0}
 NUMBER: Json = {"type": "number", "minimum": 0}
 
 PROBLEMS = {
+    400: ("Another host is asked for than those that are served", ()),
     401: ("A bearer token is needed", ("WWW-Authenticate",)),
     403: ("Without a configured token only clients of the server's machine may do this", ()),
     404: ("Unknown source; `sources` lists the known ones", ()),
     405: ("Another method is needed", ("Allow",)),
     413: ("The request announces a body of more than 64 KB", ()),
     414: ("The query has more than 4,096 bytes", ()),
-    421: ("Another host is asked for than those that are served", ()),
     422: ("A parameter is unknown, there twice, empty, too long, or out of its range", ()),
     429: ("The client is over its rate", ("Retry-After",)),
     431: ("The headers have more than 32 KB in all", ()),
     503: ("Not now", ("Retry-After",)),
 }
 """What an answer that is a problem document means, and the headers it has."""
-ALWAYS = (405, 413, 414, 421, 429, 431)  # what every route can answer with
+ALWAYS = (400, 405, 413, 414, 429, 431)  # what every route can answer with
 
 
 def _ref(kind: str, name: str) -> Json:

@@ -63,7 +63,8 @@ def read_data(body: bytes, keep: str) -> Data:
                 raise UpstreamError("missing", keep)
             part = part[name]
         # encoding fails on what is nested too deeply for others
-        return Data(orjson.dumps(part) if keep or body.count(b"[") + body.count(b"{") > DEPTH else body)
+        anew = orjson.dumps(part) if keep or body.count(b"[") + body.count(b"{") > DEPTH else b""
+        return Data(anew if keep else body)
     except (orjson.JSONDecodeError, orjson.JSONEncodeError):
         raise UpstreamError("not_json") from None
 

@@ -251,11 +251,7 @@ class Source:
         if current:
             self.renewals.failed(key, self._clock())
             self.cache.defer(key, min(REFUSED, self.upstream.ttl))
-            if (
-                isinstance(error, UpstreamError)
-                and (error.retry_after or not error.is_transient)
-                and not error.is_pause
-            ):
+            if isinstance(error, UpstreamError) and error.is_for_later:
                 self.pause(self._pause_of(error), key, str(error))
                 if error.retry_after:
                     self.tell(key, self._pause_of(error))

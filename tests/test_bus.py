@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 import aggregate_app
+from api import bus as bus_module
 from api import config
 from api.bus import CHANNEL, Bus, News
 from api.history import UPSTREAM_RESULTS
 from runtime.postgres import Database
 from tests.helpers.api import app_upstream, ask, living
-from tests.helpers.base import HANG_LIMIT, run_task, ticks, until_async
+from tests.helpers.base import HANG_LIMIT, limits, run_task, ticks, until_async
 from tests.helpers.postgres import PgServer
 
 
@@ -118,6 +119,41 @@ def test_news_survive_an_outage_of_the_database(pg: PgServer) -> None:
         await asyncio.wait(tasks)
         for database in databases:
             await database.close()
+
+    run_task(main())
+
+
+def test_a_silent_connection_is_checked_and_no_message_is_lost_to_another() -> None:
+    async def main() -> None:
+        bus, sent, waits = Bus(Database("postgresql://h/"), print), list[str](), asyncio.Event()
+
+        class Connection:
+            async def execute(self, query: str, *arguments: str) -> None:
+                if query == "SELECT 1":
+                    raise ConnectionResetError
+                sent.append(json.loads(arguments[1])[2])
+                await waits.wait()
+
+            def is_closed(self) -> bool:
+                return False
+
+            def add_termination_listener(self, _: object) -> None: ...
+
+            remove_termination_listener = add_termination_listener
+
+        with limits(bus_module.CHECK_EVERY) as up:
+            bus.listening = True
+            bus.tell(News("invalidate", "0"))
+            serving = asyncio.create_task(bus._serve(Connection()))  # type: ignore[arg-type]
+            await ticks()
+            for number in range(1, bus_module.WAITING + 1):
+                bus.tell(News("open", str(number)))
+            waits.set()
+            await until_async(lambda: len(sent) == bus_module.WAITING + 1)
+            assert sent == list(map(str, range(bus_module.WAITING + 1)))
+            up()
+            with pytest.raises(ConnectionResetError):
+                await serving
 
     run_task(main())
 

@@ -236,6 +236,7 @@ def test_made_up_parameters_are_bounded_by_the_rate() -> None:
         (b'{"a": {"b": [1, 2.50]}}', "a.b", b"[1,2.5]"),
         (b"0.30", "", None),
         (b"[" * 150 + b"]" * 150, "", None),
+        (b"[" + b'{"price": 1.10},' * 300 + b"1E2]", "", None),
         (b"[" * 300 + b"]" * 300, "", "not_json"),
         (b'{"a":' * 300 + b"1" + b"}" * 300, "", "not_json"),
         (b'{"a": 1', "", "not_json"),

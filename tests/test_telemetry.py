@@ -407,7 +407,7 @@ def test_requests_are_counted_by_route_and_status() -> None:
         assert counts == {
             ("/aggregate", 200): 2,
             ("/aggregate", 422): 1,
-            ("/aggregate", 421): 1,
+            ("/aggregate", 400): 1,
             ("/aggregate/{source}", 200): 1,
             ("/aggregate/{source}", 404): 1,
             ("other", 404): 3,
