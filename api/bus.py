@@ -3,8 +3,9 @@
 Told: an invalidation, a circuit that opened, a pause that an upstream wants. One connection listens and tells; whoever
 has something to tell never waits for it.
 
-Not promised: that all hear of everything. What is told while a worker has no connection it never hears; invalidations
-wait for the teller's own. PgBouncer has to be in session mode: in transaction mode nobody hears anything.
+Promised: an invalidation reaches all. It waits for the teller's connection, and is kept in the table ``invalidations``,
+where who had no connection finds it. Not so the rest, which would be over by then. PgBouncer has to be in session mode:
+in transaction mode nobody hears anything.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import json
 import math
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,7 +34,12 @@ if TYPE_CHECKING:
 CHANNEL = "aggregate"
 LONGEST = 7900  # bytes of a message: PostgreSQL takes fewer than 8,000
 CHECK_EVERY = 10.0  # seconds between two checks of a connection on which nothing is told
-WAITING = 1000  # messages that may wait for the connection; the oldest are lost
+WAITING = 1000  # messages that may wait for the connection, the oldest are lost; and of those missed that are read
+OVERLAP = 5.0  # seconds for which what was told is read again: an invalidation is dated before it is committed
+TELL = "SELECT pg_notify($1, $2)"
+KEEP = f"WITH kept AS (INSERT INTO invalidations (message) VALUES ($2)) {TELL}"
+MISSED = """SELECT message FROM invalidations WHERE told_at > now() - make_interval(secs => $1)
+ORDER BY told_at DESC LIMIT $2"""
 
 
 class News(NamedTuple):
@@ -49,7 +56,8 @@ class Bus:
 
     def __init__(self, database: Database, hear: Callable[[News], object]) -> None:
         self._database, self._hear, self._sender = database, hear, secrets.token_hex(8)
-        self._waiting: deque[str] = deque(maxlen=WAITING)
+        self._waiting: deque[tuple[str, str]] = deque(maxlen=WAITING)  # SQL, message
+        self._heard_until = time.monotonic()
         self._wake = asyncio.Event()
         self.listening = False
 
@@ -62,7 +70,7 @@ class Bus:
             if news.kind != "invalidate":
                 return
             message = json.dumps([self._sender, *news._replace(key=None)])  # all keys: more, not less
-        self._waiting.append(message)
+        self._waiting.append((KEEP if news.kind == "invalidate" else TELL, message))
         self._wake.set()
 
     async def run(self) -> None:
@@ -74,6 +82,7 @@ class Bus:
                 async with self._database.connection(limit=math.inf) as connection:
                     await connection.add_listener(CHANNEL, self._heard)
                     try:
+                        await self._catch_up(connection)
                         self.listening = True
                         backoff.reset()
                         await self._serve(connection)
@@ -82,6 +91,16 @@ class Bus:
                         with contextlib.suppress(Exception):  # it is closed
                             await connection.remove_listener(CHANNEL, self._heard)
             await asyncio.sleep(backoff.next())
+
+    async def _catch_up(self, connection: PooledConnection) -> None:
+        """Hear the invalidations that were told since there was a connection."""
+        since = time.monotonic() - self._heard_until + OVERLAP
+        missed = [message for (message,) in await connection.fetch(MISSED, since, WAITING)]
+        if len(missed) == WAITING:
+            self._hear(News("invalidate", ""))
+        for message in missed:
+            self._heard(None, 0, CHANNEL, message)
+        self._heard_until = time.monotonic()
 
     async def _serve(self, connection: PooledConnection) -> None:
         """Tell what waits, until the connection is lost."""
@@ -94,10 +113,11 @@ class Bus:
             while not connection.is_closed():
                 self._wake.clear()
                 while self._waiting:
-                    message = self._waiting[0]
-                    await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, message)
-                    if self._waiting[0] is message:  # it may have been lost meanwhile, as the oldest of too many
+                    told = query, message = self._waiting[0]
+                    await connection.execute(query, CHANNEL, message)
+                    if self._waiting[0] is told:  # it may have been lost meanwhile, as the oldest of too many
                         self._waiting.popleft()
+                self._heard_until = time.monotonic()
                 if not await wait_for_event(self._wake, CHECK_EVERY):
                     await connection.execute("SELECT 1")  # a way that was cut somewhere else would not be noticed
         finally:

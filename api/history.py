@@ -40,6 +40,13 @@ CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results (fetched_
 ELSIF (SELECT bool_or(attname = 'writer') AND NOT bool_or(attname = 'configuration') FROM pg_attribute
        WHERE attrelid = to_regclass('upstream_results')) THEN  -- of an earlier version
 ALTER TABLE upstream_results ADD COLUMN configuration text NOT NULL DEFAULT '';
+END IF;
+IF to_regclass('invalidations') IS NULL THEN
+CREATE TABLE IF NOT EXISTS invalidations (
+    told_at timestamptz NOT NULL DEFAULT now(),
+    message text        NOT NULL  -- as it was told (api/bus.py): for who had no connection then
+);
+CREATE INDEX IF NOT EXISTS invalidations_by_time ON invalidations (told_at);
 END IF; END $do$;
 """
 RECENT = 20_000  # results of one source among which a start looks for the last of each combination of parameters
@@ -152,6 +159,8 @@ class History:
     async def forget(self, older_than: float, batch: int = 5000) -> int:
         """Delete what is older than ``older_than`` seconds, in batches, so that nobody waits long; returns how many."""
         before, deleted = datetime.now(UTC) - timedelta(seconds=older_than), 0
+        async with self._database.connection() as connection:
+            await connection.execute("DELETE FROM invalidations WHERE told_at < $1", before)
         while True:
             async with self._database.connection() as connection:
                 status = await connection.execute(  # by place: a join with the whole table would scan it each time

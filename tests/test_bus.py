@@ -96,7 +96,7 @@ def test_workers_hear_of_invalidations_pauses_and_circuits(pg: PgServer) -> None
 def test_news_survive_an_outage_of_the_database(pg: PgServer) -> None:
     async def main() -> None:
         heard: list[News] = []
-        databases = [Database(pg.url) for _ in range(2)]
+        databases = [Database(pg.url, UPSTREAM_RESULTS) for _ in range(2)]
         buses = [Bus(database, heard.append) for database in databases]
         for database in databases:
             await database.open(0.0)
@@ -114,6 +114,18 @@ def test_news_survive_an_outage_of_the_database(pg: PgServer) -> None:
         buses[0].tell(News("pause", "a", None, 5.0))  # without a connection: it would be over by then
         assert not buses[0]._waiting
         assert sorted(heard) == [News("invalidate", "a"), News("pause", "b", ("x",), 5.0)]
+        tasks[1].cancel()  # who has no connection when the others are told finds it later
+        await until_async(lambda: not buses[1].listening)
+        buses[0].tell(News("open", "a"))
+        buses[0].tell(News("invalidate", "a", ("é",)))
+        await until_async(lambda: not buses[0]._waiting)
+        tasks.append(asyncio.create_task(buses[1].run()))
+        await until_async(lambda: News("invalidate", "a", ("é",)) in heard)
+        assert "open" not in {news.kind for news in heard}
+        await pg.do("INSERT INTO invalidations SELECT now(), 'x' FROM generate_series(1, 1000)")
+        buses.append(Bus(databases[0], heard.append))
+        tasks.append(asyncio.create_task(buses[2].run()))
+        await until_async(lambda: News("invalidate", "") in heard)  # more than can be read
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
