@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import functools
 import math
-import re
+import os
 import socket
 import time
 import weakref
@@ -21,40 +21,32 @@ from typing import Any, cast
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.http import HttpVersion11, RawResponseMessage
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from crawl.addresses import may_go_anywhere
 from crawl.core import Crawl, patience
 from crawl.errors import CUT_OFF, FetchError
-from crawl.headers import read_headers
+from crawl.http1 import MAX_HEAD, Answer, Head
 from crawl.model import Request, Response
-from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, tls_detail
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, readable, tls_detail
 
-END_OF_HEAD = re.compile(rb"\n\r?\n")
+_NO_HEADERS = CIMultiDictProxy(CIMultiDict[str]())
 current_request: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
 """The request that the running task fetches, for the connector, to which aiohttp does not pass it."""
-
-
-def _payload_error(error: aiohttp.ClientError, status: int) -> FetchError:
-    cause = error.__cause__
-    if isinstance(cause, aiohttp.http_exceptions.BadHttpMessage) and not isinstance(
-        cause, (aiohttp.http_exceptions.ContentLengthError, aiohttp.http_exceptions.TransferEncodingError)
-    ):
-        return FetchError("protocol", detail(cause), status=status)
-    return FetchError("truncated", detail(cause or error), status=status)
 
 
 def _explained(error: Exception, seconds: float) -> FetchError:
     """``explained``, of what aiohttp raises before the answer."""
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return FetchError("timeout", "no connection in time")
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return FetchError("dns", error.strerror or str(error))
     if isinstance(error, aiohttp.ClientSSLError):
         cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
         return FetchError("tls", tls_detail(cause))
     if isinstance(error, aiohttp.ClientConnectorError):
-        return FetchError("connect", error.os_error.strerror or str(error.os_error))
+        reason = error.os_error  # whose text names the address
+        return FetchError("connect", os.strerror(reason.errno) if reason.errno else str(reason))
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return FetchError("connect", f"the proxy answered {error.status}")
     if isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, OSError):
@@ -62,31 +54,102 @@ def _explained(error: Exception, seconds: float) -> FetchError:
     return explained(error, seconds)
 
 
-class HeadFirst(ResponseHandler):
-    """aiohttp's end of a connection, which lets the parser have a head before the bytes of the body that came with it:
-    a fault in those would take the head too, and what it says. Who reads the body is told of the fault."""
+class Lost(Exception):
+    """A kept connection brought no answer but its end, or rubbish: another one is to be asked (RFC 9112, 9.3.1)."""
 
-    _end_of_last = b""  # the last bytes of what has come of a head
+
+class Body(aiohttp.StreamReader):
+    """The body of an answer, as aiohttp hands it on, and what our reader says of that answer."""
+
+    answer: Answer
+    begun = False  # its head was handed on
+
+
+class Reading(ResponseHandler):
+    """aiohttp's end of a connection, which reads HTTP/1.1 as the other driver does (crawl/http1.py)."""
+
+    _body: Body | None = None
+    _kept = False  # it has brought an answer
+
+    def is_idle(self) -> bool:
+        """Whether a request can be sent on it: it is open, and since its last answer nothing has come."""
+        transport = self._live()
+        return transport is not None and not (self._kept and readable(transport.get_extra_info("socket")))
+
+    def _live(self) -> asyncio.Transport | None:
+        return self.transport if self.is_connected() else None
+
+    def without_answer(self, fault: FetchError) -> Exception:
+        """What to raise where none comes."""
+        return Lost() if self._kept else fault
+
+    def set_response_params(self, *, read_bufsize: int = 1 << 16, **_: Any) -> None:
+        """An answer is to come."""
+        self._payload = self._body = Body(self, read_bufsize, loop=self._loop)
+        self._body.answer = Answer()
+        early, self._tail = self._tail, b""
+        self.data_received(early)
+        self.resume_reading()
 
     def data_received(self, data: bytes) -> None:
-        """Gives the parser a head by itself, then what came behind it."""
-        rest = data
-        while rest and (self._payload is None or self._payload.is_eof()):  # interim heads may come before the answer's
-            found = END_OF_HEAD.search(self._end_of_last + rest)
-            if found is None:
-                self._end_of_last = (self._end_of_last + rest)[-3:]
-                break
-            end = found.end() - len(self._end_of_last)
-            self._end_of_last = b""
-            super().data_received(rest[:end])
-            rest = rest[end:]
-        if rest or not data:  # nothing at all means to aiohttp: go on with what you have
-            super().data_received(rest)
-        fault, body = self._exception, self._payload
-        if fault is not None and body is not None and not body.is_eof() and body.exception() is None:
-            error = aiohttp.ClientPayloadError()
-            error.__cause__ = aiohttp.http_exceptions.BadHttpMessage(str(getattr(fault, "message", fault)))
-            body.set_exception(error)
+        """Reads on. What comes when nothing was asked for, or nothing any more, belongs to no request."""
+        body = self._body
+        if body is None:
+            self._tail += data
+            if len(self._tail) > MAX_HEAD:
+                self.pause_reading()
+        elif not body.answer.over:
+            self._hand_on(body, body.answer.feed(data))
+        elif data and self.transport:
+            self.transport.close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The answer ends here, complete or not."""
+        body = self._body
+        while body and body.answer.more:
+            self._hand_on(body, body.answer.feed())
+        if body and not (answer := body.answer).over:
+            status = answer.head.status if answer.head else None
+            answer.end(explained(exc, 0, status) if isinstance(exc, Exception) else None)
+            self._hand_on(body, b"")
+        super().connection_lost(exc)
+
+    def _hand_on(self, body: Body, data: bytes) -> None:
+        answer = body.answer
+        if answer.over and not answer.reusable:
+            self._should_close = True
+        if answer.more:
+            self.pause_reading()
+            self._loop.call_soon(self._go_on)
+        if answer.head is None:
+            if fault := answer.fault:
+                self.set_exception(self.without_answer(fault))
+            return
+        if not body.begun:
+            body.begun = self._kept = True
+            status = answer.head.status
+            message = RawResponseMessage(HttpVersion11, status, "", _NO_HEADERS, (), False, None, False, False)
+            self.feed_data((message, body))
+        body.feed_data(data)
+        if answer.over:
+            body.feed_eof()
+
+    def _go_on(self) -> None:
+        self.data_received(b"")
+        self.resume_reading()
+
+    def pause_reading(self) -> None:
+        """More has come than is read."""
+        if (transport := self._live()) and not self._reading_paused:
+            self._reading_paused = True
+            transport.pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """It is read again."""
+        unread = self._body and self._body.answer.more
+        if (transport := self._live()) and self._reading_paused and not unread:
+            self._reading_paused = False
+            transport.resume_reading()
 
 
 class GatedConnector(aiohttp.TCPConnector):
@@ -101,7 +164,7 @@ class GatedConnector(aiohttp.TCPConnector):
     def __init__(self, crawl: Crawl, resolver: Resolver, *, anywhere: bool, **more: Any) -> None:
         super().__init__(socket_factory=self._open, resolver=LoopResolver(resolver, anywhere=anywhere), **more)
         self._crawl, self._anywhere = crawl, anywhere
-        self._factory = cast(Any, functools.partial(HeadFirst, loop=self._loop))
+        self._factory = cast(Any, functools.partial(Reading, loop=self._loop))
         self._opened: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     def _open(self, address: aiohttp.AddrInfoType) -> socket.socket:
@@ -112,7 +175,7 @@ class GatedConnector(aiohttp.TCPConnector):
         return opened
 
     async def connect(self, *args: Any, **more: Any) -> Any:
-        """A connection on which the request of this task may be sent now. Raises Postponed."""
+        """A connection on which the request of this task may be sent now. Raises Postponed, Lost."""
         connection = await super().connect(*args, **more)
         request, began, clock = current_request.get(), time.monotonic(), self._crawl.clock
         try:
@@ -121,6 +184,10 @@ class GatedConnector(aiohttp.TCPConnector):
                     await request.told.parked()
                 else:  # the loop's timers are good to a millisecond: sleep a little less, and yield for the rest
                     await asyncio.sleep(wait - 0.001 if wait > 0.0015 else 0)
+            reading = cast(Reading, connection.protocol)
+            if not reading.is_idle():
+                connection.close()
+                raise reading.without_answer(FetchError("reset", "closed without an answer"))
         except BaseException:
             connection.release()
             raise
@@ -223,40 +290,43 @@ class Fetcher:
         session = self._free if anywhere or proxy else self._guarded
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._options.connect_timeout, ceil_threshold=math.inf)
         async with DeadlineScope(limit):
-            response = await session.get(
-                URL(url, encoded=True), headers=headers, timeout=timeout, allow_redirects=False, proxy=proxy
-            )
+            while True:
+                with contextlib.suppress(Lost):
+                    response = await session.get(
+                        URL(url, encoded=True), headers=headers, timeout=timeout, allow_redirects=False, proxy=proxy
+                    )
+                    break
         async with response:
-            answer = Response(response.status, read_headers(response.raw_headers), b"")
+            body = cast(Body, response.content)
+            head = body.answer.head
+            assert head
+            answer = Response(head.status, head.headers, b"")
             seconds = patience(request, answer.status)
             try:
                 async with DeadlineScope(limit if seconds is None else TimeLimit(seconds, limit)):
-                    answer.body = await self._body(request, answer, response)
+                    answer.body = await self._body(request, head, body)
                 return answer
             except (FetchError, OSError) as error:
                 failure = explained(error, self._options.timeout, answer.status)
-            except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError) as error:
-                failure = _payload_error(error, answer.status)
             except asyncio.CancelledError:
-                response.close()
                 if not self.aborted:
                     raise
                 raise FetchError("interrupted", CUT_OFF, status=answer.status) from None
-            response.close()
+            finally:
+                response.close()
             failure.answer = answer
             raise failure
 
-    async def _body(self, request: Request, answer: Response, response: aiohttp.ClientResponse) -> bytes:
-        status = answer.status
-        length = 0 if status in (204, 304) else response.content_length
+    async def _body(self, request: Request, head: Head, coming: Body) -> bytes:
         limit, cut = self._crawl.max_bytes(request)
-        body = BodyDecoder(answer.headers.get("Content-Encoding"), limit, status, cut=cut, length=length)
-        while not body.full and (data := await response.content.readany()):
+        coding = head.headers.get("Content-Encoding")
+        body = BodyDecoder(coding, limit, head.status, cut=cut, length=head.length)
+        while not body.full and (data := await coming.readany()):
             for step, _ in enumerate(body.feed(data)):
                 if step:
                     await asyncio.sleep(0)
-        if body.full:
-            response.close()
+        if coming.answer.fault and not body.full:
+            raise coming.answer.fault
         return body.finish()
 
     async def close(self) -> None:

@@ -1,7 +1,8 @@
-"""The HTTP client of the crawler on threads: urllib, with kept connections and one deadline for each request.
+"""The HTTP client of the crawler on threads: urllib, with kept connections, one deadline for each request, and our own
+reading of what comes (crawl/http1.py).
 
 A blocking socket's time limit holds for one system call, so a server that drips a byte a second would never meet it.
-``_DeadlineSocket`` gives every call only what is left of the attempt, by a ``TimeLimit``.
+``_Connection`` gives every call only what is left of the attempt, by a ``TimeLimit``.
 
 Everything runs in the calling thread, but DNS, which does in the resolver's. ``_Pool._lock`` guards the idle
 connections and the set of those in use.
@@ -10,9 +11,6 @@ connections and the set of those in use.
 from __future__ import annotations
 
 import contextlib
-import functools
-import http.client
-import io
 import math
 import os
 import select
@@ -20,39 +18,49 @@ import socket
 import ssl
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from coordination import new_lock
 from crawl.addresses import may_go_anywhere
 from crawl.core import Crawl, patience
 from crawl.errors import CUT_OFF, FetchError
-from crawl.headers import read_headers
+from crawl.http1 import Answer, Head
 from crawl.model import Request, Response
-from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, tls_context, tls_detail
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, explained, readable, tls_context, tls_detail
 
 IDLE = 256  # connections kept open for a next request to their host: a list often goes round many hosts
+_Key = tuple[str, str, str | None, bool]
+"""Scheme, host and port, the host behind a proxy's tunnel, and whether it was opened without a look at its address."""
 
 
-class _DeadlineSocket:
-    """A socket whose every call ends, with TimeoutError, when ``limit`` does; what http.client needs of one.
+def _request_bytes(method: str, target: str, headers: Mapping[str, str]) -> bytes:
+    """What is sent. Raises ValueError where a line would be two."""
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    text = "".join(f"{line}\r\n" for line in lines)
+    if text.count("\r") != len(lines) or text.count("\n") != len(lines):
+        raise ValueError("a line break in a header")
+    return text.encode() + b"\r\n"
+
+
+class _Connection:
+    """A connection, of which every call ends, with TimeoutError, when ``limit`` does.
 
     The socket itself does not block, and poll waits: a time limit set on a socket would cost three system calls more
     a request, each of which gives the interpreter to another thread and waits to get it back.
     """
 
-    def __init__(self, sock: socket.socket, limit: TimeLimit) -> None:
-        self.limit = limit
-        self.dry = False  # answer "nothing there" instead of reading on
-        self.ended = False
-        self._readers = 0
-        self._closed = False
+    answer: Answer  # to the last request
+
+    def __init__(self, key: _Key, sock: socket.socket, limit: TimeLimit) -> None:
+        self.key, self.limit = key, limit
+        self._first = b""  # of the body, what came with the head
         self.use(sock)
 
     def use(self, sock: socket.socket) -> None:
         self.sock: Any = sock
         sock.setblocking(False)
-        self._decrypted: Callable[[], int] | None = getattr(sock, "pending", None)
+        self._decrypted: Callable[[], int] = getattr(sock, "pending", int)  # bytes that wait in no socket
 
     def _wait(self, event: int) -> None:
         poll = select.poll()
@@ -68,7 +76,7 @@ class _DeadlineSocket:
             if error := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise OSError(error, os.strerror(error)) from None
 
-    def _complete(self, call: Callable[..., int], *args: Any, event: int = select.POLLIN) -> int:
+    def _complete(self, call: Callable[..., Any], *args: Any, event: int = select.POLLIN) -> Any:
         """What ``call`` returns when it need not wait; ``event``: what it waits for, where TLS wants nothing else."""
         while True:
             try:
@@ -83,111 +91,43 @@ class _DeadlineSocket:
     def handshake(self) -> None:
         self._complete(self.sock.do_handshake)
 
-    def sendall(self, data: Any) -> None:
-        rest = memoryview(data)
+    def begin(self, request: bytes) -> Head:
+        """Send ``request``; returns the head of its answer. Raises FetchError if that does not come."""
+        rest, answer = memoryview(request), Answer()
         while rest:
             rest = rest[self._complete(self.sock.send, rest, event=select.POLLOUT) :]
+        self.answer = answer
+        while answer.head is None:
+            if answer.fault:
+                raise answer.fault
+            self._first = self._read()
+        return answer.head
 
-    def recv_into(self, buffer: Any) -> int:
-        if not (self._decrypted and self._decrypted()):
+    def body(self) -> Iterator[bytes]:
+        """The pieces of the body. Raises FetchError in its place where it is faulty."""
+        yield self._first
+        self._first = b""  # an idle connection needs no memory
+        while not self.answer.over:
+            yield self._read()
+        if self.answer.fault:
+            raise self.answer.fault
+
+    def _read(self) -> bytes:
+        if self.answer.more:
+            return self.answer.feed()
+        if not self._decrypted():
             self._wait(select.POLLIN)
-        return self._complete(self.sock.recv_into, buffer)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        self._readers += 1
-        return io.BufferedReader(_SocketReader(self), 1 << 16)
-
-    def reader_closed(self) -> None:
-        self._readers -= 1
-        if self._closed and not self._readers:
-            self.sock.close()
-
-    def close(self) -> None:
-        # http.client closes a connection that ends with its answer before the answer's body is read.
-        self._closed = True
-        if not self._readers:
-            self.sock.close()
+        if data := self._complete(self.sock.recv, 1 << 16):
+            return self.answer.feed(data)
+        self.answer.end()
+        return b""
 
     def readable(self) -> bool:
-        """Something has come, or the end. On an idle connection either means that it cannot be used again."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        return bool(poll.poll(0))
-
-
-class _SocketReader(io.RawIOBase):
-    def __init__(self, sock: _DeadlineSocket) -> None:
-        self._sock = sock
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        if self._sock.dry:
-            return None
-        received = self._sock.recv_into(buffer)
-        self._sock.ended = not received
-        return received
+        """Something has come, or the end."""
+        return bool(self._decrypted()) or readable(self.sock)
 
     def close(self) -> None:
-        if not self.closed:
-            super().close()
-            self._sock.reader_closed()
-
-
-class _Response(http.client.HTTPResponse):
-    """http.client's answer, stricter with chunks, and with its connection given back as soon as it is read."""
-
-    release: Callable[[bool], None] | None = None  # told once whether the connection can be used again
-    wire: _DeadlineSocket
-
-    def _read_status(self) -> tuple[str, int, str]:
-        # http.client skips 100 only; RFC 9110, section 15.2: any number of interim answers may come.
-        while True:
-            version, status, reason = super()._read_status()  # type: ignore[misc]
-            if not 100 <= status < 200 or status == 101:
-                return version, status, reason
-            http.client.parse_headers(self.fp)
-
-    def _read_next_chunk_size(self) -> int:
-        line = self.fp.readline(1000)
-        if not line.endswith(b"\n"):
-            raise FetchError("protocol" if len(line) == 1000 else "truncated", "in a chunk", status=self.status)
-        digits = line.partition(b";")[0].strip()
-        if not digits or digits.strip(b"0123456789abcdefABCDEF") or len(digits) > 16:
-            raise FetchError("protocol", f"not a chunk size: {digits[:20]!r}", status=self.status)
-        return int(digits, 16)
-
-    def _close_conn(self) -> None:
-        # http.client comes here when the body is complete, and from close(). What has come already beyond the body
-        # belongs to no request: such a connection is not used again.
-        fp, release, self.release = self.fp, self.release, None
-        usable = False
-        if release and not self.will_close:
-            self.wire.dry = True
-            usable = not fp.peek(1)
-            self.wire.dry = False
-        super()._close_conn()  # type: ignore[misc]
-        if release:
-            release(usable)
-
-    def close(self) -> None:
-        self.will_close = self.will_close or not self.isclosed()
-        super().close()
-
-
-_Key = tuple[str, str, str | None, bool]
-"""Scheme, host and port, the host behind a proxy's tunnel, and whether it was opened without a look at its address."""
-
-
-class _Connection(http.client.HTTPConnection):
-    response_class = _Response
-    auto_open = 0
-    sock: Any
-
-
-class _SecureConnection(_Connection):
-    default_port = 443
+        self.sock.close()
 
 
 class _Pool:
@@ -199,9 +139,9 @@ class _Pool:
     def __init__(self, idle: int) -> None:
         self._limit = idle
         self._lock = new_lock("Pool")
-        self._idle: dict[_Connection, _Key] = {}
+        self._idle: dict[_Connection, None] = {}
         self._by_key: dict[_Key, list[_Connection]] = {}
-        self._in_use: set[socket.socket] = set()
+        self._in_use: set[_Connection] = set()
         self.aborted = False
 
     def take(self, key: _Key) -> _Connection | None:
@@ -213,43 +153,37 @@ class _Pool:
                     return None
                 connection = connections[-1]
                 self._forget(connection)
-                self._in_use.add(connection.sock.sock)
-            if not connection.sock.readable():
+                self._in_use.add(connection)
+            if not connection.readable():
                 return connection
-            self.unwatch(connection.sock.sock)
-            connection.close()
+            self.give(connection, usable=False)
 
-    def give(self, key: _Key, connection: _Connection, sock: socket.socket, usable: bool) -> None:
-        oldest = None
+    def give(self, connection: _Connection, *, usable: bool) -> None:
+        """It is in use no more, and kept if it is ``usable``."""
+        closed = connection
         with self._lock:
-            self._in_use.discard(sock)
+            self._in_use.discard(connection)
             if usable and not self.aborted:
-                self._idle[connection] = key
-                self._by_key.setdefault(key, []).append(connection)
-                if len(self._idle) > self._limit:
-                    oldest = next(iter(self._idle))
-                    self._forget(oldest)
-        if oldest:
-            oldest.close()
-        if not usable or self.aborted:
-            connection.close()
+                self._idle[connection] = None
+                self._by_key.setdefault(connection.key, []).append(connection)
+                if len(self._idle) <= self._limit:
+                    return
+                closed = next(iter(self._idle))
+                self._forget(closed)
+        closed.close()
 
     def _forget(self, connection: _Connection) -> None:
-        key = self._idle.pop(connection)
-        self._by_key[key].remove(connection)
-        if not self._by_key[key]:
-            del self._by_key[key]
+        del self._idle[connection]
+        self._by_key[connection.key].remove(connection)
+        if not self._by_key[connection.key]:
+            del self._by_key[connection.key]
 
-    def watch(self, sock: socket.socket) -> None:
+    def watch(self, connection: _Connection) -> None:
+        """It is in use, from now on or still. Raises OSError if nothing is to be any more."""
         with self._lock:
+            self._in_use.add(connection)
             if self.aborted:
-                sock.close()
                 raise OSError("stopped")
-            self._in_use.add(sock)
-
-    def unwatch(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._in_use.discard(sock)
 
     def close(self) -> None:
         with self._lock:
@@ -261,9 +195,9 @@ class _Pool:
         """Cut off every connection in use: whoever waits for it wakes up with an error."""
         with self._lock:
             self.aborted = True
-            for sock in self._in_use:
+            for connection in self._in_use:
                 with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                    connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 class _Call(urllib.request.Request):
@@ -279,82 +213,64 @@ class _Call(urllib.request.Request):
 class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """Keep-alive for urllib's opener, in which proxies and authentication go on as they do.
 
-    Unless a call may go ``anywhere``, or goes to a proxy, it is connected to public addresses only. A kept connection
-    that the server closed while it was idle is replaced once (RFC 9112, section 9.3.1). Raises FetchError of kind dns,
-    blocked, connect, tls.
+    Unless a call may go ``anywhere``, or goes to a proxy, it is connected to public addresses only. Where a kept
+    connection brings no answer but its end, or rubbish, another one is asked (RFC 9112, section 9.3.1). Raises
+    FetchError of kind dns, blocked, connect, tls.
     """
 
     def __init__(self, pool: _Pool, resolver: Resolver, *, insecure: bool) -> None:
         urllib.request.HTTPHandler.__init__(self)
         self._pool, self._resolver, self._insecure = pool, resolver, insecure
 
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+    def http_open(self, req: urllib.request.Request) -> Any:
+        """A connection that has brought the head of an answer."""
         assert isinstance(req, _Call)
         tunnel = req._tunnel_host
-        anywhere = bool(tunnel or req.has_proxy() or req.anywhere)
-        key = (req.type, req.host, tunnel, anywhere)
-        headers = {**req.headers, **req.unredirected_hdrs}
-        headers.setdefault("Connection", "keep-alive")
+        key = (req.type, req.host, tunnel, bool(tunnel or req.has_proxy() or req.anywhere))
+        headers = {"Connection": "keep-alive", **req.unredirected_hdrs, **req.headers}
         proxy_headers = {name: headers.pop(name) for name in list(headers) if tunnel and name == "Proxy-authorization"}
+        request = _request_bytes("GET", req.selector, headers)
         while True:
-            connection = self._pool.take(key)
-            kept = connection is not None
-            if connection is None:
-                connection = self._connect(key, proxy_headers, req.connect_limit)
-            wire = connection.sock
-            wire.limit = req.limit
+            kept = self._pool.take(key)
+            connection = kept or self._connect(key, proxy_headers, req.connect_limit)
+            connection.limit = req.limit
             try:
                 req.before_send()
-                connection.request(req.get_method(), req.selector, req.data, headers)
-                response = connection.getresponse()
-            except ConnectionError:
-                self._pool.give(key, connection, wire.sock, False)
-                # A kept connection may have been closed, or be closing, when the request reached it.
-                if not (kept and req.get_method() in ("GET", "HEAD")) or self._pool.aborted:
+                if kept and kept.readable():
+                    raise ConnectionResetError("closed while it was idle")
+                connection.begin(request)
+                return connection
+            except BaseException as error:
+                self._pool.give(connection, usable=False)
+                lost = isinstance(error, (OSError, FetchError)) and not isinstance(error, TimeoutError)
+                if not (kept and lost) or self._pool.aborted:
                     raise
-                continue
-            except BaseException:
-                self._pool.give(key, connection, wire.sock, False)
-                raise
-            assert isinstance(response, _Response)
-            if wire.ended:  # http.client takes the end of the stream for the end of the head
-                response.close()
-                self._pool.give(key, connection, wire.sock, False)
-                raise FetchError("truncated", "in the head")
-            response.url, response.msg = req.full_url, response.reason  # type: ignore[assignment]
-            if response.isclosed():
-                self._pool.give(key, connection, wire.sock, not response.will_close)
-            else:
-                response.wire = wire
-                response.release = functools.partial(self._pool.give, key, connection, wire.sock)
-            return response
 
     https_open = http_open
 
     def _connect(self, key: _Key, proxy_headers: dict[str, str], limit: TimeLimit) -> _Connection:
-        scheme, authority, tunnel, anywhere = key
-        connection = (_SecureConnection if scheme == "https" and not tunnel else _Connection)(authority)
-        server = connection.host
-        if tunnel:
-            parts = urllib.parse.urlsplit(f"//{tunnel}")
-            server = parts.hostname or ""
-            connection.set_tunnel(f"[{server}]" if ":" in server else server, parts.port or 443, proxy_headers)
-        wire = connection.sock = self._dial(connection.host, connection.port, limit, anywhere=anywhere)
+        scheme, authority, tunnel, _ = key
+        name, port = _name_and_port(authority, 443 if scheme == "https" and not tunnel else 80)
+        connection = self._dial(key, name, port, limit)
         try:
             if tunnel:
-                connection._tunnel()  # type: ignore[attr-defined]
+                name, port = _name_and_port(tunnel, 443)
+                target = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+                head = connection.begin(_request_bytes("CONNECT", target, {"Host": target, **proxy_headers}))
+                if head.status != 200:
+                    raise FetchError("connect", f"the proxy answered {head.status}")
             if scheme == "https":
-                plain, context = wire.sock, tls_context(self._insecure)
+                context = tls_context(self._insecure)
                 try:
-                    wire.use(context.wrap_socket(plain, server_hostname=server, do_handshake_on_connect=False))
-                    self._pool.unwatch(plain)
-                    self._pool.watch(wire.sock)
-                    wire.handshake()
+                    connection.use(
+                        context.wrap_socket(connection.sock, server_hostname=name, do_handshake_on_connect=False)
+                    )
+                    self._pool.watch(connection)
+                    connection.handshake()
                 except (ssl.SSLError, ValueError) as error:
                     raise FetchError("tls", tls_detail(error)) from None
         except BaseException as error:
-            self._pool.unwatch(wire.sock)
-            wire.sock.close()
+            self._pool.give(connection, usable=False)
             if isinstance(error, TimeoutError):
                 raise FetchError("timeout", "no connection in time") from None
             if isinstance(error, OSError) and not self._pool.aborted:
@@ -362,24 +278,26 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
             raise
         return connection
 
-    def _dial(self, host: str, port: int, limit: TimeLimit, *, anywhere: bool) -> _DeadlineSocket:
+    def _dial(self, key: _Key, name: str, port: int, limit: TimeLimit) -> _Connection:
         failure: OSError | None = None
-        name = host.strip("[]")
-        for family, address in allowed(name, self._resolver.lookup(name, limit), anywhere=anywhere):
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            self._pool.watch(sock)
+        for family, address in allowed(name, self._resolver.lookup(name, limit), anywhere=key[-1]):
+            connection = _Connection(key, socket.socket(family, socket.SOCK_STREAM), limit)
             try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                wire = _DeadlineSocket(sock, limit)
-                wire.connect((address, port))
-                return wire
+                self._pool.watch(connection)
+                connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.connect((address, port))
+                return connection
             except OSError as error:
                 failure = error
-                self._pool.unwatch(sock)
-                sock.close()
+                self._pool.give(connection, usable=False)
         if isinstance(failure, TimeoutError):
             raise FetchError("timeout", "no connection in time") from None
         raise FetchError("connect", (failure and (failure.strerror or str(failure))) or "no address") from None
+
+
+def _name_and_port(authority: str, default: int) -> tuple[str, int]:
+    parts = urllib.parse.urlsplit(f"//{authority}")
+    return parts.hostname or "", parts.port or default
 
 
 class Fetcher:
@@ -402,7 +320,7 @@ class Fetcher:
         request.held, limit = 0.0, TimeLimit(self._crawl.remaining(request))
         try:
             outcome = self._fetch(request, limit)
-        except (FetchError, OSError, http.client.HTTPException, ValueError) as error:
+        except (FetchError, OSError, ValueError) as error:
             outcome = explained(error, self._options.timeout)
         if self._pool.aborted and isinstance(outcome, FetchError):
             outcome = FetchError("interrupted", CUT_OFF, status=outcome.status)
@@ -416,36 +334,31 @@ class Fetcher:
         call.anywhere = anywhere
         call.limit, call.connect_limit = limit, TimeLimit(self._options.connect_timeout, limit)
         call.before_send = lambda: self._wait_for_turn(request, limit)
-        response = self._opener.open(call)
-        lines = ((name.encode("latin-1"), value.encode("latin-1")) for name, value in response.headers.items())
-        answer = Response(response.status, read_headers(lines), b"")
+        connection: _Connection = self._opener.open(call)
+        head = connection.answer.head
+        assert head
+        answer = Response(head.status, head.headers, b"")
+        if (seconds := patience(request, answer.status)) is not None:
+            connection.limit = TimeLimit(seconds, limit)
         try:
-            answer.body = self._body(request, answer, response)
+            answer.body = self._body(request, head, connection)
             return answer
-        except http.client.IncompleteRead as error:
-            failure = FetchError("truncated", detail(error), status=answer.status)
-        except (FetchError, OSError, http.client.HTTPException) as error:
+        except (FetchError, OSError) as error:
             failure = explained(error, self._options.timeout, answer.status)
         finally:
-            response.close()
+            self._pool.give(connection, usable=connection.answer.reusable)
         failure.answer = answer
         raise failure
 
-    def _body(self, request: Request, answer: Response, response: Any) -> bytes:
-        status, length = answer.status, response.length
-        if length is None and response.headers.get("Content-Length") and not response.chunked:
-            raise FetchError("protocol", "not a Content-Length", status=status)
+    def _body(self, request: Request, head: Head, connection: _Connection) -> bytes:
         limit, cut = self._crawl.max_bytes(request)
-        body = BodyDecoder(answer.headers.get("Content-Encoding"), limit, status, cut=cut, length=length)
-        if (seconds := patience(request, status)) is not None and not response.isclosed():
-            response.wire.limit = TimeLimit(seconds, response.wire.limit)
-        received = 0
-        while not body.full and (data := response.read(1 << 16)):
-            received += len(data)
+        coding = head.headers.get("Content-Encoding")
+        body = BodyDecoder(coding, limit, head.status, cut=cut, length=head.length)
+        for data in connection.body():
             for _ in body.feed(data):
                 pass
-        if length is not None and received < length and not body.full:
-            raise FetchError("truncated", f"{received} of {length} bytes", status=status)
+            if body.full:
+                break
         return body.finish()
 
     def _wait_for_turn(self, request: Request, limit: TimeLimit) -> None:

@@ -20,6 +20,7 @@ import contextlib
 import functools
 import ipaddress
 import math
+import select
 import socket
 import ssl
 import time
@@ -81,6 +82,14 @@ class TimeLimit:
     def next_step(self) -> float:
         """Seconds to wait before the next look at what is left. Raises TimeoutError when nothing is left."""
         return min(self.left(), self.step)
+
+
+def readable(sock: Any) -> bool:
+    """Whether something has come on ``sock``, or its end. On an idle connection either means that it is of no more use:
+    what comes before a request is no answer to it."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 # ----------------------------------------------------------------------------------------------- content coding
@@ -221,7 +230,7 @@ class BodyDecoder:
         if length is not None and length > limit and not cut:
             raise FetchError("too_large", f"{length} bytes", status=status)
         names = [part.strip().lower() for part in (coding or "").split(",")]
-        names = [name for name in names if name not in ("", "identity")]
+        names = [name for name in names if name not in ("", "identity", "none")]  # the last is wrong, and frequent
         known = len(names) <= 3 and all(name in _CODINGS for name in names)
         self._unknown = None if known else (coding or "")[:60]
         self._stages = [_CODINGS[name]() for name in reversed(names)] if known else []

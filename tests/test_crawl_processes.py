@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import http.server
 import io
 import itertools
 import json
@@ -19,9 +18,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,62 +38,7 @@ from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, wait_until
 from tests.helpers.crawl import DRIVERS, take, walk, walk_crawl, walk_main
-
-AnyPage = tuple[int, dict[str, str], str]
-
-
-class Web:
-    """A web of loopback addresses: pages are functions of (host, path); what was asked for, and when."""
-
-    def __init__(self, page: Callable[[int, str], AnyPage]) -> None:
-        self.log: list[tuple[float, str, str]] = []
-        self.client = threading.local()
-        """``port``: of whom the page is for that is being made."""
-        web = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1
-
-            def do_GET(self) -> None:
-                host = self.headers["Host"].partition(":")[0]
-                web.log.append((time.monotonic(), host, self.path))
-                web.client.port = self.client_address[1]
-                status, headers, body = page(int(host.rpartition(".")[2]), self.path)
-                with contextlib.suppress(OSError):
-                    self.send_response(status)
-                    for name, value in ({"Content-Type": "text/html"} | headers).items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(body.encode())))
-                    self.end_headers()
-                    self.wfile.write(body.encode())
-
-            def log_message(self, *args: Any) -> None: ...
-
-        class Server(http.server.ThreadingHTTPServer):
-            request_queue_size = 256
-            block_on_close = False
-
-            def handle_error(self, *args: Any) -> None: ...
-
-        self._server = Server(("0.0.0.0", 0), Handler)
-        self.port = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-
-    def url(self, host: int, path: str) -> str:
-        return f"http://127.0.2.{host}:{self.port}{path}"
-
-    def paths(self) -> Counter[str]:
-        return Counter(path for _, _, path in self.log)
-
-    def __enter__(self) -> Web:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+from tests.helpers.web import AnyPage, Web, is_alive, shares_client, shares_helpers
 
 
 @contextlib.contextmanager
@@ -119,29 +62,6 @@ def shares_rows(out: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-def shares_helpers(parent: int) -> list[psutil.Process]:
-    """Those that run; the newest last."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        found = psutil.Process(parent).children()
-        return [one for one in found if is_alive(one) and "resource_tracker" not in " ".join(one.cmdline())]
-    return []
-
-
-def shares_client(parent: int, port: int) -> psutil.Process | None:
-    """The helper that has a connection from ``port``."""
-    for one in shares_helpers(parent):
-        with contextlib.suppress(psutil.Error):
-            if port in {connection.laddr.port for connection in one.net_connections()}:
-                return one
-    return None
-
-
-def is_alive(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
 def tell(program: subprocess.Popen[bytes], *urls: str) -> None:
     assert program.stdin is not None
     program.stdin.write("".join(f"{url}\n" for url in urls).encode())
@@ -155,7 +75,7 @@ def tell(program: subprocess.Popen[bytes], *urls: str) -> None:
 def test_shares_a_list_has_the_same_rows_as_in_one_process(driver: str) -> None:
     """Duplicates, lines that are no URLs, and every way to misbehave."""
     light = [name for name, fault in FAULTS.items() if not fault.heavy and not fault.needs_retry]
-    names = [name for name in light if FAULTS[name].expect != ("timeout",)]
+    names = [name for name in light if FAULTS[name].expect != "timeout"]
 
     def crawl(count: int) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
         with Sandbox(hosts=5, pages=6, page_bytes=3000) as site:
@@ -176,9 +96,7 @@ def test_shares_a_list_has_the_same_rows_as_in_one_process(driver: str) -> None:
     (one, of_one), (four, of_four) = crawl(1), crawl(4)
     assert Counter(row[0] for row in four) == Counter(row[0] for row in one)
     assert max(Counter(row[0] for row in four).values()) == 1
-    unsteady = {f"/fault/{name}" for name, fault in FAULTS.items() if len(fault.expect) > 1}
-    unsteady |= {"redirect_nowhere"}  # names its port
-    steady = [{row for row in rows if not any(name in row[0] for name in unsteady)} for rows in (one, four)]
+    steady = [{row for row in rows if "redirect_nowhere" not in row[0]} for rows in (one, four)]  # that names its port
     assert steady[0] - steady[1] == set() == steady[1] - steady[0]
     assert len(steady[0]) > 60
     for name in ("rows", "ok", "failed", "duplicates", "seen", "not_fetched", "interrupted", "retries"):

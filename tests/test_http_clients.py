@@ -101,6 +101,7 @@ BAD_BODIES: dict[str, RawAnswer] = {
     "too large": [b"Content-Length: 99999999\r\n\r\nmore to come", None],
     "never complete": [b"Content-Length: 50\r\n\r\nshort", None],
     "no chunk": [b"Transfer-Encoding: chunked\r\n\r\nzz\r\nplain", None],
+    "two lengths": [b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nplain", None],
     "chunks without end": [b"Transfer-Encoding: chunked\r\n\r\n5\r\nplain\r\n", None],
 }
 
@@ -166,7 +167,8 @@ def test_status_and_headers_of_robots_txt_decide_whatever_its_body_is(
 def test_a_page_that_is_not_asked_to_be_understood_tells_its_fault(driver: str) -> None:
     kinds = {
         "mislabelled": "decode", "unknown coding": "decode", "ends early": "decode", "cut off": "truncated",
-        "too large": "too_large", "never complete": "timeout", "no chunk": "protocol", "chunks without end": "timeout",
+        "too large": "too_large", "never complete": "timeout", "no chunk": "protocol", "two lengths": "protocol",
+        "chunks without end": "timeout",
     }  # fmt: skip
     rows: list[ScrapeResult] = []
     with RawWeb({f"/{name.replace(' ', '-')}": [bad_answer(name, "200 OK")] for name in BAD_BODIES}) as web:

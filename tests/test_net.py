@@ -35,6 +35,7 @@ def test_decoding_gives_back_what_was_packed_whatever_the_pieces(coding: str, da
         assert unpack(coding, packed + pack(coding, data), step=step) == data * 2
         assert unpack(coding, packed + b"junk", step=step) == data
     assert unpack("identity", data, step=step) == unpack(None, data, step=step) == data
+    assert unpack("None", data, step=step) == data
     assert unpack("gzip, br", pack("br", pack("gzip", data)), step=step) == data
 
 

@@ -213,7 +213,10 @@ class RawWeb:
                 with contextlib.suppress(OSError):
                     super().finish()
 
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        class Server(socketserver.ThreadingTCPServer):
+            request_queue_size = 128  # with the usual 5, some of many connections come a second late
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
 
