@@ -204,6 +204,9 @@ def _begun(on: RetryOn, budget: RetryBudget | None, clock: Clock) -> float:
     return clock()
 
 
+_GAVE_UP = "retry: gave up after"
+
+
 def _after(
     error: Exception,
     history: list[str],
@@ -228,7 +231,9 @@ def _after(
         if delay is not None and (budget is None or budget.try_retry()):
             return delay
     if len(history) > 1:
-        error.add_note(f"retry: gave up after {len(history)} attempts: " + "; ".join(history[-10:]))
+        notes = getattr(error, "__notes__", [])
+        notes[:] = [note for note in notes if not note.startswith(_GAVE_UP)]  # an error that is raised again and again
+        error.add_note(f"{_GAVE_UP} {len(history)} attempts: " + "; ".join(history[-10:]))
     return None
 
 
@@ -1072,7 +1077,8 @@ class CircuitBreaker:
     calls are refused with ``CircuitOpen`` for ``reset`` seconds; each repeated opening doubles that up to
     ``max_reset``, and then up to ``jitter`` of it is added, so that many clients do not come back together.
     *Half-open*: ``probes`` calls are let through, and close the circuit when all succeed; one failure opens it again.
-    A probe that has not reported after ``probe_timeout`` seconds (default: ``reset``) counts as never made.
+    A probe that has not reported after ``probe_timeout`` seconds (default: ``reset``) makes room for another; whatever
+    it reports later still counts, if the circuit is half-open as it was.
 
     What ``on`` names is a failure. Other errors, cancellation and all else that is no ``Exception`` say nothing about
     the other side and are ignored: so a time limit belongs inside of the protected call, where it raises
@@ -1161,6 +1167,13 @@ class CircuitBreaker:
             raise CircuitOpen(self.name, refusal)
         return permit
 
+    def trip(self, now: float | None = None) -> None:
+        """Open the circuit, if it is closed: somebody else has seen the failures."""
+        with self._lock:
+            if self._state == "closed":
+                self._open(self._clock() if now is None else now)
+        self._tell()
+
     def _settle(self, permit: Permit, failed: bool | None, now: float | None = None) -> None:
         if failed is False and permit.generation == self._unrecorded:
             permit.settled = True
@@ -1173,7 +1186,8 @@ class CircuitBreaker:
                 return
             now = self._clock() if now is None else now
             if self._state == "half_open":
-                if self._probing.pop(permit, -math.inf) <= now or failed is None:
+                self._probing.pop(permit, None)
+                if failed is None:
                     return
                 if failed:
                     self._open(now)

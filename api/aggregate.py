@@ -19,11 +19,13 @@ from typing import NamedTuple
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.bus import News
 from api.config import Key
+from api.parts import Loaded, Part
 from api.requests import (
     authorised,
     check,
-    check_segments,
+    check_values,
     known_sources,
     names_in,
     query_of,
@@ -31,7 +33,7 @@ from api.requests import (
     service_of,
     whole_number,
 )
-from api.upstreams import Loaded, Part, Source
+from api.upstreams import Source
 from coordination import fan_out
 
 DEADLINE_MS = 1, 1000, 30_000  # the least, usual and greatest ``deadline_ms``
@@ -67,8 +69,7 @@ class Plan(NamedTuple):
             allowed.add("sources")
         sources = known_sources(request, names)
         check(query, allowed.union(*(source.upstream.parameters for source in sources.values())))
-        for source in sources.values():
-            check_segments(query, source.upstream.in_path())
+        check_values(query, [source.upstream for source in sources.values()])
         return cls.of(sources, query, whole_number(query, "deadline_ms", *DEADLINE_MS) / 1000)
 
     def begin(self) -> Begun:
@@ -130,7 +131,7 @@ def assemble(plan: Plan, parts: Mapping[str, Part], started: float, tags: bytes 
     )
     status, control, kind = 200, b"no-cache", b"application/json"
     if not any(part.data for part in parts.values()):
-        later = max(1, round(min(part.retry_after for part in parts.values())))
+        later = max(1, math.ceil(min(part.retry_after for part in parts.values())))
         status, control, kind = 503, b"no-store", b"application/problem+json"
         headers = [(b"retry-after", b"%d" % later)]
         body = NO_DATA + body
@@ -174,7 +175,7 @@ async def invalidate(request: Request) -> Response:
     name = query.pop("source", None)
     sources = known_sources(request, None if name is None else [name])
     check(query, ("source",) if name is None else sources[name].upstream.parameters)
-    for source in sources.values():
-        source.forget(source.key(query) if query else None)
-    service_of(request).events.publish("invalidate", {"sources": sorted(sources)})
-    return reply({"invalidated": sorted(sources)})
+    check_values(query, [source.upstream for source in sources.values()])
+    service, key = service_of(request), sources[name].key(query) if name is not None and query else None
+    service.bus.tell(News("invalidate", name or "", key))
+    return reply({"invalidated": service.invalidate(name, key)})

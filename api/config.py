@@ -1,16 +1,18 @@
 """What the configuration says of the upstreams: a table of TOML for each, checked to the last value.
 
 What is wrong is one line that names it (``ConfigError``). A parameter is part of a path segment or of a query value; it
-can change neither the host nor the path. Pure: the text and the environment are arguments.
+can change neither the host nor the path. Pure, but for ``load_config``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import string
 import tomllib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -18,9 +20,16 @@ import orjson
 
 # Parameters of the API itself, which those of an upstream would hide.
 RESERVED = frozenset(("source", "sources", "deadline_ms", "limit", "before", "hours"))
-MOST = {"max_bytes": 5e6, "timeout": 60.0, "keys": 1e5, "retries": 10, "concurrency": 1000, "failures": 1000}
+MOST = {"max_bytes": 5e6, "timeout": 60.0, "keys": 1e5, "retries": 10, "concurrency": 1000, "queue": 1e5, "ratio": 1.0}
+MOST |= dict.fromkeys(("failures", "minimum"), 1000) | dict.fromkeys(("rate", "max_pause"), 1e5)
 """The greatest values in a configuration. To read 5 MB of JSON keeps the event loop for about 25 ms."""
-IN_TEXT, IN_HEADERS = r"\$\{([^}]*)\}", r"\$(?:(\$)|\{([^}]*)\}|(\w+))"  # what stands for a variable's value
+NONE = frozenset(("retries", "stale", "stale_if_error", "hedge", "ratio", "queue", "rate", "max_pause"))  # may be 0
+SEGMENT = r"^(?! *\.\.? *(;|$))(?!.*%(2[5EeFf]|3[Bb]|5[Cc]))[^/\\]*$"
+"""A value that is one segment of a path, also to whoever unquotes it again (``..;`` and ``.. `` are dot segments to
+some)."""
+IN_TEXT = r"\$(?:(\$)(?=\{)|\{([^}]*)\})"  # ``${NAME}``; ``$${`` is a ``${``
+IN_HEADERS = r"\$(?:(\$)|\{([^}]*)\}|(\w+))"  # also ``$NAME``; ``$$`` is a ``$``
+FRAMING = frozenset(("connection", "content-length", "transfer-encoding", "upgrade"))  # the client's own headers
 Key = tuple[str, ...]  # the values of an upstream's parameters, in their order
 
 
@@ -30,16 +39,21 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Upstream:
-    """What the configuration says of an upstream; times are in seconds, ``parameters`` are names and defaults.
+    """What the configuration says of an upstream; times are in seconds, ``parameters`` are names and defaults,
+    ``patterns`` regular expressions that their values match as a whole.
 
     ``body`` is sent as JSON; its texts may hold placeholders too. ``hedge``: ask a second time when the first has not
-    answered after so long (0: never), for at most a tenth of the calls. An open circuit lets a probe through after
+    answered after so long (0: never), for at most a tenth of the calls. The circuit opens at ``failures`` in a row, or
+    when ``ratio`` (0: no share) of at least ``minimum`` calls failed, within ``window``. It lets a probe through after
     ``reset``, and if that fails, after twice as long, up to ``max_reset``: the shorter, the sooner all is well again.
+    A 429 or Retry-After is heeded for ``max_pause`` at most. ``concurrency`` calls are made at a time, of ``rate``
+    requests a second (0: any number), and ``queue`` wait.
     """
 
     name: str
     url: str
     parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     method: str = "GET"
     body: Any = None
@@ -50,14 +64,26 @@ class Upstream:
     stale_if_error: float = 600.0
     retries: int = 1
     failures: int = 5
+    ratio: float = 0.5
+    minimum: int = 20
     window: float = 10.0
     reset: float = 2.0
     max_reset: float = 3.0
+    max_pause: float = 300.0
     concurrency: int = 16
+    queue: int = 100
+    rate: float = 100.0
     max_bytes: int = 1_000_000
     keys: int = 1000
     keep: str = ""
     fallback: Any = None
+    base: str = ""  # how the URL begins, if that is another at each start: the demo's
+
+    @property
+    def digest(self) -> str:
+        """Of what is asked for, and how: answers of another one are not this one's."""
+        asked = orjson.dumps([self.url.removeprefix(self.base), self.method, self.body, self.keep])
+        return hashlib.blake2b(asked, digest_size=12).hexdigest()
 
     def address(self, key: Key) -> str:
         """The URL for these values of the parameters, percent-encoded where it was not."""
@@ -84,7 +110,7 @@ def read_config(text: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
     """The upstreams of a TOML configuration, by name: a table ``[name]`` each. Raises ``ConfigError``.
 
     ``${NAME}`` in a URL, a body or a header's value stands for a variable of the environment: secrets need not be in
-    the file. In a header ``$NAME`` does, too, and ``$$`` is ``$``.
+    the file. In a header ``$NAME`` does, too, and ``$$`` is ``$``; elsewhere ``$${`` is ``${``.
     """
     try:
         tables = tomllib.loads(text)
@@ -95,18 +121,23 @@ def read_config(text: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
     return {name: _upstream(name, table, environ) for name, table in tables.items()}
 
 
+def load_config(path: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
+    """``read_config`` of a file. Raises ``OSError``, ``UnicodeDecodeError``, ``ConfigError``."""
+    return read_config(Path(path).read_text("utf-8-sig"), environ)
+
+
 def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
     if not isinstance(table, dict):
         raise ConfigError(f"{name}: not a table; an upstream is [{name}] with a url")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,40}", name):
         raise ConfigError(f"{name!r}: a name is made of up to 41 letters, digits, _ and -, and begins with a letter")
-    known = {field.name for field in dataclasses.fields(Upstream)} - {"name"}
-    whole = ("retries", "failures", "concurrency", "max_bytes", "keys")
+    known = {field.name for field in dataclasses.fields(Upstream)} - {"name", "base"}
+    whole = ("retries", "failures", "minimum", "concurrency", "queue", "max_bytes", "keys")
     given: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
             raise ConfigError(f"{name}.{key}: no such key; there are {', '.join(sorted(known))}")
-        if key in ("parameters", "headers"):
+        if key in ("parameters", "patterns", "headers"):
             if not isinstance(value, dict) or not all(isinstance(v, (str, int, float)) for v in value.values()):
                 raise ConfigError(f"{name}.{key}: a table of names and texts is needed")
             if key == "parameters" and (reserved := RESERVED.intersection(value)):
@@ -125,7 +156,7 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
         else:
             if not isinstance(value, int if key in whole else (int, float)) or isinstance(value, bool):
                 raise ConfigError(f"{name}.{key}: a {'whole ' * (key in whole)}number is needed, not {value!r}")
-            least = 0 if key in ("retries", "stale", "stale_if_error", "hedge") else 1 if key in whole else 0.001
+            least = 0 if key in NONE else 1 if key in whole else 0.001
             most = MOST.get(key, 1e9)
             if not least <= float(value) <= most:
                 raise ConfigError(f"{name}.{key}: a number from {least} to {most:g} is needed, not {value!r}")
@@ -136,9 +167,11 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
         raise ConfigError(f"{name}.body: only a POST has one")
     if given.get("method") == "POST":
         given.setdefault("retries", 0)  # whether it may be sent twice, only its owner knows
+    for parameter, pattern in given.get("patterns", {}).items():
+        _check_pattern(f"{name}.patterns.{parameter}", pattern, given.get("parameters", {}).get(parameter))
     for header, value in given.get("headers", {}).items():
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header):
-            raise ConfigError(f"{name}.headers: {header!r} is no name of a header")
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header) or header.lower() in FRAMING:
+            raise ConfigError(f"{name}.headers: {header!r} is no name of a header, or not to be set")
         text = given["headers"][header] = _substituted(value, environ, f"{name}.headers.{header}", IN_HEADERS).strip()
         if not re.fullmatch(r"[\t\x20-\x7e\x80-\xff]*", text):
             raise ConfigError(f"{name}.headers.{header}: a character that no header can have")
@@ -146,6 +179,8 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
     if "body" in given:
         given["body"] = _each_text(given["body"], lambda text: _substituted(text, environ, f"{name}.body"))
     upstream = Upstream(name=name, **given)
+    if "rate" not in given:  # enough to renew all that is kept
+        upstream = dataclasses.replace(upstream, rate=max(upstream.rate, upstream.keys / upstream.ttl))
     _check_url(upstream)
     return upstream
 
@@ -168,9 +203,17 @@ def _substituted(
     return re.sub(form, value, text)
 
 
+def _check_pattern(where: str, pattern: str, default: str | None) -> None:
+    try:
+        if default is None or not re.fullmatch(pattern, default):
+            raise ConfigError(f"{where}: there must be a parameter of this name, whose default matches")
+    except re.error as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
 def _read_url(text: str, environ: Mapping[str, str], where: str) -> str:
     """With its variables (percent-encoded after the host: there they are part of something) and a host in ASCII."""
-    end = len(re.split(r"(?<![/:])[/?#]", text, maxsplit=1)[0])
+    end = len(re.findall(r"^(?:[^/?#]*//)?[^/?#]*", text)[0])
     rest = _substituted(text[end:], environ, where, change=lambda value: quote(value, safe=""))
     url = _substituted(text[:end], environ, where) + rest
     try:

@@ -32,10 +32,21 @@ CREATE TABLE IF NOT EXISTS upstream_results (
     latency    double precision NOT NULL,  -- seconds
     status     text             NOT NULL,  -- ok, or the kind of an error
     payload    jsonb,
+    configuration text     NOT NULL DEFAULT '',  -- a digest of what was asked for, and how
     PRIMARY KEY (writer, serial)
 );
 CREATE INDEX IF NOT EXISTS upstream_results_by_time ON upstream_results (source, fetched_at DESC);
 CREATE INDEX IF NOT EXISTS upstream_results_by_age ON upstream_results (fetched_at);
+ELSIF (SELECT bool_or(attname = 'writer') AND NOT bool_or(attname = 'configuration') FROM pg_attribute
+       WHERE attrelid = to_regclass('upstream_results')) THEN  -- of an earlier version
+ALTER TABLE upstream_results ADD COLUMN configuration text NOT NULL DEFAULT '';
+END IF;
+IF to_regclass('invalidations') IS NULL THEN
+CREATE TABLE IF NOT EXISTS invalidations (
+    told_at timestamptz NOT NULL DEFAULT now(),
+    message text        NOT NULL  -- as it was told (api/bus.py): for who had no connection then
+);
+CREATE INDEX IF NOT EXISTS invalidations_by_time ON invalidations (told_at);
 END IF; END $do$;
 """
 RECENT = 20_000  # results of one source among which a start looks for the last of each combination of parameters
@@ -50,6 +61,7 @@ class Result(NamedTuple):
     latency: float  # seconds
     status: str
     payload: str | None  # JSON
+    configuration: str = ""  # ``Upstream.digest``
 
 
 class History:
@@ -70,27 +82,31 @@ class History:
         columns = [list(column) for column in zip(*((serial, *result) for serial, result in rows), strict=True)]
         await connection.execute(
             "INSERT INTO upstream_results SELECT $1, serial, source, parameters::jsonb, fetched_at, latency, status,"
-            " payload::jsonb FROM unnest($2::bigint[], $3::text[], $4::text[], $5::timestamptz[], $6::float8[],"
-            " $7::text[], $8::text[]) AS row(serial, source, parameters, fetched_at, latency, status, payload)"
+            " payload::jsonb, configuration FROM unnest($2::bigint[], $3::text[], $4::text[], $5::timestamptz[],"
+            " $6::float8[], $7::text[], $8::text[], $9::text[])"
+            " AS row(serial, source, parameters, fetched_at, latency, status, payload, configuration)"
             " ON CONFLICT DO NOTHING",
             self._writer_id,
             *columns,
         )
 
-    async def latest(self, source: str, within: float, limit: int, max_bytes: int = 64_000_000) -> list[Result]:
+    async def latest(
+        self, source: str, within: float, limit: int, max_bytes: int = 64_000_000, configuration: str = ""
+    ) -> list[Result]:
         """The last good result for each combination of parameters, none older than ``within`` seconds, latest first.
 
-        Of the last ``RECENT`` good ones; at most ``limit``, and none after those that hold ``max_bytes`` together.
+        Of the last ``RECENT`` good ones of this configuration; at most ``limit``, and none after those that hold
+        ``max_bytes`` together.
         """
         query = (
             "SELECT source, parameters::text, fetched_at, latency, status, payload::text FROM upstream_results"
             " JOIN (SELECT DISTINCT ON (parameters) writer, serial FROM (SELECT writer, serial, parameters, fetched_at"
-            " FROM upstream_results WHERE source = $1 AND fetched_at > $2 AND status = 'ok'"
+            " FROM upstream_results WHERE source = $1 AND fetched_at > $2 AND status = 'ok' AND configuration = $5"
             " ORDER BY fetched_at DESC LIMIT $4) AS recent ORDER BY parameters, fetched_at DESC) AS last"
             " USING (writer, serial) ORDER BY fetched_at DESC LIMIT $3"
         )
         since = datetime.now(UTC) - timedelta(seconds=within)
-        return (await self._read(max_bytes, limit, query, source, since, limit, RECENT))[0]
+        return (await self._read(max_bytes, limit, query, source, since, limit, RECENT, configuration))[0]
 
     async def page(
         self, source: str, parameters: str, before: datetime, limit: int, max_bytes: int
@@ -143,6 +159,8 @@ class History:
     async def forget(self, older_than: float, batch: int = 5000) -> int:
         """Delete what is older than ``older_than`` seconds, in batches, so that nobody waits long; returns how many."""
         before, deleted = datetime.now(UTC) - timedelta(seconds=older_than), 0
+        async with self._database.connection() as connection:
+            await connection.execute("DELETE FROM invalidations WHERE told_at < $1", before)
         while True:
             async with self._database.connection() as connection:
                 status = await connection.execute(  # by place: a join with the whole table would scan it each time

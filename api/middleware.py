@@ -6,15 +6,19 @@ has cost no route. Everything runs in the event loop, and nothing waits.
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import math
 import re
 import secrets
+import socket
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from api.aggregate import assemble
@@ -26,11 +30,11 @@ from primitives import TokenBucket, TTLCache
 CLIENT_RATE, BURST_SECONDS, CLIENTS = 1000.0, 2.0, 10_000
 """Requests per second of one client (``AGGREGATE_RATE`` overrides, 0: any number), of how many seconds it may ask at
 once, and how many clients are known at a time."""
-EXEMPT = frozenset(
-    ("/health", "/health/live", "/health/ready", "/metrics")
-)  # who watches is not held up by what he is to see
-MAX_QUERY, MAX_HEADERS, MAX_BODY = 4096, 32 * 1024, 64 * 1024
-"""Bytes of a query, of all headers, and of the body that a request announces (no body is read)."""
+EXEMPT = frozenset(("/health", "/health/live", "/health/ready", "/metrics"))
+"""Paths without a rate: who watches is not held up by what he is to see."""
+MAX_QUERY, MAX_HEADERS, MAX_HOST, MAX_BODY = 4096, 32 * 1024, 300, 64 * 1024
+"""Bytes of a query, of all headers, of the one that names the host, and of the body that a request announces (no body
+is read)."""
 
 
 def refused(wait: float, query: int, headers: int, body: int) -> Problem | None:
@@ -44,6 +48,11 @@ def refused(wait: float, query: int, headers: int, body: int) -> Problem | None:
     return Problem(413, f"a body of more than {MAX_BODY} bytes") if body > MAX_BODY else None
 
 
+def route_of(path: str) -> str:
+    """The route of a path that has a name in it."""
+    return next((f"{route}{{source}}" for route in ("/aggregate/", "/history/") if path.startswith(route)), "other")
+
+
 class Aggregator(Starlette):
     """The application behind what every request passes first: it gets an id (or keeps a good one), its client a token,
     or 429; its sizes are bounded. The server has read the headers by then: to bound them there is for it, or a proxy.
@@ -52,9 +61,12 @@ class Aggregator(Starlette):
     What was answered a moment ago is answered here, without a route or a response being made.
     """
 
-    def __init__(self, rate: float, **options: Any) -> None:
+    def __init__(self, rate: float, hosts: Iterable[str] = (), **options: Any) -> None:
         super().__init__(**options)
         self._rate = rate
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._served: set[bytes] = {b""}  # values of Host that were found good
+        self._paths = frozenset(route.path for route in self.routes if isinstance(route, Route))
         self._process, self._serial = secrets.token_hex(4).encode(), itertools.count()
         self._buckets: TTLCache[str, TokenBucket] = TTLCache(CLIENTS, math.inf)
         self.service: Service | None = None
@@ -64,7 +76,7 @@ class Aggregator(Starlette):
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
-        started, identity, tags = time.monotonic(), b"", b""
+        started, identity, tags, host = time.monotonic(), b"", b"", b""
         size, length = 0, b"0"
         for name, value in scope["headers"]:
             size += len(name) + len(value)
@@ -72,6 +84,8 @@ class Aggregator(Starlette):
                 identity = value
             elif name == b"if-none-match":
                 tags = tags + b"," + value
+            elif name == b"host":
+                host = value
             elif name == b"content-length":
                 length = value
         if not identity or not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", identity):
@@ -80,6 +94,8 @@ class Aggregator(Starlette):
         service, client = self.service, scope["client"][0] if scope.get("client") else ""
         limited = self._rate and scope["path"] not in EXEMPT
         refusal = refused(self._wait(client) if limited else 0.0, len(scope["query_string"]), size, int(length))
+        if host not in self._served and not self._serves(host):
+            refusal = Problem(400, "this host is not served: set AGGREGATE_HOSTS to the names that are")
         status = 500
         token = request_id.set(identity.decode())
         try:
@@ -109,6 +125,10 @@ class Aggregator(Starlette):
                 await super().__call__(scope, receive, with_id)
         finally:
             request_id.reset(token)
+            if service is not None:
+                path = scope["path"]
+                route = path if path in self._paths else route_of(path)
+                service.requests[route, status].observe(time.monotonic() - started)
             if service is not None and service.log.wanted:
                 self._note(service, scope, identity, client, started, status)
 
@@ -123,6 +143,23 @@ class Aggregator(Starlette):
             "sources": scope.get("states"),
         }
         service.log.note("request", identity.decode(), fields)
+
+    def _serves(self, host: bytes) -> bool:
+        """Whether a request may name this host: an address, a name without a dot or of this machine, or a configured
+        one. A name that anybody may make lead here (DNS rebinding) would let its page read everything.
+        """
+        if len(host) > MAX_HOST:
+            return False
+        name = re.sub(r":[0-9]*$", "", host.decode("latin-1").lower())
+        good = "." not in name or name in {socket.gethostname().lower(), *self._hosts} or "*" in self._hosts
+        if not good and not name.endswith(".localhost"):
+            try:
+                ipaddress.ip_address(name.strip("[]"))
+            except ValueError:
+                return False
+        if len(self._served) < CLIENTS:
+            self._served.add(host)
+        return True
 
     def _wait(self, client: str) -> float:
         """Seconds until the client may ask; 0.0: it may."""

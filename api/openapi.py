@@ -15,14 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, get_args
 
-from api.config import Upstream
-from api.upstreams import UpstreamError
+from api.config import SEGMENT, Upstream
+from api.parts import Refused, UpstreamError
 from primitives import TTLCacheStats
 from runtime.postgres import DatabaseState
 
 Json = dict[str, Any]
 
-STATES = ("fresh", "stale", "fallback", "timeout", "error", "open")  # what a part of an answer can be
+STATES = ("fresh", "stale", "fallback", "timeout", "error", *Refused.STATES)  # what a part of an answer can be
 EXAMPLE = "2026-01-31T12:00:00+00:00"
 TOKEN = "The value of AGGREGATE_TOKEN. While that is not set, clients on loopback need none."
 
@@ -40,6 +40,7 @@ COUNT: Json = {"type": "integer", "minimum": 0}
 NUMBER: Json = {"type": "number", "minimum": 0}
 
 PROBLEMS = {
+    400: ("Another host is asked for than those that are served", ()),
     401: ("A bearer token is needed", ("WWW-Authenticate",)),
     403: ("Without a configured token only clients of the server's machine may do this", ()),
     404: ("Unknown source; `sources` lists the known ones", ()),
@@ -52,7 +53,7 @@ PROBLEMS = {
     503: ("Not now", ("Retry-After",)),
 }
 """What an answer that is a problem document means, and the headers it has."""
-ALWAYS = (405, 413, 414, 429, 431)  # what every route can answer with
+ALWAYS = (400, 405, 413, 414, 429, 431)  # what every route can answer with
 
 
 def _ref(kind: str, name: str) -> Json:
@@ -111,9 +112,11 @@ def _schemas(names: Sequence[str]) -> dict[str, Json]:
     }
     source_health = {
         "breaker": _one_of(("closed", "half_open", "open")),
-        "next_probe_s": NUMBER,
+        **{name: {"type": "boolean"} for name in ("waits_for_call", "failing")},
+        **dict.fromkeys(("next_probe_s", "paused_s"), NUMBER),
         **dict.fromkeys(("recent_failures", "calls", "failed_loads", "loading", "renewing"), COUNT),
         "answers": _by_name(STATES, COUNT),
+        "refused_loads": _object(dict.fromkeys(Refused.STATES, COUNT)),
         "latency_ms": _percentiles("p50", "p95", "p99"),
         "recent_ms": _array(NUMBER) | {"maxItems": 60},
         **_maybe(TIME, "last_success") | _maybe(STRING, "last_error") | _maybe(NUMBER, "age_s"),
@@ -166,16 +169,22 @@ def _header(pattern: str, about: str, required: bool) -> Json:
 def _params(upstreams: Iterable[Upstream], defaults: bool = True) -> list[Json]:
     """The parameters of these upstreams; one with the same name goes to each of them."""
     defaults_of: dict[str, dict[str, str]] = {}
+    patterns: dict[str, list[Json]] = {}
     for upstream in upstreams:
         for name, default in upstream.parameters.items():
             defaults_of.setdefault(name, {})[upstream.name] = default
+        for name in upstream.in_path():
+            patterns.setdefault(name, []).append({"pattern": SEGMENT})
+        for name, pattern in upstream.patterns.items():
+            patterns.setdefault(name, []).append({"pattern": f"^(?:{pattern})$"})
     listed = []
     for name, values in defaults_of.items():
         default = next(iter(values.values()))
         usable = re.fullmatch(r"[^\x00-\x1f\x7f]{1,200}", default) is not None and default not in (".", "..")
         agreed = {"default": default} if defaults and usable and len(set(values.values())) == 1 else {}
         example = {"example": default} if usable else {}
-        listed.append(_parameter(name, TEXT | agreed, f"Of {', '.join(values)}", **example))
+        more = {"allOf": patterns[name]} if name in patterns else {}
+        listed.append(_parameter(name, TEXT | agreed | more, f"Of {', '.join(values)}", **example))
     return listed
 
 
@@ -222,7 +231,7 @@ def _components(upstreams: Mapping[str, Upstream]) -> Json:
     parameters = [
         _parameter("X-Request-ID", STRING, "Kept if it has 1 to 64 of A-Z a-z 0-9 _ -", "header"),
         _parameter("If-None-Match", STRING, "ETags of answers that are at hand", "header"),
-        _parameter("Last-Event-ID", STRING, "The last event that arrived", "header"),
+        _parameter("Last-Event-ID", STRING, "The id of the last event that arrived", "header"),
         _parameter("sources", listed, "Names of sources, with commas between them"),
         _parameter("source", _one_of(names), "Of this source only"),
         _parameter("deadline_ms", _int(30_000, 1000), "Milliseconds to wait for what is not at hand"),

@@ -11,22 +11,35 @@ import base64
 import contextlib
 import hashlib
 import math
-import re
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 from urllib.parse import urlencode
 
 import asyncpg
 import orjson
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from api.report import Columns, summarise
-from api.requests import Problem, check, known_sources, names_in, parse_time, query_of, reply, service_of, whole_number
+from api.requests import (
+    Problem,
+    check,
+    check_values,
+    known_sources,
+    names_in,
+    parse_time,
+    query_of,
+    reply,
+    service_of,
+    whole_number,
+)
 from api.service import log
+from api.telemetry import Events, OfWorker
 from coordination import fan_out
 from runtime.postgres import Unavailable
 from runtime.processes import PoolClosed, WorkerDied
@@ -48,7 +61,8 @@ async def health(request: Request) -> Response:
     database, writer = service.database.stats(), service.history.writer.stats()
     tasks = {name: "ended" if task.done() else "running" for name, task in service.tasks.items()}
     away = database.kind is not None and database.state != "connected"
-    degraded = away or any(source["breaker"] != "closed" for source in sources.values()) or "ended" in tasks.values()
+    shut = [name for name, source in sources.items() if source["breaker"] != "closed" and not source["waits_for_call"]]
+    degraded = away or bool(shut) or "ended" in tasks.values()
     return reply(
         {
             "status": "degraded" if degraded else "ok",
@@ -83,20 +97,36 @@ async def ready(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """``/metrics``, for Prometheus."""
-    return Response(generate_latest(service_of(request).registry), media_type=CONTENT_TYPE_LATEST)
+    registry = cast(CollectorRegistry, OfWorker(service_of(request).registry))
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class EventStream(StreamingResponse):
+    """Events from now on, or after the last that the client has; it leaves when it ends, though it never began."""
+
+    def __init__(self, published: Events, client: str, last: str, headers: Mapping[str, str]) -> None:
+        super().__init__(published.stream(last), headers=headers, media_type="text/event-stream")
+        self._published, self._client = published, client
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer (ASGI)."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._published.leave(self._client)
 
 
 async def events(request: Request) -> Response:
     """``/events``: a stream of server-sent events (WHATWG HTML, 9.2), which goes on after ``Last-Event-ID``."""
-    published = service_of(request).events
-    if published.streams >= STREAMS:
-        raise Problem(503, "too many streams", {"Retry-After": "5"})
-    last = request.headers.get("Last-Event-ID", "")
-    after = int(last) if re.fullmatch(r"[0-9]{1,18}", last, re.A) else None
+    published, client = service_of(request).events, request.client.host if request.client else ""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # or nginx would keep them to itself
     if request.method == "HEAD":
         return Response(headers=headers, media_type="text/event-stream")
-    return StreamingResponse(published.stream(after), headers=headers, media_type="text/event-stream")
+    if published.streams >= STREAMS:
+        raise Problem(503, "too many streams", {"Retry-After": "5"})
+    if not published.join(client):
+        raise Problem(429, "too many streams of this client", {"Retry-After": "5"})
+    return EventStream(published, client, request.headers.get("Last-Event-ID", ""), headers)
 
 
 @contextlib.contextmanager
@@ -116,6 +146,7 @@ async def history(request: Request) -> Response:
     name = request.path_params["source"]
     source, query = known_sources(request, [name])[name], query_of(request)
     check(query, {"limit", "before", *source.upstream.parameters})
+    check_values(query, [source.upstream])
     limit = whole_number(query, "limit", *HISTORY)
     given = {key: value for key, value in query.items() if key in source.upstream.parameters}
     before = parse_time(query.get("before", "9999-01-01T00:00:00Z"), "before")

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.config import SEGMENT, Upstream
 from api.service import Service
 from api.upstreams import Source
 
@@ -74,13 +75,15 @@ def check(query: Mapping[str, str], allowed: Iterable[str]) -> None:
             raise Problem(422, what, parameter=name)
 
 
-def check_segments(query: Mapping[str, str], names: Iterable[str]) -> None:
-    """``Problem`` if one of these would be more, or another, than a segment of a path to whoever unquotes it once more
-    (``..;`` is a dot segment to some)."""
-    for name in names:
-        value = query.get(name, "")
-        if re.search(r"[/\\]|%(2f|5c|2e)", value, re.IGNORECASE) or value.partition(";")[0] in (".", ".."):
-            raise Problem(422, f"{name} must not have / or \\, nor be a dot segment", parameter=name)
+def check_values(query: Mapping[str, str], upstreams: Iterable[Upstream]) -> None:
+    """``Problem`` if a value is not one that these upstreams take."""
+    for upstream in upstreams:
+        for name in upstream.in_path():
+            if not re.match(SEGMENT, query.get(name, "")):
+                raise Problem(422, f"{name} must not have / or \\, nor be a dot segment", parameter=name)
+        for name, pattern in upstream.patterns.items():
+            if name in query and not re.fullmatch(pattern, query[name]):
+                raise Problem(422, f"{name} must match {pattern}", parameter=name)
 
 
 def whole_number(query: Mapping[str, str], name: str, least: int, usual: int, most: int) -> int:

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import asyncpg
 import orjson
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 
+from api.bus import Bus, News
+from api.config import Key
 from api.history import History, Result
+from api.parts import Load, Loaded
 from api.report import inspect_host
 from api.telemetry import METRICS, Events, RequestLog
-from api.upstreams import Load, Loaded, Source, request_id
+from api.upstreams import Source, request_id
 from coordination import Semaphore, T, cancel_all
 from primitives import State, TTLCache
 from runtime.loop import Lag
-from runtime.monitor import Exporter
+from runtime.monitor import Exporter, Histogram
 from runtime.postgres import Database, Unavailable
 from runtime.processes import Processes, in_daemon
 
@@ -53,14 +58,19 @@ class Service:
         self.reports, self._inspections = Semaphore(REPORTS), Semaphore(INSPECTIONS)
         self.registry = CollectorRegistry()
         self.registry.register(cast(Any, Exporter(METRICS, lambda: self)))
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self.requests: defaultdict[tuple[str, int], Histogram] = defaultdict(Histogram)  # by route and status
         self.started, self.stopping, self.patience = time.monotonic(), False, math.inf
         self.force: Callable[[], object] = lambda: None
         self.timers: list[asyncio.TimerHandle] = []
         self.tasks: dict[str, asyncio.Task[Any]] = {}
         self.plans: TTLCache[tuple[str, bytes], Plan] = TTLCache(PLANS, math.inf)  # by path and query
-        for source in sources.values():
+        self.bus, self._hearing = Bus(database, self.heard), False
+        for name, source in sources.items():
             source.listeners.append(self.loaded)
             source.breaker.listen(self._switched)
+            source.tell = functools.partial(self._paused, name)
 
     def begin(self, name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task beside the requests. One that fails is an error in the log, and shown by /health."""
@@ -80,7 +90,8 @@ class Service:
         parameters = load.parameters
         state, error = ("ok", None) if load.error is None else (load.error.kind, str(load.error))
         payload = None if load.data is None else load.data.encoded.decode()
-        self.history.keep(Result(load.source, orjson.dumps(parameters).decode(), load.at, load.latency, state, payload))
+        asked, digest = orjson.dumps(parameters).decode(), self.sources[load.source].upstream.digest
+        self.history.keep(Result(load.source, asked, load.at, load.latency, state, payload, digest))
         latency = round(load.latency * 1000, 1)
         fields = {"source": load.source, "parameters": parameters, "latency_ms": latency, "error": error}
         self.events.publish("refresh", {**fields, "state": "ok" if error is None else "error"})
@@ -91,6 +102,36 @@ class Service:
         fields = {"source": source, "state": state, "previous": previous}
         self.events.publish("breaker", fields)
         self.log.note("breaker", request_id.get(), fields)
+        if state == "open" and not self._hearing:
+            self.bus.tell(News("open", source))
+
+    def _paused(self, source: str, key: Key | None, seconds: float) -> None:
+        self.bus.tell(News("pause", source, key, seconds))
+
+    def invalidate(self, source: str | None, key: Key | None) -> list[str]:
+        """Forget the answers of a source (None: of all; ``key``: that one only), here and wherever else it is served.
+        Returns the names."""
+        names = sorted(self.sources) if source is None else [source]
+        for name in names:
+            self.sources[name].forget(key)
+        self.events.publish("invalidate", {"sources": names})
+        return names
+
+    def heard(self, news: News) -> None:
+        """Do here what happened elsewhere; what does not fit is another configuration's."""
+        if news.kind == "invalidate" and not news.source:
+            self.invalidate(None, None)
+        source, key = self.sources.get(news.source), news.key
+        if source is None or (key is not None and len(key) != len(source.upstream.parameters)):
+            return
+        if news.kind == "invalidate":
+            self.invalidate(news.source, key)
+        elif news.kind == "pause":
+            source.pause(news.seconds, key)
+        elif news.kind == "open":
+            self._hearing = True
+            source.breaker.trip()
+            self._hearing = False
 
     async def renew(self) -> None:
         """Load what is in use before it gets stale, until the stop."""
@@ -115,7 +156,7 @@ class Service:
             upstream = source.upstream
             within = upstream.ttl + max(upstream.stale, upstream.stale_if_error)
             try:
-                results = await self.history.latest(name, within, upstream.keys)
+                results = await self.history.latest(name, within, upstream.keys, configuration=upstream.digest)
             except (Unavailable, asyncpg.PostgresError) as error:
                 log.warning("no warm start: %s", type(error).__name__)
                 return
@@ -123,7 +164,7 @@ class Service:
                 given = orjson.loads(result.parameters)
                 if given.keys() == upstream.parameters.keys() and result.payload is not None:
                     age = (datetime.now(UTC) - result.fetched_at).total_seconds()
-                    source.warm(source.key(given), orjson.loads(result.payload), age, result.latency)
+                    source.warm(source.key(given), result.payload.encode(), age, result.latency)
                 await asyncio.sleep(0)
 
     def inspection(self, name: str) -> asyncio.Task[dict[str, Any]]:

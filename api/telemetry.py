@@ -10,12 +10,16 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import os
 import queue
+import re
+import secrets
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from itertools import starmap
 from operator import attrgetter
@@ -23,19 +27,22 @@ from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 
-from api.report import percentiles
 from api.upstreams import Source
 from coordination import Clock
-from runtime.monitor import Measure, counter, gauge
+from runtime.monitor import Histogram, Measure, counter, gauge, histogram
 from runtime.outlet import Changes
 from runtime.stderr import lines_lost
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Metric
+
     from api.service import Service
     from runtime.writer import WriterStats
 
 KEEP_ALIVE = 15.0  # seconds after which a silent stream says that it is still there
 WAITING = 20_000  # log lines that may wait for the output
+STREAMS_OF_CLIENT = 8  # streams of events of one client address at a time
+EVENT = b"id: %s-%d\nevent: %s\ndata: %s\n\n"
 GATHER = 0.2  # seconds in which log lines gather to be written together
 CIRCUIT = {"closed": 0.0, "half_open": 0.5, "open": 1.0}
 
@@ -45,10 +52,14 @@ def _answers(service: Service) -> dict[tuple[str, str], int]:
     return {(name, state): n for name, source in service.sources.items() for state, n in source.answers.items()}
 
 
-def _latencies(service: Service) -> dict[tuple[str, str], float]:
-    """Seconds, by source and quantile."""
-    every = {name: percentiles(source.latencies) for name, source in service.sources.items()}
-    return {(name, f"0.{quantile[1:]}"): seconds for name, each in every.items() for quantile, seconds in each.items()}
+def _refused(service: Service) -> dict[tuple[str, str], int]:
+    """Counts by source and reason."""
+    return {(name, reason): n for name, source in service.sources.items() for reason, n in source.refused.items()}
+
+
+def _requests(service: Service) -> dict[tuple[str, str], Histogram]:
+    """By route and status."""
+    return {(route, str(status)): durations for (route, status), durations in service.requests.items()}
 
 
 def _sources(name: str, text: str, read: Callable[[Source], float], kind: Callable[..., Measure] = counter) -> Measure:
@@ -65,14 +76,20 @@ def _rows(name: str, text: str, read: Callable[[WriterStats], int], kind: Callab
     return kind(f"aggregate_rows_{name}", text, lambda service: read(service.history.writer.stats()))
 
 
+def _durations(service: Service) -> dict[str, Histogram]:
+    return {name: source.durations for name, source in service.sources.items()}
+
+
 METRICS = (
+    histogram("aggregate_request_duration_seconds", "Of requests, streams included", _requests, "route", "status"),
     counter("aggregate_answers", "Parts of answers by their state", _answers, "source", "state"),
     _sources("upstream_calls", "Requests sent, retries included", attrgetter("calls")),
     _sources("failed_loads", "Loads that ended in an error", attrgetter("failures")),
-    _sources("refused_calls", "Calls that the breaker refused", lambda source: source.breaker.stats().refused),
+    counter("aggregate_refused_loads", "Loads that made no call", _refused, "source", "reason"),
     _sources("circuit_open", "0 closed, 0.5 half-open, 1 open", lambda source: CIRCUIT[source.breaker.state], gauge),
     _sources("cache_entries", "Answers kept", lambda source: len(source.cache), gauge),
-    gauge("aggregate_upstream_latency_seconds", "Of the last 1,000 loads", _latencies, "source", "quantile"),
+    histogram("aggregate_load_duration_seconds", "Of loads, with their retries and waits", _durations, "source"),
+    _sources("paused_seconds", "For which no call is made, as it wished", attrgetter("paused_for"), gauge),
     gauge("aggregate_loop_lag_seconds", "Longest of the last minute", attrgetter("lag.longest")),
     gauge("aggregate_database_up", "1 if there is a connection", lambda api: float(api.database.state == "connected")),
     _rows("queued", "Results that wait to be written", attrgetter("queued"), gauge),
@@ -82,21 +99,61 @@ METRICS = (
 )
 
 
+class OfWorker:
+    """The metrics of a registry; if this process may be one of several workers, each with its number as a label."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of this moment."""
+        labels = {"worker": str(os.getpid())} if is_worker() else {}
+        for family in self._registry.collect():
+            family.samples = [sample._replace(labels={**labels, **sample.labels}) for sample in family.samples]
+            yield family
+
+
+def is_worker() -> bool:
+    """Whether another process started this one to serve, and so maybe others (``--workers``)."""
+    return multiprocessing.parent_process() is not None
+
+
 class Events:
-    """The last ``keep`` events, and those who wait for the next one."""
+    """The last ``keep`` events, and those who wait for the next one.
+
+    An event's id is the epoch of this life of this process, and its number.
+    """
 
     def __init__(self, keep: int = 256) -> None:
         self._ring: deque[tuple[int, bytes]] = deque(maxlen=keep)
-        self._serial = 0
+        self._serial, self._epoch = 0, secrets.token_hex(4)
         self._news = Changes()
-        self.streams = 0
+        self._clients: Counter[str] = Counter()
         self._ended = False
+
+    @property
+    def streams(self) -> int:
+        """Streams that there are."""
+        return self._clients.total()
+
+    def join(self, client: str) -> bool:
+        """Count a stream, unless there are too many of this client; ``leave`` follows."""
+        if self._clients[client] >= STREAMS_OF_CLIENT:
+            return False
+        self._clients[client] += 1
+        return True
+
+    def leave(self, client: str) -> None:
+        """The stream has ended."""
+        self._clients[client] -= 1
+        if not self._clients[client]:
+            del self._clients[client]
 
     def publish(self, kind: str, data: Mapping[str, Any]) -> None:
         """Send an event to all streams."""
         self._serial += 1
         body = orjson.dumps({**data, "at": datetime.now(UTC).isoformat(timespec="milliseconds")})
-        self._ring.append((self._serial, b"id: %d\nevent: %s\ndata: %s\n\n" % (self._serial, kind.encode(), body)))
+        self._ring.append((self._serial, EVENT % (self._epoch.encode(), self._serial, kind.encode(), body)))
         self._news.tell()
 
     def end(self) -> None:
@@ -104,21 +161,21 @@ class Events:
         self._ended = True
         self._news.tell()
 
-    async def stream(self, last: int | None = None) -> AsyncIterator[bytes]:
-        """The events after number ``last``, as far as they are known; None: those from now on."""
-        seen = self._serial if last is None or last > self._serial else last
-        self.streams += 1
-        try:
-            yield b"retry: 2000\n\n"
-            while not self._ended:
-                text = b"".join(event for serial, event in self._ring if serial > seen)
-                seen = self._serial
-                if text:
-                    yield text
-                elif not await self._news.wait(KEEP_ALIVE):
-                    yield b": keep-alive\n\n"
-        finally:
-            self.streams -= 1
+    async def stream(self, last: str = "") -> AsyncIterator[bytes]:
+        """The events after the one of id ``last``, as far as they are known: all that are, if that is none of this
+        life's. Without it, those from now on."""
+        epoch, _, number = last.partition("-")
+        seen = 0 if last else self._serial
+        if epoch == self._epoch and re.fullmatch("[0-9]{1,18}", number, re.A) and int(number) <= self._serial:
+            seen = int(number)
+        yield b"retry: 2000\n\n"
+        while not self._ended:
+            text = b"".join(event for serial, event in self._ring if serial > seen)
+            seen = self._serial
+            if text:
+                yield text
+            elif not await self._news.wait(KEEP_ALIVE):
+                yield b": keep-alive\n\n"
 
 
 class RequestLog:

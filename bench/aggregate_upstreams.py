@@ -52,7 +52,7 @@ window = 2
 reset = 0.5
 {more}
 """
-WITH_DATA, WITHOUT = {"fresh", "stale", "fallback"}, {"timeout", "error", "open"}
+WITH_DATA, WITHOUT = {"fresh", "stale", "fallback"}, {"timeout", "error", "open", "paused", "busy"}
 SLACK = 0.05
 """Seconds over its deadline from which an answer of `chaos` counts as late."""
 

@@ -6,8 +6,8 @@
 Promised by ``Backlog``, in rows (an item has one or more)
 - accepted + recovered == stored + refused + held + spooled + lost + dropped, after every call. ``held`` are those in
   memory, ``lost`` those that the disk did not give back, ``dropped`` has its causes.
-- No more than ``max_items`` and ``max_bytes`` wait or are diverted, if callers ask ``room`` first; with ``newest``, the
-  oldest that wait are dropped instead.
+- No more than ``max_items`` and ``max_bytes`` wait or are diverted, if callers ask ``room`` first, and what failed
+  under way besides; with ``newest``, the oldest that wait are dropped instead.
 - Items are taken in the order in which they came. ``in_order``: they leave so too, for nothing that waits is taken
   while anything older is spooled or on its way there; and what is under way is copied there before what waits moves.
 """

@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _TIME = r"(?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d)"
 _HTTP_DATES = (
-    re.compile(rf"[A-Z][a-z]{{2}}, (?P<day>\d\d) (?P<month>[A-Z][a-z]{{2}}) (?P<year>\d{{4}}) {_TIME} GMT", re.A),
+    re.compile(
+        rf"[A-Z][a-z]{{2}}, (?P<day>\d\d?) (?P<month>[A-Z][a-z]{{2}}) (?P<year>\d{{4}}) {_TIME} (GMT|UTC)", re.A
+    ),
     re.compile(rf"[A-Z][a-z]+day, (?P<day>\d\d)-(?P<month>[A-Z][a-z]{{2}})-(?P<year>\d\d) {_TIME} GMT", re.A),
     re.compile(rf"[A-Z][a-z]{{2}} (?P<month>[A-Z][a-z]{{2}}) (?P<day>[ \d]\d) {_TIME} (?P<year>\d{{4}})", re.A),
 )
@@ -18,8 +20,9 @@ _HTTP_DATES = (
 def parse_http_date(value: str, now: float) -> float | None:
     """Unix time of an HTTP date in any of its three forms, or None if it is none of them.
 
-    IMF-fixdate, RFC 850 and asctime (RFC 9110, section 5.6.7), always UTC whatever the local time zone. The
-    two-digit year of the RFC 850 form is the one that lies at most 50 years after ``now`` (Unix time).
+    IMF-fixdate (also, as servers send it, with a day of one digit, or UTC), RFC 850 and asctime (RFC 9110, section
+    5.6.7), always UTC whatever the local time zone. The two-digit year of the RFC 850 form is the one that lies at
+    most 50 years after ``now`` (Unix time).
     """
     match = next(filter(None, (pattern.fullmatch(value) for pattern in _HTTP_DATES)), None)
     if match is None or match["month"] not in _MONTHS:

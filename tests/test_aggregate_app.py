@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,6 +40,7 @@ import coordination as co
 from api import aggregate, config, middleware, openapi, report, upstreams
 from api import service as service_module
 from api.history import History, Result
+from api.parts import UpstreamError
 from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
 from tests.helpers.api import aggregate_ask, aggregate_http, app_run, ask, data_of, living, play, settled
@@ -81,6 +83,19 @@ if TYPE_CHECKING:  # imported where it is used: it takes half a second
         ("[a]\nurl = 'http://h/{x:>9}'\nparameters = { x = 1 }", "a.url: {x} is written without"),
         ("[a]\nurl = 'http://h/'\nparameters = { x = 1 }", "a.parameters: x is used nowhere"),
         ("[a]\nurl = 'http://h/${NO_SUCH}'", "a.url: 'NO_SUCH' is not in the environment"),
+        ("[a]\nurl = 'http://h/${MY-KEY}'", "a.url: '${MY-KEY}' holds no name"),
+        ("[a]\nurl = 'http://h/${}'", "a.url: '${}' holds no name"),
+        ("[a]\nurl = '${NO_SUCH}/x'", "a.url: 'NO_SUCH' is not"),
+        ("[a]\nurl = 'http://h /'", "a.url: http"),
+        ('[a]\nurl = "http://h\\nx/"', "a.url: a control character"),
+        ("[a]\nurl = 'http://\u2024..x/'", "a.url: "),
+        ("[a]\nurl = 'http://h/'\nheaders = { X = '$NO_SUCH' }", "a.headers.X: 'NO_SUCH'"),
+        ("[a]\nurl = 'http://h/'\nheaders = { X = 'a${b c}' }", "a.headers.X: '${b c}' holds no name"),
+        ("[a]\nurl = 'http://h/'\nheaders = { content-Length = '5' }", "a.headers: 'content-Length' is"),
+        ("[a]\nurl = 'http://h/'\nparameters = { x = 1 }\nmethod = 'POST'\nbody = { '{x}' = 1 }", "a.parameters: x is"),
+        ("[a]\nurl = 'http://h/{x}'\nparameters = { x = 'y' }\npatterns = { x = '(' }", "a.patterns.x: missing )"),
+        ("[a]\nurl = 'http://h/{x}'\nparameters = { x = 'y' }\npatterns = { x = 'z' }", "a.patterns.x: there must"),
+        ("[a]\nurl = 'http://h/'\npatterns = { x = 'z' }", "a.patterns.x: there must"),
         ("[a]\nurl = 'http://h/'\nheaders = { X = '${MY-KEY}' }", "a.headers.X: '${MY-KEY}' holds no name"),
         ("[a]\nurl = 'http://h/'\nheaders = { X = '$NO_SUCH' }", "a.headers.X: 'NO_SUCH' is not in the environment"),
         ('[a]\nurl = "http://h/\\n"\n[b]\nurl = "http://h/\\tx"', "b.url: a control character"),
@@ -114,6 +129,48 @@ def test_reads_a_configuration(tmp_path: Path) -> None:
     upstream = config.read_config(text, {"K": "a b\n"})["a"]
     assert (upstream.address(("true",)), upstream.content(("true",))) == ("http://h/a%20b?on=true", b'{"k":"a b"}')
     assert (upstream.headers, upstream.parameters, upstream.retries) == ({"X": "a b"}, {"on": "true"}, 0)
+    for more, rate in (("", 100.0), ("keys = 5000", 500.0), ("ttl = 60", 100.0), ("keys = 5000\nrate = 0", 0.0)):
+        assert config.read_config(f"[a]\nurl = 'http://h/'\n{more}", {})["a"].rate == rate
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("http://h/a b?q=é|{{x}}", "http://h/a%20b?q=%C3%A9%7C%7Bx%7D"),
+        ("http://h/100%?a=%zz&b=%2F", "http://h/100%25?a=%25zz&b=%2F"),
+        ("http://bücher.example:8080/ü", "http://xn--bcher-kva.example:8080/%C3%BC"),
+        (" http://h/x\n", "http://h/x"),
+        ("${BASE}/x/${KEY}?k=${KEY}", "http://api.example:81/v1/x/a%20%2F%7Bb%7D?k=a%20%2F%7Bb%7D"),
+        ("https://${HOST}/x", "https://api.example/x"),
+        ("http://h/odata?$filter=x&$top=1", "http://h/odata?$filter=x&$top=1"),
+    ],
+)
+def test_a_url_is_sent_percent_encoded(url: str, sent: str) -> None:
+    environ = {"BASE": "http://api.example:81/v1", "HOST": "api.example\n", "KEY": " a /{b}\n"}
+    assert config.read_config(f"[a]\nurl = {json.dumps(url)}", environ)["a"].address(()) == sent
+
+
+def test_a_dollar_is_a_dollar_where_it_names_nothing() -> None:
+    text = "[a]\nurl='http://h/'\nmethod='POST'\nbody={q='query($id: ID) $$ ${K} $${K}'}\nheaders={X='$$5 $K${K}'}"
+    upstream = config.read_config(text, {"K": "v"})["a"]
+    assert (upstream.content(()), upstream.headers) == (b'{"q":"query($id: ID) $$ v ${K}"}', {"X": "$5 vv"})
+
+
+def test_a_value_matches_its_pattern(web: Sandbox) -> None:
+    url = web.url("/api/weather?city={city}")
+    table = {"a": config.Upstream("a", url, {"city": "Rome"}, {"city": "[A-Z][a-z]+"})}
+
+    async def main() -> None:
+        async with living(table) as app:
+            for path, method in (("/aggregate?", "GET"), ("/cache/invalidate?source=a&", "POST")):
+                assert (await ask(app, path + "city=Oslo", method))[0] == 200
+                for value in ("oslo", "Oslo2", "xOslo"):
+                    status, _, body = await ask(app, path + "city=" + value, method)
+                    assert (status, json.loads(body)["parameter"]) == (422, "city")
+            described = json.loads((await ask(app, "/openapi.json"))[2])["paths"]["/aggregate/a"]["get"]["parameters"]
+            assert [{"pattern": "^(?:[A-Z][a-z]+)$"}] in [each.get("schema", {}).get("allOf") for each in described]
+
+    app_run(main())
 
 
 @pytest.mark.parametrize(
@@ -135,13 +192,14 @@ def test_a_url_is_percent_encoded_where_it_was_not(written: str, sent: str) -> N
     assert str(yarl.URL(sent, encoded=True)) == sent
 
 
+ENDED = config.read_config("[a]\nurl='http://h.example/v1/{x}/end?q={x}&z=1'\nparameters={x='1'}", {})["a"]
+
+
 @settings(SETTINGS, max_examples=200)
 @given(st.text(min_size=1, max_size=30).filter(lambda value: value not in (".", "..")))
 def test_a_parameter_changes_neither_host_nor_path(value: str) -> None:
-    text = "[a]\nurl='http://h.example/v1/{x}/end?q={x}&z=1'\nparameters={x='1'}"
-    upstream = config.read_config(text, {})["a"]
     try:
-        url = ada_url.URL(upstream.address((value,)))
+        url = ada_url.URL(ENDED.address((value,)))
     except UnicodeEncodeError:
         return  # a lone surrogate, which no request can carry
     assert (url.host, url.hash, url.pathname.count("/")) == ("h.example", "", 3)
@@ -190,6 +248,10 @@ def test_serves_old_data_in_an_outage_within_its_window(web: Sandbox) -> None:
         world.now += 40.0  # past the window
         part = (await aggregate.Plan.of({"a": source}, {}, 20.0).gather())["a"]
         assert (part.state, part.data, part.error) == ("error", None, "http: 503")
+        assert (source.calls, part.retry_after) == (4, 1.0)  # Retry-After
+        world.now += 0.75
+        assert (await aggregate_ask(source), source.calls) == (("error", None, None), 4)
+        world.now += 0.25
         assert await aggregate_ask(source) == ("fresh", 5, 0.0)
         fallback = make("/status/500", retries=0, fallback={"serial": "better than nothing"})
         assert await aggregate_ask(fallback) == ("fallback", "better than nothing", None)
@@ -226,7 +288,7 @@ def test_every_fault_of_the_catalogue_is_an_answer(web: Sandbox) -> None:
         parts = await aggregate.Plan.of(faults, {}, HANG_LIMIT).gather()
         assert {part.state for part in parts.values()} == {"error"}
         for part in parts.values():
-            assert str(part.error).partition(":")[0] in upstreams.UpstreamError.KINDS
+            assert str(part.error).partition(":")[0] in UpstreamError.KINDS
 
     play(web, case)
 
@@ -396,7 +458,7 @@ def test_what_cannot_be_mended_is_not_asked_for_again_at_once(web: Sandbox) -> N
         assert (await aggregate_ask(source), source.calls) == (("error", None, None), 4)
         assert source.health()["breaker"] == "closed"  # it answers: that is no outage
         kept = source.refusals.get(())
-        assert kept is not None and kept.__traceback__ is None and kept.__context__ is None  # or it holds the body
+        assert kept == ("http: 404", world.now + 1.0)  # words only: the error would hold the frames, and so the body
 
     play(web, case)
 
@@ -444,7 +506,10 @@ def test_who_watches_has_no_rate() -> None:
     assert asgi(app, "192.0.2.1", path="/healthy")[0] == 429
 
 
-@pytest.mark.parametrize("value", ["..%2F..%2Fkeys", "a%2Fb", "a%5Cb", "..;", ".;x", "%252e%252e", "a%252Fb"])
+PATHS = "..%2F..%2Fkeys a%2Fb a%5Cb ..; .;x %252e%252e a%252Fb %25252e ..%253B ..%20 %20..%20;x"
+
+
+@pytest.mark.parametrize("value", PATHS.split())
 def test_a_value_of_a_path_is_one_segment(value: str, web: Sandbox) -> None:
     async def main() -> None:
         url = web.url("/api/rates")
@@ -470,6 +535,66 @@ def test_reads_the_rate(text: str, rate: float | str | None) -> None:
         return
     with pytest.raises(SystemExit, match=f"AGGREGATE_RATE={text}: "):
         aggregate_app.configured_app({"AGGREGATE_RATE": text, "DATABASE_URL": "none"})
+
+
+@pytest.mark.parametrize(
+    ("host", "hosts", "status"),
+    [
+        ("", [], 200),
+        ("127.0.0.1:8000", [], 200),
+        ("192.0.2.7", [], 200),
+        ("[::1]:8000", [], 200),
+        ("LOCALHOST:8000", [], 200),
+        ("x.localhost", [], 200),
+        ("api:8000", [], 200),
+        ("evil.example.", [], 400),
+        (socket.gethostname() + ":80", [], 200),
+        ("evil.example", [], 400),
+        ("127.0.0.1.evil.example", [], 400),
+        ("localhost.evil.example:8000", [], 400),
+        ("evil.example", ["api.example"], 400),
+        ("api.example:443", ["API.example"], 200),
+        ("x.api.example", ["api.example"], 400),
+        ("a" * 301, ["*"], 400),  # good ones are remembered
+        ("evil.example", ["*"], 200),
+    ],
+)
+def test_serves_its_own_hosts_only(host: str, hosts: list[str], status: int) -> None:
+    app = aggregate_app.create_app({}, 0, hosts=hosts)
+    for _ in range(2):
+        assert asgi(app, "192.0.2.1", {"Host": host})[0] == status
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "message"),
+    [
+        ("AGGREGATE_HOSTS", "api.example, http://b", "AGGREGATE_HOSTS=http://b: names"),
+        ("AGGREGATE_HOSTS", "api.example:80", "names of hosts are needed, without ports"),
+        ("AGGREGATE_ORIGINS", "app.example", "AGGREGATE_ORIGINS=app.example: origins"),
+        ("AGGREGATE_ORIGINS", "https://app.example/", "AGGREGATE_ORIGINS=https://app.example/: origins"),
+        ("AGGREGATE_GZIP", "yes", "AGGREGATE_GZIP=yes: a number of bytes"),
+    ],
+)
+def test_refuses_a_wrong_environment(variable: str, text: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        aggregate_app.configured_app({variable: text, "DATABASE_URL": "none"})
+
+
+def test_compression_and_other_origins_are_configured() -> None:
+    environ = {"DATABASE_URL": "none", "AGGREGATE_GZIP": "1000", "AGGREGATE_ORIGINS": "https://app.example"}
+    app = aggregate_app.configured_app(environ)
+    origin = {"Origin": "https://app.example", "Accept-Encoding": "gzip"}
+    status, headers = asgi(app, "192.0.2.1", origin)
+    assert (status, headers["content-encoding"]) == (200, "gzip")
+    assert {"Accept-Encoding", "Origin"} == set(headers["vary"].split(", "))
+    assert (
+        headers["access-control-allow-origin"] == "https://app.example"
+        and "ETag" in headers["access-control-expose-headers"]
+    )
+    _, headers = asgi(app, "192.0.2.1", {"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in headers and "content-encoding" not in headers
+    plain = aggregate_app.configured_app({"DATABASE_URL": "none"})
+    assert not {"vary", "content-encoding", "access-control-allow-origin"} & asgi(plain, "192.0.2.1", origin)[1].keys()
 
 
 def test_a_request_keeps_its_id() -> None:

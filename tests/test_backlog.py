@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 from runtime.backlog import Backlog, Round
 from tests.helpers.base import HUNT, SETTINGS
@@ -81,37 +79,39 @@ def test_drops_what_is_in_memory_only() -> None:
     assert (backlog.lost, backlog.dropped["stopped"], backlog.imbalance(), backlog.is_empty()) == (4, 5, 0, False)
 
 
-MOSTLY = st.sampled_from([True, True, True, False])
+class Walk:
+    """A backlog, the files of a disk, and what the sink was given. A step takes a number below 256."""
 
-
-class BacklogMachine(RuleBasedStateMachine):
-    """A backlog, the files of a disk, and what the sink was given."""
-
-    backlog_type: ClassVar[type[Backlog[int]]] = Backlog
-    in_order: ClassVar[bool] = False
-
-    @initialize(items=st.integers(1, 3), files=st.integers(1, 3))
-    def start(self, items: int, files: int) -> None:
-        self.backlog = self.backlog_type(
-            20, size=lambda _: 1, round_items=items, file_items=files, in_order=self.in_order
-        )
+    def __init__(self, backlog: Backlog[int]) -> None:
+        self.backlog = backlog
         self.accepted = 0
         self.disk: dict[str, list[int]] = {}
         self.rounds: list[Round[int]] = []
+        self.most_rounds = 1  # under way at once: all may fail, and wait again
         self.sunk: list[int] = []
         self.writing: list[int] | None = None
         self.serial = 0
 
-    @rule(n=st.integers(1, 9), divert=st.booleans())
-    def accept(self, n: int, divert: bool) -> None:
-        n = min(n, self.backlog.room())
-        divert = divert and not self.backlog.in_order
+    def steps(self) -> list[Callable[[int], None]]:
+        """Those that are possible now."""
+        found: list[Callable[[int], None]] = [self.accept, self.go_on, self.press]
+        if self.rounds:
+            found.append(self.answer)
+        if self.writing is not None:
+            found.append(self.end_file)
+        elif self.backlog.is_spilling():
+            found.append(self.begin_file)
+        return found
+
+    def accept(self, number: int) -> None:
+        n = min(1 + number // 2 % 9, self.backlog.room())
+        divert = number % 2 > 0 and not self.backlog.in_order
         self.backlog.accept(range(self.accepted, self.accepted + n), divert=divert)
         self.accepted += n
 
-    @rule(from_disk=st.booleans())
-    def go_on(self, from_disk: bool) -> None:
+    def go_on(self, number: int) -> None:
         """A writer of what waits; in order, one writer does what it is told."""
+        from_disk = number % 2 > 0
         if self.backlog.in_order:
             step = self.backlog.next_step(True)
             if self.rounds or step not in ("write", "replay"):
@@ -125,29 +125,25 @@ class BacklogMachine(RuleBasedStateMachine):
             names = list(self.disk)[:2]
             self.rounds.append(self.backlog.replay([item for name in names for item in self.disk[name]], names))
 
-    @precondition(lambda self: self.rounds)
-    @rule(which=st.integers(0, 9), stored=st.booleans(), refused=st.booleans())
-    def answer(self, which: int, stored: bool, refused: bool) -> None:
+    def answer(self, number: int) -> None:
+        stored, refused, which = number % 2 > 0, number // 2 % 2, number // 4
         round = self.rounds.pop(which % len(self.rounds))
         if not stored:
             self.backlog.failed(round)
             return
-        for name in self.backlog.landed(round, len(round.items) - refused, int(refused)):
+        for name in self.backlog.landed(round, len(round.items) - refused, refused):
             del self.disk[name]
         self.sunk += round.items
 
-    @rule()
-    def press(self) -> None:
+    def press(self, number: int) -> None:
         self.backlog.press()
 
-    @precondition(lambda self: self.writing is None and self.backlog.is_spilling())
-    @rule()
-    def begin_file(self) -> None:
+    def begin_file(self, number: int) -> None:
         self.writing = list(self.backlog.next_file())
 
-    @precondition(lambda self: self.writing is not None)
-    @rule(taken=MOSTLY, gives_up=st.booleans())
-    def end_file(self, taken: bool, gives_up: bool) -> None:
+    def end_file(self, number: int) -> None:
+        """Mostly, the disk takes it."""
+        taken, gives_up = number % 4 > 0, number // 4 % 2 > 0
         assert self.writing is not None
         name, items, self.writing = f"{self.serial:04d}", self.writing, None
         self.serial += 1
@@ -156,24 +152,37 @@ class BacklogMachine(RuleBasedStateMachine):
         if not taken and (gives_up or self.backlog.in_order):
             self.backlog.undivert()
 
-    @invariant()
-    def each_is_in_one_place(self) -> None:
+    def look(self) -> None:
+        """Each is in one place."""
         backlog = self.backlog
         assert backlog.imbalance() == 0 and backlog.held() >= 0 and backlog.spooled >= 0
         assert backlog.spooled == sum(map(len, self.disk.values()))
+        self.most_rounds = max(self.most_rounds, len(self.rounds))
         under_way = [item for round in self.rounds if not round.files for item in round.items]
         memory = [*backlog.waiting, *backlog.diverted, *backlog.moving, *under_way]
         spooled = [item for items in self.disk.values() for item in items]
         assert sorted([*memory, *spooled, *self.sunk]) == list(range(self.accepted))
         if backlog.in_order:
             assert self.sunk == list(range(len(self.sunk)))
-        assert len(backlog.waiting) + len(backlog.diverted) + len(backlog.moving) <= 20 + backlog.round_items
+        most = 20 + self.most_rounds * backlog.round_items
+        assert len(backlog.waiting) + len(backlog.diverted) + len(backlog.moving) <= most
 
 
 def check_backlog(backlog_type: type[Backlog[int]], in_order: bool, effort: settings) -> None:
     """Each item is in one place; in order, they leave in order; the counts balance."""
-    kind = type("Machine", (BacklogMachine,), {"backlog_type": backlog_type, "in_order": in_order})
-    run_machine(kind, settings=effort)
+    few, size = st.integers(1, 3), 2 * effort.stateful_step_count  # two bytes a step: which one, and its number
+
+    @settings(effort)
+    @given(few, few, st.binary(min_size=size, max_size=size))
+    def walks(items: int, files: int, steps: bytes) -> None:
+        backlog = backlog_type(20, size=lambda _: 1, round_items=items, file_items=files, in_order=in_order)
+        walk = Walk(backlog)
+        for which, number in zip(steps[::2], steps[1::2], strict=True):
+            possible = walk.steps()
+            possible[which % len(possible)](number)
+            walk.look()
+
+    walks()
 
 
 @pytest.mark.parametrize("in_order", [False, True])

@@ -63,10 +63,17 @@ the fourth call of three probes: probes=3
   0 fail open | 30 ask a half_open | 31 ask b half_open | 32 ask c half_open | 33 ok 27 | 34 ok a half_open | 34 ok 27
   35 ok b half_open | 35 ok 27 | 36 ok c closed | 36 ok closed
 a probe that never reports: probe_timeout=5
-  0 fail open | 30 ask a half_open | 34.75 ok .25 | 35 ask b half_open | 36 ok a half_open | 36 ok 4 | 39.75 ok b closed
+  0 fail open | 30 ask a half_open | 34.75 ok .25 | 35 ask b half_open | 36 ok 4 | 39.75 ok b closed | 40 fail a closed
 a report at the end of the probe's time: probe_timeout=5
-  0 fail open | 30 ask a half_open | 35 ok a half_open | 35 ask b half_open | 40 fail b half_open | 40 ask c half_open
-  44.75 fail c open | 44.75 ok 60
+  0 fail open | 30 ask a half_open | 35 ok a closed | 36 fail open | 66 ask b half_open | 71 fail b open | 71 ok 60
+a report after the probe's time, while another one is under way: probe_timeout=5
+  0 fail open | 30 ask a half_open | 35 ask b half_open | 36 ok 4 | 37 ok a closed | 37 fail b closed
+  37 fail open | 67 ask c half_open | 72 ask d half_open | 80 fail c open | 81 ok d open | 81 ok 59
+an answer that takes longer than the probe's time, for ever: probe_timeout=2
+  0 fail open | 30 ask a half_open | 32.5 ok a closed | 32.5 ok closed
+places that expired, and all of their reports: probes=2 probe_timeout=5
+  0 fail open | 30 ask a half_open | 30 ask b half_open | 35 ask c half_open | 36 ok a half_open | 37 ok b closed
+  37 ok c closed
 expiry leaves alone who passed: probes=2
   0 fail open | 30 ask a half_open | 31 ok half_open | 60 ok closed
 ignored:
@@ -491,8 +498,7 @@ class Model:
         if permit.verb is not None:
             return
         permit.verb = verb
-        expired = self.state == "half_open" and now - permit.started >= self.o.probe_timeout
-        if permit.generation != len(self.turns) - 1 or verb == "ignore" or expired:
+        if permit.generation != len(self.turns) - 1 or verb == "ignore":
             return
         failed = verb == "fail"
         permit.counted = now, failed
@@ -589,6 +595,21 @@ def check_breaker(kind: type[pr.CircuitBreaker], effort: settings = SETTINGS) ->
 
 def test_is_its_model() -> None:
     check_breaker(pr.CircuitBreaker, settings(SETTINGS, max_examples=80, stateful_step_count=40))
+
+
+def test_is_tripped_by_what_others_have_seen() -> None:
+    heard: list[tuple[str, str]] = []
+    breaker = breaker_new(World(0.0), failures=9)
+    breaker.listen(lambda _, before, after, __: heard.append((before, after)))
+    early = breaker.permit(0.0)
+    breaker.trip(1.0)
+    breaker.trip(5.0)  # it is open already
+    early.success(6.0)
+    assert breaker.stats(6.0)[1:] == ("open", 0, 0, 1, 25.0)
+    probe = breaker.permit(31.0)
+    breaker.trip(32.0)  # here it is being tried
+    probe.success(33.0)
+    assert heard == [("closed", "open"), ("open", "half_open"), ("half_open", "closed")]
 
 
 def test_takes_the_callers_clock_all_the_way() -> None:

@@ -174,7 +174,7 @@ def test_shares_links_are_in_scope_from_when_a_redirect_brings_them_there() -> N
 )
 def test_shares_a_server_never_sees_more_than_the_bound(driver: str, count: int, options: dict[str, float]) -> None:
     """By the server's log: the best of three runs, for a busy machine holds up the server too. Where none is as it
-    should be, they are as good as without helpers."""
+    should be, they are as good as without helpers, which one run shows to within 3 %."""
     rate, burst = options.get("total_rate") or options["rate"], options.get("burst", 1)
     argv = [*itertools.chain.from_iterable((f"--{name.replace('_', '-')}", v) for name, v in options.items())]
 
@@ -198,7 +198,7 @@ def test_shares_a_server_never_sees_more_than_the_bound(driver: str, count: int,
         if runs[-1][0] <= 3 and 99 <= runs[-1][1] <= 101:
             return
     excess, speed = crawl(1)
-    assert min(runs)[0] <= max(3, excess) and min(99, speed - 1) <= max(run[1] for run in runs) <= 101, runs
+    assert min(runs)[0] <= max(3, excess) and min(99, 0.97 * speed) <= max(run[1] for run in runs) <= 101, runs
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -25,7 +25,7 @@ from tests.helpers.crawl import (
     guard_errors,
     guard_scrape,
     raw_answer,
-    run_program,
+    run_here,
     scrape,
 )
 
@@ -147,22 +147,23 @@ def test_the_first_user_of_a_url_is_the_one(driver: str) -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_explain_sends_nothing_secret_to_others(driver: str) -> None:
+def test_explain_sends_nothing_secret_to_others(driver: str, capfd: pytest.CaptureFixture[str]) -> None:
     robots: dict[str, list[RawAnswer]] = {"/robots.txt": [[raw_answer(b"User-agent: *\nDisallow: /q\n")]]}
     with RawWeb(dict(robots)) as ours, RawWeb(dict(robots)) as other:
         for web, secret in ((ours, True), (other, False)):
             argv = [ours.url("/").replace("//", "//u:p@"), "--depth", "1", "--within", "any", "--header", "X-JWT: s3"]
-            code, out, err = run_program(driver, *argv, "--explain", web.url("/q"))
-            assert (code, out.startswith(b"no:"), err) == (0, True, "")
+            code, out, err = run_here(capfd, driver, *argv, "--explain", web.url("/q"))
+            assert (code, out.startswith("no:"), err) == (0, True, "")
             assert (b"s3" in web.heads[0], b"Basic" in web.heads[0]) == (secret, secret)
 
 
 @pytest.mark.parametrize("driver", [*DRIVERS, "crawl_async --processes 2"])
-def test_passwords_of_the_list_are_written_nowhere_and_good_for_their_origin(driver: str, tmp_path: Path) -> None:
+def test_passwords_of_the_list_are_written_nowhere_and_good_for_their_origin(
+    driver: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     html = "Content-Type: text/html"
     page = b"<title>t</title><a href=/deep>d</a><a href=two>2</a>"
     out, stats = tmp_path / "rows.jsonl", tmp_path / "stats.json"
-    name, *more = driver.split()
     with RawWeb({}) as other, RawWeb({}) as web:
         web.answers = {
             "/": [[raw_answer(page + b"<a href=" + other.url("/o").encode() + b">o</a>", "200 OK", html)]],
@@ -175,7 +176,7 @@ def test_passwords_of_the_list_are_written_nowhere_and_good_for_their_origin(dri
         own = web.url("/mine").replace("//", "//own:secret2@")
         urls.write_text(f"{secret}\n{own}\nhttp://u:secret3@no host/\nftp://u:secret4@h/\n")
         argv = [str(urls), "--depth", "1", "--rate", "0", "--within", "any", "-o", str(out), "--stats", str(stats)]
-        code, _, err = run_program(name, *argv, "--resume", *more)
+        code, _, err = run_here(capfd, driver, *argv, "--resume")
         assert code == 0
         heads = {head.split()[1].decode(): head for head in [*web.heads, *other.heads]}
         signed = {path: b"authorization: basic" in head.lower() for path, head in heads.items()}
@@ -183,7 +184,7 @@ def test_passwords_of_the_list_are_written_nowhere_and_good_for_their_origin(dri
                           "/o": False, "/moved": False}  # fmt: skip
         assert base64.b64encode(b"user:secret") in heads["/two"] and base64.b64encode(b"own:secret2") in heads["/mine"]
         asked = len(web.asked) + len(other.asked)
-        assert run_program(name, *argv, "--resume", *more)[0] == 0
+        assert run_here(capfd, driver, *argv, "--resume")[0] == 0
         assert len(web.asked) + len(other.asked) == asked, "the rows are those of the lines"
     text = out.read_text()
     assert "secret" not in text + err + stats.read_text() and "se%63ret" not in text

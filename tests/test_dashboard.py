@@ -175,6 +175,35 @@ def test_invalidates_and_says_so(dashboard_page: DashboardPage) -> None:
     dashboard_page.play(steps)
 
 
+def test_is_amber_only_where_loading_fails(dashboard_page: DashboardPage) -> None:
+    rows: list[tuple[dict[str, Any], str, str, str]] = [  # of /health; what is said, and in which class, and the probe
+        ({"age_s": 1}, "fresh, 1 s old", "good", ""),
+        ({"age_s": 900}, "stale, 15 min old", "soft", ""),  # nobody asked
+        ({"age_s": 900, "failing": True}, "stale, 15 min old", "warn", ""),
+        ({"age_s": 10, "cache": {"entries": 0}}, "nothing cached", "soft", ""),
+        ({"cache": {"entries": 0}}, "no answer yet", "soft", ""),
+        ({"breaker": "half_open"}, "no answer yet", "soft", "probing"),
+        ({"breaker": "half_open", "waits_for_call": True}, "no answer yet", "soft", "waits for a call"),
+        ({"breaker": "open", "next_probe_s": 0}, "no answer yet", "soft", "probe is due"),
+        ({"paused_s": 3600}, "no answer yet", "soft", "paused for "),
+    ]
+    usual = {"breaker": "closed", "ttl_s": 600, "cache": {"entries": 1}, "next_probe_s": 0, "paused_s": 0}
+    sources = {f"s{number}": usual | row for number, (row, *_) in enumerate(rows)}
+
+    async def steps(page: Tab) -> None:
+        await page.answer("/health", (200, json.dumps({"status": "ok", "sources": sources})))
+        dashboard_page.nudge()
+        await page.see("#cards h3", "s0")
+        for number, (row, text, tone, probe) in enumerate(rows):
+            shown = f"document.querySelector('#cards [data-name=s{number}] .fresh').className"
+            assert (row, await page.evaluate(shown)) == (row, f"fresh {tone}")
+            [said] = await page.texts(card(f"s{number}", ".fresh"))
+            assert said.split(",")[0] == text.split(",")[0]
+            assert (await page.texts(card(f"s{number}", ".probe")))[0].startswith(probe)
+
+    dashboard_page.play(steps)
+
+
 def test_asks_for_a_token(dashboard_page: DashboardPage, monkeypatch: pytest.MonkeyPatch) -> None:
     """None, a wrong one, the right one; it is kept for the tab, and a wrong one is not."""
     monkeypatch.setenv("AGGREGATE_TOKEN", "right")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
+
+import pytest
 
 from tests.helpers.base import HERE
 
@@ -63,16 +65,22 @@ def tree(name: str) -> ast.Module:
     return ast.parse(FILES[name].read_text())
 
 
-def for_types_alone(node: ast.AST) -> set[ast.AST]:
-    """What is below ``if TYPE_CHECKING:``, and never runs."""
-    blocks = (each for each in ast.walk(node) if isinstance(each, ast.If) and ast.unparse(each.test) == "TYPE_CHECKING")
-    return {below for block in blocks for below in ast.walk(block)}
+def statements(node: ast.AST, *, that_run: bool = False) -> Iterator[ast.AST]:
+    """A file's statements, nested ones too; with ``that_run``, but for those below ``if TYPE_CHECKING:``."""
+    for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+        if name == "body" and that_run and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        below = getattr(node, name, ())
+        for each in below if isinstance(below, list) else ():
+            yield each
+            yield from statements(each, that_run=that_run)
 
 
-def imports(name: str, nodes: Iterable[ast.AST]) -> set[str]:
+@functools.cache
+def imports(name: str, that_run: bool = False) -> set[str]:
     """The files of the project that a file imports; no room by itself."""
     found = set[str]()
-    for node in nodes:
+    for node in statements(tree(name), that_run=that_run):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -82,8 +90,7 @@ def imports(name: str, nodes: Iterable[ast.AST]) -> set[str]:
 
 
 def test_imports_have_no_cycle() -> None:
-    run = {name: {*ast.walk(tree(name))} - for_types_alone(tree(name)) for name in FILES}
-    TopologicalSorter({name: imports(name, run[name]) for name in FILES}).prepare()  # raises CycleError
+    TopologicalSorter({name: imports(name, that_run=True) for name in FILES}).prepare()  # raises CycleError
 
 
 def test_imports_go_down_only() -> None:
@@ -93,11 +100,11 @@ def test_imports_go_down_only() -> None:
         (name, imported)
         for name, room in rooms.items()
         if room not in BESIDE
-        for imported in {rooms[each] for each in imports(name, ast.walk(tree(name)))} - {room} - BELOW[room]
+        for imported in {rooms[each] for each in imports(name)} - {room} - BELOW[room]
         if (name, imported) not in DEMO
     ]
     assert wrong == []
-    assert [name for name in LEAVES if imports(name, ast.walk(tree(name)))] == []
+    assert [name for name in LEAVES if imports(name)] == []
 
 
 def test_each_room_says_what_enters_and_what_never_happens() -> None:
@@ -105,6 +112,13 @@ def test_each_room_says_what_enters_and_what_never_happens() -> None:
         first, *rest = ast.parse(path.read_text()).body
         assert isinstance(first, ast.Expr) and 5 <= len(str(ast.literal_eval(first.value)).splitlines()) <= 12, path
         assert not rest or path.parent.name == "tests", path  # which has to stand in for absent packages first
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trees() -> Iterator[None]:
+    """They are a million objects, which each collection in a later test would look at."""
+    yield
+    tree.cache_clear()
 
 
 def knows(name: str, path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from uvicorn.main import main as uvicorn_command
 
+from api import config
 from crawl.errors import ERROR_KINDS
 from tests.helpers.base import HERE
 
@@ -171,6 +173,21 @@ def test_the_page_of_a_program_names_its_options(program: str, page: str) -> Non
     assert there <= set(flags.findall(text))
     in_tables = "\n".join(re.findall(r"^\|.*", text, re.M))
     assert set(flags.findall(in_tables)) <= there
+
+
+def test_the_keys_of_an_upstream_are_all_there_with_their_defaults() -> None:
+    table = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ([^|]*) \|", (HERE / "docs" / "aggregate.md").read_text(), re.M)
+    fields = {field.name: field.default for field in dataclasses.fields(config.Upstream)}
+    said: dict[str, float | None] = {}
+    for names, defaults in table:
+        keys = re.findall(r"`(\w+)`", names)
+        if keys[0] in fields:
+            numbers = re.findall(r"(?<![\w.])\d+(?:\.\d+)?", defaults.partition(";")[0])
+            said.update(zip(keys, map(float, numbers), strict=True) if numbers else dict.fromkeys(keys))
+    assert said.keys() == fields.keys() - {"name", "base"}
+    assert {key: number for key, number in said.items() if number is not None} == {
+        key: float(default) for key, default in fields.items() if isinstance(default, (int, float))
+    }
 
 
 def test_the_kinds_of_errors_are_all_there() -> None:

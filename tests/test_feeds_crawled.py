@@ -22,7 +22,7 @@ from tests.absent import needs
 from tests.helpers.base import HERE, wait_until
 from tests.helpers.crawl import FEEDS_DRIVERS, Answer, Site, feeds_article, feeds_rows, feeds_rss, feeds_run
 
-pytestmark = needs("feedparser", "trafilatura", "lxml_html_clean")
+pytestmark = [needs("feedparser", "trafilatura", "lxml_html_clean"), pytest.mark.usefixtures("lent_template")]
 
 
 @pytest.mark.parametrize("driver", FEEDS_DRIVERS)

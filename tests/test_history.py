@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import signal
-import socket
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -293,18 +293,45 @@ def test_aggregate_keeps_what_it_loaded_over_an_outage_and_a_restart(pg: PgServe
 
 
 def test_aggregate_begins_with_what_the_last_life_knew(pg: PgServer, web: Sandbox) -> None:
-    with service(pg.url, pg_weather(web)) as port:
-        data = aggregate_http(port, "/aggregate/weather?city=Oslo&deadline_ms=20000")[1]["sources"]["weather"]["data"]
+    site = Sandbox(hosts=1, pages=1)
+    site.start()
+    try:
+        upstream = pg_weather(site, retries=0)
+        with service(pg.url, upstream) as port:
+            _, body, _ = aggregate_http(port, "/aggregate/weather?city=Oslo&deadline_ms=20000")
+            data = body["sources"]["weather"]["data"]
+    finally:
+        site.stop()
     assert asyncio.run(pg.do("SELECT count(*) FROM upstream_results")) == 1  # the last rows are written at the end
-    free = socket.create_server(("127.0.0.1", 0))
-    gone = f"http://127.0.0.1:{free.getsockname()[1]}/"
-    free.close()
-    upstream = config.Upstream("weather", gone + "{city}", {"city": "Berlin"}, ttl=600.0, retries=0)
     with service(pg.url, upstream) as port:
         status, body, _ = aggregate_http(port, "/aggregate/weather?city=Oslo&deadline_ms=20000")
         part = body["sources"]["weather"]
         assert (status, part["state"], part["data"]) == (200, "stale", data)
         assert aggregate_http(port, "/aggregate/weather?city=Rome&deadline_ms=20000")[0] == 503
+    # another configuration has other answers: those of this one are history only
+    changes: list[dict[str, Any]] = [
+        {"url": upstream.url + "&units=metric"},
+        {"keep": "temperature"},
+        {"method": "POST", "body": {}},
+    ]
+    for change in changes:
+        with service(pg.url, dataclasses.replace(upstream, **change)) as port:
+            assert aggregate_http(port, "/aggregate/weather?city=Oslo&deadline_ms=20000")[0] == 503
+            assert data in [row["data"] for row in aggregate_http(port, "/history/weather?city=Oslo")[1]["results"]]
+
+
+def test_a_table_of_an_earlier_version_is_kept(pg: PgServer) -> None:
+    async def main() -> None:
+        async with pg_history(pg.url, max_items=1, max_age=0.001) as history:
+            await filled(pg, history, [pg_result(0)])
+        await pg.do("ALTER TABLE upstream_results DROP COLUMN configuration")
+        async with pg_history(pg.url, max_items=1, max_age=0.001) as history:
+            await filled(pg, history, [pg_result(1)._replace(configuration="x")])
+            assert len((await history.page("a", "{}", datetime.now(UTC), 10, 1 << 30))[0]) == 2
+            found = [await history.latest("a", 1e9, 10, configuration=digest) for digest in ("", "x", "y")]
+            assert [[row.latency for row in rows] for rows in found] == [[0.0], [0.001], []]
+
+    run_task(main())
 
 
 def test_aggregate_the_database_may_come_later(pg: PgServer, web: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,12 @@ def test_two_digit_years_are_the_nearest(today: tuple[int, int, int], value: str
     assert time.gmtime(date).tm_year == year
 
 
+def test_reads_what_servers_send() -> None:
+    for text in ("Mon, 3 Jun 2019 12:00:00 UTC", "Mon, 03 Jun 2019 12:00:00 UTC", "Mon, 3 Jun 2019 12:00:00 GMT"):
+        assert http_dates.parse_http_date(text, 0.0) == 1559563200.0
+        assert http_dates.parse_retry_after(text, 1559563140.0) == 60.0
+
+
 NOT_DATES = [
     "Fri, 32 Jan 2026 00:00:00 GMT",
     "Fri, 00 Jan 2026 00:00:00 GMT",
@@ -118,12 +124,12 @@ NOT_DATES = [
     "Fri, 02 Jan 2026 24:00:00 GMT",
     "Fri, 02 Jan 2026 00:60:00 GMT",
     "Fri, 02 Jan 2026 00:00:61 GMT",
-    "Fri, 02 Jan 2026 00:00:00 UTC",
     "Fri, 02 Jan 2026 00:00:00 +0000",
     "Fri, 02 Jan 2026 00:00:00",
     "Fri, 02 Jan 2026 00:00:00 GMT;",
     "Fri, 02 Jan 2026 00:00:00 GMT\n",
-    "Fri, 2 Jan 2026 00:00:00 GMT",
+    "Fri, 2 Jan 2026 00:00:00 CET",
+    "Fri, 002 Jan 2026 00:00:00 GMT",
     "Fri, 02 Jan 26 00:00:00 GMT",
     "Fri, 02 Jan 0000 00:00:00 GMT",
     "Fri, 02 Jan 20261 00:00:00 GMT",

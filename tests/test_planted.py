@@ -621,9 +621,9 @@ PLANTED_BREAKERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "generation ignored": ("_settle", lambda b, do, p, f: (put(p, generation=b._generation), do(p, f))),
     "a new probe ousts the others": ("permit", lambda b, do: (b._probing.clear(), do())[1]),
     "expired probes wedge": ("permit", lambda b, do: (do(), b._probing.update(dict.fromkeys(b._probing, 9e9)))[0]),
-    "a late report counts": (
+    "a late report is lost": (
         "_settle",
-        lambda b, do, p, f: (p in b._probing and b._probing.update({p: 9e9}), do(p, f)),
+        lambda b, do, p, f: (b._state == "half_open" and b._probing.get(p, 9e9) <= b._clock()) or do(p, f),
     ),
     "an ignored probe stays": ("_settle", lambda b, do, p, f: (f is None and b._state == "half_open") or do(p, f)),
     "one success closes": ("_settle", lambda b, do, p, f: (do(p, f), b._passed and b._turn("closed"))),

@@ -308,6 +308,16 @@ def test_survives_an_error_that_cannot_be_shown(prim_retry: Retry) -> None:
     assert type(error) is Mute and error.__notes__ == ["retry: gave up after 2 attempts: Mute; Mute"]
 
 
+def test_an_error_that_is_raised_again_and_again_has_one_history(prim_retry: Retry) -> None:
+    error = OSError("the same")
+    error.add_note("its own")
+    for attempts in (3, 2):
+        for _ in range(20):
+            prim_retry(Flaky(*[error] * 9), World(), on=OSError, policy=pr.RetryPolicy(attempts, base=0.0))
+        history = "; ".join(["OSError: the same"] * attempts)
+        assert error.__notes__ == ["its own", f"retry: gave up after {attempts} attempts: {history}"]
+
+
 def test_history_is_bounded(prim_retry: Retry) -> None:
     flaky = Flaky(*(OSError(str(k)) for k in range(40)))
     _, error = prim_retry(flaky, World(), on=OSError, policy=pr.RetryPolicy(attempts=30, base=0.0))

@@ -93,8 +93,8 @@ def test_keeps_no_answer_from_before_an_invalidation(app_world: World) -> None:
                 await until_async(lambda: asked == 1)
                 await ask(app, "/cache/invalidate", "POST")
                 gates[0].set()
-                assert b'"serial":1' in (await first)[2]
-                assert b'"serial":2' in (await ask(app, "/aggregate?deadline_ms=20000"))[2]
+                assert b'"serial": 1' in (await first)[2]
+                assert b'"serial": 2' in (await ask(app, "/aggregate?deadline_ms=20000"))[2]
 
     app_run(main())
 
@@ -201,7 +201,7 @@ def test_what_came_early_has_its_age_when_the_last_one_came(app_world: World) ->
         ({"Origin": "https://evil.example", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 403),
         ({"Origin": "null", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 403),
         ({"Origin": "http://[", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 403),
-        ({"Origin": "http://evil.example", "Host": "evil.example"}, ("127.0.0.1", 5000), 403),  # rebound
+        ({"Origin": "http://evil.example", "Host": "evil.example"}, ("127.0.0.1", 5000), 400),  # rebound
         ({"Sec-Fetch-Site": "cross-site", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 403),
         ({"Sec-Fetch-Site": "same-site", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 403),
         ({"Sec-Fetch-Site": "same-origin", "Host": "localhost:8000"}, ("127.0.0.1", 5000), 200),
@@ -218,7 +218,7 @@ def test_knows_who_is_on_this_machine(
             assert got == status, body
             monkeypatch.setenv("AGGREGATE_TOKEN", "secret")
             got, _, body = await ask(app, "/cache/invalidate", "POST", headers, client)
-            assert got == 401 and b"secret" not in body
+            assert got == (400 if status == 400 else 401) and b"secret" not in body
             got, _, _ = await ask(
                 app, "/cache/invalidate", "POST", {"Authorization": "Bearer secret"}, ("192.0.2.1", 0)
             )

@@ -373,7 +373,9 @@ def test_lines_lost_are_in_the_metrics_of_each_program(monkeypatch: pytest.Monke
             assert found["ingest_lines_lost"].samples[0].value == stderr.UNREAD + 3
         counts = SimpleNamespace(state="connected", queued=0, written=0, lost=0, refused=0)
         part = SimpleNamespace(stats=lambda: counts)
-        service = SimpleNamespace(sources={}, lag=loop.Lag(), database=counts, log=telemetry.RequestLog(None))
+        service = SimpleNamespace(
+            sources={}, requests={}, lag=loop.Lag(), database=counts, log=telemetry.RequestLog(None)
+        )
         service.history = SimpleNamespace(writer=part)
         exporter = monitor.Exporter(telemetry.METRICS, lambda: service)
         lost = {each.name: each for each in exporter.collect()}["aggregate_log_lines_lost"]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import threading
@@ -15,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from api import config, pages, telemetry
+from runtime import monitor
 from tests.helpers.api import app_run, app_upstream, ask, living
 from tests.helpers.base import HANG_LIMIT, World, ticks, until_async
 
@@ -22,20 +24,50 @@ EVENT_STREAM = "text/event-stream; charset=utf-8"
 
 
 def app_told(parts: list[bytes]) -> list[tuple[int, str, dict[str, Any]]]:
-    found = re.findall(rb"id: (\d+)\nevent: (\w+)\ndata: (.*)\n\n", b"".join(parts))
+    found = re.findall(rb"id: [0-9a-f]{8}-(\d+)\nevent: (\w+)\ndata: (.*)\n\n", b"".join(parts))
     return [(int(number), kind.decode(), json.loads(data)) for number, kind, data in found]
+
+
+def event_ids(text: bytes) -> list[str]:
+    return [found.decode() for found in re.findall(rb"^id: (.*)$", text, re.M)]
+
+
+@pytest.mark.parametrize(
+    "last", ["00000000-1", "1", "0", "nonsense", "-", "é", "{epoch}-99", "{epoch}-x", "{epoch}-1e1"]
+)
+def test_who_comes_from_another_life_or_worker_gets_all_that_is_known(last: str) -> None:
+    async def main() -> None:
+        events = telemetry.Events()
+        for number in range(3):
+            events.publish("refresh", {"n": number})
+        parts = list[bytes]()
+        async for part in events.stream(last.replace("{epoch}", events._epoch)):
+            parts.append(part)
+            if len(parts) == 2:
+                events.end()
+        assert parts[0] == b"retry: 2000\n\n"
+        assert [data["n"] for _, _, data in app_told(parts)] == [0, 1, 2]
+
+    app_run(main())
 
 
 def test_events_in_order_again_and_to_the_end() -> None:
     async def main() -> None:
         events = telemetry.Events(keep=4)
 
-        async def listen(last: int | None = None) -> list[bytes]:
-            return [part async for part in events.stream(last)]
+        async def listen(last: str = "") -> list[bytes]:
+            assert events.join("a")
+            try:
+                return [part async for part in events.stream(last)]
+            finally:
+                events.leave("a")
+
+        def numbered(number: int) -> str:
+            return f"{events._epoch}-{number}"
 
         for i in (1, 2, 3):
             events.publish("refresh", {"n": i})
-        tasks = [asyncio.create_task(listen(last)) for last in (None, 1, 0, 99)]
+        tasks = [asyncio.create_task(listen(last)) for last in ("", numbered(1), numbered(0), numbered(99))]
         await ticks(50)
         assert events.streams == 4
         for i in (4, 5):
@@ -46,13 +78,14 @@ def test_events_in_order_again_and_to_the_end() -> None:
         await ticks(50)
         events.end()
         new = [4, 5, 8, 9, 10, 11]
-        for task, expected in zip(tasks, ([*new], [2, 3, *new], [1, 2, 3, *new], [*new]), strict=True):
+        every = [1, 2, 3, *new]  # also for who heard of number 99: that was another life
+        for task, expected in zip(tasks, ([*new], [2, 3, *new], every, every), strict=True):
             parts = await task
             told = app_told(parts)
             assert parts[0] == b"retry: 2000\n\n"
             assert [number for number, _, _ in told] == [data["n"] for _, _, data in told] == expected
         assert events.streams == 0
-        assert app_told(await listen(8)) == []  # ended: so are those that come now
+        assert app_told(await listen(numbered(8))) == []  # ended: so are those that come now
 
     app_run(main())
 
@@ -89,10 +122,11 @@ def test_tells_events_and_lets_go_of_those_who_left(app_world: World) -> None:
                 assert refreshes[0]["error"] == "http: 404"
                 assert {data["state"] for data in refreshes} == {"error"}
                 assert told[-1][2]["sources"] == ["gone", "silent"]
+                before = b"".join(parts)
                 parts.clear()
                 leave.clear()
                 again = asyncio.create_task(
-                    ask(app, "/events", headers={"Last-Event-ID": str(told[-2][0])}, sent=parts)
+                    ask(app, "/events", headers={"Last-Event-ID": event_ids(before)[-2]}, sent=parts)
                 )
                 await until_async(lambda: service.events.streams == 2)
                 await ticks(50)
@@ -116,6 +150,31 @@ def test_bounds_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (status, headers["retry-after"]) == (503, "5")
             app.service.stop()
             await first
+
+    app_run(main())
+
+
+def test_streams_are_counted_when_they_are_admitted() -> None:
+    """130 at once, and each client has a few; those that never began are let go, too."""
+
+    async def main() -> None:
+        async with living({}) as app:
+            clients = [f"192.0.2.{number % 65}" for number in range(130)]
+            asking = [asyncio.create_task(ask(app, "/events", client=(client, 5000))) for client in clients]
+            greedy = [asyncio.create_task(ask(app, "/events", client=("192.0.2.0", 5000))) for _ in range(20)]
+            await until_async(lambda: sum(task.done() for task in asking) == 30 and all(map(asyncio.Task.done, greedy)))
+            assert app.service.events.streams == 100
+            assert {task.result()[0] for task in greedy} == {503}
+            for task in asking[:50]:
+                task.cancel()
+            await asyncio.wait(asking[:50])
+            assert app.service.events.streams == 50
+            greedy = [asyncio.create_task(ask(app, "/events", client=("192.0.2.0", 5000))) for _ in range(20)]
+            await until_async(lambda: sum(map(asyncio.Task.done, greedy)) == 13)
+            assert {task.result()[0] for task in greedy if task.done()} == {429}
+            app.service.stop()
+            await asyncio.wait([*asking, *greedy])
+            assert app.service.events.streams == 0 and not app.service.events._clients
 
     app_run(main())
 
@@ -295,7 +354,88 @@ def test_metrics_are_those_of_its_health(app_world: World) -> None:
             assert found["aggregate_failed_loads_total"][name,] == source["failed_loads"] == (name == "gone")
             assert found["aggregate_cache_entries"][name,] == source["cache"]["entries"] == (name == "good")
             assert found["aggregate_circuit_open"][name,] == 0.0
+            assert found["aggregate_load_duration_seconds_count"][name,] == 1
+            assert found["aggregate_load_duration_seconds_bucket"]["+Inf", name] == 1
+        assert found["aggregate_request_duration_seconds_count"]["/aggregate", "200"] == 4
+        assert found["process_start_time_seconds"][()] > 0
         assert found["aggregate_rows_lost_total"][()] == found["aggregate_log_lines_lost_total"][()] == 0.0
         assert found["aggregate_database_up"][()] == 0.0
 
     app_run(main())
+
+
+def test_refused_loads_are_no_failed_ones_and_each_worker_says_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with (
+            app_upstream(lambda *_: asyncio.sleep(0, 429)) as url,
+            living({"a": config.Upstream("a", url)}) as app,
+        ):
+            for state in ("error", "paused"):
+                part = json.loads((await ask(app, "/aggregate?deadline_ms=20000"))[2])["sources"]["a"]
+                assert part["state"] == state
+            text = (await ask(app, "/metrics"))[2].decode()
+            assert 'aggregate_failed_loads_total{source="a"} 1.0' in text
+            assert 'aggregate_refused_loads_total{reason="paused",source="a"} 1.0' in text
+            assert "worker" not in text and "quantile" not in text
+            monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+            for line in (await ask(app, "/metrics"))[2].decode().splitlines():
+                assert line.startswith("#") or f'worker="{os.getpid()}"' in line
+
+    app_run(main())
+
+
+def test_requests_are_counted_by_route_and_status() -> None:
+    async def main() -> None:
+        async with (
+            app_upstream(lambda *_: asyncio.sleep(0, {})) as url,
+            living({"a": config.Upstream("a", url)}) as app,
+        ):
+            paths = [
+                "/aggregate?deadline_ms=20000",
+                "/aggregate",
+                "/aggregate/a",
+                "/aggregate/b",
+                "/x/y",
+                "/health",
+                "/%00",
+            ]
+            for path in [*paths, "/aggregate?x=1", "/events/a/b", "/history/a"]:
+                await ask(app, path)
+            await ask(app, "/aggregate", headers={"Host": "evil.example"})
+            await ask(app, "/cache/invalidate")
+            counts = {key: durations.told()[0][-1][1] for key, durations in app.service.requests.items()}
+        assert counts == {
+            ("/aggregate", 200): 2,
+            ("/aggregate", 422): 1,
+            ("/aggregate", 400): 1,
+            ("/aggregate/{source}", 200): 1,
+            ("/aggregate/{source}", 404): 1,
+            ("other", 404): 3,
+            ("/health", 200): 1,
+            ("/history/{source}", 503): 1,
+            ("/cache/invalidate", 405): 1,
+        }
+
+    app_run(main())
+
+
+def test_histogram() -> None:
+    durations = monitor.Histogram()
+    for seconds in (0.0, 0.005, 0.0051, 0.3, 10.0, 11.0):
+        durations.observe(seconds)
+    buckets, total = durations.told()
+    assert dict(buckets) == {
+        "0.005": 2,
+        "0.01": 3,
+        "0.025": 3,
+        "0.05": 3,
+        "0.1": 3,
+        "0.25": 3,
+        "0.5": 4,
+        "1.0": 4,
+        "2.5": 4,
+        "5.0": 4,
+        "10.0": 5,
+        "+Inf": 6,
+    }
+    assert total == pytest.approx(21.3101)

@@ -22,7 +22,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.test_design import BELOW, FILES, tree
+from tests.test_design import BELOW, FILES, tree, trees
+
+__all__ = ["trees"]  # the fixture holds here too
 
 CHECKED = ["coordination", "primitives"]
 """The files of mechanisms each name of which has to be used."""
@@ -198,9 +200,9 @@ CONVENTION = "stats"
 """Each mechanism says what it is doing; its ``repr`` shows that, whether or not a program asks."""
 
 
-def unused(checked: list[str]) -> list[str]:
-    found = uses(checked)
-    return [name for name in found if name not in used(found) and name.partition(".")[2] != CONVENTION]
+def unused(found: dict[str, set[str]]) -> list[str]:
+    reached = used(found)
+    return [name for name in found if name not in reached and name.partition(".")[2] != CONVENTION]
 
 
 KNOWN = {
@@ -214,7 +216,7 @@ KNOWN = {
 def test_programs_use_each_name(file: str) -> None:
     found = uses([file])
     assert len(found) > 50
-    assert unused([file]) == []
+    assert unused(found) == []
     for name, user in KNOWN[file].items():
         assert user in found[name]
 
@@ -226,7 +228,7 @@ def main() -> None:
         for name, by in found.items():
             programs, others = ", ".join(sorted(by & {*PROGRAMS})), ", ".join(sorted(by))
             print(f"{name:36}{programs or (others and f'through {others}') or '-'}")
-        print(f"\nunused of {file}: {', '.join(unused([file])) or 'none'}\n")
+        print(f"\nunused of {file}: {', '.join(unused(found)) or 'none'}\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import coordination as co
-from api import aggregate, config, renewals, upstreams
+from api import aggregate, config, parts, renewals, upstreams
 from sandbox.sites import Sandbox
 from tests.helpers.api import aggregate_ask, app_run, app_upstream, data_of, play, settled
 from tests.helpers.base import HANG_LIMIT, SETTINGS, World, limits, ticks, until_async
@@ -276,22 +276,22 @@ def test_starts_warm_with_what_is_stale(web: Sandbox) -> None:
         ]
         for age, expected in rows:
             source = make("/api/news?warm", **options)
-            source.warm((), "old", age, 0.1)
+            source.warm((), b'"old"', age, 0.1)
             assert (state(source), source.calls) == (expected, 0)
         source = make("/api/news?warm", **options)
-        source.warm((), "old", 50.0, 0.1)
-        source.warm((), "older", 51.0, 0.1)
+        source.warm((), b'"old"', 50.0, 0.1)
+        source.warm((), b'"older"', 51.0, 0.1)
         assert state(source)[3] == "old"
-        source.warm((), "younger", 49.0, 0.1)
+        source.warm((), b'"younger"', 49.0, 0.1)
         assert state(source)[3] == "younger"
         assert (await aggregate_ask(source))[0] == "fresh"  # too old to be said at once
-        source.warm((), "old", 1.0, 0.1)
+        source.warm((), b'"old"', 1.0, 0.1)
         assert state(source)[0] == "fresh"
         world.now += 15.0
-        source.warm((), "old", 16.0, 0.1)
+        source.warm((), b'"old"', 16.0, 0.1)
         assert state(source)[3] != "old"  # what this life loaded is stale too by now, and younger
         source.forget(())
-        source.warm((), "old", 16.0, 0.1)
+        source.warm((), b'"old"', 16.0, 0.1)
         assert state(source) is None  # it was invalidated since
 
     play(web, case)
@@ -299,9 +299,9 @@ def test_starts_warm_with_what_is_stale(web: Sandbox) -> None:
 
 def test_a_listener_that_raises_costs_nothing(web: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     async def case(make: Callable[..., upstreams.Source], world: World) -> None:
-        source, heard = make("/api/news?heard"), list[upstreams.Load]()
+        source, heard = make("/api/news?heard"), list[parts.Load]()
 
-        def broken(load: upstreams.Load) -> None:
+        def broken(load: parts.Load) -> None:
             raise ZeroDivisionError
 
         source.listeners += [broken, heard.append]

@@ -18,7 +18,7 @@ import pytest
 
 import aggregate_app
 import coordination as co
-from api import aggregate, config, upstreams
+from api import aggregate, config, parts, upstreams
 from api import service as service_module
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, World, run_task
@@ -49,7 +49,7 @@ def play(web: Sandbox, case: Case) -> None:
     asyncio.run(main())
 
 
-def data_of(part: upstreams.Part | upstreams.Loaded) -> Any:
+def data_of(part: parts.Part | parts.Loaded) -> Any:
     """The data that are sent, decoded."""
     assert part.data is not None
     return json.loads(part.data.encoded)

@@ -42,21 +42,28 @@ HUNT = settings(SETTINGS, max_examples=3000, phases=(Phase.generate,))  # for pl
 
 def wait_until(predicate: Callable[[], bool]) -> None:
     """Let the other threads run until the predicate holds."""
-    deadline, nap = time.monotonic() + HANG_LIMIT, threading.Event()
+    began, nap = time.monotonic(), threading.Event()
     while not predicate():
-        assert time.monotonic() < deadline, "it never came"
-        nap.wait(0.0005)
+        waited = time.monotonic() - began
+        assert waited < HANG_LIMIT, "it never came"
+        nap.wait(pause(waited, 0.0005))
+
+
+def pause(waited: float, least: float) -> float:
+    """Seconds until the next look: few beside those that it took so far, for a look may cost a processor's time."""
+    return min(max(least, waited / 20), 0.02)
 
 
 async def until_async(look: Callable[[], T | Awaitable[T | None] | None]) -> T:
     """Let other processes, and this loop, run until what ``look`` gives, awaited if it has to be, is true."""
-    deadline = time.monotonic() + HANG_LIMIT
+    began = time.monotonic()
     while True:
         seen = look()
         if found := await seen if isinstance(seen, Awaitable) else seen:
             return found
-        assert time.monotonic() < deadline, "it never came"
-        await asyncio.sleep(0.002)
+        waited = time.monotonic() - began
+        assert waited < HANG_LIMIT, "it never came"
+        await asyncio.sleep(pause(waited, 0.002))
 
 
 def of_a_library(context: dict[str, Any]) -> bool:

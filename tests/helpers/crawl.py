@@ -16,6 +16,8 @@ import importlib.util
 import io
 import itertools
 import json
+import os
+import signal
 import socket
 import socketserver
 import subprocess
@@ -37,6 +39,7 @@ import crawl_threads
 from crawl import cli as crawl_cli
 from crawl import http_aiohttp, http_urllib
 from crawl import net as crawl_net
+from crawl import readers as crawl_readers
 from crawl.core import Crawl
 from crawl.errors import FetchError
 from crawl.frontier import Frontier
@@ -133,6 +136,11 @@ def walk_main(driver: str, *argv: str) -> int:
             return crawl_cli.main(f"{name}.py", RUN[name], [*argv, *more])
     finally:
         gc.set_threshold(*threshold)
+
+
+def run_here(capfd: pytest.CaptureFixture[str], driver: str, *argv: str) -> tuple[int, str, str]:
+    """As ``run_program``, in this process."""
+    return walk_main(driver, *argv), *capfd.readouterr()
 
 
 @pytest.fixture(scope="session")
@@ -460,6 +468,30 @@ def feeds_site() -> Iterator[Site]:
     finally:
         site.close()
         gc.set_threshold(*thresholds)
+
+
+@pytest.fixture(scope="session")
+def template() -> Iterator[crawl_readers.Template]:
+    kept = crawl_readers.Template()
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def lent_template(template: crawl_readers.Template, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers of crawls in this process are copies of one template, which stays: each would take half a second."""
+
+    class Lent(crawl_readers.Template):
+        def __init__(self) -> None:
+            self.lock, self.process, self._control = template.lock, template.process, template._control
+
+        def end(self, readers: Iterable[crawl_readers.Reader]) -> None:
+            for reader in readers:  # who holds one reaps it
+                os.kill(reader.pid, signal.SIGKILL)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(crawl_readers, "Template", Lent)
 
 
 def feeds_rss(*links: str, more: str = "") -> str:

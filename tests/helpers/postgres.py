@@ -219,7 +219,7 @@ def pg(pg_server: PgServer, monkeypatch: pytest.MonkeyPatch) -> PgServer:
     assert pg_server.process is not None
     if pg_server.process.poll() is not None:
         pg_server.start()
-    asyncio.run(pg_server.do("DROP TABLE IF EXISTS upstream_results"))
+    asyncio.run(pg_server.do("DROP TABLE IF EXISTS upstream_results, invalidations"))
     monkeypatch.setattr(db, "CHECK_EVERY", 0.05)
     monkeypatch.setattr(db, "CHECK_LIMIT", HANG_LIMIT)
     monkeypatch.setattr(db, "CLOSE_LIMIT", HANG_LIMIT)
