@@ -33,12 +33,13 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import ada_url
 
 from coordination import Clock, Rng, new_lock
 from crawl.addresses import leads_private
+from crawl.cookies import store
 from crawl.errors import MAX_RETRY_AFTER, REDIRECT_STATUSES, RETRY_STATUSES, FetchError
 from crawl.feed_crawl import FeedCrawl
 from crawl.frontier import Frontier
@@ -198,9 +199,12 @@ class Crawl:
         most = MAX_HOPS if request.kind == "robots" else self.options.max_redirects
         if request.hops >= most:
             return FetchError("redirects", f"more than {most}", status=response.status)
-        if target == request.target:
+        cookies = store(request.cookies, request.target, response.headers.get("Set-Cookie"))
+        if target == request.target and cookies == request.cookies:
             return FetchError("redirects", "to itself", status=response.status)
-        if (self.follows or self.options.feeds) and request.kind == "page":
+        request.cookies, request.trail = cookies, (*request.trail, request.target)
+        again = cookies and target in request.trail  # with a cookie it may answer otherwise
+        if (self.follows or self.options.feeds) and request.kind == "page" and not again:
             if self.follows and not request.listed and (outside := self.scope.why_not(target)):
                 return FetchError("redirects", f"to {target}: {outside}", status=response.status)
             if not self.frontier.mark(target):
@@ -259,7 +263,7 @@ class Crawl:
             row.duplicate_of = None if first == row.url else first
         if row.duplicate_of is None:
             new = outcome.new_links if isinstance(outcome, Response) else None
-            self.follow(row, leads_private(request.private, request.host), new)
+            self.follow(row, leads_private(request.private, request.host), new, listed=request.listed)
         return row
 
     def page_row(self, request: Request, outcome: Response | FetchError) -> ScrapeResult:
@@ -267,6 +271,8 @@ class Crawl:
         if isinstance(outcome, Response) and outcome.row is not None:
             return outcome.row
         row = build_row(request, outcome, self.form, self.options.user_agent)
+        if self.follows and row.pointer == "refresh" and row.redirects >= self.options.max_redirects:
+            row.error = f"redirects: more than {self.options.max_redirects}"
         if self.options.dedupe and isinstance(row, CrawlResult) and isinstance(outcome, Response) and not row.error:
             row.digest = hashlib.blake2b(outcome.body, digest_size=12).hexdigest()
         return row
@@ -288,13 +294,27 @@ class Crawl:
         if row.depth >= self.options.depth or row.error or "nofollow" in (row.robots or ""):
             return []
         unwanted = set(row.nofollow)
-        return [link for link in row.links_found if link not in unwanted]
+        frames = row.leads_to[row.pointer == "refresh" :]
+        return [*(link for link in row.links_found if link not in unwanted), *frames]
 
-    def follow(self, row: CrawlResult, private: bool, links: Iterable[str] | None = None) -> None:
-        """Add the links of a page that are to be followed; of ``links`` only, if they are given."""
-        found = self.scope.targets(self.links_to_follow(row) if links is None else links)
+    def follow(
+        self, row: CrawlResult, private: bool, links: Iterable[str] | None = None, *, listed: bool = False
+    ) -> None:
+        """Add where a page leads; of its links and frames only ``links``, if they are given.
+
+        A refresh counts as a redirect: it is one of ``max_redirects``, costs no depth, and where a URL that is
+        ``listed`` leads to is in scope.
+        """
+        if row.pointer == "refresh" and not row.error and "nofollow" not in (row.robots or ""):
+            if listed:
+                self.scope.add(row.leads_to[0])
+            self._add_links(row.leads_to[:1], row.depth, private, hops=row.redirects + 1, listed=listed)
+        self._add_links(self.links_to_follow(row) if links is None else links, row.depth + 1, private)
+
+    def _add_links(self, links: Iterable[str], depth: int, private: bool, **more: Any) -> None:
+        found = self.scope.targets(links)
         targets = [target for target in found if self.traps.why_not(target) is None]
-        if targets and self.frontier.add_links(targets, row.depth + 1, self.clock(), private=private):
+        if targets and self.frontier.add_links(targets, depth, self.clock(), private=private, **more):
             self.changed()
 
     def learn_robots(self, request: Request, outcome: Response | FetchError) -> None:

@@ -119,14 +119,23 @@ class Frontier:
             return new
 
     def add_links(
-        self, targets: Iterable[str], depth: int, now: float, *, private: bool = False, kind: Kind = "page"
+        self,
+        targets: Iterable[str],
+        depth: int,
+        now: float,
+        *,
+        private: bool = False,
+        kind: Kind = "page",
+        hops: int = 0,
+        listed: bool = False,
     ) -> int:
-        """Add normalised URLs that were found at ``depth``; each once. Returns how many were new.
+        """Add normalised URLs that were found at ``depth``, ``hops`` redirects away from where a link, or the list if
+        ``listed``, led to; each once. Returns how many were new.
 
         Also after ``close``, while the request that found them is still in flight; ``ValueError`` when all is over.
         """
         found = [(target, host_of(target)) for target in targets]
-        run = UrlRun(depth, private, kind)
+        run = UrlRun(depth, private, kind, listed, hops)
         with self._lock:
             if self._closed and not self._scheduler.waiting and not self._in_flight:
                 raise ValueError("links were added after the end of the crawl")

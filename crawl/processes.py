@@ -256,7 +256,7 @@ class Parent:
 
     def _grant(self, helper: Helper, request: Request, now: float) -> None:
         crawl, listed = self._crawl, self._crawl.listed
-        special = request.kind == "feed" or listed.credentials or listed.origins is not None
+        special = request.kind == "feed" or listed.credentials or listed.origins is not None or request.cookies
         sends = crawl.headers(request) if special else None
         helper.grant(next(self._numbers), request, crawl.frontier.is_unmetered(request, now), sends)
 

@@ -6,6 +6,7 @@ which libraries read for as long as they like, by the caller's ``Read``.
 
 from __future__ import annotations
 
+import contextlib
 import http
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -16,11 +17,14 @@ from crawl.errors import FetchError
 from crawl.feeds import FeedEntry
 from crawl.model import USER_AGENT, CrawlResult, FeedResult, Request, Response, ScrapeResult
 from crawl.robots import page_directives
-from html_parse import parse_page
+from crawl.urls import join
+from html_parse import parse_page, read_refresh
 
 Read = Callable[..., Any]
 """``read(function, body, *more)``: what ``function(body, *more)`` returns, or FetchError if that is not to be had."""
 
+POINTER_DELAY = 100.0
+"""Seconds after which a page that goes on to another one by itself is one that is meant to be read."""
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
@@ -57,7 +61,9 @@ def build_row(
     row.bytes = len(outcome.body)
     if outcome.status >= 400:
         row.error = f"http: {outcome.status} {_REASONS.get(outcome.status, '')}".rstrip()
-    elif is_html(content_type, outcome.body):
+        return row
+    refresh = read_refresh(outcome.headers.get("Refresh", ""))
+    if is_html(content_type, outcome.body):
         page = parse_page(outcome.body, request.target, content_type)
         row.title, row.word_count, row.links_found = page.title, page.word_count, page.links
         row.language, row.description, row.canonical = page.language, page.description, page.canonical
@@ -66,6 +72,14 @@ def build_row(
             asked = page_directives(outcome.headers.get("X-Robots-Tag"), meta, user_agent)
             row.robots = ", ".join(sorted(asked)) or None
             row.nofollow = [link for link in page.links if link in page.nofollow]
+        row.leads_to, refresh = page.frames, refresh or page.refresh
+        row.pointer = "frameset" if page.frameset and page.frames else None
+    if refresh and refresh[0] <= POINTER_DELAY:
+        with contextlib.suppress(FetchError):
+            target = join(request.target, refresh[1])[0]
+            if target != request.target:
+                row.leads_to = list(dict.fromkeys([target, *row.leads_to]))
+                row.pointer = "refresh"
     return row
 
 

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import html_parse
-from html_parse import Page, parse_page
+from html_parse import Page, parse_page, read_refresh
 
 URL = "http://site.example/dir/page.html?q=1#top"
 
@@ -324,6 +324,31 @@ def test_page_compares_and_pickles() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ metadata
+
+
+@pytest.mark.parametrize(
+    ("content", "refresh"),
+    [
+        ("0; url=home.html", (0, "home.html")), ("5", None), ("", None), ("x;url=y", None), (".5,'a b'c", (0, "a b")),
+        (' 3.7 URL = "q"', (3, "q")), ("1;/z", (1, "/z")), ("0;url=", None), ("0;URL=url", (0, "url")),
+        ("1url=x", None),
+        ("0;" + " " * 9000, None), ("9" * 50 + ";x", (999999999, "x")),
+    ],
+)  # fmt: skip
+def test_refresh(content: str, refresh: tuple[float, str] | None) -> None:
+    assert read_refresh(content) == refresh
+
+
+def test_frames_areas_and_refresh() -> None:
+    page = html_page(
+        "<map><area href=a><area><area href=b rel=nofollow></map><iframe src=c><a href=no></iframe><template>"
+        "<frame src=no><meta http-equiv=refresh content='0;no'></template>"
+        "<noscript><meta http-equiv=refresh content='0;no'></noscript><META content='2;URL=d#e' HTTP-EQUIV=' refresh'><frameset><frame src=a\0>"
+    )
+    urls = [f"http://site.example/dir/{name}" for name in ("a", "c", "a%EF%BF%BD")]
+    assert (page.frames, page.links, page.refresh) == (urls, [], (2, "http://site.example/dir/d"))
+    assert not page.frameset
+    assert html_page("<frameset><frame src=a></frameset><noframes>x</noframes>").frameset
 
 
 def test_metadata() -> None:
