@@ -152,9 +152,9 @@ class Driver:
                 row = await self._loop.run_in_executor(self._parser, crawl.complete, request, final)
             else:
                 row = crawl.complete(request, final)
-        except Postponed:
+        except Postponed as error:
             now = crawl.clock()
-            crawl.frontier.put_back(request, now, now)
+            crawl.frontier.put_back(request, now, now + error.delay)
             return False
         except asyncio.CancelledError:
             if not self._fetcher.aborted:

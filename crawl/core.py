@@ -28,6 +28,7 @@ here reads the list (``Crawl.feed``), which may be long, or a pipe that blocks, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import random
 import threading
@@ -40,7 +41,7 @@ import ada_url
 from coordination import Clock, Rng, new_lock
 from crawl.addresses import leads_private
 from crawl.cookies import store
-from crawl.errors import MAX_RETRY_AFTER, REDIRECT_STATUSES, RETRY_STATUSES, FetchError
+from crawl.errors import MAX_RETRY_AFTER, REDIRECT_STATUSES, RETRY_STATUSES, FetchError, Postponed
 from crawl.feed_crawl import FeedCrawl
 from crawl.frontier import Frontier
 from crawl.headers import request_headers
@@ -128,6 +129,7 @@ class Crawl:
         self.say: Callable[[str], None] = lambda text: None  # told what a user should know, in one line
         self.read: Read = in_place
         """By which feeds and articles are read; a driver has it done where it can be ended. Raises FetchError."""
+        self._few_sockets = False  # the user knows
         self.interrupted = False
         self.ask_robots_only = False
         self.asked: Rules | None = None  # what robots.txt says, if only that was to be asked
@@ -380,6 +382,15 @@ class Crawl:
         self.failure = self.failure or error
         self.frontier.stop()
         self.changed()
+
+    def no_socket(self, error: OSError) -> Postponed:
+        """What to raise where the system gives no socket: those in use come free. Else ``error`` is raised."""
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS):
+            raise error
+        if not self._few_sockets:
+            self._few_sockets = True
+            self.say(f"goes on with fewer connections at a time: {error.strerror}")
+        return Postponed(0.1)
 
     def remaining(self, request: Request) -> float:
         """Seconds left of this attempt's time limit."""

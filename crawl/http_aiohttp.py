@@ -153,7 +153,14 @@ class GatedConnector(aiohttp.TCPConnector):
     def _open(self, address: aiohttp.AddrInfoType) -> socket.socket:
         where = str(address[4][0])
         allowed(where, [(socket.AddressFamily(address[0]), where)], anywhere=self._anywhere)
-        opened = socket.socket(*address[:3])
+        try:
+            opened = socket.socket(*address[:3])
+        except OSError as error:
+            for idle in self._conns.values():
+                for protocol, _ in idle:
+                    protocol.close()
+            self._conns.clear()
+            raise self._crawl.no_socket(error) from None
         self._opened.add(opened)
         return opened
 

@@ -217,9 +217,9 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
     FetchError of kind dns, blocked, connect, tls.
     """
 
-    def __init__(self, pool: _Pool, resolver: Resolver, *, insecure: bool) -> None:
+    def __init__(self, crawl: Crawl, pool: _Pool, resolver: Resolver) -> None:
         urllib.request.HTTPHandler.__init__(self)
-        self._pool, self._resolver, self._insecure = pool, resolver, insecure
+        self._crawl, self._pool, self._resolver = crawl, pool, resolver
 
     def http_open(self, req: urllib.request.Request) -> Any:
         """A connection that has brought the head of an answer."""
@@ -259,7 +259,7 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
                 if head.status != 200:
                     raise FetchError("connect", f"the proxy answered {head.status}")
             if scheme == "https":
-                context = tls_context(self._insecure)
+                context = tls_context(self._crawl.options.insecure)
                 try:
                     connection.use(
                         context.wrap_socket(connection.sock, server_hostname=name, do_handshake_on_connect=False)
@@ -277,10 +277,17 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
             raise
         return connection
 
+    def _socket(self, family: socket.AddressFamily) -> socket.socket:
+        try:
+            return socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            self._pool.close()
+            raise self._crawl.no_socket(error) from None
+
     def _dial(self, key: _Key, name: str, port: int, limit: TimeLimit) -> _Connection:
         failure: OSError | None = None
         for family, address in allowed(name, self._resolver.lookup(name, limit), anywhere=key[-1]):
-            connection = _Connection(key, socket.socket(family, socket.SOCK_STREAM), limit)
+            connection = _Connection(key, self._socket(family), limit)
             try:
                 self._pool.watch(connection)
                 connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -310,7 +317,7 @@ class Fetcher:
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = []
         self._opener.add_handler(urllib.request.ProxyHandler(ProxyRule(options.proxy).proxies))
-        self._opener.add_handler(_KeepAliveHandler(self._pool, self._resolver, insecure=options.insecure))
+        self._opener.add_handler(_KeepAliveHandler(crawl, self._pool, self._resolver))
 
     def fetch(self, request: Request) -> Response | FetchError:
         """Raises Postponed; all that the network does comes back as a FetchError."""

@@ -343,7 +343,8 @@ def test_frames_areas_and_refresh() -> None:
     page = html_page(
         "<map><area href=a><area><area href=b rel=nofollow></map><iframe src=c><a href=no></iframe><template>"
         "<frame src=no><meta http-equiv=refresh content='0;no'></template>"
-        "<noscript><meta http-equiv=refresh content='0;no'></noscript><META content='2;URL=d#e' HTTP-EQUIV=' refresh'><frameset><frame src=a\0>"
+        "<noscript><meta http-equiv=refresh content='0;no'></noscript>"
+        "<META content='2;URL=d#e' HTTP-EQUIV=' refresh'><frameset><frame src=a\0>"
     )
     urls = [f"http://site.example/dir/{name}" for name in ("a", "c", "a%EF%BF%BD")]
     assert (page.frames, page.links, page.refresh) == (urls, [], (2, "http://site.example/dir/d"))
