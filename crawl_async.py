@@ -7,7 +7,7 @@ a task for each: fetch, parse, write the row. A task gives way only where it say
 the loop to itself, so nothing here needs a lock against the other tasks, and nothing here may block.
 
 Which work runs where: sockets, TLS, decompression (in small steps) and the parsing of ordinary pages in the loop;
-parsing of pages above ``INLINE_PARSE`` bytes in one thread, looking URLs up in long robots.txt in another; feeds and
+parsing of pages above ``INLINE_PARSE`` bytes, and costly ones (``crawl.rows.is_costly``), in one thread, looking URLs up in long robots.txt in another; feeds and
 articles, in other processes (crawl/readers.py), for each of which a thread waits; DNS, in the resolver's threads; the
 list, in a thread; the writing of rows, in one (a pipe may block), fed in batches by a bounded channel (``RowBatches``):
 when the reader of the rows is slow, the tasks wait, and the crawl slows down instead of filling the memory.
@@ -39,7 +39,7 @@ from crawl.output import run_in_loop
 from crawl.readers import Readers
 from runtime.options import EXIT_INTERRUPTED
 
-INLINE_PARSE = 256 * 1024  # largest body in bytes that is parsed in the loop: 2 to 3 ms
+INLINE_PARSE = 256 * 1024  # largest body in bytes that is parsed in the loop, unless it is costly: 2 to 3 ms
 
 Emit = Callable[[ScrapeResult], Awaitable[object]]
 """Takes a row; True: it says later when it is written (``RowBatches``)."""

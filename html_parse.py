@@ -12,7 +12,7 @@ A page is scanned as UTF-8 bytes, since every byte that matters to the grammar i
 Promised:
 - No bytes make `parse_page` raise, and its time and memory are linear in their number: all repetition in the
   patterns is possessive, so nothing backtracks.
-- A page is worked through in pieces of 256 KiB, longer only where a single construct is longer, so that other
+- A page is worked through in pieces of 64 KiB, longer only where a single construct is longer, so that other
   threads get their turn every few milliseconds.
 - Title, links and words are those of a browser with scripting disabled, wherever they follow from the tokens.
 
@@ -40,7 +40,7 @@ import ada_url
 from charsets import escape_query, name_of, transcode
 
 _PRESCAN = 1024  # bytes in which a <meta charset> counts (HTML standard, section 13.2.3.2)
-_PIECE = 1 << 18  # bytes of a page that are split in one go
+_PIECE = 1 << 16  # bytes of a page that are split in one go
 _TAG_LIMIT = 1 << 18  # bytes of a tag whose attributes are read
 _FEED_TYPES = frozenset({"application/rss+xml", "application/atom+xml"})
 _REFUSALS = frozenset({"noindex", "nofollow", "none"})  # what a <meta> may ask of one crawler, by its name
@@ -260,7 +260,7 @@ def _meta_charset(head: bytes) -> str | None:
     return None
 
 
-def _sniff(body: bytes, content_type: str | None) -> str:
+def sniff(body: bytes, content_type: str | None) -> str:
     """The standard name of the page's encoding (HTML standard, section 13.2.3)."""
     for mark, encoding in _BOMS:
         if body.startswith(mark):
@@ -277,7 +277,7 @@ def _sniff(body: bytes, content_type: str | None) -> str:
     try:
         body.decode()
     except UnicodeDecodeError:  # a browser begins anew when it comes to a <meta> further down
-        late = _LATE_META.search(body, 0, _PIECE)
+        late = _LATE_META.search(body, 0, _TAG_LIMIT)
         return (_meta_charset(body[: late.end()]) if late else None) or "windows-1252"
     return "utf-8"
 
@@ -575,7 +575,7 @@ def parse_page(body: bytes, url: str, content_type: str | None = None) -> Page:
     `url` is where the page came from, redirects followed; if it is no http(s) URL, only absolute links are found.
     `content_type` is the HTTP header, read for its charset.
     """
-    encoding = _sniff(body, content_type)
+    encoding = sniff(body, content_type)
     scan = _Scan(transcode(body, encoding))
     base = url if is_normal(url) else _join(None, url)
     if base and scan.base is not None:

@@ -99,6 +99,7 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     load = parser.add_argument_group("load and politeness")
     option(load, "--concurrency", int, "requests in flight, all hosts together")
     option(load, "--per-host", int, "requests in flight to one host")
+    option(load, "--per-address", int, "connections at a time to one IP address, whatever its hosts; 0: no limit")
     option(load, "--rate", float, "requests per second to one host; 0: no limit")
     option(load, "--burst", int, "requests to one host that may go at once after a rest")
     option(load, "--total-rate", float, "requests per second to all hosts together; 0: no limit")

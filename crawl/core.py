@@ -47,7 +47,7 @@ from crawl.frontier import Frontier
 from crawl.headers import request_headers
 from crawl.model import CrawlResult, FeedResult, Options, Request, Response, ScrapeResult
 from crawl.robots import DISALLOW_ALL, LARGE, MAX_HOPS, MAX_ROBOTS, Rules, rules_for
-from crawl.rows import Read, build_row, in_place
+from crawl.rows import Read, build_row, in_place, is_costly
 from crawl.scope import Scope, Traps
 from crawl.sitemap_crawl import SitemapCrawl
 from crawl.sitemaps import MAX_SITEMAP
@@ -104,6 +104,7 @@ class Crawl:
             rate=options.rate,
             burst=options.burst,
             per_host=options.per_host,
+            per_address=options.per_address,
             total_rate=options.total_rate,
             lead=lead,
             robots=self.obeys,
@@ -289,7 +290,9 @@ class Crawl:
     def is_long(self, request: Request, response: Response, size: int) -> bool:
         """Whether ``complete`` may take longer than an event loop has: more than ``size`` bytes, or slower to read."""
         size = min(size, LARGE) if request.kind == "robots" else size
-        return len(response.body) > size or request.kind in ("sitemap", "feed") or self.options.feeds
+        if len(response.body) > size or request.kind in ("sitemap", "feed") or self.options.feeds:
+            return True
+        return request.kind == "page" and is_costly(response.body, response.headers.get("Content-Type"))
 
     def links_to_follow(self, row: CrawlResult) -> list[str]:
         """Those that the page lets us follow, in scope or not."""

@@ -205,6 +205,7 @@ class _Call(urllib.request.Request):
     anywhere: bool
     limit: TimeLimit
     connect_limit: TimeLimit
+    connects: Callable[[str], None] | None  # called with the address before it is connected to
     before_send: Callable[[], None]  # called when the connection is open, right before the request goes out
     _tunnel_host: str | None
 
@@ -231,7 +232,7 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
         request = _request_bytes("GET", req.selector, headers)
         while True:
             kept = self._pool.take(key)
-            connection = kept or self._connect(key, proxy_headers, req.connect_limit)
+            connection = kept or self._connect(key, proxy_headers, req)
             connection.limit = req.limit
             try:
                 req.before_send()
@@ -247,10 +248,11 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
 
     https_open = http_open
 
-    def _connect(self, key: _Key, proxy_headers: dict[str, str], limit: TimeLimit) -> _Connection:
+    def _connect(self, key: _Key, proxy_headers: dict[str, str], call: _Call) -> _Connection:
         scheme, authority, tunnel, _ = key
         name, port = _name_and_port(authority, 443 if scheme == "https" and not tunnel else 80)
-        connection = self._dial(key, name, port, limit)
+        connects = None if tunnel or call.has_proxy() else call.connects
+        connection = self._dial(key, name, port, call.connect_limit, connects)
         try:
             if tunnel:
                 name, port = _name_and_port(tunnel, 443)
@@ -284,9 +286,14 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
             self._pool.close()
             raise self._crawl.no_socket(error) from None
 
-    def _dial(self, key: _Key, name: str, port: int, limit: TimeLimit) -> _Connection:
+    def _dial(
+        self, key: _Key, name: str, port: int, limit: TimeLimit, connects: Callable[[str], None] | None
+    ) -> _Connection:
         failure: OSError | None = None
-        for family, address in allowed(name, self._resolver.lookup(name, limit), anywhere=key[-1]):
+        found = allowed(name, self._resolver.lookup(name, limit), anywhere=key[-1])
+        for family, address in found[:1] if connects else found:
+            if connects:
+                connects(address)
             connection = _Connection(key, self._socket(family), limit)
             try:
                 self._pool.watch(connection)
@@ -339,6 +346,8 @@ class Fetcher:
         call = _Call(url, headers=headers)
         call.anywhere = anywhere
         call.limit, call.connect_limit = limit, TimeLimit(self._options.connect_timeout, limit)
+        limited = self._options.per_address
+        call.connects = (lambda address: self._crawl.frontier.connects(request, address)) if limited else None
         call.before_send = lambda: self._wait_for_turn(request, limit)
         connection: _Connection = self._opener.open(call)
         head = connection.answer.head

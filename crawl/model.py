@@ -103,6 +103,7 @@ class Request:
     held: float = 0.0  # seconds that its present hop has waited for its turn to be sent
     deaths: int = 0  # helpers that died while they had it
     told: Waiter | None = None  # in a helper: woken when its parent has said when it may be sent
+    address: str | None = None  # with ``per_address``: for which it counts
     cookies: tuple[Cookie, ...] = ()
     trail: tuple[str, ...] = ()  # what redirected to ``target``, in turn
     strayed: bool = False
@@ -128,6 +129,7 @@ class Options:
 
     concurrency: int = 64
     per_host: int = 8
+    per_address: int = 0  # connections at a time to one IP address, whatever its hosts; 0: no limit
     rate: float = 2.0
     burst: int = 1
     total_rate: float = 0.0
@@ -161,7 +163,7 @@ class Options:
     def __post_init__(self) -> None:
         for names, allowed, unit in (
             (("concurrency", "per_host", "burst", "max_bytes"), Range(1, MAX_COUNT), ""),
-            (("retries", "max_redirects", "depth", "max_pages", "host_pages"), Range(0, MAX_COUNT), ""),
+            (("retries", "max_redirects", "depth", "max_pages", "host_pages", "per_address"), Range(0, MAX_COUNT), ""),
             (("timeout", "connect_timeout"), Range(0, MAX_SECONDS, above=True), " s"),
             (("grace", "max_time"), Range(0, MAX_SECONDS), " s"),
         ):
