@@ -20,6 +20,7 @@ import orjson
 RESERVED = frozenset(("source", "sources", "deadline_ms", "limit", "before", "hours"))
 MOST = {"max_bytes": 5e6, "timeout": 60.0, "keys": 1e5, "retries": 10, "concurrency": 1000, "failures": 1000}
 """The greatest values in a configuration. To read 5 MB of JSON keeps the event loop for about 25 ms."""
+IN_TEXT, IN_HEADERS = r"\$\{([^}]*)\}", r"\$(?:(\$)|\{([^}]*)\}|(\w+))"  # what stands for a variable's value
 Key = tuple[str, ...]  # the values of an upstream's parameters, in their order
 
 
@@ -59,9 +60,10 @@ class Upstream:
     fallback: Any = None
 
     def address(self, key: Key) -> str:
-        """The URL for these values of the parameters."""
+        """The URL for these values of the parameters, percent-encoded where it was not."""
         values = zip(self.parameters, key, strict=True)
-        return self.url.format_map({name: quote(value, safe="") for name, value in values})
+        url = self.url.format_map({name: quote(value, safe="") for name, value in values})
+        return quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", url), safe="%!#$&'()*+,/:;=?@[]~")
 
     def in_path(self) -> set[str]:
         """The parameters that are part of its path."""
@@ -81,8 +83,8 @@ class Upstream:
 def read_config(text: str, environ: Mapping[str, str]) -> dict[str, Upstream]:
     """The upstreams of a TOML configuration, by name: a table ``[name]`` each. Raises ``ConfigError``.
 
-    ``${NAME}`` in a URL, a body or a header's value stands for a variable of the environment (in a URL it is
-    percent-encoded): secrets need not be in the file.
+    ``${NAME}`` in a URL, a body or a header's value stands for a variable of the environment: secrets need not be in
+    the file. In a header ``$NAME`` does, too, and ``$$`` is ``$``.
     """
     try:
         tables = tomllib.loads(text)
@@ -137,10 +139,10 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
     for header, value in given.get("headers", {}).items():
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header):
             raise ConfigError(f"{name}.headers: {header!r} is no name of a header")
-        text = given["headers"][header] = _substituted(value, environ, f"{name}.headers.{header}").strip()
+        text = given["headers"][header] = _substituted(value, environ, f"{name}.headers.{header}", IN_HEADERS).strip()
         if not re.fullmatch(r"[\t\x20-\x7e\x80-\xff]*", text):
             raise ConfigError(f"{name}.headers.{header}: a character that no header can have")
-    given["url"] = _substituted(given["url"], environ, f"{name}.url", lambda text: quote(text, safe=""))
+    given["url"] = _read_url(given["url"].strip(), environ, f"{name}.url")
     if "body" in given:
         given["body"] = _each_text(given["body"], lambda text: _substituted(text, environ, f"{name}.body"))
     upstream = Upstream(name=name, **given)
@@ -149,19 +151,36 @@ def _upstream(name: str, table: Any, environ: Mapping[str, str]) -> Upstream:
 
 
 def _substituted(
-    text: str, environ: Mapping[str, str], where: str, change: Callable[[str], str] = lambda text: text
+    text: str, environ: Mapping[str, str], where: str, form: str = IN_TEXT, change: Callable[[str], str] = str
 ) -> str:
-    """With the variables that ``${NAME}`` stands for, without the blanks and line ends around them."""
+    """With the values of variables, without the blanks and line ends around them, in place of what ``form`` matches."""
 
     def value(match: re.Match[str]) -> str:
-        if match[1] not in environ:
-            raise ConfigError(f"{where}: {match[1]!r} is not in the environment")
-        return change(environ[match[1]].strip())
+        name = match[match.lastindex or 0]
+        if name == "$":
+            return name
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.A):
+            raise ConfigError(f"{where}: {match[0]!r} holds no name of a variable")
+        if name not in environ:
+            raise ConfigError(f"{where}: {name!r} is not in the environment")
+        return change(environ[name].strip())
 
-    return re.sub(r"\$\{(\w+)\}", value, text)
+    return re.sub(form, value, text)
 
 
-def _each_text(part: Any, change: Callable[[str], str]) -> Any:
+def _read_url(text: str, environ: Mapping[str, str], where: str) -> str:
+    """With its variables (percent-encoded after the host: there they are part of something) and a host in ASCII."""
+    end = len(re.split(r"(?<![/:])[/?#]", text, maxsplit=1)[0])
+    rest = _substituted(text[end:], environ, where, change=lambda value: quote(value, safe=""))
+    url = _substituted(text[:end], environ, where) + rest
+    try:
+        host = urlsplit(url).netloc
+        return url if host.isascii() else url.replace(host, host.encode("idna").decode(), 1)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _each_text(part: Any, change: Callable[[str], Any]) -> Any:
     """JSON with each of its texts changed."""
     if isinstance(part, str):
         return change(part)
@@ -173,6 +192,8 @@ def _each_text(part: Any, change: Callable[[str], str]) -> Any:
 def _check_url(upstream: Upstream) -> None:
     """A placeholder may stand in a path segment or in the query only, where it can change nothing else."""
     where = f"{upstream.name}.url"
+    if re.search(r"[\x00-\x1f\x7f]", upstream.url):  # urlsplit would take them out
+        raise ConfigError(f"{where}: a control character")
     try:
         fields = [field for field in string.Formatter().parse(upstream.url) if field[1] is not None]
         parts = urlsplit(upstream.url)
@@ -187,7 +208,8 @@ def _check_url(upstream: Upstream) -> None:
     fixed = parts.hostname and port != 0 and not re.search(r"[{@\s]", parts.netloc) and "{" not in parts.fragment
     if parts.scheme not in ("http", "https") or not fixed:
         raise ConfigError(f"{where}: http:// or https:// and a fixed host are needed")
-    used = {name for _, name, _, _ in fields} | set(re.findall(r"\{(\w+)\}", orjson.dumps(upstream.body).decode()))
+    used = {name for _, name, _, _ in fields}
+    _each_text(upstream.body, lambda text: used.update(re.findall(r"\{(\w+)\}", text)))
     if unused := upstream.parameters.keys() - used:
         raise ConfigError(f"{upstream.name}.parameters: {', '.join(sorted(unused))} is used nowhere")
 

@@ -26,7 +26,9 @@ from primitives import TokenBucket, TTLCache
 CLIENT_RATE, BURST_SECONDS, CLIENTS = 1000.0, 2.0, 10_000
 """Requests per second of one client (``AGGREGATE_RATE`` overrides, 0: any number), of how many seconds it may ask at
 once, and how many clients are known at a time."""
-EXEMPT = "/health", "/metrics"  # who watches is not held up by what he is to see
+EXEMPT = frozenset(
+    ("/health", "/health/live", "/health/ready", "/metrics")
+)  # who watches is not held up by what he is to see
 MAX_QUERY, MAX_HEADERS, MAX_BODY = 4096, 32 * 1024, 64 * 1024
 """Bytes of a query, of all headers, and of the body that a request announces (no body is read)."""
 
@@ -76,7 +78,7 @@ class Aggregator(Starlette):
             # random for the process, counted within it: a random one each would be a sixteenth of a cached answer
             identity = b"%s%08x" % (self._process, next(self._serial) & 0xFFFFFFFF)
         service, client = self.service, scope["client"][0] if scope.get("client") else ""
-        limited = self._rate and not scope["path"].startswith(EXEMPT)
+        limited = self._rate and scope["path"] not in EXEMPT
         refusal = refused(self._wait(client) if limited else 0.0, len(scope["query_string"]), size, int(length))
         status = 500
         token = request_id.set(identity.decode())

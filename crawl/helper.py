@@ -51,6 +51,7 @@ class HelperFrontier(Frontier):
     def __init__(self, tell: Callable[[Message | None, int | None], None], per_address: int = 0) -> None:
         super().__init__(per_address=per_address)
         self._tell = tell
+        self._begun = False
         self._grants: deque[Grant] = deque()
         self._out: dict[int, Grant] = {}
         self.loop: asyncio.AbstractEventLoop | None = None  # the driver's, if it has one
@@ -72,7 +73,10 @@ class HelperFrontier(Frontier):
         self._tell((grant.number, *outcome), None)
 
     def step(self, now: float) -> Request | float | None:
-        """The oldest grant that waits, or inf: wait for one."""
+        """The oldest grant that waits, or inf: wait for one. The first call says that the driver has begun."""
+        if not self._begun:
+            self._begun = True
+            self._tell(None, None)
         return None if self._stopped else self._grants.popleft() if self._grants else math.inf
 
     def clear_to_send(self, request: Request, now: float, ahead: float = 0.0) -> float:
@@ -124,7 +128,7 @@ class HelperCrawl(Crawl, asyncio.Protocol):
         self._sending = new_lock("HelperCrawl")
         self._outcomes: deque[Message] = deque()
         self._asks: deque[int] = deque()
-        self._due = False  # something waits to be sent, and will be
+        self._due = self._introduced = False  # something waits to be sent, and will be; the parent has heard of us
         self._fields = row_fields(self.form)
         self._told: set[str] = set()
         self._remembers = not (options.max_pages or options.host_pages)  # with caps the parent decides again each time
@@ -201,8 +205,9 @@ class HelperCrawl(Crawl, asyncio.Protocol):
         with self._sending:
             self._due = False
             outcomes, asks = ([some.popleft() for _ in range(len(some))] for some in (self._outcomes, self._asks))
-            if not outcomes and not asks:
+            if not outcomes and not asks and self._introduced:
                 return
+            self._introduced = True
             data = frame(outcomes, asks)
             if self._transport is not None:
                 self._transport.write(data)
@@ -252,7 +257,5 @@ def help_out(sock: socket.socket, options: Options, run: Run) -> None:
     """What a helper process runs: ``run`` is the program's own. Does not return."""
     crawl = HelperCrawl(options, sock)
     gc.set_threshold(10_000, 20, 50)
-    with contextlib.suppress(OSError):  # the parent is gone already: who reads sees it too
-        sock.sendall(frame([], []))
     run(crawl, (), lambda *rows: None)
     os._exit(1)

@@ -1,10 +1,12 @@
 """HTTP/1.1 as both crawlers read it: bytes in, as they come; an answer's head and the pieces of its body out. Pure.
 
 Promised: what becomes of any bytes is decided here, and in no HTTP client; into which segments they were cut makes no
-difference. Time is linear in them. At most MAX_HEAD bytes are held of a head or trailer, and MAX_LINE of a chunk's. A
-fault of how the body is framed is one of the body: status and headers count.
+difference. Time is linear in them, and one call reads STEPS chunks at most, so that no loop is held up. At most
+MAX_HEAD bytes are held of a head or trailer, and MAX_LINE of a chunk's. A fault of how the body is framed is one of the
+body: status and headers count.
 
-Lenient where browsers are, strict where two readers could take different bytes for the body (9110, 9112: RFCs):
+Lenient where browsers are, strict where two readers could take different bytes for the body; where the end of a body is
+in doubt, its connection is not used again. 9110, 9112: RFCs; Fetch: the standard, with its table of tests for lengths.
 
 ===================================================== ================================== =============================
 what comes                                            is                                 as
@@ -20,10 +22,12 @@ NUL in a head                                         protocol                  
 a line that begins with a blank                       more of the line before            9112, 5.2; Chromium, curl
 a line without a colon                                skipped                            Chromium
 blanks before the colon                               no part of the name                9112, 5.1; Chromium
-Content-Length more than once, or a list, all equal   that length                        9112, 6.3; Chromium
-the same, not all equal                               protocol                           9112, 6.3; Chromium
-signs, ``_``, other digits, nothing as a length       protocol                           9112, 6.3
+Content-Length more than once, or a list, all equal   that length                        9112, 6.3; Fetch; Chromium
+the same, not all equal, as ``30,`` or ``030, 30``    protocol                           9112, 6.3; Fetch; Chromium
+``+``, ``_`` among a length's digits                  protocol                           9112, 6.3
+any other Content-Length that is no number            none                               Fetch; Chromium
 chunked beside a Content-Length                       chunked; the connection is closed  9112, 6.3; Chromium, curl
+chunked in HTTP/1.0                                   undone; the connection is closed    9112, 6.1; curl
 gzip or deflate before chunked, or alone              undone before Content-Encoding     9112, 6.1, 6.3; curl
 chunked more than once at the end                     once                               Chromium, curl
 identity, or nothing, as a Transfer-Encoding          none                               Chromium
@@ -37,6 +41,8 @@ the connection's end before that, or a given length   truncated                 
 the connection's end in a head                        reset                              9112, 8
 no head on a connection that was kept                 another connection is asked        9112, 9.3.1
 more bytes than the body has                          ignored; the connection is closed  Chromium, curl
+204 and 304                                           no body; if they have a length, or  9112, 6.3; Chromium
+                                                      a coding, the connection is closed
 101                                                   no body; the connection is closed  9110, 15.2.2
 ===================================================== ================================== =============================
 """
@@ -50,21 +56,27 @@ from typing import NamedTuple
 
 from crawl.errors import FetchError
 from crawl.headers import read_headers
+from crawl.model import RESPONSE_HEADERS
 
 MAX_HEAD = 1 << 18  # bytes
 MAX_LINE = 1 << 14  # bytes of a line with a chunk's size
+STEPS = 1000  # heads, sizes and pieces that one call reads, at most
 
 _STATUS_LINE = re.compile(
     rb"HTTP/([0-9]{1,3})(?:\.([0-9]{1,3}))?[ \t]+([1-9][0-9][0-9])(?:[ \t].*)?", re.IGNORECASE | re.DOTALL
 )
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
 _FOLD = re.compile(rb"\r?\n[ \t]+")
+_NAMES = ("Content-Length", "Transfer-Encoding", "Connection", *RESPONSE_HEADERS)
+_LINE = re.compile(rb"\n(%b)[ \t]*:([^\n]*)" % "|".join(_NAMES).encode(), re.IGNORECASE)
 _CHUNK_SIZE = re.compile(rb"0*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?", re.DOTALL)
+_ALMOST_A_NUMBER = re.compile(rb"[0-9]*[+_][0-9+_]*")  # to some readers it is one
+_TOO_LONG = f"more than {MAX_HEAD} bytes of headers"
 _TO_THE_END = sys.maxsize  # bytes of a body that ends with its connection
 _TRANSFER_CODINGS = {b"gzip", b"x-gzip", b"deflate", b"chunked"}
 
 Lines = list[tuple[bytes, bytes]]
-"""The lines of a head: names in lower case, and values."""
+"""Those lines of a head that mean something here: names in lower case, and values."""
 
 
 class Head(NamedTuple):
@@ -76,11 +88,12 @@ class Head(NamedTuple):
 
 
 class Answer:
-    """The answer to one request. ``feed`` it what comes, tell it the ``end``, until it is ``over``."""
+    """The answer to one request. ``feed`` it what comes, nothing where there is ``more``, and tell it the ``end``."""
 
     def __init__(self) -> None:
         self.head: Head | None = None
         self.over = False
+        self.more = False  # what was fed has not all been read
         self.fault: FetchError | None = None  # why it is over before it was complete
         self._keep = False  # whether its connection is to be kept
         self._buffer = bytearray()
@@ -91,13 +104,15 @@ class Answer:
         self._chunked = False
         self._read: Callable[[list[bytes]], bool] = self._read_head  # takes from the buffer; False: there is too little
 
-    def feed(self, data: bytes) -> bytes:
+    def feed(self, data: bytes = b"") -> bytes:
         """What is of the body in ``data``; if there is a fault, what comes before it."""
         pieces: list[bytes] = []
         self._buffer += data
         try:
-            while self._buffer and not self.over and self._read(pieces):
-                pass
+            steps = STEPS
+            while steps and self._buffer and not self.over and self._read(pieces):
+                steps -= 1
+            self.more = not steps and not self.over
         except FetchError as fault:
             self.end(fault)
         return b"".join(pieces)
@@ -108,7 +123,7 @@ class Answer:
             self.fault = fault or self._cut_off()
             if self.fault and self.head:
                 self.fault.status = self.head.status
-        self.over, self._keep = True, False
+        self.over, self.more, self._keep = True, False, False
 
     @property
     def reusable(self) -> bool:
@@ -138,7 +153,7 @@ class Answer:
         found = _END_OF_HEAD.search(buffer, max(0, self._searched - 2), max(0, self._room))
         if found is None:
             if len(buffer) >= self._room:
-                raise FetchError("protocol", f"more than {MAX_HEAD} bytes of headers")
+                raise FetchError("protocol", _TOO_LONG)
             self._searched = len(buffer)
             return False
         head = bytes(buffer[: found.end()])
@@ -150,21 +165,25 @@ class Answer:
         return True
 
     def _begin(self, status: int, lines: Lines) -> None:
-        codings, length, fault = list[bytes](), 0, None
-        if status not in (101, 204, 304):
+        lengths, codings = _values(lines, b"content-length"), _values(lines, b"transfer-encoding")
+        length, fault = 0, None
+        if status in (101, 204, 304):
+            certain = status != 101 and not codings and not any(value.strip(b"0") for value in lengths)
+            codings = []
+        else:
             try:
-                codings = _read_codings(lines)
-                length = _TO_THE_END if codings else _read_length(lines)
+                codings = _read_codings(codings)
+                length = _TO_THE_END if codings else _read_length(lengths)
             except FetchError as error:
-                fault = error
-        self._chunked = codings[-1:] == [b"chunked"]
+                codings, fault = [], error
+            self._chunked = codings[-1:] == [b"chunked"]
+            certain = self._version >= (1, 1) and not lengths if self._chunked else length < _TO_THE_END
+        self._keep = certain and _is_persistent(self._version, lines)
         lines += ((b"content-encoding", coding) for coding in codings if coding != b"chunked")
         self.head = Head(status, read_headers(lines), length if length < _TO_THE_END else None)
-        self._keep = status != 101 and _is_persistent(self._version, lines) and (self._chunked or length < _TO_THE_END)
         if fault:
             self.end(fault)  # of the body: what status and headers say is known all the same
         elif self._chunked:
-            self._keep = self._keep and not _values(lines, b"content-length")
             self._read = self._read_size
         else:
             self._read, self._left, self.over = self._read_data, length, length == 0
@@ -179,7 +198,7 @@ class Answer:
         return True
 
     def _read_size(self, pieces: list[bytes]) -> bool:
-        line = self._line(MAX_LINE)
+        line = self._line(MAX_LINE, f"a chunk's line of more than {MAX_LINE} bytes")
         if line is None:
             return False
         size = _CHUNK_SIZE.fullmatch(line)
@@ -201,17 +220,17 @@ class Answer:
 
     def _read_trailer(self, pieces: list[bytes]) -> bool:
         before = len(self._buffer)
-        line = self._line(self._room)
+        line = self._line(self._room, _TOO_LONG)
         self._room -= before - len(self._buffer)
         self.over = line == b""
         return line is not None
 
-    def _line(self, most: int) -> bytes | None:
-        """The next line, without its end; None: it is not here yet."""
+    def _line(self, most: int, fault: str) -> bytes | None:
+        """The next line, without its end; None: it is not here yet. ``fault``: it has more than ``most`` bytes."""
         end = self._buffer.find(b"\n", self._searched, max(0, most))
         if end < 0:
             if len(self._buffer) >= most:
-                raise FetchError("protocol", f"a line of more than {most} bytes around a chunk")
+                raise FetchError("protocol", fault)
             self._searched = len(self._buffer)
             return None
         line = bytes(self._buffer[:end])
@@ -235,23 +254,20 @@ def _read_status(line: bytes) -> tuple[tuple[int, int], int]:
 def _read_lines(head: bytes) -> Lines:
     if b"\0" in head:
         raise FetchError("protocol", "NUL in the head")
-    lines: Lines = []
-    for line in _FOLD.sub(b" ", head).split(b"\n")[1:]:
-        name, colon, value = line.partition(b":")
-        if colon:
-            lines.append((name.strip(b" \t").lower(), value.strip(b" \t\r").replace(b"\r", b" ")))
-    return lines
+    return [
+        (name.lower(), value.strip(b" \t\r").replace(b"\r", b" "))
+        for name, value in _LINE.findall(_FOLD.sub(b" ", head))
+    ]
 
 
 def _values(lines: Lines, name: bytes) -> list[bytes]:
     """The members of all lists of that name, in lower case."""
-    found = (part.strip(b" \t").lower() for own, value in lines if own == name for part in value.split(b","))
-    return [part for part in found if part]
+    return [part.strip(b" \t").lower() for own, value in lines if own == name for part in value.split(b",")]
 
 
-def _read_codings(lines: Lines) -> list[bytes]:
+def _read_codings(values: list[bytes]) -> list[bytes]:
     """The transfer codings, ``chunked`` once at the end if it is one."""
-    codings = [coding for coding in _values(lines, b"transfer-encoding") if coding != b"identity"]
+    codings = [coding for coding in values if coding not in (b"", b"identity")]
     while codings[-2:] == [b"chunked"] * 2:
         del codings[-1]
     if b"chunked" in codings[:-1] or not _TRANSFER_CODINGS.issuperset(codings):
@@ -259,16 +275,15 @@ def _read_codings(lines: Lines) -> list[bytes]:
     return codings
 
 
-def _read_length(lines: Lines) -> int:
+def _read_length(values: list[bytes]) -> int:
     """The Content-Length, or _TO_THE_END if there is none."""
-    if not any(name == b"content-length" for name, _ in lines):
-        return _TO_THE_END
-    values = _values(lines, b"content-length")
-    lengths = {value.lstrip(b"0") for value in values}
-    if len(lengths) != 1 or b"".join(values).strip(b"0123456789"):
+    text = values[0] if values else b""
+    if len(set(values)) > 1 or _ALMOST_A_NUMBER.fullmatch(text):
         raise FetchError("protocol", f"Content-Length: {_quoted(b', '.join(values))}")
-    length = lengths.pop()
-    return int(length or b"0") if len(length) <= 18 else 10**18
+    if not text.isdigit():
+        return _TO_THE_END
+    digits = text.lstrip(b"0")
+    return int(digits or b"0") if len(digits) <= 18 else 10**18
 
 
 def _is_persistent(version: tuple[int, int], lines: Lines) -> bool:

@@ -30,7 +30,7 @@ from crawl.core import Crawl, patience
 from crawl.errors import CUT_OFF, FetchError
 from crawl.http1 import MAX_HEAD, Answer, Head
 from crawl.model import Request, Response
-from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, tls_detail
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, detail, explained, readable, tls_detail
 
 _NO_HEADERS = CIMultiDictProxy(CIMultiDict[str]())
 current_request: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
@@ -43,8 +43,6 @@ def _explained(error: Exception, seconds: float) -> FetchError:
     """``explained``, of what aiohttp raises before the answer."""
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return FetchError("timeout", "no connection in time")
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return FetchError("dns", error.strerror or str(error))
     if isinstance(error, aiohttp.ClientSSLError):
         cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
         return FetchError("tls", tls_detail(cause))
@@ -75,6 +73,14 @@ class Reading(ResponseHandler):
     _body: Body | None = None
     _kept = False  # it has brought an answer
 
+    def is_idle(self) -> bool:
+        """Whether a request can be sent on it: it is open, and since its last answer nothing has come."""
+        transport = self._live()
+        return transport is not None and not (self._kept and readable(transport.get_extra_info("socket")))
+
+    def _live(self) -> asyncio.Transport | None:
+        return self.transport if self.is_connected() else None
+
     def without_answer(self, fault: FetchError) -> Exception:
         """What to raise where none comes."""
         return Lost() if self._kept else fault
@@ -101,7 +107,10 @@ class Reading(ResponseHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The answer ends here, complete or not."""
-        if (body := self._body) and not (answer := body.answer).over:
+        body = self._body
+        while body and body.answer.more:
+            self._hand_on(body, body.answer.feed())
+        if body and not (answer := body.answer).over:
             status = answer.head.status if answer.head else None
             answer.end(explained(exc, 0, status) if isinstance(exc, Exception) else None)
             self._hand_on(body, b"")
@@ -111,6 +120,9 @@ class Reading(ResponseHandler):
         answer = body.answer
         if answer.over and not answer.reusable:
             self._should_close = True
+        if answer.more:
+            self.pause_reading()
+            self._loop.call_soon(self._go_on)
         if answer.head is None:
             if fault := answer.fault:
                 self.set_exception(self.without_answer(fault))
@@ -124,17 +136,22 @@ class Reading(ResponseHandler):
         if answer.over:
             body.feed_eof()
 
+    def _go_on(self) -> None:
+        self.data_received(b"")
+        self.resume_reading()
+
     def pause_reading(self) -> None:
         """More has come than is read."""
-        if self.transport and not self._reading_paused:
+        if (transport := self._live()) and not self._reading_paused:
             self._reading_paused = True
-            self.transport.pause_reading()
+            transport.pause_reading()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """It is read again."""
-        if self.transport and self._reading_paused:
+        unread = self._body and self._body.answer.more
+        if (transport := self._live()) and self._reading_paused and not unread:
             self._reading_paused = False
-            self.transport.resume_reading()
+            transport.resume_reading()
 
 
 class GatedConnector(aiohttp.TCPConnector):
@@ -180,7 +197,8 @@ class GatedConnector(aiohttp.TCPConnector):
                 else:  # the loop's timers are good to a millisecond: sleep a little less, and yield for the rest
                     await asyncio.sleep(wait - 0.001 if wait > 0.0015 else 0)
             reading = cast(Reading, connection.protocol)
-            if not reading.is_connected():
+            if not reading.is_idle():
+                connection.close()
                 raise reading.without_answer(FetchError("reset", "closed without an answer"))
         except BaseException:
             connection.release()

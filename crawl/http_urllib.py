@@ -27,7 +27,7 @@ from crawl.core import Crawl, patience
 from crawl.errors import CUT_OFF, FetchError
 from crawl.http1 import Answer, Head
 from crawl.model import Request, Response
-from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, explained, tls_context, tls_detail
+from crawl.net import BodyDecoder, ProxyRule, Resolver, TimeLimit, allowed, explained, readable, tls_context, tls_detail
 
 IDLE = 256  # connections kept open for a next request to their host: a list often goes round many hosts
 _Key = tuple[str, str, str | None, bool]
@@ -106,12 +106,15 @@ class _Connection:
     def body(self) -> Iterator[bytes]:
         """The pieces of the body. Raises FetchError in its place where it is faulty."""
         yield self._first
+        self._first = b""  # an idle connection needs no memory
         while not self.answer.over:
             yield self._read()
         if self.answer.fault:
             raise self.answer.fault
 
     def _read(self) -> bytes:
+        if self.answer.more:
+            return self.answer.feed()
         if not self._decrypted():
             self._wait(select.POLLIN)
         if data := self._complete(self.sock.recv, 1 << 16):
@@ -120,10 +123,8 @@ class _Connection:
         return b""
 
     def readable(self) -> bool:
-        """Something has come, or the end. On an idle connection either means that it cannot be used again."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        return bool(self._decrypted() or poll.poll(0))
+        """Something has come, or the end."""
+        return bool(self._decrypted()) or readable(self.sock)
 
     def close(self) -> None:
         self.sock.close()

@@ -262,7 +262,8 @@ class SharedFrontier(Frontier):
             batch.claim = self._wanted(free)
             batch.hungry = self._starved and batch.claim > 0
             batch.asked, batch.rejoins = list(self._asked), self.leases_lost > 0
-            batch.reading, batch.scope_after = reading or bool(self.outbox.batch.links), self._scope_after
+            batch.reading, batch.scope_after = reading, self._scope_after
+            self.outbox.fit(batch)
             return batch
 
     def _wanted(self, free: int) -> int:
@@ -295,10 +296,10 @@ class SharedFrontier(Frontier):
         else:
             batch.refill.append((name, held.last, portion))
 
-    def halve(self, batch: SyncBatch) -> bool:
-        """Keep half of what ``batch`` tells, as the outbox does."""
+    def refused(self, batch: SyncBatch) -> bool:
+        """``batch`` took too long, and was not applied: halve it. False if that cannot be."""
         with self._guard:
-            return self.outbox.halve(batch)
+            return self.outbox.refused(batch)
 
     def answered(self, batch: SyncBatch, answer: SyncAnswer, asked_at: float, now: float) -> None:
         """``asked_at``: before the batch was sent."""

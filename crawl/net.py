@@ -20,6 +20,7 @@ import contextlib
 import functools
 import ipaddress
 import math
+import select
 import socket
 import ssl
 import time
@@ -81,6 +82,14 @@ class TimeLimit:
     def next_step(self) -> float:
         """Seconds to wait before the next look at what is left. Raises TimeoutError when nothing is left."""
         return min(self.left(), self.step)
+
+
+def readable(sock: Any) -> bool:
+    """Whether something has come on ``sock``, or its end. On an idle connection either means that it is of no more use:
+    what comes before a request is no answer to it."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 # ----------------------------------------------------------------------------------------------- content coding

@@ -18,7 +18,7 @@ from crawl.sync import Link, SyncBatch, clean, hashed
 from crawl.urls import host_of, normalise
 
 AT_ONCE = 500  # finished URLs that are not kept waiting for that; ten times as many make the tasks wait
-LINKS = 20_000  # found URLs in one batch
+LINKS = 20_000  # found URLs and rows in one batch, at most; fewer after one that took too long
 MAX_HOST = 255
 TOLD = 200_000  # found URLs of which it is kept in mind that they were told
 KEPT = 300.0  # seconds that lines of the list are kept after they were told
@@ -33,6 +33,7 @@ class Outbox:
         self.batch = SyncBatch(None, 0, length)  # in the making
         self.scoped = False  # the hosts of the list matter
         self.halved = False  # the rest of a batch waits
+        self._most = LINKS  # links and rows of a batch
         self._told: set[uuid.UUID] = set()
         self._kept: deque[tuple[float, list[Link]]] = deque()
 
@@ -68,13 +69,23 @@ class Outbox:
         return len(self.batch.links) - before
 
     def take(self) -> SyncBatch:
-        """All that there is, or ``LINKS`` of the links."""
+        """All that there is."""
         batch, self.batch, self.halved = self.batch, SyncBatch(None, 0, self._length), False
-        self.batch.links, batch.links = batch.links[LINKS:], batch.links[:LINKS]
         return batch
 
+    def fit(self, batch: SyncBatch) -> None:
+        """Leave for later what would be more links and rows than the tables can take."""
+        while len(batch.links) + len(batch.done) > self._most and self.halve(batch):
+            pass
+
+    def refused(self, batch: SyncBatch) -> bool:
+        """It took too long: halve it, and what comes after it; whether that could be."""
+        halved = self.halve(batch)
+        self._most = max(1, len(batch.links) + len(batch.done))
+        return halved
+
     def halve(self, batch: SyncBatch) -> bool:
-        """Keep half of what ``batch`` tells, which was not applied; the rest goes before what comes next.
+        """Keep half of what ``batch`` tells; the rest goes before what comes next.
 
         False if there is nothing to halve. Links stay before the rows of their pages, and rows before their host goes.
         """
@@ -100,6 +111,7 @@ class Outbox:
 
     def was_told(self, batch: SyncBatch, now: float) -> None:
         """The tables have it. Lines of the list are kept for a while."""
+        self._most = min(LINKS, self._most + self._most // 8 + 1)
         if listed := [link for link in batch.links if not link.depth]:
             self._kept.append((now, listed))
         while self._kept and (self._kept[0][0] < now - KEPT or sum(len(links) for _, links in self._kept) > KEPT_LINES):

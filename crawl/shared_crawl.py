@@ -39,6 +39,7 @@ from runtime.postgres import (
     BACK_OFF,
     Database,
     Misconfigured,
+    TooSlow,
     Unavailable,
     check_url,
     first_line,
@@ -225,12 +226,12 @@ class SharedCrawl(Crawl):
                 answer = await store.sync(batch)
                 break
             except Exception as error:
-                if isinstance(error, NotApplied) and self.mine.halve(batch):
+                if isinstance(error, NotApplied) and self.mine.refused(batch):
                     log.warning("%s: the batch is halved", error)
                     continue
                 if not may_pass(error):
                     raise
-                if not is_away(error):
+                if isinstance(error, TooSlow) or not is_away(error):
                     self._database.stored(error, "the crawl waits")
                 await asyncio.sleep(backoff.next())
                 await self._database.ready()

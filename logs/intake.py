@@ -103,17 +103,17 @@ class KernelDrops:
     def total(self) -> int:
         """The drops of all of them since they were made."""
         for index, sock in enumerate(self._sockets):
-            if sock.fileno() >= 0:
-                self._counts[index] += (_socket_drops(sock) - self._counts[index]) % COUNTER_RANGE
+            if sock.fileno() >= 0 and (counter := _socket_drops(sock)) is not None:
+                self._counts[index] += (counter - self._counts[index]) % COUNTER_RANGE
         return sum(self._counts)
 
 
-def _socket_drops(sock: socket.socket) -> int:
+def _socket_drops(sock: socket.socket) -> int | None:
     drops = b""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             drops = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 64)[MEMINFO_DROPS]
-    return int.from_bytes(drops, sys.byteorder)
+    return int.from_bytes(drops, sys.byteorder) if len(drops) == 4 else None
 
 
 class ReceiverStats(NamedTuple):

@@ -29,6 +29,7 @@ import ada_url
 import aiohttp
 import pytest
 import uvicorn
+import yarl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.routing import Route
@@ -80,6 +81,13 @@ if TYPE_CHECKING:  # imported where it is used: it takes half a second
         ("[a]\nurl = 'http://h/{x:>9}'\nparameters = { x = 1 }", "a.url: {x} is written without"),
         ("[a]\nurl = 'http://h/'\nparameters = { x = 1 }", "a.parameters: x is used nowhere"),
         ("[a]\nurl = 'http://h/${NO_SUCH}'", "a.url: 'NO_SUCH' is not in the environment"),
+        ("[a]\nurl = 'http://h/'\nheaders = { X = '${MY-KEY}' }", "a.headers.X: '${MY-KEY}' holds no name"),
+        ("[a]\nurl = 'http://h/'\nheaders = { X = '$NO_SUCH' }", "a.headers.X: 'NO_SUCH' is not in the environment"),
+        ('[a]\nurl = "http://h/\\n"\n[b]\nurl = "http://h/\\tx"', "b.url: a control character"),
+        (
+            "[a]\nurl = 'http://h/'\nmethod = 'POST'\nbody = { '{x}' = 1 }\nparameters = { x = 1 }",
+            "a.parameters: x is used nowhere",
+        ),
     ],
 )
 def test_refuses_a_wrong_configuration_by_its_key(text: str, message: str, tmp_path: Path) -> None:
@@ -106,6 +114,25 @@ def test_reads_a_configuration(tmp_path: Path) -> None:
     upstream = config.read_config(text, {"K": "a b\n"})["a"]
     assert (upstream.address(("true",)), upstream.content(("true",))) == ("http://h/a%20b?on=true", b'{"k":"a b"}')
     assert (upstream.headers, upstream.parameters, upstream.retries) == ({"X": "a b"}, {"on": "true"}, 0)
+
+
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [
+        ("http://h/a b?q=new york", "http://h/a%20b?q=new%20york"),
+        ("http://h/stra\u00dfe?q=%C3%9F&p=100%", "http://h/stra%C3%9Fe?q=%C3%9F&p=100%25"),
+        ("http://m\u00fcnchen.example:8080/x", "http://xn--mnchen-3ya.example:8080/x"),
+        ("http://${HOST}/${KEY}", "http://localhost:8080/a%2Fb%20c"),
+        ("${BASE}/x?k=${KEY}", "http://localhost:8080/api/x?k=a%2Fb%20c"),
+        ("http://[::1]:8080/x,y;z=(1)!*'", "http://[::1]:8080/x,y;z=(1)!*'"),
+    ],
+)
+def test_a_url_is_percent_encoded_where_it_was_not(written: str, sent: str) -> None:
+    environ = {"HOST": "localhost:8080", "KEY": "a/b c\n", "BASE": "http://localhost:8080/api", "D": "x"}
+    text = f'[a]\nurl = "{written}"\nheaders = {{ X = "$D-${{D}}$$1" }}'
+    upstream = config.read_config(text, environ)["a"]
+    assert (upstream.address(()), upstream.headers["X"]) == (sent, "x-x$1")
+    assert str(yarl.URL(sent, encoded=True)) == sent
 
 
 @settings(SETTINGS, max_examples=200)
@@ -414,6 +441,7 @@ def test_who_watches_has_no_rate() -> None:
     app = aggregate_app.create_app({}, client_rate=0.5)
     assert [asgi(app, "192.0.2.1")[0] for _ in range(2)] == [200, 429], "the burst follows the rate"
     assert {asgi(app, "192.0.2.1", path="/health/live")[0] for _ in range(9)} == {200}
+    assert asgi(app, "192.0.2.1", path="/healthy")[0] == 429
 
 
 @pytest.mark.parametrize("value", ["..%2F..%2Fkeys", "a%2Fb", "a%5Cb", "..;", ".;x", "%252e%252e", "a%252Fb"])

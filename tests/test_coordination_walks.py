@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Callable, Coroutine
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 from hypothesis import settings
@@ -301,8 +302,9 @@ class SemaphoreMachine(LoopMachine):
 class ChannelMachine(LoopMachine):
     channel_type: ClassVar[type[co.Channel[Any]]] = co.Channel
 
-    @initialize(capacity=st.integers(1, 3))
-    def start(self, capacity: int) -> None:
+    @initialize(capacity=st.integers(1, 3), waiting=st.integers(-3, 3))
+    def start(self, capacity: int, waiting: int) -> None:
+        """So many getters wait from the beginning; below 0: putters."""
         self.started = True
         self.channel = self.channel_type(capacity)
         self.sent = itertools.count()
@@ -310,6 +312,10 @@ class ChannelMachine(LoopMachine):
         self.arrivals: list[asyncio.Task[Any] | int] = []  # getters, and what was got at once, in order
         self.gets: set[asyncio.Task[Any]] = set()
         self.closed = False
+        for _ in range(waiting):
+            self.get()
+        for _ in range(capacity - waiting if waiting < 0 else 0):
+            self.put()
 
     @rule()
     def put(self) -> None:
@@ -366,6 +372,26 @@ class ChannelMachine(LoopMachine):
 
     def acts(self) -> list[Callable[[], Any]]:
         return [self.act, self.get_at_once, self.close_at_once]
+
+    @precondition(lambda self: not self.closed)
+    @rule(order=st.permutations(["late", "put", "cancel", "close"]), length=st.sampled_from([4, 4, 3, 2]))
+    def at_once(self, order: list[str], length: int) -> None:
+        """In one turn of the loop; the oldest is cancelled."""
+        pending = [task for task in self.tasks if not task.done()]
+        acts: dict[str, Callable[[], Any]] = {"put": self.act, "close": self.close_at_once, "late": self.late_getter}
+        acts |= {"cancel": functools.partial(self.cancel_now, pending[0])} if pending else {}
+        self.now(lambda: [acts[name]() for name in order[:length] if name in acts])
+
+    def late_getter(self) -> None:
+        """It arrives with its first step, in the next turn."""
+
+        async def get() -> int:
+            self.arrivals.append(task)
+            return cast("int", await self.channel.get_async())
+
+        task = self.loop.create_task(get())
+        self.tasks.append(task)
+        self.gets.add(task)
 
     def delivered(self) -> list[int]:
         items = []

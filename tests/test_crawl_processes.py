@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import http.server
 import io
 import itertools
 import json
@@ -16,13 +15,11 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,62 +38,7 @@ from sandbox.faults import FAULTS
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, wait_until
 from tests.helpers.crawl import DRIVERS, take, walk, walk_crawl, walk_main
-
-AnyPage = tuple[int, dict[str, str], str]
-
-
-class Web:
-    """A web of loopback addresses: pages are functions of (host, path); what was asked for, and when."""
-
-    def __init__(self, page: Callable[[int, str], AnyPage]) -> None:
-        self.log: list[tuple[float, str, str]] = []
-        self.client = threading.local()
-        """``port``: of whom the page is for that is being made."""
-        web = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1
-
-            def do_GET(self) -> None:
-                host = self.headers["Host"].partition(":")[0]
-                web.log.append((time.monotonic(), host, self.path))
-                web.client.port = self.client_address[1]
-                status, headers, body = page(int(host.rpartition(".")[2]), self.path)
-                with contextlib.suppress(OSError):
-                    self.send_response(status)
-                    for name, value in ({"Content-Type": "text/html"} | headers).items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(body.encode())))
-                    self.end_headers()
-                    self.wfile.write(body.encode())
-
-            def log_message(self, *args: Any) -> None: ...
-
-        class Server(http.server.ThreadingHTTPServer):
-            request_queue_size = 256
-            block_on_close = False
-
-            def handle_error(self, *args: Any) -> None: ...
-
-        self._server = Server(("0.0.0.0", 0), Handler)
-        self.port = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-
-    def url(self, host: int, path: str) -> str:
-        return f"http://127.0.2.{host}:{self.port}{path}"
-
-    def paths(self) -> Counter[str]:
-        return Counter(path for _, _, path in self.log)
-
-    def __enter__(self) -> Web:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+from tests.helpers.web import AnyPage, Web, is_alive, shares_client, shares_helpers
 
 
 @contextlib.contextmanager
@@ -118,29 +60,6 @@ def shares_run(*argv: object, input: bytes = b"", **more: Any) -> tuple[int, byt
 
 def shares_rows(out: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
-
-
-def shares_helpers(parent: int) -> list[psutil.Process]:
-    """Those that run; the newest last."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        found = psutil.Process(parent).children()
-        return [one for one in found if is_alive(one) and "resource_tracker" not in " ".join(one.cmdline())]
-    return []
-
-
-def shares_client(parent: int, port: int) -> psutil.Process | None:
-    """The helper that has a connection from ``port``."""
-    for one in shares_helpers(parent):
-        with contextlib.suppress(psutil.Error):
-            if port in {connection.laddr.port for connection in one.net_connections()}:
-                return one
-    return None
-
-
-def is_alive(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False
 
 
 def tell(program: subprocess.Popen[bytes], *urls: str) -> None:
@@ -456,9 +375,10 @@ def test_shares_twenty_kills_and_each_page_once(tmp_path: Path) -> None:
     moments = [10 + 12 * n + rng.randrange(6) for n in range(len(victims))]  # how many requests there have been
     killed: list[int] = []
     programs: list[subprocess.Popen[bytes]] = []
+    linked: dict[int, list[int]] = {}
 
     def page(host: int, path: str) -> AnyPage:
-        number = int(path[1:] or 0)
+        number = int(path[1:])
         with lock:
             paths = web.paths()
             due = len(killed) < len(victims) and len(web.log) >= moments[len(killed)] and paths[path] == 1
@@ -467,11 +387,14 @@ def test_shares_twenty_kills_and_each_page_once(tmp_path: Path) -> None:
             if due and (one := shares_client(programs[-1].pid, web.client.port)):
                 killed.append(programs[-1].pid if victims[len(killed)] == "parent" else one.pid)
                 os.kill(killed[-1], signal.SIGKILL)
-        links = "".join(f"<a href=/{n}>x</a>" for n in (2 * number + 1, 2 * number + 2) if n < 900)
-        return 200, {}, f"<title>{path}</title>{links}"
+            more = (
+                [number + 1] if number >= 599 and len(killed) < len(victims) else []
+            )  # one by one, until all are dead
+            links = linked.setdefault(number, [n for n in (2 * number + 1, 2 * number + 2) if n < 600] + more)
+        return 200, {}, f"<title>{path}</title>" + "".join(f"<a href=/{n}>x</a>" for n in links)
 
     with Web(page) as web:
-        argv = (web.url(1, "/0"), "--depth", 99, "--no-robots", "--rate", 0, "--concurrency", 6, "--processes", 3)
+        argv = (web.url(1, "/0"), "--depth", 9999, "--no-robots", "--rate", 0, "--concurrency", 6, "--processes", 3)
         codes: list[int] = []
         told = b""
         while not codes or codes[-1] == -signal.SIGKILL:
@@ -486,10 +409,11 @@ def test_shares_twenty_kills_and_each_page_once(tmp_path: Path) -> None:
     assert not re.search(rb'File "\S*/(crawl|runtime|\w+_threads|\w+_async)\S*py"', told), told.decode()
     assert codes == [-signal.SIGKILL] * 6 + [0], (codes, killed, moments)
     rows = shares_rows(out.read_bytes())
-    assert Counter(row["url"] for row in rows) == Counter(web.url(1, f"/{n}") for n in range(900))
+    pages = range(max(600, *(n + 1 for links in linked.values() for n in links)))
+    assert Counter(row["url"] for row in rows) == Counter(web.url(1, f"/{n}") for n in pages)
     assert [row["error"] for row in rows if row["error"]] == []
     assert len(killed) == len(victims) and len(set(killed)) == len(victims)
-    assert set(asked) == {f"/{n}" for n in range(900)} and asked.total() <= 900 + 6 * len(killed)
+    assert set(asked) == {f"/{n}" for n in pages} and asked.total() <= len(pages) + 6 * len(killed)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -582,14 +506,18 @@ def test_shares_a_helper_that_sends_rubbish_is_replaced(
     assert max(asked.values()) <= 2 and asked.total() <= 40 + 8
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("begun", ["crawl.processes.help_out", "crawl.helper.HelperCrawl.feed"])
 def test_shares_helpers_that_cannot_begin_end_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    driver: str, begun: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stillborn(sock: socket.socket, *_: Any) -> None:
+    """Also those whose driver cannot: for want of threads, say."""
+
+    def stillborn(*_: Any) -> None:
         os._exit(5)
 
-    monkeypatch.setattr("crawl.processes.help_out", stillborn)
-    assert walk_main("crawl_async", "http://127.0.2.1:9/", "--processes", "2", "-q") == 1
+    monkeypatch.setattr(begun, stillborn)
+    assert walk_main(driver, "http://127.0.2.1:9/", "--processes", "2", "-q") == 1
     err = capsys.readouterr().err
     assert f"died {STILLBORN} times before it began (exit code 5)" in err and "Traceback" not in err
 

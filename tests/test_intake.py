@@ -504,6 +504,14 @@ def test_drops_counter_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [drops.total() for _ in range(5)] == [5, 2**32 - 1, 2**32 + 3, 2**32 + 3, 2**33 + 2]
 
 
+def test_a_look_at_the_drops_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = iter([5, None, 7])
+    monkeypatch.setattr(li, "_socket_drops", lambda _: next(counters))
+    with intake_socket() as sock:
+        drops = li.KernelDrops([sock])
+        assert [drops.total() for _ in range(3)] == [5, 5, 7]
+
+
 def test_drops_where_nothing_tells_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     with intake_socket(receive_buffer=2000) as sock:
         intake_send(("127.0.0.1", intake_port(sock)), [b"x" * 1000] * 50)

@@ -7,12 +7,16 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import pytest
@@ -29,6 +33,7 @@ from runtime import postgres as db
 from sandbox.sites import Sandbox
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, until_async
 from tests.helpers.postgres import LET_GO, PgServer, Proxy, bouncer, refusing
+from tests.helpers.web import AnyPage, Web, shares_client
 
 
 @pytest.fixture
@@ -369,6 +374,56 @@ def test_killed_worker_is_followed(
     assert rate_held(noted, 20.0) >= 80
 
 
+def test_kills_of_workers_and_of_helpers(shared_pg: PgServer) -> None:
+    """Of whoever asks for a page, or of the worker whose helper does; each time another one joins."""
+    rng, lock = random.Random(3), threading.Lock()
+    moments = [20 + 14 * n + rng.randrange(8) for n in range(3)]  # how many requests there have been
+    killed: list[int] = []
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def asking() -> tuple[int, int]:
+        """The worker, and the process with the connection: itself, or its helper."""
+        for worker in [one.pid for one in workers if one.poll() is None]:
+            if helper := shares_client(worker, web.client.port):
+                return worker, helper.pid
+        raise AssertionError("nobody asks")
+
+    def page(host: int, path: str) -> AnyPage:
+        number = int(path[1:])
+        with lock:
+            asked = Counter(int(path[1:]) for _, name, path in web.log if name == f"127.0.2.{host}")
+            if (
+                len(killed) < len(moments)
+                and len(web.log) >= moments[len(killed)]
+                and asked[number] == 1  # not one that two have died with
+                and number == max(asked)
+            ):
+                killed.append(rng.choice(asking()))
+                os.kill(killed[-1], signal.SIGKILL)
+        return 200, {}, "".join(f"<a href=/{n}>x</a>" for n in (2 * number + 1, 2 * number + 2) if n < 40)
+
+    with Web(page) as web:
+        argv = [web.url(host, "/0") for host in (1, 2, 3, 4)]
+        argv += ["--depth", "99", "--no-robots", "--rate", "0", "--concurrency", "6", "--processes", "2", "-q"]
+        argv += ["--frontier", shared_pg.url, "--lease", "1"]
+
+        def start() -> None:
+            with lock:
+                workers.append(subprocess.Popen([sys.executable, "crawl_async.py", *argv], cwd=HERE, stdout=DEVNULL))
+
+        start()
+        start()
+        for worker in workers:  # it grows
+            worker.wait(PROGRAM_LIMIT)
+            if worker.returncode:
+                assert worker.returncode == -signal.SIGKILL
+                start()
+    stored = "SELECT count(*) FROM crawl_results WHERE row->>'error' IS NULL"
+    assert asyncio.run(shared_pg.do(stored)) == 160 == len({(name, path) for _, name, path in web.log})
+    assert len(killed) == len(set(killed)) == len(moments)
+    assert len(web.log) <= 160 + 12 * len(killed), "those under way were asked for again"
+
+
 def test_crawl_outlives_a_restart_of_the_database(shared_pg: PgServer, shared_site: Sandbox) -> None:
     before, rows = len(shared_site.log), list[ScrapeResult]()
     crawl, _ = shared_start(shared_pg)
@@ -488,7 +543,7 @@ def test_stop_gives_all_back(shared_pg: PgServer, shared_site: Sandbox) -> None:
     asyncio.run(stopped())
 
 
-class Web:
+class TwoHosts:
     """Two hosts: the first one's robots.txt, and one of its pages, are redirected to the second."""
 
     def __init__(self) -> None:
@@ -529,7 +584,7 @@ class Web:
 
 
 def test_redirects_to_hosts_of_others(shared_pg: PgServer) -> None:
-    web = Web()
+    web = TwoHosts()
     asyncio.run(web.crawl(shared_pg))
 
     async def rows() -> list[Any]:

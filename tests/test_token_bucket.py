@@ -531,11 +531,12 @@ def check_any_window(bucket_type: type[pr.TokenBucket], effort: settings = SETTI
         slack = Fraction(2, 10**6) * (1 + Fraction(rate))
         for which in (0, 1):
             ordered = sorted((grant[which], Fraction(grant[2])) for grant in grants)
-            for first in range(len(ordered)):
-                total = Fraction(0)
-                for moment, n in ordered[first:]:
-                    total += n
-                    assert total <= Fraction(burst) + Fraction(rate) * (moment - ordered[first][0]) + slack
+            total, least = Fraction(0), None
+            for moment, n in ordered:  # the window from each grant to this one, by the least of what was before it
+                before = total - Fraction(rate) * moment
+                least = before if least is None else min(least, before)
+                total += n
+                assert total - Fraction(rate) * moment <= least + Fraction(burst) + slack
 
     check()
 

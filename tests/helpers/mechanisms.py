@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import itertools
 import sys
 import threading
@@ -286,11 +287,15 @@ class LoopMachine(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         pending = [task for task in self.tasks if not task.done()]
         victim = data.draw(st.just(0) | st.sampled_from(range(len(pending))))  # the oldest is the next to be granted
-        self.cancelled.add(pending[victim])
-        cancel = pending[victim].cancel
+        cancel: Callable[[], Any] = functools.partial(self.cancel_now, pending[victim])
         orders = [order for n in (1, 2, 3) for order in itertools.permutations([cancel, *self.acts()], n)]
         order = data.draw(st.sampled_from([order for order in orders if cancel in order]))
         self.now(lambda: [act() for act in order])
+
+    def cancel_now(self, task: asyncio.Task[Any]) -> None:
+        """It may have ended in this very turn."""
+        if task.cancel():
+            self.cancelled.add(task)
 
     def acts(self) -> list[Callable[[], Any]]:
         """What may wake somebody up in the turn in which he is cancelled."""

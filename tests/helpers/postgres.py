@@ -30,6 +30,14 @@ from runtime.embedded import Account, Embedded, find_programs
 from tests.helpers.base import HANG_LIMIT, until_async, wait_until
 
 
+def free_port() -> int:
+    """Below those that connections get, so that none takes it while its server is away."""
+    while True:
+        port = secrets.choice(range(20_000, 32_768))
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 class PgServer:
     """PostgreSQL of the wheel in a folder of its own, on loopback: a child of this process, to be done anything to."""
 
@@ -49,8 +57,7 @@ class PgServer:
         self.data = self.folder / "data"
         self.copy_fresh(self.data)
         (self.data / "pg_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"postgresql://postgres:{password}@127.0.0.1:{self.port}/postgres"
         self.process: subprocess.Popen[bytes] | None = None
         self.options: tuple[str, ...] = ()
@@ -62,8 +69,7 @@ class PgServer:
         shutil.rmtree(other.data, ignore_errors=True)
         self.copy_of(source, other.data)
         (other.data / "pg_hba.conf").write_text("host all,replication all 127.0.0.1/32 trust\n")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            other.port = probe.getsockname()[1]
+        other.port = free_port()
         other.url = f"postgresql://postgres@127.0.0.1:{other.port}/postgres"
         return other
 
@@ -161,8 +167,7 @@ def bouncer(server: PgServer) -> Iterator[str]:
     if program is None:
         pytest.skip("needs pgbouncer: apt-get install pgbouncer")
     parts = urlsplit(server.url)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="bouncer-test-"))
     inner = f"host=127.0.0.1 port={server.port} user={parts.username} password={parts.password}"
     (folder / "ini").write_text(
