@@ -7,10 +7,11 @@ a task for each: fetch, parse, write the row. A task gives way only where it say
 the loop to itself, so nothing here needs a lock against the other tasks, and nothing here may block.
 
 Which work runs where: sockets, TLS, decompression (in small steps) and the parsing of ordinary pages in the loop;
-parsing of pages above ``INLINE_PARSE`` bytes, and costly ones (``crawl.rows.is_costly``), in one thread, looking URLs up in long robots.txt in another; feeds and
-articles, in other processes (crawl/readers.py), for each of which a thread waits; DNS, in the resolver's threads; the
-list, in a thread; the writing of rows, in one (a pipe may block), fed in batches by a bounded channel (``RowBatches``):
-when the reader of the rows is slow, the tasks wait, and the crawl slows down instead of filling the memory.
+parsing of pages above ``INLINE_PARSE`` bytes, and of costly ones (``crawl.rows.is_costly``), in one thread, looking
+URLs up in long robots.txt in another; feeds and articles, in other processes (crawl/readers.py), for each of which a
+thread waits; DNS, in the resolver's threads; the list, in a thread; the writing of rows, in one (a pipe may block), fed
+in batches by a bounded channel (``RowBatches``): when the reader of the rows is slow, the tasks wait, and the crawl
+slows down instead of filling the memory.
 
 Waiting: the dispatcher waits for one event, ``WorkQueue``, set when a task ends, when the list brings more, or by a
 timer when the next host is due. Signals come as callbacks of the loop. Locks: none of its own; what the threads beside
