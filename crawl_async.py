@@ -7,10 +7,11 @@ a task for each: fetch, parse, write the row. A task gives way only where it say
 the loop to itself, so nothing here needs a lock against the other tasks, and nothing here may block.
 
 Which work runs where: sockets, TLS, decompression (in small steps) and the parsing of ordinary pages in the loop;
-parsing of pages above ``INLINE_PARSE`` bytes in one thread, looking URLs up in long robots.txt in another; feeds and
-articles, in other processes (crawl/readers.py), for each of which a thread waits; DNS, in the resolver's threads; the
-list, in a thread; the writing of rows, in one (a pipe may block), fed in batches by a bounded channel (``RowBatches``):
-when the reader of the rows is slow, the tasks wait, and the crawl slows down instead of filling the memory.
+parsing of pages above ``INLINE_PARSE`` bytes, and of costly ones (``crawl.rows.is_costly``), in one thread, looking
+URLs up in long robots.txt in another; feeds and articles, in other processes (crawl/readers.py), for each of which a
+thread waits; DNS, in the resolver's threads; the list, in a thread; the writing of rows, in one (a pipe may block), fed
+in batches by a bounded channel (``RowBatches``): when the reader of the rows is slow, the tasks wait, and the crawl
+slows down instead of filling the memory.
 
 Waiting: the dispatcher waits for one event, ``WorkQueue``, set when a task ends, when the list brings more, or by a
 timer when the next host is due. Signals come as callbacks of the loop. Locks: none of its own; what the threads beside
@@ -39,7 +40,7 @@ from crawl.output import run_in_loop
 from crawl.readers import Readers
 from runtime.options import EXIT_INTERRUPTED
 
-INLINE_PARSE = 256 * 1024  # largest body in bytes that is parsed in the loop: 2 to 3 ms
+INLINE_PARSE = 256 * 1024  # largest body in bytes that is parsed in the loop, unless it is costly: 2 to 3 ms
 
 Emit = Callable[[ScrapeResult], Awaitable[object]]
 """Takes a row; True: it says later when it is written (``RowBatches``)."""
@@ -152,9 +153,9 @@ class Driver:
                 row = await self._loop.run_in_executor(self._parser, crawl.complete, request, final)
             else:
                 row = crawl.complete(request, final)
-        except Postponed:
+        except Postponed as error:
             now = crawl.clock()
-            crawl.frontier.put_back(request, now, now)
+            crawl.frontier.put_back(request, now, now + error.delay)
             return False
         except asyncio.CancelledError:
             if not self._fetcher.aborted:

@@ -197,9 +197,9 @@ class Driver:
                 row = self._parser.submit(crawl.complete, request, final).result()
             else:
                 row = crawl.complete(request, final)
-        except Postponed:
+        except Postponed as error:
             now = crawl.clock()
-            crawl.frontier.put_back(request, now, now)
+            crawl.frontier.put_back(request, now, now + error.delay)
             return
         except Exception as error:
             row = crawl.broken(request, FetchError("internal", detail(error)))

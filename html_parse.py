@@ -6,12 +6,13 @@ lies between two cuts is text.  Ordinary tags, comments, scripts and styles vani
 ordinary `<a href="...">` leaves its address on the way; only the few constructs that carry meaning here (title, meta,
 base, unusual anchors, ...) come back to Python, where html.parser reads their attributes.
 
-A page is scanned as UTF-8 bytes, since every byte that matters to the grammar is ASCII; others are transcoded first.
+A page is scanned as UTF-8 bytes, since every byte that matters to the grammar is ASCII; others are transcoded first
+(charsets.py).
 
 Promised:
 - No bytes make `parse_page` raise, and its time and memory are linear in their number: all repetition in the
   patterns is possessive, so nothing backtracks.
-- A page is worked through in pieces of 256 KiB, longer only where a single construct is longer, so that other
+- A page is worked through in pieces of 64 KiB, longer only where a single construct is longer, so that other
   threads get their turn every few milliseconds.
 - Title, links and words are those of a browser with scripting disabled, wherever they follow from the tokens.
 
@@ -35,12 +36,13 @@ from itertools import compress
 from typing import Any
 
 import ada_url
-import webencodings
+
+from charsets import escape_query, name_of, transcode
 
 _PRESCAN = 1024  # bytes in which a <meta charset> counts (HTML standard, section 13.2.3.2)
-_PIECE = 1 << 18  # bytes of a page that are split in one go
+_PIECE = 1 << 16  # bytes of a page that are split in one go
 _TAG_LIMIT = 1 << 18  # bytes of a tag whose attributes are read
-_FEED_TYPES = frozenset({"application/rss+xml", "application/atom+xml", "application/feed+json"})
+_FEED_TYPES = frozenset({"application/rss+xml", "application/atom+xml"})
 _REFUSALS = frozenset({"noindex", "nofollow", "none"})  # what a <meta> may ask of one crawler, by its name
 _AGENT = re.compile(r"[a-z0-9_-]+", re.ASCII)
 _BREAK = b"\x1e"  # stands for a line end in extracted text; white space, so it separates words as well
@@ -99,7 +101,7 @@ def _tokenizer(*, foreign: bool = False, blocks: bool = False) -> re.Pattern[byt
     the tags of blocks are specials too.
     """
     closers = ["noscript", "template", *(_BLOCKS.split() if blocks else ())]
-    tags = ["a", "base", "body", "frameset", "html", "link", "meta", *closers]
+    tags = ["a", "area", "base", "body", "frame", "frameset", "html", "link", "meta", *closers]
     texts = [] if foreign else ["title", "textarea", "xmp", "iframe", "noembed", "noframes"]
     others = ["script", "style"] if foreign else ["script", "style", "svg", "plaintext"]
     vanishing = [_element("script", _ESCAPED, closable=foreign), _element("style", closable=foreign)]
@@ -159,7 +161,7 @@ def _attributes(tag: bytes) -> dict[str, str]:
         return {}
     attributes = _plain_attributes(tag)
     if attributes is None:
-        attributes = _read_attributes(tag) if _TAG.fullmatch(tag) else {}
+        attributes = _read_attributes(tag.replace(b"\0", _REPLACEMENT)) if _TAG.fullmatch(tag) else {}
     return {name: _unescape_attribute(value) for name, value in attributes.items()} if b"&" in tag else attributes
 
 
@@ -181,9 +183,18 @@ def _content(tag: bytes) -> bytes:
 # ------------------------------------------------------------------------------------- characters and encodings
 
 _BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xfe\xff", "utf-16be"), (b"\xff\xfe", "utf-16le"))
+_UTF_16_XML = ((b"<\0?\0x\0", "utf-16le"), (b"\0<\0?\0x", "utf-16be"))
+_XML_ENCODING = re.compile(rb"""<\?xml[^>]*?encoding[\0- ]*=[\0- ]*(["'])([!-=?-~]+)\1[^>]*>""")
+_LATE_META = re.compile(rb"<meta[^>]*charset[^>]*>", re.IGNORECASE)
 _CHARSET = re.compile(r"""(?i:charset)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s;"']+))""", re.ASCII)
 # What <meta> cannot mean: it was read as ASCII, so the page is no UTF-16 (HTML standard, section 13.2.3.2).
 _META_MEANS = {"utf-16be": "utf-8", "utf-16le": "utf-8", "x-user-defined": "windows-1252"}
+
+_REFRESH = re.compile(
+    r"""\s*(?:([0-9]{1,9})|(?=\.))[0-9.]*(?:\s*[;,]\s*|\s+)(?>(?:url\s*=\s*)?)(?:"([^"]*+).*|'([^']*+).*|([^"'].*))""",
+    re.ASCII | re.IGNORECASE | re.DOTALL,
+)
+_REPLACEMENT = "\ufffd".encode()  # what stands for NUL in raw text and attributes; elsewhere it is dropped
 
 _SPACES = [code for code in range(0x3001) if chr(code).isspace()]
 _WORD_MAP = bytes(0x20 if code in _SPACES and code < 0x80 else 0x78 for code in range(256))
@@ -231,23 +242,17 @@ def _count_words(text: bytes) -> int:
     return len(text.decode("utf-8", "replace").split())
 
 
-def _named_charset(label: str) -> str | None:
-    """The name that the encoding standard has for a label; None if it is unknown."""
-    encoding = webencodings.lookup(label) if label.isascii() else None
-    return encoding.name if encoding else None
-
-
 def _content_charset(content_type: str) -> str | None:
     """The charset of a Content-Type, by its standard name; None if there is none or it is unknown."""
     match = _CHARSET.search(content_type)
-    return _named_charset(match[1] or match[2] or match[3] or "") if match else None
+    return name_of(match[1] or match[2] or match[3] or "") if match else None
 
 
 def _meta_charset(head: bytes) -> str | None:
     """The first known charset that a <meta> declares, by its standard name."""
     for tag in filter(None, _tokenizer().split(head)[2::3]):
         attributes = _attributes(tag) if _name(tag) == b"meta" else {}
-        name = _named_charset(attributes.get("charset", ""))
+        name = name_of(attributes.get("charset", ""))
         if not name and attributes.get("http-equiv", "").lower() == "content-type":
             name = _content_charset(attributes.get("content", ""))
         if name:
@@ -255,25 +260,26 @@ def _meta_charset(head: bytes) -> str | None:
     return None
 
 
-def _sniff(body: bytes, content_type: str | None) -> str:
+def sniff(body: bytes, content_type: str | None) -> str:
     """The standard name of the page's encoding (HTML standard, section 13.2.3)."""
-    for bom, encoding in _BOMS:
-        if body.startswith(bom):
+    for mark, encoding in _BOMS:
+        if body.startswith(mark):
             return encoding
-    if name := _content_charset(content_type or "") or _meta_charset(body[:_PRESCAN]):
+    if name := _content_charset(content_type or ""):
         return name
+    for start, encoding in _UTF_16_XML:
+        if body.startswith(start):
+            return encoding
+    if name := _meta_charset(body[:_PRESCAN]):
+        return name
+    if (declared := _XML_ENCODING.match(body)) and (name := name_of(declared[2].decode("latin-1"))):
+        return _META_MEANS.get(name, name)
     try:
         body.decode()
-    except UnicodeDecodeError:
-        return "windows-1252"
+    except UnicodeDecodeError:  # a browser begins anew when it comes to a <meta> further down
+        late = _LATE_META.search(body, 0, _TAG_LIMIT)
+        return (_meta_charset(body[: late.end()]) if late else None) or "windows-1252"
     return "utf-8"
-
-
-def _transcode(body: bytes, encoding: str) -> bytes:
-    """The page in UTF-8, without BOM.  What is invalid in UTF-8 itself stays, to be replaced when it is decoded."""
-    if encoding == "utf-8":
-        return body.removeprefix(b"\xef\xbb\xbf")
-    return webencodings.decode(body, encoding, "replace")[0].encode("utf-8", "replace")
 
 
 # ----------------------------------------------------------------------------------------------------------- links
@@ -286,6 +292,7 @@ _PLAIN = (
 )
 _PLAIN_URL = re.compile(_PLAIN, re.ASCII)
 _ADDRESSES = re.compile(rf"({_PLAIN})(?:#[^\0]*+)?\0|([^\0]*+)\0", re.ASCII)
+_QUERY = re.compile(r"(?<![^\0])([^?#\0]*+\?)([^#\0]*+)")
 _FOREIGN = re.compile(r"(?!https?:)[a-z][a-z0-9+.-]*+:", re.ASCII | re.IGNORECASE)  # no http(s) URL
 
 
@@ -310,7 +317,7 @@ def is_normal(url: str) -> bool:
     return plain is not None and plain[1] is not None and _is_canonical(plain[1])
 
 
-def _resolve(base: str | None, hrefs: Collection[bytes | str]) -> list[str | None]:
+def _resolve(base: str | None, hrefs: Collection[bytes | str], encoding: str = "utf-8") -> list[str | None]:
     """The http(s) URLs without fragment, or None, that the hrefs mean: raw bytes, or strings decoded already.
 
     What `_join` returns for each, but in one search for all: for the usual addresses a prefix is all that it takes.
@@ -324,6 +331,8 @@ def _resolve(base: str | None, hrefs: Collection[bytes | str]) -> list[str | Non
         text = b"\0".join([href.replace(b"\0", "\ufffd".encode()) for href in raw]).decode("utf-8", "replace")
     if "&" in text:
         text = _unescape_attribute(text)
+    if not (text.isascii() or encoding.startswith("utf-") or encoding == "replacement"):
+        text = _QUERY.sub(lambda found: found[1] + escape_query(found[2], encoding), text)
     scheme = root = folder = ""
     if base:
         base = base.partition("#")[0]
@@ -376,11 +385,13 @@ class _Scan:
         self.agent_robots: list[str] = []
         self.canonical: list[str] = []
         self.feeds: list[str] = []
+        self.frames: dict[str, None] = {}
+        self.refresh: tuple[float, str] | None = None
         self._blocks = blocks
-        self._in_body = self._in_frames = False
+        self._in_body = self.in_frames = False
         self._open = {b"noscript": 0, b"template": 0}
         self._split(page)
-        if self._in_frames:
+        if self.in_frames:
             self.texts.clear()
 
     def _split(self, page: bytes, *, foreign: bool = False) -> None:
@@ -420,9 +431,13 @@ class _Scan:
                 case b"svg" if _SPEAKING.search(tag):
                     self._gather(parts[start:i])
                     start = i + 1
-                    self._split(_content(tag), foreign=True)
+                    self._split(_content(tag).replace(b"\0", _REPLACEMENT), foreign=True)
+                case b"frame" | b"area":
+                    self._frame(tag, "href" if name == b"area" else "src")
                 case b"title" | b"textarea" | b"xmp" | b"iframe" | b"noembed" | b"noframes" | b"plaintext":
-                    content = _content(tag)
+                    if name == b"iframe" and (opened := _TAG.match(tag)):
+                        self._frame(opened[0], "src")
+                    content = _content(tag).replace(b"\0", _REPLACEMENT)
                     if name == b"title" and self.title is None and not any(self._open.values()):
                         self.title = _fold(_unescape(content.decode("utf-8", "replace"))) or ""
                     if name not in (b"title", b"textarea"):
@@ -431,9 +446,9 @@ class _Scan:
                         parts[i + 1] = content + b" " + parts[i + 1]
                 case b"body":
                     self._in_body = True
-                case b"frameset" if not (self._in_body or self._in_frames):
+                case b"frameset" if not (self._in_body or self.in_frames):
                     self._in_body = _count_words(b" ".join([*self.texts, *parts[:i:3]])) > 0
-                    self._in_frames = not self._in_body
+                    self.in_frames = not self._in_body
                 case _ if self._blocks:
                     parts[i + 1] = _BREAK + parts[i + 1]
         self._gather(parts[start:])
@@ -443,7 +458,7 @@ class _Scan:
         if not self._open[b"template"]:
             self.hrefs.update(dict.fromkeys(href for href in parts[1::3] if href is not None))
             if not self._open[b"noscript"]:
-                self.texts.append(b" ".join(parts[::3]))
+                self.texts.append(b" ".join(parts[::3]).replace(b"\0", b""))
 
     def _anchor(self, tag: bytes) -> str | None:
         if b"href" not in tag.lower():
@@ -455,8 +470,17 @@ class _Scan:
             (self.unfollowed if nofollow else self.followed).add(href)
         return href
 
+    def _frame(self, tag: bytes, attribute: str) -> None:
+        attributes = {} if self._open[b"template"] else _attributes(tag)
+        if attribute in attributes and "nofollow" not in attributes.get("rel", "").lower().split():
+            self.frames[attributes[attribute]] = None
+
     def _metadata(self, name: bytes, tag: bytes) -> None:
         lower = tag.lower()
+        if name == b"meta" and b"refresh" in lower and self.refresh is None and not self._open[b"noscript"]:
+            attributes = _attributes(tag)
+            if attributes.get("http-equiv", "").strip().lower() == "refresh":
+                self.refresh = read_refresh(attributes.get("content", ""))
         refusing = b"no" in lower and (b"noindex" in lower or b"nofollow" in lower or b"none" in lower)
         if name == b"meta" and (refusing or b"description" in lower or b"robots" in lower):
             attributes = _attributes(tag)
@@ -481,6 +505,14 @@ class _Scan:
             self.base = _attributes(tag).get("href")
         elif name == b"html" and self.language is None:
             self.language = _fold(_attributes(tag).get("lang", ""))
+
+
+def read_refresh(content: str) -> tuple[float, str] | None:
+    """(Seconds, address) that a refresh names (HTML standard, "shared declarative refresh steps"); None: it has no
+    address, or is none."""
+    found = _REFRESH.fullmatch(content)
+    address = found and (found[2] or found[3] or found[4] or "").strip()
+    return (float(found[1] or 0), address) if found and address else None
 
 
 def _cut(page: bytes, start: int, size: int) -> int:
@@ -513,7 +545,10 @@ class Page:
     language: str | None  # <html lang>, as written
     robots: tuple[str, ...]  # directives of <meta name=robots>, lower-cased: ("noindex", "nofollow")
     agent_robots: tuple[str, ...]  # refusals of one crawler, by its name, as X-Robots-Tag has them: ("abot: noindex",)
-    feeds: list[str]  # <link rel=alternate> to RSS, Atom or JSON Feed
+    feeds: list[str]  # <link rel=alternate> to RSS or Atom
+    frames: list[str]  # <frame>, <iframe> and <area>, each once
+    refresh: tuple[float, str] | None  # <meta http-equiv=refresh>: seconds, URL
+    frameset: bool  # the page is a frameset: it has no body
     encoding: str  # name in the WHATWG encoding standard, lower-cased
     nofollow: frozenset[str]  # those of `links` of which every <a> carries rel=nofollow
     _body: bytes = field(repr=False, compare=False)
@@ -527,7 +562,7 @@ class Page:
         """
         body = self._body  # read before `_text`, since another thread may set this one and then drop that one
         if self._text is None:
-            texts = _Scan(_transcode(body, self.encoding), blocks=True).texts
+            texts = _Scan(transcode(body, self.encoding), blocks=True).texts
             marked = _SPACE_REFERENCE.sub(b" ", b" ".join(texts)).decode("utf-8", "replace")
             self._text = "\n".join(filter(None, map(_fold, _unescape(marked).split(_BREAK.decode()))))
             self._body = b""
@@ -540,27 +575,31 @@ def parse_page(body: bytes, url: str, content_type: str | None = None) -> Page:
     `url` is where the page came from, redirects followed; if it is no http(s) URL, only absolute links are found.
     `content_type` is the HTTP header, read for its charset.
     """
-    encoding = _sniff(body, content_type)
-    scan = _Scan(_transcode(body, encoding))
+    encoding = sniff(body, content_type)
+    scan = _Scan(transcode(body, encoding))
     base = url if is_normal(url) else _join(None, url)
     if base and scan.base is not None:
         base = _join(base, scan.base) or base
-    urls = _resolve(base, scan.hrefs)
+    urls = _resolve(base, scan.hrefs, encoding)
     links = list(dict.fromkeys(filter(None, urls)))
     nofollow: frozenset[str] = frozenset()
     if unfollowed := scan.unfollowed - scan.followed:
         followed = {url for href, url in zip(scan.hrefs, urls, strict=True) if href not in unfollowed}
         nofollow = frozenset(links) - followed
+    leads = _resolve(base, [scan.refresh[1]], encoding)[0] if scan.refresh else None
     return Page(
         title=scan.title or None,
         links=links,
         word_count=sum(map(_count_words, scan.texts)),
-        canonical=next(filter(None, _resolve(base, scan.canonical)), None),
+        canonical=next(filter(None, _resolve(base, scan.canonical, encoding)), None),
         description=scan.description,
         language=scan.language,
         robots=tuple(scan.robots),
         agent_robots=tuple(scan.agent_robots),
-        feeds=list(dict.fromkeys(filter(None, _resolve(base, scan.feeds)))),
+        feeds=list(dict.fromkeys(filter(None, _resolve(base, scan.feeds, encoding)))),
+        frames=list(dict.fromkeys(filter(None, _resolve(base, scan.frames, encoding)))),
+        refresh=(scan.refresh[0], leads) if leads and scan.refresh else None,
+        frameset=scan.in_frames,
         encoding=encoding,
         nofollow=nofollow,
         _body=body,

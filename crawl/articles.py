@@ -14,8 +14,7 @@ import re
 from functools import cache
 from typing import Any, NamedTuple
 
-import webencodings
-
+from charsets import transcode
 from crawl.dates import iso_utc
 from crawl.xml import NOT_XML
 from html_parse import parse_page
@@ -67,7 +66,7 @@ def read_article(body: bytes, url: str, content_type: str | None = None) -> Arti
     10 ms for 20 KB, half a second for 1 MB; of a longer page the first MAX_ARTICLE characters and MAX_TAGS tags are
     read.  The date is one that the page declares: trafilatura would guess one from the numbers in its text.
     """
-    page = webencodings.decode(body, parse_page(body, url, content_type).encoding, "replace")[0]
+    page = transcode(body, parse_page(body, url, content_type).encoding).decode("utf-8", "replace")
     page = _GIANT_TAG.sub("", NOT_XML.sub("", page[:MAX_ARTICLE]))
     page = "<".join(page.split("<", MAX_TAGS + 1)[: MAX_TAGS + 1])
     declared = (

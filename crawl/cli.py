@@ -29,7 +29,8 @@ from crawl.net import ProxyRule
 from crawl.output import Output, RowWriter, Run
 from crawl.progress import describe, progress, serve_metrics, write_stats
 from crawl.scope import Scope
-from crawl.url_list import read_urls
+from crawl.url_list import read_urls, unpacker
+from crawl.urls import as_url
 from runtime.options import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_PIPE, SIZES, CannotStart, Parser, missing, size
 from runtime.processes import processors
 from runtime.stderr import queue_stderr, say
@@ -98,6 +99,7 @@ exit codes: 0 the list was worked through (failed URLs are rows); 1 the list or 
     load = parser.add_argument_group("load and politeness")
     option(load, "--concurrency", int, "requests in flight, all hosts together")
     option(load, "--per-host", int, "requests in flight to one host")
+    option(load, "--per-address", int, "connections at a time to one IP address, whatever its hosts; 0: no limit")
     option(load, "--rate", float, "requests per second to one host; 0: no limit")
     option(load, "--burst", int, "requests to one host that may go at once after a rest")
     option(load, "--total-rate", float, "requests per second to all hosts together; 0: no limit")
@@ -169,11 +171,16 @@ def parse_arguments(program: str, argv: list[str] | None) -> tuple[argparse.Name
     for source in args.sources:
         if source != "-" and "://" not in source:
             try:
-                if stat.S_ISDIR(os.stat(source).st_mode):
+                kind = os.stat(source).st_mode
+                if stat.S_ISDIR(kind):
                     parser.error(f"{source} is a folder, not a list of URLs")
-                open(source, "rb").close()
+                with open(source, "rb") as file:
+                    unpacks = unpacker(file.read(8)) if stat.S_ISREG(kind) else None
+                if unpacks:
+                    parser.error(f"{source} is compressed: {unpacks} {source} | python {program} -")
             except OSError as error:
-                hint = f"; did you mean https://{source} ?" if "." in source and not os.path.exists(source) else ""
+                meant = None if os.path.exists(source) else as_url(source)
+                hint = f"; did you mean {meant} ?" if meant else ""
                 parser.error(f"cannot read {source}: {error.strerror}{hint}")
     try:
         options = Options(**given)

@@ -28,24 +28,26 @@ here reads the list (``Crawl.feed``), which may be long, or a pipe that blocks, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import random
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import ada_url
 
 from coordination import Clock, Rng, new_lock
 from crawl.addresses import leads_private
-from crawl.errors import MAX_RETRY_AFTER, REDIRECT_STATUSES, RETRY_STATUSES, FetchError
+from crawl.cookies import store
+from crawl.errors import MAX_RETRY_AFTER, REDIRECT_STATUSES, RETRY_STATUSES, FetchError, Postponed
 from crawl.feed_crawl import FeedCrawl
 from crawl.frontier import Frontier
 from crawl.headers import request_headers
 from crawl.model import CrawlResult, FeedResult, Options, Request, Response, ScrapeResult
 from crawl.robots import DISALLOW_ALL, LARGE, MAX_HOPS, MAX_ROBOTS, Rules, rules_for
-from crawl.rows import Read, build_row, in_place
+from crawl.rows import Read, build_row, in_place, is_costly
 from crawl.scope import Scope, Traps
 from crawl.sitemap_crawl import SitemapCrawl
 from crawl.sitemaps import MAX_SITEMAP
@@ -102,6 +104,7 @@ class Crawl:
             rate=options.rate,
             burst=options.burst,
             per_host=options.per_host,
+            per_address=options.per_address,
             total_rate=options.total_rate,
             lead=lead,
             robots=self.obeys,
@@ -127,6 +130,7 @@ class Crawl:
         self.say: Callable[[str], None] = lambda text: None  # told what a user should know, in one line
         self.read: Read = in_place
         """By which feeds and articles are read; a driver has it done where it can be ended. Raises FetchError."""
+        self._few_sockets = False  # the user knows
         self.interrupted = False
         self.ask_robots_only = False
         self.asked: Rules | None = None  # what robots.txt says, if only that was to be asked
@@ -198,9 +202,12 @@ class Crawl:
         most = MAX_HOPS if request.kind == "robots" else self.options.max_redirects
         if request.hops >= most:
             return FetchError("redirects", f"more than {most}", status=response.status)
-        if target == request.target:
+        cookies = store(request.cookies, request.target, response.headers.get("Set-Cookie"))
+        if target == request.target and cookies == request.cookies:
             return FetchError("redirects", "to itself", status=response.status)
-        if (self.follows or self.options.feeds) and request.kind == "page":
+        request.cookies, request.trail = cookies, (*request.trail, request.target)
+        again = cookies and target in request.trail  # with a cookie it may answer otherwise
+        if (self.follows or self.options.feeds) and request.kind == "page" and not again:
             if self.follows and not request.listed and (outside := self.scope.why_not(target)):
                 return FetchError("redirects", f"to {target}: {outside}", status=response.status)
             if not self.frontier.mark(target):
@@ -259,7 +266,7 @@ class Crawl:
             row.duplicate_of = None if first == row.url else first
         if row.duplicate_of is None:
             new = outcome.new_links if isinstance(outcome, Response) else None
-            self.follow(row, leads_private(request.private, request.host), new)
+            self.follow(row, leads_private(request.private, request.host), new, listed=request.listed)
         return row
 
     def page_row(self, request: Request, outcome: Response | FetchError) -> ScrapeResult:
@@ -267,6 +274,8 @@ class Crawl:
         if isinstance(outcome, Response) and outcome.row is not None:
             return outcome.row
         row = build_row(request, outcome, self.form, self.options.user_agent)
+        if self.follows and row.pointer == "refresh" and row.redirects >= self.options.max_redirects:
+            row.error = f"redirects: more than {self.options.max_redirects}"
         if self.options.dedupe and isinstance(row, CrawlResult) and isinstance(outcome, Response) and not row.error:
             row.digest = hashlib.blake2b(outcome.body, digest_size=12).hexdigest()
         return row
@@ -281,20 +290,36 @@ class Crawl:
     def is_long(self, request: Request, response: Response, size: int) -> bool:
         """Whether ``complete`` may take longer than an event loop has: more than ``size`` bytes, or slower to read."""
         size = min(size, LARGE) if request.kind == "robots" else size
-        return len(response.body) > size or request.kind in ("sitemap", "feed") or self.options.feeds
+        if len(response.body) > size or request.kind in ("sitemap", "feed") or self.options.feeds:
+            return True
+        return request.kind == "page" and is_costly(response.body, response.headers.get("Content-Type"))
 
     def links_to_follow(self, row: CrawlResult) -> list[str]:
         """Those that the page lets us follow, in scope or not."""
         if row.depth >= self.options.depth or row.error or "nofollow" in (row.robots or ""):
             return []
         unwanted = set(row.nofollow)
-        return [link for link in row.links_found if link not in unwanted]
+        frames = row.leads_to[row.pointer == "refresh" :]
+        return [*(link for link in row.links_found if link not in unwanted), *frames]
 
-    def follow(self, row: CrawlResult, private: bool, links: Iterable[str] | None = None) -> None:
-        """Add the links of a page that are to be followed; of ``links`` only, if they are given."""
-        found = self.scope.targets(self.links_to_follow(row) if links is None else links)
+    def follow(
+        self, row: CrawlResult, private: bool, links: Iterable[str] | None = None, *, listed: bool = False
+    ) -> None:
+        """Add where a page leads; of its links and frames only ``links``, if they are given.
+
+        A refresh counts as a redirect: it is one of ``max_redirects``, costs no depth, and where a URL that is
+        ``listed`` leads to is in scope.
+        """
+        if row.pointer == "refresh" and not row.error and "nofollow" not in (row.robots or ""):
+            if listed:
+                self.scope.add(row.leads_to[0])
+            self._add_links(row.leads_to[:1], row.depth, private, hops=row.redirects + 1, listed=listed)
+        self._add_links(self.links_to_follow(row) if links is None else links, row.depth + 1, private)
+
+    def _add_links(self, links: Iterable[str], depth: int, private: bool, **more: Any) -> None:
+        found = self.scope.targets(links)
         targets = [target for target in found if self.traps.why_not(target) is None]
-        if targets and self.frontier.add_links(targets, row.depth + 1, self.clock(), private=private):
+        if targets and self.frontier.add_links(targets, depth, self.clock(), private=private, **more):
             self.changed()
 
     def learn_robots(self, request: Request, outcome: Response | FetchError) -> None:
@@ -360,6 +385,15 @@ class Crawl:
         self.failure = self.failure or error
         self.frontier.stop()
         self.changed()
+
+    def no_socket(self, error: OSError) -> Postponed:
+        """What to raise where the system gives no socket: those in use come free. Else ``error`` is raised."""
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS):
+            raise error
+        if not self._few_sockets:
+            self._few_sockets = True
+            self.say(f"goes on with fewer connections at a time: {error.strerror}")
+        return Postponed(0.1)
 
     def remaining(self, request: Request) -> float:
         """Seconds left of this attempt's time limit."""

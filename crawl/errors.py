@@ -52,4 +52,9 @@ class FetchError(Exception):
 
 
 class Postponed(Exception):
-    """The host was paused after this request had left the frontier, and before it was sent."""
+    """Something came between a request's leaving the frontier and its being sent: a pause of its host, or no socket
+    left to be had. It goes back, to be tried after ``delay`` seconds."""
+
+    def __init__(self, delay: float = 0.0) -> None:
+        super().__init__(delay)
+        self.delay = delay

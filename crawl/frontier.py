@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterable
 
 from coordination import new_lock
 from crawl.addresses import names_private
-from crawl.errors import FetchError
+from crawl.errors import FetchError, Postponed
 from crawl.hosts import FrontierStats, HostQueue, Kind, Question, UrlRun
 from crawl.intake import Intake, parse_list
-from crawl.limits import HostLimits, Outcome, SendGate
+from crawl.limits import AddressSlots, HostLimits, Outcome, SendGate
 from crawl.model import Request
 from crawl.robots import Rules
 from crawl.robots_gate import ROBOTS_AGAIN, RULES_BYTES, RobotsGate, why_forbidden
@@ -70,6 +70,7 @@ class Frontier:
     are quick the gate finds nothing to do. ``lead`` (seconds) is how much earlier than it may be sent a request is
     handed out, so that the driver is ready when the moment comes.
 
+    ``per_address`` (0: no limit): how many requests may be under way to one IP address, whatever its hosts.
     ``max_pages`` and ``host_pages`` (0: no cap) count what is taken in of kind "page"; what robots.txt then forbids
     gives its place back. ``private`` says which hosts of the list may be at private addresses.
     """
@@ -87,6 +88,7 @@ class Frontier:
         host_pages: int = 0,
         max_pages: int = 0,
         adaptive: bool = False,
+        per_address: int = 0,
         rules_bytes: int = RULES_BYTES,
         private: Callable[[str], bool] = names_private,
     ) -> None:
@@ -96,6 +98,7 @@ class Frontier:
         self._hosts: dict[str, HostQueue] = {}
         self._refused: deque[Request] = deque()
         self._limits = HostLimits(rate=rate, burst=burst, adaptive=adaptive, host_pages=host_pages, max_pages=max_pages)
+        self._limits.addresses = AddressSlots(per_address)
         self._robots = RobotsGate(
             self._hosts, self._limits, self._refused, enabled=robots, rules_bytes=rules_bytes, lead=lead
         )
@@ -119,14 +122,23 @@ class Frontier:
             return new
 
     def add_links(
-        self, targets: Iterable[str], depth: int, now: float, *, private: bool = False, kind: Kind = "page"
+        self,
+        targets: Iterable[str],
+        depth: int,
+        now: float,
+        *,
+        private: bool = False,
+        kind: Kind = "page",
+        hops: int = 0,
+        listed: bool = False,
     ) -> int:
-        """Add normalised URLs that were found at ``depth``; each once. Returns how many were new.
+        """Add normalised URLs that were found at ``depth``, ``hops`` redirects away from where a link, or the list if
+        ``listed``, led to; each once. Returns how many were new.
 
         Also after ``close``, while the request that found them is still in flight; ``ValueError`` when all is over.
         """
         found = [(target, host_of(target)) for target in targets]
-        run = UrlRun(depth, private, kind)
+        run = UrlRun(depth, private, kind, listed, hops)
         with self._lock:
             if self._closed and not self._scheduler.waiting and not self._in_flight:
                 raise ValueError("links were added after the end of the crawl")
@@ -182,6 +194,14 @@ class Frontier:
         """
         with self._lock:
             return self._gate.clear(self._hosts[request.host], now, ahead)
+
+    def connects(self, request: Request, address: str) -> None:
+        """The request is about to be connected to an IP address. Raises Postponed if that has connections enough."""
+        if self._limits.addresses.most == math.inf:
+            return
+        with self._lock:
+            if not self._limits.addresses.learn(request, address):
+                raise Postponed
 
     def stop(self) -> None:
         """Hand out nothing more."""
@@ -332,7 +352,9 @@ class Frontier:
         self._in_flight += 1
         host.in_flight += 1
         self._gate.hand_out(host, now)
-        request.last_of_host = self._closed and not self._grows and not host.has_work()
+        self._limits.addresses.enter(request)
+        last = self._closed and not self._grows and not host.has_work()
+        request.last_of_host = last or self._limits.addresses.most < math.inf  # idle connections would count, too
         self._scheduler.schedule(host, now)
         return request
 
@@ -348,6 +370,7 @@ class Frontier:
             return
         host = self._hosts[request.host]
         host.in_flight -= 1
+        self._scheduler.vacated(request, now)
         if host.has_work():
             self._scheduler.schedule(host, now)
         else:

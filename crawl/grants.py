@@ -5,7 +5,8 @@ The parent sends (``home``, grants, turns), a helper (outcomes, asks); at first 
 with (seconds of processor time, peak of memory in MB) behind them. A request is known by the number of its grant.
 
 turn     (number, when it may be sent by ``time.monotonic``, which all processes share; -1: it is to be put back)
-outcome  (number, seconds, ...): nothing more if it was not sent; else what ``pack`` makes of an answer or error
+outcome  (number, seconds, ...): nothing more if it was not sent, but the address of its host if that is news; else
+         what ``pack`` makes of an answer or error
 
 Pure.
 """
@@ -24,6 +25,7 @@ from crawl.model import Request, Response, ScrapeResult
 
 SENT = (
     *("url", "target", "host", "depth", "attempt", "hops", "spent", "last_of_host", "kind", "private", "strayed"),
+    "address",
 )  # fmt: skip
 """What a helper is told of a request."""
 of_request = attrgetter(*SENT)
@@ -40,6 +42,7 @@ class Grant(Request):
     fresh_until: float = -math.inf  # until then it may be sent without asking
     turn: float = math.inf  # when it may be sent, once that is told; below 0: not soon
     missed: int = 0  # turns
+    elsewhere: str | None = None  # the address that its host turned out to have
 
 
 def frame(*message: Any) -> bytes:

@@ -11,12 +11,13 @@ import re
 import urllib.parse
 from collections.abc import Container, Iterable, Mapping
 
+from crawl.cookies import header as cookie_header
 from crawl.model import RESPONSE_HEADERS, Options, Request
 from crawl.urls import is_secret, normalise, origin, split_credentials
 
 ACCEPT_ENCODING = "gzip, deflate, br, zstd"
 _WANTED = {name.lower().encode(): name for name in RESPONSE_HEADERS}
-_LISTS = {"Content-Encoding": ", ", "X-Robots-Tag": "\n"}  # of these each line counts, of the others the first one
+_LISTS = {"Content-Encoding": ", ", "X-Robots-Tag": "\n", "Set-Cookie": "\n"}  # of the others the first line counts
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
 
 
@@ -76,4 +77,7 @@ def request_headers(
     if userinfo:
         user, _, password = map(urllib.parse.unquote_to_bytes, userinfo.partition(":"))
         headers["Authorization"] = "Basic " + base64.b64encode(user + b":" + password).decode()
+    if cookies := cookie_header(request.cookies, url):
+        name = next((name for name in headers if name.lower() == "cookie"), "Cookie")
+        headers[name] = f"{headers[name]}; {cookies}" if name in headers else cookies
     return url, headers

@@ -48,8 +48,8 @@ TOLD = 200_000
 class HelperFrontier(Frontier):
     """Hands out what was granted."""
 
-    def __init__(self, tell: Callable[[Message | None, int | None], None]) -> None:
-        super().__init__()
+    def __init__(self, tell: Callable[[Message | None, int | None], None], per_address: int = 0) -> None:
+        super().__init__(per_address=per_address)
         self._tell = tell
         self._begun = False
         self._grants: deque[Grant] = deque()
@@ -98,12 +98,19 @@ class HelperFrontier(Frontier):
         self._tell(None, request.number)
         return math.inf
 
+    def connects(self, request: Request, address: str) -> None:
+        """Raises Postponed if the parent did not count it for this address."""
+        assert isinstance(request, Grant)
+        if self._limits.addresses.most < math.inf and request.address != address:
+            request.elsewhere = address
+            raise Postponed
+
     def put_back(
         self, request: Request, now: float, not_before: float, target: str | None = None, host_name: str | None = None
     ) -> None:
         """It was not sent: the parent has it again."""
         assert isinstance(request, Grant)
-        self.done(request)
+        self.done(request, *filter(None, [request.elsewhere]))
 
     def finish(self, request: Request, now: float) -> None:
         """The outcome was told when it was complete."""
@@ -114,7 +121,7 @@ class HelperCrawl(Crawl, asyncio.Protocol):
 
     def __init__(self, options: Options, sock: socket.socket) -> None:
         own = replace(options, feeds=False, since=None)
-        super().__init__(own, frontier=lambda **_: HelperFrontier(self._tell))
+        super().__init__(own, frontier=lambda **_: HelperFrontier(self._tell, options.per_address))
         assert isinstance(self.frontier, HelperFrontier)
         self._mine, self._sock, self._received = self.frontier, sock, bytearray()
         self._transport: Any = None

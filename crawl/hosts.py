@@ -35,6 +35,7 @@ class UrlRun(NamedTuple):
     private: bool
     kind: Kind
     listed: bool = False
+    hops: int = 0
 
 
 Entry = str | tuple[str, str] | UrlRun
@@ -106,9 +107,9 @@ class HostQueue:
             del self.waiting[: self.head]
             self.head = 0
         run = self.run
-        return Request(
-            url, target, self.name, run.depth, started=now, kind=run.kind, private=run.private, listed=run.listed
-        )
+        request = Request(url, target, self.name, run.depth, hops=run.hops, started=now, kind=run.kind)
+        request.private, request.listed = run.private, run.listed
+        return request
 
     def pop_urgent(self, ripe: float) -> Request | None:
         """Takes out the first request for robots.txt that was put back, if it may go by ``ripe``."""

@@ -36,6 +36,8 @@ _NO_HEADERS = CIMultiDictProxy(CIMultiDict[str]())
 current_request: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
 """The request that the running task fetches, for the connector, to which aiohttp does not pass it."""
 
+through_proxy: contextvars.ContextVar[bool] = contextvars.ContextVar("through_proxy", default=False)
+
 
 def _explained(error: Exception, seconds: float) -> FetchError:
     """``explained``, of what aiohttp raises before the answer."""
@@ -162,7 +164,8 @@ class GatedConnector(aiohttp.TCPConnector):
     """
 
     def __init__(self, crawl: Crawl, resolver: Resolver, *, anywhere: bool, **more: Any) -> None:
-        super().__init__(socket_factory=self._open, resolver=LoopResolver(resolver, anywhere=anywhere), **more)
+        names = LoopResolver(resolver, anywhere=anywhere, one=crawl.options.per_address > 0)
+        super().__init__(socket_factory=self._open, resolver=names, **more)
         self._crawl, self._anywhere = crawl, anywhere
         self._factory = cast(Any, functools.partial(Reading, loop=self._loop))
         self._opened: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -170,7 +173,16 @@ class GatedConnector(aiohttp.TCPConnector):
     def _open(self, address: aiohttp.AddrInfoType) -> socket.socket:
         where = str(address[4][0])
         allowed(where, [(socket.AddressFamily(address[0]), where)], anywhere=self._anywhere)
-        opened = socket.socket(*address[:3])
+        if not through_proxy.get():
+            self._crawl.frontier.connects(current_request.get(), where)
+        try:
+            opened = socket.socket(*address[:3])
+        except OSError as error:
+            for idle in self._conns.values():
+                for protocol, _ in idle:
+                    protocol.close()
+            self._conns.clear()
+            raise self._crawl.no_socket(error) from None
         self._opened.add(opened)
         return opened
 
@@ -208,8 +220,8 @@ class GatedConnector(aiohttp.TCPConnector):
 class LoopResolver(AbstractResolver):
     """The crawlers' resolver, as aiohttp wants it. Fails with FetchError."""
 
-    def __init__(self, resolver: Resolver, *, anywhere: bool) -> None:
-        self._resolver, self._anywhere = resolver, anywhere
+    def __init__(self, resolver: Resolver, *, anywhere: bool, one: bool) -> None:
+        self._resolver, self._anywhere, self._most = resolver, anywhere, 1 if one else None
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
@@ -218,7 +230,7 @@ class LoopResolver(AbstractResolver):
         addresses = allowed(host, await self._resolver.lookup_async(host), anywhere=self._anywhere)
         return [
             ResolveResult(hostname=host, host=address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
-            for kind, address in addresses
+            for kind, address in addresses[: self._most]
         ]
 
     async def close(self) -> None:
@@ -287,6 +299,7 @@ class Fetcher:
         anywhere = may_go_anywhere(self._options, request)
         url, headers = self._crawl.headers(request)
         proxy = self._proxy.find(url)
+        through_proxy.set(proxy is not None)
         session = self._free if anywhere or proxy else self._guarded
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._options.connect_timeout, ceil_threshold=math.inf)
         async with DeadlineScope(limit):

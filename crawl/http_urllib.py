@@ -206,6 +206,7 @@ class _Call(urllib.request.Request):
     anywhere: bool
     limit: TimeLimit
     connect_limit: TimeLimit
+    connects: Callable[[str], None] | None  # called with the address before it is connected to
     before_send: Callable[[], None]  # called when the connection is open, right before the request goes out
     _tunnel_host: str | None
 
@@ -218,9 +219,9 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
     FetchError of kind dns, blocked, connect, tls.
     """
 
-    def __init__(self, pool: _Pool, resolver: Resolver, *, insecure: bool) -> None:
+    def __init__(self, crawl: Crawl, pool: _Pool, resolver: Resolver) -> None:
         urllib.request.HTTPHandler.__init__(self)
-        self._pool, self._resolver, self._insecure = pool, resolver, insecure
+        self._crawl, self._pool, self._resolver = crawl, pool, resolver
 
     def http_open(self, req: urllib.request.Request) -> Any:
         """A connection that has brought the head of an answer."""
@@ -232,7 +233,7 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
         request = _request_bytes("GET", req.selector, headers)
         while True:
             kept = self._pool.take(key)
-            connection = kept or self._connect(key, proxy_headers, req.connect_limit)
+            connection = kept or self._connect(key, proxy_headers, req)
             connection.limit = req.limit
             try:
                 req.before_send()
@@ -248,10 +249,11 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
 
     https_open = http_open
 
-    def _connect(self, key: _Key, proxy_headers: dict[str, str], limit: TimeLimit) -> _Connection:
+    def _connect(self, key: _Key, proxy_headers: dict[str, str], call: _Call) -> _Connection:
         scheme, authority, tunnel, _ = key
         name, port = _name_and_port(authority, 443 if scheme == "https" and not tunnel else 80)
-        connection = self._dial(key, name, port, limit)
+        connects = None if tunnel or call.has_proxy() else call.connects
+        connection = self._dial(key, name, port, call.connect_limit, connects)
         try:
             if tunnel:
                 name, port = _name_and_port(tunnel, 443)
@@ -260,7 +262,7 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
                 if head.status != 200:
                     raise FetchError("connect", f"the proxy answered {head.status}")
             if scheme == "https":
-                context = tls_context(self._insecure)
+                context = tls_context(self._crawl.options.insecure)
                 try:
                     connection.use(
                         context.wrap_socket(connection.sock, server_hostname=name, do_handshake_on_connect=False)
@@ -278,10 +280,22 @@ class _KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
             raise
         return connection
 
-    def _dial(self, key: _Key, name: str, port: int, limit: TimeLimit) -> _Connection:
+    def _socket(self, family: socket.AddressFamily) -> socket.socket:
+        try:
+            return socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            self._pool.close()
+            raise self._crawl.no_socket(error) from None
+
+    def _dial(
+        self, key: _Key, name: str, port: int, limit: TimeLimit, connects: Callable[[str], None] | None
+    ) -> _Connection:
         failure: OSError | None = None
-        for family, address in allowed(name, self._resolver.lookup(name, limit), anywhere=key[-1]):
-            connection = _Connection(key, socket.socket(family, socket.SOCK_STREAM), limit)
+        found = allowed(name, self._resolver.lookup(name, limit), anywhere=key[-1])
+        for family, address in found[:1] if connects else found:
+            if connects:
+                connects(address)
+            connection = _Connection(key, self._socket(family), limit)
             try:
                 self._pool.watch(connection)
                 connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -311,7 +325,7 @@ class Fetcher:
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = []
         self._opener.add_handler(urllib.request.ProxyHandler(ProxyRule(options.proxy).proxies))
-        self._opener.add_handler(_KeepAliveHandler(self._pool, self._resolver, insecure=options.insecure))
+        self._opener.add_handler(_KeepAliveHandler(crawl, self._pool, self._resolver))
 
     def fetch(self, request: Request) -> Response | FetchError:
         """Raises Postponed; all that the network does comes back as a FetchError."""
@@ -333,6 +347,8 @@ class Fetcher:
         call = _Call(url, headers=headers)
         call.anywhere = anywhere
         call.limit, call.connect_limit = limit, TimeLimit(self._options.connect_timeout, limit)
+        limited = self._options.per_address
+        call.connects = (lambda address: self._crawl.frontier.connects(request, address)) if limited else None
         call.before_send = lambda: self._wait_for_turn(request, limit)
         connection: _Connection = self._opener.open(call)
         head = connection.answer.head

@@ -219,7 +219,7 @@ def _follow(crawl: Crawl, row: Row) -> None:
     if row.get("kind") == "feed":
         crawl.feeds.recall(_fields(FeedResult, row), private)
     elif crawl.follows and not row.get("duplicate_of"):
-        crawl.follow(_fields(CrawlResult, row), private)
+        crawl.follow(_fields(CrawlResult, row), private, listed=not row.get("depth"))
 
 
 def _fields(form: type[Any], row: Row) -> Any:

@@ -48,6 +48,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from coordination import new_lock
+from crawl.cookies import Cookie
 from crawl.errors import FetchError
 from crawl.frontier import Frontier
 from crawl.hosts import Kind
@@ -62,6 +63,7 @@ from crawl.urls import origin as origin_of
 LEASE = 30.0  # seconds
 MARGIN = 0.2  # share of a lease in which its worker sends nothing any more
 PORTION = 200  # URLs of a host that a worker has at most
+CARRIED = 1000  # redirect chains whose cookies are kept while they wait in the tables
 DELEGATED = 90.0  # seconds that a host waits for its robots.txt from a host that another worker holds
 ALONE = 2  # workers that died with a URL, the second one with nothing else, before its row says so
 
@@ -106,6 +108,8 @@ class SharedFrontier(Frontier):
         self._changed: set[str] = set()  # hosts that were paused, or have another delay
         self._paused = False
         self._scope_after = 0
+        self._carried: dict[str, tuple[tuple[Cookie, ...], tuple[str, ...]]] = {}
+        """Cookies and trails of requests that wait in the tables: their hosts come back to us, in most cases."""
         self._share: float = math.inf  # hosts to hold at most, while others have too little to do; 0: all go
         self._starved = self._all_leave = False
         self._others_read = True  # somebody reads a list: with ``knows_first`` nothing is fetched until it is known
@@ -119,11 +123,22 @@ class SharedFrontier(Frontier):
             self.outbox.add_list(texts)
 
     def add_links(
-        self, targets: Iterable[str], depth: int, now: float, *, private: bool = False, kind: Kind = "page"
+        self,
+        targets: Iterable[str],
+        depth: int,
+        now: float,
+        *,
+        private: bool = False,
+        kind: Kind = "page",
+        hops: int = 0,
+        listed: bool = False,
     ) -> int:
         """Those that were not told yet go into the next batch. Returns how many."""
         with self._guard:
-            return self.outbox.add_links(targets, depth, private, kind)
+            if listed:
+                targets = list(targets)
+                self.outbox.batch.scope += targets
+            return self.outbox.add_links(targets, depth, private, kind, hops)
 
     def mark(self, target: str, *, counts: bool = False) -> bool:
         """Whether somebody had it is seen when it comes to the database."""
@@ -167,7 +182,8 @@ class SharedFrontier(Frontier):
         with self._guard:
             known = self._keys.get(request)
             held = known[2] if known else self._held.get(request.host)
-            moves = target is not None and (known is not None or host_name not in (None, request.host))
+            again = target in request.trail  # with a cookie
+            moves = target is not None and ((known is not None and not again) or host_name not in (None, request.host))
             ours = known is not None or request.kind == "robots"
             if held is not None and not held.leaving and ours and not moves:
                 super().put_back(request, now, not_before, target, host_name)
@@ -184,6 +200,10 @@ class SharedFrontier(Frontier):
             del self._keys[request]
             held.local -= 1
             host, id_, _ = known
+            if request.cookies:
+                self._carried[request.url] = request.cookies, request.trail
+                if len(self._carried) > CARRIED:
+                    del self._carried[next(iter(self._carried))]
             if target is None or host_name is None:
                 out.again.append(_queued(request, host, id_, request.target, max(0.0, not_before - now)))
                 return
@@ -335,6 +355,7 @@ class SharedFrontier(Frontier):
             held.last = queued.id
         held.drained = False
         request = _request(queued, now)
+        request.cookies, request.trail = self._carried.pop(queued.url, ((), ()))
         self._keys[request] = queued.host, queued.id, held
         held.local += 1
         self.adopt(request, now, -math.inf if queued.wait is None else now + queued.wait)

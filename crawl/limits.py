@@ -8,10 +8,12 @@ frontier's lock: time is an argument, and nothing here waits.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Literal
 
 from crawl.errors import Postponed
 from crawl.hosts import HostQueue
+from crawl.model import Request
 from primitives import NANOSECOND, TokenBucket
 
 Outcome = Literal["ok", "refused", "timeout"]
@@ -113,10 +115,60 @@ class SendGate:
         return wait if wait > NANOSECOND else 0.0
 
 
+class AddressSlots:
+    """At most ``most`` requests at a time to one IP address (0: no limit), over all hosts that have it. A host's
+    address is known once it was connected to."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most or math.inf
+        self._addresses: dict[str, str] = {}
+        self._busy: Counter[str] = Counter()
+        self._waiting: dict[str, dict[str, None]] = {}
+
+    def has_room(self, name: str) -> bool:
+        """Whether a host's address takes another request; if not, the host is told of by ``leave`` when it does."""
+        address = self._addresses.get(name)
+        if address is None or self._busy[address] < self.most:
+            return True
+        self._waiting.setdefault(address, {})[name] = None
+        return False
+
+    def enter(self, request: Request) -> None:
+        """The request is handed out."""
+        if address := self._addresses.get(request.host):
+            self._busy[address] += 1
+            request.address = address
+
+    def learn(self, request: Request, address: str) -> bool:
+        """The host of ``request`` turns out to be at ``address``. Whether that takes it."""
+        self._addresses[request.host] = address
+        if request.address == address:
+            return True
+        if self._busy[address] >= self.most:
+            return False
+        self._busy[address] += 1
+        if request.address:
+            self._busy[request.address] -= 1
+        request.address = address
+        return True
+
+    def leave(self, request: Request) -> dict[str, None]:
+        """The request is under way no more. The hosts that wait for its address, oldest first: whoever goes is to be
+        taken out."""
+        address, request.address = request.address, None
+        if address is None:
+            return {}
+        self._busy[address] -= 1
+        if not self._busy[address]:
+            del self._busy[address]
+        return self._waiting.get(address, {})
+
+
 class HostLimits:
     """The rates of all hosts, and their pages. ``host_pages`` and ``max_pages`` are caps (0: none)."""
 
     def __init__(self, *, rate: float, burst: int, adaptive: bool, host_pages: int, max_pages: int) -> None:
+        self.addresses = AddressSlots(0)
         self._rate, self._burst, self.adaptive = rate, burst, adaptive
         self._host_pages, self._max_pages = host_pages or math.inf, max_pages or math.inf
         self._records: dict[str, HostRecord] = {}

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Literal
 
 from coordination import Waiter
+from crawl.cookies import Cookie
 from crawl.errors import FetchError
 from crawl.urls import proxy_url
 from runtime.options import Range
@@ -22,7 +23,8 @@ MAX_SECONDS = 1_000_000
 MAX_COUNT = 10**12
 USER_AGENT = "Mozilla/5.0 (compatible; flatcrawl/1.0)"
 RESPONSE_HEADERS = (
-    "Content-Encoding", "Content-Type", "Location", "Retry-After", "ETag", "Last-Modified", "X-Robots-Tag",
+    "Content-Encoding", "Content-Type", "Location", "Retry-After", "ETag", "Last-Modified", "X-Robots-Tag", "Refresh",
+    "Set-Cookie",
 )  # fmt: skip
 """What a driver hands on of an answer's head."""
 
@@ -45,13 +47,15 @@ class ScrapeResult:
     duration_ms: float  # the last attempt, its redirects included; the time spent waiting for politeness is not
     final_url: str | None = None  # where redirects led; None when no answer came
     attempts: int = 1
-    redirects: int = 0
+    redirects: int = 0  # those that a refresh asked for included
     content_type: str | None = None
     bytes: int = 0  # size of the body after decompression
     depth: int = 0
     language: str | None = None
     description: str | None = None
     canonical: str | None = None
+    pointer: Literal["refresh", "frameset"] | None = None  # it only leads on, to the first of ``leads_to``, or all
+    leads_to: list[str] = field(default_factory=list)  # besides its links: where it refreshes to, its frames and areas
 
 
 @dataclass(slots=True)
@@ -99,6 +103,9 @@ class Request:
     held: float = 0.0  # seconds that its present hop has waited for its turn to be sent
     deaths: int = 0  # helpers that died while they had it
     told: Waiter | None = None  # in a helper: woken when its parent has said when it may be sent
+    address: str | None = None  # with ``per_address``: for which it counts
+    cookies: tuple[Cookie, ...] = ()
+    trail: tuple[str, ...] = ()  # what redirected to ``target``, in turn
     strayed: bool = False
     """A redirect led to another origin: from then on, also back at the first one, no credentials of the user's."""
 
@@ -122,6 +129,7 @@ class Options:
 
     concurrency: int = 64
     per_host: int = 8
+    per_address: int = 0  # connections at a time to one IP address, whatever its hosts; 0: no limit
     rate: float = 2.0
     burst: int = 1
     total_rate: float = 0.0
@@ -155,7 +163,7 @@ class Options:
     def __post_init__(self) -> None:
         for names, allowed, unit in (
             (("concurrency", "per_host", "burst", "max_bytes"), Range(1, MAX_COUNT), ""),
-            (("retries", "max_redirects", "depth", "max_pages", "host_pages"), Range(0, MAX_COUNT), ""),
+            (("retries", "max_redirects", "depth", "max_pages", "host_pages", "per_address"), Range(0, MAX_COUNT), ""),
             (("timeout", "connect_timeout"), Range(0, MAX_SECONDS, above=True), " s"),
             (("grace", "max_time"), Range(0, MAX_SECONDS), " s"),
         ):

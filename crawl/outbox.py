@@ -56,7 +56,7 @@ class Outbox:
         if self.scoped:
             self.batch.scope += [link.target for link in links if link.host]
 
-    def add_links(self, targets: Iterable[str], depth: int, private: bool, kind: Kind) -> int:
+    def add_links(self, targets: Iterable[str], depth: int, private: bool, kind: Kind, hops: int = 0) -> int:
         """Those that were not told yet. Returns how many."""
         before = len(self.batch.links)
         for target in targets:
@@ -65,7 +65,7 @@ class Outbox:
                 if len(self._told) >= TOLD:
                     self._told.clear()
                 self._told.add(key)
-                self.batch.links.append(Link(key, host, target, target, depth, kind, private))
+                self.batch.links.append(Link(key, host, target, target, depth, kind, private, hops))
         return len(self.batch.links) - before
 
     def take(self) -> SyncBatch:

@@ -256,7 +256,7 @@ class Parent:
 
     def _grant(self, helper: Helper, request: Request, now: float) -> None:
         crawl, listed = self._crawl, self._crawl.listed
-        special = request.kind == "feed" or listed.credentials or listed.origins is not None
+        special = request.kind == "feed" or listed.credentials or listed.origins is not None or request.cookies
         sends = crawl.headers(request) if special else None
         helper.grant(next(self._numbers), request, crawl.frontier.is_unmetered(request, now), sends)
 
@@ -291,8 +291,11 @@ class Parent:
         """What a helper has done, and the requests for which it asks a turn."""
         for number, *packed in outcomes:
             if not self._cut_off:  # then nothing is granted
-                outcome = unpack(packed, self._crawl.form, self.home) if packed else None
-                self._inbox.append((helper.granted.pop(number), outcome))
+                request = helper.granted.pop(number)
+                if len(packed) == 1:
+                    with contextlib.suppress(Postponed):
+                        self._crawl.frontier.connects(request, packed.pop())
+                self._inbox.append((request, unpack(packed, self._crawl.form, self.home) if packed else None))
                 helper.requests += bool(packed)
         for number in asks:
             self._ask(helper, number)

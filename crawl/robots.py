@@ -153,6 +153,7 @@ def parse_robots(body: bytes, user_agent: str, url: str = "") -> Rules:
     groups: dict[str, _Group] = {}
     current: dict[str, _Group] = {}  # the groups that a line belongs to
     naming = False
+    delays: list[str] = []  # between the agents of a group, all of which they are for (RFC 9309, section 2.2.4)
     usual: dict[str, Callable[[str], object]] = {}
     """What to do with the value of the usual lines, until the next agent is named: short, as there are many."""
     sitemaps: dict[str, None] = {}
@@ -168,12 +169,18 @@ def parse_robots(body: bytes, user_agent: str, url: str = "") -> Rules:
         if field == "agent":
             if not naming:
                 naming, current, usual = True, {}, {}
-            if (who := _addressee(value, token)) and who != _OTHERS:
+            if (who := _addressee(value, token)) and who != _OTHERS and who not in current:
                 current[who] = groups.setdefault(who, {"allow": [], "disallow": [], "delay": [], "other": []})
+                current[who]["delay"] += delays
         elif field == "sitemap":
             if value and len(sitemaps) < MAX_SITEMAPS:
                 sitemaps[value] = None
+        elif naming and field == "delay":
+            delays.append(value)
+            for group in current.values():
+                group["delay"].append(value)
         elif field and field != "host":
+            delays = []
             if naming and not current:
                 usual = _NOT_OURS
             elif naming and len(current) == 1:

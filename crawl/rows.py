@@ -6,6 +6,7 @@ which libraries read for as long as they like, by the caller's ``Read``.
 
 from __future__ import annotations
 
+import contextlib
 import http
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -16,11 +17,17 @@ from crawl.errors import FetchError
 from crawl.feeds import FeedEntry
 from crawl.model import USER_AGENT, CrawlResult, FeedResult, Request, Response, ScrapeResult
 from crawl.robots import page_directives
-from html_parse import parse_page
+from crawl.urls import join
+from html_parse import parse_page, read_refresh, sniff
 
 Read = Callable[..., Any]
 """``read(function, body, *more)``: what ``function(body, *more)`` returns, or FetchError if that is not to be had."""
 
+POINTER_DELAY = 100.0
+"""Seconds after which a page that goes on to another one by itself is one that is meant to be read."""
+MOST_TAGS = 3000
+MOST_REFERENCES = 10_000
+MOST_LEGACY = 32 * 1024  # bytes
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
@@ -57,7 +64,9 @@ def build_row(
     row.bytes = len(outcome.body)
     if outcome.status >= 400:
         row.error = f"http: {outcome.status} {_REASONS.get(outcome.status, '')}".rstrip()
-    elif is_html(content_type, outcome.body):
+        return row
+    refresh = read_refresh(outcome.headers.get("Refresh", ""))
+    if is_html(content_type, outcome.body):
         page = parse_page(outcome.body, request.target, content_type)
         row.title, row.word_count, row.links_found = page.title, page.word_count, page.links
         row.language, row.description, row.canonical = page.language, page.description, page.canonical
@@ -66,7 +75,23 @@ def build_row(
             asked = page_directives(outcome.headers.get("X-Robots-Tag"), meta, user_agent)
             row.robots = ", ".join(sorted(asked)) or None
             row.nofollow = [link for link in page.links if link in page.nofollow]
+        row.leads_to, refresh = page.frames, refresh or page.refresh
+        row.pointer = "frameset" if page.frameset and page.frames else None
+    if refresh and refresh[0] <= POINTER_DELAY:
+        with contextlib.suppress(FetchError):
+            target = join(request.target, refresh[1])[0]
+            if target != request.target:
+                row.leads_to = list(dict.fromkeys([target, *row.leads_to]))
+                row.pointer = "refresh"
     return row
+
+
+def is_costly(body: bytes, content_type: str | None) -> bool:
+    """Whether a page may take far longer than its size says: a tag can take 5 us, a reference 1, a character of a
+    legacy encoding 0.5. Ordinary pages take 2 or 3 ms for 256 KB."""
+    if body.count(b"<") > MOST_TAGS or body.count(b"&") > MOST_REFERENCES:
+        return True
+    return len(body) > MOST_LEGACY and sniff(body, content_type) != "utf-8"
 
 
 def in_place(function: Callable[..., Any], body: bytes, *more: Any) -> Any:

@@ -103,6 +103,17 @@ class Scheduler:
         if host.due > -math.inf:
             self._push(host, self._due(host, now) - self._early(host, now))
 
+    def vacated(self, request: Request, now: float) -> None:
+        """A request of an address is under way no more: the first host that waits for that and may go now does."""
+        names = self._limits.addresses.leave(request)
+        while names:
+            name = next(iter(names))
+            del names[name]
+            if host := self._hosts.get(name):
+                self.schedule(host, now)
+                if host.due <= now + self._lead:
+                    return
+
     def added(self, host: HostQueue, idle: bool, now: float) -> None:
         """A URL was appended to the host's queue, which was empty before if ``idle``."""
         self.waiting += 1
@@ -157,7 +168,7 @@ class Scheduler:
                 due = now
             elif host.delayed:
                 due = min(due, host.delayed[0][0])
-        if due == math.inf or host.in_flight >= self._per_host:
+        if due == math.inf or host.in_flight >= self._per_host or not self._limits.addresses.has_room(host.name):
             return math.inf
         if due < now:
             due = now

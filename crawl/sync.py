@@ -41,6 +41,7 @@ class Link(NamedTuple):
     depth: int = 0
     kind: Kind = "page"
     private: bool = False
+    hops: int = 0
 
 
 class Queued(NamedTuple):

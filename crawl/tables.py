@@ -109,8 +109,8 @@ WHERE started <> pg_postmaster_start_time()
 SEE = "INSERT INTO crawl_seen SELECT unnest($1::uuid[]) ON CONFLICT DO NOTHING RETURNING hash"
 # No COPY: whoever stands still in one is waited for without end.
 ENTER = """
-INSERT INTO crawl_queue (host, url, target, depth, kind, private)
-SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::text[], $6::bool[])
+INSERT INTO crawl_queue (host, url, target, depth, kind, private, hops)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::text[], $6::bool[], $7::int[])
 """
 STORE = """
 INSERT INTO crawl_results (hash, url, row) SELECT * FROM unnest($1::uuid[], $2::text[], $3::jsonb[])
@@ -263,7 +263,7 @@ class PgStore:
         if keys := sorted({*links, *checked}):
             new = {row[0] for row in await connection.fetch(SEE, keys)}
         enter = [
-            (link.host, link.url, None if link.target == link.url else link.target, link.depth, link.kind, link.private)
+            (link.host, link.url, None if link.target == link.url else link.target, *link[4:])
             for key, link in links.items()
             if key in new
         ]
@@ -288,7 +288,7 @@ class PgStore:
             change(move.host, -1, 0, 0, 1)
             change(move.to.host, 1)
         for queued in batch.delegated:
-            enter.append((queued.host, queued.url, queued.target, queued.depth, queued.kind, queued.private))
+            enter.append((queued.host, queued.url, *queued[3:7], queued.hops))
             change(queued.host, 1)
         gone: dict[int, bool] = {}
         if done:

@@ -16,14 +16,25 @@ from crawl.errors import FetchError
 from crawl.scope import Scope
 from crawl.urls import MAX_URL, normalise, origin, split_credentials
 
+_PACKED = {
+    b"\x1f\x8b": "zcat", b"BZh": "bzcat", b"\xfd7zXZ": "xzcat", b"(\xb5/\xfd": "zstdcat", b"PK\x03\x04": "unzip -p",
+}  # fmt: skip
+
+
+def unpacker(head: bytes) -> str | None:
+    """The command that unpacks a list which begins so; None: it is not compressed."""
+    return next((command for magic, command in _PACKED.items() if head.startswith(magic)), None)
+
 
 def read_lines(stream: BinaryIO) -> Iterator[str]:
     """The lines of a list as they come: any line ending, UTF-8 or (by its BOM) UTF-16, never more than a piece held.
 
     ``stream`` is read raw, so that a thread blocked in it does not hold a buffer's lock when the program exits.
-    A line longer than any URL can be is cut: it is an invalid URL either way.
+    A line longer than any URL can be is cut: it is an invalid URL either way. ``ValueError`` for what is compressed.
     """
     data = stream.read(1 << 16) or b""
+    if unpacks := unpacker(data):
+        raise ValueError(f"the list is compressed: give what `{unpacks} FILE` prints")
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     decoder = codecs.getincrementaldecoder("utf-16" if utf16 else "utf-8-sig")(errors="replace")
     rest = ""

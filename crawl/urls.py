@@ -49,6 +49,13 @@ def normalise(text: str) -> tuple[str, str]:
     return url, host_of(url)
 
 
+def as_url(text: str) -> str | None:
+    """The URL that ``text`` may stand for without its scheme; None: it looks like none."""
+    if _HOST_AND_PORT.match(text):
+        return f"http://{text}"
+    return f"https://{text}" if "." in text.partition("/")[0].strip(".") else None
+
+
 def join(base: str, text: str) -> tuple[str, str]:
     """``normalise``, of an address that a document at ``base`` names."""
     try:

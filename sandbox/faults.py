@@ -51,6 +51,7 @@ class SiteRequest:
     target: str
     path: str
     close: bool
+    cookie: str = ""  # of the Cookie header
 
     @property
     def name(self) -> str:

@@ -73,6 +73,7 @@ LINGER = 1.0  # seconds that a refused peer has to read why
 
 SITE_PAGE = re.compile(r"/p/([1-9][0-9]{0,8})\.html")
 ASKS_CLOSE = re.compile(rb"(?i)\r\nconnection:[^\r\n]*\bclose\b")
+COOKIE = re.compile(rb"(?i)\r\ncookie:[ \t]*([^\r\n]*)")
 HAS_BODY = re.compile(rb"(?i)\r\n(?:content-length:[ \t]*0*[1-9]|transfer-encoding:)")
 PLAIN_WORDS = re.findall(
     r"\w+",
@@ -279,7 +280,10 @@ def parse_head(sandbox: Sandbox, host: int, head: bytes) -> SiteRequest | int:
     if HAS_BODY.search(head):
         return 413
     close = version == "HTTP/1.0" or ASKS_CLOSE.search(head) is not None
-    return SiteRequest(sandbox, host, method, target, target.partition("?")[0], close)
+    cookie = COOKIE.search(head)
+    return SiteRequest(
+        sandbox, host, method, target, target.partition("?")[0], close, cookie[1].decode("latin-1") if cookie else ""
+    )
 
 
 class SiteConnection(asyncio.Protocol):

@@ -222,7 +222,7 @@ class Tables:
         for link in batch.links:
             if link.key not in self.seen:
                 self.seen.add(link.key)
-                self._enter(Queued(link.host, 0, *link[2:], False, 0, 1, None), now)
+                self._enter(Queued(link.host, 0, *link[2:7], False, link.hops, 1, None), now)
         for move in batch.moves:
             done += self._move(move, now)
         for one in batch.delegated:

@@ -75,6 +75,20 @@ def test_a_list_may_look_as_lists_do(tmp_path: Path) -> None:
     assert (first, last, len(long), rubbish) == ("http://a/", "http://b/", MAX_URL + 1, "\ufffd\ufffd")
 
 
+@pytest.mark.parametrize(
+    ("magic", "command"), [(b"\x1f\x8b\x08", "zcat"), (b"(\xb5/\xfd", "zstdcat"), (b"PK\x03\x04", "unzip -p")]
+)
+def test_a_compressed_list_is_said_to_be_one(
+    magic: bytes, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (packed := tmp_path / "list").write_bytes(magic + b"...")
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments("crawl_async.py", [str(packed)])
+    assert (ended.value.code, f"{command} {packed} | python" in capsys.readouterr().err) == (2, True)
+    with pytest.raises(ValueError, match=command):
+        list(read_lines(io.BytesIO(magic + b"...")))
+
+
 def test_rows_as_json_and_jsonl() -> None:
     rows = [a_row(), a_row(title='"\n\u2028é\x00'), a_row(url="http://\ud800/")]
     lines = [json.loads(line) for line in written("jsonl", *rows).splitlines()]
@@ -173,6 +187,7 @@ def test_a_write_that_fails_ends_the_run_and_holds_up_nobody(failure: Exception)
     ("argv", "message"),
     [
         ([], "no URLs"), (["no.txt"], "cannot read no.txt"), (["a.example"], "did you mean https://a.example"),
+        (["localhost:8080/x"], "did you mean http://localhost:8080/x"),
         (["-", "--concurrency", "0"], "concurrency must be at least 1"), (["-", "--rate", "x"], "--rate"),
         (["-", "--header", "x"], "--header"), (["-", "--proxy", "ftp://x"], "proxy must be"), (["."], "is a folder"),
         (["-", "--json", "--csv"], "not allowed with"), (["-", "--max-bytes", "10Q"], "--max-bytes"),

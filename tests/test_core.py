@@ -406,3 +406,17 @@ def test_a_list_that_fails_ends_the_run_and_what_came_before_counts() -> None:
     assert isinstance(crawl.failure, OSError)
     assert take(crawl.frontier, 0.0) is None
     assert changes
+
+
+@pytest.mark.parametrize(
+    ("body", "costly"),
+    [
+        (b"<p>text</p>" * 1400, False), (b"<a href=x>" * 3001, True), (b"&amp;" * 10_001, True),
+        (b"x" * 200_000, False),
+        ("\u4e2d".encode("gbk") * 20_000, True), ("\u4e2d".encode() * 50_000, False), (b"\xe9" * 1000, False),
+    ],
+)  # fmt: skip
+def test_no_page_is_parsed_in_the_loop_that_could_hold_it_up(body: bytes, costly: bool) -> None:
+    crawl = Crawl(Options())
+    request = Request("http://a/", "http://a/", "a")
+    assert crawl.is_long(request, answer(body=body), 1 << 18) == costly

@@ -666,6 +666,99 @@ def test_redirects(driver: str, walked: Web) -> None:
     assert "1/" not in walked.asked()
 
 
+def wall(name: str, to: str | None = None, page: bytes | None = None) -> sf.Handler:
+    """A page for those who bring its cookie back; the others are redirected, to itself unless ``to`` says where."""
+
+    def handle(request: sf.SiteRequest) -> sf.Answer:
+        if f"{name}=1" in request.cookie:
+            return page or sf.reply(f"<title>{name}</title><a href=/{name}/on>".encode())
+        return sf.reply(b"", 302, f"Set-Cookie: {name}=1; Path=/", f"Location: {to or request.target}")
+
+    return handle
+
+
+@pytest.mark.parametrize("driver", WALKERS)
+def test_follows_all_that_leads_on(driver: str, walked: Web) -> None:
+    """500 pages, none of which has a link to another one."""
+    names = range(500)
+    for n in names:
+        first, *others = [f"/{below}" for below in (2 * n + 1, 2 * n + 2) if below in names] or ["/0"]
+        body = {
+            0: "".join(f'<iframe src="{to}"></iframe>' for to in (first, *others)),
+            1: f"<meta http-equiv=refresh content='1;url={first}'>" + "".join(f"<area href={to}>" for to in others),
+        }.get(n % 3, f"<frameset>{''.join(f'<frame src={to}>' for to in (first, *others))}</frameset>")
+        page = sf.reply(f"<title>{n}</title>{body}".encode())
+        walked.pages[f"0/{n}"] = wall(str(n), page=page) if n % 7 == 3 else page
+    rows = walked.crawl(driver, "0/0", depth=20)
+    assert {key: (row.title, row.error) for key, row in rows.items()} == {f"0/{n}": (f"{n}", None) for n in names}
+
+
+@pytest.mark.parametrize("driver", WALKERS)
+def test_a_refresh_counts_as_a_redirect(driver: str, walked: Web) -> None:
+    def refresh(to: str, more: str = "") -> str:
+        return f'{more}<meta http-equiv=Refresh content="0; URL={to}">'
+
+    walked.page("0/", head=refresh(walked.url("1/home")))  # out of scope, did the list not lead there
+    walked.page("1/home", "/next", headers=["Refresh: 5;url='/header'"])
+    walked.page("1/header", head=refresh("/far") + refresh("/other"))
+    walked.page("1/far", head=refresh("/fourth"))
+    walked.page("1/next", head=refresh(walked.url("2/")))
+    walked.page("2/")
+    walked.page("0/slow", head=refresh("/slower").replace("0;", "900;"))
+    walked.page("0/self", head=refresh("self"))
+    walked.page("0/meek", head=refresh("/x", "<meta name=robots content=nofollow>"))
+    walked.page("0/script", head=f"<noscript>{refresh('/x')}</noscript><template>{refresh('/x')}</template>")
+    rows = walked.crawl(driver, "0/", "0/slow", "0/self", "0/meek", "0/script", depth=1, max_redirects=3)
+    found = {key: (row.depth, row.redirects, row.pointer, row.error) for key, row in rows.items()}
+    plain = (0, 0, None, None)
+    assert found == {
+        "0/": (0, 0, "refresh", None), "1/home": (0, 1, "refresh", None), "1/header": (0, 2, "refresh", None),
+        "1/far": (0, 3, "refresh", "redirects: more than 3"), "1/next": (1, 0, "refresh", None),
+        "0/slow": plain, "0/self": plain, "0/meek": (0, 0, "refresh", None), "0/script": plain,
+    }  # fmt: skip
+    assert rows["0/"].leads_to == [walked.url("1/home")]
+    listed = walked.crawl(driver, "0/", depth=0)["0/"]  # where links are not followed the row says so
+    assert (listed.pointer, listed.leads_to) == ("refresh", [walked.url("1/home")])
+
+
+@pytest.mark.parametrize("driver", WALKERS)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_cookies_for_one_redirect_chain(driver: str, depth: int, walked: Web) -> None:
+    walked.pages["0/wall"] = wall("wall")
+    walked.pages["0/a"] = wall("away", to=walked.url("1/check"))
+    seen = []
+
+    def check(request: sf.SiteRequest) -> sf.Answer:
+        seen.append(request.cookie)
+        return sf.reply(b"", 302, f"Location: {walked.url('0/a')}")
+
+    for key in ("1/check", "0/wall/on", "0/away/on"):
+        walked.pages[key] = check
+    walked.pages["0/never"] = sf.reply(b"", 302, "Set-Cookie: n=1", "Location: /never")
+    rows = walked.crawl(driver, "0/wall", "0/a", "0/never", depth=depth, max_redirects=4)
+    assert {key: (row.title, row.redirects) for key, row in rows.items() if row.status == 200} == {
+        "0/wall": ("wall", 1),
+        "0/a": ("away", 2),
+    }
+    assert rows["0/never"].error == "redirects: to itself"
+    assert seen == [""] * (1 + 2 * depth), "neither other hosts nor what is found have them"
+
+
+@pytest.mark.parametrize("driver", WALKERS)
+def test_goes_on_where_pages_lead(driver: str, walked: Web, tmp_path: Path) -> None:
+    out = tmp_path / "site.jsonl"
+    first = walk_row(walked.url("0/"), pointer="refresh", leads_to=[walked.url("1/"), walked.url("0/frame")])
+    out.write_bytes(first)
+    walked.page("1/")
+    walked.page("0/frame")
+    assert walked.program(driver, "0/", "--depth", "1", "-o", str(out), "--resume") == 0
+    found = [json.loads(line) for line in out.read_bytes().splitlines()]
+    assert {(walked.key(row["url"]), row["depth"], row["redirects"]) for row in found[1:]} == {
+        ("1/", 0, 1),
+        ("0/frame", 1, 0),
+    }
+
+
 @pytest.mark.parametrize("driver", WALKERS)
 def test_the_end_of_the_list_is_in_scope_from_the_beginning(driver: str, walked: Web) -> None:
     fill = [f"0/{n}" for n in range(300)]

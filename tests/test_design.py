@@ -36,11 +36,12 @@ PROGRAMS = {
 
 BELOW = {  # what a room, or a file at the top, may import besides itself
     "coordination": set[str](),
-    "html_parse": set[str](),
+    "charsets": set[str](),
+    "html_parse": {"charsets"},
     "sandbox": set[str](),
     "primitives": {"coordination"},
     "runtime": {"primitives", "coordination"},
-    **{room: {"runtime", "primitives", "coordination", "html_parse"} for room in ROOMS},
+    **{room: {"runtime", "primitives", "coordination", "html_parse", "charsets"} for room in ROOMS},
     **{name: {room, "runtime", "primitives", "coordination", "sandbox"} for name, room in PROGRAMS.items()},
 }
 
@@ -50,7 +51,7 @@ BESIDE = {"simulator", "bench", "tests", "test_all", "conftest"}
 
 
 LEAVES = (
-    *("coordination", "html_parse", "logs.parse", "market.trade", "api.report"),
+    *("coordination", "charsets", "logs.parse", "market.trade", "api.report"),
     *("runtime.monitor", "runtime.options", "runtime.stderr"),
 )
 """These import nothing of the project, their own room included."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import csv
 import ctypes
+import errno
 import gc
 import io
 import itertools
@@ -17,17 +18,20 @@ import socket
 import ssl
 import subprocess
 import threading
+import types
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 
 import crawl_async
 import crawl_threads
-from crawl import http_urllib
+from crawl import http_aiohttp, http_urllib
 from crawl.core import Crawl
 from crawl.errors import ERROR_KINDS, FetchError
 from crawl.frontier import Frontier
@@ -41,7 +45,18 @@ from sandbox.faults import FAULTS, status_expect
 from sandbox.sites import Sandbox
 from tests.helpers import lock_order
 from tests.helpers.base import HANG_LIMIT, HERE, PROGRAM_LIMIT, holds_the_loop, wait_until
-from tests.helpers.crawl import DRIVERS, kind, run_here, run_program, scrape, start, take, taken
+from tests.helpers.crawl import (
+    DRIVERS,
+    kind,
+    run_here,
+    run_program,
+    scrape,
+    start,
+    take,
+    taken,
+    walk,
+    walk_crawl,
+)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -204,6 +219,27 @@ def test_the_pool_of_the_threads_forgets_what_is_closed(web: Sandbox) -> None:
     assert len(fetcher._pool._idle) <= 2
     fetcher.close()
     assert len(fetcher._pool._idle) == 0
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_with_few_sockets_fewer_are_open_at_a_time(driver: str, web: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref[socket.socket]] = []
+
+    def few(*args: Any) -> socket.socket:
+        if sum(one().fileno() >= 0 for one in opened if one()) >= 3:  # type: ignore[union-attr]
+            raise OSError(errno.EMFILE, "Too many open files")
+        opened.append(weakref.ref(new := socket.socket(*args)))
+        return new
+
+    for module in (http_urllib, http_aiohttp):
+        monkeypatch.setattr(module, "socket", types.SimpleNamespace(**vars(socket) | {"socket": few}))
+    said: list[str] = []
+    crawl = walk_crawl(depth=0)
+    crawl.say = said.append
+    rows: list[ScrapeResult] = []
+    walk(driver, crawl, [web.url("/p/1.html", host=host) for host in range(12)], rows.append)
+    assert [row.error for row in rows] == [None] * 12
+    assert said == ["goes on with fewer connections at a time: Too many open files"]
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

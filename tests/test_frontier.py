@@ -13,6 +13,7 @@ import pytest
 
 from crawl import frontier as frontier_module
 from crawl import hosts, limits, scheduler
+from crawl.errors import Postponed
 from crawl.frontier import Frontier
 from crawl.hosts import FrontierStats, Question
 from crawl.limits import Pace
@@ -460,3 +461,27 @@ def test_host_of() -> None:
         "http://a.example/x": "a.example", "https://a:8443": "a", "http://u:p@a/": "a", "http://[::1]:81/": "[::1]",
     }.items():  # fmt: skip
         assert host_of(url) == host
+
+
+def test_an_address_has_so_many_requests_at_a_time_whatever_its_hosts() -> None:
+    frontier = Frontier(rate=0.0, per_address=2, per_host=2)
+    frontier.add_all([f"http://{host}/{n}" for host in ("a", "b", "c", "other") for n in range(5)], 0.0)
+    frontier.close()
+    where = {"a": "1", "b": "1", "c": "1", "other": "2"}
+    under_way: list[Request] = []
+    most, done = Counter[str](), 0
+    for _ in range(500):
+        while isinstance(request := take(frontier, 0.0), Request):
+            try:
+                frontier.connects(request, where[request.host])
+                under_way.append(request)
+            except Postponed:
+                frontier.put_back(request, 0.0, 0.0)
+        if request is None:
+            break
+        for address, count in Counter(where[each.host] for each in under_way).items():
+            most[address] = max(most[address], count)
+        frontier.finish(under_way.pop(0), 0.0)
+        done += 1
+    assert (done, most) == (20, {"1": 2, "2": 2})
+    assert request is None

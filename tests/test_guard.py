@@ -11,6 +11,7 @@ import pytest
 from crawl import http_aiohttp, http_urllib
 from crawl.core import Crawl
 from crawl.errors import FetchError
+from crawl.limits import AddressSlots
 from crawl.model import Options, Request, Response
 from crawl.urls import normalise
 from tests.helpers.crawl import DRIVERS, PUBLIC, Web, guard_errors, guard_scrape
@@ -188,3 +189,22 @@ def test_public_connections_are_kept(driver: str, guarded: Web) -> None:
     rows = guard_scrape(driver, [f"http://public.example/{n}" for n in range(50)])
     assert guard_errors(rows) == [None] * 50
     assert guarded.connects == [PUBLIC]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_hosts_of_one_address_share_its_connections(driver: str, guarded: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded.names = {f"h{n}.example": [[PUBLIC]] for n in range(6)}
+    busy: list[int] = []
+    take = AddressSlots.learn
+
+    def learn(slots: AddressSlots, request: Request, address: str) -> bool:
+        there = take(slots, request, address)
+        busy.append(slots._busy[address])
+        return there
+
+    monkeypatch.setattr(AddressSlots, "learn", learn)
+    urls = [f"http://{name}/{n}" for name in guarded.names for n in range(3)]
+    rows = guard_scrape(driver, urls, concurrency=12, per_address=2)
+    assert guard_errors(rows) == [None] * 18
+    assert max(busy) == 2
+    assert {head.get("connection") for _, head in guarded.heads} == {"close"}

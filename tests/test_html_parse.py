@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import html_parse
-from html_parse import Page, parse_page
+from html_parse import Page, parse_page, read_refresh
 
 URL = "http://site.example/dir/page.html?q=1#top"
 
@@ -58,8 +58,19 @@ def html_page(markup: str, content_type: str | None = "text/html; charset=utf-8"
         (b'<meta name=x content="charset=koi8-r"><title>\xe9</title>', None, "windows-1252", "é"),
         (b"<!-- <meta charset=koi8-r> --><title>\xe9</title>", None, "windows-1252", "é"),
         (b"<meta charset=koi8-r", None, "utf-8", None),
-        (b" " * 1005 + b"<meta charset=koi8-r><title>\xe9</title>", None, "windows-1252", "é"),
+        (b" " * 1005 + b"<meta charset=koi8-r><title>\xc1</title>", None, "koi8-r", "а"),
+        (b" " * 1005 + b"<meta charset=koi8-r><title>\xc3\xa9</title>", None, "utf-8", "é"),
+        (b"<script>" + b"x" * 9000 + b"</script><META CHARSET=koi8-r><title>\xc1</title>", None, "koi8-r", "а"),
+        (b"<!--" + b"x" * 2000 + b"<meta charset=koi8-r>--><title>\xe9</title>", None, "windows-1252", "é"),
         (b" " * 1000 + b"<meta charset=koi8-r><title>\xc1</title>", None, "koi8-r", "а"),
+        # the XML declaration, where no <meta> says another
+        (b'<?xml version="1.0" encoding="iso-8859-2"?><title>\xb1</title>', None, "iso-8859-2", "ą"),
+        (b"<?xml version='1.0' encoding = 'utf-16'?><title>\xc3\xa9</title>", None, "utf-8", "é"),
+        (b'<?xml encoding="koi8-r"?><meta charset=iso-8859-2><title>\xb1</title>', "text/html", "iso-8859-2", "ą"),
+        (b'<?xml encoding="koi8-r"?><title>\xe9</title>', "text/html; charset=latin1", "windows-1252", "é"),
+        (b' <?xml encoding="koi8-r"?><title>\xe9</title>', None, "windows-1252", "é"),
+        ("<?xml?><title>é</title>".encode("utf-16-le"), None, "utf-16le", "é"),
+        ("<?xml?><title>é</title>".encode("utf-16-be"), None, "utf-16be", "é"),
         # 4. UTF-8 if it is valid, else windows-1252
         (b"<title>\xc3\xa9</title>", None, "utf-8", "é"),
         (b"<title>\xe9\x93</title>", None, "windows-1252", "é“"),
@@ -74,6 +85,16 @@ def html_page(markup: str, content_type: str | None = "text/html; charset=utf-8"
 def test_encoding(body: bytes, content_type: str | None, encoding: str, title: str | None) -> None:
     page = parse_page(body, URL, content_type)
     assert (page.encoding, page.title) == (encoding, title)
+
+
+def test_queries_are_in_the_encoding_of_the_page_and_paths_in_utf_8() -> None:
+    page = parse_page(
+        '<a href="/да?q=да&x=€#да">1</a><a href=?ö>'.encode("cp1251", "xmlcharrefreplace"),
+        "http://a/",
+        "; charset=cp1251",
+    )
+    assert page.links == ["http://a/%D0%B4%D0%B0?q=%E4%E0&x=%88", "http://a/?%26%23246%3B"]
+    assert parse_page("<a href=?да>".encode("utf-16"), "http://a/").links == ["http://a/?%D0%B4%D0%B0"]
 
 
 # --------------------------------------------------------------------------------------------------------------- title
@@ -112,6 +133,7 @@ def test_encoding(body: bytes, content_type: str | None, encoding: str, title: s
         ("<svg/><title>real</title>", "real"),
         ("<svg><!-- </svg> --><title>icon</title></svg><title>real</title>", "real"),
         ("<body><p>x</p><title>late</title>", "late"),
+        ("<title>a\0b</title>", "a\ufffdb"),
         ("<title>&#" + "9" * 5000 + ";&#" + "0" * 5000 + "65;&#0;</title>", "\ufffdA\ufffd"),
     ],
 )
@@ -304,6 +326,32 @@ def test_page_compares_and_pickles() -> None:
 # ------------------------------------------------------------------------------------------------------------ metadata
 
 
+@pytest.mark.parametrize(
+    ("content", "refresh"),
+    [
+        ("0; url=home.html", (0, "home.html")), ("5", None), ("", None), ("x;url=y", None), (".5,'a b'c", (0, "a b")),
+        (' 3.7 URL = "q"', (3, "q")), ("1;/z", (1, "/z")), ("0;url=", None), ("0;URL=url", (0, "url")),
+        ("1url=x", None),
+        ("0;" + " " * 9000, None), ("9" * 50 + ";x", (999999999, "x")),
+    ],
+)  # fmt: skip
+def test_refresh(content: str, refresh: tuple[float, str] | None) -> None:
+    assert read_refresh(content) == refresh
+
+
+def test_frames_areas_and_refresh() -> None:
+    page = html_page(
+        "<map><area href=a><area><area href=b rel=nofollow></map><iframe src=c><a href=no></iframe><template>"
+        "<frame src=no><meta http-equiv=refresh content='0;no'></template>"
+        "<noscript><meta http-equiv=refresh content='0;no'></noscript>"
+        "<META content='2;URL=d#e' HTTP-EQUIV=' refresh'><frameset><frame src=a\0>"
+    )
+    urls = [f"http://site.example/dir/{name}" for name in ("a", "c", "a%EF%BF%BD")]
+    assert (page.frames, page.links, page.refresh) == (urls, [], (2, "http://site.example/dir/d"))
+    assert not page.frameset
+    assert html_page("<frameset><frame src=a></frameset><noframes>x</noframes>").frameset
+
+
 def test_metadata() -> None:
     page = html_page(
         """<!DOCTYPE html><HTML class=no-js LANG=" de-AT "><head>
@@ -327,7 +375,7 @@ def test_metadata() -> None:
     assert page.description == "Fish & chips"
     assert page.robots == ("noindex", "nofollow", "max-snippet:10")
     assert page.canonical == "http://site.example/c?x=1&y=2"
-    assert page.feeds == ["http://site.example/rss", "http://site.example/dir/atom", "https://feeds.example/json"]
+    assert page.feeds == ["http://site.example/rss", "http://site.example/dir/atom"]
     assert page.links == []
 
 

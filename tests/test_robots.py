@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 
 import pytest
@@ -152,11 +153,27 @@ robots_lines = st.one_of(
 )
 
 
+def one_group(lines: list[str]) -> str:
+    """The lines with each delay among the agents of a group behind them: there Protego would begin another group."""
+    moved: list[str] = []
+    delays: list[str] = []
+    naming = False
+    for line in lines:
+        if naming and line.startswith("Crawl-delay"):
+            delays.append(line)
+            continue
+        if re.match("Allow|Dis|Noindex", line, re.IGNORECASE):
+            moved, delays = moved + delays, []
+        naming = line.lower().startswith("user") or (naming and not re.match("Allow|Dis|Noindex", line, re.IGNORECASE))
+        moved.append(line)
+    return "\n".join(moved + delays)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(robots_lines, max_size=25), st.lists(robots_paths, min_size=1, max_size=8))
 def test_agrees_with_protego(lines: list[str], paths: list[str]) -> None:
     text = "\n".join(lines)
-    theirs, ours = Protego.parse(text), parse_robots(text.encode(), USER_AGENT)
+    theirs, ours = Protego.parse(one_group(lines)), parse_robots(text.encode(), USER_AGENT)
     for path in [*paths, *(line.partition(":")[2] for line in lines if "llow" in line), "/robots.txt"]:
         url = normalise(f"https://site.example{path}")[0]
         assert ours.allows(url) == theirs.can_fetch(url, "flatcrawl"), path
@@ -258,6 +275,13 @@ def test_is_cut_at_a_line_end() -> None:
 )  # fmt: skip
 def test_crawl_delay(value: str, delay: float | None) -> None:
     assert parse_robots(f"User-agent: *\nCrawl-delay: {value}".encode(), USER_AGENT).delay == delay
+
+
+@pytest.mark.parametrize("agent", ["abot", "flatcrawl", "other"])
+def test_a_delay_between_two_agents_does_not_split_their_group(agent: str) -> None:
+    body = b"User-agent: abot\nCrawl-delay: 7\nUser-agent: flatcrawl\nDisallow: /x\n\nUser-agent: *\nDisallow: /y"
+    rules = parse_robots(body, agent)
+    assert (rules.delay, rules.allows("http://a/x")) == ((None, True) if agent == "other" else (7.0, False))
 
 
 def test_delay_of_another_and_sitemaps() -> None:
