@@ -594,7 +594,7 @@ def test_analyse_and_replay_as_commands(market_pipeline_broker: str) -> None:
 def test_demo_on_a_terminal() -> None:
     ours, theirs = pty.openpty()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "market_pipeline.py", "--demo", "--demo-seconds", "3", "--demo-rate", "600"]
+        command = [sys.executable, "market_pipeline.py", "--demo", "--demo-seconds", "4", "--demo-rate", "600"]
         environ = {**os.environ, "TMPDIR": folder, "COLUMNS": "160", "LINES": "60", "TERM": "xterm-256color"}
         environ.pop("KAFKA_BROKERS", None)
         shown: list[bytes] = []
