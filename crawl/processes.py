@@ -291,11 +291,13 @@ class Parent:
         """What a helper has done, and the requests for which it asks a turn."""
         for number, *packed in outcomes:
             if not self._cut_off:  # then nothing is granted
-                request = helper.granted.pop(number)
+                request = helper.granted[number]
                 if len(packed) == 1:
                     with contextlib.suppress(Postponed):
                         self._crawl.frontier.connects(request, packed.pop())
-                self._inbox.append((request, unpack(packed, self._crawl.form, self.home) if packed else None))
+                outcome = unpack(packed, self._crawl.form, self.home) if packed else None
+                del helper.granted[number]  # now: if that was no outcome, it is granted, and so given back
+                self._inbox.append((request, outcome))
                 helper.requests += bool(packed)
         for number in asks:
             self._ask(helper, number)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -471,12 +471,12 @@ def test_shares_a_helper_that_says_nothing_is_replaced(driver: str, monkeypatch:
     assert len(frozen) == 1 and not is_alive(frozen[0])
 
 
-RUBBISH = {
-    "long": b"\xff" * 100,
-    "no value": b"\7\0\0\0" + b"\xff" * 7,
-    "another form": grants.frame(7),
-    "another outcome": grants.frame([(0, 1.0, 200, {})], []),
-    "no number": grants.frame([([], 0)], []),
+RUBBISH: dict[str, Callable[[int], bytes]] = {
+    "long": lambda _: b"\xff" * 100,
+    "no value": lambda _: b"\7\0\0\0" + b"\xff" * 7,
+    "another form": lambda _: grants.frame(7),
+    "another outcome": lambda number: grants.frame([(number, 1.0, 200, {})], []),
+    "no number": lambda _: grants.frame([([], 0)], []),
 }
 
 
@@ -489,7 +489,7 @@ def test_shares_a_helper_that_sends_rubbish_is_replaced(
         with contextlib.suppress(FileExistsError):
             if outcomes:
                 (tmp_path / "sent").touch(exist_ok=False)
-                return RUBBISH[what]
+                return RUBBISH[what](outcomes[0][0])
         return grants.frame(outcomes, *more)
 
     monkeypatch.setattr(helper, "frame", frame)

@@ -57,6 +57,7 @@ from tests.helpers.crawl import (
     walk,
     walk_crawl,
 )
+from tests.helpers.web import AnyPage, Web
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -222,14 +223,20 @@ def test_the_pool_of_the_threads_forgets_what_is_closed(web: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_with_few_sockets_fewer_are_open_at_a_time(driver: str, web: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_few_sockets_fewer_are_open_at_a_time(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[weakref.ref[socket.socket]] = []
+    refused = threading.Event()
 
     def few(*args: Any) -> socket.socket:
         if sum(one().fileno() >= 0 for one in opened if one()) >= 3:  # type: ignore[union-attr]
+            refused.set()
             raise OSError(errno.EMFILE, "Too many open files")
         opened.append(weakref.ref(new := socket.socket(*args)))
         return new
+
+    def page(host: int, path: str) -> AnyPage:
+        assert refused.wait(HANG_LIMIT)
+        return 200, {}, f"<title>{path}</title>"
 
     for module in (http_urllib, http_aiohttp):
         monkeypatch.setattr(module, "socket", types.SimpleNamespace(**vars(socket) | {"socket": few}))
@@ -237,7 +244,8 @@ def test_with_few_sockets_fewer_are_open_at_a_time(driver: str, web: Sandbox, mo
     crawl = walk_crawl(depth=0)
     crawl.say = said.append
     rows: list[ScrapeResult] = []
-    walk(driver, crawl, [web.url("/p/1.html", host=host) for host in range(12)], rows.append)
+    with Web(page) as web:
+        walk(driver, crawl, [web.url(host, "/") for host in range(1, 13)], rows.append)
     assert [row.error for row in rows] == [None] * 12
     assert said == ["goes on with fewer connections at a time: Too many open files"]
 
