@@ -7,7 +7,8 @@ Promised:
 
 * `parse` raises `BadFrame` and nothing else, whatever the frame. A frame is trades, or known and said to be so
   (`kind`), or bad; nothing is guessed and nothing is passed over in silence. A bad trade among good ones is lost alone:
-  `Parsed.bad` holds the frame as it would be with that trade only, which can be read again by itself.
+  `Parsed.bad` holds the frame as it would be with that trade only (the first `ALONE`, then one with the rest), which
+  can be read again by itself.
 * A symbol is BASE-QUOTE in capitals ("BTC-USD"). An exchange whose books are in USDT (`dollar`) is asked for BTC-USDT
   where BTC-USD is wanted, and its trades are BTC-USDT's. With `merge_quotes` they are told as BTC-USD, unless BTC-USDT
   was asked for as well. A trade of a symbol that was not asked for is bad, so nobody outside makes up symbols for us.
@@ -55,6 +56,8 @@ from market.trade import (
 
 Fields = Sequence[str | tuple[str, ...]]
 """Where a trade's symbol, price, size, side, id and time stand; a tuple: the documented spellings, the first wins."""
+
+ALONE = 10  # bad trades of a frame that are told one by one; more are told together, as each takes a copy of the rest
 
 HEARTBEAT = Parsed([], "heartbeat")  # these are shared: nobody appends to their lists
 ACK = Parsed([], "ack")
@@ -246,9 +249,9 @@ class Adapter(ABC):
         if not trades:
             raise bad[0][1]
         letters = list[tuple[str, bytes]]()
-        for item, why in bad:
-            items[:] = [item]
-            letters.append((reason_of(why), json.dumps(message).encode()))
+        for some in [*([one] for one in bad[:ALONE]), *filter(None, [bad[ALONE:]])]:
+            items[:] = [item for item, _ in some]
+            letters.append((reason_of(some[0][1]), json.dumps(message).encode()))
         return Parsed(trades, "trades", bad=letters)
 
     _pick: Callable[[Any], Sequence[Any]]

@@ -8,6 +8,7 @@ A ``FrameReader`` lasts over the connections of its feed, and belongs to its eve
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -24,6 +25,10 @@ Tell = Callable[[MarketEvent], Awaitable[object] | None]
 
 Dead = Callable[[DeadLetter], Awaitable[object] | None]
 """Told a frame that is bad, with the adapter's context. Awaited likewise."""
+
+
+async def _awaited(what: Awaitable[object]) -> None:
+    await what
 
 
 class SymbolSilence:
@@ -124,10 +129,9 @@ class FrameReader:
                 for gap in self.check.found + self.silence.found:
                     self._event("gap", *gap)
                 self.check.found, self.silence.found = [], []
-            if self._waits:
-                self._later(told)
-                return self._told()
-            return told
+            if self._waits and told is not None:
+                self._waits.insert(0, told)  # they are counted: they may not wait for others to be taken
+            return self._told() if self._waits else told
         if kind == "error":
             self.errors += 1
             self.last_error = f"the exchange says: {parsed.note}"
@@ -163,8 +167,11 @@ class FrameReader:
 
     async def _told(self) -> None:
         waits, self._waits = self._waits, []
-        for each in waits:
-            await each
+        if waits:
+            async with asyncio.TaskGroup() as group:  # so that all are waiting, and given up, should this be cancelled
+                for each in waits[1:]:
+                    group.create_task(_awaited(each))
+                await waits[0]
 
     def _later(self, told: Awaitable[object] | None) -> None:
         if told is not None:

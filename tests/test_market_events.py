@@ -16,7 +16,7 @@ from market.adapter import Adapter
 from market.connect import Feed
 from market.frames import FrameReader, SymbolSilence
 from market.kafka import Publisher
-from tests.helpers.base import World, run_task, until_async
+from tests.helpers.base import World, run_task, ticks, until_async
 from tests.helpers.market import (
     ABSENT,
     NOW,
@@ -160,6 +160,41 @@ def test_events_wait_and_are_spooled_as_trades_are(tmp_path: Path) -> None:
         await publisher.stop(0.0)
 
     run_task(main())
+
+
+def test_all_that_a_frame_tells_waits_for_room_at_once_and_is_given_up_at_once() -> None:
+    began: list[str] = []
+    ended: list[str] = []
+
+    async def wait(what: str) -> None:
+        began.append(what)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(what)
+
+    async def main() -> None:
+        wire, adapter, _ = connected("binance", ["BTC-USD"])
+        first, second = wire.trades(adapter.native("BTC-USD"), ticks_of(1, 5))
+        sink = Sink()
+        reader = FrameReader(
+            adapter,
+            SymbolSilence(("BTC-USD",), 60.0),
+            lambda _, trades: wait("trades") if trades[0].flags == "gap" else None,
+            sink.dead,
+            lambda: NOW,
+            lambda event: wait(event.event),
+        )
+        assert reader.take(first.encode(), 0.0) is None
+        waits: Any = reader.take(second.encode(), 0.0)
+        task = asyncio.create_task(waits)
+        await ticks()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    run_task(main())
+    assert began == ["trades", "gap"]
+    assert sorted(ended) == ["gap", "trades"]
 
 
 # ------------------------------------------------------------------------------------------------- health and the log

@@ -522,3 +522,13 @@ def test_types_are_not_mixed_up() -> None:
         short("\x1b]0;x\x07\x9b2J\u202eb\r\n") == "\ufffd]0;x\ufffd\ufffd2J\ufffdb\ufffd\ufffd"
     )  # nothing steers a terminal
     assert short("a\ud800" + "b" * 300) == "a\\ud800" + "b" * 198
+
+
+def test_many_bad_trades_are_told_without_a_copy_of_the_frame_for_each() -> None:
+    adapter = merged("finnhub")
+    adapter.subscribe(["AAPL-USD"])
+    good = {"s": "AAPL", "t": NOW // 10**6, "p": 1, "v": 1}
+    parsed = adapter.parse(json.dumps({"type": "trade", "data": [good, *range(1000)], "x": "x" * 9000}), NOW)
+    assert len(parsed.trades) == 1
+    told = [json.loads(alone)["data"] for _, alone in parsed.bad]
+    assert told == [*([n] for n in range(10)), [*range(10, 1000)]]
