@@ -18,6 +18,7 @@ import contextlib
 import importlib.util
 import os
 import resource
+import secrets
 import shutil
 import socket
 import subprocess
@@ -261,9 +262,11 @@ def host_address(number: int) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((host_address(0), 0))
-        return int(probe.getsockname()[1])
+    """On all addresses, and below those that connections get, so that none takes it before its server does."""
+    while True:
+        port = secrets.choice(range(27_000, 32_768))
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 @contextlib.contextmanager
