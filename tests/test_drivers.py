@@ -335,6 +335,36 @@ def test_a_cancelled_crawl_ends_at_once(web: Sandbox) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("call", "held"),
+    [
+        ("await asyncio.to_thread(other.join); time.sleep(0.1)", True),
+        ("compute()", True),
+        ("other.join()", True),
+        ("[time.sleep(0) for _ in range(30)]", False),
+    ],
+)
+def test_what_holds_an_event_loop_is_found(call: str, held: bool) -> None:
+    """The last one waits for nothing but the interpreter's lock, which the other thread has each time for a while."""
+    program = f"""if True:
+        import threading
+        def compute():
+            end = time.thread_time() + 0.1
+            while time.thread_time() < end:
+                sum(range(1000))
+        async def main():
+            watch_the_loop()
+            await asyncio.sleep(0)
+            other = threading.Thread(target=compute)
+            other.start()
+            {call}
+            await asyncio.sleep(0)
+            print("done")
+        asyncio.run(main())
+    """
+    assert holds_the_loop(program, "done") == ({("", "main()")} if held else set())
+
+
 def test_the_event_loop_is_never_blocked(web: Sandbox) -> None:
     program = """if True:
         import asyncio, sys

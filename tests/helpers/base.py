@@ -82,28 +82,29 @@ WATCH = """if True:
     import asyncio, os, resource, sys, time
     from asyncio.base_events import _format_handle
 
-    def accounted():
-        found = 0
+    def delays():
+        found = {}
         for thread in os.listdir("/proc/self/task"):
             try:
                 with open(f"/proc/self/task/{thread}/schedstat") as file:
-                    found += sum(map(int, file.read().split()[:2]))
+                    found[thread] = int(file.read().split()[1]) / 1e9
             except OSError:
                 pass  # it has just ended
-        return found / 1e9
+        return found
 
     def timed(handle, run=asyncio.Handle._run):
-        before, slept = accounted(), resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        before, slept = delays(), resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
         began, computed = time.monotonic(), time.thread_time()
         run(handle)
         held = time.thread_time() - computed
         if resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw > slept:
             whole = time.monotonic() - began
-            held += max(0.0, whole - (accounted() - before))
+            held = max(held, whole - sum(now - before.get(thread, 0) for thread, now in delays().items()))
         if held >= 0.05:
             print("Held by", _format_handle(handle), file=sys.stderr)
 
     def watch_the_loop():
+        sys.setswitchinterval(1e-5)
         asyncio.Handle._run = timed
 """
 
@@ -111,8 +112,8 @@ WATCH = """if True:
 def holds_the_loop(program: str, says: str, given: str = "") -> set[tuple[str, ...]]:
     """Tasks and handles that, in each of six runs of ``program``, held its loop once it had called ``watch_the_loop``.
 
-    50 ms of computing hold it, or as long a call in which the thread slept; not what all threads here (which may have
-    the interpreter's lock) computed or waited for a processor meanwhile. What blocks does so each time.
+    50 ms of computing hold it, or as long a call in which the thread slept; not that a thread here, which may be one
+    that has the interpreter's lock, waited for a processor. What blocks does so each time.
     """
     found: set[tuple[str, ...]] | None = None
     for _ in range(6):
