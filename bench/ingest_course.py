@@ -42,12 +42,6 @@ def kernel_drops(port: int) -> int:
     return sum(int(words[12]) for words in lines if int(words[1].rpartition(":")[2], 16) == port)
 
 
-def free_udp_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Postgres:
     """The embedded server, a connection to look at it, and one to the database of the step."""
 
@@ -188,7 +182,7 @@ class Course:
     def run(self, name: str, rate: float, seconds: float, formats: str = "rfc5424") -> Step:
         """One life of a contestant at one rate."""
         self._count += 1
-        folder, port = self._folder / str(self._count), free_udp_port()
+        folder, port = self._folder / str(self._count), free_port(socket.SOCK_DGRAM)
         folder.mkdir()
         with contextlib.ExitStack() as stack:
             url = stack.enter_context(self._postgres.fresh())

@@ -261,11 +261,11 @@ def host_address(number: int) -> str:
     return f"127.0.{1 + (number + 1) // 256}.{(number + 1) % 256}"
 
 
-def free_port() -> int:
+def free_port(kind: int = socket.SOCK_STREAM) -> int:
     """On all addresses, and below those that connections get, so that none takes it before its server does."""
     while True:
-        port = secrets.choice(range(27_000, 32_768))
-        with contextlib.suppress(OSError), socket.create_server(("", port)):
+        with socket.socket(socket.AF_INET, kind) as probe, contextlib.suppress(OSError):
+            probe.bind(("", port := secrets.choice(range(27_000, 32_768))))
             return port
 
 

@@ -296,7 +296,7 @@ class Parent:
                     with contextlib.suppress(Postponed):
                         self._crawl.frontier.connects(request, packed.pop())
                 outcome = unpack(packed, self._crawl.form, self.home) if packed else None
-                del helper.granted[number]  # now: if that was no outcome, it is granted, and so given back
+                del helper.granted[number]  # not before: what is no outcome ends the helper, and its grants come back
                 self._inbox.append((request, outcome))
                 helper.requests += bool(packed)
         for number in asks:

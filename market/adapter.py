@@ -249,7 +249,8 @@ class Adapter(ABC):
         if not trades:
             raise bad[0][1]
         letters = list[tuple[str, bytes]]()
-        for some in [*([one] for one in bad[:ALONE]), *filter(None, [bad[ALONE:]])]:
+        parts = [[one] for one in bad[:ALONE]] + ([bad[ALONE:]] if len(bad) > ALONE else [])
+        for some in parts:
             items[:] = [item for item, _ in some]
             letters.append((reason_of(some[0][1]), json.dumps(message).encode()))
         return Parsed(trades, "trades", bad=letters)

@@ -88,7 +88,7 @@ class Replayer(MarketProgram):
             self.failed += 1
             await self._still_bad(letter, str(error), dry)
             return
-        for reason, alone in parsed.bad:  # of a whole frame, as older versions left it
+        for reason, alone in parsed.bad:  # of a frame with many, or of a whole one, as older versions left it
             await self._still_bad(letter._replace(raw=alone), reason, dry)
         trades = parsed.trades
         self._note(letter.exchange, "parsed", letter.error)

@@ -27,15 +27,7 @@ from api.history import UPSTREAM_RESULTS, History, Result
 from runtime import postgres as db
 from runtime import writer as writer_module
 from runtime.embedded import Account, Embedded, find_programs
-from tests.helpers.base import HANG_LIMIT, until_async, wait_until
-
-
-def free_port() -> int:
-    """Below those that connections get, so that none takes it while its server is away."""
-    while True:
-        port = secrets.choice(range(20_000, 32_768))
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+from tests.helpers.base import HANG_LIMIT, free_port, until_async, wait_until
 
 
 class PgServer:
